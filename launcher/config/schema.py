@@ -1,0 +1,330 @@
+"""The settings of a run: one frozen class per config group, every field with its meaning and unit.
+
+Pure: no disk, network, environment or device is read here. What only the machine can answer (does the
+path exist, does the batch divide over these ranks) is checked where facts are gathered and planned.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
+COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
+
+# Values that the plan computes; a raw DeepSpeed key must not contradict them.
+PLANNED_DEEPSPEED_KEYS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+
+
+def _no_control_characters(value: str) -> str:
+    if any(ord(c) < 32 or ord(c) == 127 for c in value):
+        raise ValueError("holds a control character (a line break, a tab or the like)")
+    return value
+
+
+def _name(value: str) -> str:
+    _no_control_characters(value)
+    if not NAME_PATTERN.fullmatch(value):
+        raise ValueError("must be letters, digits, '.', '_' and '-', start with a letter or digit, at most 100 long")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_no_control_characters)]
+Name = Annotated[str, AfterValidator(_name)]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """Who the run is, where it lives, and when it must end."""
+
+    name: Name | None = Field(
+        None, description="Name of the run and of its directory. Unset: model, data and the time of submission."
+    )
+    root: Text = Field("runs", description="Folder that holds run directories; on a cluster it must be shared by all nodes.")
+    seed: Count = Field(42, description="Seeds weight initialisation and, with the epoch, the order of rows.")
+    max_hours: Positive | None = Field(
+        None, description="Hours after which the run saves and stops, counted per attempt. Unset: no limit."
+    )
+    max_usd: Positive | None = Field(
+        None, description="US dollars after which the run saves and stops; needs cluster.price_per_gpu_hour."
+    )
+
+
+class ModelSection(Section):
+    """Which model, and how its layers compute."""
+
+    name: Name = Field("model", description="Short name; part of the run's default name.")
+    path: Text | None = Field(
+        None,
+        description=(
+            "Weights to start from: a local folder (absolute, or starting with ./ or ../), a hub id such as Qwen/Qwen3-8B, "
+            "or package:MODULE/FILE.gguf for a file in an installed Python package. Unset only with init=random."
+        ),
+    )
+    revision: Text | None = Field(None, description="Branch, tag or commit of a hub id. Unset: the default branch.")
+    tokenizer: Text | None = Field(None, description="Tokenizer source, in the forms of model.path. Unset: model.path.")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="Load the weights of model.path, or draw random ones for the architecture (tests, dry runs)."
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description=(
+            "The model's config.json as a mapping. With init=random and no path it defines the architecture; "
+            "for a hub id it lets the plan be made before anything is downloaded."
+        ),
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="Type of weights and activations in compute; optimizer state and master weights are fp32."
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="Attention kernel. auto: FlashAttention 2 on a GPU where flash_attn is installed, else SDPA."
+    )
+    activation_checkpointing: Flag = Field(
+        False, description="Recompute activations in the backward pass: about a third more compute, far less memory."
+    )
+    liger: Flag = Field(
+        False, description="Use Liger's fused kernels for norms, rotary embedding and MLP (GPU only; the extra `gpu` installs it)."
+    )
+    trust_remote_code: Flag = Field(
+        False, description="Run Python code that comes with the model; needs model.revision pinned to a 40-digit commit."
+    )
+    allow_pickled_weights: Flag = Field(
+        False, description="Accept pytorch_model*.bin files, which can run code when they are loaded."
+    )
+
+    @field_validator("path", "tokenizer")
+    @classmethod
+    def _source_has_a_known_form(cls, value: str | None) -> str | None:
+        if value is None or is_local_path(value) or HUB_ID_PATTERN.fullmatch(value):
+            return value
+        if PACKAGE_PATTERN.fullmatch(value):
+            return value
+        raise ValueError(
+            "is neither a folder (absolute, or starting with ./ or ../), a hub id (owner/name) nor package:MODULE/FILE"
+        )
+
+    @model_validator(mode="after")
+    def _complete(self) -> ModelSection:
+        if self.init == "pretrained" and self.path is None:
+            raise ValueError("model.path is needed with model.init=pretrained; set it to a folder or a hub id")
+        if self.init == "random" and self.path is None and self.config is None:
+            raise ValueError("model.init=random needs model.path or model.config to know the architecture")
+        if self.path is None and self.tokenizer is None:
+            raise ValueError("model.tokenizer is needed where model.path is unset")
+        if self.trust_remote_code and not COMMIT_PATTERN.fullmatch(self.revision or ""):
+            raise ValueError("model.trust_remote_code needs model.revision pinned to a full 40-digit commit")
+        return self
+
+
+class Source(Section):
+    """One data source."""
+
+    name: Name = Field("train", description="Name of the source in reports and metrics.")
+    path: Text = Field(description="A .jsonl file, or builtin:stdlib_docs.")
+    format: Literal["auto", "messages", "prompt_completion", "text"] = Field(
+        "auto",
+        description=(
+            "messages: a list of {role, content}; prompt_completion: prompt and completion; text: every token is trained. "
+            "auto: by the keys of the first row."
+        ),
+    )
+
+
+class DataSection(Section):
+    """What is trained on and how it becomes rows of tokens."""
+
+    name: Name = Field("data", description="Short name; part of the run's default name.")
+    path: Text | None = Field(None, description="The file that data=jsonl reads; a shorthand for one entry in data.sources.")
+    sources: tuple[Source, ...] = Field(min_length=1, description="The sources, concatenated in this order before the shuffle.")
+    max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens in a row; longer documents are cut.")
+    packing: Flag = Field(
+        True, description="Fill each row with several documents that do not see each other. false: one document per row."
+    )
+    eval_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.0, description="Share of the documents held out for evaluation; ignored where a source brings its own held-out split."
+    )
+    eval_path: Text | None = Field(None, description="A file of held-out documents, in the sources' formats.")
+    eval_max_rows: PositiveInt | None = Field(None, description="Evaluate on at most this many held-out rows. Unset: all.")
+
+    @model_validator(mode="after")
+    def _one_held_out_split(self) -> DataSection:
+        if self.eval_fraction and self.eval_path:
+            raise ValueError("data.eval_fraction and data.eval_path exclude each other: set one of them")
+        names = [s.name for s in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.sources: names must differ, got {', '.join(names)}")
+        return self
+
+
+class OptimSection(Section):
+    """The optimizer and its learning-rate schedule."""
+
+    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    lr: Positive = Field(1e-5, description="Peak learning rate.")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        0.0, description="Decoupled weight decay; norms, biases and other one-dimensional weights are left out."
+    )
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="Decay rates of the two moments.")
+    eps: Positive = Field(1e-8, description="Added to the denominator.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="Shape after the warm-up; wsd is warm-up, stable, decay."
+    )
+    warmup_steps: Count = Field(0, description="Steps over which the rate rises linearly from zero.")
+    min_lr_ratio: Fraction = Field(0.1, description="Rate at the last step, as a share of optim.lr (cosine, linear, wsd).")
+    decay_fraction: Fraction = Field(0.2, description="Share of all steps that the final decay takes (wsd).")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if max(value) >= 1:
+            raise ValueError("each must be below 1")
+        return value
+
+
+class TrainSection(Section):
+    """How long, in which batches, and what happens every so many steps."""
+
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; excludes train.epochs.")
+    epochs: Positive | None = Field(None, description="Passes over the data; excludes train.max_steps.")
+    global_batch_size: PositiveInt = Field(64, description="Rows per optimizer step over all ranks.")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="Rows per rank in one forward pass. Unset: the plan chooses one that divides the batch."
+    )
+    grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="Largest gradient norm; 0 turns clipping off.")
+    eval_every: Count = Field(0, description="Steps between held-out evaluations; 0: only before and after training.")
+    eval_at_start: Flag = Field(True, description="Evaluate before the first step, so that there is something to compare with.")
+    save_every: Count = Field(0, description="Steps between checkpoints; 0: only at the end and when stopped.")
+    keep_last: PositiveInt = Field(2, description="Committed checkpoints to keep; older ones are removed.")
+    log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
+    loss_chunk_tokens: PositiveInt = Field(1024, description="Trained tokens whose logits exist at one time.")
+    sample: Flag = Field(False, description="Answer one held-out question before and after training (models that fit on one device).")
+    sample_max_tokens: PositiveInt = Field(48, description="Length of that answer in tokens.")
+    export: Flag = Field(True, description="Write the Hugging Face folder when training is complete.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.max_steps is None) == (self.epochs is None):
+            given = "both are set" if self.max_steps is not None else "neither is set"
+            raise ValueError(f"set exactly one of train.max_steps and train.epochs; {given} (null unsets one)")
+        return self
+
+
+class DeepSpeedSection(Section):
+    """ZeRO stage 3 and where its states live."""
+
+    name: Name = Field("zero3", description="Short name.")
+    stage: int = Field(3, description="ZeRO stage; only 3 is served.")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer states and fp32 weights live.")
+    offload_params: Literal["none", "cpu", "nvme"] = Field("none", description="Where partitioned weights live between uses.")
+    nvme_path: Text | None = Field(None, description="Folder on a local NVMe disk, the same on every node; needed for nvme.")
+    hpz_partition_size: PositiveInt | Literal["node"] = Field(
+        1, description="ZeRO++ hpZ: ranks that hold a second copy of the weights; node: those of one node; 1 turns it off."
+    )
+    quantized_weights: Flag = Field(False, description="ZeRO++ qwZ: gather weights in int8 (lossy).")
+    quantized_gradients: Flag = Field(False, description="ZeRO++ qgZ: reduce gradients in int4 (lossy).")
+    reduce_bucket_size: PositiveInt | None = Field(None, description="Elements reduced at once. Unset: hidden size squared.")
+    prefetch_bucket_size: PositiveInt | None = Field(None, description="Elements fetched ahead. Unset: 0.9 of hidden size squared.")
+    param_persistence_threshold: Count | None = Field(
+        None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict, description="Raw DeepSpeed keys, merged last. Keys that the plan computes are refused."
+    )
+
+    @field_validator("stage")
+    @classmethod
+    def _only_stage_3(cls, value: int) -> int:
+        if value != 3:
+            raise ValueError(
+                "only ZeRO stage 3 is served: lower stages keep a full copy of the weights on every GPU, and checkpoints, "
+                "resume and export are written for partitioned weights"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DeepSpeedSection:
+        if "nvme" in (self.offload_optimizer, self.offload_params) and not self.nvme_path:
+            raise ValueError("deepspeed.nvme_path is needed for offload to nvme; set it to a folder on a local disk")
+        planned = [key for key in PLANNED_DEEPSPEED_KEYS if key in self.extra]
+        if planned:
+            raise ValueError(f"deepspeed.extra must not set {', '.join(planned)}: the plan computes it from train.* and optim.*")
+        if int(self.extra.get("zero_optimization", {}).get("stage", 3)) != 3:
+            raise ValueError("deepspeed.extra must not change the ZeRO stage: only stage 3 is served")
+        return self
+
+    def enabled_in_extra(self, dtype: str) -> bool:
+        """True where the raw keys switch on `dtype` (bf16 or fp16)."""
+        return any(bool(self.extra.get(key, {}).get("enabled")) for key in ({"bf16": ("bf16", "bfloat16")}.get(dtype, (dtype,))))
+
+
+class ClusterSection(Section):
+    """Where the run runs."""
+
+    kind: Literal["local"] = Field("local", description="The backend that starts the workers.")
+    nodes: PositiveInt = Field(1, description="Machines.")
+    ranks_per_node: PositiveInt | None = Field(None, description="Ranks on each machine. Unset: one per GPU, 2 where there is none.")
+    gpu_type: Name | None = Field(None, description="GPU model for the plan, such as H100-80GB. Unset: what this machine has.")
+    price_per_gpu_hour: Positive | None = Field(None, description="US dollars for one GPU for one hour; turns time into money.")
+    max_restarts: Count = Field(0, description="Times that the node agent restarts all ranks after one of them failed.")
+    timeout_minutes: Positive = Field(30.0, description="Minutes after which a collective that does not complete fails the run.")
+    stop_grace_seconds: Positive = Field(600.0, description="Seconds a stopped run may take to save before it is killed.")
+
+
+class TrackingSection(Section):
+    """Where metrics go besides metrics.jsonl and the terminal."""
+
+    kind: Literal["wandb", "none"] = Field("wandb", description="Weights & Biases, or nothing more.")
+    project: Name = Field("launcher", description="W&B project.")
+    entity: Name | None = Field(None, description="W&B user or team. Unset: the account's default.")
+    mode: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto: online where WANDB_API_KEY or a W&B login is found, else offline."
+    )
+    group: Name | None = Field(None, description="W&B group.")
+    tags: tuple[Name, ...] = Field((), description="W&B tags.")
+
+
+class RunConfig(Section):
+    """Everything a user sets, resolved and checked."""
+
+    run: RunSection = Field(default_factory=RunSection)
+    model: ModelSection
+    data: DataSection
+    optim: OptimSection = Field(default_factory=OptimSection)
+    train: TrainSection
+    deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
+    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    tracking: TrackingSection = Field(default_factory=TrackingSection)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        bf16 = self.model.dtype == "bf16" or self.deepspeed.enabled_in_extra("bf16")
+        fp16 = self.model.dtype == "fp16" or self.deepspeed.enabled_in_extra("fp16")
+        if bf16 and fp16:
+            raise ValueError("bf16 and fp16 are both on; set model.dtype to one of them and take the other out of deepspeed.extra")
+        if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
+            raise ValueError("run.max_usd needs cluster.price_per_gpu_hour to turn hours into money")
+        return self
+
+
+def is_local_path(value: str) -> bool:
+    """True for an absolute path and for one that starts with ./, ../ or ~."""
+    return value.startswith(("/", "./", "../", "~")) or value in (".", "..")

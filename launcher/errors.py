@@ -1,0 +1,78 @@
+"""Every error a user can meet, each with one exit code.
+
+An error is a block of plain words: what is wrong, where it stands, the value that was given, and the
+remedy. A value that may be a secret never becomes part of a problem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it."""
+
+    what: str
+    where: str = ""
+    value: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where:  {self.where}")
+        if self.value:
+            lines.append(f"  value:  {self.value}")
+        if self.remedy:
+            lines.append(f"  remedy: {self.remedy}")
+        return "\n".join(lines)
+
+
+class LauncherError(Exception):
+    """The root of the hierarchy; carries one or more problems."""
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, problem: Problem | str | Iterable[Problem], **parts: str) -> None:
+        if isinstance(problem, str):
+            problem = Problem(problem, **parts)
+        self.problems: tuple[Problem, ...] = (problem,) if isinstance(problem, Problem) else tuple(problem)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class ConfigError(LauncherError):
+    """The settings are wrong; nothing was started."""
+
+    exit_code = EXIT_REFUSED
+
+
+class DataError(LauncherError):
+    """A data file, a template or a mask is wrong; no GPU was asked for."""
+
+    exit_code = EXIT_REFUSED
+
+
+class SubmitError(LauncherError):
+    """The backend cannot take this run, or no such run exists."""
+
+    exit_code = EXIT_REFUSED
+
+
+class CheckpointError(LauncherError):
+    """A checkpoint is missing, damaged, or does not belong to this plan."""
+
+
+class RunError(LauncherError):
+    """A started run failed."""
+
+
+class Interrupted(LauncherError):
+    """A person or a signal stopped the run."""
+
+    exit_code = EXIT_INTERRUPTED

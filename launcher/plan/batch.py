@@ -1,0 +1,61 @@
+"""Batch arithmetic: global = micro-batch x accumulation x world size."""
+
+from __future__ import annotations
+
+import math
+
+from launcher.config.schema import DataSection, TrainSection
+from launcher.errors import ConfigError
+from launcher.plan.launch_plan import Batch, DataFacts
+
+# Tokens of one forward pass that keep a device busy; more only costs memory.
+_TOKENS_PER_FORWARD = {"cuda": 8192, "cpu": 1024}
+
+
+def divisors(n: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def split(train: TrainSection, data: DataSection, world_size: int, device: str, facts: DataFacts | None) -> Batch:
+    """Derive micro-batch, accumulation and the number of steps.
+
+    Raises:
+        ConfigError: where the global batch does not divide over the ranks, or the micro-batch does not fit.
+    """
+    total, micro = train.global_batch_size, train.micro_batch_size
+    if total % world_size:
+        lower, upper = total // world_size * world_size, math.ceil(total / world_size) * world_size
+        sizes = " or ".join(str(s) for s in (lower, upper) if s)
+        worlds = ", ".join(map(str, divisors(total)))
+        raise ConfigError(
+            f"train.global_batch_size={total} does not divide over {world_size} ranks",
+            where="train.global_batch_size",
+            value=str(total),
+            remedy=f"set it to {sizes}, or use one of these numbers of ranks: {worlds}",
+        )
+    per_rank = total // world_size
+    if micro is None:
+        rows = max(1, _TOKENS_PER_FORWARD.get(device, 8192) // data.max_length)
+        micro = max(d for d in divisors(per_rank) if d <= rows)
+    elif per_rank % micro:
+        raise ConfigError(
+            f"train.micro_batch_size={micro} does not divide the {per_rank} rows that each of {world_size} ranks gets per step",
+            where="train.micro_batch_size",
+            value=str(micro),
+            remedy=f"set it to one of {', '.join(map(str, divisors(per_rank)))}, or leave it unset",
+        )
+    steps = train.max_steps
+    if steps is None and facts is not None and train.epochs is not None:
+        # The last batch of the last epoch is filled up from the next epoch's order, so that every row is seen.
+        steps = max(1, math.ceil(facts.num_rows * train.epochs / total))
+    per_step = round(facts.num_tokens / facts.num_rows * total) if facts is not None and facts.num_rows else None
+    return Batch(
+        global_batch_size=total,
+        micro_batch_size=micro,
+        accumulation=per_rank // micro,
+        max_tokens_per_step=total * data.max_length,
+        tokens_per_step=per_step,
+        max_steps=steps,
+        epochs=round(steps * total / facts.num_rows, 4) if steps and facts is not None and facts.num_rows else train.epochs,
+    )

@@ -1,0 +1,77 @@
+"""The ZeRO-3 JSON, sized to the model.
+
+Bucket sizes and the persistence threshold follow the rules that Hugging Face's integration uses for `auto`
+(hidden size squared, 0.9 of it, ten times the hidden size), with a floor that keeps small models from
+sending thousands of small messages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from launcher.config.schema import DeepSpeedSection, ModelSection, TrainSection
+from launcher.plan.launch_plan import Batch, ModelFacts, Topology
+from launcher.plan.memory import hpz_ranks
+
+# Elements below which a message costs more in latency than in transfer.
+_SMALLEST_BUCKET = 2**24
+
+
+def render(
+    deepspeed: DeepSpeedSection, model: ModelSection, train: TrainSection, batch: Batch, topology: Topology, facts: ModelFacts
+) -> dict[str, Any]:
+    """DeepSpeed's configuration as a JSON-able mapping; `deepspeed.extra` is merged last."""
+    hidden = facts.hidden_size
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1_000_000_000,
+        "reduce_bucket_size": deepspeed.reduce_bucket_size or max(hidden * hidden, _SMALLEST_BUCKET),
+        "stage3_prefetch_bucket_size": deepspeed.prefetch_bucket_size or max(int(0.9 * hidden * hidden), _SMALLEST_BUCKET),
+        "stage3_param_persistence_threshold": (
+            10 * hidden if deepspeed.param_persistence_threshold is None else deepspeed.param_persistence_threshold
+        ),
+        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_max_reuse_distance": 1_000_000_000,
+        "stage3_gather_16bit_weights_on_model_save": False,
+    }
+    if deepspeed.offload_optimizer != "none":
+        zero["offload_optimizer"] = _offload(deepspeed.offload_optimizer, deepspeed.nvme_path)
+    if deepspeed.offload_params != "none":
+        zero["offload_param"] = _offload(deepspeed.offload_params, deepspeed.nvme_path)
+    hpz = hpz_ranks(deepspeed, topology.ranks_per_node)
+    if hpz > 1:
+        zero["zero_hpz_partition_size"] = hpz
+    if deepspeed.quantized_weights:
+        zero["zero_quantized_weights"] = True
+    if deepspeed.quantized_gradients:
+        zero["zero_quantized_gradients"] = True
+    config: dict[str, Any] = {
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.accumulation,
+        "gradient_clipping": train.grad_clip,
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": zero,
+    }
+    if model.dtype != "fp32":
+        config[model.dtype] = {"enabled": True}
+        if batch.accumulation > 1:
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(config, deepspeed.extra)
+
+
+def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
+    offload: dict[str, Any] = {"device": device, "pin_memory": True}
+    if device == "nvme":
+        offload["nvme_path"] = nvme_path
+    return offload
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

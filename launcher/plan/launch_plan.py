@@ -1,0 +1,150 @@
+"""The frozen plan: the one file that crosses from the submit side to the workers.
+
+`plan(config, facts)` is pure. Whatever it needs to know about the machine, the model and the data is
+gathered before and comes in as `Facts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from launcher.config.schema import RunConfig
+
+SCHEMA_VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeviceFacts(Record):
+    """The accelerators of one node; `kind` is cuda or cpu, `memory_gib` is one device's."""
+
+    kind: str
+    name: str
+    count: int
+    memory_gib: float | None = None
+    host_memory_gib: float | None = None
+
+
+class ModelFacts(Record):
+    """What the planner needs of a model; `path` and `tokenizer_path` are local folders or None before download."""
+
+    path: str | None
+    tokenizer_path: str | None
+    num_params: int
+    num_params_exact: bool
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    config: dict[str, Any]
+
+
+class DataFacts(Record):
+    """Counts of a built data cache. Rows are packed rows; tokens count no padding."""
+
+    cache_dir: str
+    num_rows: int
+    num_docs: int
+    num_tokens: int
+    num_trained_tokens: int
+    num_eval_rows: int
+    num_eval_tokens: int
+    truncated_docs: int
+    truncated_tokens: int
+    padding_frac: float
+
+
+class Provenance(Record):
+    """Where this plan came from; `created_at` is UTC in ISO form."""
+
+    created_at: str
+    overrides: tuple[str, ...] = ()
+    launcher_version: str
+    git_commit: str | None = None
+    git_dirty: bool | None = None
+    python: str
+    packages: dict[str, str]
+
+
+class Facts(Record):
+    device: DeviceFacts
+    model: ModelFacts
+    data: DataFacts | None
+    provenance: Provenance
+
+
+class Topology(Record):
+    nodes: int
+    ranks_per_node: int
+    world_size: int
+    device: str
+    backend: str
+
+
+class Batch(Record):
+    """Rows per optimizer step and their split; global = micro x accumulation x world size."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    accumulation: int
+    max_tokens_per_step: int
+    tokens_per_step: int | None
+    max_steps: int | None
+    epochs: float | None
+
+
+class Memory(Record):
+    """Model states in GiB. `per_rank` lies on the device, `host_per_node` in main memory through offload."""
+
+    weights_gib: float
+    gradients_gib: float
+    optimizer_gib: float
+    per_rank_gib: float
+    host_per_node_gib: float
+    device_gib: float | None
+
+
+class Limits(Record):
+    """When a run must end by itself; None where nothing limits it."""
+
+    max_seconds: float | None
+
+
+class LaunchPlan(Record):
+    """Everything decided. Workers read this and nothing else."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_name: str
+    run_dir: str
+    wandb_id: str
+    config: RunConfig
+    topology: Topology
+    batch: Batch
+    deepspeed: dict[str, Any]
+    memory: Memory
+    checkpoint_bytes: int
+    limits: Limits
+    model: ModelFacts
+    data: DataFacts | None
+    provenance: Provenance
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    def digest(self) -> str:
+        """Hex digest of the plan's JSON; stands in every checkpoint."""
+        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+    @classmethod
+    def load(cls, path: str | Path) -> LaunchPlan:
+        return cls.model_validate_json(Path(path).read_text())

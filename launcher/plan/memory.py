@@ -1,0 +1,55 @@
+"""Model-state memory under ZeRO-3 (Rajbhandari et al. 2020, arXiv:1910.02054) and the size of a checkpoint.
+
+Activations, fragmentation and communication buffers come on top and are not estimated here.
+"""
+
+from __future__ import annotations
+
+from launcher.config.schema import DeepSpeedSection
+from launcher.plan.launch_plan import Memory, Topology
+
+GIB = 2**30
+# fp32 master weight and Adam's two fp32 moments.
+OPTIMIZER_BYTES_PER_PARAM = 12
+
+
+def hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
+    """Ranks that hold a second copy of the weights; 1 means none."""
+    return ranks_per_node if deepspeed.hpz_partition_size == "node" else int(deepspeed.hpz_partition_size)
+
+
+def estimate(
+    num_params: int, dtype: str, accumulation: int, deepspeed: DeepSpeedSection, topology: Topology, device_gib: float | None
+) -> Memory:
+    """Model states in GiB, per rank on its device and per node in main memory."""
+    width = 4 if dtype == "fp32" else 2
+    per_rank = num_params / topology.world_size / GIB
+    hpz = hpz_ranks(deepspeed, topology.ranks_per_node)
+    weights = per_rank * width + (num_params / hpz / GIB * width if hpz > 1 else 0.0)
+    # Gradients accumulate in fp32 so that a sum of many small parts does not round away.
+    gradients = per_rank * (4 if accumulation > 1 else width)
+    optimizer = per_rank * (8 if dtype == "fp32" else OPTIMIZER_BYTES_PER_PARAM)
+    on_device = {
+        "weights": weights if deepspeed.offload_params == "none" else 0.0,
+        "gradients": gradients if deepspeed.offload_optimizer == "none" else 0.0,
+        "optimizer": optimizer if deepspeed.offload_optimizer == "none" else 0.0,
+    }
+    host = 0.0
+    host += weights if deepspeed.offload_params == "cpu" else 0.0
+    host += gradients + optimizer if deepspeed.offload_optimizer == "cpu" else 0.0
+    host += gradients if deepspeed.offload_optimizer == "nvme" else 0.0
+    if topology.device == "cpu":
+        host = sum(on_device.values()) + host
+    return Memory(
+        weights_gib=round(weights, 3),
+        gradients_gib=round(gradients, 3),
+        optimizer_gib=round(optimizer, 3),
+        per_rank_gib=round(sum(on_device.values()), 3),
+        host_per_node_gib=round(host * topology.ranks_per_node, 3),
+        device_gib=device_gib,
+    )
+
+
+def checkpoint_bytes(num_params: int) -> int:
+    """Bytes of one checkpoint over all ranks: fp32 weights and two fp32 moments."""
+    return num_params * OPTIMIZER_BYTES_PER_PARAM

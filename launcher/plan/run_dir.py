@@ -1,0 +1,60 @@
+"""Names inside a run directory, as pure path arithmetic."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The layout of one run: plan, status, code, attempts, checkpoints, metrics, export."""
+
+    root: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def status(self) -> Path:
+        return self.root / "status.json"
+
+    @property
+    def code(self) -> Path:
+        return self.root / "code"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def export(self) -> Path:
+        return self.root / "export"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    def attempt(self, number: int) -> Path:
+        return self.attempts / f"{number:03d}"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        return self.attempt(attempt) / f"rank-{rank:05d}.log"
+
+
+def default_name(config: RunConfig, created_at: str) -> str:
+    """`<model>-<data>-<date>-<time>` from an ISO time such as 2026-01-31T09:15:00Z."""
+    stamp = re.sub(r"[^0-9]", "", created_at)[:14]
+    return f"{config.model.name}-{config.data.name}-{stamp[:8]}-{stamp[8:]}"
