@@ -103,7 +103,7 @@ def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
 
 def _parse_line(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode("utf-8")) + 1
         _refuse("the line is not UTF-8 text", f"{where}:{column}", "save the file in UTF-8")
@@ -122,8 +122,10 @@ def _recognise(row: dict[str, Any], where: str) -> str:
         return fitting[0]
     found = f"its keys are {', '.join(sorted(row)) or 'none'}"
     if fitting:
-        _refuse(f"the row fits the formats {' and '.join(fitting)} ({found})", f"{where}:1", "set the source's format to one of them")
-    _refuse(f"the row has the keys of no known format ({found})", f"{where}:1", "give rows the key messages, prompt and completion, or text")
+        remedy = "set the source's format to one of them"
+        _refuse(f"the row fits the formats {' and '.join(fitting)} ({found})", f"{where}:1", remedy)
+    remedy = "give rows the key messages, prompt and completion, or text"
+    _refuse(f"the row has the keys of no known format ({found})", f"{where}:1", remedy)
 
 
 def _chat(row: dict[str, Any], where: str) -> Chat:
@@ -163,7 +165,7 @@ def _value(row: dict[str, Any], key: str, kind: type, where: str, inside: str = 
         _refuse(f"the row lacks the key {inside}{key} ({found})", f"{where}:1", "add the key, or set the source's format")
     value = row[key]
     if not isinstance(value, kind):
-        wanted = {str: "text", list: "a list"}[kind]
+        wanted = "a list" if kind is list else "text"
         _refuse(f"{inside}{key} is a {_json_name(value)}, not {wanted}", f"{where}:1", f"write {inside}{key} as {wanted}")
     if isinstance(value, str) and not value.isascii():
         try:

@@ -20,9 +20,9 @@ HELD_OUT_FRACTION = 0.05
 MIN_WORDS, MAX_WORDS = 8, 120
 ARGUMENTS_FRACTION = 0.3
 
-# Programs, games, tests and tools to maintain Python itself: their docstrings explain little to a reader.
+# Programs, games, tests, codec tables and tools to maintain Python itself: their docstrings explain little to a reader.
 LEFT_OUT = frozenset(
-    {"antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "msilib", "pydoc_data", "test", "tests", "this"}
+    {"antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "pydoc_data", "test", "tests", "this"}
     | {"tkinter", "turtle", "turtledemo"}
 )
 
@@ -160,7 +160,7 @@ def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: b
 
 
 def _trimmed(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
-    """The docstring's first whole paragraphs before any session, up to MAX_WORDS words; None where fewer than MIN_WORDS are left."""
+    """The docstring's first whole paragraphs, up to MAX_WORDS words and the first session; None below MIN_WORDS."""
     doc = ast.get_docstring(node, clean=False)
     if doc is None:
         return None

@@ -77,6 +77,9 @@ class Provenance(Record):
 
 
 class Facts(Record):
+    """What the planner cannot decide; relative paths are meant from `working_dir`."""
+
+    working_dir: str
     device: DeviceFacts
     model: ModelFacts
     data: DataFacts | None

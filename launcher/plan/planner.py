@@ -24,7 +24,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     topology = _topology(config, facts)
     split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
     run_name = config.run.name or default_name(config, facts.provenance.created_at)
-    run_dir = Path(config.run.root).expanduser() / run_name
+    run_dir = Path(facts.working_dir) / Path(config.run.root).expanduser() / run_name
     return LaunchPlan(
         run_name=run_name,
         run_dir=str(run_dir),

@@ -1,0 +1,135 @@
+"""Safetensors files written and read as a stream of bytes; needs no torch.
+
+The library's own `save_file` wants every tensor in memory at once and leaves the digest to a second pass over the file;
+`safe_open` maps the file, so every page it has read counts as resident memory. Here a file is digested while it is
+written, block by block, and read by byte range into memory that the caller owns. The format (8 bytes of header length, a
+JSON header, raw little-endian data) is documented at https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from launcher.checkpoint.store import FileEntry, partition, shard_name, write_file
+from launcher.errors import CheckpointError
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a file: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def file_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int:
+    """Exact size in bytes of the file that `write` makes."""
+    return len(_header(specs, metadata)) + sum(s.num_bytes for s in specs)
+
+
+def write(path: Path, specs: Sequence[TensorSpec], blocks: Iterable[memoryview], metadata: Mapping[str, str]) -> FileEntry:
+    """Write and fsync a safetensors file; `blocks` are the bytes of all tensors in the order of `specs`, cut anywhere.
+
+    Larger items come first in `specs`, so that every tensor starts at a multiple of its item size.
+    """
+    entry = write_file(path, _header_then(blocks, _header(specs, metadata)))
+    if entry.size != file_bytes(specs, metadata):
+        raise ValueError(f"{path}: {entry.size} bytes were written for tensors of {file_bytes(specs, metadata)}")
+    return entry
+
+
+class TensorFile:
+    """An open safetensors file; `specs` maps each name to its tensor."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            length = bytearray(8)
+            self._read(0, memoryview(length))
+            raw = bytearray(int.from_bytes(length, "little"))
+            self._read(8, memoryview(raw))
+            header = json.loads(raw)
+            header.pop("__metadata__", None)
+            self.specs = {name: TensorSpec(name, h["dtype"], tuple(h["shape"])) for name, h in header.items()}
+            self._starts = {name: 8 + len(raw) + h["data_offsets"][0] for name, h in header.items()}
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes from element `start` of its flattened form."""
+        self._read(self._starts[name] + start * ITEM_BYTES[self.specs[name].dtype], out)
+
+    def _read(self, offset: int, out: memoryview) -> None:
+        while out:
+            count = os.preadv(self._descriptor, [out], offset)
+            if count == 0:
+                raise CheckpointError("a checkpoint file ends early", where=str(self.path))
+            out, offset = out[count:], offset + count
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class ShardSet:
+    """The shards of one checkpoint, read as if each parameter were one flat tensor."""
+
+    def __init__(self, path: Path, world_size: int) -> None:
+        self._path = path
+        self._world_size = world_size
+        self._files: dict[int, TensorFile] = {}
+
+    def shard(self, rank: int) -> TensorFile:
+        if rank not in self._files:
+            self._files[rank] = TensorFile(self._path / shard_name(rank))
+        return self._files[rank]
+
+    def read_into(self, name: str, num_elements: int, start: int, out: memoryview) -> None:
+        """Fill `out` with the fp32 elements from `start` of `name`, a tensor of `num_elements` over all shards."""
+        stop = start + len(out) // ITEM_BYTES["F32"]
+        per_rank = -(-num_elements // self._world_size)
+        while start < stop:
+            rank = start // per_rank
+            first, last = partition(num_elements, self._world_size, rank)
+            end = min(stop, last)
+            num_bytes = (end - start) * ITEM_BYTES["F32"]
+            self.shard(rank).read_into(name, start - first, out[:num_bytes])
+            out, start = out[num_bytes:], end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for spec in specs:
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (offset, offset + spec.num_bytes)}
+        offset += spec.num_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _header_then(blocks: Iterable[memoryview], header: bytes) -> Iterator[bytes | memoryview]:
+    yield header
+    yield from blocks

@@ -1,0 +1,165 @@
+"""Follow a run until it ends: messages as they come, one live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from launcher.cli.text import short
+from launcher.clusters.base import Cluster
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, SubmitError
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES, Status
+from launcher.tracking.console import format_step
+from launcher.tracking.jsonl import Tail, read_events
+
+_POLL_S = 0.15
+# The closing lines say these in their own way.
+_NOT_SHOWN = ("summary", "end")
+
+
+def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
+    """Show the attempt until it ends; Ctrl-C once saves and stops it, twice kills it. Returns the exit code."""
+    events, metrics = Tail(run.events), Tail(run.metrics)
+    with _screen() as screen, _stopping(run, cluster, screen):
+        screen.live(f"starting; logs in {short(run.attempt(attempt))}")
+        while True:
+            # The state first: what was written before it changed is then read before the loop ends.
+            status = cluster.status(run)
+            for line in sorted([*events.poll(), *metrics.poll()], key=lambda line: line["time"]):
+                if line["attempt"] == attempt:
+                    _show(line, status, screen)
+            if status.state not in RUNNING_STATES:
+                break
+            time.sleep(_POLL_S)
+    return _closing(run, attempt, status)
+
+
+def _show(line: dict[str, Any], status: Status, screen: _Screen) -> None:
+    if "kind" in line:
+        if line["kind"] not in _NOT_SHOWN:
+            screen.say(line["text"])
+    elif "train/loss" in line:
+        screen.live(format_step(line, status.max_steps))
+
+
+class _Screen:
+    """Plain lines: what is live is printed like everything else."""
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+
+    def live(self, line: str) -> None:
+        self.say(line)
+
+
+class _Terminal(_Screen):
+    """One line at the bottom that is rewritten; messages scroll above it."""
+
+    def __init__(self, live: Any) -> None:
+        self._live = live
+
+    def say(self, line: str) -> None:
+        self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def live(self, line: str) -> None:
+        from rich.text import Text
+
+        self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
+
+
+@contextmanager
+def _screen() -> Iterator[_Screen]:
+    if not sys.stdout.isatty():
+        yield _Screen()
+        return
+    from rich.live import Live
+
+    with Live("", refresh_per_second=8, transient=False) as live:
+        yield _Terminal(live)
+
+
+@contextmanager
+def _stopping(run: RunDir, cluster: Cluster, screen: _Screen) -> Iterator[None]:
+    """While following, INT and TERM ask the run to stop instead of ending this process."""
+    asked = 0
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            raise KeyboardInterrupt
+        try:
+            cluster.cancel(run)
+        except SubmitError:
+            return
+        screen.say("saving, then stopping (again: kill it without saving)" if asked == 1 else "killing it")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _closing(run: RunDir, attempt: int, status: Status) -> int:
+    """The last lines: where things lie and what to do next, or who failed and why."""
+    name = short(run.root)
+    print()
+    if status.state == "completed":
+        print("\n".join(_where_things_lie(run)))
+        return 0
+    if status.state == "failed":
+        _print_failure(run, attempt, status)
+        return EXIT_FAILED
+    print(f"{status.state}: {status.message}")
+    print(f"continue it:  python -m launcher resume {name}")
+    return EXIT_INTERRUPTED
+
+
+def _where_things_lie(run: RunDir) -> list[str]:
+    from launcher.checkpoint import store
+
+    name = short(run.root)
+    lines = []
+    checkpoints = store.list_checkpoints(run.checkpoints)
+    if checkpoints:
+        lines.append(f"checkpoint   {short(checkpoints[-1].path)}")
+    fields = next((e["fields"] for e in reversed(read_events(run.events)) if e["fields"].get("sync_command")), None)
+    if fields is not None:
+        lines.append(f"W&B run      offline; upload it with: {fields['sync_command']}")
+    url = next((e["fields"]["url"] for e in reversed(read_events(run.events)) if e["fields"].get("url")), None)
+    if url is not None:
+        lines.append(f"W&B run      {url}")
+    if run.export.is_dir():
+        lines.append(f"exported to  {short(run.export)}")
+    return [
+        *lines,
+        "",
+        "next:",
+        f"  python -m launcher status {name}",
+        f"  python -m launcher resume {name} train.max_steps=...",
+        "  python -m launcher data=jsonl data.path=YOUR.jsonl",
+        "  python -m launcher plan experiment=llama3_8b_one_node data.path=YOUR.jsonl",
+    ]
+
+
+def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
+    file = run.attempt(attempt) / "exit.json"
+    failure = json.loads(file.read_text()).get("first_failure") if file.is_file() else None
+    if failure:
+        if failure.get("traceback"):
+            print(failure["traceback"], file=sys.stderr)
+        print(f"rank {failure['rank']} failed first: {failure['message']}", file=sys.stderr)
+        print(f"  log:    {short(failure['log'])}", file=sys.stderr)
+    else:
+        print(f"failed: {status.message}", file=sys.stderr)
+        print(f"  log:    {short(run.attempt(attempt) / 'agent.log')}", file=sys.stderr)
+    print(f"  remedy: mend the cause, then: python -m launcher resume {short(run.root)}", file=sys.stderr)

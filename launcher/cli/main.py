@@ -1,0 +1,95 @@
+"""The command line: the first word without `=` is the verb, the rest goes to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from launcher.errors import EXIT_INTERRUPTED, EXIT_REFUSED, LauncherError, Problem
+
+COMPOSING = ("train", "plan", "data")
+ON_RUNS = ("ls", "status", "logs", "cancel", "resume", "export")
+
+HELP = """\
+Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
+
+  python -m launcher [train] [overrides]       plan, prepare, start; follow it on this machine (--detach returns at once)
+  python -m launcher plan [overrides]          show everything that is decided; start nothing
+  python -m launcher data [overrides]          build the data cache and report on it, masks included
+
+  python -m launcher ls                        the runs under ./runs, newest first
+  python -m launcher status RUN                state, step, loss, pace
+  python -m launcher logs RUN [-f] [--rank N]  what a rank printed
+  python -m launcher cancel RUN                save and stop; a second time: kill
+  python -m launcher resume RUN [overrides]    continue from the newest checkpoint
+  python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR]
+                                               write the Hugging Face folder of a checkpoint
+
+Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/config.md lists them all.
+Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more.
+Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
+Exit codes: 0 done, 1 the run failed, 2 refused before anything started, 130 interrupted.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; never raises for what a user can cause."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    # A reader that closes the pipe early (`| head`) is no error worth a traceback.
+    logging.raiseExceptions = False
+    debug = "--debug" in tokens
+    tokens = [token for token in tokens if token != "--debug"]  # noqa: S105
+    verb = tokens.pop(0) if tokens and _is_verb(tokens[0]) else "train"
+    if tokens[:1] in (["--help"], ["-h"]) and verb == "train":
+        return _print(HELP)
+    try:
+        return _run(verb, tokens)
+    except LauncherError as error:
+        if debug:
+            raise
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+
+
+def _is_verb(token: str) -> bool:
+    return "=" not in token and not token.startswith(("-", "+", "~"))
+
+
+def _run(verb: str, tokens: list[str]) -> int:
+    if verb in COMPOSING:
+        from launcher.cli import launch
+
+        return launch.run(verb, tokens)
+    if verb in ON_RUNS:
+        from launcher.cli import runs
+
+        return runs.run(verb, tokens)
+    if verb == "help":
+        return _print(HELP)
+    import difflib
+
+    close = difflib.get_close_matches(verb, [*COMPOSING, *ON_RUNS], n=1)
+    guess = f"did you mean {close[0]}? " if close else ""
+    print(
+        Problem(
+            f"there is no verb {verb}",
+            where="command line",
+            value=verb,
+            remedy=f"{guess}verbs are {', '.join([*COMPOSING, *ON_RUNS])}; settings are written key=value",
+        ),
+        file=sys.stderr,
+    )
+    return EXIT_REFUSED
+
+
+def _print(text: str) -> int:
+    print(text, end="")
+    return 0

@@ -1,0 +1,217 @@
+"""The verbs on runs that exist: ls, status, logs, cancel, resume, export."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher import facts, run_store
+from launcher.checkpoint import store
+from launcher.cli import text
+from launcher.cli.follow import follow
+from launcher.clusters.base import cluster_for
+from launcher.config.resume import with_overrides
+from launcher.errors import SubmitError
+from launcher.plan.launch_plan import Facts, LaunchPlan
+from launcher.plan.planner import plan as make_plan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES, Status
+from launcher.tracking.console import format_duration
+from launcher.tracking.jsonl import read_events, read_metrics
+
+_FOLLOW_S = 0.3
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    arguments = _parser(verb).parse_args(tokens)
+    if verb == "ls":
+        return _ls(arguments)
+    found = run_store.find(arguments.run, Path(arguments.root))
+    return {"status": _status, "logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](found, arguments)
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    about = {
+        "ls": "List the runs, newest first.",
+        "status": "Show state, step, loss and pace of a run.",
+        "logs": "Show what a rank printed.",
+        "cancel": "Ask a run to save and stop; a second time, kill it.",
+        "resume": "Continue a run from its newest checkpoint.",
+        "export": "Write a checkpoint as a Hugging Face folder and compare it with the trained model.",
+    }[verb]
+    parser = argparse.ArgumentParser(prog=f"python -m launcher {verb}", description=about)
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    if verb != "ls":
+        parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    if verb in ("ls", "status"):
+        parser.add_argument("--json", action="store_true", help="print JSON")
+    if verb == "logs":
+        parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+        parser.add_argument("--rank", type=int, default=0, help="which rank (default: 0)")
+        parser.add_argument("--attempt", type=int, help="which attempt (default: the last)")
+    if verb == "resume":
+        parser.add_argument("overrides", nargs="*", help="settings to change, such as train.max_steps=2000")
+        parser.add_argument("--detach", action="store_true", help="return at once")
+    if verb == "export":
+        parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+        parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (default: bf16)")
+        parser.add_argument("--out", help="folder to write (default: export/ in the run directory)")
+    return parser
+
+
+def _summary(run: RunDir) -> dict[str, Any]:
+    """status.json corrected by the backend, and the newest metrics."""
+    plan = run_store.load_plan(run)
+    status: Status = cluster_for(plan.config.cluster.kind).status(run)
+    metrics = [m for m in read_metrics(run.metrics) if "train/loss" in m]
+    last = metrics[-1] if metrics else {}
+    evals = [m for m in read_metrics(run.metrics) if "eval/held_out/loss" in m]
+    return {
+        "name": run.root.name,
+        "dir": str(run.root),
+        **asdict(status),
+        "metrics": last,
+        "eval_loss": evals[-1]["eval/held_out/loss"] if evals else None,
+        "checkpoints": [c.step for c in store.list_checkpoints(run.checkpoints)],
+    }
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    summaries = [_summary(found) for found in run_store.runs(Path(arguments.root))]
+    if arguments.json:
+        print(json.dumps(summaries, indent=2))
+        return 0
+    if not summaries:
+        print(f"no runs under {arguments.root}; start one with: python -m launcher")
+        return 0
+    width = max(len(s["name"]) for s in summaries)
+    print(f"{'run':<{width}}  {'state':<10} {'step':>13}  {'loss':>7}  updated")
+    for s in summaries:
+        steps = f"{s['step']}/{s['max_steps'] or '?'}"
+        loss = s["metrics"].get("train/loss")
+        shown = f"{loss:7.4f}" if loss is not None else "      -"
+        print(f"{s['name']:<{width}}  {s['state']:<10} {steps:>13}  {shown}  {format_duration(time.time() - s['updated_at'])} ago")
+    return 0
+
+
+def _status(run: RunDir, arguments: argparse.Namespace) -> int:
+    summary = _summary(run)
+    if arguments.json:
+        print(json.dumps(summary, indent=2))
+        return 0
+    metrics = summary["metrics"]
+    rows = [
+        ("run", f"{summary['name']} in {text.short(run.root)}"),
+        ("state", summary["state"] + (f": {summary['message']}" if summary["message"] else "")),
+        ("attempt", str(summary["attempt"])),
+        ("step", f"{summary['step']} of {summary['max_steps'] or '?'}"),
+    ]
+    if metrics:
+        rows.append(("loss", f"{metrics['train/loss']:.4f}"))
+        rows.append(("pace", f"{metrics['perf/tokens_per_sec']:,.0f} tokens/s, {metrics['time/step_s']:.2f} s a step"))
+        if summary["state"] in RUNNING_STATES:
+            rows.append(("time left", format_duration(metrics["trainer/eta_s"])))
+    if summary["eval_loss"] is not None:
+        rows.append(("held out", f"loss {summary['eval_loss']:.4f}"))
+    if summary["checkpoints"]:
+        rows.append(("checkpoints", ", ".join(f"step {step}" for step in summary["checkpoints"])))
+    alerts = [event["text"] for event in read_events(run.events) if event["kind"] == "alert"]
+    rows += [("alert", alert) for alert in alerts[-3:]]
+    print("\n".join(f"{label:<12}{value}" for label, value in rows))
+    return 0
+
+
+def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
+    attempt = arguments.attempt or run_store.read_status(run).attempt
+    log = run.rank_log(attempt, arguments.rank)
+    agent = run.attempt(attempt) / "agent.log"
+    cluster = cluster_for(run_store.load_plan(run).config.cluster.kind)
+    if not log.is_file() and not arguments.follow:
+        there = sorted(p.name for p in run.attempt(attempt).glob("*.log")) if run.attempt(attempt).is_dir() else []
+        raise SubmitError(
+            f"rank {arguments.rank} has no log in attempt {attempt}",
+            where=str(log),
+            remedy=f"there are: {', '.join(there)}" if there else "the attempt has not started",
+        )
+    offset = 0
+    while True:
+        running = cluster.status(run).state in RUNNING_STATES
+        if log.is_file():
+            with open(log, "rb") as file:
+                file.seek(offset)
+                data = file.read()
+            offset += len(data)
+            sys.stdout.write(data.decode(errors="replace"))
+            sys.stdout.flush()
+        if not arguments.follow or not running:
+            break
+        time.sleep(_FOLLOW_S)
+    if not log.is_file() and agent.is_file():
+        print(agent.read_text(errors="replace"), end="")
+    return 0
+
+
+def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
+    cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run)
+    print(f"asked to save and stop; watch it: python -m launcher status {text.short(run.root)}")
+    return 0
+
+
+def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
+    plan = run_store.load_plan(run)
+    cluster = cluster_for(plan.config.cluster.kind)
+    status = cluster.status(run)
+    if status.state in RUNNING_STATES:
+        raise SubmitError(
+            f"the run is {status.state} already",
+            where=str(run.root),
+            remedy=f"follow it with: python -m launcher logs {text.short(run.root)} -f",
+        )
+    checkpoint = store.latest(run.checkpoints)
+    plan = _replanned(plan, run, arguments.overrides)
+    if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
+        raise SubmitError(
+            f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
+            where=str(run.root),
+            remedy="give it more to do with: resume RUN train.max_steps=...",
+        )
+    cluster.check(plan)
+    attempt = run_store.next_attempt(run, resume_step=checkpoint.step)
+    plan_path = run.attempt(attempt) / "plan.json"
+    plan_path.write_text(plan.to_json(), encoding="utf-8")
+    run_store.update_status(run, state="pending", max_steps=plan.batch.max_steps, message="")
+    print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
+    cluster.submit(run, attempt, plan_path)
+    if arguments.detach:
+        print(f"started. Follow it: python -m launcher logs {text.short(run.root)} -f")
+        return 0
+    return follow(run, attempt, cluster)
+
+
+def _replanned(plan: LaunchPlan, run: RunDir, overrides: list[str]) -> LaunchPlan:
+    """The same run under changed settings and where its directory lies now; model, data and identity stay."""
+    config = with_overrides(plan.config, overrides)
+    known = Facts(
+        working_dir=str(run.root.parent),
+        device=facts.device(),
+        model=plan.model,
+        data=plan.data,
+        provenance=plan.provenance.model_copy(update={"overrides": (*plan.provenance.overrides, *overrides)}),
+    )
+    kept = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
+    return make_plan(config, known).model_copy(update=kept)
+
+
+def _export(run: RunDir, arguments: argparse.Namespace) -> int:
+    command = [sys.executable, "-m", "launcher.checkpoint.export", str(run.plan)]
+    for flag in ("step", "dtype", "out"):
+        value = getattr(arguments, flag)
+        if value is not None:
+            command += [f"--{flag}", str(value)]
+    return subprocess.run(command).returncode

@@ -1,0 +1,83 @@
+"""A plan, a run and an error as lines for a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from launcher.plan.launch_plan import LaunchPlan
+
+
+def plan_lines(plan: LaunchPlan) -> list[str]:
+    """The decisions of a plan, a label and a value a line."""
+    config, topology, batch, memory = plan.config, plan.topology, plan.batch, plan.memory
+    exact = "" if plan.model.num_params_exact else "about "
+    kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
+    rows = [
+        ("run", f"{plan.run_name} in {short(plan.run_dir)}"),
+        ("model", f"{config.model.name}: {exact}{plan.model.num_params:,} parameters, {config.model.dtype}, from {kinds}"),
+        ("data", _data(plan)),
+        (
+            "ranks",
+            f"{topology.world_size} on {topology.device} ({topology.nodes} node x {topology.ranks_per_node}), {topology.backend}, "
+            f"DeepSpeed {config.deepspeed.name}",
+        ),
+        (
+            "batch",
+            f"{batch.global_batch_size} rows = {batch.micro_batch_size} micro-batch x {batch.accumulation} accumulation x "
+            f"{topology.world_size} ranks; {_tokens(plan)} tokens a step",
+        ),
+        ("steps", _steps(plan)),
+        ("optimizer", f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps"),
+        (
+            "memory",
+            f"model states {memory.per_rank_gib:.2f} GiB a rank (weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, "
+            f"optimizer {memory.optimizer_gib:.2f})" + (f" of {memory.device_gib:.0f}" if memory.device_gib else "")
+            + (f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""),
+        ),
+        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, the last {config.train.keep_last} kept"),
+        ("tracking", _tracking(plan)),
+    ]
+    if plan.limits.max_seconds is not None:
+        rows.append(("limit", f"saves and stops after {plan.limits.max_seconds / 3600:.2f} hours"))
+    return [f"{label:<11}{value}" for label, value in rows]
+
+
+def _data(plan: LaunchPlan) -> str:
+    data = plan.data
+    if data is None:
+        return f"{plan.config.data.name}: not built yet (python -m launcher data builds it and shows it)"
+    share = data.num_trained_tokens / max(1, data.num_tokens)
+    return (
+        f"{plan.config.data.name}: {data.num_rows:,} rows of up to {plan.config.data.max_length:,} tokens, {data.num_tokens:,} tokens "
+        f"({share:.0%} trained), {data.num_eval_rows:,} held-out rows"
+    )
+
+
+def _tokens(plan: LaunchPlan) -> str:
+    batch = plan.batch
+    return f"about {batch.tokens_per_step:,}" if batch.tokens_per_step else f"up to {batch.max_tokens_per_step:,}"
+
+
+def _steps(plan: LaunchPlan) -> str:
+    train, batch = plan.config.train, plan.batch
+    steps = f"{batch.max_steps:,}" if batch.max_steps is not None else "known when the data is built"
+    epochs = f" ({batch.epochs:g} epochs)" if batch.epochs is not None else ""
+    evaluation = f"every {train.eval_every} and at the end" if train.eval_every else "at the end"
+    saves = f"every {train.save_every} and at the end" if train.save_every else "at the end"
+    return f"{steps}{epochs}; evaluation {evaluation}; checkpoint {saves}"
+
+
+def _tracking(plan: LaunchPlan) -> str:
+    tracking = plan.config.tracking
+    if tracking.kind == "none" or tracking.mode == "disabled":
+        return "metrics.jsonl only"
+    project = f"{tracking.entity}/{tracking.project}" if tracking.entity else tracking.project
+    return f"W&B project {project}, mode {tracking.mode}, id {plan.wandb_id}"
+
+
+def short(path: str | Path) -> str:
+    """A path relative to where the user stands, where that is shorter to read."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,37 @@
+"""What every backend can do with a run: start an attempt, tell its state, stop it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Status
+
+
+class Cluster(Protocol):
+    """A place where runs run. All state is on disk and with the scheduler; an instance keeps none."""
+
+    def check(self, plan: LaunchPlan) -> None:
+        """Refuse what this backend cannot run.
+
+        Raises:
+            SubmitError: with the remedy, before anything was started.
+        """
+
+    def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
+        """Start one attempt of a run whose directory is complete, and return."""
+
+    def status(self, run: RunDir) -> Status:
+        """The run's state, corrected by what the backend knows of its processes."""
+
+    def cancel(self, run: RunDir) -> None:
+        """Ask a running attempt to save and stop; asked a second time, kill it."""
+
+
+def cluster_for(kind: str) -> Cluster:
+    """The backend that `cluster.kind` names."""
+    from launcher.clusters.local import LocalCluster
+
+    return {"local": LocalCluster}[kind]()

@@ -1,0 +1,110 @@
+"""This machine: the node agent as a detached process, found again by its process id and start time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from launcher import run_store
+from launcher.errors import RunError, SubmitError
+from launcher.facts import device
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES, Status
+
+_START_DEADLINE_S = 60.0
+
+
+class LocalCluster:
+    def check(self, plan: LaunchPlan) -> None:
+        topology = plan.topology
+        if topology.nodes > 1:
+            raise SubmitError(
+                f"cluster=local is this one machine, and the plan asks for {topology.nodes} nodes",
+                where="cluster.nodes",
+                value=str(topology.nodes),
+                remedy="set cluster.nodes=1; `plan` shows a run of several nodes without starting it",
+            )
+        here = device()
+        if topology.device == "cuda" and (here.kind != "cuda" or topology.ranks_per_node > here.count):
+            raise SubmitError(
+                f"the plan asks for {topology.ranks_per_node} GPUs and this machine has {here.count if here.kind == 'cuda' else 'none'}",
+                where="cluster.ranks_per_node",
+                value=str(topology.ranks_per_node),
+                remedy="set cluster.ranks_per_node and cluster.gpu_type to what is here",
+            )
+        needed = plan.memory.host_per_node_gib
+        if topology.device == "cpu" and here.host_memory_gib and needed > here.host_memory_gib:
+            raise SubmitError(
+                f"model states need {needed:.0f} GiB and this machine has {here.host_memory_gib:.0f} GiB of memory",
+                where="model.path",
+                remedy="choose a smaller model or a machine with more memory",
+            )
+
+    def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
+        log = run.attempt(attempt) / "agent.log"
+        environment = {**os.environ, "PYTHONPATH": _with(run.code, os.environ.get("PYTHONPATH")), "PYTHONUNBUFFERED": "1"}
+        with open(log, "ab") as output:
+            # A session of its own: closing the terminal or Ctrl-C does not reach the run by itself.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "launcher.worker.agent", str(plan_path), str(attempt)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+            )
+        _await_start(run, attempt, process)
+
+    def status(self, run: RunDir) -> Status:
+        status = run_store.read_status(run)
+        if status.state not in RUNNING_STATES or status.job is None or status.job.get("host") != os.uname().nodename:
+            return status
+        if _agent(status) is not None:
+            return status
+        # The agent writes the last state just before it ends: look once more before calling it lost.
+        status = run_store.read_status(run)
+        if status.state not in RUNNING_STATES:
+            return status
+        return replace(status, state="failed", message="the node's agent is gone without a word (killed, or the machine restarted)")
+
+    def cancel(self, run: RunDir) -> None:
+        status = self.status(run)
+        agent = _agent(status)
+        if status.state not in RUNNING_STATES or agent is None:
+            raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
+        agent.send_signal(signal.SIGUSR1)
+
+
+def _with(code: os.PathLike[str], path: str | None) -> str:
+    return os.pathsep.join([os.fspath(code), *([path] if path else [])])
+
+
+def _agent(status: Status) -> psutil.Process | None:
+    """The agent's process, if it is still the one that wrote the status."""
+    job = status.job or {}
+    try:
+        process = psutil.Process(int(job["pid"]))
+        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process if alive and abs(process.create_time() - float(job["started"])) < 1 else None
+    except (KeyError, psutil.NoSuchProcess):
+        return None
+
+
+def _await_start(run: RunDir, attempt: int, process: subprocess.Popen[bytes]) -> None:
+    """Wait until the agent has announced itself, so that status and cancel work at once."""
+    deadline = time.monotonic() + _START_DEADLINE_S
+    while run_store.read_status(run).attempt != attempt:
+        if process.poll() is not None or time.monotonic() > deadline:
+            log = run.attempt(attempt) / "agent.log"
+            if process.poll() is None:
+                process.kill()
+            raise RunError("the node's agent did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
+        time.sleep(0.02)

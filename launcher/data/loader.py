@@ -1,0 +1,146 @@
+"""Batches of packed rows, in an order that depends on (seed, epoch) alone; any step costs the same to reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from launcher.data.cache import Split
+from launcher.errors import DataError, Problem
+from launcher.plan.launch_plan import Batch
+
+IGNORED = -100
+"""Label of a token that is not trained; the default `ignore_index` of torch's cross entropy."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank feeds into one forward pass; B rows of T tokens, T the longest row. Tensors are int64, on CPU.
+
+    `position_ids` restart at 0 with each document and where padding starts. `labels` are already shifted: labels[b, t] is
+    token t + 1 where that token is trained and stands in the same document, else IGNORED. `num_tokens` and `doc_lengths`
+    count no padding. A batch without rows is one row of padding, with empty `row_ids`.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor
+    row_ids: tuple[int, ...]
+    num_tokens: int
+    doc_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step: this rank's micro-batches, and counts of the whole global batch over all ranks.
+
+    `num_labels` are the trained labels, the divisor of the loss; `row_ids` stand in the global batch's order.
+    """
+
+    micro: list[MicroBatch]
+    num_labels: int
+    num_tokens: int
+    row_ids: tuple[int, ...]
+
+
+class RowOrder:
+    """The endless stream of row numbers: epoch after epoch, each a permutation of its own.
+
+    Raw PCG64 output is sorted instead of calling Generator.permutation: numpy keeps the former stable across releases
+    (NEP 19), so a resumed run sees the same rows under another numpy.
+    """
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self.num_rows = num_rows
+        self.seed = seed
+        self._epoch = lru_cache(maxsize=2)(self._permutation)
+
+    def at(self, start: int, stop: int) -> np.ndarray:
+        """Row numbers at stream positions start..stop - 1; position p lies in epoch p // num_rows."""
+        parts = []
+        while start < stop:
+            epoch, offset = divmod(start, self.num_rows)
+            part = self._epoch(epoch)[offset : offset + stop - start]
+            parts.append(part)
+            start += len(part)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.argsort(np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows), kind="stable")
+
+
+class TrainBatches:
+    """Random access to the steps of a run for one rank.
+
+    Global batch b is stream positions b * G to (b + 1) * G; row j of micro-batch m on rank r is index
+    (m * world_size + r) * micro_batch_size + j within it, so the batch is the same for every world size.
+    Errors: DataError where the split is empty or `batch` does not split over `world_size` ranks.
+    """
+
+    def __init__(self, split: Split, batch: Batch, seed: int, rank: int, world_size: int, pad_id: int) -> None:
+        if split.num_rows == 0:
+            raise DataError(Problem("the training split has no rows", "data.sources", remedy="add rows to train on"))
+        if batch.micro_batch_size * batch.accumulation * world_size != batch.global_batch_size:
+            split_up = f"{batch.micro_batch_size} rows x {batch.accumulation} micro-batches x {world_size} ranks"
+            what, remedy = f"{split_up} is not the global batch", "plan the run for this world size"
+            raise DataError(Problem(what, "train.global_batch_size", str(batch.global_batch_size), remedy))
+        self.split = split
+        self.batch = batch
+        self.rank = rank
+        self.world_size = world_size
+        self.pad_id = pad_id
+        self.order = RowOrder(split.num_rows, seed)
+
+    def step(self, step: int) -> StepBatch:
+        """The batch of optimizer step `step`, counted from 0."""
+        size, micro_size = self.batch.global_batch_size, self.batch.micro_batch_size
+        rows = self.order.at(step * size, (step + 1) * size)
+        mine = rows.reshape(self.batch.accumulation, self.world_size, micro_size)[:, self.rank]
+        return StepBatch(
+            micro=[micro_batch(self.split, micro, self.pad_id) for micro in mine],
+            num_labels=int(self.split.row_labels[rows].sum()),
+            num_tokens=int(self.split.row_lengths(rows).sum()),
+            row_ids=tuple(rows.tolist()),
+        )
+
+
+def eval_batches(split: Split, micro_batch_size: int, rank: int, world_size: int, pad_id: int) -> list[MicroBatch]:
+    """This rank's share of all rows of `split`, dealt out as in training; each row is in exactly one rank's list.
+
+    Every rank gets the same number of micro-batches, since a forward pass under ZeRO-3 is collective: where the rows run
+    out, the last ones are smaller, or padding alone with every label IGNORED.
+    """
+    stride = micro_batch_size * world_size
+    return [
+        micro_batch(split, np.arange(start, max(start, min(start + micro_batch_size, split.num_rows))), pad_id)
+        for start in range(rank * micro_batch_size, rank * micro_batch_size + -(-split.num_rows // stride) * stride, stride)
+    ]
+
+
+def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
+    """The rows of `split` with these numbers, padded to the longest of them."""
+    lengths = split.row_lengths(rows)
+    shape = (max(1, len(rows)), int(lengths.max(initial=1)))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED, dtype=np.int64)
+    position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
+    doc_lengths: list[int] = []
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        tokens = slice(split.rows[row], split.rows[row + 1])
+        input_ids[i, :length] = split.tokens[tokens]
+        # A document's first token is never marked as trained, so no label reaches into the next document.
+        labels[i, : length - 1] = np.where(split.trained[tokens][1:], input_ids[i, 1:length], IGNORED)
+        borders = split.doc_borders(row)
+        doc_lengths += np.diff(borders).tolist()
+        position_ids[i] -= np.repeat([*borders], np.diff([*borders, shape[1]]))
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        labels=torch.from_numpy(labels),
+        row_ids=tuple(rows.tolist()),
+        num_tokens=int(lengths.sum()),
+        doc_lengths=tuple(doc_lengths),
+    )

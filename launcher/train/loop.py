@@ -1,0 +1,287 @@
+"""The training loop: this is the file to open first.
+
+Every rank runs `train` with the same plan. Each step takes its rows from (seed, step) alone, adds up the summed
+loss over its micro-batches divided by the trained tokens of the whole global batch, and steps the optimizer;
+so neither the number of ranks nor the split into micro-batches changes the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher import run_store
+from launcher.checkpoint import shards, store
+from launcher.data.cache import Split
+from launcher.data.loader import MicroBatch, TrainBatches, eval_batches
+from launcher.errors import RunError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.tracker import Composite, start_trackers
+from launcher.train.engine import Place, build_engine, join, leave
+from launcher.train.finish import finish
+from launcher.train.metrics import Meter, StepTimer, perplexity
+from launcher.train.model import CausalLMLoss
+from launcher.train.optim import learning_rate, set_learning_rate
+
+# Tokens whose logits stand in each checkpoint, for the export's parity check.
+_PROBE_TOKENS = 64
+# How ranks tell each other why to stop; several at once: the first of these counts.
+STOP_REASONS = ("cancelled", "preempted", "limit")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended: completed, cancelled (a person) or preempted (the machines, or a limit of the run)."""
+
+    state: str
+    step: int
+    message: str
+    checkpoint: Path
+
+
+def train(plan: LaunchPlan, place: Place, stop_reason: Callable[[], str | None]) -> Outcome:
+    """Train from the newest committed checkpoint, or from the initial weights, to the end of the plan.
+
+    `stop_reason` is asked after each step; when any rank names one of STOP_REASONS, all save and return.
+
+    Raises:
+        RunError: where the loss is not finite; the last committed checkpoint stays.
+    """
+    started = time.monotonic()
+    run = RunDir(Path(plan.run_dir))
+    device = join(plan, place)
+    tracker = start_trackers(plan, run.root, place.attempt) if place.is_main else Composite([])
+    state = "failed"
+    try:
+        session = _Session.start(plan, place, run, device, tracker, started)
+        outcome = session.run(stop_reason)
+        leave()
+        if place.is_main and outcome.state == "completed":
+            del session
+            finish(plan, outcome.checkpoint, tracker)
+        state = outcome.state
+        return outcome
+    finally:
+        tracker.finish(state)
+
+
+@dataclass
+class _Session:
+    plan: LaunchPlan
+    place: Place
+    run_dir: RunDir
+    device: torch.device
+    tracker: Composite
+    started: float
+    engine: Any
+    model: CausalLMLoss
+    batches: TrainBatches
+    held_out: list[MicroBatch]
+    meter: Meter
+    timer: StepTimer
+    max_steps: int
+    step: int = 0
+    saved_step: int | None = None
+    last_eval: tuple[int, float] | None = None
+
+    @classmethod
+    def start(
+        cls, plan: LaunchPlan, place: Place, run: RunDir, device: torch.device, tracker: Composite, started: float
+    ) -> _Session:
+        data, max_steps = plan.data, plan.batch.max_steps
+        if data is None or max_steps is None:
+            raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
+        engine, model = build_engine(plan)
+        # Padding is never looked at nor trained; any id in the vocabulary serves.
+        batches = TrainBatches(Split.open(data.cache_dir), plan.batch, plan.config.run.seed, place.rank, place.world_size, pad_id=0)
+        held_out: list[MicroBatch] = []
+        if data.num_eval_rows:
+            split = Split.open(data.cache_dir, held_out=True)
+            held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
+        meter = Meter(plan, max_steps, device, place.attempt, place.restart)
+        session = cls(
+            plan, place, run, device, tracker, started, engine, model, batches, held_out, meter, StepTimer(device), max_steps
+        )
+        session._restore()
+        return session
+
+    def run(self, stop_reason: Callable[[], str | None]) -> Outcome:
+        train = self.plan.config.train
+        self._report_status("running")
+        if self.step == 0 and train.eval_at_start:
+            self._evaluate("before training")
+        stopped = None
+        while self.step < self.max_steps and stopped is None:
+            stopped = self._train_step(stop_reason)
+            at_end = self.step == self.max_steps
+            if train.eval_every and self.step % train.eval_every == 0 and not at_end:
+                self._evaluate("held out")
+            if train.save_every and self.step % train.save_every == 0 and not at_end:
+                self._save()
+        if stopped is not None and self.step < self.max_steps:
+            self._save()
+            return self._stopped(stopped)
+        self._evaluate("after training")
+        checkpoint = self._save()
+        return Outcome("completed", self.step, f"{self.step} steps", checkpoint)
+
+    def _train_step(self, stop_reason: Callable[[], str | None]) -> str | None:
+        """One optimizer step; returns why to stop, where any rank has a reason."""
+        timer = self.timer
+        timer.begin()
+        with timer.part("data"):
+            batch = self.batches.step(self.step)
+        # DeepSpeed averages over ranks; the loss is a sum over all of them.
+        scale = self.place.world_size / batch.num_labels
+        summed = torch.zeros((), dtype=torch.float32, device=self.device)
+        lr = learning_rate(self.plan.config.optim, self.step, self.max_steps)
+        set_learning_rate(self.engine.optimizer, lr)
+        for i, micro in enumerate(batch.micro):
+            with timer.part("fwd_bwd"):
+                nll = self._nll(micro)
+                self.engine.backward(nll * scale, scale_wrt_gas=False)
+                summed += nll.detach()
+            if i < len(batch.micro) - 1:
+                self.engine.step()
+        with timer.part("optim"):
+            self.engine.step()
+        loss, stopped = self._agree(summed, self._own_reason(stop_reason))
+        loss /= batch.num_labels
+        times = timer.read()
+        self.step += 1
+        if self.engine.was_step_applied():
+            self._require_finite(loss)
+        else:
+            self.meter.skipped_steps += 1
+        if self.place.is_main:
+            metrics = self.meter.step(self.step, batch, loss, float(self.engine.get_global_grad_norm() or 0.0), lr, times)
+            if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
+                self.tracker.log(self.step, metrics)
+                self._report_status("running")
+        return stopped
+
+    def _nll(self, micro: MicroBatch) -> torch.Tensor:
+        tensors = (micro.input_ids, micro.position_ids, micro.labels)
+        return self.engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
+
+    def _own_reason(self, stop_reason: Callable[[], str | None]) -> str | None:
+        limit = self.plan.limits.max_seconds
+        if limit is not None and time.monotonic() - self.started > limit:
+            return "limit"
+        return stop_reason()
+
+    def _agree(self, summed: torch.Tensor, reason: str | None) -> tuple[float, str | None]:
+        """One all-reduce per step carries the loss and every rank's wish to stop."""
+        flags = [float(reason == name) for name in STOP_REASONS]
+        shared = torch.tensor([0.0, *flags], dtype=torch.float64, device=self.device)
+        shared[0] = summed
+        dist.all_reduce(shared)
+        loss, *votes = shared.tolist()
+        return loss, next((name for name, count in zip(STOP_REASONS, votes, strict=True) if count), None)
+
+    def _require_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step is not None else "no checkpoint was saved yet"
+        raise RunError(
+            f"the loss is {loss} at step {self.step}; training stopped and {kept}",
+            where=f"step {self.step}",
+            value=str(loss),
+            remedy="lower optim.lr, lengthen optim.warmup_steps, or look for broken rows with: python -m launcher data",
+        )
+
+    @torch.no_grad()
+    def _evaluate(self, when: str) -> None:
+        """Held-out loss over all ranks; the mean over trained tokens, as in training."""
+        if not self.held_out:
+            return
+        began = time.perf_counter()
+        self.model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for micro in self.held_out:
+            totals[0] += self._nll(micro)
+            totals[1] += int((micro.labels >= 0).sum())
+        self.model.train()
+        dist.all_reduce(totals)
+        nll, labels = totals.tolist()
+        loss = nll / max(labels, 1)
+        self.last_eval = (self.step, loss)
+        metrics = {"eval/held_out/loss": loss, "eval/held_out/ppl": perplexity(loss), "time/eval_s": time.perf_counter() - began}
+        self.tracker.log(self.step, metrics)
+        self.tracker.event("eval", f"held-out loss {when}: {loss:.4f} ({int(labels):,} trained tokens)", self.step, loss=loss, when=when)
+
+    def _save(self) -> Path:
+        """Commit a checkpoint of the current step, unless it is there already."""
+        checkpoint = self.run_dir.checkpoints / store.step_name(self.step)
+        if self.saved_step == self.step:
+            return checkpoint
+        self._report_status("saving")
+        result = shards.save(
+            self.engine,
+            self.model.parameters_by_name(),
+            self.run_dir.checkpoints,
+            step=self.step,
+            plan_digest=self.plan.digest(),
+            attempt=self.place.attempt,
+            extra_state={"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps},
+            keep_last=self.plan.config.train.keep_last,
+            probe=self._probe(),
+        )
+        self.saved_step = self.step
+        self.tracker.log(
+            self.step, {"ckpt/last_step": self.step, "ckpt/save_s": result.seconds, "ckpt/stall_s": result.seconds, "ckpt/bytes": result.bytes}
+        )
+        size = f"{result.bytes / 2**30:.2f} GiB in {result.seconds:.1f} s"
+        self.tracker.event("checkpoint", f"saved {result.path} ({size})", self.step, path=str(result.path))
+        self._report_status("running")
+        return result.path
+
+    @torch.no_grad()
+    def _probe(self) -> dict[str, torch.Tensor]:
+        """Logits of a few tokens of the first row, by which an export proves that it is this model."""
+        first = self.batches.split
+        row = torch.from_numpy(first.tokens[first.rows[0] : first.rows[1]][:_PROBE_TOKENS].astype("int64"))[None]
+        positions = torch.arange(row.shape[1])[None]
+        self.model.eval()
+        logits = self.engine(row.to(self.device), positions.to(self.device))
+        self.model.train()
+        return {"input_ids": row, "position_ids": positions, "logits": logits.reshape(1, row.shape[1], -1).cpu()}
+
+    def _restore(self) -> None:
+        """Continue from a checkpoint where the attempt names one, or where this attempt has committed one."""
+        wanted = run_store.resume_step(self.run_dir, self.place.attempt)
+        if wanted is not None and not self.place.restart:
+            checkpoint = store.at_step(self.run_dir.checkpoints, wanted)
+        else:
+            found = store.list_checkpoints(self.run_dir.checkpoints)
+            if not found:
+                return
+            checkpoint = found[-1]
+        state = shards.load(self.engine, self.model.parameters_by_name(), checkpoint.path)
+        self.step = self.saved_step = checkpoint.step
+        self.meter.tokens = int(state["tokens"])
+        self.meter.skipped_steps = int(state["skipped_steps"])
+        self.tracker.event("info", f"continuing from {checkpoint.path}", self.step)
+
+    def _report_status(self, state: str) -> None:
+        if self.place.is_main:
+            run_store.update_status(self.run_dir, state=state, step=self.step)
+
+    def _stopped(self, reason: str) -> Outcome:
+        state = "cancelled" if reason == "cancelled" else "preempted"
+        why = {
+            "cancelled": "stopped on request",
+            "preempted": "the machine was asked to stop",
+            "limit": "run.max_hours or run.max_usd is reached",
+        }[reason]
+        checkpoint = self.run_dir.checkpoints / store.step_name(self.step)
+        return Outcome(state, self.step, f"{why}; saved at step {self.step} of {self.max_steps}", checkpoint)
+

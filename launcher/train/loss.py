@@ -1,0 +1,69 @@
+"""Summed negative log-likelihood, with logits only for trained tokens and only a chunk at a time.
+
+The gradient with respect to the head's input and weight is computed in the forward pass, chunk by chunk, as
+in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989): the logits are there once, so they
+are not computed a second time in the backward pass, and the full [tokens, vocab] matrix never exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class LossHead(nn.Linear):
+    """A language-model head whose forward takes labels and returns the summed loss.
+
+    It stays a module of its own so that ZeRO-3's hooks gather and release its weight around the call.
+    """
+
+    chunk_tokens: int = 1024
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Hidden [N, H] and labels [N] to a scalar fp32 sum; without labels, plain logits [..., V]."""
+        if labels is None:
+            return nn.functional.linear(hidden, self.weight, self.bias)
+        return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, self.chunk_tokens)
+
+
+class _ChunkedNll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needs_grad = any(ctx.needs_input_grad[:3])
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight) if needs_grad else None
+        grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
+        for start in range(0, len(hidden), chunk_tokens):
+            part, target = hidden[start : start + chunk_tokens], labels[start : start + chunk_tokens]
+            logits = nn.functional.linear(part, weight, bias).float()
+            log_z = torch.logsumexp(logits, dim=-1, keepdim=True)
+            index = target.unsqueeze(-1)
+            total += (log_z - logits.gather(-1, index)).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            # d nll / d logits = softmax - onehot, written over the logits.
+            grad = logits.sub_(log_z).exp_()
+            grad.scatter_add_(-1, index, grad.new_full(index.shape, -1.0))
+            grad = grad.to(weight.dtype)
+            torch.mm(grad, weight, out=grad_hidden[start : start + len(part)])
+            grad_weight.addmm_(grad.t(), part)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return (
+            grad_hidden.mul_(scale.to(grad_hidden.dtype)),
+            grad_weight.mul_(scale.to(grad_weight.dtype)),
+            None if grad_bias is None else grad_bias.mul_(scale.to(grad_bias.dtype)),
+            None,
+            None,
+        )

@@ -1,0 +1,132 @@
+"""Measurements of one step, under the names of the design."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from launcher.data.loader import IGNORED, StepBatch
+from launcher.plan.architecture import train_flops
+from launcher.plan.gpus import lookup
+from launcher.plan.launch_plan import LaunchPlan
+
+
+class StepTimer:
+    """Seconds spent in named parts of a step; CUDA events on a GPU, so that measuring never waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._start = time.perf_counter()
+
+    def begin(self) -> None:
+        self._spans.clear()
+        self._start = time.perf_counter()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = self._mark()
+        yield
+        self._spans.append((name, start, self._mark()))
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """`time/<part>_s` and `time/step_s`; call it where the device has finished the step anyway."""
+        totals: dict[str, float] = {}
+        for name, start, end in self._spans:
+            seconds = start.elapsed_time(end) / 1000 if self._cuda else end - start
+            totals[f"time/{name}_s"] = totals.get(f"time/{name}_s", 0.0) + seconds
+        totals["time/step_s"] = time.perf_counter() - self._start
+        return totals
+
+
+class Meter:
+    """Turns what a step did into metrics; keeps the running counts and the pace for the time left."""
+
+    def __init__(self, plan: LaunchPlan, max_steps: int, device: torch.device, attempt: int, restart: int) -> None:
+        self._plan = plan
+        self._max_steps = max_steps
+        self._device = device
+        self._recent: deque[float] = deque(maxlen=20)
+        self._process = psutil.Process()
+        self._fixed = {"run/attempt": float(attempt), "run/restarts": float(restart), "run/nodes": float(plan.topology.nodes)}
+        name = plan.config.cluster.gpu_type or (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
+        gpu = lookup(name) if name else None
+        self._peak_tflops = gpu.peak_tflops if gpu and plan.config.model.dtype != "fp32" else None
+        self._started = time.monotonic()
+        self.tokens = 0
+        self.skipped_steps = 0
+
+    def step(self, step: int, batch: StepBatch, loss: float, grad_norm: float, lr: float, times: dict[str, float]) -> dict[str, float]:
+        """Metrics after optimizer step `step` (counted from 1); loss is per trained token of the global batch."""
+        topology, step_s = self._plan.topology, times["time/step_s"]
+        self._recent.append(step_s)
+        self.tokens += batch.num_tokens
+        samples = step * self._plan.batch.global_batch_size
+        per_sec = batch.num_tokens / step_s
+        labels = sum(int((micro.labels != IGNORED).sum()) for micro in batch.micro)
+        lengths = [n for micro in batch.micro for n in micro.doc_lengths]
+        tflops = train_flops(self._plan.model, lengths, labels) / step_s / 1e12
+        slots = sum(micro.input_ids.numel() for micro in batch.micro)
+        metrics = {
+            "trainer/step": float(step),
+            "trainer/tokens": float(self.tokens),
+            "trainer/samples": float(samples),
+            "trainer/progress": step / self._max_steps,
+            "trainer/eta_s": (self._max_steps - step) * statistics.median(self._recent),
+            "train/loss": loss,
+            "train/grad_norm": grad_norm,
+            "train/lr": lr,
+            "train/skipped_steps": float(self.skipped_steps),
+            "perf/tokens_per_sec": per_sec,
+            "perf/tokens_per_sec_per_gpu": per_sec / topology.world_size,
+            "perf/tflops_per_gpu": tflops,
+            "perf/padding_frac": 1 - sum(micro.num_tokens for micro in batch.micro) / slots,
+            "data/label_frac": batch.num_labels / batch.num_tokens,
+            "memory/host_rss_gib": self._process.memory_info().rss / 2**30,
+            **times,
+            **self._fixed,
+        }
+        if self._plan.data is not None:
+            metrics["trainer/epoch"] = samples / self._plan.data.num_rows
+        if self._peak_tflops:
+            metrics["perf/mfu"] = tflops / self._peak_tflops
+        metrics |= self._device_memory() | self._cost()
+        return metrics
+
+    def _device_memory(self) -> dict[str, float]:
+        if self._device.type != "cuda":
+            return {}
+        stats = torch.cuda.memory_stats(self._device)
+        return {
+            "memory/peak_active_gib": stats["active_bytes.all.peak"] / 2**30,
+            "memory/peak_reserved_gib": stats["reserved_bytes.all.peak"] / 2**30,
+            "memory/alloc_retries": float(stats["num_alloc_retries"]),
+        }
+
+    def _cost(self) -> dict[str, float]:
+        price = self._plan.config.cluster.price_per_gpu_hour
+        hours = (time.monotonic() - self._started) / 3600 * self._plan.topology.world_size
+        if price is None:
+            return {"cost/gpu_hours": hours}
+        usd = hours * price
+        return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(self.tokens, 1) * 1e6}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,153 @@
+"""The model under ZeRO-3: built partitioned, with a head that returns the loss.
+
+Sources: Hugging Face `from_pretrained` under an HfDeepSpeedConfig partitions each weight while it loads, so
+no rank ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.config.schema import ModelSection
+from launcher.data.loader import IGNORED
+from launcher.errors import ConfigError
+from launcher.plan.launch_plan import ModelFacts
+from launcher.train.loss import LossHead
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Config entries that change logits after the head; the loss would silently be another one.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class CausalLMLoss(nn.Module):
+    """Hidden states of a Hugging Face model, and the summed loss over the labels that are trained."""
+
+    def __init__(self, model: nn.Module, flatten: bool) -> None:
+        super().__init__()
+        self.hf = model
+        # FlashAttention recognises packed documents by position ids in a batch of one row only.
+        self.flatten = flatten
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Summed negative log-likelihood over `labels` [B, T] (IGNORED is skipped), a scalar in fp32.
+
+        Without labels: logits. Everything goes through this one method, because ZeRO-3 gathers weights around it.
+        """
+        hidden = self._hidden(input_ids, position_ids)
+        if labels is None:
+            return self.hf.get_output_embeddings()(hidden)
+        trained = labels.reshape(-1) != IGNORED
+        selected = hidden.reshape(-1, hidden.shape[-1])[trained]
+        return self.hf.get_output_embeddings()(selected, labels.reshape(-1)[trained])
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Last hidden states [B, T, H] (or [1, B*T, H]) of token ids and restarting positions [B, T]."""
+        if self.flatten:
+            input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+        # A cache or a mask would switch off the isolation of packed documents.
+        return self.hf.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+    def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
+        """Trainable parameters under their Hugging Face names; tied weights stand once."""
+        return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
+
+
+def attention_kernel(model: ModelSection, device: str) -> str:
+    if model.attention != "auto":
+        return model.attention
+    return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_tokens: int) -> CausalLMLoss:
+    """Build the model that the plan names; call it while an HfDeepSpeedConfig is alive.
+
+    Raises:
+        ConfigError: where the architecture is not a causal language model that this loop can train.
+    """
+    # A lazy import of dynamo inside zero.Init dies on patched tensor constructors.
+    import torch._dynamo
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kernel = attention_kernel(model, device)
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
+    remote = {"trust_remote_code": model.trust_remote_code}
+    if facts.path is not None and model.init == "pretrained":
+        pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
+        hf = AutoModelForCausalLM.from_pretrained(facts.path, **options, **remote, **pickled)
+    else:
+        if facts.path is not None:
+            config = AutoConfig.from_pretrained(facts.path, **remote)
+        else:
+            config = AutoConfig.for_model(**facts.config)
+        hf = AutoModelForCausalLM.from_config(config, **options, **remote)
+    _refuse_what_changes_logits(hf)
+    _with_loss_head(hf, chunk_tokens)
+    if model.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(hf, fused_linear_cross_entropy=False, cross_entropy=False)
+    if model.activation_checkpointing:
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    hf.train()
+    return CausalLMLoss(hf, flatten=kernel.startswith("flash_attention"))
+
+
+def _refuse_what_changes_logits(hf: Any) -> None:
+    for name in _LOGIT_TRANSFORMS:
+        value = getattr(hf.config, name, None)
+        if value not in (None, 1, 1.0):
+            raise ConfigError(
+                f"this architecture changes its logits after the head ({name}={value}), which the chunked loss does not do",
+                where="model.path",
+                value=str(hf.config.model_type),
+                remedy="choose another model",
+            )
+
+
+def _with_loss_head(hf: Any, chunk_tokens: int) -> None:
+    head = hf.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise ConfigError(
+            f"this architecture's head is a {type(head).__name__}, not a linear layer over the vocabulary",
+            where="model.path",
+            value=str(hf.config.model_type),
+            remedy="choose a causal language model",
+        )
+    # The class changes and nothing else: weights, tying and DeepSpeed's bookkeeping stay as they are.
+    head.__class__ = LossHead
+    head.chunk_tokens = chunk_tokens
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write a GGUF file as a Hugging Face folder with bf16 weights and tokenizer; `folder` appears when complete."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+            hf = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
+        # The weights are plain bf16 now: nothing about them is quantized any more, whatever the loader remembers.
+        hf.hf_quantizer = None
+        if hasattr(hf.config, "quantization_config"):
+            del hf.config.quantization_config
+        tokenizer.save_pretrained(temporary)
+        hf.save_pretrained(temporary)
+        if not folder.exists():
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,52 @@
+"""One rank: `python -m launcher.worker.entry PLAN ATTEMPT`, started by the node's agent.
+
+The path of the plan is all that crosses from the submit side.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from launcher import run_store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker.rank import RankEnv, die_with_parent, redirect_output
+from launcher.worker.signals import StopFlag
+
+
+def main(plan_path: str, attempt: int) -> None:
+    """Train, and leave the outcome where the agent reads it (rank 0)."""
+    die_with_parent()
+    stop = StopFlag().install()
+    plan = LaunchPlan.load(plan_path)
+    run = RunDir(Path(plan.run_dir))
+    env = RankEnv.from_environ(os.environ)
+    redirect_output(run.rank_log(attempt, env.rank))
+
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(_train)(plan, run, env, attempt, stop)
+
+
+def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag) -> None:
+    from launcher.train.engine import Place
+    from launcher.train.loop import train
+
+    place = Place(env.rank, env.local_rank, env.world_size, attempt, env.restart)
+    outcome = train(plan, place, stop)
+    if place.is_main:
+        run_store.write_json(
+            run.attempt(attempt) / "outcome.json",
+            {
+                "state": outcome.state,
+                "step": outcome.step,
+                "message": outcome.message,
+                "checkpoint": str(outcome.checkpoint),
+            },
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

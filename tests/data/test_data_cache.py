@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from launcher.config.schema import DataSection, Source
+from launcher.data import cache
+from launcher.data.build import build
+from launcher.data.cache import Split, cache_key, find, read_report, read_samples
+from launcher.errors import DataError
+
+Section = Callable[..., DataSection]
+Jsonl = Callable[..., Path]
+
+
+def documents(split: Split) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    slices = [slice(a, b) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)]
+    return [(tuple(split.tokens[s].tolist()), tuple(split.trained[s].tolist())) for s in slices]
+
+
+def assert_sound(split: Split, max_length: int) -> None:
+    assert split.rows[0] == split.docs[0] == 0
+    assert split.rows[-1] == split.docs[-1] == len(split.tokens) == len(split.trained)
+    lengths = np.diff(split.rows)
+    assert (lengths > 0).all()
+    assert (lengths <= max_length).all()
+    assert set(split.rows.tolist()) <= set(split.docs.tolist())
+    assert not split.trained[np.asarray(split.docs[:-1])].any()
+    assert split.row_labels.tolist() == [
+        int(split.trained[a:b].sum()) for a, b in zip(split.rows[:-1], split.rows[1:], strict=True)
+    ]
+    assert (split.tokens.dtype, split.trained.dtype) == (np.uint32, np.uint8)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_what_is_built_is_what_is_opened(section: Section, tokenizer_dir: Path, packing: bool) -> None:
+    data = section(packing=packing, eval_fraction=0.2)
+    stages = []
+    facts = build(data, str(tokenizer_dir), lambda *progress: stages.append(progress))
+    assert stages[0][0] == "tokenise"
+    assert stages[-1][1] == stages[-1][2]
+    split, held_out = Split.open(facts.cache_dir), Split.open(facts.cache_dir, held_out=True)
+    assert_sound(split, data.max_length)
+    assert_sound(held_out, data.max_length)
+    assert (split.num_rows, split.num_docs) == (facts.num_rows, facts.num_docs)
+    assert split.num_docs + held_out.num_docs == 200
+    assert (split.num_rows == split.num_docs) is not packing
+    assert facts.num_tokens == len(split.tokens)
+    assert facts.num_eval_tokens == len(held_out.tokens)
+    assert facts.num_trained_tokens == split.trained.sum() == split.row_labels.sum()
+    assert facts.padding_frac == pytest.approx(1 - facts.num_tokens / (facts.num_rows * 128))
+    assert find(cache_key(data, str(tokenizer_dir))) == facts
+    assert build(data, str(tokenizer_dir), lambda *progress: pytest.fail("built again")) == facts
+    folder = Path(facts.cache_dir)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (folder, folder / "eval")] == [0o700, 0o700]
+
+
+def test_packing_changes_rows_but_no_document(section: Section, tokenizer_dir: Path) -> None:
+    packed, single = (
+        Split.open(build(section(packing=packing, max_length=256), str(tokenizer_dir)).cache_dir) for packing in (True, False)
+    )
+    assert sorted(documents(packed)) == sorted(documents(single))
+    assert packed.num_rows < single.num_rows / 2
+
+
+def test_the_share_held_out_stays_when_rows_are_added(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    def held_out(count: int) -> tuple[set, set]:
+        rows = [{"prompt": f"{i}:", "completion": f" {i * i}"} for i in range(count)]
+        rows += rows[:10]
+        data = DataSection(
+            sources=(
+                Source(
+                    path=str(jsonl(rows)),
+                ),
+            ),
+            max_length=64,
+            eval_fraction=0.3,
+        )
+        folder = build(data, str(tokenizer_dir)).cache_dir
+        return set(documents(Split.open(folder))), set(documents(Split.open(folder, held_out=True)))
+
+    few_train, few_held_out = held_out(100)
+    many_train, many_held_out = held_out(150)
+    assert few_train < many_train
+    assert few_held_out < many_held_out
+    assert not many_train & many_held_out
+    assert 0.2 < len(many_held_out) / 150 < 0.4
+
+
+def test_an_eval_file_and_the_limit_on_rows(section: Section, jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    message = {"role": "user", "content": "?"}
+    rows = [{"messages": [message, {"role": "assistant", "content": "word " * i}]} for i in range(1, 60)]
+    data = section(eval_path=str(jsonl(rows, "eval.jsonl")))
+    facts = build(data, str(tokenizer_dir))
+    assert facts.num_docs == 200
+    assert read_report(facts.cache_dir)["num_eval_docs"] == 59
+    cut = build(data.model_copy(update={"eval_max_rows": 3}), str(tokenizer_dir))
+    assert (cut.num_rows, cut.num_eval_rows) == (facts.num_rows, 3)
+    assert_sound(Split.open(cut.cache_dir, held_out=True), 128)
+
+
+def test_stdlib_docs_brings_its_own_held_out_split(tokenizer_dir: Path) -> None:
+    data = DataSection(sources=(Source(path="builtin:stdlib_docs"),), max_length=256, eval_max_rows=8)
+    facts = build(data, str(tokenizer_dir))
+    assert facts.num_docs > 2500
+    assert facts.num_eval_rows == 8
+    assert facts.padding_frac < 0.1
+    assert 0.3 < facts.num_trained_tokens / facts.num_tokens < 0.8
+    samples = read_samples(facts.cache_dir)
+    assert len(samples) == 4
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    for sample in samples:
+        assert tokenizer.decode(sample["prompt_ids"]).endswith(
+            f"<|im_start|>user\n{sample['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert sample["answer"]
+
+
+def test_long_documents_are_cut_and_those_without_an_answer_dropped(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    rows = [
+        {"prompt": "short", "completion": " answer"},
+        {"prompt": "word", "completion": " word" * 40},
+        {"prompt": "word" + " word" * 40, "completion": " lost"},
+        {"prompt": "nothing", "completion": ""},
+    ]
+    facts = build(DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=16), str(tokenizer_dir))
+    assert (facts.num_docs, facts.truncated_docs, facts.truncated_tokens) == (3, 2, 2 * (1 + 40 + 1 - 16) + 1)
+    report = read_report(facts.cache_dir)
+    assert (report["dropped_docs"], report["docs_with_turn_end"]) == (1, 2)
+
+
+def test_no_trained_token_at_all_is_an_error(jsonl: Jsonl, tokenizer_dir: Path, cache_home: Path) -> None:
+    path = jsonl([{"messages": [{"role": "user", "content": "hello?"}]}])
+    with pytest.raises(DataError, match="no document with a trained token"):
+        build(DataSection(sources=(Source(path=str(path)),)), str(tokenizer_dir))
+    assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
+
+
+def test_the_key_follows_what_decides_the_tokens(section: Section, chats: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    data = section(eval_fraction=0.1)
+    key = cache_key(data, str(tokenizer_dir))
+    copy = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_dir, copy)
+    (copy / "model.safetensors").write_bytes(b"weights do not count")
+    assert cache_key(data, str(copy)) == key
+    moved = shutil.copy(chats, tmp_path / "moved.jsonl")
+    assert cache_key(section(eval_fraction=0.1, sources=(Source(name="other", path=str(moved)),)), str(copy)) == key
+    assert cache_key(data.model_copy(update={"name": "other"}), str(copy)) == key
+
+    changes = {"max_length": 64, "packing": False, "eval_fraction": 0.2, "eval_max_rows": 3}
+    keys = {cache_key(data.model_copy(update={name: value}), str(copy)) for name, value in changes.items()}
+    keys.add(cache_key(section(eval_path=str(moved)), str(copy)))
+    keys.add(cache_key(section(sources=(Source(path=str(chats), format="messages"),), eval_fraction=0.1), str(copy)))
+    with (copy / "chat_template.jinja").open("a") as file:
+        file.write(" ")
+    keys.add(cache_key(data, str(copy)))
+    with chats.open("a") as file:
+        file.write(" ")
+    keys.add(cache_key(data, str(tokenizer_dir)))
+    assert len(keys - {key}) == len(changes) + 4
+
+
+def test_a_folder_without_a_tokenizer_is_named(section: Section, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokenizer"):
+        cache_key(section(), str(tmp_path))
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "own"))
+    assert cache.cache_root() == tmp_path / "own"
+    monkeypatch.delenv("LAUNCHER_CACHE")
+    assert cache.cache_root() == tmp_path / "xdg" / "launcher"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.cache_root() == tmp_path / "home" / ".cache" / "launcher"
+
+
+def test_a_damaged_cache_is_not_found_and_built_again(section: Section, tokenizer_dir: Path) -> None:
+    data = section(eval_fraction=0.2)
+    facts = build(data, str(tokenizer_dir))
+    tokens = Path(facts.cache_dir) / "tokens.npy"
+    good = tokens.read_bytes()
+    for damage in (lambda: tokens.write_bytes(good[:-4]), tokens.unlink, (tokens.parent / "meta.json").unlink):
+        damage()
+        assert find(cache_key(data, str(tokenizer_dir))) is None
+        assert build(data, str(tokenizer_dir)) == facts
+        assert tokens.read_bytes() == good
+
+
+BUILDER = """
+import sys
+from launcher.config.schema import DataSection
+from launcher.data import build as module
+data, tokenizer, pause = DataSection.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3] == "pause"
+def progress(stage, done, total):
+    print(stage, flush=True)
+    if pause and stage == "pack and write" and done == 1:
+        import time
+        time.sleep(120)
+print(module.build(data, tokenizer, progress).model_dump_json(), flush=True)
+"""
+
+
+def start_builder(data: DataSection, tokenizer_dir: Path, pause: bool = False) -> subprocess.Popen:
+    command = [sys.executable, "-c", BUILDER, data.model_dump_json(), str(tokenizer_dir), "pause" if pause else ""]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_builders_at_once_make_one_cache(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
+    builders = [start_builder(section(eval_fraction=0.2), tokenizer_dir) for _ in range(2)]
+    outputs = [builder.communicate(timeout=120)[0].splitlines() for builder in builders]
+    assert [builder.returncode for builder in builders] == [0, 0]
+    assert outputs[0][-1] == outputs[1][-1]
+    assert sorted(len(lines) > 1 for lines in outputs) == [False, True], "one builds, the other waits and reads"
+    facts = json.loads(outputs[0][-1])
+    assert_sound(Split.open(facts["cache_dir"]), 128)
+    assert sorted(entry.suffix for entry in (cache_home / "data").iterdir()) == ["", ".lock"]
+
+
+def test_a_killed_builder_leaves_nothing_that_looks_finished(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
+    data = section(eval_fraction=0.2)
+    builder = start_builder(data, tokenizer_dir, pause=True)
+    assert builder.stdout is not None
+    deadline = time.monotonic() + 60
+    partial = cache_home / "data" / f"{cache_key(data, str(tokenizer_dir))}.partial"
+    while not (partial / "meta.json").exists():
+        assert time.monotonic() < deadline
+        assert builder.poll() is None
+        time.sleep(0.05)
+    builder.send_signal(signal.SIGKILL)
+    builder.wait(timeout=30)
+    assert find(cache_key(data, str(tokenizer_dir))) is None
+    facts = build(data, str(tokenizer_dir))
+    assert_sound(Split.open(facts.cache_dir), 128)
+    assert not partial.exists()
+
+
+def test_a_cache_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        Split.open(tmp_path)
+
+
+def test_the_submit_side_stays_light() -> None:
+    code = "import sys, launcher.data.cache, launcher.data.sources; print({'torch', 'transformers'} & set(sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout.strip() == "set()"

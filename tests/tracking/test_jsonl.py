@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import JsonlTracker, Tail, read_events, read_metrics
+
+
+def test_a_line_per_step_is_on_disk_at_once(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    tracker = JsonlTracker(run, attempt=1)
+    tracker.log(1, {"train/loss": 2.5, "trainer/tokens": 2048})
+    line = json.loads(run.metrics.read_text())
+    assert abs(line.pop("time") - time.time()) < 60
+    assert line == {"trainer/step": 1, "attempt": 1, "train/loss": 2.5, "trainer/tokens": 2048}
+
+
+def test_numbers_that_json_lacks_come_back_and_the_file_stays_json(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    JsonlTracker(run, attempt=1).log(1, {"train/loss": float("nan"), "train/grad_norm": float("inf"), "train/lr": 0.1})
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    raw = json.loads(run.metrics.read_text(), parse_constant=refuse)
+    assert raw["train/loss"] is None
+    assert raw["nonfinite"] == {"train/loss": "nan", "train/grad_norm": "inf"}
+    (line,) = read_metrics(run.metrics)
+    assert math.isnan(line["train/loss"])
+    assert line["train/grad_norm"] == math.inf
+    assert "nonfinite" not in line
+
+
+def test_the_last_attempt_wins_a_step_and_its_lines_add_up(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    first = JsonlTracker(run, attempt=1)
+    for step in (1, 2, 3, 4):
+        first.log(step, {"train/loss": 10.0 + step})
+    first.log(3, {"eval/held_out/loss": 7.0})
+    second = JsonlTracker(run, attempt=2)
+    second.log(3, {"train/loss": 23.0})
+    second.log(3, {"data/label_frac": 0.5})
+    lines = read_metrics(run.metrics)
+    assert [(line["trainer/step"], line["attempt"], line["train/loss"]) for line in lines] == [
+        (1, 1, 11.0),
+        (2, 1, 12.0),
+        (3, 2, 23.0),
+        (4, 1, 14.0),
+    ]
+    assert lines[2]["data/label_frac"] == 0.5
+    assert "eval/held_out/loss" not in lines[2]
+
+
+def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_attempt(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    JsonlTracker(run, attempt=1).log(1, {"train/loss": 2.0})
+    with open(run.metrics, "a") as file:
+        file.write('{"trainer/step": 2, "train/lo')
+    assert [line["trainer/step"] for line in read_metrics(run.metrics)] == [1]
+    JsonlTracker(run, attempt=2).log(2, {"train/loss": 1.0})
+    assert [json.loads(line)["trainer/step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_a_block_of_zero_bytes_after_a_power_loss_does_not_stop_the_reader(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    run.metrics.write_bytes(b"\0" * 64 + b'\n{"trainer/step": 2, "attempt": 1}\n')
+    assert [line["trainer/step"] for line in read_metrics(run.metrics)] == [2]
+
+
+def test_messages_keep_their_fields_and_order(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    tracker = JsonlTracker(run, attempt=3)
+    tracker.event("sample", 'says "hi"\nand more', 4, prompt="q", folder=Path("/x"), scores=[1.0, float("nan")])
+    tracker.summary({"train/loss": 1.5})
+    tracker.finish("completed")
+    events = read_events(run.events)
+    assert [event["kind"] for event in events] == ["sample", "summary", "info"]
+    assert events[0] | {"time": 0} == {
+        "time": 0,
+        "attempt": 3,
+        "step": 4,
+        "kind": "sample",
+        "text": 'says "hi"\nand more',
+        "fields": {"prompt": "q", "folder": "/x", "scores": [1.0, "nan"]},
+    }
+    assert events[1]["fields"] == {"train/loss": 1.5}
+    assert events[2]["fields"] == {"state": "completed"}
+
+
+def test_readers_of_a_missing_file_return_nothing(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "none.jsonl") == []
+    assert read_events(tmp_path / "none.jsonl") == []
+
+
+def test_tail_returns_each_complete_line_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.poll() == []
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    assert tail.poll() == [{"a": 1}, {"a": 2}]
+    assert tail.poll() == []
+    with open(path, "a") as file:
+        file.write(': 3}\n{"a": 4}\n')
+    assert tail.poll() == [{"a": 3}, {"a": 4}]

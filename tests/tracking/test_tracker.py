@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.errors import RunError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.console import ConsoleTracker
+from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
+from launcher.tracking.tracker import Composite, start_trackers
+
+PlanMaker = Callable[..., LaunchPlan]
+
+
+class Broken(ConsoleTracker):
+    """A console whose terminal goes away in the middle of the run."""
+
+    error: BaseException = OSError("disk full")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step >= 2:
+            raise self.error
+        super().log(step, metrics)
+
+    def finish(self, state: str) -> None:
+        raise self.error
+
+
+def test_a_broken_tracker_is_reported_once_and_dropped(run_dir: Path) -> None:
+    stream = io.StringIO()
+    composite = Composite([Broken(4, stream), JsonlTracker(RunDir(run_dir), attempt=1)])
+    for step in (1, 2, 3):
+        composite.log(step, {"train/loss": float(step)})
+    composite.finish("completed")
+    assert stream.getvalue().count("\n") == 1
+    assert [line["trainer/step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3]
+    alerts = [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
+    assert alerts == ["Broken failed and is off for the rest of the run; training goes on. OSError: disk full"]
+
+
+def test_a_failure_to_close_reaches_the_trackers_started_before(run_dir: Path) -> None:
+    composite = Composite([JsonlTracker(RunDir(run_dir), attempt=1), Broken(4, io.StringIO())])
+    composite.finish("completed")
+    kinds = [event["kind"] for event in read_events(run_dir / "events.jsonl")]
+    assert kinds == ["alert", "info"]
+
+
+def test_the_last_tracker_to_fail_is_still_heard(caplog: pytest.LogCaptureFixture) -> None:
+    composite = Composite([Broken(4, io.StringIO()), Broken(4, io.StringIO())])
+    with caplog.at_level(logging.WARNING):
+        composite.log(2, {"train/loss": 1.0})
+        composite.log(3, {"train/loss": 1.0})
+    assert len(caplog.records) == 2
+
+
+def test_ctrl_c_passes() -> None:
+    broken = Broken(4, io.StringIO())
+    broken.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        Composite([broken]).log(2, {"train/loss": 1.0})
+
+
+def test_without_wandb_the_files_and_the_lines_are_written(
+    make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    composite = start_trackers(make_plan(kind="none"), run_dir, attempt=1)
+    composite.log(1, {"train/loss": 2.0})
+    composite.finish("completed")
+    assert capsys.readouterr().out.splitlines() == ["step   1/40  loss 2.000"]
+    assert not (run_dir / "wandb").exists()
+
+
+def test_a_folder_that_cannot_be_written_fails_the_start(make_plan: PlanMaker, run_dir: Path) -> None:
+    (run_dir / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written"):
+        start_trackers(make_plan(), run_dir, attempt=1)
+
+
+def test_a_key_that_wandb_refuses_fails_the_start(make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(RunError, match="Weights & Biases cannot start") as refused:
+        start_trackers(make_plan(), run_dir, attempt=1)
+    assert "tracking.mode=offline" in str(refused.value)
+    assert _last_event(run_dir)["fields"] == {"state": "failed"}
+
+
+def _last_event(run_dir: Path) -> dict[str, Any]:
+    return read_events(run_dir / "events.jsonl")[-1]

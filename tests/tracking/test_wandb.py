@@ -1,0 +1,181 @@
+"""Real W&B: offline files, read back with W&B's own reader."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking.jsonl import read_events
+from launcher.tracking.tracker import start_trackers
+from launcher.tracking.wandb import WandbTracker, redacted
+
+PlanMaker = Callable[..., LaunchPlan]
+CANARY = "canary-5f1c0ffee5f1c0ffee"
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of all offline files of a run, oldest file first."""
+    found = []
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        found += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    return found
+
+
+# A rank in small: it starts the trackers, logs two steps and ends; where `hang` is set, W&B's process stops before that.
+TRAIN = """
+run_dir = sys.argv[2]
+trackers = start_trackers(LaunchPlan.load(sys.argv[1]), run_dir, 1)
+trackers.log(1, {"train/loss": 2.0})
+trackers.log(2, {"train/loss": 1.0})
+if "hang" in globals():
+    (core,) = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+    os.kill(core.pid, signal.SIGSTOP)
+trackers.finish("completed")
+"""
+IMPORTS = """
+import os, signal, sys
+import psutil
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking import wandb as module
+from launcher.tracking.tracker import start_trackers
+"""
+
+
+def run_script(code: str, plan_file: Path, run_dir: Path) -> int:
+    """Run in a process of its own, with a W&B process of its own; its exit code, and -9 where it did not end."""
+    environ = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    command = [sys.executable, "-c", IMPORTS + code, str(plan_file), str(run_dir)]
+    # A file, for a process that stays behind would hold a pipe open.
+    with open(run_dir.parent / "output", "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environ)
+        try:
+            return process.wait(timeout=40)
+        except subprocess.TimeoutExpired:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            return process.wait(timeout=10)
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    return [record["history"]["item"] for record in records(run_dir) if record["type"] == "history"]
+
+
+def test_metrics_stand_on_the_step_axis_under_the_plans_id(make_plan: PlanMaker, run_dir: Path) -> None:
+    trackers = start_trackers(make_plan(project="demo", group="sweep", tags=["tagged"]), run_dir, attempt=1)
+    trackers.log(0, {"eval/held_out/loss": 3.0})
+    trackers.log(1, {"train/loss": 2.5, "perf/tokens_per_sec": 200.0})
+    trackers.log(2, {"train/loss": 2.0})
+    trackers.log(2, {"eval/held_out/loss": 1.5})
+    trackers.summary({"final/loss": 1.5})
+    trackers.finish("completed")
+
+    steps = [{key: value for key, value in item.items() if key not in ("_runtime", "_timestamp")} for item in history(run_dir)]
+    assert steps == [
+        {"_step": 0, "trainer/step": 0, "eval/held_out/loss": 3},
+        {"_step": 1, "trainer/step": 1, "train/loss": 2.5, "perf/tokens_per_sec": 200},
+        {"_step": 2, "trainer/step": 2, "train/loss": 2, "eval/held_out/loss": 1.5},
+    ]
+    found = records(run_dir)
+    metrics = [record["metric"] for record in found if record["type"] == "metric"]
+    assert [(m.get("name", m.get("glob_name")), m.get("step_metric")) for m in metrics] == [
+        ("trainer/step", None),
+        ("eval/*", "trainer/step"),
+        ("*", "trainer/step"),
+    ]
+    (run,) = (record["run"] for record in found if record["type"] == "run")
+    assert (run["run_id"], run["display_name"], run["project"]) == ("abcd1234", "demo-run", "demo")
+    assert (run["run_group"], run["tags"]) == ("sweep", ["tagged"])
+    assert run["config"]["update"]["config"]["train"]["max_steps"] == 40
+    assert run["config"]["update"]["batch"]["global_batch_size"] == 8
+    assert {"final/loss": 1.5} in [record["summary"]["update"] for record in found if record["type"] == "summary"]
+    assert [record["exit"] for record in found if record["type"] == "exit"] == [{"exit_code": 0}]
+
+
+def test_offline_tells_how_to_upload(make_plan: PlanMaker, run_dir: Path) -> None:
+    tracker = WandbTracker(make_plan(), run_dir)
+    (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")
+    assert tracker.url is None
+    assert tracker.sync_command == f"wandb sync {folder}"
+    tracker.finish("failed")
+    assert [record["exit"] for record in records(run_dir) if record["type"] == "exit"] == [{"exit_code": 1}]
+
+
+def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: Path) -> None:
+    for attempt, steps in ((1, (1, 2)), (2, (3, 4))):
+        tracker = WandbTracker(make_plan(), run_dir)
+        for step in steps:
+            tracker.log(step, {"train/loss": float(step)})
+        command = tracker.sync_command
+        tracker.finish("completed" if attempt == 2 else "preempted")
+        # Folders carry the second in their name, and the order of upload is the order of names.
+        time.sleep(1.1)
+    runs = [record["run"] for record in records(run_dir) if record["type"] == "run"]
+    assert [(run["run_id"], run.get("resume")) for run in runs] == [("abcd1234", True)] * 2
+    assert [item["_step"] for item in history(run_dir)] == [1, 2, 3, 4]
+    assert sum(record["type"] == "preempting" for record in records(run_dir)) == 1
+    assert command is not None
+    assert command.split() == ["wandb", "sync", *map(str, sorted(run_dir.glob("wandb/offline-run-*")))]
+    assert len(command.split()) == 4
+
+
+def test_no_secret_of_the_environment_reaches_the_run_directory(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CANARY_TOKEN", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, CANARY)
+    plan = make_plan()
+    plan_file = run_dir.parent / "plan.json"
+    plan_file.write_text(plan.model_copy(update={"deepspeed": {"url": f"https://me:{CANARY}@host/x", "key": CANARY}}).to_json())
+    assert run_script(TRAIN, plan_file, run_dir) == 0
+    files = [file for file in run_dir.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in files)
+    assert [str(file) for file in files if CANARY.encode() in file.read_bytes()] == []
+
+
+def test_only_secrets_are_redacted() -> None:
+    value = {"a": ["token is sekret-value", "git@host:x"], "num_tokens": 3, "url": "s3://user:pw@bucket/x", "home": "/home/me"}
+    environ = {"MY_API_KEY": "sekret-value", "HOME": "/home/me", "SHORT_KEY": "host"}
+    assert redacted(value, environ) == {
+        "a": ["token is <redacted>", "git@host:x"],
+        "num_tokens": 3,
+        "url": "s3://<redacted>@bucket/x",
+        "home": "/home/me",
+    }
+
+
+def test_a_login_makes_auto_online(make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {'a' * 40}\n")
+    plan_file = tmp_path / "plan.json"
+    plan_file.write_text(make_plan().to_json())
+    # Online is tried, and nobody listens there.
+    assert run_script("module.INIT_TIMEOUT_S = 2.0" + TRAIN, plan_file, run_dir) == 1
+    output = (tmp_path / "output").read_text()
+    assert "RunError: Weights & Biases cannot start" in output
+    assert "a" * 40 not in output
+
+
+def test_a_hung_wandb_ends_with_a_message_and_the_process_exits(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
+    plan_file = tmp_path / "plan.json"
+    plan_file.write_text(make_plan().to_json())
+    hang = "module.FINISH_TIMEOUT_S, module.FINISH_GRACE_S = 1.0, 1.0\nhang = True" + TRAIN
+    started = time.monotonic()
+    run_script(hang, plan_file, run_dir)
+    assert time.monotonic() - started < 30
+    alerts = [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
+    assert len(alerts) == 1
+    assert "the data is on disk" in alerts[0]["text"]
+    assert "wandb sync" in alerts[0]["text"]
