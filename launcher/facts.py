@@ -61,7 +61,9 @@ def gather(config: RunConfig, overrides: Sequence[str]) -> Facts:
 def is_prepared(config: RunConfig, facts: Facts) -> bool:
     """True where nothing has to be downloaded, converted or built before workers can start."""
     needs_weights = config.model.path is not None
-    return facts.data is not None and facts.model.tokenizer_path is not None and (not needs_weights or facts.model.path is not None)
+    return (
+        facts.data is not None and facts.model.tokenizer_path is not None and (not needs_weights or facts.model.path is not None)
+    )
 
 
 def check_model(model: ModelSection) -> list[Problem]:
@@ -97,7 +99,10 @@ def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
     if not (folder / "config.json").is_file():
         return [
             Problem(
-                "model.path: the folder has no config.json", where="model.path", value=str(folder), remedy="use a Hugging Face model folder"
+                "model.path: the folder has no config.json",
+                where="model.path",
+                value=str(folder),
+                remedy="use a Hugging Face model folder",
             )
         ]
     if model.init == "random" or any(folder.glob("*.safetensors")):

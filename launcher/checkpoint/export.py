@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from launcher.checkpoint import store, tensor_file
-from launcher.checkpoint.shards import as_bytes, tensor_key
-from launcher.checkpoint.tensor_file import ShardSet, TensorSpec
+from launcher.checkpoint.tensor_file import ShardSet, TensorSpec, as_bytes, tensor_key
 from launcher.errors import CheckpointError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -116,6 +115,7 @@ def export(
     CheckpointError when the config describes another model than the checkpoint holds, when the comparison fails, and when
     `out` holds something else than an export; `out` is then as it was.
     """
+    out = out.absolute()
     manifest, state = store.open_checkpoint(checkpoint).manifest, store.read_state(checkpoint)
     if out.exists() and not (out / MARKER).exists() and any(out.iterdir()):
         raise CheckpointError(
@@ -209,10 +209,8 @@ def _write_config(model: Path | Mapping[str, Any], state: store.State, dtype: st
     if not config.get("architectures"):
         target.unlink()
         _write_json(target, config | {"architectures": [type(built).__name__]})
-    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
-    for name in built.all_tied_weights_keys:
-        if name not in state.parameters:
-            expected.pop(name)
+    tied = built.all_tied_weights_keys
+    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
     held = state.parameters
     if differing := sorted(name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)):
         first = differing[0]

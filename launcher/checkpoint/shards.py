@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,11 +20,12 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from launcher.checkpoint import store, tensor_file, zero3
-from launcher.checkpoint.tensor_file import ShardSet, TensorSpec
+from launcher.checkpoint.tensor_file import ShardSet, TensorSpec, as_bytes, tensor_key
 from launcher.errors import CheckpointError, LauncherError, Problem
 
 T = TypeVar("T")
-Tensors = Sequence[tuple[TensorSpec, torch.Tensor]]
+# What is written, and how to fetch it when its turn comes.
+Tensors = Sequence[tuple[TensorSpec, Callable[[], torch.Tensor]]]
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 _RNG_CPU = "rng|cpu"
@@ -68,7 +70,7 @@ def save(
         shard = _shard(engine, named_parameters)
         if rank != 0:
             return shard, b"", ()
-        return shard, _state(engine, named_parameters, extra_state).to_json().encode(), _with_specs((probe or {}).items())
+        return shard, _state(engine, named_parameters, extra_state).to_json().encode(), _with_specs(probe or {})
 
     def finish() -> None:
         if rank != 0:
@@ -150,23 +152,18 @@ def load(
     return state.extra
 
 
-def tensor_key(parameter: str, state: str) -> str:
-    """The name in a shard of a parameter's `fp32`, `exp_avg` or `exp_avg_sq`."""
-    return f"{parameter}|{state}"
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
-
-
 def _shard(engine: Any, named_parameters: Mapping[str, Parameter]) -> Tensors:
     """This rank's tensors in the order of the file; the bytes of random states come last, which keeps fp32 aligned."""
-    tensors = [(tensor_key(name, key), part) for name, key, part in zero3.local_tensors(engine, named_parameters)]
-    tensors.append((_RNG_CPU, torch.get_rng_state()))
+    keys = zero3.state_keys(engine)
+    parts: list[tuple[TensorSpec, Callable[[], torch.Tensor]]] = [
+        (TensorSpec(tensor_key(name, key), "F32", (zero3.local_elements(p),)), partial(zero3.local_state, p, key))
+        for name, p in named_parameters.items()
+        for key in keys
+    ]
+    random_states = {_RNG_CPU: torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors.append((_RNG_CUDA, torch.cuda.get_rng_state()))
-    return _with_specs(tensors)
+        random_states[_RNG_CUDA] = torch.cuda.get_rng_state()
+    return [*parts, *_with_specs(random_states)]
 
 
 def _restore_random_states(shard: tensor_file.TensorFile) -> None:
@@ -217,12 +214,12 @@ def _entry_path(saving: Path, rank: int) -> Path:
     return saving / f"rank-{rank:05d}.json"
 
 
-def _with_specs(named: Any) -> Tensors:
-    return [(TensorSpec(name, _DTYPES[tensor.dtype], tuple(tensor.shape)), tensor) for name, tensor in named]
+def _with_specs(named: Mapping[str, torch.Tensor]) -> Tensors:
+    return [(TensorSpec(name, _DTYPES[t.dtype], tuple(t.shape)), partial(torch.Tensor.detach, t)) for name, t in named.items()]
 
 
 def _file_bytes(tensors: Tensors) -> int:
-    return tensor_file.file_bytes([spec for spec, _ in tensors], {})
+    return tensor_file.file_bytes([spec for spec, _ in tensors], {}) if tensors else 0
 
 
 def _write(path: Path, tensors: Tensors) -> store.FileEntry:
@@ -230,8 +227,8 @@ def _write(path: Path, tensors: Tensors) -> store.FileEntry:
 
 
 def _blocks(tensors: Tensors) -> Iterator[memoryview]:
-    for _, tensor in tensors:
-        yield as_bytes(tensor.cpu().contiguous())
+    for _, fetch in tensors:
+        yield as_bytes(fetch().cpu().contiguous())
 
 
 def _together(engine: Any, what: str, action: Callable[[], T]) -> T:

@@ -1,4 +1,4 @@
-"""Safetensors files written and read as a stream of bytes; needs no torch.
+"""Safetensors files written and read as a stream of bytes.
 
 The library's own `save_file` wants every tensor in memory at once and leaves the digest to a second pass over the file;
 `safe_open` maps the file, so every page it has read counts as resident memory. Here a file is digested while it is
@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from launcher.checkpoint.store import FileEntry, partition, shard_name, write_file
 from launcher.errors import CheckpointError
 
@@ -34,6 +36,16 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def tensor_key(parameter: str, state: str) -> str:
+    """The name in a shard of a parameter's `fp32`, `exp_avg` or `exp_avg_sq`."""
+    return f"{parameter}|{state}"
 
 
 def file_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int:

@@ -5,7 +5,7 @@ All knowledge of DeepSpeed's inside is here (deepspeed/runtime/zero/stage3.py, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,8 +60,6 @@ def require_served(engine: Any, named_parameters: Mapping[str, Parameter]) -> No
             value=str(zero.partial_offload),
             remedy="set the ratio to 1.0",
         )
-    if zero.master_weights_and_grads_dtype != torch.float32:
-        raise CheckpointError("master weights must be fp32", value=str(zero.master_weights_and_grads_dtype))
     if frozen := [name for name, p in named_parameters.items() if not p.requires_grad]:
         raise CheckpointError("frozen parameters cannot be checkpointed: ZeRO-3 has no fp32 weights of them", value=_some(frozen))
     if split := [n for n, p in named_parameters.items() if p.ds_zero_partition_world_size != dist.get_world_size()]:
@@ -70,22 +68,26 @@ def require_served(engine: Any, named_parameters: Mapping[str, Parameter]) -> No
         raise CheckpointError("the named parameters are not exactly those of the engine's model")
 
 
-def local_tensors(engine: Any, named_parameters: Mapping[str, Parameter]) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """This rank's part of every parameter: (name, fp32 or a moment, flat fp32 tensor without padding).
+def state_keys(engine: Any) -> tuple[str, ...]:
+    """What there is of every parameter: fp32 and, after the first optimizer step, the moments."""
+    return (FP32, *MOMENTS) if optimizer_step(engine) else (FP32,)
 
-    The tensors are views of the engine's own memory where they lie on its device. Before the first optimizer step there
-    are no moments.
+
+def local_elements(parameter: Parameter) -> int:
+    """Elements of a parameter on this rank, without padding."""
+    start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
+    return stop - start
+
+
+def local_state(parameter: Parameter, key: str) -> torch.Tensor:
+    """This rank's part of a parameter's fp32 or moment: flat, fp32, without padding.
+
+    A view where the state lies on the engine's device; an offloaded one is copied to the device, so fetch one at a time.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    keys = MOMENTS if optimizer_step(engine) else ()
-    for name, parameter in named_parameters.items():
-        start, stop = partition(parameter.ds_numel, world_size, rank)
-        yield name, FP32, safe_get_local_fp32_param(parameter)[: stop - start]
-        for key in keys:
-            moment = safe_get_local_optimizer_state(parameter, key)[: stop - start]
-            if moment.dtype != torch.float32:
-                raise CheckpointError("optimizer moments must be fp32", where=name, value=str(moment.dtype))
-            yield name, key, moment
+    state = safe_get_local_fp32_param(parameter) if key == FP32 else safe_get_local_optimizer_state(parameter, key)
+    if state.dtype != torch.float32:
+        raise CheckpointError("weights and optimizer moments must be kept in fp32", value=f"{key} is {state.dtype}")
+    return state[: local_elements(parameter)]
 
 
 def optimizer_step(engine: Any) -> int:
@@ -102,9 +104,8 @@ def fill(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read
     zero = engine.optimizer
     zero.checkpoint_event_prologue()
     _make_optimizer_state(zero, step)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     for name, parameter in named_parameters.items():
-        start, stop = partition(parameter.ds_numel, world_size, rank)
+        start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
         padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32)
         part = padded[: stop - start]
         read(name, FP32, parameter.ds_numel, start, part)

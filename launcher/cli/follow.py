@@ -38,6 +38,7 @@ def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
             if status.state not in RUNNING_STATES:
                 break
             time.sleep(_POLL_S)
+    cluster.await_end(run)
     return _closing(run, attempt, status)
 
 

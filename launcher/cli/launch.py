@@ -20,9 +20,9 @@ from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 
 _USAGE = {
-    "train": "python -m launcher [train] [--detach] [overrides]\n\nPlan, prepare, start; on this machine, follow the run to its end.",
+    "train": "python -m launcher [train] [--detach] [overrides]\n\nPlan, prepare, start; here, follow the run to its end.",
     "plan": "python -m launcher plan [--json] [overrides]\n\nShow everything that is decided and start nothing.",
-    "data": "python -m launcher data [--json] [overrides]\n\nFetch the model's tokenizer, build the data cache, report on it, show the masks.",
+    "data": "python -m launcher data [--json] [overrides]\n\nBuild the data cache, report on it, show the masks.",
 }
 
 
@@ -119,5 +119,3 @@ def _help(verb: str) -> int:
         print(f"  {group.name:<11}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
     print("\ndocs/config.md lists every setting. Hydra's flags: --cfg job, --info, -m, --config-dir DIR.")
     return 0
-
-

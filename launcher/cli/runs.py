@@ -96,7 +96,9 @@ def _ls(arguments: argparse.Namespace) -> int:
         steps = f"{s['step']}/{s['max_steps'] or '?'}"
         loss = s["metrics"].get("train/loss")
         shown = f"{loss:7.4f}" if loss is not None else "      -"
-        print(f"{s['name']:<{width}}  {s['state']:<10} {steps:>13}  {shown}  {format_duration(time.time() - s['updated_at'])} ago")
+        print(
+            f"{s['name']:<{width}}  {s['state']:<10} {steps:>13}  {shown}  {format_duration(time.time() - s['updated_at'])} ago"
+        )
     return 0
 
 

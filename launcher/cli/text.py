@@ -27,11 +27,15 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
             f"{topology.world_size} ranks; {_tokens(plan)} tokens a step",
         ),
         ("steps", _steps(plan)),
-        ("optimizer", f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps"),
+        (
+            "optimizer",
+            f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
+        ),
         (
             "memory",
             f"model states {memory.per_rank_gib:.2f} GiB a rank (weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, "
-            f"optimizer {memory.optimizer_gib:.2f})" + (f" of {memory.device_gib:.0f}" if memory.device_gib else "")
+            f"optimizer {memory.optimizer_gib:.2f})"
+            + (f" of {memory.device_gib:.0f}" if memory.device_gib else "")
             + (f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""),
         ),
         ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, the last {config.train.keep_last} kept"),

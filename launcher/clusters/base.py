@@ -26,6 +26,9 @@ class Cluster(Protocol):
     def status(self, run: RunDir) -> Status:
         """The run's state, corrected by what the backend knows of its processes."""
 
+    def await_end(self, run: RunDir) -> None:
+        """Wait until an attempt whose last state is written has left no process."""
+
     def cancel(self, run: RunDir) -> None:
         """Ask a running attempt to save and stop; asked a second time, kill it."""
 

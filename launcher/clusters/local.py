@@ -20,6 +20,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
 
 _START_DEADLINE_S = 60.0
+_END_DEADLINE_S = 30.0
 
 
 class LocalCluster:
@@ -33,9 +34,10 @@ class LocalCluster:
                 remedy="set cluster.nodes=1; `plan` shows a run of several nodes without starting it",
             )
         here = device()
-        if topology.device == "cuda" and (here.kind != "cuda" or topology.ranks_per_node > here.count):
+        num_gpus = here.count if here.kind == "cuda" else 0
+        if topology.device == "cuda" and topology.ranks_per_node > num_gpus:
             raise SubmitError(
-                f"the plan asks for {topology.ranks_per_node} GPUs and this machine has {here.count if here.kind == 'cuda' else 'none'}",
+                f"the plan asks for {topology.ranks_per_node} GPUs and this machine has {num_gpus or 'none'}",
                 where="cluster.ranks_per_node",
                 value=str(topology.ranks_per_node),
                 remedy="set cluster.ranks_per_node and cluster.gpu_type to what is here",
@@ -73,7 +75,17 @@ class LocalCluster:
         status = run_store.read_status(run)
         if status.state not in RUNNING_STATES:
             return status
-        return replace(status, state="failed", message="the node's agent is gone without a word (killed, or the machine restarted)")
+        return replace(
+            status, state="failed", message="the node's agent is gone without a word (killed, or the machine restarted)"
+        )
+
+    def await_end(self, run: RunDir) -> None:
+        agent = _agent(run_store.read_status(run))
+        if agent is not None:
+            try:
+                agent.wait(_END_DEADLINE_S)
+            except psutil.TimeoutExpired:
+                agent.kill()
 
     def cancel(self, run: RunDir) -> None:
         status = self.status(run)

@@ -176,7 +176,9 @@ def _checked(cfg: Any) -> Composed:
     _let_the_command_line_choose_the_length(values, overrides)
     secrets = [key for key, value in _leaves(values) if looks_secret(key, value)]
     problems = [
-        Problem(f"{key}: a value is required and none was given", where=origins.of(key), remedy=f"add {key}=... to the command line")
+        Problem(
+            f"{key}: a value is required and none was given", where=origins.of(key), remedy=f"add {key}=... to the command line"
+        )
         for key in missing
     ]
     problems += [
@@ -230,9 +232,16 @@ def _schema_problems(error: ValidationError, origins: Origins, skip: set[str]) -
         if item["type"] == "extra_forbidden":
             siblings = sorted(k for k in keys if k.rpartition(".")[0] == re.sub(r"\[\d+\]", "[]", key).rpartition(".")[0])
             guess = did_you_mean(key, sorted(keys)) or (f"known here: {', '.join(siblings)}" if siblings else "")
-            yield Problem(f"{key}: there is no such setting", where=where, value=value, remedy=guess.strip() or "docs/config.md lists every setting")
+            yield Problem(
+                f"{key}: there is no such setting",
+                where=where,
+                value=value,
+                remedy=guess.strip() or "docs/config.md lists every setting",
+            )
         elif item["type"] == "missing":
-            yield Problem(f"{key}: a value is required and none was given", where=where, remedy=f"add {key}=... to the command line")
+            yield Problem(
+                f"{key}: a value is required and none was given", where=where, remedy=f"add {key}=... to the command line"
+            )
         else:
             text = item["msg"].removeprefix("Value error, ")
             text = text[:1].lower() + text[1:]

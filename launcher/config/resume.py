@@ -74,6 +74,8 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(
-            Problem(item["msg"].removeprefix("Value error, "), where=".".join(str(part) for part in item["loc"]) or "command line")
+            Problem(
+                item["msg"].removeprefix("Value error, "), where=".".join(str(part) for part in item["loc"]) or "command line"
+            )
             for item in error.errors(include_url=False)
         ) from None

@@ -102,7 +102,8 @@ class ModelSection(Section):
         False, description="Recompute activations in the backward pass: about a third more compute, far less memory."
     )
     liger: Flag = Field(
-        False, description="Use Liger's fused kernels for norms, rotary embedding and MLP (GPU only; the extra `gpu` installs it)."
+        False,
+        description="Use Liger's fused kernels for norms, rotary embedding and MLP (GPU only; the extra `gpu` installs it).",
     )
     trust_remote_code: Flag = Field(
         False, description="Run Python code that comes with the model; needs model.revision pinned to a 40-digit commit."
@@ -209,14 +210,18 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt | None = Field(
         None, description="Rows per rank in one forward pass. Unset: the plan chooses one that divides the batch."
     )
-    grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="Largest gradient norm; 0 turns clipping off.")
+    grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.0, description="Largest gradient norm; 0 turns clipping off."
+    )
     eval_every: Count = Field(0, description="Steps between held-out evaluations; 0: only before and after training.")
     eval_at_start: Flag = Field(True, description="Evaluate before the first step, so that there is something to compare with.")
     save_every: Count = Field(0, description="Steps between checkpoints; 0: only at the end and when stopped.")
     keep_last: PositiveInt = Field(2, description="Committed checkpoints to keep; older ones are removed.")
     log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
     loss_chunk_tokens: PositiveInt = Field(1024, description="Trained tokens whose logits exist at one time.")
-    sample: Flag = Field(False, description="Answer one held-out question before and after training (models that fit on one device).")
+    sample: Flag = Field(
+        False, description="Answer one held-out question before and after training (models that fit on one device)."
+    )
     sample_max_tokens: PositiveInt = Field(48, description="Length of that answer in tokens.")
     export: Flag = Field(True, description="Write the Hugging Face folder when training is complete.")
 
@@ -242,7 +247,9 @@ class DeepSpeedSection(Section):
     quantized_weights: Flag = Field(False, description="ZeRO++ qwZ: gather weights in int8 (lossy).")
     quantized_gradients: Flag = Field(False, description="ZeRO++ qgZ: reduce gradients in int4 (lossy).")
     reduce_bucket_size: PositiveInt | None = Field(None, description="Elements reduced at once. Unset: hidden size squared.")
-    prefetch_bucket_size: PositiveInt | None = Field(None, description="Elements fetched ahead. Unset: 0.9 of hidden size squared.")
+    prefetch_bucket_size: PositiveInt | None = Field(
+        None, description="Elements fetched ahead. Unset: 0.9 of hidden size squared."
+    )
     param_persistence_threshold: Count | None = Field(
         None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."
     )
@@ -281,7 +288,9 @@ class ClusterSection(Section):
 
     kind: Literal["local"] = Field("local", description="The backend that starts the workers.")
     nodes: PositiveInt = Field(1, description="Machines.")
-    ranks_per_node: PositiveInt | None = Field(None, description="Ranks on each machine. Unset: one per GPU, 2 where there is none.")
+    ranks_per_node: PositiveInt | None = Field(
+        None, description="Ranks on each machine. Unset: one per GPU, 2 where there is none."
+    )
     gpu_type: Name | None = Field(None, description="GPU model for the plan, such as H100-80GB. Unset: what this machine has.")
     price_per_gpu_hour: Positive | None = Field(None, description="US dollars for one GPU for one hour; turns time into money.")
     max_restarts: Count = Field(0, description="Times that the node agent restarts all ranks after one of them failed.")
@@ -319,7 +328,9 @@ class RunConfig(Section):
         bf16 = self.model.dtype == "bf16" or self.deepspeed.enabled_in_extra("bf16")
         fp16 = self.model.dtype == "fp16" or self.deepspeed.enabled_in_extra("fp16")
         if bf16 and fp16:
-            raise ValueError("bf16 and fp16 are both on; set model.dtype to one of them and take the other out of deepspeed.extra")
+            raise ValueError(
+                "bf16 and fp16 are both on; set model.dtype to one of them and take the other out of deepspeed.extra"
+            )
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
             raise ValueError("run.max_usd needs cluster.price_per_gpu_hour to turn hours into money")
         return self

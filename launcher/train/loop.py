@@ -33,6 +33,8 @@ from launcher.train.optim import learning_rate, set_learning_rate
 
 # Tokens whose logits stand in each checkpoint, for the export's parity check.
 _PROBE_TOKENS = 64
+# fp16 finds its loss scale by overflowing about this often; after that something is wrong.
+_MOST_SKIPPED_STEPS = 20
 # How ranks tell each other why to stop; several at once: the first of these counts.
 STOP_REASONS = ("cancelled", "preempted", "limit")
 
@@ -90,6 +92,7 @@ class _Session:
     max_steps: int
     step: int = 0
     saved_step: int | None = None
+    skipped_in_a_row: int = 0
     last_eval: tuple[int, float] | None = None
 
     @classmethod
@@ -101,7 +104,9 @@ class _Session:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
         engine, model = build_engine(plan)
         # Padding is never looked at nor trained; any id in the vocabulary serves.
-        batches = TrainBatches(Split.open(data.cache_dir), plan.batch, plan.config.run.seed, place.rank, place.world_size, pad_id=0)
+        batches = TrainBatches(
+            Split.open(data.cache_dir), plan.batch, plan.config.run.seed, place.rank, place.world_size, pad_id=0
+        )
         held_out: list[MicroBatch] = []
         if data.num_eval_rows:
             split = Split.open(data.cache_dir, held_out=True)
@@ -157,10 +162,8 @@ class _Session:
         loss /= batch.num_labels
         times = timer.read()
         self.step += 1
-        if self.engine.was_step_applied():
-            self._require_finite(loss)
-        else:
-            self.meter.skipped_steps += 1
+        self._require_finite(loss)
+        self._count_skipped()
         if self.place.is_main:
             metrics = self.meter.step(self.step, batch, loss, float(self.engine.get_global_grad_norm() or 0.0), lr, times)
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
@@ -187,10 +190,26 @@ class _Session:
         loss, *votes = shared.tolist()
         return loss, next((name for name, count in zip(STOP_REASONS, votes, strict=True) if count), None)
 
+    def _count_skipped(self) -> None:
+        """DeepSpeed leaves out a step whose gradients overflow; fp16 needs that, a run of them goes nowhere."""
+        if self.engine.was_step_applied():
+            self.skipped_in_a_row = 0
+            return
+        self.meter.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > _MOST_SKIPPED_STEPS:
+            raise RunError(
+                f"the gradients overflowed in {self.skipped_in_a_row} steps in a row, up to step {self.step}",
+                where=f"step {self.step}",
+                remedy="lower optim.lr, or use model.dtype=bf16",
+            )
+
     def _require_finite(self, loss: float) -> None:
         if math.isfinite(loss):
             return
-        kept = f"the checkpoint of step {self.saved_step} is kept" if self.saved_step is not None else "no checkpoint was saved yet"
+        kept = (
+            f"the checkpoint of step {self.saved_step} is kept" if self.saved_step is not None else "no checkpoint was saved yet"
+        )
         raise RunError(
             f"the loss is {loss} at step {self.step}; training stopped and {kept}",
             where=f"step {self.step}",
@@ -216,7 +235,9 @@ class _Session:
         self.last_eval = (self.step, loss)
         metrics = {"eval/held_out/loss": loss, "eval/held_out/ppl": perplexity(loss), "time/eval_s": time.perf_counter() - began}
         self.tracker.log(self.step, metrics)
-        self.tracker.event("eval", f"held-out loss {when}: {loss:.4f} ({int(labels):,} trained tokens)", self.step, loss=loss, when=when)
+        self.tracker.event(
+            "eval", f"held-out loss {when}: {loss:.4f} ({int(labels):,} trained tokens)", self.step, loss=loss, when=when
+        )
 
     def _save(self) -> Path:
         """Commit a checkpoint of the current step, unless it is there already."""
@@ -237,7 +258,13 @@ class _Session:
         )
         self.saved_step = self.step
         self.tracker.log(
-            self.step, {"ckpt/last_step": self.step, "ckpt/save_s": result.seconds, "ckpt/stall_s": result.seconds, "ckpt/bytes": result.bytes}
+            self.step,
+            {
+                "ckpt/last_step": self.step,
+                "ckpt/save_s": result.seconds,
+                "ckpt/stall_s": result.seconds,
+                "ckpt/bytes": result.bytes,
+            },
         )
         size = f"{result.bytes / 2**30:.2f} GiB in {result.seconds:.1f} s"
         self.tracker.event("checkpoint", f"saved {result.path} ({size})", self.step, path=str(result.path))
@@ -284,4 +311,3 @@ class _Session:
         }[reason]
         checkpoint = self.run_dir.checkpoints / store.step_name(self.step)
         return Outcome(state, self.step, f"{why}; saved at step {self.step} of {self.max_steps}", checkpoint)
-

@@ -71,7 +71,9 @@ class Meter:
         self.tokens = 0
         self.skipped_steps = 0
 
-    def step(self, step: int, batch: StepBatch, loss: float, grad_norm: float, lr: float, times: dict[str, float]) -> dict[str, float]:
+    def step(
+        self, step: int, batch: StepBatch, loss: float, grad_norm: float, lr: float, times: dict[str, float]
+    ) -> dict[str, float]:
         """Metrics after optimizer step `step` (counted from 1); loss is per trained token of the global batch."""
         topology, step_s = self._plan.topology, times["time/step_s"]
         self._recent.append(step_s)

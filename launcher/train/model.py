@@ -75,7 +75,7 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
         ConfigError: where the architecture is not a causal language model that this loop can train.
     """
     # A lazy import of dynamo inside zero.Init dies on patched tensor constructors.
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kernel = attention_kernel(model, device)

@@ -31,13 +31,16 @@ def learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
 
 
-def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimSection, deepspeed: DeepSpeedSection) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimSection, deepspeed: DeepSpeedSection
+) -> torch.optim.Optimizer:
     """AdamW over two groups, with and without weight decay.
 
     torch's fused kernel serves GPU and CPU alike and needs no compiler; offloaded states are stepped by
     DeepSpeed's CPU Adam, which overlaps the copies.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for _, parameter in parameters:
         # Under ZeRO-3 a parameter is empty between uses; ds_shape keeps its real shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)

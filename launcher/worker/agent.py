@@ -75,13 +75,10 @@ def _first_failure(error: Any, run: RunDir, attempt: int) -> dict[str, Any]:
     """Who failed first, and why. A rank that a signal killed comes before those whose connection to it broke."""
     ranked = sorted(error.failures.items(), key=lambda item: (not _killed(item[1]), item[1].timestamp, item[0]))
     rank, failure = ranked[0]
-    details = failure.message.get("message", failure.message) if isinstance(failure.message, dict) else failure.message
-    message, trace = details, ""
-    if isinstance(details, dict):
-        message = details.get("message", "")
-        trace = details.get("extraInfo", {}).get("py_callstack", "")
-    elif isinstance(failure.message, dict):
-        trace = failure.message.get("message", {}).get("extraInfo", {}).get("py_callstack", "") if isinstance(failure.message.get("message"), dict) else ""
+    message, trace = failure.message, ""
+    recorded = failure.error_file_data.get("message")
+    if isinstance(recorded, dict):
+        trace = recorded.get("extraInfo", {}).get("py_callstack", "")
     if _killed(failure):
         message = f"killed by {signal.Signals(-failure.exitcode).name}"
     return {
@@ -108,7 +105,12 @@ def _outcome(run: RunDir, attempt: int, failure: dict[str, Any] | None, stopper:
     if failure is None:
         failure = {"rank": 0, "message": "ended without an outcome"}
     if stopper.requested:
-        return {"state": "cancelled", "step": step, "message": f"stopped before anything could be saved (step {step})", "checkpoint": None}
+        return {
+            "state": "cancelled",
+            "step": step,
+            "message": f"stopped before anything could be saved (step {step})",
+            "checkpoint": None,
+        }
     return {"state": "failed", "step": step, "message": f"rank {failure['rank']}: {failure['message']}", "checkpoint": None}
 
 

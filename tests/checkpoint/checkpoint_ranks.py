@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
 
-# A lazy import of it inside zero.Init fails.
-import torch._dynamo
 import deepspeed
+import torch._dynamo  # a lazy import of it inside zero.Init fails
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
@@ -146,18 +146,24 @@ def straight(kind: str, folder: Path) -> None:
     engine.destroy()
 
     engine = build(kind)
-    report(folder, "losses-2", train(engine, 1, 2))
+    start = save(engine, folder, 0)
+    train(engine, 1, 2)
     probe = probe_of(engine)
     result = save(engine, folder, 2, probe=probe)
     report(folder, "saved", {"path": str(result.path), "bytes": result.bytes, "seconds": result.seconds})
     dump(engine, folder / "saved.safetensors")
+    train(engine, 3, 3)
     if kind == "fp32":
         failures = {"disk": failing(lambda: with_small_files(lambda: save(engine, folder, 3)))}
         failures["space"] = failing(lambda: with_free_bytes(1000, lambda: save(engine, folder, 3)))
         failures["json"] = failing(lambda: save(engine, folder, 3, extra_state={"x": object()}))
-        # The engine must be as good as new after saves that failed.
-        report(folder, "losses-after", train(engine, 3, 4))
         report(folder, "failures", failures)
+    report(folder, "losses-last", train(engine, 4, 4))
+    # Back to step 2 in an engine that has weights gathered and second copies of them.
+    shards.load(engine, names(engine), result.path)
+    report(folder, "losses-back", train(engine, 3, 4))
+    shards.load(engine, names(engine), start.path)
+    report(folder, "losses-again", train(engine, 1, 2))
     engine.destroy()
 
 
@@ -194,6 +200,8 @@ def resume(kind: str, folder: Path) -> None:
     engine = build(kind)
     checkpoint = store.latest(folder / "checkpoints").path
     refused = failing(lambda: shards.load(engine, names(engine), checkpoint, plan_digest="another"))
+    damaged = damaged_copy(checkpoint, folder / "damaged" / checkpoint.name)
+    refused += failing(lambda: shards.load(engine, names(engine), damaged, plan_digest=PLAN))
     extra = shards.load(engine, names(engine), checkpoint, plan_digest=PLAN)
     dump(engine, folder / "loaded.safetensors")
     logits = probe_of(engine)["logits"]
@@ -204,14 +212,24 @@ def resume(kind: str, folder: Path) -> None:
     engine.destroy()
 
 
+def damaged_copy(checkpoint: Path, target: Path) -> Path:
+    """A copy with one flipped bit in the shard of rank 1."""
+    if RANK == 0:
+        shutil.copytree(checkpoint, target)
+        shard = target / store.shard_name(1)
+        content = bytearray(shard.read_bytes())
+        content[20_000] ^= 1
+        shard.write_bytes(content)
+    dist.barrier()
+    return target
+
+
 def move(kind: str, folder: Path, source: str, target: str) -> None:
     """Load on another number of ranks, save there, and train on."""
     engine = build(kind)
     shards.load(engine, names(engine), store.at_step(folder / source, 2).path)
     dump(engine, folder / f"{target}.safetensors")
-    shards.save(
-        engine, names(engine), folder / target, step=2, plan_digest=PLAN, attempt=2, extra_state={}, keep_last=1
-    )
+    shards.save(engine, names(engine), folder / target, step=2, plan_digest=PLAN, attempt=2, extra_state={}, keep_last=1)
     report(folder, f"{target}-losses", train(engine, 3, 4))
     engine.destroy()
 

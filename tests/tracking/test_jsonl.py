@@ -77,7 +77,7 @@ def test_messages_keep_their_fields_and_order(run_dir: Path) -> None:
     tracker.summary({"train/loss": 1.5})
     tracker.finish("completed")
     events = read_events(run.events)
-    assert [event["kind"] for event in events] == ["sample", "summary", "info"]
+    assert [event["kind"] for event in events] == ["sample", "summary", "end"]
     assert events[0] | {"time": 0} == {
         "time": 0,
         "attempt": 3,

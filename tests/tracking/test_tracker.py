@@ -48,7 +48,7 @@ def test_a_failure_to_close_reaches_the_trackers_started_before(run_dir: Path) -
     composite = Composite([JsonlTracker(RunDir(run_dir), attempt=1), Broken(4, io.StringIO())])
     composite.finish("completed")
     kinds = [event["kind"] for event in read_events(run_dir / "events.jsonl")]
-    assert kinds == ["alert", "info"]
+    assert kinds == ["alert", "end"]
 
 
 def test_the_last_tracker_to_fail_is_still_heard(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,84 @@
+"""A bare DeepSpeed ZeRO-3 training loop, the yardstick for the launcher: no tracking, no checkpoints, no checks.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/bare_loop.py --model DIR --rows ROWS.npz --deepspeed DS.json
+
+ROWS.npz holds input_ids, position_ids and labels [rows, T] (labels as Hugging Face takes them, unshifted) and
+lengths [rows] (tokens without padding). Step s takes rows s * G to (s + 1) * G; rank r of micro-batch m takes the
+(m * world + r)-th group of them. Rank 0 prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from typing import Any
+
+import deepspeed
+import numpy as np
+import psutil
+import torch
+import torch._dynamo  # DeepSpeed patches tensor constructors; a later import of dynamo would fail on them.
+import torch.distributed as dist
+from steps import summarize
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+
+
+def main() -> None:
+    args = _arguments()
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*|.*_(all_gather|reduce_scatter)_base.*")
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with open(args.deepspeed) as file:
+        config = json.load(file)
+    engine = _engine(args.model, config, args.lr)
+    rows = dict(np.load(args.rows))
+    micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+    size = micro * accumulation * world
+    times, tokens = [], []
+    for step in range(args.steps):
+        batch = np.arange(step * size, (step + 1) * size).reshape(accumulation, world, micro)
+        for mine in batch[:, rank]:
+            width = int(rows["lengths"][mine].max())
+            inputs = {
+                name: torch.from_numpy(rows[name][mine, :width]).to(engine.device)
+                for name in ("input_ids", "position_ids", "labels")
+            }
+            engine.backward(engine(**inputs, use_cache=False).loss)
+            engine.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.time())
+        tokens.append(int(rows["lengths"][batch].sum()))
+    if rank == 0:
+        started = psutil.Process().create_time()
+        print(json.dumps({"times": times, "tokens": tokens, **summarize(started, times, tokens, args.warmup)}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _engine(model_dir: str, config: dict[str, Any], lr: float) -> Any:
+    partitioned = HfDeepSpeedConfig(config)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    del partitioned
+    return engine
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face model folder")
+    parser.add_argument("--rows", required=True, help=".npz file of packed rows")
+    parser.add_argument("--deepspeed", required=True, help="DeepSpeed's JSON configuration")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
+    parser.add_argument("--lr", type=float, default=1e-5)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The sides that are compared: prepared from one plan, each run as the command that a person would type."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from steps import summarize
+
+from launcher.config.schema import DataSection
+from launcher.data.cache import Split
+from launcher.data.loader import TrainBatches
+from launcher.data.sources import Chat, read_documents
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking.jsonl import read_metrics
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "RESULTS.md"
+RUN_TIMEOUT_S = 1200.0
+_PACKAGES = ("torch", "deepspeed", "transformers", "trl", "wandb")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The inputs of all sides, made from one plan: `overrides` for the launcher, files for the others."""
+
+    folder: Path
+    overrides: tuple[str, ...]
+    plan: LaunchPlan
+    steps: int
+    warmup: int
+
+
+def prepare(folder: Path, overrides: list[str], steps: int, warmup: int) -> Prepared:
+    """Build the model folder and the data cache, and write the same rows and documents for the other sides."""
+    settings = (*overrides, f"train.max_steps={steps}", "train.epochs=null")
+    command = [sys.executable, "-m", "launcher"]
+    run([*command, "data", *settings], folder / "data.log")
+    plan = LaunchPlan.model_validate_json(run([*command, "plan", "--json", *settings], folder / "plan.log"))
+    if plan.data is None or plan.model.path is None:
+        raise SystemExit("the data or the model is not prepared; look into " + str(folder / "data.log"))
+    (folder / "deepspeed.json").write_text(json.dumps(plan.deepspeed))
+    _write_rows(plan, steps, folder / "rows.npz")
+    _write_chats(plan.config.data, folder / "chats.jsonl")
+    return Prepared(folder, settings, plan, steps, warmup)
+
+
+def launcher_side(prepared: Prepared, extra: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`python -m launcher train`, measured from its metrics.jsonl."""
+    root = Path(tempfile.mkdtemp(dir=prepared.folder))
+    started = time.time()
+    run(
+        [sys.executable, "-m", "launcher", "train", *prepared.overrides, f"run.root={root}", "run.name=bench", *extra],
+        root / "log",
+    )
+    # A line holds what was counted up to its step; lines without tokens belong to checkpoints and evaluations.
+    lines = [line for line in read_metrics(root / "bench" / "metrics.jsonl") if "trainer/tokens" in line]
+    total = [0, *(int(line["trainer/tokens"]) for line in lines)]
+    shutil.rmtree(root)
+    return summarize(started, [line["time"] for line in lines], np.diff(total).tolist(), prepared.warmup)
+
+
+def bare_side(prepared: Prepared) -> dict[str, Any]:
+    """benchmarks/bare_loop.py on the rows that the launcher's plan would train, in its order."""
+    return _torchrun(prepared, "bare_loop.py", "--rows", str(prepared.folder / "rows.npz"))
+
+
+def trl_side(prepared: Prepared, recompute: bool) -> dict[str, Any]:
+    """benchmarks/trl_sft.py on the documents of the plan's sources."""
+    length = str(prepared.plan.config.data.max_length)
+    flags = ["--recompute"] if recompute else []
+    return _torchrun(prepared, "trl_sft.py", "--data", str(prepared.folder / "chats.jsonl"), "--max-length", length, *flags)
+
+
+def has_trl() -> bool:
+    return importlib.util.find_spec("trl") is not None
+
+
+def _torchrun(prepared: Prepared, script: str, *options: str) -> dict[str, Any]:
+    plan = prepared.plan
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.topology.world_size}"]
+    command += [str(HERE / script), f"--model={plan.model.path}", f"--deepspeed={prepared.folder / 'deepspeed.json'}", *options]
+    command += [f"--steps={prepared.steps}", f"--warmup={prepared.warmup}", f"--lr={plan.config.optim.lr}"]
+    started = time.time()
+    output = run(command, prepared.folder / f"{script}.log")
+    # Libraries print to standard output too.
+    found = json.loads(next(line for line in output.splitlines() if line.startswith('{"times"')))
+    return summarize(started, found["times"], found["tokens"], prepared.warmup)
+
+
+def run(command: list[str], log: Path) -> str:
+    """Run to the end and return standard output; standard error goes to `log`.
+
+    Raises:
+        SystemExit: where it failed or took longer than RUN_TIMEOUT_S; no process of it is left.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    with open(log, "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=HERE.parent)
+        try:
+            output, _ = process.communicate(timeout=RUN_TIMEOUT_S)
+        except BaseException:
+            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                child.kill()
+            raise
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-2000:]}\n{log.read_text()[-4000:]}")
+    return output
+
+
+def _write_rows(plan: LaunchPlan, steps: int, file: Path) -> None:
+    """The rows of the first `steps` global batches in the launcher's order, for the bare loop."""
+    assert plan.data is not None
+    split, batch = Split.open(plan.data.cache_dir), plan.batch
+    # One rank and one micro-batch: whole global batches, in order.
+    whole = batch.model_copy(update={"micro_batch_size": batch.global_batch_size, "accumulation": 1})
+    order = TrainBatches(split, whole, plan.config.run.seed, rank=0, world_size=1, pad_id=0)
+    rows = np.concatenate([np.array(order.step(step).row_ids) for step in range(steps)])
+    lengths = split.row_lengths(rows)
+    shape = (len(rows), int(lengths.max()))
+    input_ids, position_ids, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        tokens = slice(split.rows[row], split.rows[row + 1])
+        input_ids[i, :length] = split.tokens[tokens]
+        labels[i, :length] = np.where(split.trained[tokens], input_ids[i, :length], -100)
+        for start, end in itertools.pairwise([*split.doc_borders(row), shape[1]]):
+            position_ids[i, start:end] = np.arange(end - start)
+    np.savez(file, input_ids=input_ids, position_ids=position_ids, labels=labels, lengths=lengths)
+
+
+def _write_chats(data: DataSection, file: Path) -> None:
+    """The training documents as TRL reads them."""
+    with open(file, "w", encoding="utf-8") as out:
+        for source in data.sources:
+            for document, held_out in read_documents(source):
+                if isinstance(document, Chat) and not held_out:
+                    turns = [{"role": message.role, "content": message.content} for message in document.messages]
+                    out.write(json.dumps({"prompt": turns[:-1], "completion": turns[-1:]}) + "\n")
+
+
+def hardware() -> str:
+    """The machine in one line: processor or GPU, cores, memory."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = cpu.group(1) if cpu else platform.processor()
+    return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
+
+
+def record(title: str, commands: list[str], table: list[str]) -> None:
+    """Print the table and append it to RESULTS.md as a dated section."""
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if importlib.util.find_spec(name))
+    head = [
+        f"## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {title}",
+        "",
+        f"{hardware()}. Python {platform.python_version()}, {packages}.",
+        "",
+    ]
+    section = "\n".join([*head, *table, "", *commands, ""])
+    print(section)
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(("" if file.tell() else "# Results\n") + "\n" + section)

@@ -1,0 +1,47 @@
+"""Seconds from the command to the end of the first optimizer step: the launcher and a bare torchrun script.
+
+    python benchmarks/startup.py [--rounds N] [overrides of the launcher]
+
+Both load the same model and do the same step; the data cache and the converted model exist already. The launcher's time
+spans composing, planning, the run directory, its agent and W&B's offline start. Appends a table to RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import sides
+
+SETTINGS = (
+    *("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "tracking.mode=offline"),
+    *("train.eval_at_start=false", "train.sample=false", "train.export=false"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    args, overrides = parser.parse_known_args()
+    bare, launcher = [], []
+    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
+        prepared = sides.prepare(Path(folder), [*SETTINGS, *overrides], steps=2, warmup=1)
+        for round_number in range(args.rounds):
+            bare.append(sides.bare_side(prepared)["first_step_s"])
+            launcher.append(sides.launcher_side(prepared)["first_step_s"])
+            print(f"round {round_number + 1}: bare {bare[-1]:.1f} s, launcher {launcher[-1]:.1f} s", flush=True)
+    ratio = statistics.median(a / b for a, b in zip(launcher, bare, strict=True))
+    rows = [
+        f"| {name} | {statistics.median(times):.1f} | {min(times):.1f} to {max(times):.1f} |"
+        for name, times in (("bare torchrun", bare), ("launcher", launcher))
+    ]
+    table = ["| side | s to the first step's end | range |", "|---|---|---|", *rows, "", f"launcher / bare: {ratio:.2f}"]
+    sides.record(
+        "start-up", [f"`python benchmarks/startup.py --rounds {args.rounds} {' '.join(overrides)}`".replace(" `", "`")], table
+    )
+
+
+if __name__ == "__main__":
+    main()

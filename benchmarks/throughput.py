@@ -1,0 +1,77 @@
+"""Training throughput of the launcher, of a bare DeepSpeed loop and of TRL on the same model, data and batch.
+
+    python benchmarks/throughput.py [--steps N] [--rounds N] [overrides of the launcher]
+
+The sides run one after the other, in several rounds, so that what else the machine does falls on all of them. Tokens
+are real ones, without padding; the rate spans all steps after the warm-up. Prints a table and appends it to RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import sides
+
+SETTINGS = (
+    *("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "tracking=none"),
+    *("train.eval_at_start=false", "train.sample=false", "train.export=false"),
+)
+BARE, LAUNCHER = "bare loop", "launcher"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each run")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    parser.add_argument(
+        "--only", nargs="+", metavar="SIDE", help="leave out the sides whose names do not start with one of these"
+    )
+    args, overrides = parser.parse_known_args()
+    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
+        prepared = sides.prepare(Path(folder), [*SETTINGS, *overrides], args.steps, args.warmup)
+        runs: dict[str, Callable[[], dict[str, Any]]] = {
+            BARE: partial(sides.bare_side, prepared),
+            LAUNCHER: partial(sides.launcher_side, prepared),
+        }
+        if sides.has_trl():
+            runs["TRL, activations kept"] = partial(sides.trl_side, prepared, recompute=False)
+            runs["TRL, its default (recompute)"] = partial(sides.trl_side, prepared, recompute=True)
+        if args.only:
+            runs = {name: side for name, side in runs.items() if name.startswith(tuple(args.only))}
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+        for round_number in range(args.rounds):
+            for name, side in runs.items():
+                found[name].append(side())
+                print(f"round {round_number + 1}: {name}: {found[name][-1]['tokens_per_sec']:.1f} tokens/s", flush=True)
+        batch, ranks = prepared.plan.batch, prepared.plan.topology.world_size
+    title = f"throughput, {ranks} ranks, {batch.micro_batch_size} rows x {batch.accumulation} micro-batches, {args.steps} steps"
+    command = f"`python benchmarks/throughput.py --steps {args.steps} --rounds {args.rounds} {' '.join(overrides)}`".replace(
+        " `", "`"
+    )
+    sides.record(title, [command], table(found))
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A Markdown table: medians over rounds, their range, and the launcher's rate as a share of each side's."""
+    rates = {name: [figures["tokens_per_sec"] for figures in rounds] for name, rounds in found.items()}
+    lines = ["| side | tokens/s | range | s per step | launcher / side |", "|---|---|---|---|---|"]
+    for name, rate in rates.items():
+        step_s = statistics.median(figures["step_s"] for figures in found[name])
+        # Rounds are pairs: what slows the machine down for a while slows both.
+        ratio = statistics.median(a / b for a, b in zip(rates[LAUNCHER], rate, strict=True)) if LAUNCHER in rates else None
+        shown = f"{ratio:.2f}" if ratio is not None else ""
+        lines.append(f"| {name} | {statistics.median(rate):.1f} | {min(rate):.1f} to {max(rate):.1f} | {step_s:.2f} | {shown} |")
+    return lines
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()

@@ -1,0 +1,120 @@
+"""TRL's SFTTrainer on the same data and model: ZeRO-3, bf16, packed rows, loss on the completion only.
+
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 benchmarks/trl_sft.py --model DIR --data CHATS.jsonl --deepspeed DS.json
+
+CHATS.jsonl has one {"prompt": [messages], "completion": [messages]} per line. Tokens are counted without padding.
+Rank 0 prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import deepspeed
+import psutil
+import torch
+import torch._dynamo  # DeepSpeed patches tensor constructors; a later import of dynamo would fail on them.
+import torch.distributed as dist
+from datasets import load_dataset
+from steps import summarize
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class CountingTrainer(SFTTrainer):
+    """Counts this rank's real tokens, micro-batch by micro-batch."""
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # Packed rows come as one flat row; padding is the run of zero positions at its end.
+        positions = inputs["position_ids"][0]
+        used = positions.nonzero().max().item() + 1
+        self.seen = [*getattr(self, "seen", []), used]
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+class Clock(TrainerCallback):
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.times.append(time.time())
+
+
+def main() -> None:
+    args = _arguments()
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*|.*_(all_gather|reduce_scatter)_base.*")
+    with open(args.deepspeed) as file:
+        config = json.load(file)
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = CountingTrainer(
+            model=args.model,
+            args=_settings(args, config, folder),
+            train_dataset=load_dataset("json", data_files=args.data, split="train", cache_dir=folder),
+            processing_class=AutoTokenizer.from_pretrained(args.model),
+            callbacks=[clock],
+        )
+        if trainer.accelerator.num_processes != dist.get_world_size():
+            raise SystemExit("the trainer does not see all ranks: each would train the same rows")
+        trainer.train()
+    accumulation = config["gradient_accumulation_steps"]
+    tokens = torch.tensor(trainer.seen).reshape(args.steps, accumulation).sum(1)
+    dist.all_reduce(tokens)
+    if dist.get_rank() == 0:
+        started = psutil.Process().create_time()
+        print(
+            json.dumps(
+                {"times": clock.times, "tokens": tokens.tolist(), **summarize(started, clock.times, tokens.tolist(), args.warmup)}
+            )
+        )
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _settings(args: argparse.Namespace, config: dict[str, Any], folder: str) -> SFTConfig:
+    return SFTConfig(
+        output_dir=folder,
+        max_steps=args.steps,
+        max_length=args.max_length,
+        packing=True,
+        completion_only_loss=True,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=config,
+        per_device_train_batch_size=config["train_micro_batch_size_per_gpu"],
+        gradient_accumulation_steps=config["gradient_accumulation_steps"],
+        max_grad_norm=config["gradient_clipping"],
+        gradient_checkpointing=args.recompute,
+        learning_rate=args.lr,
+        optim="adamw_torch_fused",
+        model_init_kwargs={"dtype": torch.bfloat16, "attn_implementation": "sdpa", "use_cache": False},
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        dataloader_pin_memory=False,
+        seed=42,
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face model folder")
+    parser.add_argument("--data", required=True, help="JSONL file of prompts and completions")
+    parser.add_argument("--deepspeed", required=True, help="DeepSpeed's JSON configuration")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens in a packed row")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
+    parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--recompute", action="store_true", help="recompute activations, which is TRL's default")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

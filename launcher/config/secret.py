@@ -1,0 +1,40 @@
+"""What looks like a credential, and its removal from text that a person or a log will see."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# A value of one of these forms is a credential, wherever it stands.
+_SECRET = re.compile(
+    r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
+    r"|wandb_v\d+_\w{16,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY)"
+)
+# W&B's older keys have no mark of their own: 40 hex digits, as a git commit, which only model.revision may hold.
+_HEX_KEY = re.compile(r"[0-9a-f]{40}")
+# bos_token, pad_token and the like are tokens of another kind.
+_SECRET_NAME = r"(?:\w+_)?(?:api_?key|secret|password|passwd|credentials?)|(?:(?:hf|hub|auth|access|api|bearer|wandb)_)?token"  # noqa: S105
+_SECRET_KEY = re.compile(rf"(?:^|[.\]])(?:{_SECRET_NAME})$", re.IGNORECASE)
+_ASSIGNED = re.compile(rf"(?P<key>(?<![\w-])(?:{_SECRET_NAME})=).+", re.IGNORECASE)
+_SHORTEST = 8
+
+
+def looks_secret(key: str, value: Any) -> bool:
+    """True where a string has the form of a credential, or stands under a key that names one."""
+    if not isinstance(value, str) or not value:
+        return False
+    if _SECRET.search(value) or (_HEX_KEY.fullmatch(value) and key != "model.revision"):
+        return True
+    return bool(_SECRET_KEY.search(key)) and len(value) >= _SHORTEST
+
+
+def redact(text: str) -> str:
+    """`text` with everything that has the form of a credential, or is assigned to a name for one, replaced."""
+    text = _ASSIGNED.sub(r"\g<key><redacted>", _SECRET.sub("<redacted>", text))
+    return re.sub(rf"(?<!revision=)\b{_HEX_KEY.pattern}\b", "<redacted>", text)
+
+
+def shown(key: str, value: Any) -> str:
+    """A value as an error may show it."""
+    text = repr(value) if isinstance(value, str) else str(value)
+    return "<redacted>" if looks_secret(key, value) else redact(text)[:200]

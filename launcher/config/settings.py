@@ -1,0 +1,78 @@
+"""Every setting with its type, default and meaning, read off the schema."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel
+
+from launcher.config.schema import RunConfig
+
+_SCALARS = {"integer": "int", "number": "float", "string": "text", "object": "mapping"}
+_BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`type` reads like `int > 0 or null`; `default` as one would write it, None where a value is required."""
+
+    key: str
+    type: str
+    default: str | None
+    meaning: str
+
+
+@functools.cache
+def settings() -> Mapping[str, Setting]:
+    """By key, in the schema's order; `data.sources[].path` is the key for a list's items."""
+    return {setting.key: setting for setting in _walk(RunConfig, "")}
+
+
+def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
+    properties = model.model_json_schema()["properties"]
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        nested = section_of(field.annotation)
+        default = None if field.is_required() else _yaml(field.get_default(call_default_factory=True))
+        yield Setting(key, _type_text(properties[name]), default, field.description or (nested.__doc__ if nested else "") or "")
+        if nested is not None:
+            yield from _walk(nested, f"{key}[]." if nested is not field.annotation else f"{key}.")
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class that an annotation holds, directly or as a list's items."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := section_of(part)) is not None), None)
+
+
+def _type_text(schema: Mapping[str, Any]) -> str:
+    """A JSON Schema in words: `bf16 | fp16 | fp32`, `int > 0 or null`, `list of name`."""
+    if "anyOf" in schema:
+        parts = [_type_text(part) for part in schema["anyOf"] if part.get("type") != "null"]
+        optional = any(part.get("type") == "null" for part in schema["anyOf"])
+        return " | ".join(parts) + (" or null" if optional else "")
+    if "const" in schema or "enum" in schema:
+        return " | ".join(str(choice) for choice in schema.get("enum", [schema.get("const")]))
+    kind = schema.get("type")
+    if kind == "boolean":
+        return "true | false"
+    if kind == "array":
+        if "prefixItems" in schema:
+            return f"[{', '.join(_type_text(item) for item in schema['prefixItems'])}]"
+        return f"list of {_type_text(schema['items'])}"
+    if kind is None:
+        return "mapping"
+    bounds = [f"{sign} {schema[bound]:g}" for bound, sign in _BOUNDS if bound in schema]
+    return " ".join([schema.get("format") or _SCALARS[kind], *bounds])
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, tuple):
+        return f"[{', '.join(_yaml(item) for item in value)}]"
+    return str(value)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
+DEADLINE_S = 150
+RunRanks = Callable[..., list[int]]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the ranks left behind: for each kind of engine its checkpoints, dumps of tensors, and reports of each rank."""
+
+    folder: Path
+
+    def checkpoints(self, kind: str) -> Path:
+        return self.folder / kind / "checkpoints"
+
+    def dump(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.safetensors"
+
+    def report(self, kind: str, name: str, rank: int):
+        return json.loads((self.folder / kind / f"{name}-{rank}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
+    """Run a scenario of checkpoint_ranks.py in new processes; returns their exit codes. No process outlives the call."""
+
+    def run(scenario: str, world_size: int, folder: Path, kinds: str, *, exit_codes: list[int] | None = None) -> list[int]:
+        work = tmp_path_factory.mktemp(scenario)
+        common = {
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "RENDEZVOUS": str(work / "rendezvous"),
+            "KINDS": kinds,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+        }
+        logs = [work / f"rank-{rank}.log" for rank in range(world_size)]
+        ranks = []
+        try:
+            for rank, log in enumerate(logs):
+                environ = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                with log.open("w") as output:
+                    ranks.append(
+                        subprocess.Popen(
+                            [sys.executable, str(SCRIPT), scenario, str(folder)],
+                            env=environ,
+                            stdout=output,
+                            stderr=subprocess.STDOUT,
+                        )
+                    )
+            deadline = time.monotonic() + DEADLINE_S
+            codes = [rank.wait(timeout=max(0.0, deadline - time.monotonic())) for rank in ranks]
+        finally:
+            for rank in ranks:
+                if rank.poll() is None:
+                    rank.kill()
+                    rank.wait(timeout=10)
+        tails = "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in logs)
+        assert codes == (exit_codes or [0] * world_size), tails
+        return codes
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
+    """One straight run, a save that is killed, and resumes on 2, 1 and again 2 ranks, all in processes of their own."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks("straight", 2, folder, "fp32,bf16,hpz")
+    run_ranks("killed", 2, folder, "bf16", exit_codes=[-9, 1])
+    run_ranks("resume", 2, folder, "fp32,bf16,hpz")
+    run_ranks("shrink", 1, folder, "fp32,bf16")
+    run_ranks("grow", 2, folder, "fp32,bf16")
+    return Runs(folder)
+
+
+@pytest.fixture(scope="session")
+def offload_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
+    """A straight run and a resume with the optimizer offloaded to the CPU; DeepSpeed compiles it on first use."""
+    folder = tmp_path_factory.mktemp("offload")
+    run_ranks("straight", 2, folder, "offload")
+    run_ranks("resume", 2, folder, "offload")
+    return Runs(folder)

@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from launcher.checkpoint import store
+from launcher.errors import CheckpointError
+
+
+def committed(root, step, content=b"weights", attempt=1):
+    saving = store.begin(root, step=step, attempt=attempt, needed_bytes=1)
+    files = {name: store.write_file(saving / name, [content, content]) for name in (store.shard_name(0), store.STATE)}
+    manifest = store.Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files)
+    return store.commit(saving, manifest)
+
+
+def steps(root):
+    return [c.step for c in store.list_checkpoints(root)]
+
+
+def test_commit_list_and_latest(tmp_path):
+    for step in (200, 100, 123456789):
+        committed(tmp_path, step)
+    assert steps(tmp_path) == [100, 200, 123456789]
+    latest = store.latest(tmp_path)
+    assert latest.path == tmp_path / "step-123456789"
+    assert store.Manifest.model_validate_json(latest.manifest.to_json()) == latest.manifest
+    assert latest.manifest.files["state.json"] == store.file_entry(latest.path / "state.json")
+    assert store.at_step(tmp_path, 100).step == 100
+    with pytest.raises(CheckpointError, match="choose one of: 100, 200, 123456789"):
+        store.at_step(tmp_path, 150)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000100", "step-00000200", "step-123456789"}
+
+
+def test_directories_are_private(tmp_path):
+    saving = store.begin(tmp_path / "checkpoints", step=1, attempt=1, needed_bytes=1)
+    assert saving.stat().st_mode & 0o777 == 0o700
+    assert saving.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: (p / "manifest.json").unlink(), "no readable manifest"),
+        (lambda p: (p / "manifest.json").write_text('{"step": 7'), "manifest is damaged"),
+        (lambda p: (p / "state.json").unlink(), "is missing"),
+        (lambda p: os.truncate(p / "rank-00000.safetensors", 3), "wrong size"),
+        (lambda p: p.rename(p.with_name("step-00000008")), "another step"),
+        (
+            lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text().replace('version": 1', 'version": 9')),
+            "format 9; readable: 1",
+        ),
+        (
+            lambda p: (p / "manifest.json").write_text((p / "manifest.json").read_text().replace("state.json", "../state.json")),
+            "manifest is damaged",
+        ),
+    ],
+)
+def test_what_is_not_whole_does_not_exist(tmp_path, damage, said):
+    path = committed(tmp_path, 7)
+    damage(path)
+    assert steps(tmp_path) == []
+    (damaged,) = tmp_path.iterdir()
+    with pytest.raises(CheckpointError, match=said):
+        store.open_checkpoint(damaged)
+    with pytest.raises(CheckpointError, match=damaged.name):
+        store.latest(tmp_path)
+
+
+def test_latest_says_what_is_there(tmp_path):
+    with pytest.raises(CheckpointError, match="the folder does not exist"):
+        store.latest(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="the folder is empty"):
+        store.latest(tmp_path)
+    store.begin(tmp_path, step=4, attempt=1, needed_bytes=1)
+    with pytest.raises(CheckpointError, match="saving-step-00000004-001: a save that did not end"):
+        store.latest(tmp_path)
+
+
+def test_verify_finds_one_flipped_bit(tmp_path):
+    path = committed(tmp_path, 7)
+    assert store.verify(path) == []
+    file = path / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[5] ^= 1
+    file.write_bytes(content)
+    assert steps(tmp_path) == [7]
+    (problem,) = store.verify(path)
+    assert "digest differs" in problem.what
+    assert problem.where == str(file)
+
+
+def test_files_of_another_user_are_named(tmp_path, monkeypatch):
+    checkpoint = store.open_checkpoint(committed(tmp_path, 7))
+    assert store.foreign_files(checkpoint.path, checkpoint.manifest) == []
+    if os.geteuid() == 0:
+        os.chown(checkpoint.path / "state.json", 12345, -1)
+        foreign = 1
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        foreign = 3
+    problems = store.foreign_files(checkpoint.path, checkpoint.manifest)
+    assert len(problems) == foreign
+    assert "belongs to another user" in problems[0].what
+
+
+def test_a_second_commit_of_a_step_replaces_the_first(tmp_path):
+    committed(tmp_path, 7, b"old")
+    committed(tmp_path, 7, b"new", attempt=2)
+    (only,) = store.list_checkpoints(tmp_path)
+    assert (only.path / "state.json").read_bytes() == b"newnew"
+    assert only.manifest.attempt == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
+
+
+@pytest.mark.parametrize("survives", [1, 2])
+def test_a_crash_while_a_step_is_replaced_loses_nothing(tmp_path, monkeypatch, survives):
+    """The process dies at its first or second rename of a directory: the old checkpoint, or the new one, is found."""
+    committed(tmp_path, 7, b"old")
+    rename, calls = os.rename, []
+
+    def dying_rename(source, target):
+        calls.append(target)
+        if len(calls) > survives:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", dying_rename)
+    with pytest.raises(KeyboardInterrupt):
+        committed(tmp_path, 7, b"new", attempt=2)
+    monkeypatch.undo()
+    found = store.latest(tmp_path)
+    assert found.step == 7
+    assert (found.path / "state.json").read_bytes() == {1: b"oldold", 2: b"newnew"}[survives]
+    assert store.verify(found.path) == []
+    committed(tmp_path, 7, b"newer", attempt=3)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
+    assert (store.latest(tmp_path).path / "state.json").read_bytes() == b"newernewer"
+
+
+def test_a_damaged_step_does_not_block_the_one_it_replaced(tmp_path):
+    path = committed(tmp_path, 7, b"old")
+    path.rename(tmp_path / ".replaced-step-00000007")
+    committed(tmp_path, 8)
+    damaged = committed(tmp_path, 9)
+    damaged.rename(tmp_path / "step-00000007")
+    assert steps(tmp_path) == [7, 8]
+    committed(tmp_path, 7, b"new")
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000007", "step-00000008"}
+    assert (store.at_step(tmp_path, 7).path / "state.json").read_bytes() == b"newnew"
+
+
+def test_begin_sweeps_leftovers_but_not_a_later_attempt(tmp_path):
+    for step, attempt in ((1, 1), (2, 2), (3, 3)):
+        (tmp_path / f".saving-step-{step:08d}-{attempt:03d}").mkdir()
+    (tmp_path / ".removing-0123").mkdir()
+    (tmp_path / "notes").mkdir()
+    store.begin(tmp_path, step=2, attempt=2, needed_bytes=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".saving-step-00000002-002", ".saving-step-00000003-003", "notes"]
+
+
+def test_prune_keeps_the_newest_and_what_it_is_told_to(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        committed(tmp_path, step)
+    (tmp_path / "step-00000004" / "manifest.json").unlink()
+    removed = store.prune(tmp_path, 2, keep=[tmp_path / "step-00000001"])
+    assert removed == [tmp_path / "step-00000002"]
+    assert steps(tmp_path) == [1, 3, 5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004", "step-00000005"]
+
+
+def test_a_full_disk_is_refused_with_both_numbers(tmp_path):
+    with pytest.raises(CheckpointError, match=r"needed 1,000,000,000,000,000,000 bytes, available [\d,]+ bytes"):
+        store.begin(tmp_path, step=1, attempt=1, needed_bytes=10**18)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_partition_covers_every_element_once():
+    for num_elements in (0, 1, 2, 5, 27, 64):
+        for world_size in (1, 2, 3, 8):
+            parts = [store.partition(num_elements, world_size, rank) for rank in range(world_size)]
+            assert [i for start, stop in parts for i in range(start, stop)] == list(range(num_elements))
+
+
+def test_the_store_needs_no_torch():
+    code = "import sys, launcher.checkpoint.store; print([m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,59 @@
+"""Runs on this machine, observed from outside: their processes, their files, their end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none")
+
+
+def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 120) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
+        time.sleep(0.05)
+
+
+def metrics(run: Path) -> list[dict]:
+    file = run / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The last value of each step."""
+    return {m["trainer/step"]: m["train/loss"] for m in metrics(run) if "train/loss" in m}
+
+
+def last_step(run: Path) -> int:
+    return max(losses(run), default=0)
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+def agent_of(run: Path) -> psutil.Process:
+    return psutil.Process(status(run)["job"]["pid"])
+
+
+def ranks_of(run: Path) -> list[psutil.Process]:
+    """The rank processes, by rank."""
+    children = [p for p in agent_of(run).children() if "launcher.worker.entry" in " ".join(p.cmdline())]
+    return sorted(children, key=lambda p: int(p.environ()["RANK"]))
+
+
+def processes_of(run: Path) -> list[psutil.Process]:
+    """Every process that names the run's directory on its command line."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(run) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

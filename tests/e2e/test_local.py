@@ -1,0 +1,179 @@
+"""The main road on this machine: run, fail, stop, resume; compared with a run that was left alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from e2e_tools import TINY, agent_of, last_step, losses, metrics, processes_of, ranks_of, status, wait_for
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+STEPS = 30
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch: Launch, module_runs: Path) -> Path:
+    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return module_runs / "undisturbed"
+
+
+def test_an_undisturbed_run_leaves_what_the_design_promises(undisturbed: Path) -> None:
+    assert status(undisturbed)["state"] == "completed"
+    assert status(undisturbed)["step"] == STEPS
+    assert sorted(losses(undisturbed)) == list(range(1, STEPS + 1))
+    assert [p.name for p in sorted((undisturbed / "checkpoints").iterdir())] == [f"step-{s:08d}" for s in (20, 25, 30)]
+    assert json.loads((undisturbed / "attempts/001/exit.json").read_text())["state"] == "completed"
+    assert (undisturbed / "code/launcher/train/loop.py").is_file()
+    assert (undisturbed.stat().st_mode & 0o777) == 0o700
+    wanted = {
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+        "perf/tokens_per_sec",
+        "perf/padding_frac",
+        "time/step_s",
+        "time/fwd_bwd_s",
+    }
+    assert wanted <= metrics(undisturbed)[-3].keys() | metrics(undisturbed)[1].keys()
+    assert not processes_of(undisturbed)
+
+
+def test_loss_falls_and_held_out_is_measured_before_and_after(undisturbed: Path) -> None:
+    held_out = [m["eval/held_out/loss"] for m in metrics(undisturbed) if "eval/held_out/loss" in m]
+    assert len(held_out) == 2
+    assert held_out[1] < held_out[0]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_resumed_run_equals_the_undisturbed(
+    launch: Launch, start: Callable, runs: Path, undisturbed: Path
+) -> None:
+    run = runs / "killed"
+    with start(*SETTINGS, f"run.root={runs}", "run.name=killed") as process:
+        wait_for("step 8", lambda: last_step(run) >= 8)
+        ranks_of(run)[1].send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "rank 1 failed first: killed by SIGKILL" in output
+    assert "rank-00001.log" in output
+    assert "resume" in output
+    assert status(run)["state"] == "failed"
+    assert json.loads((run / "attempts/001/exit.json").read_text())["first_failure"]["rank"] == 1
+    assert not processes_of(run)
+
+    done = launch("resume", str(run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continuing" in done.stdout
+    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
+    assert status(run)["attempt"] == 2
+
+
+@pytest.mark.slow
+def test_one_ctrl_c_saves_and_stops_and_resume_goes_on(launch: Launch, start: Callable, runs: Path, undisturbed: Path) -> None:
+    run = runs / "stopped"
+    with start(*SETTINGS, f"run.root={runs}", "run.name=stopped") as process:
+        wait_for("step 7", lambda: last_step(run) >= 7)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, output
+    assert "cancelled" in output
+    step = status(run)["step"]
+    assert status(run)["state"] == "cancelled"
+    assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
+    assert not processes_of(run)
+
+    done = launch("resume", str(run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(run) == losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_two_ctrl_c_kill_at_once(start: Callable, runs: Path) -> None:
+    run = runs / "impatient"
+    settings = [s for s in SETTINGS if not s.startswith("train.max_steps")]
+    with start(*settings, "train.max_steps=100000", f"run.root={runs}", "run.name=impatient") as process:
+        wait_for("the first step", lambda: last_step(run) >= 1)
+        # A stopped rank can never reach the end of its step, so only the kill ends this run.
+        ranks_of(run)[1].send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGINT)
+        wait_for("the first signal to arrive", lambda: "saving" in (process.stdout.readline() if process.stdout else ""))
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "killed" in status(run)["message"]
+    assert not processes_of(run)
+
+
+@pytest.mark.slow
+def test_term_and_cancel_save_and_leave_nothing_behind(launch: Launch, start: Callable, runs: Path) -> None:
+    settings = [s for s in SETTINGS if not s.startswith("train.max_steps")]
+    run = runs / "terminated"
+    with start(*settings, "train.max_steps=100000", f"run.root={runs}", "run.name=terminated") as process:
+        wait_for("the first step", lambda: last_step(run) >= 1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert list((run / "checkpoints").iterdir())
+    assert not processes_of(run)
+
+    done = launch("resume", str(run), "--detach")
+    assert done.returncode == 0, done.stderr
+    wait_for("a step of the second attempt", lambda: status(run)["step"] > 5 and metrics(run)[-1]["attempt"] == 2)
+    shown = launch("status", "terminated", "--root", str(runs), "--json")
+    assert json.loads(shown.stdout)["state"] == "running"
+    assert launch("cancel", "terminated", "--root", str(runs)).returncode == 0
+    wait_for("the run to stop", lambda: status(run)["state"] == "cancelled")
+    wait_for("its processes to end", lambda: not processes_of(run), deadline_s=30)
+    refused = launch("cancel", "terminated", "--root", str(runs))
+    assert refused.returncode == 2
+    assert "not running" in refused.stderr
+
+
+@pytest.mark.slow
+def test_ranks_do_not_outlive_a_killed_agent(launch: Launch, start: Callable, runs: Path) -> None:
+    run = runs / "orphaned"
+    with start(*SETTINGS, f"run.root={runs}", "run.name=orphaned") as process:
+        wait_for("the first step", lambda: last_step(run) >= 1)
+        agent_of(run).kill()
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "agent" in output
+    wait_for("the ranks to end", lambda: not processes_of(run), deadline_s=20)
+    assert "failed" in launch("status", str(run)).stdout
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(launch: Launch, runs: Path) -> None:
+    settings = [s for s in SETTINGS if not s.startswith("train.save_every")]
+    done = launch(
+        *settings,
+        "train.save_every=1",
+        "optim.lr=1e38",
+        "optim.warmup_steps=0",
+        "train.grad_clip=0",
+        f"run.root={runs}",
+        "run.name=diverged",
+    )
+    run = runs / "diverged"
+    assert done.returncode == 1
+    assert "the loss is" in done.stderr
+    assert "optim.lr" in done.stderr
+    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert kept
+    assert kept[-1] in done.stderr or "checkpoint of step" in done.stderr
+    assert status(run)["state"] == "failed"
+
+
+def test_a_refused_run_leaves_no_directory(launch: Launch, runs: Path) -> None:
+    for override in ("train.global_batch_size=7", "data.sources=[{path: ./nowhere.jsonl}]", "cluster.nodes=2", "optim.lr=-1"):
+        done = launch(*TINY, override, f"run.root={runs}", "run.name=refused")
+        assert done.returncode == 2, override
+        assert "Traceback" not in done.stderr
+    assert not runs.exists()
