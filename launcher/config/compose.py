@@ -10,28 +10,21 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from launcher.config.origin import Origins
+from launcher.config.problems import hydra_problem, missing, no_such_option, schema_problems
 from launcher.config.schema import RunConfig
-from launcher.config.suggest import did_you_mean, known_keys
-from launcher.errors import ConfigError, Problem
+from launcher.config.secret import looks_secret, redact
+from launcher.errors import ConfigError, LauncherError, Problem
 
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
-
-# A value of one of these forms is a credential, wherever it stands.
-_SECRET = re.compile(
-    r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
-    r"|wandb_v\d+_\w{16,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY)"
-)
-_HEX_KEY = re.compile(r"[0-9a-f]{40}")
-_SECRET_KEY = re.compile(r"(^|[._])(api_?key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,7 @@ class Composed:
 
     config: RunConfig
     overrides: tuple[str, ...]
+    origins: Origins
 
 
 def conf_dir() -> Path:
@@ -56,6 +50,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
 
     Raises:
         ConfigError: with every mistake that was found.
+        LauncherError: what the callback raises, with the file and line of the settings that it names.
     """
     remaining, problems = _known_group_options(list(tokens))
     failure: list[BaseException] = []
@@ -67,7 +62,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
         try:
             composed = _checked(cfg)
             if not problems:
-                on_composed(composed)
+                _call(on_composed, composed)
         except ConfigError as error:
             problems.extend(error.problems)
         except BaseException as error:
@@ -80,25 +75,35 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
         if not problems:
             problems.extend(error.problems)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(_without_secrets(problem) for problem in dict.fromkeys(problems))
     if failure:
         raise failure[0]
 
 
+def _call(on_composed: Callable[[Composed], None], composed: Composed) -> None:
+    try:
+        on_composed(composed)
+    except LauncherError as error:
+        raise type(error)(composed.origins.located(problem) for problem in error.problems) from error
+
+
+def _without_secrets(problem: Problem) -> Problem:
+    return replace(problem, **{field.name: redact(getattr(problem, field.name)) for field in fields(problem)})
+
+
 def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_hydra_problem(error, argv)) from error
     except SystemExit as stop:
         if stop.code:
             raise ConfigError("Hydra could not read the command line", remedy="see python -m launcher --help") from stop
+    # The task lets nothing through: whatever arrives here is Hydra's, and not all of it is a HydraException.
+    except Exception as error:
+        raise ConfigError(hydra_problem(error, argv)) from error
     finally:
         sys.argv = before[0]
         os.environ.pop("HYDRA_FULL_ERROR", None)
@@ -126,7 +131,7 @@ def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
         return tokens, []
     remaining, problems = [], []
     for token in tokens:
-        match = re.fullmatch(rf"\+{{0,2}}({'|'.join(GROUPS)})=([\w,./-]+)", token)
+        match = re.fullmatch(rf"\+{{0,2}}({'|'.join(GROUPS)})=([\w,./-]*)", token)
         if not match:
             remaining.append(token)
             continue
@@ -134,16 +139,7 @@ def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
         unknown = [option for option in match[2].split(",") if option not in options and "/" not in option and option != "null"]
         if not unknown:
             remaining.append(token)
-        for option in unknown:
-            guess = did_you_mean(option, options)
-            problems.append(
-                Problem(
-                    f"{match[1]}={option}: there is no such option",
-                    where="command line",
-                    value=redact(token),
-                    remedy=f"{guess}choose one of: {', '.join(options)}",
-                )
-            )
+        problems += [no_such_option(match[1], option, options, token) for option in unknown]
     return remaining, problems
 
 
@@ -161,47 +157,59 @@ def _checked(cfg: Any) -> Composed:
     from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
-    overrides = tuple(_user_form(o) for o in hydra_config.overrides.task)
+    overrides = tuple(str(o).removeprefix("++") for o in hydra_config.overrides.task)
     origins = Origins(
         overrides=overrides,
         choices=dict(hydra_config.runtime.choices),
         folders=tuple(Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path),
     )
     OmegaConf.set_readonly(cfg, False)
-    missing = [key for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
-    for key in missing:
+    absent = [key for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
+    for key in absent:
         # Whatever refers to the missing value must still resolve for the other mistakes to be found.
         OmegaConf.update(cfg, key, "./missing")
-    values = {str(k): v for k, v in _resolved(cfg).items()}
+    values = {str(k): v for k, v in _resolved(cfg, origins).items()}
     _let_the_command_line_choose_the_length(values, overrides)
-    secrets = [key for key, value in _leaves(values) if looks_secret(key, value)]
-    problems = [
-        Problem(
-            f"{key}: a value is required and none was given", where=origins.of(key), remedy=f"add {key}=... to the command line"
-        )
-        for key in missing
-    ]
+    leaves = list(_leaves(values))
+    secrets = [key for key, value in leaves if looks_secret(key, value)]
+    targets = [key for key, _ in leaves if "_target_" in key.split(".")]
+    problems = [missing(key, origins) for key in absent]
     problems += [
         Problem(
             f"{key}: looks like a secret (a token, key or password); its value is not shown",
             where=origins.of(key),
-            remedy="put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong into settings",
+            remedy="put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings",
         )
         for key in secrets
+    ]
+    problems += [
+        Problem(
+            f"{key}: settings never name code to run; nothing was called", where=origins.of(key), remedy=f"take {key} out"
+        )
+        for key in targets
     ]
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        problems += _schema_problems(error, origins, skip={*missing, *secrets})
+        problems += schema_problems(error, origins, values, skip={*absent, *secrets, *targets})
     if problems:
         raise ConfigError(problems)
-    return Composed(config, overrides)
+    return Composed(config, overrides, origins)
 
 
-def _resolved(cfg: Any) -> dict[Any, Any]:
+def _resolved(cfg: Any, origins: Origins) -> dict[Any, Any]:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
-    raw = OmegaConf.to_container(cfg, resolve=True)
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or "")
+        raise ConfigError(
+            f"{key}: the value refers to something that cannot be resolved: {str(error).splitlines()[0]}",
+            where=origins.of(key),
+            remedy="check what stands between ${ and }",
+        ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")
     return raw
@@ -218,60 +226,6 @@ def _let_the_command_line_choose_the_length(values: dict[str, Any], overrides: S
             train[other] = None
 
 
-def _schema_problems(error: ValidationError, origins: Origins, skip: set[str]) -> Iterator[Problem]:
-    keys = known_keys()
-    seen: set[str] = set()
-    items = [(_key_of(item["loc"]), item) for item in error.errors(include_url=False)]
-    for key, item in items:
-        # One problem a key: a list with a bad item is also "too short", a union reports each of its branches.
-        if key in skip or key in seen or (item["type"] == "too_short" and any(k.startswith(f"{key}[") for k, _ in items)):
-            continue
-        seen.add(key)
-        value = "" if isinstance(item["input"], dict | list) else _shown(key, item["input"])
-        where = origins.of(key)
-        if item["type"] == "extra_forbidden":
-            siblings = sorted(k for k in keys if k.rpartition(".")[0] == re.sub(r"\[\d+\]", "[]", key).rpartition(".")[0])
-            guess = did_you_mean(key, sorted(keys)) or (f"known here: {', '.join(siblings)}" if siblings else "")
-            yield Problem(
-                f"{key}: there is no such setting",
-                where=where,
-                value=value,
-                remedy=guess.strip() or "docs/config.md lists every setting",
-            )
-        elif item["type"] == "missing":
-            yield Problem(
-                f"{key}: a value is required and none was given", where=where, remedy=f"add {key}=... to the command line"
-            )
-        else:
-            text = item["msg"].removeprefix("Value error, ")
-            text = text[:1].lower() + text[1:]
-            what = text if not key or key in GROUPS else f"{key}: {text}"
-            remedy = keys.get(re.sub(r"\[\d+\]", "[]", key), "")
-            yield Problem(what, where=where, value=value, remedy=f"meaning: {remedy}" if remedy else "")
-
-
-def _key_of(location: tuple[int | str, ...]) -> str:
-    key = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
-    # pydantic appends the branch of a union to the location; the user knows only the key.
-    return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
-
-
-def _hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
-    text = redact(str(error)).strip()
-    first = text.splitlines()[0].replace("++", "") if text else type(error).__name__
-    culprit = _user_form(next((t for t in tokens if t.split("=")[0] and t in text), ""))
-    return Problem(
-        f"Hydra cannot compose these settings: {first}",
-        where="command line" if culprit else "",
-        value=redact(culprit),
-        remedy="quote values that hold spaces, commas, brackets or '=' twice, as in 'run.name=\"a b\"'; see python -m launcher --help",
-    )
-
-
-def _user_form(override: str) -> str:
-    return override[2:] if override.startswith("++") else override
-
-
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for k, v in value.items():
@@ -281,23 +235,3 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(v, f"{key}[{i}]")
     else:
         yield key, value
-
-
-def looks_secret(key: str, value: Any) -> bool:
-    """True where a string has the form of a credential, or stands under a key that names one."""
-    if not isinstance(value, str) or not value:
-        return False
-    if _SECRET.search(value) or (_HEX_KEY.fullmatch(value) and key != "model.revision"):
-        return True
-    return bool(_SECRET_KEY.search(key)) and len(value) >= 8
-
-
-def redact(text: str) -> str:
-    """`text` with everything that has the form of a credential replaced."""
-    text = _SECRET.sub("<redacted>", text)
-    return re.sub(rf"(?<!revision=)\b{_HEX_KEY.pattern}\b", "<redacted>", text)
-
-
-def _shown(key: str, value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else str(value)
-    return "<redacted>" if looks_secret(key, value) else redact(text)[:200]

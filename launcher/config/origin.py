@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from launcher.config.settings import settings
+from launcher.errors import Problem
 
 
 @dataclass(frozen=True)
@@ -17,29 +21,50 @@ class Origins:
     folders: tuple[Path, ...]
 
     def of(self, key: str) -> str:
-        """`command line (train.lr=-1)`, `conf/optim/adamw.yaml:3`, or an empty string."""
+        """`command line`, `conf/optim/adamw.yaml:3`, or an empty string."""
+        return self.resolve(key)[1]
+
+    def resolve(self, key: str) -> tuple[str, str]:
+        """The key whose value counts (another one where `key` is filled by interpolation), and where that was written."""
         for override in reversed(self.overrides):
             name = override.split("=", 1)[0].lstrip("+~")
             if name in self.choices:
                 continue
             if name and (key == name or key.startswith((f"{name}.", f"{name}[")) or name.startswith(f"{key}.")):
-                return "command line"
+                return key, "command line"
         path = [int(p) if p.isdigit() else p for p in re.split(r"[.\[]", key.replace("]", "")) if p]
-        # Whatever is composed last wins, so the search goes from the experiment down to the root file.
-        groups = [g for g in self.choices if not g.startswith("hydra") and self.choices[g] not in (None, "null")]
-        for group in sorted(groups, key=lambda g: g != "experiment"):
-            file = self._file(f"{group}/{self.choices[group]}.yaml")
+        for file, inside in self._candidates(path):
+            found = _find(file.read_text(), inside)
+            if found is None:
+                continue
+            line, value = found
+            reference = re.fullmatch(r"\$\{([\w.\[\]]+)\}", value or "")
+            if reference and reference[1] != key:
+                return self.resolve(reference[1])
+            return key, f"{_short(file)}:{line}"
+        return key, ""
+
+    def located(self, problem: Problem) -> Problem:
+        """`problem` with the origin added where it names a setting."""
+        if re.sub(r"\[\d+\]", "[]", problem.where) not in settings():
+            return problem
+        key, where = self.resolve(problem.where)
+        return replace(problem, where=f"{key} ({where})") if where else problem
+
+    def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
+        """The files that can hold `path`, the last composed first, with the path inside each."""
+        # Hydra lists the choices in that order: the experiment first, then the groups from the last to the first.
+        for group, option in self.choices.items():
+            file = None if group.startswith("hydra") or option in (None, "null") else self._file(f"{group}/{option}.yaml")
             if file is None:
                 continue
-            text = file.read_text()
-            package_is_root = re.search(r"^#\s*@package\s+_global_", text, re.MULTILINE)
-            inside = path if package_is_root else path[1:] if path and path[0] == group else None
-            line = _line_of(text, inside) if inside else None
-            if line is not None:
-                return f"{_short(file)}:{line}"
+            if re.search(r"^#\s*@package\s+_global_", file.read_text(), re.MULTILINE):
+                yield file, path
+            elif path[:1] == [group] and len(path) > 1:
+                yield file, path[1:]
         root = self._file("config.yaml")
-        line = _line_of(root.read_text(), path) if root and path else None
-        return f"{_short(root)}:{line}" if root and line is not None else ""
+        if root is not None and path:
+            yield root, path
 
     def _file(self, relative: str) -> Path | None:
         return next((f / relative for f in self.folders if (f / relative).is_file()), None)
@@ -52,11 +77,12 @@ def _short(file: Path) -> str:
         return str(file)
 
 
-def _line_of(text: str, path: list[str | int]) -> int | None:
+def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
+    """Line of `path` in a YAML text and its value where that is a scalar; None where it is not there."""
     import yaml
 
     node = yaml.compose(text, Loader=yaml.SafeLoader)
-    line = None
+    line = 0
     for part in path:
         if isinstance(node, yaml.MappingNode):
             found = next(((k, v) for k, v in node.value if k.value == part), None)
@@ -68,5 +94,5 @@ def _line_of(text: str, path: list[str | int]) -> int | None:
             line = node.start_mark.line + 1
         else:
             # A value that is computed by interpolation has no line of its own; its parent's serves.
-            return line
-    return line
+            break
+    return (line, node.value if isinstance(node, yaml.ScalarNode) else None) if line else None

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from launcher.config.origin import Origins
+from launcher.config.problems import schema_problems
 from launcher.config.schema import RunConfig
-from launcher.config.suggest import did_you_mean, known_keys
+from launcher.config.secret import looks_secret, redact
+from launcher.config.settings import settings
+from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
 
 # What may change without changing what the run is: how long, how often, where, and where it is told.
@@ -47,35 +51,33 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     problems = []
     for override in overrides:
         key, equals, raw = override.lstrip("+").partition("=")
-        if not equals or key not in known_keys():
-            problems.append(
-                Problem(
-                    f"{key}: there is no such setting",
-                    where="command line",
-                    remedy=did_you_mean(key, sorted(known_keys())) or "settings are written key=value",
-                )
-            )
+        if not equals or key not in settings():
+            guess = did_you_mean(key, list(settings()))
+            problems.append(_problem(f"{key}: there is no such setting", guess or "settings are written key=value"))
+        elif looks_secret(key, raw):
+            remedy = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
+            problems.append(_problem(f"{key}: looks like a secret (a token, key or password); its value is not shown", remedy))
         elif not key.startswith(CHANGEABLE):
-            problems.append(
-                Problem(
-                    f"{key}: cannot change when a run is continued: it would be another run",
-                    where="command line",
-                    remedy=f"start a new run with it; what may change: {', '.join(k.rstrip('.') for k in CHANGEABLE)}",
-                )
-            )
+            changeable = ", ".join(f"{k}*" if k.endswith(".") else k for k in CHANGEABLE)
+            remedy = f"start another run with it; what may change: {changeable}"
+            problems.append(_problem(f"{key}: cannot change when a run is continued", remedy))
         else:
             section, _, name = key.partition(".")
-            values[section][name] = yaml.safe_load(raw)
+            try:
+                values[section][name] = yaml.safe_load(raw)
+            except yaml.YAMLError:
+                problems.append(_problem(f"{key}: the value cannot be read", "write it as in YAML", value=raw))
             if key in ("train.max_steps", "train.epochs"):
                 values["train"]["epochs" if key == "train.max_steps" else "max_steps"] = None
+    try:
+        changed = RunConfig.model_validate(values)
+    except ValidationError as error:
+        origins = Origins(overrides=tuple(overrides), choices={}, folders=())
+        problems += schema_problems(error, origins, values, skip=set())
     if problems:
         raise ConfigError(problems)
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(
-            Problem(
-                item["msg"].removeprefix("Value error, "), where=".".join(str(part) for part in item["loc"]) or "command line"
-            )
-            for item in error.errors(include_url=False)
-        ) from None
+    return changed
+
+
+def _problem(what: str, remedy: str, value: str = "") -> Problem:
+    return Problem(redact(what), where="command line", value=redact(value), remedy=remedy)

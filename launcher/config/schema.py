@@ -29,19 +29,19 @@ PLANNED_DEEPSPEED_KEYS = (
 
 def _no_control_characters(value: str) -> str:
     if any(ord(c) < 32 or ord(c) == 127 for c in value):
-        raise ValueError("holds a control character (a line break, a tab or the like)")
+        raise ValueError("holds a control character; take out line breaks, tabs and the like")
     return value
 
 
 def _name(value: str) -> str:
     _no_control_characters(value)
     if not NAME_PATTERN.fullmatch(value):
-        raise ValueError("must be letters, digits, '.', '_' and '-', start with a letter or digit, at most 100 long")
+        raise ValueError("is not a name; use letters, digits, '.', '_' and '-', a letter or digit first, at most 100 of them")
     return value
 
 
 Text = Annotated[str, AfterValidator(_no_control_characters)]
-Name = Annotated[str, AfterValidator(_name)]
+Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"format": "name"})]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -120,7 +120,8 @@ class ModelSection(Section):
         if PACKAGE_PATTERN.fullmatch(value):
             return value
         raise ValueError(
-            "is neither a folder (absolute, or starting with ./ or ../), a hub id (owner/name) nor package:MODULE/FILE"
+            "is neither a folder, a hub id nor a file of a package; "
+            "write a folder as /path or ./path, a hub id as owner/name, a package's file as package:MODULE/FILE"
         )
 
     @model_validator(mode="after")
@@ -128,11 +129,11 @@ class ModelSection(Section):
         if self.init == "pretrained" and self.path is None:
             raise ValueError("model.path is needed with model.init=pretrained; set it to a folder or a hub id")
         if self.init == "random" and self.path is None and self.config is None:
-            raise ValueError("model.init=random needs model.path or model.config to know the architecture")
+            raise ValueError("model.init=random does not know the architecture; set model.path or model.config")
         if self.path is None and self.tokenizer is None:
-            raise ValueError("model.tokenizer is needed where model.path is unset")
+            raise ValueError("model.tokenizer is needed where model.path is unset; set it to a folder or a hub id")
         if self.trust_remote_code and not COMMIT_PATTERN.fullmatch(self.revision or ""):
-            raise ValueError("model.trust_remote_code needs model.revision pinned to a full 40-digit commit")
+            raise ValueError("model.trust_remote_code runs whatever the revision holds; pin model.revision to a full 40-digit commit")
         return self
 
 
@@ -169,10 +170,10 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _one_held_out_split(self) -> DataSection:
         if self.eval_fraction and self.eval_path:
-            raise ValueError("data.eval_fraction and data.eval_path exclude each other: set one of them")
+            raise ValueError("data.eval_fraction and data.eval_path exclude each other; set one of them")
         names = [s.name for s in self.sources]
         if len(set(names)) < len(names):
-            raise ValueError(f"data.sources: names must differ, got {', '.join(names)}")
+            raise ValueError(f"data.sources holds a name twice ({', '.join(names)}); give every source its own name")
         return self
 
 
@@ -197,7 +198,7 @@ class OptimSection(Section):
     @classmethod
     def _betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
         if max(value) >= 1:
-            raise ValueError("each must be below 1")
+            raise ValueError("each must be below 1; 0.9 and 0.95 are usual")
         return value
 
 
@@ -228,8 +229,8 @@ class TrainSection(Section):
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
         if (self.max_steps is None) == (self.epochs is None):
-            given = "both are set" if self.max_steps is not None else "neither is set"
-            raise ValueError(f"set exactly one of train.max_steps and train.epochs; {given} (null unsets one)")
+            given = "both lengths are set" if self.max_steps is not None else "no length is set"
+            raise ValueError(f"{given}: train.max_steps and train.epochs exclude each other; set exactly one (null unsets the other)")
         return self
 
 
@@ -263,7 +264,7 @@ class DeepSpeedSection(Section):
         if value != 3:
             raise ValueError(
                 "only ZeRO stage 3 is served: lower stages keep a full copy of the weights on every GPU, and checkpoints, "
-                "resume and export are written for partitioned weights"
+                "resume and export are written for partitioned weights; take deepspeed.stage out"
             )
         return value
 
@@ -273,9 +274,9 @@ class DeepSpeedSection(Section):
             raise ValueError("deepspeed.nvme_path is needed for offload to nvme; set it to a folder on a local disk")
         planned = [key for key in PLANNED_DEEPSPEED_KEYS if key in self.extra]
         if planned:
-            raise ValueError(f"deepspeed.extra must not set {', '.join(planned)}: the plan computes it from train.* and optim.*")
+            raise ValueError(f"deepspeed.extra must not set {', '.join(planned)}; the plan computes it from train.* and optim.*")
         if int(self.extra.get("zero_optimization", {}).get("stage", 3)) != 3:
-            raise ValueError("deepspeed.extra must not change the ZeRO stage: only stage 3 is served")
+            raise ValueError("deepspeed.extra must not change the ZeRO stage; take it out: only stage 3 is served")
         return self
 
     def enabled_in_extra(self, dtype: str) -> bool:
@@ -332,7 +333,7 @@ class RunConfig(Section):
                 "bf16 and fp16 are both on; set model.dtype to one of them and take the other out of deepspeed.extra"
             )
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
-            raise ValueError("run.max_usd needs cluster.price_per_gpu_hour to turn hours into money")
+            raise ValueError("run.max_usd cannot be turned into hours; set cluster.price_per_gpu_hour")
         return self
 
 

@@ -16,16 +16,16 @@ _HEX_KEY = re.compile(r"[0-9a-f]{40}")
 _SECRET_NAME = r"(?:\w+_)?(?:api_?key|secret|password|passwd|credentials?)|(?:(?:hf|hub|auth|access|api|bearer|wandb)_)?token"  # noqa: S105
 _SECRET_KEY = re.compile(rf"(?:^|[.\]])(?:{_SECRET_NAME})$", re.IGNORECASE)
 _ASSIGNED = re.compile(rf"(?P<key>(?<![\w-])(?:{_SECRET_NAME})=).+", re.IGNORECASE)
-_SHORTEST = 8
 
 
 def looks_secret(key: str, value: Any) -> bool:
-    """True where a string has the form of a credential, or stands under a key that names one."""
-    if not isinstance(value, str) or not value:
+    """True where a value has the form of a credential, or stands under a key that names one."""
+    if value is None or value == "" or isinstance(value, bool):
         return False
-    if _SECRET.search(value) or (_HEX_KEY.fullmatch(value) and key != "model.revision"):
+    text = str(value)
+    if _SECRET.search(text) or (_HEX_KEY.fullmatch(text) and key != "model.revision"):
         return True
-    return bool(_SECRET_KEY.search(key)) and len(value) >= _SHORTEST
+    return bool(_SECRET_KEY.search(key))
 
 
 def redact(text: str) -> str:

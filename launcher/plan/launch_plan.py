@@ -77,9 +77,10 @@ class Provenance(Record):
 
 
 class Facts(Record):
-    """What the planner cannot decide; relative paths are meant from `working_dir`."""
+    """What the planner cannot decide; relative paths are meant from `working_dir`, and ~ is `home_dir`."""
 
     working_dir: str
+    home_dir: str
     device: DeviceFacts
     model: ModelFacts
     data: DataFacts | None

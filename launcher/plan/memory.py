@@ -28,7 +28,9 @@ def estimate(
     weights = per_rank * width + (num_params / hpz / GIB * width if hpz > 1 else 0.0)
     # Gradients accumulate in fp32 so that a sum of many small parts does not round away.
     gradients = per_rank * (4 if accumulation > 1 else width)
-    optimizer = per_rank * (8 if dtype == "fp32" else OPTIMIZER_BYTES_PER_PARAM)
+    # fp32 weights are their own master copy, unless that copy lies elsewhere.
+    shared = dtype == "fp32" and deepspeed.offload_optimizer == "none"
+    optimizer = per_rank * (OPTIMIZER_BYTES_PER_PARAM - (4 if shared else 0))
     on_device = {
         "weights": weights if deepspeed.offload_params == "none" else 0.0,
         "gradients": gradients if deepspeed.offload_optimizer == "none" else 0.0,

@@ -76,14 +76,15 @@ class Tail:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """One dict per step, in order of steps: the last attempt's values where a step was trained more than once.
 
-    Several lines of one attempt for one step (training, evaluation) are one dict. A line that a crash left
-    torn is left out; a missing file is an empty list.
+    Several lines of one attempt for one step (training, evaluation) are one dict, with the time of the first. A line
+    that a crash left torn is left out; a missing file is an empty list.
     """
     steps: dict[int, dict[str, Any]] = {}
     for line in Tail(path).poll():
         step = line["trainer/step"]
         known = steps.get(step)
-        steps[step] = known | line if known is not None and known["attempt"] == line["attempt"] else line
+        same_attempt = known is not None and known["attempt"] == line["attempt"]
+        steps[step] = known | line | {"time": known["time"]} if known is not None and same_attempt else line
     return [steps[step] for step in sorted(steps)]
 
 

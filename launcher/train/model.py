@@ -78,6 +78,7 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     import torch._dynamo  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _refuse_what_changes_logits(facts.config)
     kernel = attention_kernel(model, device)
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     remote = {"trust_remote_code": model.trust_remote_code}
@@ -90,7 +91,6 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
         else:
             config = AutoConfig.for_model(**facts.config)
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
-    _refuse_what_changes_logits(hf)
     _with_loss_head(hf, chunk_tokens)
     if model.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -102,14 +102,14 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     return CausalLMLoss(hf, flatten=kernel.startswith("flash_attention"))
 
 
-def _refuse_what_changes_logits(hf: Any) -> None:
+def _refuse_what_changes_logits(config: Mapping[str, Any]) -> None:
     for name in _LOGIT_TRANSFORMS:
-        value = getattr(hf.config, name, None)
+        value = config.get(name)
         if value not in (None, 1, 1.0):
             raise ConfigError(
                 f"this architecture changes its logits after the head ({name}={value}), which the chunked loss does not do",
                 where="model.path",
-                value=str(hf.config.model_type),
+                value=str(config.get("model_type")),
                 remedy="choose another model",
             )
 

@@ -28,6 +28,10 @@ def main(plan_path: str, attempt: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import record
 
     record(_train)(plan, run, env, attempt, stop)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
+    os._exit(0)
 
 
 def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag) -> None:

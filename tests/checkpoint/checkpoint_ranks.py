@@ -156,6 +156,12 @@ def straight(kind: str, folder: Path) -> None:
     if kind == "fp32":
         failures = {"disk": failing(lambda: with_small_files(lambda: save(engine, folder, 3)))}
         failures["space"] = failing(lambda: with_free_bytes(1000, lambda: save(engine, folder, 3)))
+        some = dict(list(names(engine).items())[1:])
+        failures["names"] = failing(
+            lambda: shards.save(
+                engine, some, folder / "checkpoints", step=3, plan_digest=PLAN, attempt=1, extra_state={}, keep_last=1
+            )
+        )
         failures["json"] = failing(lambda: save(engine, folder, 3, extra_state={"x": object()}))
         report(folder, "failures", failures)
     report(folder, "losses-last", train(engine, 4, 4))

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.fp16 import loss_scaler
 from safetensors.torch import load_file
 
-from launcher.checkpoint import store
+from launcher.checkpoint import store, zero3
 
 KINDS = ["fp32", "bf16", "hpz"]
 
@@ -76,6 +79,7 @@ def test_a_failing_rank_fails_the_save_on_all_ranks_and_nothing_else(runs):
         (space,) = failures["space"]
         assert "needed" in space
         assert "available 1,000 bytes" in space
+        assert failures["names"] == ["the named parameters are not exactly those of the engine's model"]
         (not_json,) = failures["json"]
         assert "rank 0" in not_json
         assert runs.report("fp32", "losses-last", rank) == runs.report("fp32", "losses", rank)[3:]
@@ -101,6 +105,25 @@ def test_the_directory_holds_what_the_manifest_names(runs):
     saved = runs.report("fp32", "saved", 0)
     assert saved["path"] == str(checkpoint.path)
     assert saved["bytes"] == sum(p.stat().st_size for p in checkpoint.path.iterdir() if p.name != "manifest.json")
+
+
+def test_the_dynamic_loss_scale_of_fp16_is_carried_over(monkeypatch):
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # asked only for who logs an overflow
+
+    def engine():
+        scaler = loss_scaler.DynamicLossScaler(2.0**16, 2, 1.0, delayed_shift=2, consecutive_hysteresis=False)
+        return SimpleNamespace(optimizer=SimpleNamespace(loss_scaler=scaler))
+
+    saved, loaded = engine(), engine()
+    for overflow in (False, True, False, True):
+        saved.optimizer.loss_scaler.update_scale(overflow)
+    state = zero3.loss_scale_state(saved)
+    assert state["cur_scale"] == 2.0**15
+    zero3.set_loss_scale_state(loaded, json.loads(json.dumps(state)))
+    for overflow in (False, False, False, False, True, False):
+        for one in (saved, loaded):
+            one.optimizer.loss_scaler.update_scale(overflow)
+        assert vars(loaded.optimizer.loss_scaler) == vars(saved.optimizer.loss_scaler)
 
 
 @pytest.mark.slow

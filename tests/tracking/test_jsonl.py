@@ -51,6 +51,8 @@ def test_the_last_attempt_wins_a_step_and_its_lines_add_up(run_dir: Path) -> Non
         (4, 1, 14.0),
     ]
     assert lines[2]["data/label_frac"] == 0.5
+    # A save or an evaluation afterwards does not move the end of the step.
+    assert lines[2]["time"] == next(line["time"] for line in Tail(run.metrics).poll() if line.get("train/loss") == 23.0)
     assert "eval/held_out/loss" not in lines[2]
 
 

@@ -1,0 +1,57 @@
+"""The chunked loss against torch's cross entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from launcher.train.loss import LossHead
+
+
+def head_of(bias: bool, chunk_tokens: int, dtype: torch.dtype = torch.float64) -> LossHead:
+    torch.manual_seed(0)
+    head = LossHead(8, 31, bias=bias, dtype=dtype)
+    head.chunk_tokens = chunk_tokens
+    return head
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 10, 1000])
+def test_value_and_gradients_equal_cross_entropy(bias: bool, chunk_tokens: int) -> None:
+    head = head_of(bias, chunk_tokens)
+    hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 31, (10,))
+    (head(hidden, labels) * 0.37).backward()
+    ours = [hidden.grad.clone(), *(p.grad.clone() for p in head.parameters())]
+    hidden.grad = None
+    head.zero_grad()
+    expected = nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
+    (expected * 0.37).backward()
+    torch.testing.assert_close(head(hidden, labels).double(), expected, rtol=1e-6, atol=1e-6)
+    # Chunks compute in fp32, whatever the weights are.
+    for a, b in zip(ours, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_no_label_gives_zero_and_zero_gradients() -> None:
+    head = head_of(False, 4)
+    hidden = torch.randn(0, 8, dtype=torch.float64, requires_grad=True)
+    loss = head(hidden, torch.empty(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0
+    assert not head.weight.grad.any()
+
+
+def test_the_sum_does_not_depend_on_the_chunk() -> None:
+    hidden, labels = torch.randn(50, 8), torch.randint(0, 31, (50,))
+    sums = {head_of(False, chunk, torch.float32)(hidden, labels).item() for chunk in (1, 7, 50)}
+    assert max(sums) - min(sums) < 1e-3
+
+
+def test_without_gradients_only_the_value_is_computed() -> None:
+    head = head_of(False, 4)
+    with torch.no_grad():
+        loss = head(torch.randn(5, 8, dtype=torch.float64), torch.randint(0, 31, (5,)))
+    assert not loss.requires_grad
+    assert loss > 0
