@@ -51,6 +51,7 @@ def gather(config: RunConfig, overrides: Sequence[str]) -> Facts:
     model = _model(config.model)
     return Facts(
         working_dir=os.getcwd(),
+        home_dir=str(Path.home()),
         device=device(),
         model=model,
         data=_data(config, model),
@@ -78,7 +79,14 @@ def check_model(model: ModelSection) -> list[Problem]:
         elif is_local_path(value):
             folder = Path(value).expanduser()
             if not folder.is_dir():
-                problems.append(Problem(f"{key}: there is no such folder", where=key, value=value, remedy="check the path"))
+                problems.append(
+                    Problem(
+                        f"{key}: there is no such folder",
+                        where=key,
+                        value=value,
+                        remedy=f"check the path; relative ones start at {Path.cwd()}",
+                    )
+                )
             elif key == "model.path":
                 problems += _check_weights(folder, model)
     return problems
@@ -117,7 +125,14 @@ def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
             )
         ]
     if not any(folder.glob("pytorch_model*.bin")):
-        return [Problem("model.path: the folder holds no weights (*.safetensors)", where="model.path", value=str(folder))]
+        return [
+            Problem(
+                "model.path: the folder holds no weights",
+                where="model.path",
+                value=str(folder),
+                remedy="use a folder with *.safetensors, or set model.init=random",
+            )
+        ]
     return []
 
 

@@ -54,17 +54,17 @@ def create(plan: LaunchPlan) -> RunDir:
     try:
         run.root.parent.mkdir(parents=True, exist_ok=True)
         run.root.mkdir(mode=0o700)
-    except FileExistsError:
+    except OSError as error:
+        if not run.root.exists():
+            raise SubmitError(
+                f"the run directory cannot be made: {error.strerror}",
+                where=str(run.root),
+                remedy="set run.root to a folder you can write to",
+            ) from None
         raise SubmitError(
             f"the run {plan.run_name} exists already; nothing in it was touched",
             where=str(run.root),
             remedy=f"continue it with: python -m launcher resume {run.root}, or choose another run.name",
-        ) from None
-    except OSError as error:
-        raise SubmitError(
-            f"the run directory cannot be made: {error.strerror}",
-            where=str(run.root),
-            remedy="set run.root to a folder you can write to",
         ) from None
     run.attempts.mkdir()
     snapshot_code(run)

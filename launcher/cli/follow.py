@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from launcher.checkpoint import store
 from launcher.cli.text import short
 from launcher.clusters.base import Cluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, SubmitError
@@ -126,8 +127,6 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
 
 
 def _where_things_lie(run: RunDir) -> list[str]:
-    from launcher.checkpoint import store
-
     name = short(run.root)
     lines = []
     checkpoints = store.list_checkpoints(run.checkpoints)
@@ -160,7 +159,10 @@ def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
             print(failure["traceback"], file=sys.stderr)
         print(f"rank {failure['rank']} failed first: {failure['message']}", file=sys.stderr)
         print(f"  log:    {short(failure['log'])}", file=sys.stderr)
-    else:
+    elif status.message:
         print(f"failed: {status.message}", file=sys.stderr)
         print(f"  log:    {short(run.attempt(attempt) / 'agent.log')}", file=sys.stderr)
-    print(f"  remedy: mend the cause, then: python -m launcher resume {short(run.root)}", file=sys.stderr)
+    if store.list_checkpoints(run.checkpoints):
+        print(f"  then:   python -m launcher resume {short(run.root)}", file=sys.stderr)
+    else:
+        print("  then:   start it again; it had no checkpoint yet", file=sys.stderr)

@@ -9,41 +9,55 @@ from launcher.plan.launch_plan import LaunchPlan
 
 def plan_lines(plan: LaunchPlan) -> list[str]:
     """The decisions of a plan, a label and a value a line."""
-    config, topology, batch, memory = plan.config, plan.topology, plan.batch, plan.memory
-    exact = "" if plan.model.num_params_exact else "about "
+    config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
         ("run", f"{plan.run_name} in {short(plan.run_dir)}"),
-        ("model", f"{config.model.name}: {exact}{plan.model.num_params:,} parameters, {config.model.dtype}, from {kinds}"),
+        ("model", f"{config.model.name}: {_parameters(plan)} parameters, {config.model.dtype}, from {kinds}"),
         ("data", _data(plan)),
-        (
-            "ranks",
-            f"{topology.world_size} on {topology.device} ({topology.nodes} node x {topology.ranks_per_node}), {topology.backend}, "
-            f"DeepSpeed {config.deepspeed.name}",
-        ),
+        ("ranks", _ranks(plan)),
         (
             "batch",
             f"{batch.global_batch_size} rows = {batch.micro_batch_size} micro-batch x {batch.accumulation} accumulation x "
-            f"{topology.world_size} ranks; {_tokens(plan)} tokens a step",
+            f"{plan.topology.world_size} ranks; {_tokens(plan)} tokens a step",
         ),
         ("steps", _steps(plan)),
         (
             "optimizer",
             f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
         ),
-        (
-            "memory",
-            f"model states {memory.per_rank_gib:.2f} GiB a rank (weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, "
-            f"optimizer {memory.optimizer_gib:.2f})"
-            + (f" of {memory.device_gib:.0f}" if memory.device_gib else "")
-            + (f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""),
-        ),
-        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, the last {config.train.keep_last} kept"),
+        ("memory", _memory(plan)),
+        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train.keep_last)}"),
         ("tracking", _tracking(plan)),
     ]
     if plan.limits.max_seconds is not None:
         rows.append(("limit", f"saves and stops after {plan.limits.max_seconds / 3600:.2f} hours"))
     return [f"{label:<11}{value}" for label, value in rows]
+
+
+def _parameters(plan: LaunchPlan) -> str:
+    count = plan.model.num_params
+    if plan.model.num_params_exact:
+        return f"{count:,}"
+    return f"about {count / 1e9:.1f} billion" if count >= 1e9 else f"about {count / 1e6:.1f} million"
+
+
+def _kept(count: int) -> str:
+    return "the newest is kept" if count == 1 else f"the newest {count} are kept"
+
+
+def _ranks(plan: LaunchPlan) -> str:
+    topology = plan.topology
+    nodes = f"{topology.nodes} node{'s' if topology.nodes > 1 else ''} x {topology.ranks_per_node}"
+    return f"{topology.world_size} on {topology.device} ({nodes}), {topology.backend}, DeepSpeed {plan.config.deepspeed.name}"
+
+
+def _memory(plan: LaunchPlan) -> str:
+    memory = plan.memory
+    of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
+    host = f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""
+    parts = f"weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, optimizer {memory.optimizer_gib:.2f}"
+    return f"model states {memory.per_rank_gib:.2f} GiB a rank{of} ({parts}){host}"
 
 
 def _data(plan: LaunchPlan) -> str:
@@ -52,8 +66,8 @@ def _data(plan: LaunchPlan) -> str:
         return f"{plan.config.data.name}: not built yet (python -m launcher data builds it and shows it)"
     share = data.num_trained_tokens / max(1, data.num_tokens)
     return (
-        f"{plan.config.data.name}: {data.num_rows:,} rows of up to {plan.config.data.max_length:,} tokens, {data.num_tokens:,} tokens "
-        f"({share:.0%} trained), {data.num_eval_rows:,} held-out rows"
+        f"{plan.config.data.name}: {data.num_rows:,} rows of up to {plan.config.data.max_length:,} tokens, "
+        f"{data.num_tokens:,} tokens ({share:.0%} trained), {data.num_eval_rows:,} held-out rows"
     )
 
 

@@ -52,7 +52,13 @@ class LocalCluster:
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         log = run.attempt(attempt) / "agent.log"
-        environment = {**os.environ, "PYTHONPATH": _with(run.code, os.environ.get("PYTHONPATH")), "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": _with(run.code, os.environ.get("PYTHONPATH")),
+            # The folder the user stands in may be a checkout; what was submitted is what runs.
+            "PYTHONSAFEPATH": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         with open(log, "ab") as output:
             # A session of its own: closing the terminal or Ctrl-C does not reach the run by itself.
             process = subprocess.Popen(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -97,7 +98,10 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
+        # A sweep leaves a multirun.yaml behind, always.
+        with tempfile.TemporaryDirectory() as sweep:
+            sys.argv += [f"hydra.sweep.dir='{sweep}'"] if {"-m", "--multirun"} & set(argv) else []
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except SystemExit as stop:
         if stop.code:
             raise ConfigError("Hydra could not read the command line", remedy="see python -m launcher --help") from stop
@@ -157,7 +161,9 @@ def _checked(cfg: Any) -> Composed:
     from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
-    overrides = tuple(str(o).removeprefix("++") for o in hydra_config.overrides.task)
+    # Unresolved: an override such as a=${b} stands there as text, and not as a reference of Hydra's own.
+    given: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    overrides = tuple(str(override).removeprefix("++") for override in given)
     origins = Origins(
         overrides=overrides,
         choices=dict(hydra_config.runtime.choices),
@@ -183,9 +189,7 @@ def _checked(cfg: Any) -> Composed:
         for key in secrets
     ]
     problems += [
-        Problem(
-            f"{key}: settings never name code to run; nothing was called", where=origins.of(key), remedy=f"take {key} out"
-        )
+        Problem(f"{key}: settings never name code to run; nothing was called", where=origins.of(key), remedy=f"take {key} out")
         for key in targets
     ]
     try:

@@ -49,7 +49,10 @@ class Origins:
         if re.sub(r"\[\d+\]", "[]", problem.where) not in settings():
             return problem
         key, where = self.resolve(problem.where)
-        return replace(problem, where=f"{key} ({where})") if where else problem
+        if not where:
+            return problem
+        what, remedy = (text.replace(problem.where, key) for text in (problem.what, problem.remedy))
+        return replace(problem, what=what, where=f"{key} ({where})", remedy=remedy)
 
     def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
         """The files that can hold `path`, the last composed first, with the path inside each."""

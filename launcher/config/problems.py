@@ -34,6 +34,7 @@ _OUT_OF_BOUNDS = {
     "too_short": "holds too few entries",
     "too_long": "holds too many entries",
 }
+_ABSENT = object()
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
 
 
@@ -59,18 +60,22 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
 
 def missing(key: str, origins: Origins) -> Problem:
     owner, bracket, rest = key.rpartition("]")
-    remedy = f"complete {owner}{bracket}: it lacks {rest.lstrip('.')}" if rest and bracket else f"add {key}=... to the command line"
-    if not rest and bracket:
-        remedy = _give(owner.rpartition("[")[0])
+    if rest and bracket:
+        remedy = f"complete {owner}]: it lacks {rest.lstrip('.')}"
+    else:
+        remedy = _give(key) if bracket else f"add {key}=... to the command line"
     return Problem(f"{key}: a value is required and none was given", where=origins.of(key), remedy=remedy)
 
 
 def _give(key: str) -> str:
-    setting = settings().get(_UNIFORM_KEY.sub("[]", key))
-    if setting is None:
-        return "see docs/config.md"
-    meaning = setting.meaning.rstrip(".")
-    return f"set {key} to {setting.type}" + (f" ({meaning[:1].lower()}{meaning[1:]})" if meaning else "")
+    uniform = _UNIFORM_KEY.sub("[]", key)
+    parts = [k for k in settings() if k.startswith(f"{uniform}.")]
+    if parts:
+        return f"write its settings one by one: {', '.join(parts)}"
+    # An entry of a list is described with the list.
+    listed = uniform.removesuffix("[]")
+    setting = settings()[listed]
+    return f"set {listed} to {setting.type}. {setting.meaning}"
 
 
 def _unknown(key: str, value: Any, origins: Origins) -> Problem:
@@ -91,9 +96,9 @@ def _by_rule(key: str, setting: Setting | None, text: str, origins: Origins, val
     if setting is not None and "." in key:
         value = _value_of(key, values)
         return Problem(f"{key}: {what}", where=origins.of(key), value=_plain(key, value), remedy=remedy or _give(key))
-    named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w|\.\w)", text)]
+    named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
     origin = {k: origins.of(k) for k in named}
-    given = {k: _plain(k, _value_of(k, values)) for k in named}
+    given = {k: _plain(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
     return Problem(
         what,
         where=", ".join(f"{k} ({where})" for k, where in origin.items() if where),
@@ -111,9 +116,7 @@ def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins
         remedy = f"{guess} {remedy}".strip()
     if kind == "string_type" and isinstance(value, int | float):
         remedy = f"quote it twice: '{key}=\"{value}\"'"
-    return Problem(
-        f"{key}: {what.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy
-    )
+    return Problem(f"{key}: {what.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
 
 
 def _plain(key: str, value: Any) -> str:
@@ -123,11 +126,11 @@ def _plain(key: str, value: Any) -> str:
 def _value_of(key: str, values: Any) -> Any:
     for part in re.split(r"[.\[]", key.replace("]", "")):
         if isinstance(values, dict):
-            values = values.get(part)
+            values = values.get(part, _ABSENT)
         elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
             values = values[int(part)]
         else:
-            return None
+            return _ABSENT
     return values
 
 
@@ -149,16 +152,23 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str) 
 
 def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     """What Hydra says of settings that it cannot compose, without its own spelling of overrides."""
+    from hydra.errors import OverrideParseException
+
     text = redact(str(error)).strip()
     first = text.splitlines()[0].replace("++", "") if text else type(error).__name__
-    culprit = next((t for t in tokens if t.split("=")[0] and t in str(error)), "")
+    culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] and t in str(error)), "")
+    if redact(culprit) != culprit:
+        first = "this cannot be read"
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
     if option and (options := getattr(error, "options", None)):
         return no_such_option(group, option, options, f"{group}={option}")
+    unread = isinstance(error, OverrideParseException)
     return Problem(
         f"Hydra cannot compose these settings: {first}",
         where="command line" if culprit else "",
         value=culprit.removeprefix("++"),
-        remedy="write key=value or group=option; values that hold spaces, commas, brackets or '=' are quoted twice, "
-        "as in 'run.name=\"a b\"'",
+        remedy="write key=value or group=option; values that hold spaces, commas, brackets, ~ or = are quoted twice, "
+        "as in 'run.name=\"a b\"'"
+        if unread
+        else "see python -m launcher --help",
     )

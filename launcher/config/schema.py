@@ -133,7 +133,9 @@ class ModelSection(Section):
         if self.path is None and self.tokenizer is None:
             raise ValueError("model.tokenizer is needed where model.path is unset; set it to a folder or a hub id")
         if self.trust_remote_code and not COMMIT_PATTERN.fullmatch(self.revision or ""):
-            raise ValueError("model.trust_remote_code runs whatever the revision holds; pin model.revision to a full 40-digit commit")
+            raise ValueError(
+                "model.trust_remote_code runs whatever the revision holds; pin model.revision to a full 40-digit commit"
+            )
         return self
 
 
@@ -228,9 +230,10 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSection:
-        if (self.max_steps is None) == (self.epochs is None):
-            given = "both lengths are set" if self.max_steps is not None else "no length is set"
-            raise ValueError(f"{given}: train.max_steps and train.epochs exclude each other; set exactly one (null unsets the other)")
+        if self.max_steps is None and self.epochs is None:
+            raise ValueError("neither train.max_steps nor train.epochs is set; set one of them")
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("train.max_steps and train.epochs are both set; unset one of them with null")
         return self
 
 
@@ -247,9 +250,11 @@ class DeepSpeedSection(Section):
     )
     quantized_weights: Flag = Field(False, description="ZeRO++ qwZ: gather weights in int8 (lossy).")
     quantized_gradients: Flag = Field(False, description="ZeRO++ qgZ: reduce gradients in int4 (lossy).")
-    reduce_bucket_size: PositiveInt | None = Field(None, description="Elements reduced at once. Unset: hidden size squared.")
+    reduce_bucket_size: PositiveInt | None = Field(
+        None, description="Elements reduced at once. Unset: hidden size squared, at least 2^24."
+    )
     prefetch_bucket_size: PositiveInt | None = Field(
-        None, description="Elements fetched ahead. Unset: 0.9 of hidden size squared."
+        None, description="Elements fetched ahead. Unset: 0.9 of hidden size squared, at least 2^24."
     )
     param_persistence_threshold: Count | None = Field(
         None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."
@@ -271,11 +276,15 @@ class DeepSpeedSection(Section):
     @model_validator(mode="after")
     def _consistent(self) -> DeepSpeedSection:
         if "nvme" in (self.offload_optimizer, self.offload_params) and not self.nvme_path:
-            raise ValueError("deepspeed.nvme_path is needed for offload to nvme; set it to a folder on a local disk")
+            asking = [f"deepspeed.{k}" for k in ("offload_optimizer", "offload_params") if getattr(self, k) == "nvme"]
+            raise ValueError(f"{' and '.join(asking)}: nvme needs a place; set deepspeed.nvme_path to a folder on a local disk")
         planned = [key for key in PLANNED_DEEPSPEED_KEYS if key in self.extra]
         if planned:
             raise ValueError(f"deepspeed.extra must not set {', '.join(planned)}; the plan computes it from train.* and optim.*")
-        if int(self.extra.get("zero_optimization", {}).get("stage", 3)) != 3:
+        for key in ("zero_optimization", "bf16", "bfloat16", "fp16"):
+            if not isinstance(self.extra.get(key, {}), dict):
+                raise ValueError(f"deepspeed.extra.{key} is not a mapping; write its keys one by one")
+        if self.extra.get("zero_optimization", {}).get("stage", 3) != 3:
             raise ValueError("deepspeed.extra must not change the ZeRO stage; take it out: only stage 3 is served")
         return self
 

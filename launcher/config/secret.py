@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from launcher.config.settings import as_yaml
+
 # A value of one of these forms is a credential, wherever it stands.
 _SECRET = re.compile(
     r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
@@ -36,5 +38,5 @@ def redact(text: str) -> str:
 
 def shown(key: str, value: Any) -> str:
     """A value as an error may show it."""
-    text = repr(value) if isinstance(value, str) else str(value)
+    text = repr(value) if isinstance(value, str) else as_yaml(value)
     return "<redacted>" if looks_secret(key, value) else redact(text)[:200]

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from launcher.config.schema import RunConfig
 
 _SCALARS = {"integer": "int", "number": "float", "string": "text", "object": "mapping"}
-_BOUNDS = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
+_LOWER = (("exclusiveMinimum", ">"), ("minimum", ">="))
+_UPPER = (("exclusiveMaximum", "<"), ("maximum", "<="))
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
         nested = section_of(field.annotation)
-        default = None if field.is_required() else _yaml(field.get_default(call_default_factory=True))
+        default = None if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
         yield Setting(key, _type_text(properties[name]), default, field.description or (nested.__doc__ if nested else "") or "")
         if nested is not None:
             yield from _walk(nested, f"{key}[]." if nested is not field.annotation else f"{key}.")
@@ -50,7 +51,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _type_text(schema: Mapping[str, Any]) -> str:
-    """A JSON Schema in words: `bf16 | fp16 | fp32`, `int > 0 or null`, `list of name`."""
+    """A JSON Schema in words: `bf16 | fp16 | fp32`, `int > 0 or null`, `0 <= float <= 1`, `list of name`."""
     if "anyOf" in schema:
         parts = [_type_text(part) for part in schema["anyOf"] if part.get("type") != "null"]
         optional = any(part.get("type") == "null" for part in schema["anyOf"])
@@ -66,13 +67,19 @@ def _type_text(schema: Mapping[str, Any]) -> str:
         return f"list of {_type_text(schema['items'])}"
     if kind is None:
         return "mapping"
-    bounds = [f"{sign} {schema[bound]:g}" for bound, sign in _BOUNDS if bound in schema]
-    return " ".join([schema.get("format") or _SCALARS[kind], *bounds])
+    word = schema.get("format") or _SCALARS[kind]
+    lower = next((f"{sign} {schema[bound]:g}" for bound, sign in _LOWER if bound in schema), "")
+    upper = next((f"{sign} {schema[bound]:g}" for bound, sign in _UPPER if bound in schema), "")
+    if lower and upper:
+        sign, number = lower.split()
+        return f"{number} {sign.replace('>', '<')} {word} {upper}"
+    return " ".join(filter(None, (word, lower, upper)))
 
 
-def _yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """A value as a person writes it in a file or on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
-        return f"[{', '.join(_yaml(item) for item in value)}]"
+        return f"[{', '.join(as_yaml(item) for item in value)}]"
     return str(value)

@@ -80,7 +80,7 @@ class Facts(Record):
     """What the planner cannot decide; relative paths are meant from `working_dir`, and ~ is `home_dir`."""
 
     working_dir: str
-    home_dir: str
+    home_dir: str = "~"
     device: DeviceFacts
     model: ModelFacts
     data: DataFacts | None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.schema import RunConfig
-from launcher.errors import ConfigError
+from launcher.config.suggest import did_you_mean
+from launcher.errors import ConfigError, Problem
 from launcher.plan import batch, deepspeed, memory
 from launcher.plan.gpus import GPUS, lookup
 from launcher.plan.launch_plan import Facts, LaunchPlan, Limits, Topology
@@ -19,12 +21,18 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     """Decide topology, batch, ZeRO-3 settings, memory and limits. Pure.
 
     Raises:
-        ConfigError: where the settings cannot be satisfied on this topology.
+        ConfigError: with everything that cannot be satisfied on this topology.
     """
     topology = _topology(config, facts)
-    split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
+    problems = list(_topology_problems(config, facts, topology))
+    try:
+        split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     run_name = config.run.name or default_name(config, facts.provenance.created_at)
-    run_dir = Path(facts.working_dir) / Path(config.run.root).expanduser() / run_name
+    run_dir = Path(facts.working_dir) / _at_home(config.run.root, facts.home_dir) / run_name
     return LaunchPlan(
         run_name=run_name,
         run_dir=str(run_dir),
@@ -50,39 +58,51 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
 
 
 def _topology(config: RunConfig, facts: Facts) -> Topology:
-    cluster = config.cluster
-    on_gpu = cluster.gpu_type is not None or facts.device.kind == "cuda"
-    ranks = cluster.ranks_per_node or (facts.device.count if facts.device.kind == "cuda" else CPU_RANKS)
-    hpz = memory.hpz_ranks(config.deepspeed, ranks)
-    world_size = cluster.nodes * ranks
-    if world_size % hpz:
-        raise ConfigError(
-            f"deepspeed.hpz_partition_size={hpz} does not divide the {world_size} ranks",
-            where="deepspeed.hpz_partition_size",
-            value=str(hpz),
-            remedy=f"set it to the ranks of one node ({ranks}), to 'node', or to 1",
-        )
+    cluster, here = config.cluster, facts.device
+    on_gpu = cluster.gpu_type is not None or here.kind == "cuda"
+    ranks = cluster.ranks_per_node or (here.count if here.kind == "cuda" else CPU_RANKS)
     return Topology(
         nodes=cluster.nodes,
         ranks_per_node=ranks,
-        world_size=world_size,
+        world_size=cluster.nodes * ranks,
         device="cuda" if on_gpu else "cpu",
         backend="nccl" if on_gpu else "gloo",
     )
 
 
-def _device_gib(config: RunConfig, facts: Facts) -> float | None:
-    if config.cluster.gpu_type is None:
-        return facts.device.memory_gib
-    gpu = lookup(config.cluster.gpu_type)
-    if gpu is None:
-        raise ConfigError(
-            f"cluster.gpu_type={config.cluster.gpu_type} is not in the table of GPU types",
+def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> Iterator[Problem]:
+    gpu_type, hpz = config.cluster.gpu_type, memory.hpz_ranks(config.deepspeed, topology.ranks_per_node)
+    if gpu_type is not None and lookup(gpu_type) is None:
+        guess, choices = did_you_mean(gpu_type, list(GPUS)), ", ".join(GPUS)
+        yield Problem(
+            f"cluster.gpu_type={gpu_type} is not in the table of GPU types",
             where="cluster.gpu_type",
-            value=config.cluster.gpu_type,
-            remedy=f"choose one of {', '.join(GPUS)}, or leave it unset to use this machine's",
+            value=gpu_type,
+            remedy=f"{guess} take it out to plan for this machine, or choose one of {choices}".strip(),
         )
-    return gpu.memory_gib
+    if gpu_type is not None and config.cluster.ranks_per_node is None and facts.device.kind != "cuda":
+        yield Problem(
+            "this machine has no GPU, so the number of GPUs on each node is not known",
+            where="cluster.gpu_type",
+            value=gpu_type,
+            remedy="set cluster.ranks_per_node to it",
+        )
+    if topology.world_size % hpz:
+        yield Problem(
+            f"deepspeed.hpz_partition_size={hpz} does not divide the {topology.world_size} ranks",
+            where="deepspeed.hpz_partition_size",
+            value=str(hpz),
+            remedy=f"set it to the ranks of one node ({topology.ranks_per_node}), to node, or to 1",
+        )
+
+
+def _at_home(path: str, home: str) -> str:
+    return home + path[1:] if path == "~" or path.startswith("~/") else path
+
+
+def _device_gib(config: RunConfig, facts: Facts) -> float | None:
+    gpu = lookup(config.cluster.gpu_type) if config.cluster.gpu_type is not None else None
+    return gpu.memory_gib if gpu is not None else facts.device.memory_gib
 
 
 def _max_seconds(config: RunConfig, world_size: int) -> float | None:

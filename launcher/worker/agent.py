@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 
 from launcher import run_store
+from launcher.errors import CheckpointError, ConfigError, DataError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.signals import CANCEL, PREEMPT
@@ -26,6 +27,7 @@ from launcher.worker.signals import CANCEL, PREEMPT
 # Passed on to the ranks as a wish to save and stop. Ctrl-C is a person's.
 _FORWARDED = {signal.SIGINT: CANCEL, CANCEL: CANCEL, signal.SIGTERM: CANCEL, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
 _TRACEBACK_LINES = 40
+_EXPECTED = {kind.__name__ for kind in (ConfigError, DataError, CheckpointError, RunError)}
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -78,7 +80,11 @@ def _first_failure(error: Any, run: RunDir, attempt: int) -> dict[str, Any]:
     message, trace = failure.message, ""
     recorded = failure.error_file_data.get("message")
     if isinstance(recorded, dict):
-        trace = recorded.get("extraInfo", {}).get("py_callstack", "")
+        message, trace = recorded.get("message", ""), recorded.get("extraInfo", {}).get("py_callstack", "")
+    kind, _, text = str(message).partition(": ")
+    if kind in _EXPECTED:
+        # Plain words say it all; the traceback stands in the rank's log.
+        message, trace = text, ""
     if _killed(failure):
         message = f"killed by {signal.Signals(-failure.exitcode).name}"
     return {

@@ -1,0 +1,92 @@
+"""The page docs/config.md, written from the schema and the files under conf/.
+
+python -m launcher.config.reference docs/config.md            write it
+python -m launcher.config.reference --check docs/config.md    exit 1 where it is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launcher.config.compose import GROUPS, conf_dir
+from launcher.config.schema import RunConfig
+from launcher.config.settings import Setting, section_of, settings
+
+# A bar ends a cell of a Markdown table, in code too.
+_BAR = r"\|"
+
+_HEAD = """\
+# Settings
+
+Written by `make docs` from the descriptions in `launcher/config/schema.py` and the files under `conf/`.
+
+A setting is given as `key=value` (`train.max_steps=100`), an option of a group as `group=option` (`model=qwen3_8b`).
+The defaults below are the schema's; the options of the groups and `conf/config.yaml` set many of them to something
+else, and `python -m launcher --cfg job` prints what holds in the end. The command line wins over an experiment, an
+experiment over the groups, the groups over `conf/config.yaml`. `null` unsets a setting.
+
+`python -m launcher plan` shows what the settings amount to without starting anything.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return "\n".join([_HEAD, *_sections(), *_groups()])
+
+
+def _sections() -> Iterator[str]:
+    for name, field in RunConfig.model_fields.items():
+        section = section_of(field.annotation)
+        rows = [setting for setting in settings().values() if setting.key.startswith(f"{name}.")]
+        yield f"## {name}\n\n{section.__doc__ if section else ''}\n"
+        yield "| key | type | default | meaning |\n|---|---|---|---|"
+        yield "\n".join(_row(setting) for setting in rows) + "\n"
+
+
+def _row(setting: Setting) -> str:
+    default = "required" if setting.default is None else f"`{setting.default}`"
+    cells = (f"`{setting.key}`", f"`{setting.type}`", default, setting.meaning)
+    return f"| {' | '.join(cell.replace('|', _BAR) for cell in cells)} |"
+
+
+def _groups() -> Iterator[str]:
+    yield "# Options of the groups\n\nThe files under `conf/`; `--config-dir DIR` adds your own, laid out in the same way.\n"
+    for group in GROUPS:
+        yield f"## {group}=\n"
+        for file in sorted((conf_dir() / group).glob("*.yaml")):
+            yield f"- `{file.stem}`: {_about(file)}"
+        yield ""
+
+
+def _about(file: Path) -> str:
+    """The comment at the head of a file, without Hydra's own line."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if "@package" not in line:
+            lines.append(line.lstrip("# "))
+    return " ".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m launcher.config.reference", description="Write or check the settings' page.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is not current")
+    parser.add_argument("page", type=Path, help="docs/config.md")
+    arguments = parser.parse_args(argv)
+    page: Path = arguments.page
+    if not arguments.check:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(render(), encoding="utf-8")
+        return 0
+    if page.is_file() and page.read_text(encoding="utf-8") == render():
+        return 0
+    print(f"{page} is not what the settings say; write it again with: make docs", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

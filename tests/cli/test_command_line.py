@@ -1,0 +1,183 @@
+"""The command line as a person meets it, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.cli.main import COMPOSING, ON_RUNS
+from launcher.plan.launch_plan import LaunchPlan
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+# Run before anything else in a process: an import of one of these ends it.
+WALL = """\
+import sys
+
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {forbidden!r}:
+            sys.stderr.write(f"import of {{name}}\\n")
+            sys.exit(77)
+
+sys.meta_path.insert(0, Wall())
+"""
+TORCH = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
+
+
+@pytest.fixture
+def walled(launch: Run, tmp_path: Path) -> Run:
+    """Run the launcher in a process that dies of importing one of `forbidden`."""
+
+    def run(*arguments: str, forbidden: tuple[str, ...] = TORCH, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+        folder = tmp_path / "wall"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(WALL.format(forbidden=forbidden))
+        path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parents[2])])
+        return launch(*arguments, cwd=cwd, PYTHONPATH=path, timeout=60)
+
+    return run
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty"
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """Exit 2, plain words and a remedy, no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "remedy: " in done.stderr
+    return done.stderr
+
+
+def test_the_wall_works(walled: Run) -> None:
+    assert walled("plan", "model=tiny", forbidden=("pydantic",)).returncode == 77
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"], ["train", "--help"]])
+def test_help_needs_next_to_nothing(walled: Run, arguments: list[str]) -> None:
+    started = time.monotonic()
+    done = walled(*arguments, forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
+    took = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in (*COMPOSING, *ON_RUNS))
+    # It takes a tenth of that; the margin is for a busy machine.
+    assert took < 2
+
+
+@pytest.mark.parametrize("verb", [*COMPOSING[1:], *ON_RUNS])
+def test_every_verb_explains_itself(walled: Run, verb: str) -> None:
+    done = walled(verb, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python -m launcher {verb}" in done.stdout
+
+
+def test_a_plan_needs_no_torch_and_works_from_anywhere(walled: Run, empty: Path) -> None:
+    done = walled("plan", "model=tiny", cwd=empty)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    labels = [line.split()[0] for line in done.stdout.splitlines()]
+    assert labels == ["run", "model", "data", "ranks", "batch", "steps", "optimizer", "memory", "checkpoint", "tracking"]
+    assert list(empty.iterdir()) == []
+
+
+def test_a_plan_as_json_is_a_plan(walled: Run, empty: Path) -> None:
+    done = walled("plan", "--json", "model=tiny", "optim.lr=0.5", cwd=empty)
+    assert done.returncode == 0, done.stderr
+    planned = LaunchPlan.model_validate_json(done.stdout)
+    assert planned.config.optim.lr == 0.5
+    assert planned.provenance.overrides == ("model=tiny", "optim.lr=0.5")
+    assert planned.run_dir == str(empty / "runs" / planned.run_name)
+    assert {"torch", "deepspeed"} <= planned.provenance.packages.keys()
+
+
+def test_jobs_of_a_multirun_are_plans_one_after_the_other(launch: Run, empty: Path) -> None:
+    done = launch("plan", "--json", "-m", "model=tiny,qwen3_8b", cwd=empty)
+    assert done.returncode == 0, done.stderr
+    decoder, text, names = json.JSONDecoder(), done.stdout.strip(), []
+    while text:
+        value, end = decoder.raw_decode(text)
+        names.append(LaunchPlan.model_validate(value).config.model.name)
+        text = text[end:].strip()
+    assert names == ["tiny", "qwen3_8b"]
+
+
+def test_a_verb_that_does_not_exist(walled: Run) -> None:
+    text = refused(walled("paln", "model=tiny"))
+    assert text.startswith("there is no verb paln\n")
+    assert "did you mean plan?" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "model=tyni", "optim.lr=-1", "+clster=local"],
+        ["model=tyni"],
+        ["train", "train.max_steps=0"],
+        ["data", "data=jsonl", "data.path=nowhere.jsonl"],
+        ["plan", "="],
+        ["plan", "a b"],
+    ],
+)
+def test_what_is_refused_is_refused_in_plain_words(walled: Run, arguments: list[str], empty: Path) -> None:
+    done = walled(*arguments, cwd=empty)
+    refused(done)
+    assert done.stdout == ""
+    assert list(empty.iterdir()) == []
+
+
+def test_a_traceback_only_where_it_is_asked_for(walled: Run) -> None:
+    assert "Traceback" in walled("plan", "model=tyni", "--debug").stderr
+
+
+def test_a_row_that_does_not_parse_names_file_line_and_column(launch: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "good"}\n{"text": bad}\n')
+    done = launch("data", "model=tiny", "data=jsonl", f"data.path={rows}", cwd=tmp_path)
+    assert f"{rows}:2:10" in refused(done)
+
+
+def test_an_empty_root_lists_nothing(walled: Run, empty: Path) -> None:
+    done = walled("ls", cwd=empty)
+    assert (done.returncode, done.stdout) == (0, "no runs under runs; start one with: python -m launcher\n")
+    done = walled("ls", "--json", cwd=empty)
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume", "export"])
+def test_a_run_that_does_not_exist(walled: Run, verb: str, empty: Path) -> None:
+    text = refused(walled(verb, "nothing", cwd=empty))
+    assert text.startswith("there is no run named nothing\n")
+    assert "remedy: start one with: python -m launcher" in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["logs", "a", "--rank", "x"], ["export", "a", "--dtype", "int4"], ["ls", "--jsn"]]
+)
+def test_flags_that_do_not_exist(walled: Run, arguments: list[str]) -> None:
+    done = walled(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: python -m launcher {arguments[0]}")
+
+
+def test_a_reader_that_leaves_early_is_no_error(launcher_env: dict[str, str], empty: Path) -> None:
+    command = f"{sys.executable} -m launcher plan --json model=tiny | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=empty, env=launcher_env, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
+
+
+def test_no_secret_of_the_environment_reaches_the_plan(launch: Run, empty: Path) -> None:
+    canaries = {"HF_TOKEN": "hf_" + "Canary" * 5, "WANDB_API_KEY": "cafe" * 10, "MY_PASSWORD": "canary-canary-canary"}
+    done = launch("plan", "--json", "model=tiny", cwd=empty, **canaries)
+    assert done.returncode == 0, done.stderr
+    assert not [name for name, value in canaries.items() if value in done.stdout + done.stderr]

@@ -1,0 +1,146 @@
+"""Hydra's own ways keep working."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.cli.main import main
+from launcher.config.compose import Composed
+from launcher.errors import Problem
+
+Compose = Callable[..., list[Composed]]
+
+
+@pytest.fixture
+def own_conf(tmp_path: Path) -> Path:
+    """A user's folder of group options."""
+    for group, option, text in (
+        ("model", "mine", "# mine\nname: mine\npath: owner/mine\n"),
+        (
+            "experiment",
+            "mine",
+            "# @package _global_\ndefaults:\n  - override /model: tiny\noptim:\n  lr: 0.5\ndata:\n  max_length: 64\n",
+        ),
+    ):
+        (tmp_path / "own" / group).mkdir(parents=True)
+        (tmp_path / "own" / group / f"{option}.yaml").write_text(text)
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize("token", ["cluster=local", "+cluster=local", "++cluster=local"])
+def test_a_group_with_and_without_plus(compose: Compose, token: str) -> None:
+    assert compose(token)[0].config == compose()[0].config
+
+
+@pytest.mark.parametrize("token", ["optim.lr=0.5", "+optim.lr=0.5", "++optim.lr=0.5"])
+def test_a_key_with_and_without_plus(compose: Compose, token: str) -> None:
+    assert compose(token)[0].config.optim.lr == 0.5
+
+
+def test_a_multirun_composes_each_job(compose: Compose) -> None:
+    jobs = compose("-m", "+cluster=local", "model=tiny,qwen3_8b", "optim.lr=0.5,0.25")
+    assert [(job.config.model.name, job.config.optim.lr) for job in jobs] == [
+        ("tiny", 0.5),
+        ("tiny", 0.25),
+        ("qwen3_8b", 0.5),
+        ("qwen3_8b", 0.25),
+    ]
+    assert "optim.lr=0.25" in jobs[1].overrides
+
+
+def test_a_multirun_reports_the_mistakes_of_all_jobs(refused: Callable[..., list[Problem]]) -> None:
+    problems = refused("-m", "optim.lr=0.5,-1,-2", "model=tiny,tinny")
+    assert [p.value for p in problems] == ["model=tiny,tinny", "-1", "-2"]
+
+
+def test_cfg_job_prints_the_composed_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "model=tiny", "--cfg", "job"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["name"] == "tiny"
+    assert "hydra" not in printed
+
+
+@pytest.mark.parametrize("tokens", [["--info"], ["--info", "defaults-tree"], ["--info", "searchpath"]])
+def test_info_prints_and_starts_nothing(
+    launch: Callable[..., subprocess.CompletedProcess[str]], tokens: list[str], tmp_path: Path
+) -> None:
+    done = launch(f"run.root={tmp_path}/runs", *tokens)
+    assert done.returncode == 0, done.stderr
+    assert "conf" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_multirun_prints_the_plans_alone(launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    done = launch("plan", "-m", "model=tiny", "optim.lr=0.5,0.25", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:1] for line in done.stdout.splitlines()].count(["model"]) == 2
+    assert all(line[:11].split()[0] == line[:11].strip() for line in done.stdout.splitlines())
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_the_user(compose: Compose, own_conf: Path) -> None:
+    (composed,) = compose("--config-dir", str(own_conf), "model=mine")
+    assert composed.config.model.path == "owner/mine"
+    (composed,) = compose(f"--config-dir={own_conf}", "model=mine")
+    assert composed.config.model.path == "owner/mine"
+
+
+def test_options_of_the_user_are_suggested(refused: Callable[..., list[Problem]], own_conf: Path) -> None:
+    (problem,) = refused("--config-dir", str(own_conf), "model=mne")
+    assert problem.remedy.startswith("did you mean mine? choose one of: demo,")
+
+
+def test_the_search_path(compose: Compose, refused: Callable[..., list[Problem]], own_conf: Path) -> None:
+    (composed,) = compose(f"hydra.searchpath=[file://{own_conf}]", "model=mine")
+    assert composed.config.model.path == "owner/mine"
+    (problem,) = refused(f"hydra.searchpath=[file://{own_conf}]", "model=mne")
+    assert problem.what == "model=mne: there is no such option"
+    assert problem.remedy.startswith("did you mean mine?")
+
+
+def test_an_experiment_wins_over_groups_and_the_command_line_over_it(compose: Compose, own_conf: Path) -> None:
+    (composed,) = compose("--config-dir", str(own_conf), "experiment=mine")
+    # optim/adamw.yaml and data/stdlib_docs.yaml set others.
+    assert (composed.config.optim.lr, composed.config.data.max_length, composed.config.model.name) == (0.5, 64, "tiny")
+    (composed,) = compose("--config-dir", str(own_conf), "optim.lr=0.25", "experiment=mine", "model=qwen3_8b")
+    assert (composed.config.optim.lr, composed.config.data.max_length, composed.config.model.name) == (0.25, 64, "qwen3_8b")
+
+
+@pytest.mark.parametrize(
+    "key", ["_target_", "model.config._target_", "deepspeed.extra._target_", "tracking._target_", "model.config.a.b._target_"]
+)
+def test_a_target_is_refused_and_never_called(
+    refused: Callable[..., list[Problem]], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"canary_{key.count('.')}_{len(key)}"
+    (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'called')!r}, 'w').close()\ndef call(**kwargs): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (problem,) = refused(f"{key}={module}.call")
+    assert problem.what == f"{key}: settings never name code to run; nothing was called"
+    assert not (tmp_path / "called").exists()
+    # The canary does sing when it is imported.
+    importlib.import_module(module)
+    assert (tmp_path / "called").exists()
+
+
+def test_the_process_is_left_as_it_was(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    before = list(sys.argv), dict(os.environ), Path.cwd()
+    compose("model=tiny")
+    assert (list(sys.argv), dict(os.environ), Path.cwd()) == before
+
+
+def test_composing_writes_nothing(compose: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compose("model=tiny")
+    compose("-m", "model=tiny", "optim.lr=0.5,0.25")
+    assert list(tmp_path.iterdir()) == []

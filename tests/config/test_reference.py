@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.config.compose import GROUPS, conf_dir
+from launcher.config.reference import main, render
+from launcher.config.settings import settings
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def test_the_page_is_current() -> None:
+    assert main(["--check", str(REPO / "docs" / "config.md")]) == 0
+
+
+def test_a_stale_page_is_one_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "docs" / "config.md"
+    assert main(["--check", str(page)]) == 1
+    assert capsys.readouterr().err == f"{page} is not what the settings say; write it again with: make docs\n"
+    assert not page.exists()
+    assert main([str(page)]) == 0
+    assert main(["--check", str(page)]) == 0
+    page.write_text(page.read_text().replace("Peak learning rate.", "Learning rate."))
+    assert main(["--check", str(page)]) == 1
+
+
+def test_every_setting_and_every_option_stands_in_the_page() -> None:
+    page = render()
+    for key in settings():
+        assert f"`{key}`" in page or f"\n## {key}\n" in page
+    folders = {folder.name for folder in conf_dir().iterdir() if folder.is_dir()}
+    assert folders == set(GROUPS)
+    for group in GROUPS:
+        for file in (conf_dir() / group).glob("*.yaml"):
+            assert f"- `{file.stem}`: " in page
+            assert f"- `{file.stem}`: \n" not in page, f"{file} has no comment at its head"
+
+
+@pytest.mark.parametrize(
+    ("key", "type_", "default"),
+    [
+        ("model.dtype", "bf16 | fp16 | fp32", "bf16"),
+        ("train.max_steps", "int > 0 or null", "null"),
+        ("optim.lr", "float > 0", "1e-05"),
+        ("optim.betas", "[0 <= float <= 1, 0 <= float <= 1]", "[0.9, 0.95]"),
+        ("data.eval_fraction", "0 <= float < 1", "0.0"),
+        ("data.sources[].path", "text", None),
+        ("deepspeed.hpz_partition_size", "int > 0 | node", "1"),
+        ("tracking.tags", "list of name", "[]"),
+        ("train.export", "true | false", "true"),
+        ("model.config", "mapping or null", "null"),
+    ],
+)
+def test_types_and_defaults_read_well(key: str, type_: str, default: str | None) -> None:
+    assert (settings()[key].type, settings()[key].default) == (type_, default)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from launcher.config.resume import with_overrides
+from launcher.config.secret import looks_secret, redact
+from launcher.errors import ConfigError
+
+Shown = Callable[..., str]
+
+# Assembled, so that no scanner takes this file for a leak.
+TOKENS = {
+    "hugging_face": "hf" + "_" + "aBcDeFgHiJkLmNoPqRsTuVwXyZ012345",
+    "wandb": "0123456789abcdef" * 2 + "01234567",
+    "wandb_versioned": "wandb" + "_v1_" + "aBcDeFgHiJkLmNoPqRsT",
+    "openai": "sk" + "-proj-" + "abcdefghijklmnopqrst",
+    "github": "ghp" + "_" + "abcdefghijklmnopqrstuvwxyz0123456789",
+    "aws": "AKIA" + "IOSFODNN7EXAMPLE",
+    "jwt": "eyJ" + "hbGciOiJIUzI1NiJ9." + "eyJzdWIiOiIxMjM0NTY3ODkwIn0." + "dozjgNryP4J3jVmNHl0w5N",
+}
+
+
+@pytest.mark.parametrize(
+    "key", ["tracking.project", "model.path", "run.name", "model.config.note", "tracking.api_key", "nothing.at_all"]
+)
+@pytest.mark.parametrize("kind", TOKENS)
+def test_a_token_is_refused_and_never_shown(shown: Shown, kind: str, key: str) -> None:
+    text = shown(f"{key}={TOKENS[kind]}")
+    assert TOKENS[kind] not in text
+    assert f"{key}: looks like a secret (a token, key or password); its value is not shown" in text
+    assert "remedy: put secrets into environment variables" in text
+
+
+@pytest.mark.parametrize("key", ["tracking.api_key", "tracking.password", "hf_token", "model.config.token", "run.secret"])
+@pytest.mark.parametrize("value", ["hunter2hunter2", "short", "12345678"])
+def test_a_key_that_names_a_secret_hides_its_value(shown: Shown, key: str, value: str) -> None:
+    text = shown(f"{key}={value}")
+    assert value not in text
+    assert f"{key}: looks like a secret" in text
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        f"model={TOKENS['hugging_face']}",
+        f"{TOKENS['hugging_face']}=1",
+        f"=={TOKENS['hugging_face']}",
+        f"run.name=a({TOKENS['hugging_face']}",
+    ],
+)
+def test_a_token_in_an_odd_place_is_not_shown(shown: Shown, token: str) -> None:
+    assert TOKENS["hugging_face"] not in shown(token)
+
+
+def test_a_password_that_hydra_cannot_read_is_not_shown(shown: Shown) -> None:
+    assert "hunter2" not in shown("tracking.password=hunter2(")
+
+
+def test_a_secret_from_the_environment_is_refused(shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", TOKENS["hugging_face"])
+    text = shown("tracking.group=${oc.env:MY_KEY}")
+    assert "tracking.group: looks like a secret" in text
+    assert TOKENS["hugging_face"] not in text
+
+
+def test_a_resumed_run_takes_no_secret(compose: Callable[..., list]) -> None:
+    config = compose("model=tiny")[0].config
+    with pytest.raises(ConfigError) as error:
+        with_overrides(config, [f"tracking.group={TOKENS['hugging_face']}"])
+    assert "looks like a secret" in str(error.value)
+    assert TOKENS["hugging_face"] not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.revision", TOKENS["wandb"]),
+        ("model.config.bos_token", "<|begin_of_text|>"),
+        ("model.config.pad_token", "<|pad|>"),
+        ("model.tokenizer", "Qwen/Qwen3-8B"),
+        ("run.name", "hf_finetune"),
+        ("tracking.project", "sk-learn"),
+        ("run.seed", 12345678),
+        ("tracking.api_key", None),
+        ("tracking.api_key", ""),
+    ],
+)
+def test_what_is_no_secret(key: str, value: object) -> None:
+    assert not looks_secret(key, value)
+
+
+def test_redaction_keeps_the_rest() -> None:
+    token = TOKENS["hugging_face"]
+    assert redact(f"a={token} b=2") == "a=<redacted> b=2"
+    assert redact("x.password=abc def") == "x.password=<redacted>"
+    assert redact(f"model.revision={TOKENS['wandb']}") == f"model.revision={TOKENS['wandb']}"
+    assert redact("model.tokenizer=org/name") == "model.tokenizer=org/name"

@@ -1,0 +1,94 @@
+"""Model states against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from launcher.config.schema import DeepSpeedSection
+from launcher.plan.launch_plan import LaunchPlan, Memory, Topology
+from launcher.plan.memory import checkpoint_bytes, estimate
+
+EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", backend="nccl")
+FOUR_NODES = Topology(nodes=4, ranks_per_node=8, world_size=32, device="cuda", backend="nccl")
+LLAMA_8B = 8_030_261_248
+# One byte for each parameter on each of eight ranks: 8,030,261,248 / 8 / 2^30 GiB.
+BYTE = 0.934844
+
+
+def memory(dtype: str = "bf16", accumulation: int = 8, topology: Topology = EIGHT_GPUS, **settings: object) -> Memory:
+    return estimate(LLAMA_8B, dtype, accumulation, DeepSpeedSection(**settings), topology, 79.1)  # type: ignore[arg-type]
+
+
+def test_eight_billion_on_eight_gpus() -> None:
+    # bf16 weights 2, fp32 gradients 4, fp32 master weight and two moments 12: 18 bytes a parameter.
+    found = memory()
+    assert found.weights_gib == pytest.approx(2 * BYTE, abs=1e-3)
+    assert found.gradients_gib == pytest.approx(4 * BYTE, abs=1e-3)
+    assert found.optimizer_gib == pytest.approx(12 * BYTE, abs=1e-3)
+    assert found.per_rank_gib == pytest.approx(16.827, abs=1e-3)
+    assert (found.host_per_node_gib, found.device_gib) == (0.0, 79.1)
+
+
+def test_without_accumulation_gradients_are_bf16() -> None:
+    assert memory(accumulation=1).per_rank_gib == pytest.approx(16 * BYTE, abs=1e-3)
+
+
+def test_fp32_weights_are_their_own_master_copy() -> None:
+    # 4 weights, 4 gradients, 8 moments.
+    assert memory("fp32").per_rank_gib == pytest.approx(16 * BYTE, abs=1e-3)
+    # In main memory the optimizer works on a copy of its own.
+    assert memory("fp32", offload_optimizer="cpu").host_per_node_gib == pytest.approx(8 * (4 + 12) * BYTE, abs=1e-2)
+
+
+def test_optimizer_in_main_memory() -> None:
+    found = memory(offload_optimizer="cpu")
+    assert found.per_rank_gib == pytest.approx(2 * BYTE, abs=1e-3)
+    # The whole of gradients and optimizer, for all eight ranks: 16 x 8.03e9 bytes.
+    assert found.host_per_node_gib == pytest.approx(119.660, abs=1e-2)
+
+
+def test_optimizer_and_weights_in_main_memory() -> None:
+    found = memory(offload_optimizer="cpu", offload_params="cpu")
+    assert found.per_rank_gib == 0.0
+    assert found.host_per_node_gib == pytest.approx(134.617, abs=1e-2)
+
+
+def test_states_on_disk() -> None:
+    found = memory(offload_optimizer="nvme", offload_params="nvme", nvme_path="/nvme")
+    assert found.per_rank_gib == 0.0
+    # Gradients pass through main memory.
+    assert found.host_per_node_gib == pytest.approx(8 * 4 * BYTE, abs=1e-2)
+
+
+def test_a_second_copy_of_the_weights_in_each_node() -> None:
+    found = memory(topology=FOUR_NODES, hpz_partition_size="node")
+    # A 32nd of all states and an eighth of the bf16 weights.
+    assert found.per_rank_gib == pytest.approx(18 * BYTE / 4 + 2 * BYTE, abs=1e-3)
+    assert found == memory(topology=FOUR_NODES, hpz_partition_size=8)
+
+
+def test_cpu_ranks_hold_everything_in_main_memory() -> None:
+    two = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cpu", backend="gloo")
+    found = memory(topology=two)
+    assert found.per_rank_gib == pytest.approx(18 * 4 * BYTE, abs=1e-2)
+    assert found.host_per_node_gib == pytest.approx(2 * found.per_rank_gib, abs=1e-2)
+
+
+def test_more_ranks_take_less_each() -> None:
+    sizes = [
+        memory(topology=Topology(nodes=n, ranks_per_node=8, world_size=8 * n, device="cuda", backend="nccl")).per_rank_gib
+        for n in (1, 2, 4, 8)
+    ]
+    assert sizes == pytest.approx([sizes[0] / n for n in (1, 2, 4, 8)], abs=1e-3)
+
+
+def test_a_checkpoint_holds_master_weights_and_moments() -> None:
+    assert checkpoint_bytes(LLAMA_8B) == 96_363_134_976
+
+
+def test_the_plan_carries_it(plan_of: Callable[..., LaunchPlan]) -> None:
+    planned = plan_of("experiment=llama3_8b_one_node", "data.path=rows.jsonl", "train.micro_batch_size=1")
+    assert planned.memory.per_rank_gib == pytest.approx(16.827, abs=1e-3)
+    assert planned.checkpoint_bytes == 96_363_134_976

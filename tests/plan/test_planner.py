@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import builtins
+import os
+import random
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError, Problem
+from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
+from launcher.plan.planner import plan
+
+CUDA = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)
+LLAMA_70B = ("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl")
+
+
+@pytest.fixture
+def facts(plan_of: Callable[..., LaunchPlan]) -> Facts:
+    known = plan_of()
+    device = DeviceFacts(kind="cpu", name="a CPU", count=2)
+    return Facts(
+        working_dir="/work", home_dir="/home/me", device=device, model=known.model, data=known.data, provenance=known.provenance
+    )
+
+
+def problems(plan_of: Callable[..., LaunchPlan], *tokens: str, **how: Any) -> list[Problem]:
+    with pytest.raises(ConfigError) as error:
+        plan_of(*tokens, **how)
+    assert all(p.where and p.value and p.remedy for p in error.value.problems)
+    return list(error.value.problems)
+
+
+def test_it_touches_nothing(config_of: Callable[..., RunConfig], facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [config_of(f'run.root="{root}"') for root in ("runs", "~/runs", "/shared/runs")]
+    expected = [plan(config, facts) for config in configs]
+
+    def touched(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError(f"the plan touched the world with {args!r}")
+
+    class Untouchable(dict[str, str]):
+        __getitem__ = get = __contains__ = __iter__ = keys = items = touched
+
+    with monkeypatch.context() as patched:
+        patched.setattr(builtins, "open", touched)
+        patched.setattr(socket, "socket", touched)
+        patched.setattr(subprocess, "Popen", touched)
+        patched.setattr(os, "environ", Untouchable())
+        for module, name in (
+            *((os, name) for name in ("getcwd", "stat", "lstat", "open", "listdir", "scandir", "getpid", "urandom", "cpu_count")),
+            *((time, name) for name in ("time", "time_ns", "monotonic", "perf_counter", "gmtime", "localtime", "strftime")),
+            *((random, name) for name in ("random", "randint", "getrandbits")),
+            *((Path, name) for name in ("exists", "is_file", "is_dir", "read_text", "cwd", "home", "expanduser", "resolve")),
+        ):
+            patched.setattr(module, name, touched)
+        found = [plan(config, facts) for config in configs]
+    assert found == expected
+
+
+def test_the_same_settings_give_the_same_plan(config_of: Callable[..., RunConfig], facts: Facts) -> None:
+    assert plan(config_of(), facts).digest() == plan(config_of(), facts).digest()
+    assert plan(config_of(), facts).digest() != plan(config_of("optim.lr=0.5"), facts).digest()
+
+
+def test_the_digest_survives_the_file(config_of: Callable[..., RunConfig], facts: Facts, tmp_path: Path) -> None:
+    planned = plan(config_of("tracking.tags=[a,b]", "model.config.extra={x: [1, 2.5, null]}"), facts)
+    for number in range(3):
+        (tmp_path / f"{number}.json").write_text(planned.to_json())
+        loaded = LaunchPlan.load(tmp_path / f"{number}.json")
+        assert loaded == planned
+        assert loaded.digest() == planned.digest()
+        planned = loaded
+
+
+@pytest.mark.parametrize(
+    ("root", "expected"), [("runs", "/work/runs/a"), ("/shared", "/shared/a"), ("~/runs", "/home/me/runs/a"), ("~", "/home/me/a")]
+)
+def test_where_the_run_lives(config_of: Callable[..., RunConfig], facts: Facts, root: str, expected: str) -> None:
+    assert plan(config_of(f'run.root="{root}"', "run.name=a"), facts).run_dir == expected
+
+
+def test_the_generated_name_tells_model_data_and_time(plan_of: Callable[..., LaunchPlan]) -> None:
+    assert plan_of().run_name == "tiny-stdlib_docs-20260131-091500"
+
+
+def test_the_tracked_run_has_an_id_of_its_own(config_of: Callable[..., RunConfig], facts: Facts) -> None:
+    later = facts.model_copy(update={"provenance": facts.provenance.model_copy(update={"created_at": "2026-01-31T09:15:01Z"})})
+    ids = {plan(config_of(f"run.name={name}"), known).wandb_id for name in ("a", "b") for known in (facts, later)}
+    assert len(ids) == 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "expected"),
+    [
+        ((), None, (1, 2, "cpu", "gloo")),
+        (("cluster.ranks_per_node=4",), None, (1, 4, "cpu", "gloo")),
+        ((), CUDA, (1, 8, "cuda", "nccl")),
+        (("cluster.ranks_per_node=2",), CUDA, (1, 2, "cuda", "nccl")),
+        (LLAMA_70B, None, (4, 8, "cuda", "nccl")),
+        (LLAMA_70B, CUDA, (4, 8, "cuda", "nccl")),
+    ],
+)
+def test_topology(
+    plan_of: Callable[..., LaunchPlan],
+    tokens: tuple[str, ...],
+    device: DeviceFacts | None,
+    expected: tuple[int, int, str, str],
+) -> None:
+    topology = plan_of(*tokens, **({"device": device} if device else {})).topology
+    assert (topology.nodes, topology.ranks_per_node, topology.device, topology.backend) == expected
+    assert topology.world_size == topology.nodes * topology.ranks_per_node
+
+
+def test_gpus_that_are_elsewhere_must_be_counted(plan_of: Callable[..., LaunchPlan]) -> None:
+    (problem,) = problems(plan_of, "cluster.gpu_type=H200")
+    assert problem.what == "this machine has no GPU, so the number of GPUs on each node is not known"
+    assert problem.remedy == "set cluster.ranks_per_node to it"
+    assert plan_of("cluster.gpu_type=H200", "cluster.ranks_per_node=8").memory.device_gib == 139.8
+
+
+def test_a_gpu_that_nobody_knows(plan_of: Callable[..., LaunchPlan]) -> None:
+    (problem,) = problems(plan_of, "cluster.gpu_type=Z900-NONE", "cluster.ranks_per_node=8")
+    assert problem.what == "cluster.gpu_type=Z900-NONE is not in the table of GPU types"
+    assert "choose one of A100-40GB" in problem.remedy
+    (problem,) = problems(plan_of, "cluster.gpu_type=MI300", "cluster.ranks_per_node=8")
+    assert problem.remedy.startswith("did you mean MI300X?")
+
+
+def test_a_second_copy_that_does_not_divide_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+    (problem,) = problems(plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5")
+    assert problem.what == "deepspeed.hpz_partition_size=5 does not divide the 32 ranks"
+    assert problem.remedy == "set it to the ranks of one node (8), to node, or to 1"
+    for size in ("8", "node", "1"):
+        assert plan_of(*LLAMA_70B, f"deepspeed.hpz_partition_size={size}").topology.world_size == 32
+
+
+def test_everything_that_does_not_fit_in_one_pass(plan_of: Callable[..., LaunchPlan]) -> None:
+    found = problems(
+        plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5", "cluster.gpu_type=ABACUS", "train.global_batch_size=100"
+    )
+    assert [p.where for p in found] == ["cluster.gpu_type", "deepspeed.hpz_partition_size", "train.global_batch_size"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds"),
+    [
+        ((), None),
+        (("run.max_hours=1.5",), 5400.0),
+        # 64 dollars at 2 dollars for each of 32 GPUs: one hour.
+        (("run.max_usd=64", "cluster.price_per_gpu_hour=2"), 3600.0),
+        (("run.max_usd=64", "cluster.price_per_gpu_hour=2", "run.max_hours=2"), 3600.0),
+        (("run.max_usd=64", "cluster.price_per_gpu_hour=2", "run.max_hours=0.5"), 1800.0),
+        (("cluster.price_per_gpu_hour=2",), None),
+    ],
+)
+def test_limits(plan_of: Callable[..., LaunchPlan], tokens: tuple[str, ...], seconds: float | None) -> None:
+    assert plan_of(*LLAMA_70B, *tokens).limits.max_seconds == seconds

@@ -1,0 +1,68 @@
+"""What is rendered, against golden files; LAUNCHER_WRITE_GOLDEN=1 writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from launcher.cli.text import plan_lines
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+
+Golden = Callable[[str, str], None]
+GPUS = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)
+
+
+@pytest.mark.parametrize("deepspeed", ["zero3", "zero3_offload", "zero3_nvme", "zero3_pp"])
+def test_the_zero3_json(plan_of: Callable[..., LaunchPlan], golden: Golden, deepspeed: str) -> None:
+    planned = plan_of(
+        "model=llama3_1_8b",
+        "data=jsonl",
+        "data.path=rows.jsonl",
+        f"deepspeed={deepspeed}",
+        "cluster.nodes=2",
+        "train.global_batch_size=64",
+        "train.micro_batch_size=2",
+        device=GPUS,
+    )
+    golden(f"{deepspeed}.ds.json", json.dumps(planned.deepspeed, indent=2) + "\n")
+
+
+def test_the_plan_of_a_tiny_run(plan_of: Callable[..., LaunchPlan], golden: Golden) -> None:
+    planned = plan_of("train.max_steps=20")
+    golden("tiny.plan.json", planned.to_json())
+    golden("tiny.plan.txt", "\n".join(plan_lines(planned)) + "\n")
+
+
+def test_the_plan_of_many_nodes_as_text(plan_of: Callable[..., LaunchPlan], golden: Golden) -> None:
+    planned = plan_of(
+        *("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl", "run.max_hours=12", "tracking.entity=us"), data=None
+    )
+    golden("llama3_70b.plan.txt", "\n".join(plan_lines(planned)) + "\n")
+
+
+def test_sizes_follow_the_model_and_can_be_set(plan_of: Callable[..., LaunchPlan]) -> None:
+    zero = plan_of("model=llama3_3_70b", device=GPUS).deepspeed["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 8192 * 8192
+    assert zero["stage3_prefetch_bucket_size"] == int(0.9 * 8192 * 8192)
+    assert zero["stage3_param_persistence_threshold"] == 81920
+    own = plan_of("deepspeed.reduce_bucket_size=7", "deepspeed.prefetch_bucket_size=8", "deepspeed.param_persistence_threshold=0")
+    zero = own.deepspeed["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["stage3_prefetch_bucket_size"]) == (7, 8)
+    assert zero["stage3_param_persistence_threshold"] == 0
+
+
+def test_raw_keys_come_last_and_are_merged(plan_of: Callable[..., LaunchPlan]) -> None:
+    rendered = plan_of("deepspeed.extra={zero_optimization: {overlap_comm: false}, wall_clock_breakdown: true}").deepspeed
+    assert rendered["wall_clock_breakdown"] is True
+    assert rendered["zero_optimization"]["overlap_comm"] is False
+    assert rendered["zero_optimization"]["contiguous_gradients"] is True
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_precision(plan_of: Callable[..., LaunchPlan], dtype: str) -> None:
+    rendered = plan_of(f"model.dtype={dtype}", "train.micro_batch_size=1").deepspeed
+    assert {key for key in ("bf16", "fp16") if key in rendered} == {dtype} - {"fp32"}
+    # Half-precision gradients are summed in fp32.
+    assert rendered.get("data_types") == ({"grad_accum_dtype": "fp32"} if dtype != "fp32" else None)

@@ -1,0 +1,65 @@
+"""The arrows between packages, and the wall that keeps torch out of the submit side."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
+
+
+def modules(*folders: str) -> list[str]:
+    files = [file for folder in folders for file in sorted((REPO / "launcher" / folder).glob("*.py"))]
+    return [".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__") for file in files]
+
+
+SUBMIT_SIDE = [
+    *modules("cli", "config", "plan", "clusters"),
+    *("launcher.errors", "launcher.facts", "launcher.run_store", "launcher.checkpoint.store", "launcher.data.cache"),
+    "launcher.data.sources",
+]
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Top-level modules of a fresh interpreter after `statement`."""
+    code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_submit_side_loads_nothing_heavy() -> None:
+    assert len(SUBMIT_SIDE) > 20
+    loaded = loaded_after(f"import {', '.join(SUBMIT_SIDE)}")
+    assert "launcher" in loaded
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_the_worker_side_is_where_torch_is() -> None:
+    assert "torch" in loaded_after("import launcher.train.model")
+
+
+def test_a_backend_that_is_used_loads_nothing_heavy() -> None:
+    loaded = loaded_after(
+        "from launcher.clusters.base import cluster_for\ncluster_for('local')\nfrom launcher.facts import device\ndevice()"
+    )
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_the_import_contracts_hold() -> None:
+    linter = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([linter, "--no-cache"], capture_output=True, text=True, cwd=REPO, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kept, 0 broken" in done.stdout
+
+
+@pytest.mark.parametrize("folder", ["launcher", "tests", "benchmarks"])
+def test_files_stay_small(folder: str) -> None:
+    lengths = {str(f.relative_to(REPO)): len(f.read_text().splitlines()) for f in (REPO / folder).rglob("*.py")}
+    assert lengths
+    assert {name: length for name, length in lengths.items() if length > 450} == {}

@@ -1,0 +1,197 @@
+"""A run directory: created once, replaced atomically, found by name and by path."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from launcher import run_store
+from launcher.config.compose import run_hydra
+from launcher.config.schema import RunConfig
+from launcher.errors import RunError, SubmitError
+from launcher.plan.architecture import model_facts
+from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
+from launcher.plan.planner import plan
+from launcher.plan.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def config() -> RunConfig:
+    found: list[RunConfig] = []
+    run_hydra(["model=tiny", "train.max_steps=20"], lambda done: found.append(done.config))
+    return found[0]
+
+
+def planned(config: RunConfig, folder: Path, name: str) -> LaunchPlan:
+    assert config.model.config is not None
+    facts = Facts(
+        working_dir=str(folder),
+        device=DeviceFacts(kind="cpu", name="a CPU", count=2),
+        model=model_facts(config.model.config, None, None, None),
+        data=None,
+        provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
+    )
+    changed = config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
+    return plan(changed, facts)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_run_is_created_whole(config: RunConfig, tmp_path: Path) -> None:
+    wanted = planned(config, tmp_path, "a")
+    run = run_store.create(wanted)
+    assert run.root == tmp_path / "runs" / "a"
+    assert run_store.load_plan(run) == wanted
+    status = run_store.read_status(run)
+    assert (status.state, status.attempt, status.step, status.max_steps) == ("pending", 0, 0, 20)
+    assert status.updated_at >= status.created_at > 0
+    assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
+    # The code that a queued job will run: the package, without its caches.
+    assert (run.code / "launcher" / "train" / "loop.py").is_file()
+    assert not list(run.code.rglob("__pycache__"))
+    # Nothing half written is left.
+    assert {p.name for p in run.root.iterdir()} == {"plan.json", "status.json", "code", "attempts"}
+
+
+def test_a_run_that_exists_is_refused_and_untouched(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    before = tree(run.root)
+    with pytest.raises(SubmitError) as error:
+        run_store.create(planned(config, tmp_path, "a"))
+    (problem,) = error.value.problems
+    assert problem.what == "the run a exists already; nothing in it was touched"
+    assert problem.where == str(run.root)
+    assert f"python -m launcher resume {run.root}" in problem.remedy
+    assert tree(run.root) == before
+
+
+def test_a_file_in_the_way_is_refused(config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("no folder")
+    with pytest.raises(SubmitError) as error:
+        run_store.create(planned(config, tmp_path, "a"))
+    assert (tmp_path / "runs").read_text() == "no folder"
+    assert "run.root" in str(error.value)
+
+
+def test_two_at_once_make_one_run(config: RunConfig, tmp_path: Path) -> None:
+    outcomes: list[str] = []
+
+    def create() -> None:
+        try:
+            run_store.create(planned(config, tmp_path, "a"))
+            outcomes.append("made")
+        except SubmitError:
+            outcomes.append("refused")
+
+    threads = [threading.Thread(target=create) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert sorted(outcomes) == ["made", "refused", "refused", "refused"]
+
+
+def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    assert [run_store.next_attempt(run, step) for step in (None, 100, 200)] == [1, 2, 3]
+    assert [run_store.resume_step(run, attempt) for attempt in (1, 2, 3)] == [None, 100, 200]
+    (run.attempts / "notes").mkdir()
+    run.attempt(7).mkdir()
+    assert run_store.next_attempt(run, None) == 8
+    assert run.attempt(8).name == "008"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "status.json"
+    run_store.write_json(file, {"step": 1})
+
+    def no_space(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", no_space)
+        with pytest.raises(OSError, match="No space"):
+            run_store.write_json(file, {"step": 2})
+    assert json.loads(file.read_text()) == {"step": 1}
+    with pytest.raises(TypeError):
+        run_store.write_json(file, {"step": object()})
+    assert json.loads(file.read_text()) == {"step": 1}
+    run_store.write_json(file, {"step": 3})
+    assert json.loads(file.read_text()) == {"step": 3}
+
+
+def test_a_reader_never_sees_a_part(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    message = "x" * 100_000
+    stop = threading.Event()
+
+    def write() -> None:
+        step = 0
+        while not stop.is_set():
+            step += 1
+            run_store.update_status(run, step=step, message=message)
+
+    run_store.update_status(run, message=message)
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        steps = [run_store.read_status(run) for _ in range(200)]
+    finally:
+        stop.set()
+        writer.join(timeout=60)
+    assert all(status.message == message for status in steps)
+    assert [s.step for s in steps] == sorted(s.step for s in steps)
+
+
+def test_a_changed_status_keeps_the_rest(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    before = run_store.read_status(run)
+    run_store.update_status(run, state="running", attempt=1, job={"pid": 5})
+    after = run_store.read_status(run)
+    assert (after.state, after.attempt, after.job) == ("running", 1, {"pid": 5})
+    assert (after.created_at, after.max_steps) == (before.created_at, before.max_steps)
+
+
+def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    root = tmp_path / "runs"
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "runs/a", str(run.root), "./runs/a"):
+        assert run_store.find(name, root) == RunDir(run.root)
+    assert run_store.find(str(run.root), tmp_path / "elsewhere") == RunDir(run.root)
+    with pytest.raises(SubmitError) as error:
+        run_store.find("b", root)
+    (problem,) = error.value.problems
+    assert (problem.what, problem.remedy) == ("there is no run named b", "choose one of: a")
+    with pytest.raises(SubmitError) as error:
+        run_store.find("b", tmp_path / "elsewhere")
+    assert error.value.problems[0].remedy == "start one with: python -m launcher"
+
+
+def test_runs_are_listed_newest_first(config: RunConfig, tmp_path: Path) -> None:
+    for age, name in ((30, "old"), (20, "middle"), (10, "latest")):
+        run = run_store.create(planned(config, tmp_path, name))
+        os.utime(run.plan, (1_000_000 - age, 1_000_000 - age))
+    (tmp_path / "runs" / "no_run").mkdir()
+    assert [run.root.name for run in run_store.runs(tmp_path / "runs")] == ["latest", "middle", "old"]
+    assert list(run_store.runs(tmp_path / "nowhere")) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_a_damaged_file_is_named(config: RunConfig, tmp_path: Path, content: str) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    run.status.write_text(content)
+    with pytest.raises(RunError) as error:
+        run_store.read_status(run)
+    assert error.value.problems[0].where == str(run.status)
+    assert "damaged" in str(error.value)
+    run.status.unlink()
+    with pytest.raises(RunError, match="missing"):
+        run_store.read_status(run)
