@@ -72,10 +72,9 @@ def _give(key: str) -> str:
     parts = [k for k in settings() if k.startswith(f"{uniform}.")]
     if parts:
         return f"write its settings one by one: {', '.join(parts)}"
-    # An entry of a list is described with the list.
-    listed = uniform.removesuffix("[]")
-    setting = settings()[listed]
-    return f"set {listed} to {setting.type}. {setting.meaning}"
+    # An entry of a list or a mapping is described with the whole.
+    setting = max((s for s in settings().values() if uniform.startswith(s.key)), key=lambda s: len(s.key))
+    return f"set {setting.key} to {setting.type}. {setting.meaning}"
 
 
 def _unknown(key: str, value: Any, origins: Origins) -> Problem:
@@ -114,7 +113,7 @@ def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins
     if setting is not None and kind == "literal_error":
         guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
         remedy = f"{guess} {remedy}".strip()
-    if kind == "string_type" and isinstance(value, int | float):
+    if kind == "string_type" and isinstance(value, int | float) and "[" not in key:
         remedy = f"quote it twice: '{key}=\"{value}\"'"
     return Problem(f"{key}: {what.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
 
@@ -135,7 +134,7 @@ def _value_of(key: str, values: Any) -> Any:
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:
-    key = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location).replace(".[", "[")
+    key = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location if part != "[key]").replace(".[", "[")
     # pydantic appends the branch of a union to the location; the user knows only the key.
     return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
 
