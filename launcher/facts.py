@@ -149,8 +149,8 @@ def package_file(value: str) -> Path | None:
     return None
 
 
-def locate(source: str, revision: str | None) -> Located:
-    """Find a model or tokenizer in its three forms; never touches the network."""
+def locate(source: str, model: ModelSection) -> Located:
+    """Find `model.path` or `model.tokenizer` in its three forms; never touches the network."""
     if source.startswith("package:"):
         file = package_file(source)
         if file is None:
@@ -159,7 +159,10 @@ def locate(source: str, revision: str | None) -> Located:
         return Located(folder if (folder / "config.json").is_file() else None, file)
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
-    return Located(_hub_snapshot(source, revision))
+    is_model = source == model.path
+    snapshot = _hub_snapshot(source, model.revision if is_model else None)
+    whole = snapshot is not None and (not is_model or model.init == "random" or _has_all_weights(snapshot, model))
+    return Located(snapshot if whole else None)
 
 
 @functools.cache
@@ -185,9 +188,18 @@ def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
     return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
 
 
+def _has_all_weights(folder: Path, model: ModelSection) -> bool:
+    """False where a download was interrupted, or brought weights in another form."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
+    forms = ["*.safetensors", *(["pytorch_model*.bin"] if model.allow_pickled_weights else [])]
+    return any(any(folder.glob(form)) for form in forms)
+
+
 def _model(model: ModelSection) -> ModelFacts:
-    weights = locate(model.path, model.revision).folder if model.path else None
-    tokenizer = locate(model.tokenizer, model.revision).folder if model.tokenizer else weights
+    weights = locate(model.path, model).folder if model.path else None
+    tokenizer = locate(model.tokenizer, model).folder if model.tokenizer else weights
     config = json.loads((weights / "config.json").read_text()) if weights else model.config
     if config is None:
         # A GGUF file carries the numbers in its header; they are read once, when it is converted.

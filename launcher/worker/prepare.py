@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import deque
 
 from launcher import facts
-from launcher.config.schema import ModelSection, RunConfig, is_local_path
-from launcher.data import build, report
+from launcher.config.schema import ModelSection, RunConfig
+from launcher.data import build, report, sources
 from launcher.errors import ConfigError, LauncherError, Problem
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -20,9 +21,14 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
     """Make everything that the ranks read exist on this machine; returns the data report or nothing."""
-    for source in dict.fromkeys(s for s in (config.model.path, config.model.tokenizer) if s):
+    wanted = [s for s in dict.fromkeys((config.model.path, config.model.tokenizer)) if s]
+    if any(facts.locate(source, config.model).folder is None for source in wanted):
+        # A row that cannot be read is told at once, not after a model was fetched.
+        for source in config.data.sources:
+            deque(sources.read_documents(source), maxlen=0)
+    for source in wanted:
         _fetch(source, config.model)
-    tokenizer = facts.locate(config.model.tokenizer or config.model.path or "", config.model.revision).folder
+    tokenizer = facts.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if tokenizer is None:
         raise ConfigError("the tokenizer is not there after it was fetched", where="model.tokenizer")
     built = build.build(config.data, str(tokenizer), _print_progress)
@@ -33,13 +39,15 @@ def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
 
 
 def _fetch(source: str, model: ModelSection) -> None:
-    located = facts.locate(source, model.revision)
-    if located.source is not None and located.folder is None:
+    located = facts.locate(source, model)
+    if located.folder is not None:
+        return
+    if located.source is not None:
         from launcher.train.model import convert_gguf
 
         _say(f"converting {located.source.name} to a Hugging Face folder (once)")
         convert_gguf(located.source, facts.converted_folder(located.source))
-    elif not source.startswith("package:") and not is_local_path(source):
+    else:
         _download(source, model)
 
 
@@ -49,7 +57,7 @@ def _download(repo_id: str, model: ModelSection) -> None:
     patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if model.trust_remote_code else [])]
     _say(f"fetching {repo_id} from the hub")
     try:
-        snapshot_download(repo_id, revision=model.revision, allow_patterns=patterns)
+        snapshot_download(repo_id, revision=model.revision if repo_id == model.path else None, allow_patterns=patterns)
     except Exception as error:
         raise ConfigError(
             Problem(

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from e2e_tools import processes_of  # noqa: E402
+from e2e_tools import processes_of
 
 
 @pytest.fixture

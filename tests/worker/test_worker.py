@@ -33,7 +33,10 @@ def test_signals_set_a_flag_and_nothing_else(number: signal.Signals, reason: str
 
 
 def test_a_process_dies_with_its_parent() -> None:
-    child = "from launcher.worker.rank import die_with_parent; import time, os; die_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
+    child = (
+        "import os, time; from launcher.worker.rank import die_with_parent;"
+        "die_with_parent(); print(os.getpid(), flush=True); time.sleep(60)"
+    )
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -1,0 +1,106 @@
+"""What a finished run leaves: an export that is the trained model, W&B's files, and no secret anywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from e2e_tools import TINY, status
+from safetensors.torch import load_file
+from test_gradient_invariance import assembled
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+CANARY = "canary-7f3a9c51d2"
+
+
+@pytest.fixture(scope="module")
+def finished(launch: Launch, module_runs: Path) -> tuple[Path, str]:
+    settings = [s for s in TINY if s not in ("tracking=none", "train.sample=false")]
+    done = launch(
+        *settings,
+        "train.max_steps=3",
+        "tracking.mode=offline",
+        f"run.root={module_runs}",
+        "run.name=finished",
+        CANARY_TOKEN=CANARY,
+        HF_TOKEN=CANARY,
+        AWS_SECRET_ACCESS_KEY=CANARY,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return module_runs / "finished", done.stdout
+
+
+def test_the_user_sees_losses_answers_and_places(finished: tuple[Path, str]) -> None:
+    run, output = finished
+    for expected in (
+        "parameters",
+        "held-out loss before",
+        "step   3/3",
+        "held-out loss after",
+        "held-out question",
+        "answer after",
+    ):
+        assert expected in output
+    for place in ("checkpoint", "wandb sync", "exported to", "python -m launcher status"):
+        assert place in output
+    assert "\x1b[" not in output, "plain lines where output is no terminal"
+    assert status(run)["state"] == "completed"
+
+
+def test_the_export_is_the_checkpoint_and_loads_in_transformers(finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    tensors = assembled(run)
+    exported = load_file(run / "export/model.safetensors")
+    names = {name.removesuffix("|fp32") for name in tensors if name.endswith("|fp32")}
+    assert exported.keys() == names
+    for name, tensor in exported.items():
+        assert torch.equal(tensor.reshape(-1), tensors[f"{name}|fp32"].to(torch.bfloat16)), name
+    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert model.dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    assert "assistant" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert next(e for e in events if e["kind"] == "export")["fields"]["mean_kl"] < 1e-2
+
+
+def test_export_writes_a_checkpoint_again_in_another_type(launch: Launch, finished: tuple[Path, str], tmp_path: Path) -> None:
+    run, _ = finished
+    out = tmp_path / "again"
+    done = launch("export", str(run), "--step", "3", "--dtype", "fp32", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
+    missing = launch("export", str(run), "--step", "2")
+    assert missing.returncode == 1
+    assert "step" in missing.stderr
+
+
+def test_weights_and_biases_kept_the_run_offline_under_the_plans_id(finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    wandb_id = json.loads((run / "plan.json").read_text())["wandb_id"]
+    assert list((run / "wandb").glob(f"offline-run-*-{wandb_id}/run-{wandb_id}.wandb"))
+
+
+def test_no_secret_of_the_environment_is_in_any_file(finished: tuple[Path, str]) -> None:
+    run, output = finished
+    assert CANARY not in output
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
+        assert CANARY.encode() not in path.read_bytes(), path
+
+
+def test_a_complete_run_is_not_resumed_but_can_be_given_more_to_do(launch: Launch, finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    refused = launch("resume", str(run))
+    assert refused.returncode == 2
+    assert "train.max_steps" in refused.stderr
+    other = launch("resume", str(run), "run.seed=1")
+    assert other.returncode == 2
+    assert "run.seed" in other.stderr
