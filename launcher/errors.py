@@ -70,9 +70,3 @@ class CheckpointError(LauncherError):
 
 class RunError(LauncherError):
     """A started run failed."""
-
-
-class Interrupted(LauncherError):
-    """A person or a signal stopped the run."""
-
-    exit_code = EXIT_INTERRUPTED

@@ -45,9 +45,7 @@ def gather(config: RunConfig, overrides: Sequence[str]) -> Facts:
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind.
     """
-    problems = [*check_model(config.model), *sources.check_sources(config.data)]
-    if problems:
-        raise ConfigError(problems)
+    check(config)
     model = _model(config.model)
     return Facts(
         working_dir=os.getcwd(),
@@ -57,6 +55,17 @@ def gather(config: RunConfig, overrides: Sequence[str]) -> Facts:
         data=_data(config, model),
         provenance=_provenance(overrides),
     )
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError with every path that is missing, empty or of the wrong kind."""
+    if problems := [*check_model(config.model), *sources.check_sources(config.data)]:
+        raise ConfigError(problems)
+
+
+def is_known(model: ModelSection) -> bool:
+    """True where the model's numbers can be told before anything is fetched."""
+    return model.config is not None or model.path is None or locate(model.path, model) != Located(None)
 
 
 def is_prepared(config: RunConfig, facts: Facts) -> bool:
@@ -239,9 +248,15 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
 
 
 def _count_in_safetensors(folder: Path) -> int | None:
-    """Elements in all weight files, from their headers alone."""
+    """Elements in the weight files, from their headers alone; files that the index does not name are other copies."""
     total = 0
-    for file in folder.glob("*.safetensors"):
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    else:
+        single = folder / "model.safetensors"
+        files = {single} if single.is_file() else set(folder.glob("*.safetensors"))
+    for file in files:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
@@ -266,8 +281,10 @@ def device() -> DeviceFacts:
     import psutil
 
     host = round(psutil.virtual_memory().total / 2**30, 1)
-    if shutil.which("nvidia-smi"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") and visible != "":
         query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        query += ["-i", visible] if visible is not None else []
         try:
             lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
         except (OSError, subprocess.SubprocessError):

@@ -7,9 +7,12 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 import launcher
 from launcher.errors import RunError, SubmitError
@@ -34,11 +37,15 @@ class Status:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """JSON by way of `write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Replace `path` so that a reader sees the old content or the whole of the other, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -68,9 +75,7 @@ def create(plan: LaunchPlan) -> RunDir:
         ) from None
     run.attempts.mkdir()
     snapshot_code(run)
-    temporary = run.root / ".plan.json"
-    temporary.write_text(plan.to_json(), encoding="utf-8")
-    os.replace(temporary, run.plan)
+    write_text(run.plan, plan.to_json())
     write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
     return run
 
@@ -122,9 +127,33 @@ def update_status(run: RunDir, **changes: Any) -> Status:
 
 
 def load_plan(run: RunDir) -> LaunchPlan:
-    if not run.plan.is_file():
-        raise SubmitError("this is no run directory: it has no plan.json", where=str(run.root))
-    return LaunchPlan.load(run.plan)
+    """The plan of the newest attempt: its own, where a resume changed settings, else the run's.
+
+    Raises:
+        RunError: where it is damaged or of another schema.
+    """
+    changed = sorted(run.attempts.glob("*/plan.json"), key=lambda path: int(path.parent.name))
+    path = changed[-1] if changed else run.plan
+    try:
+        return LaunchPlan.load(path)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            "the plan of this run cannot be read by this launcher", where=str(path), value=str(error).splitlines()[0]
+        ) from None
+
+
+@contextmanager
+def starting(run: RunDir) -> Iterator[None]:
+    """Hold the run while an attempt is started, so that two commands cannot start one each.
+
+    Raises:
+        SubmitError: where another command holds it.
+    """
+    try:
+        with FileLock(run.root / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise SubmitError("another command is starting this run at this moment", where=str(run.root)) from None
 
 
 def find(name: str, root: Path) -> RunDir:

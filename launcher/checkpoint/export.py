@@ -275,7 +275,8 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         plan = LaunchPlan.load(plan_path)
     except ValueError as error:
         raise CheckpointError("this is not a launch plan that can be read", where=str(plan_path), value=str(error)) from error
-    run_dir = RunDir(Path(plan.run_dir))
+    # Where the plan lies now, not where it was made: a run may have been moved.
+    run_dir = RunDir(plan_path.absolute().parent)
     checkpoint = store.latest(run_dir.checkpoints) if step is None else store.at_step(run_dir.checkpoints, step)
     if problems := store.verify(checkpoint.path):
         raise CheckpointError(problems)

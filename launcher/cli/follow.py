@@ -28,7 +28,8 @@ _NOT_SHOWN = ("summary", "end")
 def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
     """Show the attempt until it ends; Ctrl-C once saves and stops it, twice kills it. Returns the exit code."""
     events, metrics = Tail(run.events), Tail(run.metrics)
-    with _screen() as screen, _stopping(run, cluster, screen):
+    with _screen() as screen, _interrupts() as interrupts:
+        acted = 0
         screen.live(f"starting; logs in {short(run.attempt(attempt))}")
         while True:
             # The state first: what was written before it changed is then read before the loop ends.
@@ -38,6 +39,9 @@ def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
                     _show(line, status, screen)
             if status.state not in RUNNING_STATES:
                 break
+            if len(interrupts) > acted:
+                acted += 1
+                _ask_to_stop(run, cluster, screen, acted)
             time.sleep(_POLL_S)
     cluster.await_end(run)
     return _closing(run, attempt, status)
@@ -88,27 +92,30 @@ def _screen() -> Iterator[_Screen]:
 
 
 @contextmanager
-def _stopping(run: RunDir, cluster: Cluster, screen: _Screen) -> Iterator[None]:
-    """While following, INT and TERM ask the run to stop instead of ending this process."""
-    asked = 0
+def _interrupts() -> Iterator[list[int]]:
+    """While following, INT and TERM are collected instead of ending this process; the loop acts on them."""
+    received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked > 2:
+        received.append(number)
+        if len(received) > 2:
             raise KeyboardInterrupt
-        try:
-            cluster.cancel(run)
-        except SubmitError:
-            return
-        screen.say("saving, then stopping (again: kill it without saving)" if asked == 1 else "killing it")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _ask_to_stop(run: RunDir, cluster: Cluster, screen: _Screen, times: int) -> None:
+    try:
+        cluster.cancel(run)
+    except SubmitError:
+        # It has just ended by itself.
+        return
+    screen.say("saving, then stopping (again: kill it without saving)" if times == 1 else "killing it")
 
 
 def _closing(run: RunDir, attempt: int, status: Status) -> int:
@@ -122,7 +129,8 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
         _print_failure(run, attempt, status)
         return EXIT_FAILED
     print(f"{status.state}: {status.message}")
-    print(f"continue it:  python -m launcher resume {name}")
+    if store.list_checkpoints(run.checkpoints):
+        print(f"continue it:  python -m launcher resume {name}")
     return EXIT_INTERRUPTED
 
 
@@ -157,7 +165,8 @@ def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
     if failure:
         if failure.get("traceback"):
             print(failure["traceback"], file=sys.stderr)
-        print(f"rank {failure['rank']} failed first: {failure['message']}", file=sys.stderr)
+        who = "the node's agent" if failure["rank"] is None else f"rank {failure['rank']}"
+        print(f"{who} failed first: {failure['message']}", file=sys.stderr)
         print(f"  log:    {short(failure['log'])}", file=sys.stderr)
     elif status.message:
         print(f"failed: {status.message}", file=sys.stderr)

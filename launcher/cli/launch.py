@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher import facts, run_store
 from launcher.cli import text
 from launcher.cli.follow import follow
-from launcher.clusters.base import cluster_for
+from launcher.clusters.base import check_startable, cluster_for
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import DataError, Problem, RunError
@@ -53,7 +53,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
 
 
 def _data(composed: Composed, as_json: bool) -> int:
-    facts.gather(composed.config, composed.overrides)
+    facts.check(composed.config)
     answer = prepare(composed.config, want_report=True)
     print(json.dumps(answer["report"], indent=2) if as_json else answer["text"])
     return 0
@@ -61,9 +61,13 @@ def _data(composed: Composed, as_json: bool) -> int:
 
 def _train(composed: Composed, detach: bool) -> int:
     config = composed.config
+    facts.check(config)
+    if not facts.is_known(config.model):
+        prepare(config, want_report=False)
     gathered = facts.gather(config, composed.overrides)
     plan = make_plan(config, gathered)
     cluster = cluster_for(config.cluster.kind)
+    check_startable(plan)
     cluster.check(plan)
     if not facts.is_prepared(config, gathered):
         prepare(config, want_report=False)
@@ -99,9 +103,7 @@ def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
         RunError: where it ended otherwise.
     """
     command = [sys.executable, "-m", "launcher.worker.prepare", *(["--report"] if want_report else [])]
-    root = str(Path(facts.__file__).resolve().parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-    done = subprocess.run(command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True, env=worker_environment())
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
@@ -111,6 +113,12 @@ def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
     if done.returncode:
         raise RunError(f"preparing the data ended with exit code {done.returncode}")
     return answer
+
+
+def worker_environment() -> dict[str, str]:
+    """The environment of a process that runs this package's heavy side by name."""
+    root = str(Path(facts.__file__).resolve().parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def _help(verb: str) -> int:

@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.raiseExceptions = False
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]  # noqa: S105
-    verb = tokens.pop(0) if tokens and _is_verb(tokens[0]) else "train"
-    if tokens[:1] in (["--help"], ["-h"]) and verb == "train":
+    if tokens[:1] in (["--help"], ["-h"]):
         return _print(HELP)
+    verb = tokens.pop(0) if tokens and _is_verb(tokens[0]) else "train"
     try:
         return _run(verb, tokens)
     except LauncherError as error:

@@ -15,9 +15,10 @@ from launcher import facts, run_store
 from launcher.checkpoint import store
 from launcher.cli import text
 from launcher.cli.follow import follow
-from launcher.clusters.base import cluster_for
+from launcher.cli.launch import worker_environment
+from launcher.clusters.base import Cluster, check_startable, cluster_for
 from launcher.config.resume import with_overrides
-from launcher.errors import SubmitError
+from launcher.errors import RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
@@ -69,9 +70,9 @@ def _summary(run: RunDir) -> dict[str, Any]:
     """status.json corrected by the backend, and the newest metrics."""
     plan = run_store.load_plan(run)
     status: Status = cluster_for(plan.config.cluster.kind).status(run)
-    metrics = [m for m in read_metrics(run.metrics) if "train/loss" in m]
-    last = metrics[-1] if metrics else {}
-    evals = [m for m in read_metrics(run.metrics) if "eval/held_out/loss" in m]
+    logged = read_metrics(run.metrics)
+    last: dict[str, Any] = next((m for m in reversed(logged) if "train/loss" in m), {})
+    evals = [m for m in logged if "eval/held_out/loss" in m]
     return {
         "name": run.root.name,
         "dir": str(run.root),
@@ -83,10 +84,17 @@ def _summary(run: RunDir) -> dict[str, Any]:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    summaries = [_summary(found) for found in run_store.runs(Path(arguments.root))]
+    summaries, unreadable = [], []
+    for found in run_store.runs(Path(arguments.root)):
+        try:
+            summaries.append(_summary(found))
+        except RunError as error:
+            unreadable.append(f"{found.root.name}: {error.problems[0].what}")
     if arguments.json:
         print(json.dumps(summaries, indent=2))
         return 0
+    for line in unreadable:
+        print(line, file=sys.stderr)
     if not summaries:
         print(f"no runs under {arguments.root}; start one with: python -m launcher")
         return 0
@@ -168,6 +176,15 @@ def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
 def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
     cluster = cluster_for(plan.config.cluster.kind)
+    with run_store.starting(run):
+        attempt = _start_again(run, plan, cluster, arguments.overrides)
+    if arguments.detach:
+        print(f"started. Follow it: python -m launcher logs {text.short(run.root)} -f")
+        return 0
+    return follow(run, attempt, cluster)
+
+
+def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str]) -> int:
     status = cluster.status(run)
     if status.state in RUNNING_STATES:
         raise SubmitError(
@@ -176,24 +193,22 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
             remedy=f"follow it with: python -m launcher logs {text.short(run.root)} -f",
         )
     checkpoint = store.latest(run.checkpoints)
-    plan = _replanned(plan, run, arguments.overrides)
+    plan = _replanned(plan, run, overrides)
     if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
         raise SubmitError(
             f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
             where=str(run.root),
             remedy="give it more to do with: resume RUN train.max_steps=...",
         )
+    check_startable(plan)
     cluster.check(plan)
     attempt = run_store.next_attempt(run, resume_step=checkpoint.step)
     plan_path = run.attempt(attempt) / "plan.json"
-    plan_path.write_text(plan.to_json(), encoding="utf-8")
-    run_store.update_status(run, state="pending", max_steps=plan.batch.max_steps, message="")
+    run_store.write_text(plan_path, plan.to_json())
+    run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
     print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
     cluster.submit(run, attempt, plan_path)
-    if arguments.detach:
-        print(f"started. Follow it: python -m launcher logs {text.short(run.root)} -f")
-        return 0
-    return follow(run, attempt, cluster)
+    return attempt
 
 
 def _replanned(plan: LaunchPlan, run: RunDir, overrides: list[str]) -> LaunchPlan:
@@ -216,4 +231,4 @@ def _export(run: RunDir, arguments: argparse.Namespace) -> int:
         value = getattr(arguments, flag)
         if value is not None:
             command += [f"--{flag}", str(value)]
-    return subprocess.run(command).returncode
+    return subprocess.run(command, env=worker_environment()).returncode

@@ -73,6 +73,8 @@ class LocalCluster:
 
     def status(self, run: RunDir) -> Status:
         status = run_store.read_status(run)
+        if status.state == "pending" and status.job is None and time.time() - status.updated_at > _START_DEADLINE_S:
+            return replace(status, state="failed", message="it was never started: the command that made it ended before")
         if status.state not in RUNNING_STATES or status.job is None or status.job.get("host") != os.uname().nodename:
             return status
         if _agent(status) is not None:
@@ -124,5 +126,6 @@ def _await_start(run: RunDir, attempt: int, process: subprocess.Popen[bytes]) ->
             log = run.attempt(attempt) / "agent.log"
             if process.poll() is None:
                 process.kill()
+            run_store.update_status(run, state="failed", message="the node's agent did not start")
             raise RunError("the node's agent did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
         time.sleep(0.02)

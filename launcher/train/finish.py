@@ -9,6 +9,7 @@ import torch
 
 from launcher.checkpoint.export import export
 from launcher.data import cache
+from launcher.data.chat import load_tokenizer
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite
@@ -28,7 +29,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
     device = "cpu"
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        weights_gib = plan.model.num_params * 2 / 2**30
+        weights_gib = _weights_gib(plan)
         free_gib = torch.cuda.mem_get_info()[0] / 2**30
         device = "cuda" if 2 * weights_gib < free_gib else "cpu"
     config, folder = plan.config, RunDir(Path(plan.run_dir)).export
@@ -55,10 +56,13 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
         _answer_before_and_after(plan, folder, device, tracker)
 
 
+def _weights_gib(plan: LaunchPlan) -> float:
+    return plan.model.num_params * DTYPES[plan.config.model.dtype].itemsize / 2**30
+
+
 def _answer_before_and_after(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:
     samples = cache.read_samples(plan.data.cache_dir) if plan.data else []
-    weights_gib = plan.model.num_params * 2 / 2**30
-    if not samples or weights_gib > _LARGEST_SAMPLED_GIB:
+    if not samples or _weights_gib(plan) > _LARGEST_SAMPLED_GIB:
         return
     sample = samples[0]
     tracker.event("sample", f"held-out question: {sample['prompt']}")
@@ -71,11 +75,12 @@ def _answer_before_and_after(plan: LaunchPlan, exported: Path, device: str, trac
 @torch.no_grad()
 def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) -> str:
     """Greedy continuation of a prompt by the model in `folder`, on one line."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    remote = {"trust_remote_code": plan.config.model.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(plan.model.tokenizer_path, **remote)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.config.model.dtype], **remote).to(device).eval()
+    tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
+    remote = plan.config.model.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.config.model.dtype], trust_remote_code=remote)
+    model.to(device).eval()
     settings = GenerationConfig(
         max_new_tokens=plan.config.train.sample_max_tokens,
         do_sample=False,

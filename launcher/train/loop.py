@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from launcher import run_store
-from launcher.checkpoint import shards, store
+from launcher.checkpoint import shards, store, zero3
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, TrainBatches, eval_batches
 from launcher.errors import RunError
@@ -93,7 +93,7 @@ class _Session:
     step: int = 0
     saved_step: int | None = None
     skipped_in_a_row: int = 0
-    last_eval: tuple[int, float] | None = None
+    last_eval: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def start(
@@ -103,6 +103,8 @@ class _Session:
         if data is None or max_steps is None:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
         engine, model = build_engine(plan)
+        # What cannot be saved is refused now, not at the first checkpoint.
+        zero3.require_served(engine, model.parameters_by_name())
         # Padding is never looked at nor trained; any id in the vocabulary serves.
         batches = TrainBatches(
             Split.open(data.cache_dir), plan.batch, plan.config.run.seed, place.rank, place.world_size, pad_id=0
@@ -126,16 +128,18 @@ class _Session:
         stopped = None
         while self.step < self.max_steps and stopped is None:
             stopped = self._train_step(stop_reason)
-            at_end = self.step == self.max_steps
-            if train.eval_every and self.step % train.eval_every == 0 and not at_end:
-                self._evaluate("held out")
-            if train.save_every and self.step % train.save_every == 0 and not at_end:
-                self._save()
+            # What is due at the end, or before stopping, follows below in any case.
+            if stopped is None and self.step < self.max_steps:
+                if train.eval_every and self.step % train.eval_every == 0:
+                    self._evaluate(f"at step {self.step}")
+                if train.save_every and self.step % train.save_every == 0:
+                    self._save()
         if stopped is not None and self.step < self.max_steps:
             self._save()
             return self._stopped(stopped)
         self._evaluate("after training")
         checkpoint = self._save()
+        self.tracker.summary({"last_step": self.step, **self.last_eval})
         return Outcome("completed", self.step, f"{self.step} steps", checkpoint)
 
     def _train_step(self, stop_reason: Callable[[], str | None]) -> str | None:
@@ -145,21 +149,20 @@ class _Session:
         with timer.part("data"):
             batch = self.batches.step(self.step)
         # DeepSpeed averages over ranks; the loss is a sum over all of them.
-        scale = self.place.world_size / batch.num_labels
+        factor = self.place.world_size / batch.num_labels
         summed = torch.zeros((), dtype=torch.float32, device=self.device)
         lr = learning_rate(self.plan.config.optim, self.step, self.max_steps)
         set_learning_rate(self.engine.optimizer, lr)
         for i, micro in enumerate(batch.micro):
             with timer.part("fwd_bwd"):
-                nll = self._nll(micro)
-                self.engine.backward(nll * scale, scale_wrt_gas=False)
-                summed += nll.detach()
+                loss_part = self._loss(micro, factor)
+                self.engine.backward(loss_part, scale_wrt_gas=False)
+                summed += loss_part.detach()
             if i < len(batch.micro) - 1:
                 self.engine.step()
         with timer.part("optim"):
             self.engine.step()
-        loss, stopped = self._agree(summed, self._own_reason(stop_reason))
-        loss /= batch.num_labels
+        loss, stopped = self._agree(summed / self.place.world_size, self._own_reason(stop_reason))
         times = timer.read()
         self.step += 1
         self._require_finite(loss)
@@ -171,9 +174,9 @@ class _Session:
                 self._report_status("running")
         return stopped
 
-    def _nll(self, micro: MicroBatch) -> torch.Tensor:
+    def _loss(self, micro: MicroBatch, factor: float) -> torch.Tensor:
         tensors = (micro.input_ids, micro.position_ids, micro.labels)
-        return self.engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
+        return self.engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors), factor)
 
     def _own_reason(self, stop_reason: Callable[[], str | None]) -> str | None:
         limit = self.plan.limits.max_seconds
@@ -205,15 +208,16 @@ class _Session:
             )
 
     def _require_finite(self, loss: float) -> None:
-        if math.isfinite(loss):
-            return
+        if not math.isfinite(loss):
+            raise self._not_finite(f"the loss is {loss}")
+
+    def _not_finite(self, what: str) -> RunError:
         kept = (
             f"the checkpoint of step {self.saved_step} is kept" if self.saved_step is not None else "no checkpoint was saved yet"
         )
-        raise RunError(
-            f"the loss is {loss} at step {self.step}; training stopped and {kept}",
+        return RunError(
+            f"{what} at step {self.step}; training stopped and {kept}",
             where=f"step {self.step}",
-            value=str(loss),
             remedy="lower optim.lr, lengthen optim.warmup_steps, or look for broken rows with: python -m launcher data",
         )
 
@@ -226,14 +230,15 @@ class _Session:
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
-            totals[0] += self._nll(micro)
+            totals[0] += self._loss(micro, factor=1.0)
             totals[1] += int((micro.labels >= 0).sum())
         self.model.train()
         dist.all_reduce(totals)
         nll, labels = totals.tolist()
         loss = nll / max(labels, 1)
-        self.last_eval = (self.step, loss)
-        metrics = {"eval/held_out/loss": loss, "eval/held_out/ppl": perplexity(loss), "time/eval_s": time.perf_counter() - began}
+        self._require_finite(loss)
+        self.last_eval = {"eval/held_out/loss": loss, "eval/held_out/ppl": perplexity(loss)}
+        metrics = {**self.last_eval, "time/eval_s": time.perf_counter() - began}
         self.tracker.log(self.step, metrics)
         self.tracker.event(
             "eval", f"held-out loss {when}: {loss:.4f} ({int(labels):,} trained tokens)", self.step, loss=loss, when=when
@@ -244,6 +249,9 @@ class _Session:
         checkpoint = self.run_dir.checkpoints / store.step_name(self.step)
         if self.saved_step == self.step:
             return checkpoint
+        probe = self._probe()
+        if not torch.isfinite(probe["logits"]).all():
+            raise self._not_finite("the logits are not finite")
         self._report_status("saving")
         result = shards.save(
             self.engine,
@@ -254,7 +262,7 @@ class _Session:
             attempt=self.place.attempt,
             extra_state={"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps},
             keep_last=self.plan.config.train.keep_last,
-            probe=self._probe(),
+            probe=probe,
         )
         self.saved_step = self.step
         self.tracker.log(
@@ -288,19 +296,22 @@ class _Session:
         if wanted is not None and not self.place.restart:
             checkpoint = store.at_step(self.run_dir.checkpoints, wanted)
         else:
-            found = store.list_checkpoints(self.run_dir.checkpoints)
-            if not found:
+            if wanted is None and not store.list_checkpoints(self.run_dir.checkpoints):
                 return
-            checkpoint = found[-1]
+            checkpoint = store.latest(self.run_dir.checkpoints)
         state = shards.load(self.engine, self.model.parameters_by_name(), checkpoint.path)
         self.step = self.saved_step = checkpoint.step
-        self.meter.tokens = int(state["tokens"])
-        self.meter.skipped_steps = int(state["skipped_steps"])
+        self.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
         self.tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
     def _report_status(self, state: str) -> None:
-        if self.place.is_main:
+        """Tell the other commands where training stands; that it cannot be told is no reason to stop."""
+        if not self.place.is_main:
+            return
+        try:
             run_store.update_status(self.run_dir, state=state, step=self.step)
+        except (OSError, RunError) as error:
+            self.tracker.event("alert", f"status.json could not be written: {error}", self.step)
 
     def _stopped(self, reason: str) -> Outcome:
         state = "cancelled" if reason == "cancelled" else "preempted"

@@ -21,16 +21,18 @@ class LossHead(nn.Linear):
 
     chunk_tokens: int = 1024
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Hidden [N, H] and labels [N] to a scalar fp32 sum; without labels, plain logits [..., V]."""
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """Hidden [N, H] and labels [N] to a scalar fp32 sum times `factor`; without labels, plain logits [..., V]."""
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, self.chunk_tokens)
+        return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens)
 
 
 class _ChunkedNll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk_tokens: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: float, chunk_tokens: int
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needs_grad = any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
@@ -47,14 +49,15 @@ class _ChunkedNll(torch.autograd.Function):
             # d nll / d logits = softmax - onehot, written over the logits.
             grad = logits.sub_(log_z).exp_()
             grad.scatter_add_(-1, index, grad.new_full(index.shape, -1.0))
-            grad = grad.to(weight.dtype)
+            # Scaled while still in fp32: later, the factor and small gradients would be rounded to the weights' type.
+            grad = grad.mul_(factor).to(weight.dtype)
             torch.mm(grad, weight, out=grad_hidden[start : start + len(part)])
             grad_weight.addmm_(grad.t(), part)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
         if needs_grad:
             ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        return total
+        return total * factor
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -64,6 +67,7 @@ class _ChunkedNll(torch.autograd.Function):
             grad_hidden.mul_(scale.to(grad_hidden.dtype)),
             grad_weight.mul_(scale.to(grad_weight.dtype)),
             None if grad_bias is None else grad_bias.mul_(scale.to(grad_bias.dtype)),
+            None,
             None,
             None,
         )

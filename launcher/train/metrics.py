@@ -68,8 +68,13 @@ class Meter:
         gpu = lookup(name) if name else None
         self._peak_tflops = gpu.peak_tflops if gpu and plan.config.model.dtype != "fp32" else None
         self._started = time.monotonic()
-        self.tokens = 0
+        self.tokens = self._tokens_before = 0
         self.skipped_steps = 0
+
+    def restore(self, tokens: int, skipped_steps: int) -> None:
+        """Continue the counts of earlier attempts."""
+        self.tokens = self._tokens_before = tokens
+        self.skipped_steps = skipped_steps
 
     def step(
         self, step: int, batch: StepBatch, loss: float, grad_norm: float, lr: float, times: dict[str, float]
@@ -121,12 +126,18 @@ class Meter:
         }
 
     def _cost(self) -> dict[str, float]:
+        if self._device.type == "cpu":
+            return {}
         price = self._plan.config.cluster.price_per_gpu_hour
         hours = (time.monotonic() - self._started) / 3600 * self._plan.topology.world_size
         if price is None:
             return {"cost/gpu_hours": hours}
         usd = hours * price
-        return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(self.tokens, 1) * 1e6}
+        return {
+            "cost/gpu_hours": hours,
+            "cost/usd": usd,
+            "cost/usd_per_million_tokens": usd / max(self.tokens - self._tokens_before, 1) * 1e6,
+        }
 
 
 def perplexity(loss: float) -> float:

@@ -38,8 +38,8 @@ class CausalLMLoss(nn.Module):
         # FlashAttention recognises packed documents by position ids in a batch of one row only.
         self.flatten = flatten
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Summed negative log-likelihood over `labels` [B, T] (IGNORED is skipped), a scalar in fp32.
+    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """Summed negative log-likelihood over `labels` [B, T] (IGNORED is skipped) times `factor`, a scalar in fp32.
 
         Without labels: logits. Everything goes through this one method, because ZeRO-3 gathers weights around it.
         """
@@ -48,7 +48,7 @@ class CausalLMLoss(nn.Module):
             return self.hf.get_output_embeddings()(hidden)
         trained = labels.reshape(-1) != IGNORED
         selected = hidden.reshape(-1, hidden.shape[-1])[trained]
-        return self.hf.get_output_embeddings()(selected, labels.reshape(-1)[trained])
+        return self.hf.get_output_embeddings()(selected, labels.reshape(-1)[trained], factor)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states [B, T, H] (or [1, B*T, H]) of token ids and restarting positions [B, T]."""

@@ -21,13 +21,13 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
     """Make everything that the ranks read exist on this machine; returns the data report or nothing."""
-    wanted = [s for s in dict.fromkeys((config.model.path, config.model.tokenizer)) if s]
-    if any(facts.locate(source, config.model).folder is None for source in wanted):
+    wanted = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
+    if any(facts.locate(name, config.model).folder is None for name in wanted):
         # A row that cannot be read is told at once, not after a model was fetched.
         for source in config.data.sources:
             deque(sources.read_documents(source), maxlen=0)
-    for source in wanted:
-        _fetch(source, config.model)
+    for name in wanted:
+        _fetch(name, config.model)
     tokenizer = facts.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if tokenizer is None:
         raise ConfigError("the tokenizer is not there after it was fetched", where="model.tokenizer")
@@ -54,10 +54,14 @@ def _fetch(source: str, model: ModelSection) -> None:
 def _download(repo_id: str, model: ModelSection) -> None:
     from huggingface_hub import snapshot_download
 
-    patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if model.trust_remote_code else [])]
+    # Code is pinned by model.revision, and only the model's repository is.
+    with_code = model.trust_remote_code and repo_id == model.path
+    patterns = [*_HUB_FILES, *(["*.bin"] if model.allow_pickled_weights else []), *(["*.py"] if with_code else [])]
+    revision = model.revision if repo_id == model.path else None
     _say(f"fetching {repo_id} from the hub")
     try:
-        snapshot_download(repo_id, revision=model.revision if repo_id == model.path else None, allow_patterns=patterns)
+        # Some repositories hold the same weights a second time, in their makers' own form.
+        snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"])
     except Exception as error:
         raise ConfigError(
             Problem(

@@ -1,4 +1,4 @@
-"""One global batch, split three ways over ranks and accumulation: the same loss, gradient and parameters."""
+"""One global batch, split over ranks and accumulation, activations kept or recomputed: the same loss and parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from e2e_tools import TINY, losses
 from safetensors.torch import load_file
 
-SPLITS = {"1x4": 1, "2x2": 2, "4x1": 4}
+SPLITS = {"1x4": (1, "false"), "2x2": (2, "false"), "4x1": (4, "false"), "recomputed": (2, "true")}
 
 
 def assembled(run: Path) -> dict[str, torch.Tensor]:
@@ -23,16 +23,17 @@ def assembled(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_loss_and_parameters_do_not_depend_on_the_split(
+def test_loss_and_parameters_do_not_depend_on_how_they_are_computed(
     launch: Callable[..., subprocess.CompletedProcess[str]], module_runs: Path
 ) -> None:
-    for name, ranks in SPLITS.items():
+    for name, (ranks, recompute) in SPLITS.items():
         done = launch(
             *TINY,
             "model.dtype=fp32",
             "train.max_steps=2",
             "train.micro_batch_size=1",
             f"cluster.ranks_per_node={ranks}",
+            f"model.activation_checkpointing={recompute}",
             "train.export=false",
             "optim.warmup_steps=0",
             "optim.eps=1e-4",
@@ -42,7 +43,7 @@ def test_loss_and_parameters_do_not_depend_on_the_split(
         assert done.returncode == 0, done.stdout + done.stderr
     reference, reference_losses = assembled(module_runs / "1x4"), losses(module_runs / "1x4")
     assert any(tensor.abs().max() > 0 for name, tensor in reference.items() if name.endswith("|exp_avg"))
-    for name in ("2x2", "4x1"):
+    for name in ("2x2", "4x1", "recomputed"):
         found, found_losses = assembled(module_runs / name), losses(module_runs / name)
         assert found.keys() == reference.keys()
         assert found_losses == pytest.approx(reference_losses, rel=1e-6)

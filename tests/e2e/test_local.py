@@ -151,24 +151,35 @@ def test_ranks_do_not_outlive_a_killed_agent(launch: Launch, start: Callable, ru
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(launch: Launch, runs: Path) -> None:
-    settings = [s for s in SETTINGS if not s.startswith("train.save_every")]
-    done = launch(
-        *settings,
-        "train.save_every=1",
-        "optim.lr=1e38",
-        "optim.warmup_steps=0",
-        "train.grad_clip=0",
-        f"run.root={runs}",
-        "run.name=diverged",
-    )
     run = runs / "diverged"
-    assert done.returncode == 1
-    assert "the loss is" in done.stderr
-    assert "optim.lr" in done.stderr
-    kept = sorted(p.name for p in (run / "checkpoints").iterdir())
-    assert kept
-    assert kept[-1] in done.stderr or "checkpoint of step" in done.stderr
+    settings = [s for s in SETTINGS if not s.startswith(("train.save_every", "train.max_steps"))]
+    good = launch(*settings, "train.max_steps=3", "train.save_every=1", f"run.root={runs}", "run.name=diverged")
+    assert good.returncode == 0, good.stderr
+    bad = launch("resume", str(run), "train.max_steps=9", "optim.lr=1e38")
+    assert bad.returncode == 1
+    assert "not finite" in bad.stderr or "the loss is" in bad.stderr
+    assert "optim.lr" in bad.stderr
+    assert "Traceback" not in bad.stderr
+    assert sorted(p.name for p in (run / "checkpoints").iterdir())[-1] == "step-00000003"
     assert status(run)["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_what_a_resume_changed_stays_changed(launch: Launch, start: Callable, runs: Path) -> None:
+    run = runs / "longer"
+    settings = [s for s in SETTINGS if not s.startswith("train.max_steps")]
+    assert launch(*settings, "train.max_steps=2", f"run.root={runs}", "run.name=longer").returncode == 0
+    with start("resume", str(run), "train.max_steps=100000") as process:
+        wait_for("step 4", lambda: last_step(run) >= 4)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=90)
+    stopped_at = status(run)["step"]
+    with start("resume", str(run)) as process:
+        wait_for("a later step", lambda: last_step(run) > stopped_at)
+        assert status(run)["max_steps"] == 100000
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=90)
+    assert process.returncode == 130
 
 
 def test_a_refused_run_leaves_no_directory(launch: Launch, runs: Path) -> None:

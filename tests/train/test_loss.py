@@ -21,13 +21,13 @@ def head_of(bias: bool, chunk_tokens: int, dtype: torch.dtype = torch.float64) -
 def test_value_and_gradients_equal_cross_entropy(bias: bool, chunk_tokens: int) -> None:
     head = head_of(bias, chunk_tokens)
     hidden = torch.randn(10, 8, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 31, (10,))
-    (head(hidden, labels) * 0.37).backward()
+    labels, factor = torch.randint(0, 31, (10,)), 0.37
+    head(hidden, labels, factor).backward()
     ours = [hidden.grad.clone(), *(p.grad.clone() for p in head.parameters())]
     hidden.grad = None
     head.zero_grad()
     expected = nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
-    (expected * 0.37).backward()
+    (expected * factor).backward()
     torch.testing.assert_close(head(hidden, labels).double(), expected, rtol=1e-6, atol=1e-6)
     # Chunks compute in fp32, whatever the weights are.
     for a, b in zip(ours, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
