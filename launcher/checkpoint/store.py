@@ -281,6 +281,17 @@ def at_step(root: Path, step: int) -> Checkpoint:
     raise CheckpointError(f"there is no committed checkpoint of step {step}", where=str(root), remedy=f"choose one of: {steps}")
 
 
+def set_aside_after(root: Path, step: int) -> list[Path]:
+    """Rename the checkpoints after `step`, so that going back to it cannot end in one of them; returns where they lie."""
+    aside = []
+    for checkpoint in list_checkpoints(root):
+        if checkpoint.step > step:
+            target = root / f"aside-{checkpoint.path.name}"
+            replace_directory(checkpoint.path, target)
+            aside.append(target)
+    return aside
+
+
 def verify(path: Path) -> list[Problem]:
     """Every difference between a checkpoint directory and its manifest, digests included; empty when it is whole."""
     try:

@@ -30,7 +30,7 @@ _FOLLOW_S = 0.3
 
 
 def run(verb: str, tokens: list[str]) -> int:
-    arguments = _parser(verb).parse_args(tokens)
+    arguments = _parser(verb).parse_intermixed_args(tokens)
     if verb == "ls":
         return _ls(arguments)
     found = run_store.find(arguments.run, Path(arguments.root))
@@ -59,6 +59,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "resume":
         parser.add_argument("overrides", nargs="*", help="settings to change, such as train.max_steps=2000")
         parser.add_argument("--detach", action="store_true", help="return at once")
+        parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
     if verb == "export":
         parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
         parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (default: bf16)")
@@ -177,14 +178,14 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
     cluster = cluster_for(plan.config.cluster.kind)
     with run_store.starting(run):
-        attempt = _start_again(run, plan, cluster, arguments.overrides)
+        attempt = _start_again(run, plan, cluster, arguments.overrides, arguments.step)
     if arguments.detach:
         print(f"started. Follow it: python -m launcher logs {text.short(run.root)} -f")
         return 0
     return follow(run, attempt, cluster)
 
 
-def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str]) -> int:
+def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str], step: int | None) -> int:
     status = cluster.status(run)
     if status.state in RUNNING_STATES:
         raise SubmitError(
@@ -192,7 +193,7 @@ def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: lis
             where=str(run.root),
             remedy=f"follow it with: python -m launcher logs {text.short(run.root)} -f",
         )
-    checkpoint = store.latest(run.checkpoints)
+    checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, step)
     plan = _replanned(plan, run, overrides)
     if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
         raise SubmitError(
@@ -202,6 +203,8 @@ def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: lis
         )
     check_startable(plan)
     cluster.check(plan)
+    for path in store.set_aside_after(run.checkpoints, checkpoint.step):
+        print(f"set aside: {text.short(path)}")
     attempt = run_store.next_attempt(run, resume_step=checkpoint.step)
     plan_path = run.attempt(attempt) / "plan.json"
     run_store.write_text(plan_path, plan.to_json())

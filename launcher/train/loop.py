@@ -33,8 +33,8 @@ from launcher.train.optim import learning_rate, set_learning_rate
 
 # Tokens whose logits stand in each checkpoint, for the export's parity check.
 _PROBE_TOKENS = 64
-# fp16 finds its loss scale by overflowing about this often; after that something is wrong.
-_MOST_SKIPPED_STEPS = 20
+# Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
+_MOST_SKIPPED_STEPS = {"fp16": 20, "bf16": 3, "fp32": 3}
 # How ranks tell each other why to stop; several at once: the first of these counts.
 STOP_REASONS = ("cancelled", "preempted", "limit")
 
@@ -132,7 +132,8 @@ class _Session:
             if stopped is None and self.step < self.max_steps:
                 if train.eval_every and self.step % train.eval_every == 0:
                     self._evaluate(f"at step {self.step}")
-                if train.save_every and self.step % train.save_every == 0:
+                # After a skipped step there is nothing to add to the checkpoint before, and good ones would be pruned.
+                if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
                     self._save()
         if stopped is not None and self.step < self.max_steps:
             self._save()
@@ -194,17 +195,17 @@ class _Session:
         return loss, next((name for name, count in zip(STOP_REASONS, votes, strict=True) if count), None)
 
     def _count_skipped(self) -> None:
-        """DeepSpeed leaves out a step whose gradients overflow; fp16 needs that, a run of them goes nowhere."""
+        """DeepSpeed leaves out a step whose gradients are not finite; a run of them goes nowhere."""
         if self.engine.was_step_applied():
             self.skipped_in_a_row = 0
             return
         self.meter.skipped_steps += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > _MOST_SKIPPED_STEPS:
+        if self.skipped_in_a_row > _MOST_SKIPPED_STEPS[self.plan.config.model.dtype]:
             raise RunError(
-                f"the gradients overflowed in {self.skipped_in_a_row} steps in a row, up to step {self.step}",
+                f"the gradients of {self.skipped_in_a_row} steps in a row are not finite; training stopped",
                 where=f"step {self.step}",
-                remedy="lower optim.lr, or use model.dtype=bf16",
+                remedy="lower optim.lr and go back to a good step: python -m launcher resume RUN --step N optim.lr=...",
             )
 
     def _require_finite(self, loss: float) -> None:
