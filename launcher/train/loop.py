@@ -176,8 +176,8 @@ class _Session:
         return stopped
 
     def _loss(self, micro: MicroBatch, factor: float) -> torch.Tensor:
-        tensors = (micro.input_ids, micro.position_ids, micro.labels)
-        return self.engine(*(tensor.to(self.device, non_blocking=True) for tensor in tensors), factor)
+        inputs = (tensor.to(self.device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
+        return self.engine(*inputs, micro.labels, factor)
 
     def _own_reason(self, stop_reason: Callable[[], str | None]) -> str | None:
         limit = self.plan.limits.max_seconds

@@ -46,9 +46,12 @@ class CausalLMLoss(nn.Module):
         hidden = self._hidden(input_ids, position_ids)
         if labels is None:
             return self.hf.get_output_embeddings()(hidden)
-        trained = labels.reshape(-1) != IGNORED
-        selected = hidden.reshape(-1, hidden.shape[-1])[trained]
-        return self.hf.get_output_embeddings()(selected, labels.reshape(-1)[trained], factor)
+        flat = labels.reshape(-1)
+        # Where the labels lie on the CPU this asks the GPU nothing, so it need not finish what it is doing.
+        trained = (flat != IGNORED).nonzero().squeeze(1)
+        targets, trained = flat[trained].to(hidden.device), trained.to(hidden.device)
+        selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
+        return self.hf.get_output_embeddings()(selected, targets, factor)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states [B, T, H] (or [1, B*T, H]) of token ids and restarting positions [B, T]."""

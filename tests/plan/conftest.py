@@ -53,7 +53,7 @@ def facts_for(config: RunConfig, device: DeviceFacts = CPU, data: DataFacts | No
     """Facts of a machine that is the same everywhere; the model's numbers come from its settings."""
     assert config.model.config is not None
     model = model_facts({**config.model.config, **numbers}, config.model.path, None, None)
-    return Facts(working_dir="/work", home_dir="/home/me", device=device, model=model, data=data, provenance=PROVENANCE)
+    return Facts(working_dir="/srv/project", home_dir="/home/me", device=device, model=model, data=data, provenance=PROVENANCE)
 
 
 @pytest.fixture

@@ -26,7 +26,12 @@ def facts(plan_of: Callable[..., LaunchPlan]) -> Facts:
     known = plan_of()
     device = DeviceFacts(kind="cpu", name="a CPU", count=2)
     return Facts(
-        working_dir="/work", home_dir="/home/me", device=device, model=known.model, data=known.data, provenance=known.provenance
+        working_dir="/srv/project",
+        home_dir="/home/me",
+        device=device,
+        model=known.model,
+        data=known.data,
+        provenance=known.provenance,
     )
 
 
@@ -79,7 +84,8 @@ def test_the_digest_survives_the_file(config_of: Callable[..., RunConfig], facts
 
 
 @pytest.mark.parametrize(
-    ("root", "expected"), [("runs", "/work/runs/a"), ("/shared", "/shared/a"), ("~/runs", "/home/me/runs/a"), ("~", "/home/me/a")]
+    ("root", "expected"),
+    [("runs", "/srv/project/runs/a"), ("/shared", "/shared/a"), ("~/runs", "/home/me/runs/a"), ("~", "/home/me/a")],
 )
 def test_where_the_run_lives(config_of: Callable[..., RunConfig], facts: Facts, root: str, expected: str) -> None:
     assert plan(config_of(f'run.root="{root}"', "run.name=a"), facts).run_dir == expected
