@@ -101,7 +101,7 @@ def test_metrics_stand_on_the_step_axis_under_the_plans_id(make_plan: PlanMaker,
     assert run["config"]["update"]["config"]["train"]["max_steps"] == 40
     assert run["config"]["update"]["batch"]["global_batch_size"] == 8
     assert {"final/loss": 1.5} in [record["summary"]["update"] for record in found if record["type"] == "summary"]
-    assert [record["exit"] for record in found if record["type"] == "exit"] == [{"exit_code": 0}]
+    assert [record["exit"]["exit_code"] for record in found if record["type"] == "exit"] == [0]
 
 
 def test_offline_tells_how_to_upload(make_plan: PlanMaker, run_dir: Path) -> None:
@@ -110,7 +110,7 @@ def test_offline_tells_how_to_upload(make_plan: PlanMaker, run_dir: Path) -> Non
     assert tracker.url is None
     assert tracker.sync_command == f"wandb sync {folder}"
     tracker.finish("failed")
-    assert [record["exit"] for record in records(run_dir) if record["type"] == "exit"] == [{"exit_code": 1}]
+    assert [record["exit"]["exit_code"] for record in records(run_dir) if record["type"] == "exit"] == [1]
 
 
 def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: Path) -> None:
