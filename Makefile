@@ -29,6 +29,7 @@ install: .venv/.installed  ## make .venv and install the launcher and the demons
 
 run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" adds overrides)
 	$(BIN)/python -m launcher $(ARGS)
+	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
 test: .venv/.installed-dev  ## run every test that this machine can run
 	$(BIN)/python -m pytest $(ARGS)

@@ -76,13 +76,15 @@ def _run(verb: str, tokens: list[str]) -> int:
         return _print(HELP)
     import difflib
 
+    from launcher.config.secret import redact
+
     close = difflib.get_close_matches(verb, [*COMPOSING, *ON_RUNS], n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     print(
         Problem(
-            f"there is no verb {verb}",
+            f"there is no verb {redact(verb)}",
             where="command line",
-            value=verb,
+            value=redact(verb),
             remedy=f"{guess}verbs are {', '.join([*COMPOSING, *ON_RUNS])}; settings are written key=value",
         ),
         file=sys.stderr,

@@ -30,6 +30,7 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
         ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train.keep_last)}"),
         ("tracking", _tracking(plan)),
     ]
+    rows += [("note", note) for note in _notes(plan)]
     if plan.limits.max_seconds is not None:
         rows.append(("limit", f"saves and stops after {plan.limits.max_seconds / 3600:.2f} hours"))
     return [f"{label:<11}{value}" for label, value in rows]
@@ -58,6 +59,22 @@ def _memory(plan: LaunchPlan) -> str:
     host = f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""
     parts = f"weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, optimizer {memory.optimizer_gib:.2f}"
     return f"model states {memory.per_rank_gib:.2f} GiB a rank{of} ({parts}){host}"
+
+
+def _notes(plan: LaunchPlan) -> list[str]:
+    """What a person would want to know before paying for it."""
+    config, data, steps = plan.config, plan.data, plan.batch.max_steps
+    notes = []
+    if data is not None and data.num_rows < plan.batch.global_batch_size:
+        notes.append(
+            f"a batch of {plan.batch.global_batch_size} rows is more than all {data.num_rows} rows of the data: "
+            "lower train.global_batch_size"
+        )
+    if steps is not None and config.optim.schedule != "constant" and config.optim.warmup_steps >= steps:
+        notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")
+    if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
+        notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
+    return notes
 
 
 def _data(plan: LaunchPlan) -> str:
