@@ -186,6 +186,16 @@ def test_what_a_resume_changed_stays_changed(launch: Launch, start: Callable, ru
     assert process.returncode == 130
 
 
+def test_the_traceback_of_an_unforeseen_error_is_what_the_user_sees(launch: Launch, runs: Path) -> None:
+    done = launch(*SETTINGS, "model.attention=flash_attention_2", f"run.root={runs}", "run.name=unforeseen")
+    assert done.returncode == 1
+    assert "ImportError: FlashAttention2" in done.stderr
+    assert 'modeling_utils.py", line' in done.stderr, "where it was raised"
+    assert "rank 0 failed first" in done.stderr or "rank 1 failed first" in done.stderr
+    assert "attempts/001/rank-0000" in done.stderr
+    assert not processes_of(runs / "unforeseen")
+
+
 def test_a_refused_run_leaves_no_directory(launch: Launch, runs: Path) -> None:
     for override in ("train.global_batch_size=7", "data.sources=[{path: ./nowhere.jsonl}]", "cluster.nodes=2", "optim.lr=-1"):
         done = launch(*TINY, override, f"run.root={runs}", "run.name=refused")
