@@ -79,6 +79,15 @@ def _give(key: str) -> str:
 
 def _unknown(key: str, value: Any, origins: Origins) -> Problem:
     uniform = _UNIFORM_KEY.sub("[]", key)
+    elsewhere = settings().get(uniform)
+    if elsewhere is not None and elsewhere.kind is not None:
+        option = f"{uniform.split('.')[0]}={elsewhere.kind}"
+        return Problem(
+            f"{key}: is a setting of {option} only",
+            where=origins.of(key),
+            value=_plain(key, value),
+            remedy=f"add +{option} to the command line, or take {key} out",
+        )
     siblings = [k for k in settings() if k.rpartition(".")[0] == uniform.rpartition(".")[0]]
     remedy = did_you_mean(uniform, list(settings())) or (f"known here: {', '.join(siblings)}" if siblings else "")
     return Problem(
@@ -134,6 +143,9 @@ def _value_of(key: str, values: Any) -> Any:
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:
+    if location[:1] == ("cluster",) and len(location) > 2:
+        # The kind of the cluster stands where the section was chosen.
+        location = ("cluster", *location[2:])
     key = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location if part != "[key]").replace(".[", "[")
     # pydantic appends the branch of a union to the location; the user knows only the key.
     return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)

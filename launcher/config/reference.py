@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launcher.config.compose import GROUPS, conf_dir
 from launcher.config.schema import RunConfig
-from launcher.config.settings import Setting, section_of, settings
+from launcher.config.settings import Setting, sections_of, settings
 
 # A bar ends a cell of a Markdown table, in code too.
 _BAR = r"\|"
@@ -39,11 +39,19 @@ def render() -> str:
 
 def _sections() -> Iterator[str]:
     for name, field in RunConfig.model_fields.items():
-        section = section_of(field.annotation)
+        sections = sections_of(field.annotation)
         rows = [setting for setting in settings().values() if setting.key.startswith(f"{name}.")]
-        yield f"## {name}\n\n{section.__doc__ if section else ''}\n"
-        yield "| key | type | default | meaning |\n|---|---|---|---|"
-        yield "\n".join(_row(setting) for setting in rows) + "\n"
+        yield f"## {name}\n\n{settings()[name].meaning}\n"
+        yield _table(row for row in rows if row.kind is None)
+        for section in sections if len(sections) > 1 else ():
+            kind = section.model_fields["kind"].default
+            if own := [row for row in rows if row.kind == kind]:
+                yield f"### {name}={kind}\n\n{section.__doc__}\n"
+                yield _table(own)
+
+
+def _table(rows: Iterable[Setting]) -> str:
+    return "\n".join(["| key | type | default | meaning |\n|---|---|---|---|", *map(_row, rows), ""])
 
 
 def _row(setting: Setting) -> str:

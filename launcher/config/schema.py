@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+from launcher.config.cluster import AnyCluster, LocalSection, choose_kind
+from launcher.config.fields import Count, Flag, Fraction, Name, Positive, PositiveInt, Section, Text
+
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
@@ -25,32 +27,6 @@ PLANNED_DEEPSPEED_KEYS = (
     "optimizer",
     "scheduler",
 )
-
-
-def _no_control_characters(value: str) -> str:
-    if any(ord(c) < 32 or ord(c) == 127 for c in value):
-        raise ValueError("holds a control character; take out line breaks, tabs and the like")
-    return value
-
-
-def _name(value: str) -> str:
-    _no_control_characters(value)
-    if not NAME_PATTERN.fullmatch(value):
-        raise ValueError("is not a name; use letters, digits, '.', '_' and '-', a letter or digit first, at most 100 of them")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_no_control_characters)]
-Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"format": "name"})]
-PositiveInt = Annotated[int, Field(gt=0, strict=True)]
-Count = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Flag = Annotated[bool, Field(strict=True)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class RunSection(Section):
@@ -293,21 +269,6 @@ class DeepSpeedSection(Section):
         return any(bool(self.extra.get(key, {}).get("enabled")) for key in ({"bf16": ("bf16", "bfloat16")}.get(dtype, (dtype,))))
 
 
-class ClusterSection(Section):
-    """Where the run runs."""
-
-    kind: Literal["local"] = Field("local", description="The backend that starts the workers.")
-    nodes: PositiveInt = Field(1, description="Machines.")
-    ranks_per_node: PositiveInt | None = Field(
-        None, description="Ranks on each machine. Unset: one per GPU, 2 where there is none."
-    )
-    gpu_type: Name | None = Field(None, description="GPU model for the plan, such as H100-80GB. Unset: what this machine has.")
-    price_per_gpu_hour: Positive | None = Field(None, description="US dollars for one GPU for one hour; turns time into money.")
-    max_restarts: Count = Field(0, description="Times that the node agent restarts all ranks after one of them failed.")
-    timeout_minutes: Positive = Field(30.0, description="Minutes after which a collective that does not complete fails the run.")
-    stop_grace_seconds: Positive = Field(600.0, description="Seconds a stopped run may take to save before it is killed.")
-
-
 class TrackingSection(Section):
     """Where metrics go besides metrics.jsonl and the terminal."""
 
@@ -330,7 +291,7 @@ class RunConfig(Section):
     optim: OptimSection = Field(default_factory=OptimSection)
     train: TrainSection
     deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
-    cluster: ClusterSection = Field(default_factory=ClusterSection)
+    cluster: Annotated[AnyCluster, BeforeValidator(choose_kind)] = Field(default_factory=LocalSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)
 
     @model_validator(mode="after")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -18,12 +18,16 @@ _UPPER = (("exclusiveMaximum", "<"), ("maximum", "<="))
 
 @dataclass(frozen=True)
 class Setting:
-    """`type` reads like `int > 0 or null`; `default` as one would write it, None where a value is required."""
+    """`type` reads like `int > 0 or null`; `default` as one would write it, None where a value is required.
+
+    `kind` names the cluster that a setting belongs to, where it does not belong to all.
+    """
 
     key: str
     type: str
     default: str | None
     meaning: str
+    kind: str | None = None
 
 
 @functools.cache
@@ -36,18 +40,35 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
     properties = model.model_json_schema()["properties"]
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        nested = section_of(field.annotation)
+        nested = sections_of(field.annotation)
+        meaning = field.description or (nested[0].__mro__[len(nested) > 1].__doc__ if nested else "") or ""
+        if len(nested) > 1:
+            yield Setting(key, "mapping", None, meaning)
+            yield from _walk_kinds(nested, f"{key}.")
+            continue
         default = None if field.is_required() else as_yaml(field.get_default(call_default_factory=True))
-        yield Setting(key, _type_text(properties[name]), default, field.description or (nested.__doc__ if nested else "") or "")
-        if nested is not None:
-            yield from _walk(nested, f"{key}[]." if nested is not field.annotation else f"{key}.")
+        yield Setting(key, _type_text(properties[name]), default, meaning)
+        if nested:
+            yield from _walk(nested[0], f"{key}[]." if nested[0] is not field.annotation else f"{key}.")
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class that an annotation holds, directly or as a list's items."""
+def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Setting]:
+    """Sections of which one is chosen by `kind`: what all have, then what each adds."""
+    walked = {member.model_fields["kind"].default: {s.key: s for s in _walk(member, prefix)} for member in members}
+    shared = [key for key in next(iter(walked.values())) if all(key in found for found in walked.values())]
+    first = next(iter(walked.values()))
+    for key in shared:
+        kind_itself = key == f"{prefix}kind"
+        yield replace(first[key], type=" | ".join(walked)) if kind_itself else first[key]
+    for kind, found in walked.items():
+        yield from (replace(setting, kind=kind) for key, setting in found.items() if key not in shared)
+
+
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes that an annotation holds: one, directly or as a list's items, or several to choose from."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := section_of(part)) is not None), None)
+        return [annotation]
+    return [found for part in get_args(annotation) for found in sections_of(part)]
 
 
 def _type_text(schema: Mapping[str, Any]) -> str:

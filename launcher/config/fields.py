@@ -1,0 +1,49 @@
+"""The kinds of values that settings are made of, each with its rule in words."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def no_control_characters(value: str) -> str:
+    if any(ord(c) < 32 or ord(c) == 127 for c in value):
+        raise ValueError("holds a control character; take out line breaks, tabs and the like")
+    return value
+
+
+def _name(value: str) -> str:
+    no_control_characters(value)
+    if not NAME_PATTERN.fullmatch(value):
+        raise ValueError("is not a name; use letters, digits, '.', '_' and '-', a letter or digit first, at most 100 of them")
+    return value
+
+
+def matching(pattern: str, rule: str) -> AfterValidator:
+    """Text that the whole of `pattern` matches; `rule` is `what is wrong; the remedy`."""
+    compiled = re.compile(pattern, re.ASCII)
+
+    def check(value: str) -> str:
+        no_control_characters(value)
+        if not compiled.fullmatch(value):
+            raise ValueError(rule)
+        return value
+
+    return AfterValidator(check)
+
+
+Text = Annotated[str, AfterValidator(no_control_characters)]
+Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"format": "name"})]
+PositiveInt = Annotated[int, Field(gt=0, strict=True)]
+Count = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
