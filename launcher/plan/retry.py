@@ -1,0 +1,100 @@
+"""What happens after an attempt has ended: run it again, and without which nodes, or leave it to a person.
+
+`decide` only returns a value; one place acts on it (launcher.worker.job).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from launcher.config.cluster import SlurmSection
+
+
+class Cause(StrEnum):
+    """Why an attempt ended."""
+
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    LIMIT = "limit"
+    PREEMPTED = "preempted"
+    TIME_LIMIT = "time_limit"
+    INFRASTRUCTURE = "infrastructure"
+    BAD_NODE = "bad_node"
+    FAILURE = "failure"
+    USER_ERROR = "user_error"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one attempt ended; the steps are those of the newest checkpoint when it began and then, None where there was none."""
+
+    cause: Cause
+    began_step: int | None
+    saved_step: int | None
+    message: str = ""
+    bad_nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`again`: run the next attempt, without the nodes in `exclude`. `state` is what the run is until then."""
+
+    again: bool
+    state: str
+    reason: str
+    exclude: tuple[str, ...] = ()
+
+
+_FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
+
+
+def decide(ended: Ended, history: Sequence[Ended], budgets: SlurmSection) -> Decision:
+    """Decide what follows `ended`; `history` holds the attempts before it, oldest first.
+
+    A run of its own accord continues after preemptions, time limits and failures of the machines as long as each kind
+    stays within its budget and checkpoints move on. A mistake of the user's ends it at once: it would repeat itself.
+    """
+    if ended.cause in _FINAL:
+        return Decision(False, _FINAL[ended.cause], ended.message)
+    if ended.cause is Cause.USER_ERROR:
+        return Decision(False, "failed", ended.message)
+    attempts = [*history, ended]
+    stopped = _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
+    if stopped:
+        return Decision(False, "failed", "; ".join(filter(None, (ended.message, stopped))))
+    if ended.cause is Cause.BAD_NODE and not budgets.exclude_bad_nodes:
+        remedy = "set cluster.exclude_bad_nodes=true to go on without it, or name it in cluster.exclude"
+        return Decision(False, "failed", f"{ended.message}; {remedy}")
+    exclude = (
+        tuple(dict.fromkeys(node for attempt in attempts for node in attempt.bad_nodes)) if budgets.exclude_bad_nodes else ()
+    )
+    return Decision(True, "pending", ended.message, exclude)
+
+
+def _spent(attempts: Sequence[Ended], budgets: SlurmSection) -> str:
+    """The budget that the last attempt overdrew, in words; empty where none is."""
+    kinds: tuple[tuple[str, int | None, tuple[Cause, ...]], ...] = (
+        ("cluster.max_preemptions", budgets.max_preemptions, (Cause.PREEMPTED,)),
+        ("cluster.max_infrastructure_failures", budgets.max_infrastructure_failures, (Cause.INFRASTRUCTURE, Cause.BAD_NODE)),
+        ("cluster.max_failures", budgets.max_failures, (Cause.FAILURE,)),
+    )
+    for key, budget, causes in kinds:
+        count = sum(attempt.cause in causes for attempt in attempts)
+        if budget is not None and attempts[-1].cause in causes and count > budget:
+            return f"{key}={budget} is used up"
+    return ""
+
+
+def _stuck(attempts: Sequence[Ended], budget: int) -> str:
+    """Said where more than `budget` attempts in a row have ended without a checkpoint newer than the one they began with."""
+    in_a_row = 0
+    for attempt in attempts:
+        began, saved = attempt.began_step, attempt.saved_step
+        moved = saved is not None and (began is None or saved > began)
+        # An attempt that the machines took away early says nothing about the run.
+        in_a_row = 0 if moved or attempt.cause is Cause.PREEMPTED else in_a_row + 1
+    return (
+        f"{in_a_row} attempts in a row without a newer checkpoint (cluster.max_no_progress={budget})" if in_a_row > budget else ""
+    )
