@@ -39,8 +39,8 @@ class Located:
     source: Path | None = None
 
 
-def gather(config: RunConfig, overrides: Sequence[str]) -> Facts:
-    """Collect the facts of one run.
+def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None = None) -> Facts:
+    """Collect the facts of one run; `here` are the accelerators of a node, this machine's where it is None.
 
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind.
@@ -50,7 +50,7 @@ def gather(config: RunConfig, overrides: Sequence[str]) -> Facts:
     return Facts(
         working_dir=os.getcwd(),
         home_dir=str(Path.home()),
-        device=device(),
+        device=here or device(),
         model=model,
         data=_data(config, model),
         provenance=_provenance(overrides),

@@ -36,6 +36,31 @@ class Status:
     updated_at: float = 0.0
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """attempt.json: what an attempt starts from, and for which job of a scheduler.
+
+    `resume_step` None starts from the initial weights. `job` is None until the job has begun; `restart` counts the
+    scheduler's starts of that job before. The node agents meet at `address` and `port`, which the first of `nodes` has on
+    `interface`. `ends_at` is the end of the job's
+    time in seconds since the epoch. `automatic` where no person started it.
+    """
+
+    resume_step: int | None
+    job: str | None = None
+    restart: int = 0
+    nodes: tuple[str, ...] = ()
+    address: str | None = None
+    interface: str | None = None
+    port: int | None = None
+    ends_at: float | None = None
+    automatic: bool = False
+
+
+class Superseded(RunError):
+    """The process belongs to an attempt that is no longer the run's newest."""
+
+
 def write_json(path: Path, value: Any) -> None:
     """JSON by way of `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -86,16 +111,40 @@ def snapshot_code(run: RunDir) -> None:
     shutil.copytree(source, run.code / "launcher", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "conf"))
 
 
-def next_attempt(run: RunDir, resume_step: int | None) -> int:
-    """Number and make the next attempt's folder. `resume_step` None starts from the initial weights."""
-    number = 1 + max((int(p.name) for p in run.attempts.iterdir() if p.name.isdigit()), default=0)
-    run.attempt(number).mkdir()
-    write_json(run.attempt(number) / "attempt.json", {"resume_step": resume_step})
+def newest_attempt(run: RunDir) -> int:
+    """0 where none was made."""
+    return max((int(p.name) for p in run.attempts.iterdir() if p.name.isdigit()), default=0)
+
+
+def next_attempt(run: RunDir, attempt: Attempt) -> int:
+    """Number and make the next attempt's folder; from then on the attempt before owns nothing any more."""
+    number = 1 + newest_attempt(run)
+    run.attempt(number).mkdir(mode=0o700)
+    write_attempt(run, number, attempt)
     return number
 
 
-def resume_step(run: RunDir, attempt: int) -> int | None:
-    return read_json(run.attempt(attempt) / "attempt.json")["resume_step"]
+def read_attempt(run: RunDir, number: int) -> Attempt:
+    values = read_json(run.attempt(number) / "attempt.json")
+    return Attempt(**{name: value for name, value in values.items() if name in Attempt.__dataclass_fields__})
+
+
+def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
+    write_json(run.attempt(number) / "attempt.json", asdict(attempt))
+
+
+def require_newest(run: RunDir, attempt: int) -> None:
+    """Refuse to go on for an attempt that another has followed: a node that was cut off may live on and write late.
+
+    Raises:
+        Superseded: where there is a later attempt.
+    """
+    # Attempts are numbered without gaps; one look is cheap enough for every logged step.
+    if run.attempt(attempt + 1).exists():
+        raise Superseded(
+            f"attempt {attempt} was given up while it still ran: attempt {attempt + 1} has taken over; nothing more is written",
+            where=str(run.attempt(attempt + 1)),
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -143,14 +192,14 @@ def load_plan(run: RunDir) -> LaunchPlan:
 
 
 @contextmanager
-def starting(run: RunDir) -> Iterator[None]:
+def starting(run: RunDir, wait_s: float = 0) -> Iterator[None]:
     """Hold the run while an attempt is started, so that two commands cannot start one each.
 
     Raises:
         SubmitError: where another command holds it.
     """
     try:
-        with FileLock(run.root / ".lock", timeout=0):
+        with FileLock(run.root / ".lock", timeout=wait_s):
             yield
     except Timeout:
         raise SubmitError("another command is starting this run at this moment", where=str(run.root)) from None

@@ -52,12 +52,14 @@ def save(
     extra_state: Mapping[str, Any],
     keep_last: int,
     probe: Mapping[str, torch.Tensor] | None = None,
+    fence: Callable[[], None] = lambda: None,
 ) -> SaveResult:
     """Write and commit `root/step-...`, then remove all but the `keep_last` newest checkpoints.
 
     `named_parameters` names each parameter of the engine's model once, as in the Hugging Face model. `extra_state` is
     JSON-able. `probe` holds `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V], these in the dtype that the
-    model computes in. Of the last two, rank 0's are written.
+    model computes in. Of the last two, rank 0's are written. `fence` is called on rank 0 before anything is written and
+    before the commit, and raises where this process may not write any more.
 
     CheckpointError on every rank when any rank fails; what was committed before stays as it is.
     """
@@ -79,6 +81,7 @@ def save(
         files[store.STATE] = store.write_file(saving / store.STATE, [state])
         if probe_tensors:
             files[store.PROBE] = _write(saving / store.PROBE, probe_tensors)
+        fence()
         manifest = store.Manifest(step=step, world_size=world_size, plan_digest=plan_digest, attempt=attempt, files=files)
         store.prune(root, keep_last, keep=[store.commit(saving, manifest)])
 
@@ -89,6 +92,7 @@ def save(
 
     def begin() -> None:
         if rank == 0:
+            fence()
             store.begin(root, step=step, attempt=attempt, needed_bytes=num_bytes)
 
     try:

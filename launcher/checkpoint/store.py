@@ -262,6 +262,11 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
     return [found[step] for step in sorted(found)]
 
 
+def newest_step(root: Path) -> int | None:
+    """The step of the newest committed checkpoint, or None."""
+    return max((checkpoint.step for checkpoint in list_checkpoints(root)), default=None)
+
+
 def latest(root: Path) -> Checkpoint:
     """The committed checkpoint with the highest step; CheckpointError says what is there when there is none."""
     if committed := list_checkpoints(root):

@@ -6,88 +6,135 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from launcher import facts, run_store
 from launcher.cli import text
 from launcher.cli.follow import follow
-from launcher.clusters.base import check_startable, cluster_for
+from launcher.clusters.base import Cluster, check_startable, cluster_for
+from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import DataError, Problem, RunError
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
+from launcher.run_store import Attempt
 
 _USAGE = {
-    "train": "python -m launcher [train] [--detach] [overrides]\n\nPlan, prepare, start; here, follow the run to its end.",
+    "train": """python -m launcher [train] [--follow | --detach] [overrides]
+
+Plan, prepare, start. On this machine the run is followed to its end, on a cluster the command returns at once;
+--follow (or follow=true) and --detach (or follow=false) choose otherwise. With -m several runs are started.""",
     "plan": "python -m launcher plan [--json] [overrides]\n\nShow everything that is decided and start nothing.",
     "data": "python -m launcher data [--json] [overrides]\n\nBuild the data cache, report on it, show the masks.",
 }
+_FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
 
 
 def run(verb: str, tokens: list[str]) -> int:
     """Compose the settings and carry out the verb, once or, with -m, once per job."""
-    own = {flag: flag in tokens for flag in ("--json", "--detach")}
-    rest = [token for token in tokens if token not in own]
-    if "--help" in rest or "-h" in rest:
+    if "--help" in tokens or "-h" in tokens:
         return _help(verb)
-    codes: list[int] = []
-
-    def each(composed: Composed) -> None:
-        if verb == "plan":
-            codes.append(_plan(composed, own["--json"]))
-        elif verb == "data":
-            codes.append(_data(composed, own["--json"]))
-        else:
-            codes.append(_train(composed, detach=own["--detach"]))
-
-    run_hydra(rest, each)
-    return max(codes, default=0)
+    as_json = "--json" in tokens
+    following = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
+    rest = [token for token in tokens if token != "--json" and token not in _FOLLOW]  # noqa: S105
+    jobs: list[Composed] = []
+    run_hydra(rest, jobs.append)
+    if verb == "plan":
+        return max((_plan(job, as_json) for job in jobs), default=0)
+    if verb == "data":
+        return max((_data(job, as_json) for job in jobs), default=0)
+    return _train(jobs, following)
 
 
 def _plan(composed: Composed, as_json: bool) -> int:
-    plan = make_plan(composed.config, facts.gather(composed.config, composed.overrides))
-    print(plan.to_json() if as_json else "\n".join(text.plan_lines(plan)))
+    with composed.located():
+        cluster = cluster_for(composed.config.cluster.kind)
+        plan = make_plan(composed.config, _gather(composed, cluster))
+        if as_json:
+            print(plan.to_json())
+            return 0
+        print("\n".join(text.plan_lines(plan)))
+        if script := cluster.preview(plan):
+            print(f"\n{script}", end="")
     return 0
 
 
 def _data(composed: Composed, as_json: bool) -> int:
-    facts.check(composed.config)
+    with composed.located():
+        facts.check(composed.config)
     answer = prepare(composed.config, want_report=True)
     print(json.dumps(answer["report"], indent=2) if as_json else answer["text"])
     return 0
 
 
-def _train(composed: Composed, detach: bool) -> int:
+def _train(jobs: list[Composed], following: bool | None) -> int:
+    """Start each job; what is wrong with any of them is said before the first is started."""
+    plans: list[LaunchPlan] = []
+    for composed in _grouped(jobs):
+        with composed.located():
+            plans.append(_planned(composed, taken={plan.run_name for plan in plans}))
+    codes = []
+    started = []
+    for plan in plans:
+        cluster = cluster_for(plan.config.cluster.kind)
+        print("\n".join(text.plan_lines(plan)), flush=True)
+        if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
+            print(f"\n{cluster.preview(plan)}", end="")
+            continue
+        run_dir = run_store.create(plan)
+        attempt = run_store.next_attempt(run_dir, Attempt(resume_step=None))
+        cluster.submit(run_dir, attempt, run_dir.plan)
+        started.append((plan, cluster.started(run_dir, attempt)))
+        if following if following is not None else plan.config.cluster.kind == "local":
+            codes.append(follow(run_dir, attempt, cluster))
+        else:
+            print("\n".join(text.started_lines(plan, cluster.started(run_dir, attempt))), flush=True)
+    if len(started) > 1:
+        print("\n".join(text.sweep_lines(started)))
+    return max(codes, default=0)
+
+
+def _grouped(jobs: list[Composed]) -> list[Composed]:
+    """The runs of a sweep stand together in W&B, unless the user has named a group."""
+    if len(jobs) < 2:
+        return jobs
+    group = f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
+    grouped = []
+    for job in jobs:
+        tracking = job.config.tracking
+        named = tracking if tracking.group else tracking.model_copy(update={"group": group})
+        grouped.append(replace(job, config=job.config.model_copy(update={"tracking": named})))
+    return grouped
+
+
+def _planned(composed: Composed, taken: set[str]) -> LaunchPlan:
+    """The plan of a job whose model and data are ready, checked against the cluster; nothing is started."""
     config = composed.config
     facts.check(config)
     if not facts.is_known(config.model):
         prepare(config, want_report=False)
-    gathered = facts.gather(config, composed.overrides)
-    plan = make_plan(config, gathered)
     cluster = cluster_for(config.cluster.kind)
+    gathered = _gather(composed, cluster)
+    plan = make_plan(config, gathered)
     check_startable(plan)
     cluster.check(plan)
     if not facts.is_prepared(config, gathered):
         prepare(config, want_report=False)
-        gathered = facts.gather(config, composed.overrides)
-    plan = _unused_name(config, gathered)
-    print("\n".join(text.plan_lines(plan)), flush=True)
-    run_dir = run_store.create(plan)
-    attempt = run_store.next_attempt(run_dir, resume_step=None)
-    cluster.submit(run_dir, attempt, run_dir.plan)
-    if detach:
-        shown = text.short(run_dir.root)
-        print(f"\nstarted. Follow it: python -m launcher logs {shown} -f\nstop it:         python -m launcher cancel {shown}")
-        return 0
-    return follow(run_dir, attempt, cluster)
+        gathered = _gather(composed, cluster)
+    return _unused_name(config, gathered, taken)
 
 
-def _unused_name(config: RunConfig, gathered: Facts) -> LaunchPlan:
+def _gather(composed: Composed, cluster: Cluster) -> Facts:
+    return facts.gather(composed.config, composed.overrides, cluster.device(composed.config.cluster))
+
+
+def _unused_name(config: RunConfig, gathered: Facts, taken: set[str]) -> LaunchPlan:
     """A plan whose generated name is free; a name that the user chose is never changed."""
     plan = make_plan(config, gathered)
-    while config.run.name is None and Path(plan.run_dir).exists():
+    while config.run.name is None and (plan.run_name in taken or Path(plan.run_dir).exists()):
         later = datetime.fromisoformat(gathered.provenance.created_at) + timedelta(seconds=1)
         provenance = gathered.provenance.model_copy(update={"created_at": later.strftime("%Y-%m-%dT%H:%M:%SZ")})
         gathered = gathered.model_copy(update={"provenance": provenance})

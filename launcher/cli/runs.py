@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, run_store
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli import text
 from launcher.cli.follow import follow
@@ -22,7 +22,7 @@ from launcher.errors import RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Status
+from launcher.run_store import RUNNING_STATES, Attempt, Status
 from launcher.tracking.console import format_duration
 from launcher.tracking.jsonl import read_events, read_metrics
 
@@ -56,9 +56,14 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
         parser.add_argument("--rank", type=int, default=0, help="which rank (default: 0)")
         parser.add_argument("--attempt", type=int, help="which attempt (default: the last)")
+    if verb == "cancel":
+        save = "save a checkpoint first, which is the default; asked a second time it stops at once"
+        parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help=save)
     if verb == "resume":
         parser.add_argument("overrides", nargs="*", help="settings to change, such as train.max_steps=2000")
-        parser.add_argument("--detach", action="store_true", help="return at once")
+        follow = "show it to its end, or return at once (default: follow on this machine, return on a cluster)"
+        parser.add_argument("--follow", action="store_true", default=None, help=follow)
+        parser.add_argument("--detach", dest="follow", action="store_false", help="return at once")
         parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
     if verb == "export":
         parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
@@ -169,8 +174,9 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
 
 
 def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
-    cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run)
-    print(f"asked to save and stop; watch it: python -m launcher status {text.short(run.root)}")
+    cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
+    asked = "asked to save and stop" if arguments.save else "asked to stop at once"
+    print(f"{asked}; watch it: python -m launcher status {text.short(run.root)}")
     return 0
 
 
@@ -179,10 +185,10 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     cluster = cluster_for(plan.config.cluster.kind)
     with run_store.starting(run):
         attempt = _start_again(run, plan, cluster, arguments.overrides, arguments.step)
-    if arguments.detach:
-        print(f"started. Follow it: python -m launcher logs {text.short(run.root)} -f")
-        return 0
-    return follow(run, attempt, cluster)
+    if arguments.follow if arguments.follow is not None else plan.config.cluster.kind == "local":
+        return follow(run, attempt, cluster)
+    print("\n".join(text.started_lines(plan, cluster.started(run, attempt))))
+    return 0
 
 
 def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str], step: int | None) -> int:
@@ -194,7 +200,7 @@ def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: lis
             remedy=f"follow it with: python -m launcher logs {text.short(run.root)} -f",
         )
     checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, step)
-    plan = _replanned(plan, run, overrides)
+    plan = _replanned(plan, run, overrides, cluster)
     if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
         raise SubmitError(
             f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
@@ -205,7 +211,7 @@ def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: lis
     cluster.check(plan)
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):
         print(f"set aside: {text.short(path)}")
-    attempt = run_store.next_attempt(run, resume_step=checkpoint.step)
+    attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step))
     plan_path = run.attempt(attempt) / "plan.json"
     run_store.write_text(plan_path, plan.to_json())
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
@@ -214,12 +220,12 @@ def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: lis
     return attempt
 
 
-def _replanned(plan: LaunchPlan, run: RunDir, overrides: list[str]) -> LaunchPlan:
+def _replanned(plan: LaunchPlan, run: RunDir, overrides: list[str], cluster: Cluster) -> LaunchPlan:
     """The same run under changed settings and where its directory lies now; model, data and identity stay."""
     config = with_overrides(plan.config, overrides)
     known = Facts(
         working_dir=str(run.root.parent),
-        device=facts.device(),
+        device=cluster.device(config.cluster),
         model=plan.model,
         data=plan.data,
         provenance=plan.provenance.model_copy(update={"overrides": (*plan.provenance.overrides, *overrides)}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.plan.launch_plan import LaunchPlan
@@ -108,6 +109,29 @@ def _tracking(plan: LaunchPlan) -> str:
         return "metrics.jsonl only"
     project = f"{tracking.entity}/{tracking.project}" if tracking.entity else tracking.project
     return f"W&B project {project}, mode {tracking.mode}, id {plan.wandb_id}"
+
+
+def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[str]:
+    """What a person is told of a run that goes on by itself: where it is, and how to follow and stop it."""
+    name = short(plan.run_dir)
+    rows = [*started, ("directory", name)]
+    rows += [
+        ("follow it", f"python -m launcher logs {name} -f"),
+        ("its state", f"python -m launcher status {name}"),
+        ("stop it", f"python -m launcher cancel {name}"),
+    ]
+    return ["", *(f"{label:<11}{short(value) if value.startswith('/') else value}" for label, value in rows)]
+
+
+def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]]) -> list[str]:
+    """The runs of a sweep, a line each: name, job, and the overrides in which they differ."""
+    shared = set.intersection(*(set(plan.provenance.overrides) for plan, _ in started))
+    rows = [("run", "job", "settings")]
+    for plan, facts in started:
+        own = [override for override in plan.provenance.overrides if override not in shared]
+        rows.append((plan.run_name, dict(facts).get("job", "-"), " ".join(own)))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return ["", *(f"{name:<{widths[0]}}  {job:<{widths[1]}}  {own}" for name, job, own in rows)]
 
 
 def short(path: str | Path) -> str:

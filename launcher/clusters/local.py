@@ -13,17 +13,22 @@ from pathlib import Path
 import psutil
 
 from launcher import run_store
+from launcher.config.cluster import ClusterSection
 from launcher.errors import RunError, SubmitError
 from launcher.facts import device
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
 
 _START_DEADLINE_S = 60.0
 _END_DEADLINE_S = 30.0
+_APART_S = 0.3
 
 
 class LocalCluster:
+    def device(self, section: ClusterSection) -> DeviceFacts:
+        return device()
+
     def check(self, plan: LaunchPlan) -> None:
         topology = plan.topology
         if topology.nodes > 1:
@@ -50,6 +55,9 @@ class LocalCluster:
                 remedy="choose a smaller model or a machine with more memory",
             )
 
+    def preview(self, plan: LaunchPlan) -> str | None:
+        return None
+
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         log = run.attempt(attempt) / "agent.log"
         environment = {
@@ -70,6 +78,9 @@ class LocalCluster:
                 env=environment,
             )
         _await_start(run, attempt, process)
+
+    def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
+        return []
 
     def status(self, run: RunDir) -> Status:
         status = run_store.read_status(run)
@@ -95,12 +106,16 @@ class LocalCluster:
             except psutil.TimeoutExpired:
                 agent.kill()
 
-    def cancel(self, run: RunDir) -> None:
+    def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
         agent = _agent(status)
         if status.state not in RUNNING_STATES or agent is None:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
         agent.send_signal(signal.SIGUSR1)
+        if not save:
+            # Two that are pending at once would be one.
+            time.sleep(_APART_S)
+            agent.send_signal(signal.SIGUSR1)
 
 
 def _with(code: os.PathLike[str], path: str | None) -> str:

@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ class Composed:
     overrides: tuple[str, ...]
     origins: Origins
 
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Errors that are raised inside name the file and line of the settings that they are about."""
+        try:
+            yield
+        except LauncherError as error:
+            raise type(error)(self.origins.located(problem) for problem in error.problems) from error
+
 
 def conf_dir() -> Path:
     """The folder of the config groups: inside the installed package, or beside it in a checkout."""
@@ -51,7 +60,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
 
     Raises:
         ConfigError: with every mistake that was found.
-        LauncherError: what the callback raises, with the file and line of the settings that it names.
+        LauncherError: what the callback raises.
     """
     remaining, problems = _known_group_options(list(tokens))
     failure: list[BaseException] = []
@@ -63,7 +72,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
         try:
             composed = _checked(cfg)
             if not problems:
-                _call(on_composed, composed)
+                on_composed(composed)
         except ConfigError as error:
             problems.extend(error.problems)
         except BaseException as error:
@@ -79,13 +88,6 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
         raise ConfigError(_without_secrets(problem) for problem in dict.fromkeys(problems))
     if failure:
         raise failure[0]
-
-
-def _call(on_composed: Callable[[Composed], None], composed: Composed) -> None:
-    try:
-        on_composed(composed)
-    except LauncherError as error:
-        raise type(error)(composed.origins.located(problem) for problem in error.problems) from error
 
 
 def _without_secrets(problem: Problem) -> Problem:

@@ -44,6 +44,11 @@ class RunDir:
         return self.root / "export"
 
     @property
+    def jobs(self) -> Path:
+        """What a scheduler's jobs leave: batch scripts and their output, a folder for each job."""
+        return self.root / "jobs"
+
+    @property
     def attempts(self) -> Path:
         return self.root / "attempts"
 

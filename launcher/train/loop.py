@@ -41,18 +41,29 @@ STOP_REASONS = ("cancelled", "preempted", "limit")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended: completed, cancelled (a person) or preempted (the machines, or a limit of the run)."""
+    """How training ended: completed, cancelled (a person) or preempted (the machines, or a limit of the run).
+
+    `reason` is completed or one of STOP_REASONS.
+    """
 
     state: str
+    reason: str
     step: int
     message: str
     checkpoint: Path
 
 
-def train(plan: LaunchPlan, place: Place, stop_reason: Callable[[], str | None]) -> Outcome:
+def _no_beat(phase: str, step: int) -> None:
+    """Nobody watches."""
+
+
+def train(
+    plan: LaunchPlan, place: Place, stop_reason: Callable[[], str | None], beat: Callable[[str, int], None] = _no_beat
+) -> Outcome:
     """Train from the newest committed checkpoint, or from the initial weights, to the end of the plan.
 
     `stop_reason` is asked after each step; when any rank names one of STOP_REASONS, all save and return.
+    `beat` is told the phase and the number of completed steps wherever there is progress.
 
     Raises:
         RunError: where the loss is not finite; the last committed checkpoint stays.
@@ -60,11 +71,14 @@ def train(plan: LaunchPlan, place: Place, stop_reason: Callable[[], str | None])
     started = time.monotonic()
     run = RunDir(Path(plan.run_dir))
     device = join(plan, place)
+    beat("joined", 0)
     tracker = start_trackers(plan, run.root, place.attempt) if place.is_main else Composite([])
     state = "failed"
     try:
-        session = _Session.start(plan, place, run, device, tracker, started)
+        session = _Session.start(plan, place, run, device, tracker, started, beat)
+        beat("loaded", session.step)
         outcome = session.run(stop_reason)
+        beat("finishing", outcome.step)
         leave()
         if place.is_main and outcome.state == "completed":
             del session
@@ -83,6 +97,7 @@ class _Session:
     device: torch.device
     tracker: Composite
     started: float
+    beat: Callable[[str, int], None]
     engine: Any
     model: CausalLMLoss
     batches: TrainBatches
@@ -97,7 +112,14 @@ class _Session:
 
     @classmethod
     def start(
-        cls, plan: LaunchPlan, place: Place, run: RunDir, device: torch.device, tracker: Composite, started: float
+        cls,
+        plan: LaunchPlan,
+        place: Place,
+        run: RunDir,
+        device: torch.device,
+        tracker: Composite,
+        started: float,
+        beat: Callable[[str, int], None],
     ) -> _Session:
         data, max_steps = plan.data, plan.batch.max_steps
         if data is None or max_steps is None:
@@ -113,10 +135,8 @@ class _Session:
         if data.num_eval_rows:
             split = Split.open(data.cache_dir, held_out=True)
             held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
-        meter = Meter(plan, max_steps, device, place.attempt, place.restart)
-        session = cls(
-            plan, place, run, device, tracker, started, engine, model, batches, held_out, meter, StepTimer(device), max_steps
-        )
+        meter, timer = Meter(plan, max_steps, device, place.attempt, place.restart), StepTimer(device)
+        session = cls(plan, place, run, device, tracker, started, beat, engine, model, batches, held_out, meter, timer, max_steps)
         session._restore()
         return session
 
@@ -141,7 +161,7 @@ class _Session:
         self._evaluate("after training")
         checkpoint = self._save()
         self.tracker.summary({"last_step": self.step, **self.last_eval})
-        return Outcome("completed", self.step, f"{self.step} steps", checkpoint)
+        return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
 
     def _train_step(self, stop_reason: Callable[[], str | None]) -> str | None:
         """One optimizer step; returns why to stop, where any rank has a reason."""
@@ -155,6 +175,7 @@ class _Session:
         lr = learning_rate(self.plan.config.optim, self.step, self.max_steps)
         set_learning_rate(self.engine.optimizer, lr)
         for i, micro in enumerate(batch.micro):
+            self.beat("training", self.step)
             with timer.part("fwd_bwd"):
                 loss_part = self._loss(micro, factor)
                 self.engine.backward(loss_part, scale_wrt_gas=False)
@@ -166,11 +187,13 @@ class _Session:
         loss, stopped = self._agree(summed / self.place.world_size, self._own_reason(stop_reason))
         times = timer.read()
         self.step += 1
+        self.beat("training", self.step)
         self._require_finite(loss)
         self._count_skipped()
         if self.place.is_main:
             metrics = self.meter.step(self.step, batch, loss, float(self.engine.get_global_grad_norm() or 0.0), lr, times)
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
+                run_store.require_newest(self.run_dir, self.place.attempt)
                 self.tracker.log(self.step, metrics)
                 self._report_status("running")
         return stopped
@@ -231,6 +254,7 @@ class _Session:
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
+            self.beat("evaluating", self.step)
             totals[0] += self._loss(micro, factor=1.0)
             totals[1] += int((micro.labels >= 0).sum())
         self.model.train()
@@ -250,6 +274,7 @@ class _Session:
         checkpoint = self.run_dir.checkpoints / store.step_name(self.step)
         if self.saved_step == self.step:
             return checkpoint
+        self.beat("saving", self.step)
         probe = self._probe()
         if not torch.isfinite(probe["logits"]).all():
             raise self._not_finite("the logits are not finite")
@@ -264,7 +289,9 @@ class _Session:
             extra_state={"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps},
             keep_last=self.plan.config.train.keep_last,
             probe=probe,
+            fence=lambda: run_store.require_newest(self.run_dir, self.place.attempt),
         )
+        self.beat("training", self.step)
         self.saved_step = self.step
         self.tracker.log(
             self.step,
@@ -293,7 +320,7 @@ class _Session:
 
     def _restore(self) -> None:
         """Continue from a checkpoint where the attempt names one, or where this attempt has committed one."""
-        wanted = run_store.resume_step(self.run_dir, self.place.attempt)
+        wanted = run_store.read_attempt(self.run_dir, self.place.attempt).resume_step
         if wanted is not None and not self.place.restart:
             checkpoint = store.at_step(self.run_dir.checkpoints, wanted)
         else:
@@ -322,4 +349,4 @@ class _Session:
             "limit": "run.max_hours or run.max_usd is reached",
         }[reason]
         checkpoint = self.run_dir.checkpoints / store.step_name(self.step)
-        return Outcome(state, self.step, f"{why}; saved at step {self.step} of {self.max_steps}", checkpoint)
+        return Outcome(state, reason, self.step, f"{why}; saved at step {self.step} of {self.max_steps}", checkpoint)

@@ -1,17 +1,19 @@
 """One node: `python -m launcher.worker.agent PLAN ATTEMPT` starts a rank per GPU and reports how they end.
 
 torch's elastic agent does the work: rendezvous, restarts, and which rank failed first. What is added here are
-signals that ask the ranks to save before they stop, and the record of the attempt.
+signals that ask the ranks to save before they stop, the checks of the node, the watch over ranks that hang, and the
+record of the node. On this machine alone the agent concludes the attempt itself; a Slurm job does so when all of its
+nodes have ended (launcher.worker.job).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,157 +21,146 @@ from typing import Any
 import psutil
 
 from launcher import run_store
-from launcher.checkpoint import store
-from launcher.errors import CheckpointError, ConfigError, DataError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.worker import heartbeat, record
+from launcher.worker.rank import NodePlace
 from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.watchdog import Watchdog
 
-# Passed on to the ranks as a wish to save and stop. Ctrl-C is a person's.
-_FORWARDED = {signal.SIGINT: CANCEL, CANCEL: CANCEL, signal.SIGTERM: CANCEL, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
-_TRACEBACK_LINES = 40
-_ELASTIC_KILL_DELAY_S = 30
 _RESEND_S = 0.5
-_EXPECTED = {kind.__name__ for kind in (ConfigError, DataError, CheckpointError, RunError)}
 
 
 def main(plan_path: str, attempt: int) -> int:
-    """Run one attempt; returns the exit code and leaves exit.json and status.json behind."""
+    """Run this node's part of one attempt and leave its record; returns the exit code."""
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))
     started = time.time()
-    stopper = _Stopper(plan.config.cluster.stop_grace_seconds).install()
+    on_slurm = plan.config.cluster.kind == "slurm"
+    stopper = _Stopper(plan.config.cluster.stop_grace_seconds, _SLURM_SIGNALS if on_slurm else _LOCAL_SIGNALS).install()
+    if on_slurm:
+        return _slurm_node(plan, plan_path, run, attempt, stopper, started)
     run_store.update_status(run, state="running", attempt=attempt, job=_this_process(), message="")
-    failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt)
+    place = NodePlace(0, "127.0.0.1", None, "127.0.0.1:0")
+    failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt, place)
     stopper.disarm()
-    outcome = _outcome(run, attempt, failure, stopper)
-    record = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": time.time()}
-    run_store.write_json(run.attempt(attempt) / "exit.json", record)
+    outcome = record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
+    ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": time.time()}
+    run_store.write_json(run.attempt(attempt) / "exit.json", ended)
     run_store.update_status(run, state=outcome["state"], message=outcome["message"])
     return 0 if outcome["state"] == "completed" else 130 if outcome["state"] in ("cancelled", "preempted") else 1
 
 
-def _run_ranks(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> dict[str, Any] | None:
+def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, stopper: _Stopper, started: float) -> int:
+    from launcher.worker import slurm_node
+
+    begun = run_store.read_attempt(run, attempt)
+    node = int(os.environ["SLURM_NODEID"])
+    ended: dict[str, Any] = {"node": node, "host": os.uname().nodename, "started_at": started, "first_failure": None}
+    try:
+        place = slurm_node.place(plan, begun, node)
+        slurm_node.end_before(begun, plan, stopper.request)
+        store = slurm_node.meet(begun, place)
+        problems = slurm_node.check(store, plan, run, attempt, begun, place)
+        if problems:
+            ended["problems"] = problems
+        elif not stopper.requested:
+            ended["first_failure"] = _run_ranks(plan, plan_path, run, attempt, place)
+    except Exception as error:
+        ended["first_failure"] = record.of_agent(error, run.attempt(attempt))
+    stopper.disarm()
+    ended |= {"stopped": stopper.requested, "killed": stopper.killed, "ended_at": time.time()}
+    run_store.write_json(record.node_file(run, attempt, node), ended)
+    return 0 if ended["first_failure"] is None and "problems" not in ended else 1
+
+
+def _run_ranks(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, place: NodePlace) -> dict[str, Any] | None:
     """Start the ranks and wait for them; returns the first failure or None."""
     # Elastic's own handlers kill the ranks on TERM after 30 s; ours let them save. QUIT keeps the quick way.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    topology, agent_log = plan.topology, run.attempt(attempt) / "agent.log"
+    topology, cluster = plan.topology, plan.config.cluster
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // topology.ranks_per_node)))
-    elastic_folder = run.attempt(attempt) / "elastic"
-    elastic_folder.mkdir(exist_ok=True)
+    if place.interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", place.interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", place.interface)
+    elastic_folder = run.attempt(attempt) / "elastic" / f"node-{place.node:05d}"
+    elastic_folder.mkdir(parents=True, exist_ok=True)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=topology.nodes,
+        max_nodes=topology.nodes,
         nproc_per_node=topology.ranks_per_node,
         run_id=f"{plan.wandb_id}-{attempt}",
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=plan.config.cluster.max_restarts,
+        rdzv_endpoint=place.rendezvous,
+        rdzv_configs={"is_host": place.is_head},
+        local_addr=place.address,
+        max_restarts=cluster.max_restarts,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=str(elastic_folder)),
         signals_to_handle="SIGQUIT",
     )
+    board = heartbeat.Board(topology.ranks_per_node)
+    os.environ[heartbeat.VARIABLE] = str(board.path)
+    # print: the agent's log, which is also a Slurm job's.
+    watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, lambda text: print(text, flush=True)).start()
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "launcher.worker.entry", plan_path, str(attempt))
     except ChildFailedError as error:
-        return _first_failure(error, run, attempt)
+        return record.of_ranks(error, run, attempt)
     except Exception as error:
         # Rendezvous, resources and the like: no rank is to blame.
-        return {
-            "rank": None,
-            "exit_code": None,
-            "message": f"{type(error).__name__}: {error}",
-            "traceback": "",
-            "log": str(agent_log),
-        }
+        return record.of_agent(error, run.attempt(attempt))
+    finally:
+        watchdog.stop()
+        board.close()
     return None
 
 
-def _first_failure(error: Any, run: RunDir, attempt: int) -> dict[str, Any]:
-    """Who failed first, and why. A rank that a signal killed comes before those whose connection to it broke."""
-    earliest = min(failure.timestamp for failure in error.failures.values())
-
-    def killed(failure: Any) -> bool:
-        # After the first failure the agent itself kills the others, 30 s after its TERM.
-        return _killed(failure) and failure.timestamp - earliest < _ELASTIC_KILL_DELAY_S / 2
-
-    ranked = sorted(error.failures.items(), key=lambda item: (not killed(item[1]), item[1].timestamp, item[0]))
-    rank, failure = ranked[0]
-    message, trace = failure.message, ""
-    recorded = failure.error_file_data.get("message")
-    if isinstance(recorded, dict):
-        message, trace = recorded.get("message", ""), recorded.get("extraInfo", {}).get("py_callstack", "")
-    kind, _, text = str(message).partition(": ")
-    if kind in _EXPECTED:
-        # Plain words say it all; the traceback stands in the rank's log.
-        message, trace = text, ""
-    if _killed(failure):
-        message = f"killed by {signal.Signals(-failure.exitcode).name}"
-    return {
-        "rank": rank,
-        "exit_code": failure.exitcode,
-        "message": str(message),
-        "traceback": "\n".join(str(trace).splitlines()[-_TRACEBACK_LINES:]),
-        "log": str(run.rank_log(attempt, rank)),
-    }
-
-
-def _killed(failure: Any) -> bool:
-    """True where a signal other than the agent's own TERM ended the rank."""
-    return failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT) and failure.error_file == "<N/A>"
-
-
-def _outcome(run: RunDir, attempt: int, failure: dict[str, Any] | None, stopper: _Stopper) -> dict[str, Any]:
-    file = run.attempt(attempt) / "outcome.json"
-    if failure is None and file.is_file():
-        return json.loads(file.read_text())
-    step = run_store.read_status(run).step
-    saved = store.list_checkpoints(run.checkpoints)
-    kept = f"the newest checkpoint is of step {saved[-1].step}" if saved else "there is no checkpoint"
-    if stopper.killed:
-        return {"state": "cancelled", "step": step, "message": f"killed at step {step} without saving; {kept}"}
-    stopped_early = failure is None or failure["exit_code"] in (-CANCEL, -PREEMPT)
-    if stopper.requested and stopped_early:
-        return {"state": "cancelled", "step": step, "message": f"stopped before training had begun; {kept}"}
-    if failure is None:
-        return {"state": "failed", "step": step, "message": "the ranks ended without an outcome"}
-    who = "the node's agent" if failure["rank"] is None else f"rank {failure['rank']}"
-    return {"state": "failed", "step": step, "message": f"{who}: {failure['message']}"}
+# Passed on to the ranks as a wish to save and stop. On this machine Ctrl-C and TERM are a person's; TERM under Slurm is not.
+_LOCAL_SIGNALS = {signal.SIGINT: CANCEL, CANCEL: CANCEL, signal.SIGTERM: CANCEL, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
+_SLURM_SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, PREEMPT: PREEMPT}
 
 
 class _Stopper:
-    """First signal: ask the ranks to save and stop. Second, or the grace running out: kill them.
+    """First signal: ask the ranks to save and stop. A person's second, or the grace running out: kill them.
 
     The wish is repeated until it is taken back, because ranks may still be starting when it comes; a rank that has
     heard it ignores the repetition.
     """
 
-    def __init__(self, grace_s: float) -> None:
+    def __init__(self, grace_s: float, signals: Mapping[signal.Signals, signal.Signals]) -> None:
         self._grace_s = grace_s
+        self._signals = signals
         self._wish: int | None = None
         self._ended = threading.Event()
         self.requested = False
         self.killed = False
 
     def install(self) -> _Stopper:
-        for number in _FORWARDED:
+        for number in self._signals:
             signal.signal(number, self._handle)
+        # A Slurm task holds them back until here.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, set(self._signals))
         return self
 
     def disarm(self) -> None:
         self._ended.set()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number in (signal.SIGINT, signal.SIGTERM, CANCEL):
-            self._wish, self.killed = signal.SIGKILL, True
-        elif not self.requested:
-            self._wish, self.requested = _FORWARDED[signal.Signals(number)], True
+    def request(self, wish: signal.Signals) -> None:
+        """Ask the ranks to save and stop, unless they are asked already."""
+        if not self.requested:
+            self._wish, self.requested = wish, True
             threading.Thread(target=self._repeat, name="stopper", daemon=True).start()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        wish = self._signals[signal.Signals(number)]
+        if self.requested and wish == CANCEL:
+            self._wish, self.killed = signal.SIGKILL, True
+        self.request(wish)
 
     def _repeat(self) -> None:
         deadline = time.monotonic() + self._grace_s

@@ -5,13 +5,16 @@ The path of the plan is all that crosses from the submit side.
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.rank import RankEnv, die_with_parent, redirect_output
 from launcher.worker.signals import StopFlag
 
@@ -24,27 +27,31 @@ def main(plan_path: str, attempt: int) -> None:
     run = RunDir(Path(plan.run_dir))
     env = RankEnv.from_environ(os.environ)
     redirect_output(run.rank_log(attempt, env.rank))
+    # The watchdog asks a rank that is stuck, wherever it is, for the stacks of all its threads.
+    faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
+    heartbeat = Heartbeat.from_environ(os.environ, env)
 
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    record(_train)(plan, run, env, attempt, stop)
+    record(_train)(plan, run, env, attempt, stop, heartbeat)
     sys.stdout.flush()
     sys.stderr.flush()
     # All is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
     os._exit(0)
 
 
-def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag) -> None:
+def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, heartbeat: Heartbeat) -> None:
     from launcher.train.engine import Place
     from launcher.train.loop import train
 
     place = Place(env.rank, env.local_rank, env.world_size, attempt, env.restart)
-    outcome = train(plan, place, stop)
+    outcome = train(plan, place, stop, heartbeat.beat)
     if place.is_main:
         run_store.write_json(
             run.attempt(attempt) / "outcome.json",
             {
                 "state": outcome.state,
+                "reason": outcome.reason,
                 "step": outcome.step,
                 "message": outcome.message,
                 "checkpoint": str(outcome.checkpoint),

@@ -1,4 +1,4 @@
-"""Where this process stands, read from the environment that the node's agent sets."""
+"""Where a process stands: a node among nodes, a rank among ranks."""
 
 from __future__ import annotations
 
@@ -37,6 +37,20 @@ class RankEnv:
                 where="launcher.worker.entry",
                 remedy="ranks are started by the node's agent; start a run with: python -m launcher",
             ) from None
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """Where this node stands: its number, the address that others reach it by, and where the agents meet."""
+
+    node: int
+    address: str
+    interface: str | None
+    rendezvous: str
+
+    @property
+    def is_head(self) -> bool:
+        return self.node == 0
 
 
 def redirect_output(log: Path) -> None:

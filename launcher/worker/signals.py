@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from types import FrameType
+import threading
+import time
 
 # USR1: a person asks to stop (cancel, Ctrl-C). USR2 and TERM: the machines are about to go.
 CANCEL = signal.SIGUSR1
 PREEMPT = signal.SIGUSR2
 _REASONS = {CANCEL: "cancelled", PREEMPT: "preempted", signal.SIGTERM: "preempted"}
+# How a rank ends that the agent sends away because another one has failed: its end says nothing about the cause.
+DISMISSED = 128 + signal.SIGTERM
 
 
 class StopFlag:
-    """Callable that tells the first reason to stop, or None."""
+    """Callable that tells the first reason to stop, or None; `at` is the time.monotonic() at which it came.
+
+    A thread waits for the signals, because Python's handlers run in the main thread only, and not while that one is
+    inside a collective.
+    """
 
     def __init__(self) -> None:
+        self.at: float | None = None
         self._reason: str | None = None
 
     def __call__(self) -> str | None:
         return self._reason
 
     def install(self) -> StopFlag:
-        for number in _REASONS:
-            signal.signal(number, self._set)
+        """Start to listen; to be called from the main thread before any other thread exists."""
+        # Every thread and process that starts from here on inherits the block. So helpers survive the USR2 and TERM that
+        # Slurm sends to all processes of a step, wandb-core the USR2 alone, because it asks for TERM again.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _REASONS)
         # Ctrl-C reaches the whole terminal group; the command that follows the run decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=self._listen, args=(os.getppid(),), name="signals", daemon=True).start()
         return self
 
-    def _set(self, number: int, frame: FrameType | None) -> None:
-        self._reason = self._reason or _REASONS[signal.Signals(number)]
+    def _listen(self, agent_pid: int) -> None:
+        while True:
+            received = signal.sigwaitinfo(_REASONS)
+            if received.si_signo == signal.SIGTERM and received.si_pid == agent_pid:
+                # torch's elastic agent stops all ranks after one has failed: a collective would never end without it.
+                # Nothing is flushed, which could block: the agent starts ranks with unbuffered output.
+                os._exit(DISMISSED)
+            if self._reason is None:
+                self.at = time.monotonic()
+                self._reason = _REASONS[signal.Signals(received.si_signo)]

@@ -1,0 +1,181 @@
+"""Slurm as a place for runs: submit, tell the state, cancel, run again. All state is on disk and with Slurm."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.clusters.slurm import checks, queue, script, site
+from launcher.clusters.slurm.commands import SlurmError, slurm
+from launcher.config.cluster import ClusterSection, SlurmSection
+from launcher.errors import SubmitError
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+from launcher.plan.retry import Decision
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES, Attempt, Status
+
+_END_DEADLINE_S = 120.0
+_POLL_S = 1.0
+# Between the submission and the moment that squeue lists the job.
+_UNSEEN_S = 60.0
+# Slurm's words for a job that has not begun, or waits to begin again.
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD")
+
+
+class SlurmCluster:
+    def device(self, section: ClusterSection) -> DeviceFacts:
+        return site.gpus_of(_slurm(section))
+
+    def check(self, plan: LaunchPlan) -> None:
+        checks.check(_slurm(plan.config.cluster), plan)
+
+    def preview(self, plan: LaunchPlan) -> str | None:
+        return script.render(plan, RunDir(Path(plan.run_dir)).plan)
+
+    def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
+        plan = LaunchPlan.load(plan_path)
+        try:
+            job = script.submit(plan, plan_path)
+        except SubmitError:
+            run_store.update_status(run, state="failed", message="the job was not submitted")
+            raise
+        run_store.write_json(submission_file(run, attempt), {"job": job, "submitted_at": time.time()})
+
+    def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
+        job = run_store.read_json(submission_file(run, attempt))["job"]
+        return [("job", job), ("output", str(run.jobs / job / f"{job}_0_log.out"))]
+
+    def status(self, run: RunDir) -> Status:
+        status = run_store.read_status(run)
+        if status.state not in RUNNING_STATES:
+            return status
+        number = run_store.newest_attempt(run)
+        job_id, since = _job_of(run, number)
+        if job_id is None:
+            lost = status.state == "pending" and time.time() - status.updated_at > _UNSEEN_S
+            message = "it was never submitted: the command that made it ended before"
+            return replace(status, state="failed", message=message) if lost else status
+        try:
+            job = queue.job(job_id, since, run_store.load_plan(run).run_name)
+        except SlurmError as error:
+            return replace(status, message=f"Slurm does not answer ({error.problems[0].what}); this is the last that is known")
+        return _corrected(run, status, job, job_id, since)
+
+    def await_end(self, run: RunDir) -> None:
+        deadline = time.monotonic() + _END_DEADLINE_S
+        job_id, since = _job_of(run, run_store.newest_attempt(run))
+        while job_id is not None and time.monotonic() < deadline:
+            try:
+                job = queue.job(job_id, since, run_store.load_plan(run).run_name)
+                if job is None or not job.queued:
+                    return
+            except SlurmError:
+                pass
+            time.sleep(_POLL_S)
+
+    def cancel(self, run: RunDir, save: bool = True) -> None:
+        status = self.status(run)
+        number = run_store.newest_attempt(run)
+        job_id, since = _job_of(run, number)
+        if status.state not in RUNNING_STATES or job_id is None:
+            raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
+        job = queue.job(job_id, since, run_store.load_plan(run).run_name)
+        asked = run.attempt(number) / "cancel.json"
+        again = asked.is_file()
+        run_store.write_json(asked, {"asked_at": time.time(), "save": save})
+        if job is not None and job.state == "RUNNING" and save and not again:
+            slurm("scancel", "--signal=USR1", job_id)
+            return
+        slurm("scancel", job_id)
+        if job is None or job.state in _WAITING:
+            run_store.update_status(run, state="cancelled", message="cancelled while it waited")
+
+
+def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool) -> None:
+    """Have the job run again: by Slurm's own preemption, by a requeue, or as another job of the same run."""
+    section = _slurm(plan.config.cluster)
+    if by_slurm and not decision.exclude:
+        # A job that also requeues itself would be run once too often.
+        return
+    exclude = ",".join(filter(None, (section.exclude, *decision.exclude)))
+    if section.requeue:
+        try:
+            _requeue(job, exclude if decision.exclude else "")
+            return
+        except SlurmError as error:
+            print(f"the job cannot be requeued ({error.problems[0].value}); it is submitted again", flush=True)
+    _submit_again(plan, run, job, exclude)
+
+
+def _requeue(job: str, exclude: str) -> None:
+    if not exclude:
+        slurm("scontrol", "requeue", job)
+        return
+    slurm("scontrol", "requeuehold", job)
+    slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+    slurm("scontrol", "release", job)
+
+
+def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None:
+    changes: dict[str, Any] = {"exclude": exclude or None, "dependency": f"afterany:{job}"}
+    cluster = _slurm(plan.config.cluster).model_copy(update=changes)
+    again = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
+    saved = store.newest_step(run.checkpoints)
+    number = run_store.next_attempt(run, Attempt(saved, automatic=True))
+    path = run.attempt(number) / "plan.json"
+    run_store.write_text(path, again.to_json())
+    run_store.write_json(submission_file(run, number), {"job": script.submit(again, path), "submitted_at": time.time()})
+
+
+def preempt_mode(partition: str) -> str:
+    """What Slurm does to a preempted job of the partition, such as REQUEUE or CANCEL; nothing where it does not say."""
+    try:
+        shown = slurm("scontrol", "show", "partition", "-o", partition)
+    except SlurmError:
+        return ""
+    return next((word.partition("=")[2] for word in shown.split() if word.startswith("PreemptMode=")), "")
+
+
+def submission_file(run: RunDir, attempt: int) -> Path:
+    """Written by the submitting side as soon as Slurm has given the job a number."""
+    return run.attempt(attempt) / "submitted.json"
+
+
+def _job_of(run: RunDir, attempt: int) -> tuple[str | None, float]:
+    """The job of an attempt and when it was submitted."""
+    file = submission_file(run, attempt)
+    submitted = run_store.read_json(file) if file.is_file() else {}
+    begun = run_store.read_attempt(run, attempt).job
+    return begun or submitted.get("job"), submitted.get("submitted_at", run_store.read_status(run).created_at)
+
+
+def _corrected(run: RunDir, status: Status, job: queue.Job | None, job_id: str, since: float) -> Status:
+    """What the run itself last wrote, corrected by what Slurm says."""
+    known = replace(status, job={**(status.job or {}), "id": job_id})
+    if job is not None and job.queued:
+        if job.state in _WAITING:
+            said = f"{status.message}; " if status.message else ""
+            return replace(known, state="pending", message=f"{said}{queue.explain(job)}")
+        if job.state == "SUSPENDED":
+            return replace(known, message="suspended by Slurm")
+        return known
+    # The job writes its last state just before it ends: look once more before calling it lost.
+    now = run_store.read_status(run)
+    if now.state not in RUNNING_STATES:
+        return now
+    if job is None and time.time() - since < _UNSEEN_S:
+        return known
+    if job is None:
+        return replace(known, state="failed", message=f"job {job_id} is gone from the queue without a word")
+    if job.state.startswith("CANCELLED"):
+        return replace(known, state="cancelled", message=f"job {job_id} was cancelled")
+    return replace(known, state="failed", message=f"job {job_id} ended as {job.state} without a word of the run")
+
+
+def _slurm(section: ClusterSection) -> SlurmSection:
+    assert isinstance(section, SlurmSection)
+    return section

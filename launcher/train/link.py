@@ -1,0 +1,42 @@
+"""How fast the ranks talk to each other: one all-reduce, timed before the model loads."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+
+_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
+
+
+def measure(device: torch.device, repeats: int = 3) -> float:
+    """Bus bandwidth in GB/s (10^9 bytes) of an all-reduce over all ranks: 64 MiB on GPUs, 1 MiB on CPUs.
+
+    As in nccl-tests: algbw = bytes / seconds and, for an all-reduce over n ranks, busbw = algbw * 2(n-1)/n, which can be
+    compared with the speed of the hardware whatever n is; of one rank it is 0.
+    https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+
+    Collective. The time is the median of `repeats` after one that opens the connections, on the slowest rank, so that all
+    ranks return the same number. The process group's timeout is the deadline.
+    """
+    buffer = torch.zeros(_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    _seconds(buffer)
+    seconds = torch.tensor(statistics.median(_seconds(buffer) for _ in range(repeats)), device=device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    num_ranks = dist.get_world_size()
+    return buffer.nbytes / seconds.item() * 2 * (num_ranks - 1) / num_ranks / 1e9
+
+
+def _seconds(buffer: torch.Tensor) -> float:
+    _synchronize(buffer.device)
+    started = time.perf_counter()
+    dist.all_reduce(buffer)
+    _synchronize(buffer.device)
+    return time.perf_counter() - started
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

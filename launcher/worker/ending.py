@@ -1,0 +1,88 @@
+"""Why an attempt on several nodes ended, told from what its nodes left behind and from what Slurm says of the job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher import run_store
+from launcher.plan.retry import Cause
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.worker import record
+
+# Slurm sends its signal up to a minute before the lead begins.
+_SIGNAL_SPREAD_S = 90.0
+# A repetition would end in the same way.
+_USER_ERRORS = ("ConfigError", "DataError", "RunError")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why and at which step an attempt ended, in words; `first_failure` is the record of the rank that failed first."""
+
+    cause: Cause
+    step: int
+    message: str
+    bad_nodes: tuple[str, ...] = ()
+    first_failure: dict[str, Any] | None = None
+
+
+def read(run: RunDir, number: int, attempt: Attempt, details: Mapping[str, str], lead_s: float, exit_code: int | None) -> Ending:
+    """Judge attempt `number`; `details` are `scontrol show job`'s, `exit_code` is srun's, None where the job left no word."""
+    step = run_store.read_status(run).step
+    outcome = run.attempt(number) / "outcome.json"
+    nodes = {node: _record(run, number, node) for node in range(len(attempt.nodes))}
+    left = [found for found in nodes.values() if found is not None]
+    if outcome.is_file():
+        return _by_outcome(run_store.read_json(outcome), attempt, lead_s)
+    if (run.attempt(number) / "cancel.json").is_file() or details.get("JobState") == "CANCELLED":
+        return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
+    if problems := [problem for found in left for problem in found.get("problems", ())]:
+        return _by_problems(problems, attempt, step)
+    failures = [found["first_failure"] for found in left if found["first_failure"] is not None]
+    if failures:
+        return _by_failure(failures, step)
+    if any(found["stopped"] for found in left):
+        return Ending(_interruption(attempt, lead_s), step, "stopped before training had begun")
+    lost = [attempt.nodes[node] for node, found in nodes.items() if found is None]
+    what = f"no word from {', '.join(lost)}" if lost else "the ranks ended without an outcome"
+    code = f" (srun ended with {exit_code})" if exit_code is not None else ""
+    return Ending(Cause.INFRASTRUCTURE, step, f"{what}{code}")
+
+
+def _record(run: RunDir, number: int, node: int) -> dict[str, Any] | None:
+    file = record.node_file(run, number, node)
+    return run_store.read_json(file) if file.is_file() else None
+
+
+def _by_outcome(outcome: Mapping[str, Any], attempt: Attempt, lead_s: float) -> Ending:
+    causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT}
+    cause = causes.get(outcome["reason"]) or _interruption(attempt, lead_s)
+    return Ending(cause, outcome["step"], outcome["message"])
+
+
+def _interruption(attempt: Attempt, lead_s: float) -> Cause:
+    near = attempt.ends_at is not None and time.time() > attempt.ends_at - lead_s - _SIGNAL_SPREAD_S
+    return Cause.TIME_LIMIT if near else Cause.PREEMPTED
+
+
+def _by_problems(problems: Sequence[Mapping[str, str]], attempt: Attempt, step: int) -> Ending:
+    bad = tuple(node for node in attempt.nodes if any(node in problem["where"].split() for problem in problems))
+    distinct = dict.fromkeys(f"{problem['where']}: {problem['what']} {problem['value']}".strip() for problem in problems)
+    return Ending(Cause.BAD_NODE, step, "; ".join(distinct), bad)
+
+
+def _by_failure(failures: Sequence[dict[str, Any]], step: int) -> Ending:
+    # A rank's own word comes before the agents' about each other.
+    first = min(failures, key=lambda failure: (failure["rank"] is None, failure["kind"] != "killed", failure["at"] or 0.0))
+    who = "a node's agent" if first["rank"] is None else f"rank {first['rank']}"
+    if first["kind"] in _USER_ERRORS and first["rank"] is not None:
+        cause = Cause.USER_ERROR
+    elif first["rank"] is None or first["kind"] == "killed":
+        cause = Cause.INFRASTRUCTURE
+    else:
+        cause = Cause.FAILURE
+    return Ending(cause, step, f"{who}: {first['message']}", first_failure=first)

@@ -1,0 +1,170 @@
+"""What can be known to be wrong with a node's GPUs without using them: their number, kind, memory, processes and faults.
+
+All comes from nvidia-smi and the kernel log, each asked with a deadline, because a driver that hangs is one of the faults.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from dataclasses import dataclass
+
+import psutil
+
+from launcher.errors import Problem
+from launcher.plan.gpus import lookup
+
+COMMAND_DEADLINE_S = 20.0
+# Processes of an attempt that has just ended need a while to give their memory back.
+GRACE_S = 10.0
+_PAUSE_S = 0.5
+
+# Faults after which a GPU does not work, or computes wrongly, until it is reset or replaced; what an application did
+# wrong is not among them. https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
+XIDS = {
+    48: "uncorrectable memory error",
+    64: "faulty memory row that could not be remapped",
+    74: "NVLink error",
+    79: "fallen off the bus",
+    94: "contained memory error",
+    95: "uncontained memory error",
+    119: "its system processor does not answer",
+    120: "its system processor failed",
+}
+_XID_LINE = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:]+)[^)]*\): (\d+)\b.*")
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """`bus` is its place on the PCI bus as the kernel log writes it; `ecc_errors` are those since its last reset."""
+
+    uuid: str
+    name: str
+    bus: str
+    ecc_errors: int
+
+
+def check_gpus(needed: int, gpu_type: str | None) -> tuple[tuple[str, ...], list[Problem]]:
+    """The driver's names of the GPUs that this job may use, and all that is wrong with them; `needed` is one per rank."""
+    try:
+        gpus = _gpus()
+    except _CommandError as error:
+        problem = Problem(f"the GPUs cannot be used: {error}", remedy="leave this node out and tell the administrators")
+        return (), [problem, *_check_kernel_log(None)]
+    problems = []
+    if len(gpus) < needed:
+        value = f"{len(gpus)} found, {needed} needed; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}"
+        remedy = f"ask for them with cluster.gpus_per_node={needed}, or set cluster.ranks_per_node to what there is"
+        problems.append(Problem("there are fewer GPUs than ranks", value=value, remedy=remedy))
+    others = sorted({gpu.name for gpu in gpus if gpu_type and lookup(gpu.name) != lookup(gpu_type)})
+    if others:
+        value = f"{', '.join(others)} found, {gpu_type} planned"
+        remedy = "set cluster.gpu_type to what is there, or ask for the planned kind with cluster.constraint or cluster.gres"
+        problems.append(Problem("the GPUs are not of the planned kind", value=value, remedy=remedy))
+    for gpu in gpus:
+        if gpu.ecc_errors:
+            what = f"a GPU had {gpu.ecc_errors} memory errors that could not be corrected"
+            remedy = "leave this node out and ask the administrators to reset the GPU"
+            problems.append(Problem(what, value=f"{gpu.name} {gpu.uuid}", remedy=remedy))
+    problems += _check_processes()
+    # A GPU that is lost has no entry any more: with some missing, every fault in the log may be the reason.
+    problems += _check_kernel_log({gpu.bus for gpu in gpus} if len(gpus) >= needed else None)
+    return tuple(gpu.name for gpu in gpus), problems
+
+
+def _gpus() -> list[_Gpu]:
+    rows = _nvidia_smi("--query-gpu=uuid,name,pci.bus_id,ecc.errors.uncorrected.volatile.total", 4)
+    # GPUs without ECC say [N/A].
+    return [_Gpu(uuid, name, _bus(bus), int(ecc) if ecc.isdigit() else 0) for uuid, name, bus, ecc in rows]
+
+
+def _check_processes() -> list[Problem]:
+    """Processes that hold GPU memory and are not of this attempt, such as those an earlier job left behind."""
+    this, deadline = psutil.Process(), time.monotonic() + GRACE_S
+    own = {str(process.pid) for process in (this, *this.children(recursive=True))}
+    while True:
+        try:
+            rows = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory,process_name", 4)
+        except _CommandError as error:
+            return [Problem(f"the processes on the GPUs cannot be listed: {error}", remedy="leave this node out")]
+        others = [row for row in rows if row[1] not in own]
+        if not others or time.monotonic() >= deadline:
+            break
+        time.sleep(_PAUSE_S)
+    return [
+        Problem(
+            "a process that is not of this run holds GPU memory",
+            value=f"process {pid} ({name}) of {_owner(pid)}: {used} MiB of {uuid}",
+            remedy=f"end it on the node with: kill {pid}; or leave this node out",
+        )
+        for uuid, pid, used, name in others
+    ]
+
+
+def _owner(pid: str) -> str:
+    try:
+        return psutil.Process(int(pid)).username()
+    except (psutil.Error, ValueError):
+        return "a user that is not known here"
+
+
+def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
+    """Faults of the GPUs at `buses`, or of any, since the node was booted; a log that may not be read tells nothing."""
+    try:
+        lines = _output("dmesg").splitlines()
+    except _CommandError:
+        return []
+    faults = {}
+    for match in filter(None, map(_XID_LINE.search, lines)):
+        bus, number = match[1].lower(), int(match[2])
+        if number in XIDS and (buses is None or bus in buses):
+            faults[bus, number] = match[0]
+    return [
+        Problem(
+            f"a GPU has a fault, Xid {number}: {XIDS[number]}",
+            value=line,
+            remedy="leave this node out and ask the administrators to reset the GPU, or to replace it",
+        )
+        for (_, number), line in faults.items()
+    ]
+
+
+def _bus(pci_bus_id: str) -> str:
+    """`00000000:3B:00.0` as the kernel log writes it: `0000:3b:00`."""
+    return pci_bus_id.lower().partition(".")[0][-len("0000:3b:00") :]
+
+
+class _CommandError(Exception):
+    """A command failed, is missing or did not answer; says which and why."""
+
+
+def _nvidia_smi(query: str, num_fields: int) -> list[list[str]]:
+    """Rows of a query about the GPUs that CUDA_VISIBLE_DEVICES leaves to this job."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "":
+        raise _CommandError("CUDA_VISIBLE_DEVICES is empty")
+    chosen = [] if visible is None else ["-i", visible]
+    text = _output("nvidia-smi", query, "--format=csv,noheader,nounits", *chosen)
+    rows = [[field.strip() for field in line.split(",", num_fields - 1)] for line in text.splitlines()]
+    return [row for row in rows if len(row) == num_fields]
+
+
+def _output(*argv: str) -> str:
+    try:
+        process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+    except OSError as error:
+        raise _CommandError(f"{argv[0]} cannot be started: {error.strerror}") from None
+    try:
+        text, _ = process.communicate(timeout=COMMAND_DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        # A process that hangs in the driver cannot be killed; waiting for its end, as subprocess.run does, would hang too.
+        process.kill()
+        raise _CommandError(f"{argv[0]} did not answer within {COMMAND_DEADLINE_S:g} s") from None
+    if process.returncode:
+        last = text.strip().splitlines()[-1:]
+        raise _CommandError(f"{argv[0]} failed: {''.join(last) or f'exit code {process.returncode}'}")
+    return text

@@ -1,0 +1,129 @@
+"""How far each rank of a node is, told to the node's agent through a few bytes of shared memory."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import RunError
+from launcher.worker.rank import RankEnv
+
+# Set by the agent to `Board.path`. Absent: nobody watches.
+VARIABLE = "LAUNCHER_HEARTBEATS"
+PHASES = ("starting", "joined", "loaded", "training", "evaluating", "saving", "finishing")
+_CODES = {phase: code for code, phase in enumerate(PHASES)}
+# The count stands at both ends, so that a reader can tell a record that is being written.
+_RECORD = struct.Struct("=Qqqqqdd?7xQ")
+_READ_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The last sign of life of a rank.
+
+    `count` counts the beats of the process `pid`, `step` its completed optimizer steps; `at` is a time.monotonic(), which
+    is one clock for all processes of a machine; `trained` tells whether it has begun to train.
+    """
+
+    count: int
+    pid: int
+    rank: int
+    phase: str
+    step: int
+    at: float
+    slowest_step_s: float
+    trained: bool
+
+
+class Board:
+    """The agent's side: a record per local rank in memory that has no name on disk and ends with the agent.
+
+    A file would do, but not on storage that can block or be full, nor where logging out removes it, as from /dev/shm.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
+        self._descriptor = os.memfd_create("heartbeats")
+        os.ftruncate(self._descriptor, num_ranks * _RECORD.size)
+        self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
+
+    def read(self) -> dict[int, Beat]:
+        """The last beat of each local rank that has ever beaten, whether or not its process still lives."""
+        beats = ((local_rank, self._read(local_rank)) for local_rank in range(self._num_ranks))
+        return {local_rank: beat for local_rank, beat in beats if beat is not None}
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read(self, local_rank: int) -> Beat | None:
+        for _ in range(_READ_TRIES):
+            record = os.pread(self._descriptor, _RECORD.size, local_rank * _RECORD.size)
+            count, pid, rank, code, step, at, slowest_step_s, trained, count_again = _RECORD.unpack(record)
+            if count == count_again:
+                return Beat(count, pid, rank, PHASES[code], step, at, slowest_step_s, trained) if count else None
+        return None
+
+
+class Heartbeat:
+    """A rank's side."""
+
+    def __init__(self, board: Path | None, local_rank: int, rank: int) -> None:
+        """Beat on the board at `board`, or for nobody.
+
+        Raises:
+            RunError: where the board cannot be reached.
+        """
+        self._board: mmap.mmap | None = None
+        self._offset = local_rank * _RECORD.size
+        self._pid, self._rank = os.getpid(), rank
+        self._count, self._phase, self._step = 0, "", 0
+        self._step_began = self._slowest_step_s = 0.0
+        self._trained = False
+        if board is not None:
+            try:
+                with open(board, "r+b", buffering=0) as file:
+                    self._board = mmap.mmap(file.fileno(), 0)
+            except OSError as error:
+                raise RunError(
+                    f"this rank cannot tell its node's agent how far it is: {error.strerror}",
+                    where=str(board),
+                    remedy="run agent and ranks in one container; or do without: cluster.stall_seconds=0",
+                ) from None
+            self.beat("starting", 0)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str], env: RankEnv) -> Heartbeat:
+        board = environ.get(VARIABLE)
+        return cls(Path(board) if board else None, env.local_rank, env.rank)
+
+    def beat(self, phase: str, step: int) -> None:
+        """Tell one of PHASES and the number of completed optimizer steps; takes about a microsecond and cannot fail."""
+        if self._board is None:
+            return
+        now = time.monotonic()
+        if phase == "training":
+            # Time between two steps, in which the run evaluates or saves, belongs to neither.
+            if self._phase != "training":
+                self._step_began, self._trained = now, True
+            elif step != self._step:
+                self._slowest_step_s, self._step_began = max(self._slowest_step_s, now - self._step_began), now
+        self._phase, self._step = phase, step
+        self._count += 1
+        _RECORD.pack_into(
+            self._board,
+            self._offset,
+            self._count,
+            self._pid,
+            self._rank,
+            _CODES[phase],
+            step,
+            now,
+            self._slowest_step_s,
+            self._trained,
+            self._count,
+        )

@@ -1,0 +1,201 @@
+"""Under which address the other nodes reach this one: the interface that routes to them, never loopback."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+
+from launcher.clusters.slurm.commands import slurm
+from launcher.errors import RunError
+
+_CONNECT_S = 2.0
+_PAUSE_S = 0.05
+# A datagram socket connects without a packet: the kernel only chooses the route.
+_ANY_PORT = 9
+_REMEDY = "set cluster.interface to the network between the nodes, or ask the administrators to mend the routes and host names"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An address of this node and the interface that has it, such as 10.0.0.7 on ib0."""
+
+    address: str
+    interface: str
+
+
+def node_name() -> str:
+    """This node as Slurm calls it, which is what its --exclude understands; elsewhere its host name."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
+def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
+    """Where this node listens: on `interface`, else where the kernel routes from towards the first other node.
+
+    `peers` are addresses or names of the nodes, this one may be among them; with no other, loopback will do.
+
+    Raises:
+        RunError: where the interface does not exist or has no address, or only loopback or link-local ones are found.
+    """
+    if interface is not None:
+        return Endpoint(_address_of(interface), interface)
+    peer = _first_other(peers)
+    if peer is None:
+        return Endpoint("127.0.0.1", "lo")
+    address = _routed_from(peer)
+    name = next((name for name, addresses in _interfaces().items() if address in addresses), "")
+    return Endpoint(address, name)
+
+
+def node_addresses(node_list: str) -> dict[str, str]:
+    """The addresses of an allocation's nodes, by name and in the list's order; `node_list` is Slurm's, such as n[1-3].
+
+    An address is that of NodeAddr, by which Slurm itself reaches the node, else of the node's name. A name that resolves
+    to loopback tells nothing, unless it is this node's: its address is then the one that routes to the others.
+
+    Raises:
+        RunError: where a node has no address that the others could reach; SlurmError where Slurm does not answer.
+    """
+    hosts = slurm("scontrol", "show", "hostnames", node_list).split()
+    nodes = slurm("scontrol", "--oneliner", "show", "node", node_list)
+    known = dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", nodes, re.MULTILINE))
+    found = {host: _reachable_address((known.get(host, host), host)) for host in hosts}
+    for host, address in found.items():
+        if address is None and host == node_name():
+            found[host] = own_endpoint([other for other in found.values() if other], None).address
+        elif address is None:
+            raise RunError(
+                f"the node {host} has no address that other nodes can reach",
+                where=node_name(),
+                value=f"NodeAddr={known.get(host, '')} and the name {host} lead to loopback or nowhere",
+                remedy=f"ask the administrators to give {host} a NodeAddr, or a name that does not resolve to loopback",
+            )
+    return {host: str(address) for host, address in found.items()}
+
+
+def is_public(address: str) -> bool:
+    """True for an address that the whole internet routes; a master address must not be one."""
+    return ipaddress.ip_address(address).is_global
+
+
+def free_port(address: str) -> int:
+    """A TCP port that is free on `address` of this node now; it is not held."""
+    with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+def await_reachable(address: str, port: int, deadline_s: float) -> float | None:
+    """Seconds until a TCP connection to `address` succeeded; None where none did within the deadline."""
+    started = time.monotonic()
+    while (left := started + deadline_s - time.monotonic()) > 0:
+        try:
+            socket.create_connection((address, port), timeout=min(left, _CONNECT_S)).close()
+            return time.monotonic() - started
+        except OSError:
+            time.sleep(min(left, _PAUSE_S))
+    return None
+
+
+def _address_of(interface: str) -> str:
+    usable = {name: [a for a in addresses if not _is_local(a)] for name, addresses in _interfaces().items()}
+    if usable.get(interface):
+        return min(usable[interface], key=_family)
+    listed = "; ".join(f"{name}: {', '.join(addresses)}" for name, addresses in usable.items() if addresses)
+    what = "has no address that other nodes can reach" if interface in usable else "does not exist"
+    raise RunError(
+        f"the network interface {interface} {what} on {node_name()}",
+        where="cluster.interface",
+        value=interface,
+        remedy=f"choose one of those with an address ({listed or 'there is none'}), or leave cluster.interface unset",
+    )
+
+
+def _first_other(peers: Sequence[str]) -> str | None:
+    """The address of the first peer that is not this node."""
+    own = {address for addresses in _interfaces().values() for address in addresses}
+    names = {node_name(), os.uname().nodename, "localhost"}
+    for peer in peers:
+        if peer in names or peer in own or (_is_address(peer) and ipaddress.ip_address(peer).is_loopback):
+            continue
+        address = _resolve(peer)
+        if address is None or ipaddress.ip_address(address).is_loopback:
+            raise RunError(
+                f"the node {peer} {'has an unknown name' if address is None else 'seems to be at a loopback address'}",
+                where=node_name(),
+                value=f"{peer} resolves to {address or 'nothing'}",
+                remedy=_REMEDY,
+            )
+        if address not in own:
+            return address
+    return None
+
+
+def _routed_from(peer: str) -> str:
+    with socket.socket(_family(peer), socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, _ANY_PORT))
+        except OSError as error:
+            raise RunError(
+                f"{node_name()} has no route to the other nodes: {error.strerror}", where=node_name(), value=peer, remedy=_REMEDY
+            ) from None
+        address = probe.getsockname()[0]
+    if _is_local(address):
+        raise RunError(
+            f"{node_name()} would reach the other nodes from {address}, where they cannot reach it",
+            where=node_name(),
+            value=f"the route to {peer}",
+            remedy=_REMEDY,
+        )
+    return address
+
+
+def _reachable_address(names: Sequence[str]) -> str | None:
+    """The first of `names` that is an address, whichever, or resolves to one that is not loopback."""
+    for name in names:
+        address = _resolve(name)
+        if address is not None and (_is_address(name) or not ipaddress.ip_address(address).is_loopback):
+            return address
+    return None
+
+
+def _resolve(name: str) -> str | None:
+    """The address of a name, IPv4 before IPv6."""
+    try:
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return None
+    # AF_INET is the smallest of the families.
+    return str(min(found, key=lambda entry: entry[0])[4][0])
+
+
+def _interfaces() -> dict[str, list[str]]:
+    """The IP addresses of every interface, without the zones of link-local ones."""
+    families = (socket.AF_INET, socket.AF_INET6)
+    return {
+        name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+
+
+def _is_local(address: str) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return parsed.is_loopback or parsed.is_link_local or parsed.is_unspecified
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -1,0 +1,89 @@
+"""A node of a Slurm job: where it stands, when its time ends, and whether it is fit to train."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from signal import Signals
+from typing import Any
+
+from launcher.config.cluster import SlurmSection
+from launcher.errors import RunError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.worker import network, node_check
+from launcher.worker.rank import NodePlace
+from launcher.worker.signals import PREEMPT
+
+# Nodes start within seconds of each other; a prologue, a container or a slow file system may take minutes.
+_MEET_DEADLINE_S = 300.0
+
+
+def place(plan: LaunchPlan, begun: Attempt, node: int) -> NodePlace:
+    """This node's address towards the head, and the head's, where the agents meet.
+
+    Raises:
+        RunError: where there is no interface that other nodes reach.
+    """
+    section = _section(plan)
+    if begun.address is None or begun.port is None:
+        raise RunError("the attempt names no place where its nodes meet", where="attempt.json")
+    rendezvous = f"{begun.address}:{begun.port}"
+    if node == 0:
+        return NodePlace(node, begun.address, begun.interface, rendezvous)
+    endpoint = network.own_endpoint([begun.address], section.interface)
+    return NodePlace(node, endpoint.address, endpoint.interface, rendezvous)
+
+
+def end_before(begun: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]) -> None:
+    """Ask for the save when only the lead is left of the job's time, whether or not Slurm's signal arrives."""
+    if begun.ends_at is None:
+        return
+    timer = threading.Timer(begun.ends_at - _section(plan).signal_lead_seconds - time.time(), stop, (PREEMPT,))
+    timer.daemon = True
+    timer.start()
+
+
+def meet(begun: Attempt, here: NodePlace) -> Any:
+    """A store at the head node that all nodes share; the rendezvous uses the same server, so hold it to the end.
+
+    Raises:
+        RunError: where the head node is not reached, or its port is taken.
+    """
+    from torch.distributed import DistNetworkError, TCPStore
+
+    assert begun.address is not None
+    assert begun.port is not None
+    if not here.is_head and network.await_reachable(begun.address, begun.port, _MEET_DEADLINE_S) is None:
+        raise RunError(
+            f"{network.node_name()} does not reach the head node at {begun.address}:{begun.port}",
+            where=f"{here.address} on {here.interface}",
+            remedy="set cluster.interface to the network that joins the nodes",
+        )
+    deadline = timedelta(seconds=_MEET_DEADLINE_S)
+    try:
+        return TCPStore(begun.address, begun.port, None, here.is_head, deadline, wait_for_workers=False, multi_tenant=True)
+    except DistNetworkError as error:
+        raise RunError("the nodes cannot meet", where=f"{begun.address}:{begun.port}", value=str(error).splitlines()[0]) from None
+
+
+def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attempt, here: NodePlace) -> list[dict[str, str]]:
+    """What is wrong with any node of the job, in words, the same list on all of them; empty where all are fit.
+
+    Raises:
+        RunError: where the head node is lost meanwhile.
+    """
+    if not _section(plan).node_checks:
+        return []
+    report = node_check.check_node(plan, run, attempt)
+    return [asdict(p) for p in node_check.exchange(store, report, begun.nodes, here.node, _MEET_DEADLINE_S)]
+
+
+def _section(plan: LaunchPlan) -> SlurmSection:
+    section = plan.config.cluster
+    assert isinstance(section, SlurmSection)
+    return section

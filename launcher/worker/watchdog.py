@@ -1,0 +1,157 @@
+"""A rank that makes no progress is found, its stacks are recorded, and it is killed, so that the run can go on without it.
+
+In a hang all ranks of all nodes fall silent, because they wait for one. Each node's agent judges its own ranks, and the
+surer it is of the culprit the sooner it kills: at once a rank that cannot run, later one that is behind the others, and
+last of all ranks that cannot be told apart, whose culprit is then most likely on another node and has been killed there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import psutil
+
+from launcher.worker.heartbeat import Beat, Board
+
+_SLOWEST_STEPS = 10
+_LONGEST_INTERVAL_S = 1.0
+# How many times its limit a rank has been silent when it is killed for being behind, and for no reason that can be seen.
+_BEHIND, _UNCLEAR = 1.25, 1.5
+_JOIN_S = 5.0
+_UNABLE = {
+    psutil.STATUS_STOPPED: "is stopped",
+    psutil.STATUS_TRACING_STOP: "is held by a debugger",
+    psutil.STATUS_DISK_SLEEP: "hangs in the kernel (storage or a driver)",
+    psutil.STATUS_ZOMBIE: "has ended without the agent noticing",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds without a beat. `stall_s` while training; `rare_s` while saving and finishing, where beats are rare."""
+
+    stall_s: float
+    rare_s: float
+
+    def of(self, beat: Beat) -> float:
+        usual = max(self.stall_s, _SLOWEST_STEPS * beat.slowest_step_s)
+        return max(usual, self.rare_s) if beat.phase in ("saving", "finishing") else usual
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Local ranks that are stalled, with their seconds without a beat; of these, whom to kill now, and why each."""
+
+    stalled: Mapping[int, float] = field(default_factory=dict)
+    kill: Mapping[int, str] = field(default_factory=dict)
+
+
+def stalled(beats: Mapping[int, Beat], states: Mapping[int, str], now: float, limits: Limits, since: float = 0.0) -> Verdict:
+    """Judge the local ranks in `states` (psutil's names of process states) by their last beats.
+
+    `now` and `since` are times of time.monotonic(); silence from before `since` does not count. Ranks that have not begun
+    to train are not judged: joining and loading have deadlines of their own.
+    """
+    silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and beat.trained}
+    lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
+    late = {r: silent[r] for r in silent if lateness[r] > 1}
+    if not late:
+        return Verdict()
+    unable = {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}
+    if unable:
+        return Verdict(late, unable)
+    counts = {r: beats[r].count for r in silent}
+    first, last = max(counts.values()), min(counts.values())
+    behind = {r: "is behind the other ranks of its node" for r in late if counts[r] == last < first}
+    # Beats of ranks that wait for another node may differ by one as well, so even this is not sure at once.
+    if any(lateness[r] > _BEHIND for r in behind):
+        return Verdict(late, behind)
+    if max(lateness[r] for r in late) > _UNCLEAR:
+        return Verdict(late, dict.fromkeys(late, "does not go on, and neither does any other rank of its node"))
+    return Verdict(late)
+
+
+class Watchdog:
+    """Watches the ranks that beat on `board` and are children of this process; tells `on_stall` whom it killed and why.
+
+    `stall_s` 0 watches nothing. `rare_s` is the limit where beats are rare, see Limits.
+    """
+
+    def __init__(self, board: Board, stall_s: float, rare_s: float, on_stall: Callable[[str], None]) -> None:
+        self._board = board
+        self._limits = Limits(stall_s, rare_s)
+        self._on_stall = on_stall
+        self._interval_s = min(_LONGEST_INTERVAL_S, stall_s / 10)
+        self._looked = self._since = time.monotonic()
+        self._dumped: set[int] = set()
+        self._done: set[int] = set()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> Watchdog:
+        if self._limits.stall_s > 0:
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(_JOIN_S)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._interval_s):
+            now = time.monotonic()
+            if now - self._looked > self._limits.stall_s / 2:
+                # The agent itself was stopped, as all processes of a job are by `scontrol suspend`.
+                self._since = now
+            self._looked = now
+            self._look(now)
+
+    def _look(self, now: float) -> None:
+        beats = {r: beat for r, beat in self._board.read().items() if beat.pid not in self._done}
+        ranks, states = _processes(beats)
+        verdict = stalled(beats, states, now, self._limits, self._since)
+        pids = {beats[r].pid for r in verdict.stalled}
+        fresh, self._dumped = pids - self._dumped, pids
+        for r in verdict.stalled:
+            if beats[r].pid in fresh:
+                _send(ranks[r], signal.SIGQUIT)
+        # The dump has time until the next look, and the rank a last chance to go on.
+        if not verdict.kill or any(beats[r].pid in fresh for r in verdict.kill):
+            return
+        for r in verdict.kill:
+            _send(ranks[r], signal.SIGKILL)
+        # The agent ends the others, which wait for the killed one and may take a while to go.
+        self._done |= {beat.pid for beat in beats.values()}
+        self._on_stall("; ".join(_describe(beats[r], verdict.stalled[r], why) for r, why in verdict.kill.items()))
+
+
+def _processes(beats: Mapping[int, Beat]) -> tuple[dict[int, psutil.Process], dict[int, str]]:
+    """Processes and states of the ranks that still live; the record of a dead one stays until its successor starts."""
+    ranks, states = {}, {}
+    for local_rank, beat in beats.items():
+        try:
+            process = psutil.Process(beat.pid)
+            if process.ppid() == os.getpid():
+                states[local_rank] = process.status()
+                ranks[local_rank] = process
+        except psutil.NoSuchProcess:
+            continue
+    return ranks, states
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _describe(beat: Beat, silent_s: float, why: str) -> str:
+    doing = f"in step {beat.step + 1}" if beat.phase == "training" else f"while {beat.phase} after step {beat.step}"
+    return f"rank {beat.rank} (pid {beat.pid}) {why}: no progress for {silent_s:.0f} s {doing}; killed it"
