@@ -1,16 +1,20 @@
-"""What every test may use: the launcher as a command, and a cache of models and data of the session's own."""
+"""What every test may use: the launcher as a command, a cache of models and data of the session's own, and a real Slurm."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from testbed_cluster import SlotTaken, Testbed
+from testbed_config import NUM_SLOTS, Settings, missing_commands
 
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
@@ -82,3 +86,51 @@ def start(launcher_env: Mapping[str, str]) -> Callable[..., object]:
                 process.stdout.close()
 
     return begin
+
+
+@contextmanager
+def running_slurm(**settings: Any) -> Iterator[Testbed]:
+    """A Slurm cluster of the testbed (slurm/testbed_config.py: Settings) in the first slot that nobody uses."""
+    missing = missing_commands() or ([] if os.geteuid() == 0 else ["root"])
+    if missing:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say(f"no Slurm testbed without {', '.join(missing)}; slurm/testbed.py names the packages")
+    for slot in range(1, NUM_SLOTS):
+        # An abstract socket is a lock that leaves no file and goes with its process, however that ends. Who holds it may
+        # clear away what a killed test run left in the slot.
+        with socket.socket(socket.AF_UNIX) as lock:
+            bed = Testbed(f"/tmp/launcher-slurm-{slot}")
+            try:
+                lock.bind(f"\0{bed.root}")
+            except OSError:
+                continue
+            try:
+                bed.start(Settings(slot=slot, **settings))
+            except SlotTaken:
+                continue
+            try:
+                yield bed
+            finally:
+                bed.stop()
+            return
+    pytest.fail("every slot of the Slurm testbed is in use")
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Testbed]:
+    """A Slurm cluster of three nodes with four CPUs each, for the whole session."""
+    with running_slurm() as bed:
+        yield bed
+
+
+@pytest.fixture
+def slurm(slurm_cluster: Testbed) -> Iterator[Testbed]:
+    """The session's Slurm cluster, all nodes idle, mended after the test. The launcher reaches it with `**slurm.variables`."""
+    yield slurm_cluster
+    slurm_cluster.reset()
+
+
+@pytest.fixture(scope="session")
+def other_slurm() -> Callable[..., AbstractContextManager[Testbed]]:
+    """A Slurm cluster of one's own, for settings that the session's has not: `with other_slurm(accounting=False) as bed:`."""
+    return running_slurm

@@ -18,6 +18,7 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +101,11 @@ def test_two_at_once_make_one_run(config: RunConfig, tmp_path: Path) -> None:
 
 def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    assert [run_store.next_attempt(run, step) for step in (None, 100, 200)] == [1, 2, 3]
-    assert [run_store.resume_step(run, attempt) for attempt in (1, 2, 3)] == [None, 100, 200]
+    assert [run_store.next_attempt(run, Attempt(step)) for step in (None, 100, 200)] == [1, 2, 3]
+    assert [run_store.read_attempt(run, attempt).resume_step for attempt in (1, 2, 3)] == [None, 100, 200]
     (run.attempts / "notes").mkdir()
     run.attempt(7).mkdir()
-    assert run_store.next_attempt(run, None) == 8
+    assert run_store.next_attempt(run, Attempt(None)) == 8
     assert run.attempt(8).name == "008"
 
 

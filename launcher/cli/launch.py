@@ -20,6 +20,7 @@ from launcher.config.schema import RunConfig
 from launcher.errors import DataError, Problem, RunError
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
+from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 
 _USAGE = {
@@ -75,7 +76,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     plans: list[LaunchPlan] = []
     for composed in _grouped(jobs):
         with composed.located():
-            plans.append(_planned(composed, taken={plan.run_name for plan in plans}))
+            plans.append(planned(composed, taken={plan.run_name for plan in plans}))
     codes = []
     started = []
     for plan in plans:
@@ -84,9 +85,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
         if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
-        run_dir = run_store.create(plan)
-        attempt = run_store.next_attempt(run_dir, Attempt(resume_step=None))
-        cluster.submit(run_dir, attempt, run_dir.plan)
+        run_dir, attempt = start(plan, cluster)
         started.append((plan, cluster.started(run_dir, attempt)))
         if following if following is not None else plan.config.cluster.kind == "local":
             codes.append(follow(run_dir, attempt, cluster))
@@ -95,6 +94,14 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     if len(started) > 1:
         print("\n".join(text.sweep_lines(started)))
     return max(codes, default=0)
+
+
+def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
+    """Make the run directory of a plan and submit its first attempt."""
+    run_dir = run_store.create(plan)
+    attempt = run_store.next_attempt(run_dir, Attempt(resume_step=None))
+    cluster.submit(run_dir, attempt, run_dir.plan)
+    return run_dir, attempt
 
 
 def _grouped(jobs: list[Composed]) -> list[Composed]:
@@ -110,7 +117,7 @@ def _grouped(jobs: list[Composed]) -> list[Composed]:
     return grouped
 
 
-def _planned(composed: Composed, taken: set[str]) -> LaunchPlan:
+def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
     """The plan of a job whose model and data are ready, checked against the cluster; nothing is started."""
     config = composed.config
     facts.check(config)

@@ -11,6 +11,7 @@ from launcher.errors import EXIT_INTERRUPTED, EXIT_REFUSED, LauncherError, Probl
 
 COMPOSING = ("train", "plan", "data")
 ON_RUNS = ("ls", "status", "logs", "cancel", "resume", "export")
+VERBS = (*COMPOSING, *ON_RUNS, "drill")
 
 HELP = """\
 Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
@@ -26,6 +27,9 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint
   python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR]
                                                write the Hugging Face folder of a checkpoint
+
+  python -m launcher drill --fault FAULT [RUN] [overrides]
+                                               rehearse a fault on a short run: does it save and go on, what is lost
 
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/config.md lists them all.
 Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more.
@@ -72,20 +76,24 @@ def _run(verb: str, tokens: list[str]) -> int:
         from launcher.cli import runs
 
         return runs.run(verb, tokens)
+    if verb == "drill":
+        from launcher.cli import drill
+
+        return drill.run(tokens)
     if verb == "help":
         return _print(HELP)
     import difflib
 
     from launcher.config.secret import redact
 
-    close = difflib.get_close_matches(verb, [*COMPOSING, *ON_RUNS], n=1)
+    close = difflib.get_close_matches(verb, VERBS, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     print(
         Problem(
             f"there is no verb {redact(verb)}",
             where="command line",
             value=redact(verb),
-            remedy=f"{guess}verbs are {', '.join([*COMPOSING, *ON_RUNS])}; settings are written key=value",
+            remedy=f"{guess}verbs are {', '.join(VERBS)}; settings are written key=value",
         ),
         file=sys.stderr,
     )

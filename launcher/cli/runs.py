@@ -184,14 +184,15 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
     cluster = cluster_for(plan.config.cluster.kind)
     with run_store.starting(run):
-        attempt = _start_again(run, plan, cluster, arguments.overrides, arguments.step)
+        attempt = start_again(run, plan, cluster, arguments.overrides, arguments.step)
     if arguments.follow if arguments.follow is not None else plan.config.cluster.kind == "local":
         return follow(run, attempt, cluster)
     print("\n".join(text.started_lines(plan, cluster.started(run, attempt))))
     return 0
 
 
-def _start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str], step: int | None) -> int:
+def start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str], step: int | None) -> int:
+    """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest; returns its number."""
     status = cluster.status(run)
     if status.state in RUNNING_STATES:
         raise SubmitError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Section, matching
 
@@ -25,12 +25,22 @@ _WORD = r"[A-Za-z0-9][\w.@+-]*"
 _MODULE = r"[A-Za-z0-9][\w.+/-]*"
 _PATH = r"/[\w.+@/-]*"
 
+
+def _no_number(value: Any) -> Any:
+    if isinstance(value, int):
+        raise ValueError(
+            "is a number, as which YAML reads 24:00:00 as well; write D-HH:MM:SS, or HH:MM:SS within quotes in a file"
+        )
+    return value
+
+
 Id = Annotated[str, matching(_WORD, "is not a name that Slurm knows; use letters, digits and . _ @ + -")]
 Partitions = Annotated[
     str, matching(rf"{_WORD}(,{_WORD})*", "is not a partition; write one name, or several with commas between")
 ]
 Duration = Annotated[
     str,
+    BeforeValidator(_no_number),
     matching(
         r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}",
         "is not a time that Slurm reads; write minutes, HH:MM:SS or D-HH:MM:SS, such as 2-00:00:00",
@@ -171,7 +181,7 @@ class SlurmSection(ClusterSection):
 
     @model_validator(mode="after")
     def _consistent(self) -> SlurmSection:
-        if self.gpus_per_node and self.gres and re.search(r"(^|,)gpu(:|,|$)", self.gres):
+        if self.gpus_per_node and asks_for_gpus(self.gres):
             raise ValueError("cluster.gpus_per_node and cluster.gres both ask for GPUs; set one of them")
         if self.time_minutes * 60 <= self.signal_lead_seconds:
             raise ValueError(
@@ -186,6 +196,10 @@ class SlurmSection(ClusterSection):
 
 
 AnyCluster = Annotated[LocalSection | SlurmSection, Field(discriminator="kind")]
+
+
+def asks_for_gpus(gres: str | None) -> bool:
+    return gres is not None and re.search(r"(^|,)gpu(:|,|$)", gres) is not None
 
 
 def choose_kind(value: Any) -> Any:

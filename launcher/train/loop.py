@@ -25,18 +25,19 @@ from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite, start_trackers
+from launcher.train import link
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss
 from launcher.train.optim import learning_rate, set_learning_rate
+from launcher.train.start import agree_on_start
+from launcher.train.stop import STOP_REASONS, Stop, save_fits
 
 # Tokens whose logits stand in each checkpoint, for the export's parity check.
 _PROBE_TOKENS = 64
 # Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
 _MOST_SKIPPED_STEPS = {"fp16": 20, "bf16": 3, "fp32": 3}
-# How ranks tell each other why to stop; several at once: the first of these counts.
-STOP_REASONS = ("cancelled", "preempted", "limit")
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,10 @@ def _no_beat(phase: str, step: int) -> None:
     """Nobody watches."""
 
 
-def train(
-    plan: LaunchPlan, place: Place, stop_reason: Callable[[], str | None], beat: Callable[[str, int], None] = _no_beat
-) -> Outcome:
+def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int], None] = _no_beat) -> Outcome:
     """Train from the newest committed checkpoint, or from the initial weights, to the end of the plan.
 
-    `stop_reason` is asked after each step; when any rank names one of STOP_REASONS, all save and return.
+    `stop` is asked after each step; when any rank names one of STOP_REASONS, all save and return.
     `beat` is told the phase and the number of completed steps wherever there is progress.
 
     Raises:
@@ -75,9 +74,12 @@ def train(
     tracker = start_trackers(plan, run.root, place.attempt) if place.is_main else Composite([])
     state = "failed"
     try:
+        if place.world_size > 1:
+            speed = link.measure(device)
+            tracker.event("info", f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s", 0, gb_per_s=speed)
         session = _Session.start(plan, place, run, device, tracker, started, beat)
         beat("loaded", session.step)
-        outcome = session.run(stop_reason)
+        outcome = session.run(stop)
         beat("finishing", outcome.step)
         leave()
         if place.is_main and outcome.state == "completed":
@@ -107,6 +109,7 @@ class _Session:
     max_steps: int
     step: int = 0
     saved_step: int | None = None
+    save_s: float | None = None
     skipped_in_a_row: int = 0
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -135,19 +138,21 @@ class _Session:
         if data.num_eval_rows:
             split = Split.open(data.cache_dir, held_out=True)
             held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
-        meter, timer = Meter(plan, max_steps, device, place.attempt, place.restart), StepTimer(device)
+        begin = agree_on_start(run, place, device)
+        meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts), StepTimer(device)
         session = cls(plan, place, run, device, tracker, started, beat, engine, model, batches, held_out, meter, timer, max_steps)
-        session._restore()
+        if begin.checkpoint is not None:
+            session._restore(begin.checkpoint)
         return session
 
-    def run(self, stop_reason: Callable[[], str | None]) -> Outcome:
+    def run(self, stop: Stop) -> Outcome:
         train = self.plan.config.train
         self._report_status("running")
         if self.step == 0 and train.eval_at_start:
             self._evaluate("before training")
         stopped = None
         while self.step < self.max_steps and stopped is None:
-            stopped = self._train_step(stop_reason)
+            stopped = self._train_step(stop)
             # What is due at the end, or before stopping, follows below in any case.
             if stopped is None and self.step < self.max_steps:
                 if train.eval_every and self.step % train.eval_every == 0:
@@ -156,14 +161,16 @@ class _Session:
                 if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
                     self._save()
         if stopped is not None and self.step < self.max_steps:
-            self._save()
-            return self._stopped(stopped)
+            fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.save_s, self.device)
+            if fits:
+                self._save()
+            return self._stopped(stopped, fits)
         self._evaluate("after training")
         checkpoint = self._save()
         self.tracker.summary({"last_step": self.step, **self.last_eval})
         return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
 
-    def _train_step(self, stop_reason: Callable[[], str | None]) -> str | None:
+    def _train_step(self, stop: Stop) -> str | None:
         """One optimizer step; returns why to stop, where any rank has a reason."""
         timer = self.timer
         timer.begin()
@@ -184,7 +191,7 @@ class _Session:
                 self.engine.step()
         with timer.part("optim"):
             self.engine.step()
-        loss, stopped = self._agree(summed / self.place.world_size, self._own_reason(stop_reason))
+        loss, stopped = self._agree(summed / self.place.world_size, self._own_reason(stop))
         times = timer.read()
         self.step += 1
         self.beat("training", self.step)
@@ -202,11 +209,11 @@ class _Session:
         inputs = (tensor.to(self.device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
         return self.engine(*inputs, micro.labels, factor)
 
-    def _own_reason(self, stop_reason: Callable[[], str | None]) -> str | None:
+    def _own_reason(self, stop: Stop) -> str | None:
         limit = self.plan.limits.max_seconds
         if limit is not None and time.monotonic() - self.started > limit:
             return "limit"
-        return stop_reason()
+        return stop()
 
     def _agree(self, summed: torch.Tensor, reason: str | None) -> tuple[float, str | None]:
         """One all-reduce per step carries the loss and every rank's wish to stop."""
@@ -292,7 +299,7 @@ class _Session:
             fence=lambda: run_store.require_newest(self.run_dir, self.place.attempt),
         )
         self.beat("training", self.step)
-        self.saved_step = self.step
+        self.saved_step, self.save_s = self.step, result.seconds
         self.tracker.log(
             self.step,
             {
@@ -318,15 +325,7 @@ class _Session:
         self.model.train()
         return {"input_ids": row, "position_ids": positions, "logits": logits.reshape(1, row.shape[1], -1).cpu()}
 
-    def _restore(self) -> None:
-        """Continue from a checkpoint where the attempt names one, or where this attempt has committed one."""
-        wanted = run_store.read_attempt(self.run_dir, self.place.attempt).resume_step
-        if wanted is not None and not self.place.restart:
-            checkpoint = store.at_step(self.run_dir.checkpoints, wanted)
-        else:
-            if wanted is None and not store.list_checkpoints(self.run_dir.checkpoints):
-                return
-            checkpoint = store.latest(self.run_dir.checkpoints)
+    def _restore(self, checkpoint: store.Checkpoint) -> None:
         state = shards.load(self.engine, self.model.parameters_by_name(), checkpoint.path)
         self.step = self.saved_step = checkpoint.step
         self.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
@@ -341,12 +340,15 @@ class _Session:
         except (OSError, RunError) as error:
             self.tracker.event("alert", f"status.json could not be written: {error}", self.step)
 
-    def _stopped(self, reason: str) -> Outcome:
+    def _stopped(self, reason: str, saved: bool) -> Outcome:
         state = "cancelled" if reason == "cancelled" else "preempted"
         why = {
             "cancelled": "stopped on request",
             "preempted": "the machine was asked to stop",
             "limit": "run.max_hours or run.max_usd is reached",
         }[reason]
-        checkpoint = self.run_dir.checkpoints / store.step_name(self.step)
-        return Outcome(state, reason, self.step, f"{why}; saved at step {self.step} of {self.max_steps}", checkpoint)
+        step = self.step if saved or self.saved_step is None else self.saved_step
+        done = f"saved at step {step} of {self.max_steps}"
+        if not saved:
+            done = f"no time was left at step {self.step} to save, which takes {self.save_s:.0f} s; step {step} is kept"
+        return Outcome(state, reason, self.step, f"{why}; {done}", self.run_dir.checkpoints / store.step_name(step))

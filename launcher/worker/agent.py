@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -23,7 +22,7 @@ import psutil
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker import heartbeat, record
+from launcher.worker import heartbeat, network, record
 from launcher.worker.rank import NodePlace
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.watchdog import Watchdog
@@ -33,7 +32,11 @@ _RESEND_S = 0.5
 
 def main(plan_path: str, attempt: int) -> int:
     """Run this node's part of one attempt and leave its record; returns the exit code."""
-    plan = LaunchPlan.load(plan_path)
+    try:
+        plan = LaunchPlan.load(plan_path)
+    except OSError as error:
+        print(f"{network.node_name()} does not see the run directory: {error}", file=sys.stderr)
+        return 1
     run = RunDir(Path(plan.run_dir))
     started = time.time()
     on_slurm = plan.config.cluster.kind == "slurm"
@@ -103,14 +106,21 @@ def _run_ranks(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, plac
         logs_specs=DefaultLogsSpecs(log_dir=str(elastic_folder)),
         signals_to_handle="SIGQUIT",
     )
+    # Restarted ranks would read their predecessors' addresses from a store that outlives them.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     board = heartbeat.Board(topology.ranks_per_node)
     os.environ[heartbeat.VARIABLE] = str(board.path)
-    # print: the agent's log, which is also a Slurm job's.
-    watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, lambda text: print(text, flush=True)).start()
+    stalls: list[str] = []
+
+    def on_stall(text: str) -> None:
+        stalls.append(text)
+        print(text, flush=True)
+
+    watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, on_stall).start()
     try:
         elastic_launch(config, sys.executable)("-u", "-m", "launcher.worker.entry", plan_path, str(attempt))
     except ChildFailedError as error:
-        return record.of_ranks(error, run, attempt)
+        return record.of_ranks(error, run, attempt, stalls)
     except Exception as error:
         # Rendezvous, resources and the like: no rank is to blame.
         return record.of_agent(error, run.attempt(attempt))
@@ -141,10 +151,13 @@ class _Stopper:
         self.killed = False
 
     def install(self) -> _Stopper:
-        for number in self._signals:
-            signal.signal(number, self._handle)
-        # A Slurm task holds them back until here.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, set(self._signals))
+        """Listen in a thread: handlers would wait while the main thread is inside a rendezvous.
+
+        Blocked in the main thread, the signals are blocked in the ranks from their first instruction on: what comes while
+        they import waits until they listen.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(self._signals))
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def disarm(self) -> None:
@@ -156,11 +169,12 @@ class _Stopper:
             self._wish, self.requested = wish, True
             threading.Thread(target=self._repeat, name="stopper", daemon=True).start()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        wish = self._signals[signal.Signals(number)]
-        if self.requested and wish == CANCEL:
-            self._wish, self.killed = signal.SIGKILL, True
-        self.request(wish)
+    def _listen(self) -> None:
+        while True:
+            wish = self._signals[signal.Signals(signal.sigwaitinfo(set(self._signals)).si_signo)]
+            if self.requested and wish == CANCEL:
+                self._wish, self.killed = signal.SIGKILL, True
+            self.request(wish)
 
     def _repeat(self) -> None:
         deadline = time.monotonic() + self._grace_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from launcher.worker import record
 
 # Slurm sends its signal up to a minute before the lead begins.
 _SIGNAL_SPREAD_S = 90.0
+# As in `srun: error: n1: task 1: Exited with exit code 7`; a task that a signal ended is another matter.
+_SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with exit code \d+)")
 # A repetition would end in the same way.
 _USER_ERRORS = ("ConfigError", "DataError", "RunError")
 
@@ -47,6 +50,8 @@ def read(run: RunDir, number: int, attempt: Attempt, details: Mapping[str, str],
         return _by_failure(failures, step)
     if any(found["stopped"] for found in left):
         return Ending(_interruption(attempt, lead_s), step, "stopped before training had begun")
+    if exit_code is not None and (refused := _refused(run, number, attempt, nodes)):
+        return _by_refusals(refused, attempt, step)
     lost = [attempt.nodes[node] for node, found in nodes.items() if found is None]
     what = f"no word from {', '.join(lost)}" if lost else "the ranks ended without an outcome"
     code = f" (srun ended with {exit_code})" if exit_code is not None else ""
@@ -70,9 +75,41 @@ def _interruption(attempt: Attempt, lead_s: float) -> Cause:
 
 
 def _by_problems(problems: Sequence[Mapping[str, str]], attempt: Attempt, step: int) -> Ending:
-    bad = tuple(node for node in attempt.nodes if any(node in problem["where"].split() for problem in problems))
-    distinct = dict.fromkeys(f"{problem['where']}: {problem['what']} {problem['value']}".strip() for problem in problems)
-    return Ending(Cause.BAD_NODE, step, "; ".join(distinct), bad)
+    said = [f"{problem['where']}: {problem['what']} {problem['value']}".strip() for problem in problems]
+    return _by_nodes({problem["where"] for problem in problems}, said, attempt, step)
+
+
+def _by_refusals(refused: Mapping[str, str], attempt: Attempt, step: int) -> Ending:
+    shared = "is the run directory on storage that it shares?"
+    said = [f"{node}: no agent could start there ({what}); {shared}" for node, what in refused.items()]
+    return _by_nodes(set(refused), said, attempt, step)
+
+
+def _by_nodes(named: set[str], said: Sequence[str], attempt: Attempt, step: int) -> Ending:
+    """Nodes that are unfit; where most of them are, it is not the nodes, and leaving them out would not help."""
+    bad = tuple(node for node in attempt.nodes if node in named)
+    message = "; ".join(dict.fromkeys(said))
+    if len(bad) > max(1, len(attempt.nodes) // 2):
+        return Ending(Cause.USER_ERROR, step, message)
+    return Ending(Cause.BAD_NODE, step, message, bad)
+
+
+def marker(number: int, nodes: Sequence[str]) -> str:
+    """The line of a job's output with which an attempt begins; the output of all starts of a job is one file."""
+    return f"attempt {number} begins on {', '.join(nodes)}"
+
+
+def _refused(run: RunDir, number: int, attempt: Attempt, nodes: Mapping[int, Any]) -> dict[str, str]:
+    """Nodes whose task ended by itself before its agent could leave a record, with srun's words."""
+    output = run.jobs / str(attempt.job) / f"{attempt.job}_0_log.out"
+    if not output.is_file():
+        return {}
+    text = output.read_text(errors="replace").rpartition(marker(number, attempt.nodes))[2]
+    return {
+        node: what
+        for node, what in _SRUN_ERROR.findall(text)
+        if node in attempt.nodes and nodes.get(attempt.nodes.index(node)) is None
+    }
 
 
 def _by_failure(failures: Sequence[dict[str, Any]], step: int) -> Ending:

@@ -17,7 +17,7 @@ from typing import Any
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.clusters.slurm import cluster as slurm_cluster
-from launcher.clusters.slurm import queue
+from launcher.clusters.slurm import queue, site
 from launcher.clusters.slurm.commands import SlurmError
 from launcher.config.cluster import SlurmSection
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
@@ -58,6 +58,7 @@ def begin(plan_path: str) -> int | None:
             attempt = run_store.read_attempt(run, number)
         opened = _with_place(attempt, section, job, restart)
         run_store.write_attempt(run, number, opened)
+        print(ending.marker(number, opened.nodes), file=sys.stderr)
         run_store.update_status(run, state="running", attempt=number, job={"id": job, "nodes": opened.nodes}, message="starting")
     return number
 
@@ -157,16 +158,22 @@ def _details(job: str) -> Mapping[str, str]:
 
 
 def _end_time(details: Mapping[str, str]) -> float | None:
-    try:
-        return time.mktime(time.strptime(details.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S"))
-    except ValueError:
-        return None
+    ends = details.get("EndTime", "")
+    return float(ends) if ends.isdigit() else None
 
 
 def _requeued_by_slurm(details: Mapping[str, str]) -> bool:
     """True where Slurm preempts the job and has said that it will run it again by itself."""
     preempted = details.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "")
-    return preempted and details.get("Requeue") == "1" and slurm_cluster.preempt_mode(details.get("Partition", "")) == "REQUEUE"
+    return preempted and details.get("Requeue") == "1" and _preempt_mode(details.get("Partition", "")) == "REQUEUE"
+
+
+def _preempt_mode(partition: str) -> str:
+    try:
+        known = site.read().partitions
+    except SlurmError:
+        return ""
+    return next((found.preempt_mode for found in known if found.name == partition), "")
 
 
 def _is_running(job: str, plan: LaunchPlan) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ def node_file(run: RunDir, attempt: int, node: int) -> Path:
     return run.attempt(attempt) / f"node-{node:05d}.json"
 
 
-def of_ranks(error: Any, run: RunDir, attempt: int) -> dict[str, Any]:
-    """Who failed first, and why. A rank that a signal killed comes before those whose connection to it broke."""
+def of_ranks(error: Any, run: RunDir, attempt: int, stalls: Sequence[str] = ()) -> dict[str, Any]:
+    """Who failed first, and why. A rank that a signal killed comes before those whose connection to it broke.
+
+    `stalls` is what the watchdog has said of ranks that it killed.
+    """
     earliest = min(failure.timestamp for failure in error.failures.values())
 
     def killed(failure: Any) -> bool:
@@ -48,6 +52,8 @@ def of_ranks(error: Any, run: RunDir, attempt: int) -> dict[str, Any]:
         message, trace = text, ""
     if _killed(failure):
         kind, message = "killed", f"killed by {signal.Signals(-failure.exitcode).name}"
+        if -failure.exitcode == signal.SIGKILL and stalls:
+            message = stalls[-1]
     return {
         "rank": rank,
         "kind": kind,

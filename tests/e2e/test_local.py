@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from e2e_tools import TINY, agent_of, last_step, losses, metrics, processes_of, ranks_of, status, wait_for
 
+from launcher.run_store import RUNNING_STATES
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 30

@@ -94,7 +94,8 @@ def shipped() -> Sequence[tuple[str, ...]]:
     lines = []
     for file in sorted(conf_dir().glob("*/*.yaml")):
         token = f"{file.parent.name}={file.stem}"
-        extra = ["data.path=rows.jsonl"] if token == "data=jsonl" or file.parent.name == "experiment" else []
+        extra = ["cluster.container_image=owner/image:tag"] if token == "cluster=slurm_pyxis" else []
+        extra += ["data.path=rows.jsonl"] if token == "data=jsonl" or file.parent.name == "experiment" else []
         lines.append((token, *extra))
     return lines
 

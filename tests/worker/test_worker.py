@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,19 +16,6 @@ def test_ranks_are_read_from_the_agents_environment() -> None:
     assert RankEnv.from_environ(environ) == RankEnv(rank=3, local_rank=1, world_size=4, restart=2)
     with pytest.raises(RunError, match="WORLD_SIZE"):
         RankEnv.from_environ({"RANK": "0", "LOCAL_RANK": "0"})
-
-
-@pytest.mark.parametrize(
-    "number, reason",
-    [(signal.SIGUSR1, "cancelled"), (signal.SIGUSR2, "preempted"), (signal.SIGTERM, "preempted"), (signal.SIGINT, "None")],
-)
-def test_signals_set_a_flag_and_nothing_else(number: signal.Signals, reason: str) -> None:
-    code = (
-        "import os, sys; from launcher.worker.signals import StopFlag; flag = StopFlag().install();"
-        f"os.kill(os.getpid(), {int(number)}); print(flag())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip() == reason
 
 
 def test_a_process_dies_with_its_parent() -> None:

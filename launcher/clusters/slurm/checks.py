@@ -73,20 +73,20 @@ def check(section: SlurmSection, plan: LaunchPlan) -> None:
 def _hosts(hosts: str | None) -> frozenset[str]:
     """The names in a text such as node01,node[07-09]; one that Slurm cannot read stays as it is."""
     try:
-        return frozenset(slurm("scontrol", "show", "hostnames", hosts).split()) if hosts else frozenset()
+        return frozenset(slurm("scontrol", "show", "hostnames", hosts).split() or [hosts]) if hosts else frozenset()
     except SlurmError:
-        return frozenset((hosts or "",))
+        return frozenset([hosts or ""])
 
 
 def _associations(section: SlurmSection) -> list[Association] | None:
     """What this user may charge; None where nothing depends on it or the site has no accounting."""
     if section.account is None and section.qos is None:
         return None
-    user = pwd.getpwuid(os.getuid()).pw_name
-    command = ("sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}", "format=cluster,account,partition,qos")
+    form = ("--noheader", "--parsable2", "format=cluster,account,partition,qos")
     try:
-        shown = slurm(*command, deadline_s=_ACCOUNTING_DEADLINE_S)
-    except SlurmError:
+        user = pwd.getpwuid(os.getuid()).pw_name
+        shown = slurm("sacctmgr", "show", "assoc", f"user={user}", *form, deadline_s=_ACCOUNTING_DEADLINE_S)
+    except (KeyError, SlurmError):
         return None
     rows = (line.split("|") for line in shown.splitlines())
     return [Association(cluster, account, partition, qos.split(",")) for cluster, account, partition, qos in rows]
@@ -122,7 +122,7 @@ def _account_problems(
             value=section.account or "",
             remedy=_choose(account, accounts, "yours", "ask the administrators for an account"),
         )
-        mine = []
+        account = ""
     qos = sorted({name for found in mine if account in ("", found.account) for name in found.qos if name})
     if section.qos and qos and "qos" in here.enforced and section.qos.lower() not in qos:
         yield Problem(

@@ -131,15 +131,6 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
     run_store.write_json(submission_file(run, number), {"job": script.submit(again, path), "submitted_at": time.time()})
 
 
-def preempt_mode(partition: str) -> str:
-    """What Slurm does to a preempted job of the partition, such as REQUEUE or CANCEL; nothing where it does not say."""
-    try:
-        shown = slurm("scontrol", "show", "partition", "-o", partition)
-    except SlurmError:
-        return ""
-    return next((word.partition("=")[2] for word in shown.split() if word.startswith("PreemptMode=")), "")
-
-
 def submission_file(run: RunDir, attempt: int) -> Path:
     """Written by the submitting side as soon as Slurm has given the job a number."""
     return run.attempt(attempt) / "submitted.json"

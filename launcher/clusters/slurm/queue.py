@@ -84,13 +84,19 @@ def jobs(names: Mapping[str, str]) -> dict[str, Job]:
                 id=number,
                 state=state,
                 reason=_said(reason),
-                start_estimate=_time(start) if waits else None,
+                # A held job that was requeued brings the time before which it may not start.
+                start_estimate=None if _held(reason) or not waits else _time(start),
                 end_time=None if waits else _time(end),
                 restarts=int(restarts),
                 node_list=nodes,
                 queued=state not in FINAL_STATES,
             )
     return found
+
+
+def _held(reason: str) -> bool:
+    """True where the job waits for a person to release it."""
+    return re.search("held|hold", reason, re.IGNORECASE) is not None
 
 
 def _accounted(job_id: str, submitted_at: float, name: str) -> Job | None:

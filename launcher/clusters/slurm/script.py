@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launcher.clusters.slurm.node_task import NodeTask
-from launcher.config.cluster import SlurmSection
+from launcher.config.cluster import SlurmSection, asks_for_gpus
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -49,19 +52,33 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
     executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=python_command(plan))
     executor.update_parameters(**parameters(plan, plan_path))
     try:
-        job = executor.submit(NodeTask(str(plan_path)))
+        with _clean_environment():
+            job = executor.submit(NodeTask(str(plan_path)))
     except (FailedJobError, FailedSubmissionError) as error:
         raise SubmitError("sbatch refused the job", where="sbatch", value=_said(error)) from None
     return str(job.job_id)
+
+
+@contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Without what would override the script (SBATCH_*), or be taken for this job's by the next (SLURM_*)."""
+    kept = dict(os.environ)
+    for name in kept:
+        if name.startswith(("SBATCH_", "SLURM_", "SLURMD_", "SUBMITIT_", "LAUNCHER_ATTEMPT")) and name != "SLURM_CONF":
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
     """submitit's parameters for the plan."""
     section = plan.config.cluster
     assert isinstance(section, SlurmSection)
-    gpus = plan.topology.ranks_per_node if plan.topology.device == "cuda" and section.gres is None else None
-    if section.gpus_per_node is not None and section.gres is None:
-        gpus = section.gpus_per_node or None
+    gpus = section.gpus_per_node
+    if gpus is None and plan.topology.device == "cuda" and not asks_for_gpus(section.gres):
+        gpus = plan.topology.ranks_per_node
     additional = {
         "time": section.time,
         "chdir": _plain(plan.run_dir),
@@ -76,7 +93,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "account": section.account,
         "partition": section.partition,
         "qos": section.qos,
-        "gpus_per_node": gpus,
+        "gpus_per_node": gpus or None,
         "gres": section.gres,
         "cpus_per_task": section.cpus_per_task,
         # A whole node is asked for with all of its memory; else the site's default for a CPU would be the limit.

@@ -1,0 +1,35 @@
+"""Why a run stops before its last step, and whether it can still save then."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from launcher.config.cluster import ClusterSection, SlurmSection
+
+# How ranks tell each other why to stop; several at once: the first of these counts.
+STOP_REASONS = ("cancelled", "preempted", "limit")
+
+
+class Stop(Protocol):
+    """Asked after each step; `at` is the time.monotonic() of the wish, None where there is none."""
+
+    at: float | None
+
+    def __call__(self) -> str | None: ...
+
+
+def save_fits(cluster: ClusterSection, reason: str, asked_at: float | None, save_s: float | None, device: torch.device) -> bool:
+    """Whether a save as long as the last one ends before the machines go, in the judgement of every rank. Collective.
+
+    A save that is cut off would cost its time and leave nothing; what was committed before stays.
+    """
+    if reason != "preempted" or not isinstance(cluster, SlurmSection) or save_s is None:
+        return True
+    waited = time.monotonic() - asked_at if asked_at is not None else 0.0
+    late = torch.tensor(float(save_s > cluster.signal_lead_seconds - waited), device=device)
+    dist.all_reduce(late, op=dist.ReduceOp.MAX)
+    return not late.item()

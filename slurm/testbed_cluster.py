@@ -1,0 +1,400 @@
+"""The cluster itself: its daemons, its network, its nodes, and what can happen to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from testbed_config import (
+    ASSOCIATIONS,
+    SEARCH_PATH,
+    Layout,
+    Settings,
+    config_files,
+    daemon_commands,
+    hosts,
+    layout,
+    munge_key,
+    node_script,
+    with_hosts,
+)
+
+DEFAULT_ROOT = "/tmp/slurm-testbed"
+COMMAND_DEADLINE_S = 60.0
+READY_DEADLINE_S = 30.0
+POLL_S = 0.05
+DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld")
+HOSTS_MARK = "# slurm-testbed"
+PRIVATE_MOUNT = "slurm-testbed-private"
+
+
+class TestbedError(RuntimeError):
+    """The testbed could not do what was asked of it."""
+
+    __test__ = False
+
+
+class SlotTaken(TestbedError):
+    """Another program holds the ports of the slot."""
+
+
+class Testbed:
+    """The cluster whose files are in `root`, a short path (it holds unix sockets); started or not."""
+
+    __test__ = False
+
+    def __init__(self, root: str | Path = DEFAULT_ROOT) -> None:
+        self.root = Path(root)
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._record = self.root / "conf/testbed.json"
+        self._layout = Layout(**json.loads(self._record.read_text())) if self._record.exists() else None
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What an environment needs for Slurm's commands to use this cluster."""
+        return {"SLURM_CONF": f"{self.root}/conf/slurm.conf", "PATH": SEARCH_PATH}
+
+    @property
+    def env(self) -> dict[str, str]:
+        """This process's environment with `variables`."""
+        return {**os.environ, **self.variables}
+
+    @property
+    def layout(self) -> Layout:
+        """Nodes and addresses; raises TestbedError where the cluster was not started."""
+        if self._layout is None:
+            raise TestbedError(f"no cluster was started in {self.root}")
+        return self._layout
+
+    @property
+    def names(self) -> list[str]:
+        """The nodes: n1, n2, ..."""
+        return self.layout.names
+
+    def run(self, *command: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command that talks to this cluster; like subprocess.run with text."""
+        argv = [str(word) for word in command]
+        return subprocess.run(argv, check=check, text=True, env=self.env, **{"timeout": COMMAND_DEADLINE_S, **options})
+
+    def output(self, *command: object) -> str:
+        """What such a command printed, empty where it failed."""
+        return self.run(*command, check=False, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+
+    # Start and stop
+
+    def start(self, settings: Settings | None = None) -> None:
+        """Start a cluster and return when all its nodes are idle; one that runs in the same root is stopped first.
+
+        Raises:
+            SlotTaken: another cluster holds the slot.
+            TestbedError: a daemon did not get ready; its log is kept under `root`/log.
+        """
+        settings = settings or Settings()
+        self.stop()
+        isolated = settings.mode == "netns" or (settings.mode == "auto" and self._can_isolate())
+        self._layout = at = layout(settings, isolated)
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", at.port))
+            except OSError:
+                self._layout = None
+                raise SlotTaken(f"port {at.port} is taken: another testbed runs in slot {settings.slot}") from None
+        try:
+            self._write_files(settings, at)
+            self._connect()
+            self._start_daemons(settings)
+        except BaseException:
+            self.stop(keep_files=True)
+            raise
+
+    def stop(self, keep_files: bool = False) -> None:
+        """End every process of the cluster, undo its network and remove its folder; may be called again."""
+        self._kill_all(None)
+        self._disconnect()
+        self._record.unlink(missing_ok=True)
+        self._layout = None
+        if not keep_files:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def reset(self) -> None:
+        """Cancel all jobs and mend all nodes, hosts files and mounts; returns when every node is idle."""
+        if not self.processes("slurmctld"):
+            self.start_controller()
+        self.output("scancel", "--full", "-u", "root")
+        for node in self.names:
+            if self.layout.isolated:
+                self.heal(node)
+                self.own_loopback_name(node, on=False)
+            self.revive(node)
+            if not self.processes(node):
+                self.boot(node)
+        self._wait_for("slurmctld", lambda: not self.output("squeue", "-h"), COMMAND_DEADLINE_S)
+        # Drained nodes; those that are down come back by themselves.
+        self.output("scontrol", "update", f"NodeName={','.join(self.names)}", "State=RESUME")
+        self._wait_for("slurmctld", self.idle, COMMAND_DEADLINE_S)
+        for node in self.names if self.layout.isolated else ():
+            for path in self._private_mounts(node):
+                self.private_unmount(node, path)
+
+    def _write_files(self, settings: Settings, at: Layout) -> None:
+        for name in ("conf", "log", "state", "spool", "db", *(f"run/{part}" for part in (*at.names, *DAEMONS))):
+            (self.root / name).mkdir(parents=True)
+        conf = self.root / "conf"
+        self._record.write_text(json.dumps(asdict(at)))
+        for name, text in config_files(self.root, settings, at).items():
+            (conf / name).write_text(text)
+        (conf / "munge.key").write_bytes(munge_key())
+        for secret in ("munge.key", "slurmdbd.conf"):
+            (conf / secret).chmod(0o600)
+
+    def _start_daemons(self, settings: Settings) -> None:
+        self._spawn("munged", *daemon_commands(self.root)["munged"])
+        self._wait_for("munged", (self.root / "run/munge.sock").exists)
+        if settings.accounting:
+            self._start_database()
+            # Before slurmctld, which else makes up a number for the cluster that slurmdbd then rejects.
+            self._spawn("slurmdbd", *with_hosts(self.root, self.layout, "slurmdbd", "-D"), MYSQL_UNIX_PORT=f"{self.root}/db/sock")
+            self._wait_for("slurmdbd", lambda: self._listens(self.layout.port + 1))
+            for change in ASSOCIATIONS:
+                self.run("sacctmgr", "--immediate", "--quiet", *change, stdout=subprocess.DEVNULL)
+        self.start_controller()
+        for node in self.names:
+            self.boot(node)
+        self._wait_for("slurmctld", self.idle)
+
+    def _start_database(self) -> None:
+        db, commands = self.root / "db", daemon_commands(self.root)
+        db.chmod(0o700)  # the only lock: there are no passwords inside
+        self.run(*commands["mariadb-install-db"], stdout=subprocess.DEVNULL)
+        # Made here, not by slurmdbd: with libmariadb3 11.8.9 a handle whose first connect met an unknown database
+        # fails every query after ("maximum allowed number of columns (=0)"), and slurmdbd dies.
+        (db / "init.sql").write_text("CREATE DATABASE IF NOT EXISTS slurm;\n")
+        self._spawn("mariadbd", *commands["mariadbd"])
+        self._wait_for("mariadbd", (db / "sock").exists)
+
+    # The controller
+
+    def start_controller(self) -> None:
+        """Start slurmctld; returns when it answers."""
+        self._spawn("slurmctld", *with_hosts(self.root, self.layout, "slurmctld", "-D"))
+        self._wait_for("slurmctld", lambda: self._listens(self.layout.port))
+
+    def stop_controller(self) -> None:
+        """Stop slurmctld, which saves its state: jobs live on, but no command of Slurm is answered."""
+        for pid in self.processes("slurmctld"):
+            _signal(pid, signal.SIGTERM)
+        end = time.monotonic() + READY_DEADLINE_S
+        while self.processes("slurmctld"):
+            if time.monotonic() > end:
+                raise TestbedError(f"slurmctld does not end; see {self.root}/log")
+            time.sleep(POLL_S)
+
+    def restart_controller(self) -> None:
+        """Stop and start slurmctld; returns when it answers again."""
+        self.stop_controller()
+        self.start_controller()
+
+    # Processes
+
+    def _spawn(self, name: str, *command: str, **env: str) -> None:
+        """A daemon; by its working directory and its environment it and its offspring are found again."""
+        with (self.root / "log" / f"{name}.out").open("ab") as out:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                cwd=self.root / "run" / name,
+                env={**self.env, "SLURM_TESTBED": f"{self.root}/run/{name}", **env},
+            )
+        self._children.append(child)
+
+    def processes(self, name: str | None = None) -> list[int]:
+        """Process ids, as the host sees them, of a daemon or a node with its jobs' tasks; of the whole cluster without a name."""
+        for child in self._children:
+            child.poll()  # reap
+        return [pid for pid, owner in self._owners() if owner and name in (None, owner) and pid != os.getpid()]
+
+    def _owners(self) -> Iterator[tuple[int, str | None]]:
+        """Every process of the machine with the daemon or node of this cluster that it belongs to."""
+        run, conf = f"{self.root}/run/", f"{self.root}/conf/slurm.conf".encode()
+        for proc in Path("/proc").glob("[0-9]*"):
+            try:
+                cwd, program = os.readlink(proc / "cwd"), os.readlink(proc / "exe")
+                environ = (proc / "environ").read_bytes()
+            except OSError:
+                continue
+            env = dict(entry.partition(b"=")[::2] for entry in environ.split(b"\0"))
+            task, mark = env.get(b"SLURMD_NODENAME", b"").decode(), env.get(b"SLURM_TESTBED", b"").decode()
+            # In the middle of an exec there is no environment, and slurmstepd overwrites its own; both keep slurmd's folder.
+            if not environ or (not mark and Path(program).name.startswith("slurm")):
+                mark = cwd
+            if task and env.get(b"SLURM_CONF") == conf:
+                yield int(proc.name), task
+            else:
+                yield int(proc.name), mark.removeprefix(run) if mark.startswith(run) else None
+
+    def _kill_all(self, name: str | None) -> None:
+        end = time.monotonic() + READY_DEADLINE_S
+        while pids := self.processes(name):
+            if time.monotonic() > end:
+                raise TestbedError(f"these processes cannot be killed: {pids}")
+            for pid in pids:
+                _signal(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    def _wait_for(self, name: str, test: Callable[[], object], deadline_s: float = READY_DEADLINE_S) -> None:
+        end = time.monotonic() + deadline_s
+        while not test():
+            if not self.processes(name) or time.monotonic() > end:
+                raise TestbedError(f"{name} is not ready; nodes are {self.states()}; see {self.root}/log")
+            time.sleep(POLL_S)
+
+    def _listens(self, port: int) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex((self.layout.controller, port)) == 0
+
+    # The network
+
+    def _can_isolate(self) -> bool:
+        inside = ("unshare", "--net", "--pid", "--uts", "--mount", "--fork", "--mount-proc")
+        tried = self.run(*inside, "ip", "link", "add", "sltb", "type", "bridge", check=False, capture_output=True)
+        return tried.returncode == 0
+
+    def _connect(self) -> None:
+        at = self.layout
+        if not at.isolated:
+            with Path("/etc/hosts").open("a") as file:
+                file.writelines(f"{address} {node} {HOSTS_MARK}\n" for node, address in at.addresses.items())
+            return
+        self.run("ip", "link", "add", at.tag, "type", "bridge")
+        self.run("ip", "addr", "add", f"{at.controller}/24", "dev", at.tag)
+        self.run("ip", "link", "set", at.tag, "up")
+        for node, address in at.addresses.items():
+            ns = f"{at.tag}-{node}"
+            self.run("ip", "netns", "add", ns)
+            self.run("ip", "link", "add", ns, "type", "veth", "peer", "name", "eth0", "netns", ns)
+            self.run("ip", "link", "set", ns, "master", at.tag, "up")
+            self.run("ip", "-n", ns, "addr", "add", f"{address}/24", "dev", "eth0")
+            self.run("ip", "-n", ns, "link", "set", "eth0", "up")
+            self.run("ip", "-n", ns, "link", "set", "lo", "up")
+
+    def _disconnect(self) -> None:
+        at = self._layout
+        if at is None:
+            return
+        if not at.isolated:
+            file = Path("/etc/hosts")  # written in place: in a container it is a bind mount
+            file.write_text("".join(line for line in file.read_text().splitlines(True) if HOSTS_MARK not in line))
+            return
+        for node in at.names:
+            self.output("ip", "netns", "del", f"{at.tag}-{node}")
+            self.output("ip", "link", "del", f"{at.tag}-{node}")
+        self.output("ip", "link", "del", at.tag)
+
+    # The nodes
+
+    def states(self) -> dict[str, str]:
+        """Slurm's state of each node, as in {'n1': 'idle', 'n2': 'down*'}; empty where slurmctld does not answer."""
+        return dict(line.split() for line in self.output("sinfo", "-hNp", "main", "-o", "%N %t").splitlines())
+
+    def idle(self) -> bool:
+        """No node has a job or a fault."""
+        return set(self.states().values()) == {"idle"}
+
+    def boot(self, node: str) -> None:
+        """Switch a node on, after switching it off."""
+        self.kill(node)
+        self.revive(node)
+        ns = f"--net=/run/netns/{self.layout.tag}-{node}"
+        apart = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
+        inside = ["nsenter", ns, *apart] if self.layout.isolated else []
+        self._spawn(node, *inside, "bash", "-c", node_script(self.root, self.layout, node))
+
+    def kill(self, node: str) -> None:
+        """SIGKILL every process of a node, at once."""
+        self._kill_all(node)
+
+    def crash(self, node: str) -> None:
+        """SIGKILL a node's slurmd; it stays away until `revive`, and the tasks live on."""
+        (self.root / "run" / node / "hold").touch()
+        for pid in self.processes(node):
+            try:
+                argv = Path(f"/proc/{pid}/cmdline").read_bytes()
+            except OSError:
+                continue
+            if argv.startswith(b"slurmd\0"):
+                _signal(pid, signal.SIGKILL)
+
+    def revive(self, node: str) -> None:
+        """Let slurmd come back."""
+        (self.root / "run" / node / "hold").unlink(missing_ok=True)
+
+    def cut(self, node: str) -> None:
+        """Unplug a node from the network."""
+        self._needs_netns("cut")
+        self.run("ip", "link", "set", f"{self.layout.tag}-{node}", "down")
+
+    def heal(self, node: str) -> None:
+        """Plug it in again."""
+        self._needs_netns("heal")
+        self.run("ip", "link", "set", f"{self.layout.tag}-{node}", "up")
+        # Else a node that is down by now is noticed again only some 40 s later.
+        self.output("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+    def exec(self, node: str, *command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command inside a node, like `run`."""
+        self._needs_netns("exec")
+        return self.run("nsenter", "-t", self._init(node), "--net", "--uts", "--mount", "--pid", *command, **options)
+
+    def private_mount(self, node: str, path: str | Path) -> None:
+        """Put an empty folder over `path` in one node: it sees nothing that others wrote there, and they see nothing of its."""
+        self.exec(node, "mount", "-t", "tmpfs", PRIVATE_MOUNT, path)
+
+    def private_unmount(self, node: str, path: str | Path) -> None:
+        """Undo `private_mount`."""
+        self.exec(node, "umount", "--lazy", path)
+
+    def own_loopback_name(self, node: str, on: bool = True) -> None:
+        """Let a node's own host name lead to 127.0.1.1 there, as Debian's installer writes it, or (`on=False`) no more."""
+        self._needs_netns("own_loopback_name")
+        # Written in place: the node has this file mounted.
+        (self.root / "conf" / f"hosts-{node}").write_text(hosts(self.layout, node if on else ""))
+
+    def _private_mounts(self, node: str) -> list[str]:
+        mounts = [line.split() for line in Path(f"/proc/{self._init(node)}/mounts").read_text().splitlines()]
+        # Spaces and the like are octal there.
+        return [path.encode().decode("unicode_escape") for source, path, *_ in reversed(mounts) if source == PRIVATE_MOUNT]
+
+    def _init(self, node: str) -> int:
+        """The process of a node that is number 1 there."""
+        for pid in self.processes(node):
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except OSError:
+                continue
+            numbers = status.partition("NSpid:")[2].partition("\n")[0].split()
+            if numbers[-1:] == ["1"]:
+                return pid
+        raise TestbedError(f"{node} is switched off")
+
+    def _needs_netns(self, what: str) -> None:
+        if not self.layout.isolated:
+            raise TestbedError(f"{what} needs nodes with a network of their own (mode netns)")
+
+
+def _signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -1,0 +1,331 @@
+"""What is refused before anything is submitted, on a real Slurm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testbed_cluster import Testbed
+
+from launcher.clusters.slurm import checks, site
+from launcher.clusters.slurm.commands import slurm
+from launcher.config.cluster import SlurmSection
+from launcher.errors import Problem, SubmitError
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+
+pytestmark = pytest.mark.slurm
+
+PlanAt = Callable[..., LaunchPlan]
+Use = Callable[[Testbed], Testbed]
+
+
+def section_of(plan: LaunchPlan) -> SlurmSection:
+    assert isinstance(plan.config.cluster, SlurmSection)
+    return plan.config.cluster
+
+
+def problems(plan: LaunchPlan) -> tuple[Problem, ...]:
+    try:
+        checks.check(section_of(plan), plan)
+    except SubmitError as error:
+        return error.problems
+    return ()
+
+
+def gpus_of(**settings: Any) -> DeviceFacts:
+    return site.gpus_of(SlurmSection.model_validate({"kind": "slurm", **settings}))
+
+
+@pytest.fixture
+def there(slurm_cluster: Testbed, use: Use) -> Testbed:
+    """The session's Slurm cluster for tests that change nothing in it."""
+    return use(slurm_cluster)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"nodes": 3, "partition": "main", "account": "research", "qos": "urgent", "mem": "4000M", "cpus_per_task": 4},
+        {"nodes": 2, "partition": "short", "time": "00:02:00", "signal_lead_seconds": 30, "nodelist": "n[1-2]", "exclude": "n3"},
+        # One of the partitions is enough.
+        {"partition": "short,main", "time": "1-00:00:00"},
+    ],
+)
+def test_what_the_site_can_run_is_let_through(there: Testbed, plan_at: PlanAt, settings: dict[str, Any]) -> None:
+    assert problems(plan_at(**settings)) == ()
+
+
+HAS = "ask for what partition main has: 3 nodes with 4 CPUs, 4000 MiB, no GPU"
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            {"partition": "mian"},
+            Problem(
+                "there is no partition mian", "cluster.partition", "mian", "did you mean main? choose among: main, high, short"
+            ),
+        ),
+        (
+            {"account": "reserch"},
+            Problem(
+                "you cannot charge the account reserch",
+                "cluster.account",
+                "reserch",
+                "did you mean research? yours: research, root",
+            ),
+        ),
+        (
+            {"qos": "urgnt", "account": "research"},
+            Problem(
+                "you cannot use the QOS urgnt with the account research",
+                "cluster.qos",
+                "urgnt",
+                "did you mean urgent? yours: normal, urgent",
+            ),
+        ),
+        (
+            {"partition": "short", "time": "01:00:00"},
+            Problem(
+                "the partition short allows jobs of at most 00:02:00",
+                "cluster.time",
+                "01:00:00",
+                "set it to 00:02:00 or less; a run that needs longer continues in the next job",
+            ),
+        ),
+        (
+            {"nodes": 4},
+            Problem("partition main has 3 nodes", "cluster.nodes", "4", "set it to 3 or less, or use another cluster.partition"),
+        ),
+        (
+            {"cpus_per_task": 5},
+            Problem("partition main has no nodes with as much; 1 are needed", "cluster.cpus_per_task", "5", HAS),
+        ),
+        ({"mem": "4G"}, Problem("partition main has no nodes with as much; 1 are needed", "cluster.mem", "4G", HAS)),
+        (
+            {"gpus_per_node": 8},
+            Problem("partition main has no nodes with as much; 1 are needed", "cluster.gpus_per_node", "8", HAS),
+        ),
+        (
+            {"gres": "gpu:h100:2"},
+            Problem("partition main has no nodes with as much; 1 are needed", "cluster.gres", "gpu:h100:2", HAS),
+        ),
+        (
+            {"nodelist": "n1,n7"},
+            Problem("there is no node n7", "cluster.nodelist", "n7", "the nodes: n1, n2, n3"),
+        ),
+        (
+            {"exclude": "gpu[01-02"},
+            Problem("there is no node gpu[01-02", "cluster.exclude", "gpu[01-02", "the nodes: n1, n2, n3"),
+        ),
+        (
+            {"nodes": 2, "exclude": "n[1-2]"},
+            Problem(
+                "without the excluded ones, partition main has 1 node for this job",
+                "cluster.nodes",
+                "2",
+                "shorten cluster.exclude",
+            ),
+        ),
+    ],
+)
+def test_what_the_site_cannot_run_is_refused(there: Testbed, plan_at: PlanAt, settings: dict[str, Any], problem: Problem) -> None:
+    assert problems(plan_at(**settings)) == (problem,)
+
+
+def test_all_mistakes_are_told_at_once(there: Testbed, plan_at: PlanAt) -> None:
+    plan = plan_at(
+        account="nobody",
+        qos="none",
+        nodes=9,
+        mem="1T",
+        partition="short",
+        time="1:00:00",
+        exclude="n8",
+        cache_dir="/dev/shm/cache",
+    )
+    wheres = [problem.where for problem in problems(plan)]
+    assert sorted(wheres) == [
+        *("LAUNCHER_CACHE", "cluster.account", "cluster.exclude", "cluster.mem", "cluster.nodes", "cluster.qos", "cluster.time")
+    ]
+
+
+def test_a_plan_for_gpus_needs_nodes_with_gpus(there: Testbed, plan_at: PlanAt) -> None:
+    (problem,) = problems(plan_at(device=DeviceFacts(kind="cuda", name="h100", count=8)))
+    assert (problem.where, problem.value) == ("cluster.ranks_per_node", "8")
+
+
+def test_the_check_is_quick(there: Testbed, plan_at: PlanAt) -> None:
+    plan = plan_at(nodes=3, account="research", qos="urgent", nodelist="n[1-3]")
+    took = []
+    for _ in range(5):
+        began = time.monotonic()
+        assert problems(plan) == ()
+        took.append(time.monotonic() - began)
+    # The fastest: other programs may take the processors.
+    assert min(took) < 0.3
+
+
+def test_a_checkpoint_must_fit_into_the_lead(there: Testbed, plan_at: PlanAt) -> None:
+    plan = plan_at(nodes=2, signal_lead_seconds=60)
+    assert problems(plan.model_copy(update={"checkpoint_bytes": 120 * 2**30})) == ()
+    (problem,) = problems(plan.model_copy(update={"checkpoint_bytes": 800 * 2**30}))
+    assert problem == Problem(
+        "a checkpoint of 800.0 GiB does not fit into the time before the job is ended: "
+        "at 1 GiB/s per node, which is assumed, 2 nodes take 400 s",
+        "cluster.signal_lead_seconds",
+        "60",
+        "set it to 600, and cluster.time to much more than that",
+    )
+
+
+def test_folders_in_one_machines_memory_are_refused(there: Testbed, plan_at: PlanAt) -> None:
+    plan = plan_at(cache_dir="/dev/shm/cache")
+    plan = plan.model_copy(
+        update={"run_dir": "/dev/shm/runs/a", "model": plan.model.model_copy(update={"path": "/dev/shm/model"})}
+    )
+    found = problems(plan)
+    assert [(problem.where, problem.value) for problem in found] == [
+        ("run.root", "/dev/shm/runs/a"),
+        ("LAUNCHER_CACHE", "/dev/shm/cache"),
+        ("model.path", "/dev/shm/model"),
+    ]
+    assert found[0].what == "the run directory is in this machine's memory (tmpfs), where no other machine sees it"
+
+
+def test_the_file_system_of_a_path_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
+    inner = tmp_path / "with blank"
+    mounts = "\n".join(
+        [
+            "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw",
+            f"23 22 0:21 / {tmp_path}/with\\040blank rw shared:2 master:7 - tmpfs tmpfs rw",
+            f"24 23 0:22 / {inner.parent}/with\\040blank/nfs rw - nfs4 server:/export rw",
+            f"25 22 0:23 / {tmp_path}/twice rw - tmpfs tmpfs rw",
+            f"26 22 0:24 / {tmp_path}/twice rw - overlay overlay rw",
+        ]
+    )
+    assert checks.filesystem(inner / "missing" / "run", mounts) == "tmpfs"
+    assert checks.filesystem(inner / "nfs" / "run", mounts) == "nfs4"
+    assert checks.filesystem(tmp_path / "with blanks", mounts) == "ext4"
+    assert checks.filesystem(tmp_path / "twice", mounts) == "overlay"
+    (tmp_path / "link").symlink_to(inner)
+    assert checks.filesystem(tmp_path / "link" / "run", mounts) == "tmpfs"
+
+
+def test_drained_nodes_are_named(here: Testbed, plan_at: PlanAt) -> None:
+    slurm("scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=fan")
+    (problem,) = problems(plan_at(nodes=2))
+    assert problem.what == "of the 3 nodes of partition main for this job, 1 can be used now: n2 (drained), n3 (drained)"
+    assert (problem.where, problem.value) == ("cluster.nodes", "2")
+    (required,) = problems(plan_at(nodelist="n2"))
+    assert (required.where, required.value) == ("cluster.nodelist", "n2 (drained)")
+    assert problems(plan_at(nodes=1)) == ()
+
+
+def test_a_closed_partition_is_refused(here: Testbed, plan_at: PlanAt) -> None:
+    slurm("scontrol", "update", "PartitionName=high", "State=DOWN", "MaxNodes=2", "AllowAccounts=staff", "DenyQos=urgent")
+    try:
+        found = problems(plan_at(partition="high", nodes=3, account="research", qos="urgent"))
+    finally:
+        slurm("scontrol", "update", "PartitionName=high", "State=UP", "MaxNodes=UNLIMITED", "AllowAccounts=ALL", "AllowQos=ALL")
+    assert {problem.where: problem.what for problem in found} == {
+        "cluster.partition": "the partition high takes no jobs or starts none: it is DOWN",
+        "cluster.account": "the partition high is closed to this account",
+        "cluster.qos": "the partition high is closed to this qos",
+        "cluster.nodes": "partition high allows a job 2 nodes",
+    }
+
+
+def test_without_accounting_accounts_are_not_checked(bare_slurm: Testbed, use: Use, plan_at: PlanAt) -> None:
+    use(bare_slurm)
+    assert problems(plan_at(account="any", qos="any")) == ()
+    assert problems(plan_at(nodes=2))[0].what == "partition main has 1 node"
+
+
+def test_a_controller_that_does_not_answer_is_a_refusal(bare_slurm: Testbed, use: Use, plan_at: PlanAt) -> None:
+    use(bare_slurm)
+    bare_slurm.stop_controller()
+    try:
+        found = problems(plan_at(signal_lead_seconds=1, time="10").model_copy(update={"checkpoint_bytes": 2**40}))
+    finally:
+        bare_slurm.start_controller()
+    assert "Unable to contact slurm controller" in found[0].value
+    assert found[1].where == "cluster.signal_lead_seconds"
+
+
+def test_where_slurm_is_not_nothing_can_be_submitted(plan_at: PlanAt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (problem,) = problems(plan_at())
+    assert problem.what == "sbatch is not on this machine"
+    with pytest.raises(SubmitError, match="is not on this machine"):
+        gpus_of()
+
+
+def test_the_devices_of_a_partition_without_gpus_are_its_cpus(there: Testbed) -> None:
+    assert gpus_of() == DeviceFacts(kind="cpu", name="CPU", count=4, host_memory_gib=3.9)
+    assert gpus_of(mem="2G").host_memory_gib == 2.0
+    with pytest.raises(SubmitError, match="there is no partition mian"):
+        gpus_of(partition="mian")
+
+
+def test_what_is_asked_goes_before_what_there_is(gpu_slurm: Testbed, use: Use) -> None:
+    use(gpu_slurm)
+    assert gpus_of() == DeviceFacts(kind="cuda", name="gpu", count=2, host_memory_gib=3.9)
+    assert gpus_of(gpus_per_node=1).count == 1
+    assert gpus_of(gres="gpu:h100:1") == DeviceFacts(kind="cuda", name="h100", count=1, memory_gib=79.1, host_memory_gib=3.9)
+    assert gpus_of(gpus_per_node=0).kind == "cpu"
+    assert gpus_of(gres="nvme:1").count == 2
+
+
+def test_nodes_with_too_few_gpus_are_refused(gpu_slurm: Testbed, use: Use, plan_at: PlanAt) -> None:
+    use(gpu_slurm)
+    assert problems(plan_at(nodes=2, gpus_per_node=2)) == ()
+    has = "ask for what partition main has: 2 nodes with 4 CPUs, 4000 MiB, gpu:2"
+    what = "partition main has no nodes with as much; 2 are needed"
+    assert problems(plan_at(nodes=2, gpus_per_node=3)) == (Problem(what, "cluster.gpus_per_node", "3", has),)
+    assert problems(plan_at(nodes=2, gres="gpu:h100:1")) == (Problem(what, "cluster.gres", "gpu:h100:1", has),)
+
+
+def test_gpus_of_a_named_type_are_told_apart(
+    other_slurm: Callable[..., Any], use: Use, plan_at: PlanAt, eventually: Callable[[Callable[[], Any]], Any]
+) -> None:
+    with other_slurm(nodes=2, gpus=2, accounting=False) as bed:
+        use(bed)
+        bed.stop_controller()
+        conf = bed.root / "conf"
+        gres = (conf / "gres.conf").read_text().replace("Name=gpu", "Name=gpu Type=h100")
+        (conf / "gres.conf").write_text(gres)
+        (conf / "slurm.conf").write_text((conf / "slurm.conf").read_text().replace("Gres=gpu:2", "Gres=gpu:h100:2"))
+        bed.start_controller()
+        for node in bed.names:
+            bed.boot(node)
+        eventually(bed.idle)
+        assert gpus_of() == DeviceFacts(kind="cuda", name="h100", count=2, memory_gib=79.1, host_memory_gib=3.9)
+        assert problems(plan_at(nodes=2, gres="gpu:h100:2")) == ()
+        assert problems(plan_at(nodes=2, gres="gpu:2")) == ()
+        (problem,) = problems(plan_at(nodes=1, gres="gpu:h200:1"))
+        assert problem.remedy == "ask for what partition main has: 2 nodes with 4 CPUs, 4000 MiB, gpu:h100:2"
+
+
+def test_a_site_is_read_with_its_partitions(there: Testbed) -> None:
+    found = site.read()
+    assert found.cluster == "testbed"
+    assert {"associations", "limits", "qos"} <= found.enforced
+    main, high, short = found.partitions
+    assert (main.name, main.default, main.preempt_mode, main.grace_seconds, main.max_minutes) == (
+        "main",
+        True,
+        "REQUEUE",
+        10,
+        None,
+    )
+    assert (high.default, high.preempt_mode) == (False, "OFF")
+    assert (short.max_minutes, short.state, short.accounts, short.max_nodes) == (2, "UP", None, None)
+    assert [(node.name, node.cpus, node.memory_mib, node.gpus) for node in main.nodes] == [
+        (name, 4, 4000, ()) for name in ("n1", "n2", "n3")
+    ]

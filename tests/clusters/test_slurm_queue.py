@@ -1,0 +1,241 @@
+"""What is known of a job, on a real Slurm: while it waits, runs and has ended, and where Slurm cannot tell."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from testbed_cluster import Testbed
+
+from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.commands import SlurmError, slurm
+
+pytestmark = pytest.mark.slurm
+
+NAME = "tried run"
+Wait = Callable[[Callable[[], Any]], Any]
+
+
+def submit(*options: str, command: str = "sleep 600", name: str = NAME, folder: Path = Path("/tmp")) -> str:
+    argv = ("--parsable", f"--job-name={name}", "--output=/dev/null", f"--chdir={folder}", f"--wrap={command}", *options)
+    return slurm("sbatch", *argv).strip()
+
+
+def look(job_id: str, name: str = NAME) -> queue.Job:
+    found = queue.job(job_id, time.time(), name)
+    assert found is not None
+    return found
+
+
+def in_state(job_id: str, *states: str, name: str = NAME) -> queue.Job | None:
+    found = queue.job(job_id, time.time(), name)
+    return found if found is not None and found.state in states else None
+
+
+def test_a_job_is_followed_from_its_start_to_its_end(here: Testbed, eventually: Wait) -> None:
+    job_id = submit("--nodes=2", "--time=10")
+    running = eventually(lambda: in_state(job_id, "RUNNING"))
+    assert running.queued
+    assert (running.node_list, running.restarts, running.start_estimate) == ("n[1-2]", 0, None)
+    assert abs(running.end_time - (time.time() + 600)) < 30
+    assert queue.explain(running) == "running"
+    slurm("scancel", job_id)
+    cancelled = eventually(lambda: in_state(job_id, "CANCELLED"))
+    assert not cancelled.queued
+    assert abs(cancelled.end_time - time.time()) < 30
+
+
+@pytest.mark.parametrize(("command", "state"), [("true", "COMPLETED"), ("exit 3", "FAILED")])
+def test_the_end_of_a_job_is_known_as_soon_as_it_has_come(here: Testbed, eventually: Wait, command: str, state: str) -> None:
+    job_id = submit(command=command)
+    ended = eventually(lambda: (found := look(job_id)) and not found.queued and found)
+    assert ended.state == state
+
+
+def test_a_requeued_job_is_still_queued(here: Testbed, eventually: Wait) -> None:
+    job_id = submit()
+    eventually(lambda: in_state(job_id, "RUNNING"))
+    slurm("scontrol", "requeue", job_id)
+    while (found := look(job_id)).state != "PENDING":
+        assert found.queued
+    assert (found.queued, found.restarts, found.node_list) == (True, 1, "")
+    again = eventually(lambda: in_state(job_id, "RUNNING"))
+    assert again.restarts == 1
+
+
+def test_a_held_requeue_is_explained(here: Testbed, eventually: Wait) -> None:
+    job_id = submit()
+    eventually(lambda: in_state(job_id, "RUNNING"))
+    slurm("scontrol", "requeuehold", job_id)
+    held = eventually(lambda: (found := look(job_id)).reason and not found.node_list and found)
+    assert held.queued
+    assert queue.explain(held) == f"requeued and held; let it go with: scontrol release {job_id} ({held.reason})"
+
+
+def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> None:
+    filling = submit("--nodes=3", "--exclusive", "--time=30")
+    eventually(lambda: in_state(filling, "RUNNING"))
+    held = submit("--hold")
+    slurm("scontrol", "hold", admin := submit("--hold"))
+    failed = submit("--hold")
+    never = submit(f"--dependency=afterok:{failed}")
+    slurm("scancel", failed)
+    waiting = {
+        "Resources": (submit("--priority=5000"), r"waiting for nodes \(Resources\); Slurm expects a start at \d\d:\d\d"),
+        "Priority": (submit("--priority=4000"), r"waiting for nodes, behind jobs of higher priority \(Priority\).*"),
+        "BeginTime": (submit("--begin=now+40days"), r"not to start yet; .*; Slurm expects a start at \d{4}-\d\d-\d\d \d\d:\d\d"),
+        "Dependency": (submit(f"--dependency=afterok:{filling}"), r"waiting for the jobs that it depends on \(Dependency\)"),
+        "DependencyNeverSatisfied": (never, rf".* cancel it, or .* scontrol update JobId={never} Dependency= \(.*\)"),
+        "JobHeldUser": (held, rf"held; let it go with: scontrol release {held} \(JobHeldUser\)"),
+        "JobHeldAdmin": (admin, r"held by an administrator; ask them why \(JobHeldAdmin\)"),
+        "PartitionTimeLimit": (submit("--partition=short", "--time=30"), r"cluster.time is above .* \(PartitionTimeLimit\)"),
+    }
+    for reason, (job_id, words) in waiting.items():
+        job = eventually(lambda job_id=job_id, reason=reason: (found := look(job_id)).reason == reason and found)
+        assert (job.state, job.queued, job.end_time) == ("PENDING", True, None)
+        # Estimates are made in the background.
+        assert eventually(lambda job_id=job_id, words=words: re.fullmatch(words, queue.explain(look(job_id))))
+    found = queue.jobs({job_id: NAME for job_id, _ in waiting.values()})
+    assert sorted(job.reason for job in found.values()) == sorted(waiting)
+
+
+def test_a_job_that_needs_a_drained_node_says_so(here: Testbed, eventually: Wait) -> None:
+    slurm("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=fan")
+    job_id = submit("--nodelist=n2")
+    job = eventually(lambda: (found := look(job_id)).reason.startswith("ReqNodeNotAvail") and found)
+    assert queue.explain(job).startswith("nodes that it needs are down, drained or reserved; sinfo -R says why;")
+    everything = submit("--nodes=3")
+    job = eventually(lambda: (found := look(everything)).reason.startswith("Nodes required") and found)
+    assert queue.explain(job).startswith("nodes that it needs are down, drained or reserved; sinfo -R says why;")
+
+
+def test_unknown_reasons_and_states_are_shown_as_they_are() -> None:
+    job = queue.Job("7", "PENDING", "SunSpots", None, None, 0, "", queued=True)
+    assert queue.explain(job) == "pending (SunSpots)"
+    assert queue.explain(replace(job, state="STAGE_OUT", reason="")) == "stage out"
+    assert queue.explain(replace(job, state="FAILED", reason="NonZeroExitCode", queued=False)) == "failed (NonZeroExitCode)"
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        ("QOSMaxJobsPerUserLimit", "its QOS is used up by other jobs"),
+        ("QOSGrpGRES", "its QOS is used up by other jobs"),
+        ("QOSMaxGRESPerUser", "its QOS is used up by other jobs"),
+        ("QOSMaxWallDurationPerJobLimit", "it asks for more than its QOS allows one job"),
+        ("QOSMinGRES", "it asks for more than its QOS allows one job, or for less"),
+        ("AssocGrpGRES", "its account is used up by other jobs"),
+        ("AssocMaxJobsLimit", "its account is used up by other jobs"),
+        ("AssocMaxWallDurationPerJobLimit", "it asks for more than its account allows one job"),
+        ("launch failed requeued held", "Slurm could not start it on its nodes"),
+        ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "nodes that it needs are down"),
+    ],
+)
+def test_the_reasons_of_busy_sites_are_explained(reason: str, words: str) -> None:
+    explained = queue.explain(queue.Job("7", "PENDING", reason, None, None, 0, "", queued=True))
+    assert explained.startswith(words)
+    assert explained.endswith(f" ({reason})")
+
+
+def test_an_estimate_that_has_gone_by_is_not_told() -> None:
+    job = queue.Job("7", "PENDING", "Resources", time.time() - 5, None, 0, "", queued=True)
+    assert queue.explain(job) == "waiting for nodes (Resources)"
+
+
+def test_jobs_are_known_by_number_and_name(here: Testbed) -> None:
+    job_id = submit("--hold")
+    assert queue.job("4", time.time(), NAME) is None
+    assert queue.job(job_id, time.time(), "another run") is None
+    assert list(queue.jobs({"4": NAME, job_id: NAME, "5": NAME})) == [job_id]
+    assert queue.jobs({"4": NAME}) == {}
+    assert queue.jobs({}) == {}
+
+
+def test_the_tasks_of_an_array_are_jobs_of_their_own(here: Testbed) -> None:
+    array = submit("--hold", "--array=0-2%1")
+    assert look(f"{array}_1").state == "PENDING"
+    assert list(queue.jobs({f"{array}_0": NAME, f"{array}_2": NAME})) == [f"{array}_0", f"{array}_2"]
+
+
+def test_the_settings_of_a_persons_shell_change_nothing(here: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = submit("--begin=now+1hour")
+    settings = {"SQUEUE_STATES": "RUNNING", "SQUEUE_FORMAT": "%i", "SQUEUE_USERS": "nobody", "SLURM_TIME_FORMAT": "relative"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    estimate = look(job_id).start_estimate
+    assert estimate is not None
+    assert abs(estimate - time.time() - 3600) < 30
+
+
+def test_details_are_what_slurmctld_holds(here: Testbed, tmp_path: Path) -> None:
+    folder = tmp_path / "a folder with Reason=None"
+    folder.mkdir()
+    comment = "two words, a=b, JobState=DONE\nPartition=lost"
+    job_id = submit("--begin=now+1hour", "--time=1:00:00", f"--comment={comment}", name="n JobState=NO", folder=folder)
+    found = queue.details(job_id)
+    assert (found["JobId"], found["JobName"], found["JobState"]) == (job_id, "n JobState=NO", "PENDING")
+    assert (found["Reason"], found["Partition"], found["TimeLimit"]) == ("BeginTime", "main", "01:00:00")
+    assert (found["Requeue"], found["Restarts"], found["NodeList"]) == ("1", "0", "")
+    assert found["WorkDir"] == str(folder)
+    assert found["Comment"] == "two words, a=b, JobState=DONE"
+    assert found["ReqTRES"].startswith("cpu=1,mem=")
+    assert abs(float(found["StartTime"]) - time.time() - 3600) < 30
+
+
+def test_details_of_a_running_job_name_its_nodes(here: Testbed, eventually: Wait) -> None:
+    job_id = submit("--nodes=2", "--time=10")
+    eventually(lambda: in_state(job_id, "RUNNING"))
+    found = queue.details(job_id)
+    assert (found["JobState"], found["NodeList"], found["BatchHost"], found["PreemptTime"]) == ("RUNNING", "n[1-2]", "n1", "None")
+    with pytest.raises(SlurmError, match="Invalid job id"):
+        queue.details("4")
+
+
+def test_without_accounting_squeue_is_enough(bare_slurm: Testbed, use: Callable[[Testbed], Testbed], eventually: Wait) -> None:
+    use(bare_slurm)
+    job_id = submit(command="exit 4")
+    assert eventually(lambda: in_state(job_id, "FAILED")).queued is False
+    assert queue.job("4", time.time(), NAME) is None
+
+
+def test_a_controller_that_does_not_answer_leaves_the_state_unknown(
+    bare_slurm: Testbed, use: Callable[[Testbed], Testbed]
+) -> None:
+    use(bare_slurm)
+    bare_slurm.stop_controller()
+    try:
+        # Two jobs, because squeue tries twice as long for a single one.
+        with pytest.raises(SlurmError, match="Unable to contact slurm controller"):
+            queue.jobs({"4": NAME, "5": NAME})
+    finally:
+        bare_slurm.start_controller()
+
+
+def test_what_slurmctld_has_forgotten_is_in_the_accounting(
+    other_slurm: Callable[..., AbstractContextManager[Testbed]], use: Callable[[Testbed], Testbed], eventually: Wait
+) -> None:
+    """Numbers begin anew with the controller's memory: a job gets the number of an older one."""
+    began = time.time()
+    with other_slurm(nodes=1) as bed:
+        use(bed)
+        old = submit(command='test "$SLURM_RESTART_COUNT" || { scontrol requeue $SLURM_JOB_ID; sleep 60; }; exit 3', name="old")
+        eventually(lambda: in_state(old, "FAILED", name="old"))
+        bed.stop_controller()
+        for state in (bed.root / "state").glob("job_state*"):
+            state.unlink()
+        bed.start_controller()
+        ended = queue.job(old, began, "old")
+        assert ended is not None
+        assert (ended.state, ended.queued, ended.node_list, ended.restarts) == ("FAILED", False, "n1", 1)
+        assert ended.end_time is not None
+        assert began <= ended.end_time <= time.time() + 1
+        assert submit("--hold", name="young") == old
+        assert queue.job(old, began, "old") == ended
+        assert look(old, "young").state == "PENDING"
+        assert queue.job(old, began, "other") is None

@@ -1,0 +1,120 @@
+"""Runs on the Slurm testbed, observed from outside: their jobs, their processes on the nodes, their attempts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
+from testbed_cluster import Testbed
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+STEPS = 120
+SETTINGS = (
+    *TINY,
+    "+cluster=slurm",
+    "cluster.exclusive=false",
+    "cluster.time=10:00",
+    "cluster.ranks_per_node=1",
+    "cluster.nodes=2",
+    "train.save_every=20",
+    "train.keep_last=3",
+    "train.export=false",
+    "train.eval_at_start=false",
+    f"train.max_steps={STEPS}",
+)
+ENDED = ("completed", "failed", "cancelled", "preempted")
+
+
+@dataclass(frozen=True)
+class SlurmRun:
+    path: Path
+    bed: Testbed
+    launch: Launch
+
+    @property
+    def attempt(self) -> int:
+        return max(int(p.name) for p in (self.path / "attempts").iterdir())
+
+    @property
+    def job(self) -> str:
+        """The job of the newest attempt."""
+        return self.job_of(self.attempt)
+
+    def job_of(self, number: int) -> str:
+        submitted = self.path / f"attempts/{number:03d}/submitted.json"
+        return self.attempt_record(number)["job"] or json.loads(submitted.read_text())["job"]
+
+    def attempt_record(self, number: int, name: str = "attempt") -> dict:
+        return json.loads((self.path / f"attempts/{number:03d}/{name}.json").read_text())
+
+    def causes(self) -> list[str]:
+        """Why each attempt ended, oldest first."""
+        files = sorted(self.path.glob("attempts/*/exit.json"))
+        return [json.loads(file.read_text())["cause"] for file in files]
+
+    def shown(self) -> dict:
+        """What `status` tells."""
+        done = self.launch("status", str(self.path), "--json", **self.bed.variables)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def queued(self, job: str | None = None) -> str:
+        return self.bed.output("squeue", "-h", "-j", job or self.job, "-o", "%T").strip()
+
+    def ranks(self, node: str) -> list[psutil.Process]:
+        return self._processes(node, "launcher.worker.entry")
+
+    def agents(self, node: str) -> list[psutil.Process]:
+        return self._processes(node, "launcher.worker.agent")
+
+    def _processes(self, node: str, module: str) -> list[psutil.Process]:
+        found = []
+        for pid in self.bed.processes(node):
+            try:
+                process = psutil.Process(pid)
+                words = process.cmdline()
+            except psutil.NoSuchProcess:
+                continue
+            if module in words and any(str(self.path) in word for word in words):
+                found.append(process)
+        return found
+
+    def await_step(self, step: int, attempt: int = 1, deadline_s: float = 90) -> None:
+        def there() -> bool:
+            if status(self.path)["state"] in ENDED:
+                raise AssertionError(f"ended early: {status(self.path)}\n{self.output()}")
+            return any(m["trainer/step"] >= step and m["attempt"] >= attempt for m in metrics(self.path) if "train/loss" in m)
+
+        wait_for(f"step {step} of attempt {attempt}", there, deadline_s)
+
+    def await_state(self, *states: str, deadline_s: float = 120) -> dict:
+        wait_for(f"{self.path.name} to be {' or '.join(states)}", lambda: status(self.path)["state"] in states, deadline_s)
+        return status(self.path)
+
+    def await_completed(self, deadline_s: float = 150) -> None:
+        """Wait for the end of the run and of its job."""
+        ended = self.await_state("completed", "failed", "cancelled", deadline_s=deadline_s)
+        assert ended["state"] == "completed", f"{ended}\n{self.output()}"
+        wait_for("the job to leave the queue", lambda: not self.queued(), 30)
+
+    def output(self) -> str:
+        return "\n".join(file.read_text(errors="replace") for file in sorted(self.path.glob("jobs/*/*_log.out")))
+
+
+def submit(launch: Launch, bed: Testbed, root: Path, name: str, *overrides: str, **env: str) -> SlurmRun:
+    """Submit a short run on two nodes and return at once."""
+    done = launch(*SETTINGS, f"run.root={root}", f"run.name={name}", *overrides, **{**bed.variables, **env})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SlurmRun(root / name, bed, launch)
+
+
+def assert_same_training(run: Path, undisturbed: Path) -> None:
+    """Each step once more than once or not, its last loss is the undisturbed run's."""
+    assert last_step(run) == last_step(undisturbed)
+    assert losses(run) == losses(undisturbed)

@@ -1,0 +1,170 @@
+"""The health prologue drains a faulty node with the reason and leaves a healthy one alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from testbed_cluster import Testbed
+
+PROLOGUE = Path(__file__).resolve().parents[2] / "slurm" / "health_prologue.sh"
+TWO_GPUS = "printf '0, 0\\n1, 0\\n'"
+NO_PROCESSES = "true"
+STALE = 'case "$*" in *compute-apps*) printf "77, python\\n78, /opt/dcgm/dcgmi\\n" ;; *) printf "0, [N/A]\\n1, 0\\n" ;; esac'
+XID = "[ 1234.5] NVRM: Xid (PCI:0000:3b:00): {code}, pid=4711, name=python, GPU has fallen off the bus."
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node whose programs are what a test says; `drained` holds what scontrol was asked to change."""
+
+    folder: Path
+
+    def has(self, program: str, script: str) -> None:
+        file = self.folder / program
+        file.write_text(f"#!/bin/bash\n{script}\n")
+        file.chmod(0o755)
+
+    def check(self, **env: str) -> subprocess.CompletedProcess[str]:
+        fixed = {"PATH": f"{self.folder}:/usr/bin:/bin:/usr/sbin:/sbin", "SLURMD_NODENAME": "gpu07", "HEALTH_SHM_MIB": "0"}
+        quick = {"HEALTH_TIMEOUT_S": "1", "HEALTH_STALE_WAIT_S": "0"}
+        return subprocess.run([PROLOGUE], env={**fixed, **quick, **env}, capture_output=True, text=True, timeout=60)
+
+    @property
+    def drained(self) -> list[str]:
+        file = self.folder / "drained"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Node:
+    """A healthy node with two GPUs."""
+    healthy = Node(tmp_path)
+    healthy.has("nvidia-smi", f'case "$*" in *compute-apps*) {NO_PROCESSES} ;; *) {TWO_GPUS} ;; esac')
+    healthy.has("dmesg", "echo '[ 0.0] Linux version 6.12'")
+    healthy.has("timedatectl", "echo yes")
+    slurm = f"""case $1 in
+        show) echo 'NodeName=gpu07 Arch=x86_64'; echo '   Gres=gpu:h100:2(S:0-1)' ;;
+        listpids) echo 'No job steps exist on this node.' >&2; exit 1 ;;
+        update) printf '%s\\n' "${{@:2}}" >> {tmp_path}/drained ;;
+    esac"""
+    healthy.has("scontrol", slurm)
+    return healthy
+
+
+def test_a_healthy_node_is_left_alone(node: Node) -> None:
+    done = node.check(HEALTH_MOUNTS="/ /proc")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not node.drained
+
+
+@pytest.mark.parametrize(
+    "program, script, reason",
+    [
+        (
+            "nvidia-smi",
+            "echo 'Unable to determine the device handle for GPU1: Unknown Error'; exit 15",
+            "nvidia-smi fails: Unable",
+        ),
+        ("nvidia-smi", "trap '' TERM; sleep 20", "nvidia-smi does not answer within 1 s"),
+        # timeout itself hangs when SIGKILL does not end its child, as in a hung driver.
+        ("timeout", 'case $4 in nvidia-smi) sleep 20 ;; *) exec /usr/bin/timeout "$@" ;; esac', "nvidia-smi does not answer"),
+        ("nvidia-smi", "echo '0, 0'", "1 of 2 GPUs answer"),
+        ("nvidia-smi", "printf '0, 0\\n1, 3\\n'", "uncorrectable ECC errors on GPU 1"),
+        ("nvidia-smi", STALE, "processes of no job use a GPU: 77"),
+        ("dmesg", f"echo '{XID.format(code=79)}'; echo '{XID.format(code=48)}'", "Xid 48 79 in the kernel log"),
+        ("timedatectl", "echo no", "the clock is not synchronised"),
+    ],
+)
+def test_a_fault_drains_the_node(node: Node, program: str, script: str, reason: str) -> None:
+    node.has(program, script)
+    start = time.monotonic()
+    done = node.check()
+    assert done.returncode == 1
+    assert node.drained[:2] == ["NodeName=gpu07", "State=DRAIN"]
+    assert node.drained[2].startswith(f"Reason=health: {reason}")
+    assert reason in done.stderr
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "env, reason",
+    [
+        ({"HEALTH_GPUS": "8"}, "2 of 8 GPUs answer"),
+        ({"HEALTH_SHM_MIB": "999999999"}, "of the 999999999 it should"),
+        ({"HEALTH_MOUNTS": "/ /no/such/mount"}, "/no/such/mount is not mounted"),
+        ({"HEALTH_MOUNTS": "/", "HEALTH_MAX_FULL": "-1"}, "% full"),
+    ],
+)
+def test_the_site_says_what_it_expects(node: Node, env: dict[str, str], reason: str) -> None:
+    assert node.check(**env).returncode == 1
+    assert reason in node.drained[2]
+
+
+def test_a_mount_that_turned_read_only_and_one_that_hangs(node: Node) -> None:
+    node.has("findmnt", 'case "$*" in */scratch*) echo ro,relatime ;; *) sleep 20 ;; esac')
+    node.has("df", "printf 'Filesystem 1M Used Free Capacity Mounted\\nx 9 1 8 1%% /\\n'")
+    assert node.check(HEALTH_MOUNTS="/scratch /home").returncode == 1
+    assert node.drained[2] == "Reason=health: /scratch is mounted read-only; /home does not answer within 1 s"
+
+
+def test_every_fault_is_in_the_reason(node: Node) -> None:
+    node.has("nvidia-smi", "exit 9")
+    node.has("timedatectl", "echo no")
+    node.check(HEALTH_MOUNTS="/no/such/mount")
+    assert [part.split(" ")[0] for part in node.drained[2].removeprefix("Reason=health: ").split("; ")] == [
+        "nvidia-smi",
+        "/no/such/mount",
+        "the",
+    ]
+
+
+def test_faults_of_programs_and_processes_of_jobs_are_none(node: Node) -> None:
+    node.has("dmesg", f"echo '{XID.format(code=31)}'")
+    node.has("nvidia-smi", STALE)
+    node.has(
+        "scontrol", f"case $1 in listpids) printf 'PID JOBID\\n77 5 0 0 0\\n' ;; update) touch {node.folder}/drained ;; esac"
+    )
+    done = node.check(HEALTH_GPUS="2")
+    assert (done.returncode, node.drained) == (0, []), done.stderr
+
+
+def test_a_controller_that_is_away_drains_nothing(node: Node) -> None:
+    node.has("scontrol", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    node.has("nvidia-smi", STALE)
+    done = node.check()
+    assert done.returncode == 0
+    assert "not checked: number of GPUs" in done.stderr
+
+
+def test_a_node_without_gpus_needs_no_driver(node: Node) -> None:
+    node.has("nvidia-smi", "exit 9")
+    assert node.check(HEALTH_GPUS="0").returncode == 0
+
+
+@pytest.mark.slurm
+def test_slurm_drains_the_node_and_runs_the_job_elsewhere(
+    node: Node, other_slurm: Callable[..., AbstractContextManager[Testbed]], tmp_path: Path
+) -> None:
+    broken = f"[[ $SLURMD_NODENAME != n1 ]] || {{ echo 'GPU is lost'; exit 15; }}; {TWO_GPUS}"
+    node.has("nvidia-smi", f'case "$*" in *compute-apps*) ;; *) {broken} ;; esac')
+    os.remove(node.folder / "scontrol")
+    site = tmp_path / "prologue"
+    site.write_text(f"#!/bin/bash\nexport PATH={tmp_path}:/usr/sbin:/usr/bin:/sbin:/bin HEALTH_SHM_MIB=1\nexec {PROLOGUE}\n")
+    site.chmod(0o755)
+    with other_slurm(nodes=2, gpus=2, accounting=False, prolog=str(site)) as bed:
+        bed.run("sbatch", "-o", tmp_path / "where", "--wrap", "hostname")
+        end = time.monotonic() + 60
+        while not (tmp_path / "where").exists() or not (tmp_path / "where").read_text():
+            assert time.monotonic() < end, bed.output("scontrol", "show", "node", "n1")
+            time.sleep(0.2)
+        assert (tmp_path / "where").read_text() == "n2\n"
+        shown = bed.output("scontrol", "show", "node", "n1")
+        assert "DRAIN" in shown
+        assert "Reason=health: nvidia-smi fails: GPU is lost" in shown

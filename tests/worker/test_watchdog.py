@@ -1,0 +1,285 @@
+"""Who is stalled, who is to blame, and what is done: decided on values first, then with processes that really hang."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.errors import RunError
+from launcher.worker.heartbeat import PHASES, VARIABLE, Beat, Board, Heartbeat
+from launcher.worker.rank import RankEnv
+from launcher.worker.watchdog import Limits, Verdict, Watchdog, stalled
+
+NOW = 100_000.0
+LIMITS = Limits(stall_s=60, rare_s=1800)
+ALIVE = {0: "running", 1: "sleeping"}
+
+
+def beat(ago: float, count: int = 500, phase: str = "training", slowest: float = 2.0, trained: bool = True) -> Beat:
+    return Beat(count, 4242, 0, phase, 16, NOW - ago, slowest, trained)
+
+
+def judge(beats: dict[int, Beat], states: dict[int, str] = ALIVE, limits: Limits = LIMITS, since: float = 0.0) -> Verdict:
+    return stalled(beats, states, NOW, limits, since)
+
+
+def test_who_beats_is_not_stalled() -> None:
+    assert judge({0: beat(1), 1: beat(59.9)}) == Verdict()
+    assert judge({}) == Verdict()
+
+
+@pytest.mark.parametrize(
+    "state", [psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP, psutil.STATUS_ZOMBIE]
+)
+def test_a_rank_that_cannot_run_is_killed_at_once_and_alone(state: str) -> None:
+    verdict = judge({0: beat(61), 1: beat(61)}, {0: "running", 1: state})
+    assert verdict.stalled == {0: 61, 1: 61}
+    assert list(verdict.kill) == [1]
+
+
+def test_a_rank_that_cannot_run_goes_before_one_that_is_behind() -> None:
+    verdict = judge({0: beat(80, count=499), 1: beat(80)}, {0: "running", 1: psutil.STATUS_STOPPED})
+    assert list(verdict.kill) == [1]
+
+
+def test_disk_sleep_between_beats_is_nothing() -> None:
+    assert judge({0: beat(1), 1: beat(2)}, {0: "running", 1: psutil.STATUS_DISK_SLEEP}) == Verdict()
+
+
+def test_a_rank_behind_the_others_is_killed_alone_and_after_a_quarter_more() -> None:
+    beats = {0: beat(70), 1: beat(74, count=499), 2: beat(70)}
+    states = {**ALIVE, 2: "running"}
+    early = judge(beats, states)
+    assert set(early.stalled) == {0, 1, 2}
+    assert not early.kill
+    assert list(judge({**beats, 1: beat(76, count=499)}, states).kill) == [1]
+
+
+def test_a_rank_behind_is_found_although_the_others_have_beaten_since() -> None:
+    assert list(judge({0: beat(40), 1: beat(76, count=499)}).kill) == [1]
+
+
+def test_the_rank_in_front_is_not_blamed_for_being_silent_first() -> None:
+    verdict = judge({0: beat(89, count=501), 1: beat(59, count=500)})
+    assert set(verdict.stalled) == {0}
+    assert not verdict.kill
+
+
+def test_ranks_that_wait_for_another_node_are_given_half_as_long_again_and_then_killed_together() -> None:
+    waiting = judge({0: beat(89), 1: beat(88)})
+    assert set(waiting.stalled) == {0, 1}
+    assert not waiting.kill
+    assert set(judge({0: beat(91), 1: beat(88)}).kill) == {0, 1}
+
+
+def test_ten_slowest_steps_are_waited_for() -> None:
+    assert judge({0: beat(199, slowest=20), 1: beat(199, slowest=20)}) == Verdict()
+    slow = {0: beat(201, slowest=20), 1: beat(201, slowest=20)}
+    assert set(judge(slow).stalled) == {0, 1}
+    assert not judge(slow).kill
+    assert set(judge({r: beat(301, slowest=20) for r in (0, 1)}).kill) == {0, 1}
+
+
+@pytest.mark.parametrize("phase, limit", [("training", 60), ("evaluating", 60), ("saving", 1800), ("finishing", 1800)])
+def test_saving_and_finishing_may_take_longer(phase: str, limit: float) -> None:
+    stopped = {0: psutil.STATUS_STOPPED}
+    assert judge({0: beat(limit - 1, phase=phase)}, stopped) == Verdict()
+    assert list(judge({0: beat(limit + 1, phase=phase)}, stopped).kill) == [0]
+
+
+def test_ranks_that_have_not_trained_or_are_gone_are_not_judged() -> None:
+    assert judge({0: beat(900, phase="loaded", trained=False), 1: beat(900, phase="evaluating", trained=False)}) == Verdict()
+    assert judge({0: beat(900), 1: beat(1)}, {1: "running"}) == Verdict()
+    # Nor does what the dead one has counted make the living one late.
+    assert not judge({0: beat(900, count=900), 1: beat(80)}, {1: "running"}).kill
+
+
+def test_silence_from_before_the_watch_went_on_does_not_count() -> None:
+    assert judge({0: beat(900), 1: beat(900)}, since=NOW - 30) == Verdict()
+    assert set(judge({0: beat(900), 1: beat(900)}, since=NOW - 95).kill) == {0, 1}
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board(2)
+    yield board
+    board.close()
+
+
+def test_a_beat_is_read_as_it_was_written(board: Board) -> None:
+    assert board.read() == {}
+    env = RankEnv(rank=5, local_rank=1, world_size=8, restart=0)
+    heart = Heartbeat.from_environ({VARIABLE: str(board.path)}, env)
+    assert board.read()[1].phase == "starting"
+    before = time.monotonic()
+    for phase in PHASES:
+        heart.beat(phase, 7)
+        assert board.read()[1].phase == phase
+    read = board.read()
+    assert set(read) == {1}
+    assert before <= read[1].at <= time.monotonic()
+    assert dataclasses.replace(read[1], at=0, slowest_step_s=0) == Beat(8, os.getpid(), 5, "finishing", 7, 0, 0, True)
+
+
+def test_the_slowest_step_is_measured_without_what_lies_between_steps(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    heart = Heartbeat(board.path, 0, 0)
+    clock = iter([10, 12, 15, 17, 117, 120, 121, 122])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    heart.beat("loaded", 0)
+    assert not board.read()[0].trained
+    for phase, step, slowest in (
+        ("training", 0, 0),
+        ("training", 0, 0),
+        ("training", 1, 5),
+        ("saving", 1, 5),
+        ("training", 1, 5),
+        ("training", 1, 5),
+        ("training", 2, 5),
+    ):
+        heart.beat(phase, step)
+        assert board.read()[0].slowest_step_s == slowest, (phase, step)
+        assert board.read()[0].trained
+
+
+def test_without_a_board_nobody_is_told_and_one_out_of_reach_is_refused() -> None:
+    env = RankEnv(rank=0, local_rank=0, world_size=1, restart=0)
+    Heartbeat.from_environ({}, env).beat("training", 1)
+    with pytest.raises(RunError, match="cannot tell its node's agent"):
+        Heartbeat.from_environ({VARIABLE: "/proc/self/fd/999"}, env)
+
+
+# What a rank does: it beats, and at its second step falls silent in the way it is told to.
+RANK = """
+import faulthandler, os, signal, sys, time
+from pathlib import Path
+from launcher.worker.heartbeat import Heartbeat
+board, local_rank, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
+heart = Heartbeat(board, local_rank, 10 + local_rank)
+for step in range(3):
+    heart.beat("training", step)
+if way == "behind":
+    time.sleep(120)
+heart.beat("training", 3)
+if way == "stopped":
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+def waits_for_the_others():
+    time.sleep(120)
+
+while way == "lively":
+    heart.beat("training", 3)
+    time.sleep(0.05)
+waits_for_the_others()
+"""
+
+STALL_S = 2.0
+Start = Callable[..., list[subprocess.Popen]]
+
+
+@pytest.fixture
+def start(board: Board, tmp_path: Path) -> Iterator[Start]:
+    started: list[subprocess.Popen] = []
+
+    def run(*ways: str) -> list[subprocess.Popen]:
+        for local_rank, way in enumerate(ways):
+            with open(tmp_path / f"{local_rank}.log", "w") as log:
+                argv = [sys.executable, "-c", RANK, str(board.path), str(local_rank), way]
+                started.append(subprocess.Popen(argv, stderr=log))
+        return started
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait(timeout=10)
+
+
+@pytest.fixture
+def reports(board: Board) -> Iterator[list[str]]:
+    """What the watchdog of this test's board has reported."""
+    reports: list[str] = []
+    watchdog = Watchdog(board, STALL_S, 1800, reports.append).start()
+    yield reports
+    watchdog.stop()
+
+
+def wait_for_report(reports: list[str], deadline_s: float = 20) -> str:
+    end = time.monotonic() + deadline_s
+    while not reports:
+        assert time.monotonic() < end, "no report"
+        time.sleep(0.02)
+    return reports[0]
+
+
+def test_a_stopped_rank_is_named_and_killed_and_the_others_only_say_where_they_wait(
+    start: Start, reports: list[str], tmp_path: Path
+) -> None:
+    waiting, stopped = start("waits", "stopped")
+    report = wait_for_report(reports)
+    assert report.startswith(f"rank 11 (pid {stopped.pid}) is stopped: no progress for ")
+    assert report.endswith(" s in step 4; killed it")
+    assert stopped.wait(timeout=5) == -signal.SIGKILL
+    time.sleep(STALL_S)
+    assert waiting.poll() is None, "elastic ends it"
+    assert len(reports) == 1
+    assert "waits_for_the_others" in (tmp_path / "0.log").read_text()
+
+
+def test_a_rank_behind_is_killed_with_its_stacks_in_its_log(start: Start, reports: list[str], tmp_path: Path) -> None:
+    behind, waiting = start("behind", "waits")
+    assert "rank 10" in wait_for_report(reports)
+    assert "behind" in reports[0]
+    assert behind.wait(timeout=5) == -signal.SIGKILL
+    assert waiting.poll() is None
+    assert "most recent call first" in (tmp_path / "0.log").read_text()
+
+
+def test_ranks_that_wait_for_nobody_here_are_killed_together_last(start: Start, reports: list[str]) -> None:
+    began = time.monotonic()
+    ranks = start("waits", "waits")
+    report = wait_for_report(reports)
+    assert time.monotonic() - began > 1.5 * STALL_S
+    assert "rank 10" in report
+    assert "rank 11" in report
+    assert [rank.wait(timeout=5) for rank in ranks] == [-signal.SIGKILL] * 2
+
+
+def test_the_successor_of_a_killed_rank_is_watched_as_well(start: Start, reports: list[str]) -> None:
+    start("stopped")[0].wait(timeout=20)
+    wait_for_report(reports)
+    reports.clear()
+    second = start("stopped")[1]
+    assert f"(pid {second.pid}) is stopped" in wait_for_report(reports)
+
+
+def test_who_beats_is_left_alone_and_so_are_processes_of_others(start: Start, board: Board, reports: list[str]) -> None:
+    lively = start("lively")[0]
+    argv = [sys.executable, "-c", RANK, str(board.path), "1", "waits"]
+    code = f"import subprocess; child = subprocess.Popen({argv!r}); print(child.pid, flush=True); child.wait()"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        grandchild = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(2.5 * STALL_S)
+        assert grandchild.is_running()
+        assert lively.poll() is None
+        assert reports == []
+        grandchild.kill()
+
+
+def test_zero_watches_nothing(board: Board, start: Start) -> None:
+    reports: list[str] = []
+    watchdog = Watchdog(board, 0, 1800, reports.append).start()
+    stopped = start("stopped")[0]
+    time.sleep(1)
+    watchdog.stop()
+    assert stopped.poll() is None
+    assert reports == []
