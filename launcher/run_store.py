@@ -119,8 +119,12 @@ def newest_attempt(run: RunDir) -> int:
 def next_attempt(run: RunDir, attempt: Attempt) -> int:
     """Number and make the next attempt's folder; from then on the attempt before owns nothing any more."""
     number = 1 + newest_attempt(run)
-    run.attempt(number).mkdir(mode=0o700)
-    write_attempt(run, number, attempt)
+    # Moved into place whole: a folder without its attempt.json would keep the run from ever beginning again.
+    unfinished = run.attempts / f".{number:03d}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(mode=0o700)
+    write_json(unfinished / "attempt.json", asdict(attempt))
+    unfinished.rename(run.attempt(number))
     return number
 
 

@@ -24,6 +24,14 @@ OWN_SBATCH_PARAMETERS = re.split(
 _WORD = r"[A-Za-z0-9][\w.@+-]*"
 _MODULE = r"[A-Za-z0-9][\w.+/-]*"
 _PATH = r"/[\w.+@/-]*"
+# A shell takes none of these for a command.
+_RESERVED_WORD = "case|coproc|do|done|elif|else|esac|fi|for|function|if|select|then|until|while"
+# Values are taken word for word, so that PATH would lose the folders of Slurm's commands. The others belong to bash, Slurm,
+# submitit and the launcher. LD_PRELOAD, BASH_ENV and the like are a user's own affair, whose commands run here anyway.
+_RESERVED_VARIABLE = (
+    r"PATH|(SLURM|SLURMD|SBATCH|SUBMITIT)_\w*|LAUNCHER_ATTEMPT|PYTHONSAFEPATH|PYTHONUNBUFFERED|E?UID|PPID|BASHOPTS|SHELLOPTS"
+    "|BASH_VERSINFO"
+)
 
 
 def _no_number(value: Any) -> Any:
@@ -32,6 +40,11 @@ def _no_number(value: Any) -> Any:
             "is a number, as which YAML reads 24:00:00 as well; write D-HH:MM:SS, or HH:MM:SS within quotes in a file"
         )
     return value
+
+
+def _number_as_text(value: Any) -> Any:
+    """What YAML has read as a number, as it was written."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 Id = Annotated[str, matching(_WORD, "is not a name that Slurm knows; use letters, digits and . _ @ + -")]
@@ -46,7 +59,11 @@ Duration = Annotated[
         "is not a time that Slurm reads; write minutes, HH:MM:SS or D-HH:MM:SS, such as 2-00:00:00",
     ),
 ]
-MemorySize = Annotated[str, matching(r"\d+[KMGT]?B?", "is not a size; write a number and K, M, G or T, such as 900G; 0 is all")]
+MemorySize = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    matching(r"\d+[KMGT]?B?", "is not a size; write a number and K, M, G or T, such as 900G; 0 is all"),
+]
 Gres = Annotated[
     str,
     matching(rf"{_WORD}(:{_WORD})?(:\d+)?(,{_WORD}(:{_WORD})?(:\d+)?)*", "is not a gres; write it as in gpu:8 or gpu:h100:8"),
@@ -73,7 +90,7 @@ Module = Annotated[str, matching(_MODULE, "is not a module; write it as in cuda/
 Command = Annotated[
     str,
     matching(
-        r"[A-Za-z0-9_./][\w .,:=+@%/-]*",
+        rf"(?!({_RESERVED_WORD})( |$))[A-Za-z0-9_./][\w .,:=+@%/-]*",
         "is more than one plain command; put pipes, variables and the like into a script and write: source /path/of/the/script",
     ),
 ]
@@ -81,9 +98,30 @@ SrunArgument = Annotated[
     str, matching(r"--[a-z][a-z0-9-]*(=[\w.,:/@%+=\[\]-]*)?", "is not an option of srun; write it as in --mpi=none, one each")
 ]
 ParameterName = Annotated[str, matching(r"[a-z][a-z0-9-]*", "is not an option of sbatch; write it without dashes in front")]
-ParameterValue = Annotated[str, matching(r"[\w.,:/@%+=\[\]-]*", "holds characters that sbatch's options never need")]
-VariableName = Annotated[str, matching(r"[A-Za-z_]\w*", "is not the name of a variable")]
-VariableValue = Annotated[str, matching(r"[\w .,:=+@%/^-]*", "holds characters that are not let into a batch script")]
+ParameterValue = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    matching(
+        r"[\w.,:/@%+=\[\]-]*", "holds characters that sbatch's options never need; use letters, digits and . , : / @ % + = [ ] -"
+    ),
+]
+VariableName = Annotated[
+    str,
+    matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
+    matching(
+        rf"(?!({_RESERVED_VARIABLE})$).*",
+        "is a variable that Slurm, bash or the launcher set themselves; take it out, or set it in a script and write: "
+        "cluster.setup=[source /path/of/the/script]",
+    ),
+]
+VariableValue = Annotated[
+    str,
+    BeforeValidator(_number_as_text),
+    matching(
+        r"[\w .,:=+@%/^-]*",
+        "holds characters that are not let into a batch script; put it into a script: cluster.setup=[source /path/of/the/script]",
+    ),
+]
 Interface = Annotated[str, matching(r"[A-Za-z0-9][\w.-]{0,14}", "is not a network interface; write it as in ib0")]
 
 
@@ -160,7 +198,8 @@ class SlurmSection(ClusterSection):
     )
     srun_args: tuple[SrunArgument, ...] = Field((), description="More options for srun.")
     additional_parameters: dict[ParameterName, ParameterValue] = Field(
-        default_factory=dict, description="More options for sbatch, such as {switches: 1}."
+        default_factory=dict,
+        description="More options for sbatch, such as {switches: 1}; those that take no value have '' for one.",
     )
     node_checks: Flag = Field(True, description="Check every node of the allocation before the model is loaded.")
     exclude_bad_nodes: Flag = Field(False, description="After a node failed its checks, run the job again without it.")

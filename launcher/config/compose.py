@@ -172,15 +172,15 @@ def _checked(cfg: Any) -> Composed:
         folders=tuple(Path(s.path) for s in hydra_config.runtime.config_sources if s.schema == "file" and s.path),
     )
     OmegaConf.set_readonly(cfg, False)
-    absent = [key for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
+    absent = [key for key, value in leaves(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
     for key in absent:
         # Whatever refers to the missing value must still resolve for the other mistakes to be found.
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolved(cfg, origins).items()}
     _let_the_command_line_choose_the_length(values, overrides)
-    leaves = list(_leaves(values))
-    secrets = [key for key, value in leaves if looks_secret(key, value)]
-    targets = [key for key, _ in leaves if "_target_" in key.split(".")]
+    scalars = list(leaves(values))
+    secrets = [key for key, value in scalars if looks_secret(key, value)]
+    targets = [key for key, _ in scalars if "_target_" in key.split(".")]
     problems = [missing(key, origins) for key in absent]
     problems += [
         Problem(
@@ -232,12 +232,13 @@ def _let_the_command_line_choose_the_length(values: dict[str, Any], overrides: S
             train[other] = None
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The scalars in nested mappings and lists, with their keys below `key`, such as data.sources[0].path."""
     if isinstance(value, dict):
         for k, v in value.items():
-            yield from _leaves(v, f"{key}.{k}" if key else str(k))
+            yield from leaves(v, f"{key}.{k}" if key else str(k))
     elif isinstance(value, list):
         for i, v in enumerate(value):
-            yield from _leaves(v, f"{key}[{i}]")
+            yield from leaves(v, f"{key}[{i}]")
     else:
         yield key, value

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+# A path's limit on Linux, and more than anything else needs.
+MAX_CHARACTERS = 4096
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -33,6 +35,8 @@ def matching(pattern: str, rule: str) -> AfterValidator:
 
     def check(value: str) -> str:
         no_control_characters(value)
+        if len(value) > MAX_CHARACTERS:
+            raise ValueError(f"is longer than {MAX_CHARACTERS} characters; shorten it")
         if not compiled.fullmatch(value):
             raise ValueError(rule)
         return value

@@ -53,7 +53,7 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
         elif item["type"] == "missing":
             yield missing(key, origins)
         elif item["type"] == "value_error":
-            yield _by_rule(key, setting, item["msg"].removeprefix("Value error, "), origins, values)
+            yield _by_rule(key, item["msg"].removeprefix("Value error, "), origins, values)
         else:
             yield _by_type(key, setting, item, origins)
 
@@ -98,12 +98,13 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
     )
 
 
-def _by_rule(key: str, setting: Setting | None, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
+def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
     """A rule of the schema was broken; the text is `what is wrong; the remedy` and may name several settings."""
     what, _, remedy = text.partition("; ")
-    if setting is not None and "." in key:
+    if "." in key:
         value = _value_of(key, values)
-        return Problem(f"{key}: {what}", where=origins.of(key), value=_plain(key, value), remedy=remedy or _give(key))
+        text = "" if value is _ABSENT else _plain(key, value)
+        return Problem(f"{key}: {what}", where=origins.of(key), value=text, remedy=remedy or _give(key))
     named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
     origin = {k: origins.of(k) for k in named}
     given = {k: _plain(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
@@ -146,9 +147,14 @@ def _key_of(location: tuple[int | str, ...]) -> str:
     if location[:1] == ("cluster",) and len(location) > 2:
         # The kind of the cluster stands where the section was chosen.
         location = ("cluster", *location[2:])
-    key = ".".join(f"[{part}]" if isinstance(part, int) else str(part) for part in location if part != "[key]").replace(".[", "[")
+    parts = [f"[{part}]" if isinstance(part, int) else _printable(part) for part in location if part != "[key]"]
+    key = ".".join(parts).replace(".[", "[")
     # pydantic appends the branch of a union to the location; the user knows only the key.
     return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def no_such_option(group: str, option: str, options: Sequence[str], token: str) -> Problem:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from launcher.config.compose import leaves
 from launcher.config.origin import Origins
 from launcher.config.problems import schema_problems
 from launcher.config.schema import RunConfig
@@ -48,15 +49,14 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     import yaml
 
     values = config.model_dump(mode="json")
-    problems = []
+    problems: list[Problem] = []
     for override in overrides:
         key, equals, raw = override.lstrip("+").partition("=")
         if not equals or key not in settings():
             guess = did_you_mean(key, list(settings()))
             problems.append(_problem(f"{key}: there is no such setting", guess or "settings are written key=value"))
         elif looks_secret(key, raw):
-            remedy = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
-            problems.append(_problem(f"{key}: looks like a secret (a token, key or password); its value is not shown", remedy))
+            problems.append(_secret(key))
         elif not key.startswith(CHANGEABLE):
             changeable = ", ".join(f"{k}*" if k.endswith(".") else k for k in CHANGEABLE)
             remedy = f"start another run with it; what may change: {changeable}"
@@ -64,9 +64,14 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         else:
             section, _, name = key.partition(".")
             try:
-                values[section][name] = yaml.safe_load(raw)
+                value = yaml.safe_load(raw)
             except yaml.YAMLError:
                 problems.append(_problem(f"{key}: the value cannot be read", "write it as in YAML", value=raw))
+                continue
+            secrets = [_secret(leaf) for leaf, found in leaves(value, key) if looks_secret(leaf, found)]
+            problems += secrets
+            if not secrets:
+                values[section][name] = value
             if key in ("train.max_steps", "train.epochs"):
                 values["train"]["epochs" if key == "train.max_steps" else "max_steps"] = None
     try:
@@ -77,6 +82,11 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     return changed
+
+
+def _secret(key: str) -> Problem:
+    remedy = "put secrets into environment variables (HF_TOKEN, WANDB_API_KEY); they never belong in settings"
+    return _problem(f"{key}: looks like a secret (a token, key or password); its value is not shown", remedy)
 
 
 def _problem(what: str, remedy: str, value: str = "") -> Problem:

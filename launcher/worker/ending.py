@@ -33,15 +33,16 @@ class Ending:
     first_failure: dict[str, Any] | None = None
 
 
-def read(run: RunDir, number: int, attempt: Attempt, details: Mapping[str, str], lead_s: float, exit_code: int | None) -> Ending:
-    """Judge attempt `number`; `details` are `scontrol show job`'s, `exit_code` is srun's, None where the job left no word."""
+def read(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: float, exit_code: int | None) -> Ending:
+    """Judge attempt `number`; `state` is Slurm's word for the job, `exit_code` srun's, None where the job left no word."""
     step = run_store.read_status(run).step
     outcome = run.attempt(number) / "outcome.json"
     nodes = {node: _record(run, number, node) for node in range(len(attempt.nodes))}
     left = [found for found in nodes.values() if found is not None]
+    cancelled = (run.attempt(number) / "cancel.json").is_file() or state == "CANCELLED"
     if outcome.is_file():
-        return _by_outcome(run_store.read_json(outcome), attempt, lead_s)
-    if (run.attempt(number) / "cancel.json").is_file() or details.get("JobState") == "CANCELLED":
+        return _by_outcome(run_store.read_json(outcome), attempt, lead_s, cancelled)
+    if cancelled:
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
     if problems := [problem for found in left for problem in found.get("problems", ())]:
         return _by_problems(problems, attempt, step)
@@ -63,8 +64,11 @@ def _record(run: RunDir, number: int, node: int) -> dict[str, Any] | None:
     return run_store.read_json(file) if file.is_file() else None
 
 
-def _by_outcome(outcome: Mapping[str, Any], attempt: Attempt, lead_s: float) -> Ending:
+def _by_outcome(outcome: Mapping[str, Any], attempt: Attempt, lead_s: float, cancelled: bool) -> Ending:
     causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT}
+    if cancelled:
+        # Slurm's TERM came to the ranks as it comes when machines go, and they may have saved before the kill.
+        causes["preempted"] = Cause.CANCELLED
     cause = causes.get(outcome["reason"]) or _interruption(attempt, lead_s)
     return Ending(cause, outcome["step"], outcome["message"])
 

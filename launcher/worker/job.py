@@ -8,6 +8,7 @@ does it: the only place that runs a job again.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,8 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     run, section, job = RunDir(Path(plan.run_dir)), _section(plan), os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
     details = _details(job)
-    found = ending.read(run, number, attempt, details, section.signal_lead_seconds, exit_code)
+    state = queue.state_beneath(job)
+    found = ending.read(run, number, attempt, state, section.signal_lead_seconds, exit_code)
     ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
     decision = decide(ended, _history(run, number), section)
     run_store.require_newest(run, number)
@@ -78,7 +80,7 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     run_store.update_status(run, state=decision.state, step=found.step, message=message)
     print(f"attempt {number}: {found.cause}: {message}", flush=True)
     if decision.again:
-        slurm_cluster.run_again(plan, run, job, decision, by_slurm=found.cause is Cause.PREEMPTED and _requeued_by_slurm(details))
+        slurm_cluster.run_again(plan, run, job, decision, by_slurm=state == "PENDING" or _preempted_by_slurm(details))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
 
 
@@ -112,7 +114,7 @@ def _ended(run: RunDir, number: int, plan: LaunchPlan) -> Ended:
     if file.is_file():
         return _from_record(run_store.read_json(file))
     attempt = run_store.read_attempt(run, number)
-    found = ending.read(run, number, attempt, {}, _section(plan).signal_lead_seconds, None)
+    found = ending.read(run, number, attempt, "", _section(plan).signal_lead_seconds, None)
     ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
     run_store.write_json(file, _record(found, ended, None))
     return ended
@@ -162,7 +164,7 @@ def _end_time(details: Mapping[str, str]) -> float | None:
     return float(ends) if ends.isdigit() else None
 
 
-def _requeued_by_slurm(details: Mapping[str, str]) -> bool:
+def _preempted_by_slurm(details: Mapping[str, str]) -> bool:
     """True where Slurm preempts the job and has said that it will run it again by itself."""
     preempted = details.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "")
     return preempted and details.get("Requeue") == "1" and _preempt_mode(details.get("Partition", "")) == "REQUEUE"
@@ -196,6 +198,8 @@ def main(argv: Sequence[str]) -> int:
             number = begin(argv[1])
             print("" if number is None else number)
             return 0
+        # A requeue makes Slurm send TERM to all of the job, and KILL only later: what is begun must come to its end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return conclude(argv[1], int(argv[2]), int(argv[3]))
     except LauncherError as error:
         for problem in error.problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,48 +11,26 @@ from typing import Any
 import pytest
 from testbed_cluster import Testbed
 
-from launcher.config.cluster import SlurmSection
-from launcher.config.compose import run_hydra
-from launcher.config.schema import RunConfig
-from launcher.plan.architecture import model_facts
-from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
-from launcher.plan.planner import plan
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from plan_fixtures import config_of, golden, slurm_plan
+
+__all__ = ["config_of", "golden", "slurm_plan"]
 
 CPU = DeviceFacts(kind="cpu", name="CPU", count=4)
-PROVENANCE = Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0.1.0", python="3.11.9", packages={})
 WAIT_S = 20.0
 
 
-@functools.cache
-def composed() -> RunConfig:
-    found: list[RunConfig] = []
-    run_hydra(
-        ("model=tiny", "cluster=slurm", "run.name=tried", "train.global_batch_size=144"), lambda done: found.append(done.config)
-    )
-    return found[0]
-
-
 @pytest.fixture
-def plan_at(tmp_path: Path) -> Callable[..., LaunchPlan]:
+def plan_at(slurm_plan: Callable[..., LaunchPlan], tmp_path: Path) -> Callable[..., LaunchPlan]:
     """The plan of a small run on Slurm with these settings of the cluster; `device` is what one node has."""
 
     def planned(device: DeviceFacts = CPU, cache_dir: str = str(tmp_path / "cache"), **settings: Any) -> LaunchPlan:
-        config = composed().model_copy(update={"cluster": SlurmSection.model_validate({"kind": "slurm", **settings})})
-        assert config.model.config is not None
-        data = DataFacts(
-            cache_dir=cache_dir,
-            num_rows=1000,
-            num_docs=5000,
-            num_tokens=900_000,
-            num_trained_tokens=450_000,
-            num_eval_rows=0,
-            num_eval_tokens=0,
-            truncated_docs=0,
-            truncated_tokens=0,
-            padding_frac=0.0,
-        )
-        model = model_facts(config.model.config, None, None, None)
-        return plan(config, Facts(working_dir=str(tmp_path), device=device, model=model, data=data, provenance=PROVENANCE))
+        made = slurm_plan(str(tmp_path), device, **settings)
+        assert made.data is not None
+        return made.model_copy(update={"data": made.data.model_copy(update={"cache_dir": cache_dir})})
 
     return planned
 

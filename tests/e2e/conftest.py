@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from e2e_tools import processes_of
+from slurm_tools import Launch, SlurmRun, submit
+from testbed_cluster import Testbed
 
 
 @pytest.fixture
@@ -28,3 +30,18 @@ def module_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield root
     for process in processes_of(root):
         process.kill()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(launch: Launch, slurm_cluster: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two Slurm nodes that was left alone."""
+    run = submit(launch, slurm_cluster, tmp_path_factory.mktemp("runs"), "undisturbed")
+    run.await_completed()
+    assert run.causes() == ["completed"]
+    return run.path
+
+
+@pytest.fixture
+def begin(launch: Launch, slurm: Testbed, runs: Path) -> Callable[..., SlurmRun]:
+    """Submit a short run on two nodes: `begin(NAME, *overrides, **environment)`."""
+    return lambda name, *overrides, **env: submit(launch, slurm, runs, name, *overrides, **env)

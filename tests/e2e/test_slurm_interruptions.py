@@ -9,24 +9,9 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import losses, metrics, status, wait_for
-from slurm_tools import STEPS, Launch, SlurmRun, assert_same_training, submit
-from testbed_cluster import Testbed
+from slurm_tools import STEPS, SlurmRun, assert_same_training
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(launch: Launch, slurm_cluster: Testbed, module_runs: Path) -> Path:
-    run = submit(launch, slurm_cluster, module_runs, "undisturbed")
-    run.await_completed()
-    assert run.attempt == 1
-    assert run.causes() == ["completed"]
-    return run.path
-
-
-@pytest.fixture
-def begin(launch: Launch, slurm: Testbed, runs: Path) -> Callable[..., SlurmRun]:
-    return lambda name, *overrides, **env: submit(launch, slurm, runs, name, *overrides, **env)
 
 
 def test_a_signal_to_the_job_saves_and_requeues(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:

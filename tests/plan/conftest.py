@@ -1,92 +1,18 @@
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from launcher.config.compose import conf_dir, run_hydra
-from launcher.config.schema import RunConfig
-from launcher.plan.architecture import model_facts
-from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
-from launcher.plan.planner import plan
+from launcher.config.compose import conf_dir
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-REGENERATE = "LAUNCHER_WRITE_GOLDEN"
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-CPU = DeviceFacts(kind="cpu", name="a CPU", count=2, host_memory_gib=24.0)
-H100 = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)
-DATA = DataFacts(
-    cache_dir="/cache/data/0123",
-    num_rows=1000,
-    num_docs=5000,
-    num_tokens=900_000,
-    num_trained_tokens=450_000,
-    num_eval_rows=10,
-    num_eval_tokens=9000,
-    truncated_docs=3,
-    truncated_tokens=500,
-    padding_frac=0.02,
-)
-PROVENANCE = Provenance(
-    created_at="2026-01-31T09:15:00Z",
-    overrides=("model=tiny",),
-    launcher_version="0.1.0",
-    git_commit="0" * 40,
-    git_dirty=False,
-    python="3.11.9",
-    packages={"torch": "2.13.0"},
-)
+from plan_fixtures import config_of, golden, plan_of
 
-
-@functools.cache
-def composed(tokens: tuple[str, ...]) -> RunConfig:
-    found: list[RunConfig] = []
-    run_hydra(tokens, lambda done: found.append(done.config))
-    return found[0]
-
-
-def facts_for(config: RunConfig, device: DeviceFacts = CPU, data: DataFacts | None = DATA, **numbers: Any) -> Facts:
-    """Facts of a machine that is the same everywhere; the model's numbers come from its settings."""
-    assert config.model.config is not None
-    model = model_facts({**config.model.config, **numbers}, config.model.path, None, None)
-    return Facts(working_dir="/srv/project", home_dir="/home/me", device=device, model=model, data=data, provenance=PROVENANCE)
-
-
-@pytest.fixture
-def config_of() -> Callable[..., RunConfig]:
-    """The settings of a command line, with a model whose numbers are in its file."""
-
-    def config(*tokens: str) -> RunConfig:
-        return composed(tokens if any(t.startswith(("model=", "experiment=")) for t in tokens) else ("model=tiny", *tokens))
-
-    return config
-
-
-@pytest.fixture
-def plan_of(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
-    def planned(*tokens: str, device: DeviceFacts = CPU, data: DataFacts | None = DATA) -> LaunchPlan:
-        config = config_of(*tokens)
-        return plan(config, facts_for(config, device, data))
-
-    return planned
-
-
-@pytest.fixture
-def golden() -> Callable[[str, str], None]:
-    """Compare a text with tests/golden/NAME; with LAUNCHER_WRITE_GOLDEN=1 in the environment, write it."""
-
-    def compare(name: str, text: str) -> None:
-        file = GOLDEN / name
-        if os.environ.get(REGENERATE) == "1":
-            file.write_text(text, encoding="utf-8")
-        assert file.is_file(), f"write it with: {REGENERATE}=1 pytest {Path(__file__).parent}"
-        assert text == file.read_text(encoding="utf-8")
-
-    return compare
+__all__ = ["config_of", "golden", "plan_of"]
 
 
 def shipped() -> Sequence[tuple[str, ...]]:

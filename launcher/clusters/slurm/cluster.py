@@ -31,6 +31,8 @@ class SlurmCluster:
         return site.gpus_of(_slurm(section))
 
     def check(self, plan: LaunchPlan) -> None:
+        # What no batch script can hold is refused here, before anything of the run is made.
+        self.preview(plan)
         checks.check(_slurm(plan.config.cluster), plan)
 
     def preview(self, plan: LaunchPlan) -> str | None:
@@ -116,8 +118,11 @@ def _requeue(job: str, exclude: str) -> None:
         slurm("scontrol", "requeue", job)
         return
     slurm("scontrol", "requeuehold", job)
-    slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
-    slurm("scontrol", "release", job)
+    try:
+        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+    finally:
+        # Whatever was refused: held, the job would wait for ever, and with it the one that is submitted after it.
+        slurm("scontrol", "release", job)
 
 
 def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None:
@@ -128,7 +133,13 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
     number = run_store.next_attempt(run, Attempt(saved, automatic=True))
     path = run.attempt(number) / "plan.json"
     run_store.write_text(path, again.to_json())
-    run_store.write_json(submission_file(run, number), {"job": script.submit(again, path), "submitted_at": time.time()})
+    try:
+        submitted = script.submit(again, path)
+    except SubmitError as error:
+        message = f"it should run again, but {error.problems[0].what}: {error.problems[0].value}"
+        run_store.update_status(run, state="failed", message=message)
+        raise
+    run_store.write_json(submission_file(run, number), {"job": submitted, "submitted_at": time.time()})
 
 
 def submission_file(run: RunDir, attempt: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -135,6 +136,20 @@ def details(job_id: str) -> Mapping[str, str]:
             # The first counts: a comment may hold a line break, and then what looks like a key.
             found.setdefault(key, value)
     return found
+
+
+def state_beneath(job_id: str) -> str:
+    """What a job that is COMPLETING will be: CANCELLED after scancel, PENDING after a requeue; empty where it is not told.
+
+    Only the JSON form tells it, which some sites build without.
+    """
+    try:
+        found = json.loads(slurm("scontrol", "show", "job", job_id, "--json"))["jobs"][0]["job_state"]
+    except (SlurmError, ValueError, LookupError):
+        return ""
+    # A word in older versions, a list since 23.02.
+    words = [found] if isinstance(found, str) else found
+    return next((word for word in words if word != "COMPLETING"), "")
 
 
 def _pairs(line: str) -> Iterator[tuple[str, str]]:

@@ -20,8 +20,8 @@ from launcher.plan.run_dir import RunDir
 # What sbatch, srun and the containers' mount lists leave as it is: no blanks, no %, which sbatch replaces.
 _PLAIN_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
 # Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to whatever a task
-# is at that moment, and a Python that is just starting would die of it.
-_SHIELD = """sh -c 'trap "" USR1 USR2; exec "$0" "$@"'"""
+# is at that moment, and a Python that is just starting would die of it. A node that does not see the plan says so at once.
+_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) does not see $0" >&2; exit 78; }; exec "$@"\' '
 
 
 def render(plan: LaunchPlan, plan_path: Path) -> str:
@@ -34,7 +34,7 @@ def render(plan: LaunchPlan, plan_path: Path) -> str:
 
     run = RunDir(Path(plan.run_dir))
     folder = run.jobs / "%j"
-    command = f"{python_command(plan)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    command = f"{python_command(plan, plan_path)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return _make_sbatch_string(command=command, folder=folder, **parameters(plan, plan_path)) + "\n"
 
 
@@ -49,7 +49,7 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
 
     run = RunDir(Path(plan.run_dir))
     run.jobs.mkdir(mode=0o700, exist_ok=True)
-    executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=python_command(plan))
+    executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=python_command(plan, plan_path))
     executor.update_parameters(**parameters(plan, plan_path))
     try:
         with _clean_environment():
@@ -84,7 +84,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "chdir": _plain(plan.run_dir),
         "requeue" if section.requeue else "no-requeue": True,
         **({"reservation": section.reservation} if section.reservation else {}),
-        **section.additional_parameters,
+        **{name: value or True for name, value in section.additional_parameters.items()},
     }
     return {
         "job_name": plan.run_name,
@@ -114,7 +114,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
     }
 
 
-def python_command(plan: LaunchPlan) -> str:
+def python_command(plan: LaunchPlan, plan_path: Path) -> str:
     """The shell words that start Python in a task, in the container where there is one."""
     section = plan.config.cluster
     assert isinstance(section, SlurmSection)
@@ -125,7 +125,7 @@ def python_command(plan: LaunchPlan) -> str:
         words = ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
     elif section.container_image:
         words = [section.container_python]
-    return f"{_SHIELD} {shlex.join(words)}"
+    return _SHIELD + shlex.join([_plain(str(plan_path)), *words])
 
 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
@@ -138,6 +138,8 @@ def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str
         "trap : TERM USR1 USR2",
         *(shlex.join(["module", "load", module]) for module in section.modules),
         *(shlex.join(command.split()) for command in section.setup),
+        "# The exit codes below are looked at, whatever was set above.",
+        "set +e",
         *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
         f'export PYTHONPATH={shlex.quote(code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         f"LAUNCHER_ATTEMPT=$({_job_command('begin', plan_path)}) || exit",

@@ -1,0 +1,223 @@
+"""What a drill has shown, from what the run left behind: a pure function of records, and its lines for a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+from launcher.run_store import Attempt
+
+# An attempt and how often the node agents have restarted its ranks: one life of all ranks.
+Life = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A trained step, and when, in seconds since the epoch."""
+
+    life: Life
+    number: int
+    loss: float
+    time: float
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Step:
+        """From a line of metrics.jsonl that has a loss."""
+        life = line["attempt"], int(line["run/restarts"])
+        return cls(life, int(line["trainer/step"]), line["train/loss"], line["time"])
+
+
+@dataclass(frozen=True)
+class Hit:
+    """The fault: what was done to which life of the run, when (seconds since the epoch), and on which node."""
+
+    did: str
+    at: float
+    host: str
+    life: Life
+    saved_step: int
+
+
+@dataclass(frozen=True)
+class Records:
+    """What is known of a run that a fault has hit, when there is nothing more to wait for.
+
+    `steps` stand in the order in which they were trained. `endings` are the exit.json of the attempts, `errors` the
+    messages that ranks left in the attempt that was hit. `committed` are the steps of all checkpoints that were ever seen.
+    `by_hand` is the attempt that the drill started as a person would, when the run had ended as `stopped_as`. `last_word`
+    is the run's state and message.
+    """
+
+    fault: str
+    device: str
+    run: str
+    checkpoints: str
+    keep_last: int
+    hit: Hit
+    steps: Sequence[Step]
+    attempts: Mapping[int, Attempt]
+    endings: Mapping[int, Mapping[str, Any]]
+    errors: Sequence[str]
+    committed: frozenset[int]
+    by_hand: int | None
+    stopped_as: str
+    last_word: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Steps are optimizer steps, times are seconds from the fault; None where it never came to that."""
+
+    fault: str
+    run: str
+    did: str
+    host: str
+    happened: str
+    continued: str
+    reached_step: int
+    resumed_step: int | None
+    lost_steps: int | None
+    trains_again_s: float | None
+    caught_up_s: float | None
+    checkpoints_kept: tuple[int, ...]
+    checkpoints_lost: tuple[int, ...]
+    replayed_steps: int
+    differing_steps: int
+    largest_difference: float
+    problems: tuple[str, ...] = ()
+
+    @property
+    def came_through(self) -> bool:
+        return not self.problems
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "came_through": self.came_through}, indent=2)
+
+
+def progress(steps: Sequence[Step], hit: Life) -> tuple[int, list[Step]]:
+    """The last step of the life that was hit, and the steps of the lives after it."""
+    last = max((step.number for step in steps if step.life <= hit), default=0)
+    return last, [step for step in steps if step.life > hit]
+
+
+def judge(records: Records, kept: frozenset[int]) -> Report:
+    """Whether the run came through, and what that took; `kept` are the steps of the checkpoints that it leaves, all whole."""
+    hit = records.hit
+    last, again = progress(records.steps, hit.life)
+    beyond = [step for step in again if step.number > last]
+    resumed = again[0].number - 1 if again else None
+    before = {step.number: step.loss for step in records.steps if step.life <= hit.life}
+    replayed = [abs(step.loss - before[step.number]) for step in again if step.number in before]
+    # Older ones are removed as newer ones come.
+    expected = sorted(records.committed | kept)[-records.keep_last :]
+    report = Report(
+        fault=records.fault,
+        run=records.run,
+        did=hit.did,
+        host=hit.host,
+        happened=_happened(records, again),
+        continued=_continued(records, again),
+        reached_step=last,
+        resumed_step=resumed,
+        lost_steps=None if resumed is None else last - resumed,
+        trains_again_s=again[0].time - hit.at if again else None,
+        caught_up_s=beyond[0].time - hit.at if beyond else None,
+        checkpoints_kept=tuple(sorted(kept)),
+        checkpoints_lost=tuple(step for step in expected if step not in kept),
+        replayed_steps=len(replayed),
+        differing_steps=sum(difference != 0 for difference in replayed),
+        largest_difference=max(replayed, default=0.0),
+    )
+    return replace(report, problems=tuple(_problems(report, records)))
+
+
+def _happened(records: Records, again: Sequence[Step]) -> str:
+    """Why the life that was hit ended, as the run itself or the cluster tells it."""
+    ending = records.endings.get(records.hit.life[0])
+    if records.fault == "fill-disk" and (error := _disk_error(records)):
+        return error
+    if ending is not None:
+        cause = ending.get("cause") or ending["state"]
+        return " ".join(f"{cause}: {ending['message']}".split())
+    if again and again[0].life[0] == records.hit.life[0]:
+        return "the node agents ended all ranks and started them again"
+    return records.stopped_as or records.last_word
+
+
+def _disk_error(records: Records) -> str | None:
+    """What a rank said that could not write a checkpoint: one problem of those of all ranks."""
+    ending = records.endings.get(records.hit.life[0], {})
+    said = (*records.errors, ending.get("message", ""))
+    for words in said:
+        if records.checkpoints in words:
+            what, *more = words.splitlines()
+            return " ".join(" ".join([what, *takewhile(lambda line: line.startswith(" "), more)]).split())
+    return None
+
+
+def _continued(records: Records, again: Sequence[Step]) -> str:
+    if not again:
+        return "it did not"
+    number, restart = again[0].life
+    job, before = records.attempts[number].job, records.attempts[records.hit.life[0]].job
+    where = f"job {job}" if job else "this machine"
+    if number == records.hit.life[0]:
+        return f"in the same allocation ({where}), restart {restart} of its ranks"
+    if number == records.by_hand:
+        return f"as attempt {number}, after this drill had resumed it as a person would (python -m launcher resume)"
+    return f"as attempt {number}, {'requeued as the same' if job == before else 'submitted again as another'} {where}"
+
+
+def _problems(report: Report, records: Records) -> Iterator[str]:
+    if report.resumed_step is None:
+        yield f"it did not train again: {records.last_word}"
+    elif report.caught_up_s is None and not records.last_word.startswith("completed"):
+        yield f"it trained again, and did not get beyond step {report.reached_step}: {records.last_word}"
+    if report.checkpoints_lost:
+        yield f"committed checkpoints are gone or damaged: of step {', '.join(map(str, report.checkpoints_lost))}"
+    if report.resumed_step is not None and report.resumed_step < records.hit.saved_step:
+        yield f"it continued from step {report.resumed_step}, though step {records.hit.saved_step} was saved before the fault"
+    if records.fault == "preempt" and report.lost_steps:
+        yield "it had notice and lost steps nevertheless: the save after the signal was not committed"
+    if records.fault == "fill-disk" and _disk_error(records) is None:
+        yield "no rank has said that it could not write a checkpoint"
+    # GPUs may add in another order each time.
+    if report.differing_steps and records.device == "cpu":
+        yield "the losses of the repeated steps differ: state or rows were not those of before"
+
+
+def lines(report: Report) -> list[str]:
+    """The report as a block for a person."""
+    resumed = "" if report.resumed_step is None else f", continued from {report.resumed_step}: {report.lost_steps} lost"
+    kept = ", ".join(map(str, report.checkpoints_kept)) or "none"
+    rows = [
+        ("fault", f"{report.fault}: {report.did} on {report.host}"),
+        ("happened", report.happened),
+        ("continued", report.continued),
+        ("steps", f"reached {report.reached_step}{resumed}"),
+        ("seconds", _seconds(report)),
+        ("kept", f"checkpoints of step {kept}"),
+        ("losses", _losses(report)),
+        *(("problem", problem) for problem in report.problems),
+        ("verdict", "came through" if report.came_through else "did NOT come through"),
+    ]
+    return [f"{label:<11}{value}" for label, value in rows]
+
+
+def _seconds(report: Report) -> str:
+    if report.trains_again_s is None:
+        return "-"
+    caught_up = "" if report.caught_up_s is None else f", {report.caught_up_s:.1f} until it was past step {report.reached_step}"
+    return f"{report.trains_again_s:.1f} from the fault to the next step{caught_up}"
+
+
+def _losses(report: Report) -> str:
+    if not report.replayed_steps:
+        return "no step was repeated"
+    steps = f"{report.replayed_steps} step{'s' if report.replayed_steps > 1 else ''} repeated"
+    if not report.differing_steps:
+        return f"{steps}, with exactly the same loss"
+    return f"{steps}, {report.differing_steps} with another loss (by {report.largest_difference:.2g} at most)"

@@ -1,0 +1,215 @@
+"""What a drill reports, from records of runs that came through a fault and of runs that did not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from launcher.cli.drill_report import Hit, Records, Report, Step, judge, lines
+from launcher.run_store import Attempt
+
+CHECKPOINTS = "/runs/drill/checkpoints"
+HIT_AT = 1000.0
+
+
+def steps(attempt: int, restart: int, first: int, last: int, since: float, shift: float = 0.0) -> tuple[Step, ...]:
+    """One step a second; the loss of a step is the same in every life, but for `shift`."""
+    return tuple(Step((attempt, restart), n, 10 / n + shift, since + n - first) for n in range(first, last + 1))
+
+
+def line(step: int, attempt: int, restart: int) -> dict:
+    return {"trainer/step": float(step), "attempt": attempt, "run/restarts": float(restart), "train/loss": 2.5, "time": 7.0}
+
+
+RESTARTED = Records(
+    fault="kill-rank",
+    device="cpu",
+    run="runs/drill",
+    checkpoints=CHECKPOINTS,
+    keep_last=2,
+    hit=Hit("SIGKILL to rank 1", HIT_AT, "n2", (1, 0), 5),
+    # Step 9 was still being logged when the rank was killed.
+    steps=steps(1, 0, 1, 9, HIT_AT - 8) + steps(1, 1, 6, 10, HIT_AT + 20),
+    attempts={1: Attempt(None, job="7", nodes=("n1", "n2"))},
+    endings={},
+    errors=(),
+    committed=frozenset({5}),
+    by_hand=None,
+    stopped_as="",
+    last_word="running",
+)
+REQUEUED = replace(
+    RESTARTED,
+    steps=steps(1, 0, 1, 9, HIT_AT - 8) + steps(2, 0, 6, 10, HIT_AT + 60),
+    attempts={**RESTARTED.attempts, 2: Attempt(5, job="7", restart=1, automatic=True)},
+    endings={1: {"cause": "infrastructure", "state": "pending", "message": "no word from n2"}},
+)
+PREEMPTED = replace(
+    REQUEUED,
+    fault="preempt",
+    steps=steps(1, 0, 1, 9, HIT_AT - 8) + steps(2, 0, 10, 11, HIT_AT + 60),
+    endings={1: {"cause": "preempted", "state": "pending", "message": "saved at step 9"}},
+    committed=frozenset({5, 9}),
+)
+FULL = "the checkpoint could not be written\n  where:  rank 1, {folder}/.saving-step-00000010-001/x\n  value:  {why}"
+DISK_FULL = replace(
+    RESTARTED,
+    fault="fill-disk",
+    errors=(
+        "RuntimeError: Connection closed by peer",
+        "CheckpointError: " + FULL.format(folder=CHECKPOINTS, why="File too large"),
+    ),
+)
+WHOLE = frozenset({5})
+
+
+def problems(records: Records, kept: frozenset[int] = WHOLE) -> str:
+    report = judge(records, kept)
+    assert report.came_through is not bool(report.problems)
+    assert ("did NOT come through" in "\n".join(lines(report))) is bool(report.problems)
+    return "; ".join(report.problems)
+
+
+def shown(report: Report) -> dict[str, str]:
+    return {text[:11].strip(): text[11:] for text in lines(report)}
+
+
+def test_a_line_of_metrics_is_a_step_of_a_life() -> None:
+    assert Step.of(line(3, attempt=2, restart=1)) == Step((2, 1), 3, 2.5, 7.0)
+
+
+def test_ranks_that_are_started_again_in_the_allocation() -> None:
+    report = judge(RESTARTED, WHOLE)
+    assert report.came_through
+    assert (report.reached_step, report.resumed_step, report.lost_steps) == (9, 5, 4)
+    assert (report.trains_again_s, report.caught_up_s) == (20, 24)
+    assert (report.replayed_steps, report.differing_steps) == (4, 0)
+    assert report.continued == "in the same allocation (job 7), restart 1 of its ranks"
+    assert shown(report) == {
+        "fault": "kill-rank: SIGKILL to rank 1 on n2",
+        "happened": "the node agents ended all ranks and started them again",
+        "continued": "in the same allocation (job 7), restart 1 of its ranks",
+        "steps": "reached 9, continued from 5: 4 lost",
+        "seconds": "20.0 from the fault to the next step, 24.0 until it was past step 9",
+        "kept": "checkpoints of step 5",
+        "losses": "4 steps repeated, with exactly the same loss",
+        "verdict": "came through",
+    }
+
+
+@pytest.mark.parametrize(
+    "job, words", [("7", "as attempt 2, requeued as the same job 7"), ("8", "as attempt 2, submitted again as another job 8")]
+)
+def test_a_job_that_runs_again(job: str, words: str) -> None:
+    attempts = {**REQUEUED.attempts, 2: Attempt(5, job=job, automatic=True)}
+    report = judge(replace(REQUEUED, attempts=attempts), WHOLE)
+    assert report.came_through
+    assert report.continued == words
+    assert report.happened == "infrastructure: no word from n2"
+
+
+def test_a_run_that_a_person_has_to_resume() -> None:
+    attempts = {1: Attempt(None), 2: Attempt(5)}
+    report = judge(replace(REQUEUED, attempts=attempts, endings={}, by_hand=2, stopped_as="failed: the agent is gone"), WHOLE)
+    assert report.came_through
+    assert "as a person would" in report.continued
+    assert report.happened == "failed: the agent is gone"
+
+
+def test_a_preemption_with_notice_loses_nothing() -> None:
+    report = judge(PREEMPTED, frozenset({5, 9}))
+    assert report.came_through
+    assert (report.lost_steps, report.replayed_steps) == (0, 0)
+    assert shown(report)["losses"] == "no step was repeated"
+
+
+def test_a_preemption_that_loses_steps_did_not_save() -> None:
+    assert "the save after the signal was not committed" in problems(replace(PREEMPTED, steps=REQUEUED.steps))
+
+
+def test_a_run_that_never_trains_again() -> None:
+    dead = replace(RESTARTED, steps=RESTARTED.steps[:9], last_word="failed: cluster.max_failures=2 is used up")
+    assert problems(dead) == "it did not train again: failed: cluster.max_failures=2 is used up"
+    assert shown(judge(dead, WHOLE))["continued"] == "it did not"
+
+
+def test_a_run_that_trains_again_and_fails_again() -> None:
+    short = replace(RESTARTED, steps=RESTARTED.steps[:12], last_word="failed: rank 1: killed by SIGKILL")
+    assert "did not get beyond step 9: failed: rank 1" in problems(short)
+    assert judge(short, WHOLE).trains_again_s == 20
+
+
+def test_checkpoints_that_are_gone_are_told_from_those_that_made_room() -> None:
+    committed = replace(RESTARTED, committed=frozenset({5, 10, 15, 20}))
+    assert problems(committed, frozenset({15, 20})) == ""
+    assert problems(committed, frozenset({20})) == "committed checkpoints are gone or damaged: of step 15"
+    assert problems(committed, frozenset({20, 25})) == ""
+
+
+def test_a_checkpoint_that_was_there_and_not_used() -> None:
+    start_over = steps(1, 0, 1, 9, HIT_AT - 8) + steps(1, 1, 1, 10, HIT_AT + 20)
+    assert "continued from step 0, though step 5 was saved" in problems(replace(RESTARTED, steps=start_over))
+
+
+def test_other_losses_in_repeated_steps_are_a_problem_where_sums_have_one_order() -> None:
+    other = replace(RESTARTED, steps=RESTARTED.steps[:9] + steps(1, 1, 6, 10, HIT_AT + 20, shift=1e-6))
+    assert "the losses of the repeated steps differ" in problems(other)
+    on_gpus = judge(replace(other, device="cuda"), WHOLE)
+    assert on_gpus.came_through
+    assert on_gpus.differing_steps == 4
+    assert shown(on_gpus)["losses"] == "4 steps repeated, 4 with another loss (by 1e-06 at most)"
+
+
+def test_a_full_disk_must_be_named() -> None:
+    report = judge(DISK_FULL, WHOLE)
+    assert report.came_through
+    assert report.happened.startswith(
+        "CheckpointError: the checkpoint could not be written where: rank 1, /runs/drill/checkpoints"
+    )
+    assert report.happened.endswith("value: File too large")
+    in_ending = replace(
+        DISK_FULL, errors=(), endings={1: {"state": "failed", "message": FULL.format(folder=CHECKPOINTS, why="x")}}
+    )
+    assert judge(in_ending, WHOLE).came_through
+    assert "could not write a checkpoint" in problems(replace(DISK_FULL, errors=DISK_FULL.errors[:1]))
+
+
+def test_the_report_as_json_holds_the_verdict() -> None:
+    values = json.loads(judge(DISK_FULL, WHOLE).to_json())
+    assert values["came_through"] is True
+    assert values["lost_steps"] == 4
+    assert values["problems"] == []
+
+
+def test_drill_explains_itself(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = launch("drill", "--help")
+    assert done.returncode == 0
+    assert "python -m launcher drill" in done.stdout
+    for fault in ("preempt", "kill-rank", "kill-node", "fill-disk", "hang"):
+        assert f"\n  {fault} " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--fault", "earthquake", "model=tiny"], "invalid choice"),
+        (["model=tiny"], "--fault"),
+        (["--fault", "hang", "--timeout", "0"], "--timeout"),
+        (["--fault", "hang", "model=tiny", "train.save_every=1"], "train.save_every"),
+        (["--fault", "hang", "model=tiny", "--steps", "6"], "raise --steps above 7"),
+        (["--fault", "hang", "-m", "model=tiny", "optim.lr=1e-5,1e-4"], "a drill is one run"),
+        (["--fault", "hang", "model=tyni"], "there is no such option"),
+        (["no-such-run", "--fault", "hang"], "there is no run named no-such-run"),
+    ],
+)
+def test_what_cannot_be_rehearsed_is_refused(
+    launch: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], said: str, tmp_path: object
+) -> None:
+    done = launch("drill", *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

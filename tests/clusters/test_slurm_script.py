@@ -1,0 +1,210 @@
+"""The batch script as text: golden files, what submitit hands to sbatch, and what Slurm reads in it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plan_fixtures import H100
+from testbed_cluster import Testbed
+
+from launcher.clusters.slurm import queue, script
+from launcher.clusters.slurm.cluster import SlurmCluster
+from launcher.clusters.slurm.commands import slurm
+from launcher.config.cluster import SlurmSection
+from launcher.errors import SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+
+SlurmPlan = Callable[..., LaunchPlan]
+REPO = str(Path(__file__).resolve().parents[2])
+PYTHON = "/srv/project/.venv/bin/python"
+
+EVERYTHING: dict[str, Any] = {
+    "nodes": 2,
+    "account": "research",
+    "partition": "main,high",
+    "qos": "urgent",
+    "time": "2-12:30:00",
+    "gres": "gpu:h100:8,nvme:1",
+    "cpus_per_task": 96,
+    "mem": "900G",
+    "constraint": "[rack1|rack2]&ib",
+    "exclude": "n[7-9],n12",
+    "nodelist": "n1",
+    "exclusive": True,
+    "reservation": "maintenance_2",
+    "comment": "run 7: lr=1e-5, with care",
+    "dependency": "afterok:12:13?singleton",
+    "signal_lead_seconds": 300,
+    "modules": ["cuda/12.8", "gcc/13.2.0"],
+    "setup": ["source /opt/site/env.sh", "ulimit -l unlimited", "export SITE=a:b"],
+    "env": {"NCCL_IB_HCA": "^mlx5_0,mlx5_1", "OMP_NUM_THREADS": 12},
+    "srun_args": ["--mpi=none", "--cpu-freq=high"],
+    "additional_parameters": {"switches": "1@10:00", "contiguous": ""},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "slurm_plain": {"nodes": 2},
+    "slurm_everything": {**EVERYTHING, "device": H100},
+    "slurm_pyxis": {
+        "nodes": 2,
+        "device": H100,
+        "container_image": "nvcr.io#nvidia/pytorch:25.10-py3",
+        "container_mounts": ["/scratch:/scratch", "/opt/data:/data:ro"],
+    },
+    "slurm_apptainer": {
+        "nodes": 2,
+        "device": H100,
+        "container_runtime": "apptainer",
+        "container_image": "/opt/images/train.sif",
+        "container_mounts": ["/scratch:/scratch"],
+        "container_python": "/opt/venv/bin/python",
+    },
+    "slurm_no_requeue": {"nodes": 1, "requeue": False, "exclusive": False},
+}
+
+
+@pytest.fixture(autouse=True)
+def python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python that is at one place on every machine."""
+    monkeypatch.setattr(sys, "executable", PYTHON)
+
+
+def rendered(plan: LaunchPlan) -> str:
+    return script.render(plan, RunDir(Path(plan.run_dir)).plan)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_script_is_as_it_was(slurm_plan: SlurmPlan, golden: Callable[[str, str], None], name: str) -> None:
+    text = rendered(slurm_plan(**CASES[name]))
+    golden(f"{name}.sbatch", text)
+    assert REPO not in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
+
+
+def test_everything_is_set_in_one_of_them() -> None:
+    """Each setting of Slurm is in a golden file with a value of its own, or has no part in the script."""
+    no_part = {"kind", "interface", "node_checks", "exclude_bad_nodes", "dry_run"} | {
+        name for name in SlurmSection.model_fields if name.startswith("max_")
+    }
+    of_all = {"ranks_per_node", "gpu_type", "price_per_gpu_hour", "timeout_minutes", "stall_seconds", "stop_grace_seconds"}
+    set_somewhere = {name for case in CASES.values() for name in case}
+    # Either this or gres; its own test is below.
+    assert SlurmSection.model_fields.keys() - no_part - of_all - set_somewhere == {"gpus_per_node"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"device": H100}, ["--gpus-per-node=8"]),
+        ({"device": H100, "gpus_per_node": 4, "ranks_per_node": 4}, ["--gpus-per-node=4"]),
+        ({"device": H100, "gres": "gpu:8"}, ["--gres=gpu:8"]),
+        ({"device": H100, "gres": "nvme:1"}, ["--gpus-per-node=8", "--gres=nvme:1"]),
+        ({"gpus_per_node": 0}, []),
+        ({}, []),
+    ],
+)
+def test_gpus_are_asked_for_once(slurm_plan: SlurmPlan, settings: dict[str, Any], asked: list[str]) -> None:
+    text = rendered(slurm_plan(**settings))
+    assert re.findall(r"^#SBATCH (--g(?:pu|re)s.*)$", text, re.MULTILINE) == asked
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory"), [({}, "0"), ({"mem": 0}, "0"), ({"mem": "64G"}, "64G"), ({"exclusive": False}, None)]
+)
+def test_a_whole_node_is_asked_for_with_its_memory(slurm_plan: SlurmPlan, settings: dict[str, Any], memory: str | None) -> None:
+    text = rendered(slurm_plan(**settings))
+    assert re.findall(r"^#SBATCH --mem=(.*)$", text, re.MULTILINE) == ([] if memory is None else [memory])
+
+
+@pytest.mark.parametrize(
+    "root", ["with blank", "it's", 'say"so', "100%", "$HOME", "a;b", "a,b", "a:b", "ünder", "a\u2028b", "a\x85b"]
+)
+def test_a_path_that_a_script_cannot_hold_is_refused_before_anything_is_made(
+    slurm_plan: SlurmPlan, tmp_path: Path, root: str
+) -> None:
+    plan = slurm_plan(str(tmp_path / root))
+    with pytest.raises(SubmitError) as error:
+        SlurmCluster().check(plan)
+    (problem,) = error.value.problems
+    assert problem.what == "this path cannot stand in a batch script"
+    assert problem.value.startswith(plan.run_dir)
+    assert "letters, digits" in problem.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_python_that_a_script_cannot_hold_is_refused(slurm_plan: SlurmPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/home/me/my venv/bin/python")
+    with pytest.raises(SubmitError, match="/home/me/my venv/bin/python"):
+        SlurmCluster().check(slurm_plan())
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_what_submitit_hands_to_sbatch(slurm_plan: SlurmPlan, here: Testbed, name: str) -> None:
+    import submitit
+
+    plan = slurm_plan(**CASES[name])
+    run = RunDir(Path(plan.run_dir))
+    executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=script.python_command(plan, run.plan))
+    executor.update_parameters(**script.parameters(plan, run.plan))
+    assert rendered(plan) == executor._make_submission_file_text(executor._submitit_command_str, "") + "\n"
+
+
+@pytest.fixture
+def racks(here: Testbed) -> Iterator[None]:
+    """Nodes with features."""
+    slurm("scontrol", "update", "NodeName=n[1-2]", "AvailableFeatures=rack1,ib")
+    slurm("scontrol", "update", "NodeName=n3", "AvailableFeatures=rack2,ib")
+    yield
+    slurm("scontrol", "update", "NodeName=n[1-3]", "ActiveFeatures=", "AvailableFeatures=")
+
+
+@pytest.mark.slurm
+def test_slurm_reads_in_it_what_was_set(slurm_plan: SlurmPlan, racks: None, tmp_path: Path) -> None:
+    """sbatch has rules of its own for quotations and comments: ask it what it understood."""
+    here = {
+        "time": "10",
+        "nodelist": "n[1-2]",
+        "exclude": "n3",
+        "mem": "1G",
+        "cpus_per_task": 2,
+        "gres": None,
+        "reservation": None,
+    }
+    plan = slurm_plan(str(tmp_path), **{**EVERYTHING, **here, "dependency": "singleton"})
+    file = tmp_path / "job.sh"
+    file.write_text(rendered(plan))
+    job = slurm("sbatch", "--hold", "--parsable", str(file)).strip()
+    try:
+        details = queue.details(job)
+        written = slurm("scontrol", "write", "batch_script", job, "-")
+    finally:
+        slurm("scancel", job)
+    assert written == file.read_text()
+    wanted = {
+        "JobName": "tried",
+        "Account": "research",
+        "QOS": "urgent",
+        "Partition": "main,high",
+        "TimeLimit": "00:10:00",
+        "NumNodes": "2-2",
+        "ReqNodeList": "n[1-2]",
+        "ExcNodeList": "n3",
+        "Features": "[rack1|rack2]&ib",
+        "CPUs/Task": "2",
+        "MinMemoryNode": "1G",
+        "OverSubscribe": "NO",
+        "Contiguous": "1",
+        "Requeue": "1",
+        "Comment": "run 7: lr=1e-5, with care",
+        "Dependency": "singleton(unfulfilled)",
+        "WorkDir": plan.run_dir,
+        "StdOut": f"{plan.run_dir}/jobs/{job}/{job}_0_log.out",
+    }
+    assert {key: details.get(key) for key in wanted} == wanted
