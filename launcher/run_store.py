@@ -42,8 +42,7 @@ class Attempt:
 
     `resume_step` None starts from the initial weights. `job` is None until the job has begun; `restart` counts the
     scheduler's starts of that job before. The node agents meet at `address` and `port`, which the first of `nodes` has on
-    `interface`. `ends_at` is the end of the job's
-    time in seconds since the epoch. `automatic` where no person started it.
+    `interface`. `ends_at` is the end of the job's time in seconds since the epoch. `automatic` where no person started it.
     """
 
     resume_step: int | None
@@ -130,7 +129,8 @@ def next_attempt(run: RunDir, attempt: Attempt) -> int:
 
 def read_attempt(run: RunDir, number: int) -> Attempt:
     values = read_json(run.attempt(number) / "attempt.json")
-    return Attempt(**{name: value for name, value in values.items() if name in Attempt.__dataclass_fields__})
+    known = {name: value for name, value in values.items() if name in Attempt.__dataclass_fields__}
+    return Attempt(**{**known, "nodes": tuple(known.get("nodes", ()))})
 
 
 def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:

@@ -26,6 +26,10 @@ from launcher.errors import ConfigError, LauncherError, Problem
 
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")
 _GROUP_WITH_PLUS = re.compile(rf"\+{{1,2}}({'|'.join(GROUPS)})=")
+_FLAGS_WITH_VALUE = (
+    *("--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--info", "-i"),
+    *("--package", "-p", "--experimental-rerun"),
+)
 _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 
@@ -79,7 +83,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
             failure.append(error)
 
     try:
-        _call_hydra(task, [_for_hydra(token) for token in remaining])
+        _call_hydra(task, [_for_hydra(token) for token in _flags_first(remaining)])
     except ConfigError as error:
         # Composition without an unknown group option may fail for that reason alone: the first mistake counts.
         if not problems:
@@ -115,6 +119,23 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if before[1] is not None:
             os.environ["HYDRA_FULL_ERROR"] = before[1]
+
+
+def _flags_first(tokens: Sequence[str]) -> list[str]:
+    """Hydra's flags before the overrides: its parser takes none after the first override."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = list(tokens)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("-"):
+            overrides.append(token)
+            continue
+        flags.append(token)
+        may_have_value = token in _FLAGS_WITH_VALUE and rest and "=" not in rest[0] and not rest[0].startswith("-")
+        if may_have_value:
+            flags.append(rest.pop(0))
+    return [*flags, *overrides]
 
 
 def strip_group_plus(token: str) -> str:

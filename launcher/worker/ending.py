@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +40,8 @@ def read(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: float, 
     left = [found for found in nodes.values() if found is not None]
     cancelled = (run.attempt(number) / "cancel.json").is_file() or state == "CANCELLED"
     if outcome.is_file():
-        return _by_outcome(run_store.read_json(outcome), attempt, lead_s, cancelled)
+        interruption = _interruption(attempt, lead_s, outcome.stat().st_mtime)
+        return _by_outcome(run_store.read_json(outcome), Cause.CANCELLED if cancelled else interruption)
     if cancelled:
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
     if problems := [problem for found in left for problem in found.get("problems", ())]:
@@ -49,8 +49,8 @@ def read(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: float, 
     failures = [found["first_failure"] for found in left if found["first_failure"] is not None]
     if failures:
         return _by_failure(failures, step)
-    if any(found["stopped"] for found in left):
-        return Ending(_interruption(attempt, lead_s), step, "stopped before training had begun")
+    if stopped := [found["ended_at"] for found in left if found["stopped"]]:
+        return Ending(_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
     if exit_code is not None and (refused := _refused(run, number, attempt, nodes)):
         return _by_refusals(refused, attempt, step)
     lost = [attempt.nodes[node] for node, found in nodes.items() if found is None]
@@ -64,17 +64,15 @@ def _record(run: RunDir, number: int, node: int) -> dict[str, Any] | None:
     return run_store.read_json(file) if file.is_file() else None
 
 
-def _by_outcome(outcome: Mapping[str, Any], attempt: Attempt, lead_s: float, cancelled: bool) -> Ending:
-    causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT}
-    if cancelled:
-        # Slurm's TERM came to the ranks as it comes when machines go, and they may have saved before the kill.
-        causes["preempted"] = Cause.CANCELLED
-    cause = causes.get(outcome["reason"]) or _interruption(attempt, lead_s)
-    return Ending(cause, outcome["step"], outcome["message"])
+def _by_outcome(outcome: Mapping[str, Any], interruption: Cause) -> Ending:
+    """The ranks' own word; why they were interrupted they do not know: scancel's TERM comes as it comes when machines go."""
+    causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT, "preempted": interruption}
+    return Ending(causes[outcome["reason"]], outcome["step"], outcome["message"])
 
 
-def _interruption(attempt: Attempt, lead_s: float) -> Cause:
-    near = attempt.ends_at is not None and time.time() > attempt.ends_at - lead_s - _SIGNAL_SPREAD_S
+def _interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
+    """What took the machines away at that time; the judgement itself may be made by the next start, hours later."""
+    near = attempt.ends_at is not None and at > attempt.ends_at - lead_s - _SIGNAL_SPREAD_S
     return Cause.TIME_LIMIT if near else Cause.PREEMPTED
 
 

@@ -57,7 +57,12 @@ def begin(plan_path: str) -> int | None:
                 raise RunError(decision.reason, where=str(run.attempt(number)))
             number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
             attempt = run_store.read_attempt(run, number)
-        opened = _with_place(attempt, section, job, restart)
+        try:
+            opened = _with_place(attempt, section, job, restart)
+        except LauncherError as error:
+            problem = error.problems[0]
+            run_store.update_status(run, state="failed", message="; ".join(filter(None, (problem.what, problem.remedy))))
+            raise
         run_store.write_attempt(run, number, opened)
         print(ending.marker(number, opened.nodes), file=sys.stderr)
         run_store.update_status(run, state="running", attempt=number, job={"id": job, "nodes": opened.nodes}, message="starting")

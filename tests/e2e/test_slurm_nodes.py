@@ -19,7 +19,7 @@ from testbed_cluster import Testbed
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("how", ["kill", "cut", "crash"])
+@pytest.mark.parametrize("how", ["kill", "cut"])
 def test_a_lost_node_is_replaced(begin: Callable[..., SlurmRun], undisturbed: Path, how: str) -> None:
     run = begin(how)
     run.await_step(25)
@@ -57,8 +57,11 @@ def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch: Launch, slu
     taken_over = (run.path / "attempts/002").stat().st_ctime
     late = [m["trainer/step"] for m in metrics(run.path) if m["attempt"] == 1 and m["time"] > taken_over + 2]
     assert not late
-    run.await_step(20, attempt=2)
+    run.await_step(int(run.attempt_record(2)["resume_step"]) + 12, attempt=2)
     assert status(run.path)["attempt"] == 2
+    steps = [m for m in metrics(run.path) if "train/loss" in m]
+    twice = {m["trainer/step"]: m["train/loss"] for m in steps if m["attempt"] == 1}
+    assert all(twice.get(m["trainer/step"], m["train/loss"]) == m["train/loss"] for m in steps if m["attempt"] == 2)
     manifests = [json.loads(p.read_text()) for p in run.path.glob("checkpoints/step-*/manifest.json")]
     assert all(m["attempt"] == 2 for m in manifests if m["step"] > run.attempt_record(2)["resume_step"])
     assert launch("cancel", str(run.path), "--no-save", **slurm.variables).returncode == 0
