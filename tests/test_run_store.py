@@ -18,7 +18,7 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_store import Attempt, Superseded
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,59 @@ def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
     run.attempt(7).mkdir()
     assert run_store.next_attempt(run, Attempt(None)) == 8
     assert run.attempt(8).name == "008"
+
+
+def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, True)
+    assert set(whole.__dict__.values()).isdisjoint(Attempt(None).__dict__.values()), "no field has its default"
+    for attempt in (whole, Attempt(None)):
+        number = run_store.next_attempt(run, attempt)
+        assert run_store.read_attempt(run, number) == attempt
+    # A later launcher may write more.
+    file = run.attempt(1) / "attempt.json"
+    run_store.write_json(file, {**run_store.read_json(file), "more": 1})
+    assert run_store.read_attempt(run, 1) == whole
+
+
+def test_the_newest_attempt(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    assert run_store.newest_attempt(run) == 0
+    for number in range(1, 12):
+        assert run_store.next_attempt(run, Attempt(None)) == number == run_store.newest_attempt(run)
+    (run.attempts / ".012").mkdir()
+    assert run_store.newest_attempt(run) == 11
+
+
+def test_an_attempt_is_there_whole_or_not_at_all(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that ends in between, the next one finds nothing that it could not read."""
+    run = run_store.create(planned(config, tmp_path, "a"))
+
+    def killed(path: object, value: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_store, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_store.next_attempt(run, Attempt(None))
+    assert run_store.newest_attempt(run) == 0
+    assert run_store.next_attempt(run, Attempt(20)) == 1
+    assert run_store.read_attempt(run, 1) == Attempt(20)
+    assert [path.name for path in run.attempts.iterdir()] == ["001"]
+    assert stat.S_IMODE(run.attempt(1).stat().st_mode) == 0o700
+
+
+def test_an_attempt_that_another_has_followed_is_told_so(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    run_store.next_attempt(run, Attempt(None))
+    run_store.require_newest(run, 1)
+    run_store.next_attempt(run, Attempt(None))
+    run_store.require_newest(run, 2)
+    with pytest.raises(Superseded) as error:
+        run_store.require_newest(run, 1)
+    (problem,) = error.value.problems
+    assert "attempt 2 has taken over" in problem.what
+    assert problem.where == str(run.attempt(2))
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

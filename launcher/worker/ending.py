@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import run_store
@@ -17,6 +17,8 @@ from launcher.worker import record
 _SIGNAL_SPREAD_S = 90.0
 # As in `srun: error: n1: task 1: Exited with exit code 7`; a task that a signal ended is another matter.
 _SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with exit code \d+)")
+# The words of Slurm's accounting, of its cgroup plugin, and of the kernel.
+_OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
 # A repetition would end in the same way.
 _USER_ERRORS = ("ConfigError", "DataError", "RunError")
 
@@ -33,7 +35,15 @@ class Ending:
 
 
 def read(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: float, exit_code: int | None) -> Ending:
-    """Judge attempt `number`; `state` is Slurm's word for the job, `exit_code` srun's, None where the job left no word."""
+    """Judge how attempt `number` ended, with a word about memory where that was what it lacked; see `_judged`."""
+    found = _judged(run, number, attempt, state, lead_s, exit_code)
+    if found.cause is Cause.INFRASTRUCTURE and _OUT_OF_MEMORY.search(_output(run, number, attempt)):
+        return replace(found, message=f"{found.message}; the job's memory limit was exceeded: raise cluster.mem")
+    return found
+
+
+def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: float, exit_code: int | None) -> Ending:
+    """`state` is Slurm's word for the job, `exit_code` srun's, None where the job left no word."""
     step = run_store.read_status(run).step
     outcome = run.attempt(number) / "outcome.json"
     nodes = {node: _record(run, number, node) for node in range(len(attempt.nodes))}
@@ -103,15 +113,18 @@ def marker(number: int, nodes: Sequence[str]) -> str:
 
 def _refused(run: RunDir, number: int, attempt: Attempt, nodes: Mapping[int, Any]) -> dict[str, str]:
     """Nodes whose task ended by itself before its agent could leave a record, with srun's words."""
-    output = run.jobs / str(attempt.job) / f"{attempt.job}_0_log.out"
-    if not output.is_file():
-        return {}
-    text = output.read_text(errors="replace").rpartition(marker(number, attempt.nodes))[2]
     return {
         node: what
-        for node, what in _SRUN_ERROR.findall(text)
+        for node, what in _SRUN_ERROR.findall(_output(run, number, attempt))
         if node in attempt.nodes and nodes.get(attempt.nodes.index(node)) is None
     }
+
+
+def _output(run: RunDir, number: int, attempt: Attempt) -> str:
+    """What the job has printed since the attempt began."""
+    output = run.jobs / str(attempt.job) / f"{attempt.job}_0_log.out"
+    text = output.read_text(errors="replace") if output.is_file() else ""
+    return text.rpartition(marker(number, attempt.nodes))[2]
 
 
 def _by_failure(failures: Sequence[dict[str, Any]], step: int) -> Ending:

@@ -13,11 +13,13 @@ from testbed_cluster import Testbed
 
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from plan_fixtures import config_of, golden, slurm_plan
+from sandbox import sandbox
 
-__all__ = ["config_of", "golden", "slurm_plan"]
+__all__ = ["config_of", "golden", "sandbox", "slurm_plan"]
 
 CPU = DeviceFacts(kind="cpu", name="CPU", count=4)
 WAIT_S = 20.0

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from sandbox import Sandbox, rendered
 
-from launcher.clusters.slurm import script
 from launcher.config.cluster import SlurmSection
 from launcher.config.compose import run_hydra
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.run_dir import RunDir
 
 SlurmPlan = Callable[..., LaunchPlan]
 
@@ -182,71 +175,6 @@ def test_numbers_need_no_quotation() -> None:
     assert section.additional_parameters == {"switches": "1"}
 
 
-@dataclass
-class Sandbox:
-    """A folder in which a script runs with programs that only write down how they were called."""
-
-    folder: Path
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    options: dict[str, str] = field(default_factory=dict)
-
-    def called(self, name: str) -> list[list[str]]:
-        return [call["argv"] for call in self.calls if call["name"] == name]
-
-    def run(self, text: str, **env: str) -> subprocess.CompletedProcess[str]:
-        record = self.folder / "calls"
-        record.unlink(missing_ok=True)
-        self.options = sbatch_options(text)
-        assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
-        path = f"{self.folder / 'bin'}:/usr/bin:/bin"
-        work = self.folder / "work"
-        work.mkdir(exist_ok=True)
-        given = {"PATH": path, "RECORD": str(record), "HOME": "/root", **env}
-        done = subprocess.run(["bash"], input=text, text=True, capture_output=True, cwd=work, env=given, timeout=30)
-        self.calls = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-        assert list(work.iterdir()) == [], "nothing in the script makes a file"
-        return done
-
-
-# What comes after srun's own options is run, as srun would.
-RECORDER = """\
-#!{python} -IS
-import json, os, sys
-name, argv = os.path.basename(sys.argv[0]), sys.argv[1:]
-with open(os.environ["RECORD"], "a") as file:
-    file.write(json.dumps({{"name": name, "argv": argv, "env": dict(os.environ)}}) + "\\n")
-if name == "srun":
-    os.execvp("sh", argv[argv.index("sh"):])
-if "begin" in argv:
-    print(os.environ.get("ATTEMPT", "7"))
-sys.exit(int(os.environ.get("SRUN_RC", "0")) if "submitit.core._submit" in argv else int(os.environ.get("JOB_RC", "0")))
-"""
-
-
-@pytest.fixture
-def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name in ("python", "python3", "srun", "module", "tool", "apptainer"):
-        (programs / name).write_text(RECORDER.format(python=sys.executable))
-        (programs / name).chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(programs / "python"))
-    return Sandbox(tmp_path)
-
-
-def sbatch_options(text: str) -> dict[str, str]:
-    words = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("#SBATCH")]
-    assert all(len(line) == 1 for line in words), "an option a line"
-    return dict(line[0].removeprefix("--").partition("=")[::2] for line in words)
-
-
-def rendered(plan: LaunchPlan, folder: Path) -> str:
-    """The script of a run whose plan lies in `folder`, where the tasks see it."""
-    file = folder / "plan.json"
-    file.touch()
-    return script.render(plan, file)
-
-
 def arrived(key: str, value: str, sandbox: Sandbox) -> bool:
     """Whether the value is where it was meant to go, whole."""
     name = key.rstrip("[]{}=")
@@ -292,95 +220,3 @@ def test_what_is_accepted_arrives_word_for_word(slurm_plan: SlurmPlan, sandbox: 
         assert arrived(key, value, sandbox), (value, done.stderr, sandbox.calls)
         if key != "container_python":
             assert (done.returncode, done.stderr) == (0, "")
-
-
-SETUP = ["export A=1", "source {folder}/env.sh", "ulimit -n 64", "conda activate train", "cd {folder}/elsewhere", "B=2"]
-ENV_SH = """\
-conda() { export CONDA_DEFAULT_ENV="$2"; }
-export SOURCED="it's $A"
-"""
-
-
-def test_setup_commands_mean_what_they_mean_in_bash(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    (sandbox.folder / "elsewhere").mkdir()
-    (sandbox.folder / "env.sh").write_text(ENV_SH)
-    commands = [command.format(folder=sandbox.folder) for command in SETUP]
-    plan = slurm_plan(setup=[*commands, "export B", "tool --limit"], env={"C": "3"})
-    tool = (sandbox.folder / "bin/tool").read_text().replace('"env"', '"limit": __import__("resource").getrlimit(7)[0], "env"')
-    (sandbox.folder / "bin/tool").write_text(tool)
-    done = sandbox.run(rendered(plan, sandbox.folder))
-    assert (done.returncode, done.stderr) == (0, "")
-    (tool_call,) = [call for call in sandbox.calls if call["name"] == "tool"]
-    assert tool_call["limit"] == 64
-    # begin, the task and conclude see the same.
-    for call in (call for call in sandbox.calls if call["name"] in ("python", "srun")):
-        shown = {name: call["env"].get(name) for name in ("A", "B", "C", "SOURCED", "CONDA_DEFAULT_ENV", "PWD")}
-        assert shown == {
-            "A": "1",
-            "B": "2",
-            "C": "3",
-            "SOURCED": "it's 1",
-            "CONDA_DEFAULT_ENV": "train",
-            "PWD": str(sandbox.folder / "elsewhere"),
-        }
-
-
-def test_the_runs_own_code_comes_first_and_what_is_set_behind_it(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    plan = slurm_plan(env={"PYTHONPATH": "/mine"})
-    sandbox.run(rendered(plan, sandbox.folder), PYTHONPATH="/login", PYTHONSAFEPATH="")
-    paths = {call["env"]["PYTHONPATH"] for call in sandbox.calls}
-    assert paths == {f"{plan.run_dir}/code:/mine"}
-    assert {call["env"]["PYTHONSAFEPATH"] for call in sandbox.calls} == {"1"}
-    sandbox.run(rendered(slurm_plan(), sandbox.folder))
-    assert {call["env"]["PYTHONPATH"] for call in sandbox.calls} == {f"{plan.run_dir}/code"}
-
-
-def test_a_job_begins_runs_its_tasks_and_concludes(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    text = rendered(slurm_plan(), sandbox.folder)
-    plan = str(sandbox.folder / "plan.json")
-    for code in ("0", "9", "143"):
-        done = sandbox.run(text, SRUN_RC=code)
-        begin, task, conclude = sandbox.called("python")
-        assert begin == ["-m", "launcher.worker.job", "begin", plan]
-        assert task[:3] == ["-u", "-m", "submitit.core._submit"]
-        assert conclude == ["-m", "launcher.worker.job", "conclude", plan, "7", code]
-        assert [call["env"].get("LAUNCHER_ATTEMPT") for call in sandbox.calls] == [None, "7", "7", "7"]
-        assert done.returncode == 0, "conclude decides"
-
-
-def test_a_job_with_nothing_to_do_ends_well_and_one_that_may_not_begin_fails(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    text = rendered(slurm_plan(), sandbox.folder)
-    assert sandbox.run(text, ATTEMPT="").returncode == 0
-    assert (len(sandbox.called("python")), sandbox.called("srun")) == (1, [])
-    assert sandbox.run(text, JOB_RC="1").returncode == 1
-    assert (len(sandbox.called("python")), sandbox.called("srun")) == (1, [])
-
-
-@pytest.mark.parametrize("strict", ["set -e", "set -u", "set -euo pipefail", "trap true EXIT"])
-def test_a_strict_shell_still_concludes(slurm_plan: SlurmPlan, sandbox: Sandbox, strict: str) -> None:
-    sandbox.run(rendered(slurm_plan(setup=[strict]), sandbox.folder), SRUN_RC="9")
-    assert sandbox.called("python")[-1][-2:] == ["7", "9"]
-
-
-def test_with_set_e_a_setup_that_fails_ends_the_job(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    done = sandbox.run(rendered(slurm_plan(setup=["set -e", "tool fail"]), sandbox.folder), JOB_RC="3")
-    assert (done.returncode, sandbox.called("python")) == (3, [])
-
-
-def test_a_task_that_does_not_see_the_plan_says_so(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    text = rendered(slurm_plan(), sandbox.folder)
-    (sandbox.folder / "plan.json").unlink()
-    done = sandbox.run(text)
-    assert f"{os.uname().nodename} does not see {sandbox.folder / 'plan.json'}" in done.stderr
-    assert sandbox.called("python")[-1][-2:] == ["7", "78"]
-
-
-def test_apptainer_gets_its_words_one_by_one(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
-    settings = {"container_image": "/opt/train#1.sif", "container_python": "/venv/bin/python", "container_mounts": ["/a:/b:ro"]}
-    plan = slurm_plan(container_runtime="apptainer", **settings)
-    assert sandbox.run(rendered(plan, sandbox.folder)).returncode == 0
-    (argv,) = sandbox.called("apptainer")
-    own = ["--bind", f"{plan.run_dir}:{plan.run_dir}", "--bind", "/cache/data/0123:/cache/data/0123"]
-    jobs = f"{RunDir(Path(plan.run_dir)).jobs}/%j"
-    task = ["/venv/bin/python", "-u", "-m", "submitit.core._submit", jobs]
-    assert argv == ["exec", *own, "--bind", "/a:/b:ro", "/opt/train#1.sif", *task]

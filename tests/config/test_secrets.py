@@ -71,6 +71,18 @@ def test_a_resumed_run_takes_no_secret(compose: Callable[..., list]) -> None:
         with_overrides(config, [f"tracking.group={TOKENS['hugging_face']}"])
     assert "looks like a secret" in str(error.value)
     assert TOKENS["hugging_face"] not in str(error.value)
+    slurm = compose("model=tiny", "cluster=slurm")[0].config
+    with pytest.raises(ConfigError) as error:
+        with_overrides(slurm, ["cluster.env={NCCL_DEBUG: INFO, MY_TOKEN: hunter2}"])
+    assert "cluster.env.MY_TOKEN: looks like a secret" in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "DB_PASSWORD"])
+def test_a_variable_of_a_job_that_names_a_secret_is_refused(shown: Shown, name: str) -> None:
+    text = shown("cluster=slurm", f"cluster.env.{name}=hunter2")
+    assert "hunter2" not in text
+    assert f"cluster.env.{name}: looks like a secret" in text
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,8 @@ def test_a_resumed_run_takes_no_secret(compose: Callable[..., list]) -> None:
         ("run.name", "hf_finetune"),
         ("tracking.project", "sk-learn"),
         ("run.seed", 12345678),
+        ("cluster.env.NCCL_IB_PKEY", "3"),
+        ("cluster.env.TOKENIZERS_PARALLELISM", "true"),
         ("tracking.api_key", None),
         ("tracking.api_key", ""),
     ],

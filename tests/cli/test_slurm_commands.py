@@ -1,0 +1,87 @@
+"""What a person sees who plans for Slurm: the script, and refusals before anything is made."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from testbed_cluster import Testbed
+
+pytestmark = pytest.mark.slurm
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def site(launch: Run, slurm_cluster: Testbed, tmp_path: Path) -> Run:
+    """Run the launcher for a small model and three rows, in a folder of its own, on a login node of three nodes."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
+    (tmp_path / "empty").mkdir()
+    tokens = ("model=tiny", "data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_fraction=0", "tracking=none")
+
+    def run(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return launch(verb, *tokens, "+cluster=slurm", *arguments, cwd=tmp_path / "empty", **slurm_cluster.variables)
+
+    return run
+
+
+@pytest.fixture
+def nothing_made(tmp_path: Path, slurm_cluster: Testbed) -> Callable[[], bool]:
+    def look() -> bool:
+        return list((tmp_path / "empty").iterdir()) == [] and slurm_cluster.output("squeue", "--noheader") == ""
+
+    return look
+
+
+def script_of(text: str) -> str:
+    """The script at the end of what was printed, which bash can read."""
+    script = text[text.index("#!/bin/bash") :]
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+    return script
+
+
+def test_the_plan_shows_the_script(site: Run, nothing_made: Callable[[], bool], tmp_path: Path) -> None:
+    done = site("plan", "run.name=shown", "cluster.nodes=2", "cluster.account=research", "cluster.modules=[cuda/12.8]")
+    assert (done.returncode, done.stderr) == (0, "")
+    script = script_of(done.stdout)
+    for line in ("#SBATCH --nodes=2", "#SBATCH --account=research", "#SBATCH --time=1-00:00:00", "module load cuda/12.8"):
+        assert f"\n{line}\n" in script
+    assert f"#SBATCH --chdir={tmp_path}/empty/runs/shown\n" in script
+    assert "launcher.worker.job begin" in script
+    assert nothing_made()
+
+
+def test_a_dry_run_shows_the_script_and_submits_nothing(site: Run, nothing_made: Callable[[], bool]) -> None:
+    settings = ("run.name=dry", "cluster.dry_run=true", "cluster.exclusive=false")
+    done = site("train", *settings, "follow=true")
+    assert done.returncode == 0, done.stderr
+    script = script_of(done.stdout)
+    assert script == script_of(site("plan", *settings).stdout)
+    assert "#SBATCH --job-name=dry\n" in script
+    assert nothing_made()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cluster.nodes=9", "train.global_batch_size=18"], "partition main has 3 nodes"),
+        (["cluster.partition=mian"], "there is no partition mian"),
+        (["run.root=with blank"], "this path cannot stand in a batch script"),
+        (["run.root=100%"], "this path cannot stand in a batch script"),
+        (['run.root="it\'s"'], "this path cannot stand in a batch script"),
+        (['run.root="a\nb"', "run.name='a;b'"], "run.root: holds a control character"),
+        (["cluster.env.MY_TOKEN=abcd"], "cluster.env.MY_TOKEN: looks like a secret"),
+    ],
+)
+def test_what_is_refused_is_refused_before_anything_is_made(
+    site: Run, nothing_made: Callable[[], bool], arguments: list[str], said: str
+) -> None:
+    done = site("train", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "remedy: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "abcd" not in done.stdout + done.stderr
+    assert nothing_made()

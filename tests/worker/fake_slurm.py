@@ -1,0 +1,98 @@
+"""A Slurm that says what a real one (24.11.5) said, and writes down what it was told."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import slurm_said
+
+COMMANDS = ("scontrol", "squeue", "sacct", "sinfo", "sbatch", "srun")
+COMMAND = """\
+#!{python} -IS
+import json, os, sys
+folder, argv = {folder!r}, [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+with open(f"{{folder}}/calls", "a") as file:
+    file.write(json.dumps(argv) + "\\n")
+answers = enumerate(json.load(open(f"{{folder}}/answers")))
+found = [(len(answer["to"]), i, answer) for i, answer in answers if argv[:len(answer["to"])] == answer["to"]]
+if not found:
+    sys.exit(f"nothing is known of {{argv}}")
+answer = max(found)[2]
+sys.stdout.write(answer["out"])
+sys.stderr.write(answer["err"])
+for number in answer["signals"]:
+    os.kill(os.getppid(), number)
+sys.exit(answer["code"])
+"""
+
+
+@dataclass(frozen=True)
+class FakeSlurm:
+    """Answers by the first words of a command: that to most of them, of several the latest."""
+
+    folder: Path
+
+    def answer(self, *to: str, out: str = "", err: str = "", code: int = 0, signals: Sequence[int] = ()) -> None:
+        file = self.folder / "answers"
+        answers = json.loads(file.read_text()) if file.exists() else []
+        file.write_text(json.dumps([*answers, {"to": to, "out": out, "err": err, "code": code, "signals": signals}]))
+
+    def refuse(self, *to: str, said: str) -> None:
+        self.answer(*to, err=said + "\n", code=1)
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """All commands, oldest first."""
+        file = self.folder / "calls"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def told(self) -> list[list[str]]:
+        """The commands that ask for nothing and change something."""
+        asking = ("show", "--oneliner", "--all")
+        return [call for call in self.calls if call[0] == "sbatch" or (call[0] == "scontrol" and call[1] not in asking)]
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """Job 41 runs on n1, this machine; whatever is asked to be done is done."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name in COMMANDS:
+        (folder / name).write_text(COMMAND.format(python=sys.executable, folder=str(folder)))
+        (folder / name).chmod(0o700)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith(("SLURM", "SBATCH"))]:
+        monkeypatch.delenv(name)
+    for name, value in {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}.items():
+        monkeypatch.setenv(name, value)
+    fake = FakeSlurm(folder)
+    fake.answer("scontrol", "show", "hostnames", "n1", out="n1\n")
+    fake.answer("scontrol", "--oneliner", "show", "node", "n1", out=slurm_said.node("n1", "127.0.0.1"))
+    fake.answer("scontrol", "show", "config", out=slurm_said.CONFIG)
+    fake.answer("scontrol", "--all", "--oneliner", "show", "partition", out=slurm_said.PARTITIONS)
+    fake.answer("sinfo", out=slurm_said.NODES)
+    fake.answer("scontrol", "show", "job", "41", out=slurm_said.job())
+    fake.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("RUNNING"))
+    fake.answer("scontrol", "requeue")
+    fake.answer("scontrol", "requeuehold")
+    fake.answer("scontrol", "update")
+    fake.answer("scontrol", "release")
+    fake.answer("sbatch", out="Submitted batch job 4242\n")
+    return fake
+
+
+@pytest.fixture
+def in_slurm(fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set variables of the job's environment."""
+
+    def set_to(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to

@@ -1,0 +1,108 @@
+"""A run that was submitted as job 41, whose job can be made to begin and to conclude."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_slurm import FakeSlurm
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.worker import job, record
+
+NODES = ("n1", "n2", "n3")
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """What the job does to its own process is taken back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was submitted as job 41, and what its job does."""
+
+    run: RunDir
+    capture: pytest.CaptureFixture[str]
+
+    def begin(self) -> tuple[int, str, str]:
+        return self._main("begin", str(self.run.plan))
+
+    def conclude(self, attempt: int = 1, code: int = 1) -> int:
+        return self._main("conclude", str(self.run.plan), str(attempt), str(code))[0]
+
+    def _main(self, *argv: str) -> tuple[int, str, str]:
+        self.capture.readouterr()
+        return (job.main(argv), *self.capture.readouterr())
+
+    def attempt(self, number: int = 1) -> Attempt:
+        return run_store.read_attempt(self.run, number)
+
+    def exit(self, number: int = 1) -> dict[str, Any]:
+        return run_store.read_json(self.run.attempt(number) / "exit.json")
+
+    @property
+    def status(self) -> run_store.Status:
+        return run_store.read_status(self.run)
+
+    def begun(self, number: int = 1, **values: Any) -> None:
+        """As an attempt is that has begun on three nodes in job 41, with an hour left."""
+        attempt = Attempt(None, job="41", nodes=NODES, address="10.0.0.1", port=1, ends_at=time.time() + 3600)
+        self.run.attempt(number).mkdir(exist_ok=True)
+        run_store.write_attempt(self.run, number, replace(attempt, **values))
+        run_store.update_status(self.run, state="running", attempt=number)
+
+    def outcome(self, reason: str, step: int = 40) -> None:
+        said = {"state": "any", "reason": reason, "step": step, "message": "as the ranks say", "checkpoint": "/c"}
+        run_store.write_json(self.run.attempt(run_store.newest_attempt(self.run)) / "outcome.json", said)
+
+    def node(self, node: int, **values: Any) -> None:
+        left = {"node": node, "first_failure": None, "stopped": False, "ended_at": time.time(), **values}
+        run_store.write_json(record.node_file(self.run, run_store.newest_attempt(self.run), node), left)
+
+    def failed(self, kind: str) -> None:
+        self.node(0, first_failure={"rank": 3, "kind": kind, "at": 1.0, "exit_code": 1, "message": "what it said", "log": "/log"})
+
+    def bad_node(self) -> None:
+        self.node(0, problems=[{"what": "has no GPU", "where": "n2", "value": "", "remedy": ""}])
+
+    def saved(self, step: int, attempt: int = 1) -> None:
+        saving = store.begin(self.run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
+        files = {name: store.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
+        store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files))
+
+    def ended(self, number: int, cause: str, began: int | None = None, saved: int | None = None, **values: Any) -> None:
+        """As an attempt is that was concluded."""
+        self.begun(number, **values)
+        said = {"cause": cause, "began_step": began, "saved_step": saved, "message": f"{cause} it was", "bad_nodes": []}
+        run_store.write_json(self.run.attempt(number) / "exit.json", said)
+
+
+@pytest.fixture
+def submitted(
+    slurm_plan: Callable[..., LaunchPlan],
+    fake_slurm: FakeSlurm,
+    own_signals: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Job]:
+    """A run as `python -m launcher` leaves it for its job."""
+
+    def submit(**settings: Any) -> Job:
+        run = run_store.create(slurm_plan(str(tmp_path), nodes=3, **settings))
+        run_store.next_attempt(run, Attempt(resume_step=None))
+        return Job(run, capsys)
+
+    return submit
