@@ -137,6 +137,10 @@ def _status(run: RunDir, arguments: argparse.Namespace) -> int:
         rows.append(("held out", f"loss {summary['eval_loss']:.4f}"))
     if summary["checkpoints"]:
         rows.append(("checkpoints", ", ".join(f"step {step}" for step in summary["checkpoints"])))
+    page: dict[str, Any] = next(
+        (e["fields"] for e in reversed(read_events(run.events)) if {"url", "sync_command"} & e["fields"].keys()), {}
+    )
+    rows += [("W&B", page.get("url") or f"offline; upload it with: {page['sync_command']}")] if page else []
     alerts = [event["text"] for event in read_events(run.events) if event["kind"] == "alert"]
     rows += [("alert", alert) for alert in alerts[-3:]]
     print("\n".join(f"{label:<12}{value}" for label, value in rows))

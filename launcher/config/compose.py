@@ -122,20 +122,23 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
 
 
 def _flags_first(tokens: Sequence[str]) -> list[str]:
-    """Hydra's flags before the overrides: its parser takes none after the first override."""
+    """Hydra's flags before the overrides, between which its parser takes none; after them those whose value is left out."""
     flags: list[str] = []
     overrides: list[str] = []
+    bare: list[str] = []
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
         if not token.startswith("-"):
             overrides.append(token)
             continue
-        flags.append(token)
-        may_have_value = token in _FLAGS_WITH_VALUE and rest and "=" not in rest[0] and not rest[0].startswith("-")
-        if may_have_value:
-            flags.append(rest.pop(0))
-    return [*flags, *overrides]
+        if token not in _FLAGS_WITH_VALUE:
+            flags.append(token)
+        elif rest and "=" not in rest[0] and not rest[0].startswith("-"):
+            flags += [token, rest.pop(0)]
+        else:
+            bare.append(token)
+    return [*flags, *overrides, *bare]
 
 
 def strip_group_plus(token: str) -> str:

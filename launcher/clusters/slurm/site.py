@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.cluster import SlurmSection, minutes
@@ -138,14 +138,20 @@ def gpus_of(section: SlurmSection) -> DeviceFacts:
     Where there are none, or cluster.gpus_per_node is 0, the CPUs of the most frequent node.
 
     Raises:
-        SubmitError: where Slurm does not answer or the partition does not exist.
+        SubmitError: where Slurm does not answer and the settings do not say it, or the partition does not exist.
     """
+    asked = gpus_asked(section)
     try:
         partitions = read().chosen(section)
     except SlurmError as error:
-        raise SubmitError(error.problems) from None
+        # A plan can be made away from the cluster by who says what its nodes have.
+        if asked is None:
+            away = "or, to plan away from the cluster, set cluster.gpus_per_node"
+            raise SubmitError(
+                replace(problem, remedy=f"{problem.remedy or 'see whether Slurm is up'}; {away}") for problem in error.problems
+            ) from None
+        partitions = ()
     nodes = [node for partition in partitions for node in partition.nodes]
-    asked = gpus_asked(section)
     fitting = [node for node in nodes if fits(node, asked or Gpus(None, 1))]
     node = _most_frequent(fitting or nodes)
     host_gib = round((memory_asked_mib(section) or node.memory_mib) / 1024, 1) if node else None
