@@ -70,3 +70,7 @@ class CheckpointError(LauncherError):
 
 class RunError(LauncherError):
     """A started run failed."""
+
+
+class DivergedError(RunError):
+    """The numbers of the training itself are not finite; a repetition would end in the same way."""

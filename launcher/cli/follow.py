@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 import time
@@ -11,10 +12,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli.text import short
 from launcher.clusters.base import Cluster
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, SubmitError
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
 from launcher.tracking.console import format_step
@@ -25,17 +27,32 @@ _POLL_S = 0.15
 _NOT_SHOWN = ("summary", "end")
 
 
+class Watch:
+    """The state of a run that is watched: what the run itself writes is read each time, its backend is asked now and then."""
+
+    def __init__(self, run: RunDir, cluster: Cluster) -> None:
+        self._run, self._cluster = run, cluster
+        self._asked_at = -math.inf
+        self._known: Status | None = None
+
+    def state(self) -> Status:
+        due = time.monotonic() > self._asked_at + self._cluster.ask_s
+        if self._known is None or due or run_store.read_status(self._run).state not in RUNNING_STATES:
+            self._known, self._asked_at = self._cluster.status(self._run), time.monotonic()
+        return self._known
+
+
 def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
     """Show the attempt until it ends; Ctrl-C once saves and stops it, twice kills it. Returns the exit code."""
     events, metrics = Tail(run.events), Tail(run.metrics)
     with _screen() as screen, _interrupts() as interrupts:
-        acted = 0
+        acted, watch = 0, Watch(run, cluster)
         screen.live(f"starting; logs in {short(run.attempt(attempt))}")
         while True:
             # The state first: what was written before it changed is then read before the loop ends.
-            status = cluster.status(run)
+            status = watch.state()
             for line in sorted([*events.poll(), *metrics.poll()], key=lambda line: line["time"]):
-                if line["attempt"] == attempt:
+                if line["attempt"] >= attempt:
                     _show(line, status, screen)
             if status.state not in RUNNING_STATES:
                 break
@@ -114,6 +131,9 @@ def _ask_to_stop(run: RunDir, cluster: Cluster, screen: _Screen, times: int) -> 
         cluster.cancel(run)
     except SubmitError:
         # It has just ended by itself.
+        return
+    except RunError as error:
+        screen.say(f"not stopped: {error.problems[0].what}; try again")
         return
     screen.say("saving, then stopping (again: kill it without saving)" if times == 1 else "killing it")
 

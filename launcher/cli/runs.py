@@ -14,7 +14,7 @@ from typing import Any
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli import text
-from launcher.cli.follow import follow
+from launcher.cli.follow import Watch, follow
 from launcher.cli.launch import worker_environment
 from launcher.clusters.base import Cluster, check_startable, cluster_for
 from launcher.config.resume import with_overrides
@@ -148,33 +148,43 @@ def _status(run: RunDir, arguments: argparse.Namespace) -> int:
 
 
 def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
-    attempt = arguments.attempt or run_store.read_status(run).attempt
-    log = run.rank_log(attempt, arguments.rank)
-    agent = run.attempt(attempt) / "agent.log"
-    cluster = cluster_for(run_store.load_plan(run).config.cluster.kind)
-    if not log.is_file() and not arguments.follow:
+    attempt = arguments.attempt or run_store.newest_attempt(run)
+    if not run.rank_log(attempt, arguments.rank).is_file() and not arguments.follow:
         there = sorted(p.name for p in run.attempt(attempt).glob("*.log")) if run.attempt(attempt).is_dir() else []
         raise SubmitError(
             f"rank {arguments.rank} has no log in attempt {attempt}",
-            where=str(log),
+            where=str(run.rank_log(attempt, arguments.rank)),
             remedy=f"there are: {', '.join(there)}" if there else "the attempt has not started",
         )
+    watch = Watch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
     offset = 0
     while True:
-        running = cluster.status(run).state in RUNNING_STATES
-        if log.is_file():
-            with open(log, "rb") as file:
-                file.seek(offset)
-                data = file.read()
-            offset += len(data)
-            sys.stdout.write(data.decode(errors="replace"))
-            sys.stdout.flush()
+        running = watch.state().state in RUNNING_STATES
+        offset = _print_from(run.rank_log(attempt, arguments.rank), offset)
         if not arguments.follow or not running:
             break
+        newest = run_store.newest_attempt(run)
+        if arguments.attempt is None and newest != attempt:
+            # What the attempt before wrote last is shown before the next one's log.
+            _print_from(run.rank_log(attempt, arguments.rank), offset)
+            attempt, offset = newest, 0
         time.sleep(_FOLLOW_S)
-    if not log.is_file() and agent.is_file():
+    agent = run.attempt(attempt) / "agent.log"
+    if not run.rank_log(attempt, arguments.rank).is_file() and agent.is_file():
         print(agent.read_text(errors="replace"), end="")
     return 0
+
+
+def _print_from(log: Path, offset: int) -> int:
+    """Print what a log holds from `offset` on and return where it ends."""
+    if not log.is_file():
+        return offset
+    with open(log, "rb") as file:
+        file.seek(offset)
+        data = file.read()
+    sys.stdout.write(data.decode(errors="replace"))
+    sys.stdout.flush()
+    return offset + len(data)
 
 
 def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:

@@ -13,7 +13,12 @@ from launcher.run_store import Status
 
 
 class Cluster(Protocol):
-    """A place where runs run. All state is on disk and with the scheduler; an instance keeps none."""
+    """A place where runs run. All state is on disk and with the scheduler; an instance keeps none.
+
+    `ask_s`: whoever watches a run asks for its state at most this often; files are read as often as one likes.
+    """
+
+    ask_s: float
 
     def device(self, section: ClusterSection) -> DeviceFacts:
         """The accelerators of one of the nodes that `section` describes."""

@@ -26,6 +26,8 @@ _APART_S = 0.3
 
 
 class LocalCluster:
+    ask_s = 0.1
+
     def device(self, section: ClusterSection) -> DeviceFacts:
         return device()
 

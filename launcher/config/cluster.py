@@ -205,9 +205,15 @@ class SlurmSection(ClusterSection):
     exclude_bad_nodes: Flag = Field(False, description="After a node failed its checks, run the job again without it.")
     max_preemptions: Count | None = Field(None, description="Preemptions that a run survives by itself. Unset: any number.")
     max_infrastructure_failures: Count = Field(
-        10, description="Lost nodes, killed processes and failed node checks after which the run is not continued by itself."
+        10,
+        description="Lost nodes, killed processes and failed node checks in a row, without a newer checkpoint between them, "
+        "after which the run is not continued by itself.",
     )
-    max_failures: Count = Field(2, description="Failures of the training itself after which the run is not continued by itself.")
+    max_failures: Count = Field(
+        2,
+        description="Failures of the training itself in a row, without a newer checkpoint between them, after which the run "
+        "is not continued by itself.",
+    )
     max_no_progress: Count = Field(
         2, description="Attempts in a row that end without a newer checkpoint, after which the run is not continued by itself."
     )

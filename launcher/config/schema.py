@@ -38,7 +38,7 @@ class RunSection(Section):
     root: Text = Field("runs", description="Folder that holds run directories; on a cluster it must be shared by all nodes.")
     seed: Count = Field(42, description="Seeds weight initialisation and, with the epoch, the order of rows.")
     max_hours: Positive | None = Field(
-        None, description="Hours after which the run saves and stops, counted per attempt. Unset: no limit."
+        None, description="Hours after which the run saves and stops, counted since a person last started it. Unset: no limit."
     )
     max_usd: Positive | None = Field(
         None, description="US dollars after which the run saves and stops; needs cluster.price_per_gpu_hour."

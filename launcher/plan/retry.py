@@ -47,6 +47,8 @@ class Decision:
     exclude: tuple[str, ...] = ()
 
 
+# Preemptions without a newer checkpoint between them that a run survives: its machines are never left to it for long enough.
+MOST_FRUITLESS_PREEMPTIONS = 20
 _FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
 
 
@@ -74,27 +76,39 @@ def decide(ended: Ended, history: Sequence[Ended], budgets: SlurmSection) -> Dec
 
 
 def _spent(attempts: Sequence[Ended], budgets: SlurmSection) -> str:
-    """The budget that the last attempt overdrew, in words; empty where none is."""
+    """The budget that the last attempt overdrew, in words; empty where none is.
+
+    What ends a run that moves on is counted anew from the last attempt that left a newer checkpoint; that attempt's own
+    end counts, for it came after the checkpoint.
+    """
+    since = max((i for i, attempt in enumerate(attempts) if _moved(attempt)), default=0)
     kinds: tuple[tuple[str, int | None, tuple[Cause, ...]], ...] = (
         ("cluster.max_preemptions", budgets.max_preemptions, (Cause.PREEMPTED,)),
         ("cluster.max_infrastructure_failures", budgets.max_infrastructure_failures, (Cause.INFRASTRUCTURE, Cause.BAD_NODE)),
         ("cluster.max_failures", budgets.max_failures, (Cause.FAILURE,)),
     )
     for key, budget, causes in kinds:
-        count = sum(attempt.cause in causes for attempt in attempts)
+        counted = attempts if causes == (Cause.PREEMPTED,) else attempts[since:]
+        count = sum(attempt.cause in causes for attempt in counted)
         if budget is not None and attempts[-1].cause in causes and count > budget:
             return f"{key}={budget} is used up"
+    fruitless = sum(attempt.cause is Cause.PREEMPTED and not _moved(attempt) for attempt in attempts[since:])
+    if attempts[-1].cause is Cause.PREEMPTED and fruitless >= MOST_FRUITLESS_PREEMPTIONS:
+        return f"{fruitless} preemptions without a newer checkpoint between them; save more often with train.save_every"
     return ""
+
+
+def _moved(attempt: Ended) -> bool:
+    """True where the attempt left a checkpoint newer than the one it began with."""
+    return attempt.saved_step is not None and (attempt.began_step is None or attempt.saved_step > attempt.began_step)
 
 
 def _stuck(attempts: Sequence[Ended], budget: int) -> str:
     """Said where more than `budget` attempts in a row have ended without a checkpoint newer than the one they began with."""
     in_a_row = 0
     for attempt in attempts:
-        began, saved = attempt.began_step, attempt.saved_step
-        moved = saved is not None and (began is None or saved > began)
         # An attempt that the machines took away early says nothing about the run.
-        in_a_row = 0 if moved or attempt.cause is Cause.PREEMPTED else in_a_row + 1
+        in_a_row = 0 if _moved(attempt) or attempt.cause is Cause.PREEMPTED else in_a_row + 1
     return (
         f"{in_a_row} attempts in a row without a newer checkpoint (cluster.max_no_progress={budget})" if in_a_row > budget else ""
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher.errors import LauncherError, RunError
+from launcher import run_store
+from launcher.errors import ConfigError, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.console import ConsoleTracker
@@ -81,10 +83,12 @@ class Composite:
 def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int) -> Composite:
     """Start the terminal's lines, metrics.jsonl, events.jsonl and, where the plan says so, Weights & Biases.
 
-    Called on rank 0 only. `attempt` counts from 1.
+    Called on rank 0 only. `attempt` counts from 1. Where nobody is there to mend it, Weights & Biases that cannot start is
+    no reason to lose the machines: an attempt that no person started, and ranks that are started again, go on offline.
 
     Raises:
-        RunError: where one of them cannot start; the ones that started before it are closed.
+        RunError: where the run directory cannot be written.
+        ConfigError: where Weights & Biases cannot start; the trackers that started before it are closed.
     """
     started: list[Tracker] = [ConsoleTracker(plan.batch.max_steps)]
     try:
@@ -99,12 +103,27 @@ def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int) -> Compo
     if tracking.kind == "none" or tracking.mode == "disabled":
         return Composite(started)
 
+    refused = ""
     try:
-        wandb = WandbTracker(plan, run_dir)
+        try:
+            wandb = WandbTracker(plan, run_dir)
+        except ConfigError as error:
+            if not _by_itself(run_dir, attempt):
+                raise
+            refused = error.problems[0].what
+            wandb = WandbTracker(plan, run_dir, offline=True)
     except BaseException:
         Composite(started).finish("failed")
         raise
     composite = Composite([*started, wandb])
+    if refused:
+        composite.event("alert", f"{refused}; this attempt goes on offline")
     where = f"see it at {wandb.url}" if wandb.url else f"offline; upload it with: {wandb.sync_command}"
     composite.event("info", f"Weights & Biases: {where}", url=wandb.url, sync_command=wandb.sync_command)
     return composite
+
+
+def _by_itself(run_dir: str | Path, attempt: int) -> bool:
+    """True where no person waits for this start."""
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return restarted or run_store.read_attempt(RunDir(Path(run_dir)), attempt).automatic

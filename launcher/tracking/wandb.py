@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import psutil
 
-from launcher.errors import RunError
+from launcher.errors import ConfigError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 
 INIT_TIMEOUT_S = 60.0
@@ -31,13 +31,13 @@ class WandbTracker:
     """Sends metrics and the summary to W&B under the plan's id, so that every attempt continues one W&B run.
 
     Messages for people are not sent. The plan is the W&B config, without secrets. mode auto is online where
-    W&B finds credentials (WANDB_API_KEY, an identity token, a login in netrc), else offline.
+    W&B finds credentials (WANDB_API_KEY, an identity token, a login in netrc), else offline; `offline` overrules it.
 
     Raises:
-        RunError: where W&B is not installed, refuses the settings or the login, or does not answer in time.
+        ConfigError: where W&B is not installed, refuses the settings or the login, or does not answer in time.
     """
 
-    def __init__(self, plan: LaunchPlan, run_dir: str | Path) -> None:
+    def __init__(self, plan: LaunchPlan, run_dir: str | Path, offline: bool = False) -> None:
         # Imported here: it takes 0.4 s, and most of the package's readers never track.
         try:
             import wandb
@@ -57,7 +57,7 @@ class WandbTracker:
                 entity=self._config.entity,
                 group=self._config.group,
                 tags=self._config.tags,
-                mode=self._mode(),
+                mode="offline" if offline else self._mode(),
                 config=redacted(json.loads(plan.to_json()), os.environ),
                 settings=wandb.Settings(
                     silent=True,
@@ -73,6 +73,8 @@ class WandbTracker:
                 ),
             )
         except Exception as error:  # W&B raises far more than wandb.Error here.
+            # Its process holds the id of a start that failed, and another start in this process would find it in use.
+            wandb.teardown(exit_code=1)
             raise _cannot_start(
                 f"{type(error).__name__}: {error}", "check the login and tracking.*, or set tracking.mode=offline"
             ) from error
@@ -167,5 +169,5 @@ def redacted(value: Any, environ: Mapping[str, str]) -> Any:
     return clean(value)
 
 
-def _cannot_start(why: str, remedy: str) -> RunError:
-    return RunError(f"Weights & Biases cannot start: {why}", where="tracking", remedy=remedy)
+def _cannot_start(why: str, remedy: str) -> ConfigError:
+    return ConfigError(f"Weights & Biases cannot start: {why}", where="tracking", remedy=remedy)

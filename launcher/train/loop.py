@@ -21,7 +21,7 @@ from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, TrainBatches, eval_batches
-from launcher.errors import RunError
+from launcher.errors import DivergedError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite, start_trackers
@@ -110,6 +110,7 @@ class _Session:
     step: int = 0
     saved_step: int | None = None
     save_s: float | None = None
+    seconds_before: float = 0.0
     skipped_in_a_row: int = 0
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -142,21 +143,21 @@ class _Session:
         meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts), StepTimer(device)
         session = cls(plan, place, run, device, tracker, started, beat, engine, model, batches, held_out, meter, timer, max_steps)
         if begin.checkpoint is not None:
-            session._restore(begin.checkpoint)
+            session._restore(begin.checkpoint, begin.by_itself)
         return session
 
     def run(self, stop: Stop) -> Outcome:
         train = self.plan.config.train
         self._report_status("running")
         if self.step == 0 and train.eval_at_start:
-            self._evaluate("before training")
+            self._evaluate("before training", stop)
         stopped = None
         while self.step < self.max_steps and stopped is None:
             stopped = self._train_step(stop)
             # What is due at the end, or before stopping, follows below in any case.
             if stopped is None and self.step < self.max_steps:
                 if train.eval_every and self.step % train.eval_every == 0:
-                    self._evaluate(f"at step {self.step}")
+                    self._evaluate(f"at step {self.step}", stop)
                 # After a skipped step there is nothing to add to the checkpoint before, and good ones would be pruned.
                 if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
                     self._save()
@@ -165,7 +166,7 @@ class _Session:
             if fits:
                 self._save()
             return self._stopped(stopped, fits)
-        self._evaluate("after training")
+        self._evaluate("after training", stop)
         checkpoint = self._save()
         self.tracker.summary({"last_step": self.step, **self.last_eval})
         return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
@@ -211,9 +212,13 @@ class _Session:
 
     def _own_reason(self, stop: Stop) -> str | None:
         limit = self.plan.limits.max_seconds
-        if limit is not None and time.monotonic() - self.started > limit:
+        if limit is not None and self._seconds() > limit:
             return "limit"
         return stop()
+
+    def _seconds(self) -> float:
+        """Seconds that this run has taken since a person last started it, as far as checkpoints have kept them."""
+        return self.seconds_before + time.monotonic() - self.started
 
     def _agree(self, summed: torch.Tensor, reason: str | None) -> tuple[float, str | None]:
         """One all-reduce per step carries the loss and every rank's wish to stop."""
@@ -232,7 +237,7 @@ class _Session:
         self.meter.skipped_steps += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > _MOST_SKIPPED_STEPS[self.plan.config.model.dtype]:
-            raise RunError(
+            raise DivergedError(
                 f"the gradients of {self.skipped_in_a_row} steps in a row are not finite; training stopped",
                 where=f"step {self.step}",
                 remedy="lower optim.lr and go back to a good step: python -m launcher resume RUN --step N optim.lr=...",
@@ -242,19 +247,19 @@ class _Session:
         if not math.isfinite(loss):
             raise self._not_finite(f"the loss is {loss}")
 
-    def _not_finite(self, what: str) -> RunError:
+    def _not_finite(self, what: str) -> DivergedError:
         kept = (
             f"the checkpoint of step {self.saved_step} is kept" if self.saved_step is not None else "no checkpoint was saved yet"
         )
-        return RunError(
+        return DivergedError(
             f"{what} at step {self.step}; training stopped and {kept}",
             where=f"step {self.step}",
             remedy="lower optim.lr, lengthen optim.warmup_steps, or look for broken rows with: python -m launcher data",
         )
 
     @torch.no_grad()
-    def _evaluate(self, when: str) -> None:
-        """Held-out loss over all ranks; the mean over trained tokens, as in training."""
+    def _evaluate(self, when: str, stop: Stop) -> None:
+        """Held-out loss over all ranks; the mean over trained tokens, as in training. Given up where a rank is to stop."""
         if not self.held_out:
             return
         began = time.perf_counter()
@@ -262,6 +267,9 @@ class _Session:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
             self.beat("evaluating", self.step)
+            if self._agree(torch.zeros(()), stop())[1]:
+                self.model.train()
+                return
             totals[0] += self._loss(micro, factor=1.0)
             totals[1] += int((micro.labels >= 0).sum())
         self.model.train()
@@ -293,7 +301,11 @@ class _Session:
             step=self.step,
             plan_digest=self.plan.digest(),
             attempt=self.place.attempt,
-            extra_state={"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps},
+            extra_state={
+                "tokens": self.meter.tokens,
+                "skipped_steps": self.meter.skipped_steps,
+                "seconds": self._seconds(),
+            },
             keep_last=self.plan.config.train.keep_last,
             probe=probe,
             fence=lambda: run_store.require_newest(self.run_dir, self.place.attempt),
@@ -325,9 +337,11 @@ class _Session:
         self.model.train()
         return {"input_ids": row, "position_ids": positions, "logits": logits.reshape(1, row.shape[1], -1).cpu()}
 
-    def _restore(self, checkpoint: store.Checkpoint) -> None:
+    def _restore(self, checkpoint: store.Checkpoint, by_itself: bool) -> None:
         state = shards.load(self.engine, self.model.parameters_by_name(), checkpoint.path)
         self.step = self.saved_step = checkpoint.step
+        if by_itself:
+            self.seconds_before = float(state.get("seconds", 0.0))
         self.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
         self.tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
@@ -336,7 +350,7 @@ class _Session:
         if not self.place.is_main:
             return
         try:
-            run_store.update_status(self.run_dir, state=state, step=self.step)
+            run_store.update_status(self.run_dir, state=state, step=self.step, message="")
         except (OSError, RunError) as error:
             self.tracker.event("alert", f"status.json could not be written: {error}", self.step)
 

@@ -17,10 +17,14 @@ _NONE = -1
 
 @dataclass(frozen=True)
 class Start:
-    """`checkpoint` None starts from the initial weights; `restarts` counts the agents' restarts within the attempt."""
+    """`checkpoint` None starts from the initial weights; `restarts` counts the agents' restarts within the attempt.
+
+    `by_itself` where no person started what begins here.
+    """
 
     checkpoint: store.Checkpoint | None
     restarts: int
+    by_itself: bool
 
 
 def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
@@ -36,7 +40,8 @@ def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
     shared = torch.tensor([_NONE if chosen is None else chosen.step, place.restart], dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     step, restarts = shared.tolist()
-    return Start(None if step == _NONE else store.at_step(run.checkpoints, step), restarts)
+    automatic = run_store.read_attempt(run, place.attempt).automatic
+    return Start(None if step == _NONE else store.at_step(run.checkpoints, step), restarts, automatic or restarts > 0)
 
 
 def _chosen(run: RunDir, attempt: int) -> store.Checkpoint | None:

@@ -59,6 +59,10 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
 
     begun = run_store.read_attempt(run, attempt)
     node = int(os.environ["SLURM_NODEID"])
+    stopper.kill_at = slurm_node.kill_at(begun, plan)
+    if (run.attempt(attempt) / "cancel.json").is_file():
+        # Asked for while there was no process yet to hear it.
+        stopper.request(CANCEL)
     ended: dict[str, Any] = {"node": node, "host": os.uname().nodename, "started_at": started, "first_failure": None}
     try:
         place = slurm_node.place(plan, begun, node)
@@ -87,9 +91,10 @@ def _run_ranks(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, plac
     topology, cluster = plan.topology, plan.config.cluster
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // topology.ranks_per_node)))
-    if place.interface is not None:
+    if place.interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", place.interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", place.interface)
+        # NCCL takes a bare name for a prefix.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={place.interface}")
     elastic_folder = run.attempt(attempt) / "elastic" / f"node-{place.node:05d}"
     elastic_folder.mkdir(parents=True, exist_ok=True)
     config = LaunchConfig(
@@ -138,6 +143,8 @@ _SLURM_SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, PREEMPT: PREEMPT}
 class _Stopper:
     """First signal: ask the ranks to save and stop. A person's second, or the grace running out: kill them.
 
+    At `kill_at`, in seconds since the epoch, ranks that have been asked and have not stopped are killed in any case.
+
     The wish is repeated until it is taken back, because ranks may still be starting when it comes; a rank that has
     heard it ignores the repetition.
     """
@@ -147,6 +154,8 @@ class _Stopper:
         self._signals = signals
         self._wish: int | None = None
         self._ended = threading.Event()
+        self._cancelled = False
+        self.kill_at: float | None = None
         self.requested = False
         self.killed = False
 
@@ -172,14 +181,15 @@ class _Stopper:
     def _listen(self) -> None:
         while True:
             wish = self._signals[signal.Signals(signal.sigwaitinfo(set(self._signals)).si_signo)]
-            if self.requested and wish == CANCEL:
+            if self._cancelled and wish == CANCEL:
                 self._wish, self.killed = signal.SIGKILL, True
+            self._cancelled = self._cancelled or wish == CANCEL
             self.request(wish)
 
     def _repeat(self) -> None:
         deadline = time.monotonic() + self._grace_s
         while not self._ended.is_set():
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or (self.kill_at is not None and time.time() > self.kill_at):
                 self._wish, self.killed = signal.SIGKILL, True
             if self._wish is not None:
                 _signal_ranks(self._wish)

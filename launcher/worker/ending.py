@@ -11,7 +11,7 @@ from launcher import run_store
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.worker import record
+from launcher.worker import node_check, record
 
 # Slurm sends its signal up to a minute before the lead begins.
 _SIGNAL_SPREAD_S = 90.0
@@ -20,7 +20,22 @@ _SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with 
 # The words of Slurm's accounting, of its cgroup plugin, and of the kernel.
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
 # A repetition would end in the same way.
-_USER_ERRORS = ("ConfigError", "DataError", "RunError")
+_USER_ERRORS = ("ConfigError", "DataError", "DivergedError")
+# An agent says so before it starts its ranks: its node lacks something.
+_NODE_ERRORS = ("RunError", "SlurmError")
+# What gloo, NCCL and the kernel say where the other end of a connection is gone: the consequence of another failure.
+_PEER_LOST = re.compile(
+    r"connection (closed|reset) by peer|broken pipe|connection timed out|no route to host"
+    r"|remote process exited|ncclRemoteError|unhandled system error|ncclSystemError",
+    re.IGNORECASE,
+)
+# What CUDA and the driver say of a GPU, and the kernel of shared storage, that has failed. A full disk is none of these.
+_HARDWARE = re.compile(
+    r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
+    re.IGNORECASE,
+)
+# Slurm's word for a job whose machines it took.
+_TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED}
 
 
 @dataclass(frozen=True)
@@ -56,14 +71,23 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
     if problems := [problem for found in left for problem in found.get("problems", ())]:
         return _by_problems(problems, attempt, step)
-    failures = [found["first_failure"] for found in left if found["first_failure"] is not None]
-    if failures:
-        return _by_failure(failures, step)
+    failures = {attempt.nodes[node]: found["first_failure"] for node, found in nodes.items() if found and found["first_failure"]}
+    lost = [attempt.nodes[node] for node, found in nodes.items() if found is None]
+    first = _first(list(failures.values()))
+    if first is not None and first["kind"] in _USER_ERRORS and first["rank"] is not None:
+        return Ending(Cause.USER_ERROR, step, _words(first), first_failure=first)
+    taken = _TAKEN.get(state)
+    if killed := [found["ended_at"] for found in left if found["stopped"] and found.get("killed")]:
+        cause = taken or _interruption(attempt, lead_s, min(killed))
+        return Ending(cause, step, f"killed at step {step}: it had not stopped in the time it was given", first_failure=first)
+    if taken is not None:
+        return Ending(taken, step, f"the job ended as {state} at step {step} without saving", first_failure=first)
+    if first is not None:
+        return _by_failure(first, failures, lost, attempt, step)
     if stopped := [found["ended_at"] for found in left if found["stopped"]]:
         return Ending(_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
     if exit_code is not None and (refused := _refused(run, number, attempt, nodes)):
         return _by_refusals(refused, attempt, step)
-    lost = [attempt.nodes[node] for node, found in nodes.items() if found is None]
     what = f"no word from {', '.join(lost)}" if lost else "the ranks ended without an outcome"
     code = f" (srun ended with {exit_code})" if exit_code is not None else ""
     return Ending(Cause.INFRASTRUCTURE, step, f"{what}{code}")
@@ -88,7 +112,10 @@ def _interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
 
 def _by_problems(problems: Sequence[Mapping[str, str]], attempt: Attempt, step: int) -> Ending:
     said = [f"{problem['where']}: {problem['what']} {problem['value']}".strip() for problem in problems]
-    return _by_nodes({problem["where"] for problem in problems}, said, attempt, step)
+    named = {problem["where"] for problem in problems if not problem["what"].startswith(node_check.NO_ROOM)}
+    if not named:
+        return Ending(Cause.FAILURE, step, "; ".join(dict.fromkeys(said)))
+    return _by_nodes(named, said, attempt, step)
 
 
 def _by_refusals(refused: Mapping[str, str], attempt: Attempt, step: int) -> Ending:
@@ -127,14 +154,35 @@ def _output(run: RunDir, number: int, attempt: Attempt) -> str:
     return text.rpartition(marker(number, attempt.nodes))[2]
 
 
-def _by_failure(failures: Sequence[dict[str, Any]], step: int) -> Ending:
-    # A rank's own word comes before the agents' about each other.
-    first = min(failures, key=lambda failure: (failure["rank"] is None, failure["kind"] != "killed", failure["at"] or 0.0))
-    who = "a node's agent" if first["rank"] is None else f"rank {first['rank']}"
-    if first["kind"] in _USER_ERRORS and first["rank"] is not None:
-        cause = Cause.USER_ERROR
-    elif first["rank"] is None or first["kind"] == "killed":
-        cause = Cause.INFRASTRUCTURE
-    else:
-        cause = Cause.FAILURE
-    return Ending(cause, step, f"{who}: {first['message']}", first_failure=first)
+def _first(failures: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The failure that the others followed from."""
+
+    def order(failure: Mapping[str, Any]) -> tuple[bool, bool, bool, float]:
+        # A rank's own word comes before the agents' about each other, and clocks of nodes differ: times come last.
+        consequence = _PEER_LOST.search(failure["message"]) is not None
+        return failure["rank"] is None, failure["kind"] != "killed", consequence, failure["at"] or 0.0
+
+    return min(failures, key=order, default=None)
+
+
+def _words(failure: Mapping[str, Any]) -> str:
+    who = "a node's agent" if failure["rank"] is None else f"rank {failure['rank']}"
+    return f"{who}: {failure['message']}"
+
+
+def _by_failure(
+    first: dict[str, Any], failures: Mapping[str, Mapping[str, Any]], lost: Sequence[str], attempt: Attempt, step: int
+) -> Ending:
+    """A failure that is no mistake of the user's; `failures` by node, `lost` are the nodes that left no record."""
+    words = _words(first)
+    if lost:
+        return Ending(Cause.INFRASTRUCTURE, step, f"{words}; no word from {', '.join(lost)}", first_failure=first)
+    if first["rank"] is None and first["kind"] in _NODE_ERRORS:
+        said = {node: f"{node}: {found['message']}" for node, found in failures.items() if found["kind"] in _NODE_ERRORS}
+        found = _by_nodes(set(said), list(said.values()), attempt, step)
+        # Where most nodes do not meet, it may be the head node's port or network at that moment: it may be another one next.
+        cause = Cause.INFRASTRUCTURE if found.cause is Cause.USER_ERROR else found.cause
+        return replace(found, cause=cause, first_failure=first)
+    machines = first["rank"] is None or first["kind"] == "killed"
+    machines = machines or _PEER_LOST.search(first["message"]) or _HARDWARE.search(first["message"])
+    return Ending(Cause.INFRASTRUCTURE if machines else Cause.FAILURE, step, words, first_failure=first)

@@ -8,18 +8,20 @@ does it: the only place that runs a job again.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.clusters.slurm import cluster as slurm_cluster
-from launcher.clusters.slurm import queue, site
-from launcher.clusters.slurm.commands import SlurmError
+from launcher.clusters.slurm import queue
+from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.cluster import SlurmSection
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
@@ -29,22 +31,28 @@ from launcher.run_store import Attempt
 from launcher.worker import ending, network
 
 _LOCK_WAIT_S = 60.0
+# How long a controller that does not answer is waited for: most are back within minutes, and the nodes idle meanwhile.
+_BEGIN_PATIENCE_S = 300.0
+_CONCLUDE_PATIENCE_S = 900.0
+# Left of the job's time to act in.
+_LAST_SECONDS_S = 10.0
 
 
 def begin(plan_path: str) -> int | None:
     """Open the attempt of this job's start and return its number; None where the run is done or runs in another job.
 
     Raises:
-        RunError: where the attempt may not start: its budget is spent, or the nodes are not joined by a private network.
+        RunError: where the attempt may not start: its budget is spent, the nodes are not joined by a private network, or
+            it cannot be known whether another job runs it.
     """
-    plan = LaunchPlan.load(plan_path)
+    plan, until = LaunchPlan.load(plan_path), time.monotonic() + _BEGIN_PATIENCE_S
     run, section = RunDir(Path(plan.run_dir)), _section(plan)
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     with run_store.starting(run, wait_s=_LOCK_WAIT_S):
         number = run_store.newest_attempt(run)
         attempt = run_store.read_attempt(run, number)
         if attempt.job is not None:
-            if attempt.job != job and _is_running(attempt.job, plan):
+            if attempt.job != job and _is_running(attempt.job, plan, until):
                 print(f"job {attempt.job} runs {plan.run_name} already; this one leaves it alone", file=sys.stderr)
                 return None
             ended = _ended(run, number, plan)
@@ -58,7 +66,7 @@ def begin(plan_path: str) -> int | None:
             number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
             attempt = run_store.read_attempt(run, number)
         try:
-            opened = _with_place(attempt, section, job, restart)
+            opened = _with_place(attempt, section, job, restart, until)
         except LauncherError as error:
             problem = error.problems[0]
             run_store.update_status(run, state="failed", message="; ".join(filter(None, (problem.what, problem.remedy))))
@@ -74,24 +82,54 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     plan = LaunchPlan.load(plan_path)
     run, section, job = RunDir(Path(plan.run_dir)), _section(plan), os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
-    details = _details(job)
-    state = queue.state_beneath(job)
-    found = ending.read(run, number, attempt, state, section.signal_lead_seconds, exit_code)
-    ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
-    decision = decide(ended, _history(run, number), section)
+    found, ended, decision = _judged(run, number, attempt, section, "", exit_code)
+    until = time.monotonic() + _patience_s(attempt)
+    # A run that is over holds its nodes for nobody's answer.
+    state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if decision.again else 0.0)
+    if state:
+        found, ended, decision = _judged(run, number, attempt, section, state, exit_code)
     run_store.require_newest(run, number)
-    run_store.write_json(run.attempt(number) / "exit.json", _record(found, ended, decision))
     message = f"{decision.reason}; runs again" if decision.again else decision.reason
-    run_store.update_status(run, state=decision.state, step=found.step, message=message)
-    print(f"attempt {number}: {found.cause}: {message}", flush=True)
+    _if_possible(lambda: run_store.write_json(run.attempt(number) / "exit.json", _record(found, ended, decision)))
+    _if_possible(lambda: run_store.update_status(run, state=decision.state, step=found.step, message=message))
+    _if_possible(lambda: print(f"attempt {number}: {found.cause}: {message}", flush=True))
     if decision.again:
-        slurm_cluster.run_again(plan, run, job, decision, by_slurm=state == "PENDING" or _preempted_by_slurm(details))
+        by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
+        slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, patience_s=_left(until))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
 
 
-def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int) -> Attempt:
+def _judged(
+    run: RunDir, number: int, attempt: Attempt, section: SlurmSection, state: str, exit_code: int | None
+) -> tuple[ending.Ending, Ended, Decision]:
+    """How the attempt ended and what follows; `state` is Slurm's word for the job, empty where it is not known."""
+    found = ending.read(run, number, attempt, state, section.signal_lead_seconds, exit_code)
+    ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
+    return found, ended, decide(ended, _history(run, number), section)
+
+
+def _patience_s(attempt: Attempt) -> float:
+    """How long Slurm is waited for at the end; with the job's time over, Slurm kills what waits."""
+    left = _CONCLUDE_PATIENCE_S if attempt.ends_at is None else attempt.ends_at - _LAST_SECONDS_S - time.time()
+    return max(0.0, min(_CONCLUDE_PATIENCE_S, left))
+
+
+def _left(until: float) -> float:
+    return max(0.0, until - time.monotonic())
+
+
+def _if_possible(write: Callable[[], object]) -> None:
+    """A disk that is full must not keep the run from going on; the next start judges by what the nodes have left."""
+    try:
+        write()
+    except OSError as error:
+        with suppress(OSError):
+            print(f"what follows is done, but could not be written down: {error}", file=sys.stderr, flush=True)
+
+
+def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:
     """The attempt with the nodes of this start and the place where their agents meet."""
-    addresses = network.node_addresses(os.environ["SLURM_JOB_NODELIST"])
+    addresses = network.node_addresses(os.environ["SLURM_JOB_NODELIST"], _left(until))
     endpoint = network.own_endpoint(list(addresses.values()), section.interface)
     if network.is_public(endpoint.address):
         raise RunError(
@@ -108,7 +146,7 @@ def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int)
         address=endpoint.address,
         interface=endpoint.interface,
         port=network.free_port(endpoint.address),
-        ends_at=_end_time(_details(job)),
+        ends_at=_end_time(_details(job, until)),
         automatic=attempt.automatic,
     )
 
@@ -156,10 +194,10 @@ def _from_record(record: Mapping[str, Any]) -> Ended:
     )
 
 
-def _details(job: str) -> Mapping[str, str]:
-    """What Slurm says of the job now; nothing where it does not answer."""
+def _details(job: str, until: float) -> Mapping[str, str]:
+    """What Slurm says of the job now; nothing where it does not answer until then."""
     try:
-        return queue.details(job)
+        return queue.details(job, _left(until))
     except SlurmError:
         return {}
 
@@ -169,25 +207,41 @@ def _end_time(details: Mapping[str, str]) -> float | None:
     return float(ends) if ends.isdigit() else None
 
 
-def _preempted_by_slurm(details: Mapping[str, str]) -> bool:
-    """True where Slurm preempts the job and has said that it will run it again by itself."""
+def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
+    """True where Slurm preempts the job and has said that it will run it again by itself.
+
+    Only where partitions preempt each other does the partition's mode say what becomes of the job; with preempt/qos it is
+    the QOS's. In doubt it is False: a start too many ends in seconds, as `begin` finds nothing to do, one too few ends the run.
+    """
     preempted = details.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "")
-    return preempted and details.get("Requeue") == "1" and _preempt_mode(details.get("Partition", "")) == "REQUEUE"
-
-
-def _preempt_mode(partition: str) -> str:
+    if not preempted or details.get("Requeue") != "1":
+        return False
     try:
-        known = site.read().partitions
+        config = slurm("scontrol", "show", "config", patience_s=_left(until))
+        partition = slurm("scontrol", "show", "partition", details.get("Partition", ""), patience_s=_left(until))
     except SlurmError:
-        return ""
-    return next((found.preempt_mode for found in known if found.name == partition), "")
+        return False
+    by_partition = re.search(r"^PreemptType\s*=\s*preempt/partition_prio\s*$", config, re.MULTILINE)
+    mode = re.search(r"\bPreemptMode=(\S+)", partition)
+    return by_partition is not None and mode is not None and "REQUEUE" in mode[1].split(",")
 
 
-def _is_running(job: str, plan: LaunchPlan) -> bool:
+def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
+    """True while Slurm has the job on nodes.
+
+    Raises:
+        RunError: where that cannot be known; the run's status stays as it is, for it may be the other job's.
+    """
     try:
-        known = queue.job(job, 0.0, plan.run_name)
-    except SlurmError:
-        return True
+        known = queue.job(job, 0.0, plan.run_name, _left(until))
+    except SlurmError as error:
+        problem = error.problems[0]
+        raise RunError(
+            f"it cannot be known whether job {job} still runs {plan.run_name}: {problem.what}",
+            where=problem.where,
+            value=problem.value,
+            remedy="when Slurm answers again, look with: python -m launcher status, and continue with: python -m launcher resume",
+        ) from None
     return known is not None and known.queued and known.state in ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
 
 
@@ -200,7 +254,9 @@ def _section(plan: LaunchPlan) -> SlurmSection:
 def main(argv: Sequence[str]) -> int:
     try:
         if argv[0] == "begin":
-            number = begin(argv[1])
+            # The script takes what is printed for the attempt's number: nothing else may stand there.
+            with redirect_stdout(sys.stderr):
+                number = begin(argv[1])
             print("" if number is None else number)
             return 0
         # A requeue makes Slurm send TERM to all of the job, and KILL only later: what is begun must come to its end.

@@ -7,6 +7,7 @@ end and a node that does not answer is known by name.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -39,6 +40,8 @@ CGROUP_MEMORY = {
 }
 _PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
 _CHECKPOINT_MARGIN = 1.2
+# A problem that begins so is of the disk that all nodes share, whichever of them reports it.
+NO_ROOM = "the disk of the run directory has no room"
 _GIB = 2**30
 # A report that is there is read in a round trip; a wait of zero would have no end.
 _SHORTEST_WAIT_S = 0.1
@@ -205,7 +208,8 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
             os.fsync(file.fileno())
         intact = probe.read_bytes() == content
     except OSError as error:
-        what = f"the run directory cannot be written: {error.strerror}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = f"{NO_ROOM if full else 'the run directory cannot be written'}: {error.strerror}"
         return [Problem(what, value=str(folder), remedy="check its permissions, its quota and that it is mounted for writing")]
     finally:
         with contextlib.suppress(OSError):
@@ -231,7 +235,7 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float) -> list[Probl
     problems = []
     needed, free = int(_CHECKPOINT_MARGIN * plan.checkpoint_bytes), _free_bytes(run.root)
     if free is not None and free < needed:
-        what = "the disk of the run directory has no room for a checkpoint"
+        what = f"{NO_ROOM} for a checkpoint"
         value = f"{run.root}: {free / _GIB:.1f} GiB free, {needed / _GIB:.1f} GiB needed"
         problems.append(Problem(what, value=value, remedy="remove what is not needed, or set run.root to another disk"))
     if memory_gib < plan.memory.host_per_node_gib:

@@ -21,6 +21,8 @@ from launcher.worker.signals import PREEMPT
 
 # Nodes start within seconds of each other; a prologue, a container or a slow file system may take minutes.
 _MEET_DEADLINE_S = 300.0
+# Between the end of the ranks and the job's own: srun's end, the records, a requeue.
+_CONCLUDE_S = 20.0
 
 
 def place(plan: LaunchPlan, begun: Attempt, node: int) -> NodePlace:
@@ -46,6 +48,13 @@ def end_before(begun: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]
     timer = threading.Timer(begun.ends_at - _section(plan).signal_lead_seconds - time.time(), stop, (PREEMPT,))
     timer.daemon = True
     timer.start()
+
+
+def kill_at(begun: Attempt, plan: LaunchPlan) -> float | None:
+    """When ranks that cannot stop must be gone, so that the job concludes before Slurm ends it and nothing runs it again."""
+    if begun.ends_at is None:
+        return None
+    return begun.ends_at - min(_CONCLUDE_S, _section(plan).signal_lead_seconds / 4)
 
 
 def meet(begun: Attempt, here: NodePlace) -> Any:

@@ -7,6 +7,7 @@ last of all ranks that cannot be told apart, whose culprit is then most likely o
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -33,14 +34,18 @@ _UNABLE = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds without a beat. `stall_s` while training; `rare_s` while saving and finishing, where beats are rare."""
+    """Seconds without a beat. `stall_s` while training; `rare_s` while saving, where beats are rare; none while finishing:
+    an export takes as long as the model is large, and killing it would only begin it again.
+    """
 
     stall_s: float
     rare_s: float
 
     def of(self, beat: Beat) -> float:
+        if beat.phase == "finishing":
+            return math.inf
         usual = max(self.stall_s, _SLOWEST_STEPS * beat.slowest_step_s)
-        return max(usual, self.rare_s) if beat.phase in ("saving", "finishing") else usual
+        return max(usual, self.rare_s) if beat.phase == "saving" else usual
 
 
 @dataclass(frozen=True)

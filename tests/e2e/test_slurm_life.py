@@ -43,6 +43,7 @@ def test_what_is_printed_leads_to_the_job_and_following_ends_with_its_result(lau
         assert f"python -m launcher {command} " in done.stdout
     followed = launch("logs", "shown", "-f", "--root", str(runs), **slurm.variables)
     assert followed.returncode == 0
+    assert "step 10" in followed.stdout or "step-00000010" in followed.stdout
     assert launch("status", "shown", "--root", str(runs), "--json", **slurm.variables).stdout.count("completed")
     bad = launch(*SETTINGS, f"run.root={runs}", "run.name=bad", "optim.lr=1e38", "follow=true", **slurm.variables)
     assert bad.returncode == 1

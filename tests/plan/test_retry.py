@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.config.cluster import SlurmSection
-from launcher.plan.retry import Cause, Ended, decide
+from launcher.plan.retry import MOST_FRUITLESS_PREEMPTIONS, Cause, Ended, decide
 
 BUDGETS = SlurmSection(max_preemptions=3, max_infrastructure_failures=2, max_failures=1, max_no_progress=2)
 
@@ -13,6 +13,11 @@ BUDGETS = SlurmSection(max_preemptions=3, max_infrastructure_failures=2, max_fai
 def moving(*causes: Cause) -> list[Ended]:
     """Attempts that each left a newer checkpoint."""
     return [Ended(cause, 10 * i or None, 10 * (i + 1), message=str(cause)) for i, cause in enumerate(causes)]
+
+
+def stuck(*causes: Cause) -> list[Ended]:
+    """Attempts that each ended with the checkpoint they began with."""
+    return [Ended(cause, 10, 10, message=str(cause)) for cause in causes]
 
 
 @pytest.mark.parametrize(
@@ -28,18 +33,43 @@ def test_some_ends_are_final_whatever_came_before(cause: Cause, state: str) -> N
     ("cause", "allowed"), [(Cause.PREEMPTED, 3), (Cause.INFRASTRUCTURE, 2), (Cause.FAILURE, 1), (Cause.TIME_LIMIT, 50)]
 )
 def test_each_kind_of_end_has_a_budget_of_its_own(cause: Cause, allowed: int) -> None:
-    attempts = moving(*[cause] * allowed)
-    assert decide(attempts[-1], attempts[:-1], BUDGETS).again
-    attempts = moving(*[cause] * (allowed + 1))
-    assert decide(attempts[-1], attempts[:-1], BUDGETS).again is (cause is Cause.TIME_LIMIT)
+    budgets = BUDGETS.model_copy(update={"max_no_progress": 100})
+    attempts = stuck(*[cause] * allowed)
+    assert decide(attempts[-1], attempts[:-1], budgets).again
+    attempts = stuck(*[cause] * (allowed + 1))
+    assert decide(attempts[-1], attempts[:-1], budgets).again is (cause is Cause.TIME_LIMIT)
+
+
+@pytest.mark.parametrize("cause", [Cause.INFRASTRUCTURE, Cause.BAD_NODE, Cause.FAILURE])
+def test_a_run_that_moves_on_survives_any_number_of_failures(cause: Cause) -> None:
+    budgets = BUDGETS.model_copy(update={"exclude_bad_nodes": True})
+    attempts = moving(*[cause] * 40)
+    assert decide(attempts[-1], attempts[:-1], budgets).again
+
+
+def test_the_failure_after_the_newest_checkpoint_counts() -> None:
+    moved, still = Ended(Cause.FAILURE, None, 10), Ended(Cause.FAILURE, 10, 10)
+    assert decide(moved, [], BUDGETS).again
+    assert not decide(still, [moved], BUDGETS).again
+    assert not decide(moved, [], BUDGETS.model_copy(update={"max_failures": 0})).again
+
+
+def test_preemptions_that_leave_no_newer_checkpoint_end_the_run_at_last() -> None:
+    attempts = stuck(*[Cause.PREEMPTED] * MOST_FRUITLESS_PREEMPTIONS)
+    refused = decide(attempts[-1], attempts[:-1], SlurmSection())
+    assert (refused.again, refused.state) == (False, "failed")
+    assert f"{MOST_FRUITLESS_PREEMPTIONS} preemptions without a newer checkpoint" in refused.reason
+    assert decide(attempts[-1], attempts[:-2], SlurmSection()).again
+    moved = [*attempts[:10], Ended(Cause.PREEMPTED, 10, 20), *attempts[10:]]
+    assert decide(moved[-1], moved[:-1], SlurmSection()).again
 
 
 def test_a_spent_budget_is_named_and_another_kind_does_not_draw_on_it() -> None:
-    attempts = moving(Cause.FAILURE, Cause.FAILURE)
+    attempts = stuck(Cause.FAILURE, Cause.FAILURE)
     refused = decide(attempts[-1], attempts[:-1], BUDGETS)
     assert refused.state == "failed"
     assert "cluster.max_failures=1" in refused.reason
-    attempts = moving(Cause.FAILURE, Cause.INFRASTRUCTURE, Cause.PREEMPTED)
+    attempts = stuck(Cause.FAILURE, Cause.INFRASTRUCTURE, Cause.PREEMPTED)
     assert decide(attempts[-1], attempts[:-1], BUDGETS).again
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import RunError
+from launcher import run_store
+from launcher.errors import ConfigError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking import wandb
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
 from launcher.tracking.tracker import Composite, start_trackers
@@ -84,10 +86,37 @@ def test_a_folder_that_cannot_be_written_fails_the_start(make_plan: PlanMaker, r
 
 def test_a_key_that_wandb_refuses_fails_the_start(make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(RunError, match="Weights & Biases cannot start") as refused:
+    begun(run_dir, automatic=False)
+    with pytest.raises(ConfigError, match="Weights & Biases cannot start") as refused:
         start_trackers(make_plan(), run_dir, attempt=1)
     assert "tracking.mode=offline" in str(refused.value)
     assert _last_event(run_dir)["fields"] == {"state": "failed"}
+
+
+@pytest.mark.parametrize("how", ["an attempt of its own", "ranks started again"])
+@pytest.mark.parametrize("why", ["a bad key", "no server"])
+def test_wandb_that_cannot_start_does_not_end_a_run_that_nobody_watches(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str, why: str
+) -> None:
+    begun(run_dir, automatic=how == "an attempt of its own")
+    if how == "ranks started again":
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("WANDB_API_KEY", "short" if why == "a bad key" else "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(wandb, "INIT_TIMEOUT_S", 2.0)
+    composite = start_trackers(make_plan(), run_dir, attempt=1)
+    composite.log(1, {"train/loss": 2.0})
+    composite.finish("completed")
+    alerts = [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
+    assert len(alerts) == 1
+    assert alerts[0].startswith("Weights & Biases cannot start: ")
+    assert alerts[0].endswith("; this attempt goes on offline")
+    assert list(run_dir.glob("wandb/offline-run-*-abcd1234/*.wandb"))
+
+
+def begun(run_dir: Path, *, automatic: bool) -> None:
+    RunDir(run_dir).attempt(1).mkdir(parents=True)
+    run_store.write_attempt(RunDir(run_dir), 1, run_store.Attempt(None, automatic=automatic))
 
 
 def _last_event(run_dir: Path) -> dict[str, Any]:

@@ -12,15 +12,22 @@ from pathlib import Path
 import pytest
 import slurm_said
 
-COMMANDS = ("scontrol", "squeue", "sacct", "sinfo", "sbatch", "srun")
+from launcher.clusters.slurm import commands
+
+COMMANDS = ("scontrol", "squeue", "sacct", "sinfo", "sbatch", "srun", "scancel")
 COMMAND = """\
 #!{python} -IS
 import json, os, sys
 folder, argv = {folder!r}, [os.path.basename(sys.argv[0]), *sys.argv[1:]]
 with open(f"{{folder}}/calls", "a") as file:
     file.write(json.dumps(argv) + "\\n")
-answers = enumerate(json.load(open(f"{{folder}}/answers")))
-found = [(len(answer["to"]), i, answer) for i, answer in answers if argv[:len(answer["to"])] == answer["to"]]
+calls = [json.loads(line) for line in open(f"{{folder}}/calls")]
+found = []
+for i, answer in enumerate(json.load(open(f"{{folder}}/answers"))):
+    to = answer["to"]
+    asked = sum(call[:len(to)] == to for call in calls)
+    if argv[:len(to)] == to and (answer["times"] is None or asked <= answer["times"]):
+        found.append((len(to), i, answer))
 if not found:
     sys.exit(f"nothing is known of {{argv}}")
 answer = max(found)[2]
@@ -38,13 +45,18 @@ class FakeSlurm:
 
     folder: Path
 
-    def answer(self, *to: str, out: str = "", err: str = "", code: int = 0, signals: Sequence[int] = ()) -> None:
+    def answer(
+        self, *to: str, out: str = "", err: str = "", code: int = 0, signals: Sequence[int] = (), times: int | None = None
+    ) -> None:
+        """What is answered to commands that begin so, where `times` is given only to that many of the first of them."""
         file = self.folder / "answers"
         answers = json.loads(file.read_text()) if file.exists() else []
-        file.write_text(json.dumps([*answers, {"to": to, "out": out, "err": err, "code": code, "signals": signals}]))
+        file.write_text(
+            json.dumps([*answers, {"to": to, "out": out, "err": err, "code": code, "signals": signals, "times": times}])
+        )
 
-    def refuse(self, *to: str, said: str) -> None:
-        self.answer(*to, err=said + "\n", code=1)
+    def refuse(self, *to: str, said: str, times: int | None = None) -> None:
+        self.answer(*to, err=said + "\n", code=1, times=times)
 
     @property
     def calls(self) -> list[list[str]]:
@@ -55,7 +67,9 @@ class FakeSlurm:
     def told(self) -> list[list[str]]:
         """The commands that ask for nothing and change something."""
         asking = ("show", "--oneliner", "--all")
-        return [call for call in self.calls if call[0] == "sbatch" or (call[0] == "scontrol" and call[1] not in asking)]
+        return [
+            call for call in self.calls if call[0] in ("sbatch", "scancel") or (call[0] == "scontrol" and call[1] not in asking)
+        ]
 
 
 @pytest.fixture
@@ -71,18 +85,20 @@ def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
         monkeypatch.delenv(name)
     for name, value in {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n1", "SLURMD_NODENAME": "n1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(commands, "_FIRST_PAUSE_S", 0.01)
     fake = FakeSlurm(folder)
     fake.answer("scontrol", "show", "hostnames", "n1", out="n1\n")
     fake.answer("scontrol", "--oneliner", "show", "node", "n1", out=slurm_said.node("n1", "127.0.0.1"))
     fake.answer("scontrol", "show", "config", out=slurm_said.CONFIG)
-    fake.answer("scontrol", "--all", "--oneliner", "show", "partition", out=slurm_said.PARTITIONS)
-    fake.answer("sinfo", out=slurm_said.NODES)
+    for name in ("main", "high"):
+        fake.answer("scontrol", "show", "partition", name, out=slurm_said.partition(name))
     fake.answer("scontrol", "show", "job", "41", out=slurm_said.job())
     fake.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("RUNNING"))
     fake.answer("scontrol", "requeue")
     fake.answer("scontrol", "requeuehold")
     fake.answer("scontrol", "update")
     fake.answer("scontrol", "release")
+    fake.answer("scancel")
     fake.answer("sbatch", out="Submitted batch job 4242\n")
     return fake
 

@@ -74,6 +74,8 @@ class Job:
 
     def failed(self, kind: str) -> None:
         self.node(0, first_failure={"rank": 3, "kind": kind, "at": 1.0, "exit_code": 1, "message": "what it said", "log": "/log"})
+        for other in range(1, len(NODES)):
+            self.node(other)
 
     def bad_node(self) -> None:
         self.node(0, problems=[{"what": "has no GPU", "where": "n2", "value": "", "remedy": ""}])

@@ -10,28 +10,28 @@ Configuration data as of 1795553498
 AccountingStorageEnforce = associations,limits,qos
 ClusterName             = testbed
 PreemptMode             = REQUEUE
+PreemptType             = preempt/partition_prio
 """
 
-_PARTITION = (
-    "PartitionName={name} AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL AllocNodes=ALL Default={default} QoS=N/A "
-    "DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO ExclusiveTopo=NO GraceTime=10 Hidden=NO "
-    "MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED MaxCPUsPerSocket=UNLIMITED "
-    "NodeSets=ALL Nodes=n[1-3] PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO "
-    "OverTimeLimit=NONE PreemptMode={preempt} State=UP TotalCPUs=12 TotalNodes=3 SelectTypeParameters=NONE "
-    "JobDefaults=(null) DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED TRES=cpu=12,mem=12000M,node=3,billing=12\n"
-)
-PARTITIONS = _PARTITION.format(name="main", default="YES", preempt="REQUEUE") + _PARTITION.format(
-    name="high", default="NO", preempt="OFF"
-)
-# `sinfo --Node` with the columns that the launcher asks for.
-NODES = "".join(
-    "\x1f".join((node, partition, "mixed", "4", "4000", "(null)", "\n"))
-    for node in ("n1", "n2", "n3")
-    for partition in ("high", "main")
-)
+_PARTITION = """\
+PartitionName={name}
+   AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL
+   AllocNodes=ALL Default={default} QoS=N/A
+   DefaultTime=NONE DisableRootJobs=NO ExclusiveUser=NO ExclusiveTopo=NO GraceTime=10 Hidden=NO
+   MaxNodes=UNLIMITED MaxTime=UNLIMITED MinNodes=0 LLN=NO MaxCPUsPerNode=UNLIMITED MaxCPUsPerSocket=UNLIMITED
+   Nodes=n[1-3]
+   PriorityJobFactor=1 PriorityTier=1 RootOnly=NO ReqResv=NO OverSubscribe=NO
+   OverTimeLimit=NONE PreemptMode={preempt}
+   State=UP TotalCPUs=12 TotalNodes=3 SelectTypeParameters=NONE
+   JobDefaults=(null)
+   DefMemPerNode=UNLIMITED MaxMemPerNode=UNLIMITED
+   TRES=cpu=12,mem=12000M,node=3,billing=12
+
+"""
 UNKNOWN_JOB = "slurm_load_jobs error: Invalid job id specified"
 REQUEUE_DISABLED = "Requested operation is presently disabled for job 41"
 NOT_AVAILABLE = "sbatch: error: Batch job submission failed: Requested node configuration is not available"
+NO_JSON = "scontrol: error: Couldn't find the specified plugin name for serializer/json looking at all files"
 UNREACHABLE = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 
 _NODE = (
@@ -46,8 +46,8 @@ _JOB = """\
 JobId=41 JobName=tried
    UserId=root(0) GroupId=root(0) MCS_label=N/A
    Priority=1 Nice=0 Account=research QOS=normal
-   JobState=RUNNING Reason=None Dependency=(null)
-   Requeue={requeue} Restarts=0 BatchFlag=1 Reboot=0 ExitCode=0:0
+   JobState={state} Reason={reason} Dependency=(null)
+   Requeue={requeue} Restarts={restarts} BatchFlag=1 Reboot=0 ExitCode=0:0
    RunTime=00:00:00 TimeLimit=00:10:00 TimeMin=N/A
    SubmitTime=1795553497 EligibleTime=1795553497
    AccrueTime=1795553497
@@ -74,14 +74,30 @@ JobId=41 JobName=tried
 """
 
 
+def partition(name: str) -> str:
+    """`scontrol show partition NAME`: main, whose jobs are preempted by a requeue, or high, whose are not."""
+    return _PARTITION.format(name=name, default="YES" if name == "main" else "NO", preempt={"main": "REQUEUE"}.get(name, "OFF"))
+
+
 def node(name: str, address: str) -> str:
     """A line of `scontrol --oneliner show node`."""
     return _NODE.format(name=name, address=address)
 
 
-def job(*, ends: str = "1795554098", preempted: str = "None", requeue: int = 1, partition: str = "main") -> str:
+def job(
+    *,
+    ends: str = "1795554098",
+    preempted: str = "None",
+    requeue: int = 1,
+    partition: str = "main",
+    state: str = "RUNNING",
+    reason: str = "None",
+    restarts: int = 0,
+) -> str:
     """`scontrol show job 41` while it runs; `preempted` is when Slurm has begun to take its nodes for another."""
-    return _JOB.format(ends=ends, preempted=preempted, requeue=requeue, partition=partition)
+    return _JOB.format(
+        ends=ends, preempted=preempted, requeue=requeue, partition=partition, state=state, reason=reason, restarts=restarts
+    )
 
 
 def job_json(*states: str) -> str:

@@ -14,7 +14,7 @@ from launcher import run_store
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt, Status
-from launcher.worker import ending, record
+from launcher.worker import ending, node_check, record
 from launcher.worker.ending import Ending
 
 LEAD_S = 120.0
@@ -156,7 +156,8 @@ def test_where_most_nodes_are_unfit_it_is_not_the_nodes(run: RunDir, judge: Judg
     ("kind", "rank", "cause", "who"),
     [
         ("killed", 3, Cause.INFRASTRUCTURE, "rank 3"),
-        ("RunError", 3, Cause.USER_ERROR, "rank 3"),
+        ("RunError", 3, Cause.FAILURE, "rank 3"),
+        ("DivergedError", 3, Cause.USER_ERROR, "rank 3"),
         ("ConfigError", 0, Cause.USER_ERROR, "rank 0"),
         ("DataError", 0, Cause.USER_ERROR, "rank 0"),
         ("CheckpointError", 0, Cause.FAILURE, "rank 0"),
@@ -164,7 +165,6 @@ def test_where_most_nodes_are_unfit_it_is_not_the_nodes(run: RunDir, judge: Judg
         ("OutOfMemoryError", 3, Cause.FAILURE, "rank 3"),
         ("Superseded", 0, Cause.FAILURE, "rank 0"),
         ("RendezvousTimeoutError", None, Cause.INFRASTRUCTURE, "a node's agent"),
-        ("RunError", None, Cause.INFRASTRUCTURE, "a node's agent"),
     ],
 )
 def test_what_a_failure_is_put_down_to(run: RunDir, judge: Judge, kind: str, rank: int | None, cause: Cause, who: str) -> None:
@@ -190,6 +190,8 @@ def test_the_first_failure_is_that_of_a_rank_and_before_all_that_of_a_killed_one
 
 def test_a_failure_counts_before_a_stop_and_problems_before_both(run: RunDir, judge: Judge) -> None:
     node(run, 0, failure("ValueError"), stopped=True)
+    node(run, 1)
+    node(run, 2)
     assert judge(code=1).cause is Cause.FAILURE
     node(run, 1, problems=[problem("n2")])
     assert judge(code=1).cause is Cause.BAD_NODE
@@ -248,3 +250,102 @@ def test_a_run_directory_that_most_nodes_do_not_see_is_no_ones_node(run: RunDir,
 def test_tasks_of_one_node_in_a_row_are_read(run: RunDir, judge: Judge) -> None:
     output(run, NOW, "srun: error: n2: tasks 1-3,5: Exited with exit code 2")
     assert judge(code=2).bad_nodes == ("n2",)
+
+
+def all_nodes(run: RunDir, *failures: dict[str, Any] | None) -> None:
+    for number in range(3):
+        node(run, number, failures[number] if number < len(failures) else None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "cause"),
+    [
+        ("RuntimeError", "RuntimeError: [../gloo/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:3", Cause.INFRASTRUCTURE),
+        ("RuntimeError", "RuntimeError: Read error: Connection reset by peer", Cause.INFRASTRUCTURE),
+        ("DistBackendError", "DistBackendError: NCCL error: remote process exited or network error", Cause.INFRASTRUCTURE),
+        ("DistBackendError", "DistBackendError: NCCL error in x.cpp:9, unhandled system error", Cause.INFRASTRUCTURE),
+        ("DistBackendError", "DistBackendError: NCCL error in x.cpp:9, invalid usage", Cause.FAILURE),
+        ("AcceleratorError", "AcceleratorError: CUDA error: uncorrectable ECC error encountered", Cause.INFRASTRUCTURE),
+        ("RuntimeError", "CUDA error: unspecified launch failure\nNVRM: Xid (PCI:0000:01:00): 63", Cause.INFRASTRUCTURE),
+        ("RuntimeError", "RuntimeError: CUDA error: unspecified launch failure", Cause.FAILURE),
+        ("RuntimeError", "RuntimeError: GPU has fallen off the bus", Cause.INFRASTRUCTURE),
+        ("OSError", "OSError: [Errno 116] Stale file handle: '/runs/a/status.json'", Cause.INFRASTRUCTURE),
+        ("CheckpointError", "shard-00001 cannot be read: Input/output error", Cause.INFRASTRUCTURE),
+        ("OSError", "OSError: [Errno 28] No space left on device", Cause.FAILURE),
+        ("DataError", "train.jsonl cannot be read: Stale file handle", Cause.USER_ERROR),
+    ],
+)
+def test_machines_that_failed_are_known_by_what_was_said(
+    run: RunDir, judge: Judge, kind: str, message: str, cause: Cause
+) -> None:
+    all_nodes(run, None, failure(kind, message=message))
+    assert judge(code=1).cause is cause
+
+
+def test_a_rank_that_lost_its_peer_comes_after_the_one_that_failed_whatever_the_clocks(run: RunDir, judge: Judge) -> None:
+    own = failure("ValueError", 4, at=12.0, message="ValueError: own")
+    all_nodes(run, failure("RuntimeError", 0, at=10.0, message="Connection closed by peer"), own)
+    assert judge(code=1) == Ending(Cause.FAILURE, STEP, "rank 4: ValueError: own", first_failure=own)
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "RunError", "DistBackendError"])
+def test_failures_beside_a_node_that_left_no_word_are_put_down_to_that_node(run: RunDir, judge: Judge, kind: str) -> None:
+    node(run, 0, failure(kind))
+    node(run, 1)
+    assert judge(code=1) == Ending(
+        Cause.INFRASTRUCTURE, STEP, "rank 3: what it said; no word from n3", first_failure=failure(kind)
+    )
+    node(run, 1, failure("DivergedError", at=1.0))
+    assert judge(code=1).cause is Cause.USER_ERROR
+
+
+@pytest.mark.parametrize(("left_s", "cause"), [(3600, Cause.PREEMPTED), (10, Cause.TIME_LIMIT)])
+def test_ranks_killed_because_they_did_not_stop_in_time_were_interrupted(
+    run: RunDir, judge: Judge, left_s: float, cause: Cause
+) -> None:
+    killed = failure("killed", message="killed by SIGKILL")
+    node(run, 0, killed, stopped=True, killed=True)
+    node(run, 1, stopped=True, killed=False)
+    said = judge(left_s=left_s, code=1)
+    assert (said.cause, said.first_failure) == (cause, killed)
+    # A rank that is killed by something else, with or without a stop that was asked for, is not.
+    node(run, 0, killed, stopped=True, killed=False)
+    assert judge(left_s=left_s, code=1).cause is Cause.INFRASTRUCTURE
+
+
+@pytest.mark.parametrize(("state", "cause"), [("TIMEOUT", Cause.TIME_LIMIT), ("PREEMPTED", Cause.PREEMPTED)])
+def test_slurms_word_counts_where_the_ranks_left_none(run: RunDir, judge: Judge, state: str, cause: Cause) -> None:
+    assert judge(state=state, code=None) == Ending(cause, STEP, f"the job ended as {state} at step 40 without saving")
+    all_nodes(run, failure("killed"))
+    assert judge(state=state).cause is cause
+    all_nodes(run, failure("DataError"))
+    assert judge(state=state).cause is Cause.USER_ERROR
+    outcome(run, "completed")
+    assert judge(state=state).cause is Cause.COMPLETED
+
+
+@pytest.mark.parametrize("kind", ["RunError", "SlurmError"])
+def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge: Judge, kind: str) -> None:
+    own = failure(kind, rank=None, message="eth7 has no address")
+    all_nodes(run, None, own, failure("RendezvousTimeoutError", rank=None, at=200.0))
+    assert judge(code=1) == Ending(Cause.BAD_NODE, STEP, "n2: eth7 has no address", ("n2",), own)
+    # Two that do not meet the first: it may be the first.
+    all_nodes(run, None, own, own)
+    said = judge(code=1)
+    assert (said.cause, said.bad_nodes) == (Cause.INFRASTRUCTURE, ())
+
+
+@pytest.mark.parametrize("nodes", [("n1",), NODES])
+def test_a_full_shared_disk_is_no_nodes_fault(run: RunDir, judge: Judge, nodes: tuple[str, ...]) -> None:
+    full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in nodes]
+    node(run, 0, problems=full)
+    said = judge(nodes=nodes)
+    assert (said.cause, said.bad_nodes) == (Cause.FAILURE, ())
+    assert f"n1: {node_check.NO_ROOM}" in said.message
+
+
+def test_beside_a_full_disk_a_node_is_still_blamed_for_its_own(run: RunDir, judge: Judge) -> None:
+    full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in NODES]
+    node(run, 0, problems=[*full, problem("n2")])
+    said = judge()
+    assert (said.cause, said.bad_nodes) == (Cause.BAD_NODE, ("n2",))

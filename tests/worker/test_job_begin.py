@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import slurm_said
@@ -66,23 +67,59 @@ def test_a_start_after_machines_were_lost_writes_down_what_was_left(
     assert of.attempt(2).resume_step == 20
 
 
-@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "SUSPENDED", None])
-def test_a_run_that_another_job_runs_is_left_alone(
-    submitted: Callable[..., Job], fake_slurm: FakeSlurm, state: str | None
-) -> None:
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "SUSPENDED"])
+def test_a_run_that_another_job_runs_is_left_alone(submitted: Callable[..., Job], fake_slurm: FakeSlurm, state: str) -> None:
     of = submitted()
     of.begun(job="40")
     before = of.attempt(), of.status
-    if state is None:
-        # Whether it runs cannot be known.
-        fake_slurm.refuse("squeue", said=slurm_said.UNREACHABLE)
-    else:
-        fake_slurm.answer("squeue", out=slurm_said.squeue("40", state))
+    fake_slurm.answer("squeue", out=slurm_said.squeue("40", state))
     code, out, err = of.begin()
     assert (code, out) == (0, "\n")
     assert err == "job 40 runs tried already; this one leaves it alone\n"
     assert (of.attempt(), of.status) == before
     assert run_store.newest_attempt(of.run) == 1
+
+
+def test_where_it_cannot_be_known_whether_another_job_runs_it_the_job_fails(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_BEGIN_PATIENCE_S", 0.3)
+    of = submitted()
+    of.begun(job="40")
+    before = of.attempt(), of.status
+    fake_slurm.refuse("squeue", said=slurm_said.UNREACHABLE)
+    code, out, err = of.begin()
+    assert (code, out) == (1, "")
+    assert err.startswith("it cannot be known whether job 40 still runs tried: squeue got no answer\n")
+    assert len(fake_slurm.calls) > 2
+    assert (of.attempt(), of.status) == before
+
+
+def test_a_controller_that_is_restarting_is_waited_for(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun(job="40")
+    fake_slurm.answer("squeue", out=slurm_said.squeue("40", "RUNNING"))
+    fake_slurm.refuse("squeue", said=slurm_said.UNREACHABLE, times=2)
+    code, out, err = of.begin()
+    assert (code, out, err) == (0, "\n", "job 40 runs tried already; this one leaves it alone\n")
+    fake_slurm.answer("squeue", out=slurm_said.squeue("40", "COMPLETED"))
+    fake_slurm.refuse("scontrol", "show", "job", "41", said=slurm_said.UNREACHABLE, times=2)
+    assert of.begin()[:2] == (0, "2\n")
+    assert of.attempt(2).ends_at == 1795554098.0
+
+
+def test_only_the_number_is_printed(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    of = submitted()
+    addresses = network.node_addresses
+
+    def talkative(*argv: Any) -> dict[str, str]:
+        print("a library's greeting")
+        return addresses(*argv)
+
+    monkeypatch.setattr(network, "node_addresses", talkative)
+    code, out, err = of.begin()
+    assert (code, out) == (0, "1\n")
+    assert "a library's greeting\n" in err
 
 
 @pytest.mark.parametrize("known", ["PENDING", "COMPLETED", "another's", "accounted", "unknown"])
@@ -116,7 +153,7 @@ def test_a_run_that_is_done_is_not_begun_again(submitted: Callable[..., Job], ca
 def test_a_spent_budget_refuses_the_next_start(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
     of = submitted(max_failures=1)
     of.ended(1, "failure", None, 20)
-    of.ended(2, "failure", 20, 40, automatic=True)
+    of.ended(2, "failure", 20, 20, automatic=True)
     in_slurm(SLURM_RESTART_COUNT="2")
     code, out, err = of.begin()
     reason = "failure it was; cluster.max_failures=1 is used up"

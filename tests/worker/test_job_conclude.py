@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from fake_slurm import FakeSlurm
 from job_tools import Job
 
 from launcher import run_store
+from launcher.clusters.slurm import cluster, queue
+from launcher.clusters.slurm.commands import SlurmError, SlurmSilent, slurm
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.worker import job
 
@@ -143,6 +146,22 @@ def test_what_slurm_preempts_and_would_not_run_again_is_run_again_here(
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
 
 
+@pytest.mark.parametrize("kind", ["preempt/qos", None])
+def test_where_it_is_not_certain_that_slurm_runs_it_again_the_job_does(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, kind: str | None
+) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(preempted="1795553524"))
+    if kind is None:
+        fake_slurm.refuse("scontrol", "show", "config", said="slurm_load_ctl_conf error: Access/permission denied")
+    else:
+        fake_slurm.answer("scontrol", "show", "config", out=slurm_said.CONFIG.replace("preempt/partition_prio", kind))
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+
+
 def test_what_an_operator_requeues_is_not_requeued_twice(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
@@ -209,6 +228,118 @@ def test_it_concludes_where_slurm_does_not_answer(submitted: Callable[..., Job],
         fake_slurm.refuse(*verb, said=slurm_said.UNREACHABLE)
     assert of.conclude(code=0) == 0
     assert of.status.state == "completed"
+    assert len(fake_slurm.calls) == 1, "a run that is over waits for no answer"
+
+
+@pytest.mark.parametrize(
+    ("ends_in_s", "least", "most"), [(None, 900, 900), (3600, 900, 900), (100, 80, 90), (5, 0, 0), (-60, 0, 0)]
+)
+def test_an_answer_is_not_waited_for_beyond_the_jobs_time(ends_in_s: float | None, least: float, most: float) -> None:
+    ends_at = None if ends_in_s is None else time.time() + ends_in_s
+    assert least <= job._patience_s(run_store.Attempt(None, ends_at=ends_at)) <= most
+
+
+def test_a_requeue_that_was_not_heard_is_asked_for_again(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.refuse("scontrol", "requeue", said=slurm_said.UNREACHABLE, times=2)
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]] * 3
+    assert run_store.newest_attempt(of.run) == 1
+
+
+def test_a_requeue_whose_answer_was_lost_is_not_asked_for_twice(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.refuse("scontrol", "requeue", said="Requeue: Socket timed out on send/recv operation for job 41")
+    fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("PENDING", "COMPLETING"))
+    fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("RUNNING"), times=1)
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+
+
+def test_a_job_that_cannot_be_released_is_cancelled_before_another_is_submitted(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm
+) -> None:
+    of = submitted(exclude_bad_nodes=True)
+    of.begun()
+    of.bad_node()
+    fake_slurm.refuse("scontrol", "release", said="Access/permission denied for job 41")
+    assert of.conclude() == 0
+    assert [call[:2] for call in fake_slurm.told()[2:4]] == [["scontrol", "release"], ["scancel", "41"]]
+    assert fake_slurm.told()[4][0] == "sbatch"
+
+
+def test_no_two_commands_number_an_attempt_at_once(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = submitted(requeue=False)
+    of.begun()
+    of.outcome("preempted")
+    monkeypatch.setattr(cluster, "_LOCK_WAIT_S", 0.1)
+    with run_store.starting(of.run):
+        assert of.conclude() == 1
+    assert run_store.newest_attempt(of.run) == 1
+    assert fake_slurm.told() == []
+
+
+def test_a_full_disk_does_not_keep_the_run_from_going_on(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_store, "write_text", full)
+    code, _, err = of._main("conclude", str(of.run.plan), "1", "1")
+    assert code == 0
+    assert err.count("could not be written down: [Errno 28] No space left on device\n") == 2
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+
+
+@pytest.mark.parametrize(
+    ("said", "restart", "ends_in_s", "state"),
+    [
+        ({"state": "CANCELLED"}, 0, 3600, "CANCELLED"),
+        ({"state": "COMPLETING", "ends": "1000"}, 0, 3600, "CANCELLED"),
+        ({"state": "RUNNING", "ends": "1000", "restarts": 1}, 1, None, "CANCELLED"),
+        ({"state": "COMPLETING", "ends": "1000", "restarts": 1}, 0, 3600, "PENDING"),
+        ({"state": "COMPLETING", "ends": "1000"}, 0, 30, ""),
+        ({"state": "COMPLETING", "ends": "1000", "preempted": "990"}, 0, 3600, ""),
+        ({"state": "COMPLETING", "ends": "1000", "reason": "NodeDown"}, 0, 3600, ""),
+        ({"state": "RUNNING", "ends": "9999999999"}, 0, 3600, ""),
+    ],
+)
+def test_without_json_the_end_is_told_from_the_rest(
+    fake_slurm: FakeSlurm, said: dict[str, Any], restart: int, ends_in_s: float | None, state: str
+) -> None:
+    fake_slurm.refuse("scontrol", "show", "job", "41", "--json", said=slurm_said.NO_JSON)
+    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(**said))
+    ends_at = None if ends_in_s is None else time.time() + ends_in_s
+    assert queue.state_beneath("41", restart, ends_at) == state
+
+
+def test_a_refusal_is_final_and_silence_is_told_from_it(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.refuse("scancel", "1", said="scancel: error: Kill job error on job id 1: Invalid job id specified")
+    with pytest.raises(SlurmError) as refused:
+        slurm("scancel", "1", patience_s=60)
+    assert not isinstance(refused.value, SlurmSilent)
+    assert len(fake_slurm.calls) == 1
+    fake_slurm.refuse("scancel", "2", said=slurm_said.UNREACHABLE)
+    with pytest.raises(SlurmSilent, match="Unable to contact slurm controller"):
+        slurm("scancel", "2")
+    assert len(fake_slurm.calls) == 2
+    with pytest.raises(SlurmSilent):
+        slurm("scancel", "2", patience_s=0.2)
+    assert len(fake_slurm.calls) > 3
+    (fake_slurm.folder / "sinfo").write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(SlurmSilent, match="did not answer"):
+        slurm("sinfo", deadline_s=0.2)
 
 
 def test_the_term_of_its_own_requeue_does_not_stop_it(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from launcher.run_store import RUNNING_STATES, Attempt, Status
 
 _END_DEADLINE_S = 120.0
 _POLL_S = 1.0
+_LOCK_WAIT_S = 60.0
 # Between the submission and the moment that squeue lists the job.
 _UNSEEN_S = 60.0
 # Slurm's words for a job that has not begun, or waits to begin again.
@@ -27,6 +31,8 @@ _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"
 
 
 class SlurmCluster:
+    ask_s = 5.0
+
     def device(self, section: ClusterSection) -> DeviceFacts:
         return site.gpus_of(_slurm(section))
 
@@ -97,8 +103,14 @@ class SlurmCluster:
             run_store.update_status(run, state="cancelled", message="cancelled while it waited")
 
 
-def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool) -> None:
-    """Have the job run again: by Slurm's own preemption, by a requeue, or as another job of the same run."""
+def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool, patience_s: float = 0.0) -> None:
+    """Have the job run again: by Slurm's own preemption, by a requeue, or as another job of the same run.
+
+    Slurm is asked again for `patience_s` where it does not answer.
+
+    Raises:
+        SubmitError: where the job was to be submitted again, and that was refused.
+    """
     section = _slurm(plan.config.cluster)
     if by_slurm and not decision.exclude:
         # A job that also requeues itself would be run once too often.
@@ -106,23 +118,39 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     exclude = ",".join(filter(None, (section.exclude, *decision.exclude)))
     if section.requeue:
         try:
-            _requeue(job, exclude if decision.exclude else "")
+            _requeue(job, exclude if decision.exclude else "", patience_s)
             return
         except SlurmError as error:
-            print(f"the job cannot be requeued ({error.problems[0].value}); it is submitted again", flush=True)
+            problem = error.problems[0]
+            # The file of the job's output may be on a disk that is full.
+            with suppress(OSError):
+                print(f"the job cannot be requeued ({problem.value or problem.what}); it is submitted again", flush=True)
     _submit_again(plan, run, job, exclude)
 
 
-def _requeue(job: str, exclude: str) -> None:
+def _requeue(job: str, exclude: str, patience_s: float) -> None:
+    restarts, until = int(os.environ.get("SLURM_RESTART_COUNT") or 0), time.monotonic() + patience_s
+
+    def ask(*argv: str, done: Callable[[], bool] | None = None) -> None:
+        slurm(*argv, patience_s=until - time.monotonic(), done=done)
+
+    def requeued() -> bool:
+        # A second requeue, of a job that already waits, could be refused, and then the run were submitted as well.
+        return queue.state_beneath(job, restarts, None) == "PENDING"
+
     if not exclude:
-        slurm("scontrol", "requeue", job)
+        ask("scontrol", "requeue", job, done=requeued)
         return
-    slurm("scontrol", "requeuehold", job)
+    ask("scontrol", "requeuehold", job, done=requeued)
     try:
-        slurm("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+        ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
     finally:
         # Whatever was refused: held, the job would wait for ever, and with it the one that is submitted after it.
-        slurm("scontrol", "release", job)
+        try:
+            ask("scontrol", "release", job)
+        except SlurmError:
+            ask("scancel", job)
+            raise
 
 
 def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None:
@@ -130,9 +158,11 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
     cluster = _slurm(plan.config.cluster).model_copy(update=changes)
     again = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
     saved = store.newest_step(run.checkpoints)
-    number = run_store.next_attempt(run, Attempt(saved, automatic=True))
-    path = run.attempt(number) / "plan.json"
-    run_store.write_text(path, again.to_json())
+    # Another command may be numbering an attempt at this moment.
+    with run_store.starting(run, wait_s=_LOCK_WAIT_S):
+        number = run_store.next_attempt(run, Attempt(saved, automatic=True))
+        path = run.attempt(number) / "plan.json"
+        run_store.write_text(path, again.to_json())
     try:
         submitted = script.submit(again, path)
     except SubmitError as error:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from launcher.clusters.slurm.commands import SlurmError, slurm
+from launcher.clusters.slurm.commands import SlurmError, SlurmSilent, slurm
 
 # Slurm's words for a job that has ended for good; with any other it runs, waits, or is about to.
 FINAL_STATES = (
@@ -22,6 +22,8 @@ _SQUEUE_FIELDS = ("JobArrayID", "Name", "State", "Reason", "StartTime", "EndTime
 _SACCT_FIELDS = ("JobID", "JobName", "State", "Reason", "End", "NodeList", "Submit")
 # Clocks of login nodes and controllers differ, and sacct's times have no zone.
 _CLOCK_SLACK_S = 86400.0
+# Slurm looks at time limits once in half a minute or so.
+_NEAR_END_S = 60.0
 # In `scontrol show job` these stand last on their line, and their value may hold anything.
 _FREE_TEXT = ("JobName", "Comment", "AdminComment", "SystemComment", "Extra", "Command", "WorkDir", "StdErr", "StdIn", "StdOut")
 
@@ -45,19 +47,19 @@ class Job:
     queued: bool
 
 
-def job(job_id: str, submitted_at: float, name: str) -> Job | None:
+def job(job_id: str, submitted_at: float, name: str, patience_s: float = 0.0) -> Job | None:
     """The job `job_id` that was submitted under `name`, at `submitted_at` seconds since the epoch.
 
     None where Slurm knows nothing of it: it is too long ago and there is no accounting, or the accounting has not got its
     end, or Slurm has given its number to a job of another name.
 
     Raises:
-        SlurmError: where Slurm does not answer, so that the job's state is unknown.
+        SlurmError: where Slurm does not answer within the patience, so that the job's state is unknown.
     """
-    return jobs({job_id: name}).get(job_id) or _accounted(job_id, submitted_at, name)
+    return jobs({job_id: name}, patience_s).get(job_id) or _accounted(job_id, submitted_at, name, patience_s)
 
 
-def jobs(names: Mapping[str, str]) -> dict[str, Job]:
+def jobs(names: Mapping[str, str], patience_s: float = 0.0) -> dict[str, Job]:
     """Those of the jobs, given as number and name, that slurmctld remembers, by their numbers; one call for all.
 
     Slurm forgets a job some minutes after its end (MinJobAge, 300 s by default).
@@ -70,7 +72,8 @@ def jobs(names: Mapping[str, str]) -> dict[str, Job]:
     columns = ",".join(f"{field}:{_SEPARATOR}" for field in _SQUEUE_FIELDS)
     try:
         # --array: a task of an array is a job of its own also while it waits.
-        shown = slurm("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(names)}", f"--Format={columns}")
+        asked = ("--noheader", "--array", "--states=all", f"--jobs={','.join(names)}", f"--Format={columns}")
+        shown = slurm("squeue", *asked, patience_s=patience_s)
     except SlurmError as error:
         # Said of a single number only; among several, those it does not know are left out.
         if "Invalid job id specified" in error.problems[0].value:
@@ -100,13 +103,14 @@ def _held(reason: str) -> bool:
     return re.search("held|hold", reason, re.IGNORECASE) is not None
 
 
-def _accounted(job_id: str, submitted_at: float, name: str) -> Job | None:
+def _accounted(job_id: str, submitted_at: float, name: str, patience_s: float) -> Job | None:
     """The job's end from sacct, which has a record of each time that the job was run."""
     since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(submitted_at - _CLOCK_SLACK_S))
     form = ("--noheader", "--parsable2", f"--delimiter={_SEPARATOR}", f"--format={','.join(_SACCT_FIELDS)}")
     try:
         # Without --duplicates a later job with the same number would hide this one.
-        shown = slurm("sacct", "--allocations", "--duplicates", f"--jobs={job_id}", f"--starttime={since}", *form)
+        asked = ("--allocations", "--duplicates", f"--jobs={job_id}", f"--starttime={since}", *form)
+        shown = slurm("sacct", *asked, patience_s=patience_s)
     except SlurmError as error:
         if "accounting storage is disabled" in error.problems[0].value:
             return None
@@ -122,14 +126,14 @@ def _accounted(job_id: str, submitted_at: float, name: str) -> Job | None:
     return Job(job_id, state, _said(reason), None, _time(end), len(rows) - 1, _said(nodes), queued=False)
 
 
-def details(job_id: str) -> Mapping[str, str]:
+def details(job_id: str, patience_s: float = 0.0) -> Mapping[str, str]:
     """Everything that slurmctld knows of a job, under the names of `scontrol show job`; times in seconds since the epoch.
 
     Raises:
-        SlurmError: where slurmctld does not answer or has no such job.
+        SlurmError: where slurmctld does not answer within the patience or has no such job.
     """
     # A line per group, and not --oneliner: only there does a free text end where its line ends.
-    record = slurm("scontrol", "show", "job", job_id).strip().split("\n\n")[0]
+    record = slurm("scontrol", "show", "job", job_id, patience_s=patience_s).strip().split("\n\n")[0]
     found: dict[str, str] = {}
     for line in record.splitlines():
         for key, value in _pairs(line.strip()):
@@ -138,18 +142,40 @@ def details(job_id: str) -> Mapping[str, str]:
     return found
 
 
-def state_beneath(job_id: str) -> str:
+def state_beneath(job_id: str, restarts: int, ends_at: float | None, patience_s: float = 0.0) -> str:
     """What a job that is COMPLETING will be: CANCELLED after scancel, PENDING after a requeue; empty where it is not told.
 
-    Only the JSON form tells it, which some sites build without.
+    The JSON form tells it, which some sites build without; else it is told from what else is known of the job. `restarts`
+    is how often it had been started again when this start began, `ends_at` when its time is over.
     """
     try:
-        found = json.loads(slurm("scontrol", "show", "job", job_id, "--json"))["jobs"][0]["job_state"]
-    except (SlurmError, ValueError, LookupError):
+        found = json.loads(slurm("scontrol", "show", "job", job_id, "--json", patience_s=patience_s))["jobs"][0]["job_state"]
+    except SlurmSilent:
         return ""
+    except (SlurmError, ValueError, LookupError):
+        try:
+            return _told_by_details(details(job_id, patience_s), restarts, ends_at)
+        except SlurmError:
+            return ""
     # A word in older versions, a list since 23.02.
     words = [found] if isinstance(found, str) else found
     return next((word for word in words if word != "COMPLETING"), "")
+
+
+def _told_by_details(found: Mapping[str, str], restarts: int, ends_at: float | None) -> str:
+    """CANCELLED where Slurm has put the job's end behind us and nothing else explains it, PENDING after a requeue."""
+    state = found.get("JobState", "")
+    if state == "CANCELLED":
+        return state
+    # slurmctld counts a requeue as it accepts it.
+    if found.get("Restarts", "").isdigit() and int(found["Restarts"]) > restarts:
+        return "PENDING"
+    now, end = time.time(), _time(found.get("EndTime", ""))
+    ended = state in ("RUNNING", "COMPLETING") and end is not None and end <= now
+    preempted = found.get("PreemptTime") != "None"
+    # A lost node or the time limit is given as the reason; scancel gives none.
+    explained = preempted or found.get("Reason") != "None" or (ends_at is not None and now > ends_at - _NEAR_END_S)
+    return "CANCELLED" if ended and not explained else ""
 
 
 def _pairs(line: str) -> Iterator[tuple[str, str]]:

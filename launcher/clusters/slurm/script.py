@@ -163,14 +163,21 @@ def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
     if section.container_image and section.container_runtime == "pyxis":
         mounts = ",".join(_mounts(plan, section))
         arguments += [f"--container-image={section.container_image}", f"--container-mounts={mounts}"]
+        # What the image sets itself would win otherwise.
+        arguments.append("--container-env=PYTHONPATH,PYTHONSAFEPATH,LAUNCHER_ATTEMPT")
     return [*arguments, *section.srun_args]
 
 
 def _mounts(plan: LaunchPlan, section: SlurmSection) -> list[str]:
     """What the ranks read and write, under the same names inside, and what the user adds."""
     own = [plan.run_dir, plan.data.cache_dir if plan.data else None, plan.model.path, plan.model.tokenizer_path]
-    paths = dict.fromkeys(_plain(path) for path in own if path is not None)
+    paths = dict.fromkeys(_plain(str(_whole(Path(path)))) for path in own if path is not None)
     return [*(f"{path}:{path}" for path in paths), *section.container_mounts]
+
+
+def _whole(path: Path) -> Path:
+    """A snapshot of the hub's cache holds links to files beside it."""
+    return path.parents[1] if path.parent.name == "snapshots" else path
 
 
 def _plain(path: str) -> str:
