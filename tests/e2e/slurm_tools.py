@@ -47,8 +47,10 @@ class SlurmRun:
         return self.job_of(self.attempt)
 
     def job_of(self, number: int) -> str:
+        """Empty as long as Slurm has given none."""
         submitted = self.path / f"attempts/{number:03d}/submitted.json"
-        return self.attempt_record(number)["job"] or json.loads(submitted.read_text())["job"]
+        begun = self.attempt_record(number)["job"]
+        return begun or (json.loads(submitted.read_text())["job"] if submitted.is_file() else "")
 
     def attempt_record(self, number: int, name: str = "attempt") -> dict:
         return json.loads((self.path / f"attempts/{number:03d}/{name}.json").read_text())
