@@ -14,7 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb import WandbTracker, redacted
@@ -161,10 +163,12 @@ def test_a_login_makes_auto_online(make_plan: PlanMaker, run_dir: Path, monkeypa
     (tmp_path / "netrc").write_text(f"machine 127.0.0.1:9 login user password {'a' * 40}\n")
     plan_file = tmp_path / "plan.json"
     plan_file.write_text(make_plan().to_json())
+    RunDir(run_dir).attempt(1).mkdir(parents=True)
+    run_store.write_attempt(RunDir(run_dir), 1, run_store.Attempt(None))
     # Online is tried, and nobody listens there.
     assert run_script("module.INIT_TIMEOUT_S = 2.0" + TRAIN, plan_file, run_dir) == 1
     output = (tmp_path / "output").read_text()
-    assert "RunError: Weights & Biases cannot start" in output
+    assert "ConfigError: Weights & Biases cannot start" in output
     assert "a" * 40 not in output
 
 
