@@ -14,10 +14,6 @@ from launcher.config.cluster import ClusterSection, SlurmSection
 STOP_REASONS = ("cancelled", "preempted", "limit")
 
 
-# What follows a save before the machines may go: the trackers' end, and the job's.
-_AFTER_SAVE_S = 20.0
-
-
 class Stop(Protocol):
     """Asked after each step; `at` is the time.monotonic() of the wish, None where there is none."""
 
@@ -34,8 +30,6 @@ def save_fits(cluster: ClusterSection, reason: str, asked_at: float | None, save
     if reason != "preempted" or not isinstance(cluster, SlurmSection) or save_s is None:
         return True
     waited = time.monotonic() - asked_at if asked_at is not None else 0.0
-    lead_s = cluster.signal_lead_seconds
-    left_s = lead_s - waited - min(_AFTER_SAVE_S, lead_s / 4)
-    late = torch.tensor(float(save_s > left_s), device=device)
+    late = torch.tensor(float(save_s > cluster.signal_lead_seconds - waited), device=device)
     dist.all_reduce(late, op=dist.ReduceOp.MAX)
     return not late.item()

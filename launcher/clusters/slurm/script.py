@@ -163,8 +163,6 @@ def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
     if section.container_image and section.container_runtime == "pyxis":
         mounts = ",".join(_mounts(plan, section))
         arguments += [f"--container-image={section.container_image}", f"--container-mounts={mounts}"]
-        # What the image sets itself would win otherwise.
-        arguments.append("--container-env=PYTHONPATH,PYTHONSAFEPATH,LAUNCHER_ATTEMPT")
     return [*arguments, *section.srun_args]
 
 
