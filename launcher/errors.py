@@ -74,3 +74,11 @@ class RunError(LauncherError):
 
 class DivergedError(RunError):
     """The numbers of the training itself are not finite; a repetition would end in the same way."""
+
+
+class ExportError(RunError):
+    """Training is complete and saved, and its Hugging Face folder could not be made."""
+
+
+# A repetition would end in the same way: neither ranks nor a job are started again after one of these.
+WOULD_REPEAT = (ConfigError, DataError, DivergedError, ExportError)

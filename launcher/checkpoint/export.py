@@ -20,7 +20,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from launcher.checkpoint import store, tensor_file
+from launcher.checkpoint import durable, store, tensor_file
 from launcher.checkpoint.tensor_file import ShardSet, TensorSpec, as_bytes, tensor_key
 from launcher.errors import CheckpointError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
@@ -136,8 +136,8 @@ def export(
         if parity and (probe := read_probe(checkpoint)):
             compared = check_parity(partial, probe, dtype=dtype, device=parity_device, trust_remote_code=trust_remote_code)
             require_parity(compared)
-        store.fsync_directory(partial)
-        store.replace_directory(partial, out)
+        durable.fsync_directory(partial)
+        durable.replace_directory(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     num_parameters = sum(math.prod(shape) for shape in state.parameters.values())
@@ -263,7 +263,7 @@ def _copy_side_files(model: Path | Mapping[str, Any], tokenizer: Path | None, fo
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    store.write_file(path, [(json.dumps(content, indent=2) + "\n").encode()])
+    durable.write_file(path, [(json.dumps(content, indent=2) + "\n").encode()])
 
 
 def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, parity: bool = True) -> Export:

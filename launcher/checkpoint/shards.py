@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from launcher.checkpoint import store, tensor_file, zero3
+from launcher.checkpoint import durable, store, tensor_file, zero3
 from launcher.checkpoint.tensor_file import ShardSet, TensorSpec, as_bytes, tensor_key
 from launcher.errors import CheckpointError, LauncherError, Problem
 
@@ -78,7 +78,7 @@ def save(
         if rank != 0:
             return
         files = {store.shard_name(r): _take_entry(saving, r) for r in range(world_size)}
-        files[store.STATE] = store.write_file(saving / store.STATE, [state])
+        files[store.STATE] = durable.write_file(saving / store.STATE, [state])
         if probe_tensors:
             files[store.PROBE] = _write(saving / store.PROBE, probe_tensors)
         fence()
@@ -202,12 +202,12 @@ def _require_same_parameters(state: store.State, named_parameters: Mapping[str, 
 def _write_shard(saving: Path, rank: int, shard: Tensors) -> None:
     """The shard, and beside it a small file with its size and digest, which tells rank 0 that the shard is on disk."""
     entry = _write(saving / store.shard_name(rank), shard)
-    store.write_file(_entry_path(saving, rank), [entry.model_dump_json().encode()])
+    durable.write_file(_entry_path(saving, rank), [entry.model_dump_json().encode()])
 
 
-def _take_entry(saving: Path, rank: int) -> store.FileEntry:
+def _take_entry(saving: Path, rank: int) -> durable.FileEntry:
     path = _entry_path(saving, rank)
-    entry = store.FileEntry.model_validate_json(path.read_bytes())
+    entry = durable.FileEntry.model_validate_json(path.read_bytes())
     if (size := (saving / store.shard_name(rank)).stat().st_size) != entry.size:
         raise CheckpointError(f"rank {rank} wrote {entry.size:,} bytes, of which {size:,} are on disk", where=str(saving))
     path.unlink()
@@ -226,7 +226,7 @@ def _file_bytes(tensors: Tensors) -> int:
     return tensor_file.file_bytes([spec for spec, _ in tensors], {}) if tensors else 0
 
 
-def _write(path: Path, tensors: Tensors) -> store.FileEntry:
+def _write(path: Path, tensors: Tensors) -> durable.FileEntry:
     return tensor_file.write(path, [spec for spec, _ in tensors], _blocks(tensors), {})
 
 

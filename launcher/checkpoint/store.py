@@ -15,16 +15,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import xxhash
 from pydantic import Field, StringConstraints, ValidationError
 
+from launcher.checkpoint import durable
 from launcher.errors import CheckpointError, Problem
 from launcher.plan.launch_plan import Record
 
@@ -33,21 +32,10 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 PROBE = "probe.safetensors"
 
-_READ_BYTES = 8 * 2**20
 _STEP = re.compile(r"step-(\d{8,})")
 _SAVING = re.compile(r"\.saving-step-\d{8,}-(\d{3,})")
-# A directory that is being replaced keeps its content under this prefix until the new one is in place.
-_REPLACED = ".replaced-"
-_REMOVING = ".removing-"
 
 FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class FileEntry(Record):
-    """One file: bytes, and the hex XXH3-128 digest of its content."""
-
-    size: Annotated[int, Field(ge=0)]
-    xxh3_128: str
 
 
 class Manifest(Record):
@@ -58,7 +46,7 @@ class Manifest(Record):
     world_size: Annotated[int, Field(ge=1)]
     plan_digest: str
     attempt: Annotated[int, Field(ge=0)]
-    files: dict[FileName, FileEntry]
+    files: dict[FileName, durable.FileEntry]
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -111,42 +99,6 @@ def partition(num_elements: int, world_size: int, rank: int) -> tuple[int, int]:
     return min(rank * per_rank, num_elements), min((rank + 1) * per_rank, num_elements)
 
 
-def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a file that does not exist yet, digest it on the way, and fsync it."""
-    digest, size = xxhash.xxh3_128(), 0
-    try:
-        with open(path, "xb") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                size += file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = str(path)  # a failed write does not name its file
-        raise
-    return FileEntry(size=size, xxh3_128=digest.hexdigest())
-
-
-def file_entry(path: Path) -> FileEntry:
-    """Size and digest of a file on disk."""
-    digest, size = xxhash.xxh3_128(), 0
-    block = memoryview(bytearray(_READ_BYTES))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            size += count
-    return FileEntry(size=size, xxh3_128=digest.hexdigest())
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def require_free_bytes(root: Path, needed: int) -> None:
     """CheckpointError when the file system of `root` has less than `needed` bytes for this user."""
     available = shutil.disk_usage(root).free
@@ -176,38 +128,15 @@ def commit(saving: Path, manifest: Manifest) -> Path:
     `list_checkpoints` until the new one has taken its name.
     """
     partial = saving / f".{MANIFEST}.partial"
-    write_file(partial, [manifest.to_json().encode()])
+    durable.write_file(partial, [manifest.to_json().encode()])
     os.replace(partial, saving / MANIFEST)
-    fsync_directory(saving)
+    durable.fsync_directory(saving)
     target = saving.parent / step_name(manifest.step)
-    if target.exists() and _aside(target).exists():
+    if target.exists() and durable.aside_of(target).exists():
         # The sweep has left a replaced checkpoint here only where the one in its place is damaged.
-        remove_directory(target)
-    replace_directory(saving, target)
+        durable.remove_directory(target)
+    durable.replace_directory(saving, target)
     return target
-
-
-def replace_directory(source: Path, target: Path) -> None:
-    """Move a complete directory to `target`; what was there is removed only after that. Both lie in one folder."""
-    aside = _aside(target)
-    if target.exists():
-        if aside.exists():
-            remove_directory(aside)
-        os.rename(target, aside)
-    os.rename(source, target)
-    fsync_directory(target.parent)
-    if aside.exists():
-        remove_directory(aside)
-
-
-def remove_directory(path: Path) -> None:
-    """Remove a directory so that it is gone at once under its name.
-
-    Files that a reader holds open on a network file system cannot be removed; the next sweep takes them.
-    """
-    doomed = path.with_name(f"{_REMOVING}{secrets.token_hex(8)}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -242,7 +171,7 @@ def read_state(path: Path) -> State:
 def open_checkpoint(path: Path) -> Checkpoint:
     """The committed checkpoint at `path`; CheckpointError names the first thing that is wrong with it. Reads no shard."""
     manifest = read_manifest(path)
-    name = path.name.removeprefix(_REPLACED)
+    name = path.name.removeprefix(durable.REPLACED)
     if name != step_name(manifest.step):
         raise CheckpointError("a manifest belongs to another step", where=str(path), value=f"step {manifest.step}")
     if problems := [p for name, entry in manifest.files.items() if (p := _size_problem(path / name, entry))]:
@@ -292,7 +221,7 @@ def set_aside_after(root: Path, step: int) -> list[Path]:
     for checkpoint in list_checkpoints(root):
         if checkpoint.step > step:
             target = root / f"aside-{checkpoint.path.name}"
-            replace_directory(checkpoint.path, target)
+            durable.replace_directory(checkpoint.path, target)
             aside.append(target)
     return aside
 
@@ -330,7 +259,7 @@ def prune(root: Path, keep_last: int, *, keep: Collection[Path] = ()) -> list[Pa
     """Remove all but the `keep_last` (at least 1) newest committed checkpoints and those in `keep`; returns what is gone."""
     outdated = [c.path for c in list_checkpoints(root)[:-keep_last] if c.path not in keep]
     for path in outdated:
-        remove_directory(path)
+        durable.remove_directory(path)
     return outdated
 
 
@@ -338,10 +267,12 @@ def _sweep(root: Path, attempt: int) -> None:
     """Remove leftovers of saves, replacements and removals that did not end; a later attempt's save is left alone."""
     for path in list(root.iterdir()):
         saving = _SAVING.fullmatch(path.name)
-        replaced = path.name.startswith(_REPLACED) and _is_committed(path.with_name(path.name.removeprefix(_REPLACED)))
+        replaced = path.name.startswith(durable.REPLACED) and _is_committed(
+            path.with_name(path.name.removeprefix(durable.REPLACED))
+        )
         if (saving and int(saving.group(1)) <= attempt) or replaced:
-            remove_directory(path)
-        elif path.name.startswith(_REMOVING):
+            durable.remove_directory(path)
+        elif path.name.startswith(durable.REMOVING):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -353,14 +284,10 @@ def _is_committed(path: Path) -> bool:
     return True
 
 
-def _aside(target: Path) -> Path:
-    return target.with_name(_REPLACED + target.name)
-
-
 def _step_directories(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
-    return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(_REPLACED))]
+    return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(durable.REPLACED))]
 
 
 def _none_usable(what: str, root: Path) -> CheckpointError:
@@ -381,7 +308,7 @@ def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> Iter
         expected = manifest.files[name]
         if problem := _size_problem(path / name, expected):
             yield problem
-        elif file_entry(path / name) != expected:
+        elif durable.file_entry(path / name) != expected:
             yield Problem(
                 "a checkpoint file is damaged: its digest differs from the manifest's",
                 where=str(path / name),
@@ -389,7 +316,7 @@ def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> Iter
             )
 
 
-def _size_problem(file: Path, expected: FileEntry) -> Problem | None:
+def _size_problem(file: Path, expected: durable.FileEntry) -> Problem | None:
     try:
         size = file.stat().st_size
     except OSError as error:

@@ -19,7 +19,8 @@ from typing import Self
 
 import torch
 
-from launcher.checkpoint.store import FileEntry, partition, shard_name, write_file
+from launcher.checkpoint.durable import FileEntry, write_file
+from launcher.checkpoint.store import partition, shard_name
 from launcher.errors import CheckpointError
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}

@@ -215,7 +215,11 @@ class SlurmSection(ClusterSection):
         "is not continued by itself.",
     )
     max_no_progress: Count = Field(
-        2, description="Attempts in a row that end without a newer checkpoint, after which the run is not continued by itself."
+        2,
+        description=(
+            "Attempts in a row that end without a newer checkpoint, after which the run is not continued by itself; "
+            "those that the machines ended do not count."
+        ),
     )
     dry_run: Flag = Field(False, description="Print the batch script and submit nothing.")
 

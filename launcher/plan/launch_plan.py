@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from launcher.config.cluster import SlurmSection
 from launcher.config.schema import RunConfig
 
 SCHEMA_VERSION = 1
@@ -141,6 +142,13 @@ class LaunchPlan(Record):
     model: ModelFacts
     data: DataFacts | None
     provenance: Provenance
+
+    @property
+    def slurm(self) -> SlurmSection:
+        """The settings of the cluster, for what runs on Slurm alone."""
+        section = self.config.cluster
+        assert isinstance(section, SlurmSection)
+        return section
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

@@ -50,6 +50,8 @@ class Decision:
 # Preemptions without a newer checkpoint between them that a run survives: its machines are never left to it for long enough.
 MOST_FRUITLESS_PREEMPTIONS = 20
 _FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
+_FAILED_MACHINES = (Cause.INFRASTRUCTURE, Cause.BAD_NODE)
+_OF_THE_MACHINES = (Cause.PREEMPTED, *_FAILED_MACHINES)
 
 
 def decide(ended: Ended, history: Sequence[Ended], budgets: SlurmSection) -> Decision:
@@ -84,7 +86,7 @@ def _spent(attempts: Sequence[Ended], budgets: SlurmSection) -> str:
     since = max((i for i, attempt in enumerate(attempts) if _moved(attempt)), default=0)
     kinds: tuple[tuple[str, int | None, tuple[Cause, ...]], ...] = (
         ("cluster.max_preemptions", budgets.max_preemptions, (Cause.PREEMPTED,)),
-        ("cluster.max_infrastructure_failures", budgets.max_infrastructure_failures, (Cause.INFRASTRUCTURE, Cause.BAD_NODE)),
+        ("cluster.max_infrastructure_failures", budgets.max_infrastructure_failures, _FAILED_MACHINES),
         ("cluster.max_failures", budgets.max_failures, (Cause.FAILURE,)),
     )
     for key, budget, causes in kinds:
@@ -107,8 +109,8 @@ def _stuck(attempts: Sequence[Ended], budget: int) -> str:
     """Said where more than `budget` attempts in a row have ended without a checkpoint newer than the one they began with."""
     in_a_row = 0
     for attempt in attempts:
-        # An attempt that the machines took away early says nothing about the run.
-        in_a_row = 0 if _moved(attempt) or attempt.cause is Cause.PREEMPTED else in_a_row + 1
+        # What the machines ended says nothing about the run, and has budgets of its own.
+        in_a_row = 0 if _moved(attempt) or attempt.cause in _OF_THE_MACHINES else in_a_row + 1
     return (
         f"{in_a_row} attempts in a row without a newer checkpoint (cluster.max_no_progress={budget})" if in_a_row > budget else ""
     )

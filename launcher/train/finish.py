@@ -10,6 +10,7 @@ import torch
 from launcher.checkpoint.export import export
 from launcher.data import cache
 from launcher.data.chat import load_tokenizer
+from launcher.errors import CheckpointError, ExportError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite
@@ -23,8 +24,21 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
     """Export `checkpoint`, compare it with the trained engine's logits, and answer a held-out question.
 
     Raises:
-        CheckpointError: where the export does not compute what the trained model computed.
+        ExportError: where the folder cannot be written, or does not compute what the trained model computed.
     """
+    try:
+        _finish(plan, checkpoint, tracker)
+    except CheckpointError as error:
+        raise ExportError(error.problems) from error
+    except OSError as error:
+        raise ExportError(
+            f"training is complete and saved, but the Hugging Face folder could not be written: {error.strerror}",
+            where=str(error.filename or plan.run_dir),
+            remedy=f"then: python -m launcher export {plan.run_dir}",
+        ) from error
+
+
+def _finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
     gc.collect()
     device = "cpu"
     if torch.cuda.is_available():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import run_store
+from launcher.errors import WOULD_REPEAT
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -19,8 +20,7 @@ _SIGNAL_SPREAD_S = 90.0
 _SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with exit code \d+)")
 # The words of Slurm's accounting, of its cgroup plugin, and of the kernel.
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
-# A repetition would end in the same way.
-_USER_ERRORS = ("ConfigError", "DataError", "DivergedError")
+_FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
 # An agent says so before it starts its ranks: its node lacks something.
 _NODE_ERRORS = ("RunError", "SlurmError")
 # What gloo, NCCL and the kernel say where the other end of a connection is gone: the consequence of another failure.
@@ -74,7 +74,7 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
     failures = {attempt.nodes[node]: found["first_failure"] for node, found in nodes.items() if found and found["first_failure"]}
     lost = [attempt.nodes[node] for node, found in nodes.items() if found is None]
     first = _first(list(failures.values()))
-    if first is not None and first["kind"] in _USER_ERRORS and first["rank"] is not None:
+    if first is not None and first["kind"] in _FINAL and first["rank"] is not None:
         return Ending(Cause.USER_ERROR, step, _words(first), first_failure=first)
     taken = _TAKEN.get(state)
     if killed := [found["ended_at"] for found in left if found["stopped"] and found.get("killed")]:

@@ -46,7 +46,7 @@ def begin(plan_path: str) -> int | None:
             it cannot be known whether another job runs it.
     """
     plan, until = LaunchPlan.load(plan_path), time.monotonic() + _BEGIN_PATIENCE_S
-    run, section = RunDir(Path(plan.run_dir)), _section(plan)
+    run, section = RunDir(Path(plan.run_dir)), plan.slurm
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     with run_store.starting(run, wait_s=_LOCK_WAIT_S):
         number = run_store.newest_attempt(run)
@@ -80,7 +80,7 @@ def begin(plan_path: str) -> int | None:
 def conclude(plan_path: str, number: int, exit_code: int) -> int:
     """Record how the attempt ended and act on what follows; returns the job's exit code."""
     plan = LaunchPlan.load(plan_path)
-    run, section, job = RunDir(Path(plan.run_dir)), _section(plan), os.environ["SLURM_JOB_ID"]
+    run, section, job = RunDir(Path(plan.run_dir)), plan.slurm, os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
     found, ended, decision = _judged(run, number, attempt, section, "", exit_code)
     until = time.monotonic() + _patience_s(attempt)
@@ -157,7 +157,7 @@ def _ended(run: RunDir, number: int, plan: LaunchPlan) -> Ended:
     if file.is_file():
         return _from_record(run_store.read_json(file))
     attempt = run_store.read_attempt(run, number)
-    found = ending.read(run, number, attempt, "", _section(plan).signal_lead_seconds, None)
+    found = ending.read(run, number, attempt, "", plan.slurm.signal_lead_seconds, None)
     ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
     run_store.write_json(file, _record(found, ended, None))
     return ended
@@ -243,12 +243,6 @@ def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
             remedy="when Slurm answers again, look with: python -m launcher status, and continue with: python -m launcher resume",
         ) from None
     return known is not None and known.queued and known.state in ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
-
-
-def _section(plan: LaunchPlan) -> SlurmSection:
-    section = plan.config.cluster
-    assert isinstance(section, SlurmSection)
-    return section
 
 
 def main(argv: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import CheckpointError, ConfigError, DataError, DivergedError, LauncherError, RunError
+from launcher.errors import WOULD_REPEAT, CheckpointError, LauncherError, RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Superseded
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
@@ -17,7 +17,7 @@ from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 _TRACEBACK_LINES = 40
 # What torch's elastic agent waits between TERM and KILL.
 _ELASTIC_KILL_DELAY_S = 30
-_EXPECTED = {kind.__name__ for kind in (ConfigError, DataError, CheckpointError, RunError, DivergedError, Superseded)}
+_EXPECTED = {kind.__name__ for kind in (*WOULD_REPEAT, CheckpointError, RunError, Superseded)}
 
 
 def node_file(run: RunDir, attempt: int, node: int) -> Path:

@@ -10,7 +10,6 @@ from datetime import timedelta
 from signal import Signals
 from typing import Any
 
-from launcher.config.cluster import SlurmSection
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -31,7 +30,7 @@ def place(plan: LaunchPlan, begun: Attempt, node: int) -> NodePlace:
     Raises:
         RunError: where there is no interface that other nodes reach.
     """
-    section = _section(plan)
+    section = plan.slurm
     if begun.address is None or begun.port is None:
         raise RunError("the attempt names no place where its nodes meet", where="attempt.json")
     rendezvous = f"{begun.address}:{begun.port}"
@@ -45,7 +44,7 @@ def end_before(begun: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]
     """Ask for the save when only the lead is left of the job's time, whether or not Slurm's signal arrives."""
     if begun.ends_at is None:
         return
-    timer = threading.Timer(begun.ends_at - _section(plan).signal_lead_seconds - time.time(), stop, (PREEMPT,))
+    timer = threading.Timer(begun.ends_at - plan.slurm.signal_lead_seconds - time.time(), stop, (PREEMPT,))
     timer.daemon = True
     timer.start()
 
@@ -54,7 +53,7 @@ def kill_at(begun: Attempt, plan: LaunchPlan) -> float | None:
     """When ranks that cannot stop must be gone, so that the job concludes before Slurm ends it and nothing runs it again."""
     if begun.ends_at is None:
         return None
-    return begun.ends_at - min(_CONCLUDE_S, _section(plan).signal_lead_seconds / 4)
+    return begun.ends_at - min(_CONCLUDE_S, plan.slurm.signal_lead_seconds / 4)
 
 
 def meet(begun: Attempt, here: NodePlace) -> Any:
@@ -86,13 +85,7 @@ def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attemp
     Raises:
         RunError: where the head node is lost meanwhile.
     """
-    if not _section(plan).node_checks:
+    if not plan.slurm.node_checks:
         return []
     report = node_check.check_node(plan, run, attempt)
     return [asdict(p) for p in node_check.exchange(store, report, begun.nodes, here.node, _MEET_DEADLINE_S)]
-
-
-def _section(plan: LaunchPlan) -> SlurmSection:
-    section = plan.config.cluster
-    assert isinstance(section, SlurmSection)
-    return section

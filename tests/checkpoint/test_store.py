@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from launcher.checkpoint import store
+from launcher.checkpoint import durable, store
 from launcher.errors import CheckpointError
 
 
 def committed(root, step, content=b"weights", attempt=1):
     saving = store.begin(root, step=step, attempt=attempt, needed_bytes=1)
-    files = {name: store.write_file(saving / name, [content, content]) for name in (store.shard_name(0), store.STATE)}
+    files = {name: durable.write_file(saving / name, [content, content]) for name in (store.shard_name(0), store.STATE)}
     manifest = store.Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files)
     return store.commit(saving, manifest)
 
@@ -28,7 +28,7 @@ def test_commit_list_and_latest(tmp_path):
     latest = store.latest(tmp_path)
     assert latest.path == tmp_path / "step-123456789"
     assert store.Manifest.model_validate_json(latest.manifest.to_json()) == latest.manifest
-    assert latest.manifest.files["state.json"] == store.file_entry(latest.path / "state.json")
+    assert latest.manifest.files["state.json"] == durable.file_entry(latest.path / "state.json")
     assert store.at_step(tmp_path, 100).step == 100
     with pytest.raises(CheckpointError, match="choose one of: 100, 200, 123456789"):
         store.at_step(tmp_path, 150)

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from launcher.checkpoint import store, tensor_file
+from launcher.checkpoint import durable, store, tensor_file
 from launcher.checkpoint.tensor_file import ShardSet, TensorFile, TensorSpec, as_bytes
 from launcher.errors import CheckpointError
 
@@ -28,7 +28,7 @@ SPECS = [
 def test_the_library_reads_what_is_written(tmp_path):
     path = tmp_path / "x.safetensors"
     entry = tensor_file.write(path, SPECS, map(as_bytes, TENSORS.values()), {"format": "pt"})
-    assert entry == store.file_entry(path)
+    assert entry == durable.file_entry(path)
     assert entry.size == tensor_file.file_bytes(SPECS, {"format": "pt"})
     loaded = load_file(path)
     assert loaded.keys() == TENSORS.keys()

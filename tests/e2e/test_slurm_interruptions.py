@@ -131,7 +131,7 @@ def test_the_time_limit_saves_in_time_and_the_run_goes_on(begin: Callable[..., S
 
 
 def test_a_mistake_of_the_user_is_not_repeated(begin: Callable[..., SlurmRun]) -> None:
-    run = begin("diverged", "optim.lr=1e38", "cluster.max_restarts=0")
+    run = begin("diverged", "optim.lr=1e38")
     ended = run.await_state("failed")
     assert "not finite" in ended["message"] or "the loss is" in ended["message"]
     assert run.causes() == ["user_error"]

@@ -148,7 +148,7 @@ def test_a_rank_that_takes_too_much_memory_is_killed_and_started_again(
 ) -> None:
     """Slurm kills the whole step; the run goes on in the next start of the job and says what happened."""
     with other_slurm(kill_over_memory=True, nodes=1, memory_mb=20000) as bed:
-        run = submit(launch, bed, runs, "memory", "cluster.nodes=1", "cluster.mem=400M", "cluster.max_no_progress=0")
+        run = submit(launch, bed, runs, "memory", "cluster.nodes=1", "cluster.mem=400M", "cluster.max_infrastructure_failures=0")
         ended = run.await_state("failed", deadline_s=90)
         assert run.causes()[-1] == "infrastructure"
         assert "memory" in ended["message"]

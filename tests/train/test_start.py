@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from launcher import run_store
-from launcher.checkpoint import store
+from launcher.checkpoint import durable, store
 from launcher.errors import CheckpointError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -53,7 +53,7 @@ def run_with(root: Path, named: int | None, own: Sequence[int] = (), before: Seq
     for attempt, steps in ((1, before), (2, own)):
         for step in steps:
             saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-            files = {name: store.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
+            files = {name: durable.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
             store.commit(saving, store.Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, files=files))
     return run
 

@@ -13,7 +13,7 @@ import pytest
 from fake_slurm import FakeSlurm
 
 from launcher import run_store
-from launcher.checkpoint import store
+from launcher.checkpoint import durable, store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -82,7 +82,7 @@ class Job:
 
     def saved(self, step: int, attempt: int = 1) -> None:
         saving = store.begin(self.run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-        files = {name: store.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
+        files = {name: durable.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
         store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files))
 
     def ended(self, number: int, cause: str, began: int | None = None, saved: int | None = None, **values: Any) -> None:

@@ -34,12 +34,13 @@ class SlurmCluster:
     ask_s = 5.0
 
     def device(self, section: ClusterSection) -> DeviceFacts:
-        return site.gpus_of(_slurm(section))
+        assert isinstance(section, SlurmSection)
+        return site.gpus_of(section)
 
     def check(self, plan: LaunchPlan) -> None:
         # What no batch script can hold is refused here, before anything of the run is made.
         self.preview(plan)
-        checks.check(_slurm(plan.config.cluster), plan)
+        checks.check(plan.slurm, plan)
 
     def preview(self, plan: LaunchPlan) -> str | None:
         return script.render(plan, RunDir(Path(plan.run_dir)).plan)
@@ -111,7 +112,7 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     Raises:
         SubmitError: where the job was to be submitted again, and that was refused.
     """
-    section = _slurm(plan.config.cluster)
+    section = plan.slurm
     if by_slurm and not decision.exclude:
         # A job that also requeues itself would be run once too often.
         return
@@ -155,7 +156,7 @@ def _requeue(job: str, exclude: str, patience_s: float) -> None:
 
 def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None:
     changes: dict[str, Any] = {"exclude": exclude or None, "dependency": f"afterany:{job}"}
-    cluster = _slurm(plan.config.cluster).model_copy(update=changes)
+    cluster = plan.slurm.model_copy(update=changes)
     again = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
     saved = store.newest_step(run.checkpoints)
     # Another command may be numbering an attempt at this moment.
@@ -206,8 +207,3 @@ def _corrected(run: RunDir, status: Status, job: queue.Job | None, job_id: str, 
     if job.state.startswith("CANCELLED"):
         return replace(known, state="cancelled", message=f"job {job_id} was cancelled")
     return replace(known, state="failed", message=f"job {job_id} ended as {job.state} without a word of the run")
-
-
-def _slurm(section: ClusterSection) -> SlurmSection:
-    assert isinstance(section, SlurmSection)
-    return section

@@ -1,0 +1,90 @@
+"""Files and directories that are whole or not there, whatever happens to the machine while they are written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import xxhash
+from pydantic import Field
+
+from launcher.plan.launch_plan import Record
+
+_READ_BYTES = 8 * 2**20
+# A directory that is being replaced keeps its content under this prefix until the new one is in place.
+REPLACED = ".replaced-"
+REMOVING = ".removing-"
+
+
+class FileEntry(Record):
+    """One file: bytes, and the hex XXH3-128 digest of its content."""
+
+    size: Annotated[int, Field(ge=0)]
+    xxh3_128: str
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write a file that does not exist yet, digest it on the way, and fsync it."""
+    digest, size = xxhash.xxh3_128(), 0
+    try:
+        with open(path, "xb") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # a failed write does not name its file
+        raise
+    return FileEntry(size=size, xxh3_128=digest.hexdigest())
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and digest of a file on disk."""
+    digest, size = xxhash.xxh3_128(), 0
+    block = memoryview(bytearray(_READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            size += count
+    return FileEntry(size=size, xxh3_128=digest.hexdigest())
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Move a complete directory to `target`; what was there is removed only after that. Both lie in one folder."""
+    aside = aside_of(target)
+    if target.exists():
+        if aside.exists():
+            remove_directory(aside)
+        os.rename(target, aside)
+    os.rename(source, target)
+    fsync_directory(target.parent)
+    if aside.exists():
+        remove_directory(aside)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that it is gone at once under its name.
+
+    Files that a reader holds open on a network file system cannot be removed; the next sweep takes them.
+    """
+    doomed = path.with_name(f"{REMOVING}{secrets.token_hex(8)}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def aside_of(target: Path) -> Path:
+    return target.with_name(REPLACED + target.name)
