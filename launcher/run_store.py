@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,12 +138,18 @@ def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
     write_json(run.attempt(number) / "attempt.json", asdict(attempt))
 
 
-def require_newest(run: RunDir, attempt: int) -> None:
+def require_newest(run: RunDir, attempt: int, certain: bool = False) -> None:
     """Refuse to go on for an attempt that another has followed: a node that was cut off may live on and write late.
+
+    A network file system may show a folder as it was up to a minute ago; `certain` makes it look again.
 
     Raises:
         Superseded: where there is a later attempt.
     """
+    if certain:
+        with tempfile.NamedTemporaryFile(dir=run.attempts, prefix=".look-"):
+            # What this machine itself changes in a folder ends what it remembers of it.
+            pass
     # Attempts are numbered without gaps; one look is cheap enough for every logged step.
     if run.attempt(attempt + 1).exists():
         raise Superseded(

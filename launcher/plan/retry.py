@@ -68,7 +68,9 @@ def decide(ended: Ended, history: Sequence[Ended], budgets: SlurmSection) -> Dec
     stopped = _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
     if stopped:
         return Decision(False, "failed", "; ".join(filter(None, (ended.message, stopped))))
-    if ended.cause is Cause.BAD_NODE and not budgets.exclude_bad_nodes:
+    # A check may fail for a moment, and a run that has begun is not lost to that; nor is it tried for ever.
+    seldom = bool(history) and history[-1].cause is not Cause.BAD_NODE
+    if ended.cause is Cause.BAD_NODE and not budgets.exclude_bad_nodes and not seldom:
         remedy = "set cluster.exclude_bad_nodes=true to go on without it, or name it in cluster.exclude"
         return Decision(False, "failed", f"{ended.message}; {remedy}")
     exclude = (

@@ -308,7 +308,7 @@ class _Session:
             },
             keep_last=self.plan.config.train.keep_last,
             probe=probe,
-            fence=lambda: run_store.require_newest(self.run_dir, self.place.attempt),
+            fence=lambda: run_store.require_newest(self.run_dir, self.place.attempt, certain=True),
         )
         self.beat("training", self.step)
         self.saved_step, self.save_s = self.step, result.seconds

@@ -22,17 +22,20 @@ GRACE_S = 10.0
 _PAUSE_S = 0.5
 
 # Faults after which a GPU does not work, or computes wrongly, until it is reset or replaced; what an application did
-# wrong is not among them. https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
+# wrong is not among them (slurm/health_prologue.sh has the same). https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
 XIDS = {
     48: "uncorrectable memory error",
+    62: "its controller has halted",
     64: "faulty memory row that could not be remapped",
     74: "NVLink error",
     79: "fallen off the bus",
-    94: "contained memory error",
     95: "uncontained memory error",
     119: "its system processor does not answer",
     120: "its system processor failed",
+    140: "unrecovered memory error",
 }
+# Services of the machine, which serve whoever has the GPU.
+_SERVICES = re.compile(r"nvidia-cuda-mps|dcgm|nv-hostengine")
 _XID_LINE = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:]+)[^)]*\): (\d+)\b.*")
 
 
@@ -89,7 +92,7 @@ def _check_processes() -> list[Problem]:
             rows = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory,process_name", 4)
         except _CommandError as error:
             return [Problem(f"the processes on the GPUs cannot be listed: {error}", remedy="leave this node out")]
-        others = [row for row in rows if row[1] not in own]
+        others = [row for row in rows if row[1] not in own and not _SERVICES.search(row[3])]
         if not others or time.monotonic() >= deadline:
             break
         time.sleep(_PAUSE_S)

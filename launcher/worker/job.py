@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ def begin(plan_path: str) -> int | None:
                 raise RunError(decision.reason, where=str(run.attempt(number)))
             number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
             attempt = run_store.read_attempt(run, number)
+        elif attempt.automatic:
+            # It was numbered before the job waited, perhaps where the newest checkpoint was not seen yet.
+            attempt = replace(attempt, resume_step=store.newest_step(run.checkpoints))
         try:
             opened = _with_place(attempt, section, job, restart, until)
         except LauncherError as error:
@@ -156,9 +160,7 @@ def _ended(run: RunDir, number: int, plan: LaunchPlan) -> Ended:
     file = run.attempt(number) / "exit.json"
     if file.is_file():
         return _from_record(run_store.read_json(file))
-    attempt = run_store.read_attempt(run, number)
-    found = ending.read(run, number, attempt, "", plan.slurm.signal_lead_seconds, None)
-    ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
+    found, ended, _ = _judged(run, number, run_store.read_attempt(run, number), plan.slurm, "", None)
     run_store.write_json(file, _record(found, ended, None))
     return ended
 

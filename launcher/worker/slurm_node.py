@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
+from pathlib import Path
 from signal import Signals
 from typing import Any
 
-from launcher.errors import RunError
+import launcher
+from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -88,4 +90,13 @@ def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attemp
     if not plan.slurm.node_checks:
         return []
     report = node_check.check_node(plan, run, attempt)
+    imported = Path(launcher.__file__).resolve()
+    if not imported.is_relative_to(run.code.resolve()):
+        foreign = Problem(
+            "runs another launcher than the one that was submitted",
+            where=report.host,
+            value=str(imported.parent),
+            remedy="take the container's or the environment's own PYTHONPATH away",
+        )
+        report = replace(report, problems=(*report.problems, foreign))
     return [asdict(p) for p in node_check.exchange(store, report, begun.nodes, here.node, _MEET_DEADLINE_S)]

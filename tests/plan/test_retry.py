@@ -104,3 +104,11 @@ def test_bad_nodes_are_left_out_only_where_that_is_wanted() -> None:
     assert decide(bad, [], willing).exclude == ("n2",)
     later = decide(Ended(Cause.BAD_NODE, 10, 20, bad_nodes=("n5",)), [bad], willing)
     assert later.exclude == ("n2", "n5")
+
+
+def test_a_run_that_has_begun_is_tried_once_more_on_a_node_that_failed_its_checks() -> None:
+    bad = Ended(Cause.BAD_NODE, 10, 10, "n2 has no GPU", bad_nodes=("n2",))
+    trained = Ended(Cause.TIME_LIMIT, None, 10)
+    again = decide(bad, [trained], BUDGETS)
+    assert (again.again, again.exclude) == (True, ())
+    assert not decide(bad, [trained, bad], BUDGETS).again

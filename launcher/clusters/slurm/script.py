@@ -160,7 +160,9 @@ def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
     arguments = ["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none"]
     if section.container_image and section.container_runtime == "pyxis":
         mounts = ",".join(_mounts(plan, section))
-        arguments += [f"--container-image={section.container_image}", f"--container-mounts={mounts}"]
+        # What the image sets of these would win otherwise.
+        kept = "--container-env=PYTHONPATH,PYTHONSAFEPATH,LAUNCHER_ATTEMPT"
+        arguments += [f"--container-image={section.container_image}", kept, f"--container-mounts={mounts}"]
     return [*arguments, *section.srun_args]
 
 
