@@ -52,6 +52,8 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
             yield _unknown(key, item["input"], origins)
         elif item["type"] == "missing":
             yield missing(key, origins)
+        elif item["type"] == "union_tag_invalid":
+            yield _unknown_kind(f"{key}.kind", item["ctx"]["tag"], origins)
         elif item["type"] == "value_error":
             yield _by_rule(key, item["msg"].removeprefix("Value error, "), origins, values)
         else:
@@ -96,6 +98,12 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
         value=_plain(key, value),
         remedy=remedy or "docs/config.md lists every setting",
     )
+
+
+def _unknown_kind(key: str, kind: str, origins: Origins) -> Problem:
+    choices = settings()[key].type.split(" | ")
+    remedy = f"{did_you_mean(kind, choices)} choose one of: {', '.join(choices)}".strip()
+    return Problem(f"{key}: is not one of its choices", where=origins.of(key), value=shown(key, kind), remedy=remedy)
 
 
 def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
@@ -144,7 +152,7 @@ def _value_of(key: str, values: Any) -> Any:
 
 
 def _key_of(location: tuple[int | str, ...]) -> str:
-    if location[:1] == ("cluster",) and len(location) > 2:
+    if location[:1] == ("cluster",) and len(location) > 1:
         # The kind of the cluster stands where the section was chosen.
         location = ("cluster", *location[2:])
     parts = [f"[{part}]" if isinstance(part, int) else _printable(part) for part in location if part != "[key]"]

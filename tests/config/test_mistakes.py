@@ -232,3 +232,15 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
     folder = tmp_path / "conf" / group
     folder.mkdir(parents=True)
     (folder / f"{option}.yaml").write_text(text)
+
+
+def test_a_kind_of_cluster_that_is_not_there(refused: Refused) -> None:
+    (problem,) = refused("cluster.kind=slrum")
+    assert (problem.what, problem.value) == ("cluster.kind: is not one of its choices", "'slrum'")
+    assert "did you mean" in problem.remedy
+    assert "local, slurm" in problem.remedy
+
+
+def test_a_rule_of_a_cluster_names_its_settings(refused: Refused) -> None:
+    (problem,) = refused("+cluster=slurm", "cluster.signal_lead_seconds=100000")
+    assert problem.what.startswith("cluster.signal_lead_seconds leaves no time")
