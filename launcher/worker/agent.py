@@ -28,6 +28,8 @@ from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.watchdog import Watchdog
 
 _RESEND_S = 0.5
+# Ranks that are stopped before a restart may take half a minute to end.
+_MEET_DEADLINE_S = 300.0
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -44,8 +46,8 @@ def main(plan_path: str, attempt: int) -> int:
     if on_slurm:
         return _slurm_node(plan, plan_path, run, attempt, stopper, started)
     run_store.update_status(run, state="running", attempt=attempt, job=_this_process(), message="")
-    place = NodePlace(0, "127.0.0.1", None, "127.0.0.1:0")
-    failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt, place)
+    place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
+    failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt, place, None)
     stopper.disarm()
     outcome = record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
     ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": time.time()}
@@ -72,7 +74,7 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
         if problems:
             ended["problems"] = problems
         elif not stopper.requested:
-            ended["first_failure"] = _run_ranks(plan, plan_path, run, attempt, place)
+            ended["first_failure"] = _run_ranks(plan, plan_path, run, attempt, place, store)
     except Exception as error:
         ended["first_failure"] = record.of_agent(error, run.attempt(attempt))
     stopper.disarm()
@@ -81,12 +83,18 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
     return 0 if ended["first_failure"] is None and "problems" not in ended else 1
 
 
-def _run_ranks(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, place: NodePlace) -> dict[str, Any] | None:
-    """Start the ranks and wait for them; returns the first failure or None."""
+def _run_ranks(
+    plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, place: NodePlace, store: Any
+) -> dict[str, Any] | None:
+    """Start the ranks and wait for them; returns the first failure or None. `store` is what the nodes share, if they are many."""
     # Elastic's own handlers kill the ranks on TERM after 30 s; ours let them save. QUIT keeps the quick way.
+    from torch.distributed import TCPStore
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, rendezvous_handler_registry
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from launcher.worker.rendezvous import BACKEND, NodeRendezvous
 
     topology, cluster = plan.topology, plan.config.cluster
     cores = len(os.sched_getaffinity(0))
@@ -97,22 +105,23 @@ def _run_ranks(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, plac
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={place.interface}")
     elastic_folder = run.attempt(attempt) / "elastic" / f"node-{place.node:05d}"
     elastic_folder.mkdir(parents=True, exist_ok=True)
+    final = run.attempt(attempt) / "final.json"
+    store = store or TCPStore(place.address, 0, None, True, wait_for_workers=False)
+    run_id = f"{plan.wandb_id}-{attempt}"
+    meeting = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, final.is_file)
+    rendezvous_handler_registry.register(BACKEND, lambda parameters: meeting)
     config = LaunchConfig(
         min_nodes=topology.nodes,
         max_nodes=topology.nodes,
         nproc_per_node=topology.ranks_per_node,
-        run_id=f"{plan.wandb_id}-{attempt}",
-        rdzv_backend="c10d",
-        rdzv_endpoint=place.rendezvous,
-        rdzv_configs={"is_host": place.is_head},
+        run_id=run_id,
+        rdzv_backend=BACKEND,
         local_addr=place.address,
         max_restarts=cluster.max_restarts,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=str(elastic_folder)),
         signals_to_handle="SIGQUIT",
     )
-    # Restarted ranks would read their predecessors' addresses from a store that outlives them.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     board = heartbeat.Board(topology.ranks_per_node)
     os.environ[heartbeat.VARIABLE] = str(board.path)
     stalls: list[str] = []
@@ -126,6 +135,8 @@ def _run_ranks(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, plac
         elastic_launch(config, sys.executable)("-u", "-m", "launcher.worker.entry", plan_path, str(attempt))
     except ChildFailedError as error:
         return record.of_ranks(error, run, attempt, stalls)
+    except RendezvousClosedError:
+        return record.of_final(run, attempt, run_store.read_json(final))
     except Exception as error:
         # Rendezvous, resources and the like: no rank is to blame.
         return record.of_agent(error, run.attempt(attempt))

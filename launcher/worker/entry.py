@@ -9,11 +9,11 @@ import faulthandler
 import os
 import signal
 import sys
-from dataclasses import asdict
+import time
 from pathlib import Path
 
 from launcher import run_store
-from launcher.errors import WOULD_REPEAT, Problem
+from launcher.errors import WOULD_REPEAT
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.heartbeat import Heartbeat
@@ -47,12 +47,12 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     from launcher.train.loop import train
 
     place = Place(env.rank, env.local_rank, env.world_size, attempt, env.restart)
-    final = run.attempt(attempt) / "final.json"
-    _refuse_repetition(final)
     try:
         outcome = train(plan, place, stop, heartbeat.beat)
     except WOULD_REPEAT as error:
-        run_store.write_json(final, {"kind": type(error).__name__, "problems": [asdict(problem) for problem in error.problems]})
+        # The agents start ranks again after any other failure.
+        final = {"rank": env.rank, "kind": type(error).__name__, "message": str(error), "at": time.time()}
+        run_store.write_json(run.attempt(attempt) / "final.json", final)
         raise
     if place.is_main:
         run_store.write_json(
@@ -65,14 +65,6 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
                 "checkpoint": str(outcome.checkpoint),
             },
         )
-
-
-def _refuse_repetition(final: Path) -> None:
-    """The agents start ranks again after any failure; what would repeat itself is said again at once instead."""
-    if final.is_file():
-        said = run_store.read_json(final)
-        kind = next(kind for kind in WOULD_REPEAT if kind.__name__ == said["kind"])
-        raise kind(Problem(**problem) for problem in said["problems"])
 
 
 if __name__ == "__main__":

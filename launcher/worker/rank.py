@@ -41,12 +41,12 @@ class RankEnv:
 
 @dataclass(frozen=True)
 class NodePlace:
-    """Where this node stands: its number, the address that others reach it by, and where the agents meet."""
+    """Where a node stands: its place among the `hosts` of the job, and the address that the others reach it by."""
 
     node: int
+    hosts: tuple[str, ...]
     address: str
     interface: str | None
-    rendezvous: str
 
     @property
     def is_head(self) -> bool:

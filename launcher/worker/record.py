@@ -65,6 +65,11 @@ def of_ranks(error: Any, run: RunDir, attempt: int, stalls: Sequence[str] = ()) 
     }
 
 
+def of_final(run: RunDir, attempt: int, said: dict[str, Any]) -> dict[str, Any]:
+    """A failure that would repeat itself, in the words that the rank left."""
+    return {**said, "exit_code": 1, "traceback": "", "log": str(run.rank_log(attempt, said["rank"]))}
+
+
 def of_agent(error: Exception, folder: Path) -> dict[str, Any]:
     """A failure that no rank is to blame for."""
     return {

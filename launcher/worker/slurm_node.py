@@ -35,11 +35,10 @@ def place(plan: LaunchPlan, begun: Attempt, node: int) -> NodePlace:
     section = plan.slurm
     if begun.address is None or begun.port is None:
         raise RunError("the attempt names no place where its nodes meet", where="attempt.json")
-    rendezvous = f"{begun.address}:{begun.port}"
     if node == 0:
-        return NodePlace(node, begun.address, begun.interface, rendezvous)
+        return NodePlace(node, begun.nodes, begun.address, begun.interface)
     endpoint = network.own_endpoint([begun.address], section.interface)
-    return NodePlace(node, endpoint.address, endpoint.interface, rendezvous)
+    return NodePlace(node, begun.nodes, endpoint.address, endpoint.interface)
 
 
 def end_before(begun: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]) -> None:
@@ -59,7 +58,7 @@ def kill_at(begun: Attempt, plan: LaunchPlan) -> float | None:
 
 
 def meet(begun: Attempt, here: NodePlace) -> Any:
-    """A store at the head node that all nodes share; the rendezvous uses the same server, so hold it to the end.
+    """A store at the head node that all nodes share.
 
     Raises:
         RunError: where the head node is not reached, or its port is taken.
@@ -76,7 +75,7 @@ def meet(begun: Attempt, here: NodePlace) -> Any:
         )
     deadline = timedelta(seconds=_MEET_DEADLINE_S)
     try:
-        return TCPStore(begun.address, begun.port, None, here.is_head, deadline, wait_for_workers=False, multi_tenant=True)
+        return TCPStore(begun.address, begun.port, None, here.is_head, deadline, wait_for_workers=False)
     except DistNetworkError as error:
         raise RunError("the nodes cannot meet", where=f"{begun.address}:{begun.port}", value=str(error).splitlines()[0]) from None
 
