@@ -39,13 +39,17 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]
 
 
 class Manifest(Record):
-    """What commits a checkpoint. `files` names every file of the directory but the manifest itself."""
+    """What commits a checkpoint. `files` names every file of the directory but the manifest itself.
+
+    `eval_loss` is the held-out loss at that very step, where it was evaluated.
+    """
 
     format_version: int = FORMAT_VERSION
     step: Annotated[int, Field(ge=0)]
     world_size: Annotated[int, Field(ge=1)]
     plan_digest: str
     attempt: Annotated[int, Field(ge=0)]
+    eval_loss: float | None = None
     files: dict[FileName, durable.FileEntry]
 
     def to_json(self) -> str:

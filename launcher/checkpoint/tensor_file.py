@@ -66,7 +66,7 @@ def write(path: Path, specs: Sequence[TensorSpec], blocks: Iterable[memoryview],
 
 
 class TensorFile:
-    """An open safetensors file; `specs` maps each name to its tensor."""
+    """An open safetensors file; `specs` maps each name to its tensor, `metadata` is the text that its header holds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +77,7 @@ class TensorFile:
             raw = bytearray(int.from_bytes(length, "little"))
             self._read(8, memoryview(raw))
             header = json.loads(raw)
-            header.pop("__metadata__", None)
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self.specs = {name: TensorSpec(name, h["dtype"], tuple(h["shape"])) for name, h in header.items()}
             self._starts = {name: 8 + len(raw) + h["data_offsets"][0] for name, h in header.items()}
         except BaseException:

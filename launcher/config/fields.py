@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 # A path's limit on Linux, and more than anything else needs.
 MAX_CHARACTERS = 4096
+HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -46,6 +47,14 @@ def matching(pattern: str, rule: str) -> AfterValidator:
 
 Text = Annotated[str, AfterValidator(no_control_characters)]
 Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"format": "name"})]
+HubId = Annotated[str, matching(HUB_ID_PATTERN.pattern, "is not a repository of the hub; write owner/name")]
+Url = Annotated[
+    str,
+    matching(
+        r"[a-z][a-z0-9+.-]*://(?![^/]*:[^/]*@)[\w.@:/+=~-]+",
+        "is not an address of a folder; write protocol://path, such as s3://bucket/runs, without keys or passwords",
+    ),
+]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 Count = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from launcher.config.cluster import AnyCluster, LocalSection, choose_kind
-from launcher.config.fields import Count, Flag, Fraction, Name, Positive, PositiveInt, Section, Text
+from launcher.config.fields import HUB_ID_PATTERN, Count, Flag, Fraction, HubId, Name, Positive, PositiveInt, Section, Text, Url
 
-HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 
@@ -195,7 +194,24 @@ class TrainSection(Section):
     eval_every: Count = Field(0, description="Steps between held-out evaluations; 0: only before and after training.")
     eval_at_start: Flag = Field(True, description="Evaluate before the first step, so that there is something to compare with.")
     save_every: Count = Field(0, description="Steps between checkpoints; 0: only at the end and when stopped.")
-    keep_last: PositiveInt = Field(2, description="Committed checkpoints to keep; older ones are removed.")
+    keep_last: PositiveInt = Field(2, description="Newest committed checkpoints to keep; older ones are removed.")
+    keep_every: Count = Field(0, description="Checkpoints at multiples of so many steps are never removed; 0: none.")
+    keep_best: Count = Field(
+        0, description="Checkpoints with the lowest held-out loss to keep besides; they must fall on steps that are evaluated."
+    )
+    async_save: Flag = Field(
+        True,
+        description="Write checkpoints in the background, from a copy in main memory, while training goes on. "
+        "false: training waits, and no memory is needed.",
+    )
+    mirror: Url | None = Field(
+        None,
+        description="Folder to copy every committed checkpoint to in the background: s3://bucket/runs, or any other address "
+        "that fsspec knows. A run is resumed from there with: resume URL/NAME.",
+    )
+    push_to_hub: HubId | None = Field(
+        None, description="Hub repository that gets the exported folder at the end; it is made private. Needs HF_TOKEN."
+    )
     log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
     loss_chunk_tokens: PositiveInt = Field(1024, description="Trained tokens whose logits exist at one time.")
     sample: Flag = Field(
