@@ -80,5 +80,9 @@ class ExportError(RunError):
     """Training is complete and saved, and its Hugging Face folder could not be made."""
 
 
+class PushError(LauncherError):
+    """An exported folder is complete on this machine, and the Hub did not take it."""
+
+
 # A repetition would end in the same way: neither ranks nor a job are started again after one of these.
 WOULD_REPEAT = (ConfigError, DataError, DivergedError, ExportError)

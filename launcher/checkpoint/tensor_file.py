@@ -15,15 +15,24 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import torch
+import xxhash
 
 from launcher.checkpoint.durable import FileEntry, write_file
 from launcher.checkpoint.store import partition, shard_name
 from launcher.errors import CheckpointError
 
+if TYPE_CHECKING:
+    import torch
+
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
+# What a shard's header says of the weights that its rank's engine computes with: their dtype (bf16, fp16 or fp32), and a
+# JSON object of parameter names and the `weight_digest` of this rank's part of each.
+DTYPE = "dtype"
+WEIGHTS = "weights"
+# The digest of a weight that comes in pieces; `hexdigest()` of all of them is `weight_digest` of the whole.
+WeightDigest = xxhash.xxh3_64
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,15 @@ class TensorSpec:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
+    # An export reads and writes files without torch, whose import would take longer than the work.
+    import torch
+
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def weight_digest(tensor_bytes: memoryview) -> str:
+    """16 hex digits of the XXH3-64 digest of a tensor's little-endian bytes."""
+    return WeightDigest(tensor_bytes).hexdigest()
 
 
 def tensor_key(parameter: str, state: str) -> str:
@@ -72,17 +89,27 @@ class TensorFile:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         try:
-            length = bytearray(8)
-            self._read(0, memoryview(length))
-            raw = bytearray(int.from_bytes(length, "little"))
-            self._read(8, memoryview(raw))
+            raw = self._header()
             header = json.loads(raw)
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self.specs = {name: TensorSpec(name, h["dtype"], tuple(h["shape"])) for name, h in header.items()}
             self._starts = {name: 8 + len(raw) + h["data_offsets"][0] for name, h in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.close()
+            raise CheckpointError("the header of a checkpoint file is damaged", where=str(path), value=str(error)) from error
         except BaseException:
             self.close()
             raise
+
+    def _header(self) -> bytearray:
+        length = bytearray(8)
+        self._read(0, memoryview(length))
+        num_bytes = int.from_bytes(length, "little")
+        if num_bytes > os.fstat(self._descriptor).st_size:
+            raise ValueError(f"its length would be {num_bytes:,} bytes")
+        raw = bytearray(num_bytes)
+        self._read(8, memoryview(raw))
+        return raw
 
     def read_into(self, name: str, start: int, out: memoryview) -> None:
         """Fill `out` with the tensor's bytes from element `start` of its flattened form."""
@@ -103,22 +130,22 @@ class ShardSet:
     """The shards of one checkpoint, read as if each parameter were one flat tensor."""
 
     def __init__(self, path: Path, world_size: int) -> None:
-        self._path = path
-        self._world_size = world_size
+        self.world_size = world_size
+        self.path = path
         self._files: dict[int, TensorFile] = {}
 
     def shard(self, rank: int) -> TensorFile:
         if rank not in self._files:
-            self._files[rank] = TensorFile(self._path / shard_name(rank))
+            self._files[rank] = TensorFile(self.path / shard_name(rank))
         return self._files[rank]
 
     def read_into(self, name: str, num_elements: int, start: int, out: memoryview) -> None:
         """Fill `out` with the fp32 elements from `start` of `name`, a tensor of `num_elements` over all shards."""
         stop = start + len(out) // ITEM_BYTES["F32"]
-        per_rank = -(-num_elements // self._world_size)
+        per_rank = -(-num_elements // self.world_size)
         while start < stop:
             rank = start // per_rank
-            first, last = partition(num_elements, self._world_size, rank)
+            first, last = partition(num_elements, self.world_size, rank)
             end = min(stop, last)
             num_bytes = (end - start) * ITEM_BYTES["F32"]
             self.shard(rank).read_into(name, start - first, out[:num_bytes])

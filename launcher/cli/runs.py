@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.checkpoint import store
+from launcher.checkpoint import hub, store
 from launcher.cli import text
 from launcher.cli.follow import Watch, follow
 from launcher.cli.launch import worker_environment
 from launcher.clusters.base import Cluster, check_startable, cluster_for
+from launcher.config.fields import HUB_ID_PATTERN
 from launcher.config.resume import with_overrides
 from launcher.errors import RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
@@ -69,6 +70,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
         parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (default: bf16)")
         parser.add_argument("--out", help="folder to write (default: export/ in the run directory)")
+        parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder; needs HF_TOKEN")
     return parser
 
 
@@ -250,9 +252,19 @@ def _replanned(plan: LaunchPlan, run: RunDir, overrides: list[str], cluster: Clu
 
 
 def _export(run: RunDir, arguments: argparse.Namespace) -> int:
-    command = [sys.executable, "-m", "launcher.checkpoint.export", str(run.plan)]
-    for flag in ("step", "dtype", "out"):
+    if arguments.push is not None:
+        _require_pushable(arguments.push)
+    command = [sys.executable, "-m", "launcher.worker.export", str(run.plan)]
+    for flag in ("step", "dtype", "out", "push"):
         value = getattr(arguments, flag)
         if value is not None:
             command += [f"--{flag}", str(value)]
     return subprocess.run(command, env=worker_environment()).returncode
+
+
+def _require_pushable(repo_id: str) -> None:
+    """Refuse a push that cannot succeed before the export that it follows."""
+    if not HUB_ID_PATTERN.fullmatch(repo_id):
+        raise SubmitError("this is not a repository of the Hub", where="--push", value=repo_id, remedy="write owner/name")
+    if problem := hub.token_problem("--push", repo_id):
+        raise SubmitError(problem)

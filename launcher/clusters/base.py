@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from launcher.checkpoint import hub
 from launcher.config.cluster import ClusterSection
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -50,11 +51,14 @@ class Cluster(Protocol):
 
 
 def check_startable(plan: LaunchPlan) -> None:
-    """Refuse what would train and could not be saved, on whatever backend.
+    """Refuse what would train and could not be saved or pushed, on whatever backend.
 
     Raises:
-        SubmitError: for states on NVMe, of which DeepSpeed gives no view.
+        SubmitError: for states on NVMe, of which DeepSpeed gives no view, and for a push to the Hub without a token.
     """
+    repo_id = plan.config.train.push_to_hub
+    if repo_id and (problem := hub.token_problem("train.push_to_hub", repo_id)):
+        raise SubmitError(problem)
     deepspeed = plan.config.deepspeed
     for key in ("offload_optimizer", "offload_params"):
         if getattr(deepspeed, key) == "nvme":

@@ -228,6 +228,12 @@ class TrainSection(Section):
             raise ValueError("train.max_steps and train.epochs are both set; unset one of them with null")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_push(self) -> TrainSection:
+        if self.push_to_hub and not self.export:
+            raise ValueError("train.push_to_hub pushes the exported folder, and train.export is off; set train.export=true")
+        return self
+
 
 class DeepSpeedSection(Section):
     """ZeRO stage 3 and where its states live."""

@@ -1,73 +1,144 @@
-"""What follows the last step, on rank 0 alone: the Hugging Face folder, its proof, and an answer to read."""
+"""What follows the last step: the Hugging Face folder, which all ranks write, its proof, and an answer to read."""
 
 from __future__ import annotations
 
 import gc
+import shutil
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from launcher.checkpoint.export import export
+from launcher.checkpoint import hub, store
+from launcher.checkpoint.card import model_card
+from launcher.checkpoint.export import Export, Task, begin, complete, write_share
+from launcher.checkpoint.together import together
 from launcher.data import cache
 from launcher.data.chat import load_tokenizer
-from launcher.errors import CheckpointError, ExportError
+from launcher.errors import CheckpointError, ExportError, Problem, PushError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.tracker import Composite
+from launcher.train.engine import Place, leave
 from launcher.train.model import DTYPES
 
 # Largest model that one process loads whole for a sample answer.
 _LARGEST_SAMPLED_GIB = 20
+_NOT_WRITTEN = "training is complete and saved, but the Hugging Face folder could not be written"
+
+
+def write_weights(plan: LaunchPlan, place: Place, checkpoint: Path, device: torch.device) -> None:
+    """Write the folder's weight files, each by one of the ranks; `finish` on rank 0 has to follow. Collective.
+
+    Raises:
+        ExportError: on all ranks, out of the process group, where any rank cannot write, or finds a weight that is not the
+            engine's.
+    """
+    _free_memory()
+    if not plan.config.train.export:
+        return
+    task = _task(plan, checkpoint)
+    try:
+        together(device, _NOT_WRITTEN, lambda: begin(task) if place.is_main else None)
+        together(device, _NOT_WRITTEN, lambda: write_share(task, place.rank, place.world_size))
+    except CheckpointError as error:
+        # All ranks have agreed on it: nobody writes any more, and nobody is waited for.
+        leave()
+        if place.is_main:
+            shutil.rmtree(task.partial, ignore_errors=True)
+        raise _export_error(plan, error.problems) from error
 
 
 def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
-    """Export `checkpoint`, compare it with the trained engine's logits, and answer a held-out question.
+    """Complete the folder, prove that it is the trained model, push it where asked for, and answer a held-out question.
 
     Raises:
         ExportError: where the folder cannot be written, or does not compute what the trained model computed.
     """
-    try:
-        _finish(plan, checkpoint, tracker)
-    except CheckpointError as error:
-        raise ExportError(error.problems) from error
-    except OSError as error:
-        raise ExportError(
-            f"training is complete and saved, but the Hugging Face folder could not be written: {error.strerror}",
-            where=str(error.filename or plan.run_dir),
-            remedy=f"then: python -m launcher export {plan.run_dir}",
-        ) from error
-
-
-def _finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
-    gc.collect()
-    device = "cpu"
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        weights_gib = _weights_gib(plan)
-        free_gib = torch.cuda.mem_get_info()[0] / 2**30
-        device = "cuda" if 2 * weights_gib < free_gib else "cpu"
-    config, folder = plan.config, RunDir(Path(plan.run_dir)).export
-    if not config.train.export:
+    if not plan.config.train.export:
         return
-    result = export(
-        checkpoint,
+    task = _task(plan, checkpoint)
+    try:
+        device = _device(plan)
+        manifest = store.open_checkpoint(checkpoint).manifest
+        metrics = read_metrics(RunDir(Path(plan.run_dir)).metrics)
+        made = complete(task, lambda made: model_card(plan, manifest, metrics, made), device)
+        _tell(made, tracker)
+        _push(plan, made, tracker)
+        if plan.config.train.sample:
+            _answer_before_and_after(plan, made.path, device, tracker)
+    except CheckpointError as error:
+        raise _export_error(plan, error.problems) from error
+    except OSError as error:
+        problem = Problem(f"{_NOT_WRITTEN}: {error.strerror}", where=str(error.filename or plan.run_dir))
+        raise _export_error(plan, [problem]) from error
+    finally:
+        shutil.rmtree(task.partial, ignore_errors=True)
+
+
+def _export_error(plan: LaunchPlan, problems: Iterable[Problem]) -> ExportError:
+    again = f"then: python -m launcher export {plan.run_dir}"
+    return ExportError(replace(problem, remedy=problem.remedy or again) for problem in problems)
+
+
+def _task(plan: LaunchPlan, checkpoint: Path) -> Task:
+    return Task(
+        checkpoint=checkpoint,
         model=Path(plan.model.path) if plan.model.path else plan.model.config,
         tokenizer=Path(plan.model.tokenizer_path) if plan.model.tokenizer_path else None,
-        out=folder,
-        dtype=config.model.dtype,
-        parity_device=device,
-        trust_remote_code=config.model.trust_remote_code,
+        out=RunDir(Path(plan.run_dir)).export,
+        dtype=plan.config.model.dtype,
+        trust_remote_code=plan.config.model.trust_remote_code,
     )
-    if result.parity is not None:
-        tracker.event(
-            "export",
-            f"Hugging Face folder: {folder} ({result.dtype}; loaded back, mean KL to the trained model "
-            f"{result.parity.mean_kl:.1e} over {result.parity.num_tokens} tokens)",
-            path=str(folder),
-            mean_kl=result.parity.mean_kl,
-        )
-    if config.train.sample:
-        _answer_before_and_after(plan, folder, device, tracker)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _device(plan: LaunchPlan) -> str:
+    """Where the exported model fits."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    free_gib = torch.cuda.mem_get_info()[0] / 2**30
+    return "cuda" if 2 * _weights_gib(plan) < free_gib else "cpu"
+
+
+def _tell(made: Export, tracker: Composite) -> None:
+    proofs = ["not compared with the engine's weights"]
+    if made.num_compared:
+        proofs = [f"{made.num_compared} tensors equal the engine's"]
+    if not made.loaded:
+        proofs.append(f"not loaded back: {made.not_loaded}")
+    elif (parity := made.parity) is None:
+        proofs.append("loaded back, logits finite")
+    else:
+        proofs.append(f"loaded back, mean KL to the trained model {parity.mean_kl:.1e} over {parity.num_tokens} tokens")
+    tracker.event(
+        "export",
+        f"Hugging Face folder: {made.path} ({made.dtype}; {'; '.join(proofs)})",
+        path=str(made.path),
+        tensors_compared=made.num_compared,
+        mean_kl=made.parity.mean_kl if made.parity else None,
+    )
+
+
+def _push(plan: LaunchPlan, made: Export, tracker: Composite) -> None:
+    """Push the folder to the Hub; that it fails is told and changes nothing: the run is complete and the folder is there."""
+    repo_id = plan.config.train.push_to_hub
+    if repo_id is None:
+        return
+    try:
+        address = hub.push(made.path, repo_id, again=f"python -m launcher export {plan.run_dir} --push {repo_id}")
+    except PushError as error:
+        (problem,) = error.problems
+        tracker.event("alert", f"{problem.what}: {problem.value or problem.where}; {problem.remedy}")
+    else:
+        tracker.event("export", f"pushed to {address}", url=address)
 
 
 def _weights_gib(plan: LaunchPlan) -> float:

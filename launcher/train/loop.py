@@ -27,7 +27,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
 from launcher.train.engine import Place, build_engine, join, leave
-from launcher.train.finish import finish
+from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss
 from launcher.train.optim import learning_rate, set_learning_rate
@@ -81,9 +81,13 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
         beat("loaded", session.step)
         outcome = session.run(stop)
         beat("finishing", outcome.step)
-        leave()
-        if place.is_main and outcome.state == "completed":
+        completed = outcome.state == "completed"
+        if completed:
+            # The engine's memory goes before anything is exported.
             del session
+            write_weights(plan, place, outcome.checkpoint, device)
+        leave()
+        if place.is_main and completed:
             finish(plan, outcome.checkpoint, tracker)
         state = outcome.state
         return outcome

@@ -16,7 +16,7 @@ from launcher.config.schema import ModelSection, RunConfig
 from launcher.data import build, report, sources
 from launcher.errors import ConfigError, LauncherError, Problem
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 
 
 def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:

@@ -2,47 +2,32 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from shard_tools import llama_config, with_metadata
 from transformers import AutoModelForCausalLM
 
 from launcher.checkpoint import export as exporting
+from launcher.checkpoint import parity as proving
 from launcher.checkpoint import store
-from launcher.checkpoint.export import check_parity, export, read_probe, require_parity
-from launcher.config.schema import RunConfig
+from launcher.checkpoint.export import Task, export
+from launcher.checkpoint.parity import check_parity, load_back, read_probe, require_finite, require_parity
 from launcher.errors import CheckpointError
-from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Topology
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def llama_config(kind: str) -> dict:
-    """The config.json of checkpoint_ranks.py's model."""
-    return {
-        "model_type": "llama",
-        "hidden_size": 27,
-        "intermediate_size": 41,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-        "head_dim": 8,
-        "vocab_size": 511,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": kind != "fp32",
-        "torch_dtype": "float16",
-        "quantization_config": {"quant_method": "gguf"},
-    }
+def task(runs, kind, out, **options):
+    checkpoint = store.latest(runs.checkpoints(kind)).path
+    return Task(**{"checkpoint": checkpoint, "model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options)
 
 
 def exported(runs, kind, out, **options):
-    checkpoint = store.latest(runs.checkpoints(kind)).path
-    return export(checkpoint, **{"model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options)
+    return export(task(runs, kind, out, **options))
 
 
 def trained(runs, kind, state):
@@ -82,7 +67,7 @@ def test_a_master_copy_can_be_written_of_a_bf16_run(runs, tmp_path):
 
 
 def test_large_models_are_split_into_several_files(runs, tmp_path):
-    result = exported(runs, "fp32", tmp_path / "export", max_shard_bytes=60_000)
+    result = exported(runs, "fp32", tmp_path / "export", max_file_bytes=60_000)
     count = len(result.files)
     assert count > 2
     assert result.files == tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
@@ -137,7 +122,8 @@ def test_parity_passes_and_one_wrong_weight_fails(runs, tmp_path, kind):
     weights = load_file(file)
     weights["model.layers.1.self_attn.o_proj.weight"].zero_()
     save_file(weights, file, metadata={"format": "pt"})
-    tampered = check_parity(result.path, read_probe(store.latest(runs.checkpoints(kind)).path), dtype=kind)
+    probe = read_probe(store.latest(runs.checkpoints(kind)).path)
+    tampered = check_parity(load_back(result.path, dtype=kind), probe, dtype=kind)
     with pytest.raises(CheckpointError, match="mean KL"):
         require_parity(tampered)
 
@@ -148,13 +134,13 @@ def test_a_failed_export_leaves_the_earlier_one(runs, tmp_path, monkeypatch):
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     with pytest.raises(CheckpointError, match=r"differ in 1 tensors\n.*lm_head.weight: \(511, 27\) in the checkpoint, absent"):
         exported(runs, "fp32", out, model=llama_config("fp32") | {"tie_word_embeddings": True})
-    monkeypatch.setattr(exporting, "MAX_MEAN_KL_FP32", -1.0)
+    monkeypatch.setattr(proving, "MAX_MEAN_KL_FP32", -1.0)
     with pytest.raises(CheckpointError, match="does not compute what the trained one"):
         exported(runs, "fp32", out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
     monkeypatch.undo()
-    assert exported(runs, "fp32", out, max_shard_bytes=60_000).path == out
+    assert exported(runs, "fp32", out, max_file_bytes=60_000).path == out
     assert not (out / "model.safetensors").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
@@ -166,75 +152,72 @@ def test_a_folder_that_is_no_export_is_never_replaced(runs, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-def plan_json(run_dir: Path) -> Path:
-    llama = llama_config("bf16")
-    plan = LaunchPlan(
-        run_name="tiny",
-        run_dir=str(run_dir),
-        wandb_id="w",
-        config=RunConfig.model_validate(
-            {
-                "model": {"init": "random", "config": llama, "tokenizer": "owner/name"},
-                "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
-                "train": {"max_steps": 4},
-            }
-        ),
-        topology=Topology(nodes=1, ranks_per_node=2, world_size=2, device="cpu", backend="gloo"),
-        batch=Batch(
-            global_batch_size=4,
-            micro_batch_size=2,
-            accumulation=1,
-            max_tokens_per_step=64,
-            tokens_per_step=64,
-            max_steps=4,
-            epochs=None,
-        ),
-        deepspeed={},
-        memory=Memory(weights_gib=0, gradients_gib=0, optimizer_gib=0, per_rank_gib=0, host_per_node_gib=0, device_gib=None),
-        checkpoint_bytes=0,
-        limits=Limits(max_seconds=None),
-        model=ModelFacts(
-            path=None,
-            tokenizer_path=None,
-            num_params=1,
-            num_params_exact=True,
-            hidden_size=27,
-            num_layers=2,
-            num_heads=3,
-            num_kv_heads=3,
-            head_dim=8,
-            intermediate_size=41,
-            vocab_size=511,
-            tie_word_embeddings=True,
-            config=llama,
-        ),
-        data=None,
-        provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3", packages={}),
-    )
-    path = run_dir / "plan.json"
-    path.write_text(plan.to_json())
-    return path
+def without_probe(runs, kind, folder):
+    """A copy of a checkpoint that was saved on the way, without logits of the engine."""
+    checkpoint = with_metadata(store.latest(runs.checkpoints(kind)).path, folder)
+    manifest = store.read_manifest(checkpoint)
+    files = {name: entry for name, entry in manifest.files.items() if name != store.PROBE}
+    (checkpoint / store.MANIFEST).write_text(manifest.model_copy(update={"files": files}).to_json())
+    (checkpoint / store.PROBE).unlink()
+    return checkpoint
 
 
-def test_the_command(runs, tmp_path, capsys):
-    shutil.copytree(runs.checkpoints("bf16"), tmp_path / "checkpoints")
-    plan = plan_json(tmp_path)
-    result = subprocess.run(
-        [sys.executable, "-m", "launcher.checkpoint.export", str(plan)], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"exported step 2 to {tmp_path / 'export'}" in result.stdout
-    assert "over 24 tokens: mean KL" in result.stdout
-    assert_same(load_file(tmp_path / "export" / "model.safetensors"), trained(runs, "bf16", "compute"))
+def test_without_the_engines_logits_the_folder_is_loaded_all_the_same(runs, tmp_path):
+    result = exported(runs, "bf16", tmp_path / "export", checkpoint=without_probe(runs, "bf16", tmp_path))
+    assert result.loaded
+    assert result.parity is None
+    assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))
 
-    assert exporting.main([str(plan), "--step", "3"]) == 1
-    assert "choose one of: 0, 2" in capsys.readouterr().err
-    shard = tmp_path / "checkpoints" / "step-00000002" / "rank-00001.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-9000] ^= 1
-    shard.write_bytes(content)
-    assert exporting.main([str(plan), "--out", str(tmp_path / "elsewhere")]) == 1
-    assert "digest differs" in capsys.readouterr().err
-    assert not (tmp_path / "elsewhere").exists()
-    assert exporting.main([str(tmp_path / "none.json")]) == 1
-    assert "none.json" in capsys.readouterr().err
+
+def test_a_weight_that_is_missing_left_over_or_not_finite_is_found_by_loading(runs, tmp_path):
+    file = exported(runs, "bf16", tmp_path / "export").path / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({k: v for k, v in weights.items() if k != name}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"missing_keys: {name}"):
+        load_back(file.parent, dtype="bf16")
+    save_file(weights | {"model.layers.9.odd": weights[name].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"unexpected_keys: model\.layers\.9\.odd"):
+        load_back(file.parent, dtype="bf16")
+    save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not finite"):
+        require_finite(load_back(file.parent, dtype="bf16"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        load_back(file.parent, dtype="bf16")
+
+
+def test_a_model_that_does_not_fit_in_memory_is_exported_and_not_loaded(runs, tmp_path, monkeypatch):
+    free = exporting.psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(exporting.psutil, "virtual_memory", lambda: free)
+    result = exported(runs, "bf16", tmp_path / "export")
+    assert not result.loaded
+    assert "GiB are free" in result.not_loaded
+    assert (result.path / "model.safetensors").is_file()
+
+
+def test_shares_of_several_ranks_make_the_same_folder(runs, tmp_path):
+    alone = exported(runs, "fp32", tmp_path / "alone", max_file_bytes=60_000)
+    shared = task(runs, "fp32", tmp_path / "shared", max_file_bytes=60_000)
+    exporting.begin(shared)
+    for rank in (2, 0, 1):
+        before = {p.name for p in shared.partial.glob("*.safetensors")}
+        exporting.write_share(shared, rank, 3)
+        assert {p.name for p in shared.partial.glob("*.safetensors")} - before == set(alone.files[rank::3])
+    result = exporting.complete(shared, lambda made: f"{made.num_tensors} tensors")
+    assert result.loaded
+    assert (result.path / "README.md").read_text() == f"{len(trained(runs, 'fp32', 'fp32'))} tensors"
+    for path in alone.path.iterdir():
+        assert (result.path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_licences_are_copied(runs, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(llama_config("bf16")))
+    for name in ("LICENSE", "NOTICE.txt", "README.md"):
+        (base / name).write_text(name)
+    result = exported(runs, "bf16", tmp_path / "export", model=base)
+    assert (result.path / "LICENSE").read_text() == "LICENSE"
+    assert (result.path / "NOTICE.txt").read_text() == "NOTICE.txt"
+    assert not (result.path / "README.md").exists(), "another model's card"

@@ -1,0 +1,134 @@
+"""Proof that an exported folder is the trained model: transformers loads it whole, and its logits are the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from launcher.checkpoint import store
+from launcher.errors import CheckpointError
+
+# The exported weights are the very numbers that the engine computes with, so that only kernels and the order of sums differ.
+# bf16 and fp16 round each result to 2^-9 and 2^-12 of its size; over tens of layers that moves logits by some 0.05, and
+# KL ~ Var(difference) / 2 ~ 1e-3. A weight that is wrong, missing or in the wrong place costs tenths of a nat. In fp32
+# the same reasoning gives 1e-9; the bound leaves room for TF32 matrix products.
+MAX_MEAN_KL_LOW_PRECISION = 1e-2
+MAX_MEAN_KL_FP32 = 1e-5
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_KL_ROWS = 64
+_FORWARD_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How the exported model's logits differ from the trained engine's on the same tokens.
+
+    `mean_kl` is KL(engine || export) in nats, averaged over `num_tokens`; `top1_agreement` is a fraction;
+    `max_mean_kl` is the bound for the dtypes that were compared.
+    """
+
+    max_abs_diff: float
+    mean_kl: float
+    top1_agreement: float
+    num_tokens: int
+    max_mean_kl: float
+
+
+def check_config(folder: Path, state: store.State, trust_remote_code: bool = False) -> str:
+    """Build the model of `folder`'s config without memory and return its class's name.
+
+    CheckpointError where it has other parameters than the checkpoint.
+    """
+    with torch.device("meta"):
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
+        )
+    tied = built.all_tied_weights_keys
+    expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
+    held = state.parameters
+    if differing := sorted(name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)):
+        first = differing[0]
+        raise CheckpointError(
+            f"the model's config and the checkpoint differ in {len(differing)} tensors",
+            value=f"{first}: {held.get(first, 'absent')} in the checkpoint, {expected.get(first, 'absent')} by the config",
+        )
+    return type(built).__name__
+
+
+def read_probe(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+    """The tokens and logits that were stored with a checkpoint, if any."""
+    path = checkpoint / store.PROBE
+    return load_file(path) if path.exists() else None
+
+
+def load_back(folder: Path, *, dtype: str, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+    """Load an exported folder with transformers in `dtype`; CheckpointError where any weight is missing or left over."""
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=_DTYPES[dtype],
+            attn_implementation="sdpa",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:  # whatever it is, who downloads the folder would meet it
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError("transformers cannot load the exported folder", where=str(folder), value=said) from error
+    if wrong := {kind: sorted(map(str, keys)) for kind, keys in found.items() if keys}:
+        said = "; ".join(f"{kind}: {', '.join(keys[:3])}" for kind, keys in wrong.items())
+        raise CheckpointError("transformers does not find the model's weights in the exported folder", value=said)
+    return model.to(device).eval()
+
+
+@torch.no_grad()
+def require_finite(model: PreTrainedModel) -> None:
+    """One short forward pass; CheckpointError where its logits are not finite."""
+    ids = torch.arange(_FORWARD_TOKENS, device=model.device).unsqueeze(0) % model.get_input_embeddings().num_embeddings
+    if not torch.isfinite(model(input_ids=ids, use_cache=False).logits).all():
+        raise CheckpointError(
+            "the exported model's logits are not finite", remedy="export an earlier checkpoint, or lower optim.lr and train again"
+        )
+
+
+@torch.no_grad()
+def check_parity(model: PreTrainedModel, probe: Mapping[str, torch.Tensor], *, dtype: str) -> Parity:
+    """Compare a loaded model's logits with the engine's.
+
+    `probe` holds `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V] in the dtype that the engine computed in.
+    """
+    device = model.device
+    inputs = {key: probe[key].to(device) for key in ("input_ids", "position_ids")}
+    # With a cache, transformers does not see from the position ids where packed documents begin.
+    logits = model(**inputs, use_cache=False).logits[0]
+    engine = probe["logits"][0]
+    max_abs_diff = kl = agree = 0.0
+    for ours, theirs in zip(engine.split(_KL_ROWS), logits.split(_KL_ROWS), strict=True):
+        p, q = ours.to(device).double(), theirs.double()
+        difference = (p - q).abs().max().item()
+        max_abs_diff = difference if not difference <= max_abs_diff else max_abs_diff
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        agree += (p.argmax(-1) == q.argmax(-1)).sum().item()
+    num_tokens = len(engine)
+    both_fp32 = engine.dtype == torch.float32 and dtype == "fp32"
+    bound = MAX_MEAN_KL_FP32 if both_fp32 else MAX_MEAN_KL_LOW_PRECISION
+    return Parity(max_abs_diff, kl / num_tokens, agree / num_tokens, num_tokens, bound)
+
+
+def require_parity(parity: Parity) -> None:
+    """CheckpointError when the exported model is not the trained one (`MAX_MEAN_KL_*` say why these bounds)."""
+    if not parity.mean_kl <= parity.max_mean_kl:  # a NaN fails as well
+        raise CheckpointError(
+            "the exported model does not compute what the trained one computed",
+            value=(
+                f"mean KL {parity.mean_kl:.3g} nats over {parity.num_tokens} tokens, rounding explains {parity.max_mean_kl:g}; "
+                f"largest logit difference {parity.max_abs_diff:.3g}, same most likely token for {parity.top1_agreement:.1%}"
+            ),
+            remedy="verify the checkpoint, and export it in the dtype that it was trained in",
+        )

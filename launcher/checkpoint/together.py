@@ -1,0 +1,42 @@
+"""An action that all ranks take, and whose failure on any of them all ranks hear of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launcher.errors import CheckpointError, LauncherError, Problem
+
+T = TypeVar("T")
+
+
+def together(device: torch.device, what: str, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; CheckpointError on all of them when it fails on any, so that no rank waits for another."""
+    result: T | None = None
+    caught: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        caught = error
+    failed = torch.tensor(int(caught is not None), device=device)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if not failed:
+        return result  # type: ignore[return-value]
+    gathered: list[tuple[Problem, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(gathered, _problems(what, caught))
+    raise CheckpointError(dict.fromkeys(problem for problems in gathered for problem in problems)) from caught
+
+
+def _problems(what: str, error: Exception | None) -> tuple[Problem, ...]:
+    if error is None:
+        return ()
+    if isinstance(error, LauncherError):
+        return error.problems
+    where = f"rank {dist.get_rank()}"
+    if isinstance(error, OSError):
+        where += f", {error.filename}" if error.filename else ""
+        return (Problem(what, where=where, value=error.strerror or str(error)),)
+    return (Problem(what, where=where, value=f"{type(error).__name__}: {error}"),)

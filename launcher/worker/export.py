@@ -1,0 +1,110 @@
+"""The export of a run that has a checkpoint, on CPU: `python -m launcher.worker.export PLAN_JSON [--step N] [--dtype bf16]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.checkpoint import hub, store, weights
+from launcher.checkpoint.card import model_card
+from launcher.checkpoint.export import Export, Task, export, verify
+from launcher.errors import CheckpointError, LauncherError, Problem
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import read_metrics
+
+
+def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, check: bool = True) -> Export:
+    """Verify and export one checkpoint of a run: the latest unless `step` is given, to the run's `export` unless `out` is.
+
+    CheckpointError when there is no such checkpoint, when it is damaged, and as `export` says.
+    """
+    # Where the plan lies now, not where it was made: a run may have been moved.
+    run = RunDir(plan_path.absolute().parent)
+    first = _load(plan_path)
+    checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, step)
+    # A run that was resumed under changed settings has a plan for each attempt.
+    own = run.attempt(checkpoint.manifest.attempt) / run.plan.name
+    plan = _load(own) if own.is_file() else first
+    task = Task(
+        checkpoint=checkpoint.path,
+        model=Path(plan.model.path) if plan.model.path else plan.model.config,
+        tokenizer=Path(plan.model.tokenizer_path) if plan.model.tokenizer_path else None,
+        out=(out or run.export).absolute(),
+        dtype=dtype,
+        trust_remote_code=plan.config.model.trust_remote_code,
+        check=check,
+    )
+    verify(task)
+    return export(task, lambda made: model_card(plan, checkpoint.manifest, read_metrics(run.metrics), made))
+
+
+def _load(plan_path: Path) -> LaunchPlan:
+    try:
+        return LaunchPlan.load(plan_path)
+    except ValueError as error:
+        raise CheckpointError("this is not a launch plan that can be read", where=str(plan_path), value=str(error)) from error
+
+
+def _lines(made: Export) -> list[str]:
+    """What a person wants to know of an export."""
+    size = f"{made.num_bytes:,} bytes in {len(made.files)} file(s)"
+    lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
+    if made.num_compared:
+        lines.append(f"  digests: all {made.num_compared} tensors are those that the engine computed with")
+    else:
+        lines.append("  digests: not compared; this checkpoint holds none of the engine's weights")
+    if not made.loaded:
+        lines.append(f"  not loaded by transformers: {made.not_loaded}")
+    elif (parity := made.parity) is None:
+        lines.append("  loaded by transformers, logits finite; this checkpoint holds none of the engine's to compare them with")
+    else:
+        lines.append(
+            f"  loaded by transformers; logits over {parity.num_tokens} tokens: mean KL {parity.mean_kl:.2e} nats "
+            f"(at most {parity.max_mean_kl:g}), same top token {parity.top1_agreement:.1%}, "
+            f"largest difference {parity.max_abs_diff:.3g}"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launcher.worker.export", description="Export a checkpoint as a Hugging Face folder."
+    )
+    parser.add_argument("plan", type=Path, metavar="PLAN_JSON", help="the run's plan.json")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
+    parser.add_argument("--dtype", choices=sorted(weights.DTYPES), default="bf16", help="type of the written weights")
+    parser.add_argument("--out", type=Path, help="folder to write (default: export/ in the run directory)")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder")
+    parser.add_argument("--no-check", action="store_true", help="do not build and load the model with transformers")
+    arguments = parser.parse_args(argv)
+    try:
+        made = export_run(
+            arguments.plan, step=arguments.step, dtype=arguments.dtype, out=arguments.out, check=not arguments.no_check
+        )
+        print("\n".join(_lines(made)), flush=True)
+        if arguments.push:
+            print(f"  pushed to {hub.push(made.path, arguments.push, again=_again(arguments))}")
+    except LauncherError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        failed = Problem(
+            "the export could not be read or written", where=str(error.filename or ""), value=error.strerror or str(error)
+        )
+        print(failed, file=sys.stderr)
+        return CheckpointError.exit_code
+    return 0
+
+
+def _again(arguments: argparse.Namespace) -> str:
+    """The command that a person types to repeat an export and its push."""
+    flags = [(name, getattr(arguments, name)) for name in ("step", "dtype", "out", "push")]
+    words = [f"--{name} {value}" for name, value in flags if value is not None]
+    return f"python -m launcher export {arguments.plan.absolute().parent} {' '.join(words)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

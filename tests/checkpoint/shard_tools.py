@@ -1,0 +1,126 @@
+"""Checkpoints for the tests of exports: the model of checkpoint_ranks.py, its plan, and shards with what their headers say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from launcher.checkpoint import store, tensor_file
+from launcher.checkpoint.tensor_file import TensorFile, as_bytes, weight_digest
+from launcher.config.schema import RunConfig
+from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Topology
+
+
+def llama_config(kind: str) -> dict[str, Any]:
+    """The config.json of checkpoint_ranks.py's model."""
+    return {
+        "model_type": "llama",
+        "hidden_size": 27,
+        "intermediate_size": 41,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "vocab_size": 511,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": kind != "fp32",
+        "torch_dtype": "float16",
+        "quantization_config": {"quant_method": "gguf"},
+    }
+
+
+def engine_metadata(dump: Path, dtype: str, world_size: int) -> list[dict[str, str]]:
+    """What each rank's header says of the weights that the engine itself gathered when it saved (checkpoint_ranks.dump)."""
+    weights = {name.removesuffix("|compute"): t for name, t in load_file(dump).items() if name.endswith("|compute")}
+    metadata = []
+    for rank in range(world_size):
+        parts = {
+            name: tensor.flatten()[slice(*store.partition(tensor.numel(), world_size, rank))] for name, tensor in weights.items()
+        }
+        digests = {name: weight_digest(as_bytes(part.contiguous())) for name, part in parts.items()}
+        metadata.append({tensor_file.DTYPE: dtype, tensor_file.WEIGHTS: json.dumps(digests)})
+    return metadata
+
+
+def with_metadata(checkpoint: Path, folder: Path, metadata: list[dict[str, str]] | None = None) -> Path:
+    """A committed copy of a checkpoint under `folder` whose shards' headers hold `metadata`, or nothing."""
+    target = folder / checkpoint.name
+    shutil.copytree(checkpoint, target)
+    manifest = store.read_manifest(checkpoint)
+    files = dict(manifest.files)
+    for rank in range(manifest.world_size):
+        name = store.shard_name(rank)
+        source = TensorFile(checkpoint / name)
+        contents = [memoryview(bytearray(spec.num_bytes)) for spec in source.specs.values()]
+        for key, content in zip(source.specs, contents, strict=True):
+            source.read_into(key, 0, content)
+        source.close()
+        (target / name).unlink()
+        said = metadata[rank] if metadata else {}
+        files[name] = tensor_file.write(target / name, list(source.specs.values()), contents, said)
+    (target / store.MANIFEST).write_text(manifest.model_copy(update={"files": files}).to_json())
+    return target
+
+
+def flip_bit(checkpoint: Path, rank: int, key: str, bit: int) -> None:
+    """Flip a bit of the first element of a tensor in a shard; the manifest stays as it is."""
+    path = checkpoint / store.shard_name(rank)
+    file = TensorFile(path)
+    at = file._starts[key] + bit // 8
+    file.close()
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def plan_of(run_dir: Path, **parts: Any) -> LaunchPlan:
+    """A plan for the bf16 model; `parts` replace its own."""
+    llama = llama_config("bf16")
+    plan = LaunchPlan(
+        run_name="tiny",
+        run_dir=str(run_dir),
+        wandb_id="w",
+        config=RunConfig.model_validate(
+            {
+                "model": {"init": "random", "config": llama, "tokenizer": "owner/name"},
+                "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
+                "train": {"max_steps": 4},
+            }
+        ),
+        topology=Topology(nodes=1, ranks_per_node=2, world_size=2, device="cpu", backend="gloo"),
+        batch=Batch(
+            global_batch_size=4,
+            micro_batch_size=2,
+            accumulation=1,
+            max_tokens_per_step=64,
+            tokens_per_step=64,
+            max_steps=4,
+            epochs=None,
+        ),
+        deepspeed={},
+        memory=Memory(weights_gib=0, gradients_gib=0, optimizer_gib=0, per_rank_gib=0, host_per_node_gib=0, device_gib=None),
+        checkpoint_bytes=0,
+        limits=Limits(max_seconds=None),
+        model=ModelFacts(
+            path=None,
+            tokenizer_path=None,
+            num_params=1,
+            num_params_exact=True,
+            hidden_size=27,
+            num_layers=2,
+            num_heads=3,
+            num_kv_heads=3,
+            head_dim=8,
+            intermediate_size=41,
+            vocab_size=511,
+            tie_word_embeddings=True,
+            config=llama,
+        ),
+        data=None,
+        provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3", packages={}),
+    )
+    return plan.model_copy(update=parts)
