@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from launcher.config.secret import redact
@@ -35,7 +36,7 @@ def push(folder: Path, repo_id: str, *, again: str) -> str:
     PushError where the Hub does not take it; the folder stays as it is.
     """
     if problem := token_problem("the environment", repo_id):
-        raise PushError(problem)
+        raise PushError(replace(problem, remedy=f"set it, then: {again}"))
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder")
     parser.add_argument("--no-check", action="store_true", help="do not build and load the model with transformers")
     arguments = parser.parse_args(argv)
+    # Progress bars and warnings of libraries would break up the plain lines.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         made = export_run(
             arguments.plan, step=arguments.step, dtype=arguments.dtype, out=arguments.out, check=not arguments.no_check

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from e2e_tools import TINY, status
+from fake_hub import FakeHub, running_hub
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_gradient_invariance import assembled
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,16 +21,26 @@ CANARY = "canary-7f3a9c51d2"
 
 
 @pytest.fixture(scope="module")
-def finished(launch: Launch, module_runs: Path) -> tuple[Path, str]:
+def hub() -> Iterator[FakeHub]:
+    with running_hub(CANARY) as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str]:
     settings = [s for s in TINY if s not in ("tracking=none", "train.sample=false")]
     done = launch(
         *settings,
         "train.max_steps=3",
+        "train.push_to_hub=owner/name",
         "tracking.mode=offline",
         f"run.root={module_runs}",
         "run.name=finished",
         CANARY_TOKEN=CANARY,
         HF_TOKEN=CANARY,
+        HF_ENDPOINT=hub.address,
+        HF_HUB_OFFLINE="0",
+        HF_HUB_DISABLE_XET="1",
         AWS_SECRET_ACCESS_KEY=CANARY,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -68,6 +80,49 @@ def test_the_export_is_the_checkpoint_and_loads_in_transformers(finished: tuple[
     )
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert next(e for e in events if e["kind"] == "export")["fields"]["mean_kl"] < 1e-2
+
+
+def test_the_folder_has_a_card_and_is_on_the_hub(finished: tuple[Path, str], hub: FakeHub) -> None:
+    run, output = finished
+    card = ModelCard.load(run / "export/README.md")
+    assert card.data.license == "unknown"
+    assert "| run | finished |" in card.text
+    assert "| training, step 3 |" in card.text
+    assert "| held_out, step 0 |" in card.text
+    assert "| held_out, step 3 |" in card.text
+    assert str(run.parent) not in card.content
+    assert f"pushed to {hub.address}/owner/name" in output
+    assert hub.files == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
+    assert hub.private
+
+
+def test_a_push_that_cannot_succeed_is_refused_before_anything_is_made(
+    launch: Launch, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    run, _ = finished
+    for repo_id, said in (("owner/name", "HF_TOKEN"), ("owner/name/more", "owner/name")):
+        refused = launch("export", str(run), "--push", repo_id, "--out", str(tmp_path / "out"))
+        assert refused.returncode == 2
+        assert said in refused.stderr
+        assert "--push" in refused.stderr
+        assert not (tmp_path / "out").exists()
+    refused = launch(*TINY, "train.max_steps=3", "train.push_to_hub=owner/name", f"run.root={tmp_path}", "run.name=refused")
+    assert refused.returncode == 2
+    assert "HF_TOKEN" in refused.stderr
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_push_that_fails_leaves_the_folder_and_says_how_to_repeat_it(
+    launch: Launch, finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    run, _ = finished
+    nowhere = {"HF_TOKEN": CANARY, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    failed = launch("export", str(run), "--push", "owner/name", "--out", str(tmp_path / "out"), **nowhere)
+    assert failed.returncode == 1
+    assert "could not be pushed" in failed.stderr
+    assert f"python -m launcher export {run} --dtype bf16 --out {tmp_path / 'out'} --push owner/name" in failed.stderr
+    assert (tmp_path / "out/model.safetensors").is_file()
+    assert CANARY not in failed.stdout + failed.stderr
 
 
 def test_export_writes_a_checkpoint_again_in_another_type(launch: Launch, finished: tuple[Path, str], tmp_path: Path) -> None:

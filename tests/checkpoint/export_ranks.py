@@ -1,0 +1,55 @@
+"""One rank of the end of a run: `python export_ranks.py PLAN CHECKPOINT LIMITED_RANK` writes its share of an export over gloo.
+
+The rank LIMITED_RANK cannot write files of more than 16 KiB, like a disk that fills up; -1 limits nobody. Rank 0 completes
+the folder and prints each event; a failure is printed by every rank, and the process ends with 3.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launcher.errors import ExportError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking.tracker import Composite
+from launcher.train import finish
+from launcher.train.engine import Place, leave
+
+
+class Printer:
+    def event(self, kind: str, text: str, step: int | None = None, **fields: object) -> None:
+        print(f"{kind}: {text}", flush=True)
+
+
+def main(plan_path: str, checkpoint: str, limited: str) -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+    )
+    plan = LaunchPlan.load(plan_path)
+    task_of = finish._task
+    finish._task = lambda *parts: replace(task_of(*parts), max_file_bytes=20_000)
+    if rank == int(limited):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
+    try:
+        finish.write_weights(plan, Place(rank, rank, world_size, attempt=1), Path(checkpoint), torch.device("cpu"))
+        leave()
+        if rank == 0:
+            finish.finish(plan, Path(checkpoint), Composite([Printer()]))
+    except ExportError as error:
+        print(error, flush=True)
+        assert not dist.is_initialized()
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

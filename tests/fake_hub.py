@@ -1,0 +1,120 @@
+"""As much of the Hugging Face Hub as an upload needs, on a port of this machine: real HTTP, files kept in memory.
+
+The endpoints are those of huggingface_hub 2: api/repos/create, preupload, tree, LFS batch and transfer, commit.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class FakeHub:
+    """`files` is what the repository holds; `refuse` maps a path's end to the status that it is answered with."""
+
+    token: str
+    address: str = ""
+    private: bool | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    refuse: dict[str, int] = field(default_factory=dict)
+    commits: list[str] = field(default_factory=list)
+    stored: dict[str, bytes] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        path, _, _ = path.partition("?")
+        for end, status in self.refuse.items():
+            if path.endswith(end):
+                return status, {"error": "refused by the test"}
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            self.private = wanted.get("private", wanted.get("visibility") == "private")
+            return 200, {"url": f"{self.address}/owner/name", "name": "owner/name", "id": "owner/name"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path == "/api/models/owner/name/preupload/main":
+            modes = {True: "lfs", False: "regular"}
+            asked = json.loads(body)["files"]
+            answers = [
+                {"path": f["path"], "uploadMode": modes[f["path"].endswith(".safetensors")], "shouldIgnore": False, "oid": None}
+                for f in asked
+            ]
+            return 200, {"files": answers}
+        if path.startswith("/api/models/owner/name/tree/main"):
+            tree = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in self.files.items()]
+            return 200, tree
+        if path == "/owner/name.git/info/lfs/objects/batch":
+            objects = json.loads(body)["objects"]
+            upload = [{**o, "actions": {"upload": {"href": f"{self.address}/lfs/{o['oid']}"}}} for o in objects]
+            return 200, {"transfer": "basic", "objects": upload}
+        if method == "PUT" and path.startswith("/lfs/"):
+            self.stored[path.removeprefix("/lfs/")] = body
+            return 200, {}
+        if path == "/api/models/owner/name/commit/main":
+            self._commit([json.loads(line) for line in body.splitlines() if line])
+            return 200, {"commitUrl": f"{self.address}/owner/name/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
+        if path in ("/api/models/owner/name", "/api/models/owner/name/revision/main"):
+            siblings = [{"rfilename": name} for name in self.files]
+            return 200, {"id": "owner/name", "modelId": "owner/name", "sha": COMMIT, "private": True, "siblings": siblings}
+        self.unknown.append(f"{method} {path}")
+        return 404, {"error": f"the fake hub has no {method} {path}"}
+
+    def _commit(self, lines: list[dict[str, Any]]) -> None:
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.commits.append(value["summary"])
+            elif line["key"] == "file":
+                self.files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                content = self.stored[value["oid"]]
+                assert hashlib.sha256(content).hexdigest() == value["oid"]
+                self.files[value["path"]] = content
+            elif line["key"] == "deletedFile":
+                del self.files[value["path"]]
+
+
+@contextmanager
+def running_hub(token: str) -> Iterator[FakeHub]:
+    """A hub that knows one user by `token`, and answers 401 to everybody else."""
+    hub = FakeHub(token)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _serve(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            known = self.headers.get("Authorization") == f"Bearer {hub.token}" or self.path.startswith("/lfs/")
+            status, content = hub.answer(self.command, self.path, body) if known else (401, {"error": "Invalid credentials"})
+            raw = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = _serve
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
