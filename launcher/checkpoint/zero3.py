@@ -5,7 +5,7 @@ All knowledge of DeepSpeed's inside is here (deepspeed/runtime/zero/stage3.py, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -144,6 +144,32 @@ def counters(engine: Any) -> dict[str, int]:
 def set_counters(engine: Any, state: Mapping[str, int]) -> None:
     for key in _COUNTERS:
         setattr(engine, key, state[key])
+
+
+def release(engine: Any) -> None:
+    """Give back the memory of an engine that is not used any more; nothing of it can be used after.
+
+    DeepSpeed's hooks hold on to an engine for as long as the process lives, so its storages are emptied one by one.
+    """
+    zero = engine.optimizer
+    held = [vars(zero), zero.optimizer.state, [p.ds_tensor for p in engine.module.parameters()], list(engine.module.parameters())]
+    for tensor in _tensors(held):
+        storage = tensor.untyped_storage()
+        if storage.resizable():
+            storage.resize_(0)
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested containers, and the gradients that they carry."""
+    if isinstance(content, torch.Tensor):
+        yield content
+        if content.is_leaf and content.grad is not None:
+            yield content.grad
+    elif isinstance(content, Mapping):
+        yield from _tensors(list(content.values()))
+    elif isinstance(content, list | tuple):
+        for item in content:
+            yield from _tensors(item)
 
 
 def _make_optimizer_state(zero: Any, step: int) -> None:

@@ -70,6 +70,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
         parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (default: bf16)")
         parser.add_argument("--out", help="folder to write (default: export/ in the run directory)")
+        parser.add_argument("--no-check", action="store_true", help="do not load the folder with transformers to prove it")
         parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder; needs HF_TOKEN")
     return parser
 
@@ -259,6 +260,7 @@ def _export(run: RunDir, arguments: argparse.Namespace) -> int:
         value = getattr(arguments, flag)
         if value is not None:
             command += [f"--{flag}", str(value)]
+    command += ["--no-check"] if arguments.no_check else []
     return subprocess.run(command, env=worker_environment()).returncode
 
 

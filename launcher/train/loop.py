@@ -84,6 +84,7 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
         completed = outcome.state == "completed"
         if completed:
             # The engine's memory goes before anything is exported.
+            zero3.release(session.engine)
             del session
             write_weights(plan, place, outcome.checkpoint, device)
         leave()

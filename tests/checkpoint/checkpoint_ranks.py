@@ -215,7 +215,18 @@ def resume(kind: str, folder: Path) -> None:
     if RANK == 0:
         save_file({"logits": logits}, folder / "logits.safetensors")
     dump(engine, folder / "resumed.safetensors")
+    before = held_bytes(engine)
+    zero3.release(engine)
+    report(folder, "released", {"before": before, "after": held_bytes(engine)})
     engine.destroy()
+
+
+def held_bytes(engine) -> int:
+    """Bytes of the weights, in both precisions, and of the moments."""
+    zero = engine.optimizer
+    moments = [t for state in zero.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor) and t.dim()]
+    tensors = [*zero.fp32_partitioned_groups_flat, *(p.ds_tensor for p in engine.module.parameters()), *moments]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def damaged_copy(checkpoint: Path, target: Path) -> Path:

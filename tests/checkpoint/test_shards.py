@@ -96,6 +96,14 @@ def test_a_killed_save_leaves_the_earlier_checkpoint(runs, tmp_path):
     assert sorted(p.name for p in root.iterdir()) == [".saving-step-00000003-002", "step-00000000", "step-00000002"]
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "hpz"])
+def test_a_released_engine_holds_no_memory(runs, kind):
+    for rank in range(2):
+        released = runs.report(kind, "released", rank)
+        assert released["before"] > 100_000
+        assert released["after"] == 0
+
+
 def test_the_directory_holds_what_the_manifest_names(runs):
     checkpoint = store.latest(runs.checkpoints("fp32"))
     names = {"rank-00000.safetensors", "rank-00001.safetensors", "state.json", "probe.safetensors"}
