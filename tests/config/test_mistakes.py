@@ -111,6 +111,12 @@ def test_no_length(refused: Refused) -> None:
     assert "conf/data/stdlib_docs.yaml:" in problem.where
 
 
+def test_a_push_of_a_folder_that_is_not_made(refused: Refused) -> None:
+    (problem,) = refused("train.push_to_hub=owner/name", "train.export=false")
+    assert problem.what == "train.push_to_hub pushes the exported folder, and train.export is off"
+    assert problem.remedy == "set train.export=true"
+
+
 def test_both_lengths_in_files(refused: Refused, tmp_path: Path, rows: Path) -> None:
     own_option(tmp_path, "experiment", "mine", "# @package _global_\ntrain:\n  max_steps: 3\n")
     (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine", "data=jsonl", f"data.path={rows}")
