@@ -51,4 +51,4 @@ class LockedBaton:
 
 def lock_builds() -> None:
     """Make torch use such locks in this process; call it before DeepSpeed builds or loads anything."""
-    cpp_extension.FileBaton = LockedBaton  # type: ignore[misc]
+    cpp_extension.FileBaton = LockedBaton
