@@ -15,7 +15,8 @@ import torch
 import torch._dynamo  # DeepSpeed patches tensor constructors; a later import of dynamo would fail on them.
 import torch.distributed as dist
 
-from launcher.checkpoint import shards
+from launcher.checkpoint.saver import Saver
+from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.engine import Place, build_engine, join
 
@@ -28,16 +29,20 @@ def main(plan_path: str, run_dir: str, deepspeed_dir: str) -> None:
     ids = torch.arange(64, device=device).unsqueeze(0)
     engine.backward(engine(ids, ids, ids.cpu(), 1.0 / 64))
     engine.step()
-    shards.save(
+    saver = Saver(
         engine,
         model.parameters_by_name(),
         Path(run_dir) / "checkpoints",
-        step=1,
         plan_digest=plan.digest(),
         attempt=1,
-        extra_state={},
-        keep_last=1,
+        prune=lambda _: None,
+        background=False,
+        deadline_s=60.0,
     )
+    saver.save(1, {}, wait=True)
+    saved = saver.wait()
+    if isinstance(saved, CheckpointError):
+        raise saved
     engine.save_checkpoint(deepspeed_dir, tag="step-1")
     dist.barrier()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""An action that all ranks take, and whose failure on any of them all ranks hear of."""
+"""What one rank alone has done or failed to do becomes known to all, so that no rank waits for another for ever."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def together(device: torch.device, what: str, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; CheckpointError on all of them when it fails on any, so that no rank waits for another."""
+    """Run `action` on every rank; CheckpointError on all of them when it fails on any. Collective."""
     result: T | None = None
     caught: Exception | None = None
     try:
@@ -26,16 +26,17 @@ def together(device: torch.device, what: str, action: Callable[[], T]) -> T:
     if not failed:
         return result  # type: ignore[return-value]
     gathered: list[tuple[Problem, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(gathered, _problems(what, caught))
+    dist.all_gather_object(gathered, problems_of(what, caught, dist.get_rank()))
     raise CheckpointError(dict.fromkeys(problem for problems in gathered for problem in problems)) from caught
 
 
-def _problems(what: str, error: Exception | None) -> tuple[Problem, ...]:
+def problems_of(what: str, error: Exception | None, rank: int) -> tuple[Problem, ...]:
+    """An exception of `rank` as problems for people; none where there is no exception."""
     if error is None:
         return ()
     if isinstance(error, LauncherError):
         return error.problems
-    where = f"rank {dist.get_rank()}"
+    where = f"rank {rank}"
     if isinstance(error, OSError):
         where += f", {error.filename}" if error.filename else ""
         return (Problem(what, where=where, value=error.strerror or str(error)),)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from launcher.checkpoint import store, tensor_file
 from launcher.checkpoint.tensor_file import TensorFile, as_bytes, weight_digest
 from launcher.config.schema import RunConfig
-from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Topology
+from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
 
 
 def llama_config(kind: str) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def plan_of(run_dir: Path, **parts: Any) -> LaunchPlan:
         deepspeed={},
         memory=Memory(weights_gib=0, gradients_gib=0, optimizer_gib=0, per_rank_gib=0, host_per_node_gib=0, device_gib=None),
         checkpoint_bytes=0,
+        saving=Saving(background=False, host_gib_per_node=0),
         limits=Limits(max_seconds=None),
         model=ModelFacts(
             path=None,
