@@ -79,7 +79,9 @@ def test_the_export_is_the_checkpoint_and_loads_in_transformers(finished: tuple[
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    assert next(e for e in events if e["kind"] == "export")["fields"]["mean_kl"] < 1e-2
+    told = next(e for e in events if e["kind"] == "export")["fields"]
+    assert told["mean_kl"] < 1e-2
+    assert told["tensors_compared"] == len(exported)
 
 
 def test_the_folder_has_a_card_and_is_on_the_hub(finished: tuple[Path, str], hub: FakeHub) -> None:
