@@ -20,7 +20,14 @@ def modules(*folders: str) -> list[str]:
 
 SUBMIT_SIDE = [
     *modules("cli", "config", "plan", "clusters"),
-    *("launcher.errors", "launcher.facts", "launcher.run_store", "launcher.checkpoint.store", "launcher.data.cache"),
+    *(
+        "launcher.errors",
+        "launcher.facts",
+        "launcher.warm_start",
+        "launcher.run_store",
+        "launcher.checkpoint.store",
+        "launcher.data.cache",
+    ),
     "launcher.data.sources",
 ]
 

@@ -146,6 +146,7 @@ def _like(run: RunDir, overrides: list[str], arguments: argparse.Namespace) -> L
             model=plan.model,
             data=plan.data,
             provenance=provenance,
+            lineage=plan.lineage,
         ),
     )
     check_startable(drill)

@@ -53,7 +53,8 @@ def run(verb: str, tokens: list[str]) -> int:
 def _plan(composed: Composed, as_json: bool) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
-        plan = make_plan(composed.config, _gather(composed, cluster))
+        config = facts.settled(composed.config)
+        plan = make_plan(config, _gather(config, composed, cluster))
         if as_json:
             print(plan.to_json())
             return 0
@@ -65,8 +66,9 @@ def _plan(composed: Composed, as_json: bool) -> int:
 
 def _data(composed: Composed, as_json: bool) -> int:
     with composed.located():
-        facts.check(composed.config)
-    answer = prepare(composed.config, want_report=True)
+        config = facts.settled(composed.config)
+        facts.check(config)
+    answer = prepare(config, want_report=True)
     print(json.dumps(answer["report"], indent=2) if as_json else answer["text"])
     return 0
 
@@ -119,23 +121,23 @@ def _grouped(jobs: list[Composed]) -> list[Composed]:
 
 def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
     """The plan of a job whose model and data are ready, checked against the cluster; nothing is started."""
-    config = composed.config
+    config = facts.settled(composed.config)
     facts.check(config)
     if not facts.is_known(config.model):
         prepare(config, want_report=False)
     cluster = cluster_for(config.cluster.kind)
-    gathered = _gather(composed, cluster)
+    gathered = _gather(config, composed, cluster)
     plan = make_plan(config, gathered)
     check_startable(plan)
     cluster.check(plan)
     if not facts.is_prepared(config, gathered):
         prepare(config, want_report=False)
-        gathered = _gather(composed, cluster)
+        gathered = _gather(config, composed, cluster)
     return _unused_name(config, gathered, taken)
 
 
-def _gather(composed: Composed, cluster: Cluster) -> Facts:
-    return facts.gather(composed.config, composed.overrides, cluster.device(composed.config.cluster))
+def _gather(config: RunConfig, composed: Composed, cluster: Cluster) -> Facts:
+    return facts.gather(config, composed.overrides, cluster.device(config.cluster))
 
 
 def _unused_name(config: RunConfig, gathered: Facts, taken: set[str]) -> LaunchPlan:

@@ -244,6 +244,7 @@ def _replanned(plan: LaunchPlan, run: RunDir, overrides: list[str], cluster: Clu
         model=plan.model,
         data=plan.data,
         provenance=plan.provenance.model_copy(update={"overrides": (*plan.provenance.overrides, *overrides)}),
+        lineage=plan.lineage,
     )
     kept = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
     return make_plan(config, known).model_copy(update=kept)

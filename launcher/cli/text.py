@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.schema import TrainSection
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan, Lineage
 
 
 def plan_lines(plan: LaunchPlan) -> list[str]:
@@ -16,6 +16,7 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
     rows = [
         ("run", f"{plan.run_name} in {short(plan.run_dir)}"),
         ("model", f"{config.model.name}: {_parameters(plan)} parameters, {config.model.dtype}, from {kinds}"),
+        *([("lineage", _lineage(plan.lineage))] if plan.lineage is not None else []),
         ("data", _data(plan)),
         ("ranks", _ranks(plan)),
         (
@@ -36,6 +37,13 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
     if plan.limits.max_seconds is not None:
         rows.append(("limit", f"saves and stops after {plan.limits.max_seconds / 3600:.2f} hours"))
     return [f"{label:<11}{value}" for label, value in rows]
+
+
+def _lineage(lineage: Lineage) -> str:
+    came_from = ", which began with ".join(
+        f"run {origin.run_name} at step {origin.step}" for origin in (lineage, *lineage.ancestors)
+    )
+    return f"begins with {came_from}"
 
 
 def _parameters(plan: LaunchPlan) -> str:

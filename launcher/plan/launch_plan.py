@@ -65,6 +65,22 @@ class DataFacts(Record):
     padding_frac: float
 
 
+class Origin(Record):
+    """A checkpoint whose weights another run began with; `plan_digest` is that of the plan that saved it."""
+
+    run_name: str
+    run_dir: str
+    step: int
+    plan_digest: str
+    wandb_id: str
+
+
+class Lineage(Origin):
+    """Where a run's initial weights came from, and where those had come from; the oldest is last."""
+
+    ancestors: tuple[Origin, ...] = ()
+
+
 class Provenance(Record):
     """Where this plan came from; `created_at` is UTC in ISO form."""
 
@@ -86,6 +102,7 @@ class Facts(Record):
     model: ModelFacts
     data: DataFacts | None
     provenance: Provenance
+    lineage: Lineage | None = None
 
 
 class Topology(Record):
@@ -151,6 +168,7 @@ class LaunchPlan(Record):
     model: ModelFacts
     data: DataFacts | None
     provenance: Provenance
+    lineage: Lineage | None = None
 
     @property
     def slurm(self) -> SlurmSection:
