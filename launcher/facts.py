@@ -67,7 +67,7 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
         home_dir=str(Path.home()),
         device=here or device(),
         model=model,
-        data=_data(config, model),
+        data=data_facts(config, model.tokenizer_path),
         provenance=_provenance(overrides),
         lineage=warm_start.lineage(warm_start.open_source(config.model.path or "")) if is_run(config.model.path) else None,
     )
@@ -293,10 +293,9 @@ def _count_in_safetensors(folder: Path) -> int | None:
     return total or None
 
 
-def _data(config: RunConfig, model: ModelFacts) -> DataFacts | None:
-    if model.tokenizer_path is None:
-        return None
-    return cache.find(cache.cache_key(config.data, model.tokenizer_path))
+def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
+    """Counts of the data cache that these sources and this tokenizer give; None where it is not built."""
+    return None if tokenizer_path is None else cache.find(cache.cache_key(config.data, tokenizer_path))
 
 
 @functools.cache

@@ -58,7 +58,7 @@ def test_a_run_is_created_whole(config: RunConfig, tmp_path: Path) -> None:
     assert (run.code / "launcher" / "train" / "loop.py").is_file()
     assert not list(run.code.rglob("__pycache__"))
     # Nothing half written is left.
-    assert {p.name for p in run.root.iterdir()} == {"plan.json", "status.json", "code", "attempts"}
+    assert {p.name for p in run.root.iterdir()} == {"plan.json", "plans", "status.json", "code", "attempts"}
 
 
 def test_a_run_that_exists_is_refused_and_untouched(config: RunConfig, tmp_path: Path) -> None:

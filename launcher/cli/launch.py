@@ -17,11 +17,12 @@ from launcher.clusters.base import Cluster, check_startable, cluster_for
 from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
-from launcher.errors import DataError, Problem, RunError
+from launcher.errors import DataError, Problem, RunError, SubmitError
+from launcher.holder import holder_of
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_store import RUNNING_STATES, Attempt
 
 _USAGE = {
     "train": """python -m launcher [train] [--follow | --detach] [overrides]
@@ -99,11 +100,40 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
 
 
 def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
-    """Make the run directory of a plan and submit its first attempt."""
+    """Make the run directory of a plan and submit its first attempt.
+
+    Raises:
+        SubmitError: where the directory exists, with what runs in it.
+    """
+    existing = RunDir(Path(plan.run_dir))
+    if existing.plan.is_file() and existing.status.is_file():
+        require_idle(existing, cluster_for(run_store.load_plan(existing).config.cluster.kind))
     run_dir = run_store.create(plan)
-    attempt = run_store.next_attempt(run_dir, Attempt(resume_step=None))
-    cluster.submit(run_dir, attempt, run_dir.plan)
+    with run_store.starting(run_dir):
+        attempt = run_store.next_attempt(run_dir, Attempt(resume_step=None))
+        cluster.submit(run_dir, attempt, run_dir.plan)
     return run_dir, attempt
+
+
+def require_idle(run: RunDir, cluster: Cluster) -> None:
+    """Refuse to start a run that is running.
+
+    Raises:
+        SubmitError: with where it runs and since when, and how to follow and stop it.
+    """
+    status = cluster.status(run)
+    if status.state not in RUNNING_STATES:
+        return
+    name = text.short(run.root)
+    starting = holder_of(run.root) if status.job is None else None
+    number = run_store.newest_attempt(run)
+    where = f"being started by {starting}" if starting is not None else text.whereabouts(run, status, number)
+    raise SubmitError(
+        f"the run is {status.state} already",
+        where=str(run.root),
+        value=where,
+        remedy=f"follow it with: python -m launcher logs {name} -f, or stop it with: python -m launcher cancel {name}",
+    )
 
 
 def _grouped(jobs: list[Composed]) -> list[Composed]:

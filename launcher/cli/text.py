@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.schema import TrainSection
 from launcher.plan.launch_plan import LaunchPlan, Lineage
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Status
 
 
 def plan_lines(plan: LaunchPlan) -> list[str]:
@@ -141,6 +144,30 @@ def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[
         ("stop it", f"python -m launcher cancel {name}"),
     ]
     return ["", *(f"{label:<11}{short(value) if value.startswith('/') else value}" for label, value in rows)]
+
+
+def whereabouts(run: RunDir, status: Status, attempt: int) -> str:
+    """Which job or process an attempt runs in, where, whose, and since when."""
+    job = status.job or {}
+    begun = job.get("started")
+    if "pid" in job:
+        place = f"process {job['pid']} on {job.get('host')}"
+    elif "id" in job:
+        place = f"job {job['id']}" + (f" on {', '.join(job['nodes'])}" if job.get("nodes") else "")
+    else:
+        place = "not placed yet"
+    if begun is None:
+        file = run.attempt(attempt) / "attempt.json"
+        begun = file.stat().st_mtime if file.is_file() else status.updated_at
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(begun)))
+    return f"attempt {attempt}, {place}, of user {_owner(run.root)}, since {since}"
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:
+        return str(path.stat().st_uid)
 
 
 def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]]) -> list[str]:

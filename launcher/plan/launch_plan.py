@@ -182,8 +182,13 @@ class LaunchPlan(Record):
 
     def digest(self) -> str:
         """Hex digest of the plan's JSON; stands in every checkpoint."""
-        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+        return digest_of(self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> LaunchPlan:
         return cls.model_validate_json(Path(path).read_text())
+
+
+def digest_of(text: str) -> str:
+    """The digest of a plan from the text of its file."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -46,7 +46,7 @@ def wandb_lineage(run: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def source(launch: Launch, module_runs: Path) -> Path:
     """Three steps at a rate that shows, with checkpoints of the steps 2 and 3 and an export."""
-    settings = ("train.max_steps=3", "train.save_every=2", "optim.lr=1e-2", "tracking=none")
+    settings = ("train.max_steps=3", "train.save_every=2", "train.keep_last=2", "optim.lr=1e-2", "tracking=none")
     done = launch(*SETTINGS, *settings, f"run.root={module_runs}", "run.name=source")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(held_out(module_runs / "source")) == 2
@@ -97,6 +97,7 @@ def test_the_weights_are_the_plans_own(source: Path, warm: tuple[Path, str]) -> 
     assert not list(folder.parent.glob(f".{folder.name}-*")), "nothing half made is left"
 
 
+@pytest.mark.slow
 def test_a_second_generation_from_a_chosen_step_and_a_path(launch: Launch, source: Path, warm: tuple[Path, str]) -> None:
     """`warm` has no export: the weights come from its checkpoint, in fp32 here."""
     settings = ("train.max_steps=1", "tracking=none", "train.export=false", "model.dtype=fp32")
