@@ -25,6 +25,7 @@ SUBMIT_SIDE = [
         "launcher.facts",
         "launcher.warm_start",
         "launcher.run_store",
+        "launcher.holder",
         "launcher.checkpoint.store",
         "launcher.data.cache",
     ),

@@ -25,6 +25,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher logs RUN [-f] [--rank N]  what a rank printed
   python -m launcher cancel RUN                save and stop; a second time: kill
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint
+                                               --force: with other data or settings than it was trained with
   python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR]
                                                write the Hugging Face folder of a checkpoint
 

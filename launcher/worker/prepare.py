@@ -78,10 +78,13 @@ def _take_weights(source: warm_start.Source, model: ModelSection) -> None:
                 _export(source, model, folder)
     except Timeout as error:
         raise _unusable(source, "another process has prepared them for too long", "wait for it, or end it") from error
+    except OSError as error:
+        said = f"{error.strerror or error} ({error.filename or folder})"
+        raise _unusable(source, said, "is there space, and does the run still keep this checkpoint? then try again") from error
     except CheckpointError as error:
         problem = error.problems[0]
         said = f"{problem.what} ({problem.where})" if problem.where else problem.what
-        raise _unusable(source, said, problem.remedy or "take another checkpoint: model.path=run:NAME@STEP") from error
+        raise _unusable(source, said, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
 
 
 def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> None:
