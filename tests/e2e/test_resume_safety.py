@@ -168,9 +168,10 @@ def test_a_cache_that_is_gone_is_built_again_and_what_may_change_passes(
 def test_with_force_other_data_is_trained_on_and_recorded(launch: Launch, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     write_rows(other, 500, 60)
-    text = refused(launch, run, f"data.path={other}", "train.max_steps=3")
+    more = ("train.max_steps=3", "train.keep_last=9")
+    text = refused(launch, run, f"data.path={other}", *more)
     assert "data.sources[0].path" in text
-    done = launch("resume", str(run), "--force", f"data.path={other}", "optim.weight_decay=0.1", "train.max_steps=3")
+    done = launch("resume", str(run), "--force", f"data.path={other}", "optim.weight_decay=0.1", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "continuing with what differs from the checkpoint:" in done.stdout
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  ")}
@@ -181,9 +182,12 @@ def test_with_force_other_data_is_trained_on_and_recorded(launch: Launch, run: P
     assert recorded["data"]["cache_dir"] != plan(run)["data"]["cache_dir"]
     assert {f"data.path={other}", "optim.weight_decay=0.1"} <= set(recorded["provenance"]["overrides"])
     assert sorted(losses(run)) == [1, 2, 3]
-    # The checkpoint of step 3 was saved by that plan: nothing differs from it any more.
-    again = launch("resume", str(run), "train.max_steps=4")
+    # The checkpoint of step 3 was saved by that plan: nothing of this differs from it any more.
+    again = launch("resume", str(run), "--force", "model.dtype=fp32", "train.max_steps=4")
     assert again.returncode == 0, again.stdout + again.stderr
+    shown = [line.split() for line in again.stdout.splitlines() if line.startswith("  ")]
+    assert shown[:2] == [["checkpoint", "asked", "for"], ["model.dtype", "'bf16'", "'fp32'"]]
+    assert str(other) not in again.stdout
     back = launch("resume", str(run), "--step", "2")
     assert back.returncode == 2
     assert "data.path" in back.stderr
