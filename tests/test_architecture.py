@@ -20,8 +20,8 @@ def modules(*folders: str) -> list[str]:
 
 SUBMIT_SIDE = [
     *modules("cli", "config", "plan", "clusters"),
-    *("launcher.errors", "launcher.facts", "launcher.run_store", "launcher.checkpoint.store", "launcher.data.cache"),
-    "launcher.data.sources",
+    *("launcher.errors", "launcher.facts", "launcher.run_store", "launcher.data.cache", "launcher.data.sources"),
+    *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),
 ]
 
 

@@ -83,7 +83,7 @@ def save(
             files[store.PROBE] = _write(saving / store.PROBE, probe_tensors)
         fence()
         manifest = store.Manifest(step=step, world_size=world_size, plan_digest=plan_digest, attempt=attempt, files=files)
-        store.prune(root, keep_last, keep=[store.commit(saving, manifest)])
+        store.prune(root, store.Retention(keep_last), keep=[store.commit(saving, manifest)])
 
     shard, state, probe_tensors = _together(engine, "the checkpoint could not be prepared", prepare)
     needed = torch.tensor(len(state) + _file_bytes(shard) + _file_bytes(probe_tensors), dtype=torch.int64, device=engine.device)
