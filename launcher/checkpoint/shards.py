@@ -21,7 +21,7 @@ from torch.nn import Parameter
 
 from launcher.checkpoint import durable, store, tensor_file, zero3
 from launcher.checkpoint.tensor_file import ShardSet, TensorSpec, as_bytes, tensor_key
-from launcher.errors import CheckpointError, LauncherError, Problem
+from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem
 
 T = TypeVar("T")
 # What is written, and how to fetch it when its turn comes.
@@ -116,8 +116,12 @@ def load(
     reads just the byte ranges that it needs. Random-generator states are restored on the same world size only: on another
     one there is no rank that they belong to, and they stay as they are.
 
-    All files are checked first, each by one of the ranks: CheckpointError, with the engine untouched, when one is damaged
-    or foreign, when `plan_digest` is given and differs, or when the model has other parameters.
+    All files are checked first, each by one of the ranks; with the engine untouched, these are raised on every rank.
+
+    Raises:
+        DamagedCheckpoint: when a file is not what was committed, with all that are.
+        CheckpointError: when a file is foreign, when `plan_digest` is given and differs, or when the model has other
+            parameters.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -133,8 +137,10 @@ def load(
             )
         # Sorted names put a rank's own shard first on the same world size, so that it is in the page cache when it is read.
         own_share = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[rank::world_size]
-        if problems := store.foreign_files(checkpoint, manifest) or store.verify_files(checkpoint, manifest, own_share):
+        if problems := store.foreign_files(checkpoint, manifest):
             raise CheckpointError(problems)
+        if problems := store.verify_files(checkpoint, manifest, own_share):
+            raise DamagedCheckpoint(problems)
         state = store.read_state(checkpoint)
         _require_same_parameters(state, named_parameters, checkpoint)
         return manifest, state
@@ -236,7 +242,10 @@ def _blocks(tensors: Tensors) -> Iterator[memoryview]:
 
 
 def _together(engine: Any, what: str, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; CheckpointError on all of them when it fails on any, so that no rank waits for another."""
+    """Run `action` on every rank; CheckpointError on all of them when it fails on any, so that no rank waits for another.
+
+    It is a DamagedCheckpoint where that was raised on any.
+    """
     result: T | None = None
     caught: Exception | None = None
     try:
@@ -247,9 +256,10 @@ def _together(engine: Any, what: str, action: Callable[[], T]) -> T:
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     if not failed:
         return result  # type: ignore[return-value]
-    gathered: list[tuple[Problem, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(gathered, _problems(what, caught))
-    raise CheckpointError(dict.fromkeys(problem for problems in gathered for problem in problems)) from caught
+    gathered: list[tuple[bool, tuple[Problem, ...]]] = [(False, ())] * dist.get_world_size()
+    dist.all_gather_object(gathered, (isinstance(caught, DamagedCheckpoint), _problems(what, caught)))
+    kind = DamagedCheckpoint if any(damaged for damaged, _ in gathered) else CheckpointError
+    raise kind(dict.fromkeys(problem for _, problems in gathered for problem in problems)) from caught
 
 
 def _problems(what: str, error: Exception | None) -> tuple[Problem, ...]:

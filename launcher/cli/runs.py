@@ -13,12 +13,12 @@ from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.cli import text
+from launcher.cli import checking, text
 from launcher.cli.follow import Watch, follow
 from launcher.cli.launch import worker_environment
 from launcher.clusters.base import Cluster, check_startable, cluster_for
 from launcher.config.resume import with_overrides
-from launcher.errors import RunError, SubmitError
+from launcher.errors import CheckpointError, RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
@@ -214,7 +214,7 @@ def start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list
             where=str(run.root),
             remedy=f"follow it with: python -m launcher logs {text.short(run.root)} -f",
         )
-    checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, step)
+    checkpoint = _to_begin_from(run, step)
     plan = _replanned(plan, run, overrides, cluster)
     if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
         raise SubmitError(
@@ -226,13 +226,32 @@ def start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list
     cluster.check(plan)
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):
         print(f"set aside: {text.short(path)}")
-    attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step))
+    attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))
     plan_path = run.attempt(attempt) / "plan.json"
     run_store.write_text(plan_path, plan.to_json())
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
     print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
     cluster.submit(run, attempt, plan_path)
     return attempt
+
+
+def _to_begin_from(run: RunDir, step: int | None) -> store.Checkpoint:
+    """The newest checkpoint, which the ranks verify when they read it, or the one that was asked for, verified at once.
+
+    Going back sets the later ones aside, and that should be for something.
+
+    Raises:
+        SubmitError: where it is not there, or is asked for and damaged; nothing was touched.
+    """
+    try:
+        if step is None:
+            return store.latest(run.checkpoints)
+        checkpoint = store.at_step(run.checkpoints, step)
+        if problems := checking.verify([checkpoint])[checkpoint.path]:
+            raise store.choose_another(step, problems, run.checkpoints)
+        return checkpoint
+    except CheckpointError as error:
+        raise SubmitError(error.problems) from None
 
 
 def _replanned(plan: LaunchPlan, run: RunDir, overrides: list[str], cluster: Cluster) -> LaunchPlan:

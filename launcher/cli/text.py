@@ -134,6 +134,14 @@ def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]])
     return ["", *(f"{name:<{widths[0]}}  {job:<{widths[1]}}  {own}" for name, job, own in rows)]
 
 
+def size(num_bytes: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes} bytes"
+
+
 def short(path: str | Path) -> str:
     """A path relative to where the user stands, where that is shorter to read."""
     try:
