@@ -16,7 +16,7 @@ from launcher.checkpoint import store
 from launcher.cli import checking, text
 from launcher.cli.follow import Watch, follow
 from launcher.cli.launch import worker_environment
-from launcher.clusters.base import Cluster, check_startable, cluster_for
+from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
 from launcher.config.resume import with_overrides
 from launcher.errors import CheckpointError, RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
@@ -224,6 +224,8 @@ def start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list
         )
     check_startable(plan)
     cluster.check(plan)
+    if said := disk_note(plan):
+        print(f"note: {said}")
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):
         print(f"set aside: {text.short(path)}")
     attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.config.schema import TrainSection
 from launcher.plan.launch_plan import LaunchPlan
 
 
-def plan_lines(plan: LaunchPlan) -> list[str]:
-    """The decisions of a plan, a label and a value a line."""
+def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
+    """The decisions of a plan, a label and a value a line; `notes` are what the machine adds, where there is something."""
     config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
@@ -28,10 +29,10 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
             f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
         ),
         ("memory", _memory(plan)),
-        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train.keep_last)}"),
+        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}"),
         ("tracking", _tracking(plan)),
     ]
-    rows += [("note", note) for note in _notes(plan)]
+    rows += [("note", note) for note in (*_notes(plan), *notes) if note]
     if plan.limits.max_seconds is not None:
         rows.append(("limit", f"saves and stops after {plan.limits.max_seconds / 3600:.2f} hours"))
     return [f"{label:<11}{value}" for label, value in rows]
@@ -44,8 +45,13 @@ def _parameters(plan: LaunchPlan) -> str:
     return f"about {count / 1e9:.1f} billion" if count >= 1e9 else f"about {count / 1e6:.1f} million"
 
 
-def _kept(count: int) -> str:
-    return "the newest is kept" if count == 1 else f"the newest {count} are kept"
+def _kept(train: TrainSection) -> str:
+    if not train.keep_every and not train.keep_best:
+        return "the newest is kept" if train.keep_last == 1 else f"the newest {train.keep_last} are kept"
+    rules = ["the newest" if train.keep_last == 1 else f"the newest {train.keep_last}"]
+    rules += [f"every {train.keep_every} steps"] if train.keep_every else []
+    rules += ["the best" if train.keep_best == 1 else f"the best {train.keep_best}"] if train.keep_best else []
+    return f"kept are {', '.join(rules[:-1])} and {rules[-1]}"
 
 
 def _ranks(plan: LaunchPlan) -> str:
