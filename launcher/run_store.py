@@ -149,15 +149,19 @@ def require_newest(run: RunDir, attempt: int, certain: bool = False) -> None:
         Superseded: where there is a later attempt.
     """
     if certain:
-        with tempfile.NamedTemporaryFile(dir=run.attempts, prefix=".look-"):
-            # What this machine itself changes in a folder ends what it remembers of it.
-            pass
+        look_again(run.attempts)
     # Attempts are numbered without gaps; one look is cheap enough for every logged step.
     if run.attempt(attempt + 1).exists():
         raise Superseded(
             f"attempt {attempt} was given up while it still ran: attempt {attempt + 1} has taken over; nothing more is written",
             where=str(run.attempt(attempt + 1)),
         )
+
+
+def look_again(folder: Path) -> None:
+    """Make a network file system's client forget what it remembers of a folder: what it changes there itself ends that."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".look-"):
+        pass
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,13 @@ REPLACED = ".replaced-"
 REMOVING = ".removing-"
 
 
+def passing(point: str) -> None:
+    """Called at named points of a save, in this order: begun, copied, half-written, noted, gathered, manifest, committed.
+
+    Tests put a fault in its place.
+    """
+
+
 class FileEntry(Record):
     """One file: bytes, and the hex XXH3-128 digest of its content."""
 

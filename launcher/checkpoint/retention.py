@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.config.schema import TrainSection
+
 if TYPE_CHECKING:
     from launcher.checkpoint.store import Checkpoint
 
@@ -21,6 +23,11 @@ class Retention:
     keep_last: int = 1
     keep_every: int = 0
     keep_best: int = 0
+
+    @classmethod
+    def of(cls, train: TrainSection) -> Retention:
+        """What a run's settings say."""
+        return cls(train.keep_last, train.keep_every, train.keep_best)
 
 
 def reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:

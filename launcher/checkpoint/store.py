@@ -103,6 +103,7 @@ def commit(saving: Path, manifest: Manifest) -> Path:
     durable.write_file(partial, [manifest.to_json().encode()])
     os.replace(partial, saving / MANIFEST)
     durable.fsync_directory(saving)
+    durable.passing("manifest")
     target = saving.parent / step_name(manifest.step)
     if target.exists() and durable.aside_of(target).exists():
         # The sweep has left a replaced checkpoint here only where the one in its place is damaged.

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Self
 
 import torch
+import xxhash
 
 from launcher.checkpoint.durable import FileEntry, write_file
 from launcher.checkpoint.store import partition, shard_name
@@ -47,6 +48,11 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 def tensor_key(parameter: str, state: str) -> str:
     """The name in a shard of a parameter's `fp32`, `exp_avg` or `exp_avg_sq`."""
     return f"{parameter}|{state}"
+
+
+def weight_digest(block: memoryview) -> str:
+    """The XXH3-64 digest, in hex, of one rank's part of a weight."""
+    return xxhash.xxh3_64_hexdigest(block)
 
 
 def file_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int:

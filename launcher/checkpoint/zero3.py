@@ -5,7 +5,7 @@ All knowledge of DeepSpeed's inside is here (deepspeed/runtime/zero/stage3.py, o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,7 @@ import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
+from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 from torch.nn import Parameter
 
 from launcher.checkpoint.store import partition
@@ -68,26 +63,53 @@ def require_served(engine: Any, named_parameters: Mapping[str, Parameter]) -> No
         raise CheckpointError("the named parameters are not exactly those of the engine's model")
 
 
-def state_keys(engine: Any) -> tuple[str, ...]:
-    """What there is of every parameter: fp32 and, after the first optimizer step, the moments."""
-    return (FP32, *MOMENTS) if optimizer_step(engine) else (FP32,)
-
-
 def local_elements(parameter: Parameter) -> int:
     """Elements of a parameter on this rank, without padding."""
     start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
     return stop - start
 
 
-def local_state(parameter: Parameter, key: str) -> torch.Tensor:
-    """This rank's part of a parameter's fp32 or moment: flat, fp32, without padding.
+def layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list[tuple[str, str, int]]:
+    """(parameter name, fp32 or a moment, elements on this rank) in the order in which `local_states` gives them.
 
-    A view where the state lies on the engine's device; an offloaded one is copied to the device, so fetch one at a time.
+    There are moments only after the first optimizer step.
     """
-    state = safe_get_local_fp32_param(parameter) if key == FP32 else safe_get_local_optimizer_state(parameter, key)
-    if state.dtype != torch.float32:
-        raise CheckpointError("weights and optimizer moments must be kept in fp32", value=f"{key} is {state.dtype}")
-    return state[: local_elements(parameter)]
+    keys = (FP32, *MOMENTS) if optimizer_step(engine) else (FP32,)
+    members = [member for group in _members(engine, named_parameters).values() for member in group]
+    return [(name, key, local_elements(parameter)) for name, parameter, _ in members for key in keys]
+
+
+def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Iterator[torch.Tensor]:
+    """This rank's part of every state: flat, fp32, without padding, wherever DeepSpeed keeps it. No communication.
+
+    Each is a view, valid until the next one is asked for and the optimizer steps.
+    """
+    zero = engine.optimizer
+    keys = (FP32, *MOMENTS) if optimizer_step(engine) else (FP32,)
+    for group, members in _members(engine, named_parameters).items():
+        flat = zero.fp32_partitioned_groups_flat[group]
+        for name, parameter, offset in members:
+            for key in keys:
+                state = flat if key == FP32 else zero.optimizer.state[flat][key]
+                if state.dtype != torch.float32:
+                    problem = "weights and optimizer moments must be kept in fp32"
+                    raise CheckpointError(problem, where=name, value=f"{key} is {state.dtype}")
+                yield state.detach().narrow(0, offset, local_elements(parameter))
+
+
+def local_weights(named_parameters: Mapping[str, Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's part of the weights that the engine computes with: flat views, without padding, valid as `local_states`."""
+    for name, parameter in named_parameters.items():
+        yield name, parameter.ds_tensor.detach().narrow(0, 0, local_elements(parameter))
+
+
+def _members(engine: Any, named_parameters: Mapping[str, Parameter]) -> dict[int, list[tuple[str, Parameter, int]]]:
+    """The parameters of each of the optimizer's sub-groups: name, parameter, and where it begins in the flat state."""
+    members: dict[int, list[tuple[str, Parameter, int]]] = {}
+    for name, parameter in named_parameters.items():
+        group, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+        members.setdefault(group, []).append((name, parameter, offset))
+    return members
 
 
 def optimizer_step(engine: Any) -> int:

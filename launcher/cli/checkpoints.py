@@ -52,7 +52,7 @@ def run(tokens: list[str]) -> int:
     with run_store.starting(found):
         _require_ended(found, plan)
         known = _verified(found) if arguments.verify else _verified_down_to_a_whole_one(found)
-        removed = _prune(found, _retention(plan), known)
+        removed = _prune(found, Retention.of(plan.config.train), known)
     return _show(found, plan, known, removed, arguments.json)
 
 
@@ -66,11 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prune", action="store_true", help=prune)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
-
-
-def _retention(plan: LaunchPlan) -> Retention:
-    train = plan.config.train
-    return Retention(train.keep_last, train.keep_every, train.keep_best)
 
 
 def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
@@ -157,7 +152,7 @@ def _said(problems: Sequence[Problem]) -> tuple[str, ...]:
 
 def _show(run: RunDir, plan: LaunchPlan, known: Problems, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; what --prune has removed was damaged all the same."""
-    rows, left = _rows(run, _retention(plan), known), leftovers(run.checkpoints)
+    rows, left = _rows(run, Retention.of(plan.config.train), known), leftovers(run.checkpoints)
     damaged = any(known.values()) or (bool(known) and any(row.state == "damaged" for row in rows))
     freed = sum(leftover.bytes for leftover in removed)
     if as_json:

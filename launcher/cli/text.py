@@ -29,7 +29,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
             f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
         ),
         ("memory", _memory(plan)),
-        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}"),
+        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}; {_saving(plan)}"),
         ("tracking", _tracking(plan)),
     ]
     rows += [("note", note) for note in (*_notes(plan), *notes) if note]
@@ -46,12 +46,18 @@ def _parameters(plan: LaunchPlan) -> str:
 
 
 def _kept(train: TrainSection) -> str:
-    if not train.keep_every and not train.keep_best:
-        return "the newest is kept" if train.keep_last == 1 else f"the newest {train.keep_last} are kept"
-    rules = ["the newest" if train.keep_last == 1 else f"the newest {train.keep_last}"]
-    rules += [f"every {train.keep_every} steps"] if train.keep_every else []
-    rules += ["the best" if train.keep_best == 1 else f"the best {train.keep_best}"] if train.keep_best else []
-    return f"kept are {', '.join(rules[:-1])} and {rules[-1]}"
+    kept = ["the newest" if train.keep_last == 1 else f"the newest {train.keep_last}"]
+    if train.keep_best:
+        kept.append("the best" if train.keep_best == 1 else f"the best {train.keep_best}")
+    if train.keep_every:
+        kept.append(f"every {train.keep_every} steps")
+    return f"{' and '.join(kept)} {'is' if kept == ['the newest'] else 'are'} kept"
+
+
+def _saving(plan: LaunchPlan) -> str:
+    if not plan.saving.background:
+        return "training waits while one is written"
+    return f"written in the background from {plan.saving.host_gib_per_node:.2f} GiB of main memory a node"
 
 
 def _ranks(plan: LaunchPlan) -> str:
@@ -71,7 +77,7 @@ def _memory(plan: LaunchPlan) -> str:
 def _notes(plan: LaunchPlan) -> list[str]:
     """What a person would want to know before paying for it."""
     config, data, steps = plan.config, plan.data, plan.batch.max_steps
-    notes = []
+    notes = [plan.saving.note] if plan.saving.note else []
     if data is not None and data.num_rows < plan.batch.global_batch_size:
         notes.append(
             f"a batch of {plan.batch.global_batch_size} rows is more than all {data.num_rows} rows of the data: "

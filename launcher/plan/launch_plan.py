@@ -119,6 +119,14 @@ class Memory(Record):
     device_gib: float | None
 
 
+class Saving(Record):
+    """How checkpoints are written: while training waits, or in the background from a copy of the states in main memory."""
+
+    background: bool
+    host_gib_per_node: float
+    note: str = ""
+
+
 class Limits(Record):
     """When a run must end by itself; None where nothing limits it."""
 
@@ -138,6 +146,7 @@ class LaunchPlan(Record):
     deepspeed: dict[str, Any]
     memory: Memory
     checkpoint_bytes: int
+    saving: Saving
     limits: Limits
     model: ModelFacts
     data: DataFacts | None

@@ -6,11 +6,13 @@ Activations, fragmentation and communication buffers come on top and are not est
 from __future__ import annotations
 
 from launcher.config.schema import DeepSpeedSection
-from launcher.plan.launch_plan import Memory, Topology
+from launcher.plan.launch_plan import Memory, Saving, Topology
 
 GIB = 2**30
 # fp32 master weight and Adam's two fp32 moments.
 OPTIMIZER_BYTES_PER_PARAM = 12
+# The rest is for the data loader, the libraries, and the system's cache, through which checkpoints are written.
+_USABLE_HOST_SHARE = 0.8
 
 
 def hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
@@ -50,6 +52,28 @@ def estimate(
         host_per_node_gib=round(host * topology.ranks_per_node, 3),
         device_gib=device_gib,
     )
+
+
+def saving(
+    num_params: int, asynchronous: bool, deepspeed: DeepSpeedSection, memory: Memory, topology: Topology, host_gib: float | None
+) -> Saving:
+    """Whether checkpoints can be written in the background, which takes a copy of each rank's states in main memory.
+
+    `host_gib` is the main memory of a node, where it is known.
+    """
+    if not asynchronous:
+        return Saving(background=False, host_gib_per_node=0.0)
+    copies = checkpoint_bytes(num_params) / topology.nodes / GIB
+    if deepspeed.offload_optimizer == "nvme":
+        note = "states on NVMe are larger than main memory, so training waits while a checkpoint is written"
+        return Saving(background=False, host_gib_per_node=0.0, note=note)
+    if host_gib is not None and memory.host_per_node_gib + copies > _USABLE_HOST_SHARE * host_gib:
+        note = (
+            f"training waits while a checkpoint is written: a copy of the states takes {copies:.1f} GiB of main memory a node, "
+            f"which has {host_gib:.0f} GiB, {memory.host_per_node_gib:.1f} GiB of them in use"
+        )
+        return Saving(background=False, host_gib_per_node=0.0, note=note)
+    return Saving(background=True, host_gib_per_node=round(copies, 3))
 
 
 def checkpoint_bytes(num_params: int) -> int:

@@ -31,6 +31,9 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
+    states = memory.estimate(
+        facts.model.num_params, config.model.dtype, split.accumulation, config.deepspeed, topology, _device_gib(config, facts)
+    )
     run_name = config.run.name or default_name(config, facts.provenance.created_at)
     run_dir = Path(facts.working_dir) / _at_home(config.run.root, facts.home_dir) / run_name
     return LaunchPlan(
@@ -41,15 +44,17 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         topology=topology,
         batch=split,
         deepspeed=deepspeed.render(config.deepspeed, config.model, config.train, split, topology, facts.model),
-        memory=memory.estimate(
-            facts.model.num_params,
-            config.model.dtype,
-            split.accumulation,
-            config.deepspeed,
-            topology,
-            _device_gib(config, facts),
-        ),
+        memory=states,
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params),
+        saving=memory.saving(
+            facts.model.num_params,
+            config.train.async_save,
+            config.deepspeed,
+            states,
+            topology,
+            # Another machine than the one that the plan is for says nothing.
+            facts.device.host_memory_gib if facts.device.kind == topology.device else None,
+        ),
         limits=Limits(max_seconds=_max_seconds(config, topology.world_size)),
         model=facts.model,
         data=facts.data,

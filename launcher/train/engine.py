@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.train.extensions import lock_builds
 from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer
 
@@ -35,6 +36,7 @@ def join(plan: LaunchPlan, place: Place) -> torch.device:
     """Join the process group and return this rank's device."""
     import deepspeed
 
+    lock_builds()
     warnings.filterwarnings("ignore", message=".*_(all_gather|reduce_scatter)_base.*|.*(all_gather_into|reduce_scatter)_tensor.*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if plan.topology.device == "cuda":

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from launcher import run_store
-from launcher.checkpoint import shards, store, zero3
+from launcher.checkpoint import shards, store
+from launcher.checkpoint.saver import Saver
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, TrainBatches, eval_batches
 from launcher.errors import DivergedError, RunError
@@ -26,6 +27,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
+from launcher.train.checkpoints import Checkpoints
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish
 from launcher.train.metrics import Meter, StepTimer, perplexity
@@ -38,6 +40,8 @@ from launcher.train.stop import STOP_REASONS, Stop, save_fits
 _PROBE_TOKENS = 64
 # Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
 _MOST_SKIPPED_STEPS = {"fp16": 20, "bf16": 3, "fp32": 3}
+# What a rank that has failed gives a checkpoint in the making, while the others wait for it to be gone.
+_DRAIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
     device = join(plan, place)
     beat("joined", 0)
     tracker = start_trackers(plan, run.root, place.attempt) if place.is_main else Composite([])
-    state = "failed"
+    state, session = "failed", None
     try:
         if place.world_size > 1:
             speed = link.measure(device)
@@ -82,12 +86,14 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
         outcome = session.run(stop)
         beat("finishing", outcome.step)
         leave()
+        session = None
         if place.is_main and outcome.state == "completed":
-            del session
             finish(plan, outcome.checkpoint, tracker)
         state = outcome.state
         return outcome
     finally:
+        if session is not None:
+            session.checkpoints.drain(_DRAIN_S)
         tracker.finish(state)
 
 
@@ -102,17 +108,17 @@ class _Session:
     beat: Callable[[str, int], None]
     engine: Any
     model: CausalLMLoss
+    checkpoints: Checkpoints
     batches: TrainBatches
     held_out: list[MicroBatch]
     meter: Meter
     timer: StepTimer
     max_steps: int
     step: int = 0
-    saved_step: int | None = None
-    save_s: float | None = None
     seconds_before: float = 0.0
     skipped_in_a_row: int = 0
     last_eval: dict[str, float] = field(default_factory=dict)
+    eval_step: int | None = None
 
     @classmethod
     def start(
@@ -130,7 +136,17 @@ class _Session:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
         engine, model = build_engine(plan)
         # What cannot be saved is refused now, not at the first checkpoint.
-        zero3.require_served(engine, model.parameters_by_name())
+        saver = Saver(
+            engine,
+            model.parameters_by_name(),
+            run.checkpoints,
+            plan_digest=plan.digest(),
+            attempt=place.attempt,
+            prune=lambda committed: store.prune(run.checkpoints, store.Retention.of(plan.config.train), keep=[committed]),
+            background=plan.saving.background,
+            deadline_s=plan.config.cluster.timeout_minutes * 60,
+            fence=lambda: run_store.require_newest(run, place.attempt, certain=True),
+        )
         # Padding is never looked at nor trained; any id in the vocabulary serves.
         batches = TrainBatches(
             Split.open(data.cache_dir), plan.batch, plan.config.run.seed, place.rank, place.world_size, pad_id=0
@@ -141,7 +157,9 @@ class _Session:
             held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
         begin = agree_on_start(run, place, device)
         meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts), StepTimer(device)
-        session = cls(plan, place, run, device, tracker, started, beat, engine, model, batches, held_out, meter, timer, max_steps)
+        checkpoints = Checkpoints(saver, tracker, place.is_main)
+        parts = (engine, model, checkpoints, batches, held_out, meter, timer, max_steps)
+        session = cls(plan, place, run, device, tracker, started, beat, *parts)
         if begin.checkpoint is not None:
             session._restore(begin.checkpoint, begin.by_itself)
         return session
@@ -162,12 +180,13 @@ class _Session:
                 if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
                     self._save()
         if stopped is not None and self.step < self.max_steps:
-            fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.save_s, self.device)
+            self.checkpoints.conclude(self.step)
+            fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.checkpoints.save_s, self.device)
             if fits:
-                self._save()
+                self._save(wait=True)
             return self._stopped(stopped, fits)
         self._evaluate("after training", stop)
-        checkpoint = self._save()
+        checkpoint = self._save(wait=True)
         self.tracker.summary({"last_step": self.step, **self.last_eval})
         return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
 
@@ -190,6 +209,8 @@ class _Session:
                 summed += loss_part.detach()
             if i < len(batch.micro) - 1:
                 self.engine.step()
+        # The states change from here on.
+        self.checkpoints.settle()
         with timer.part("optim"):
             self.engine.step()
         loss, stopped = self._agree(summed / self.place.world_size, self._own_reason(stop))
@@ -198,6 +219,7 @@ class _Session:
         self.beat("training", self.step)
         self._require_finite(loss)
         self._count_skipped()
+        self.checkpoints.poll(self.step)
         if self.place.is_main:
             metrics = self.meter.step(self.step, batch, loss, float(self.engine.get_global_grad_norm() or 0.0), lr, times)
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
@@ -248,9 +270,10 @@ class _Session:
             raise self._not_finite(f"the loss is {loss}")
 
     def _not_finite(self, what: str) -> DivergedError:
-        kept = (
-            f"the checkpoint of step {self.saved_step} is kept" if self.saved_step is not None else "no checkpoint was saved yet"
-        )
+        """All ranks come here together, so a checkpoint in the making counts."""
+        self.checkpoints.conclude(self.step)
+        saved = self.checkpoints.saved_step
+        kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
         return DivergedError(
             f"{what} at step {self.step}; training stopped and {kept}",
             where=f"step {self.step}",
@@ -277,54 +300,30 @@ class _Session:
         nll, labels = totals.tolist()
         loss = nll / max(labels, 1)
         self._require_finite(loss)
-        self.last_eval = {"eval/held_out/loss": loss, "eval/held_out/ppl": perplexity(loss)}
+        self.last_eval, self.eval_step = {"eval/held_out/loss": loss, "eval/held_out/ppl": perplexity(loss)}, self.step
         metrics = {**self.last_eval, "time/eval_s": time.perf_counter() - began}
         self.tracker.log(self.step, metrics)
         self.tracker.event(
             "eval", f"held-out loss {when}: {loss:.4f} ({int(labels):,} trained tokens)", self.step, loss=loss, when=when
         )
 
-    def _save(self) -> Path:
-        """Commit a checkpoint of the current step, unless it is there already."""
-        checkpoint = self.run_dir.checkpoints / store.step_name(self.step)
-        if self.saved_step == self.step:
-            return checkpoint
+    def _save(self, wait: bool = False) -> Path:
+        """Save the current step in the background; with `wait`, to its commit, unless it is there already."""
         self.beat("saving", self.step)
-        probe = self._probe()
-        if not torch.isfinite(probe["logits"]).all():
-            raise self._not_finite("the logits are not finite")
-        self._report_status("saving")
-        result = shards.save(
-            self.engine,
-            self.model.parameters_by_name(),
-            self.run_dir.checkpoints,
-            step=self.step,
-            plan_digest=self.plan.digest(),
-            attempt=self.place.attempt,
-            extra_state={
-                "tokens": self.meter.tokens,
-                "skipped_steps": self.meter.skipped_steps,
-                "seconds": self._seconds(),
-            },
-            keep_last=self.plan.config.train.keep_last,
-            probe=probe,
-            fence=lambda: run_store.require_newest(self.run_dir, self.place.attempt, certain=True),
-        )
+        self.checkpoints.conclude(self.step)
+        state = {"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps, "seconds": self._seconds()}
+        eval_loss = self.last_eval["eval/held_out/loss"] if self.eval_step == self.step else None
+        if not wait:
+            self.checkpoints.save(self.step, state, eval_loss)
+        elif self.checkpoints.saved_step != self.step:
+            probe = self._probe()
+            if not torch.isfinite(probe["logits"]).all():
+                raise self._not_finite("the logits are not finite")
+            self._report_status("saving")
+            self.checkpoints.save_and_wait(self.step, state, eval_loss, probe)
+            self._report_status("running")
         self.beat("training", self.step)
-        self.saved_step, self.save_s = self.step, result.seconds
-        self.tracker.log(
-            self.step,
-            {
-                "ckpt/last_step": self.step,
-                "ckpt/save_s": result.seconds,
-                "ckpt/stall_s": result.seconds,
-                "ckpt/bytes": result.bytes,
-            },
-        )
-        size = f"{result.bytes / 2**30:.2f} GiB in {result.seconds:.1f} s"
-        self.tracker.event("checkpoint", f"saved {result.path} ({size})", self.step, path=str(result.path))
-        self._report_status("running")
-        return result.path
+        return self.run_dir.checkpoints / store.step_name(self.step)
 
     @torch.no_grad()
     def _probe(self) -> dict[str, torch.Tensor]:
@@ -346,7 +345,7 @@ class _Session:
             lambda path: shards.load(self.engine, parameters, path),
             lambda words: self.tracker.event("alert", words),
         )
-        self.step = self.saved_step = checkpoint.step
+        self.step = self.checkpoints.saved_step = checkpoint.step
         if by_itself:
             self.seconds_before = float(state.get("seconds", 0.0))
         self.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
@@ -368,8 +367,9 @@ class _Session:
             "preempted": "the machine was asked to stop",
             "limit": "run.max_hours or run.max_usd is reached",
         }[reason]
-        step = self.step if saved or self.saved_step is None else self.saved_step
+        kept, save_s = self.checkpoints.saved_step, self.checkpoints.save_s
+        step = self.step if saved or kept is None else kept
         done = f"saved at step {step} of {self.max_steps}"
         if not saved:
-            done = f"no time was left at step {self.step} to save, which takes {self.save_s:.0f} s; step {step} is kept"
+            done = f"no time was left at step {self.step} to save, which takes {save_s:.0f} s; step {step} is kept"
         return Outcome(state, reason, self.step, f"{why}; {done}", self.run_dir.checkpoints / store.step_name(step))

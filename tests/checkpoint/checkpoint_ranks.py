@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from launcher.checkpoint import shards, store, zero3
+from launcher.checkpoint import durable, shards, store, zero3
+from launcher.checkpoint.saver import Saved, Saver
 from launcher.errors import CheckpointError
+from launcher.train.extensions import lock_builds
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 PLAN = "digest-of-the-plan"
@@ -85,13 +88,15 @@ def tokens(step: int) -> torch.Tensor:
     return torch.randint(0, VOCAB, (2, 16), generator=generator)
 
 
-def train(engine, first: int, last: int) -> list[float]:
+def train(engine, first: int, last: int, saver: Saver | None = None) -> list[float]:
     engine.train()
     losses = []
     for step in range(first, last + 1):
         ids = tokens(step)
         loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
         engine.backward(loss)
+        if saver is not None:
+            saver.settle()
         engine.step()
         losses.append(loss.item())
     return losses
@@ -124,9 +129,31 @@ def report(folder: Path, name: str, content: object) -> None:
     (folder / f"{name}-{RANK}.json").write_text(json.dumps(content))
 
 
-def save(engine, folder: Path, step: int, **parts):
-    parts = {"plan_digest": PLAN, "attempt": 1, "extra_state": {"seen": step}, "keep_last": 3} | parts
-    return shards.save(engine, names(engine), folder / "checkpoints", step=step, **parts)
+def saver_of(engine, root: Path, *, attempt: int = 1, background: bool = False, named=None) -> Saver:
+    return Saver(
+        engine,
+        names(engine) if named is None else named,
+        root,
+        plan_digest=PLAN,
+        attempt=attempt,
+        prune=lambda committed: store.prune(root, store.Retention(3), keep=[committed]),
+        background=background,
+        deadline_s=30,
+    )
+
+
+def save(engine, folder: Path, step: int, *, extra_state=None, probe=None, name: str = "checkpoints", **parts) -> Saved:
+    """Save and wait, as at the end of a run."""
+    saver = saver_of(engine, folder / name, **parts)
+    saver.save(step, {"seen": step} if extra_state is None else extra_state, probe=probe, wait=True)
+    return committed(saver)
+
+
+def committed(saver: Saver) -> Saved:
+    outcome = saver.wait()
+    if isinstance(outcome, CheckpointError):
+        raise outcome
+    return outcome
 
 
 def failing(action) -> list[str]:
@@ -157,11 +184,7 @@ def straight(kind: str, folder: Path) -> None:
         failures = {"disk": failing(lambda: with_small_files(lambda: save(engine, folder, 3)))}
         failures["space"] = failing(lambda: with_free_bytes(1000, lambda: save(engine, folder, 3)))
         some = dict(list(names(engine).items())[1:])
-        failures["names"] = failing(
-            lambda: shards.save(
-                engine, some, folder / "checkpoints", step=3, plan_digest=PLAN, attempt=1, extra_state={}, keep_last=1
-            )
-        )
+        failures["names"] = failing(lambda: saver_of(engine, folder / "checkpoints", named=some))
         failures["json"] = failing(lambda: save(engine, folder, 3, extra_state={"x": object()}))
         report(folder, "failures", failures)
     report(folder, "losses-last", train(engine, 4, 4))
@@ -202,6 +225,68 @@ def killed(kind: str, folder: Path) -> None:
     save(engine, folder, 3)
 
 
+def background(kind: str, folder: Path) -> None:
+    """Save in the background at step 2 and train on at once; the same at step 3, where rank 1 cannot write."""
+    engine = build(kind)
+    root = folder / "behind"
+    saver = saver_of(engine, root, background=True)
+    slow_writes(saver)
+    losses = train(engine, 1, 2)
+    saver.save(2, {"seen": 2})
+    report(folder, "behind-early", {"is_there": (root / store.step_name(2)).exists(), "known": saver.poll() is not None})
+    losses += train(engine, 3, 3, saver)
+    durable.passing = passing
+    first = committed(saver)
+    failures = failing(lambda: with_small_files(lambda: (saver.save(3, {}), train(engine, 4, 4, saver), committed(saver))))
+    report(folder, "behind", {"losses": losses, "seconds": first.seconds, "stall_s": first.stall_s, "failures": failures})
+    saver.save(4, {"seen": 4})
+    committed(saver)
+    poison(engine)
+    saver.save(5, {})
+    report(folder, "behind-poisoned", failing(lambda: committed(saver)))
+    engine.destroy()
+
+
+passing = durable.passing
+
+
+def slow_writes(saver: Saver) -> None:
+    """The shard is on its way for half a second after the copy was taken."""
+    durable.passing = lambda point: time.sleep(0.5) if point == "half-written" else None
+
+
+def poison(engine) -> None:
+    """One weight of the last rank is not a number."""
+    if RANK == WORLD_SIZE - 1:
+        engine.optimizer.fp32_partitioned_groups_flat[0].data[0] = float("nan")
+
+
+def points(kind: str, folder: Path) -> None:
+    """Step 2 is saved; then, while step 3 is saved in the background, the rank VICTIM (or all) is killed at POINT."""
+    victim, point = os.environ["VICTIM"], os.environ["POINT"]
+    engine = build("bf16")
+    saver = saver_of(engine, folder / "checkpoints", background=True)
+    train(engine, 1, 2)
+    saver.save(2, {"seen": 2}, wait=True)
+    committed(saver)
+    train(engine, 3, 3)
+    if victim in (str(RANK), "all"):
+        durable.passing = lambda passed: os.kill(os.getpid(), signal.SIGKILL) if passed == point else None
+    saver.save(3, {"seen": 3})
+    train(engine, 4, 4, saver)
+    committed(saver)
+
+
+def after(kind: str, folder: Path) -> None:
+    """Whatever was committed last is whole, and training goes on from it; its next save sweeps the leftovers."""
+    engine = build("bf16")
+    newest = store.latest(folder / "checkpoints")
+    shards.load(engine, names(engine), newest.path, plan_digest=PLAN)
+    losses = train(engine, newest.step + 1, 4)
+    save(engine, folder, 4)
+    report(folder, "after", {"from": newest.step, "losses": losses})
+
+
 def resume(kind: str, folder: Path) -> None:
     engine = build(kind)
     checkpoint = store.latest(folder / "checkpoints").path
@@ -235,12 +320,13 @@ def move(kind: str, folder: Path, source: str, target: str) -> None:
     engine = build(kind)
     shards.load(engine, names(engine), store.at_step(folder / source, 2).path)
     dump(engine, folder / f"{target}.safetensors")
-    shards.save(engine, names(engine), folder / target, step=2, plan_digest=PLAN, attempt=2, extra_state={}, keep_last=1)
+    save(engine, folder, 2, name=target, attempt=2)
     report(folder, f"{target}-losses", train(engine, 3, 4))
     engine.destroy()
 
 
 def main(scenario: str, folder: Path) -> None:
+    lock_builds()
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,
@@ -256,7 +342,8 @@ def main(scenario: str, folder: Path) -> None:
         elif scenario == "grow":
             move(kind, of_kind, "one", "two")
         else:
-            {"straight": straight, "killed": killed, "resume": resume}[scenario](kind, of_kind)
+            of_kind.mkdir(exist_ok=True)
+            globals()[scenario](kind, of_kind)
     dist.barrier()
     sys.stdout.flush()
     # Threads of destroyed engines are still alive in C++ and would abort an orderly exit now and then.

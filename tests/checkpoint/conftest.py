@@ -37,7 +37,9 @@ class Runs:
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
     """Run a scenario of checkpoint_ranks.py in new processes; returns their exit codes. No process outlives the call."""
 
-    def run(scenario: str, world_size: int, folder: Path, kinds: str, *, exit_codes: list[int] | None = None) -> list[int]:
+    def run(
+        scenario: str, world_size: int, folder: Path, kinds: str, *, exit_codes: list[int] | None = None, **environment: str
+    ) -> list[int]:
         work = tmp_path_factory.mktemp(scenario)
         common = {
             "WORLD_SIZE": str(world_size),
@@ -52,7 +54,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
         ranks = []
         try:
             for rank, log in enumerate(logs):
-                environ = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                environ = os.environ | common | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
                 with log.open("w") as output:
                     ranks.append(
                         subprocess.Popen(
@@ -82,6 +84,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     run_ranks("straight", 2, folder, "fp32,bf16,hpz")
     run_ranks("killed", 2, folder, "bf16", exit_codes=[-9, 1])
+    run_ranks("background", 2, folder, "fp32,bf16")
     run_ranks("resume", 2, folder, "fp32,bf16,hpz")
     run_ranks("shrink", 1, folder, "fp32,bf16")
     run_ranks("grow", 2, folder, "fp32,bf16")

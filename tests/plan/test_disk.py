@@ -56,15 +56,15 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [
-        (["train.keep_last=1"], "each, the newest is kept"),
-        (["train.keep_last=3"], "each, the newest 3 are kept"),
-        (["train.keep_last=1", "train.keep_every=100"], "each, kept are the newest and every 100 steps"),
+        (["train.keep_last=1"], "each, the newest is kept;"),
+        (["train.keep_last=3"], "each, the newest 3 are kept;"),
+        (["train.keep_last=1", "train.keep_every=100"], "each, the newest and every 100 steps are kept;"),
         (
             ["train.keep_last=2", "train.keep_every=100", "train.keep_best=2"],
-            "each, kept are the newest 2, every 100 steps and the best 2",
+            "each, the newest 2 and the best 2 and every 100 steps are kept;",
         ),
     ],
 )
 def test_the_plan_says_what_is_kept(plan_of: PlanOf, tokens: list[str], said: str) -> None:
     (line,) = [line for line in plan_lines(plan_of(*tokens)) if line.startswith("checkpoint")]
-    assert line.endswith(said)
+    assert said in line

@@ -8,7 +8,7 @@ import pytest
 
 from launcher.config.schema import DeepSpeedSection
 from launcher.plan.launch_plan import LaunchPlan, Memory, Topology
-from launcher.plan.memory import checkpoint_bytes, estimate
+from launcher.plan.memory import checkpoint_bytes, estimate, saving
 
 EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", backend="nccl")
 FOUR_NODES = Topology(nodes=4, ranks_per_node=8, world_size=32, device="cuda", backend="nccl")
@@ -92,3 +92,25 @@ def test_the_plan_carries_it(plan_of: Callable[..., LaunchPlan]) -> None:
     planned = plan_of("experiment=llama3_8b_one_node", "data.path=rows.jsonl", "train.micro_batch_size=1")
     assert planned.memory.per_rank_gib == pytest.approx(16.827, abs=1e-3)
     assert planned.checkpoint_bytes == 96_363_134_976
+
+
+def test_copies_for_saves_in_the_background_lie_in_the_main_memory_of_each_node() -> None:
+    states = memory(topology=FOUR_NODES)
+    found = saving(LLAMA_8B, True, DeepSpeedSection(), states, FOUR_NODES, 500.0)
+    # 12 bytes for each parameter, on four nodes.
+    assert found.background
+    assert found.host_gib_per_node == pytest.approx(12 * BYTE * 8 / 4, abs=1e-2)
+    assert not saving(LLAMA_8B, False, DeepSpeedSection(), states, FOUR_NODES, 500.0).background
+
+
+def test_training_waits_where_the_copies_do_not_fit() -> None:
+    offloaded = DeepSpeedSection(offload_optimizer="cpu")
+    states = memory(topology=EIGHT_GPUS, offload_optimizer="cpu")
+    # 16 bytes of gradients and states and 12 of copies for each parameter: 209 GiB.
+    assert saving(LLAMA_8B, True, offloaded, states, EIGHT_GPUS, 300.0).background
+    tight = saving(LLAMA_8B, True, offloaded, states, EIGHT_GPUS, 250.0)
+    assert not tight.background
+    assert "training waits" in tight.note
+    assert saving(LLAMA_8B, True, offloaded, states, EIGHT_GPUS, None).background, "where nothing is known, the ranks find out"
+    on_disk = DeepSpeedSection(offload_optimizer="nvme", nvme_path="/nvme")
+    assert "NVMe" in saving(LLAMA_8B, True, on_disk, states, EIGHT_GPUS, 10_000.0).note

@@ -1,0 +1,71 @@
+"""Main memory that holds one rank's states while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import psutil
+import torch
+
+from launcher.checkpoint.tensor_file import as_bytes
+
+# What is written or looked at in one piece.
+_BLOCK_ELEMENTS = 4 * 2**20
+
+
+class HostCopy:
+    """Room for `num_elements` in fp32, page-locked where the states lie on a GPU.
+
+    It is made by a thread, because locking the pages of tens of GiB takes seconds that the first steps need not wait for.
+    """
+
+    def __init__(self, num_elements: int, device: torch.device) -> None:
+        self._device = device
+        self._memory: torch.Tensor | None = None
+        self._used = 0
+        self._ready = threading.Event()
+        threading.Thread(target=self._make, args=(num_elements,), name="host-copy", daemon=True).start()
+
+    def is_there(self) -> bool:
+        """Wait for the memory; False where the machine does not have it."""
+        self._ready.wait()
+        return self._memory is not None
+
+    def fill(self, states: Iterator[torch.Tensor]) -> None:
+        """Copy all of `states`; on a GPU in the current stream, and not awaited."""
+        assert self._memory is not None
+        self._used = 0
+        for state in states:
+            self._memory[self._used : self._used + state.numel()].copy_(state, non_blocking=True)
+            self._used += state.numel()
+
+    def blocks(self) -> Iterator[memoryview]:
+        """What was copied, in pieces."""
+        assert self._memory is not None
+        for block in self._memory[: self._used].split(_BLOCK_ELEMENTS):
+            yield as_bytes(block)
+
+    def is_finite(self) -> bool:
+        """True where no weight or moment that was copied is infinite or NaN."""
+        assert self._memory is not None
+        # A sum in double precision overflows for no finite floats, and is one pass over the memory.
+        parts = self._memory[: self._used].split(_BLOCK_ELEMENTS)
+        return all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in parts)
+
+    def _make(self, num_elements: int) -> None:
+        try:
+            if 4 * num_elements > psutil.virtual_memory().available:
+                # The system would promise the memory all the same, and kill a process when it is used.
+                return
+            memory = torch.empty(num_elements, dtype=torch.float32)
+            # The system gives a page when it is first written: now, not during the first save.
+            memory.zero_()
+            if self._device.type == "cuda":
+                # torch's own page-locked memory comes in powers of two, up to twice of what the plan counts with.
+                torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
+            self._memory = memory
+        except RuntimeError:
+            self._memory = None
+        finally:
+            self._ready.set()

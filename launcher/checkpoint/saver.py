@@ -1,0 +1,205 @@
+"""Saving while training goes on.
+
+At a save each rank notes what is small (counters, random states), and training goes on at once. Weights and moments change
+in the optimizer's step alone, so a thread copies them to main memory during the forward and backward passes that follow, and
+`settle`, called before the optimizer steps, waits for what is left of the copy (Maurya et al. 2024, arXiv:2406.10707). The
+thread then writes the rank's shard and leaves a note beside it; rank 0's commits when the notes of all ranks are there.
+
+Threads use no collective: those belong to the main threads, which agree on how a save ended where they `wait` for it, at the
+latest before the next one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import Parameter
+
+from launcher.checkpoint import store, zero3
+from launcher.checkpoint.host_copy import HostCopy
+from launcher.checkpoint.save_job import Place, SaveJob, probe_bytes
+from launcher.checkpoint.shards import Shard, state_of
+from launcher.checkpoint.together import problems_of, together
+from launcher.errors import CheckpointError, LauncherError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint: the bytes of all ranks' files, seconds from the call to the commit, and those that this rank's
+    training stood still for."""
+
+    path: Path
+    step: int
+    bytes: int
+    seconds: float
+    stall_s: float
+
+
+class Saver:
+    """Saves one engine's checkpoints under `root`, one at a time.
+
+    `named_parameters` names each parameter of the engine's model once, as in the Hugging Face model. `prune` is called on
+    rank 0 with the path of each checkpoint after its commit. With `background`, this rank's states are copied to main memory
+    at a save; without, or where a machine does not have that memory, training waits. `fence` is called on rank 0 before
+    anything is written and before the commit, and raises where this process may not write any more. A rank that has left no
+    note after `deadline_s` is given up.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        named_parameters: Mapping[str, Parameter],
+        root: Path,
+        *,
+        plan_digest: str,
+        attempt: int,
+        prune: Callable[[Path], object],
+        background: bool,
+        deadline_s: float,
+        fence: Callable[[], None] = lambda: None,
+    ) -> None:
+        zero3.require_served(engine, named_parameters)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self._place = Place(engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s)
+        self._engine, self._is_main = engine, rank == 0
+        self._copy: HostCopy | None = None
+        if background:
+            num_elements = sum(map(zero3.local_elements, named_parameters.values())) * (1 + len(zero3.MOMENTS))
+            self._copy = HostCopy(num_elements, engine.device)
+        self._job: SaveJob | None = None
+        self._outcome: Saved | CheckpointError | None = None
+
+    def save(
+        self,
+        step: int,
+        extra_state: Mapping[str, Any],
+        *,
+        eval_loss: float | None = None,
+        probe: Mapping[str, torch.Tensor] | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Begin to save the engine as it is now, at an optimizer boundary; `wait` tells how it ended. Collective.
+
+        `extra_state` is JSON-able. `probe` holds `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V], these in
+        the dtype that the model computes in; rank 0's is written. With `wait` the save has ended when this returns.
+
+        CheckpointError on every rank where this attempt may not write any more.
+        """
+        self.wait()
+        began = time.monotonic()
+        together(self._engine, "the checkpoint may not be written", self._place.fence if self._is_main else _nothing)
+        try:
+            self._job = self._begin(step, extra_state, eval_loss, probe or {}, wait, began)
+        except CheckpointError as error:
+            self._outcome = error
+            return
+        job = self._job
+        if self._engine.device.type == "cuda":
+            job.after = torch.cuda.Event()
+            job.after.record()
+        job.start()
+        job.stall_s = time.monotonic() - began
+        if job.copy is None:
+            self.wait()
+
+    def settle(self) -> None:
+        """Wait until the states may change: call it before each step of the optimizer."""
+        if self._job is not None and not self._job.copied.is_set():
+            began = time.monotonic()
+            self._job.copied.wait()
+            self._job.stall_s += time.monotonic() - began
+
+    def poll(self) -> Saved | LauncherError | None:
+        """How the save in the background ended, on rank 0 alone and as soon as it is known there."""
+        job = self._job
+        if job is None or not self._is_main or not job.ended.is_set():
+            return None
+        return _saved(job) if job.error is None else _as_launcher_error(job.error)
+
+    def wait(self) -> Saved | CheckpointError | None:
+        """How the last save ended, the same on every rank; None where there was none. Collective."""
+        job = self._job
+        if job is None:
+            return self._outcome
+        began = time.monotonic()
+        job.written.wait()
+        try:
+            together(self._engine, "the checkpoint could not be written", lambda: _raise(job.error))
+            if self._is_main:
+                job.ended.wait()
+            else:
+                job.seconds = time.monotonic() - job.began
+            together(self._engine, "the checkpoint could not be committed", lambda: _raise(job.error))
+            job.stall_s += time.monotonic() - began
+            self._outcome = _saved(job)
+        except CheckpointError as error:
+            job.abandoned.set()
+            if self._is_main:
+                job.ended.wait()
+            self._outcome = error
+        self._job = None
+        return self._outcome
+
+    def drain(self, seconds: float) -> None:
+        """Give a save in the background some time to end, in a process that is about to."""
+        if self._job is not None:
+            (self._job.ended if self._is_main else self._job.written).wait(seconds)
+
+    def _begin(
+        self,
+        step: int,
+        extra_state: Mapping[str, Any],
+        eval_loss: float | None,
+        probe: Mapping[str, torch.Tensor],
+        wait: bool,
+        began: float,
+    ) -> SaveJob:
+        """Agree on the size, and make the folder of the save."""
+        root, parameters = self._place.root, self._place.parameters
+
+        def prepare() -> SaveJob:
+            shard = Shard.of(self._engine, parameters)
+            state = state_of(self._engine, parameters, extra_state).to_json().encode() if self._is_main else b""
+            kept = {name: tensor.clone() for name, tensor in probe.items()} if self._is_main else {}
+            num_bytes = shard.num_bytes + len(state) + (probe_bytes(kept) if kept else 0)
+            saving = store.saving_path(root, step, self._place.attempt)
+            copy = self._copy if not wait and self._copy is not None and self._copy.is_there() else None
+            return SaveJob(self._place, step, saving, shard, state, kept, eval_loss, num_bytes, copy, began)
+
+        job = together(self._engine, "the checkpoint could not be prepared", prepare)
+        shared = torch.tensor([job.num_bytes, job.copy is not None], dtype=torch.int64, device=self._engine.device)
+        dist.all_reduce(shared)
+        job.num_bytes, num_copies = shared.tolist()
+        if num_copies < self._place.world_size:
+            # Where one rank has no memory for a copy, all wait.
+            job.copy = None
+
+        def begin() -> None:
+            if self._is_main:
+                store.begin(root, step=step, attempt=self._place.attempt, needed_bytes=job.num_bytes)
+
+        together(self._engine, "the checkpoint could not be started", begin)
+        return job
+
+
+def _saved(job: SaveJob) -> Saved:
+    return Saved(job.path, job.step, job.num_bytes, job.seconds, job.stall_s)
+
+
+def _as_launcher_error(error: Exception) -> LauncherError:
+    return error if isinstance(error, LauncherError) else CheckpointError(problems_of("the checkpoint failed", error, 0))
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _nothing() -> None:
+    """The other ranks have no part in it."""

@@ -1,0 +1,86 @@
+"""The run's checkpoints as the loop sees them: when one was saved, how long it took, and who is told."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from launcher.checkpoint.saver import Saved, Saver
+from launcher.errors import CheckpointError, LauncherError
+from launcher.run_store import Superseded
+from launcher.tracking.tracker import Composite
+
+
+class Checkpoints:
+    """Saves by way of a `Saver`. `saved_step` and `save_s` are those of the last save that all ranks know of."""
+
+    def __init__(self, saver: Saver, tracker: Composite, is_main: bool) -> None:
+        self._saver, self._tracker, self._is_main = saver, tracker, is_main
+        self._untold = False
+        self.saved_step: int | None = None
+        self.save_s: float | None = None
+        self.settle: Callable[[], None] = saver.settle
+        self.drain: Callable[[float], None] = saver.drain
+
+    def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
+        """Save in the background; how it ended is told later. Collective."""
+        self.conclude(step)
+        self._untold = True
+        self._saver.save(step, state, eval_loss=eval_loss)
+
+    def save_and_wait(
+        self, step: int, state: Mapping[str, Any], eval_loss: float | None, probe: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Save, and return when the checkpoint is committed. Collective.
+
+        Raises:
+            CheckpointError: where it could not be saved; what was committed before stays.
+        """
+        self.conclude(step)
+        self._untold = True
+        self._saver.save(step, state, eval_loss=eval_loss, probe=probe, wait=True)
+        outcome = self.conclude(step)
+        if isinstance(outcome, CheckpointError):
+            raise outcome
+
+    def conclude(self, step: int) -> Saved | CheckpointError | None:
+        """Wait for the save in the background. One that failed is told, and training goes on. Collective."""
+        outcome = self._saver.wait()
+        if isinstance(outcome, Saved):
+            self.saved_step, self.save_s = outcome.step, outcome.seconds
+        self._tell(outcome, step)
+        return outcome
+
+    def poll(self, step: int) -> None:
+        """Tell how the save in the background ended, as soon as that is known. Waits for nothing.
+
+        Raises:
+            Superseded: where another attempt has taken over meanwhile.
+        """
+        self._tell(self._saver.poll(), step)
+
+    def _tell(self, outcome: Saved | LauncherError | None, step: int) -> None:
+        if outcome is None or not self._is_main or not self._untold:
+            return
+        self._untold = False
+        if isinstance(outcome, Superseded):
+            raise outcome
+        if isinstance(outcome, LauncherError):
+            why = "; ".join(f"{problem.what} ({problem.value or problem.where})" for problem in outcome.problems)
+            self._tracker.event("alert", f"a checkpoint was not saved: {why}", step)
+            return
+        self._tracker.log(
+            step,
+            {
+                "ckpt/last_step": outcome.step,
+                "ckpt/save_s": outcome.seconds,
+                "ckpt/stall_s": outcome.stall_s,
+                "ckpt/bytes": outcome.bytes,
+                "ckpt/disk_free_gib": shutil.disk_usage(outcome.path.parent).free / 2**30,
+            },
+        )
+        size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training stood still for {outcome.stall_s:.2f} s"
+        self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, path=str(outcome.path))

@@ -1,0 +1,105 @@
+"""Saves in the background: what they hold, what they cost, and what a fault at any point of one leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launcher.checkpoint import store
+from launcher.checkpoint.tensor_file import TensorFile, as_bytes, weight_digest
+
+# Where a save is cut off, and who is killed there; only rank 0 comes to the last three points.
+KILLS = [
+    *(("begun", "1"), ("copied", "0"), ("half-written", "0"), ("half-written", "1"), ("half-written", "all")),
+    *(("noted", "0"), ("noted", "1"), ("gathered", "0"), ("manifest", "0"), ("committed", "0")),
+]
+UNCOMMITTED = [".saving-step-00000003-001", "step-00000002"]
+COMMITTED = ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_a_save_in_the_background_holds_the_state_of_its_step_while_training_goes_on(runs, kind):
+    waited, behind = (store.at_step(runs.folder / kind / name, 2) for name in ("checkpoints", "behind"))
+    for rank in range(2):
+        assert runs.report(kind, "behind", rank)["losses"] == runs.report(kind, "losses", rank)[:3]
+        ours, theirs = (load_file(c.path / store.shard_name(rank)) for c in (behind, waited))
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert store.verify(behind.path) == []
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_training_does_not_wait_for_the_write(runs, kind):
+    """The write was held up for half a second, and the next step was done meanwhile."""
+    assert runs.report(kind, "behind-early", 0) == {"is_there": False, "known": False}
+    for rank in range(2):
+        times = runs.report(kind, "behind", rank)
+        assert times["seconds"] > 0.5
+        assert times["stall_s"] < times["seconds"]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_a_write_that_fails_in_the_background_is_told_on_all_ranks_and_leaves_nothing(runs, kind):
+    for rank in range(2):
+        (failure,) = runs.report(kind, "behind", rank)["failures"]
+        assert "could not be written" in failure
+        assert "rank 1" in failure
+    assert sorted(path.name for path in (runs.folder / kind / "behind").iterdir()) == ["step-00000002", "step-00000004"]
+
+
+def test_weights_that_are_no_numbers_are_never_committed(runs):
+    for rank in range(2):
+        (failure,) = runs.report("bf16", "behind-poisoned", rank)
+        assert "not a number" in failure
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_a_shard_tells_digests_of_the_weights_that_the_engine_computes_with(runs, kind):
+    checkpoint = store.at_step(runs.checkpoints(kind), 2)
+    weights = load_file(runs.dump(kind, "saved"))
+    for rank in range(2):
+        shard = TensorFile(checkpoint.path / store.shard_name(rank))
+        shard.close()
+        assert shard.metadata["dtype"] == kind
+        for name, digest in json.loads(shard.metadata["weights"]).items():
+            whole = weights[f"{name}|compute"].reshape(-1)
+            start, stop = store.partition(whole.numel(), 2, rank)
+            assert weight_digest(as_bytes(whole[start:stop])) == digest, name
+
+
+@pytest.fixture(scope="module")
+def killed(run_ranks, tmp_path_factory) -> Path:
+    """A run for each kill, and what a fresh pair of ranks made of what it had left."""
+    root = tmp_path_factory.mktemp("killed")
+    left = {}
+    for point, victim in KILLS:
+        name = f"{point}-{victim}"
+        codes = {"0": [-9, 1], "1": [1, -9], "all": [-9, -9]}[victim]
+        run_ranks("points", 2, root, name, exit_codes=codes, VICTIM=victim, POINT=point)
+        left[name] = sorted(path.name for path in (root / name / "checkpoints").iterdir())
+    (root / "left.json").write_text(json.dumps(left))
+    run_ranks("after", 2, root, ",".join(left))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point, victim", KILLS)
+def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint_from_which_training_goes_on(runs, killed, point, victim):
+    name = f"{point}-{victim}"
+    left = json.loads((killed / "left.json").read_text())[name]
+    if (point, victim) == ("noted", "1"):
+        # All is written: rank 0 commits it unless it goes down with the other too soon.
+        assert left in (UNCOMMITTED, COMMITTED)
+    else:
+        assert left == (COMMITTED if point == "committed" else UNCOMMITTED)
+    begins = 3 if left == COMMITTED else 2
+    for rank in range(2):
+        after = json.loads((killed / name / f"after-{rank}.json").read_text())
+        assert after == {"from": begins, "losses": runs.report("bf16", "losses", rank)[begins:]}
+    swept = sorted(path.name for path in (killed / name / "checkpoints").iterdir())
+    assert swept == [name for name in left if name.startswith("step-")] + ["step-00000004"]
+    assert store.verify(killed / name / "checkpoints/step-00000004") == []
