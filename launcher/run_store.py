@@ -42,7 +42,8 @@ class Attempt:
 
     `resume_step` None starts from the initial weights. `job` is None until the job has begun; `restart` counts the
     scheduler's starts of that job before. The node agents meet at `address` and `port`, which the first of `nodes` has on
-    `interface`. `ends_at` is the end of the job's time in seconds since the epoch. `automatic` where no person started it.
+    `interface`. `ends_at` is the end of the job's time in seconds since the epoch. `automatic` where no person started it,
+    `pinned` where one has asked for just this step.
     """
 
     resume_step: int | None
@@ -54,6 +55,7 @@ class Attempt:
     port: int | None = None
     ends_at: float | None = None
     automatic: bool = False
+    pinned: bool = False
 
 
 class Superseded(RunError):

@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher import facts, run_store
 from launcher.cli import text
 from launcher.cli.follow import follow
-from launcher.clusters.base import Cluster, check_startable, cluster_for
+from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
 from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
@@ -59,7 +59,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
         if as_json:
             print(plan.to_json())
             return 0
-        print("\n".join(text.plan_lines(plan)))
+        print("\n".join(text.plan_lines(plan, disk_note(plan))))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -84,7 +84,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     started = []
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
-        print("\n".join(text.plan_lines(plan)), flush=True)
+        print("\n".join(text.plan_lines(plan, disk_note(plan))), flush=True)
         if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue

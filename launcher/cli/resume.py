@@ -8,13 +8,13 @@ from typing import Any
 
 from launcher import facts, run_store
 from launcher.checkpoint import store
-from launcher.cli import text
+from launcher.cli import checking, text
 from launcher.cli.launch import prepare, require_idle
-from launcher.clusters.base import Cluster, check_startable
+from launcher.clusters.base import Cluster, check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.data import cache
-from launcher.errors import ConfigError, DataError, Problem, SubmitError
+from launcher.errors import CheckpointError, ConfigError, DataError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
@@ -31,10 +31,10 @@ def start_again(
 
     Raises:
         ConfigError: where settings or data differ from those of the checkpoint, unless `force` accepts it.
-        SubmitError: where it runs already, or is complete.
+        SubmitError: where it runs already, is complete, or has no such checkpoint.
     """
     require_idle(run, cluster)
-    checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, step)
+    checkpoint = _to_begin_from(run, step)
     plan = _replanned(plan, run, checkpoint, overrides, cluster, force)
     if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
         raise SubmitError(
@@ -44,14 +44,35 @@ def start_again(
         )
     check_startable(plan)
     cluster.check(plan)
+    if said := disk_note(plan):
+        print(f"note: {said}")
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):
         print(f"set aside: {text.short(path)}")
-    attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step))
+    attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))
     plan_path = run_store.write_plan(run, attempt, plan)
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
     print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
     cluster.submit(run, attempt, plan_path)
     return attempt
+
+
+def _to_begin_from(run: RunDir, step: int | None) -> store.Checkpoint:
+    """The newest checkpoint, which the ranks verify when they read it, or the one that was asked for, verified at once.
+
+    Going back sets the later ones aside, and that should be for something.
+
+    Raises:
+        SubmitError: where it is not there, or is asked for and damaged; nothing was touched.
+    """
+    try:
+        if step is None:
+            return store.latest(run.checkpoints)
+        checkpoint = store.at_step(run.checkpoints, step)
+        if problems := checking.verify([checkpoint])[checkpoint.path]:
+            raise store.choose_another(step, problems, run.checkpoints)
+        return checkpoint
+    except CheckpointError as error:
+        raise SubmitError(error.problems) from None
 
 
 def _replanned(

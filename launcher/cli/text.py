@@ -12,8 +12,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
 
 
-def plan_lines(plan: LaunchPlan) -> list[str]:
-    """The decisions of a plan, a label and a value a line."""
+def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
+    """The decisions of a plan, a label and a value a line; `notes` are what the machine adds, where there is something."""
     config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
@@ -36,7 +36,7 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
         ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}; {_saving(plan)}"),
         ("tracking", _tracking(plan)),
     ]
-    rows += [("note", note) for note in _notes(plan)]
+    rows += [("note", note) for note in (*_notes(plan), *notes) if note]
     if plan.limits.max_seconds is not None:
         rows.append(("limit", f"saves and stops after {plan.limits.max_seconds / 3600:.2f} hours"))
     return [f"{label:<11}{value}" for label, value in rows]
@@ -179,6 +179,14 @@ def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]])
         rows.append((plan.run_name, dict(facts).get("job", "-"), " ".join(own)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return ["", *(f"{name:<{widths[0]}}  {job:<{widths[1]}}  {own}" for name, job, own in rows)]
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 def short(path: str | Path) -> str:
