@@ -68,6 +68,10 @@ class CheckpointError(LauncherError):
     """A checkpoint is missing, damaged, or does not belong to this plan."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """What was committed is on disk no longer as it was, and there is nothing else to go on from without asking a person."""
+
+
 class RunError(LauncherError):
     """A started run failed."""
 
@@ -85,4 +89,4 @@ class PushError(LauncherError):
 
 
 # A repetition would end in the same way: neither ranks nor a job are started again after one of these.
-WOULD_REPEAT = (ConfigError, DataError, DivergedError, ExportError)
+WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, DivergedError, ExportError)

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher.config.schema import ModelSection, RunConfig, is_local_path
+from launcher import warm_start
+from launcher.config.schema import ModelSection, RunConfig, is_local_path, is_run
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, Problem
 from launcher.plan.architecture import model_facts
@@ -33,14 +34,28 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "ray", "wandb", "hydra-core",
 
 @dataclass(frozen=True)
 class Located:
-    """Where a model or tokenizer lies. `folder` is None until it was downloaded or converted."""
+    """Where a model or tokenizer lies. `folder` is None until it was downloaded, or made from the file or checkpoint `source`."""
 
     folder: Path | None
     source: Path | None = None
 
 
+def settled(config: RunConfig) -> RunConfig:
+    """`config` with the newest step written out where it begins with another run's weights.
+
+    What is decided now holds for a job that waits for hours while that run goes on.
+
+    Raises:
+        ConfigError: where there is no such run or checkpoint.
+    """
+    if not is_run(config.model.path):
+        return config
+    model = config.model.model_copy(update={"path": warm_start.settled(config).path})
+    return config.model_copy(update={"model": model})
+
+
 def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None = None) -> Facts:
-    """Collect the facts of one run; `here` are the accelerators of a node, this machine's where it is None.
+    """Collect the facts of one run of `settled` settings; `here` are a node's accelerators, this machine's where it is None.
 
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind.
@@ -52,8 +67,9 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
         home_dir=str(Path.home()),
         device=here or device(),
         model=model,
-        data=_data(config, model),
+        data=data_facts(config, model.tokenizer_path),
         provenance=_provenance(overrides),
+        lineage=warm_start.lineage(warm_start.open_source(config.model.path or "")) if is_run(config.model.path) else None,
     )
 
 
@@ -159,13 +175,17 @@ def package_file(value: str) -> Path | None:
 
 
 def locate(source: str, model: ModelSection) -> Located:
-    """Find `model.path` or `model.tokenizer` in its three forms; never touches the network."""
+    """Find `model.path` or `model.tokenizer` in any of its forms; never touches the network."""
     if source.startswith("package:"):
         file = package_file(source)
         if file is None:
             raise ConfigError(_missing_package("model.path", source))
         folder = converted_folder(file)
         return Located(folder if (folder / "config.json").is_file() else None, file)
+    if is_run(source):
+        origin = warm_start.open_source(source)
+        folder = warm_start.folder(origin, model.dtype)
+        return Located(folder if (folder / "config.json").is_file() else None, origin.checkpoint.path)
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
@@ -209,11 +229,15 @@ def _has_all_weights(folder: Path, model: ModelSection) -> bool:
 def _model(model: ModelSection) -> ModelFacts:
     weights = locate(model.path, model).folder if model.path else None
     tokenizer = locate(model.tokenizer, model).folder if model.tokenizer else weights
-    config = json.loads((weights / "config.json").read_text()) if weights else model.config
-    if config is None:
-        # A GGUF file carries the numbers in its header; they are read once, when it is converted.
-        config = _gguf_config(model)
     exact = _count_in_safetensors(weights) if weights and model.init == "pretrained" else None
+    if weights:
+        config = json.loads((weights / "config.json").read_text())
+    elif is_run(model.path):
+        origin = warm_start.open_source(model.path or "")
+        config, exact = origin.plan.model.config, warm_start.num_params(origin)
+    else:
+        # A GGUF file carries the numbers in its header; they are read once, when it is converted.
+        config = model.config if model.config is not None else _gguf_config(model)
     return model_facts(config, str(weights) if weights else None, str(tokenizer) if tokenizer else None, exact)
 
 
@@ -269,10 +293,9 @@ def _count_in_safetensors(folder: Path) -> int | None:
     return total or None
 
 
-def _data(config: RunConfig, model: ModelFacts) -> DataFacts | None:
-    if model.tokenizer_path is None:
-        return None
-    return cache.find(cache.cache_key(config.data, model.tokenizer_path))
+def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
+    """Counts of the data cache that these sources and this tokenizer give; None where it is not built."""
+    return None if tokenizer_path is None else cache.find(cache.cache_key(config.data, tokenizer_path))
 
 
 @functools.cache

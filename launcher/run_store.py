@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import launcher
 from launcher.errors import RunError, SubmitError
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.holder import held
+from launcher.plan.launch_plan import LaunchPlan, digest_of
 from launcher.plan.run_dir import RunDir
 
 RUNNING_STATES = ("pending", "running", "saving")
@@ -43,7 +42,8 @@ class Attempt:
 
     `resume_step` None starts from the initial weights. `job` is None until the job has begun; `restart` counts the
     scheduler's starts of that job before. The node agents meet at `address` and `port`, which the first of `nodes` has on
-    `interface`. `ends_at` is the end of the job's time in seconds since the epoch. `automatic` where no person started it.
+    `interface`. `ends_at` is the end of the job's time in seconds since the epoch. `automatic` where no person started it,
+    `pinned` where one has asked for just this step.
     """
 
     resume_step: int | None
@@ -55,6 +55,7 @@ class Attempt:
     port: int | None = None
     ends_at: float | None = None
     automatic: bool = False
+    pinned: bool = False
 
 
 class Superseded(RunError):
@@ -101,6 +102,7 @@ def create(plan: LaunchPlan) -> RunDir:
     run.attempts.mkdir()
     snapshot_code(run)
     write_text(run.plan, plan.to_json())
+    _keep_plan(run, plan)
     write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
     return run
 
@@ -190,6 +192,33 @@ def update_status(run: RunDir, **changes: Any) -> Status:
     return status
 
 
+def write_plan(run: RunDir, attempt: int, plan: LaunchPlan) -> Path:
+    """Give an attempt a plan of its own; returns where it lies."""
+    path = run.attempt(attempt) / "plan.json"
+    write_text(path, plan.to_json())
+    _keep_plan(run, plan)
+    return path
+
+
+def _keep_plan(run: RunDir, plan: LaunchPlan) -> None:
+    """A copy under the digest that stands in checkpoints: whatever becomes of plan.json, what they were trained by is known."""
+    run.plans.mkdir(exist_ok=True)
+    write_text(run.plans / f"{plan.digest()}.json", plan.to_json())
+
+
+def plan_of_digest(run: RunDir, digest: str) -> LaunchPlan | None:
+    """The plan that checkpoints with this digest were saved by; None where no file of the run holds it unchanged."""
+    for path in (run.plan, *sorted(run.attempts.glob("*/plan.json")), *sorted(run.plans.glob("*.json"))):
+        try:
+            text = path.read_text(encoding="utf-8")
+            # Of a file that another version of the launcher wrote, the text is what was digested.
+            if digest_of(text) == digest:
+                return LaunchPlan.model_validate_json(text)
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def load_plan(run: RunDir) -> LaunchPlan:
     """The plan of the newest attempt: its own, where a resume changed settings, else the run's.
 
@@ -211,13 +240,10 @@ def starting(run: RunDir, wait_s: float = 0) -> Iterator[None]:
     """Hold the run while an attempt is started, so that two commands cannot start one each.
 
     Raises:
-        SubmitError: where another command holds it.
+        SubmitError: where another command holds it, with who that is.
     """
-    try:
-        with FileLock(run.root / ".lock", timeout=wait_s):
-            yield
-    except Timeout:
-        raise SubmitError("another command is starting this run at this moment", where=str(run.root)) from None
+    with held(run.root, wait_s):
+        yield
 
 
 def find(name: str, root: Path) -> RunDir:

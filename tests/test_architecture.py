@@ -20,8 +20,9 @@ def modules(*folders: str) -> list[str]:
 
 SUBMIT_SIDE = [
     *modules("cli", "config", "plan", "clusters"),
-    *("launcher.errors", "launcher.facts", "launcher.run_store", "launcher.checkpoint.store", "launcher.data.cache"),
-    "launcher.data.sources",
+    *("launcher.errors", "launcher.facts", "launcher.warm_start", "launcher.run_store", "launcher.holder"),
+    *("launcher.data.cache", "launcher.data.sources"),
+    *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),
 ]
 
 

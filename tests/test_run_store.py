@@ -58,7 +58,7 @@ def test_a_run_is_created_whole(config: RunConfig, tmp_path: Path) -> None:
     assert (run.code / "launcher" / "train" / "loop.py").is_file()
     assert not list(run.code.rglob("__pycache__"))
     # Nothing half written is left.
-    assert {p.name for p in run.root.iterdir()} == {"plan.json", "status.json", "code", "attempts"}
+    assert {p.name for p in run.root.iterdir()} == {"plan.json", "plans", "status.json", "code", "attempts"}
 
 
 def test_a_run_that_exists_is_refused_and_untouched(config: RunConfig, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
 
 def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, True)
+    whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, True, True)
     assert set(whole.__dict__.values()).isdisjoint(Attempt(None).__dict__.values()), "no field has its default"
     for attempt in (whole, Attempt(None)):
         number = run_store.next_attempt(run, attempt)

@@ -33,12 +33,10 @@ def model_card(
     manifest: Manifest,
     metrics: Sequence[Mapping[str, Any]],
     made: Export,
-    lineage: Mapping[str, str] | None = None,
 ) -> str:
     """The text of README.md.
 
-    `metrics` are the lines of metrics.jsonl; those after the checkpoint's step do not count. `lineage` are further facts on
-    where the run came from, by their names.
+    `metrics` are the lines of metrics.jsonl; those after the checkpoint's step do not count.
     """
     base = base_front_matter(Path(plan.model.path)) if plan.model.path else {}
     sections: list[tuple[str, Rows]] = [
@@ -47,7 +45,7 @@ def model_card(
         ("Settings", _settings_rows(plan)),
         ("Losses", _loss_rows(manifest, metrics)),
         ("Weights", _weight_rows(made)),
-        ("Lineage", lineage_rows(plan, manifest, lineage or {})),
+        ("Lineage", _lineage_rows(plan, manifest)),
         ("Software", _software_rows(plan)),
     ]
     body = [f"# {plan.run_name}", "", "All parameters of the base model were fine-tuned with DeepSpeed ZeRO-3.", ""]
@@ -69,10 +67,14 @@ def base_front_matter(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def lineage_rows(plan: LaunchPlan, manifest: Manifest, lineage: Mapping[str, str]) -> Rows:
-    """Run, step and plan of the checkpoint, and what `lineage` adds."""
-    own = [("run", plan.run_name), ("step", f"{manifest.step:,}"), ("attempt", str(manifest.attempt))]
-    return [*own, ("plan digest", manifest.plan_digest), *((name, _public(value)) for name, value in lineage.items())]
+def _lineage_rows(plan: LaunchPlan, manifest: Manifest) -> Rows:
+    """Run, step and plan of the checkpoint, and of the checkpoints that its initial weights came from."""
+    rows = [("run", plan.run_name), ("step", f"{manifest.step:,}"), ("attempt", str(manifest.attempt))]
+    rows.append(("plan digest", manifest.plan_digest))
+    if plan.lineage is not None:
+        for origin in (plan.lineage, *plan.lineage.ancestors):
+            rows.append(("from", f"run {origin.run_name} at step {origin.step:,}, plan digest {origin.plan_digest}"))
+    return rows
 
 
 def _front_matter(plan: LaunchPlan, base: Mapping[str, Any]) -> dict[str, Any]:

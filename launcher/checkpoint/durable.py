@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -50,14 +50,16 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     return FileEntry(size=size, xxh3_128=digest.hexdigest())
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Size and digest of a file on disk."""
+def file_entry(path: Path, on_read: Callable[[int], None] | None = None) -> FileEntry:
+    """Size and digest of a file on disk; `on_read` is told the bytes of each block."""
     digest, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):
             digest.update(block[:count])
             size += count
+            if on_read is not None:
+                on_read(count)
     return FileEntry(size=size, xxh3_128=digest.hexdigest())
 
 

@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from launcher.checkpoint import durable, store, tensor_file, zero3
 from launcher.checkpoint.tensor_file import ShardSet, TensorSpec, as_bytes, tensor_key, weight_digest
 from launcher.checkpoint.together import together
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, DamagedCheckpoint
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _RNG_CPU = "rng|cpu"
@@ -96,8 +96,12 @@ def load(
     reads just the byte ranges that it needs. Random-generator states are restored on the same world size only: on another
     one there is no rank that they belong to, and they stay as they are.
 
-    All files are checked first, each by one of the ranks: CheckpointError, with the engine untouched, when one is damaged
-    or foreign, when `plan_digest` is given and differs, or when the model has other parameters.
+    All files are checked first, each by one of the ranks; with the engine untouched, these are raised on every rank.
+
+    Raises:
+        DamagedCheckpoint: when a file is not what was committed, with all that are.
+        CheckpointError: when a file is foreign, when `plan_digest` is given and differs, or when the model has other
+            parameters.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -113,8 +117,10 @@ def load(
             )
         # Sorted names put a rank's own shard first on the same world size, so that it is in the page cache when it is read.
         own_share = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[rank::world_size]
-        if problems := store.foreign_files(checkpoint, manifest) or store.verify_files(checkpoint, manifest, own_share):
+        if problems := store.foreign_files(checkpoint, manifest):
             raise CheckpointError(problems)
+        if problems := store.verify_files(checkpoint, manifest, own_share):
+            raise DamagedCheckpoint(problems)
         state = store.read_state(checkpoint)
         _require_same_parameters(state, named_parameters, checkpoint)
         return manifest, state

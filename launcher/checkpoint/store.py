@@ -12,61 +12,25 @@ directory into place. What has no valid manifest, or files that differ from it i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field, StringConstraints, ValidationError
 
 from launcher.checkpoint import durable
-from launcher.errors import CheckpointError, Problem
-from launcher.plan.launch_plan import Record
+from launcher.checkpoint.manifest import MANIFEST, PROBE, STATE, Manifest, State, read_manifest, read_state  # noqa: F401
+from launcher.checkpoint.retention import Retention, outdated
+from launcher.errors import CheckpointError, DamagedCheckpoint, Problem
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
-PROBE = "probe.safetensors"
+# Set aside: later than a step that a person went back to, and damaged. Neither is found again.
+ASIDE = "aside-"
+DAMAGED = "damaged-"
 
 _STEP = re.compile(r"step-(\d{8,})")
 _SAVING = re.compile(r"\.saving-step-\d{8,}-(\d{3,})")
-
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-
-
-class Manifest(Record):
-    """What commits a checkpoint. `files` names every file of the directory but the manifest itself.
-
-    `eval_loss` is the held-out loss at that very step, where it was evaluated.
-    """
-
-    format_version: int = FORMAT_VERSION
-    step: Annotated[int, Field(ge=0)]
-    world_size: Annotated[int, Field(ge=1)]
-    plan_digest: str
-    attempt: Annotated[int, Field(ge=0)]
-    eval_loss: float | None = None
-    files: dict[FileName, durable.FileEntry]
-
-    def to_json(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
-
-
-class State(Record):
-    """state.json: `parameters` maps each name to its full shape; `extra` is the training loop's own."""
-
-    parameters: dict[str, tuple[int, ...]]
-    optimizer_step: int
-    loss_scaler: dict[str, float]
-    engine: dict[str, int]
-    extra: dict[str, Any]
-
-    def to_json(self) -> str:
-        return json.dumps(self.model_dump(), indent=2) + "\n"
 
 
 @dataclass(frozen=True)
@@ -104,14 +68,18 @@ def partition(num_elements: int, world_size: int, rank: int) -> tuple[int, int]:
 
 
 def require_free_bytes(root: Path, needed: int) -> None:
-    """CheckpointError when the file system of `root` has less than `needed` bytes for this user."""
+    """CheckpointError when the file system of `root` has less than `needed` bytes for this user.
+
+    What the retention removes is no help: it stays until the checkpoint that is about to be written is committed.
+    """
     available = shutil.disk_usage(root).free
     if available < needed:
         raise CheckpointError(
             "there is not enough free disk space for a checkpoint",
             where=str(root),
-            value=f"needed {needed:,} bytes, available {available:,} bytes",
-            remedy="free space on this disk, lower train.keep_last, or put run.root on a larger disk",
+            value=f"needed {needed:,} bytes, available {available:,} bytes; an older one is removed only after the save",
+            remedy=f"free {needed - available:,} bytes (python -m launcher checkpoints {root.parent} --prune shows what lies "
+            "here), keep fewer with train.keep_last, or put run.root on a larger disk",
         )
 
 
@@ -144,43 +112,18 @@ def commit(saving: Path, manifest: Manifest) -> Path:
     return target
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint directory; CheckpointError when it is missing, damaged or of another format."""
-    file = path / MANIFEST
-    try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError("a checkpoint has no readable manifest", where=str(file), value=str(error.strerror)) from error
-    except ValidationError as error:
-        raise CheckpointError("a checkpoint's manifest is damaged", where=str(file), value=_first_error(error)) from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise CheckpointError(
-            "this checkpoint has a format that this launcher does not read",
-            where=str(file),
-            value=f"format {manifest.format_version}; readable: {FORMAT_VERSION}",
-            remedy="use the launcher that wrote it",
-        )
-    return manifest
-
-
-def read_state(path: Path) -> State:
-    """The state.json of a checkpoint directory; CheckpointError when it is missing or damaged."""
-    file = path / STATE
-    try:
-        return State.model_validate(json.loads(file.read_bytes()))
-    except (OSError, ValueError) as error:
-        text = _first_error(error) if isinstance(error, ValidationError) else str(error)
-        raise CheckpointError("a checkpoint's state cannot be read", where=str(file), value=text) from error
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The committed checkpoint at `path`; CheckpointError names the first thing that is wrong with it. Reads no shard."""
+    """The committed checkpoint at `path`, no shard of which is read.
+
+    Raises:
+        DamagedCheckpoint: with what is wrong, as far as names and sizes tell.
+        CheckpointError: when it has a format that this launcher does not read.
+    """
     manifest = read_manifest(path)
-    name = path.name.removeprefix(durable.REPLACED)
-    if name != step_name(manifest.step):
-        raise CheckpointError("a manifest belongs to another step", where=str(path), value=f"step {manifest.step}")
+    if problem := _step_problem(path, manifest):
+        raise DamagedCheckpoint(problem)
     if problems := [p for name, entry in manifest.files.items() if (p := _size_problem(path / name, entry))]:
-        raise CheckpointError(problems)
+        raise DamagedCheckpoint(problems)
     return Checkpoint(path, manifest)
 
 
@@ -196,6 +139,18 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
     return [found[step] for step in sorted(found)]
 
 
+def unusable(root: Path) -> dict[int, CheckpointError]:
+    """What bears the name of a committed step and cannot be opened, by step: damaged, or of another format."""
+    found: dict[int, CheckpointError] = {}
+    for path in sorted(_step_directories(root)):
+        if name := _STEP.fullmatch(path.name):
+            try:
+                open_checkpoint(path)
+            except CheckpointError as error:
+                found[int(name[1])] = error
+    return found
+
+
 def newest_step(root: Path) -> int | None:
     """The step of the newest committed checkpoint, or None."""
     return max((checkpoint.step for checkpoint in list_checkpoints(root)), default=None)
@@ -209,15 +164,37 @@ def latest(root: Path) -> Checkpoint:
 
 
 def at_step(root: Path, step: int) -> Checkpoint:
-    """The committed checkpoint of one step; CheckpointError names the steps that there are."""
+    """The committed checkpoint of one step.
+
+    Raises:
+        DamagedCheckpoint: when it is there and cannot be opened.
+        CheckpointError: when it is not there; both name the steps that there are.
+    """
     committed = list_checkpoints(root)
     for checkpoint in committed:
         if checkpoint.step == step:
             return checkpoint
+    if (error := unusable(root).get(step)) is not None:
+        raise choose_another(step, error.problems, root) if isinstance(error, DamagedCheckpoint) else error
     if not committed:
         raise _none_usable(f"there is no committed checkpoint of step {step}", root)
-    steps = ", ".join(str(c.step) for c in committed)
-    raise CheckpointError(f"there is no committed checkpoint of step {step}", where=str(root), remedy=f"choose one of: {steps}")
+    raise CheckpointError(
+        f"there is no committed checkpoint of step {step}", where=str(root), remedy=f"choose one of: {_steps(committed)}"
+    )
+
+
+def choose_another(step: int, problems: Sequence[Problem], root: Path) -> DamagedCheckpoint:
+    """The error of whoever asked for just this step: what is wrong with it, and which other steps there are."""
+    others = [checkpoint for checkpoint in list_checkpoints(root) if checkpoint.step != step]
+    remedy = f"choose one of the other steps: {_steps(others)}" if others else "there is no other; look for a copy of this one"
+    return DamagedCheckpoint(
+        f"the checkpoint of step {step} is damaged", where=problems[0].where, value=in_one_line(problems), remedy=remedy
+    )
+
+
+def in_one_line(problems: Sequence[Problem]) -> str:
+    """What is wrong with which files, for a message."""
+    return "; ".join(" ".join(filter(None, (f"{Path(p.where).name}:", p.what, f"({p.value})" * bool(p.value)))) for p in problems)
 
 
 def set_aside_after(root: Path, step: int) -> list[Path]:
@@ -225,24 +202,50 @@ def set_aside_after(root: Path, step: int) -> list[Path]:
     aside = []
     for checkpoint in list_checkpoints(root):
         if checkpoint.step > step:
-            target = root / f"aside-{checkpoint.path.name}"
-            durable.replace_directory(checkpoint.path, target)
-            aside.append(target)
+            aside.append(set_aside(checkpoint.path, ASIDE))
     return aside
 
 
-def verify(path: Path) -> list[Problem]:
-    """Every difference between a checkpoint directory and its manifest, digests included; empty when it is whole."""
+def set_aside(path: Path, prefix: str) -> Path:
+    """Rename a checkpoint so that it is never found again, and return where it lies; `prefix` is ASIDE or DAMAGED."""
+    target = path.with_name(prefix + path.name.removeprefix(durable.REPLACED))
+    durable.replace_directory(path, target)
+    return target
+
+
+def verify(
+    path: Path, only: Collection[str] | None = None, *, threads: int = 1, on_read: Callable[[int], None] | None = None
+) -> list[Problem]:
+    """Every difference between a checkpoint directory and its manifest, digests included; empty when it is whole.
+
+    `only` names the files to look at, all where it is None. `on_read` is told the bytes of each block, by any of `threads`.
+    """
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return list(error.problems)
-    return verify_files(path, manifest, manifest.files)
+    if problem := _step_problem(path, manifest):
+        return [problem]
+    names = [name for name in manifest.files if only is None or name in only]
+    return verify_files(path, manifest, names, threads=threads, on_read=on_read)
 
 
-def verify_files(path: Path, manifest: Manifest, names: Iterable[str]) -> list[Problem]:
-    """Like `verify`, for some of the files that the manifest names."""
-    return list(_file_problems(path, manifest, names))
+def verify_files(
+    path: Path,
+    manifest: Manifest,
+    names: Iterable[str],
+    *,
+    threads: int = 1,
+    on_read: Callable[[int], None] | None = None,
+) -> list[Problem]:
+    """Like `verify`, for a manifest that was read before."""
+
+    def problem_of(name: str) -> Problem | None:
+        return _file_problem(path / name, manifest.files[name], on_read)
+
+    # The digest leaves the interpreter to other threads while it runs over a block.
+    with ThreadPoolExecutor(threads) as pool:
+        return [problem for problem in pool.map(problem_of, names) if problem]
 
 
 def foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
@@ -260,12 +263,12 @@ def foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
     ]
 
 
-def prune(root: Path, keep_last: int, *, keep: Collection[Path] = ()) -> list[Path]:
-    """Remove all but the `keep_last` (at least 1) newest committed checkpoints and those in `keep`; returns what is gone."""
-    outdated = [c.path for c in list_checkpoints(root)[:-keep_last] if c.path not in keep]
-    for path in outdated:
+def prune(root: Path, retention: Retention, *, keep: Collection[Path] = ()) -> list[Path]:
+    """Remove the committed checkpoints that `retention` does not keep, but for those in `keep`; returns what is gone."""
+    removed = [checkpoint.path for checkpoint in outdated(list_checkpoints(root), retention) if checkpoint.path not in keep]
+    for path in removed:
         durable.remove_directory(path)
-    return outdated
+    return removed
 
 
 def _sweep(root: Path, attempt: int) -> None:
@@ -298,27 +301,35 @@ def _step_directories(root: Path) -> list[Path]:
 def _none_usable(what: str, root: Path) -> CheckpointError:
     if not root.is_dir():
         return CheckpointError(what, where=str(root), value="the folder does not exist")
-    reasons = []
-    for path in sorted(_step_directories(root)):
-        try:
-            open_checkpoint(path)
-        except CheckpointError as error:
-            reasons.append(f"{path.name}: {error.problems[0].what}")
+    reasons = [f"{step_name(step)}: {error.problems[0].what}" for step, error in unusable(root).items()]
     reasons += [f"{p.name}: a save that did not end" for p in sorted(root.iterdir()) if _SAVING.fullmatch(p.name)]
     return CheckpointError(what, where=str(root), value="; ".join(reasons) or "the folder is empty")
 
 
-def _file_problems(path: Path, manifest: Manifest, names: Iterable[str]) -> Iterator[Problem]:
-    for name in names:
-        expected = manifest.files[name]
-        if problem := _size_problem(path / name, expected):
-            yield problem
-        elif durable.file_entry(path / name) != expected:
-            yield Problem(
-                "a checkpoint file is damaged: its digest differs from the manifest's",
-                where=str(path / name),
-                remedy="resume from another checkpoint, and check the disk",
-            )
+def _steps(checkpoints: Iterable[Checkpoint]) -> str:
+    return ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
+
+
+def _step_problem(path: Path, manifest: Manifest) -> Problem | None:
+    if path.name.removeprefix(durable.REPLACED) == step_name(manifest.step):
+        return None
+    return Problem("a manifest belongs to another step", where=str(path), value=f"step {manifest.step}")
+
+
+def _file_problem(file: Path, expected: durable.FileEntry, on_read: Callable[[int], None] | None) -> Problem | None:
+    if problem := _size_problem(file, expected):
+        return problem
+    try:
+        found = durable.file_entry(file, on_read)
+    except OSError as error:
+        return Problem("a checkpoint file cannot be read", where=str(file), value=error.strerror or str(error))
+    if found != expected:
+        return Problem(
+            "a checkpoint file is damaged: its digest differs from the manifest's",
+            where=str(file),
+            remedy="resume from another checkpoint, and check the disk",
+        )
+    return None
 
 
 def _size_problem(file: Path, expected: durable.FileEntry) -> Problem | None:
@@ -330,8 +341,3 @@ def _size_problem(file: Path, expected: durable.FileEntry) -> Problem | None:
         sizes = f"{size:,} bytes instead of {expected.size:,}"
         return Problem("a checkpoint file has the wrong size", where=str(file), value=sizes)
     return None
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

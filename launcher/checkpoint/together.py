@@ -8,13 +8,16 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from launcher.errors import CheckpointError, LauncherError, Problem
+from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem
 
 T = TypeVar("T")
 
 
 def together(device: torch.device, what: str, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; CheckpointError on all of them when it fails on any. Collective."""
+    """Run `action` on every rank; CheckpointError on all of them when it fails on any. Collective.
+
+    It is a DamagedCheckpoint where any of them has raised that.
+    """
     result: T | None = None
     caught: Exception | None = None
     try:
@@ -25,9 +28,10 @@ def together(device: torch.device, what: str, action: Callable[[], T]) -> T:
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     if not failed:
         return result  # type: ignore[return-value]
-    gathered: list[tuple[Problem, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems_of(what, caught, dist.get_rank()))
-    raise CheckpointError(dict.fromkeys(problem for problems in gathered for problem in problems)) from caught
+    gathered: list[tuple[bool, tuple[Problem, ...]]] = [(False, ())] * dist.get_world_size()
+    dist.all_gather_object(gathered, (isinstance(caught, DamagedCheckpoint), problems_of(what, caught, dist.get_rank())))
+    kind = DamagedCheckpoint if any(damaged for damaged, _ in gathered) else CheckpointError
+    raise kind(dict.fromkeys(problem for _, problems in gathered for problem in problems)) from caught
 
 
 def problems_of(what: str, error: Exception | None, rank: int) -> tuple[Problem, ...]:

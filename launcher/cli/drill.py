@@ -23,12 +23,12 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli import drill_report, launch, text
 from launcher.cli.drill_report import Hit, Records, Step
-from launcher.cli.runs import start_again
+from launcher.cli.resume import start_again
 from launcher.clusters.base import Cluster, check_startable, cluster_for
 from launcher.clusters.slurm.commands import slurm
 from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, run_hydra
-from launcher.config.resume import with_overrides
+from launcher.config.resume import differences, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
@@ -129,7 +129,14 @@ def _planned(arguments: argparse.Namespace, rest: list[str]) -> LaunchPlan | Non
 def _like(run: RunDir, overrides: list[str], arguments: argparse.Namespace) -> LaunchPlan:
     """A plan with the model, the data and the cluster of `run`, whose directory will lie beside it."""
     plan = run_store.load_plan(run)
-    config = _short(with_overrides(plan.config, overrides), overrides, arguments)
+    asked = with_overrides(plan.config, overrides)
+    if found := differences(plan.config, asked):
+        raise ConfigError(
+            f"a drill like a run has that run's model, data and batch:\n{table(found)}",
+            where="command line",
+            remedy="take it out, or drill without a RUN",
+        )
+    config = _short(asked, overrides, arguments)
     values = config.model_dump(mode="json")
     values["run"]["root"] = str(run.root.parent)
     if plan.config.cluster.kind == "slurm":
@@ -146,6 +153,7 @@ def _like(run: RunDir, overrides: list[str], arguments: argparse.Namespace) -> L
             model=plan.model,
             data=plan.data,
             provenance=provenance,
+            lineage=plan.lineage,
         ),
     )
     check_startable(drill)

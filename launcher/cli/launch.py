@@ -13,15 +13,16 @@ from pathlib import Path
 from launcher import facts, run_store
 from launcher.cli import text
 from launcher.cli.follow import follow
-from launcher.clusters.base import Cluster, check_startable, cluster_for
+from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
 from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
-from launcher.errors import DataError, Problem, RunError
+from launcher.errors import DataError, Problem, RunError, SubmitError
+from launcher.holder import holder_of
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_store import RUNNING_STATES, Attempt
 
 _USAGE = {
     "train": """python -m launcher [train] [--follow | --detach] [overrides]
@@ -53,11 +54,12 @@ def run(verb: str, tokens: list[str]) -> int:
 def _plan(composed: Composed, as_json: bool) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
-        plan = make_plan(composed.config, _gather(composed, cluster))
+        config = facts.settled(composed.config)
+        plan = make_plan(config, _gather(config, composed, cluster))
         if as_json:
             print(plan.to_json())
             return 0
-        print("\n".join(text.plan_lines(plan)))
+        print("\n".join(text.plan_lines(plan, disk_note(plan))))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -65,8 +67,9 @@ def _plan(composed: Composed, as_json: bool) -> int:
 
 def _data(composed: Composed, as_json: bool) -> int:
     with composed.located():
-        facts.check(composed.config)
-    answer = prepare(composed.config, want_report=True)
+        config = facts.settled(composed.config)
+        facts.check(config)
+    answer = prepare(config, want_report=True)
     print(json.dumps(answer["report"], indent=2) if as_json else answer["text"])
     return 0
 
@@ -81,7 +84,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     started = []
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
-        print("\n".join(text.plan_lines(plan)), flush=True)
+        print("\n".join(text.plan_lines(plan, disk_note(plan))), flush=True)
         if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
@@ -97,11 +100,40 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
 
 
 def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
-    """Make the run directory of a plan and submit its first attempt."""
+    """Make the run directory of a plan and submit its first attempt.
+
+    Raises:
+        SubmitError: where the directory exists, with what runs in it.
+    """
+    existing = RunDir(Path(plan.run_dir))
+    if existing.plan.is_file() and existing.status.is_file():
+        require_idle(existing, cluster_for(run_store.load_plan(existing).config.cluster.kind))
     run_dir = run_store.create(plan)
-    attempt = run_store.next_attempt(run_dir, Attempt(resume_step=None))
-    cluster.submit(run_dir, attempt, run_dir.plan)
+    with run_store.starting(run_dir):
+        attempt = run_store.next_attempt(run_dir, Attempt(resume_step=None))
+        cluster.submit(run_dir, attempt, run_dir.plan)
     return run_dir, attempt
+
+
+def require_idle(run: RunDir, cluster: Cluster) -> None:
+    """Refuse to start a run that is running.
+
+    Raises:
+        SubmitError: with where it runs and since when, and how to follow and stop it.
+    """
+    status = cluster.status(run)
+    if status.state not in RUNNING_STATES:
+        return
+    name = text.short(run.root)
+    starting = holder_of(run.root) if status.job is None else None
+    number = run_store.newest_attempt(run)
+    where = f"being started by {starting}" if starting is not None else text.whereabouts(run, status, number)
+    raise SubmitError(
+        f"the run is {status.state} already",
+        where=str(run.root),
+        value=where,
+        remedy=f"follow it with: python -m launcher logs {name} -f, or stop it with: python -m launcher cancel {name}",
+    )
 
 
 def _grouped(jobs: list[Composed]) -> list[Composed]:
@@ -119,23 +151,23 @@ def _grouped(jobs: list[Composed]) -> list[Composed]:
 
 def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
     """The plan of a job whose model and data are ready, checked against the cluster; nothing is started."""
-    config = composed.config
+    config = facts.settled(composed.config)
     facts.check(config)
     if not facts.is_known(config.model):
         prepare(config, want_report=False)
     cluster = cluster_for(config.cluster.kind)
-    gathered = _gather(composed, cluster)
+    gathered = _gather(config, composed, cluster)
     plan = make_plan(config, gathered)
     check_startable(plan)
     cluster.check(plan)
     if not facts.is_prepared(config, gathered):
         prepare(config, want_report=False)
-        gathered = _gather(composed, cluster)
+        gathered = _gather(config, composed, cluster)
     return _unused_name(config, gathered, taken)
 
 
-def _gather(composed: Composed, cluster: Cluster) -> Facts:
-    return facts.gather(composed.config, composed.overrides, cluster.device(composed.config.cluster))
+def _gather(config: RunConfig, composed: Composed, cluster: Cluster) -> Facts:
+    return facts.gather(config, composed.overrides, cluster.device(config.cluster))
 
 
 def _unused_name(config: RunConfig, gathered: Facts, taken: set[str]) -> LaunchPlan:

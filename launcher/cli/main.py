@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from launcher.errors import EXIT_INTERRUPTED, EXIT_REFUSED, LauncherError, Problem
 
 COMPOSING = ("train", "plan", "data")
-ON_RUNS = ("ls", "status", "logs", "cancel", "resume", "export")
+ON_RUNS = ("ls", "status", "logs", "cancel", "resume", "export", "checkpoints")
 VERBS = (*COMPOSING, *ON_RUNS, "drill")
 
 HELP = """\
@@ -25,8 +25,11 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher logs RUN [-f] [--rank N]  what a rank printed
   python -m launcher cancel RUN                save and stop; a second time: kill
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint
+                                               --force: with other data or settings than it was trained with
   python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR]
                                                write the Hugging Face folder of a checkpoint
+  python -m launcher checkpoints RUN [--verify] [--prune]
+                                               list what was saved; read it against its digests; remove what is not kept
 
   python -m launcher drill --fault FAULT [RUN] [overrides]
                                                rehearse a fault on a short run: does it save and go on, what is lost
@@ -72,6 +75,10 @@ def _run(verb: str, tokens: list[str]) -> int:
         from launcher.cli import launch
 
         return launch.run(verb, tokens)
+    if verb == "checkpoints":
+        from launcher.cli import checkpoints
+
+        return checkpoints.run(tokens)
     if verb in ON_RUNS:
         from launcher.cli import runs
 

@@ -16,14 +16,12 @@ from launcher.checkpoint import hub, store
 from launcher.cli import text
 from launcher.cli.follow import Watch, follow
 from launcher.cli.launch import worker_environment
-from launcher.clusters.base import Cluster, check_startable, cluster_for
+from launcher.cli.resume import start_again
+from launcher.clusters.base import cluster_for
 from launcher.config.fields import HUB_ID_PATTERN
-from launcher.config.resume import with_overrides
 from launcher.errors import RunError, SubmitError
-from launcher.plan.launch_plan import Facts, LaunchPlan
-from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Attempt, Status
+from launcher.run_store import RUNNING_STATES, Status
 from launcher.tracking.console import format_duration
 from launcher.tracking.jsonl import read_events, read_metrics
 
@@ -65,6 +63,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         follow = "show it to its end, or return at once (default: follow on this machine, return on a cluster)"
         parser.add_argument("--follow", action="store_true", default=None, help=follow)
         parser.add_argument("--detach", dest="follow", action="store_false", help="return at once")
+        force = "continue with data and settings that differ from those of the checkpoint; they are listed without it"
+        parser.add_argument("--force", action="store_true", help=force)
         parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
     if verb == "export":
         parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
@@ -201,55 +201,11 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
     cluster = cluster_for(plan.config.cluster.kind)
     with run_store.starting(run):
-        attempt = start_again(run, plan, cluster, arguments.overrides, arguments.step)
+        attempt = start_again(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
     if arguments.follow if arguments.follow is not None else plan.config.cluster.kind == "local":
         return follow(run, attempt, cluster)
     print("\n".join(text.started_lines(plan, cluster.started(run, attempt))))
     return 0
-
-
-def start_again(run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str], step: int | None) -> int:
-    """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest; returns its number."""
-    status = cluster.status(run)
-    if status.state in RUNNING_STATES:
-        raise SubmitError(
-            f"the run is {status.state} already",
-            where=str(run.root),
-            remedy=f"follow it with: python -m launcher logs {text.short(run.root)} -f",
-        )
-    checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, step)
-    plan = _replanned(plan, run, overrides, cluster)
-    if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
-        raise SubmitError(
-            f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
-            where=str(run.root),
-            remedy="give it more to do with: resume RUN train.max_steps=...",
-        )
-    check_startable(plan)
-    cluster.check(plan)
-    for path in store.set_aside_after(run.checkpoints, checkpoint.step):
-        print(f"set aside: {text.short(path)}")
-    attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step))
-    plan_path = run.attempt(attempt) / "plan.json"
-    run_store.write_text(plan_path, plan.to_json())
-    run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
-    print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
-    cluster.submit(run, attempt, plan_path)
-    return attempt
-
-
-def _replanned(plan: LaunchPlan, run: RunDir, overrides: list[str], cluster: Cluster) -> LaunchPlan:
-    """The same run under changed settings and where its directory lies now; model, data and identity stay."""
-    config = with_overrides(plan.config, overrides)
-    known = Facts(
-        working_dir=str(run.root.parent),
-        device=cluster.device(config.cluster),
-        model=plan.model,
-        data=plan.data,
-        provenance=plan.provenance.model_copy(update={"overrides": (*plan.provenance.overrides, *overrides)}),
-    )
-    kept = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
-    return make_plan(config, known).model_copy(update=kept)
 
 
 def _export(run: RunDir, arguments: argparse.Namespace) -> int:

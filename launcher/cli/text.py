@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.schema import TrainSection
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan, Lineage
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Status
 
 
-def plan_lines(plan: LaunchPlan) -> list[str]:
-    """The decisions of a plan, a label and a value a line."""
+def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
+    """The decisions of a plan, a label and a value a line; `notes` are what the machine adds, where there is something."""
     config, batch = plan.config, plan.batch
     kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
     rows = [
         ("run", f"{plan.run_name} in {short(plan.run_dir)}"),
         ("model", f"{config.model.name}: {_parameters(plan)} parameters, {config.model.dtype}, from {kinds}"),
+        *([("lineage", _lineage(plan.lineage))] if plan.lineage is not None else []),
         ("data", _data(plan)),
         ("ranks", _ranks(plan)),
         (
@@ -32,10 +36,17 @@ def plan_lines(plan: LaunchPlan) -> list[str]:
         ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}; {_saving(plan)}"),
         ("tracking", _tracking(plan)),
     ]
-    rows += [("note", note) for note in _notes(plan)]
+    rows += [("note", note) for note in (*_notes(plan), *notes) if note]
     if plan.limits.max_seconds is not None:
         rows.append(("limit", f"saves and stops after {plan.limits.max_seconds / 3600:.2f} hours"))
     return [f"{label:<11}{value}" for label, value in rows]
+
+
+def _lineage(lineage: Lineage) -> str:
+    came_from = ", which began with ".join(
+        f"run {origin.run_name} at step {origin.step}" for origin in (lineage, *lineage.ancestors)
+    )
+    return f"begins with {came_from}"
 
 
 def _parameters(plan: LaunchPlan) -> str:
@@ -135,6 +146,30 @@ def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[
     return ["", *(f"{label:<11}{short(value) if value.startswith('/') else value}" for label, value in rows)]
 
 
+def whereabouts(run: RunDir, status: Status, attempt: int) -> str:
+    """Which job or process an attempt runs in, where, whose, and since when."""
+    job = status.job or {}
+    begun = job.get("started")
+    if "pid" in job:
+        place = f"process {job['pid']} on {job.get('host')}"
+    elif "id" in job:
+        place = f"job {job['id']}" + (f" on {', '.join(job['nodes'])}" if job.get("nodes") else "")
+    else:
+        place = "not placed yet"
+    if begun is None:
+        file = run.attempt(attempt) / "attempt.json"
+        begun = file.stat().st_mtime if file.is_file() else status.updated_at
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(begun)))
+    return f"attempt {attempt}, {place}, of user {_owner(run.root)}, since {since}"
+
+
+def _owner(path: Path) -> str:
+    try:
+        return path.owner()
+    except KeyError:
+        return str(path.stat().st_uid)
+
+
 def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]]) -> list[str]:
     """The runs of a sweep, a line each: name, job, and the overrides in which they differ."""
     shared = set.intersection(*(set(plan.provenance.overrides) for plan, _ in started))
@@ -144,6 +179,14 @@ def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]])
         rows.append((plan.run_name, dict(facts).get("job", "-"), " ".join(own)))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return ["", *(f"{name:<{widths[0]}}  {job:<{widths[1]}}  {own}" for name, job, own in rows)]
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 def short(path: str | Path) -> str:

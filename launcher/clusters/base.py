@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Protocol
 
-from launcher.checkpoint import hub
+from launcher.checkpoint import hub, store
 from launcher.config.cluster import ClusterSection
 from launcher.errors import SubmitError
+from launcher.plan import disk
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
@@ -54,7 +56,8 @@ def check_startable(plan: LaunchPlan) -> None:
     """Refuse what would train and could not be saved or pushed, on whatever backend.
 
     Raises:
-        SubmitError: for states on NVMe, of which DeepSpeed gives no view, and for a push to the Hub without a token.
+        SubmitError: for states on NVMe, of which DeepSpeed gives no view, for a disk without room for one checkpoint, and for
+            a push to the Hub without a token.
     """
     repo_id = plan.config.train.push_to_hub
     if repo_id and (problem := hub.token_problem("train.push_to_hub", repo_id)):
@@ -68,6 +71,30 @@ def check_startable(plan: LaunchPlan) -> None:
                 value="nvme",
                 remedy="use deepspeed=zero3_offload, or more ranks; `plan` shows what zero3_nvme would need",
             )
+    available = _free_bytes(plan)
+    if available is not None and (problem := disk.refusal(plan, available)):
+        raise SubmitError(problem)
+
+
+def disk_note(plan: LaunchPlan) -> str | None:
+    """Said where the disk of the run directory, as this machine sees it, will not hold all checkpoints that are kept."""
+    available = _free_bytes(plan)
+    if available is None:
+        return None
+    return disk.note(plan, available, len(store.list_checkpoints(RunDir(Path(plan.run_dir)).checkpoints)))
+
+
+def _free_bytes(plan: LaunchPlan) -> int | None:
+    """What a user may still write where the run directory is or will be; None where that cannot be told from here."""
+    folder = Path(plan.run_dir)
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        # Checkpoints may lie on a disk of their own.
+        own = RunDir(folder).checkpoints
+        return shutil.disk_usage(own if own.exists() else folder).free
+    except OSError:
+        return None
 
 
 def cluster_for(kind: str) -> Cluster:

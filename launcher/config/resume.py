@@ -1,8 +1,10 @@
-"""Which settings of a run may change when it is continued, and how."""
+"""Which settings of a run may change when it is continued, which may with --force, and how a difference is shown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -10,7 +12,7 @@ from launcher.config.compose import leaves
 from launcher.config.origin import Origins
 from launcher.config.problems import schema_problems
 from launcher.config.schema import RunConfig
-from launcher.config.secret import looks_secret, redact
+from launcher.config.secret import looks_secret, redact, shown
 from launcher.config.settings import settings
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
@@ -23,6 +25,12 @@ CHANGEABLE = (
     "train.eval_every",
     "train.save_every",
     "train.keep_last",
+    "train.keep_every",
+    "train.keep_best",
+    "train.async_save",
+    "train.mirror",
+    "train.push_to_hub",
+    "train.eval_at_start",
     "train.log_every",
     "train.sample",
     "train.sample_max_tokens",
@@ -39,12 +47,85 @@ CHANGEABLE = (
     "tracking.",
 )
 
+# What cannot change: the checkpoint has the parameters of one architecture, and the run lies where it lies. What starts with
+# `plan.` are numbers that the plan recorded.
+FIXED = ("run.name", "run.root", "model.path", "model.revision", "model.tokenizer", "model.init", "model.config", "plan.model")
+ABSENT = "-"
+_NOWHERE = object()
 
-def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """`config` with `key=value` overrides applied.
+
+@dataclass(frozen=True)
+class Difference:
+    """A value that is not what the checkpoint was saved with; values are as an error may show them."""
+
+    key: str
+    saved: str
+    asked: str
+
+    @property
+    def is_fixed(self) -> bool:
+        return _is_one_of(self.key, FIXED)
+
+
+def differences(saved: RunConfig, asked: RunConfig) -> list[Difference]:
+    """The settings that may not change freely and differ, key by key in the schema's order."""
+    found = differing(saved.model_dump(mode="json"), asked.model_dump(mode="json"))
+    return [difference for difference in found if not _is_one_of(difference.key, CHANGEABLE)]
+
+
+def differing(saved: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+    """The leaves of two nested mappings that differ, under their keys below `prefix`."""
+    before, after = dict(leaves(dict(saved), prefix)), dict(leaves(dict(asked), prefix))
+    return [
+        Difference(key, *(shown(key, side[key]) if key in side else ABSENT for side in (before, after)))
+        for key in dict.fromkeys((*before, *after))
+        if before.get(key, _NOWHERE) != after.get(key, _NOWHERE)
+    ]
+
+
+def table(found: Sequence[Difference]) -> str:
+    """A line for each difference: key, the checkpoint's value, the asked one."""
+    rows = [("", "checkpoint", "asked for"), *((d.key, d.saved, d.asked) for d in found)]
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join(f"  {key:<{widths[0]}}  {saved:<{widths[1]}}  {asked}".rstrip() for key, saved, asked in rows)
+
+
+def require_same(found: Sequence[Difference], force: bool, run: str, checkpoint: str) -> None:
+    """Refuse what makes it another run, all of it at once; `force` accepts what is not FIXED.
 
     Raises:
-        ConfigError: for a key that does not exist or that would make it another run.
+        ConfigError: with the differences key by key.
+    """
+    problems = []
+    if fixed := [difference for difference in found if difference.is_fixed]:
+        problems.append(
+            Problem(
+                f"this cannot change when a run is continued, not with --force either:\n{table(fixed)}",
+                where=checkpoint,
+                remedy=f"take it out, or start another run with these weights: python -m launcher model.path=run:{run} ...",
+            )
+        )
+    if not force and (free := [difference for difference in found if not difference.is_fixed]):
+        problems.append(
+            Problem(
+                f"this differs from what the checkpoint was saved with:\n{table(free)}",
+                where=checkpoint,
+                remedy="take it out, start another run with it, or accept the difference: resume RUN --force ...",
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _is_one_of(key: str, known: Sequence[str]) -> bool:
+    return any(key.startswith(k) if k.endswith(".") else key == k or key.startswith((f"{k}.", f"{k}[")) for k in known)
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """`config` with `key=value` overrides applied, whether or not a run may be continued with them.
+
+    Raises:
+        ConfigError: for a key that does not exist or a value that cannot be.
     """
     import yaml
 
@@ -57,10 +138,6 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             problems.append(_problem(f"{key}: there is no such setting", guess or "settings are written key=value"))
         elif looks_secret(key, raw):
             problems.append(_secret(key))
-        elif not key.startswith(CHANGEABLE):
-            changeable = ", ".join(f"{k}*" if k.endswith(".") else k for k in CHANGEABLE)
-            remedy = f"start another run with it; what may change: {changeable}"
-            problems.append(_problem(f"{key}: cannot change when a run is continued", remedy))
         else:
             section, _, name = key.partition(".")
             try:
@@ -71,6 +148,8 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             secrets = [_secret(leaf) for leaf, found in leaves(value, key) if looks_secret(leaf, found)]
             problems += secrets
             if not secrets:
+                if key == "data.path":
+                    _follow_data_path(values["data"], value)
                 values[section][name] = value
             if key in ("train.max_steps", "train.epochs"):
                 values["train"]["epochs" if key == "train.max_steps" else "max_steps"] = None
@@ -82,6 +161,13 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     if problems:
         raise ConfigError(problems)
     return changed
+
+
+def _follow_data_path(data: dict[str, Any], path: Any) -> None:
+    """The entry of data.sources that data.path is a shorthand for changes with it."""
+    for source in data["sources"]:
+        if data["path"] is not None and source["path"] == data["path"]:
+            source["path"] = path
 
 
 def _secret(key: str) -> Problem:

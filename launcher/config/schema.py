@@ -9,13 +9,28 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from launcher.config.cluster import AnyCluster, LocalSection, choose_kind
-from launcher.config.fields import HUB_ID_PATTERN, Count, Flag, Fraction, HubId, Name, Positive, PositiveInt, Section, Text, Url
+from launcher.config.fields import (
+    HUB_ID_PATTERN,
+    NAME_PATTERN,
+    Count,
+    Flag,
+    Fraction,
+    HubId,
+    Name,
+    Positive,
+    PositiveInt,
+    Section,
+    Text,
+    Url,
+)
 
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
+RUN_PREFIX = "run:"
+RUN_PATTERN = re.compile(rf"{RUN_PREFIX}(?P<run>{NAME_PATTERN.pattern}|(?:/|\./|\.\./|~).*?)(?:@(?P<step>[0-9]+))?")
 
 # Values that the plan computes; a raw DeepSpeed key must not contradict them.
 PLANNED_DEEPSPEED_KEYS = (
@@ -52,11 +67,15 @@ class ModelSection(Section):
         None,
         description=(
             "Weights to start from: a local folder (absolute, or starting with ./ or ../), a hub id such as Qwen/Qwen3-8B, "
-            "or package:MODULE/FILE.gguf for a file in an installed Python package. Unset only with init=random."
+            "package:MODULE/FILE.gguf for a file in an installed Python package, or run:NAME for the weights of another run's "
+            "newest checkpoint; run:NAME@STEP takes that of one step, run:/path/of/run a run that is not under run.root. "
+            "Unset only with init=random."
         ),
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub id. Unset: the default branch.")
-    tokenizer: Text | None = Field(None, description="Tokenizer source, in the forms of model.path. Unset: model.path.")
+    tokenizer: Text | None = Field(
+        None, description="Tokenizer source, in the forms of model.path but for run:. Unset: model.path."
+    )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Load the weights of model.path, or draw random ones for the architecture (tests, dry runs)."
     )
@@ -89,14 +108,20 @@ class ModelSection(Section):
 
     @field_validator("path", "tokenizer")
     @classmethod
-    def _source_has_a_known_form(cls, value: str | None) -> str | None:
+    def _source_has_a_known_form(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None or is_local_path(value) or HUB_ID_PATTERN.fullmatch(value):
             return value
-        if PACKAGE_PATTERN.fullmatch(value):
+        if PACKAGE_PATTERN.fullmatch(value) or (info.field_name == "path" and RUN_PATTERN.fullmatch(value)):
             return value
+        if is_run(value):
+            raise ValueError(
+                "is not a run; write run:NAME or run:NAME@STEP, and a run that is not under run.root as run:/path or run:./path"
+                if info.field_name == "path"
+                else "cannot be a run; leave it out: the tokenizer comes with the weights of model.path"
+            )
         raise ValueError(
-            "is neither a folder, a hub id nor a file of a package; "
-            "write a folder as /path or ./path, a hub id as owner/name, a package's file as package:MODULE/FILE"
+            "is neither a folder, a hub id, a file of a package nor a run; write a folder as /path or ./path, "
+            "a hub id as owner/name, a package's file as package:MODULE/FILE, a run as run:NAME or run:NAME@STEP"
         )
 
     @model_validator(mode="after")
@@ -105,6 +130,8 @@ class ModelSection(Section):
             raise ValueError("model.path is needed with model.init=pretrained; set it to a folder or a hub id")
         if self.init == "random" and self.path is None and self.config is None:
             raise ValueError("model.init=random does not know the architecture; set model.path or model.config")
+        if self.init == "random" and is_run(self.path):
+            raise ValueError("model.init=random would leave out the weights of model.path=run:...; set model.init=pretrained")
         if self.path is None and self.tokenizer is None:
             raise ValueError("model.tokenizer is needed where model.path is unset; set it to a folder or a hub id")
         if self.trust_remote_code and not COMMIT_PATTERN.fullmatch(self.revision or ""):
@@ -327,6 +354,11 @@ class RunConfig(Section):
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
             raise ValueError("run.max_usd cannot be turned into hours; set cluster.price_per_gpu_hour")
         return self
+
+
+def is_run(value: str | None) -> bool:
+    """True where the weights are to come from another run."""
+    return value is not None and value.startswith(RUN_PREFIX)
 
 
 def is_local_path(value: str) -> bool:

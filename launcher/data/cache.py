@@ -100,7 +100,11 @@ def _file_digest(path: Path) -> str:
 
 def find(key: str) -> DataFacts | None:
     """Counts of the finished cache of `key`; None where there is none, or where one of its files is missing or cut."""
-    folder = cache_dir(key)
+    return read(cache_dir(key))
+
+
+def read(folder: Path) -> DataFacts | None:
+    """Counts of the finished cache in `folder`, as `find` gives them."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         intact = all((folder / name).stat().st_size == size for name, size in meta["files"].items())

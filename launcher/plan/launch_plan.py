@@ -65,6 +65,22 @@ class DataFacts(Record):
     padding_frac: float
 
 
+class Origin(Record):
+    """A checkpoint whose weights another run began with; `plan_digest` is that of the plan that saved it."""
+
+    run_name: str
+    run_dir: str
+    step: int
+    plan_digest: str
+    wandb_id: str
+
+
+class Lineage(Origin):
+    """Where a run's initial weights came from, and where those had come from; the oldest is last."""
+
+    ancestors: tuple[Origin, ...] = ()
+
+
 class Provenance(Record):
     """Where this plan came from; `created_at` is UTC in ISO form."""
 
@@ -86,6 +102,7 @@ class Facts(Record):
     model: ModelFacts
     data: DataFacts | None
     provenance: Provenance
+    lineage: Lineage | None = None
 
 
 class Topology(Record):
@@ -151,6 +168,7 @@ class LaunchPlan(Record):
     model: ModelFacts
     data: DataFacts | None
     provenance: Provenance
+    lineage: Lineage | None = None
 
     @property
     def slurm(self) -> SlurmSection:
@@ -164,8 +182,13 @@ class LaunchPlan(Record):
 
     def digest(self) -> str:
         """Hex digest of the plan's JSON; stands in every checkpoint."""
-        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+        return digest_of(self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> LaunchPlan:
         return cls.model_validate_json(Path(path).read_text())
+
+
+def digest_of(text: str) -> str:
+    """The digest of a plan from the text of its file."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -59,6 +59,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         model=facts.model,
         data=facts.data,
         provenance=facts.provenance,
+        lineage=facts.lineage,
     )
 
 

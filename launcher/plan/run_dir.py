@@ -20,6 +20,11 @@ class RunDir:
         return self.root / "plan.json"
 
     @property
+    def plans(self) -> Path:
+        """Every plan of the run under its digest, which stands in the checkpoints."""
+        return self.root / "plans"
+
+    @property
     def status(self) -> Path:
         return self.root / "status.json"
 

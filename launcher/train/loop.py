@@ -33,7 +33,7 @@ from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss
 from launcher.train.optim import learning_rate, set_learning_rate
-from launcher.train.start import agree_on_start
+from launcher.train.start import agree_on_start, load_whole
 from launcher.train.stop import STOP_REASONS, Stop, save_fits
 
 # Tokens whose logits stand in each checkpoint, for the export's parity check.
@@ -148,7 +148,7 @@ class _Session:
             run.checkpoints,
             plan_digest=plan.digest(),
             attempt=place.attempt,
-            prune=lambda committed: store.prune(run.checkpoints, plan.config.train.keep_last, keep=[committed]),
+            prune=lambda committed: store.prune(run.checkpoints, store.Retention.of(plan.config.train), keep=[committed]),
             background=plan.saving.background,
             deadline_s=plan.config.cluster.timeout_minutes * 60,
             fence=lambda: run_store.require_newest(run, place.attempt, certain=True),
@@ -342,8 +342,15 @@ class _Session:
         self.model.train()
         return {"input_ids": row, "position_ids": positions, "logits": logits.reshape(1, row.shape[1], -1).cpu()}
 
-    def _restore(self, checkpoint: store.Checkpoint, by_itself: bool) -> None:
-        state = shards.load(self.engine, self.model.parameters_by_name(), checkpoint.path)
+    def _restore(self, named: store.Checkpoint, by_itself: bool) -> None:
+        parameters = self.model.parameters_by_name()
+        checkpoint, state = load_whole(
+            self.run_dir,
+            self.place,
+            named,
+            lambda path: shards.load(self.engine, parameters, path),
+            lambda words: self.tracker.event("alert", words),
+        )
         self.step = self.checkpoints.saved_step = checkpoint.step
         if by_itself:
             self.seconds_before = float(state.get("seconds", 0.0))

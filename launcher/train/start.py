@@ -1,17 +1,22 @@
-"""From which checkpoint an attempt begins, the same one on every rank."""
+"""From which checkpoint an attempt begins, the same one on every rank; what is damaged is told, set aside and left out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from launcher import run_store
 from launcher.checkpoint import store
+from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem
 from launcher.plan.run_dir import RunDir
 from launcher.train.engine import Place
 
+T = TypeVar("T")
 _NONE = -1
 
 
@@ -27,26 +32,176 @@ class Start:
     by_itself: bool
 
 
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with the checkpoint at `path`."""
+
+    path: Path
+    error: CheckpointError
+
+    @property
+    def words(self) -> str:
+        return store.in_one_line(self.error.problems)
+
+
 def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
     """The newest checkpoint that this attempt has committed, else the one that it names. Collective.
 
-    Rank 0 looks, because a shared file system shows a fresh folder to some nodes later than to others. Agents that restart
-    only because another one does keep their own count: the highest is meant.
+    Where what it names can no longer be opened it is the one before, unless a person has asked for just that one. Rank 0
+    looks, because a shared file system shows a fresh folder to some nodes later than to others. Agents that restart only
+    because another one does keep their own count: the highest is meant.
 
     Raises:
         CheckpointError: where the checkpoint is not there: never a silent start from step 0.
     """
-    chosen = _chosen(run, place.attempt) if place.is_main else None
-    shared = torch.tensor([_NONE if chosen is None else chosen.step, place.restart], dtype=torch.int64, device=device)
+    chosen = _on_first_rank(place, lambda: _step_of(_chosen(run, place.attempt)))
+    shared = torch.tensor(place.restart, dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    step, restarts = shared.tolist()
+    restarts = int(shared)
     automatic = run_store.read_attempt(run, place.attempt).automatic
-    return Start(None if step == _NONE else store.at_step(run.checkpoints, step), restarts, automatic or restarts > 0)
+    checkpoint = None if chosen is None else store.at_step(run.checkpoints, chosen)
+    return Start(checkpoint, restarts, automatic or restarts > 0)
 
 
-def _chosen(run: RunDir, attempt: int) -> store.Checkpoint | None:
-    own = [checkpoint for checkpoint in store.list_checkpoints(run.checkpoints) if checkpoint.manifest.attempt == attempt]
-    if own:
-        return own[-1]
-    named = run_store.read_attempt(run, attempt).resume_step
-    return None if named is None else store.at_step(run.checkpoints, named)
+def load_whole(
+    run: RunDir, place: Place, first: store.Checkpoint, load: Callable[[Path], T], tell: Callable[[str], None]
+) -> tuple[store.Checkpoint, T]:
+    """Load `first`, or where that is damaged the newest before it that is whole, and return which one it was. Collective.
+
+    `load` is collective, raises DamagedCheckpoint on every rank and has then changed nothing. What is damaged is set aside
+    when another has been loaded in its place, and `tell` is given words for a person on each.
+
+    Raises:
+        DamagedCheckpoint: where none is whole, with all of them, or where a person has asked for just this step.
+    """
+    damaged: dict[int, Damage] = {}
+    checkpoint = first
+    while True:
+        try:
+            loaded = load(checkpoint.path)
+            break
+        except DamagedCheckpoint as error:
+            damaged[checkpoint.step] = Damage(checkpoint.path, error)
+            before = _on_first_rank(place, lambda: _before(run, place.attempt, damaged))
+            checkpoint = store.at_step(run.checkpoints, before)
+    for words in _on_first_rank(place, lambda: _set_aside(run, place.attempt, checkpoint.step, damaged)):
+        tell(words)
+    return checkpoint, loaded
+
+
+def _chosen(run: RunDir, number: int) -> store.Checkpoint | None:
+    attempt = run_store.read_attempt(run, number)
+    candidates = _candidates(run, number)
+    if candidates and (candidates[0].manifest.attempt == number or candidates[0].step == attempt.resume_step):
+        return candidates[0]
+    if attempt.resume_step is None:
+        if unusable := _unusable(run):
+            raise _none_whole(run, unusable)
+        return None
+    try:
+        return store.at_step(run.checkpoints, attempt.resume_step)
+    except DamagedCheckpoint:
+        if attempt.pinned:
+            raise
+        if not candidates:
+            raise _none_whole(run, _unusable(run)) from None
+        return candidates[0]
+
+
+def _candidates(run: RunDir, number: int) -> list[store.Checkpoint]:
+    """What the attempt may begin from, the best first: its own checkpoints, then the one that it names and those before.
+
+    What an attempt before has left beyond the step that is named counts for nothing.
+    """
+    attempt = run_store.read_attempt(run, number)
+    named = _NONE if attempt.resume_step is None else attempt.resume_step
+
+    def may_serve(checkpoint: store.Checkpoint) -> bool:
+        earlier = checkpoint.step == named if attempt.pinned else checkpoint.step <= named
+        return checkpoint.manifest.attempt == number or earlier
+
+    found = [checkpoint for checkpoint in store.list_checkpoints(run.checkpoints) if may_serve(checkpoint)]
+    return sorted(found, key=lambda c: (c.manifest.attempt == number, c.step), reverse=True)
+
+
+def _before(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
+    """The step of the candidate that comes next. What some rank calls damaged, rank 0 has to find so as well.
+
+    A node with bad memory, or one that does not see all files yet, costs nobody a checkpoint.
+    """
+    step, damage = list(damaged.items())[-1]
+    if not store.verify(damage.path, {Path(problem.where).name for problem in damage.error.problems}):
+        raise CheckpointError(
+            "some ranks read a checkpoint otherwise than rank 0, which finds it whole; it is left as it is",
+            where=str(damage.path),
+            value=damage.words,
+            remedy="resume the run; where it is always the same node, take that out and check it",
+        )
+    if left := [candidate.step for candidate in _candidates(run, number) if candidate.step not in damaged]:
+        return left[0]
+    attempt = run_store.read_attempt(run, number)
+    if attempt.pinned and step == attempt.resume_step:
+        raise store.choose_another(step, damage.error.problems, run.checkpoints)
+    raise _none_whole(run, {**_unusable(run), **damaged})
+
+
+def _none_whole(run: RunDir, damaged: dict[int, Damage]) -> DamagedCheckpoint:
+    said = [f"step {step}: {damage.words}" for step, damage in sorted(damaged.items())]
+    return DamagedCheckpoint(
+        "no checkpoint of this run is whole, and it does not start again from step 0 by itself",
+        where=str(run.checkpoints),
+        value="; ".join(said),
+        remedy="put back a copy of one of them, or start a run of another name",
+    )
+
+
+def _set_aside(run: RunDir, number: int, begun: int, damaged: dict[int, Damage]) -> list[str]:
+    """Set aside what is damaged and later than what the attempt has begun from; returns what a person is told.
+
+    Among it is what can no longer be opened, which therefore nobody has chosen.
+    """
+    later = {step: damage for step, damage in sorted({**_unusable(run), **damaged}.items()) if step > begun}
+    # What has another format may be whole to another launcher.
+    doomed = {step: damage for step, damage in later.items() if isinstance(damage.error, DamagedCheckpoint)}
+    if not doomed:
+        return []
+    # An attempt that another has followed may see what that one is just writing.
+    run_store.require_newest(run, number, certain=True)
+    attempt = run_store.read_attempt(run, number)
+    if attempt.resume_step in doomed:
+        # Before it is gone under its name: ranks that are started again look for what the attempt names.
+        run_store.write_attempt(run, number, replace(attempt, resume_step=begun))
+    told = []
+    for step, damage in doomed.items():
+        lies = store.set_aside(damage.path, store.DAMAGED).name
+        what = f"the checkpoint of step {step} is damaged ({damage.words})"
+        told.append(f"{what}; it is set aside as {lies}, step {begun} is used")
+    return told
+
+
+def _unusable(run: RunDir) -> dict[int, Damage]:
+    unusable = store.unusable(run.checkpoints)
+    return {step: Damage(run.checkpoints / store.step_name(step), error) for step, error in unusable.items()}
+
+
+def _step_of(checkpoint: store.Checkpoint | None) -> int | None:
+    return None if checkpoint is None else checkpoint.step
+
+
+def _on_first_rank(place: Place, action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, on every rank; what it raises there, every rank raises, and none waits for another."""
+    shared: list[Any] = [None, None]
+    if place.is_main:
+        try:
+            shared[0] = action()
+        except LauncherError as error:
+            shared[1] = (type(error), error.problems)
+        except OSError as error:
+            what = "the folder of checkpoints cannot be used"
+            problem = Problem(what, where=error.filename or "", value=error.strerror or str(error))
+            shared[1] = (CheckpointError, (problem,))
+    dist.broadcast_object_list(shared)
+    if shared[1] is not None:
+        kind, problems = shared[1]
+        raise kind(problems)
+    return shared[0]

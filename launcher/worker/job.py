@@ -152,6 +152,7 @@ def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int,
         port=network.free_port(endpoint.address),
         ends_at=_end_time(_details(job, until)),
         automatic=attempt.automatic,
+        pinned=attempt.pinned,
     )
 
 

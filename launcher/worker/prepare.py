@@ -8,15 +8,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import tempfile
 from collections import deque
+from pathlib import Path
 
-from launcher import facts
-from launcher.config.schema import ModelSection, RunConfig
+from filelock import FileLock, Timeout
+
+from launcher import facts, warm_start
+from launcher.checkpoint import durable
+from launcher.checkpoint.card import model_card
+from launcher.checkpoint.export import Task, export, verify
+from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
-from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking.jsonl import read_metrics
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
+# Longer than the largest checkpoint takes to be read and written.
+_LOCK_TIMEOUT_S = 2 * 3600.0
 
 
 def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
@@ -42,13 +54,90 @@ def _fetch(source: str, model: ModelSection) -> None:
     located = facts.locate(source, model)
     if located.folder is not None:
         return
-    if located.source is not None:
+    if is_run(source):
+        _take_weights(warm_start.open_source(source), model)
+    elif located.source is not None:
         from launcher.train.model import convert_gguf
 
         _say(f"converting {located.source.name} to a Hugging Face folder (once)")
         convert_gguf(located.source, facts.converted_folder(located.source))
     else:
         _download(source, model)
+
+
+def _take_weights(source: warm_start.Source, model: ModelSection) -> None:
+    """Make the Hugging Face folder of a checkpoint in the launcher's cache; it appears when it is complete."""
+    folder = warm_start.folder(source, model.dtype)
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_TIMEOUT_S, mode=0o600):
+            if (folder / "config.json").is_file():
+                return
+            _say(f"taking the weights of run {source.plan.run_name} at step {source.checkpoint.step} (once)")
+            exported = warm_start.exported(source, model.dtype)
+            if exported is not None:
+                _link(exported, folder)
+            else:
+                _export(source, model, folder)
+    except Timeout as error:
+        raise _unusable(source, "another process has prepared them for too long", "wait for it, or end it") from error
+    except OSError as error:
+        said = f"{error.strerror or error} ({error.filename or folder})"
+        raise _unusable(source, said, "is there space, and does the run still keep this checkpoint? then try again") from error
+    except CheckpointError as error:
+        problem = error.problems[0]
+        said = f"{problem.what} ({problem.where})" if problem.where else problem.what
+        raise _unusable(source, said, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
+
+
+def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> None:
+    base = Path(source.plan.model.path or "")
+    task = Task(
+        checkpoint=source.checkpoint.path,
+        model=base if source.plan.model.path and (base / "config.json").is_file() else source.plan.model.config,
+        tokenizer=_tokenizer_of(source.plan),
+        out=folder,
+        dtype=model.dtype,
+        trust_remote_code=model.trust_remote_code,
+        # It would load the whole model here, where there may be no memory for it.
+        check=False,
+    )
+    verify(task)
+    metrics = read_metrics(source.run.metrics)
+    # The next run's card takes the licence and the base model from this one's.
+    export(task, lambda made: model_card(source.plan, source.checkpoint.manifest, metrics, made))
+
+
+def _tokenizer_of(plan: LaunchPlan) -> Path | None:
+    """The folder of a run's tokenizer; it is made again where the cache that held it is gone."""
+    if plan.model.tokenizer_path and Path(plan.model.tokenizer_path).is_dir():
+        return Path(plan.model.tokenizer_path)
+    name = plan.config.model.tokenizer or plan.config.model.path or ""
+    _fetch(name, plan.config.model)
+    return facts.locate(name, plan.config.model).folder
+
+
+def _link(exported: Path, folder: Path) -> None:
+    """The files of an export under a name of their own: the run may go on and replace its export while this one is in use."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        shutil.copytree(exported, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
+        durable.replace_directory(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system, or one without links.
+        shutil.copyfile(source, target)
+
+
+def _unusable(source: warm_start.Source, why: str, remedy: str) -> ConfigError:
+    what = f"model.path: the weights of run {source.plan.run_name} at step {source.checkpoint.step} cannot be used: {why}"
+    return ConfigError(Problem(what, where="model.path", value=source.path, remedy=remedy))
 
 
 def _download(repo_id: str, model: ModelSection) -> None:

@@ -136,7 +136,7 @@ def saver_of(engine, root: Path, *, attempt: int = 1, background: bool = False, 
         root,
         plan_digest=PLAN,
         attempt=attempt,
-        prune=lambda committed: store.prune(root, 3, keep=[committed]),
+        prune=lambda committed: store.prune(root, store.Retention(3), keep=[committed]),
         background=background,
         deadline_s=30,
     )

@@ -12,7 +12,7 @@ from launcher.checkpoint.card import base_front_matter, model_card
 from launcher.checkpoint.export import Export
 from launcher.checkpoint.parity import Parity
 from launcher.checkpoint.store import Manifest
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan as make_plan
 
 MADE = Export(
@@ -28,6 +28,14 @@ MADE = Export(
     parity=Parity(0.01, 2e-4, 1.0, 64, 1e-2),
 )
 MANIFEST = Manifest(step=40, world_size=2, plan_digest="d1ge57", attempt=2, eval_loss=1.75, files={})
+LINEAGE = Lineage(
+    run_name="second",
+    run_dir="/home/me/runs/second",
+    step=7,
+    plan_digest="d2",
+    wandb_id="w2",
+    ancestors=(Origin(run_name="first", run_dir="/home/me/runs/first", step=1000, plan_digest="d1", wandb_id="w1"),),
+)
 METRICS = [
     {"trainer/step": 0, "eval/held_out/loss": 3.5},
     {"trainer/step": 39, "train/loss": 9.9},
@@ -60,7 +68,8 @@ def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Pa
         *("train.global_batch_size=8", "data=jsonl", "data.max_length=1024", "data.path=/home/me/private/answers.jsonl"),
         base=base,
     )
-    card = model_card(plan, MANIFEST, METRICS, MADE, {"continues": "another run at step 7"})
+    plan = plan.model_copy(update={"lineage": LINEAGE})
+    card = model_card(plan, MANIFEST, METRICS, MADE)
     data = ModelCard(card).data.to_dict()
     assert data["license"] == "apache-2.0"
     assert data["base_model"] == "owner/original"
@@ -82,7 +91,8 @@ def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Pa
         "20 of 20 tensors are by their digests those that the engine computed with",
         "| run | tried |",
         "| plan digest | d1ge57 |",
-        "| continues | another run at step 7 |",
+        "| from | run second at step 7, plan digest d2 |",
+        "| from | run first at step 1,000, plan digest d1 |",
         "| launcher | 0.1.0 at commit 000000000000 |",
         "torch 2.13.0",
     ):
@@ -111,6 +121,15 @@ def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
     assert data["base_model"] == "owner/original"
     assert "| licence | other, house-licence, LICENSE |" in card
     assert "| revision | v2 |" in card
+
+
+def test_a_run_that_began_with_another_runs_weights_keeps_licence_and_base(tmp_path: Path) -> None:
+    base = base_folder(tmp_path, "license: apache-2.0\nbase_model: owner/original\n")
+    plan = plan_of("model.path=run:/home/me/runs/second@7", "model.init=pretrained", base=base)
+    card = model_card(plan, MANIFEST, METRICS, MADE)
+    assert "| model | second@7 |" in card
+    assert ModelCard(card).data.to_dict()["base_model"] == "owner/original"
+    assert "/home" not in card
 
 
 def test_random_weights_have_no_base(tmp_path: Path) -> None:

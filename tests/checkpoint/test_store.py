@@ -166,7 +166,7 @@ def test_prune_keeps_the_newest_and_what_it_is_told_to(tmp_path):
     for step in (1, 2, 3, 4, 5):
         committed(tmp_path, step)
     (tmp_path / "step-00000004" / "manifest.json").unlink()
-    removed = store.prune(tmp_path, 2, keep=[tmp_path / "step-00000001"])
+    removed = store.prune(tmp_path, store.Retention(2), keep=[tmp_path / "step-00000001"])
     assert removed == [tmp_path / "step-00000002"]
     assert steps(tmp_path) == [1, 3, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004", "step-00000005"]

@@ -40,7 +40,7 @@ Shown = Callable[..., str]
         ("deepspeed.extra={1: 2}", "deepspeed.extra[1]: is not text", "1", "set deepspeed.extra to mapping."),
         ("run=3", "run: is a section of settings, not one value", "3", "run.name, run.root"),
         ("deepspeed.stage=2", "deepspeed.stage: only ZeRO stage 3 is served: lower stages", "2", "take deepspeed.stage out"),
-        ("model.path=foo", "model.path: is neither a folder, a hub id nor a file of a package", "'foo'", "owner/name"),
+        ("model.path=foo", "model.path: is neither a folder, a hub id, a file of a package nor a run", "'foo'", "owner/name"),
         ("run.name='a b'", "run.name: is not a name", "'a b'", "use letters, digits"),
         ("run.name=${nope}", "run.name: the value refers to something that cannot be resolved", "", "between ${ and }"),
     ],

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from launcher.config.compose import Composed
-from launcher.config.resume import CHANGEABLE, with_overrides
+from launcher.config.resume import CHANGEABLE, FIXED, differences, require_same, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.config.settings import settings
 from launcher.errors import ConfigError, Problem
@@ -41,28 +41,73 @@ def test_values_keep_their_types(config: RunConfig) -> None:
 
 
 def test_all_mistakes_in_one_pass(config: RunConfig) -> None:
-    found = problems(
-        config, "train.max_stepz=3", "data.max_length=64", "optim.lr=-1", "cluster.nodes=[", "word", "train.keep_last=0"
-    )
-    assert [p.what.split(":")[0] for p in found] == [
-        "train.max_stepz",
-        "data.max_length",
-        "cluster.nodes",
-        "word",
-        "optim.lr",
-        "train.keep_last",
-    ]
+    found = problems(config, "train.max_stepz=3", "optim.lr=-1", "cluster.nodes=[", "word", "train.keep_last=0")
+    assert [p.what.split(":")[0] for p in found] == ["train.max_stepz", "cluster.nodes", "word", "optim.lr", "train.keep_last"]
     assert found[0].remedy == "did you mean train.max_steps?"
-    assert "start another run with it; what may change: train.max_steps," in found[1].remedy
-    assert (found[4].what, found[4].value) == ("optim.lr: must be above 0", "-1")
+    assert (found[3].what, found[3].value) == ("optim.lr: must be above 0", "-1")
 
 
-@pytest.mark.parametrize("key", ["run.seed", "run.name", "model.path", "model.dtype", "data.packing", "train.global_batch_size"])
-def test_what_makes_it_another_run_is_refused(config: RunConfig, key: str) -> None:
-    (problem,) = problems(config, f"{key}=1")
-    assert problem.what == f"{key}: cannot change when a run is continued"
+def refusal(saved: RunConfig, *overrides: str, force: bool = False) -> list[Problem]:
+    with pytest.raises(ConfigError) as error:
+        require_same(differences(saved, with_overrides(saved, overrides)), force, "first", "checkpoints/step-00000003")
+    assert all(problem.where == "checkpoints/step-00000003" and problem.remedy for problem in error.value.problems)
+    return list(error.value.problems)
 
 
-def test_what_may_change_exists() -> None:
-    for key in CHANGEABLE:
+def test_what_makes_it_another_run_is_shown_key_by_key(config: RunConfig) -> None:
+    (problem,) = refusal(config, "data.max_length=64", "run.seed=7", "optim.lr=1e-3", "train.max_steps=99", "data.packing=true")
+    assert problem.what.splitlines() == [
+        "this differs from what the checkpoint was saved with:",
+        "                   checkpoint  asked for",
+        "  run.seed         42          7",
+        "  data.max_length  256         64",
+    ]
+    assert "--force" in problem.remedy
+    assert "another run" in problem.remedy
+
+
+def test_lists_are_compared_entry_by_entry(config: RunConfig) -> None:
+    (problem,) = refusal(config, "data.sources=[{name: stdlib_docs, path: builtin:stdlib_docs}, {name: more, path: more.jsonl}]")
+    lines = problem.what.splitlines()[2:]
+    assert [line.split() for line in lines] == [
+        ["data.sources[1].name", "-", "'more'"],
+        ["data.sources[1].path", "-", "'more.jsonl'"],
+        ["data.sources[1].format", "-", "'auto'"],
+    ]
+
+
+def test_force_accepts_what_can_work_and_only_that(config: RunConfig) -> None:
+    changed = with_overrides(config, ["data.max_length=64", "run.seed=7"])
+    require_same(differences(config, changed), True, "first", "")
+    for override in ("model.path=./other", "run.name=b", "run.root=elsewhere", "model.config={hidden_size: 8}"):
+        (problem,) = refusal(config, override, "run.seed=7", force=True)
+        assert "not with --force either" in problem.what
+        assert override.split("=")[0] in problem.what
+        assert "run.seed" not in problem.what
+        assert "model.path=run:first" in problem.remedy
+    assert len(refusal(config, "run.name=b", "run.seed=7")) == 2
+
+
+def test_the_same_value_is_no_difference(config: RunConfig) -> None:
+    same = [f"run.seed={config.run.seed}", "model.dtype=bf16", "data.packing=true", f"train.grad_clip={config.train.grad_clip}"]
+    assert differences(config, with_overrides(config, [*same, "train.max_steps=3", "cluster.ranks_per_node=4"])) == []
+
+
+def test_the_source_follows_the_path_that_it_is_named_by(compose: Callable[..., list[Composed]]) -> None:
+    config = compose("model=tiny", "data=jsonl", "data.path=a.jsonl")[0].config
+    changed = with_overrides(config, ["data.path=b.jsonl"])
+    assert [source.path for source in changed.data.sources] == ["b.jsonl"]
+    assert [d.key for d in differences(config, changed)] == ["data.path", "data.sources[0].path"]
+
+
+def test_every_setting_is_either_free_or_shown(config: RunConfig) -> None:
+    """A setting that nobody has thought of is not free."""
+    free = {key for key in settings() if key.startswith(CHANGEABLE)}
+    for key in ("data.max_length", "run.seed", "model.dtype", "optim.weight_decay", "train.global_batch_size", "train.grad_clip"):
+        assert key not in free
+
+
+@pytest.mark.parametrize("keys", [CHANGEABLE, tuple(key for key in FIXED if not key.startswith("plan."))])
+def test_what_is_named_exists(keys: tuple[str, ...]) -> None:
+    for key in keys:
         assert any(known == key or (key.endswith(".") and known.startswith(key)) for known in settings()), key

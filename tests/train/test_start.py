@@ -3,53 +3,64 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 from launcher import run_store
 from launcher.checkpoint import durable, store
-from launcher.errors import CheckpointError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.train.engine import Place
-from launcher.train.start import agree_on_start
 
-# Argument 3 is a list: for each case the run directory that this rank sees, and its agent's count of restarts.
+# Argument 3 is a list: for each case the run directory that this rank sees, its agent's count of restarts, and whether the
+# checkpoint is loaded: read by both ranks against its digests, as `shards.load` does.
 RANK = """
 import json, sys
 from datetime import timedelta
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from launcher.errors import CheckpointError
+from launcher.checkpoint import store
+from launcher.errors import DamagedCheckpoint, LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.train.engine import Place
-from launcher.train.start import agree_on_start
+from launcher.train.start import agree_on_start, load_whole
 
 rank, meeting, cases = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-for root, restart in cases:
+
+def load(path):
+    found = [None, None]
+    dist.all_gather_object(found, store.verify(path))
+    if problems := list(dict.fromkeys([*found[0], *found[1]])):
+        raise DamagedCheckpoint(problems)
+    return path.name
+
+for root, restart, loads in cases:
+    run, place, told = RunDir(Path(root)), Place(rank, rank, 2, 2, restart), []
     try:
-        start = agree_on_start(RunDir(Path(root)), Place(rank, rank, 2, 2, restart), torch.device("cpu"))
+        start = agree_on_start(run, place, torch.device("cpu"))
         at = start.checkpoint
-        print(json.dumps([at and at.step, at and str(at.path), start.restarts]))
-    except CheckpointError as error:
-        print(json.dumps(error.problems[0].what))
+        if loads:
+            at, name = load_whole(run, place, at, load, told.append)
+            assert name == at.path.name
+            print(json.dumps([at.step, told]))
+        else:
+            print(json.dumps([at and at.step, at and str(at.path), start.restarts]))
+    except LauncherError as error:
+        print(json.dumps(f"{type(error).__name__}: {error}"))
 dist.destroy_process_group()
 """
 
 
-def run_with(root: Path, named: int | None, own: Sequence[int] = (), before: Sequence[int] = ()) -> RunDir:
+def run_with(root: Path, named: int | None, own: Sequence[int] = (), before: Sequence[int] = (), pinned: bool = False) -> RunDir:
     """A run in its second attempt, which names a checkpoint; `own` are of that attempt, `before` of the first."""
     run = RunDir(root)
     run.attempt(2).mkdir(parents=True)
-    run_store.write_attempt(run, 2, Attempt(resume_step=named))
+    run_store.write_attempt(run, 2, Attempt(resume_step=named, pinned=pinned))
     for attempt, steps in ((1, before), (2, own)):
         for step in steps:
             saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
@@ -58,9 +69,11 @@ def run_with(root: Path, named: int | None, own: Sequence[int] = (), before: Seq
     return run
 
 
-def on_two_ranks(folder: Path, first: list[tuple[RunDir, int]], second: list[tuple[RunDir, int]]) -> list[list[Any]]:
-    """What each rank says of each case."""
-    seen = [json.dumps([(str(run.root), restart) for run, restart in cases]) for cases in (first, second)]
+def on_two_ranks(
+    folder: Path, first: list[tuple[RunDir, int]], second: list[tuple[RunDir, int]], loads: bool = False
+) -> list[list[Any]]:
+    """What each rank says of each case: where it starts, or where `loads`, which it has loaded and what a person is told."""
+    seen = [json.dumps([(str(run.root), restart, loads) for run, restart in cases]) for cases in (first, second)]
     command = [sys.executable, "-c", RANK]
     ranks = [
         subprocess.Popen([*command, str(rank), str(folder / "meeting"), cases], stdout=subprocess.PIPE, text=True)
@@ -100,7 +113,134 @@ def test_the_first_ranks_choice_holds_for_all(tmp_path: Path) -> None:
     assert "40" in others[5]
 
 
+def loaded_on_two_ranks(folder: Path, *runs: RunDir) -> list[Any]:
+    """What both ranks say alike of each run."""
+    said, others = on_two_ranks(folder, [(run, 0) for run in runs], [(run, 0) for run in runs], loads=True)
+    assert said == others
+    assert len(said) == len(runs)
+    return said
+
+
+def flip(run: RunDir, step: int, name: str = store.shard_name(0)) -> None:
+    """One bit of a file differs; its size does not."""
+    file = run.checkpoints / store.step_name(step) / name
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(run: RunDir, step: int) -> None:
+    os.truncate(run.checkpoints / store.step_name(step) / store.shard_name(0), 3)
+
+
+def lying(run: RunDir) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
 def test_a_checkpoint_that_is_named_must_be_there(tmp_path: Path) -> None:
-    run = run_with(tmp_path, 30, before=[10, 20])
-    with pytest.raises(CheckpointError, match="30"):
-        agree_on_start(run, Place(0, 0, 1, 2, 0), torch.device("cpu"))
+    run = run_with(tmp_path / "run", 30, before=[10, 20])
+    for said in on_two_ranks(tmp_path, [(run, 0)], [(run, 0)]):
+        assert said[0].startswith("CheckpointError: there is no committed checkpoint of step 30")
+        assert "choose one of: 10, 20" in said[0]
+
+
+def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
+    flipped = run_with(tmp_path / "flipped", 30, before=[10, 20, 30])
+    flip(flipped, 30)
+    twice = run_with(tmp_path / "twice", 30, before=[10, 20, 30])
+    flip(twice, 30)
+    flip(twice, 20, store.STATE)
+    # The command that started the attempt took the one before, which can be opened; nobody has been told yet.
+    truncated = run_with(tmp_path / "truncated", 20, before=[10, 20, 30])
+    truncate(truncated, 30)
+    since = run_with(tmp_path / "since", 30, before=[10, 20, 30])
+    (since.checkpoints / store.step_name(30) / store.MANIFEST).unlink()
+    own = run_with(tmp_path / "own", 10, before=[10], own=[20, 30])
+    flip(own, 30)
+    whole = run_with(tmp_path / "whole", 20, before=[10, 20, 30])
+    empty = run_with(tmp_path / "empty", 20, before=[10, 20])
+    (empty.checkpoints / store.step_name(30)).mkdir()
+    other = run_with(tmp_path / "other", 30, before=[10, 20, 30])
+    manifest = (other.checkpoints / store.step_name(10) / store.MANIFEST).read_bytes()
+    (other.checkpoints / store.step_name(30) / store.MANIFEST).write_bytes(manifest)
+    said = loaded_on_two_ranks(tmp_path, flipped, twice, truncated, since, own, whole, empty, other)
+    assert [step for step, _ in said] == [20, 10, 20, 20, 20, 20, 20, 20]
+
+    def words(step: int, what: str, used: int) -> str:
+        return (
+            f"the checkpoint of step {step} is damaged ({what}); it is set aside as damaged-step-{step:08d}, step {used} is used"
+        )
+
+    digest = "a checkpoint file is damaged: its digest differs from the manifest's"
+    assert said[0][1] == [words(30, f"rank-00000.safetensors: {digest}", 20)]
+    assert said[1][1] == [words(20, f"state.json: {digest}", 10), words(30, f"rank-00000.safetensors: {digest}", 10)]
+    wrong_size = "rank-00000.safetensors: a checkpoint file has the wrong size (3 bytes instead of 7)"
+    assert said[2][1] == [words(30, wrong_size, 20)]
+    assert "no readable manifest" in said[3][1][0]
+    assert len(said[4][1]) == 1
+    assert said[5][1] == []
+    assert "no readable manifest" in said[6][1][0]
+    assert said[7][1] == [words(30, "step-00000030: a manifest belongs to another step (step 10)", 20)]
+    assert lying(flipped) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
+    assert lying(twice) == ["damaged-step-00000020", "damaged-step-00000030", "step-00000010"]
+    assert lying(truncated) == lying(since) == lying(empty) == lying(other) == lying(flipped)
+    assert lying(own) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
+    # Ranks that are started again within the attempt find what it names.
+    assert [run_store.read_attempt(run, 2).resume_step for run in (flipped, twice, truncated, since, own)] == [20, 10, 20, 20, 10]
+    assert [step for step, told in loaded_on_two_ranks(tmp_path / "own", flipped, twice, since) if not told] == [20, 10, 20]
+
+
+def test_where_none_is_whole_nothing_starts_and_nothing_is_set_aside(tmp_path: Path) -> None:
+    flipped = run_with(tmp_path / "flipped", 20, before=[10, 20])
+    flip(flipped, 10)
+    flip(flipped, 20)
+    unopened = run_with(tmp_path / "unopened", 20, before=[10, 20])
+    truncate(unopened, 10)
+    truncate(unopened, 20)
+    # What continues a run by itself has found no checkpoint, and names none.
+    unnamed = run_with(tmp_path / "unnamed", None, before=[10, 20])
+    truncate(unnamed, 10)
+    truncate(unnamed, 20)
+    for run, words in zip((flipped, unopened, unnamed), loaded_on_two_ranks(tmp_path, flipped, unopened, unnamed), strict=True):
+        assert words.startswith("DamagedCheckpoint: no checkpoint of this run is whole")
+        assert "step 10: rank-00000.safetensors" in words
+        assert "step 20: rank-00000.safetensors" in words
+        assert lying(run) == ["step-00000010", "step-00000020"]
+
+
+def test_a_step_that_a_person_asked_for_is_used_or_refused(tmp_path: Path) -> None:
+    flipped = run_with(tmp_path / "flipped", 20, before=[10, 20], pinned=True)
+    flip(flipped, 20)
+    unopened = run_with(tmp_path / "unopened", 20, before=[10, 20], pinned=True)
+    truncate(unopened, 20)
+    whole = run_with(tmp_path / "whole", 20, before=[10, 20], own=[30], pinned=True)
+    flip(whole, 30)
+    *refused, used = loaded_on_two_ranks(tmp_path, flipped, unopened, whole)
+    for words in refused:
+        assert words.startswith("DamagedCheckpoint: the checkpoint of step 20 is damaged")
+        assert "choose one of the other steps: 10" in words
+    assert lying(flipped) == lying(unopened) == ["step-00000010", "step-00000020"]
+    # What the attempt has saved since is not what was asked for.
+    assert used[0] == 20
+    assert lying(whole) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
+
+
+def test_an_attempt_that_another_has_followed_sets_nothing_aside(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run", 20, before=[10, 20])
+    flip(run, 20)
+    run_store.next_attempt(run, Attempt(resume_step=20))
+    (words,) = loaded_on_two_ranks(tmp_path, run)
+    assert words.startswith("Superseded: attempt 2 was given up")
+    assert lying(run) == ["step-00000010", "step-00000020"]
+    assert run_store.read_attempt(run, 2).resume_step == 20
+
+
+def test_what_one_node_alone_calls_damaged_stays(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run", 20, before=[10, 20])
+    seen = run_with(tmp_path / "seen", 20, before=[10, 20])
+    flip(seen, 20)
+    said, others = on_two_ranks(tmp_path, [(run, 0)], [(seen, 0)], loads=True)
+    assert said == others
+    assert said[0].startswith("CheckpointError: some ranks read a checkpoint otherwise than rank 0")
+    assert str(run.checkpoints / "step-00000020") in said[0]
+    assert lying(run) == lying(seen) == ["step-00000010", "step-00000020"]

@@ -162,8 +162,7 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
     # Another command may be numbering an attempt at this moment.
     with run_store.starting(run, wait_s=_LOCK_WAIT_S):
         number = run_store.next_attempt(run, Attempt(saved, automatic=True))
-        path = run.attempt(number) / "plan.json"
-        run_store.write_text(path, again.to_json())
+        path = run_store.write_plan(run, number, again)
     try:
         submitted = script.submit(again, path)
     except SubmitError as error:

@@ -1,0 +1,198 @@
+"""The verb on what a run has saved: checkpoints RUN, with --verify and --prune. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.checkpoint.leftovers import Leftover, disk_bytes, leftovers, remove
+from launcher.checkpoint.retention import Retention, reasons
+from launcher.cli import checking, text
+from launcher.clusters.base import cluster_for
+from launcher.errors import EXIT_FAILED, DamagedCheckpoint, Problem, SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES
+from launcher.tracking.console import format_duration
+
+Problems = Mapping[Path, Sequence[Problem]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One checkpoint as it is shown. `state` is whole, damaged, unreadable or not verified; what cannot be told is None."""
+
+    step: int
+    path: str
+    bytes: int
+    saved_at: float | None
+    world_size: int | None
+    attempt: int | None
+    eval_loss: float | None
+    kept: tuple[str, ...]
+    state: str
+    problems: tuple[str, ...] = ()
+
+
+def run(tokens: list[str]) -> int:
+    """List the checkpoints of a run; returns 1 where --verify or --prune has found one damaged."""
+    arguments = _parser().parse_args(tokens)
+    found = run_store.find(arguments.run, Path(arguments.root))
+    plan = run_store.load_plan(found)
+    if not arguments.prune:
+        return _show(found, plan, _verified(found) if arguments.verify else {}, [], arguments.json)
+    # No attempt may begin meanwhile.
+    with run_store.starting(found):
+        _require_ended(found, plan)
+        known = _verified(found) if arguments.verify else _verified_down_to_a_whole_one(found)
+        removed = _prune(found, Retention.of(plan.config.train), known)
+    return _show(found, plan, known, removed, arguments.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "List the checkpoints of a run: why each is kept, and what unfinished saves and earlier attempts have left behind."
+    parser = argparse.ArgumentParser(prog="python -m launcher checkpoints", description=about)
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    parser.add_argument("--verify", action="store_true", help="read every file and compare it with its digest")
+    prune = "remove what train.keep_last, keep_every and keep_best do not keep, what is damaged, and all leftovers"
+    parser.add_argument("--prune", action="store_true", help=prune)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
+    status = cluster_for(plan.config.cluster.kind).status(run)
+    if status.state in RUNNING_STATES:
+        raise SubmitError(
+            f"the run is {status.state}: it removes by itself what it does not keep",
+            where=str(run.root),
+            remedy=f"stop it first with: python -m launcher cancel {text.short(run.root)}",
+        )
+
+
+def _verified(run: RunDir) -> dict[Path, list[Problem]]:
+    return checking.verify(store.list_checkpoints(run.checkpoints))
+
+
+def _verified_down_to_a_whole_one(run: RunDir) -> dict[Path, list[Problem]]:
+    """Digests of the newest checkpoint, and of those before it until one is whole: that one is never removed."""
+    known: dict[Path, list[Problem]] = {}
+    for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
+        known |= checking.verify([checkpoint])
+        if not known[checkpoint.path]:
+            break
+    return known
+
+
+def _prune(run: RunDir, retention: Retention, known: Problems) -> list[Leftover]:
+    """Remove what is outdated, what is damaged, and leftovers; returns what is gone.
+
+    Raises:
+        SubmitError: where no checkpoint is whole: then what is damaged may be all that there is.
+    """
+    listed = store.list_checkpoints(run.checkpoints)
+    whole = [checkpoint for checkpoint in listed if not known.get(checkpoint.path)]
+    if not whole:
+        raise SubmitError("no checkpoint of this run is whole, so nothing is removed", where=str(run.checkpoints))
+    kept = reasons(whole, retention)
+    doomed = [
+        Leftover(checkpoint.path, "damaged" if known.get(checkpoint.path) else "no longer kept", disk_bytes(checkpoint.path))
+        for checkpoint in listed
+        if known.get(checkpoint.path) or not kept[checkpoint.step]
+    ]
+    for step, error in store.unusable(run.checkpoints).items():
+        path = run.checkpoints / store.step_name(step)
+        # What has another format may be whole to another launcher.
+        if isinstance(error, DamagedCheckpoint):
+            doomed.append(Leftover(path, "damaged", disk_bytes(path)))
+    doomed += leftovers(run.checkpoints)
+    for leftover in doomed:
+        remove(leftover.path)
+    return doomed
+
+
+def _rows(run: RunDir, retention: Retention, known: Problems) -> list[Row]:
+    listed = store.list_checkpoints(run.checkpoints)
+    kept = reasons([checkpoint for checkpoint in listed if not known.get(checkpoint.path)], retention)
+    rows = [_row(checkpoint, kept.get(checkpoint.step, ()), known.get(checkpoint.path)) for checkpoint in listed]
+    for step, error in store.unusable(run.checkpoints).items():
+        path = run.checkpoints / store.step_name(step)
+        state = "damaged" if isinstance(error, DamagedCheckpoint) else "unreadable"
+        rows.append(Row(step, str(path), disk_bytes(path), None, None, None, None, (), state, _said(error.problems)))
+    return sorted(rows, key=lambda row: row.step)
+
+
+def _row(checkpoint: store.Checkpoint, kept: tuple[str, ...], problems: Sequence[Problem] | None) -> Row:
+    manifest = checkpoint.manifest
+    return Row(
+        step=checkpoint.step,
+        path=str(checkpoint.path),
+        bytes=checking.size(checkpoint),
+        saved_at=(checkpoint.path / store.MANIFEST).stat().st_mtime,
+        world_size=manifest.world_size,
+        attempt=manifest.attempt,
+        eval_loss=manifest.eval_loss,
+        kept=kept,
+        state="not verified" if problems is None else "damaged" if problems else "whole",
+        problems=_said(problems or ()),
+    )
+
+
+def _said(problems: Sequence[Problem]) -> tuple[str, ...]:
+    return tuple(store.in_one_line([problem]) for problem in problems)
+
+
+def _show(run: RunDir, plan: LaunchPlan, known: Problems, removed: Sequence[Leftover], as_json: bool) -> int:
+    """Print the table, or JSON; what --prune has removed was damaged all the same."""
+    rows, left = _rows(run, Retention.of(plan.config.train), known), leftovers(run.checkpoints)
+    damaged = any(known.values()) or (bool(known) and any(row.state == "damaged" for row in rows))
+    freed = sum(leftover.bytes for leftover in removed)
+    if as_json:
+        shown: dict[str, Any] = {
+            "run": run.root.name,
+            "dir": str(run.checkpoints),
+            "checkpoints": [vars(row) for row in rows],
+            "leftovers": [leftover.as_json() for leftover in left],
+            "removed": [leftover.as_json() for leftover in removed],
+            "freed_bytes": freed,
+        }
+        print(json.dumps(shown, indent=2))
+        return EXIT_FAILED if damaged else 0
+    for leftover in removed:
+        print(f"removed  {leftover.path.name}: {leftover.what}, {text.size(leftover.bytes)}")
+    if removed:
+        print(f"freed    {text.size(freed)} ({freed:,} bytes)\n")
+    print("\n".join(_table(rows)) if rows else f"no checkpoints in {text.short(run.checkpoints)}")
+    if left:
+        print("\nleftovers, which --prune removes:")
+        print("\n".join(f"  {leftover.path.name}: {leftover.what}, {text.size(leftover.bytes)}" for leftover in left))
+    return EXIT_FAILED if damaged else 0
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    table = [(("step", "size", "age", "ranks", "attempt", "held out"), ("kept as", "state"))]
+    for row in rows:
+        age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
+        loss = "-" if row.eval_loss is None else f"{row.eval_loss:.4f}"
+        numbers = (str(row.step), text.size(row.bytes), age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
+        state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
+        kept = "-" if row.problems else ", ".join(row.kept) or "would be pruned"
+        table.append((numbers, (kept, state)))
+    widths = [max(len(numbers[i]) for numbers, _ in table) for i in range(6)]
+    kept_width = max(len(words[0]) for _, words in table)
+    return [
+        "  ".join([*(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True)), f"{kept:<{kept_width}}", state])
+        for numbers, (kept, state) in table
+    ]
+
+
+def _or_dash(number: int | None) -> str:
+    return "-" if number is None else str(number)

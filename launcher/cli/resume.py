@@ -1,0 +1,173 @@
+"""A further attempt of a run that has ended: what it continues, and what may differ from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher import facts, run_store
+from launcher.checkpoint import store
+from launcher.cli import checking, text
+from launcher.cli.launch import prepare, require_idle
+from launcher.clusters.base import Cluster, check_startable, disk_note
+from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
+from launcher.config.schema import RunConfig
+from launcher.data import cache
+from launcher.errors import CheckpointError, ConfigError, DataError, Problem, SubmitError
+from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
+from launcher.plan.planner import plan as make_plan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+
+# How the plan's own numbers are told apart from settings of the same section.
+_RECORDED = "plan."
+
+
+def start_again(
+    run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str], step: int | None, force: bool = False
+) -> int:
+    """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest; returns its number.
+
+    Raises:
+        ConfigError: where settings or data differ from those of the checkpoint, unless `force` accepts it.
+        SubmitError: where it runs already, is complete, or has no such checkpoint.
+    """
+    require_idle(run, cluster)
+    checkpoint = _to_begin_from(run, step)
+    plan = _replanned(plan, run, checkpoint, overrides, cluster, force)
+    if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
+        raise SubmitError(
+            f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
+            where=str(run.root),
+            remedy="give it more to do with: resume RUN train.max_steps=...",
+        )
+    check_startable(plan)
+    cluster.check(plan)
+    if said := disk_note(plan):
+        print(f"note: {said}")
+    for path in store.set_aside_after(run.checkpoints, checkpoint.step):
+        print(f"set aside: {text.short(path)}")
+    attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))
+    plan_path = run_store.write_plan(run, attempt, plan)
+    run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
+    print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
+    cluster.submit(run, attempt, plan_path)
+    return attempt
+
+
+def _to_begin_from(run: RunDir, step: int | None) -> store.Checkpoint:
+    """The newest checkpoint, which the ranks verify when they read it, or the one that was asked for, verified at once.
+
+    Going back sets the later ones aside, and that should be for something.
+
+    Raises:
+        SubmitError: where it is not there, or is asked for and damaged; nothing was touched.
+    """
+    try:
+        if step is None:
+            return store.latest(run.checkpoints)
+        checkpoint = store.at_step(run.checkpoints, step)
+        if problems := checking.verify([checkpoint])[checkpoint.path]:
+            raise store.choose_another(step, problems, run.checkpoints)
+        return checkpoint
+    except CheckpointError as error:
+        raise SubmitError(error.problems) from None
+
+
+def _replanned(
+    plan: LaunchPlan, run: RunDir, checkpoint: store.Checkpoint, overrides: list[str], cluster: Cluster, force: bool
+) -> LaunchPlan:
+    """The same run under changed settings and where its directory lies now; model, data and identity stay."""
+    config = with_overrides(plan.config, overrides)
+    saved = _plan_of(run, checkpoint, force) or plan
+    where = text.short(checkpoint.path)
+    # What was asked for, and what somebody has written into plan.json.
+    found = [*_fixed(saved.model, plan.model), *differences(saved.config, config), *_data_differences(saved.data, plan.data)]
+    require_same(found, force, run.root.name, where)
+    model = _model(plan, config)
+    data = _data(plan, config, model)
+    # The same sources need not give the same rows any more.
+    found = [*differences(saved.config, config), *_data_differences(saved.data, data)]
+    require_same(found, force, run.root.name, where)
+    if found:
+        print(f"continuing with what differs from the checkpoint:\n{table(found)}", flush=True)
+    known = Facts(
+        working_dir=str(run.root.parent),
+        device=cluster.device(config.cluster),
+        model=model,
+        data=data,
+        provenance=plan.provenance.model_copy(update={"overrides": _recorded(plan.provenance.overrides, overrides, found)}),
+        lineage=plan.lineage,
+    )
+    kept = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
+    return make_plan(config, known).model_copy(update=kept)
+
+
+def _recorded(before: Sequence[str], overrides: Sequence[str], found: Sequence[Difference]) -> tuple[str, ...]:
+    """Every override so far, and what --force has accepted that stood on no command line."""
+    keys = tuple(override.lstrip("+").partition("=")[0] for override in overrides)
+    return (*before, *overrides, *(f"{d.key}={d.asked}" for d in found if not d.key.startswith(keys)))
+
+
+def _plan_of(run: RunDir, checkpoint: store.Checkpoint, force: bool) -> LaunchPlan | None:
+    """The plan that saved a checkpoint.
+
+    Raises:
+        ConfigError: where it is not there as it was, unless `force` goes on without it.
+    """
+    digest = checkpoint.manifest.plan_digest
+    saved = run_store.plan_of_digest(run, digest)
+    if saved is None and not force:
+        raise ConfigError(
+            "the plan that saved this checkpoint is not in the run directory, so what has changed since cannot be told",
+            where=text.short(checkpoint.path),
+            value=f"its digest is {digest}",
+            remedy="undo what was changed in plan.json, or go on with what it says now: resume RUN --force",
+        )
+    return saved
+
+
+def _fixed(saved: ModelFacts, now: ModelFacts) -> list[Difference]:
+    """Numbers of the architecture that somebody has changed in a plan; where the model lies may change."""
+    places = {"path", "tokenizer_path"}
+    return differing(saved.model_dump(exclude=places), now.model_dump(exclude=places), f"{_RECORDED}model")
+
+
+def _data_differences(saved: DataFacts | None, now: DataFacts | None) -> list[Difference]:
+    return differing(_counts(saved), _counts(now), f"{_RECORDED}data")
+
+
+def _counts(data: DataFacts | None) -> dict[str, Any]:
+    """What a cache holds, by its key instead of its place."""
+    return {} if data is None else {"key": Path(data.cache_dir).name, **data.model_dump(exclude={"cache_dir"})}
+
+
+def _model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
+    """The model's facts, with its folders made again where the cache that held them is gone."""
+    model = plan.model
+    if all(Path(folder).is_dir() for folder in (model.path, model.tokenizer_path) if folder):
+        return model
+    print("the model or its tokenizer is no longer where the plan says; it is fetched again", flush=True)
+    prepare(config, want_report=False)
+    weights = facts.locate(config.model.path, config.model).folder if config.model.path else None
+    tokenizer = facts.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights
+    return model.model_copy(update={"path": weights and str(weights), "tokenizer_path": tokenizer and str(tokenizer)})
+
+
+def _data(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> DataFacts | None:
+    """The facts of the data cache that an attempt will read, built again where it is not what the plan recorded.
+
+    Raises:
+        DataError: where the sources are gone as well.
+    """
+    recorded = plan.data
+    if recorded is not None and config.data == plan.config.data:
+        if cache.read(Path(recorded.cache_dir)) == recorded:
+            return recorded
+        print("the data cache is not what the plan recorded; it is built from the sources", flush=True)
+    prepare(config, want_report=False)
+    built = facts.data_facts(config, model.tokenizer_path)
+    if built is None:
+        raise DataError(Problem("the data cache is not there after it was built", "data", remedy="try again"))
+    return built

@@ -1,0 +1,130 @@
+"""The lock of a run while one of its attempts is started, and who holds it."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from launcher.config.secret import redact
+from launcher.errors import SubmitError
+
+_LOCK = ".lock"
+_IDENTITY = ".lock.json"
+# Between taking the lock and leaving a name beside it.
+_NAMELESS_S = 0.5
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that starts an attempt; `started` and `since` are seconds since the epoch."""
+
+    host: str
+    pid: int
+    started: float
+    user: str
+    since: float
+    command: str
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        return cls(os.uname().nodename, os.getpid(), _started(os.getpid()) or 0.0, _user(), time.time(), _command())
+
+    @property
+    def is_gone(self) -> bool:
+        """True where this is known of it: of another machine's processes nothing is."""
+        if self.host != os.uname().nodename:
+            return False
+        started = _started(self.pid)
+        # The number of a process that has ended is given to another one in time.
+        return started is None or abs(started - self.started) >= 1
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host}, of user {self.user}, since {since}: {self.command}"
+
+
+@contextmanager
+def held(folder: Path, wait_s: float) -> Iterator[None]:
+    """Hold the lock of the run in `folder`, with this process's identity beside it.
+
+    Raises:
+        SubmitError: where another process still holds it after `wait_s`, with who that is.
+    """
+    lock = FileLock(folder / _LOCK, timeout=wait_s)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = _await_name(folder)
+        raise SubmitError(
+            "another command is starting this run at this moment",
+            where=str(folder),
+            value="" if holder is None else str(holder),
+            remedy="wait until it is done"
+            if holder is None
+            else f"wait until it is done, or end it on {holder.host}: kill {holder.pid}",
+        ) from None
+    try:
+        _leave_name(folder)
+        yield
+    finally:
+        (folder / _IDENTITY).unlink(missing_ok=True)
+        lock.release()
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Who holds the lock of the run in `folder`; None where nobody does, or where a process has died while it did."""
+    try:
+        found = Holder(**json.loads((folder / _IDENTITY).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return None if found.is_gone else found
+
+
+def _await_name(folder: Path) -> Holder | None:
+    until = time.monotonic() + _NAMELESS_S
+    while (found := holder_of(folder)) is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
+
+
+def _leave_name(folder: Path) -> None:
+    partial = folder / f"{_IDENTITY}.{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(asdict(Holder.this_process())))
+        os.replace(partial, folder / _IDENTITY)
+    except OSError:
+        # The lock holds without a name.
+        partial.unlink(missing_ok=True)
+
+
+def _started(pid: int) -> float | None:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _command() -> str:
+    """This process's command line as a person typed it, without what looks like a credential."""
+    program, *arguments = sys.orig_argv
+    return redact(shlex.join([Path(program).name, *arguments]))

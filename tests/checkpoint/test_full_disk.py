@@ -1,0 +1,100 @@
+"""The store on a disk that is really full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint import durable, store
+from launcher.errors import CheckpointError
+
+DISK = 2**20
+SHARD = b"x" * 300_000
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """The checkpoints of a run on a disk of one MiB."""
+    if os.geteuid():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a small disk")
+    options = ["-t", "tmpfs", "-o", f"size={DISK}", "tmpfs"]
+    subprocess.run(["mount", *options, tmp_path], check=True, capture_output=True, timeout=10)
+    try:
+        yield tmp_path / "checkpoints"
+    finally:
+        subprocess.run(["umount", "--lazy", tmp_path], check=True, timeout=10)
+
+
+def save(root: Path, step: int, shard: bytes = SHARD, needed_bytes: int = 1) -> Path:
+    saving = store.begin(root, step=step, attempt=1, needed_bytes=needed_bytes)
+    files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [shard])}
+    return store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest="d", attempt=1, files=files))
+
+
+def fill(root: Path) -> Path:
+    """Take every byte that is left."""
+    path = root / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        path.write_bytes(b"0" * DISK)
+    return path
+
+
+def test_a_shard_that_does_not_fit_names_its_file_and_harms_nothing(root: Path) -> None:
+    first = save(root, 1)
+    with pytest.raises(OSError, match="No space left") as error:
+        save(root, 2, b"x" * DISK)
+    assert error.value.errno == errno.ENOSPC
+    assert error.value.filename.endswith(".saving-step-00000002-001/rank-00000.safetensors")
+    assert store.latest(root).path == first
+    assert store.verify(first) == []
+    # The next save sweeps what that one has taken.
+    assert store.verify(save(root, 3)) == []
+    assert [checkpoint.step for checkpoint in store.list_checkpoints(root)] == [1, 3]
+
+
+def test_a_manifest_that_does_not_fit_commits_nothing(root: Path) -> None:
+    first = save(root, 1)
+    saving = store.begin(root, step=2, attempt=1, needed_bytes=1)
+    files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [SHARD])}
+    filler = fill(root)
+    with pytest.raises(OSError, match="No space left"):
+        store.commit(saving, store.Manifest(step=2, world_size=1, plan_digest="d", attempt=1, files=files))
+    assert [checkpoint.path for checkpoint in store.list_checkpoints(root)] == [first]
+    filler.unlink()
+    assert store.verify(save(root, 2)) == []
+
+
+def test_what_pruning_will_free_is_not_free_yet(root: Path) -> None:
+    """Three fit; with two there, a third of twice the size does not, though one of the two is about to go."""
+    save(root, 1)
+    save(root, 2)
+    with pytest.raises(CheckpointError) as error:
+        save(root, 3, SHARD * 2, needed_bytes=len(SHARD) * 2)
+    (problem,) = error.value.problems
+    available = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
+    assert f"needed 600,000 bytes, available {available:,} bytes" in problem.value
+    assert f"free {600_000 - available:,} bytes" in problem.remedy
+    assert store.prune(root, store.Retention(1)) == [root / "step-00000001"]
+    assert store.verify(save(root, 3, SHARD * 2, needed_bytes=len(SHARD) * 2)) == []
+
+
+def test_a_full_disk_can_still_be_pruned(root: Path) -> None:
+    for step in (1, 2):
+        save(root, step)
+    fill(root)
+    assert store.prune(root, store.Retention(1)) == [root / "step-00000001"]
+    assert store.verify(store.latest(root).path) == []
+
+
+def test_a_read_only_disk_is_readable(root: Path) -> None:
+    first = save(root, 1)
+    subprocess.run(["mount", "-o", "remount,ro", root.parent], check=True, capture_output=True, timeout=10)
+    with pytest.raises(OSError, match="Read-only file system"):
+        save(root, 2)
+    assert store.latest(root).path == first
+    assert store.verify(first, threads=2) == []

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.retention import Retention, outdated, reasons
+from launcher.checkpoint.store import Checkpoint
+
+
+def checkpoints(losses: dict[int, float | None]) -> list[Checkpoint]:
+    """A checkpoint for each step, with its held-out loss."""
+    return [
+        Checkpoint(
+            Path(f"step-{step:08d}"), Manifest(step=step, world_size=1, plan_digest="d", attempt=1, eval_loss=loss, files={})
+        )
+        for step, loss in sorted(losses.items())
+    ]
+
+
+def gone(losses: dict[int, float | None], **rules: int) -> list[int]:
+    return [checkpoint.step for checkpoint in outdated(checkpoints(losses), Retention(**rules))]
+
+
+UNEVALUATED = dict.fromkeys((10, 20, 30, 40, 50))
+
+
+@pytest.mark.parametrize(
+    ("losses", "rules", "expected"),
+    [
+        (UNEVALUATED, {"keep_last": 2}, [10, 20, 30]),
+        (UNEVALUATED, {"keep_last": 9}, []),
+        (UNEVALUATED, {"keep_last": 0}, [10, 20, 30, 40]),
+        (UNEVALUATED, {"keep_every": 20}, [10, 30]),
+        (UNEVALUATED, {"keep_best": 3}, [10, 20, 30, 40]),
+        ({0: None, 5: None, 7: None}, {"keep_every": 5}, []),
+        ({10: 2.0, 20: 1.0, 30: None, 40: 3.0}, {"keep_best": 1}, [10, 30]),
+        ({10: 2.0, 20: 1.0, 30: None, 40: 3.0}, {"keep_best": 2}, [30]),
+        ({10: 1.0, 20: 1.0, 30: 1.0, 40: 2.0}, {"keep_best": 1}, [10, 20]),
+        ({10: float("nan"), 20: 5.0, 30: 6.0, 40: float("-inf")}, {"keep_best": 1}, [10, 30]),
+        ({10: 1.0, 20: 9.0, 30: 8.0, 40: 7.0, 50: 6.0}, {"keep_last": 2, "keep_every": 20, "keep_best": 1}, [30]),
+        ({}, {"keep_last": 2, "keep_best": 1}, []),
+    ],
+)
+def test_what_no_rule_keeps_is_outdated(losses, rules, expected):
+    assert gone(losses, **rules) == expected
+
+
+def test_each_rule_says_what_it_keeps():
+    found = checkpoints({100: 1.0, 150: 2.0, 200: None, 250: 3.0})
+    kept = reasons(found, Retention(keep_last=1, keep_every=100, keep_best=1))
+    assert kept == {100: ("every 100", "best"), 150: (), 200: ("every 100",), 250: ("newest",)}
+
+
+def test_the_rules_hold_for_whatever_lies_there():
+    """Ten thousand folders at random, against each rule said anew in its own words."""
+    chance = random.Random(5)
+    for _ in range(10_000):
+        steps = chance.sample(range(60), chance.randint(0, 9))
+        losses = {step: chance.choice((None, 0.5, 1.0, 1.5, 2.0)) for step in steps}
+        last, every, best = chance.randint(0, 4), chance.randint(0, 8), chance.randint(0, 4)
+        removed = set(gone(losses, keep_last=last, keep_every=every, keep_best=best))
+        kept = sorted(losses.keys() - removed)
+        assert not steps or max(steps) in kept
+        for step in removed:
+            assert sum(other > step for other in steps) >= max(1, last)
+            assert not every or step % every
+            assert losses[step] is None or sum(better(losses, other, step) for other in steps) >= best
+        for step in kept:
+            newest = sum(other > step for other in steps) < max(1, last)
+            lowest = losses[step] is not None and sum(better(losses, other, step) for other in steps) < best
+            assert newest or (every and step % every == 0) or lowest
+
+
+def better(losses: dict[int, float | None], one: int, other: int) -> bool:
+    """True where `one` has the lower loss, or an equal one at a later step."""
+    ours, theirs = losses[one], losses[other]
+    return ours is not None and theirs is not None and (ours, -one) < (theirs, -other)
+
+
+def test_pruning_again_removes_nothing_more():
+    """What is pruned after every save ends up as what is pruned once, but for the best of checkpoints that are gone."""
+    for last, every in itertools.product(range(1, 4), range(4)):
+        rule = Retention(last, every)
+        kept: list[Checkpoint] = []
+        for checkpoint in checkpoints(dict.fromkeys(range(1, 20))):
+            kept.append(checkpoint)
+            kept = [c for c in kept if c not in outdated(kept, rule)]
+        assert outdated(kept, rule) == []
+        everything = checkpoints(dict.fromkeys(range(1, 20)))
+        assert [c.step for c in kept] == [c.step for c in everything if c not in outdated(everything, rule)]

@@ -1,0 +1,253 @@
+"""The verb checkpoints: on real directories, as a login node sees them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher import run_store
+from launcher.checkpoint import durable, store
+from launcher.cli.main import main
+from launcher.config.compose import run_hydra
+from launcher.config.schema import RunConfig
+from launcher.plan.architecture import model_facts
+from launcher.plan.launch_plan import DeviceFacts, Facts, Provenance
+from launcher.plan.planner import plan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+
+RULES = ("train.keep_last=1", "train.keep_every=100", "train.keep_best=1")
+LOSSES = {100: 3.0, 150: 1.5, 200: None, 250: 2.0, 300: None, 320: 2.5, 330: None}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that has ended, with seven checkpoints of two attempts."""
+    found: list[RunConfig] = []
+    run_hydra(["model=tiny", "train.max_steps=400", "run.name=saved", *RULES], lambda done: found.append(done.config))
+    (config,) = found
+    assert config.model.config is not None
+    facts = Facts(
+        working_dir=str(tmp_path),
+        device=DeviceFacts(kind="cpu", name="a CPU", count=2),
+        model=model_facts(config.model.config, None, None, None),
+        data=None,
+        provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
+    )
+    made = run_store.create(plan(config, facts))
+    run_store.next_attempt(made, Attempt(None))
+    run_store.update_status(made, state="failed", attempt=2)
+    for step, loss in LOSSES.items():
+        commit(made, step, loss, attempt=1 + (step > 200))
+    return made
+
+
+def commit(run: RunDir, step: int, loss: float | None, attempt: int) -> Path:
+    saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
+    files = {name: durable.write_file(saving / name, [b"x" * 1000]) for name in map(store.shard_name, range(2))}
+    return store.commit(
+        saving,
+        store.Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, eval_loss=loss, files=files),
+    )
+
+
+def flip(run: RunDir, step: int) -> None:
+    (run.checkpoints / store.step_name(step) / store.shard_name(1)).write_bytes(b"y" + b"x" * 999)
+
+
+def leave_behind(run: RunDir) -> None:
+    """One of each kind of leftover, a thousand bytes each, and a folder of somebody else."""
+    names = (".saving-step-00000340-002", ".removing-0123", ".replaced-step-00000100", "aside-step-00000400", "notes")
+    for name in (*names, "damaged-step-00000310"):
+        (run.checkpoints / name).mkdir()
+        (run.checkpoints / name / "file").write_bytes(b"z" * 1000)
+
+
+def steps(run: RunDir) -> list[int]:
+    return [checkpoint.step for checkpoint in store.list_checkpoints(run.checkpoints)]
+
+
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """`checkpoints RUN FLAGS` as its exit code and what it printed."""
+
+    def asked(*flags: str) -> tuple[int, str, str]:
+        code = main(["checkpoints", str(run.root), *flags])
+        return code, *capsys.readouterr()
+
+    return asked
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """The rows of the table by step, each as its words."""
+    return {words[0]: words for line in text.splitlines() if (words := line.split()) and words[0].isdigit()}
+
+
+def test_the_table_says_why_each_is_kept(run: RunDir, ask: Ask) -> None:
+    os.utime(run.checkpoints / store.step_name(100) / store.MANIFEST, (time.time() - 7350,) * 2)
+    code, out, _ = ask()
+    assert code == 0
+    rows = cells(out)
+    assert list(rows) == [str(step) for step in LOSSES]
+    assert rows["100"] == ["100", "1.95", "KiB", "2h02m", "2", "1", "3.0000", "every", "100", "not", "verified"]
+    assert rows["150"][4:8] == ["2", "1", "1.5000", "best"]
+    assert rows["250"][4:10] == ["2", "2", "2.0000", "would", "be", "pruned"]
+    assert rows["330"][4:8] == ["2", "2", "-", "newest"]
+    assert len(steps(run)) == 7
+
+
+def test_verify_finds_each_damage_and_names_the_file(run: RunDir, ask: Ask) -> None:
+    code, out, _ = ask("--verify")
+    assert code == 0
+    assert all(words[-1] == "whole" for words in cells(out).values())
+    flip(run, 150)
+    os.truncate(run.checkpoints / store.step_name(200) / store.shard_name(0), 7)
+    (run.checkpoints / store.step_name(250) / store.MANIFEST).unlink()
+    (run.checkpoints / store.step_name(335)).mkdir()
+    code, out, _ = ask("--verify")
+    assert code == 1
+    said = {line.split()[0]: line for line in out.splitlines() if line.split() and line.split()[0].isdigit()}
+    assert "damaged: rank-00001.safetensors: a checkpoint file is damaged: its digest differs" in said["150"]
+    assert "damaged: rank-00000.safetensors: a checkpoint file has the wrong size (7 bytes instead of 1,000)" in said["200"]
+    assert "damaged: manifest.json: a checkpoint has no readable manifest" in said["250"]
+    assert "damaged: manifest.json" in said["335"]
+    # Of those that are whole, another one has the lowest loss.
+    assert said["320"].split()[7] == "best"
+    assert all(said[step].endswith("whole") for step in ("100", "300", "320", "330"))
+    assert len(list(run.checkpoints.iterdir())) == 8, "nothing was touched"
+
+
+def test_prune_keeps_what_the_rules_keep_and_sweeps(run: RunDir, ask: Ask) -> None:
+    leave_behind(run)
+    _, out, _ = ask()
+    assert out.count(", 1000 bytes\n") == 5
+    assert "aside-step-00000400: set aside when the run went back" in out
+    before = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    code, out, _ = ask("--prune")
+    after = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    assert code == 0
+    assert steps(run) == [100, 150, 200, 300, 330]
+    names = {path.name for path in run.checkpoints.iterdir()}
+    assert names == {*(store.step_name(step) for step in (100, 150, 200, 300, 330)), "notes"}
+    assert "removed  step-00000250: no longer kept" in out
+    assert "removed  damaged-step-00000310: set aside as damaged, 1000 bytes" in out
+    assert f"({before - after:,} bytes)" in out
+    code, out, _ = ask("--prune", "--json")
+    assert json.loads(out)["removed"] == []
+
+
+def test_prune_never_removes_the_newest_that_is_whole(run: RunDir, ask: Ask) -> None:
+    """By the rules alone step 320 would go, and what they keep as the newest cannot be used."""
+    flip(run, 330)
+    code, out, _ = ask("--prune")
+    assert code == 1, "it has found damage"
+    assert steps(run) == [100, 150, 200, 300, 320]
+    assert store.verify(run.checkpoints / store.step_name(320)) == []
+    assert "removed  step-00000330: damaged" in out
+
+
+def test_where_nothing_is_whole_nothing_is_removed(run: RunDir, ask: Ask) -> None:
+    leave_behind(run)
+    for step in LOSSES:
+        flip(run, step)
+    before = sorted(run.checkpoints.rglob("*"))
+    code, _, err = ask("--prune")
+    assert code == 2
+    assert "no checkpoint of this run is whole, so nothing is removed" in err
+    assert sorted(run.checkpoints.rglob("*")) == before
+
+
+def test_another_format_is_shown_and_left_alone(run: RunDir, ask: Ask) -> None:
+    manifest = run.checkpoints / store.step_name(250) / store.MANIFEST
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
+    code, out, _ = ask("--prune", "--verify")
+    assert code == 0
+    assert "unreadable: manifest.json" in out
+    assert manifest.is_file()
+
+
+@pytest.mark.parametrize("state", run_store.RUNNING_STATES)
+def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> None:
+    process = {"host": os.uname().nodename, "pid": os.getpid(), "started": psutil.Process().create_time()}
+    run_store.update_status(run, state=state, job=process)
+    code, _, err = ask("--prune")
+    assert code == 2
+    assert f"the run is {state}" in err
+    assert "cancel" in err
+    assert len(steps(run)) == 7
+    assert ask("--verify")[0] == 0, "looking is no harm"
+
+
+def test_an_attempt_that_begins_and_a_prune_exclude_each_other(run: RunDir, ask: Ask) -> None:
+    with run_store.starting(run):
+        code, _, err = ask("--prune")
+    assert code == 2
+    assert "another command is starting this run" in err
+    assert len(steps(run)) == 7
+
+
+def test_json_holds_what_the_table_shows(run: RunDir, ask: Ask) -> None:
+    leave_behind(run)
+    flip(run, 150)
+    code, out, _ = ask("--json", "--verify")
+    assert code == 1
+    shown = json.loads(out)
+    by_step = {row["step"]: row for row in shown["checkpoints"]}
+    assert by_step[100] == {
+        "step": 100,
+        "path": str(run.checkpoints / "step-00000100"),
+        "bytes": 2000,
+        "saved_at": by_step[100]["saved_at"],
+        "world_size": 2,
+        "attempt": 1,
+        "eval_loss": 3.0,
+        "kept": ["every 100"],
+        "state": "whole",
+        "problems": [],
+    }
+    assert by_step[150]["state"] == "damaged"
+    assert by_step[150]["problems"][0].startswith("rank-00001.safetensors: ")
+    assert {left["bytes"] for left in shown["leftovers"]} == {1000}
+    assert len(shown["leftovers"]) == 5
+    assert shown["freed_bytes"] == 0
+
+
+def test_a_run_without_checkpoints(run: RunDir, ask: Ask, tmp_path: Path) -> None:
+    run.checkpoints.rename(tmp_path / "elsewhere")
+    code, out, _ = ask("--verify")
+    assert code == 0
+    assert out.startswith("no checkpoints in ")
+    assert ask("--prune")[0] == 2
+
+
+def test_it_answers_fast_and_without_torch(run: RunDir, launcher_env: dict[str, str]) -> None:
+    code = "import sys; from launcher.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "checkpoints", str(run.root), "--verify"]
+    took = []
+    for _ in range(2):
+        began = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, env=launcher_env, timeout=60)
+        took.append(time.monotonic() - began)
+        assert done.returncode == 0
+        assert done.stderr == "False\n"
+    # It takes half a second; the margin is for a busy machine.
+    assert min(took) < 4
+
+
+def test_progress_is_shown_on_a_terminal(run: RunDir, launcher_env: dict[str, str]) -> None:
+    """With a terminal as standard error, as `script` gives one, a bar counts the bytes."""
+    command = f"{sys.executable} -m launcher checkpoints {run.root} --verify"
+    log = run.root / "typescript"
+    subprocess.run(["script", "-qec", command, str(log)], capture_output=True, env=launcher_env, timeout=60, check=True)
+    assert "verifying" in log.read_text()

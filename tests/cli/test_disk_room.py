@@ -1,0 +1,69 @@
+"""A run whose checkpoints do not fit its disk is refused, or told so, before anything is made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launcher import run_store
+from launcher.checkpoint import durable, store
+from launcher.plan.launch_plan import LaunchPlan
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+SETTINGS = ("model=tiny", "tracking=none", "train.max_steps=20", "train.save_every=5", "train.keep_last=2", "run.name=room")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """An empty disk of its own: `disk("8m")`."""
+    if os.geteuid():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a small disk")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(size: str) -> Path:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True, timeout=10)
+        return folder
+
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=False, capture_output=True, timeout=10)
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused(launch: Run, disk: Callable[[str], Path]) -> None:
+    root = disk("8m") / "not" / "there"
+    done = launch("train", *SETTINGS, f"run.root={root}")
+    assert done.returncode == 2
+    assert "no room for a single checkpoint" in done.stderr
+    assert "bytes, available 8,388,608 bytes" in done.stderr
+    assert "remedy: " in done.stderr
+    assert not root.parent.exists()
+
+
+def test_a_disk_without_room_for_all_that_are_kept_is_noted(launch: Run, disk: Callable[[str], Path]) -> None:
+    root = disk("30m")
+    done = launch("plan", *SETTINGS, f"run.root={root}")
+    assert done.returncode == 0, done.stderr
+    (note,) = [line for line in done.stdout.splitlines() if line.startswith("note")]
+    assert "has 31,457,280 bytes free, and it takes 35,755,920 for 3 checkpoints" in note
+    assert "note" not in launch("plan", *SETTINGS, "train.keep_last=1", f"run.root={root}").stdout
+
+
+def test_a_run_is_not_resumed_where_the_next_save_would_fail(launch: Run, disk: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its checkpoints lie on a disk of their own, which is nearly full."""
+    plan = LaunchPlan.model_validate_json(launch("plan", "--json", *SETTINGS, f"run.root={tmp_path}").stdout)
+    run = run_store.create(plan)
+    run_store.update_status(run, state="failed")
+    run.checkpoints.symlink_to(disk("9m"))
+    saving = store.begin(run.checkpoints, step=5, attempt=1, needed_bytes=1)
+    files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [b"x" * 2**20])}
+    store.commit(saving, store.Manifest(step=5, world_size=1, plan_digest="d", attempt=1, files=files))
+    done = launch("resume", str(run.root))
+    assert done.returncode == 2
+    assert "no room for a single checkpoint" in done.stderr
+    assert run_store.newest_attempt(run) == 0

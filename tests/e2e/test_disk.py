@@ -1,0 +1,210 @@
+"""What a disk does to checkpoints: damage between two attempts, and no room or no permission in the middle of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from e2e_tools import TINY, losses, processes_of, status, wait_for
+
+from launcher.checkpoint import store
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+STEPS = 20
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
+NEWEST = f"step-{STEPS:08d}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch: Launch, module_runs: Path) -> Path:
+    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert committed(module_runs / "undisturbed") == ["step-00000010", "step-00000015", NEWEST]
+    return module_runs / "undisturbed"
+
+
+@pytest.fixture
+def mount(runs: Path) -> Iterator[Callable[[Path, str], None]]:
+    """Make a folder a small disk of its own: `mount(FOLDER, OPTIONS)`, again for other options; taken away after the test."""
+    if os.geteuid():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a small disk")
+    mounted: list[Path] = []
+
+    def mounting(folder: Path, options: str) -> None:
+        if folder in mounted:
+            subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True, capture_output=True, timeout=10)
+        else:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True, capture_output=True, timeout=10)
+            mounted.append(folder)
+
+    try:
+        yield mounting
+    finally:
+        for process in processes_of(runs):
+            process.kill()
+        for folder in mounted:
+            subprocess.run(["umount", "--lazy", folder], check=True, timeout=10)
+
+
+@pytest.fixture
+def run(undisturbed: Path, runs: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    shutil.copytree(undisturbed, runs / "damaged")
+    return runs / "damaged"
+
+
+def committed(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def flip(checkpoint: Path) -> None:
+    shard = checkpoint / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def truncate(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "rank-00001.safetensors", 4096)
+
+
+def alerts(run: Path) -> list[str]:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line["text"] for line in lines if line["kind"] == "alert"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("damage", "what"), [(flip, "its digest differs"), (truncate, "has the wrong size (4,096 bytes")])
+def test_the_checkpoint_before_a_damaged_one_is_used_and_the_user_told(
+    launch: Launch, run: Path, undisturbed: Path, damage: Callable[[Path], None], what: str
+) -> None:
+    damage(run / "checkpoints" / NEWEST)
+    done = launch("resume", str(run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (alert,) = alerts(run)
+    assert f"the checkpoint of step {STEPS} is damaged (rank-00001.safetensors: " in alert
+    assert what in alert
+    assert f"set aside as damaged-{NEWEST}, step 15 is used" in alert
+    assert alert in done.stdout
+    assert alert in launch("status", str(run)).stdout
+    retrained = [line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if line["attempt"] == 2]
+    assert [m["trainer/step"] for m in retrained if "train/loss" in m] == list(range(16, STEPS + 1))
+    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
+    assert committed(run) == [f"damaged-{NEWEST}", "step-00000010", "step-00000015", NEWEST]
+    assert launch("checkpoints", str(run), "--verify").returncode == 0
+    assert json.loads((run / "attempts/002/attempt.json").read_text())["resume_step"] == 15
+
+
+@pytest.mark.slow
+def test_where_all_are_damaged_the_run_fails_and_names_all(launch: Launch, run: Path) -> None:
+    lies = committed(run)
+    for name in lies:
+        flip(run / "checkpoints" / name)
+    done = launch("resume", str(run))
+    assert done.returncode == 1
+    assert "no checkpoint of this run is whole" in done.stderr
+    assert "Traceback" not in done.stderr
+    for step in (10, 15, STEPS):
+        assert f"step {step}: rank-00001.safetensors" in done.stderr
+    assert status(run)["state"] == "failed"
+    assert committed(run) == lies
+    assert max(losses(run)) == STEPS
+    assert not [m for m in (run / "metrics.jsonl").read_text().splitlines() if json.loads(m)["attempt"] == 2]
+
+
+@pytest.mark.parametrize("damage", [flip, truncate])
+def test_a_damaged_step_that_is_asked_for_is_refused(launch: Launch, run: Path, damage: Callable[[Path], None]) -> None:
+    lies = committed(run)
+    damage(run / "checkpoints/step-00000015")
+    done = launch("resume", str(run), "--step", "15")
+    assert done.returncode == 2
+    assert "the checkpoint of step 15 is damaged" in done.stderr
+    assert "rank-00001.safetensors" in done.stderr
+    assert f"choose one of the other steps: 10, {STEPS}" in done.stderr
+    assert committed(run) == lies, "the later ones are not set aside for nothing"
+    assert not (run / "attempts/002").exists()
+
+
+def on_a_small_disk(run: Path, mount: Callable[[Path, str], None], options: str) -> None:
+    """Give a run that is just starting a disk of its own for its checkpoints, long before the first of them."""
+    wait_for("the run directory", (run / "status.json").exists)
+    (run / "checkpoints").mkdir(mode=0o700)
+    mount(run / "checkpoints", f"mode=0700,{options}")
+
+
+def assert_kept_and_whole(run: Path) -> None:
+    """A committed checkpoint is there, whole, and nothing else is."""
+    (name,) = committed(run)
+    assert store.verify(run / "checkpoints" / name) == []
+    assert status(run)["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_the_save_with_both_numbers_and_keeps_the_checkpoint_before(
+    launch: Launch, start: Callable, runs: Path, undisturbed: Path, mount: Callable[[Path, str], None]
+) -> None:
+    """Room for one checkpoint and no two: what keep_last=1 removes is not free before the next one is committed."""
+    run = runs / "full"
+    with start(*SETTINGS, "train.keep_last=1", f"run.root={runs}", "run.name=full") as process:
+        on_a_small_disk(run, mount, "size=20m")
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert "there is not enough free disk space for a checkpoint" in output
+    numbers = re.search(r"needed ([\d,]+) bytes, available ([\d,]+) bytes", output)
+    assert numbers is not None
+    needed, available = (int(number.replace(",", "")) for number in numbers.groups())
+    assert available < needed < 20 * 2**20
+    assert "remedy: free " in output
+    assert "Traceback" not in output
+    assert_kept_and_whole(run)
+
+    mount(run / "checkpoints", "size=80m")
+    done = launch("resume", str(run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continuing full from step 5 of" in done.stdout
+    assert losses(run) == losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_disk_that_becomes_read_only_fails_the_save_and_resume_goes_on_when_it_is_mended(
+    launch: Launch, start: Callable, runs: Path, undisturbed: Path, mount: Callable[[Path, str], None]
+) -> None:
+    run = runs / "readonly"
+    with start(*SETTINGS, "train.keep_last=1", f"run.root={runs}", "run.name=readonly") as process:
+        on_a_small_disk(run, mount, "size=80m")
+        wait_for("a checkpoint", lambda: store.newest_step(run / "checkpoints") is not None)
+        remount_read_only(run / "checkpoints", mount)
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1, output
+    assert re.search(r"the checkpoint could not be .*\n.*\n.*Read-only file system", output)
+    assert "Traceback" not in output
+    assert store.newest_step(run / "checkpoints") is not None
+
+    mount(run / "checkpoints", "rw")
+    step = store.latest(run / "checkpoints").step
+    assert step < STEPS
+    assert store.verify(store.latest(run / "checkpoints").path) == []
+    done = launch("resume", str(run))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"continuing readonly from step {step} of" in done.stdout
+    assert losses(run) == losses(undisturbed)
+    assert committed(run) == [NEWEST]
+
+
+def remount_read_only(folder: Path, mount: Callable[[Path, str], None]) -> None:
+    """While a save has files open for writing the kernel refuses."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return mount(folder, "ro")
+        except subprocess.CalledProcessError:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

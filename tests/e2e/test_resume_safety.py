@@ -1,0 +1,215 @@
+"""A run is continued with what its checkpoint was trained on, or the difference is shown; and by one command at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from e2e_tools import TINY, last_step, losses, status, wait_for
+
+from launcher.plan.launch_plan import LaunchPlan
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+SETTINGS = (*(s for s in TINY if s != "model=tiny"), "model=tiny", "data=jsonl", "data.eval_fraction=0", "train.export=false")
+
+
+def write_rows(file: Path, first: int, count: int) -> None:
+    rows = [{"prompt": f"What is {n} plus one?", "completion": f"It is {n + 1}. " * 8} for n in range(first, first + count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def trained(launch: Launch, module_runs: Path) -> Path:
+    """Two steps on rows of its own."""
+    module_runs.mkdir(exist_ok=True)
+    write_rows(module_runs.parent / "rows.jsonl", 0, 40)
+    asked = (f"data.path={module_runs.parent / 'rows.jsonl'}", f"run.root={module_runs}", "run.name=trained")
+    done = launch(*SETTINGS, *asked, "train.max_steps=2", "train.save_every=1", "train.keep_last=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return module_runs / "trained"
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the trained run, to do with as one likes."""
+    return Path(shutil.copytree(trained, tmp_path / "copies/trained"))
+
+
+@pytest.fixture
+def own_cache(run: Path, tmp_path: Path, launcher_cache: Path) -> dict[str, str]:
+    """A cache of its own that the run's plan names, and the environment in which the launcher uses it."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "models").symlink_to(launcher_cache / "models")
+    old = plan(run)["data"]["cache_dir"]
+    shutil.copytree(old, cache / "data" / Path(old).name)
+    changed = LaunchPlan.load(run / "plan.json")
+    assert changed.data is not None
+    changed = changed.model_copy(update={"data": changed.data.model_copy(update={"cache_dir": f"{cache}/data/{Path(old).name}"})})
+    (run / "plan.json").write_text(changed.to_json())
+    return {"LAUNCHER_CACHE": str(cache)}
+
+
+def plan(run: Path, attempt: int | None = None) -> dict[str, Any]:
+    file = run / "plan.json" if attempt is None else run / f"attempts/{attempt:03d}/plan.json"
+    return json.loads(file.read_text())
+
+
+def refused(launch: Launch, run: Path, *arguments: str, **environ: str) -> str:
+    done = launch("resume", str(run), *arguments, **environ)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "remedy: " in done.stderr
+    assert not (run / "attempts/002").exists()
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-00000001", "step-00000002"}
+    return done.stderr
+
+
+def edit_plan(run: Path, **changes: Any) -> None:
+    """Change the plan's file by hand: `optim__weight_decay=0.5` is a setting, `data_num_rows` a count."""
+    values = plan(run)
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        (values[section[5:]] if section.startswith("plan_") else values["config"][section])[name] = value
+    (run / "plan.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def test_what_differs_is_shown_and_refused(launch: Launch, run: Path) -> None:
+    text = refused(
+        launch,
+        run,
+        "data.max_length=32",
+        "run.seed=1",
+        "optim.weight_decay=0.1",
+        "train.max_steps=9",
+        "train.global_batch_size=4",
+    )
+    shown = [line.split() for line in text.splitlines() if line.startswith("  ")]
+    assert shown[:4] == [
+        ["checkpoint", "asked", "for"],
+        ["run.seed", "42", "1"],
+        ["data.max_length", "64", "32"],
+        ["optim.weight_decay", "0.0", "0.1"],
+    ]
+    assert "checkpoints/step-00000002" in text
+    assert "--force" in text
+
+
+def test_what_cannot_work_is_refused_with_force_too(launch: Launch, run: Path) -> None:
+    text = refused(launch, run, "--force", "model.path=./other", "run.seed=1")
+    assert "model.path" in text
+    assert "run.seed" not in text
+    assert "model.path=run:trained" in text
+
+
+@pytest.mark.parametrize(
+    "changes, shown",
+    [
+        ({"optim__weight_decay": 0.5}, ["optim.weight_decay", "0.0", "0.5"]),
+        ({"plan_data__num_rows": 5}, ["plan.data.num_rows", "ROWS", "5"]),
+        ({"plan_model__hidden_size": 24}, ["plan.model.hidden_size", "20", "24"]),
+    ],
+)
+def test_a_plan_that_was_edited_by_hand_is_told(launch: Launch, run: Path, changes: dict[str, Any], shown: list[str]) -> None:
+    rows = str(plan(run)["data"]["num_rows"])
+    edit_plan(run, **changes)
+    text = refused(launch, run, "train.max_steps=3")
+    wanted = [rows if word == "ROWS" else word for word in shown]
+    assert wanted in [line.split() for line in text.splitlines()]
+
+
+def test_a_plan_that_is_nowhere_is_told(launch: Launch, run: Path) -> None:
+    edit_plan(run, optim__weight_decay=0.5)
+    shutil.rmtree(run / "plans")
+    assert "the plan that saved this checkpoint is not in the run directory" in refused(launch, run, "train.max_steps=3")
+
+
+def test_other_data_behind_the_same_settings_is_refused(
+    launch: Launch, run: Path, own_cache: dict[str, str], trained: Path
+) -> None:
+    shutil.rmtree(Path(own_cache["LAUNCHER_CACHE"]) / "data")
+    source = trained.parent.parent / "rows.jsonl"
+    before = source.read_bytes()
+    write_rows(source, 100, 30)
+    try:
+        text = refused(launch, run, "train.max_steps=3", **own_cache)
+    finally:
+        source.write_bytes(before)
+    shown = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("  plan.data.")}
+    assert shown["plan.data.num_docs"] == ["40", "30"]
+    assert {"plan.data.key", "plan.data.num_rows", "plan.data.num_tokens"} <= shown.keys()
+
+
+@pytest.mark.slow
+def test_a_cache_that_is_gone_is_built_again_and_what_may_change_passes(
+    launch: Launch, run: Path, own_cache: dict[str, str]
+) -> None:
+    folder = Path(plan(run)["data"]["cache_dir"])
+    shutil.rmtree(folder)
+    same = ("run.seed=42", "train.global_batch_size=4", "model.dtype=bf16")
+    free = ("train.max_steps=3", "cluster.ranks_per_node=1", "train.log_every=1", "train.save_every=0")
+    done = launch("resume", str(run), *same, *free, **own_cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the data cache is not what the plan recorded; it is built from the sources" in done.stdout
+    assert "differs from the checkpoint" not in done.stdout
+    assert (folder / "meta.json").is_file()
+    assert plan(run, 2)["data"] == plan(run)["data"]
+    assert (status(run)["state"], last_step(run)) == ("completed", 3)
+
+
+@pytest.mark.slow
+def test_with_force_other_data_is_trained_on_and_recorded(launch: Launch, run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    write_rows(other, 500, 60)
+    more = ("train.max_steps=3", "train.keep_last=9")
+    text = refused(launch, run, f"data.path={other}", *more)
+    assert "data.sources[0].path" in text
+    done = launch("resume", str(run), "--force", f"data.path={other}", "optim.weight_decay=0.1", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continuing with what differs from the checkpoint:" in done.stdout
+    shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert shown["data.path"][1] == f"'{other}'"
+    assert shown["plan.data.num_docs"] == ["40", "60"]
+    recorded = plan(run, 2)
+    assert recorded["data"]["num_docs"] == 60
+    assert recorded["data"]["cache_dir"] != plan(run)["data"]["cache_dir"]
+    assert {f"data.path={other}", "optim.weight_decay=0.1"} <= set(recorded["provenance"]["overrides"])
+    assert sorted(losses(run)) == [1, 2, 3]
+    # The checkpoint of step 3 was saved by that plan: nothing of this differs from it any more.
+    again = launch("resume", str(run), "--force", "model.dtype=fp32", "train.max_steps=4")
+    assert again.returncode == 0, again.stdout + again.stderr
+    shown = [line.split() for line in again.stdout.splitlines() if line.startswith("  ")]
+    assert shown[:2] == [["checkpoint", "asked", "for"], ["model.dtype", "'bf16'", "'fp32'"]]
+    assert str(other) not in again.stdout
+    back = launch("resume", str(run), "--step", "2")
+    assert back.returncode == 2
+    assert "data.path" in back.stderr
+
+
+@pytest.mark.slow
+def test_a_second_command_is_told_what_runs(launch: Launch, start: Callable, runs: Path) -> None:
+    run = runs / "busy"
+    asked = (*TINY, "train.export=false", "train.max_steps=100000", f"run.root={runs}", "run.name=busy")
+    with start(*asked):
+        wait_for("the first step", lambda: last_step(run) >= 1)
+        agent = status(run)["job"]["pid"]
+        for second in (asked, ("resume", str(run))):
+            done = launch(*second)
+            assert done.returncode == 2, done.stdout + done.stderr
+            assert f"attempt 1, process {agent} on {os.uname().nodename}, of user {run.owner()}, since 2" in done.stderr
+            assert f"python -m launcher logs {run} -f" in done.stderr
+            assert f"python -m launcher cancel {run}" in done.stderr
+        assert status(run)["state"] == "running"
+        assert launch("cancel", str(run), "--no-save").returncode == 0
+        wait_for("the run to end", lambda: status(run)["state"] == "cancelled", 60)
+    # Nobody runs it any more: the directory itself is what stands in the way.
+    done = launch(*asked)
+    assert done.returncode == 2
+    assert "exists already" in done.stderr

@@ -1,0 +1,70 @@
+"""How many checkpoints a run needs room for, and what is said where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from launcher.cli.text import plan_lines
+from launcher.plan import disk
+from launcher.plan.launch_plan import LaunchPlan
+
+PlanOf = Callable[..., LaunchPlan]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count"),
+    [
+        (["train.max_steps=100", "train.save_every=10", "train.keep_last=2"], 3),
+        (["train.max_steps=100", "train.save_every=10", "train.keep_last=1"], 2),
+        (["train.max_steps=100", "train.save_every=10", "train.keep_last=2", "train.keep_every=50"], 5),
+        (["train.max_steps=100", "train.save_every=10", "train.keep_last=2", "train.keep_best=3"], 6),
+        # It saves once, or no more often than that.
+        (["train.max_steps=100"], 1),
+        (["train.max_steps=100", "train.save_every=60", "train.keep_last=9"], 2),
+        (["train.max_steps=100", "train.save_every=50", "train.keep_last=9"], 2),
+    ],
+)
+def test_what_is_kept_and_the_one_being_written_need_room(plan_of: PlanOf, tokens: list[str], count: int) -> None:
+    assert disk.checkpoints_at_once(plan_of(*tokens)) == count
+
+
+def test_steps_that_are_not_known_yet_bound_nothing(plan_of: PlanOf) -> None:
+    plan = plan_of("train.epochs=1", "train.max_steps=null", "train.keep_last=2", data=None)
+    assert plan.batch.max_steps is None
+    assert disk.checkpoints_at_once(plan) == 3
+
+
+def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> None:
+    plan = plan_of("train.max_steps=100", "train.save_every=10", "train.keep_last=2")
+    one = plan.checkpoint_bytes
+    refused = disk.refusal(plan, one - 1)
+    assert refused is not None
+    assert refused.value == f"needed {one:,} bytes, available {one - 1:,} bytes"
+    assert disk.refusal(plan, one) is None
+    note = disk.note(plan, 3 * one - 1, present=0)
+    assert note is not None
+    assert f"has {3 * one - 1:,} bytes free, and it takes {3 * one:,} for 3 checkpoints" in note
+    assert disk.note(plan, 3 * one, present=0) is None
+    # What lies there already takes its room no second time.
+    assert disk.note(plan, one, present=2) is None
+    assert f"takes {2 * one:,} for 2 more checkpoints" in (disk.note(plan, one, present=1) or "")
+    assert f"takes {one:,} for 1 more checkpoint," in (disk.note(plan, one - 1, present=9) or "")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (["train.keep_last=1"], "each, the newest is kept;"),
+        (["train.keep_last=3"], "each, the newest 3 are kept;"),
+        (["train.keep_last=1", "train.keep_every=100"], "each, the newest and every 100 steps are kept;"),
+        (
+            ["train.keep_last=2", "train.keep_every=100", "train.keep_best=2"],
+            "each, the newest 2 and the best 2 and every 100 steps are kept;",
+        ),
+    ],
+)
+def test_the_plan_says_what_is_kept(plan_of: PlanOf, tokens: list[str], said: str) -> None:
+    (line,) = [line for line in plan_lines(plan_of(*tokens)) if line.startswith("checkpoint")]
+    assert said in line
