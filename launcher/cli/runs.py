@@ -32,14 +32,18 @@ _FOLLOW_S = 0.3
 def run(verb: str, tokens: list[str]) -> int:
     arguments = _parser(verb).parse_intermixed_args(tokens)
     if verb == "ls":
-        return _ls(arguments)
+        return _ls_mirror(arguments) if arguments.mirror else _ls(arguments)
+    if verb == "resume" and "://" in arguments.run:
+        from launcher.cli import fetch
+
+        return _resume(fetch.run_from(arguments.run, Path(arguments.root), arguments.step), arguments)
     found = run_store.find(arguments.run, Path(arguments.root))
     return {"status": _status, "logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](found, arguments)
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     about = {
-        "ls": "List the runs, newest first.",
+        "ls": "List the runs, newest first, or those in a mirror.",
         "status": "Show state, step, loss and pace of a run.",
         "logs": "Show what a rank printed.",
         "cancel": "Ask a run to save and stop; a second time, kill it.",
@@ -48,8 +52,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     }[verb]
     parser = argparse.ArgumentParser(prog=f"python -m launcher {verb}", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
-    if verb != "ls":
-        parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    if verb == "ls":
+        parser.add_argument("mirror", metavar="URL", nargs="?", help="a mirror to list (default: the runs on this machine)")
+    else:
+        address = "; resume: also its address in a mirror, URL/NAME" if verb == "resume" else ""
+        parser.add_argument("run", metavar="RUN", help=f"name of the run, or path of its directory{address}")
     if verb in ("ls", "status"):
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "logs":
@@ -114,6 +121,12 @@ def _ls(arguments: argparse.Namespace) -> int:
             f"{s['name']:<{width}}  {s['state']:<10} {steps:>13}  {shown}  {format_duration(time.time() - s['updated_at'])} ago"
         )
     return 0
+
+
+def _ls_mirror(arguments: argparse.Namespace) -> int:
+    from launcher.cli import fetch
+
+    return fetch.ls(arguments.mirror, arguments.json)
 
 
 def _status(run: RunDir, arguments: argparse.Namespace) -> int:

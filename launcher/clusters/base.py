@@ -53,7 +53,7 @@ def check_startable(plan: LaunchPlan) -> None:
     """Refuse what would train and could not be saved, on whatever backend.
 
     Raises:
-        SubmitError: for states on NVMe, of which DeepSpeed gives no view.
+        SubmitError: for states on NVMe, of which DeepSpeed gives no view, and for a mirror that cannot be written.
     """
     deepspeed = plan.config.deepspeed
     for key in ("offload_optimizer", "offload_params"):
@@ -64,6 +64,10 @@ def check_startable(plan: LaunchPlan) -> None:
                 value="nvme",
                 remedy="use deepspeed=zero3_offload, or more ranks; `plan` shows what zero3_nvme would need",
             )
+    if plan.config.train.mirror is not None:
+        from launcher.checkpoint import mirror
+
+        mirror.require_usable(plan)
 
 
 def cluster_for(kind: str) -> Cluster:
