@@ -21,7 +21,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -168,7 +168,13 @@ class Mirror:
             if size and self._sent_sizes.get(source.name) != size:
                 self._remote.send(source.name, source, size)
                 self._sent_sizes[source.name] = size
-        self._remote.write(self._run.status.name, self._run.status.read_bytes())
+        status = run_store.read_status(self._run)
+        outcome = self._run.attempt(self._owner.attempt) / "outcome.json"
+        if status.attempt == self._owner.attempt and outcome.is_file():
+            # The agent writes the last state when the mirror is done.
+            said = run_store.read_json(outcome)
+            status = replace(status, state=said["state"], step=said["step"], message=said["message"])
+        self._remote.write(self._run.status.name, json.dumps(asdict(status), indent=2).encode())
 
     def prune(self) -> list[int]:
         """Remove from the mirror what is gone here, once a checkpoint that is still here is complete in it.

@@ -1,7 +1,7 @@
 """A folder at an fsspec URL, with what storage does not give by itself: files that are whole or not there, and patience.
 
-Credentials come from the environment, as the storage's own tools read them; fsspec's variables (FSSPEC_S3_ENDPOINT_URL
-and the like) set the rest.
+Credentials and endpoints come from the environment, as the storage's own tools read them; fsspec's variables (FSSPEC_S3_...)
+set the rest.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class Remote:
         SubmitError: where the package for this kind of address is missing, or the address is none.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, waits_s: tuple[float, ...] = _WAITS_S) -> None:
         self.url = url.rstrip("/")
+        self._waits_s = waits_s
         self._fs, root = _connect(self.url)
         self._root = root.rstrip("/")
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else tuple(self._fs.protocol)
@@ -59,7 +60,7 @@ class Remote:
     def read(self, name: str) -> bytes | None:
         """The content of a small file; None where there is none."""
         try:
-            content: bytes = patiently(lambda: self._fs.cat_file(self._path(name)))
+            content: bytes = self._patiently(lambda: self._fs.cat_file(self._path(name)))
         except FileNotFoundError:
             return None
         return content
@@ -72,7 +73,7 @@ class Remote:
             return int(self._fs.info(self._path(name))["size"])
 
         try:
-            return patiently(ask)
+            return self._patiently(ask)
         except FileNotFoundError:
             return None
 
@@ -84,14 +85,14 @@ class Remote:
             return [str(found) for found in self._fs.ls(self._path(folder), detail=False)]
 
         try:
-            found = patiently(ask)
+            found = self._patiently(ask)
         except FileNotFoundError:
             return []
         return sorted(name for path in found if (name := path.rstrip("/").rpartition("/")[2]))
 
     def write(self, name: str, content: bytes) -> None:
         """Write or replace a small file."""
-        patiently(lambda: self._put(name, lambda: [content], len(content)))
+        self._patiently(lambda: self._put(name, lambda: [content], len(content)))
 
     def send(self, name: str, source: Path, size: int) -> FileEntry:
         """Copy the first `size` bytes of a local file, block by block; returns what was sent of it."""
@@ -100,7 +101,7 @@ class Remote:
             with open(source, "rb", buffering=0) as file:
                 return self._put(name, lambda: _blocks(file, size), size)
 
-        return patiently(put)
+        return self._patiently(put)
 
     def receive(self, name: str, target: Path) -> FileEntry:
         """Copy a file to a local path that does not exist, block by block; returns what arrived."""
@@ -116,18 +117,30 @@ class Remote:
                 os.fsync(file.fileno())
             return FileEntry(size=size, xxh3_128=digest.hexdigest())
 
-        return patiently(get)
+        return self._patiently(get)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         with suppress(FileNotFoundError):
-            patiently(lambda: self._fs.rm_file(self._path(name)))
+            self._patiently(lambda: self._fs.rm_file(self._path(name)))
 
     def remove_folder(self, name: str, first: str) -> None:
         """Remove a folder and all in it, the file `first` before all others."""
         self.remove(f"{name}/{first}")
         with suppress(FileNotFoundError):
-            patiently(lambda: self._fs.rm(self._path(name), recursive=True))
+            self._patiently(lambda: self._fs.rm(self._path(name), recursive=True))
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """The result of `action`, which is tried again after a while where its failure may be one of the moment."""
+        for wait_s in self._waits_s:
+            try:
+                return action()
+            except _PERMANENT:
+                raise
+            except Exception:
+                # Storage has many words for "not now"; a failure of another kind is raised by the last try below.
+                time.sleep(wait_s)
+        return action()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -164,26 +177,14 @@ class Remote:
         return FileEntry(size=sent, xxh3_128=digest.hexdigest())
 
 
-def patiently(action: Callable[[], T]) -> T:
-    """The result of `action`, which is tried again after a while where its failure may be one of the moment."""
-    for wait_s in _WAITS_S:
-        try:
-            return action()
-        except _PERMANENT:
-            raise
-        except Exception:
-            # Storage has many words for "not now"; a mistake of another kind is raised by the last try below.
-            time.sleep(wait_s)
-    return action()
-
-
 def probe(url: str) -> None:
     """Write and remove a small file in the folder.
 
     Raises:
         SubmitError: where that is not possible, with the storage's own words.
     """
-    remote = Remote(url)
+    # A person waits, and can ask again.
+    remote = Remote(url, waits_s=())
     name = f".probe-{secrets.token_hex(8)}"
     try:
         remote.write(name, b"launcher\n")
@@ -194,13 +195,12 @@ def probe(url: str) -> None:
 
 def unreachable(remote: Remote, what: str, error: Exception) -> SubmitError:
     """`what` is read or written."""
-    return SubmitError(
-        f"the mirror cannot be {what}: {words(error)}",
-        where="train.mirror",
-        value=remote.url,
-        remedy="check the address and the storage's credentials in the environment (for s3: AWS_ACCESS_KEY_ID, "
-        "AWS_SECRET_ACCESS_KEY or AWS_PROFILE; another endpoint: FSSPEC_S3_ENDPOINT_URL)",
-    )
+    remedy = "check the address, and the storage's credentials in the environment"
+    if remote.url.startswith("s3:"):
+        remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; another endpoint: AWS_ENDPOINT_URL)"
+    elif remote.url.startswith("file:"):
+        remedy = "check that the folder can be made and written"
+    return SubmitError(f"the mirror cannot be {what}: {words(error)}", where="train.mirror", value=remote.url, remedy=remedy)
 
 
 def words(error: Exception) -> str:

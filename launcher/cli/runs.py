@@ -154,6 +154,8 @@ def _status(run: RunDir, arguments: argparse.Namespace) -> int:
         (e["fields"] for e in reversed(read_events(run.events)) if {"url", "sync_command"} & e["fields"].keys()), {}
     )
     rows += [("W&B", page.get("url") or f"offline; upload it with: {page['sync_command']}")] if page else []
+    mirrored = [event["text"] for event in read_events(run.events) if event["kind"] == "mirror"]
+    rows += [("mirror", mirrored[-1])] if mirrored else []
     alerts = [event["text"] for event in read_events(run.events) if event["kind"] == "alert"]
     rows += [("alert", alert) for alert in alerts[-3:]]
     print("\n".join(f"{label:<12}{value}" for label, value in rows))

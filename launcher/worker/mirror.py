@@ -117,7 +117,7 @@ class Sender:
             return 1
         if steps:
             text = f"the mirror holds step {steps[-1]}; continue it anywhere with: python -m launcher resume {self._url}"
-            self._event("mirror", text, steps[-1], url=self._url, steps=steps)
+            self._event("mirror", text, steps[-1], mirror=self._url, steps=steps)
         return 0
 
     def _round(self) -> None:
@@ -139,7 +139,7 @@ class Sender:
             what = error.problems[0].what if isinstance(error, LauncherError) else words(error)
             if what != self._said:
                 text = f"the mirror cannot be written, training goes on and the next checkpoint tries again: {what}"
-                self._event("alert", text, url=self._url)
+                self._event("alert", text, mirror=self._url)
             self._said = what
         self._record(self._behind())
 
