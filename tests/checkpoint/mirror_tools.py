@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -92,6 +93,10 @@ def make_run(folder: Path, mirror: str, name: str = "a", created_at: str = "2026
     )
     made = plan(config, facts)
     run = run_store.create(made)
+    # A little code packs fast.
+    for path in (run.code / "launcher").iterdir():
+        if path.is_dir() and path.name != "plan":
+            shutil.rmtree(path)
     run_store.next_attempt(run, Attempt(resume_step=None))
     run_store.update_status(run, state="running", attempt=1)
     return made, run
@@ -129,7 +134,8 @@ def running_s3(log: Path) -> Iterator[S3]:
     try:
         deadline = time.monotonic() + 60
         while not _answers(port):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "waited 60 s for the S3 server"
             time.sleep(0.05)
         yield S3(
             {

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,10 +27,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[tuple[LaunchPlan, RunDir, Path]]:
+def place(tmp_path: Path) -> tuple[LaunchPlan, RunDir, Path]:
     """A run, and the folder that is its mirror."""
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
-    yield plan, run, tmp_path / "mirror" / "a"
+    return plan, run, tmp_path / "mirror" / "a"
 
 
 def begun(plan: LaunchPlan, run: RunDir, attempt: int = 1) -> Mirror:
@@ -230,7 +229,7 @@ def test_what_fails_for_a_moment_is_tried_again(place) -> None:
 
 
 def test_what_will_not_change_is_not_tried_again(place) -> None:
-    plan, run, folder = place
+    plan, run, _ = place
     times = []
 
     def fail(what: str, path: str) -> None:
@@ -294,6 +293,16 @@ def test_large_files_go_block_by_block(place, monkeypatch: pytest.MonkeyPatch) -
         durable.file_entry(folder / "checkpoints/step-00000005" / store.shard_name(0))
         == large.manifest.files["rank-00000.safetensors"]
     )
+
+
+def test_a_file_is_the_old_one_until_the_other_is_whole(tmp_path: Path) -> None:
+    place = Remote(f"faulty://{tmp_path}")
+    place.write("file", b"old")
+    seen = []
+    with hooked(lambda what, path: seen.append(Path(path).read_bytes()) if what == "finish" else None):
+        place.write("file", b"new")
+    assert (seen, place.read("file")) == ([b"old"], b"new")
+    assert place.names() == ["file"]
 
 
 def test_an_address_is_tried_before_anything_is_started(tmp_path: Path) -> None:
