@@ -33,6 +33,7 @@ from launcher.checkpoint import durable, store
 from launcher.checkpoint.durable import FileEntry
 from launcher.checkpoint.remote import Remote, probe, unreachable
 from launcher.checkpoint.store import MANIFEST, Checkpoint, Manifest
+from launcher.config.fields import Name
 from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan, Record
 from launcher.plan.run_dir import RunDir
@@ -73,7 +74,7 @@ class MirroredRun(Record):
     """run.json. `files` are those that do not change while an attempt runs, by their names in the mirror."""
 
     format_version: int = 1
-    run_name: str
+    run_name: Name
     owner: Owner
     files: dict[str, FileEntry] = Field(default_factory=dict)
 

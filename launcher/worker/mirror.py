@@ -7,6 +7,7 @@ such a line it takes the time that it needs. By hand, with `< /dev/null`, it sen
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
@@ -49,7 +50,9 @@ def main(plan_path: str, attempt: int) -> int:
     plan = LaunchPlan.load(plan_path)
     sender = Sender(RunDir(Path(plan.run_dir)), plan, attempt)
     end = _End()
-    threading.Thread(target=end.listen, args=(sys.stdin.buffer, sender), name="end", daemon=True).start()
+    # Without a buffer, whose lock would still be held when the interpreter ends.
+    source = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
+    threading.Thread(target=end.listen, args=(source, sender), name="end", daemon=True).start()
     sender.work(end.come)
     return sender.conclude()
 
@@ -60,7 +63,7 @@ class _End:
 
     come: threading.Event = field(default_factory=threading.Event)
 
-    def listen(self, source: BinaryIO, sender: Sender) -> None:
+    def listen(self, source: io.RawIOBase, sender: Sender) -> None:
         said = source.readline().strip()
         self.come.set()
         if said:
@@ -87,7 +90,8 @@ class Sender:
 
     def work(self, ended: threading.Event) -> None:
         """Send until the attempt has ended, and then what is left."""
-        seen: object = None
+        # Unlike all that can be seen: the first round is due at once.
+        seen: object = self
         tried = time.monotonic()
         while not self._taken:
             # Read before the look: what is committed in between is for the next round.
