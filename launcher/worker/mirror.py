@@ -141,7 +141,8 @@ class Sender:
             self._event("alert", f"the mirror is not written any more: {error.problems[0].what}")
         except Exception as error:
             what = error.problems[0].what if isinstance(error, LauncherError) else words(error)
-            if what != self._said:
+            # One outage has many words; mirror.json has the last.
+            if not self._said:
                 text = f"the mirror cannot be written, training goes on and the next checkpoint tries again: {what}"
                 self._event("alert", text, mirror=self._url)
             self._said = what
