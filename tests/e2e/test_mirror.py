@@ -82,8 +82,9 @@ def test_a_mirror_that_is_lost_does_not_stop_training(start: Callable, runs: Pat
     mirror, run = tmp_path / "mirror", runs / "alone"
     settings = (*SETTINGS, f"train.mirror=file://{mirror}", f"run.root={runs}", "run.name=alone")
     with start(*settings) as process:
-        wait_for("the mirror", lambda: (mirror / "alone/run.json").is_file())
-        shutil.rmtree(mirror)
+        wait_for("the first look", lambda: (run / "attempts/001/mirror.json").is_file())
+        assert (mirror / "alone/run.json").is_file()
+        mirror.rename(tmp_path / "gone")
         mirror.write_text("in the way")
         wait_for("a step", lambda: last_step(run) > 0)
         # The mirror's process is no rank.
