@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,9 @@ def test_a_machine_that_is_lost_with_its_disk(launch: Launch, start: Callable, r
     assert undisturbed.returncode == 0, undisturbed.stderr
     run, mirror = runs / "lost", f"train.mirror=s3://{s3.bucket}/runs"
     with start(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment) as process:
+        wait_for("step 9", lambda: last_step(run) >= 9)
+        # A rank that is stopped holds the run, so that it does not end before it is lost.
+        ranks_of(run)[1].send_signal(signal.SIGSTOP)
         wait_for("step 8 in the mirror", lambda: 8 in mirrored(run)["steps"])
         agent_of(run).kill()
         process.communicate(timeout=60)
