@@ -56,7 +56,8 @@ def check_startable(plan: LaunchPlan) -> None:
     """Refuse what would train and could not be saved, on whatever backend.
 
     Raises:
-        SubmitError: for states on NVMe, of which DeepSpeed gives no view, and for a disk without room for one checkpoint.
+        SubmitError: for states on NVMe, of which DeepSpeed gives no view, for a disk without room for one checkpoint, and for
+            a mirror that cannot be written.
     """
     deepspeed = plan.config.deepspeed
     for key in ("offload_optimizer", "offload_params"):
@@ -70,6 +71,10 @@ def check_startable(plan: LaunchPlan) -> None:
     available = _free_bytes(plan)
     if available is not None and (problem := disk.refusal(plan, available)):
         raise SubmitError(problem)
+    if plan.config.train.mirror is not None:
+        from launcher.checkpoint import mirror
+
+        mirror.require_usable(plan)
 
 
 def disk_note(plan: LaunchPlan) -> str | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
 DEADLINE_S = 150
