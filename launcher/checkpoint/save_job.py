@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from launcher import run_store
 from launcher.checkpoint import durable, store, tensor_file, zero3
-from launcher.checkpoint.host_copy import HostCopy
+from launcher.checkpoint.host_copy import HostCopy, is_finite
 from launcher.checkpoint.shards import Shard, weight_digests
 from launcher.checkpoint.tensor_file import TensorSpec, as_bytes
 from launcher.checkpoint.together import problems_of
@@ -196,7 +196,7 @@ def _beside(device: torch.device, after: Any) -> Iterator[None]:
 def _finite(states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
     """The bytes of states that are written from where they lie."""
     for state in states:
-        if not torch.isfinite(state.sum(dtype=torch.float64)):
+        if not is_finite(state):
             raise _not_finite()
         yield as_bytes(state.cpu())
 

@@ -24,7 +24,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher status RUN                state, step, loss, pace
   python -m launcher logs RUN [-f] [--rank N]  what a rank printed
   python -m launcher cancel RUN                save and stop; a second time: kill
-  python -m launcher resume RUN [overrides]    continue from the newest checkpoint
+  python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;
                                                --force: with other data or settings than it was trained with
   python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR]
                                                write the Hugging Face folder of a checkpoint

@@ -130,7 +130,7 @@ def _plan_of(run: RunDir, checkpoint: store.Checkpoint, force: bool) -> LaunchPl
 
 def _fixed(saved: ModelFacts, now: ModelFacts) -> list[Difference]:
     """Numbers of the architecture that somebody has changed in a plan; where the model lies may change."""
-    places = {"path", "tokenizer_path"}
+    places = {"path", "tokenizer_path", "has_weights"}
     return differing(saved.model_dump(exclude=places), now.model_dump(exclude=places), f"{_RECORDED}model")
 
 

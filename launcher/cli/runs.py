@@ -31,14 +31,18 @@ _FOLLOW_S = 0.3
 def run(verb: str, tokens: list[str]) -> int:
     arguments = _parser(verb).parse_intermixed_args(tokens)
     if verb == "ls":
-        return _ls(arguments)
+        return _ls_mirror(arguments) if arguments.mirror else _ls(arguments)
+    if verb == "resume" and "://" in arguments.run:
+        from launcher.cli import fetch
+
+        return _resume(fetch.run_from(arguments.run, Path(arguments.root), arguments.step), arguments)
     found = run_store.find(arguments.run, Path(arguments.root))
     return {"status": _status, "logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](found, arguments)
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     about = {
-        "ls": "List the runs, newest first.",
+        "ls": "List the runs, newest first, or those in a mirror.",
         "status": "Show state, step, loss and pace of a run.",
         "logs": "Show what a rank printed.",
         "cancel": "Ask a run to save and stop; a second time, kill it.",
@@ -47,8 +51,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     }[verb]
     parser = argparse.ArgumentParser(prog=f"python -m launcher {verb}", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
-    if verb != "ls":
-        parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+    if verb == "ls":
+        parser.add_argument("mirror", metavar="URL", nargs="?", help="a mirror to list (default: the runs on this machine)")
+    else:
+        address = "; resume: also its address in a mirror, URL/NAME" if verb == "resume" else ""
+        parser.add_argument("run", metavar="RUN", help=f"name of the run, or path of its directory{address}")
     if verb in ("ls", "status"):
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "logs":
@@ -119,6 +126,12 @@ def _ls(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ls_mirror(arguments: argparse.Namespace) -> int:
+    from launcher.cli import fetch
+
+    return fetch.ls(arguments.mirror, arguments.json)
+
+
 def _status(run: RunDir, arguments: argparse.Namespace) -> int:
     summary = _summary(run)
     if arguments.json:
@@ -144,6 +157,8 @@ def _status(run: RunDir, arguments: argparse.Namespace) -> int:
         (e["fields"] for e in reversed(read_events(run.events)) if {"url", "sync_command"} & e["fields"].keys()), {}
     )
     rows += [("W&B", page.get("url") or f"offline; upload it with: {page['sync_command']}")] if page else []
+    mirrored = [event["text"] for event in read_events(run.events) if event["kind"] == "mirror"]
+    rows += [("mirror", mirrored[-1])] if mirrored else []
     alerts = [event["text"] for event in read_events(run.events) if event["kind"] == "alert"]
     rows += [("alert", alert) for alert in alerts[-3:]]
     print("\n".join(f"{label:<12}{value}" for label, value in rows))

@@ -57,7 +57,7 @@ def check_startable(plan: LaunchPlan) -> None:
 
     Raises:
         SubmitError: for states on NVMe, of which DeepSpeed gives no view, for a disk without room for one checkpoint, and for
-            a push to the Hub without a token.
+            a push to the Hub without a token or a mirror that cannot be written.
     """
     repo_id = plan.config.train.push_to_hub
     if repo_id and (problem := hub.token_problem("train.push_to_hub", repo_id)):
@@ -74,6 +74,10 @@ def check_startable(plan: LaunchPlan) -> None:
     available = _free_bytes(plan)
     if available is not None and (problem := disk.refusal(plan, available)):
         raise SubmitError(problem)
+    if plan.config.train.mirror is not None:
+        from launcher.checkpoint import mirror
+
+        mirror.require_usable(plan)
 
 
 def disk_note(plan: LaunchPlan) -> str | None:

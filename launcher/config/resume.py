@@ -35,6 +35,7 @@ CHANGEABLE = (
     "train.sample",
     "train.sample_max_tokens",
     "train.export",
+    "train.mirror",
     "train.loss_chunk_tokens",
     "run.max_hours",
     "run.max_usd",

@@ -33,10 +33,14 @@ class DeviceFacts(Record):
 
 
 class ModelFacts(Record):
-    """What the planner needs of a model; `path` and `tokenizer_path` are local folders or None before download."""
+    """What the planner needs of a model; `path` and `tokenizer_path` are local folders or None before download.
+
+    `has_weights` is False for the folder of a run that was fetched from a mirror: its weights are in the checkpoints.
+    """
 
     path: str | None
     tokenizer_path: str | None
+    has_weights: bool = True
     num_params: int
     num_params_exact: bool
     hidden_size: int

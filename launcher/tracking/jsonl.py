@@ -41,8 +41,7 @@ class JsonlTracker:
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        line = {"time": time.time(), "attempt": self._attempt, "step": step, "kind": kind, "text": text, "fields": _plain(fields)}
-        self._events.write(json.dumps(line, allow_nan=False) + "\n")
+        self._events.write(_event_line(self._attempt, kind, text, step, fields))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self.event("summary", "summary of the run", **values)
@@ -91,6 +90,20 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def read_events(path: str | Path) -> list[dict[str, Any]]:
     """The messages of all attempts in the order in which they were written; a missing file is an empty list."""
     return Tail(path).poll()
+
+
+def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+    """Write one message from a process beside the one that trains: a whole line at once, so that lines never mix."""
+    descriptor = os.open(run.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(descriptor, _event_line(attempt, kind, text, step, fields).encode())
+    finally:
+        os.close(descriptor)
+
+
+def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Mapping[str, Any]) -> str:
+    line = {"time": time.time(), "attempt": attempt, "step": step, "kind": kind, "text": text, "fields": _plain(fields)}
+    return json.dumps(line, allow_nan=False) + "\n"
 
 
 def _decode_lines(data: bytes) -> list[dict[str, Any]]:

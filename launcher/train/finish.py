@@ -152,7 +152,7 @@ def _answer_before_and_after(plan: LaunchPlan, exported: Path, device: str, trac
     sample = samples[0]
     tracker.event("sample", f"held-out question: {sample['prompt']}")
     tracker.event("sample", f"reference answer:  {' '.join(sample['answer'].split())}")
-    if plan.config.model.init == "pretrained" and plan.model.path:
+    if plan.config.model.init == "pretrained" and plan.model.path and plan.model.has_weights:
         tracker.event("sample", f"answer before:     {_answer(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
     tracker.event("sample", f"answer after:      {_answer(plan, exported, sample['prompt_ids'], device)}")
 

@@ -22,7 +22,7 @@ from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.saver import Saver
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, TrainBatches, eval_batches
-from launcher.errors import DivergedError, RunError
+from launcher.errors import CheckpointError, DivergedError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite, start_trackers
@@ -168,6 +168,8 @@ class _Session:
         session = cls(plan, place, run, device, tracker, started, beat, *parts)
         if begin.checkpoint is not None:
             session._restore(begin.checkpoint, begin.by_itself)
+        elif plan.config.model.init == "pretrained" and not plan.model.has_weights:
+            raise CheckpointError("no checkpoint is left, and the run came here without initial weights", where=str(run.root))
         return session
 
     def run(self, stop: Stop) -> Outcome:

@@ -85,7 +85,7 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     kernel = attention_kernel(model, device)
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     remote = {"trust_remote_code": model.trust_remote_code}
-    if facts.path is not None and model.init == "pretrained":
+    if facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
         hf = AutoModelForCausalLM.from_pretrained(facts.path, **options, **remote, **pickled)
     else:

@@ -8,6 +8,7 @@ nodes have ended (launcher.worker.job).
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, record
+from launcher.worker.mirror import MirrorProcess
 from launcher.worker.rank import NodePlace
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.watchdog import Watchdog
@@ -30,6 +32,8 @@ from launcher.worker.watchdog import Watchdog
 _RESEND_S = 0.5
 # Ranks that are stopped before a restart may take half a minute to end.
 _MEET_DEADLINE_S = 300.0
+# A job whose ranks have failed is about to run again, and its next attempt sends on.
+_MIRROR_AFTER_FAILURE_S = 30.0
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -46,12 +50,15 @@ def main(plan_path: str, attempt: int) -> int:
     if on_slurm:
         return _slurm_node(plan, plan_path, run, attempt, stopper, started)
     run_store.update_status(run, state="running", attempt=attempt, job=_this_process(), message="")
+    mirror = stopper.spare(MirrorProcess.start(plan, plan_path, run, attempt))
     place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
     failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt, place, None)
     stopper.disarm()
     outcome = record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
     ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": time.time()}
     run_store.write_json(run.attempt(attempt) / "exit.json", ended)
+    # The run is over for those who follow it when the mirror has what is committed.
+    stopper.finish(mirror)
     run_store.update_status(run, state=outcome["state"], message=outcome["message"])
     return 0 if outcome["state"] == "completed" else 130 if outcome["state"] in ("cancelled", "preempted") else 1
 
@@ -65,6 +72,7 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
     if (run.attempt(attempt) / "cancel.json").is_file():
         # Asked for while there was no process yet to hear it.
         stopper.request(CANCEL)
+    mirror = None
     ended: dict[str, Any] = {"node": node, "host": os.uname().nodename, "started_at": started, "first_failure": None}
     try:
         place = slurm_node.place(plan, begun, node)
@@ -74,12 +82,15 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
         if problems:
             ended["problems"] = problems
         elif not stopper.requested:
+            if place.is_head:
+                mirror = stopper.spare(MirrorProcess.start(plan, plan_path, run, attempt))
             ended["first_failure"] = _run_ranks(plan, plan_path, run, attempt, place, store)
     except Exception as error:
         ended["first_failure"] = record.of_agent(error, run.attempt(attempt))
     stopper.disarm()
     ended |= {"stopped": stopper.requested, "killed": stopper.killed, "ended_at": time.time()}
     run_store.write_json(record.node_file(run, attempt, node), ended)
+    stopper.finish(mirror, math.inf if ended["first_failure"] is None else _MIRROR_AFTER_FAILURE_S)
     return 0 if ended["first_failure"] is None and "problems" not in ended else 1
 
 
@@ -166,6 +177,9 @@ class _Stopper:
         self._wish: int | None = None
         self._ended = threading.Event()
         self._cancelled = False
+        self._asked_at: float | None = None
+        self._times_cancelled = 0
+        self._spared: MirrorProcess | None = None
         self.kill_at: float | None = None
         self.requested = False
         self.killed = False
@@ -183,10 +197,23 @@ class _Stopper:
     def disarm(self) -> None:
         self._ended.set()
 
+    def spare(self, mirror: MirrorProcess | None) -> MirrorProcess | None:
+        """The mirror's process is no rank: no wish is meant for it."""
+        self._spared = mirror
+        return mirror
+
+    def finish(self, mirror: MirrorProcess | None, most_s: float = math.inf) -> None:
+        """Give the mirror what is left of the time to stop in, or `most_s`; a person who asks again has waited enough."""
+        if mirror is None:
+            return
+        now, times = time.time(), self._times_cancelled
+        until = min((self._asked_at or now) + self._grace_s, self.kill_at or math.inf, now + most_s)
+        mirror.finish(now if self.killed else until, lambda: self._times_cancelled > times)
+
     def request(self, wish: signal.Signals) -> None:
         """Ask the ranks to save and stop, unless they are asked already."""
         if not self.requested:
-            self._wish, self.requested = wish, True
+            self._wish, self.requested, self._asked_at = wish, True, time.time()
             threading.Thread(target=self._repeat, name="stopper", daemon=True).start()
 
     def _listen(self) -> None:
@@ -195,6 +222,7 @@ class _Stopper:
             if self._cancelled and wish == CANCEL:
                 self._wish, self.killed = signal.SIGKILL, True
             self._cancelled = self._cancelled or wish == CANCEL
+            self._times_cancelled += wish == CANCEL
             self.request(wish)
 
     def _repeat(self) -> None:
@@ -203,14 +231,15 @@ class _Stopper:
             if time.monotonic() > deadline or (self.kill_at is not None and time.time() > self.kill_at):
                 self._wish, self.killed = signal.SIGKILL, True
             if self._wish is not None:
-                _signal_ranks(self._wish)
+                _signal_ranks(self._wish, self._spared)
             self._ended.wait(_RESEND_S)
 
 
-def _signal_ranks(number: int) -> None:
+def _signal_ranks(number: int, spared: MirrorProcess | None) -> None:
     for child in psutil.Process().children():
         try:
-            child.send_signal(number)
+            if spared is None or child.pid != spared.pid:
+                child.send_signal(number)
         except psutil.NoSuchProcess:
             pass
 

@@ -1,0 +1,259 @@
+"""The process that copies checkpoints to the mirror: `python -m launcher.worker.mirror PLAN ATTEMPT`.
+
+The head node's agent starts it beside the ranks. It looks for committed checkpoints until its standard input says that the
+attempt has ended, as a line with a time in seconds since the epoch, by which it must be done; at the end of the input without
+such a line it takes the time that it needs. By hand, with `< /dev/null`, it sends what is not in the mirror yet and ends.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.checkpoint.mirror import CheckpointGone, Mirror, MirrorTaken, address
+from launcher.checkpoint.remote import Remote, words
+from launcher.checkpoint.store import MANIFEST, Checkpoint
+from launcher.errors import CheckpointError, LauncherError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Superseded
+from launcher.tracking.jsonl import append_event
+from launcher.worker.rank import die_with_parent
+
+# The ranks need the processor more.
+_NICE = 10
+_LOOK_S = 2.0
+# After a failure, without a checkpoint that would be a reason to look.
+_TRY_AGAIN_S = 60.0
+# What the process itself needs to say that it was not done in time.
+_LAST_WORDS_S = 5.0
+_POLL_S = 0.1
+
+
+def main(plan_path: str, attempt: int) -> int:
+    """Send until the attempt has ended and all is sent, or the time is over; 0 where the mirror holds everything."""
+    die_with_parent()
+    os.nice(_NICE)
+    # The wish to save and stop is the ranks'; the agent tells this process the end in another way.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP})
+    plan = LaunchPlan.load(plan_path)
+    sender = Sender(RunDir(Path(plan.run_dir)), plan, attempt)
+    end = _End()
+    # Without a buffer, whose lock would still be held when the interpreter ends.
+    source = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
+    threading.Thread(target=end.listen, args=(source, sender), name="end", daemon=True).start()
+    sender.work(end.come)
+    return sender.conclude()
+
+
+@dataclass
+class _End:
+    """The end of the attempt, as the agent tells it."""
+
+    come: threading.Event = field(default_factory=threading.Event)
+
+    def listen(self, source: io.RawIOBase, sender: Sender) -> None:
+        said = source.readline().strip()
+        self.come.set()
+        if said:
+            time.sleep(max(0.0, float(said) - time.time()))
+            # The thread that sends may be in the middle of a file, for minutes.
+            os._exit(sender.conclude())
+
+
+class Sender:
+    """Sends what is committed, and says what became of it in events.jsonl and in the attempt's mirror.json."""
+
+    def __init__(self, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
+        self._run, self._attempt = run, attempt
+        self._url = address(plan)
+        self._plan = plan
+        self._mirror: Mirror | None = None
+        self._taken = False
+        self._said = ""
+        self._given_up: set[tuple[int, int]] = set()
+        self._bytes = 0
+        self._seconds = 0.0
+        self._lag_s: float | None = None
+        self._concluding = threading.Lock()
+
+    def work(self, ended: threading.Event) -> None:
+        """Send until the attempt has ended, and then what is left."""
+        # Unlike all that can be seen: the first round is due at once.
+        seen: object = self
+        tried = time.monotonic()
+        while not self._taken:
+            # Read before the look: what is committed in between is for the next round.
+            last = ended.is_set()
+            there = _committed(self._run.checkpoints)
+            failed = bool(self._said) and time.monotonic() - tried > _TRY_AGAIN_S
+            if last or there != seen or failed:
+                seen, tried = there, time.monotonic()
+                self._round()
+            if last:
+                return
+            ended.wait(_LOOK_S)
+
+    def conclude(self) -> int:
+        """Say what is in the mirror, once; 0 where it is everything."""
+        # Never released: whoever comes second has nothing to add, and this process ends.
+        self._concluding.acquire()
+        steps = self._mirror.steps if self._mirror is not None else []
+        missing = self._behind()
+        self._record(missing)
+        if self._taken:
+            return 1
+        if missing:
+            command = f"python -m launcher.worker.mirror {self._run.plan} {self._attempt} < /dev/null"
+            names = ", ".join(str(c.step) for c in missing)
+            self._event("alert", f"not in the mirror: step {names}; send it with: {command}")
+            return 1
+        if steps:
+            text = f"the mirror holds step {steps[-1]}; continue it anywhere with: python -m launcher resume {self._url}"
+            self._event("mirror", text, steps[-1], mirror=self._url, steps=steps)
+        return 0
+
+    def _round(self) -> None:
+        """Send what is behind, oldest first; a failure is said once and ends the round."""
+        try:
+            if self._mirror is None:
+                mirror = Mirror(Remote(self._url), self._run, self._plan, self._attempt)
+                mirror.begin()
+                self._mirror = mirror
+            while waiting := self._behind():
+                self._send(self._mirror, waiting[0])
+            self._mirror.prune()
+            self._mirror.send_progress()
+            self._said = ""
+        except (MirrorTaken, Superseded) as error:
+            self._taken = True
+            self._event("alert", f"the mirror is not written any more: {error.problems[0].what}")
+        except Exception as error:
+            what = error.problems[0].what if isinstance(error, LauncherError) else words(error)
+            # One outage has many words; mirror.json has the last.
+            if not self._said:
+                text = f"the mirror cannot be written, training goes on and the next checkpoint tries again: {what}"
+                self._event("alert", text, mirror=self._url)
+            self._said = what
+        self._record(self._behind())
+
+    def _send(self, mirror: Mirror, checkpoint: Checkpoint) -> None:
+        began = time.time()
+        committed_at = (checkpoint.path / MANIFEST).stat().st_mtime if checkpoint.path.is_dir() else began
+        try:
+            sent = mirror.send(checkpoint)
+        except CheckpointGone:
+            text = (
+                f"step {checkpoint.step} was removed before it was in the mirror; "
+                "raise train.keep_last or train.save_every where the mirror does not keep up"
+            )
+            self._event("mirror", text, checkpoint.step)
+            return
+        except CheckpointError as error:
+            # Damaged here: it is left alone, so that it does not keep back those after it.
+            self._given_up.add(_identity(checkpoint))
+            self._event("alert", f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].what}", checkpoint.step)
+            return
+        seconds, self._lag_s = time.time() - began, time.time() - committed_at
+        self._bytes, self._seconds = self._bytes + sent.bytes, self._seconds + seconds
+        text = f"step {sent.step} is in the mirror: {sent.bytes / 2**30:.2f} GiB in {seconds:.1f} s"
+        self._event("mirror", text, sent.step, bytes=sent.bytes, seconds=seconds, lag_s=self._lag_s)
+        mirror.prune()
+
+    def _behind(self) -> list[Checkpoint]:
+        if self._mirror is None:
+            return store.list_checkpoints(self._run.checkpoints)
+        return [c for c in self._mirror.behind() if _identity(c) not in self._given_up]
+
+    def _record(self, missing: list[Checkpoint]) -> None:
+        steps = self._mirror.steps if self._mirror is not None else []
+        values: dict[str, Any] = {
+            "url": self._url,
+            "last_step": steps[-1] if steps else None,
+            "steps": steps,
+            "missing_steps": [c.step for c in missing],
+            "bytes": self._bytes,
+            "seconds": self._seconds,
+            "lag_s": self._lag_s,
+            "failure": self._said or None,
+            "at": time.time(),
+        }
+        try:
+            run_store.write_json(self._run.attempt(self._attempt) / "mirror.json", values)
+        except OSError as error:
+            print(f"mirror.json cannot be written: {error}", file=sys.stderr, flush=True)
+
+    def _event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+        print(text, file=sys.stderr, flush=True)
+        try:
+            append_event(self._run, self._attempt, kind, text, step, **fields)
+        except OSError as error:
+            print(f"events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
+
+
+class MirrorProcess:
+    """The agent's hold on it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    @classmethod
+    def start(cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> MirrorProcess | None:
+        """Start it where the plan has a mirror; to be called from the agent's main thread, whose end would end it."""
+        if plan.config.train.mirror is None:
+            return None
+        command = [sys.executable, "-m", "launcher.worker.mirror", plan_path, str(attempt)]
+        with open(run.attempt(attempt) / "mirror.log", "ab") as log:
+            return cls(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+        """Let it send what is committed until a time in seconds since the epoch, or until waiting is `unwanted`; then end it."""
+        stdin = self._process.stdin
+        assert stdin is not None
+        try:
+            stdin.write(f"{until - _LAST_WORDS_S}\n".encode())
+            stdin.close()
+        except OSError:
+            # It has ended already.
+            pass
+        while self._process.poll() is None and time.time() < until and not unwanted():
+            time.sleep(_POLL_S)
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+
+
+def _identity(checkpoint: Checkpoint) -> tuple[int, int]:
+    return checkpoint.step, checkpoint.manifest.attempt
+
+
+def _committed(folder: Path) -> object:
+    """What changes when a checkpoint comes or goes; cheap enough to be asked often on a network file system."""
+    if not folder.is_dir():
+        return None
+    found = []
+    for path in folder.glob("step-*"):
+        try:
+            found.append((path.name, (path / MANIFEST).stat().st_mtime_ns))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

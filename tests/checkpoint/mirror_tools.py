@@ -1,0 +1,165 @@
+"""Runs with checkpoints and without training, a storage that fails where it is told to, and an S3 server."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from launcher import run_store
+from launcher.checkpoint import durable, store
+from launcher.config.compose import run_hydra
+from launcher.plan.architecture import model_facts
+from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
+from launcher.plan.planner import plan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+
+Hook = Callable[[str, str], None]
+
+
+class FaultyFileSystem(LocalFileSystem):
+    """This machine's disk under another protocol. `hook` is told what is done to which path, before it is done, and may raise."""
+
+    protocol = "faulty"
+    hook: ClassVar[Hook] = staticmethod(lambda what, path: None)
+
+    def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        path = self._strip_protocol(path)
+        type(self).hook("read" if "r" in mode else "write", path)
+        return super().open(path, mode, **kwargs)
+
+    def cat_file(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        type(self).hook("read", path)
+        return super().cat_file(path, *args, **kwargs)
+
+    def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+        type(self).hook("finish", path2)
+        super().mv(path1, path2, **kwargs)
+
+    def rm_file(self, path: str) -> None:
+        type(self).hook("remove", path)
+        super().rm_file(path)
+
+
+fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+
+
+@contextmanager
+def hooked(hook: Hook) -> Iterator[None]:
+    before, FaultyFileSystem.hook = FaultyFileSystem.hook, staticmethod(hook)
+    try:
+        yield
+    finally:
+        FaultyFileSystem.hook = before
+
+
+@contextmanager
+def finished_files() -> Iterator[list[str]]:
+    """The names of the files that appear in the storage meanwhile, in that order."""
+    names: list[str] = []
+    with hooked(lambda what, path: names.append(path) if what == "finish" else None):
+        yield names
+
+
+def make_run(folder: Path, mirror: str, name: str = "a", created_at: str = "2026-01-31T09:15:00Z") -> tuple[LaunchPlan, RunDir]:
+    """A run directory as a submission leaves it, in its first attempt, with a small tokenizer."""
+    found: list[Any] = []
+    run_hydra(
+        ["model=tiny", "train.max_steps=20", f"run.name={name}", f"train.mirror={mirror}"], lambda d: found.append(d.config)
+    )
+    config = found[0]
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    for file in ("tokenizer.json", "config.json", "model.safetensors", "model.safetensors.index.json"):
+        (tokenizer / file).write_text(f'"{file}"')
+    facts = Facts(
+        working_dir=str(folder),
+        device=DeviceFacts(kind="cpu", name="a CPU", count=2),
+        model=model_facts(config.model.config, None, str(tokenizer), None),
+        data=None,
+        provenance=Provenance(created_at=created_at, launcher_version="0", python="3.11", packages={}),
+    )
+    made = plan(config, facts)
+    run = run_store.create(made)
+    # A little code packs fast.
+    for path in (run.code / "launcher").iterdir():
+        if path.is_dir() and path.name != "plan":
+            shutil.rmtree(path)
+    run_store.next_attempt(run, Attempt(resume_step=None))
+    run_store.update_status(run, state="running", attempt=1)
+    return made, run
+
+
+def commit(run: RunDir, step: int, content: bytes = b"weights", attempt: int = 1, num_ranks: int = 3) -> store.Checkpoint:
+    """A checkpoint of made-up content."""
+    saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
+    names = [*map(store.shard_name, range(num_ranks)), store.STATE]
+    files = {n: durable.write_file(saving / n, [f"{n} of {step}: ".encode(), content]) for n in names}
+    manifest = store.Manifest(step=step, world_size=num_ranks, plan_digest="d", attempt=attempt, files=files)
+    return store.open_checkpoint(store.commit(saving, manifest))
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@dataclass(frozen=True)
+class S3:
+    """A server that speaks S3 on this machine, and the environment that leads to it."""
+
+    environment: dict[str, str]
+    bucket: str = "bucket"
+
+
+@contextmanager
+def running_s3(log: Path) -> Iterator[S3]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 60
+        while not _answers(port):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "waited 60 s for the S3 server"
+            time.sleep(0.05)
+        yield S3(
+            {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": "testing",
+                "AWS_SECRET_ACCESS_KEY": "canary-of-the-mirror",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+            }
+        )
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def make_bucket(s3: S3) -> None:
+    """In a process of its own: clients remember the environment that they have begun in."""
+    code = f"import fsspec; fsspec.filesystem('s3').mkdir({s3.bucket!r})"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **s3.environment}, check=True, timeout=60)

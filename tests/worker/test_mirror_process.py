@@ -1,0 +1,162 @@
+"""The process beside the ranks: what it says, what it ignores, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
+
+from mirror_tools import commit, make_run, tree
+
+from launcher.checkpoint import durable
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import read_events
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
+        time.sleep(0.05)
+
+
+@contextmanager
+def sending(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "launcher.worker.mirror", str(run.plan), "1"]
+    with open(run.attempt(1) / "mirror.log", "ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPO)}
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def said(run: RunDir, kind: str) -> list[str]:
+    return [event["text"] for event in read_events(run.events) if event["kind"] == kind]
+
+
+def record(run: RunDir) -> dict[str, Any]:
+    file = run.attempt(1) / "mirror.json"
+    return json.loads(file.read_text()) if file.is_file() else {"steps": None}
+
+
+def end(process: subprocess.Popen[bytes], in_s: float = 60) -> int:
+    process.communicate(f"{time.time() + in_s}\n".encode(), timeout=60)
+    return process.returncode
+
+
+def test_it_sends_what_is_committed_and_says_so(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    commit(run, 5)
+    with sending(run) as process:
+        wait_for("step 5", lambda: record(run)["steps"] == [5])
+        assert psutil.Process(process.pid).nice() == 10
+        # The agent's wishes are for ranks; Slurm sends its own to every process.
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(number)
+        commit(run, 10)
+        wait_for("step 10", lambda: record(run)["steps"] == [5, 10])
+        commit(run, 15)
+        assert end(process) == 0
+    assert tree(tmp_path / "mirror/a/checkpoints") == tree(run.checkpoints)
+    found = record(run)
+    assert (found["last_step"], found["missing_steps"], found["failure"]) == (15, [], None)
+    assert found["bytes"] == sum(len(content) for name, content in tree(run.checkpoints).items() if "manifest" not in name)
+    assert found["lag_s"] >= 0
+    assert [text.partition(":")[0] for text in said(run, "mirror")] == [
+        *(f"step {step} is in the mirror" for step in (5, 10, 15)),
+        "the mirror holds step 15; continue it anywhere with",
+    ]
+    # What it said last is in the mirror too, but for the very last line.
+    assert "step 15 is in the mirror" in (tmp_path / "mirror/a/events.jsonl").read_text()
+
+
+def test_a_failure_is_said_once_and_the_next_checkpoint_tries_again(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    (tmp_path / "mirror").write_text("in the way")
+    with sending(run) as process:
+        wait_for("the alert", lambda: said(run, "alert"))
+        commit(run, 5)
+        wait_for("another try", lambda: record(run).get("missing_steps") == [5])
+        assert len(said(run, "alert")) == 1
+        assert "training goes on" in said(run, "alert")[0]
+        (tmp_path / "mirror").unlink()
+        commit(run, 10)
+        wait_for("both", lambda: record(run)["steps"] == [5, 10])
+        assert record(run)["failure"] is None
+        assert end(process) == 0
+    assert len(said(run, "alert")) == 1
+
+
+def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    # A reader that never comes: the write into it does not end.
+    (tmp_path / "mirror/a/checkpoints/step-00000005").mkdir(parents=True)
+    os.mkfifo(tmp_path / "mirror/a/checkpoints/step-00000005/.unfinished-state.json")
+    commit(run, 5)
+    with sending(run) as process:
+        wait_for("the others", lambda: len(list((tmp_path / "mirror/a/checkpoints/step-00000005").glob("rank-*"))) == 3)
+        began = time.monotonic()
+        assert end(process, in_s=1) == 1
+        assert time.monotonic() - began < 10
+    (alert,) = said(run, "alert")
+    assert "not in the mirror: step 5" in alert
+    assert record(run)["missing_steps"] == [5]
+    # The command that it names finishes what is left.
+    (tmp_path / "mirror/a/checkpoints/step-00000005/.unfinished-state.json").unlink()
+    with sending(run) as process:
+        process.communicate(b"", timeout=60)
+        assert process.returncode == 0
+    assert tree(tmp_path / "mirror/a/checkpoints") == tree(run.checkpoints)
+
+
+def test_one_that_is_damaged_here_does_not_keep_back_the_next(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    broken = commit(run, 5)
+    file = broken.path / "rank-00001.safetensors"
+    file.write_bytes(file.read_bytes()[::-1])
+    commit(run, 10)
+    with sending(run) as process:
+        wait_for("step 10", lambda: record(run)["steps"] == [10])
+        assert end(process) == 0
+    (alert,) = said(run, "alert")
+    assert alert.startswith("step 5 is not sent to the mirror")
+
+
+def test_it_stops_where_another_attempt_has_taken_over(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    commit(run, 5)
+    with sending(run) as process:
+        wait_for("step 5", lambda: record(run)["steps"] == [5])
+        shutil.copytree(run.attempt(1), run.attempt(2))
+        commit(run, 10)
+        wait_for("its end", lambda: process.poll() is not None)
+    assert process.returncode == 1
+    assert any("not written any more" in text for text in said(run, "alert"))
+    assert not (tmp_path / "mirror/a/checkpoints/step-00000010/manifest.json").exists()
+
+
+def test_a_run_that_was_never_saved_has_nothing_to_send(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    with sending(run) as process:
+        assert end(process) == 0
+    assert record(run)["steps"] == []
+    assert said(run, "alert") == []
+    assert durable.file_entry(tmp_path / "mirror/a/plan.json") == durable.file_entry(run.plan)
