@@ -24,7 +24,7 @@ from launcher.checkpoint import store
 from launcher.cli import drill_report, launch, text
 from launcher.cli.drill_report import Hit, Records, Step
 from launcher.cli.resume import start_again
-from launcher.clusters.base import Cluster, check_startable, cluster_for
+from launcher.clusters.base import Cluster, cluster_for
 from launcher.clusters.slurm.commands import slurm
 from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, run_hydra
@@ -156,7 +156,6 @@ def _like(run: RunDir, overrides: list[str], arguments: argparse.Namespace) -> L
             lineage=plan.lineage,
         ),
     )
-    check_startable(drill)
     cluster.check(drill)
     return drill
 

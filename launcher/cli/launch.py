@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher import facts, run_store
 from launcher.cli import text
 from launcher.cli.follow import follow
-from launcher.clusters.base import Cluster, check_startable, cluster_for
+from launcher.clusters.base import Cluster, cluster_for
 from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
@@ -158,7 +158,6 @@ def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
     cluster = cluster_for(config.cluster.kind)
     gathered = _gather(config, composed, cluster)
     plan = make_plan(config, gathered)
-    check_startable(plan)
     cluster.check(plan)
     if not facts.is_prepared(config, gathered):
         prepare(config, want_report=False)

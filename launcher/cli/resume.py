@@ -10,7 +10,7 @@ from launcher import facts, run_store
 from launcher.checkpoint import store
 from launcher.cli import text
 from launcher.cli.launch import prepare, require_idle
-from launcher.clusters.base import Cluster, check_startable
+from launcher.clusters.base import Cluster
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.data import cache
@@ -42,7 +42,6 @@ def start_again(
             where=str(run.root),
             remedy="give it more to do with: resume RUN train.max_steps=...",
         )
-    check_startable(plan)
     cluster.check(plan)
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):
         print(f"set aside: {text.short(path)}")

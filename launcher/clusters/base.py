@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol
 
 from launcher.config.cluster import ClusterSection
-from launcher.errors import SubmitError
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
@@ -47,23 +46,6 @@ class Cluster(Protocol):
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         """Ask a running attempt to save and stop; asked a second time, or where nothing is to be saved, kill it."""
-
-
-def check_startable(plan: LaunchPlan) -> None:
-    """Refuse what would train and could not be saved, on whatever backend.
-
-    Raises:
-        SubmitError: for states on NVMe, of which DeepSpeed gives no view.
-    """
-    deepspeed = plan.config.deepspeed
-    for key in ("offload_optimizer", "offload_params"):
-        if getattr(deepspeed, key) == "nvme":
-            raise SubmitError(
-                "states that are offloaded to NVMe cannot be checkpointed, so the run could not be resumed or exported",
-                where=f"deepspeed.{key}",
-                value="nvme",
-                remedy="use deepspeed=zero3_offload, or more ranks; `plan` shows what zero3_nvme would need",
-            )
 
 
 def cluster_for(kind: str) -> Cluster:

@@ -85,7 +85,7 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
         beat("loaded", session.step)
         outcome = session.run(stop)
         beat("finishing", outcome.step)
-        leave()
+        leave(plan, place)
         session = None
         if place.is_main and outcome.state == "completed":
             finish(plan, outcome.checkpoint, tracker)
@@ -134,7 +134,7 @@ class _Session:
         data, max_steps = plan.data, plan.batch.max_steps
         if data is None or max_steps is None:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
-        engine, model = build_engine(plan)
+        engine, model = build_engine(plan, place)
         # What cannot be saved is refused now, not at the first checkpoint.
         saver = Saver(
             engine,
