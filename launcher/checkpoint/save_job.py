@@ -10,7 +10,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ class SaveJob:
         durable.passing("begun")
         path = self.saving / store.shard_name(self.place.rank)
         states = zero3.local_states(self.place.engine, self.place.parameters)
-        with _beside(self.place.engine.device, self.after):
+        with _beside(self.place.engine.device, self.after), closing(states):
             digests = weight_digests(self.place.parameters)
             if self.copy is None:
                 return self.shard.write(path, _half_way(_finite(states), self.shard.num_bytes), digests)

@@ -46,9 +46,9 @@ class Saver:
 
     `named_parameters` names each parameter of the engine's model once, as in the Hugging Face model. `prune` is called on
     rank 0 with the path of each checkpoint after its commit. With `background`, this rank's states are copied to main memory
-    at a save; without, or where a machine does not have that memory, training waits. `fence` is called on rank 0 before
-    anything is written and before the commit, and raises where this process may not write any more. A rank that has left no
-    note after `deadline_s` is given up.
+    at a save; without, where a machine does not have that memory, or where states lie on NVMe, training waits. `fence` is
+    called on rank 0 before anything is written and before the commit, and raises where this process may not write any more.
+    A rank that has left no note after `deadline_s` is given up.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Saver:
         self._place = Place(engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s)
         self._engine, self._is_main = engine, rank == 0
         self._copy: HostCopy | None = None
-        if background:
+        if background and zero3.can_be_copied_behind(engine):
             num_elements = sum(map(zero3.local_elements, named_parameters.values())) * (1 + len(zero3.MOMENTS))
             self._copy = HostCopy(num_elements, engine.device)
         self._job: SaveJob | None = None

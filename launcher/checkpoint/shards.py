@@ -50,7 +50,8 @@ class Shard:
         layout = zero3.layout(engine, named_parameters)
         specs = [TensorSpec(tensor_key(name, key), "F32", (count,)) for name, key, count in layout]
         specs += [TensorSpec(name, "U8", tuple(state.shape)) for name, state in states.items()]
-        dtype = next(iter(named_parameters.values())).ds_tensor.dtype
+        # The parameter's own: a partition that lies on NVMe has a placeholder's.
+        dtype = next(iter(named_parameters.values())).dtype
         return cls(tuple(specs), states, _DTYPES[dtype], tuple(named_parameters))
 
     @property

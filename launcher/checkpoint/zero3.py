@@ -1,11 +1,11 @@
 """What a checkpoint needs of a DeepSpeed ZeRO-3 engine: its partitions, moments, step and loss scale, out and in.
 
-All knowledge of DeepSpeed's inside is here (deepspeed/runtime/zero/stage3.py, ops/adam/).
+All knowledge of DeepSpeed's inside is here and in `nvme` (deepspeed/runtime/zero/stage3.py, ops/adam/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 from torch.nn import Parameter
 
+from launcher.checkpoint import nvme
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError
 
@@ -40,13 +40,6 @@ def require_served(engine: Any, named_parameters: Mapping[str, Parameter]) -> No
             "checkpoints hold the two moments of AdamW; this optimizer has another state",
             value=f"{type(base).__module__}.{type(base).__name__}",
             remedy="use optim=adamw without amsgrad",
-        )
-    if zero.swap_optimizer or zero.params_in_nvme_and_cpu:
-        raise CheckpointError(
-            "states that are offloaded to NVMe cannot be checkpointed: DeepSpeed gives no view of them",
-            where="deepspeed.offload_optimizer, deepspeed.offload_params",
-            value="nvme",
-            remedy="offload to cpu",
         )
     if zero.offload_optimizer and zero.partial_offload != 1.0:
         raise CheckpointError(
@@ -79,37 +72,52 @@ def layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list[tuple
     return [(name, key, local_elements(parameter)) for name, parameter, _ in members for key in keys]
 
 
-def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Iterator[torch.Tensor]:
+def can_be_copied_behind(engine: Any) -> bool:
+    """True where a thread can read the states while the engine computes; they must not be on NVMe for that."""
+    return not nvme.is_used(engine.optimizer)
+
+
+def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Generator[torch.Tensor]:
     """This rank's part of every state: flat, fp32, without padding, wherever DeepSpeed keeps it. No communication.
 
-    Each is a view, valid until the next one is asked for and the optimizer steps.
+    Each is a view, valid until the next one is asked for and the optimizer steps. Who does not take all of them closes the
+    iterator: what lies on NVMe is in memory while its views are given out.
     """
     zero = engine.optimizer
     keys = (FP32, *MOMENTS) if optimizer_step(engine) else (FP32,)
     for group, members in _members(engine, named_parameters).items():
-        flat = zero.fp32_partitioned_groups_flat[group]
-        for name, parameter, offset in members:
-            for key in keys:
-                state = flat if key == FP32 else zero.optimizer.state[flat][key]
-                if state.dtype != torch.float32:
-                    problem = "weights and optimizer moments must be kept in fp32"
-                    raise CheckpointError(problem, where=name, value=f"{key} is {state.dtype}")
-                yield state.detach().narrow(0, offset, local_elements(parameter))
+        with nvme.sub_group(zero, group):
+            for name, parameter, offset in members:
+                for key in keys:
+                    state = _flat(zero, group, key)
+                    if state.dtype != torch.float32:
+                        problem = "weights and optimizer moments must be kept in fp32"
+                        raise CheckpointError(problem, where=name, value=f"{key} is {state.dtype}")
+                    yield state.narrow(0, offset, local_elements(parameter))
 
 
-def local_weights(named_parameters: Mapping[str, Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+def local_weights(named_parameters: Mapping[str, Parameter]) -> Generator[tuple[str, torch.Tensor]]:
     """This rank's part of the weights that the engine computes with: flat views, without padding, valid as `local_states`."""
     for name, parameter in named_parameters.items():
-        yield name, parameter.ds_tensor.detach().narrow(0, 0, local_elements(parameter))
+        with nvme.partition(parameter):
+            yield name, parameter.ds_tensor.detach().narrow(0, 0, local_elements(parameter))
+
+
+def _flat(zero: Any, group: int, key: str) -> torch.Tensor:
+    """All of a sub-group's fp32 weights, or of one of its moments, with padding."""
+    flat = zero.fp32_partitioned_groups_flat[group]
+    state: torch.Tensor = flat if key == FP32 else zero.optimizer.state[flat][key]
+    return state.detach()
 
 
 def _members(engine: Any, named_parameters: Mapping[str, Parameter]) -> dict[int, list[tuple[str, Parameter, int]]]:
-    """The parameters of each of the optimizer's sub-groups: name, parameter, and where it begins in the flat state."""
+    """The parameters of each of the optimizer's sub-groups, in ascending order: name, parameter, and where it begins in the
+    flat state."""
     members: dict[int, list[tuple[str, Parameter, int]]] = {}
     for name, parameter in named_parameters.items():
         group, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
         members.setdefault(group, []).append((name, parameter, offset))
-    return members
+    return dict(sorted(members.items()))
 
 
 def optimizer_step(engine: Any) -> int:
@@ -122,28 +130,31 @@ def optimizer_step(engine: Any) -> int:
 
 
 def fill(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read: Fill) -> None:
-    """Put this rank's part of every state into the engine. No communication; `publish` on all ranks has to follow."""
+    """Put this rank's part of every state into the engine. No communication; `publish` on all ranks has to follow.
+
+    The weights that the engine computes with are set too, because what lies on NVMe is in memory just now.
+    """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()
-    _make_optimizer_state(zero, step)
-    for name, parameter in named_parameters.items():
-        start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
-        padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32)
-        part = padded[: stop - start]
-        read(name, FP32, parameter.ds_numel, start, part)
-        safe_set_local_fp32_param(parameter, padded)
-        for key in MOMENTS if step else ():
-            read(name, key, parameter.ds_numel, start, part)
-            safe_set_local_optimizer_state(parameter, padded, key)
+    nvme.forget_moments(zero)
+    for group, members in _members(engine, named_parameters).items():
+        with nvme.sub_group(zero, group, changed=True):
+            _make_optimizer_state(zero, group, step)
+            for name, parameter, offset in members:
+                start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
+                padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32)
+                for key in (FP32, *MOMENTS) if step else (FP32,):
+                    read(name, key, parameter.ds_numel, start, padded[: stop - start])
+                    _flat(zero, group, key).narrow(0, offset, padded.numel()).copy_(padded)
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+    if isinstance(zero.optimizer, DeepSpeedCPUAdam):
+        _replay_bias_correction(zero.optimizer, step)
 
 
 def publish(engine: Any) -> None:
-    """Make the model compute with the fp32 weights that `fill` has set. Collective."""
-    zero = engine.optimizer
-    for sub_group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+    """Let all ranks have the weights that each has set by `fill`. Collective."""
     # Gathers the persistent parameters anew and drops the second copies that hpZ keeps.
-    zero.checkpoint_event_epilogue()
+    engine.optimizer.checkpoint_event_epilogue()
 
 
 def loss_scale_state(engine: Any) -> dict[str, float]:
@@ -194,22 +205,18 @@ def _tensors(content: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _make_optimizer_state(zero: Any, step: int) -> None:
+def _make_optimizer_state(zero: Any, sub_group: int, step: int) -> None:
     """Empty moments, and `step` in the form in which the optimizer's own first step would have made it."""
-    base = zero.optimizer
-    for sub_group, flat in enumerate(zero.fp32_partitioned_groups_flat):
-        base.state.pop(flat, None)
-        if step == 0:
-            continue
-        group = base.param_groups[zero.sub_group_to_group_id[sub_group]]
-        count: int | torch.Tensor = step
-        if isinstance(base, torch.optim.Adam):
-            on_device = group["fused"] or group["capturable"]
-            count = torch.tensor(float(step), dtype=torch.float32, device=flat.device if on_device else "cpu")
-        moments = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-        base.state[flat] = {"step": count, **moments}
-    if isinstance(base, DeepSpeedCPUAdam):
-        _replay_bias_correction(base, step)
+    base, flat = zero.optimizer, zero.fp32_partitioned_groups_flat[sub_group]
+    base.state.pop(flat, None)
+    if step == 0:
+        return
+    group = base.param_groups[zero.sub_group_to_group_id[sub_group]]
+    count: int | torch.Tensor = step
+    if isinstance(base, torch.optim.Adam):
+        on_device = group["fused"] or group["capturable"]
+        count = torch.tensor(float(step), dtype=torch.float32, device=flat.device if on_device else "cpu")
+    base.state[flat] = {"step": count, **{key: torch.zeros_like(flat.data) for key in MOMENTS}}
 
 
 def _replay_bias_correction(adam: DeepSpeedCPUAdam, step: int) -> None:

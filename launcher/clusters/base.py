@@ -56,21 +56,12 @@ def check_startable(plan: LaunchPlan) -> None:
     """Refuse what would train and could not be saved or pushed, on whatever backend.
 
     Raises:
-        SubmitError: for states on NVMe, of which DeepSpeed gives no view, for a disk without room for one checkpoint, and for
-            a push to the Hub without a token or a mirror that cannot be written.
+        SubmitError: for a disk without room for one checkpoint, a push to the Hub without a token, and a mirror that cannot be
+            written.
     """
     repo_id = plan.config.train.push_to_hub
     if repo_id and (problem := hub.token_problem("train.push_to_hub", repo_id)):
         raise SubmitError(problem)
-    deepspeed = plan.config.deepspeed
-    for key in ("offload_optimizer", "offload_params"):
-        if getattr(deepspeed, key) == "nvme":
-            raise SubmitError(
-                "states that are offloaded to NVMe cannot be checkpointed, so the run could not be resumed or exported",
-                where=f"deepspeed.{key}",
-                value="nvme",
-                remedy="use deepspeed=zero3_offload, or more ranks; `plan` shows what zero3_nvme would need",
-            )
     available = _free_bytes(plan)
     if available is not None and (problem := disk.refusal(plan, available)):
         raise SubmitError(problem)

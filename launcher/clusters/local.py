@@ -49,6 +49,14 @@ class LocalCluster:
                 value=str(topology.ranks_per_node),
                 remedy="set cluster.ranks_per_node and cluster.gpu_type to what is here",
             )
+        states = plan.config.deepspeed
+        if "nvme" in (states.offload_optimizer, states.offload_params) and not Path(states.nvme_path or "").is_dir():
+            raise SubmitError(
+                "this machine has no such folder for states on NVMe",
+                where="deepspeed.nvme_path",
+                value=str(states.nvme_path),
+                remedy="set it to a folder on a local NVMe disk, or use deepspeed=zero3_offload",
+            )
         needed = plan.memory.host_per_node_gib
         if topology.device == "cpu" and here.host_memory_gib and needed > here.host_memory_gib:
             raise SubmitError(

@@ -269,7 +269,10 @@ class DeepSpeedSection(Section):
     stage: int = Field(3, description="ZeRO stage; only 3 is served.")
     offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer states and fp32 weights live.")
     offload_params: Literal["none", "cpu", "nvme"] = Field("none", description="Where partitioned weights live between uses.")
-    nvme_path: Text | None = Field(None, description="Folder on a local NVMe disk, the same on every node; needed for nvme.")
+    nvme_path: Text | None = Field(
+        None,
+        description="Folder on a local NVMe disk there on every node; needed for nvme. Each run has its own folder in it.",
+    )
     hpz_partition_size: PositiveInt | Literal["node"] = Field(
         1, description="ZeRO++ hpZ: ranks that hold a second copy of the weights; node: those of one node; 1 turns it off."
     )
@@ -279,7 +282,7 @@ class DeepSpeedSection(Section):
         None, description="Elements reduced at once. Unset: hidden size squared, at least 2^24."
     )
     prefetch_bucket_size: PositiveInt | None = Field(
-        None, description="Elements fetched ahead. Unset: 0.9 of hidden size squared, at least 2^24."
+        None, description="Elements fetched ahead. Unset: 0.9 of hidden size squared, at least 2^24; none from NVMe."
     )
     param_persistence_threshold: Count | None = Field(
         None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."
@@ -303,13 +306,22 @@ class DeepSpeedSection(Section):
         if "nvme" in (self.offload_optimizer, self.offload_params) and not self.nvme_path:
             asking = [f"deepspeed.{k}" for k in ("offload_optimizer", "offload_params") if getattr(self, k) == "nvme"]
             raise ValueError(f"{' and '.join(asking)}: nvme needs a place; set deepspeed.nvme_path to a folder on a local disk")
+        if self.nvme_path and not self.nvme_path.startswith("/"):
+            raise ValueError("deepspeed.nvme_path: is meant on every node; begin it with /")
+        if self.offload_params == "nvme" and self.prefetch_bucket_size:
+            raise ValueError(
+                "deepspeed.prefetch_bucket_size: DeepSpeed fails where it fetches weights from NVMe ahead of use; take it out"
+            )
         planned = [key for key in PLANNED_DEEPSPEED_KEYS if key in self.extra]
         if planned:
             raise ValueError(f"deepspeed.extra must not set {', '.join(planned)}; the plan computes it from train.* and optim.*")
         for key in ("zero_optimization", "bf16", "bfloat16", "fp16"):
             if not isinstance(self.extra.get(key, {}), dict):
                 raise ValueError(f"deepspeed.extra.{key} is not a mapping; write its keys one by one")
-        if self.extra.get("zero_optimization", {}).get("stage", 3) != 3:
+        zero = self.extra.get("zero_optimization", {})
+        if any("nvme_path" in part for part in zero.values() if isinstance(part, dict)):
+            raise ValueError("deepspeed.extra must not set nvme_path; the plan gives each run a folder in deepspeed.nvme_path")
+        if zero.get("stage", 3) != 3:
             raise ValueError("deepspeed.extra must not change the ZeRO stage; take it out: only stage 3 is served")
         return self
 

@@ -11,22 +11,35 @@ from typing import Any
 
 from launcher.config.schema import DeepSpeedSection, ModelSection, TrainSection
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
-from launcher.plan.memory import hpz_ranks
+from launcher.plan.memory import NVME_SUB_GROUP, hpz_ranks, largest_parameter
 
 # Elements below which a message costs more in latency than in transfer.
 _SMALLEST_BUCKET = 2**24
+# DeepSpeed fetches a weight ahead from NVMe twice where it is used twice in short order, as at the turn from forward to backward,
+# and dies of it (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions); and each weight that it keeps for later
+# takes one of a few buffers. So such weights are fetched when they are used and let go after that.
+_IN_TURN = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
 def render(
-    deepspeed: DeepSpeedSection, model: ModelSection, train: TrainSection, batch: Batch, topology: Topology, facts: ModelFacts
+    deepspeed: DeepSpeedSection,
+    model: ModelSection,
+    train: TrainSection,
+    batch: Batch,
+    topology: Topology,
+    facts: ModelFacts,
+    nvme_folder: str | None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration as a JSON-able mapping; `deepspeed.extra` is merged last."""
+    """DeepSpeed's configuration as a JSON-able mapping; `deepspeed.extra` is merged last.
+
+    `nvme_folder` is the run's own on each node's NVMe disk, where it uses one: DeepSpeed names files by rank alone.
+    """
     hidden = facts.hidden_size
     zero: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": True,
         "contiguous_gradients": True,
-        "sub_group_size": 1_000_000_000,
+        "sub_group_size": NVME_SUB_GROUP if deepspeed.offload_optimizer == "nvme" else 1_000_000_000,
         "reduce_bucket_size": deepspeed.reduce_bucket_size or max(hidden * hidden, _SMALLEST_BUCKET),
         "stage3_prefetch_bucket_size": deepspeed.prefetch_bucket_size or max(int(0.9 * hidden * hidden), _SMALLEST_BUCKET),
         "stage3_param_persistence_threshold": (
@@ -37,9 +50,12 @@ def render(
         "stage3_gather_16bit_weights_on_model_save": False,
     }
     if deepspeed.offload_optimizer != "none":
-        zero["offload_optimizer"] = _offload(deepspeed.offload_optimizer, deepspeed.nvme_path)
+        zero["offload_optimizer"] = _offload(deepspeed.offload_optimizer, nvme_folder)
     if deepspeed.offload_params != "none":
-        zero["offload_param"] = _offload(deepspeed.offload_params, deepspeed.nvme_path)
+        zero["offload_param"] = _offload(deepspeed.offload_params, nvme_folder)
+    if deepspeed.offload_params == "nvme":
+        zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": -(-largest_parameter(facts) // topology.world_size)}
+        zero |= _IN_TURN
     hpz = hpz_ranks(deepspeed, topology.ranks_per_node)
     if hpz > 1:
         zero["zero_hpz_partition_size"] = hpz
@@ -62,10 +78,10 @@ def render(
     return _merged(config, deepspeed.extra)
 
 
-def _offload(device: str, nvme_path: str | None) -> dict[str, Any]:
+def _offload(device: str, nvme_folder: str | None) -> dict[str, Any]:
     offload: dict[str, Any] = {"device": device, "pin_memory": True}
     if device == "nvme":
-        offload["nvme_path"] = nvme_path
+        offload["nvme_path"] = nvme_folder
     return offload
 
 

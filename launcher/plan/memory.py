@@ -6,11 +6,14 @@ Activations, fragmentation and communication buffers come on top and are not est
 from __future__ import annotations
 
 from launcher.config.schema import DeepSpeedSection
-from launcher.plan.launch_plan import Memory, Saving, Topology
+from launcher.plan.launch_plan import Memory, ModelFacts, Saving, Topology
 
 GIB = 2**30
 # fp32 master weight and Adam's two fp32 moments.
 OPTIMIZER_BYTES_PER_PARAM = 12
+# Elements of the optimizer's states that are in memory at once where they lie on NVMe, in four buffers that DeepSpeed keeps for
+# weights, gradients and both moments.
+NVME_SUB_GROUP = 100_000_000
 # The rest is for the data loader, the libraries, and the system's cache, through which checkpoints are written.
 _USABLE_HOST_SHARE = 0.8
 
@@ -18,6 +21,13 @@ _USABLE_HOST_SHARE = 0.8
 def hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
     """Ranks that hold a second copy of the weights; 1 means none."""
     return ranks_per_node if deepspeed.hpz_partition_size == "node" else int(deepspeed.hpz_partition_size)
+
+
+def largest_parameter(facts: ModelFacts) -> int:
+    """Elements of the largest parameter: the embedding, or the experts' fused gate and up projections."""
+    experts = facts.config.get("num_local_experts") or facts.config.get("num_experts") or 0
+    inside = 2 * experts * (facts.config.get("moe_intermediate_size") or facts.intermediate_size) or facts.intermediate_size
+    return facts.hidden_size * max(facts.vocab_size, inside, facts.num_heads * facts.head_dim)
 
 
 def estimate(
@@ -41,7 +51,8 @@ def estimate(
     host = 0.0
     host += weights if deepspeed.offload_params == "cpu" else 0.0
     host += gradients + optimizer if deepspeed.offload_optimizer == "cpu" else 0.0
-    host += gradients if deepspeed.offload_optimizer == "nvme" else 0.0
+    if deepspeed.offload_optimizer == "nvme":
+        host += gradients + 4 * 4 * min(per_rank, NVME_SUB_GROUP / GIB)
     if topology.device == "cpu":
         host = sum(on_device.values()) + host
     return Memory(
@@ -64,8 +75,8 @@ def saving(
     if not asynchronous:
         return Saving(background=False, host_gib_per_node=0.0)
     copies = checkpoint_bytes(num_params) / topology.nodes / GIB
-    if deepspeed.offload_optimizer == "nvme":
-        note = "states on NVMe are larger than main memory, so training waits while a checkpoint is written"
+    if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_params):
+        note = "states on NVMe cannot be read while training uses them, so training waits while a checkpoint is written"
         return Saving(background=False, host_gib_per_node=0.0, note=note)
     if host_gib is not None and memory.host_per_node_gib + copies > _USABLE_HOST_SHARE * host_gib:
         note = (

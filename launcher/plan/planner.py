@@ -43,7 +43,9 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         config=config,
         topology=topology,
         batch=split,
-        deepspeed=deepspeed.render(config.deepspeed, config.model, config.train, split, topology, facts.model),
+        deepspeed=deepspeed.render(
+            config.deepspeed, config.model, config.train, split, topology, facts.model, _nvme_folder(config, run_name, run_dir)
+        ),
         memory=states,
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params),
         saving=memory.saving(
@@ -100,6 +102,14 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             value=str(hpz),
             remedy=f"set it to the ranks of one node ({topology.ranks_per_node}), to node, or to 1",
         )
+
+
+def _nvme_folder(config: RunConfig, run_name: str, run_dir: Path) -> str | None:
+    """A folder that no other run uses, the same in every attempt, so that what a killed one left behind is overwritten."""
+    if config.deepspeed.nvme_path is None:
+        return None
+    tag = hashlib.blake2b(str(run_dir).encode(), digest_size=4).hexdigest()
+    return f"{config.deepspeed.nvme_path}/{run_name}-{tag}"
 
 
 def _at_home(path: str, home: str) -> str:

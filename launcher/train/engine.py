@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.extensions import lock_builds
 from launcher.train.model import CausalLMLoss, build_model
@@ -52,8 +55,12 @@ def join(plan: LaunchPlan, place: Place) -> torch.device:
     return device
 
 
-def build_engine(plan: LaunchPlan) -> tuple[Any, CausalLMLoss]:
-    """A DeepSpeed engine around the model, with weights loaded and partitioned."""
+def build_engine(plan: LaunchPlan, place: Place) -> tuple[Any, CausalLMLoss]:
+    """A DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
+
+    Raises:
+        RunError: where states are to lie on an NVMe disk that this node does not have.
+    """
     import deepspeed
     from transformers import set_seed
     from transformers.integrations import HfDeepSpeedConfig
@@ -61,6 +68,7 @@ def build_engine(plan: LaunchPlan) -> tuple[Any, CausalLMLoss]:
     set_seed(plan.config.run.seed)
     # transformers looks at this object through a weak reference: while it lives, weights are partitioned as they load.
     partitioned = HfDeepSpeedConfig(plan.deepspeed)
+    _clear_nvme(plan, place)
     model = build_model(plan.config.model, plan.model, plan.topology.device, plan.config.train.loss_chunk_tokens)
     optimizer = build_optimizer(model.parameters_by_name().items(), plan.config.optim, plan.config.deepspeed)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)
@@ -68,8 +76,34 @@ def build_engine(plan: LaunchPlan) -> tuple[Any, CausalLMLoss]:
     return engine, model
 
 
-def leave() -> None:
-    """Leave the process group after all ranks have come this far."""
+def leave(plan: LaunchPlan, place: Place) -> None:
+    """Leave the process group after all ranks have come this far; nothing of the run stays on NVMe."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    if (folder := _nvme_folder(plan)) is not None and place.local_rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _nvme_folder(plan: LaunchPlan) -> Path | None:
+    zero = plan.deepspeed["zero_optimization"]
+    folders = [zero[key]["nvme_path"] for key in ("offload_optimizer", "offload_param") if "nvme_path" in zero.get(key, {})]
+    return Path(folders[0]) if folders else None
+
+
+def _clear_nvme(plan: LaunchPlan, place: Place) -> None:
+    """Remove what a killed attempt has left, perhaps of more ranks than there are now."""
+    folder = _nvme_folder(plan)
+    if folder is None:
+        return
+    # DeepSpeed would make the folder wherever it is, and fill the system's disk where nothing is mounted there.
+    if not folder.parent.is_dir():
+        raise RunError(
+            "this node has no such folder for states on NVMe",
+            where="deepspeed.nvme_path",
+            value=str(folder.parent),
+            remedy="mount a local NVMe disk there, or use deepspeed=zero3_offload",
+        )
+    if place.local_rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()

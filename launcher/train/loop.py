@@ -91,7 +91,7 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
             zero3.release(session.engine)
             session = None
             write_weights(plan, place, outcome.checkpoint, device)
-        leave()
+        leave(plan, place)
         session = None
         if place.is_main and completed:
             finish(plan, outcome.checkpoint, tracker)
@@ -140,7 +140,7 @@ class _Session:
         data, max_steps = plan.data, plan.batch.max_steps
         if data is None or max_steps is None:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
-        engine, model = build_engine(plan)
+        engine, model = build_engine(plan, place)
         # What cannot be saved is refused now, not at the first checkpoint.
         saver = Saver(
             engine,

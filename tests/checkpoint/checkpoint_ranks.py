@@ -15,6 +15,7 @@ from pathlib import Path
 import deepspeed
 import torch._dynamo  # a lazy import of it inside zero.Init fails
 import torch.distributed as dist
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -41,12 +42,23 @@ LLAMA = {
     "attention_dropout": 0.1,
     "initializer_range": 0.2,
 }
+# Large enough for DeepSpeed to swap: 1 MiB of a rank's weights, in fp32 for a sub-group, in bf16 for a single parameter.
+SWAPPED = {"hidden_size": 1023, "intermediate_size": 1101, "num_hidden_layers": 1, "initializer_range": 0.02}
+
+# Weights from NVMe are fetched when they are used and let go after that, as planned: see launcher/plan/deepspeed.py.
+IN_TURN = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
 def deepspeed_config(kind: str) -> dict:
     zero = {"stage": 3, "stage3_param_persistence_threshold": 100, "sub_group_size": 4000, "overlap_comm": False}
     if kind == "offload":
         zero["offload_optimizer"] = {"device": "cpu"}
+    if kind.startswith("nvme"):
+        # A folder of its own for each call: processes that resume find nothing of those before on the disk.
+        place = {"device": "nvme", "nvme_path": str(Path(os.environ["RENDEZVOUS"]).with_name("nvme"))}
+        zero |= {"sub_group_size": 300_000, "offload_optimizer": place}
+        if kind == "nvme_params":
+            zero |= {"offload_param": place | {"max_in_cpu": 0, "buffer_size": 1_200_000}, **IN_TURN}
     if kind == "hpz":
         zero["zero_hpz_partition_size"] = 2
     config = {
@@ -60,18 +72,22 @@ def deepspeed_config(kind: str) -> dict:
 
 
 def build(kind: str):
-    """fp32: untied embeddings; bf16: tied; hpz: bf16 with second copies; offload: bf16 with DeepSpeed's compiled CPU Adam."""
+    """fp32: untied embeddings; bf16: tied; hpz: bf16 with second copies; offload: bf16 with DeepSpeed's compiled CPU Adam.
+
+    nvme: as offload, with the optimizer's states on disk; nvme_params: the weights that the engine computes with too.
+    """
     torch.manual_seed(7 + RANK)
     config = deepspeed_config(kind)
     # DeepSpeed refuses a second engine with hpZ in one process while this is set.
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    llama = LlamaConfig(**LLAMA, tie_word_embeddings=kind != "fp32", dtype="float32" if kind == "fp32" else "bfloat16")
+    sizes = LLAMA | (SWAPPED if kind.startswith("nvme") else {})
+    llama = LlamaConfig(**sizes, tie_word_embeddings=kind != "fp32", dtype="float32" if kind == "fp32" else "bfloat16")
     with deepspeed.zero.Init(config_dict_or_path=config):
         model = AutoModelForCausalLM.from_config(llama)
     decay = [p for p in model.parameters() if len(p.ds_shape) > 1]
     plain = [p for p in model.parameters() if len(p.ds_shape) == 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    if kind == "offload":
+    if kind in ("offload", "nvme", "nvme_params"):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=1e-2)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
@@ -169,6 +185,7 @@ def straight(kind: str, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     engine = build(kind)
     report(folder, "losses", train(engine, 1, 4))
+    report(folder, "on-nvme", on_nvme(engine))
     dump(engine, folder / "straight.safetensors")
     engine.destroy()
 
@@ -180,7 +197,7 @@ def straight(kind: str, folder: Path) -> None:
     report(folder, "saved", {"path": str(result.path), "bytes": result.bytes, "seconds": result.seconds})
     dump(engine, folder / "saved.safetensors")
     train(engine, 3, 3)
-    if kind == "fp32":
+    if kind in ("fp32", "nvme", "nvme_params"):
         failures = {"disk": failing(lambda: with_small_files(lambda: save(engine, folder, 3)))}
         failures["space"] = failing(lambda: with_free_bytes(1000, lambda: save(engine, folder, 3)))
         some = dict(list(names(engine).items())[1:])
@@ -193,6 +210,25 @@ def straight(kind: str, folder: Path) -> None:
     report(folder, "losses-back", train(engine, 3, 4))
     shards.load(engine, names(engine), start.path)
     report(folder, "losses-again", train(engine, 1, 2))
+    engine.destroy()
+
+
+def on_nvme(engine) -> dict[str, int]:
+    """How many of the optimizer's sub-groups, and of the weights that the engine computes with, lie on NVMe now."""
+    zero = engine.optimizer
+    flats = [flat for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if zero._swappable_optimizer_subgroup(i)]
+    assert all(flat.numel() == 0 and not any(len(zero.optimizer.state[flat][key]) for key in zero3.MOMENTS) for flat in flats)
+    absent = [p for p in names(engine).values() if p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
+    return {"sub_groups": len(flats), "of": len(zero.fp32_partitioned_groups_flat), "weights": len(absent)}
+
+
+def waits(kind: str, folder: Path) -> None:
+    """A save that was asked for in the background, of states that cannot be read while training goes on."""
+    engine = build(kind)
+    saver = saver_of(engine, folder / "waited", background=True)
+    train(engine, 1, 1)
+    saver.save(1, {})
+    report(folder, "waited", {"is_there": (folder / "waited" / store.step_name(1)).exists()})
     engine.destroy()
 
 

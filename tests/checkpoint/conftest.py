@@ -101,3 +101,12 @@ def offload_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) 
     run_ranks("straight", 2, folder, "offload")
     run_ranks("resume", 2, folder, "offload")
     return Runs(folder)
+
+
+@pytest.fixture(scope="session")
+def nvme_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
+    """The same, and a move to one rank and back, with states on disk."""
+    folder = tmp_path_factory.mktemp("nvme")
+    for scenario, world_size in (("straight", 2), ("waits", 2), ("resume", 2), ("shrink", 1), ("grow", 2)):
+        run_ranks(scenario, world_size, folder, "nvme,nvme_params")
+    return Runs(folder)

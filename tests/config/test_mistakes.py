@@ -162,6 +162,15 @@ def test_settings_that_do_not_go_together(refused: Refused, override: str, what:
     assert "(command line)" in problem.where
 
 
+def test_settings_that_states_on_nvme_do_not_go_with(refused: Refused) -> None:
+    (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.prefetch_bucket_size=9")
+    assert problem.what.startswith("deepspeed.prefetch_bucket_size: DeepSpeed fails")
+    (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.nvme_path=disk")
+    assert problem.what.startswith("deepspeed.nvme_path: is meant on every node")
+    (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.extra.zero_optimization.offload_optimizer.nvme_path=/disk")
+    assert problem.what.startswith("deepspeed.extra must not set nvme_path")
+
+
 def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Path) -> None:
     own_option(tmp_path, "optim", "mine", "# my own\nname: adamw\nweight_decay: fast\nwarm_up: 3\n")
     bad_type, unknown = refused("--config-dir", str(tmp_path / "conf"), "optim=mine")

@@ -53,6 +53,18 @@ def test_sizes_follow_the_model_and_can_be_set(plan_of: Callable[..., LaunchPlan
     assert zero["stage3_param_persistence_threshold"] == 0
 
 
+def test_a_buffer_for_weights_on_nvme_holds_a_ranks_part_of_the_largest(plan_of: Callable[..., LaunchPlan]) -> None:
+    planned = plan_of("model=llama3_1_8b", "deepspeed=zero3_nvme", "run.name=first", device=GPUS)
+    zero = planned.deepspeed["zero_optimization"]
+    assert zero["offload_param"]["buffer_size"] == 128_256 * 4096 // 8
+    # Fetching ahead is where DeepSpeed fails.
+    assert zero["stage3_prefetch_bucket_size"] == 0
+    other = plan_of("model=llama3_1_8b", "deepspeed=zero3_nvme", "run.name=second", device=GPUS)
+    folders = {p.deepspeed["zero_optimization"]["offload_optimizer"]["nvme_path"] for p in (planned, other)}
+    assert len(folders) == 2
+    assert {folder.rpartition("/")[0] for folder in folders} == {"/local_nvme"}
+
+
 def test_raw_keys_come_last_and_are_merged(plan_of: Callable[..., LaunchPlan]) -> None:
     rendered = plan_of("deepspeed.extra={zero_optimization: {overlap_comm: false}, wall_clock_breakdown: true}").deepspeed
     assert rendered["wall_clock_breakdown"] is True

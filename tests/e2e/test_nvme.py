@@ -1,0 +1,40 @@
+"""A run whose states lie on a disk, from its start to its export, and resumed."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from e2e_tools import TINY, losses, status
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.slow
+def test_a_run_on_nvme_is_saved_resumed_and_exported(launch: Launch, runs: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    settings = (*TINY, "deepspeed=zero3_nvme", f"deepspeed.nvme_path={disk}", "train.save_every=2", f"run.root={runs}")
+    refused = launch(*settings, "run.name=early", "train.max_steps=2")
+    assert refused.returncode == 2
+    assert "no such folder for states on NVMe" in refused.stdout + refused.stderr
+    assert not runs.exists()
+    disk.mkdir()
+
+    done = launch(*settings, "run.name=undisturbed", "train.max_steps=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training waits while a checkpoint is written" in done.stdout
+    assert (runs / "undisturbed/export/model.safetensors").is_file()
+    assert sorted(losses(runs / "undisturbed")) == [1, 2, 3, 4]
+
+    constant = "optim.schedule=constant"
+    whole = launch(*settings, constant, "run.name=whole", "train.max_steps=4", "train.export=false")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    halves = launch(*settings, constant, "run.name=halves", "train.max_steps=2", "train.export=false")
+    assert halves.returncode == 0, halves.stdout + halves.stderr
+    resumed = launch("resume", str(runs / "halves"), "train.max_steps=4")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert status(runs / "halves")["step"] == 4
+    assert losses(runs / "halves") == losses(runs / "whole")
+    assert list(disk.iterdir()) == [], "a run leaves nothing on the disk"
