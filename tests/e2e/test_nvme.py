@@ -37,4 +37,7 @@ def test_a_run_on_nvme_is_saved_resumed_and_exported(launch: Launch, runs: Path,
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert status(runs / "halves")["step"] == 4
     assert losses(runs / "halves") == losses(runs / "whole")
+    for attempt in ("001", "002"):
+        log = (runs / "halves/attempts" / attempt / "rank-00001.log").read_text()
+        assert "Offloading to NVMe" in log, "DeepSpeed says so at its first write; tensors of less than 1 MiB stay in memory"
     assert list(disk.iterdir()) == [], "a run leaves nothing on the disk"
