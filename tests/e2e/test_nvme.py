@@ -13,7 +13,8 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.slow
-def test_a_run_on_nvme_is_saved_resumed_and_exported(launch: Launch, runs: Path, tmp_path: Path) -> None:
+@pytest.mark.timeout(1500)
+def test_a_run_on_nvme_is_saved_resumed_and_exported(launch: Launch, runs: Path, tmp_path: Path, extensions: None) -> None:
     disk = tmp_path / "disk"
     settings = (*TINY, "deepspeed=zero3_nvme", f"deepspeed.nvme_path={disk}", "train.save_every=2", f"run.root={runs}")
     refused = launch(*settings, "run.name=early", "train.max_steps=2")
