@@ -86,7 +86,7 @@ def leave(plan: LaunchPlan, place: Place) -> None:
 
 
 def _nvme_folder(plan: LaunchPlan) -> Path | None:
-    zero = plan.deepspeed["zero_optimization"]
+    zero = plan.deepspeed.get("zero_optimization", {})
     folders = [zero[key]["nvme_path"] for key in ("offload_optimizer", "offload_param") if "nvme_path" in zero.get(key, {})]
     return Path(folders[0]) if folders else None
 

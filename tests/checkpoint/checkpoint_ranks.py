@@ -372,6 +372,10 @@ def move(kind: str, folder: Path, source: str, target: str) -> None:
     engine.destroy()
 
 
+# Where a checkpoint comes from and where the same state is saved again, by another number of ranks.
+MOVES = {"shrink": ("checkpoints", "one"), "grow": ("one", "two"), "double": ("checkpoints", "four"), "halve": ("four", "half")}
+
+
 def main(scenario: str, folder: Path) -> None:
     lock_builds()
     deepspeed.init_distributed(
@@ -384,10 +388,8 @@ def main(scenario: str, folder: Path) -> None:
     )
     for kind in os.environ["KINDS"].split(","):
         of_kind = folder / kind
-        if scenario == "shrink":
-            move(kind, of_kind, "checkpoints", "one")
-        elif scenario == "grow":
-            move(kind, of_kind, "one", "two")
+        if scenario in MOVES:
+            move(kind, of_kind, *MOVES[scenario])
         else:
             of_kind.mkdir(exist_ok=True)
             globals()[scenario](kind, of_kind)

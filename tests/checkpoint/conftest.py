@@ -83,7 +83,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
-    """One straight run, a save that is killed, and resumes on 2, 1 and again 2 ranks, all in processes of their own."""
+    """One straight run, a save that is killed, and resumes on 2, 1, 4 and again 2 ranks, all in processes of their own."""
     folder = tmp_path_factory.mktemp("runs")
     run_ranks("straight", 2, folder, "fp32,bf16,hpz")
     run_ranks("killed", 2, folder, "bf16", exit_codes=[-9, 1])
@@ -91,6 +91,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
     run_ranks("resume", 2, folder, "fp32,bf16,hpz")
     run_ranks("shrink", 1, folder, "fp32,bf16")
     run_ranks("grow", 2, folder, "fp32,bf16")
+    run_ranks("double", 4, folder, "fp32,bf16")
+    run_ranks("halve", 2, folder, "fp32,bf16")
     return Runs(folder)
 
 

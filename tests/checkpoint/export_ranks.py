@@ -41,8 +41,9 @@ def main(plan_path: str, checkpoint: str, limited: str) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
     try:
-        finish.write_weights(plan, Place(rank, rank, world_size, attempt=1), Path(checkpoint), torch.device("cpu"))
-        leave()
+        place = Place(rank, rank, world_size, attempt=1)
+        finish.write_weights(plan, place, Path(checkpoint), torch.device("cpu"))
+        leave(plan, place)
         if rank == 0:
             finish.finish(plan, Path(checkpoint), Composite([Printer()]))
     except ExportError as error:

@@ -62,7 +62,7 @@ def test_a_run_is_not_resumed_where_the_next_save_would_fail(launch: Run, disk: 
     run.checkpoints.symlink_to(disk("9m"))
     saving = store.begin(run.checkpoints, step=5, attempt=1, needed_bytes=1)
     files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [b"x" * 2**20])}
-    store.commit(saving, store.Manifest(step=5, world_size=1, plan_digest="d", attempt=1, files=files))
+    store.commit(saving, store.Manifest(step=5, world_size=1, plan_digest=plan.digest(), attempt=1, files=files))
     done = launch("resume", str(run.root))
     assert done.returncode == 2
     assert "no room for a single checkpoint" in done.stderr
