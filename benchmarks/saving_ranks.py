@@ -34,10 +34,11 @@ ROUNDS, STEPS = 3, 4
 def main(action: str, plan_path: str, folder: Path) -> None:
     plan = LaunchPlan.load(plan_path)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    join(plan, Place(rank, int(os.environ["LOCAL_RANK"]), world_size, attempt=1))
+    place = Place(rank, int(os.environ["LOCAL_RANK"]), world_size, attempt=1)
+    join(plan, place)
     if action == "load-universal":
         plan = plan.model_copy(update={"deepspeed": {**plan.deepspeed, "checkpoint": {"load_universal": True}}})
-    trainer = Trainer(plan, rank, world_size)
+    trainer = Trainer(plan, place)
     found = {"save": measure_saves, "load-ours": load_ours, "load-universal": load_universal}[action](trainer, folder)
     if rank == 0:
         print(json.dumps(found), flush=True)
@@ -50,11 +51,13 @@ def main(action: str, plan_path: str, folder: Path) -> None:
 class Trainer:
     """An engine and steps to do with it."""
 
-    def __init__(self, plan: LaunchPlan, rank: int, world_size: int) -> None:
-        self.engine, self.model = build_engine(plan)
+    def __init__(self, plan: LaunchPlan, place: Place) -> None:
+        self.engine, self.model = build_engine(plan, place)
         assert plan.data is not None
-        self.batches = TrainBatches(Split.open(plan.data.cache_dir), plan.batch, plan.config.run.seed, rank, world_size, pad_id=0)
-        self.world_size, self.done = world_size, 0
+        self.batches = TrainBatches(
+            Split.open(plan.data.cache_dir), plan.batch, plan.config.run.seed, place.rank, place.world_size, 0
+        )
+        self.world_size, self.done = place.world_size, 0
 
     def step(self, settle: Callable[[], None] = lambda: None) -> float:
         """Seconds of one step."""

@@ -76,6 +76,10 @@ class RunError(LauncherError):
     """A started run failed."""
 
 
+class Superseded(RunError):
+    """The process belongs to an attempt that is no longer the run's newest."""
+
+
 class DivergedError(RunError):
     """The numbers of the training itself are not finite; a repetition would end in the same way."""
 
@@ -89,4 +93,4 @@ class PushError(LauncherError):
 
 
 # A repetition would end in the same way: neither ranks nor a job are started again after one of these.
-WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, DivergedError, ExportError)
+WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, Superseded, DivergedError, ExportError)

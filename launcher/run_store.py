@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher.errors import RunError, SubmitError
+from launcher.errors import RunError, SubmitError, Superseded
 from launcher.holder import held
 from launcher.plan.launch_plan import LaunchPlan, digest_of
 from launcher.plan.run_dir import RunDir
@@ -56,10 +56,6 @@ class Attempt:
     ends_at: float | None = None
     automatic: bool = False
     pinned: bool = False
-
-
-class Superseded(RunError):
-    """The process belongs to an attempt that is no longer the run's newest."""
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,9 @@ def replace_directory(source: Path, target: Path) -> None:
     os.rename(source, target)
     fsync_directory(target.parent)
     if aside.exists():
-        remove_directory(aside)
+        # The next sweep takes what cannot be removed now.
+        with suppress(OSError):
+            remove_directory(aside)
 
 
 def remove_directory(path: Path) -> None:

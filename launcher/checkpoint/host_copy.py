@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import torch
@@ -20,12 +21,14 @@ class HostCopy:
     It is made by a thread, because locking the pages of tens of GiB takes seconds that the first steps need not wait for.
     """
 
-    def __init__(self, num_elements: int, device: torch.device) -> None:
+    def __init__(self, num_elements: int, device: torch.device, sharers: int) -> None:
+        """`sharers` processes of this machine ask for as much, all at the same time."""
         self._device = device
+        self._is_locked = False
         self._memory: torch.Tensor | None = None
         self._used = 0
         self._ready = threading.Event()
-        threading.Thread(target=self._make, args=(num_elements,), name="host-copy", daemon=True).start()
+        threading.Thread(target=self._make, args=(num_elements, sharers), name="host-copy", daemon=True).start()
 
     def is_there(self) -> bool:
         """Wait for the memory; False where the machine does not have it."""
@@ -51,9 +54,18 @@ class HostCopy:
         assert self._memory is not None
         return all(map(is_finite, self._memory[: self._used].split(_BLOCK_ELEMENTS)))
 
-    def _make(self, num_elements: int) -> None:
+    def close(self) -> None:
+        """Give the memory back."""
+        self._ready.wait()
+        if self._memory is not None and self._is_locked:
+            # CUDA would take what is put at these addresses later for the memory that it has locked.
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+        self._memory = None
+
+    def _make(self, num_elements: int, sharers: int) -> None:
         try:
-            if 4 * num_elements > psutil.virtual_memory().available:
+            on_device(self._device)
+            if sharers * 4 * num_elements > _available_bytes():
                 # The system would promise the memory all the same, and kill a process when it is used.
                 return
             memory = torch.empty(num_elements, dtype=torch.float32)
@@ -61,12 +73,37 @@ class HostCopy:
             memory.zero_()
             if self._device.type == "cuda":
                 # torch's own page-locked memory comes in powers of two, up to twice of what the plan counts with.
-                torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
+                # Where the system does not lock so much, copies are slower.
+                code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
+                self._is_locked = int(code) == 0
             self._memory = memory
         except RuntimeError:
             self._memory = None
         finally:
             self._ready.set()
+
+
+def on_device(device: torch.device) -> None:
+    """Make a GPU the current one of this thread: each begins with GPU 0, and would take memory there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _available_bytes() -> int:
+    """Main memory that this machine, or the container or job that the process is in, has left."""
+    available = [psutil.virtual_memory().available]
+    try:
+        # Version 2 of control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+    except OSError:
+        return available[0]
+    for folder in (group, *group.parents):
+        try:
+            available.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+        except (OSError, ValueError):
+            # No limit here.
+            continue
+    return min(available)
 
 
 def is_finite(state: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from torch.nn import Parameter
 
 from launcher import run_store
 from launcher.checkpoint import durable, store, tensor_file, zero3
-from launcher.checkpoint.host_copy import HostCopy, is_finite
+from launcher.checkpoint.host_copy import HostCopy, is_finite, on_device
 from launcher.checkpoint.shards import Shard, weight_digests
 from launcher.checkpoint.tensor_file import TensorSpec, as_bytes
 from launcher.checkpoint.together import problems_of
@@ -76,6 +76,7 @@ class SaveJob:
     stall_s: float = 0.0
     seconds: float = 0.0
     error: Exception | None = None
+    not_pruned: str = ""
     copied: threading.Event = field(default_factory=threading.Event)
     written: threading.Event = field(default_factory=threading.Event)
     abandoned: threading.Event = field(default_factory=threading.Event)
@@ -91,6 +92,7 @@ class SaveJob:
         return self.place.root / store.step_name(self.step)
 
     def _run(self) -> None:
+        on_device(self.place.engine.device)
         try:
             note = Note(entry=self._write())
         except Exception as error:
@@ -159,7 +161,11 @@ class SaveJob:
         )
         committed = store.commit(self.saving, manifest)
         durable.passing("committed")
-        self.place.prune(committed)
+        try:
+            self.place.prune(committed)
+        except OSError as error:
+            # What is committed stays committed.
+            self.not_pruned = f"{error.strerror}: {error.filename}"
 
     def _notes(self) -> list[Note]:
         notes: dict[int, Note] = {}

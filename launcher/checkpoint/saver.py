@@ -11,6 +11,7 @@ latest before the next one.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,13 +33,15 @@ from launcher.errors import CheckpointError, LauncherError
 @dataclass(frozen=True)
 class Saved:
     """A committed checkpoint: the bytes of all ranks' files, seconds from the call to the commit, and those that this rank's
-    training stood still for."""
+    training stood still for. `not_pruned` says, on rank 0, why older ones could not be removed.
+    """
 
     path: Path
     step: int
     bytes: int
     seconds: float
     stall_s: float
+    not_pruned: str = ""
 
 
 class Saver:
@@ -71,7 +74,7 @@ class Saver:
         self._copy: HostCopy | None = None
         if background and zero3.can_be_copied_behind(engine):
             num_elements = sum(map(zero3.local_elements, named_parameters.values())) * (1 + len(zero3.MOMENTS))
-            self._copy = HostCopy(num_elements, engine.device)
+            self._copy = HostCopy(num_elements, engine.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._job: SaveJob | None = None
         self._outcome: Saved | CheckpointError | None = None
 
@@ -133,9 +136,11 @@ class Saver:
             together(self._engine.device, "the checkpoint could not be written", lambda: _raise(job.error))
             if self._is_main:
                 job.ended.wait()
-            else:
-                job.seconds = time.monotonic() - job.began
             together(self._engine.device, "the checkpoint could not be committed", lambda: _raise(job.error))
+            # Rank 0's thread alone knows when the commit was: this one may have come to ask much later.
+            took = torch.tensor(job.seconds, dtype=torch.float32, device=self._engine.device)
+            dist.broadcast(took, 0)
+            job.seconds = float(took)
             job.stall_s += time.monotonic() - began
             self._outcome = _saved(job)
         except CheckpointError as error:
@@ -145,6 +150,12 @@ class Saver:
             self._outcome = error
         self._job = None
         return self._outcome
+
+    def close(self) -> None:
+        """Give back the memory of the copies; nothing can be saved any more. No save may be in the making."""
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
 
     def drain(self, seconds: float) -> None:
         """Give a save in the background some time to end, in a process that is about to."""
@@ -189,7 +200,7 @@ class Saver:
 
 
 def _saved(job: SaveJob) -> Saved:
-    return Saved(job.path, job.step, job.num_bytes, job.seconds, job.stall_s)
+    return Saved(job.path, job.step, job.num_bytes, job.seconds, job.stall_s, job.not_pruned)
 
 
 def _as_launcher_error(error: Exception) -> LauncherError:

@@ -8,15 +8,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem
+from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem, Superseded
 
 T = TypeVar("T")
+# What others do about it depends on which of these it is.
+_TOLD_APART: tuple[type[LauncherError], ...] = (Superseded, DamagedCheckpoint)
 
 
 def together(device: torch.device, what: str, action: Callable[[], T]) -> T:
     """Run `action` on every rank; CheckpointError on all of them when it fails on any. Collective.
 
-    It is a DamagedCheckpoint where any of them has raised that.
+    It is Superseded or a DamagedCheckpoint where any of them has raised that.
     """
     result: T | None = None
     caught: Exception | None = None
@@ -28,10 +30,12 @@ def together(device: torch.device, what: str, action: Callable[[], T]) -> T:
     dist.all_reduce(failed, op=dist.ReduceOp.MAX)
     if not failed:
         return result  # type: ignore[return-value]
-    gathered: list[tuple[bool, tuple[Problem, ...]]] = [(False, ())] * dist.get_world_size()
-    dist.all_gather_object(gathered, (isinstance(caught, DamagedCheckpoint), problems_of(what, caught, dist.get_rank())))
-    kind = DamagedCheckpoint if any(damaged for damaged, _ in gathered) else CheckpointError
-    raise kind(dict.fromkeys(problem for _, problems in gathered for problem in problems)) from caught
+    own = next((kind for kind in _TOLD_APART if isinstance(caught, kind)), CheckpointError)
+    gathered: list[tuple[type[LauncherError], tuple[Problem, ...]]] = [(CheckpointError, ())] * dist.get_world_size()
+    dist.all_gather_object(gathered, (own, problems_of(what, caught, dist.get_rank())))
+    kinds = {kind for kind, _ in gathered}
+    raised = next((kind for kind in _TOLD_APART if kind in kinds), CheckpointError)
+    raise raised(dict.fromkeys(problem for _, problems in gathered for problem in problems)) from caught
 
 
 def problems_of(what: str, error: Exception | None, rank: int) -> tuple[Problem, ...]:

@@ -181,6 +181,13 @@ class LaunchPlan(Record):
         assert isinstance(section, SlurmSection)
         return section
 
+    @property
+    def nvme_folder(self) -> Path | None:
+        """The run's own folder for states on a node's NVMe disk, where it has any there."""
+        zero = self.deepspeed.get("zero_optimization", {})
+        parts = (zero.get(key, {}) for key in ("offload_optimizer", "offload_param"))
+        return next((Path(part["nvme_path"]) for part in parts if "nvme_path" in part), None)
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from launcher.checkpoint.saver import Saved, Saver
-from launcher.errors import CheckpointError, LauncherError
-from launcher.run_store import Superseded
+from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.tracking.tracker import Composite
 
 
@@ -24,6 +23,7 @@ class Checkpoints:
         self.save_s: float | None = None
         self.settle: Callable[[], None] = saver.settle
         self.drain: Callable[[float], None] = saver.drain
+        self.close: Callable[[], None] = saver.close
 
     def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
         """Save in the background; how it ended is told later. Collective."""
@@ -82,5 +82,7 @@ class Checkpoints:
                 "ckpt/disk_free_gib": shutil.disk_usage(outcome.path.parent).free / 2**30,
             },
         )
+        if outcome.not_pruned:
+            self._tracker.event("alert", f"older checkpoints could not be removed: {outcome.not_pruned}", step)
         size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training stood still for {outcome.stall_s:.2f} s"
         self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, path=str(outcome.path))

@@ -7,7 +7,6 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,24 +75,16 @@ def build_engine(plan: LaunchPlan, place: Place) -> tuple[Any, CausalLMLoss]:
     return engine, model
 
 
-def leave(plan: LaunchPlan, place: Place) -> None:
-    """Leave the process group after all ranks have come this far; nothing of the run stays on NVMe."""
+def leave() -> None:
+    """Leave the process group after all ranks have come this far."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
-    if (folder := _nvme_folder(plan)) is not None and place.local_rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _nvme_folder(plan: LaunchPlan) -> Path | None:
-    zero = plan.deepspeed.get("zero_optimization", {})
-    folders = [zero[key]["nvme_path"] for key in ("offload_optimizer", "offload_param") if "nvme_path" in zero.get(key, {})]
-    return Path(folders[0]) if folders else None
 
 
 def _clear_nvme(plan: LaunchPlan, place: Place) -> None:
     """Remove what a killed attempt has left, perhaps of more ranks than there are now."""
-    folder = _nvme_folder(plan)
+    folder = plan.nvme_folder
     if folder is None:
         return
     # DeepSpeed would make the folder wherever it is, and fill the system's disk where nothing is mounted there.

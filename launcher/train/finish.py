@@ -45,7 +45,7 @@ def write_weights(plan: LaunchPlan, place: Place, checkpoint: Path, device: torc
         together(device, _NOT_WRITTEN, lambda: write_share(task, place.rank, place.world_size))
     except CheckpointError as error:
         # All ranks have agreed on it: nobody writes any more, and nobody is waited for.
-        leave(plan, place)
+        leave()
         if place.is_main:
             shutil.rmtree(task.partial, ignore_errors=True)
         raise _export_error(plan, error.problems) from error

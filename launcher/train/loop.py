@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.saver import Saver
+from launcher.checkpoint.together import together
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, TrainBatches, eval_batches
 from launcher.errors import CheckpointError, DivergedError, RunError
@@ -88,10 +90,11 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
         completed = outcome.state == "completed"
         if completed:
             # The engine's memory goes before anything is exported.
+            session.checkpoints.close()
             zero3.release(session.engine)
             session = None
             write_weights(plan, place, outcome.checkpoint, device)
-        leave(plan, place)
+        leave()
         session = None
         if place.is_main and completed:
             finish(plan, outcome.checkpoint, tracker)
@@ -140,6 +143,8 @@ class _Session:
         data, max_steps = plan.data, plan.batch.max_steps
         if data is None or max_steps is None:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
+        fence = partial(run_store.require_newest, run, place.attempt, certain=True)
+        together(device, "this attempt may not train", fence if place.is_main else lambda: None)
         engine, model = build_engine(plan, place)
         # What cannot be saved is refused now, not at the first checkpoint.
         saver = Saver(
@@ -151,7 +156,7 @@ class _Session:
             prune=lambda committed: store.prune(run.checkpoints, store.Retention.of(plan.config.train), keep=[committed]),
             background=plan.saving.background,
             deadline_s=plan.config.cluster.timeout_minutes * 60,
-            fence=lambda: run_store.require_newest(run, place.attempt, certain=True),
+            fence=fence,
         )
         # Padding is never looked at nor trained; any id in the vocabulary serves.
         batches = TrainBatches(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -154,6 +155,9 @@ def _run_ranks(
     finally:
         watchdog.stop()
         board.close()
+        if plan.nvme_folder is not None and run_store.newest_attempt(run) == attempt:
+            # States of a whole model would fill the disk of a node that the run does not come back to.
+            shutil.rmtree(plan.nvme_folder, ignore_errors=True)
     return None
 
 

@@ -43,7 +43,7 @@ def main(plan_path: str, checkpoint: str, limited: str) -> None:
     try:
         place = Place(rank, rank, world_size, attempt=1)
         finish.write_weights(plan, place, Path(checkpoint), torch.device("cpu"))
-        leave(plan, place)
+        leave()
         if rank == 0:
             finish.finish(plan, Path(checkpoint), Composite([Printer()]))
     except ExportError as error:

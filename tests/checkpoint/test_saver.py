@@ -43,6 +43,13 @@ def test_training_does_not_wait_for_the_write(runs, kind):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_all_ranks_know_how_long_a_save_took_whenever_they_ask(runs, kind):
+    """By this number they judge together whether another one fits before the machines go."""
+    took = {runs.report(kind, "behind", rank)["seconds"] for rank in range(2)}
+    assert len(took) == 1
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_a_write_that_fails_in_the_background_is_told_on_all_ranks_and_leaves_nothing(runs, kind):
     for rank in range(2):
         (failure,) = runs.report(kind, "behind", rank)["failures"]

@@ -163,7 +163,7 @@ def test_where_most_nodes_are_unfit_it_is_not_the_nodes(run: RunDir, judge: Judg
         ("CheckpointError", 0, Cause.FAILURE, "rank 0"),
         ("ZeroDivisionError", 3, Cause.FAILURE, "rank 3"),
         ("OutOfMemoryError", 3, Cause.FAILURE, "rank 3"),
-        ("Superseded", 0, Cause.FAILURE, "rank 0"),
+        ("Superseded", 0, Cause.USER_ERROR, "rank 0"),
         ("RendezvousTimeoutError", None, Cause.INFRASTRUCTURE, "a node's agent"),
     ],
 )
