@@ -50,6 +50,7 @@ docs: .venv/.installed-dev  ## regenerate docs/config.md from the settings' desc
 bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop (and TRL where installed)
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 	$(BIN)/python benchmarks/startup.py $(ARGS)
+	$(BIN)/python benchmarks/saving.py $(ARGS)
 	$(BIN)/python benchmarks/export.py $(ARGS)
 
 clean:  ## remove caches of the tools (runs and .venv stay)
