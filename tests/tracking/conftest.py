@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launcher.config.schema import RunConfig
-from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Topology
+from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def _plan(run_dir: Path, **tracking: Any) -> LaunchPlan:
             weights_gib=0.3, gradients_gib=0.3, optimizer_gib=1.5, per_rank_gib=1.0, host_per_node_gib=0.0, device_gib=None
         ),
         checkpoint_bytes=10,
+        saving=Saving(background=False, host_gib_per_node=0.0),
         limits=Limits(max_seconds=None),
         model=ModelFacts(
             path=None,
