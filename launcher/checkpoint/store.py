@@ -207,9 +207,18 @@ def set_aside_after(root: Path, step: int) -> list[Path]:
 
 
 def set_aside(path: Path, prefix: str) -> Path:
-    """Rename a checkpoint so that it is never found again, and return where it lies; `prefix` is ASIDE or DAMAGED."""
-    target = path.with_name(prefix + path.name.removeprefix(durable.REPLACED))
-    durable.replace_directory(path, target)
+    """Rename a checkpoint so that it is never found again, and return where it lies; `prefix` is ASIDE or DAMAGED.
+
+    What was set aside before keeps its place: further ones of the same step end in -2, -3 and so on.
+    """
+    first = path.with_name(prefix + path.name.removeprefix(durable.REPLACED))
+    target, number = first, 1
+    while target.exists():
+        number += 1
+        target = first.with_name(f"{first.name}-{number}")
+    # One rename: it has happened or not, whatever becomes of the machine.
+    os.rename(path, target)
+    durable.fsync_directory(path.parent)
     return target
 
 

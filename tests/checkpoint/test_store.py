@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from launcher.checkpoint import durable, store
+from launcher.checkpoint.leftovers import leftovers
 from launcher.errors import CheckpointError
 
 
@@ -151,6 +152,26 @@ def test_a_damaged_step_does_not_block_the_one_it_replaced(tmp_path):
     committed(tmp_path, 7, b"new")
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000007", "step-00000008"}
     assert (store.at_step(tmp_path, 7).path / "state.json").read_bytes() == b"newnew"
+
+
+@pytest.mark.parametrize("prefix", [store.ASIDE, store.DAMAGED])
+def test_what_is_set_aside_again_takes_a_free_name(tmp_path, monkeypatch, prefix):
+    names = [f"{prefix}step-00000007{end}" for end in ("", "-2", "-3")]
+    rename, renamed = os.rename, []
+
+    def counted(source, target):
+        renamed.append(target)
+        rename(source, target)
+
+    for content, name in zip((b"first", b"second", b"third"), names, strict=True):
+        path = committed(tmp_path, 7, content)
+        monkeypatch.setattr(os, "rename", counted)
+        assert store.set_aside(path, prefix) == tmp_path / name
+        monkeypatch.undo()
+    assert len(renamed) == 3, "a second rename of the same directory could be missed by a crash"
+    assert [(tmp_path / name / "state.json").read_bytes() for name in names] == [b"firstfirst", b"secondsecond", b"thirdthird"]
+    assert steps(tmp_path) == []
+    assert [left.path.name for left in leftovers(tmp_path)] == names
 
 
 def test_begin_sweeps_leftovers_but_not_a_later_attempt(tmp_path):
