@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem
+from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem, UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
 from launcher.train.engine import Place
 
@@ -52,9 +52,10 @@ def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
     because another one does keep their own count: the highest is meant.
 
     Raises:
+        UnreadableCheckpoint: where one that would be better cannot be read now.
         CheckpointError: where the checkpoint is not there: never a silent start from step 0.
     """
-    chosen = _on_first_rank(place, lambda: _step_of(_chosen(run, place.attempt)))
+    chosen = _on_first_rank(place, lambda: _step_to_begin_from(run, place.attempt))
     shared = torch.tensor(place.restart, dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     restarts = int(shared)
@@ -87,6 +88,13 @@ def load_whole(
     for words in _on_first_rank(place, lambda: _set_aside(run, place.attempt, checkpoint.step, damaged)):
         tell(words)
     return checkpoint, loaded
+
+
+def _step_to_begin_from(run: RunDir, number: int) -> int | None:
+    checkpoint = _chosen(run, number)
+    step = None if checkpoint is None else checkpoint.step
+    _require_later_readable(run, number, _NONE if step is None else step)
+    return step
 
 
 def _chosen(run: RunDir, number: int) -> store.Checkpoint | None:
@@ -138,6 +146,7 @@ def _before(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
             remedy="resume the run; where it is always the same node, take that out and check it",
         )
     if left := [candidate.step for candidate in _candidates(run, number) if candidate.step not in damaged]:
+        _require_later_readable(run, number, left[0])
         return left[0]
     attempt = run_store.read_attempt(run, number)
     if attempt.pinned and step == attempt.resume_step:
@@ -145,9 +154,17 @@ def _before(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
     raise _none_whole(run, {**_unusable(run), **damaged})
 
 
-def _none_whole(run: RunDir, damaged: dict[int, Damage]) -> DamagedCheckpoint:
+def _require_later_readable(run: RunDir, number: int, step: int) -> None:
+    """Refuse a step where a later one may be whole and cannot be read now; one that a person asked for is used all the same."""
+    if not run_store.read_attempt(run, number).pinned:
+        store.require_readable_after(run.checkpoints, step)
+
+
+def _none_whole(run: RunDir, damaged: dict[int, Damage]) -> CheckpointError:
     said = [f"step {step}: {damage.words}" for step, damage in sorted(damaged.items())]
-    return DamagedCheckpoint(
+    # What can perhaps be read the next time is tried again.
+    unread = any(isinstance(damage.error, UnreadableCheckpoint) for damage in damaged.values())
+    return (UnreadableCheckpoint if unread else DamagedCheckpoint)(
         "no checkpoint of this run is whole, and it does not start again from step 0 by itself",
         where=str(run.checkpoints),
         value="; ".join(said),
@@ -182,10 +199,6 @@ def _set_aside(run: RunDir, number: int, begun: int, damaged: dict[int, Damage])
 def _unusable(run: RunDir) -> dict[int, Damage]:
     unusable = store.unusable(run.checkpoints)
     return {step: Damage(run.checkpoints / store.step_name(step), error) for step, error in unusable.items()}
-
-
-def _step_of(checkpoint: store.Checkpoint | None) -> int | None:
-    return None if checkpoint is None else checkpoint.step
 
 
 def _on_first_rank(place: Place, action: Callable[[], T]) -> T:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import pytest
 
 from launcher.checkpoint import durable, store
 from launcher.checkpoint.leftovers import leftovers
-from launcher.errors import CheckpointError
+from launcher.errors import CheckpointError, UnreadableCheckpoint
 
 
 def committed(root, step, content=b"weights", attempt=1):
@@ -92,6 +94,35 @@ def test_verify_finds_one_flipped_bit(tmp_path):
     (problem,) = store.verify(path)
     assert "digest differs" in problem.what
     assert problem.where == str(file)
+
+
+def test_what_storage_does_not_give_out_now_is_not_damaged(tmp_path, storage_fails):
+    for step in (7, 8):
+        committed(tmp_path, step)
+    for name, code in itertools.product(("manifest.json", "state.json"), (errno.EIO, errno.ESTALE, errno.EACCES)):
+        with storage_fails(tmp_path / "step-00000008" / name, code):
+            for read in (store.open_checkpoint, store.verify):
+                with pytest.raises(UnreadableCheckpoint, match="cannot be read now") as error:
+                    read(tmp_path / "step-00000008")
+                assert os.strerror(code) in str(error.value)
+            # The one before is not the newest.
+            assert steps(tmp_path) == [7]
+            for ask in (lambda: store.latest(tmp_path), lambda: store.at_step(tmp_path, 8)):
+                with pytest.raises(UnreadableCheckpoint):
+                    ask()
+            assert store.at_step(tmp_path, 7).step == 7
+    with storage_fails(tmp_path / "step-00000007" / "manifest.json", errno.EIO):
+        assert store.latest(tmp_path).step == 8
+    assert store.verify(store.latest(tmp_path).path) == []
+
+
+def test_going_back_leaves_nothing_that_can_be_read_later(tmp_path, storage_fails):
+    for step in (6, 7, 8):
+        committed(tmp_path, step)
+    with storage_fails(tmp_path / "step-00000008" / "manifest.json", errno.EIO):
+        aside = store.set_aside_after(tmp_path, 6)
+    assert aside == [tmp_path / "aside-step-00000007", tmp_path / "aside-step-00000008"]
+    assert store.latest(tmp_path).step == 6
 
 
 def test_files_of_another_user_are_named(tmp_path, monkeypatch):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -76,6 +78,7 @@ def steps(run: RunDir) -> list[int]:
 
 
 Ask = Callable[..., tuple[int, str, str]]
+StorageFails = Callable[..., AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -175,6 +178,33 @@ def test_another_format_is_shown_and_left_alone(run: RunDir, ask: Ask) -> None:
     assert code == 0
     assert "unreadable: manifest.json" in out
     assert manifest.is_file()
+
+
+@pytest.mark.parametrize("name", [store.MANIFEST, store.shard_name(0)])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_while_one_cannot_be_read_it_is_shown_and_nothing_is_removed(
+    run: RunDir, ask: Ask, storage_fails: StorageFails, name: str, code: int
+) -> None:
+    leave_behind(run)
+    before = sorted(run.checkpoints.rglob("*"))
+    with storage_fails(run.checkpoints / store.step_name(330) / name, code):
+        assert cells(ask()[1])["330"][7:11] == ["cannot", "be", "read:", f"{name}:"]
+        found, out, _ = ask("--verify")
+        assert found == 1
+        assert os.strerror(code) in out
+        refused, _, err = ask("--prune")
+    assert refused == 2
+    assert "a checkpoint file cannot be read now, so nothing is removed" in err
+    assert sorted(run.checkpoints.rglob("*")) == before
+    assert ask("--prune")[0] == 0
+    assert steps(run) == [100, 150, 200, 300, 330]
+
+
+def test_what_opens_but_cannot_be_read_through_is_not_pruned(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
+    with storage_fails(run.checkpoints / store.step_name(330) / store.shard_name(0), errno.EIO, stat=False):
+        assert cells(ask("--verify")[1])["330"][-3:] == ["now", "(Input/output", "error)"]
+        assert ask("--prune")[0] == 2
+    assert len(steps(run)) == 7
 
 
 @pytest.mark.parametrize("state", run_store.RUNNING_STATES)

@@ -190,6 +190,42 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_p
     assert [step for step, told in loaded_on_two_ranks(tmp_path / "own", flipped, twice, since) if not told] == [20, 10, 20]
 
 
+def withhold(run: RunDir, step: int, name: str = store.MANIFEST) -> None:
+    """Whoever looks at the file gets an error that does not say it is missing, as from a storage server that is down."""
+    file = run.checkpoints / store.step_name(step) / name
+    file.rename(file.with_name(f"kept-{name}"))
+    file.symlink_to(name)
+
+
+def test_what_cannot_be_read_now_is_neither_set_aside_nor_passed_over(tmp_path: Path) -> None:
+    named = run_with(tmp_path / "named", 30, before=[10, 20, 30])
+    withhold(named, 30)
+    shard = run_with(tmp_path / "shard", 30, before=[10, 20, 30])
+    withhold(shard, 30, store.shard_name(0))
+    # Storage was away as well when it was named.
+    later = run_with(tmp_path / "later", 20, before=[10, 20, 30])
+    withhold(later, 30)
+    own = run_with(tmp_path / "own", 10, before=[10], own=[20, 30])
+    withhold(own, 30)
+    unnamed = run_with(tmp_path / "unnamed", None, before=[30])
+    withhold(unnamed, 30)
+    between = run_with(tmp_path / "between", 30, before=[10, 20, 30])
+    flip(between, 30)
+    withhold(between, 20)
+    refused = (named, shard, later, own, unnamed, between)
+    pinned = run_with(tmp_path / "pinned", 20, before=[10, 20, 30], pinned=True)
+    withhold(pinned, 30)
+    before = run_with(tmp_path / "before", 30, before=[10, 20, 30])
+    withhold(before, 20)
+    stood = [lying(run) for run in refused]
+    *said, asked, newest = loaded_on_two_ranks(tmp_path, *refused, pinned, before)
+    for words in said:
+        assert words.startswith("UnreadableCheckpoint: ")
+        assert "cannot be read now" in words
+    assert [lying(run) for run in refused] == stood
+    assert (asked, newest) == ([20, []], [30, []])
+
+
 def test_where_none_is_whole_nothing_starts_and_nothing_is_set_aside(tmp_path: Path) -> None:
     flipped = run_with(tmp_path / "flipped", 20, before=[10, 20])
     flip(flipped, 10)
