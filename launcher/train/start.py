@@ -14,6 +14,7 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem, UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
 from launcher.train.engine import Place
 
 T = TypeVar("T")
@@ -47,9 +48,10 @@ class Damage:
 def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
     """The newest checkpoint that this attempt has committed, else the one that it names. Collective.
 
-    Where what it names can no longer be opened it is the one before, unless a person has asked for just that one. Rank 0
-    looks, because a shared file system shows a fresh folder to some nodes later than to others. Agents that restart only
-    because another one does keep their own count: the highest is meant.
+    Where the attempts before have left a later one than an attempt names that no person started, it is that one. Where what
+    it names can no longer be opened it is the one before, unless a person has asked for just that one. Rank 0 looks, because
+    a shared file system shows a fresh folder to some nodes later than to others. Agents that restart only because another
+    one does keep their own count: the highest is meant.
 
     Raises:
         UnreadableCheckpoint: where one that would be better cannot be read now.
@@ -98,7 +100,7 @@ def _step_to_begin_from(run: RunDir, number: int) -> int | None:
 
 
 def _chosen(run: RunDir, number: int) -> store.Checkpoint | None:
-    attempt = run_store.read_attempt(run, number)
+    attempt = _naming_the_newest(run, number)
     candidates = _candidates(run, number)
     if candidates and (candidates[0].manifest.attempt == number or candidates[0].step == attempt.resume_step):
         return candidates[0]
@@ -114,6 +116,35 @@ def _chosen(run: RunDir, number: int) -> store.Checkpoint | None:
         if not candidates:
             raise _none_whole(run, _unusable(run)) from None
         return candidates[0]
+
+
+def _naming_the_newest(run: RunDir, number: int) -> Attempt:
+    """The attempt, which names a later checkpoint from here on where whoever numbered it had not seen that one.
+
+    A listing may be out of date, or storage away for a moment.
+
+    Raises:
+        CheckpointError: where an attempt that a person started names none, and there are some.
+    """
+    attempt = run_store.read_attempt(run, number)
+    committed = store.list_checkpoints(run.checkpoints)
+    newest = max((c.step for c in committed if c.manifest.attempt < number), default=_NONE)
+    named = _NONE if attempt.resume_step is None else attempt.resume_step
+    if newest <= named or attempt.pinned or any(c.manifest.attempt == number for c in committed):
+        return attempt
+    if attempt.automatic:
+        run_store.require_newest(run, number, certain=True)
+        # Written down: it is what ranks that are started again look for, and what the attempt's progress is measured by.
+        attempt = replace(attempt, resume_step=newest)
+        run_store.write_attempt(run, number, attempt)
+    elif attempt.resume_step is None:
+        raise CheckpointError(
+            f"attempt {number} was to begin at step 0, and there are checkpoints of the attempts before it",
+            where=str(run.checkpoints),
+            value=f"the newest is of step {newest}",
+            remedy="continue from it with: python -m launcher resume RUN, or start a run of another name",
+        )
+    return attempt
 
 
 def _candidates(run: RunDir, number: int) -> list[store.Checkpoint]:
