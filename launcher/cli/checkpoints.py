@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.leftovers import Leftover, disk_bytes, leftovers, remove
+from launcher.checkpoint.leftovers import BEING_WRITTEN, Leftover, disk_bytes, leftovers, remove, unfinished_saves
 from launcher.checkpoint.retention import Retention, reasons
 from launcher.cli import checking, text
 from launcher.clusters.base import cluster_for
-from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, SubmitError, UnreadableCheckpoint
+from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
@@ -56,7 +57,8 @@ def run(tokens: list[str]) -> int:
     with run_store.starting(found):
         _require_ended(found, plan)
         known = _verified(found) if arguments.verify else _verified_down_to_a_whole_one(found)
-        removed = _prune(found, Retention.of(plan.config.train), known)
+        with _in_words(found):
+            removed = _prune(found, Retention.of(plan.config.train), known)
     return _show(found, plan, known, removed, arguments.json)
 
 
@@ -83,17 +85,43 @@ def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
 
 
 def _verified(run: RunDir) -> dict[Path, CheckpointError | None]:
-    return checking.verify(store.list_checkpoints(run.checkpoints))
+    with _in_words(run):
+        known = checking.verify(store.list_checkpoints(run.checkpoints))
+        # A run that goes on removes what it does not keep, while it is read as well.
+        return {path: error for path, error in known.items() if error is None or path.exists()}
 
 
 def _verified_down_to_a_whole_one(run: RunDir) -> dict[Path, CheckpointError | None]:
     """Digests of the newest checkpoint, and of those before it while they are damaged: one that is whole is never removed."""
     known: dict[Path, CheckpointError | None] = {}
-    for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
-        known |= checking.verify([checkpoint])
-        if not isinstance(known[checkpoint.path], DamagedCheckpoint):
-            break
+    with _in_words(run):
+        for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
+            known |= checking.verify([checkpoint])
+            if not isinstance(known[checkpoint.path], DamagedCheckpoint):
+                break
     return known
+
+
+@contextmanager
+def _in_words(run: RunDir) -> Iterator[None]:
+    """RunError for what storage refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            "the checkpoints of this run cannot be looked at now",
+            where=error.filename or str(run.checkpoints),
+            value=error.strerror or str(error),
+            remedy="try again",
+        ) from error
+
+
+def _writing(run: RunDir, plan: LaunchPlan) -> int | None:
+    """The attempt that is just saving, if any; nobody is asked where nothing looks like it."""
+    if not unfinished_saves(run.checkpoints):
+        return None
+    running = cluster_for(plan.config.cluster.kind).status(run).state in RUNNING_STATES
+    return run_store.newest_attempt(run) if running else None
 
 
 def _prune(run: RunDir, retention: Retention, known: Known) -> list[Leftover]:
@@ -133,7 +161,7 @@ def _prune(run: RunDir, retention: Retention, known: Known) -> list[Leftover]:
 def _rows(run: RunDir, retention: Retention, known: Known) -> list[Row]:
     listed = store.list_checkpoints(run.checkpoints)
     kept = reasons([checkpoint for checkpoint in listed if not known.get(checkpoint.path)], retention)
-    rows = [_row(checkpoint, kept.get(checkpoint.step, ()), known) for checkpoint in listed]
+    rows = [row for c in listed if (row := _row(c, kept.get(c.step, ()), known))]
     for step, error in store.unusable(run.checkpoints).items():
         path = run.checkpoints / store.step_name(step)
         num_bytes = None if isinstance(error, UnreadableCheckpoint) else disk_bytes(path)
@@ -141,13 +169,18 @@ def _rows(run: RunDir, retention: Retention, known: Known) -> list[Row]:
     return sorted(rows, key=lambda row: row.step)
 
 
-def _row(checkpoint: store.Checkpoint, kept: tuple[str, ...], known: Known) -> Row:
+def _row(checkpoint: store.Checkpoint, kept: tuple[str, ...], known: Known) -> Row | None:
+    """A row of the table; None where the run has removed the checkpoint since it was listed."""
     manifest, error = checkpoint.manifest, known.get(checkpoint.path)
+    try:
+        saved_at = (checkpoint.path / store.MANIFEST).stat().st_mtime
+    except FileNotFoundError:
+        return None
     return Row(
         step=checkpoint.step,
         path=str(checkpoint.path),
         bytes=checking.size(checkpoint),
-        saved_at=(checkpoint.path / store.MANIFEST).stat().st_mtime,
+        saved_at=saved_at,
         world_size=manifest.world_size,
         attempt=manifest.attempt,
         eval_loss=manifest.eval_loss,
@@ -163,7 +196,9 @@ def _said(error: CheckpointError) -> tuple[str, ...]:
 
 def _show(run: RunDir, plan: LaunchPlan, known: Known, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; what --prune has removed was damaged all the same."""
-    rows, left = _rows(run, Retention.of(plan.config.train), known), leftovers(run.checkpoints)
+    with _in_words(run):
+        rows = _rows(run, Retention.of(plan.config.train), known)
+        left = leftovers(run.checkpoints, _writing(run, plan))
     damaged = any(known.values()) or (bool(known) and any(row.state in ("damaged", "cannot be read") for row in rows))
     freed = sum(leftover.bytes for leftover in removed)
     if as_json:
@@ -182,9 +217,11 @@ def _show(run: RunDir, plan: LaunchPlan, known: Known, removed: Sequence[Leftove
     if removed:
         print(f"freed    {text.size(freed)} ({freed:,} bytes)\n")
     print("\n".join(_table(rows)) if rows else f"no checkpoints in {text.short(run.checkpoints)}")
-    if left:
-        print("\nleftovers, which --prune removes:")
-        print("\n".join(f"  {leftover.path.name}: {leftover.what}, {text.size(leftover.bytes)}" for leftover in left))
+    begun, ended = ([item for item in left if (item.what == BEING_WRITTEN) is wanted] for wanted in (True, False))
+    for items, title in ((begun, "a save in progress:"), (ended, "leftovers, which --prune removes:")):
+        if items:
+            print(f"\n{title}")
+            print("\n".join(f"  {item.path.name}: {item.what}, {text.size(item.bytes)}" for item in items))
     return EXIT_FAILED if damaged else 0
 
 

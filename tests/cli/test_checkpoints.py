@@ -219,6 +219,61 @@ def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> 
     assert ask("--verify")[0] == 0, "looking is no harm"
 
 
+@pytest.mark.parametrize(("state", "attempt"), [("running", 2), ("saving", 2), ("running", 1), ("failed", 2)])
+def test_a_save_in_progress_is_no_leftover(run: RunDir, ask: Ask, state: str, attempt: int) -> None:
+    run_store.next_attempt(run, Attempt(None, automatic=True))
+    process = {"host": os.uname().nodename, "pid": os.getpid(), "started": psutil.Process().create_time()}
+    run_store.update_status(run, state=state, job=process)
+    saving = store.saving_path(run.checkpoints, 340, attempt)
+    saving.mkdir()
+    _, out, _ = ask()
+    shown = json.loads(ask("--json")[1])["leftovers"]
+    if state != "failed" and attempt == 2:
+        assert f"a save in progress:\n  {saving.name}: being written, 0 bytes" in out
+        assert "--prune" not in out
+        assert shown[0]["what"] == "being written"
+    else:
+        assert f"leftovers, which --prune removes:\n  {saving.name}: a save that did not end, 0 bytes" in out
+        assert shown[0]["what"] == "a save that did not end"
+
+
+def test_what_vanishes_while_it_is_looked_at_is_left_out(
+    run: RunDir, ask: Ask, storage_fails: StorageFails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_behind(run)
+    (run.checkpoints / "aside-step-00000400" / "sub").mkdir()
+    listed = store.list_checkpoints(run.checkpoints)
+    monkeypatch.setattr(store, "list_checkpoints", lambda root: listed)
+    durable.remove_directory(run.checkpoints / store.step_name(100))
+    with storage_fails(run.checkpoints / "aside-step-00000400" / "file", errno.ENOENT):
+        code, out, _ = ask()
+    assert code == 0
+    assert list(cells(out)) == ["150", "200", "250", "300", "320", "330"]
+    assert "aside-step-00000400: set aside when the run went back to an earlier step, 0 bytes" in out
+    code, out, _ = ask("--verify")
+    assert code == 0, "what is gone is not damaged"
+
+
+@pytest.mark.parametrize("flags", [(), ("--prune",)])
+def test_storage_that_fails_is_told_in_words(run: RunDir, ask: Ask, storage_fails: StorageFails, flags: tuple[str, ...]) -> None:
+    leave_behind(run)
+    with storage_fails(run.checkpoints / "aside-step-00000400" / "file", errno.EIO):
+        code, _, err = ask(*flags)
+    assert code == 1
+    assert err.startswith("the checkpoints of this run cannot be looked at now\n")
+    assert "Input/output error" in err
+    assert len(steps(run)) == 7, "nothing was removed"
+
+
+def test_a_replaced_checkpoint_that_cannot_be_read_now_is_no_leftover(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
+    replaced = run.checkpoints / ".replaced-step-00000150"
+    (run.checkpoints / store.step_name(150)).rename(replaced)
+    with storage_fails(replaced / store.MANIFEST, errno.EIO):
+        assert "leftovers" not in ask()[1]
+        ask("--prune")
+    assert store.verify(replaced) == []
+
+
 def test_an_attempt_that_begins_and_a_prune_exclude_each_other(run: RunDir, ask: Ask) -> None:
     with run_store.starting(run):
         code, _, err = ask("--prune")
