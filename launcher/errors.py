@@ -72,6 +72,10 @@ class DamagedCheckpoint(CheckpointError):
     """What was committed is on disk no longer as it was, and there is nothing else to go on from without asking a person."""
 
 
+class UnreadableCheckpoint(CheckpointError):
+    """What storage does not give out at present: that says nothing about what lies there, so nothing follows from it."""
+
+
 class RunError(LauncherError):
     """A started run failed."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import os
 import socket
@@ -52,6 +54,31 @@ def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Complete
         )
 
     return run
+
+
+StorageFails = Callable[..., AbstractContextManager[None]]
+
+
+@pytest.fixture
+def storage_fails(monkeypatch: pytest.MonkeyPatch) -> StorageFails:
+    """`with storage_fails(PATH, CODE)`: whoever looks at PATH or opens it gets that error; only who opens it if not `stat`."""
+
+    @contextmanager
+    def failing(path: Path, code: int, stat: bool = True) -> Iterator[None]:
+        def unless_it(action: Callable[..., Any]) -> Callable[..., Any]:
+            def act(of: Any, *args: Any, **kwargs: Any) -> Any:
+                if isinstance(of, str | os.PathLike) and os.fspath(of) == str(path):
+                    raise OSError(code, os.strerror(code), str(path))
+                return action(of, *args, **kwargs)
+
+            return act
+
+        with monkeypatch.context() as patch:
+            for module, name in ((builtins, "open"), (io, "open"), *([(os, "stat")] if stat else [])):
+                patch.setattr(module, name, unless_it(getattr(module, name)))
+            yield
+
+    return failing
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints, ValidationError
 
 from launcher.checkpoint import durable
-from launcher.errors import CheckpointError, DamagedCheckpoint
+from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from launcher.plan.launch_plan import Record
 
 FORMAT_VERSION = 1
@@ -56,13 +56,16 @@ def read_manifest(path: Path) -> Manifest:
 
     Raises:
         DamagedCheckpoint: when it is missing or damaged.
+        UnreadableCheckpoint: when storage does not give it out now.
         CheckpointError: when it is of another format.
     """
     file = path / MANIFEST
     try:
         manifest = Manifest.model_validate_json(file.read_bytes())
-    except OSError as error:
+    except FileNotFoundError as error:
         raise DamagedCheckpoint("a checkpoint has no readable manifest", where=str(file), value=str(error.strerror)) from error
+    except OSError as error:
+        raise unreadable(file, error) from error
     except ValidationError as error:
         raise DamagedCheckpoint("a checkpoint's manifest is damaged", where=str(file), value=_first_error(error)) from error
     if manifest.format_version != FORMAT_VERSION:
@@ -83,6 +86,13 @@ def read_state(path: Path) -> State:
     except (OSError, ValueError) as error:
         text = _first_error(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError("a checkpoint's state cannot be read", where=str(file), value=text) from error
+
+
+def unreadable(file: Path, error: OSError) -> UnreadableCheckpoint:
+    """Of a file that may be whole: a storage server that is down gives EIO or ESTALE, wrong rights give EACCES."""
+    remedy = "try again; where it stays so, look at the storage and at who owns the file, or resume RUN --step an earlier one"
+    what = "a checkpoint file cannot be read now"
+    return UnreadableCheckpoint(what, where=str(file), value=error.strerror or str(error), remedy=remedy)
 
 
 def _first_error(error: ValidationError) -> str:

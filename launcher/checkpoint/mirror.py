@@ -188,7 +188,7 @@ class Mirror:
         kept = here & self._complete.keys()
         if not kept:
             return []
-        aside = {path.name.removeprefix("aside-") for path in self._run.checkpoints.glob("aside-step-*")}
+        aside = {"-".join(path.name.split("-")[1:3]) for path in self._run.checkpoints.glob("aside-step-*")}
         removed = []
         for name in self._remote.names(CHECKPOINTS):
             step = step_of(name)

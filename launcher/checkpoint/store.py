@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.checkpoint import durable
-from launcher.checkpoint.manifest import MANIFEST, PROBE, STATE, Manifest, State, read_manifest, read_state  # noqa: F401
+from launcher.checkpoint.manifest import MANIFEST, PROBE, STATE, Manifest, State, read_manifest, read_state, unreadable  # noqa: F401
 from launcher.checkpoint.retention import Retention, outdated
-from launcher.errors import CheckpointError, DamagedCheckpoint, Problem
+from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 
 # Set aside: later than a step that a person went back to, and damaged. Neither is found again.
 ASIDE = "aside-"
@@ -117,6 +117,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: with what is wrong, as far as names and sizes tell.
+        UnreadableCheckpoint: when storage does not tell it now.
         CheckpointError: when it has a format that this launcher does not read.
     """
     manifest = read_manifest(path)
@@ -140,15 +141,28 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
 
 
 def unusable(root: Path) -> dict[int, CheckpointError]:
-    """What bears the name of a committed step and cannot be opened, by step: damaged, or of another format."""
+    """What bears the name of a committed step and cannot be opened, by step: damaged, of another format, not readable now."""
     found: dict[int, CheckpointError] = {}
     for path in sorted(_step_directories(root)):
         if name := _STEP.fullmatch(path.name):
             try:
                 open_checkpoint(path)
             except CheckpointError as error:
-                found[int(name[1])] = error
+                # A run that goes on removes what it does not keep.
+                if isinstance(error, UnreadableCheckpoint) or path.exists():
+                    found[int(name[1])] = error
     return found
+
+
+def require_readable_after(root: Path, step: int) -> None:
+    """Refuse to take the checkpoint of `step` for the newest where a later one may be whole and cannot be read now.
+
+    Raises:
+        UnreadableCheckpoint: with what storage says of that one.
+    """
+    for later, error in unusable(root).items():
+        if later > step and isinstance(error, UnreadableCheckpoint):
+            raise error
 
 
 def newest_step(root: Path) -> int | None:
@@ -157,8 +171,15 @@ def newest_step(root: Path) -> int | None:
 
 
 def latest(root: Path) -> Checkpoint:
-    """The committed checkpoint with the highest step; CheckpointError says what is there when there is none."""
-    if committed := list_checkpoints(root):
+    """The committed checkpoint with the highest step.
+
+    Raises:
+        UnreadableCheckpoint: when a later one cannot be read now.
+        CheckpointError: when there is none, with what is there.
+    """
+    committed = list_checkpoints(root)
+    require_readable_after(root, committed[-1].step if committed else -1)
+    if committed:
         return committed[-1]
     raise _none_usable("there is no committed checkpoint", root)
 
@@ -198,18 +219,30 @@ def in_one_line(problems: Sequence[Problem]) -> str:
 
 
 def set_aside_after(root: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, so that going back to it cannot end in one of them; returns where they lie."""
-    aside = []
-    for checkpoint in list_checkpoints(root):
-        if checkpoint.step > step:
-            aside.append(set_aside(checkpoint.path, ASIDE))
-    return aside
+    """Rename the checkpoints after `step`, so that going back to it cannot end in one of them; returns where they lie.
+
+    One that cannot be read now is among them: it would be the newest again as soon as it can be.
+    """
+    later = {checkpoint.step: checkpoint.path for checkpoint in list_checkpoints(root)}
+    for unread, error in unusable(root).items():
+        if isinstance(error, UnreadableCheckpoint):
+            later.setdefault(unread, root / step_name(unread))
+    return [set_aside(path, ASIDE) for found, path in sorted(later.items()) if found > step]
 
 
 def set_aside(path: Path, prefix: str) -> Path:
-    """Rename a checkpoint so that it is never found again, and return where it lies; `prefix` is ASIDE or DAMAGED."""
-    target = path.with_name(prefix + path.name.removeprefix(durable.REPLACED))
-    durable.replace_directory(path, target)
+    """Rename a checkpoint so that it is never found again, and return where it lies; `prefix` is ASIDE or DAMAGED.
+
+    What was set aside before keeps its place: further ones of the same step end in -2, -3 and so on.
+    """
+    first = path.with_name(prefix + path.name.removeprefix(durable.REPLACED))
+    target, number = first, 1
+    while target.exists():
+        number += 1
+        target = first.with_name(f"{first.name}-{number}")
+    # One rename: it has happened or not, whatever becomes of the machine.
+    os.rename(path, target)
+    durable.fsync_directory(path.parent)
     return target
 
 
@@ -219,9 +252,14 @@ def verify(
     """Every difference between a checkpoint directory and its manifest, digests included; empty when it is whole.
 
     `only` names the files to look at, all where it is None. `on_read` is told the bytes of each block, by any of `threads`.
+
+    Raises:
+        UnreadableCheckpoint: when storage does not give out a file now.
     """
     try:
         manifest = read_manifest(path)
+    except UnreadableCheckpoint:
+        raise
     except CheckpointError as error:
         return list(error.problems)
     if problem := _step_problem(path, manifest):
@@ -321,8 +359,10 @@ def _file_problem(file: Path, expected: durable.FileEntry, on_read: Callable[[in
         return problem
     try:
         found = durable.file_entry(file, on_read)
+    except FileNotFoundError as error:
+        return _missing(file, error)
     except OSError as error:
-        return Problem("a checkpoint file cannot be read", where=str(file), value=error.strerror or str(error))
+        raise unreadable(file, error) from error
     if found != expected:
         return Problem(
             "a checkpoint file is damaged: its digest differs from the manifest's",
@@ -335,9 +375,15 @@ def _file_problem(file: Path, expected: durable.FileEntry, on_read: Callable[[in
 def _size_problem(file: Path, expected: durable.FileEntry) -> Problem | None:
     try:
         size = file.stat().st_size
+    except FileNotFoundError as error:
+        return _missing(file, error)
     except OSError as error:
-        return Problem("a checkpoint file is missing", where=str(file), value=str(error.strerror))
+        raise unreadable(file, error) from error
     if size != expected.size:
         sizes = f"{size:,} bytes instead of {expected.size:,}"
         return Problem("a checkpoint file has the wrong size", where=str(file), value=sizes)
     return None
+
+
+def _missing(file: Path, error: OSError) -> Problem:
+    return Problem("a checkpoint file is missing", where=str(file), value=str(error.strerror))

@@ -5,33 +5,38 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.leftovers import Leftover, disk_bytes, leftovers, remove
+from launcher.checkpoint.leftovers import BEING_WRITTEN, Leftover, disk_bytes, leftovers, remove, unfinished_saves
 from launcher.checkpoint.retention import Retention, reasons
 from launcher.cli import checking, text
 from launcher.clusters.base import cluster_for
-from launcher.errors import EXIT_FAILED, DamagedCheckpoint, Problem, SubmitError
+from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
 from launcher.tracking.console import format_duration
 
-Problems = Mapping[Path, Sequence[Problem]]
+# What reading a checkpoint from end to end has shown, by its path: None where it is whole.
+Known = Mapping[Path, CheckpointError | None]
+
+
+_STATES = {DamagedCheckpoint: "damaged", UnreadableCheckpoint: "cannot be read", CheckpointError: "unreadable"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint as it is shown. `state` is whole, damaged, unreadable or not verified; what cannot be told is None."""
+    """One checkpoint as it is shown. `state` is one of _STATES, whole or not verified; what cannot be told is None."""
 
     step: int
     path: str
-    bytes: int
+    bytes: int | None
     saved_at: float | None
     world_size: int | None
     attempt: int | None
@@ -42,7 +47,7 @@ class Row:
 
 
 def run(tokens: list[str]) -> int:
-    """List the checkpoints of a run; returns 1 where --verify or --prune has found one damaged."""
+    """List the checkpoints of a run; returns 1 where --verify or --prune has found one damaged, or not readable."""
     arguments = _parser().parse_args(tokens)
     found = run_store.find(arguments.run, Path(arguments.root))
     plan = run_store.load_plan(found)
@@ -52,7 +57,8 @@ def run(tokens: list[str]) -> int:
     with run_store.starting(found):
         _require_ended(found, plan)
         known = _verified(found) if arguments.verify else _verified_down_to_a_whole_one(found)
-        removed = _prune(found, Retention.of(plan.config.train), known)
+        with _in_words(found):
+            removed = _prune(found, Retention.of(plan.config.train), known)
     return _show(found, plan, known, removed, arguments.json)
 
 
@@ -78,26 +84,59 @@ def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
         )
 
 
-def _verified(run: RunDir) -> dict[Path, list[Problem]]:
-    return checking.verify(store.list_checkpoints(run.checkpoints))
+def _verified(run: RunDir) -> dict[Path, CheckpointError | None]:
+    with _in_words(run):
+        known = checking.verify(store.list_checkpoints(run.checkpoints))
+        # A run that goes on removes what it does not keep, while it is read as well.
+        return {path: error for path, error in known.items() if error is None or path.exists()}
 
 
-def _verified_down_to_a_whole_one(run: RunDir) -> dict[Path, list[Problem]]:
-    """Digests of the newest checkpoint, and of those before it until one is whole: that one is never removed."""
-    known: dict[Path, list[Problem]] = {}
-    for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
-        known |= checking.verify([checkpoint])
-        if not known[checkpoint.path]:
-            break
+def _verified_down_to_a_whole_one(run: RunDir) -> dict[Path, CheckpointError | None]:
+    """Digests of the newest checkpoint, and of those before it while they are damaged: one that is whole is never removed."""
+    known: dict[Path, CheckpointError | None] = {}
+    with _in_words(run):
+        for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
+            known |= checking.verify([checkpoint])
+            if not isinstance(known[checkpoint.path], DamagedCheckpoint):
+                break
     return known
 
 
-def _prune(run: RunDir, retention: Retention, known: Problems) -> list[Leftover]:
+@contextmanager
+def _in_words(run: RunDir) -> Iterator[None]:
+    """RunError for what storage refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            "the checkpoints of this run cannot be looked at now",
+            where=error.filename or str(run.checkpoints),
+            value=error.strerror or str(error),
+            remedy="try again",
+        ) from error
+
+
+def _writing(run: RunDir, plan: LaunchPlan) -> int | None:
+    """The attempt that is just saving, if any; nobody is asked where nothing looks like it."""
+    if not unfinished_saves(run.checkpoints):
+        return None
+    running = cluster_for(plan.config.cluster.kind).status(run).state in RUNNING_STATES
+    return run_store.newest_attempt(run) if running else None
+
+
+def _prune(run: RunDir, retention: Retention, known: Known) -> list[Leftover]:
     """Remove what is outdated, what is damaged, and leftovers; returns what is gone.
 
     Raises:
-        SubmitError: where no checkpoint is whole: then what is damaged may be all that there is.
+        SubmitError: where no checkpoint is whole: then what is damaged may be all that there is. And where one cannot be read
+            now: it may be the newest, and storage that is down for a moment says nothing about the others either.
     """
+    unusable = store.unusable(run.checkpoints)
+    for error in (*known.values(), *unusable.values()):
+        if isinstance(error, UnreadableCheckpoint):
+            problem = error.problems[0]
+            what = f"{problem.what}, so nothing is removed"
+            raise SubmitError(what, where=problem.where, value=problem.value, remedy="try again when it can be read")
     listed = store.list_checkpoints(run.checkpoints)
     whole = [checkpoint for checkpoint in listed if not known.get(checkpoint.path)]
     if not whole:
@@ -108,7 +147,7 @@ def _prune(run: RunDir, retention: Retention, known: Problems) -> list[Leftover]
         for checkpoint in listed
         if known.get(checkpoint.path) or not kept[checkpoint.step]
     ]
-    for step, error in store.unusable(run.checkpoints).items():
+    for step, error in unusable.items():
         path = run.checkpoints / store.step_name(step)
         # What has another format may be whole to another launcher.
         if isinstance(error, DamagedCheckpoint):
@@ -119,41 +158,48 @@ def _prune(run: RunDir, retention: Retention, known: Problems) -> list[Leftover]
     return doomed
 
 
-def _rows(run: RunDir, retention: Retention, known: Problems) -> list[Row]:
+def _rows(run: RunDir, retention: Retention, known: Known) -> list[Row]:
     listed = store.list_checkpoints(run.checkpoints)
     kept = reasons([checkpoint for checkpoint in listed if not known.get(checkpoint.path)], retention)
-    rows = [_row(checkpoint, kept.get(checkpoint.step, ()), known.get(checkpoint.path)) for checkpoint in listed]
+    rows = [row for c in listed if (row := _row(c, kept.get(c.step, ()), known))]
     for step, error in store.unusable(run.checkpoints).items():
         path = run.checkpoints / store.step_name(step)
-        state = "damaged" if isinstance(error, DamagedCheckpoint) else "unreadable"
-        rows.append(Row(step, str(path), disk_bytes(path), None, None, None, None, (), state, _said(error.problems)))
+        num_bytes = None if isinstance(error, UnreadableCheckpoint) else disk_bytes(path)
+        rows.append(Row(step, str(path), num_bytes, None, None, None, None, (), _STATES[type(error)], _said(error)))
     return sorted(rows, key=lambda row: row.step)
 
 
-def _row(checkpoint: store.Checkpoint, kept: tuple[str, ...], problems: Sequence[Problem] | None) -> Row:
-    manifest = checkpoint.manifest
+def _row(checkpoint: store.Checkpoint, kept: tuple[str, ...], known: Known) -> Row | None:
+    """A row of the table; None where the run has removed the checkpoint since it was listed."""
+    manifest, error = checkpoint.manifest, known.get(checkpoint.path)
+    try:
+        saved_at = (checkpoint.path / store.MANIFEST).stat().st_mtime
+    except FileNotFoundError:
+        return None
     return Row(
         step=checkpoint.step,
         path=str(checkpoint.path),
         bytes=checking.size(checkpoint),
-        saved_at=(checkpoint.path / store.MANIFEST).stat().st_mtime,
+        saved_at=saved_at,
         world_size=manifest.world_size,
         attempt=manifest.attempt,
         eval_loss=manifest.eval_loss,
         kept=kept,
-        state="not verified" if problems is None else "damaged" if problems else "whole",
-        problems=_said(problems or ()),
+        state=_STATES[type(error)] if error else "whole" if checkpoint.path in known else "not verified",
+        problems=_said(error) if error else (),
     )
 
 
-def _said(problems: Sequence[Problem]) -> tuple[str, ...]:
-    return tuple(store.in_one_line([problem]) for problem in problems)
+def _said(error: CheckpointError) -> tuple[str, ...]:
+    return tuple(store.in_one_line([problem]) for problem in error.problems)
 
 
-def _show(run: RunDir, plan: LaunchPlan, known: Problems, removed: Sequence[Leftover], as_json: bool) -> int:
+def _show(run: RunDir, plan: LaunchPlan, known: Known, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; what --prune has removed was damaged all the same."""
-    rows, left = _rows(run, Retention.of(plan.config.train), known), leftovers(run.checkpoints)
-    damaged = any(known.values()) or (bool(known) and any(row.state == "damaged" for row in rows))
+    with _in_words(run):
+        rows = _rows(run, Retention.of(plan.config.train), known)
+        left = leftovers(run.checkpoints, _writing(run, plan))
+    damaged = any(known.values()) or (bool(known) and any(row.state in ("damaged", "cannot be read") for row in rows))
     freed = sum(leftover.bytes for leftover in removed)
     if as_json:
         shown: dict[str, Any] = {
@@ -171,9 +217,11 @@ def _show(run: RunDir, plan: LaunchPlan, known: Problems, removed: Sequence[Left
     if removed:
         print(f"freed    {text.size(freed)} ({freed:,} bytes)\n")
     print("\n".join(_table(rows)) if rows else f"no checkpoints in {text.short(run.checkpoints)}")
-    if left:
-        print("\nleftovers, which --prune removes:")
-        print("\n".join(f"  {leftover.path.name}: {leftover.what}, {text.size(leftover.bytes)}" for leftover in left))
+    begun, ended = ([item for item in left if (item.what == BEING_WRITTEN) is wanted] for wanted in (True, False))
+    for items, title in ((begun, "a save in progress:"), (ended, "leftovers, which --prune removes:")):
+        if items:
+            print(f"\n{title}")
+            print("\n".join(f"  {item.path.name}: {item.what}, {text.size(item.bytes)}" for item in items))
     return EXIT_FAILED if damaged else 0
 
 
@@ -182,7 +230,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
         loss = "-" if row.eval_loss is None else f"{row.eval_loss:.4f}"
-        numbers = (str(row.step), text.size(row.bytes), age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
+        size = "-" if row.bytes is None else text.size(row.bytes)
+        numbers = (str(row.step), size, age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
         state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
         kept = "-" if row.problems else ", ".join(row.kept) or "would be pruned"
         table.append((numbers, (kept, state)))

@@ -14,7 +14,7 @@ from launcher.clusters.base import Cluster, check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.data import cache
-from launcher.errors import CheckpointError, ConfigError, DataError, Problem, SubmitError
+from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
@@ -62,14 +62,15 @@ def _to_begin_from(run: RunDir, step: int | None) -> store.Checkpoint:
     Going back sets the later ones aside, and that should be for something.
 
     Raises:
-        SubmitError: where it is not there, or is asked for and damaged; nothing was touched.
+        SubmitError: where it is not there, cannot be read now, or is asked for and damaged; nothing was touched.
     """
     try:
         if step is None:
             return store.latest(run.checkpoints)
         checkpoint = store.at_step(run.checkpoints, step)
-        if problems := checking.verify([checkpoint])[checkpoint.path]:
-            raise store.choose_another(step, problems, run.checkpoints)
+        if error := checking.verify([checkpoint])[checkpoint.path]:
+            damaged = isinstance(error, DamagedCheckpoint)
+            raise store.choose_another(step, error.problems, run.checkpoints) if damaged else error
         return checkpoint
     except CheckpointError as error:
         raise SubmitError(error.problems) from None

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem
+from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem, UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
 from launcher.train.engine import Place
 
 T = TypeVar("T")
@@ -47,14 +48,16 @@ class Damage:
 def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
     """The newest checkpoint that this attempt has committed, else the one that it names. Collective.
 
-    Where what it names can no longer be opened it is the one before, unless a person has asked for just that one. Rank 0
-    looks, because a shared file system shows a fresh folder to some nodes later than to others. Agents that restart only
-    because another one does keep their own count: the highest is meant.
+    Where the attempts before have left a later one than an attempt names that no person started, it is that one. Where what
+    it names can no longer be opened it is the one before, unless a person has asked for just that one. Rank 0 looks, because
+    a shared file system shows a fresh folder to some nodes later than to others. Agents that restart only because another
+    one does keep their own count: the highest is meant.
 
     Raises:
+        UnreadableCheckpoint: where one that would be better cannot be read now.
         CheckpointError: where the checkpoint is not there: never a silent start from step 0.
     """
-    chosen = _on_first_rank(place, lambda: _step_of(_chosen(run, place.attempt)))
+    chosen = _on_first_rank(place, lambda: _step_to_begin_from(run, place.attempt))
     shared = torch.tensor(place.restart, dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     restarts = int(shared)
@@ -89,8 +92,15 @@ def load_whole(
     return checkpoint, loaded
 
 
+def _step_to_begin_from(run: RunDir, number: int) -> int | None:
+    checkpoint = _chosen(run, number)
+    step = None if checkpoint is None else checkpoint.step
+    _require_later_readable(run, number, _NONE if step is None else step)
+    return step
+
+
 def _chosen(run: RunDir, number: int) -> store.Checkpoint | None:
-    attempt = run_store.read_attempt(run, number)
+    attempt = _naming_the_newest(run, number)
     candidates = _candidates(run, number)
     if candidates and (candidates[0].manifest.attempt == number or candidates[0].step == attempt.resume_step):
         return candidates[0]
@@ -106,6 +116,35 @@ def _chosen(run: RunDir, number: int) -> store.Checkpoint | None:
         if not candidates:
             raise _none_whole(run, _unusable(run)) from None
         return candidates[0]
+
+
+def _naming_the_newest(run: RunDir, number: int) -> Attempt:
+    """The attempt, which names a later checkpoint from here on where whoever numbered it had not seen that one.
+
+    A listing may be out of date, or storage away for a moment.
+
+    Raises:
+        CheckpointError: where an attempt that a person started names none, and there are some.
+    """
+    attempt = run_store.read_attempt(run, number)
+    committed = store.list_checkpoints(run.checkpoints)
+    newest = max((c.step for c in committed if c.manifest.attempt < number), default=_NONE)
+    named = _NONE if attempt.resume_step is None else attempt.resume_step
+    if newest <= named or attempt.pinned or any(c.manifest.attempt == number for c in committed):
+        return attempt
+    if attempt.automatic:
+        run_store.require_newest(run, number, certain=True)
+        # Written down: it is what ranks that are started again look for, and what the attempt's progress is measured by.
+        attempt = replace(attempt, resume_step=newest)
+        run_store.write_attempt(run, number, attempt)
+    elif attempt.resume_step is None:
+        raise CheckpointError(
+            f"attempt {number} was to begin at step 0, and there are checkpoints of the attempts before it",
+            where=str(run.checkpoints),
+            value=f"the newest is of step {newest}",
+            remedy="continue from it with: python -m launcher resume RUN, or start a run of another name",
+        )
+    return attempt
 
 
 def _candidates(run: RunDir, number: int) -> list[store.Checkpoint]:
@@ -138,6 +177,7 @@ def _before(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
             remedy="resume the run; where it is always the same node, take that out and check it",
         )
     if left := [candidate.step for candidate in _candidates(run, number) if candidate.step not in damaged]:
+        _require_later_readable(run, number, left[0])
         return left[0]
     attempt = run_store.read_attempt(run, number)
     if attempt.pinned and step == attempt.resume_step:
@@ -145,9 +185,17 @@ def _before(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
     raise _none_whole(run, {**_unusable(run), **damaged})
 
 
-def _none_whole(run: RunDir, damaged: dict[int, Damage]) -> DamagedCheckpoint:
+def _require_later_readable(run: RunDir, number: int, step: int) -> None:
+    """Refuse a step where a later one may be whole and cannot be read now; one that a person asked for is used all the same."""
+    if not run_store.read_attempt(run, number).pinned:
+        store.require_readable_after(run.checkpoints, step)
+
+
+def _none_whole(run: RunDir, damaged: dict[int, Damage]) -> CheckpointError:
     said = [f"step {step}: {damage.words}" for step, damage in sorted(damaged.items())]
-    return DamagedCheckpoint(
+    # What can perhaps be read the next time is tried again.
+    unread = any(isinstance(damage.error, UnreadableCheckpoint) for damage in damaged.values())
+    return (UnreadableCheckpoint if unread else DamagedCheckpoint)(
         "no checkpoint of this run is whole, and it does not start again from step 0 by itself",
         where=str(run.checkpoints),
         value="; ".join(said),
@@ -182,10 +230,6 @@ def _set_aside(run: RunDir, number: int, begun: int, damaged: dict[int, Damage])
 def _unusable(run: RunDir) -> dict[int, Damage]:
     unusable = store.unusable(run.checkpoints)
     return {step: Damage(run.checkpoints / store.step_name(step), error) for step, error in unusable.items()}
-
-
-def _step_of(checkpoint: store.Checkpoint | None) -> int | None:
-    return None if checkpoint is None else checkpoint.step
 
 
 def _on_first_rank(place: Place, action: Callable[[], T]) -> T:

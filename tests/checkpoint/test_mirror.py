@@ -189,6 +189,12 @@ def test_going_back_takes_the_later_ones_out_of_the_mirror(place) -> None:
     other = commit(run, 10, b"other weights")
     send_all(mirror)
     assert tree(folder / "checkpoints" / "step-00000010") == tree(other.path)
+    # Gone back to once more, from a step whose first aside has been pruned meanwhile.
+    store.set_aside_after(run.checkpoints, 5)
+    shutil.rmtree(run.checkpoints / "aside-step-00000010")
+    assert [path.name for path in run.checkpoints.glob("aside-*")] == ["aside-step-00000010-2"]
+    assert mirror.prune() == [10]
+    assert steps_in(folder) == [5]
 
 
 def test_another_checkpoint_of_the_same_step_takes_its_place(place) -> None:

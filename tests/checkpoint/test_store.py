@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import subprocess
 import sys
@@ -7,7 +9,8 @@ import sys
 import pytest
 
 from launcher.checkpoint import durable, store
-from launcher.errors import CheckpointError
+from launcher.checkpoint.leftovers import leftovers
+from launcher.errors import CheckpointError, UnreadableCheckpoint
 
 
 def committed(root, step, content=b"weights", attempt=1):
@@ -93,6 +96,35 @@ def test_verify_finds_one_flipped_bit(tmp_path):
     assert problem.where == str(file)
 
 
+def test_what_storage_does_not_give_out_now_is_not_damaged(tmp_path, storage_fails):
+    for step in (7, 8):
+        committed(tmp_path, step)
+    for name, code in itertools.product(("manifest.json", "state.json"), (errno.EIO, errno.ESTALE, errno.EACCES)):
+        with storage_fails(tmp_path / "step-00000008" / name, code):
+            for read in (store.open_checkpoint, store.verify):
+                with pytest.raises(UnreadableCheckpoint, match="cannot be read now") as error:
+                    read(tmp_path / "step-00000008")
+                assert os.strerror(code) in str(error.value)
+            # The one before is not the newest.
+            assert steps(tmp_path) == [7]
+            for ask in (lambda: store.latest(tmp_path), lambda: store.at_step(tmp_path, 8)):
+                with pytest.raises(UnreadableCheckpoint):
+                    ask()
+            assert store.at_step(tmp_path, 7).step == 7
+    with storage_fails(tmp_path / "step-00000007" / "manifest.json", errno.EIO):
+        assert store.latest(tmp_path).step == 8
+    assert store.verify(store.latest(tmp_path).path) == []
+
+
+def test_going_back_leaves_nothing_that_can_be_read_later(tmp_path, storage_fails):
+    for step in (6, 7, 8):
+        committed(tmp_path, step)
+    with storage_fails(tmp_path / "step-00000008" / "manifest.json", errno.EIO):
+        aside = store.set_aside_after(tmp_path, 6)
+    assert aside == [tmp_path / "aside-step-00000007", tmp_path / "aside-step-00000008"]
+    assert store.latest(tmp_path).step == 6
+
+
 def test_files_of_another_user_are_named(tmp_path, monkeypatch):
     checkpoint = store.open_checkpoint(committed(tmp_path, 7))
     assert store.foreign_files(checkpoint.path, checkpoint.manifest) == []
@@ -151,6 +183,26 @@ def test_a_damaged_step_does_not_block_the_one_it_replaced(tmp_path):
     committed(tmp_path, 7, b"new")
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000007", "step-00000008"}
     assert (store.at_step(tmp_path, 7).path / "state.json").read_bytes() == b"newnew"
+
+
+@pytest.mark.parametrize("prefix", [store.ASIDE, store.DAMAGED])
+def test_what_is_set_aside_again_takes_a_free_name(tmp_path, monkeypatch, prefix):
+    names = [f"{prefix}step-00000007{end}" for end in ("", "-2", "-3")]
+    rename, renamed = os.rename, []
+
+    def counted(source, target):
+        renamed.append(target)
+        rename(source, target)
+
+    for content, name in zip((b"first", b"second", b"third"), names, strict=True):
+        path = committed(tmp_path, 7, content)
+        monkeypatch.setattr(os, "rename", counted)
+        assert store.set_aside(path, prefix) == tmp_path / name
+        monkeypatch.undo()
+    assert len(renamed) == 3, "a second rename of the same directory could be missed by a crash"
+    assert [(tmp_path / name / "state.json").read_bytes() for name in names] == [b"firstfirst", b"secondsecond", b"thirdthird"]
+    assert steps(tmp_path) == []
+    assert [left.path.name for left in leftovers(tmp_path)] == names
 
 
 def test_begin_sweeps_leftovers_but_not_a_later_attempt(tmp_path):

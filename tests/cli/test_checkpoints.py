@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -76,6 +78,7 @@ def steps(run: RunDir) -> list[int]:
 
 
 Ask = Callable[..., tuple[int, str, str]]
+StorageFails = Callable[..., AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -177,6 +180,33 @@ def test_another_format_is_shown_and_left_alone(run: RunDir, ask: Ask) -> None:
     assert manifest.is_file()
 
 
+@pytest.mark.parametrize("name", [store.MANIFEST, store.shard_name(0)])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_while_one_cannot_be_read_it_is_shown_and_nothing_is_removed(
+    run: RunDir, ask: Ask, storage_fails: StorageFails, name: str, code: int
+) -> None:
+    leave_behind(run)
+    before = sorted(run.checkpoints.rglob("*"))
+    with storage_fails(run.checkpoints / store.step_name(330) / name, code):
+        assert cells(ask()[1])["330"][7:11] == ["cannot", "be", "read:", f"{name}:"]
+        found, out, _ = ask("--verify")
+        assert found == 1
+        assert os.strerror(code) in out
+        refused, _, err = ask("--prune")
+    assert refused == 2
+    assert "a checkpoint file cannot be read now, so nothing is removed" in err
+    assert sorted(run.checkpoints.rglob("*")) == before
+    assert ask("--prune")[0] == 0
+    assert steps(run) == [100, 150, 200, 300, 330]
+
+
+def test_what_opens_but_cannot_be_read_through_is_not_pruned(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
+    with storage_fails(run.checkpoints / store.step_name(330) / store.shard_name(0), errno.EIO, stat=False):
+        assert cells(ask("--verify")[1])["330"][-3:] == ["now", "(Input/output", "error)"]
+        assert ask("--prune")[0] == 2
+    assert len(steps(run)) == 7
+
+
 @pytest.mark.parametrize("state", run_store.RUNNING_STATES)
 def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> None:
     process = {"host": os.uname().nodename, "pid": os.getpid(), "started": psutil.Process().create_time()}
@@ -187,6 +217,61 @@ def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> 
     assert "cancel" in err
     assert len(steps(run)) == 7
     assert ask("--verify")[0] == 0, "looking is no harm"
+
+
+@pytest.mark.parametrize(("state", "attempt"), [("running", 2), ("saving", 2), ("running", 1), ("failed", 2)])
+def test_a_save_in_progress_is_no_leftover(run: RunDir, ask: Ask, state: str, attempt: int) -> None:
+    run_store.next_attempt(run, Attempt(None, automatic=True))
+    process = {"host": os.uname().nodename, "pid": os.getpid(), "started": psutil.Process().create_time()}
+    run_store.update_status(run, state=state, job=process)
+    saving = store.saving_path(run.checkpoints, 340, attempt)
+    saving.mkdir()
+    _, out, _ = ask()
+    shown = json.loads(ask("--json")[1])["leftovers"]
+    if state != "failed" and attempt == 2:
+        assert f"a save in progress:\n  {saving.name}: being written, 0 bytes" in out
+        assert "--prune" not in out
+        assert shown[0]["what"] == "being written"
+    else:
+        assert f"leftovers, which --prune removes:\n  {saving.name}: a save that did not end, 0 bytes" in out
+        assert shown[0]["what"] == "a save that did not end"
+
+
+def test_what_vanishes_while_it_is_looked_at_is_left_out(
+    run: RunDir, ask: Ask, storage_fails: StorageFails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_behind(run)
+    (run.checkpoints / "aside-step-00000400" / "sub").mkdir()
+    listed = store.list_checkpoints(run.checkpoints)
+    monkeypatch.setattr(store, "list_checkpoints", lambda root: listed)
+    durable.remove_directory(run.checkpoints / store.step_name(100))
+    with storage_fails(run.checkpoints / "aside-step-00000400" / "file", errno.ENOENT):
+        code, out, _ = ask()
+    assert code == 0
+    assert list(cells(out)) == ["150", "200", "250", "300", "320", "330"]
+    assert "aside-step-00000400: set aside when the run went back to an earlier step, 0 bytes" in out
+    code, out, _ = ask("--verify")
+    assert code == 0, "what is gone is not damaged"
+
+
+@pytest.mark.parametrize("flags", [(), ("--prune",)])
+def test_storage_that_fails_is_told_in_words(run: RunDir, ask: Ask, storage_fails: StorageFails, flags: tuple[str, ...]) -> None:
+    leave_behind(run)
+    with storage_fails(run.checkpoints / "aside-step-00000400" / "file", errno.EIO):
+        code, _, err = ask(*flags)
+    assert code == 1
+    assert err.startswith("the checkpoints of this run cannot be looked at now\n")
+    assert "Input/output error" in err
+    assert len(steps(run)) == 7, "nothing was removed"
+
+
+def test_a_replaced_checkpoint_that_cannot_be_read_now_is_no_leftover(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
+    replaced = run.checkpoints / ".replaced-step-00000150"
+    (run.checkpoints / store.step_name(150)).rename(replaced)
+    with storage_fails(replaced / store.MANIFEST, errno.EIO):
+        assert "leftovers" not in ask()[1]
+        ask("--prune")
+    assert store.verify(replaced) == []
 
 
 def test_an_attempt_that_begins_and_a_prune_exclude_each_other(run: RunDir, ask: Ask) -> None:

@@ -56,11 +56,18 @@ dist.destroy_process_group()
 """
 
 
-def run_with(root: Path, named: int | None, own: Sequence[int] = (), before: Sequence[int] = (), pinned: bool = False) -> RunDir:
+def run_with(
+    root: Path,
+    named: int | None,
+    own: Sequence[int] = (),
+    before: Sequence[int] = (),
+    pinned: bool = False,
+    automatic: bool = False,
+) -> RunDir:
     """A run in its second attempt, which names a checkpoint; `own` are of that attempt, `before` of the first."""
     run = RunDir(root)
     run.attempt(2).mkdir(parents=True)
-    run_store.write_attempt(run, 2, Attempt(resume_step=named, pinned=pinned))
+    run_store.write_attempt(run, 2, Attempt(resume_step=named, pinned=pinned, automatic=automatic))
     for attempt, steps in ((1, before), (2, own)):
         for step in steps:
             saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
@@ -91,9 +98,8 @@ def test_the_first_ranks_choice_holds_for_all(tmp_path: Path) -> None:
     own = run_with(tmp_path / "own", 10, own=[30, 40], before=[10, 20, 50])
     ahead = run_with(tmp_path / "ahead", 10, own=[30, 40, 60], before=[10])
     nothing = run_with(tmp_path / "nothing", None)
-    foreign = run_with(tmp_path / "foreign", None, before=[20])
-    first = [(named, 0), (own, 0), (own, 1), (nothing, 2), (foreign, 0), (own, 0)]
-    second = [(named, 0), (own, 3), (ahead, 0), (ahead, 0), (foreign, 0), (named, 0)]
+    first = [(named, 0), (own, 0), (own, 1), (nothing, 2), (own, 0)]
+    second = [(named, 0), (own, 3), (ahead, 0), (ahead, 0), (named, 0)]
     said, others = on_two_ranks(tmp_path, first, second)
 
     def at(run: RunDir, step: int) -> list[Any]:
@@ -103,14 +109,39 @@ def test_the_first_ranks_choice_holds_for_all(tmp_path: Path) -> None:
     assert said[0] == others[0] == [*at(named, 10), 0]
     # What the attempt itself has saved, before its agents restarted the ranks; the highest count of restarts.
     assert said[1] == others[1] == [*at(own, 40), 3]
-    # Where another rank sees more, or anything at all.
+    # Where another rank sees more.
     assert (said[2], others[2]) == ([*at(own, 40), 1], [*at(ahead, 40), 1])
     assert said[3] == others[3] == [None, None, 2]
-    assert said[4] == others[4] == [None, None, 0]
     # Where another rank does not see it, that one refuses: never a silent start from elsewhere.
-    assert said[5] == [*at(own, 40), 0]
-    assert isinstance(others[5], str)
-    assert "40" in others[5]
+    assert said[4] == [*at(own, 40), 0]
+    assert isinstance(others[4], str)
+    assert "40" in others[4]
+
+
+def test_what_was_not_seen_when_the_attempt_was_numbered_is_not_passed_over(tmp_path: Path) -> None:
+    unnamed = run_with(tmp_path / "unnamed", None, before=[10, 20], automatic=True)
+    lower = run_with(tmp_path / "lower", 10, before=[10, 20], automatic=True)
+    damaged = run_with(tmp_path / "damaged", None, before=[10, 20], automatic=True)
+    flip(damaged, 20)
+    own = run_with(tmp_path / "own", 10, before=[10, 30], own=[20], automatic=True)
+    pinned = run_with(tmp_path / "pinned", 10, before=[10, 20], automatic=True, pinned=True)
+    person = run_with(tmp_path / "person", 10, before=[10, 20])
+    anew = run_with(tmp_path / "anew", None, before=[10, 20])
+    runs = (unnamed, lower, damaged, own, pinned, person, anew)
+    *begun, refused = loaded_on_two_ranks(tmp_path, *runs)
+    assert [step for step, _ in begun] == [20, 20, 10, 20, 10, 10]
+    assert [run_store.read_attempt(run, 2).resume_step for run in runs] == [20, 20, 10, 10, 10, 10, None]
+    assert lying(damaged) == ["damaged-step-00000020", "step-00000010"]
+    assert refused.startswith("CheckpointError: attempt 2 was to begin at step 0, and there are checkpoints")
+    assert "the newest is of step 20" in refused
+
+
+def test_an_attempt_that_another_has_followed_names_no_other_step(tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run", None, before=[10], automatic=True)
+    run_store.next_attempt(run, Attempt(resume_step=10))
+    (words,) = loaded_on_two_ranks(tmp_path, run)
+    assert words.startswith("Superseded: attempt 2 was given up")
+    assert run_store.read_attempt(run, 2).resume_step is None
 
 
 def loaded_on_two_ranks(folder: Path, *runs: RunDir) -> list[Any]:
@@ -188,6 +219,42 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_p
     # Ranks that are started again within the attempt find what it names.
     assert [run_store.read_attempt(run, 2).resume_step for run in (flipped, twice, truncated, since, own)] == [20, 10, 20, 20, 10]
     assert [step for step, told in loaded_on_two_ranks(tmp_path / "own", flipped, twice, since) if not told] == [20, 10, 20]
+
+
+def withhold(run: RunDir, step: int, name: str = store.MANIFEST) -> None:
+    """Whoever looks at the file gets an error that does not say it is missing, as from a storage server that is down."""
+    file = run.checkpoints / store.step_name(step) / name
+    file.rename(file.with_name(f"kept-{name}"))
+    file.symlink_to(name)
+
+
+def test_what_cannot_be_read_now_is_neither_set_aside_nor_passed_over(tmp_path: Path) -> None:
+    named = run_with(tmp_path / "named", 30, before=[10, 20, 30])
+    withhold(named, 30)
+    shard = run_with(tmp_path / "shard", 30, before=[10, 20, 30])
+    withhold(shard, 30, store.shard_name(0))
+    # Storage was away as well when it was named.
+    later = run_with(tmp_path / "later", 20, before=[10, 20, 30])
+    withhold(later, 30)
+    own = run_with(tmp_path / "own", 10, before=[10], own=[20, 30])
+    withhold(own, 30)
+    unnamed = run_with(tmp_path / "unnamed", None, before=[30])
+    withhold(unnamed, 30)
+    between = run_with(tmp_path / "between", 30, before=[10, 20, 30])
+    flip(between, 30)
+    withhold(between, 20)
+    refused = (named, shard, later, own, unnamed, between)
+    pinned = run_with(tmp_path / "pinned", 20, before=[10, 20, 30], pinned=True)
+    withhold(pinned, 30)
+    before = run_with(tmp_path / "before", 30, before=[10, 20, 30])
+    withhold(before, 20)
+    stood = [lying(run) for run in refused]
+    *said, asked, newest = loaded_on_two_ranks(tmp_path, *refused, pinned, before)
+    for words in said:
+        assert words.startswith("UnreadableCheckpoint: ")
+        assert "cannot be read now" in words
+    assert [lying(run) for run in refused] == stood
+    assert (asked, newest) == ([20, []], [30, []])
 
 
 def test_where_none_is_whole_nothing_starts_and_nothing_is_set_aside(tmp_path: Path) -> None:
