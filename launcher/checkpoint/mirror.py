@@ -34,6 +34,7 @@ from launcher.checkpoint import durable, store
 from launcher.checkpoint.durable import FileEntry
 from launcher.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from launcher.checkpoint.remote import Remote, probe, unreachable
+from launcher.checkpoint.retention import Retention, outdated
 from launcher.checkpoint.store import Checkpoint
 from launcher.config.fields import Name
 from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError
@@ -180,25 +181,48 @@ class Mirror:
         self._remote.write(self._run.status.name, json.dumps(asdict(status), indent=2).encode())
 
     def prune(self) -> list[int]:
-        """Remove from the mirror what is gone here, once a checkpoint that is still here is complete in it.
+        """Remove from the mirror what the run's settings do not keep, once a checkpoint that is still here is complete in it.
 
-        A checkpoint after the newest one here goes only where it was set aside: it may be the copy of one that is damaged here.
+        The run directory may hold less: a resume from the mirror fetches one checkpoint, and the others are nowhere else. What
+        bears a step's name here stays, be it damaged. A checkpoint after the newest one here may be the copy of one that is
+        damaged here, too: it goes only where the run has gone back.
         """
-        here = {c.step for c in store.list_checkpoints(self._run.checkpoints)}
-        kept = here & self._complete.keys()
-        if not kept:
+        root = self._run.checkpoints
+        here = {c.step for c in store.list_checkpoints(root)}
+        if not (sent := here & self._complete.keys()):
             return []
-        aside = {path.name.removeprefix("aside-") for path in self._run.checkpoints.glob("aside-step-*")}
+        newest = max(sent)
+        abandoned = self._abandoned(newest) - here
+        going_on = [
+            Checkpoint(root / store.step_name(step), manifest)
+            for step, manifest in self._complete.items()
+            if step <= newest and step not in abandoned
+        ]
+        dropped = {c.step for c in outdated(going_on, Retention.of(self._plan.config.train))}
+        needed = here | (store.unusable(root).keys() - abandoned) | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):
             step = step_of(name)
-            if step is None or step in here or (step > max(kept) and name not in aside):
+            if step is None or step in needed or (step > newest and step not in abandoned):
                 continue
             self._require_still_ours()
             self._complete.pop(step, None)
             self._remote.remove_folder(f"{CHECKPOINTS}/{name}", MANIFEST)
             removed.append(step)
         return removed
+
+    def _abandoned(self, newest: int) -> set[int]:
+        """The steps that the run has gone back from: set aside here after `newest`, or in the mirror from before."""
+        aside = (step_of(path.name.removeprefix(store.ASIDE)) for path in self._run.checkpoints.glob(f"{store.ASIDE}step-*"))
+        found = {step for step in aside if step is not None and step > newest}
+        # On a machine that fetched only the step that was asked for, nothing was there to be set aside.
+        for path in self._run.attempts.glob("*/attempt.json"):
+            number = int(path.parent.name)
+            attempt = run_store.read_attempt(self._run, number)
+            if attempt.pinned and attempt.resume_step is not None:
+                later = {step: manifest for step, manifest in self._complete.items() if step > attempt.resume_step}
+                found |= {step for step, manifest in later.items() if manifest.attempt < number}
+        return found
 
     def _send_files(self, checkpoint: Checkpoint, folder: str) -> int:
         """Send what has not arrived yet; returns its bytes."""

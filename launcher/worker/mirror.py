@@ -131,6 +131,8 @@ class Sender:
                 mirror = Mirror(Remote(self._url), self._run, self._plan, self._attempt)
                 mirror.begin()
                 self._mirror = mirror
+                # Before hours of sending: whoever fetches the run meanwhile takes the highest step.
+                mirror.prune()
             while waiting := self._behind():
                 self._send(self._mirror, waiting[0])
             self._mirror.prune()

@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 
 from mirror_tools import commit, make_run, tree
 
+from launcher import run_store
 from launcher.checkpoint import durable
 from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
 from launcher.tracking.jsonl import read_events
 
 REPO = Path(__file__).resolve().parents[2]
@@ -35,9 +37,9 @@ def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60)
 
 
 @contextmanager
-def sending(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "launcher.worker.mirror", str(run.plan), "1"]
-    with open(run.attempt(1) / "mirror.log", "ab") as log:
+def sending(run: RunDir, attempt: int = 1) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "launcher.worker.mirror", str(run.plan), str(attempt)]
+    with open(run.attempt(attempt) / "mirror.log", "ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPO)}
         )
@@ -151,6 +153,19 @@ def test_it_stops_where_another_attempt_has_taken_over(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert any("not written any more" in text for text in said(run, "alert"))
     assert not (tmp_path / "mirror/a/checkpoints/step-00000010/manifest.json").exists()
+
+
+def test_a_branch_that_was_given_up_goes_before_anything_is_sent(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    commit(run, 5)
+    later = commit(run, 10)
+    with sending(run) as process:
+        assert end(process) == 0
+    shutil.rmtree(later.path)
+    run_store.next_attempt(run, Attempt(resume_step=5, pinned=True))
+    with sending(run, attempt=2) as process:
+        wait_for("the first look", lambda: (run.attempt(2) / "mirror.json").is_file())
+        assert sorted(p.name for p in (tmp_path / "mirror/a/checkpoints").iterdir()) == ["step-00000005"]
 
 
 def test_a_run_that_was_never_saved_has_nothing_to_send(tmp_path: Path) -> None:
