@@ -101,6 +101,8 @@ class Mirror:
         # The manifest of every checkpoint that is complete in the mirror.
         self._complete: dict[int, Manifest] = {}
         self._sent_sizes: dict[str, int] = {}
+        # The checkpoint that is sent now, and what of it has arrived.
+        self._sending: tuple[int, dict[str, FileEntry]] = (-1, {})
 
     @property
     def steps(self) -> list[int]:
@@ -137,6 +139,13 @@ class Mirror:
     def behind(self) -> list[Checkpoint]:
         """What is committed here and not in the mirror, oldest first."""
         return [c for c in store.list_checkpoints(self._run.checkpoints) if self._complete.get(c.step) != c.manifest]
+
+    def progress(self, missing: list[Checkpoint]) -> tuple[int, int]:
+        """Bytes of `missing` checkpoints: of the files that have arrived, and of all. Another thread may be sending them."""
+        step, arrived = self._sending
+        total = sum(entry.size for c in missing for entry in c.manifest.files.values())
+        files = next((c.manifest.files for c in missing if c.step == step), {})
+        return sum(entry.size for name, entry in files.items() if arrived.get(name) == entry), total
 
     def send(self, checkpoint: Checkpoint) -> Sent:
         """Send a checkpoint, its manifest last.
@@ -227,6 +236,7 @@ class Mirror:
     def _send_files(self, checkpoint: Checkpoint, folder: str) -> int:
         """Send what has not arrived yet; returns its bytes."""
         arrived = self._arrived(checkpoint, folder)
+        self._sending = (checkpoint.step, arrived)
         files = checkpoint.manifest.files
         missing = [name for name, entry in files.items() if arrived.get(name) != entry]
         missing += [n for n in files if n not in missing and self._remote.size(f"{folder}/{n}") != files[n].size]

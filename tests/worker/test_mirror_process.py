@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 
@@ -25,6 +27,9 @@ from launcher.checkpoint import durable
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.jsonl import read_events
+from launcher.worker.agent import _Stopper
+from launcher.worker.mirror import MirrorProcess
+from launcher.worker.signals import CANCEL, PREEMPT
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -127,6 +132,56 @@ def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
         process.communicate(b"", timeout=60)
         assert process.returncode == 0
     assert tree(tmp_path / "mirror/a/checkpoints") == tree(run.checkpoints)
+
+
+@pytest.mark.parametrize("late_wish", ["a person's", "the scheduler's", "the time is over"])
+def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(tmp_path: Path, late_wish: str) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    folder = tmp_path / "mirror/a/checkpoints/step-00000005"
+    folder.mkdir(parents=True)
+    # A reader that never comes: the write into it does not end.
+    os.mkfifo(folder / ".unfinished-state.json")
+    own = commit(run, 5)
+    grace_s = 0.5
+    stopper = _Stopper(grace_s, {})
+    if late_wish == "the time is over":
+        # Time for the first word of what is waited for, and for the last words.
+        stopper.kill_at = time.time() + 20
+    with sending(run) as process:
+        wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
+        waiting = threading.Thread(target=stopper.finish, args=(MirrorProcess(process),))
+        waiting.start()
+        wait_for("the reason", lambda: said(run, "mirror"))
+        assert waiting.is_alive(), "more than the grace has passed"
+        # As the thread does that hears signals.
+        if late_wish == "a person's":
+            stopper._times_cancelled += 1
+        elif late_wish == "the scheduler's":
+            stopper.disarm()
+            stopper.request(PREEMPT)
+        waiting.join(timeout=25)
+        assert not waiting.is_alive()
+        assert process.poll() is not None
+    (event,) = [e for e in read_events(run.events) if e["kind"] == "mirror"]
+    assert "the run waits for the mirror: step 5 is not there yet" in event["text"]
+    sizes = {name: entry.size for name, entry in own.manifest.files.items()}
+    assert event["fields"] == {"done": sum(sizes.values()) - sizes["state.json"], "total": sum(sizes.values())}
+    (alert,) = said(run, "alert")
+    assert "not in the mirror: step 5" in alert
+
+
+def test_a_run_that_was_stopped_waits_as_long_as_its_grace(tmp_path: Path) -> None:
+    stopper = _Stopper(1.0, {})
+    stopper.disarm()
+    stopper.request(CANCEL)
+    told: list[float] = []
+
+    class Mirror:
+        def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+            told.append(until - time.time())
+
+    stopper.finish(Mirror())  # type: ignore[arg-type]
+    assert 0 < told[0] <= 1
 
 
 def test_one_that_is_damaged_here_does_not_keep_back_the_next(tmp_path: Path) -> None:
