@@ -16,6 +16,7 @@ from pydantic import Field
 from launcher.plan.launch_plan import Record
 
 _READ_BYTES = 8 * 2**20
+_BEGIN_BYTES = 32 * 2**20
 # A directory that is being replaced keeps its content under this prefix until the new one is in place.
 REPLACED = ".replaced-"
 REMOVING = ".removing-"
@@ -40,9 +41,15 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     digest, size = xxhash.xxh3_128(), 0
     try:
         with open(path, "xb") as file:
+            begun = 0
             for chunk in chunks:
                 digest.update(chunk)
                 size += file.write(chunk)
+                if size - begun > _BEGIN_BYTES:
+                    # The disk begins with what is there, instead of with all of it at the end.
+                    file.flush()
+                    os.posix_fadvise(file.fileno(), begun, size - begun, os.POSIX_FADV_DONTNEED)
+                    begun = size
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

@@ -11,8 +11,9 @@ import torch
 
 from launcher.checkpoint.tensor_file import as_bytes
 
-# What is written or looked at in one piece.
-_BLOCK_ELEMENTS = 4 * 2**20
+# What is written or looked at in one piece, which is done without Python's lock. For each piece the thread needs the lock
+# for a moment, and while it has it and is not running, because all cores are at work, training stands still.
+_BLOCK_ELEMENTS = 64 * 2**20
 
 
 class HostCopy:

@@ -34,6 +34,7 @@ from launcher.checkpoint import durable, store
 from launcher.checkpoint.durable import FileEntry
 from launcher.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from launcher.checkpoint.remote import Remote, probe, unreachable
+from launcher.checkpoint.retention import Retention, outdated
 from launcher.checkpoint.store import Checkpoint
 from launcher.config.fields import Name
 from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError
@@ -100,6 +101,8 @@ class Mirror:
         # The manifest of every checkpoint that is complete in the mirror.
         self._complete: dict[int, Manifest] = {}
         self._sent_sizes: dict[str, int] = {}
+        # The checkpoint that is sent now, and what of it has arrived.
+        self._sending: tuple[int, dict[str, FileEntry]] = (-1, {})
 
     @property
     def steps(self) -> list[int]:
@@ -136,6 +139,13 @@ class Mirror:
     def behind(self) -> list[Checkpoint]:
         """What is committed here and not in the mirror, oldest first."""
         return [c for c in store.list_checkpoints(self._run.checkpoints) if self._complete.get(c.step) != c.manifest]
+
+    def progress(self, missing: list[Checkpoint]) -> tuple[int, int]:
+        """Bytes of `missing` checkpoints: of the files that have arrived, and of all. Another thread may be sending them."""
+        step, arrived = self._sending
+        total = sum(entry.size for c in missing for entry in c.manifest.files.values())
+        files = next((c.manifest.files for c in missing if c.step == step), {})
+        return sum(entry.size for name, entry in files.items() if arrived.get(name) == entry), total
 
     def send(self, checkpoint: Checkpoint) -> Sent:
         """Send a checkpoint, its manifest last.
@@ -180,19 +190,29 @@ class Mirror:
         self._remote.write(self._run.status.name, json.dumps(asdict(status), indent=2).encode())
 
     def prune(self) -> list[int]:
-        """Remove from the mirror what is gone here, once a checkpoint that is still here is complete in it.
+        """Remove from the mirror what the run's settings do not keep, once a checkpoint that is still here is complete in it.
 
-        A checkpoint after the newest one here goes only where it was set aside: it may be the copy of one that is damaged here.
+        The run directory may hold less: a resume from the mirror fetches one checkpoint, and the others are nowhere else. What
+        bears a step's name here stays, be it damaged. A checkpoint after the newest one here may be the copy of one that is
+        damaged here, too: it goes only where the run has gone back.
         """
-        here = {c.step for c in store.list_checkpoints(self._run.checkpoints)}
-        kept = here & self._complete.keys()
-        if not kept:
+        root = self._run.checkpoints
+        here = {c.step for c in store.list_checkpoints(root)}
+        if not (sent := here & self._complete.keys()):
             return []
-        aside = {"-".join(path.name.split("-")[1:3]) for path in self._run.checkpoints.glob("aside-step-*")}
+        newest = max(sent)
+        abandoned = self._abandoned(newest) - here
+        going_on = [
+            Checkpoint(root / store.step_name(step), manifest)
+            for step, manifest in self._complete.items()
+            if step <= newest and step not in abandoned
+        ]
+        dropped = {c.step for c in outdated(going_on, Retention.of(self._plan.config.train))}
+        needed = here | (store.unusable(root).keys() - abandoned) | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):
             step = step_of(name)
-            if step is None or step in here or (step > max(kept) and name not in aside):
+            if step is None or step in needed or (step > newest and step not in abandoned):
                 continue
             self._require_still_ours()
             self._complete.pop(step, None)
@@ -200,9 +220,25 @@ class Mirror:
             removed.append(step)
         return removed
 
+    def _abandoned(self, newest: int) -> set[int]:
+        """The steps that the run has gone back from: set aside here after `newest`, or in the mirror from before."""
+        names = (path.name.removeprefix(store.ASIDE) for path in self._run.checkpoints.glob(f"{store.ASIDE}step-*"))
+        # What was set aside a second time has a number after its step.
+        aside = (step_of("-".join(name.split("-")[:2])) for name in names)
+        found = {step for step in aside if step is not None and step > newest}
+        # On a machine that fetched only the step that was asked for, nothing was there to be set aside.
+        for path in self._run.attempts.glob("*/attempt.json"):
+            number = int(path.parent.name)
+            attempt = run_store.read_attempt(self._run, number)
+            if attempt.pinned and attempt.resume_step is not None:
+                later = {step: manifest for step, manifest in self._complete.items() if step > attempt.resume_step}
+                found |= {step for step, manifest in later.items() if manifest.attempt < number}
+        return found
+
     def _send_files(self, checkpoint: Checkpoint, folder: str) -> int:
         """Send what has not arrived yet; returns its bytes."""
         arrived = self._arrived(checkpoint, folder)
+        self._sending = (checkpoint.step, arrived)
         files = checkpoint.manifest.files
         missing = [name for name, entry in files.items() if arrived.get(name) != entry]
         missing += [n for n in files if n not in missing and self._remote.size(f"{folder}/{n}") != files[n].size]

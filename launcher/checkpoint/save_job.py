@@ -114,7 +114,6 @@ class SaveJob:
         except Exception as error:
             self.error = self.error or error
             shutil.rmtree(self.saving, ignore_errors=True)
-        self.seconds = time.monotonic() - self.began
         self.ended.set()
 
     def _write(self) -> durable.FileEntry:
@@ -160,6 +159,7 @@ class SaveJob:
             files=files,
         )
         committed = store.commit(self.saving, manifest)
+        self.seconds = time.monotonic() - self.began
         durable.passing("committed")
         try:
             self.place.prune(committed)

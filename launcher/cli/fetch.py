@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from launcher import run_store
 from launcher.checkpoint import fetch
 from launcher.checkpoint.mirror import MirroredRun, complete_checkpoints, read_run
 from launcher.checkpoint.remote import Remote, unreachable
 from launcher.cli import text
 from launcher.cli.launch import prepare
+from launcher.config.fields import Url
 from launcher.config.schema import ModelSection
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError
@@ -29,10 +32,11 @@ def run_from(url: str, root: Path, step: int | None) -> RunDir:
     """The run at `url` as a run directory under `root`, ready to be resumed from its newest complete checkpoint, or `step`.
 
     Raises:
-        SubmitError: where there is no such run, or its directory is there already.
+        SubmitError: where it is no address for a mirror, there is no such run, or its directory is there already.
         CheckpointError: where no checkpoint is whole.
         ConfigError, DataError: where its data is not on this machine, or is other data.
     """
+    _require_address(url)
     remote = Remote(url)
     with _reading(remote):
         mirrored = read_run(remote)
@@ -56,7 +60,8 @@ def run_from(url: str, root: Path, step: int | None) -> RunDir:
 
 
 def ls(url: str, as_json: bool) -> int:
-    """List the runs in a mirror."""
+    """List the runs in a mirror; SubmitError where it is no address for one."""
+    _require_address(url)
     remote = Remote(url)
     with _reading(remote):
         runs = [_summary(remote.under(name), name) for name in remote.names()]
@@ -73,6 +78,15 @@ def ls(url: str, as_json: bool) -> int:
         steps = f"{run['step']}/{run['max_steps'] or '?'}"
         print(f"{run['name']:<{width}}  {run['state']:<10} {steps:>13}  {', '.join(map(str, run['checkpoints'])) or '-'}")
     return 0
+
+
+def _require_address(url: str) -> None:
+    """Refuse what train.mirror refuses, unseen: a password in it would be written down, and shown in whatever goes wrong."""
+    try:
+        TypeAdapter(Url).validate_python(url)
+    except ValidationError as error:
+        what, _, remedy = str(error.errors()[0]["ctx"]["error"]).partition("; ")
+        raise SubmitError(f"this {what}", where="URL", remedy=remedy) from None
 
 
 def _summary(remote: Remote, name: str) -> dict[str, Any] | None:

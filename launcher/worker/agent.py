@@ -207,12 +207,21 @@ class _Stopper:
         return mirror
 
     def finish(self, mirror: MirrorProcess | None, most_s: float = math.inf) -> None:
-        """Give the mirror what is left of the time to stop in, or `most_s`; a person who asks again has waited enough."""
+        """Give the mirror what is left of the time to stop in, or `most_s`; a person who asks again has waited enough.
+
+        Where nobody has asked for the end, the last checkpoint takes the time that it needs.
+        """
         if mirror is None:
             return
         now, times = time.time(), self._times_cancelled
-        until = min((self._asked_at or now) + self._grace_s, self.kill_at or math.inf, now + most_s)
-        mirror.finish(now if self.killed else until, lambda: self._times_cancelled > times)
+        stop_by = math.inf if self._asked_at is None else self._asked_at + self._grace_s
+        until = min(stop_by, self.kill_at or math.inf, now + most_s)
+
+        def unwanted() -> bool:
+            asked_late = self._asked_at is not None and time.time() > self._asked_at + self._grace_s
+            return asked_late or self._times_cancelled > times
+
+        mirror.finish(now if self.killed else until, unwanted)
 
     def request(self, wish: signal.Signals) -> None:
         """Ask the ranks to save and stop, unless they are asked already."""

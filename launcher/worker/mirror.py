@@ -1,8 +1,8 @@
 """The process that copies checkpoints to the mirror: `python -m launcher.worker.mirror PLAN ATTEMPT`.
 
 The head node's agent starts it beside the ranks. It looks for committed checkpoints until its standard input says that the
-attempt has ended, as a line with a time in seconds since the epoch, by which it must be done; at the end of the input without
-such a line it takes the time that it needs. By hand, with `< /dev/null`, it sends what is not in the mirror yet and ends.
+attempt has ended, by a line or by its end, and then takes the time that it needs. A line with a time in seconds since the epoch
+says by when it must be done. By hand, with `< /dev/null`, it sends what is not in the mirror yet and ends.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ _TRY_AGAIN_S = 60.0
 # What the process itself needs to say that it was not done in time.
 _LAST_WORDS_S = 5.0
 _POLL_S = 0.1
+# After the attempt's end a person is told what the run waits for: not where that is done at once, then now and then.
+_SAY_FIRST_S = 5.0
+_SAY_AGAIN_S = 60.0
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -53,6 +57,7 @@ def main(plan_path: str, attempt: int) -> int:
     # Without a buffer, whose lock would still be held when the interpreter ends.
     source = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
     threading.Thread(target=end.listen, args=(source, sender), name="end", daemon=True).start()
+    threading.Thread(target=sender.say_what_is_waited_for, args=(end.come,), name="waiting", daemon=True).start()
     sender.work(end.come)
     return sender.conclude()
 
@@ -64,12 +69,15 @@ class _End:
     come: threading.Event = field(default_factory=threading.Event)
 
     def listen(self, source: io.RawIOBase, sender: Sender) -> None:
-        said = source.readline().strip()
-        self.come.set()
-        if said:
-            time.sleep(max(0.0, float(said) - time.time()))
-            # The thread that sends may be in the middle of a file, for minutes.
-            os._exit(sender.conclude())
+        more = True
+        while more:
+            line = source.readline()
+            self.come.set()
+            if said := line.strip():
+                time.sleep(max(0.0, float(said) - time.time()))
+                # The thread that sends may be in the middle of a file, for minutes.
+                os._exit(sender.conclude())
+            more = bool(line)
 
 
 class Sender:
@@ -105,6 +113,18 @@ class Sender:
                 return
             ended.wait(_LOOK_S)
 
+    def say_what_is_waited_for(self, ended: threading.Event) -> None:
+        """From the attempt's end on, say from time to time how far the mirror is; a run that does not end needs a reason."""
+        ended.wait()
+        time.sleep(_SAY_FIRST_S)
+        while (missing := self._behind()) and not self._concluding.locked():
+            done, total = self._mirror.progress(missing) if self._mirror is not None else (0, 0)
+            names = ", ".join(str(c.step) for c in missing)
+            text = f"training has ended, and the run waits for the mirror: step {names} is not there yet"
+            text += f", {done / 2**30:.2f} of {total / 2**30:.2f} GiB are" if total else ""
+            self._event("mirror", f"{text}; cancel the run to end it without", missing[0].step, done=done, total=total)
+            time.sleep(_SAY_AGAIN_S)
+
     def conclude(self) -> int:
         """Say what is in the mirror, once; 0 where it is everything."""
         # Never released: whoever comes second has nothing to add, and this process ends.
@@ -131,6 +151,8 @@ class Sender:
                 mirror = Mirror(Remote(self._url), self._run, self._plan, self._attempt)
                 mirror.begin()
                 self._mirror = mirror
+                # Before hours of sending: whoever fetches the run meanwhile takes the highest step.
+                mirror.prune()
             while waiting := self._behind():
                 self._send(self._mirror, waiting[0])
             self._mirror.prune()
@@ -222,20 +244,30 @@ class MirrorProcess:
         return self._process.pid
 
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Let it send what is committed until a time in seconds since the epoch, or until waiting is `unwanted`; then end it."""
-        stdin = self._process.stdin
-        assert stdin is not None
-        try:
-            stdin.write(f"{until - _LAST_WORDS_S}\n".encode())
-            stdin.close()
-        except OSError:
-            # It has ended already.
-            pass
-        while self._process.poll() is None and time.time() < until and not unwanted():
+        """Let it send what is committed until a time in seconds since the epoch, or until waiting is `unwanted`; then end it.
+
+        `until` may be infinite.
+        """
+        self._tell("")
+        while self._process.poll() is None and time.time() < until - _LAST_WORDS_S and not unwanted():
             time.sleep(_POLL_S)
+        self._tell(f"{time.time()}")
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(min(_LAST_WORDS_S, max(0.0, until - time.time())))
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+
+    def _tell(self, line: str) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None
+        # It may have ended already.
+        with suppress(OSError):
+            stdin.write(f"{line}\n".encode())
+            stdin.flush()
 
 
 def _identity(checkpoint: Checkpoint) -> tuple[int, int]:

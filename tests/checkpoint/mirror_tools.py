@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +73,17 @@ def finished_files() -> Iterator[list[str]]:
         yield names
 
 
-def make_run(folder: Path, mirror: str, name: str = "a", created_at: str = "2026-01-31T09:15:00Z") -> tuple[LaunchPlan, RunDir]:
+def make_run(
+    folder: Path,
+    mirror: str,
+    name: str = "a",
+    created_at: str = "2026-01-31T09:15:00Z",
+    settings: Sequence[str] = ("train.keep_last=1",),
+) -> tuple[LaunchPlan, RunDir]:
     """A run directory as a submission leaves it, in its first attempt, with a small tokenizer."""
     found: list[Any] = []
-    run_hydra(
-        ["model=tiny", "train.max_steps=20", f"run.name={name}", f"train.mirror={mirror}"], lambda d: found.append(d.config)
-    )
+    overrides = ["model=tiny", "train.max_steps=20", f"run.name={name}", f"train.mirror={mirror}", *settings]
+    run_hydra(overrides, lambda d: found.append(d.config))
     config = found[0]
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
@@ -102,12 +107,14 @@ def make_run(folder: Path, mirror: str, name: str = "a", created_at: str = "2026
     return made, run
 
 
-def commit(run: RunDir, step: int, content: bytes = b"weights", attempt: int = 1, num_ranks: int = 3) -> store.Checkpoint:
+def commit(
+    run: RunDir, step: int, content: bytes = b"weights", attempt: int = 1, num_ranks: int = 3, loss: float | None = None
+) -> store.Checkpoint:
     """A checkpoint of made-up content."""
     saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
     names = [*map(store.shard_name, range(num_ranks)), store.STATE]
     files = {n: durable.write_file(saving / n, [f"{n} of {step}: ".encode(), content]) for n in names}
-    manifest = store.Manifest(step=step, world_size=num_ranks, plan_digest="d", attempt=attempt, files=files)
+    manifest = store.Manifest(step=step, world_size=num_ranks, plan_digest="d", attempt=attempt, eval_loss=loss, files=files)
     return store.open_checkpoint(store.commit(saving, manifest))
 
 

@@ -176,6 +176,72 @@ def test_one_that_is_damaged_here_stays_in_the_mirror(place) -> None:
     assert steps_in(folder) == [5, 10]
 
 
+def test_one_that_is_damaged_here_stays_when_later_ones_have_followed(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    broken = commit(run, 5)
+    send_all(mirror)
+    os.truncate(broken.path / "state.json", 1)
+    commit(run, 10)
+    send_all(mirror)
+    assert steps_in(folder) == [5, 10]
+
+
+def elsewhere(tmp_path: Path, run: RunDir, step: int, pinned: bool = False) -> RunDir:
+    """The run on a machine that has fetched one checkpoint of it, in its second attempt."""
+    moved = RunDir(tmp_path / "elsewhere")
+    others = [store.step_name(c.step) for c in store.list_checkpoints(run.checkpoints) if c.step != step]
+    shutil.copytree(run.root, moved.root, ignore=shutil.ignore_patterns(*others))
+    run_store.next_attempt(moved, Attempt(resume_step=step, pinned=pinned))
+    return moved
+
+
+def test_what_only_the_mirror_has_is_kept_as_the_settings_say(tmp_path: Path) -> None:
+    settings = ("train.keep_last=2", "train.keep_every=10", "train.keep_best=1")
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=settings)
+    folder = tmp_path / "mirror" / "a"
+    for step, loss in ((5, 1.0), (10, 2.0), (15, 2.0), (22, 3.0), (25, 2.0)):
+        commit(run, step, loss=loss)
+    send_all(begun(plan, run))
+    moved = elsewhere(tmp_path, run, 25)
+    mirror = begun(plan, moved, attempt=2)
+    assert mirror.prune() == [15]
+    assert steps_in(folder) == [5, 10, 22, 25]
+    commit(moved, 30, attempt=2)
+    send_all(mirror)
+    assert steps_in(folder) == [5, 10, 25, 30], "22 is none of the last two any more"
+
+
+def test_going_back_on_another_machine_takes_the_later_ones_out_of_the_mirror(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=["train.keep_last=9"])
+    folder = tmp_path / "mirror" / "a"
+    for step in (5, 10, 15):
+        commit(run, step)
+    send_all(begun(plan, run))
+    moved = elsewhere(tmp_path, run, 5, pinned=True)
+    own = commit(moved, 15, b"of attempt 2", attempt=2)
+    assert begun(plan, moved, attempt=2).prune() == [10]
+    mirror = begun(plan, moved, attempt=2)
+    send_all(mirror)
+    commit(moved, 20, attempt=2)
+    send_all(mirror)
+    assert steps_in(folder) == [5, 15, 20]
+    assert tree(folder / "checkpoints" / "step-00000015") == tree(own.path)
+    # What this attempt has saved itself stays, also where it is gone here.
+    shutil.rmtree(own.path)
+    assert begun(plan, moved, attempt=2).prune() == []
+
+
+def test_a_resume_from_the_newest_takes_no_later_one_out(tmp_path: Path) -> None:
+    """It has found the later one damaged, and that may be a matter of its own disk."""
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
+    for step in (5, 10):
+        commit(run, step)
+    send_all(begun(plan, run))
+    assert begun(plan, elsewhere(tmp_path, run, 5), attempt=2).prune() == []
+    assert steps_in(tmp_path / "mirror" / "a") == [5, 10]
+
+
 def test_going_back_takes_the_later_ones_out_of_the_mirror(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)

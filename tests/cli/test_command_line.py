@@ -181,3 +181,14 @@ def test_no_secret_of_the_environment_reaches_the_plan(launch: Run, empty: Path)
     done = launch("plan", "--json", "model=tiny", cwd=empty, **canaries)
     assert done.returncode == 0, done.stderr
     assert not [name for name, value in canaries.items() if value in done.stdout + done.stderr]
+
+
+@pytest.mark.parametrize("verb", ["resume", "ls"])
+def test_a_password_in_an_address_is_refused_and_never_shown(launch: Run, tmp_path: Path, verb: str) -> None:
+    secret = "hunter2" * 2
+    done = launch(verb, f"ftp://user:{secret}@127.0.0.1:1/runs/a", "--root", str(tmp_path / "runs"))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert secret not in done.stdout + done.stderr
+    assert "without keys or passwords" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -108,6 +108,11 @@ def test_what_is_no_secret(key: str, value: object) -> None:
 def test_redaction_keeps_the_rest() -> None:
     token = TOKENS["hugging_face"]
     assert redact(f"a={token} b=2") == "a=<redacted> b=2"
+    address = "sftp://user:" + "hunter2@host:22/runs"
+    assert redact(f"resume {address}/a --step 5") == "resume sftp://<redacted>@host:22/runs/a --step 5"
+    assert redact("s3://bucket/a:b@c file:///x:y@z http://host:80/a@b sftp://user@host/x") == (
+        "s3://bucket/a:b@c file:///x:y@z http://host:80/a@b sftp://user@host/x"
+    )
     assert redact("x.password=abc def") == "x.password=<redacted>"
     assert redact(f"model.revision={TOKENS['wandb']}") == f"model.revision={TOKENS['wandb']}"
     assert redact("model.tokenizer=org/name") == "model.tokenizer=org/name"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
 
 from mirror_tools import commit, make_run, tree
 
+from launcher import run_store
 from launcher.checkpoint import durable
 from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
 from launcher.tracking.jsonl import read_events
+from launcher.worker.agent import _Stopper
+from launcher.worker.mirror import MirrorProcess
+from launcher.worker.signals import CANCEL, PREEMPT
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -35,9 +42,9 @@ def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60)
 
 
 @contextmanager
-def sending(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "launcher.worker.mirror", str(run.plan), "1"]
-    with open(run.attempt(1) / "mirror.log", "ab") as log:
+def sending(run: RunDir, attempt: int = 1) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "launcher.worker.mirror", str(run.plan), str(attempt)]
+    with open(run.attempt(attempt) / "mirror.log", "ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPO)}
         )
@@ -127,6 +134,56 @@ def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
     assert tree(tmp_path / "mirror/a/checkpoints") == tree(run.checkpoints)
 
 
+@pytest.mark.parametrize("late_wish", ["a person's", "the scheduler's", "the time is over"])
+def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(tmp_path: Path, late_wish: str) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    folder = tmp_path / "mirror/a/checkpoints/step-00000005"
+    folder.mkdir(parents=True)
+    # A reader that never comes: the write into it does not end.
+    os.mkfifo(folder / ".unfinished-state.json")
+    own = commit(run, 5)
+    grace_s = 0.5
+    stopper = _Stopper(grace_s, {})
+    if late_wish == "the time is over":
+        # Time for the first word of what is waited for, and for the last words.
+        stopper.kill_at = time.time() + 20
+    with sending(run) as process:
+        wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
+        waiting = threading.Thread(target=stopper.finish, args=(MirrorProcess(process),))
+        waiting.start()
+        wait_for("the reason", lambda: said(run, "mirror"))
+        assert waiting.is_alive(), "more than the grace has passed"
+        # As the thread does that hears signals.
+        if late_wish == "a person's":
+            stopper._times_cancelled += 1
+        elif late_wish == "the scheduler's":
+            stopper.disarm()
+            stopper.request(PREEMPT)
+        waiting.join(timeout=25)
+        assert not waiting.is_alive()
+        assert process.poll() is not None
+    (event,) = [e for e in read_events(run.events) if e["kind"] == "mirror"]
+    assert "the run waits for the mirror: step 5 is not there yet" in event["text"]
+    sizes = {name: entry.size for name, entry in own.manifest.files.items()}
+    assert event["fields"] == {"done": sum(sizes.values()) - sizes["state.json"], "total": sum(sizes.values())}
+    (alert,) = said(run, "alert")
+    assert "not in the mirror: step 5" in alert
+
+
+def test_a_run_that_was_stopped_waits_as_long_as_its_grace(tmp_path: Path) -> None:
+    stopper = _Stopper(1.0, {})
+    stopper.disarm()
+    stopper.request(CANCEL)
+    told: list[float] = []
+
+    class Mirror:
+        def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+            told.append(until - time.time())
+
+    stopper.finish(Mirror())  # type: ignore[arg-type]
+    assert 0 < told[0] <= 1
+
+
 def test_one_that_is_damaged_here_does_not_keep_back_the_next(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     broken = commit(run, 5)
@@ -151,6 +208,19 @@ def test_it_stops_where_another_attempt_has_taken_over(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert any("not written any more" in text for text in said(run, "alert"))
     assert not (tmp_path / "mirror/a/checkpoints/step-00000010/manifest.json").exists()
+
+
+def test_a_branch_that_was_given_up_goes_before_anything_is_sent(tmp_path: Path) -> None:
+    _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    commit(run, 5)
+    later = commit(run, 10)
+    with sending(run) as process:
+        assert end(process) == 0
+    shutil.rmtree(later.path)
+    run_store.next_attempt(run, Attempt(resume_step=5, pinned=True))
+    with sending(run, attempt=2) as process:
+        wait_for("the first look", lambda: (run.attempt(2) / "mirror.json").is_file())
+        assert sorted(p.name for p in (tmp_path / "mirror/a/checkpoints").iterdir()) == ["step-00000005"]
 
 
 def test_a_run_that_was_never_saved_has_nothing_to_send(tmp_path: Path) -> None:
