@@ -25,7 +25,7 @@ def main(plan_path: str, run_dir: str, deepspeed_dir: str) -> None:
     plan = LaunchPlan.load(plan_path)
     place = Place(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=1)
     device = join(plan, place)
-    engine, model = build_engine(plan)
+    engine, model = build_engine(plan, place)
     ids = torch.arange(64, device=device).unsqueeze(0)
     engine.backward(engine(ids, ids, ids.cpu(), 1.0 / 64))
     engine.step()
