@@ -50,7 +50,7 @@ class Shard:
         layout = zero3.layout(engine, named_parameters)
         specs = [TensorSpec(tensor_key(name, key), "F32", (count,)) for name, key, count in layout]
         specs += [TensorSpec(name, "U8", tuple(state.shape)) for name, state in states.items()]
-        # The parameter's own: a partition that lies on NVMe has a placeholder's.
+        # Asked of the parameter: DeepSpeed gives a partition that lies on NVMe another type.
         dtype = next(iter(named_parameters.values())).dtype
         return cls(tuple(specs), states, _DTYPES[dtype], tuple(named_parameters))
 
