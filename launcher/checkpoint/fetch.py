@@ -16,7 +16,8 @@ import xxhash
 from launcher import run_store
 from launcher.checkpoint import durable, store
 from launcher.checkpoint.durable import FileEntry
-from launcher.checkpoint.mirror import CHECKPOINTS, CODE, PARALLEL, MirroredRun, complete_checkpoints
+from launcher.checkpoint.mirror import CODE, PARALLEL
+from launcher.checkpoint.mirrored import CHECKPOINTS, MirroredRun, complete_checkpoints
 from launcher.checkpoint.remote import Remote
 from launcher.checkpoint.store import Manifest
 from launcher.errors import CheckpointError, Problem, SubmitError

@@ -18,7 +18,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,27 +26,23 @@ from pathlib import Path
 from threading import Lock
 
 import xxhash
-from pydantic import Field, ValidationError
 
 from launcher import run_store
 from launcher.checkpoint import durable, store
 from launcher.checkpoint.durable import FileEntry
-from launcher.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from launcher.checkpoint.manifest import MANIFEST, Manifest
+from launcher.checkpoint.mirrored import CHECKPOINTS, RUN, MirroredRun, Owner, complete_checkpoints, read_run, step_of
 from launcher.checkpoint.remote import Remote, probe, unreachable
 from launcher.checkpoint.retention import Retention, outdated
 from launcher.checkpoint.store import Checkpoint
-from launcher.config.fields import Name
 from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError
-from launcher.plan.launch_plan import LaunchPlan, Record
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
-RUN = "run.json"
 CODE = "code.zip"
-CHECKPOINTS = "checkpoints"
 SENDING = "sending.json"
 # Files at one time: object storage is fast only in parallel. Each holds two blocks in memory.
 PARALLEL = 4
-_STEP = re.compile(r"step-(\d{8,})")
 # What transformers reads besides weights.
 _MODEL_FILES = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab.*", "chat_template*"),
@@ -62,24 +57,6 @@ class MirrorTaken(RunError):
 
 class CheckpointGone(Exception):
     """The checkpoint was removed here while it was sent."""
-
-
-class Owner(Record):
-    """Which attempt of which run sends to the mirror, from where."""
-
-    wandb_id: str
-    attempt: int
-    run_dir: str
-    host: str
-
-
-class MirroredRun(Record):
-    """run.json. `files` are those that do not change while an attempt runs, by their names in the mirror."""
-
-    format_version: int = 1
-    run_name: Name
-    owner: Owner
-    files: dict[str, FileEntry] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -336,45 +313,6 @@ def require_usable(plan: LaunchPlan) -> None:
             remedy="choose another run.name or another train.mirror; or continue that run with: "
             f"python -m launcher resume {remote.url}",
         )
-
-
-def read_run(remote: Remote) -> MirroredRun | None:
-    """What run.json says; None where there is none.
-
-    Raises:
-        CheckpointError: where it cannot be understood.
-    """
-    content = remote.read(RUN)
-    if content is None:
-        return None
-    try:
-        return MirroredRun.model_validate_json(content)
-    except ValidationError as error:
-        what = "the mirror's run.json is damaged, or of a launcher that this one does not read"
-        raise CheckpointError(what, where=f"{remote.url}/{RUN}", value=str(error).splitlines()[0]) from None
-
-
-def complete_checkpoints(remote: Remote) -> dict[int, Manifest]:
-    """The manifests of the checkpoints that are complete in the mirror of a run, by ascending step."""
-    found = {}
-    for name in remote.names(CHECKPOINTS):
-        step = step_of(name)
-        content = remote.read(f"{CHECKPOINTS}/{name}/{MANIFEST}") if step is not None else None
-        if step is None or content is None:
-            continue
-        try:
-            manifest = Manifest.model_validate_json(content)
-        except ValidationError:
-            continue
-        if manifest.step == step and manifest.format_version == FORMAT_VERSION:
-            found[step] = manifest
-    return dict(sorted(found.items()))
-
-
-def step_of(name: str) -> int | None:
-    """The step of a checkpoint's folder; None for another name."""
-    found = _STEP.fullmatch(name)
-    return int(found[1]) if found else None
 
 
 def code_archive(folder: Path) -> bytes:

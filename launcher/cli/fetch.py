@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from launcher import run_store
 from launcher.checkpoint import fetch
-from launcher.checkpoint.mirror import MirroredRun, complete_checkpoints, read_run
+from launcher.checkpoint.mirrored import MirroredRun, complete_checkpoints, read_run
 from launcher.checkpoint.remote import Remote, unreachable
 from launcher.cli import text
 from launcher.cli.launch import prepare

@@ -11,7 +11,8 @@ import pytest
 from mirror_tools import S3, commit, hooked, make_bucket, make_run, running_s3, tree
 
 from launcher.checkpoint import fetch, remote, store
-from launcher.checkpoint.mirror import Mirror, MirroredRun, complete_checkpoints, read_run
+from launcher.checkpoint.mirror import Mirror
+from launcher.checkpoint.mirrored import MirroredRun, complete_checkpoints, read_run
 from launcher.checkpoint.remote import Remote
 from launcher.errors import CheckpointError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan

@@ -13,7 +13,8 @@ from mirror_tools import FaultyFileSystem, commit, finished_files, hooked, make_
 
 from launcher import run_store
 from launcher.checkpoint import durable, remote, store
-from launcher.checkpoint.mirror import CheckpointGone, Mirror, MirrorTaken, complete_checkpoints, read_run, require_usable
+from launcher.checkpoint.mirror import CheckpointGone, Mirror, MirrorTaken, require_usable
+from launcher.checkpoint.mirrored import complete_checkpoints, read_run
 from launcher.checkpoint.remote import Remote
 from launcher.errors import CheckpointError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
