@@ -35,7 +35,7 @@ from launcher.checkpoint.mirrored import CHECKPOINTS, RUN, MirroredRun, Owner, c
 from launcher.checkpoint.remote import Remote, probe, unreachable
 from launcher.checkpoint.retention import Retention, outdated
 from launcher.checkpoint.store import Checkpoint
-from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError
+from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
@@ -174,10 +174,10 @@ class Mirror:
         damaged here, too: it goes only where the run has gone back.
         """
         root = self._run.checkpoints
-        here = {c.step for c in store.list_checkpoints(root)}
-        if not (sent := here & self._complete.keys()):
+        if not (sent := {c.step for c in store.list_checkpoints(root)} & self._complete.keys()):
             return []
         newest = max(sent)
+        here = {step for path in root.iterdir() if (step := step_of(path.name)) is not None}
         abandoned = self._abandoned(newest) - here
         going_on = [
             Checkpoint(root / store.step_name(step), manifest)
@@ -185,7 +185,7 @@ class Mirror:
             if step <= newest and step not in abandoned
         ]
         dropped = {c.step for c in outdated(going_on, Retention.of(self._plan.config.train))}
-        needed = here | (store.unusable(root).keys() - abandoned) | ({c.step for c in going_on} - dropped)
+        needed = here | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):
             step = step_of(name)
@@ -339,6 +339,9 @@ def _is_there(checkpoint: Checkpoint) -> bool:
     """True while the checkpoint that is sent still has its place here; a later one of the same step does not count."""
     try:
         return store.read_manifest(checkpoint.path) == checkpoint.manifest
+    except UnreadableCheckpoint:
+        # Nobody can tell now; the next file of it will.
+        return True
     except CheckpointError:
         return False
 

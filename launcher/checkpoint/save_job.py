@@ -166,9 +166,9 @@ class SaveJob:
         durable.passing("committed")
         try:
             self.place.prune(committed)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             # What is committed stays committed.
-            self.not_pruned = f"{error.strerror}: {error.filename}"
+            self.not_pruned = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error.problems[0].what)
 
     def _notes(self) -> list[Note]:
         notes: dict[int, Note] = {}

@@ -129,7 +129,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def list_checkpoints(root: Path) -> list[Checkpoint]:
-    """The committed checkpoints under `root`, by ascending step."""
+    """The committed checkpoints under `root`, by ascending step.
+
+    Raises:
+        UnreadableCheckpoint: when storage does not tell now what lies there.
+    """
     found: dict[int, Checkpoint] = {}
     for path in sorted(_step_directories(root)):  # a replaced directory sorts before the one that took its name
         try:
@@ -331,9 +335,12 @@ def _is_committed(path: Path) -> bool:
 
 
 def _step_directories(root: Path) -> list[Path]:
-    if not root.is_dir():
+    try:
+        return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(durable.REPLACED))]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(durable.REPLACED))]
+    except OSError as error:
+        raise unreadable(root, error) from error
 
 
 def _none_usable(what: str, root: Path) -> CheckpointError:

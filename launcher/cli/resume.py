@@ -145,11 +145,12 @@ def _counts(data: DataFacts | None) -> dict[str, Any]:
 
 
 def _model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
-    """The model's facts, with its folders made again where the cache that held them is gone."""
+    """The model's facts, with its folders made again where the cache that held them is gone or they never were fetched."""
     model = plan.model
-    if all(Path(folder).is_dir() for folder in (model.path, model.tokenizer_path) if folder):
+    wanted = [model.tokenizer_path, model.path] if config.model.path else [model.tokenizer_path]
+    if all(folder is not None and Path(folder).is_dir() for folder in wanted):
         return model
-    print("the model or its tokenizer is no longer where the plan says; it is fetched again", flush=True)
+    print("the model or its tokenizer is not where the plan says; it is fetched", flush=True)
     prepare(config, want_report=False)
     weights = facts.locate(config.model.path, config.model).folder if config.model.path else None
     tokenizer = facts.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights

@@ -19,7 +19,7 @@ from launcher.cli.launch import worker_environment
 from launcher.cli.resume import start_again
 from launcher.clusters.base import cluster_for
 from launcher.config.fields import HUB_ID_PATTERN
-from launcher.errors import RunError, SubmitError
+from launcher.errors import LauncherError, SubmitError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
 from launcher.tracking.console import format_duration
@@ -104,7 +104,7 @@ def _ls(arguments: argparse.Namespace) -> int:
     for found in run_store.runs(Path(arguments.root)):
         try:
             summaries.append(_summary(found))
-        except RunError as error:
+        except LauncherError as error:
             unreadable.append(f"{found.root.name}: {error.problems[0].what}")
     if arguments.json:
         print(json.dumps(summaries, indent=2))

@@ -56,6 +56,7 @@ def test_a_disk_without_room_for_all_that_are_kept_is_noted(launch: Run, disk: C
 
 def test_a_run_is_not_resumed_where_the_next_save_would_fail(launch: Run, disk: Callable[[str], Path], tmp_path: Path) -> None:
     """Its checkpoints lie on a disk of their own, which is nearly full."""
+    assert launch("data", *SETTINGS).returncode == 0  # what `train` prepares before it plans
     plan = LaunchPlan.model_validate_json(launch("plan", "--json", *SETTINGS, f"run.root={tmp_path}").stdout)
     run = run_store.create(plan)
     run_store.update_status(run, state="failed")
