@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from plan_fixtures import config_of, facts_for
 from pydantic import ValidationError
 
 from launcher import facts, run_store, warm_start
@@ -19,10 +19,6 @@ from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from plan_fixtures import config_of, facts_for
 
 __all__ = ["config_of"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -280,6 +282,7 @@ def background(kind: str, folder: Path) -> None:
     report(folder, "behind", {"losses": losses, "seconds": first.seconds, "stall_s": stall_s, "failures": failures})
     saver.save(4, {"seen": 4})
     committed(saver)
+    unremovable(engine, folder)
     poison(engine)
     saver.save(5, {})
     report(folder, "behind-poisoned", failing(lambda: committed(saver)))
@@ -287,6 +290,18 @@ def background(kind: str, folder: Path) -> None:
 
 
 passing = durable.passing
+
+
+def unremovable(engine, folder: Path) -> None:
+    """A checkpoint is committed and those before it cannot be removed."""
+    saver = saver_of(engine, folder / "unremovable", background=True)
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / "older"))
+
+    saver._place = replace(saver._place, prune=refuse)
+    saver.save(4, {"seen": 4})
+    report(folder, "unremovable", committed(saver).not_pruned)
 
 
 def slow_writes(saver: Saver) -> None:

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
 DEADLINE_S = 150

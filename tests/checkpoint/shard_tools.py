@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hand_made
 from safetensors.torch import load_file
 
 from launcher.checkpoint import store, tensor_file
 from launcher.checkpoint.tensor_file import TensorFile, as_bytes, weight_digest
-from launcher.config.schema import RunConfig
-from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
+from launcher.plan.launch_plan import LaunchPlan
 
 
 def llama_config(kind: str) -> dict[str, Any]:
@@ -80,48 +80,12 @@ def flip_bit(checkpoint: Path, rank: int, key: str, bit: int) -> None:
 def plan_of(run_dir: Path, **parts: Any) -> LaunchPlan:
     """A plan for the bf16 model; `parts` replace its own."""
     llama = llama_config("bf16")
-    plan = LaunchPlan(
-        run_name="tiny",
-        run_dir=str(run_dir),
-        wandb_id="w",
-        config=RunConfig.model_validate(
-            {
-                "model": {"init": "random", "config": llama, "tokenizer": "owner/name"},
-                "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
-                "train": {"max_steps": 4},
-            }
-        ),
-        topology=Topology(nodes=1, ranks_per_node=2, world_size=2, device="cpu", backend="gloo"),
-        batch=Batch(
-            global_batch_size=4,
-            micro_batch_size=2,
-            accumulation=1,
-            max_tokens_per_step=64,
-            tokens_per_step=64,
-            max_steps=4,
-            epochs=None,
-        ),
-        deepspeed={},
-        memory=Memory(weights_gib=0, gradients_gib=0, optimizer_gib=0, per_rank_gib=0, host_per_node_gib=0, device_gib=None),
-        checkpoint_bytes=0,
-        saving=Saving(background=False, host_gib_per_node=0),
-        limits=Limits(max_seconds=None),
-        model=ModelFacts(
-            path=None,
-            tokenizer_path=None,
-            num_params=1,
-            num_params_exact=True,
-            hidden_size=27,
-            num_layers=2,
-            num_heads=3,
-            num_kv_heads=3,
-            head_dim=8,
-            intermediate_size=41,
-            vocab_size=511,
-            tie_word_embeddings=True,
-            config=llama,
-        ),
-        data=None,
-        provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3", packages={}),
-    )
-    return plan.model_copy(update=parts)
+    settings = {
+        "model": {"init": "random", "config": llama, "tokenizer": "owner/name"},
+        "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
+        "train": {"max_steps": 4},
+    }
+    names = ("hidden_size", "head_dim", "intermediate_size", "vocab_size")
+    heads = {"num_layers": 2, "num_heads": 3, "num_kv_heads": 3}
+    model = {**heads, **{name: llama[name] for name in names}, "config": llama}
+    return hand_made.plan(run_dir, settings, model, **parts)

@@ -58,6 +58,13 @@ def test_a_write_that_fails_in_the_background_is_told_on_all_ranks_and_leaves_no
     assert sorted(path.name for path in (runs.folder / kind / "behind").iterdir()) == ["step-00000002", "step-00000004"]
 
 
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_what_cannot_be_removed_leaves_the_commit_as_it_is(runs, kind):
+    assert runs.report(kind, "unremovable", 0) == f"Permission denied: {runs.folder / kind / 'older'}"
+    assert runs.report(kind, "unremovable", 1) == ""
+    assert store.verify(store.at_step(runs.folder / kind / "unremovable", 4).path) == []
+
+
 def test_weights_that_are_no_numbers_are_never_committed(runs):
     for rank in range(2):
         (failure,) = runs.report("bf16", "behind-poisoned", rank)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plan_fixtures import config_of, golden, slurm_plan
+from sandbox import sandbox
 from testbed_cluster import Testbed
 
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from plan_fixtures import config_of, golden, slurm_plan
-from sandbox import sandbox
 
 __all__ = ["config_of", "golden", "sandbox", "slurm_plan"]
 

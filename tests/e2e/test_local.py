@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from e2e_tools import TINY, agent_of, last_step, losses, metrics, processes_of, ranks_of, status, wait_for
 
-from launcher.run_store import RUNNING_STATES
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES, Attempt
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -75,6 +77,20 @@ def test_a_killed_rank_is_named_and_the_resumed_run_equals_the_undisturbed(
     assert "continuing" in done.stdout
     assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
     assert status(run)["attempt"] == 2
+
+
+@pytest.mark.slow
+def test_an_attempt_that_another_has_followed_ends_and_is_not_restarted(start: Callable, runs: Path) -> None:
+    run = runs / "followed"
+    with start(*SETTINGS, "cluster.max_restarts=2", f"run.root={runs}", "run.name=followed") as process:
+        wait_for("step 3", lambda: last_step(run) >= 3)
+        run_store.next_attempt(RunDir(run), Attempt(resume_step=None))
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 1, output
+    assert "attempt 1 was given up while it still ran: attempt 2 has taken over" in output
+    assert last_step(run) < STEPS
+    assert {path.name for path in (run / "attempts/001/elastic").rglob("attempt_*")} == {"attempt_0"}, "started once"
+    assert not processes_of(run)
 
 
 @pytest.mark.slow

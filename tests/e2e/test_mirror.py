@@ -6,15 +6,11 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, agent_of, last_step, losses, processes_of, ranks_of, status, wait_for
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-
 from mirror_tools import S3, make_bucket, running_s3
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]

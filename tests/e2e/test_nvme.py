@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, losses, status
+from e2e_tools import TINY, last_step, losses, ranks_of, status, wait_for
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_run_on_nvme_is_saved_resumed_and_exported(launch: Launch, runs: Path, tmp_path: Path, extensions: None) -> None:
+def test_a_run_on_nvme_is_saved_resumed_and_exported(
+    launch: Launch, start: Callable, runs: Path, tmp_path: Path, extensions: None
+) -> None:
     disk = tmp_path / "disk"
     settings = (*TINY, "deepspeed=zero3_nvme", f"deepspeed.nvme_path={disk}", "train.save_every=2", f"run.root={runs}")
     refused = launch(*settings, "run.name=early", "train.max_steps=2")
@@ -42,3 +45,12 @@ def test_a_run_on_nvme_is_saved_resumed_and_exported(launch: Launch, runs: Path,
         log = (runs / "halves/attempts" / attempt / "rank-00001.log").read_text()
         assert "Offloading to NVMe" in log, "DeepSpeed says so at its first write; tensors of less than 1 MiB stay in memory"
     assert list(disk.iterdir()) == [], "a run leaves nothing on the disk"
+
+    run = runs / "killed"
+    with start(*settings, constant, "run.name=killed", "train.max_steps=400", "train.export=false") as process:
+        wait_for("step 1", lambda: last_step(run) >= 1)
+        assert list(disk.iterdir()) != []
+        ranks_of(run)[1].send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert list(disk.iterdir()) == [], "nor does one that fails"

@@ -1,16 +1,11 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
+from plan_fixtures import config_of, golden, plan_of
 
 from launcher.config.compose import conf_dir
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from plan_fixtures import config_of, golden, plan_of
 
 __all__ = ["config_of", "golden", "plan_of"]
 

@@ -17,9 +17,6 @@ from typing import Any
 
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoint"))
-
 from mirror_tools import commit, make_run, tree
 
 from launcher import run_store

@@ -1,0 +1,52 @@
+"""A whole plan made by hand, for tests of what reads a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from launcher.config.schema import RunConfig
+from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
+
+
+def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None = None, **parts: Any) -> LaunchPlan:
+    """The plan of a run of two CPU ranks in `run_dir`; `model` replaces numbers of the model, `parts` whole parts."""
+    numbers = {
+        "hidden_size": 1,
+        "num_layers": 1,
+        "num_heads": 1,
+        "num_kv_heads": 1,
+        "head_dim": 1,
+        "intermediate_size": 1,
+        "vocab_size": 1,
+        "tie_word_embeddings": True,
+        "config": {"pad_token_id": 0},
+        **(model or {}),
+    }
+    made = LaunchPlan(
+        run_name="demo-run",
+        run_dir=str(run_dir),
+        wandb_id="abcd1234",
+        config=RunConfig.model_validate(settings),
+        topology=Topology(nodes=1, ranks_per_node=2, world_size=2, device="cpu", backend="gloo"),
+        batch=Batch(
+            global_batch_size=8,
+            micro_batch_size=2,
+            accumulation=2,
+            max_tokens_per_step=2048,
+            tokens_per_step=2000,
+            max_steps=40,
+            epochs=None,
+        ),
+        deepspeed={"zero_optimization": {"stage": 3}},
+        memory=Memory(
+            weights_gib=0.3, gradients_gib=0.3, optimizer_gib=1.5, per_rank_gib=1.0, host_per_node_gib=0.0, device_gib=None
+        ),
+        checkpoint_bytes=10,
+        saving=Saving(background=False, host_gib_per_node=0.0),
+        limits=Limits(max_seconds=None),
+        model=ModelFacts(path=None, tokenizer_path=None, num_params=1, num_params_exact=True, **numbers),
+        data=None,
+        provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
+    )
+    return made.model_copy(update=parts)
