@@ -26,10 +26,10 @@ from launcher.cli.drill_report import Hit, Records, Step
 from launcher.cli.resume import start_again
 from launcher.clusters.base import Cluster, check_startable, cluster_for
 from launcher.clusters.slurm.commands import slurm
-from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import differences, table, with_overrides
 from launcher.config.schema import RunConfig
+from launcher.config.slurm import SlurmSection
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan

@@ -14,9 +14,9 @@ from launcher import facts, run_store
 from launcher.cli import text
 from launcher.cli.follow import follow
 from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
-from launcher.config.cluster import SlurmSection
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
+from launcher.config.slurm import SlurmSection
 from launcher.errors import DataError, Problem, RunError, SubmitError
 from launcher.holder import holder_of
 from launcher.plan.launch_plan import Facts, LaunchPlan

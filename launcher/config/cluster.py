@@ -1,127 +1,13 @@
-"""Where a run runs: what every backend knows, and what each kind adds.
-
-Slurm's settings carry Slurm's own names. Every text among them has a pattern, because it becomes part of a batch
-script: what could end a line, a word or a quotation is refused here.
-"""
+"""Where a run runs: what every backend knows, and what is shared by those that run it again by themselves."""
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field
 
 from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Section, matching
 
-# sbatch's options that the launcher sets itself, from settings of their own or from the plan.
-OWN_SBATCH_PARAMETERS = re.split(
-    r"\s+",
-    "account array chdir comment constraint cpus-per-task dependency error exclude exclusive export export-file get-user-env "
-    "gid gpus gpus-per-node gres input job-name mem no-requeue nodelist nodes ntasks ntasks-per-node open-mode output parsable "
-    "partition qos requeue reservation signal test-only time uid wait wrap",
-)
-
-_WORD = r"[A-Za-z0-9][\w.@+-]*"
-_MODULE = r"[A-Za-z0-9][\w.+/-]*"
-_PATH = r"/[\w.+@/-]*"
-# A shell takes none of these for a command.
-_RESERVED_WORD = "case|coproc|do|done|elif|else|esac|fi|for|function|if|select|then|until|while"
-# Values are taken word for word, so that PATH would lose the folders of Slurm's commands. The others belong to bash, Slurm,
-# submitit and the launcher. LD_PRELOAD, BASH_ENV and the like are a user's own affair, whose commands run here anyway.
-_RESERVED_VARIABLE = (
-    r"PATH|(SLURM|SLURMD|SBATCH|SUBMITIT)_\w*|LAUNCHER_ATTEMPT|PYTHONSAFEPATH|PYTHONUNBUFFERED|E?UID|PPID|BASHOPTS|SHELLOPTS"
-    "|BASH_VERSINFO"
-)
-
-
-def _no_number(value: Any) -> Any:
-    if isinstance(value, int):
-        raise ValueError(
-            "is a number, as which YAML reads 24:00:00 as well; write D-HH:MM:SS, or HH:MM:SS within quotes in a file"
-        )
-    return value
-
-
-def _number_as_text(value: Any) -> Any:
-    """What YAML has read as a number, as it was written."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-Id = Annotated[str, matching(_WORD, "is not a name that Slurm knows; use letters, digits and . _ @ + -")]
-Partitions = Annotated[
-    str, matching(rf"{_WORD}(,{_WORD})*", "is not a partition; write one name, or several with commas between")
-]
-Duration = Annotated[
-    str,
-    BeforeValidator(_no_number),
-    matching(
-        r"\d+(:\d\d){0,2}|\d+-\d\d?(:\d\d){0,2}",
-        "is not a time that Slurm reads; write minutes, HH:MM:SS or D-HH:MM:SS, such as 2-00:00:00",
-    ),
-]
-MemorySize = Annotated[
-    str,
-    BeforeValidator(_number_as_text),
-    matching(r"\d+[KMGT]?B?", "is not a size; write a number and K, M, G or T, such as 900G; 0 is all"),
-]
-Gres = Annotated[
-    str,
-    matching(rf"{_WORD}(:{_WORD})?(:\d+)?(,{_WORD}(:{_WORD})?(:\d+)?)*", "is not a gres; write it as in gpu:8 or gpu:h100:8"),
-]
-Constraint = Annotated[
-    str, matching(r"[\w.&|*,@\[\]()-]+", "is not a constraint; join features with & or |, such as h100&ib, without blanks")
-]
-Hosts = Annotated[str, matching(r"[A-Za-z0-9][\w.,\[\]-]*", "is not a list of hosts; write it as in node01,node[07-09]")]
-Comment = Annotated[
-    str, matching(r"[\w .,:=+@/-]{1,200}", "is not a plain comment; use letters, digits, blanks and . , : = + @ / -")
-]
-Dependency = Annotated[
-    str,
-    matching(
-        r"(singleton|after(any|ok|notok|corr)?(:\d+(\+\d+)?)+)([,?](singleton|after(any|ok|notok|corr)?(:\d+(\+\d+)?)+))*",
-        "is not a dependency; write it as in afterok:1234 or singleton",
-    ),
-]
-Image = Annotated[str, matching(r"[A-Za-z0-9/][\w.:@#+/-]*", "is not an image; write a path or owner/name:tag")]
-Mount = Annotated[
-    str, matching(rf"{_PATH}:{_PATH}(:[a-z,]+)?", "is not a mount; write /path/on/the/node:/path/inside, or with :ro at the end")
-]
-Module = Annotated[str, matching(_MODULE, "is not a module; write it as in cuda/12.8")]
-Command = Annotated[
-    str,
-    matching(
-        rf"(?!({_RESERVED_WORD})( |$))[A-Za-z0-9_./][\w .,:=+@%/-]*",
-        "is more than one plain command; put pipes, variables and the like into a script and write: source /path/of/the/script",
-    ),
-]
-SrunArgument = Annotated[
-    str, matching(r"--[a-z][a-z0-9-]*(=[\w.,:/@%+=\[\]-]*)?", "is not an option of srun; write it as in --mpi=none, one each")
-]
-ParameterName = Annotated[str, matching(r"[a-z][a-z0-9-]*", "is not an option of sbatch; write it without dashes in front")]
-ParameterValue = Annotated[
-    str,
-    BeforeValidator(_number_as_text),
-    matching(
-        r"[\w.,:/@%+=\[\]-]*", "holds characters that sbatch's options never need; use letters, digits and . , : / @ % + = [ ] -"
-    ),
-]
-VariableName = Annotated[
-    str,
-    matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
-    matching(
-        rf"(?!({_RESERVED_VARIABLE})$).*",
-        "is a variable that Slurm, bash or the launcher set themselves; take it out, or set it in a script and write: "
-        "cluster.setup=[source /path/of/the/script]",
-    ),
-]
-VariableValue = Annotated[
-    str,
-    BeforeValidator(_number_as_text),
-    matching(
-        r"[\w .,:=+@%/^-]*",
-        "holds characters that are not let into a batch script; put it into a script: cluster.setup=[source /path/of/the/script]",
-    ),
-]
 Interface = Annotated[str, matching(r"[A-Za-z0-9][\w.-]{0,14}", "is not a network interface; write it as in ib0")]
 
 
@@ -148,6 +34,11 @@ class ClusterSection(Section):
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds a stopped run may take to save before it is killed.")
 
+    @property
+    def num_workers(self) -> int | None:
+        """Ranks in all, where they are not counted by nodes."""
+        return None
+
 
 class LocalSection(ClusterSection):
     """This machine."""
@@ -155,54 +46,13 @@ class LocalSection(ClusterSection):
     kind: Literal["local"] = Field("local", description="The backend that starts the workers.")
 
 
-class SlurmSection(ClusterSection):
-    """A Slurm cluster; names are sbatch's own, and what is unset is left to the site's defaults."""
+class ManagedSection(ClusterSection):
+    """Nodes that come and go: how they are checked, and how often a run continues by itself after what befalls them."""
 
-    kind: Literal["slurm"] = Field("slurm", description="The backend that starts the workers.")
-    account: Id | None = Field(None, description="Account that is charged.")
-    partition: Partitions | None = Field(None, description="Partition, or several with commas between.")
-    qos: Id | None = Field(None, description="Quality of service.")
-    time: Duration = Field("1-00:00:00", description="Time limit of one job; a run that needs longer continues in the next.")
-    gpus_per_node: Count | None = Field(
-        None, description="GPUs on each node. Unset: all that a node of the partition has; 0 trains on CPUs."
-    )
-    gres: Gres | None = Field(None, description="Generic resources, where the site wants gpu:8 instead of gpus_per_node.")
-    cpus_per_task: PositiveInt | None = Field(None, description="CPUs for the ranks of one node. Unset: see exclusive.")
-    mem: MemorySize | None = Field(None, description="Main memory of each node; 0 is all.")
-    constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
-    exclude: Hosts | None = Field(None, description="Nodes that are not to be used.")
-    nodelist: Hosts | None = Field(None, description="Nodes that must be used.")
-    exclusive: Flag = Field(True, description="Whole nodes, shared with no other job.")
-    reservation: Id | None = Field(None, description="Reservation to run in.")
-    comment: Comment | None = Field(None, description="Comment that is kept with the job.")
-    dependency: Dependency | None = Field(None, description="Jobs to wait for.")
-    requeue: Flag = Field(True, description="Let Slurm run the job again after a lost node or a preemption.")
-    signal_lead_seconds: PositiveInt = Field(
-        120, description="Seconds before the time limit at which the run saves; a checkpoint must fit into them."
-    )
-    modules: tuple[Module, ...] = Field((), description="Environment modules to load, in this order.")
-    setup: tuple[Command, ...] = Field(
-        (), description="Commands before the launcher starts, one plain command each, without variables, pipes or quotations."
-    )
-    env: dict[VariableName, VariableValue] = Field(
-        default_factory=dict, description="Environment variables of the job, such as NCCL_IB_HCA. Never secrets."
-    )
-    container_image: Image | None = Field(None, description="Container that the ranks run in. Unset: none.")
-    container_runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="What starts the container.")
-    container_mounts: tuple[Mount, ...] = Field(
-        (), description="Folders to mount; the run directory, the caches and a local model are mounted as they are."
-    )
-    container_python: Image = Field("python3", description="Python inside the container; it must hold this launcher.")
     interface: Interface | None = Field(
         None, description="Network interface between nodes. Unset: the one that routes to the other nodes, never loopback."
     )
-    srun_args: tuple[SrunArgument, ...] = Field((), description="More options for srun.")
-    additional_parameters: dict[ParameterName, ParameterValue] = Field(
-        default_factory=dict,
-        description="More options for sbatch, such as {switches: 1}; those that take no value have '' for one.",
-    )
     node_checks: Flag = Field(True, description="Check every node of the allocation before the model is loaded.")
-    exclude_bad_nodes: Flag = Field(False, description="After a node failed its checks, run the job again without it.")
     max_preemptions: Count | None = Field(None, description="Preemptions that a run survives by itself. Unset: any number.")
     max_infrastructure_failures: Count = Field(
         10,
@@ -221,49 +71,16 @@ class SlurmSection(ClusterSection):
             "those that the machines ended do not count."
         ),
     )
-    dry_run: Flag = Field(False, description="Print the batch script and submit nothing.")
+
+    # What lets a run go on that a bad node has ended.
+    bad_node_remedy: ClassVar[str] = "mend the node or take it out of the cluster"
 
     @property
-    def time_minutes(self) -> int:
-        """The time limit in whole minutes, rounded up, as Slurm counts it."""
-        return minutes(self.time)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SlurmSection:
-        if self.gpus_per_node and asks_for_gpus(self.gres):
-            raise ValueError("cluster.gpus_per_node and cluster.gres both ask for GPUs; set one of them")
-        if self.time_minutes * 60 <= self.signal_lead_seconds:
-            raise ValueError(
-                "cluster.signal_lead_seconds leaves no time to train within cluster.time; lower the one or raise the other"
-            )
-        own = [key for key in self.additional_parameters if key in OWN_SBATCH_PARAMETERS]
-        if own:
-            raise ValueError(
-                f"cluster.additional_parameters must not set {', '.join(own)}; the launcher sets it itself, from a setting"
-            )
-        return self
-
-
-AnyCluster = Annotated[LocalSection | SlurmSection, Field(discriminator="kind")]
-
-
-def asks_for_gpus(gres: str | None) -> bool:
-    return gres is not None and re.search(r"(^|,)gpu(:|,|$)", gres) is not None
+    def leaves_out_bad_nodes(self) -> bool:
+        """True where a node that failed its checks is not used again."""
+        return False
 
 
 def choose_kind(value: Any) -> Any:
     """A section without a kind is this machine."""
     return {"kind": "local", **value} if isinstance(value, dict) else value
-
-
-def minutes(time: str) -> int:
-    """Slurm's `M`, `M:SS`, `H:MM:SS`, `D-H`, `D-H:MM` and `D-H:MM:SS` in minutes, seconds rounded up."""
-    days, dash, rest = time.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if dash:
-        hours, mins, seconds = [*parts, 0, 0][:3]
-    elif len(parts) == 3:
-        hours, mins, seconds = parts
-    else:
-        hours, mins, seconds = 0, parts[0], parts[1] if len(parts) == 2 else 0
-    return (int(days or 0) * 24 + hours) * 60 + mins + (seconds + 59) // 60

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from launcher.config.cluster import AnyCluster, LocalSection, choose_kind
+from launcher.config.cluster import LocalSection, choose_kind
 from launcher.config.fields import (
     HUB_ID_PATTERN,
     NAME_PATTERN,
@@ -26,8 +26,11 @@ from launcher.config.fields import (
     Text,
     Url,
 )
+from launcher.config.ray import RaySection
+from launcher.config.slurm import SlurmSection
 
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
+AnyCluster = Annotated[LocalSection | SlurmSection | RaySection, Field(discriminator="kind")]
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 RUN_PREFIX = "run:"
 RUN_PATTERN = re.compile(rf"{RUN_PREFIX}(?P<run>{NAME_PATTERN.pattern}|(?:/|\./|\.\./|~).*?)(?:@(?P<step>[0-9]+))?")

@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.config.cluster import SlurmSection
+from launcher.config.ray import RaySection
 from launcher.config.schema import RunConfig
+from launcher.config.slurm import SlurmSection
 
 SCHEMA_VERSION = 1
 
@@ -179,6 +180,13 @@ class LaunchPlan(Record):
         """The settings of the cluster, for what runs on Slurm alone."""
         section = self.config.cluster
         assert isinstance(section, SlurmSection)
+        return section
+
+    @property
+    def ray(self) -> RaySection:
+        """The settings of the cluster, for what runs on Ray alone."""
+        section = self.config.cluster
+        assert isinstance(section, RaySection)
         return section
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from launcher.config.schema import RunConfig
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
 from launcher.plan import batch, deepspeed, memory
 from launcher.plan.gpus import GPUS, lookup
-from launcher.plan.launch_plan import Facts, LaunchPlan, Limits, Topology
+from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.run_dir import default_name
 
 CPU_RANKS = 2
@@ -31,33 +32,18 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    states = memory.estimate(
-        facts.model.num_params, config.model.dtype, split.accumulation, config.deepspeed, topology, _device_gib(config, facts)
-    )
     run_name = config.run.name or default_name(config, facts.provenance.created_at)
     run_dir = Path(facts.working_dir) / _at_home(config.run.root, facts.home_dir) / run_name
+    # Another machine than the one that the plan is for says nothing.
+    host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
+    nvme_folder = _nvme_folder(config, run_name, run_dir)
     return LaunchPlan(
         run_name=run_name,
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
-        topology=topology,
-        batch=split,
-        deepspeed=deepspeed.render(
-            config.deepspeed, config.model, config.train, split, topology, facts.model, _nvme_folder(config, run_name, run_dir)
-        ),
-        memory=states,
+        **_of_ranks(config, facts.model, topology, split, nvme_folder, _device_gib(config, facts), host_memory_gib),
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params),
-        saving=memory.saving(
-            facts.model.num_params,
-            config.train.async_save,
-            config.deepspeed,
-            states,
-            topology,
-            # Another machine than the one that the plan is for says nothing.
-            facts.device.host_memory_gib if facts.device.kind == topology.device else None,
-        ),
-        limits=Limits(max_seconds=_max_seconds(config, topology.world_size)),
         model=facts.model,
         data=facts.data,
         provenance=facts.provenance,
@@ -65,14 +51,55 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     )
 
 
+def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> LaunchPlan:
+    """The plan of the same run on another number of ranks: the same rows in each step, split in another way. Pure.
+
+    Raises:
+        ConfigError: where the global batch does not divide over them.
+    """
+    config, nodes = planned.config, -(-world_size // ranks_per_node)
+    sizes = {"nodes": nodes, "ranks_per_node": ranks_per_node, "world_size": world_size}
+    topology = planned.topology.model_copy(update=sizes)
+    split = batch.split(config.train, config.data, world_size, topology.device, planned.data)
+    nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
+    parts = _of_ranks(config, planned.model, topology, split, nvme_folder, planned.memory.device_gib, None)
+    if not planned.saving.background:
+        parts["saving"] = planned.saving
+    return planned.model_copy(update=parts)
+
+
+def _of_ranks(
+    config: RunConfig,
+    model: ModelFacts,
+    topology: Topology,
+    split: Batch,
+    nvme_folder: str | None,
+    device_gib: float | None,
+    host_memory_gib: float | None,
+) -> dict[str, Any]:
+    """What of a plan depends on the number of ranks."""
+    states = memory.estimate(model.num_params, config.model.dtype, split.accumulation, config.deepspeed, topology, device_gib)
+    saving = memory.saving(model.num_params, config.train.async_save, config.deepspeed, states, topology, host_memory_gib)
+    return {
+        "topology": topology,
+        "batch": split,
+        "deepspeed": deepspeed.render(config.deepspeed, config.model, config.train, split, topology, model, nvme_folder),
+        "memory": states,
+        "saving": saving,
+        "limits": Limits(max_seconds=_max_seconds(config, topology.world_size)),
+    }
+
+
 def _topology(config: RunConfig, facts: Facts) -> Topology:
     cluster, here = config.cluster, facts.device
     on_gpu = cluster.gpu_type is not None or here.kind == "cuda"
     ranks = cluster.ranks_per_node or (here.count if here.kind == "cuda" else CPU_RANKS)
+    world_size = cluster.num_workers or cluster.nodes * ranks
+    ranks = min(ranks, world_size)
     return Topology(
-        nodes=cluster.nodes,
+        nodes=-(-world_size // ranks),
         ranks_per_node=ranks,
-        world_size=cluster.nodes * ranks,
+        world_size=world_size,
         device="cuda" if on_gpu else "cpu",
         backend="nccl" if on_gpu else "gloo",
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from launcher.config.cluster import SlurmSection
+from launcher.config.cluster import ManagedSection
 
 
 class Cause(StrEnum):
@@ -54,7 +54,7 @@ _FAILED_MACHINES = (Cause.INFRASTRUCTURE, Cause.BAD_NODE)
 _OF_THE_MACHINES = (Cause.PREEMPTED, *_FAILED_MACHINES)
 
 
-def decide(ended: Ended, history: Sequence[Ended], budgets: SlurmSection) -> Decision:
+def decide(ended: Ended, history: Sequence[Ended], budgets: ManagedSection) -> Decision:
     """Decide what follows `ended`; `history` holds the attempts before it, oldest first.
 
     A run of its own accord continues after preemptions, time limits and failures of the machines as long as each kind
@@ -70,16 +70,15 @@ def decide(ended: Ended, history: Sequence[Ended], budgets: SlurmSection) -> Dec
         return Decision(False, "failed", "; ".join(filter(None, (ended.message, stopped))))
     # A check may fail for a moment, and a run that has begun is not lost to that; nor is it tried for ever.
     seldom = bool(history) and history[-1].cause is not Cause.BAD_NODE
-    if ended.cause is Cause.BAD_NODE and not budgets.exclude_bad_nodes and not seldom:
-        remedy = "set cluster.exclude_bad_nodes=true to go on without it, or name it in cluster.exclude"
-        return Decision(False, "failed", f"{ended.message}; {remedy}")
+    if ended.cause is Cause.BAD_NODE and not budgets.leaves_out_bad_nodes and not seldom:
+        return Decision(False, "failed", f"{ended.message}; {budgets.bad_node_remedy}")
     exclude = (
-        tuple(dict.fromkeys(node for attempt in attempts for node in attempt.bad_nodes)) if budgets.exclude_bad_nodes else ()
+        tuple(dict.fromkeys(node for attempt in attempts for node in attempt.bad_nodes)) if budgets.leaves_out_bad_nodes else ()
     )
     return Decision(True, "pending", ended.message, exclude)
 
 
-def _spent(attempts: Sequence[Ended], budgets: SlurmSection) -> str:
+def _spent(attempts: Sequence[Ended], budgets: ManagedSection) -> str:
     """The budget that the last attempt overdrew, in words; empty where none is.
 
     What ends a run that moves on is counted anew from the last attempt that left a newer checkpoint; that attempt's own

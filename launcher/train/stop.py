@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from launcher.config.cluster import ClusterSection, SlurmSection
+from launcher.config.cluster import ClusterSection
+from launcher.config.slurm import SlurmSection
 
 # How ranks tell each other why to stop; several at once: the first of these counts.
 STOP_REASONS = ("cancelled", "preempted", "limit")

@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 from sandbox import Sandbox, rendered
 
-from launcher.config.cluster import SlurmSection
 from launcher.config.compose import run_hydra
+from launcher.config.slurm import SlurmSection
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.config.cluster import SlurmSection
+from launcher.config.slurm import SlurmSection
 from launcher.plan.retry import MOST_FRUITLESS_PREEMPTIONS, Cause, Ended, decide
 
 BUDGETS = SlurmSection(max_preemptions=3, max_infrastructure_failures=2, max_failures=1, max_no_progress=2)

@@ -12,7 +12,8 @@ import json, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from launcher.config.cluster import LocalSection, SlurmSection
+from launcher.config.cluster import LocalSection
+from launcher.config.slurm import SlurmSection
 from launcher.train.stop import save_fits
 
 rank, meeting = int(sys.argv[1]), sys.argv[2]

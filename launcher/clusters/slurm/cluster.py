@@ -14,7 +14,8 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.clusters.slurm import checks, queue, script, site
 from launcher.clusters.slurm.commands import SlurmError, slurm
-from launcher.config.cluster import ClusterSection, SlurmSection
+from launcher.config.cluster import ClusterSection
+from launcher.config.slurm import SlurmSection
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.retry import Decision

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from launcher.clusters.slurm.commands import SlurmError, slurm
-from launcher.config.cluster import SlurmSection, minutes
+from launcher.config.slurm import SlurmSection, minutes
 from launcher.config.suggest import did_you_mean
 from launcher.errors import Problem, SubmitError
 from launcher.plan.gpus import lookup

@@ -1,0 +1,130 @@
+"""Ray's settings; names are Ray Train's own where it has one."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from launcher.config.cluster import ManagedSection
+from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching
+
+# What Ray and the launcher set for each rank themselves.
+_OWN_VARIABLE = (
+    r"PATH|PYTHONPATH|PYTHONSAFEPATH|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES"
+    r"|RAY_\w+|TORCHELASTIC_\w+|LAUNCHER_\w+"
+)
+
+Address = Annotated[
+    str,
+    matching(
+        r"auto|(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][\w.-]*):\d{1,5}|https?://[\w.:\[\]-]+(/[\w./-]*)?",
+        "is not an address of Ray; write auto, host:port, or http://host:8265 for its Jobs API, without user names or passwords",
+    ),
+]
+Resource = Annotated[str, matching(r"[A-Za-z][\w.:/-]*", "is not a resource; write it as in CPU, memory or special_hardware")]
+Label = Annotated[str, matching(r"[A-Za-z0-9][\w./-]*", "is not a label; write it as in ray.io/market-type")]
+LabelValue = Annotated[str, matching(r"[!\w.(), /-]+", "is not a label's value; write it as in spot, !spot or in(a,b)")]
+VariableName = Annotated[
+    str,
+    matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
+    matching(rf"(?!({_OWN_VARIABLE})$).*", "is a variable that Ray or the launcher set themselves; take it out"),
+]
+
+
+def _number_as_text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+VariableValue = Annotated[str, BeforeValidator(_number_as_text), Text]
+
+
+class RaySection(ManagedSection):
+    """Ray Train: a Ray of this machine's own, or a cluster that runs already."""
+
+    kind: Literal["ray"] = Field("ray", description="The backend that starts the workers.")
+    address: Address | None = Field(
+        None,
+        description="The cluster: auto (this machine belongs to it), host:port, or http://host:8265 for its Jobs API, which runs "
+        "the driver on the cluster. Unset: a Ray for this run alone is started on this machine.",
+    )
+    allow_public_address: Flag = Field(
+        False, description="Let cluster.address be one that the whole internet can reach, or all interfaces."
+    )
+    workers: PositiveInt | None = Field(None, description="Ranks in all. Unset: nodes times ranks_per_node.")
+    min_workers: PositiveInt | None = Field(
+        None,
+        description="Fewest ranks that the run goes on with when nodes are lost; it grows again when there are more. Unset: all.",
+    )
+    resize_seconds: Positive | None = Field(
+        None, description="Seconds between two looks for more workers in an elastic run. Unset: Ray's default, 60."
+    )
+    gpus_per_worker: Annotated[Count, Field(le=1)] | None = Field(
+        None, description="GPUs of each rank, 0 or 1. Unset: 1 where the plan is for GPUs."
+    )
+    resources_per_worker: dict[Resource, Positive] = Field(
+        default_factory=dict, description="Further resources of each rank, such as {CPU: 8}. Unset: Ray's default, one CPU."
+    )
+    accelerator_type: Name | None = Field(None, description="Ray's name of the GPU model that nodes must have, such as H100.")
+    label_selector: dict[Label, LabelValue] = Field(
+        default_factory=dict, description="Labels that nodes must have, such as {ray.io/market-type: spot}."
+    )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = Field(
+        None, description="How Ray spreads the workers over nodes. Unset: Ray's default, PACK."
+    )
+    placement_minutes: Positive = Field(
+        30.0, description="Minutes that the cluster may take to provide the workers, at the start and after a loss."
+    )
+    storage_path: Text | None = Field(
+        None, description="Shared folder or URL for Ray Train's own state. Unset: ray/ in the run directory."
+    )
+    env: dict[VariableName, VariableValue] = Field(
+        default_factory=dict, description="Environment variables of the ranks, such as NCCL_IB_HCA. Never secrets."
+    )
+    pass_env: tuple[VariableName, ...] = Field(
+        (), description="Names of variables that the ranks get as they are where the run is started, such as NCCL_DEBUG."
+    )
+    dashboard: Flag = Field(False, description="Start Ray's dashboard, on loopback, with a Ray of this machine's own.")
+
+    @property
+    def num_workers(self) -> int | None:
+        return self.workers
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min_workers is not None
+
+    @property
+    def is_http(self) -> bool:
+        """True where the driver runs on the cluster, as a job."""
+        return self.address is not None and self.address.startswith(("http://", "https://"))
+
+    @property
+    def host(self) -> str | None:
+        """The host of the address; None where there is none to be named."""
+        if self.address is None or self.address == "auto":
+            return None
+        return urlsplit(self.address if self.is_http else f"ray://{self.address}").hostname
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RaySection:
+        most = self.workers if self.workers is not None else self.nodes * (self.ranks_per_node or 0)
+        if self.min_workers is not None and most and self.min_workers > most:
+            raise ValueError(f"cluster.min_workers={self.min_workers} is more than all {most} workers; lower it")
+        if self.host is not None and not self.allow_public_address and is_exposed(self.host):
+            raise ValueError(
+                f"cluster.address names {self.host}, which is public or stands for all interfaces; use a private address or an "
+                "ssh tunnel, or set cluster.allow_public_address=true"
+            )
+        return self
+
+
+def is_exposed(host: str) -> bool:
+    """True for an IP address that is public or stands for all interfaces; a name tells nothing by itself."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_global or address.is_unspecified
