@@ -76,6 +76,11 @@ class ManagedSection(ClusterSection):
     bad_node_remedy: ClassVar[str] = "mend the node or take it out of the cluster"
 
     @property
+    def lead_s(self) -> float:
+        """Seconds before the end of the nodes' time at which the run saves."""
+        return 0.0
+
+    @property
     def leaves_out_bad_nodes(self) -> bool:
         """True where a node that failed its checks is not used again."""
         return False

@@ -174,6 +174,10 @@ class SlurmSection(ManagedSection):
     bad_node_remedy: ClassVar[str] = "set cluster.exclude_bad_nodes=true to go on without it, or name it in cluster.exclude"
 
     @property
+    def lead_s(self) -> float:
+        return self.signal_lead_seconds
+
+    @property
     def leaves_out_bad_nodes(self) -> bool:
         return self.exclude_bad_nodes
 

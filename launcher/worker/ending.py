@@ -71,9 +71,9 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
     if problems := [problem for found in left for problem in found.get("problems", ())]:
         return _by_problems(problems, attempt, step)
-    failures = {attempt.nodes[node]: found["first_failure"] for node, found in nodes.items() if found and found["first_failure"]}
-    lost = [attempt.nodes[node] for node, found in nodes.items() if found is None]
-    first = _first(list(failures.values()))
+    failed = [(attempt.nodes[node], found["first_failure"]) for node, found in nodes.items() if found and found["first_failure"]]
+    lost = list(dict.fromkeys(attempt.nodes[node] for node, found in nodes.items() if found is None))
+    first = _first([failure for _, failure in failed])
     if first is not None and first["kind"] in _FINAL and first["rank"] is not None:
         return Ending(Cause.USER_ERROR, step, _words(first), first_failure=first)
     taken = _TAKEN.get(state)
@@ -83,7 +83,7 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
     if taken is not None:
         return Ending(taken, step, f"the job ended as {state} at step {step} without saving", first_failure=first)
     if first is not None:
-        return _by_failure(first, failures, lost, attempt, step)
+        return _by_failure(first, dict(failed), lost, attempt, step)
     if stopped := [found["ended_at"] for found in left if found["stopped"]]:
         return Ending(_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
     if exit_code is not None and (refused := _refused(run, number, attempt, nodes)):

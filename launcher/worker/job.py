@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
@@ -26,10 +25,10 @@ from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.slurm import SlurmSection
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.retry import Cause, Decision, Ended, decide
+from launcher.plan.retry import Cause, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.worker import ending, network
+from launcher.worker import conclusion, ending, network
 
 _LOCK_WAIT_S = 60.0
 # How long a controller that does not answer is waited for: most are back within minutes, and the nodes idle meanwhile.
@@ -56,11 +55,11 @@ def begin(plan_path: str) -> int | None:
             if attempt.job != job and _is_running(attempt.job, plan, until):
                 print(f"job {attempt.job} runs {plan.run_name} already; this one leaves it alone", file=sys.stderr)
                 return None
-            ended = _ended(run, number, plan)
+            ended = conclusion.ended_before(run, number, section)
             if ended.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
                 print(f"{plan.run_name} is {ended.cause}; nothing is left to do", file=sys.stderr)
                 return None
-            decision = decide(ended, _history(run, number), section)
+            decision = decide(ended, conclusion.history(run, number), section)
             if not decision.again:
                 run_store.update_status(run, state=decision.state, message=decision.reason)
                 raise RunError(decision.reason, where=str(run.attempt(number)))
@@ -86,30 +85,21 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     plan = LaunchPlan.load(plan_path)
     run, section, job = RunDir(Path(plan.run_dir)), plan.slurm, os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
-    found, ended, decision = _judged(run, number, attempt, section, "", exit_code)
+    concluded = conclusion.conclude(run, number, attempt, section, "", exit_code)
     until = time.monotonic() + _patience_s(attempt)
     # A run that is over holds its nodes for nobody's answer.
-    state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if decision.again else 0.0)
+    state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if concluded.decision.again else 0.0)
     if state:
-        found, ended, decision = _judged(run, number, attempt, section, state, exit_code)
+        concluded = conclusion.conclude(run, number, attempt, section, state, exit_code)
     run_store.require_newest(run, number)
-    message = f"{decision.reason}; runs again" if decision.again else decision.reason
-    _if_possible(lambda: run_store.write_json(run.attempt(number) / "exit.json", _record(found, ended, decision)))
-    _if_possible(lambda: run_store.update_status(run, state=decision.state, step=found.step, message=message))
-    _if_possible(lambda: print(f"attempt {number}: {found.cause}: {message}", flush=True))
+    found, decision = concluded.found, concluded.decision
+    _if_possible(lambda: concluded.record(run, number))
+    _if_possible(lambda: run_store.update_status(run, state=decision.state, step=found.step, message=concluded.message))
+    _if_possible(lambda: print(f"attempt {number}: {found.cause}: {concluded.message}", flush=True))
     if decision.again:
         by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
         slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, patience_s=_left(until))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
-
-
-def _judged(
-    run: RunDir, number: int, attempt: Attempt, section: SlurmSection, state: str, exit_code: int | None
-) -> tuple[ending.Ending, Ended, Decision]:
-    """How the attempt ended and what follows; `state` is Slurm's word for the job, empty where it is not known."""
-    found = ending.read(run, number, attempt, state, section.signal_lead_seconds, exit_code)
-    ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
-    return found, ended, decide(ended, _history(run, number), section)
 
 
 def _patience_s(attempt: Attempt) -> float:
@@ -153,47 +143,6 @@ def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int,
         ends_at=_end_time(_details(job, until)),
         automatic=attempt.automatic,
         pinned=attempt.pinned,
-    )
-
-
-def _ended(run: RunDir, number: int, plan: LaunchPlan) -> Ended:
-    """How the attempt before ended; where it left no word, its machines are taken for lost."""
-    file = run.attempt(number) / "exit.json"
-    if file.is_file():
-        return _from_record(run_store.read_json(file))
-    found, ended, _ = _judged(run, number, run_store.read_attempt(run, number), plan.slurm, "", None)
-    run_store.write_json(file, _record(found, ended, None))
-    return ended
-
-
-def _history(run: RunDir, number: int) -> list[Ended]:
-    """The attempts before `number` back to the one that a person started, oldest first."""
-    history: list[Ended] = []
-    while number > 1 and run_store.read_attempt(run, number).automatic:
-        number -= 1
-        file = run.attempt(number) / "exit.json"
-        if file.is_file():
-            history.insert(0, _from_record(run_store.read_json(file)))
-    return history
-
-
-def _record(found: ending.Ending, ended: Ended, decision: Decision | None) -> dict[str, Any]:
-    return {
-        "state": decision.state if decision else "failed",
-        "cause": found.cause,
-        "step": found.step,
-        "message": found.message,
-        "began_step": ended.began_step,
-        "saved_step": ended.saved_step,
-        "bad_nodes": found.bad_nodes,
-        "first_failure": found.first_failure,
-        "ended_at": time.time(),
-    }
-
-
-def _from_record(record: Mapping[str, Any]) -> Ended:
-    return Ended(
-        Cause(record["cause"]), record["began_step"], record["saved_step"], record["message"], tuple(record["bad_nodes"])
     )
 
 
