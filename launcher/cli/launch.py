@@ -90,7 +90,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
             continue
         run_dir, attempt = start(plan, cluster)
         started.append((plan, cluster.started(run_dir, attempt)))
-        if following if following is not None else plan.config.cluster.kind == "local":
+        if following if following is not None else plan.config.cluster.is_followed:
             codes.append(follow(run_dir, attempt, cluster))
         else:
             print("\n".join(text.started_lines(plan, cluster.started(run_dir, attempt))), flush=True)

@@ -217,7 +217,7 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     cluster = cluster_for(plan.config.cluster.kind)
     with run_store.starting(run):
         attempt = start_again(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
-    if arguments.follow if arguments.follow is not None else plan.config.cluster.kind == "local":
+    if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
         return follow(run, attempt, cluster)
     print("\n".join(text.started_lines(plan, cluster.started(run, attempt))))
     return 0

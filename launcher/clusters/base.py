@@ -98,6 +98,10 @@ def cluster_for(kind: str) -> Cluster:
         from launcher.clusters.slurm.cluster import SlurmCluster
 
         return SlurmCluster()
+    if kind == "ray":
+        from launcher.clusters.ray.cluster import RayCluster
+
+        return RayCluster()
     from launcher.clusters.local import LocalCluster
 
     return {"local": LocalCluster}[kind]()

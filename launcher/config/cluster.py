@@ -35,6 +35,11 @@ class ClusterSection(Section):
     stop_grace_seconds: Positive = Field(600.0, description="Seconds a stopped run may take to save before it is killed.")
 
     @property
+    def is_followed(self) -> bool:
+        """True where the command that starts a run stays with it, unless it is told otherwise."""
+        return False
+
+    @property
     def num_workers(self) -> int | None:
         """Ranks in all, where they are not counted by nodes."""
         return None
@@ -44,6 +49,10 @@ class LocalSection(ClusterSection):
     """This machine."""
 
     kind: Literal["local"] = Field("local", description="The backend that starts the workers.")
+
+    @property
+    def is_followed(self) -> bool:
+        return True
 
 
 class ManagedSection(ClusterSection):

@@ -93,8 +93,8 @@ class RaySection(ManagedSection):
         return self.workers
 
     @property
-    def is_elastic(self) -> bool:
-        return self.min_workers is not None
+    def is_followed(self) -> bool:
+        return self.address is None
 
     @property
     def is_http(self) -> bool:

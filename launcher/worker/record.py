@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,25 +41,46 @@ def of_ranks(error: Any, run: RunDir, attempt: int, stalls: Sequence[str] = ()) 
         rank, failure = item
         return failure.exitcode == DISMISSED, not killed(failure), failure.timestamp, rank
 
-    ranked = sorted(error.failures.items(), key=order)
-    rank, failure = ranked[0]
-    message, trace = failure.message, ""
+    rank, failure = min(error.failures.items(), key=order)
     recorded = failure.error_file_data.get("message")
+    return _of_rank(run, attempt, rank, failure.exitcode, failure.timestamp, failure.message, recorded, _killed(failure), stalls)
+
+
+def of_exit(run: RunDir, attempt: int, rank: int, exit_code: int, error_file: Path, stalls: Sequence[str] = ()) -> dict[str, Any]:
+    """The failure of one rank, from its exit code and what torch's `record` has left of its exception in `error_file`."""
+    recorded = run_store.read_json(error_file).get("message") if error_file.is_file() else None
+    killed = exit_code < 0 and -exit_code not in (signal.SIGTERM, signal.SIGINT) and recorded is None
+    said = f"ended with exit code {exit_code}"
+    return _of_rank(run, attempt, rank, exit_code, time.time(), said, recorded, killed, stalls)
+
+
+def _of_rank(
+    run: RunDir,
+    attempt: int,
+    rank: int,
+    exit_code: int,
+    at: float,
+    message: str,
+    recorded: Any,
+    killed: bool,
+    stalls: Sequence[str],
+) -> dict[str, Any]:
+    trace = ""
     if isinstance(recorded, dict):
         message, trace = recorded.get("message", ""), recorded.get("extraInfo", {}).get("py_callstack", "")
     kind, _, text = str(message).partition(": ")
     if kind in _EXPECTED:
         # Plain words say it all; the traceback stands in the rank's log.
         message, trace = text, ""
-    if _killed(failure):
-        kind, message = "killed", f"killed by {signal.Signals(-failure.exitcode).name}"
-        if -failure.exitcode == signal.SIGKILL and stalls:
+    if killed:
+        kind, message = "killed", f"killed by {signal.Signals(-exit_code).name}"
+        if -exit_code == signal.SIGKILL and stalls:
             message = stalls[-1]
     return {
         "rank": rank,
         "kind": kind,
-        "at": failure.timestamp,
-        "exit_code": failure.exitcode,
+        "at": at,
+        "exit_code": exit_code,
         "message": str(message),
         "traceback": "\n".join(str(trace).splitlines()[-_TRACEBACK_LINES:]),
         "log": str(run.rank_log(attempt, rank)),

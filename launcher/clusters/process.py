@@ -1,0 +1,73 @@
+"""A detached process of this machine that runs a run, found again by its process id and start time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from launcher import run_store
+from launcher.errors import RunError
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Status
+
+START_DEADLINE_S = 60.0
+
+
+def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log: Path, name: str) -> None:
+    """Start `python -m MODULE ARGUMENTS` from the run's code in a session of its own, and wait until it has announced itself.
+
+    Raises:
+        RunError: where it did not, with what it has said; `name` is what people call it.
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": with_code(run.code, os.environ),
+        # The folder the user stands in may be a checkout; what was submitted is what runs.
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    with open(log, "ab") as output:
+        # A session of its own: closing the terminal or Ctrl-C does not reach the run by itself.
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=environment,
+        )
+    deadline = time.monotonic() + START_DEADLINE_S
+    while run_store.read_status(run).attempt != attempt:
+        if process.poll() is not None or time.monotonic() > deadline:
+            if process.poll() is None:
+                process.kill()
+            run_store.update_status(run, state="failed", message=f"{name} did not start")
+            raise RunError(f"{name} did not start", where=str(log), value=log.read_text(errors="replace")[-2000:])
+        time.sleep(0.02)
+
+
+def find(status: Status) -> psutil.Process | None:
+    """The process that wrote the status, if it still lives."""
+    job = status.job or {}
+    try:
+        process = psutil.Process(int(job["pid"]))
+        alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return process if alive and abs(process.create_time() - float(job["started"])) < 1 else None
+    except (KeyError, psutil.NoSuchProcess):
+        return None
+
+
+def is_here(status: Status) -> bool:
+    """True where the process would be on this machine."""
+    return status.job is not None and status.job.get("host") == os.uname().nodename
+
+
+def with_code(code: Path, environ: Mapping[str, str]) -> str:
+    """PYTHONPATH with the run's code first."""
+    return os.pathsep.join([os.fspath(code), *filter(None, [environ.get("PYTHONPATH")])])

@@ -1,0 +1,213 @@
+"""Ray as a place for runs. The driver is a process of this machine, or a job of the cluster where that is reached over HTTP."""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from launcher import run_store
+from launcher.clusters import local, process
+from launcher.clusters.ray import jobs
+from launcher.config.cluster import ClusterSection
+from launcher.config.ray import is_exposed
+from launcher.errors import RunError, SubmitError
+from launcher.facts import device
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES, Status
+
+_MODULE = "launcher.worker.ray.driver"
+# The driver says this while it starts or joins Ray, and something else when it has.
+JOINING = "joining Ray"
+_JOIN_DEADLINE_S = 90.0
+_END_DEADLINE_S = 60.0
+_CONNECT_S = 5.0
+_POLL_S = 0.1
+# The driver gives a sign of life every few seconds; a slow file system may hold it back.
+_SILENT_S = 60.0
+_LOST = "the driver is gone without a word (killed, or its machine or the head of the cluster is lost)"
+
+
+class RayCluster:
+    ask_s = 1.0
+
+    def device(self, section: ClusterSection) -> DeviceFacts:
+        return device()
+
+    def check(self, plan: LaunchPlan) -> None:
+        section = plan.ray
+        if section.address is None:
+            local.check_here(plan)
+            return
+        if section.host is not None:
+            _require_private(section.address, section.host, section.allow_public_address)
+        if section.is_http:
+            jobs.require_answer(section.address)
+        elif section.address != "auto":
+            _require_reachable(section.address)
+
+    def preview(self, plan: LaunchPlan) -> str | None:
+        return None
+
+    def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
+        section = LaunchPlan.load(plan_path).ray
+        arguments = [str(plan_path), str(attempt)]
+        if section.is_http:
+            assert section.address is not None
+            try:
+                job = jobs.submit(section.address, run, _MODULE, arguments)
+            except SubmitError:
+                run_store.update_status(run, state="failed", message="the job was not submitted")
+                raise
+            run_store.write_json(_submission_file(run, attempt), {"job": job, "address": section.address, "at": time.time()})
+            return
+        log = run.attempt(attempt) / "agent.log"
+        process.start(run, attempt, _MODULE, arguments, log, "Ray's driver")
+        _await_joined(run, log)
+
+    def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
+        file = _submission_file(run, attempt)
+        if not file.is_file():
+            return [("driver", str(run.attempt(attempt) / "agent.log"))]
+        submitted = run_store.read_json(file)
+        return [
+            ("job", submitted["job"]),
+            ("log", f"ray job logs --address {submitted['address']} -f {submitted['job']}"),
+            ("dashboard", f"{submitted['address']}/#/jobs/{submitted['job']}"),
+        ]
+
+    def status(self, run: RunDir) -> Status:
+        status = run_store.read_status(run)
+        if status.state not in RUNNING_STATES:
+            return status
+        number = run_store.newest_attempt(run)
+        file = _submission_file(run, number)
+        if file.is_file():
+            return self._of_job(run, status, run_store.read_json(file))
+        if status.job is None:
+            lost = status.state == "pending" and time.time() - status.updated_at > process.START_DEADLINE_S
+            message = "it was never started: the command that made it ended before"
+            return replace(status, state="failed", message=message) if lost else status
+        heard = process.find(status) is not None if process.is_here(status) else time.time() - _heard_at(run, status) < _SILENT_S
+        if heard:
+            return status
+        # The driver writes the last state just before it ends: look once more before calling it lost.
+        status = run_store.read_status(run)
+        return status if status.state not in RUNNING_STATES else _lost(run, status)
+
+    def await_end(self, run: RunDir) -> None:
+        driver = process.find(run_store.read_status(run))
+        if driver is not None:
+            try:
+                driver.wait(_END_DEADLINE_S)
+            except psutil.TimeoutExpired:
+                driver.kill()
+
+    def cancel(self, run: RunDir, save: bool = True) -> None:
+        status = self.status(run)
+        if status.state not in RUNNING_STATES:
+            raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
+        number = run_store.newest_attempt(run)
+        asked, file = run.attempt(number) / "cancel.json", _submission_file(run, number)
+        before = run_store.read_json(asked) if asked.is_file() else None
+        run_store.write_json(asked, {"asked_at": time.time(), "save": save and before is None})
+        if before is None or before.get("save", True):
+            return
+        # Asked a third time, or a second time for no save: what was to hear it does not.
+        if file.is_file():
+            submitted = run_store.read_json(file)
+            jobs.stop(submitted["address"], submitted["job"])
+        elif (driver := process.find(status)) is not None:
+            driver.kill()
+        run_store.update_status(run, state="cancelled", message="killed without saving")
+
+    def _of_job(self, run: RunDir, status: Status, submitted: dict[str, str]) -> Status:
+        known = replace(status, job={**(status.job or {}), "id": submitted["job"]})
+        try:
+            state, message = jobs.state(submitted["address"], submitted["job"])
+        except SubmitError as error:
+            return replace(known, message=f"Ray does not answer ({error.problems[0].what}); this is the last that is known")
+        if state in ("PENDING", "RUNNING"):
+            return known if status.job is not None else replace(known, message=message or f"Ray's job is {state.lower()}")
+        now = run_store.read_status(run)
+        if now.state not in RUNNING_STATES:
+            return now
+        if state == "STOPPED":
+            return replace(known, state="cancelled", message="Ray's job was stopped")
+        return replace(_lost(run, known), message=f"Ray's job ended as {state}: {message.splitlines()[0] if message else ''}")
+
+
+def _lost(run: RunDir, status: Status) -> Status:
+    return replace(status, state="failed", message=f"{_LOST}; continue with: python -m launcher resume {run.root}")
+
+
+def _submission_file(run: RunDir, attempt: int) -> Path:
+    """Written by the submitting side when a cluster's Jobs API has taken the driver. Further attempts are the driver's."""
+    while attempt > 1 and not (run.attempt(attempt) / "submitted.json").is_file():
+        if not run_store.read_attempt(run, attempt).automatic:
+            break
+        attempt -= 1
+    return run.attempt(attempt) / "submitted.json"
+
+
+def _heard_at(run: RunDir, status: Status) -> float:
+    file = run.root / "driver.json"
+    with suppress(OSError):
+        return max(status.updated_at, file.stat().st_mtime)
+    return status.updated_at
+
+
+def _await_joined(run: RunDir, log: Path) -> None:
+    """Wait until the driver has a Ray, so that one that cannot be joined is told now.
+
+    Raises:
+        RunError: in Ray's words.
+    """
+    deadline = time.monotonic() + _JOIN_DEADLINE_S
+    while (status := run_store.read_status(run)).message == JOINING and time.monotonic() < deadline:
+        if process.find(status) is None:
+            break
+        time.sleep(_POLL_S)
+    status = run_store.read_status(run)
+    if status.state == "failed":
+        raise RunError(status.message, where=str(log), remedy="look at cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH")
+    if status.message == JOINING:
+        run_store.update_status(run, state="failed", message="Ray was not joined in time")
+        raise RunError("Ray was not joined in time", where=str(log), value=log.read_text(errors="replace")[-2000:])
+
+
+def _require_private(address: str, host: str, allowed: bool) -> None:
+    """Refuse a name that resolves to a public address; numbers are refused with the other settings."""
+    if allowed:
+        return
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise SubmitError(
+            f"the name of the cluster is not known: {error.strerror}", where="cluster.address", value=address
+        ) from None
+    if exposed := sorted(address for address in found if is_exposed(address)):
+        raise SubmitError(
+            "the address of the cluster is one that the whole internet can reach",
+            where="cluster.address",
+            value=f"{address} is {', '.join(exposed)}",
+            remedy="use a private address or an ssh tunnel, or set cluster.allow_public_address=true",
+        )
+
+
+def _require_reachable(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise SubmitError(
+            f"there is no Ray at this address: {error.strerror or error}",
+            where="cluster.address",
+            value=address,
+            remedy="start one there with: ray start --head, or leave the address out for a Ray of this machine's own",
+        ) from None

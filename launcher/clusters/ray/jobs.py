@@ -1,0 +1,93 @@
+"""Ray's Jobs API: the driver as a job of the cluster. The token comes from the environment, as Ray's own tools read it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from launcher.clusters.process import with_code
+from launcher.errors import SubmitError
+from launcher.plan.run_dir import RunDir
+
+T = TypeVar("T")
+
+
+def require_answer(address: str) -> None:
+    """Ask the cluster for its version.
+
+    Raises:
+        SubmitError: where it does not answer, does not take the token, or is too old.
+    """
+    _client(address)
+
+
+def submit(address: str, run: RunDir, module: str, arguments: Sequence[str]) -> str:
+    """Submit `python -m MODULE ARGUMENTS`, run from the run's code; returns the job's id.
+
+    Raises:
+        SubmitError: with Ray's words.
+    """
+    # The only shell string here is made of quoted words, since the Jobs API takes nothing else.
+    entrypoint = shlex.join(["python" if _is_elsewhere(address) else sys.executable, "-m", module, *arguments])
+    variables = {"PYTHONPATH": with_code(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    client = _client(address)
+    job: str = _in_words(
+        address,
+        lambda: client.submit_job(
+            entrypoint=entrypoint, runtime_env={"env_vars": variables}, metadata={"run": run.root.name}, entrypoint_num_cpus=0
+        ),
+    )
+    return job
+
+
+def state(address: str, job: str) -> tuple[str, str]:
+    """Ray's word for the state of a job (PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED), and its message.
+
+    Raises:
+        SubmitError: where the cluster does not answer.
+    """
+    client = _client(address)
+    info = _in_words(address, lambda: client.get_job_info(job))
+    return str(info.status.value), info.message or ""
+
+
+def stop(address: str, job: str) -> None:
+    """Kill a job's driver, and with it its workers."""
+    client = _client(address)
+    _in_words(address, lambda: client.stop_job(job))
+
+
+def _is_elsewhere(address: str) -> bool:
+    return "127.0.0.1" not in address and "localhost" not in address
+
+
+def _client(address: str) -> Any:
+    def connect() -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        return JobSubmissionClient(address)
+
+    # Where a variable names another cluster, the address of the settings counts.
+    os.environ.pop("RAY_ADDRESS", None)
+    return _in_words(address, connect)
+
+
+def _in_words(address: str, ask: Callable[[], T]) -> T:
+    try:
+        return ask()
+    except Exception as error:
+        # Ray raises whatever its HTTP client does, and RuntimeError for what the cluster refuses.
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        denied = any(word in str(error) for word in ("401", "403", "Unauthorized", "Forbidden", "authentication"))
+        remedy = "check cluster.address and that the head node and its dashboard run"
+        if denied:
+            remedy = "give the cluster's token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE in the environment"
+        raise SubmitError(
+            "the cluster does not take the token" if denied else "the cluster's Jobs API does not answer as it should",
+            where="cluster.address",
+            value=f"{address}: {said[0][:300] if said else type(error).__name__}",
+            remedy=remedy,
+        ) from None

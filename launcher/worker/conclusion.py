@@ -1,0 +1,80 @@
+"""How an attempt ended and what follows, told from what is on disk; shared by the backends that run a run again by themselves."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.config.cluster import ManagedSection
+from launcher.plan.retry import Cause, Decision, Ended, decide
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.worker import ending
+from launcher.worker.ending import Ending
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """`found` is how the attempt ended, `ended` the same for the budgets, `decision` what plan.retry makes of it."""
+
+    found: Ending
+    ended: Ended
+    decision: Decision
+
+    @property
+    def message(self) -> str:
+        return f"{self.decision.reason}; runs again" if self.decision.again else self.decision.reason
+
+    def record(self, run: RunDir, number: int, decided: bool = True) -> None:
+        """Write exit.json; `decided` is False where the decision is still to be made by the next start."""
+        values: dict[str, Any] = {
+            "state": self.decision.state if decided else "failed",
+            "cause": self.found.cause,
+            "step": self.found.step,
+            "message": self.found.message,
+            "began_step": self.ended.began_step,
+            "saved_step": self.ended.saved_step,
+            "bad_nodes": self.found.bad_nodes,
+            "first_failure": self.found.first_failure,
+            "ended_at": time.time(),
+        }
+        run_store.write_json(run.attempt(number) / "exit.json", values)
+
+
+def conclude(
+    run: RunDir, number: int, attempt: Attempt, section: ManagedSection, state: str = "", exit_code: int | None = None
+) -> Conclusion:
+    """Judge attempt `number`; `state` is the scheduler's word for its machines, empty where it is not known."""
+    found = ending.read(run, number, attempt, state, section.lead_s, exit_code)
+    ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
+    return Conclusion(found, ended, decide(ended, history(run, number), section))
+
+
+def ended_before(run: RunDir, number: int, section: ManagedSection, state: str = "") -> Ended:
+    """How attempt `number` ended; where it left no word, its machines are taken for lost, or as `state` says."""
+    file = run.attempt(number) / "exit.json"
+    if file.is_file():
+        return _from_record(run_store.read_json(file))
+    concluded = conclude(run, number, run_store.read_attempt(run, number), section, state)
+    concluded.record(run, number, decided=False)
+    return concluded.ended
+
+
+def history(run: RunDir, number: int) -> list[Ended]:
+    """The attempts before `number` back to the one that a person started, oldest first."""
+    found: list[Ended] = []
+    while number > 1 and run_store.read_attempt(run, number).automatic:
+        number -= 1
+        file = run.attempt(number) / "exit.json"
+        if file.is_file():
+            found.insert(0, _from_record(run_store.read_json(file)))
+    return found
+
+
+def _from_record(record: dict[str, Any]) -> Ended:
+    return Ended(
+        Cause(record["cause"]), record["began_step"], record["saved_step"], record["message"], tuple(record["bad_nodes"])
+    )

@@ -1,0 +1,317 @@
+"""What the workers of a run on Ray agree on: which attempt they are, whether their nodes are fit, when to stop, what follows.
+
+One object in an actor of its own, asked by every worker and by the driver. Ray Train places the workers, finds those that
+are lost and starts the next group; each group of workers is an attempt here. Nothing blocks: workers ask again.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import resized
+from launcher.plan.retry import Decision, decide
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.tracking.jsonl import append_event, read_metrics
+from launcher.worker import conclusion, node_check, record
+from launcher.worker.node_check import NodeReport
+
+CANCEL_FILE = "cancel.json"
+_LOCK_WAIT_S = 60.0
+# How often the disk and Ray are looked at, however many workers ask.
+_LOOK_S = 0.5
+_DRAIN_LOOK_S = 2.0
+# Workers ask several times a second.
+_SILENT_S = 20.0
+# From the first failure to the end of the others, which are sent away.
+_LAST_WORDS_S = 30.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker: its rank, the node it is on by Ray's name and id, and where the others reach it."""
+
+    rank: int
+    local_rank: int
+    node: str
+    node_id: str
+    address: str
+    port: int
+
+
+@dataclass
+class _Group:
+    """The workers that Ray Train has started together; `active` of them train."""
+
+    id: str
+    size: int
+    members: dict[int, Member] = field(default_factory=dict)
+    active: int = 0
+    plan_path: str = ""
+    marker: str = ""
+    opened: bool = False
+    reports: dict[int, NodeReport] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    ended: set[int] = field(default_factory=set)
+    failed_at: float | None = None
+    drained: bool = False
+    asked_at: float | None = None
+    saved: list[dict[str, Any]] = field(default_factory=list)
+    verdict: dict[str, Any] | None = None
+    heard_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def heads(self) -> list[Member]:
+        """The first worker of each node that trains, who checks it."""
+        first: dict[str, Member] = {}
+        for rank in range(self.active):
+            first.setdefault(self.members[rank].node_id, self.members[rank])
+        return list(first.values())
+
+
+class Coordinator:
+    """`number` is the attempt that the submitting side has opened; `draining` tells the ids of the nodes about to be lost."""
+
+    def __init__(self, plan_path: str, number: int, job: str, draining: Callable[[], set[str]]) -> None:
+        self._plan_path = plan_path
+        self._plan = LaunchPlan.load(plan_path)
+        self._run = RunDir(Path(self._plan.run_dir))
+        self._number = number
+        self._job = job
+        self._draining = draining
+        self._environment: dict[str, str] = {}
+        self._group: _Group | None = None
+        self._over: str | None = None
+        self._looked = self._looked_at_drains = 0.0
+        self._idle_since: float | None = time.monotonic()
+
+    def entrust(self, environment: dict[str, str]) -> None:
+        """Variables for the ranks, keys among them: they pass from process to process and are written nowhere."""
+        self._environment = environment
+
+    def state(self) -> dict[str, Any]:
+        """For the driver: the newest attempt, seconds for which no workers have been there, and why all is over, if it is."""
+        group = self._group
+        if group is not None and self._idle_since is None and time.monotonic() - group.heard_at > _SILENT_S:
+            # They are gone, and Ray Train looks for others.
+            self._idle_since = group.heard_at
+        idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
+        return {"number": self._number, "idle_s": idle_s, "over": self._over}
+
+    def enter(self, group: str, size: int, member: Mapping[str, Any]) -> None:
+        """A worker has started. Those of a group that came before are gone."""
+        if self._group is None or self._group.id != group:
+            self._group = _Group(group, size)
+        self._group.members[member["rank"]] = Member(**member)
+        if len(self._group.members) == size and self._over is None:
+            try:
+                self._open(self._group)
+            except LauncherError as error:
+                self._finish(error.problems[0].what, state="failed")
+            self._idle_since = None
+
+    def orders(self, group: str, rank: int) -> dict[str, Any] | None:
+        """What a worker does next: None to ask again, else `do` is check, train, wait or leave."""
+        found = self._group
+        if self._over is not None or found is None or found.id != group:
+            return {"do": "leave", "why": self._over or "other workers have taken over"}
+        if not found.opened:
+            return None
+        if found.verdict is not None:
+            return {"do": "wait"}
+        found.heard_at = time.monotonic()
+        common = {"attempt": self._number, "plan": found.plan_path, "marker": found.marker, "active": found.active}
+        if rank >= found.active:
+            return {"do": "wait", **common}
+        waiting = [head.rank for head in found.heads if head.rank not in found.reports]
+        head = found.members[0]
+        place = {"address": head.address, "port": head.port, "peers": sorted({m.address for m in found.members.values()})}
+        if waiting:
+            return {"do": "check", **common, **place} if rank in waiting else None
+        return {"do": "train", **common, **place, "environment": self._environment}
+
+    def checked(self, group: str, rank: int, report: Mapping[str, Any]) -> None:
+        """What a node has found out about itself; where any is unfit, the attempt ends before anything is loaded."""
+        found = self._group
+        if found is None or found.id != group:
+            return
+        found.reports[rank] = NodeReport.from_json(report)
+        if len(found.reports) < len(found.heads):
+            return
+        for reported in sorted(found.reports):
+            found.problems += found.reports[reported].problems
+            found.problems += node_check.differences(found.reports[reported], found.reports[0])
+        if found.problems:
+            for member in found.members.values():
+                if member.rank < found.active:
+                    ended = {"node": member.rank, "host": member.node, "first_failure": None, "stopped": False}
+                    ended |= {"problems": [asdict(problem) for problem in found.problems], "ended_at": time.time()}
+                    run_store.write_json(record.node_file(self._run, self._number, member.rank), ended)
+            self._conclude(found)
+
+    def beat(self, group: str, rank: int, ended: str | None) -> dict[str, Any]:
+        """A worker tells whether its rank goes on (None), is `done` or has `failed`, and hears what to do.
+
+        Returns `signal` for its rank or None, the checkpoints that were `saved` so far, and the `verdict` once there is one.
+        """
+        found = self._group
+        if found is None or found.id != group:
+            return {"signal": "KILL", "saved": [], "verdict": {"again": False, "reason": "other workers have taken over"}}
+        found.heard_at = time.monotonic()
+        if ended is not None and rank < found.active:
+            found.ended.add(rank)
+            if ended == "failed" and found.failed_at is None:
+                found.failed_at = time.monotonic()
+        self._look(found)
+        if found.verdict is None and found.opened:
+            late = found.failed_at is not None and time.monotonic() - found.failed_at > _LAST_WORDS_S
+            if late or (found.active and len(found.ended) == found.active):
+                self._look_for_checkpoints(found)
+                self._conclude(found)
+        return {"signal": self._signal(found), "saved": found.saved, "verdict": found.verdict}
+
+    def _open(self, group: _Group) -> None:
+        """Number the attempt of a group that is complete, with a plan for as many ranks as divide the batch."""
+        run, section = self._run, self._plan.ray
+        with run_store.starting(run, wait_s=_LOCK_WAIT_S):
+            if run_store.newest_attempt(run) != self._number:
+                self._finish("another command has started the run again", state=None)
+                return
+            attempt = run_store.read_attempt(run, self._number)
+            if attempt.job is not None:
+                decision = self._after(attempt, group)
+                if not decision.again:
+                    self._finish(decision.reason, decision.state)
+                    return
+                self._number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
+                attempt = run_store.read_attempt(run, self._number)
+            plan = self._plan_for(group)
+            group.active = plan.topology.world_size
+            group.plan_path = self._plan_path
+            if plan != self._plan:
+                group.plan_path = str(run_store.write_plan(run, self._number, plan))
+            begun = Attempt(
+                resume_step=attempt.resume_step,
+                job=self._job,
+                nodes=tuple(group.members[rank].node for rank in range(group.active)),
+                address=group.members[0].address,
+                port=group.members[0].port,
+                automatic=attempt.automatic,
+                pinned=attempt.pinned,
+            )
+            run_store.write_attempt(run, self._number, begun)
+        group.marker = secrets.token_hex(16)
+        run_store.write_text(run.attempt(self._number) / "marker", group.marker)
+        run_store.update_status(run, state="running", attempt=self._number, message="starting")
+        ranks = f"{group.active} ranks" if group.active == group.size else f"{group.active} of {group.size} workers"
+        self._say("info", f"attempt {self._number} begins with {ranks} on {', '.join(dict.fromkeys(begun.nodes))}")
+        group.opened = True
+        if not section.node_checks:
+            group.reports = {head.rank: NodeReport(head.node, "", {}, "", (), 0.0, ()) for head in group.heads}
+
+    def _after(self, attempt: Attempt, group: _Group) -> Decision:
+        """What follows the attempt before, whose workers may have left no word: more of them came, or nodes were lost."""
+        file = self._run.attempt(self._number) / "exit.json"
+        grown = not file.is_file() and group.size > len(attempt.nodes)
+        state = "PREEMPTED" if grown or self._was_drained(attempt) else ""
+        ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state)
+        return decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
+
+    def _was_drained(self, attempt: Attempt) -> bool:
+        return (self._run.attempt(self._number) / "drained.json").is_file()
+
+    def _plan_for(self, group: _Group) -> LaunchPlan:
+        """The plan for the most ranks that the global batch divides over, at most one for each worker.
+
+        Raises:
+            ConfigError: where it divides over none.
+        """
+        per_node: dict[str, int] = {}
+        for member in group.members.values():
+            per_node[member.node_id] = per_node.get(member.node_id, 0) + 1
+        planned = self._plan.topology
+        for ranks in range(group.size, 0, -1):
+            if ranks == planned.world_size:
+                return self._plan
+            try:
+                return resized(self._plan, ranks, min(ranks, max(per_node.values())))
+            except ConfigError as error:
+                if ranks == 1:
+                    raise error
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    def _look(self, group: _Group) -> None:
+        """At the wishes on disk, at the checkpoints, and at the nodes that Ray is about to lose."""
+        now = time.monotonic()
+        if not group.opened or now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        if group.asked_at is None and (self._run.attempt(self._number) / CANCEL_FILE).is_file():
+            group.asked_at = now
+        self._look_for_checkpoints(group)
+        if not group.drained and now - self._looked_at_drains > _DRAIN_LOOK_S:
+            self._looked_at_drains = now
+            lost = self._draining() & {member.node_id for member in group.members.values()}
+            if lost:
+                group.drained = True
+                names = sorted({m.node for m in group.members.values() if m.node_id in lost})
+                self._say("alert", f"Ray is about to lose {', '.join(names)}: the run saves")
+                run_store.write_json(self._run.attempt(self._number) / "drained.json", {"nodes": names, "at": time.time()})
+
+    def _look_for_checkpoints(self, group: _Group) -> None:
+        known = {saved["step"] for saved in group.saved}
+        for checkpoint in store.list_checkpoints(self._run.checkpoints):
+            if checkpoint.step in known or checkpoint.manifest.attempt != self._number:
+                continue
+            logged: dict[str, Any] = next(
+                (m for m in reversed(read_metrics(self._run.metrics)) if m.get("trainer/step") == checkpoint.step), {}
+            )
+            numbers = {name: value for name, value in logged.items() if isinstance(value, int | float)}
+            group.saved.append({"step": checkpoint.step, "path": str(checkpoint.path), "metrics": numbers})
+
+    def _signal(self, group: _Group) -> str | None:
+        """What the ranks that still run are told."""
+        if group.failed_at is not None or group.verdict is not None:
+            # As torch's elastic agent does: a collective would never end without the one that failed.
+            return "TERM"
+        if group.asked_at is not None:
+            asked = run_store.read_json(self._run.attempt(self._number) / CANCEL_FILE)
+            late = time.monotonic() - group.asked_at > self._plan.config.cluster.stop_grace_seconds
+            return "USR1" if asked.get("save", True) and not late else "KILL"
+        return "USR2" if group.drained else None
+
+    def _conclude(self, group: _Group) -> None:
+        """All has been said: judge the attempt, and decide whether Ray Train is to start the next."""
+        attempt = run_store.read_attempt(self._run, self._number)
+        state = "PREEMPTED" if group.drained else ""
+        concluded = conclusion.conclude(self._run, self._number, attempt, self._plan.ray, state)
+        concluded.record(self._run, self._number)
+        decision = concluded.decision
+        run_store.update_status(self._run, state=decision.state, step=concluded.found.step, message=concluded.message)
+        if decision.state not in ("completed", "cancelled"):
+            self._say("alert", f"attempt {self._number} ended ({concluded.found.cause}): {concluded.message}")
+        group.verdict = {"again": decision.again, "reason": concluded.message}
+        if decision.again:
+            self._idle_since = time.monotonic()
+        else:
+            self._over = concluded.message
+
+    def _say(self, kind: str, text: str) -> None:
+        """To those who follow the run; that it cannot be written is no reason to stop."""
+        with suppress(OSError):
+            append_event(self._run, self._number, kind, text)
+
+    def _finish(self, why: str, state: str | None) -> None:
+        self._over = why
+        if state is not None:
+            run_store.update_status(self._run, state=state, message=why)

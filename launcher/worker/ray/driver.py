@@ -1,0 +1,278 @@
+"""The driver of a run on Ray: `python -m launcher.worker.ray.driver PLAN ATTEMPT`.
+
+It starts or joins Ray, lets Ray Train place the workers, and stays until the run has ended, however many groups of workers
+that takes. Nothing here imports torch. Ray Train itself would start workers again for ever; whether they are is decided by
+the coordinator, by the budgets that count on every backend.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from launcher import run_store
+from launcher.errors import EXIT_FAILED, LauncherError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES
+from launcher.worker.ray.coordinator import CANCEL_FILE, Coordinator
+from launcher.worker.ray.supervisor import supervise
+
+# A sign of life for those who ask from other machines.
+ALIVE = "driver.json"
+_ALIVE_EVERY_S = 5.0
+_LOOK_S = 0.2
+_STATE_EVERY_S = 1.0
+_CALL_S = 30.0
+_EXIT_CANCELLED = 130
+# Nothing goes through Ray's object store, which would take a third of the machine's memory.
+_OBJECT_STORE_BYTES = 100 * 2**20
+# What programs read keys from; they go to the ranks in memory alone.
+_SECRETS = (
+    *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "HF_ENDPOINT"),
+    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_REGION"),
+    *(
+        "GOOGLE_APPLICATION_CREDENTIALS",
+        "AZURE_STORAGE_CONNECTION_STRING",
+        "AZURE_STORAGE_ACCOUNT_NAME",
+        "AZURE_STORAGE_ACCOUNT_KEY",
+    ),
+)
+
+
+def main(plan_path: str, attempt: int) -> int:
+    """Run one attempt and those that follow it by themselves; returns the exit code."""
+    plan = LaunchPlan.load(plan_path)
+    run = RunDir(Path(plan.run_dir))
+    process = psutil.Process()
+    job = {"host": os.uname().nodename, "pid": process.pid, "started": process.create_time()}
+    run_store.update_status(run, state="pending", attempt=attempt, job=job, message="joining Ray")
+    _Wishes(run).install()
+    try:
+        return _Driver(plan, plan_path, run, attempt).run()
+    except LauncherError as error:
+        run_store.update_status(run, state="failed", message=error.problems[0].what)
+        for problem in error.problems:
+            print(problem, file=sys.stderr)
+    except Exception as error:
+        # Whatever Ray says while it starts: a cluster that is not there, a token that is not its own, another version.
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        run_store.update_status(run, state="failed", message=f"Ray cannot be used: {said}")
+        print(f"Ray cannot be used: {type(error).__name__}: {error}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+class _Wishes:
+    """Signals and `cancel` are one: a file that the coordinator and the driver look for."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, self._hear)
+
+    def _hear(self, *_: object) -> None:
+        file = self._run.attempt(run_store.newest_attempt(self._run)) / CANCEL_FILE
+        run_store.write_json(file, {"asked_at": time.time(), "save": not file.is_file()})
+
+
+class _Driver:
+    def __init__(self, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> None:
+        self._plan, self._plan_path, self._run, self._attempt = plan, plan_path, run, attempt
+        self._section = plan.ray
+        self._coordinator: Any = None
+        self._failure: Exception | None = None
+
+    def run(self) -> int:
+        _start_ray(self._plan, self._run)
+        import ray
+
+        try:
+            job = f"{os.uname().nodename}:{os.getpid()}"
+            here = ray.get_runtime_context().get_node_id()
+            actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Coordinator)
+            self._coordinator = actor.remote(self._plan_path, self._attempt, job, draining_nodes)
+            passed = (*_SECRETS, *self._section.pass_env)
+            environment = {name: os.environ[name] for name in passed if name in os.environ}
+            run_store.update_status(self._run, message="waiting for workers")
+            ray.get(self._coordinator.entrust.remote(environment), timeout=_CALL_S)
+            # In a thread of its own Ray Train leaves SIGINT alone.
+            fit = threading.Thread(target=self._fit, name="fit", daemon=True)
+            fit.start()
+            self._watch(fit)
+        finally:
+            ray.shutdown()
+        return self._exit_code()
+
+    def _fit(self) -> None:
+        try:
+            _trainer(self._plan, self._run, self._attempt, self._coordinator).fit()
+        except Exception as error:
+            self._failure = error
+
+    def _watch(self, fit: threading.Thread) -> None:
+        """Until the run has ended, or its workers are not to be had, or nobody wants them any more."""
+        import ray
+
+        alive_at = asked_at = 0.0
+        state: dict[str, Any] = {"idle_s": 0.0, "over": None, "number": self._attempt}
+        while fit.is_alive():
+            now = time.monotonic()
+            if now - alive_at > _ALIVE_EVERY_S:
+                alive_at = now
+                run_store.write_json(self._run.root / ALIVE, {"at": time.time(), "host": os.uname().nodename, "pid": os.getpid()})
+            if now - asked_at > _STATE_EVERY_S:
+                asked_at = now
+                state = ray.get(self._coordinator.state.remote(), timeout=_CALL_S)
+            if state["over"] is None and state["idle_s"]:
+                if (self._run.attempt(state["number"]) / CANCEL_FILE).is_file():
+                    return self._end("cancelled", "cancelled while it waited for workers")
+                if state["idle_s"] > self._section.placement_minutes * 60:
+                    return self._end("failed", self._not_placed(state["idle_s"]))
+            fit.join(_LOOK_S)
+        status = run_store.read_status(self._run)
+        if status.state in RUNNING_STATES:
+            said = str(self._failure).strip().splitlines() if self._failure is not None else ["its workers ended without a word"]
+            self._end("failed", f"Ray Train ended the run: {said[0] if said else type(self._failure).__name__}")
+        return None
+
+    def _end(self, state: str, message: str) -> None:
+        print(message, flush=True)
+        run_store.update_status(self._run, state=state, message=message)
+
+    def _not_placed(self, waited_s: float) -> str:
+        import ray
+
+        asked = f"{self._plan.topology.world_size} workers"
+        if self._section.min_workers is not None:
+            asked = f"{self._section.min_workers} to {asked}"
+        each = ", ".join(f"{name}: {amount:g}" for name, amount in _resources(self._plan).items())
+        asked += f" with {each} each"
+        if self._section.accelerator_type:
+            asked += f" on {self._section.accelerator_type}"
+        if self._section.label_selector:
+            asked += f" on nodes with {self._section.label_selector}"
+        found = ray.cluster_resources()
+        there = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(found.items()) if name in _resources(self._plan))
+        alive = sum(node["Alive"] for node in ray.nodes())
+        return (
+            f"the cluster did not provide the workers within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
+            f"{asked}; it has {there or 'none of these'} on {alive} node{'s' if alive != 1 else ''}"
+        )
+
+    def _exit_code(self) -> int:
+        state = run_store.read_status(self._run).state
+        return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
+
+
+def draining_nodes() -> set[str]:
+    """The ids of the nodes that Ray is about to lose; Ray Train asks in the same way."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def _start_ray(plan: LaunchPlan, run: RunDir) -> None:
+    """Start a Ray of the run's own, which nobody else can use, or join the cluster that the settings name."""
+    section = plan.ray
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
+    common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
+    if section.address is not None:
+        import ray
+
+        address = "auto" if section.is_http else section.address
+        variables = {"PYTHONPATH": _path(run), "PYTHONSAFEPATH": "1"}
+        ray.init(address=address, runtime_env={"env_vars": variables}, **common)
+        return
+    token = run.root / "ray-token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": _path(run)}
+    # In spite of its name, on Linux too: without it Ray replaces loopback by the address of a network.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    import ray
+
+    cores = os.cpu_count() or 1
+    needed = _resources(plan).get("CPU", 1.0) * plan.topology.world_size
+    ray.init(
+        num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
+        include_dashboard=section.dashboard,
+        dashboard_host="127.0.0.1",
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        **common,
+    )
+
+
+def _path(run: RunDir) -> str:
+    return os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _resources(plan: LaunchPlan) -> dict[str, float]:
+    """What each worker asks for."""
+    section = plan.ray
+    gpus = section.gpus_per_worker if section.gpus_per_worker is not None else int(plan.topology.device == "cuda")
+    return {"CPU": 1.0, **({"GPU": float(gpus)} if gpus else {}), **section.resources_per_worker}
+
+
+def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> Any:
+    from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import Backend
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+    class OfRanks(Backend):
+        """The ranks set up the process group themselves; of their node's GPUs each sees all."""
+
+        share_cuda_visible_devices = True
+
+    class OfRanksConfig(BackendConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return OfRanks
+
+    section, workers = plan.ray, plan.topology.world_size
+    elastic = section.min_workers is not None and section.min_workers < workers
+    scaling: dict[str, Any] = {
+        "num_workers": (section.min_workers, workers) if elastic else workers,
+        "use_gpu": "GPU" in _resources(plan),
+        "resources_per_worker": _resources(plan),
+        "accelerator_type": section.accelerator_type,
+        "label_selector": section.label_selector or None,
+    }
+    if section.placement_strategy is not None:
+        scaling["placement_strategy"] = section.placement_strategy
+    if section.resize_seconds is not None:
+        scaling["elastic_resize_monitor_interval_s"] = section.resize_seconds
+    return DataParallelTrainer(
+        supervise,
+        train_loop_config={"coordinator": coordinator},
+        backend_config=OfRanksConfig(),
+        scaling_config=ScalingConfig(**scaling),
+        run_config=RunConfig(
+            name=f"attempt-{attempt:03d}",
+            storage_path=section.storage_path or str(run.root / "ray"),
+            # The coordinator ends what is to end: its workers then return as if all were done.
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1),
+            # Ray Train removes none; the run's own settings say which are kept.
+            checkpoint_config=CheckpointConfig(num_to_keep=None),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))

@@ -1,0 +1,248 @@
+"""What runs in each worker of Ray Train: it starts one rank, watches it, and carries words between it and the coordinator.
+
+The rank is a process of its own, started as on every other backend; this one never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.errors import Problem
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker import heartbeat, network, node_check, record
+from launcher.worker.mirror import MirrorProcess
+from launcher.worker.signals import DISMISSED
+from launcher.worker.watchdog import Watchdog
+
+# The one file of a checkpoint as Ray knows it.
+POINTER = "checkpoint.json"
+_ASK_S = 0.2
+_CALL_S = 60.0
+_REACH_S = 30.0
+# From TERM to KILL, where a rank does not go by itself.
+_KILL_AFTER_S = 5.0
+_MIRROR_AFTER_FAILURE_S = 30.0
+
+
+class AttemptEnded(Exception):
+    """Tells Ray Train that the workers are to be started again; what happened stands in the run directory."""
+
+
+def supervise(config: dict[str, Any]) -> None:
+    """The training function of Ray Train: take part in one attempt.
+
+    Raises:
+        AttemptEnded: where another attempt is to follow.
+    """
+    verdict = _Worker(config["coordinator"]).run()
+    if verdict["again"]:
+        raise AttemptEnded(verdict["reason"])
+
+
+class _Worker:
+    def __init__(self, coordinator: Any) -> None:
+        import ray
+        from ray import train
+        from ray.train import collective
+
+        context = train.get_context()
+        self._coordinator = coordinator
+        self._get = ray.get
+        self._report = train.report
+        self.rank, self.local_rank = context.get_world_rank(), context.get_local_rank()
+        self.size, self.local_size = context.get_world_size(), context.get_local_world_size()
+        self.group = collective.broadcast_from_rank_zero(uuid.uuid4().hex)
+        self.node_id = ray.get_runtime_context().get_node_id()
+        self.node = next((n.get("NodeName") for n in ray.nodes() if n["NodeID"] == self.node_id), None) or os.uname().nodename
+        self.address = ray.util.get_node_ip_address()
+        self.num_reported = 0
+
+    def run(self) -> dict[str, Any]:
+        """The verdict on the attempt."""
+        port = network.free_port(self.address)
+        member = {
+            "rank": self.rank,
+            "local_rank": self.local_rank,
+            "node": self.node,
+            "node_id": self.node_id,
+            "address": self.address,
+            "port": port,
+        }
+        with _Listener(self.address, port) if self.rank == 0 else nullcontext():
+            self._call("enter", self.group, self.size, member)
+            orders = self._next_orders()
+            if orders["do"] == "check":
+                self._call("checked", self.group, self.rank, self._check(orders).to_json())
+                orders = self._next_orders()
+        if orders["do"] == "leave":
+            return {"again": False, "reason": orders["why"]}
+        ended = self._train(orders) if orders["do"] == "train" else None
+        while (answer := self._beat(ended))["verdict"] is None:
+            time.sleep(_ASK_S)
+        verdict: dict[str, Any] = answer["verdict"]
+        return verdict
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return self._get(getattr(self._coordinator, method).remote(*arguments), timeout=_CALL_S)
+
+    def _next_orders(self) -> dict[str, Any]:
+        while (orders := self._call("orders", self.group, self.rank)) is None:
+            time.sleep(_ASK_S)
+        found: dict[str, Any] = orders
+        return found
+
+    def _beat(self, ended: str | None) -> dict[str, Any]:
+        """Tell the coordinator, and Ray Train of the checkpoints that are committed: all workers of the same, in one order."""
+        answer: dict[str, Any] = self._call("beat", self.group, self.rank, ended)
+        for saved in answer["saved"][self.num_reported :]:
+            self.num_reported += 1
+            self._tell(saved)
+        return answer
+
+    def _tell(self, saved: dict[str, Any]) -> None:
+        """Ray's own storage gets the place of the checkpoint, since the shards lie where they are to stay."""
+        from ray.train import Checkpoint
+
+        if self.rank != 0:
+            self._report(saved["metrics"])
+            return
+        with tempfile.TemporaryDirectory(prefix="launcher-checkpoint-") as folder:
+            (Path(folder) / POINTER).write_text(json.dumps({"step": saved["step"], "path": saved["path"]}))
+            self._report(saved["metrics"], checkpoint=Checkpoint(folder), checkpoint_dir_name=Path(saved["path"]).name)
+
+    def _check(self, orders: dict[str, Any]) -> node_check.NodeReport:
+        """Whether this node may train, in its own words."""
+        plan_path, attempt = Path(orders["plan"]), orders["attempt"]
+        problems: list[Problem] = []
+        try:
+            plan = LaunchPlan.load(plan_path)
+        except OSError as error:
+            what = "the run directory is not visible"
+            remedy = "set run.root to a folder on storage that all nodes share"
+            problem = Problem(what, where=self.node, value=f"{plan_path}: {error.strerror}", remedy=remedy)
+            return node_check.NodeReport(self.node, "", {}, "", (), 0.0, (problem,))
+        run = RunDir(Path(plan.run_dir))
+        report = node_check.check_node(plan, run, attempt)
+        problems += [replace(problem, where=self.node) for problem in report.problems]
+        marker = run.attempt(attempt) / "marker"
+        if not problems and (not marker.is_file() or marker.read_text() != orders["marker"]):
+            what = "the run directory is not the one that the head node sees: a file of this start is not in it"
+            remedy = "set run.root to a folder on storage that all nodes share"
+            problems.append(Problem(what, where=self.node, value=str(run.root), remedy=remedy))
+        if network.await_reachable(orders["address"], orders["port"], _REACH_S) is None:
+            what = f"does not reach the first worker at {orders['address']}:{orders['port']}"
+            problems.append(Problem(what, where=self.node, remedy="open the ports between the nodes, or set cluster.interface"))
+        return replace(report, host=self.node, problems=tuple(problems))
+
+    def _train(self, orders: dict[str, Any]) -> str:
+        """Start this worker's rank and stay with it to its end; returns how it ended: done or failed."""
+        plan_path, attempt = orders["plan"], orders["attempt"]
+        plan = LaunchPlan.load(plan_path)
+        run = RunDir(Path(plan.run_dir))
+        started, stopped = time.time(), False
+        stalls: list[str] = []
+        folder = run.attempt(attempt) / "elastic"
+        folder.mkdir(exist_ok=True)
+        error_file = folder / f"rank-{self.rank:05d}.json"
+        board = heartbeat.Board(self.local_rank + 1)
+        mirror = MirrorProcess.start(plan, plan_path, run, attempt) if self.rank == 0 else None
+        cluster = plan.config.cluster
+        watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, stalls.append).start()
+        command = [sys.executable, "-u", "-m", "launcher.worker.entry", plan_path, str(attempt)]
+        environment = self._environment(plan, run, orders, error_file, board)
+        rank = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=run.root)
+        sent: dict[str, float] = {}
+        try:
+            while rank.poll() is None:
+                wish = self._beat(None)["signal"]
+                if wish is not None:
+                    stopped = stopped or wish != "TERM"
+                    sent.setdefault(wish, time.monotonic())
+                    late = wish == "TERM" and time.monotonic() - sent["TERM"] > _KILL_AFTER_S
+                    rank.send_signal(signal.SIGKILL if late else signal.Signals[f"SIG{wish}"])
+                with suppress(subprocess.TimeoutExpired):
+                    rank.wait(_ASK_S)
+        finally:
+            if rank.poll() is None:
+                rank.kill()
+                rank.wait()
+            watchdog.stop()
+            board.close()
+        code = rank.returncode
+        final = run.attempt(attempt) / "final.json"
+        failure = None
+        # A rank that is asked before it listens ends by the signal itself.
+        asked = {-signal.Signals[f"SIG{wish}"] for wish in sent} | ({-signal.SIGKILL, DISMISSED} if "TERM" in sent else set())
+        if code and code not in asked:
+            failure = record.of_exit(run, attempt, self.rank, code, error_file, stalls)
+            if final.is_file() and (said := run_store.read_json(final))["rank"] == self.rank:
+                failure = record.of_final(run, attempt, said)
+        ended = {"node": self.rank, "host": self.node, "started_at": started, "ended_at": time.time(), "stopped": stopped}
+        ended |= {"killed": "KILL" in sent, "first_failure": failure}
+        run_store.write_json(record.node_file(run, attempt, self.rank), ended)
+        if mirror is not None:
+            until = time.time() + _MIRROR_AFTER_FAILURE_S if failure else float("inf")
+            # The last checkpoint takes the time that it needs, unless a person has waited enough.
+            mirror.finish(until, lambda: self._beat(None)["signal"] == "KILL")
+        if plan.nvme_folder is not None and self.local_rank == 0:
+            shutil.rmtree(plan.nvme_folder, ignore_errors=True)
+        return "failed" if failure is not None else "done"
+
+    def _environment(
+        self, plan: LaunchPlan, run: RunDir, orders: dict[str, Any], error_file: Path, board: heartbeat.Board
+    ) -> dict[str, str]:
+        section, cores = plan.ray, len(os.sched_getaffinity(0))
+        environment = {
+            **os.environ,
+            **orders["environment"],
+            # Ray sets the threads of an actor to its CPUs, of which it has one.
+            "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
+            "PYTHONPATH": os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONSAFEPATH": "1",
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(orders["active"]),
+            "LOCAL_WORLD_SIZE": str(min(self.local_size, orders["active"])),
+            "MASTER_ADDR": orders["address"],
+            "MASTER_PORT": str(orders["port"]),
+            "TORCHELASTIC_ERROR_FILE": str(error_file),
+            heartbeat.VARIABLE: str(board.path),
+        }
+        if len(orders["peers"]) > 1:
+            endpoint = network.own_endpoint(orders["peers"], section.interface)
+            environment.setdefault("GLOO_SOCKET_IFNAME", endpoint.interface)
+            # NCCL takes a bare name for a prefix.
+            environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
+        return {**environment, **section.env}
+
+
+class _Listener:
+    """Listens on the port that the ranks are to meet at, so that other nodes can try the way before anything is loaded."""
+
+    def __init__(self, address: str, port: int) -> None:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind((address, port))
+        self._socket.listen(128)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
