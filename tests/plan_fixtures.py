@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from launcher.config.compose import run_hydra
+from launcher.config.ray import RaySection
 from launcher.config.schema import RunConfig
 from launcher.config.slurm import SlurmSection
 from launcher.plan.architecture import model_facts
@@ -89,6 +90,18 @@ def slurm_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]
         config = config_of("cluster=slurm", "run.name=tried", "train.global_batch_size=144")
         config = config.model_copy(update={"cluster": SlurmSection.model_validate({"kind": "slurm", **settings})})
         return plan(config, facts_for(config, device, working_dir=working_dir))
+
+    return planned
+
+
+@pytest.fixture
+def ray_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
+    """The plan of a small run on Ray with these settings of the cluster."""
+
+    def planned(working_dir: str = WORKING_DIR, **settings: Any) -> LaunchPlan:
+        config = config_of("cluster=ray", "run.name=tried", "train.global_batch_size=4", "train.micro_batch_size=1")
+        config = config.model_copy(update={"cluster": RaySection.model_validate({"kind": "ray", **settings})})
+        return plan(config, facts_for(config, working_dir=working_dir))
 
     return planned
 

@@ -63,7 +63,7 @@ def test_slurm_starts_a_killed_rank_again_in_its_allocation(launch: Launch, slur
     report = drill(launch, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert (report["did"], report["host"]) == ("SIGKILL to rank 1", "n2")
     assert report["continued"].startswith("in the same allocation (job ")
-    assert report["trains_again_s"] < 30
+    assert report["trains_again_s"] < 60
     assert slurm.output("squeue", "-h") == ""
 
 

@@ -27,6 +27,7 @@ from launcher.worker import conclusion, node_check, record
 from launcher.worker.node_check import NodeReport
 
 CANCEL_FILE = "cancel.json"
+_DRAINED = "drained.json"
 _LOCK_WAIT_S = 60.0
 # How often the disk and Ray are looked at, however many workers ask.
 _LOOK_S = 0.5
@@ -91,6 +92,8 @@ class Coordinator:
         self._draining = draining
         self._environment: dict[str, str] = {}
         self._group: _Group | None = None
+        # Workers of the last group that trained.
+        self._size = 0
         self._over: str | None = None
         self._looked = self._looked_at_drains = 0.0
         self._idle_since: float | None = time.monotonic()
@@ -118,6 +121,9 @@ class Coordinator:
                 self._open(self._group)
             except LauncherError as error:
                 self._finish(error.problems[0].what, state="failed")
+            except Exception as error:
+                # Raised in the workers, it would make Ray Train start others, for ever.
+                self._finish(f"the attempt cannot be opened: {type(error).__name__}: {error}", state="failed")
             self._idle_since = None
 
     def orders(self, group: str, rank: int) -> dict[str, Any] | None:
@@ -189,7 +195,7 @@ class Coordinator:
                 return
             attempt = run_store.read_attempt(run, self._number)
             if attempt.job is not None:
-                decision = self._after(attempt, group)
+                decision = self._after(group)
                 if not decision.again:
                     self._finish(decision.reason, decision.state)
                     return
@@ -215,20 +221,17 @@ class Coordinator:
         run_store.update_status(run, state="running", attempt=self._number, message="starting")
         ranks = f"{group.active} ranks" if group.active == group.size else f"{group.active} of {group.size} workers"
         self._say("info", f"attempt {self._number} begins with {ranks} on {', '.join(dict.fromkeys(begun.nodes))}")
-        group.opened = True
+        group.opened, self._size = True, group.size
         if not section.node_checks:
             group.reports = {head.rank: NodeReport(head.node, "", {}, "", (), 0.0, ()) for head in group.heads}
 
-    def _after(self, attempt: Attempt, group: _Group) -> Decision:
+    def _after(self, group: _Group) -> Decision:
         """What follows the attempt before, whose workers may have left no word: more of them came, or nodes were lost."""
-        file = self._run.attempt(self._number) / "exit.json"
-        grown = not file.is_file() and group.size > len(attempt.nodes)
-        state = "PREEMPTED" if grown or self._was_drained(attempt) else ""
+        folder = self._run.attempt(self._number)
+        grown = not (folder / "exit.json").is_file() and 0 < self._size < group.size
+        state = "PREEMPTED" if grown or (folder / _DRAINED).is_file() else ""
         ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state)
         return decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
-
-    def _was_drained(self, attempt: Attempt) -> bool:
-        return (self._run.attempt(self._number) / "drained.json").is_file()
 
     def _plan_for(self, group: _Group) -> LaunchPlan:
         """The plan for the most ranks that the global batch divides over, at most one for each worker.
@@ -261,12 +264,15 @@ class Coordinator:
         self._look_for_checkpoints(group)
         if not group.drained and now - self._looked_at_drains > _DRAIN_LOOK_S:
             self._looked_at_drains = now
-            lost = self._draining() & {member.node_id for member in group.members.values()}
+            lost: set[str] = set()
+            # Ray may be busy; it is asked again.
+            with suppress(Exception):
+                lost = self._draining() & {member.node_id for member in group.members.values()}
             if lost:
                 group.drained = True
                 names = sorted({m.node for m in group.members.values() if m.node_id in lost})
                 self._say("alert", f"Ray is about to lose {', '.join(names)}: the run saves")
-                run_store.write_json(self._run.attempt(self._number) / "drained.json", {"nodes": names, "at": time.time()})
+                run_store.write_json(self._run.attempt(self._number) / _DRAINED, {"nodes": names, "at": time.time()})
 
     def _look_for_checkpoints(self, group: _Group) -> None:
         known = {saved["step"] for saved in group.saved}
@@ -295,9 +301,11 @@ class Coordinator:
         attempt = run_store.read_attempt(self._run, self._number)
         state = "PREEMPTED" if group.drained else ""
         concluded = conclusion.conclude(self._run, self._number, attempt, self._plan.ray, state)
-        concluded.record(self._run, self._number)
         decision = concluded.decision
-        run_store.update_status(self._run, state=decision.state, step=concluded.found.step, message=concluded.message)
+        # A disk that is full must not keep the run from going on; the next start judges by what the ranks have left.
+        with suppress(OSError):
+            concluded.record(self._run, self._number)
+            run_store.update_status(self._run, state=decision.state, step=concluded.found.step, message=concluded.message)
         if decision.state not in ("completed", "cancelled"):
             self._say("alert", f"attempt {self._number} ended ({concluded.found.cause}): {concluded.message}")
         group.verdict = {"again": decision.again, "reason": concluded.message}
@@ -314,4 +322,5 @@ class Coordinator:
     def _finish(self, why: str, state: str | None) -> None:
         self._over = why
         if state is not None:
-            run_store.update_status(self._run, state=state, message=why)
+            with suppress(OSError):
+                run_store.update_status(self._run, state=state, message=why)

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ _LOOK_S = 0.2
 _STATE_EVERY_S = 1.0
 _CALL_S = 30.0
 _EXIT_CANCELLED = 130
+_LONGEST_FOLDER = 30
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 # What programs read keys from; they go to the ranks in memory alone.
@@ -93,7 +98,12 @@ class _Driver:
         self._failure: Exception | None = None
 
     def run(self) -> int:
-        _start_ray(self._plan, self._run)
+        with _own_folder(self._run) if self._section.address is None else nullcontext(Path()) as folder:
+            _start_ray(self._plan, self._run, folder)
+            self._train()
+        return self._exit_code()
+
+    def _train(self) -> None:
         import ray
 
         try:
@@ -111,7 +121,6 @@ class _Driver:
             self._watch(fit)
         finally:
             ray.shutdown()
-        return self._exit_code()
 
     def _fit(self) -> None:
         try:
@@ -181,7 +190,20 @@ def draining_nodes() -> set[str]:
     return set(state.get_draining_nodes())
 
 
-def _start_ray(plan: LaunchPlan, run: RunDir) -> None:
+@contextmanager
+def _own_folder(run: RunDir) -> Iterator[Path]:
+    """Where a Ray of the run's own keeps its sockets and logs; it stays where the run has failed."""
+    # The path of a socket may have 107 characters, of which Ray's own names take most.
+    parent = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= _LONGEST_FOLDER else "/tmp"))  # noqa: S108
+    yield folder
+    if run_store.read_status(run).state == "failed":
+        print(f"Ray's own logs are in {folder}", flush=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     """Start a Ray of the run's own, which nobody else can use, or join the cluster that the settings name."""
     section = plan.ray
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -211,6 +233,7 @@ def _start_ray(plan: LaunchPlan, run: RunDir) -> None:
     needed = _resources(plan).get("CPU", 1.0) * plan.topology.world_size
     ray.init(
         num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
+        _temp_dir=str(folder),
         include_dashboard=section.dashboard,
         dashboard_host="127.0.0.1",
         object_store_memory=_OBJECT_STORE_BYTES,

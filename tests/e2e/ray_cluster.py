@@ -1,0 +1,134 @@
+"""A real Ray of several nodes on this machine, with processes, ports and folders of its own and with a token."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+_START_S = 90
+_END_S = 30
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class RayCluster:
+    """Nodes by name; each is a `ray start --block` with one CPU, in a process group of its own."""
+
+    def __init__(self) -> None:
+        # Short: sockets lie in it.
+        self.folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+        self.token = self.folder / "token"
+        self.token.touch(mode=0o600)
+        self.token.write_text(secrets.token_hex(32))
+        self.port, self.dashboard_port = free_port(), free_port()
+        # Nodes have addresses of their own; 127.0.0.1 Ray would replace by that of a network.
+        self.address = f"127.0.0.2:{self.port}"
+        self.http = f"http://127.0.0.1:{self.dashboard_port}"
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._num_started = 0
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a person has in the environment to use the cluster."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+
+    def start(self, name: str, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
+        """Start the head first, then other nodes; `prefix` is a command that runs `ray start`."""
+        head = not self._nodes
+        place = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
+        dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
+        command = [*prefix, *RAY, "start", *place, "--block", f"--node-name={name}", f"--node-ip-address={self._next_ip()}"]
+        command += ["--disable-usage-stats", "--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
+        command += [f"--temp-dir={self.folder / 'ray'}", *dashboard] if head else []
+        own = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+        with open(self.folder / f"{name}.log", "ab") as log:
+            self._nodes[name] = subprocess.Popen(
+                [*command, *options],
+                env={**os.environ, **self.env, **own, **(env or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._await(name)
+
+    def kill(self, name: str) -> None:
+        """Every process of a node at once, as when its machine is lost."""
+        _kill(self._nodes.pop(name))
+
+    def drain(self, name: str, seconds: int = 60) -> None:
+        """Tell Ray that a node is about to be taken away."""
+        said = self._run(
+            "drain-node",
+            f"--address={self.address}",
+            f"--node-id={self.node_ids()[name]}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message=taken",
+            f"--deadline-remaining-seconds={seconds}",
+        )
+        assert said.returncode == 0, said.stdout + said.stderr
+
+    def node_ids(self) -> dict[str, str]:
+        """Ids of the nodes that live, by name."""
+        code = (
+            f"import json, ray; ray.init(address={self.address!r}, logging_level='ERROR', log_to_driver=False);"
+            "print(json.dumps({n['NodeName']: n['NodeID'] for n in ray.nodes() if n['Alive']}))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, **self.env}
+        )
+        assert done.returncode == 0, done.stderr
+        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    def stop(self) -> None:
+        for process in reversed(self._nodes.values()):
+            _kill(process)
+        self._nodes.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _next_ip(self) -> str:
+        self._num_started += 1
+        return f"127.0.0.{1 + self._num_started}"
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*RAY, *arguments], capture_output=True, text=True, timeout=60, env={**os.environ, **self.env})
+
+    def _await(self, name: str) -> None:
+        end, log = time.monotonic() + _START_S, self.folder / f"{name}.log"
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            assert self._nodes[name].poll() is None, log.read_text(errors="replace")[-3000:]
+            assert time.monotonic() < end, log.read_text(errors="replace")[-3000:]
+            time.sleep(0.1)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """A process and all that it has started, whatever sessions these have made for themselves."""
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        family = []
+    for member in family:
+        try:
+            member.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(family, timeout=_END_S)
+    process.wait(_END_S)

@@ -1,0 +1,36 @@
+"""Runs on Ray, observed from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+from e2e_tools import wait_for
+
+
+def started_by(run: Path) -> list[psutil.Process]:
+    """Every process that has the run's folder in its environment or on its command line: Ray's own and the ranks."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            said = " ".join([*process.cmdline(), process.environ().get("PYTHONPATH", "")])
+            if str(run) in said and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def ranks_of(run: Path) -> dict[int, psutil.Process]:
+    """The rank processes of a run, by rank."""
+    found = [p for p in started_by(run) if "launcher.worker.entry" in " ".join(p.cmdline())]
+    return {int(process.environ()["RANK"]): process for process in found}
+
+
+def await_no_process(run: Path) -> None:
+    wait_for("every process of the run to end", lambda: not started_by(run), 60)
+
+
+def causes(run: Path) -> list[str]:
+    return [json.loads(path.read_text())["cause"] for path in sorted((run / "attempts").glob("*/exit.json"))]

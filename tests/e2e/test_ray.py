@@ -1,0 +1,135 @@
+"""Runs on a Ray of their own on this machine: the main road, kills, cancels; compared with the same run on `cluster=local`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from e2e_tools import TINY, last_step, losses, status, wait_for
+from ray_tools import await_no_process, causes, ranks_of, started_by
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+STEPS = 60
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
+RAY = (*SETTINGS, "+cluster=ray")
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch: Launch, module_runs: Path) -> Path:
+    """The run on cluster=local that every run on Ray must equal."""
+    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return module_runs / "undisturbed"
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """The folder for temporary files, with a path short enough for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A folder for runs on Ray, none of whose processes is left."""
+    folder = tmp_path / "runs"
+    yield folder
+    for process in started_by(folder):
+        process.kill()
+
+
+def test_a_run_equals_that_on_this_machine_step_by_step(launch: Launch, root: Path, temporary: Path, undisturbed: Path) -> None:
+    run = root / "alone"
+    done = launch(*RAY, f"run.root={root}", "run.name=alone", TMPDIR=str(temporary))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert status(run)["state"] == "completed"
+    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
+    assert causes(run) == ["completed"]
+    # Ray knows of each checkpoint, by a pointer alone.
+    known = {path.parent.name: json.loads(path.read_text()) for path in (run / "ray").glob("*/*/checkpoint.json")}
+    assert known["step-00000060"] == {"step": 60, "path": str(run / "checkpoints/step-00000060")}
+    assert not list((run / "ray").rglob("*.safetensors"))
+    assert stat.S_IMODE((run / "ray-token").stat().st_mode) == 0o600
+    assert (run / "ray-token").read_text() not in "".join(
+        path.read_text(errors="replace") for path in (run / "attempts").rglob("*") if path.is_file()
+    )
+    await_no_process(run)
+    assert list(temporary.glob("ray-*")) == [], "a run that is completed leaves nothing of Ray's behind"
+
+
+def test_after_the_kill_of_a_worker_and_of_a_rank_the_run_goes_on_by_itself(
+    launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
+) -> None:
+    run = root / "killed"
+    with start(*RAY, f"run.root={root}", "run.name=killed", TMPDIR=str(temporary)) as process:
+        wait_for("step 12", lambda: last_step(run) >= 12)
+        worker = ranks_of(run)[1].parent()
+        assert "ray::" in " ".join(worker.cmdline())
+        worker.kill()
+        killed_at = time.time()
+        wait_for("the next attempt to train", lambda: (run / "attempts/002/marker").exists() and len(ranks_of(run)) == 2)
+        saved = json.loads((run / "attempts/002/attempt.json").read_text())["resume_step"]
+        wait_for("steps of the next attempt", lambda: last_step(run) >= saved + 10)
+        ranks_of(run)[0].kill()
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
+    assert causes(run) == ["infrastructure", "infrastructure", "completed"]
+    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in again if line["attempt"] == 2 and "train/loss" in line)
+    assert first["time"] - killed_at < 60
+    assert first["trainer/step"] == saved + 1, "no more is repeated than was done since the last checkpoint"
+    assert "rank 0: killed by SIGKILL" in (run / "events.jsonl").read_text()
+    await_no_process(run)
+
+
+def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
+    launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
+) -> None:
+    run, env = root / "stopped", {"TMPDIR": str(temporary)}
+    done = launch(*RAY, f"run.root={root}", "run.name=stopped", "--detach", **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"python -m launcher cancel {run}" in done.stdout
+    wait_for("step 7", lambda: last_step(run) >= 7)
+    assert launch("cancel", str(run)).returncode == 0
+    wait_for("its end", lambda: json.loads(launch("status", str(run), "--json").stdout)["state"] == "cancelled")
+    step = status(run)["step"]
+    assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
+    await_no_process(run)
+
+    assert launch("resume", str(run), "--detach", **env).returncode == 0
+    wait_for("steps of the second attempt", lambda: last_step(run) >= step + 7)
+    os.kill(status(run)["job"]["pid"], signal.SIGKILL)
+    await_no_process(run)
+    seen = json.loads(launch("status", str(run), "--json").stdout)
+    assert seen["state"] == "failed"
+    assert f"python -m launcher resume {run}" in seen["message"]
+
+    done = launch("resume", str(run), **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert losses(run) == losses(undisturbed)
+    assert "rank-00001.log" in {path.name for path in (run / "attempts/003").iterdir()}
+    assert launch("logs", str(run), "--rank", "1").returncode == 0
+
+
+def test_what_would_repeat_itself_is_not_tried_again(launch: Launch, root: Path, temporary: Path) -> None:
+    run = root / "diverged"
+    done = launch(*RAY, "optim.lr=1e30", "optim.warmup_steps=0", f"run.root={root}", "run.name=diverged", TMPDIR=str(temporary))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert causes(run) == ["user_error"]
+    assert status(run)["state"] == "failed"
+    assert "not finite" in status(run)["message"] or "the loss is" in status(run)["message"]
+    await_no_process(run)

@@ -1,0 +1,241 @@
+"""Runs on a Ray of several nodes, which are lost, taken away, unfit or not to be had."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+from e2e_tools import TINY, last_step, losses, status, wait_for
+from ray_cluster import RayCluster
+from ray_tools import await_no_process, causes, ranks_of, started_by
+
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+STEPS = 120
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
+# Of the same global batch on other numbers of ranks, sums are made in another order.
+CLOSE = 2e-3
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch: Launch, module_runs: Path) -> Path:
+    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return module_runs / "undisturbed"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """The head of a Ray cluster, with one CPU."""
+    found = RayCluster()
+    try:
+        found.start("n1")
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture
+def node(cluster: RayCluster) -> Iterator[Callable[..., str]]:
+    """Adds a node for the test: `node("n2")`."""
+    added = []
+
+    def add(name: str, *prefix: str) -> str:
+        cluster.start(name, prefix=prefix)
+        added.append(name)
+        return name
+
+    yield add
+    for name in added:
+        cluster.kill(name)
+    wait_for("Ray to miss the nodes", lambda: list(cluster.node_ids()) == ["n1"], 60)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    yield folder
+    for process in started_by(folder):
+        process.kill()
+
+
+def ray(cluster: RayCluster, root: Path, name: str, *more: str) -> list[str]:
+    """The command line of a run on the cluster."""
+    return [*SETTINGS, "+cluster=ray", f"cluster.address={cluster.address}", f"run.root={root}", f"run.name={name}", *more]
+
+
+def assert_close(found: dict[int, float], wanted: dict[int, float]) -> None:
+    assert found.keys() == wanted.keys()
+    apart = {step: abs(found[step] - wanted[step]) for step in wanted if abs(found[step] - wanted[step]) > CLOSE}
+    assert not apart
+
+
+def test_a_token_or_an_address_that_is_wrong_is_told_in_words(
+    launch: Launch, cluster: RayCluster, root: Path, tmp_path: Path
+) -> None:
+    nobody = launch(*SETTINGS, "+cluster=ray", "cluster.address=127.0.0.2:1", f"run.root={root}", "run.name=nobody")
+    assert nobody.returncode == 2
+    assert "there is no Ray at this address" in nobody.stderr
+    assert not (root / "nobody").exists()
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    refused = launch(*ray(cluster, root, "refused"), **wrong)
+    assert refused.returncode == 1
+    assert "Ray cannot be used" in refused.stderr
+    assert "RAY_AUTH_TOKEN_PATH" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert status(root / "refused")["state"] == "failed"
+    http = launch(*SETTINGS, "+cluster=ray", f"cluster.address={cluster.http}", f"run.root={root}", "run.name=http", **wrong)
+    assert http.returncode == 2
+    assert "the cluster does not take the token" in http.stderr
+    assert not (root / "http").exists()
+
+
+def test_a_request_that_can_never_be_met_fails_at_the_deadline(launch: Launch, cluster: RayCluster, root: Path) -> None:
+    done = launch(*ray(cluster, root, "many", "cluster.workers=4", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "asked for 4 workers with CPU: 1 each; it has CPU: 1 on 1 node" in status(root / "many")["message"]
+    await_no_process(root / "many")
+
+
+def test_a_node_that_does_not_share_the_storage_is_named(
+    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path
+) -> None:
+    """Its folder for runs is another one than the head's."""
+    node("apart", "unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {root} && exec "$@"', "apart")
+    done = launch(*ray(cluster, root, "unshared", "--follow"), **cluster.env)
+    assert done.returncode == 1, done.stdout + done.stderr
+    message = status(root / "unshared")["message"]
+    assert "apart: the run directory is not visible" in message
+    assert "n1:" not in message
+
+
+def test_a_node_with_another_version_of_a_package_is_named(
+    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path
+) -> None:
+    found = distribution("transformers")
+    (file,) = [found.locate_file(path) for path in found.files or () if path.match("transformers-*/METADATA")]
+    other = tmp_path / "METADATA"
+    other.write_text(Path(str(file)).read_text().replace(f"Version: {found.version}", "Version: 4.0.0"))
+    node("old", "unshare", "--mount", "sh", "-c", f'mount --bind {other} {file} && exec "$@"', "old")
+    done = launch(*ray(cluster, root, "versions", "--follow"), **cluster.env)
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = f"old: the version of transformers differs from the head node's old: 4.0.0; n1: {found.version}"
+    other_way = f"n1: the version of transformers differs from the head node's n1: {found.version}; old: 4.0.0"
+    assert said in status(root / "versions")["message"] or other_way in status(root / "versions")["message"]
+
+
+def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
+    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
+) -> None:
+    node("n2")
+    run = root / "job"
+    canary = "canary-0123456789abcdef"
+    env = {**cluster.env, "WANDB_API_KEY": canary}
+    done = launch(*ray(cluster, root, "job", f"cluster.address={cluster.http}"), **env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    job = run_store.read_json(run / "attempts/001/submitted.json")["job"]
+    assert f"job        {job}" in done.stdout
+    assert f"{cluster.http}/#/jobs/{job}" in done.stdout
+    wait_for("step 7", lambda: last_step(run) >= 7)
+    assert json.loads(launch("status", str(run), "--json", **env).stdout)["state"] == "running"
+    assert launch("cancel", str(run), **env).returncode == 0
+    wait_for("its end", lambda: status(run)["state"] == "cancelled")
+    step = status(run)["step"]
+    listed = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "job", "list", f"--address={cluster.http}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **env},
+    )
+    assert job in listed.stdout + listed.stderr
+    assert canary not in listed.stdout + listed.stderr
+    assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
+    resumed = launch("resume", str(run), "--follow", **env)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert step < STEPS
+    assert losses(run) == losses(undisturbed)
+
+
+def test_a_run_loses_a_node_and_gets_another(
+    start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
+) -> None:
+    """Elastic: two ranks on two nodes, then one, then two again; the rows of each step are the same."""
+    node("n2")
+    run = root / "elastic"
+    elastic = ("cluster.workers=2", "cluster.min_workers=1", "cluster.resize_seconds=2", "--follow")
+    with start(*ray(cluster, root, "elastic", *elastic), **cluster.env) as process:
+        wait_for("step 12", lambda: last_step(run) >= 12)
+        assert len(ranks_of(run)) == 2
+        cluster.kill("n2")
+        wait_for("one rank to go on", lambda: last_attempt(run) >= 2)
+        assert len(ranks_of(run)) == 1
+        node("n3")
+        wait_for("two ranks to go on", lambda: last_attempt(run) >= 3)
+        assert len(ranks_of(run)) == 2
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_close(losses(run), losses(undisturbed))
+    assert causes(run) == ["infrastructure", "preempted", "completed"]
+    sizes = [len(run_store.read_attempt(RunDir(run), number).nodes) for number in (1, 2, 3)]
+    assert sizes == [2, 1, 2]
+    await_no_process(run)
+
+
+def test_a_run_saves_before_a_node_is_taken_away(
+    start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
+) -> None:
+    node("n2")
+    run = root / "drained"
+    elastic = ("cluster.workers=2", "cluster.min_workers=1", "train.save_every=1000", "--follow")
+    with start(*ray(cluster, root, "drained", *elastic), **cluster.env) as process:
+        wait_for("step 12", lambda: last_step(run) >= 12)
+        cluster.drain("n2", seconds=120)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "Ray is about to lose n2: the run saves" in output
+    assert causes(run) == ["preempted", "completed"]
+    saved = json.loads((run / "attempts/001/exit.json").read_text())["saved_step"]
+    assert saved >= 12
+    assert_close(losses(run), losses(undisturbed))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["trainer/step"] for line in lines if "train/loss" in line]
+    assert steps == list(range(1, STEPS + 1)), "no step was repeated"
+
+
+def test_a_head_that_is_lost_is_told_with_the_way_to_go_on(launch: Launch, root: Path) -> None:
+    alone = RayCluster()
+    run = root / "headless"
+    try:
+        alone.start("head")
+        done = launch(*ray(alone, root, "headless", "cluster.workers=1"), **alone.env)
+        assert done.returncode == 0, done.stdout + done.stderr
+        wait_for("step 7", lambda: last_step(run) >= 7)
+        alone.kill("head")
+        await_no_process(run)
+        seen = json.loads(launch("status", str(run), "--json", **alone.env).stdout)
+        assert seen["state"] == "failed"
+        assert f"python -m launcher resume {run}" in seen["message"]
+    finally:
+        alone.stop()
+
+
+def last_attempt(run: Path) -> int:
+    """The attempt that logged the last step."""
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return max((line["attempt"] for line in lines), default=0)

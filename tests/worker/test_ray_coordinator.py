@@ -1,0 +1,310 @@
+"""What the workers of one group after another are told, with workers that are played and a run directory that is real."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import run_store
+from launcher.checkpoint import durable, store
+from launcher.errors import Problem
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.worker import record
+from launcher.worker.node_check import NodeReport
+from launcher.worker.ray import coordinator as module
+from launcher.worker.ray.coordinator import Coordinator
+
+FIT = NodeReport("n", "code", {"torch": "2"}, "3.11", (), 8.0, ())
+
+
+class Played:
+    """A run on Ray whose workers say what the test lets them say."""
+
+    def __init__(self, plan: LaunchPlan) -> None:
+        self.plan = plan
+        self.run = run_store.create(plan)
+        self.draining: set[str] = set()
+        number = run_store.next_attempt(self.run, Attempt(resume_step=None))
+        run_store.update_status(self.run, attempt=number)
+        self.coordinator = Coordinator(str(self.run.plan), number, "here:1", lambda: self.draining)
+
+    def enter(self, group: str, nodes: list[str]) -> None:
+        for rank, node in enumerate(nodes):
+            place = {"node": node, "node_id": f"id-{node}", "address": "10.0.0.1", "port": 4000 + rank}
+            self.coordinator.enter(group, len(nodes), {"rank": rank, "local_rank": nodes[:rank].count(node), **place})
+
+    def check(self, group: str, nodes: list[str], problems: dict[str, str] | None = None) -> None:
+        """Every head reports; `problems` are words about nodes."""
+        for rank, node in enumerate(nodes):
+            orders = self.coordinator.orders(group, rank)
+            if orders is not None and orders["do"] == "check":
+                said = (problems or {}).get(node)
+                found = (Problem(said, where=node),) if said else ()
+                report = NodeReport(node, FIT.code, FIT.packages, FIT.python, FIT.gpus, FIT.memory_gib, found)
+                self.coordinator.checked(group, rank, report.to_json())
+
+    def begin(self, group: str, *nodes: str) -> list[dict[str, Any] | None]:
+        """A group comes, is checked and trains; the orders of all."""
+        self.enter(group, list(nodes))
+        self.check(group, list(nodes))
+        return [self.coordinator.orders(group, rank) for rank in range(len(nodes))]
+
+    def end(self, rank: int, failure: dict[str, Any] | None = None, **said: Any) -> None:
+        """A worker leaves its word."""
+        ended = {"node": rank, "host": "n", "ended_at": time.time(), "stopped": False, "killed": False, "first_failure": failure}
+        run_store.write_json(record.node_file(self.run, self.number, rank), ended | said)
+
+    def outcome(self, reason: str, step: int) -> None:
+        """Rank 0's own word."""
+        state = "completed" if reason == "completed" else "preempted"
+        said = {"state": state, "reason": reason, "step": step, "message": reason, "checkpoint": ""}
+        run_store.write_json(self.run.attempt(self.number) / "outcome.json", said)
+
+    def save(self, step: int) -> None:
+        saving = store.begin(self.run.checkpoints, step=step, attempt=self.number, needed_bytes=1)
+        files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [b"x"])}
+        manifest = store.Manifest(step=step, world_size=1, plan_digest=self.plan.digest(), attempt=self.number, files=files)
+        store.commit(saving, manifest)
+
+    @property
+    def number(self) -> int:
+        return run_store.newest_attempt(self.run)
+
+    @property
+    def causes(self) -> list[str]:
+        return [json.loads(path.read_text())["cause"] for path in sorted(self.run.attempts.glob("*/exit.json"))]
+
+
+KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
+
+
+@pytest.fixture
+def play(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Played]:
+    """`play(**settings of the cluster)`; the disk is looked at each time."""
+    monkeypatch.setattr(module, "_LOOK_S", -1.0)
+    monkeypatch.setattr(module, "_DRAIN_LOOK_S", -1.0)
+    return lambda **settings: Played(ray_plan(working_dir=str(tmp_path), **settings))
+
+
+def test_nothing_begins_before_all_have_come_and_all_nodes_are_checked(play: Callable[..., Played]) -> None:
+    played = play()
+    coordinator = played.coordinator
+    coordinator.enter("a", 2, {"rank": 0, "local_rank": 0, "node": "n1", "node_id": "1", "address": "10.0.0.1", "port": 4000})
+    assert coordinator.orders("a", 0) is None
+    coordinator.enter("a", 2, {"rank": 1, "local_rank": 0, "node": "n2", "node_id": "2", "address": "10.0.0.2", "port": 4001})
+    first, second = coordinator.orders("a", 0), coordinator.orders("a", 1)
+    assert first is not None
+    assert second is not None
+    assert [first["do"], second["do"]] == ["check", "check"]
+    assert (second["address"], second["port"], second["peers"]) == ("10.0.0.1", 4000, ["10.0.0.1", "10.0.0.2"])
+    assert (played.run.attempt(1) / "marker").read_text() == first["marker"]
+    coordinator.checked("a", 0, FIT.to_json())
+    assert coordinator.orders("a", 0) is None, "the other node has not reported"
+    coordinator.checked("a", 1, FIT.to_json())
+    orders = coordinator.orders("a", 1)
+    assert orders is not None
+    assert (orders["do"], orders["attempt"], orders["plan"]) == ("train", 1, str(played.run.plan))
+    assert run_store.read_attempt(played.run, 1).nodes == ("n1", "n2")
+
+
+def test_one_worker_of_each_node_checks_it(play: Callable[..., Played]) -> None:
+    played = play(ranks_per_node=4)
+    played.enter("a", ["n1", "n1", "n2", "n2"])
+    orders = [played.coordinator.orders("a", rank) for rank in range(4)]
+    assert [found["do"] if found else None for found in orders] == ["check", None, "check", None]
+
+
+def test_an_unfit_node_is_named_and_nothing_is_loaded(play: Callable[..., Played]) -> None:
+    played = play()
+    played.enter("a", ["n1", "n2"])
+    played.check("a", ["n1", "n2"], {"n2": "the run directory is not visible"})
+    verdict = played.coordinator.beat("a", 0, None)["verdict"]
+    assert verdict["again"] is False
+    assert "n2: the run directory is not visible" in verdict["reason"]
+    assert "mend the node" in verdict["reason"]
+    assert run_store.read_status(played.run).state == "failed"
+    assert played.causes == ["bad_node"]
+
+
+def test_another_version_on_a_node_is_named(play: Callable[..., Played]) -> None:
+    played = play()
+    played.enter("a", ["n1", "n2"])
+    played.coordinator.checked("a", 0, {**FIT.to_json(), "host": "n1"})
+    played.coordinator.checked("a", 1, {**FIT.to_json(), "host": "n2", "packages": {"torch": "1"}})
+    assert "n2: the version of torch differs from the head node's n2: 1; n1: 2" in played.coordinator.state()["over"]
+
+
+def test_a_run_that_is_done_is_done(play: Callable[..., Played]) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    assert played.coordinator.beat("a", 0, None) == {"signal": None, "saved": [], "verdict": None}
+    played.save(5)
+    played.outcome("completed", 5)
+    for rank in range(2):
+        played.end(rank)
+    assert played.coordinator.beat("a", 0, "done")["verdict"] is None
+    answer = played.coordinator.beat("a", 1, "done")
+    assert answer["verdict"] == {"again": False, "reason": "completed"}
+    assert [saved["step"] for saved in answer["saved"]] == [5], "all workers are told of it, and tell Ray"
+    assert run_store.read_status(played.run).state == "completed"
+
+
+def test_after_a_killed_rank_the_others_are_sent_away_and_the_next_group_goes_on(play: Callable[..., Played]) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    played.save(5)
+    played.end(1, KILLED)
+    assert played.coordinator.beat("a", 1, "failed")["verdict"] is None
+    assert played.coordinator.beat("a", 0, None)["signal"] == "TERM"
+    played.end(0)
+    verdict = played.coordinator.beat("a", 0, "done")["verdict"]
+    assert verdict["again"]
+    assert "rank 1: killed by SIGKILL" in verdict["reason"]
+    assert played.coordinator.state()["idle_s"] > 0, "workers are waited for"
+    orders = played.begin("b", "n1", "n1")
+    assert orders[0] is not None
+    assert orders[0]["attempt"] == 2
+    assert run_store.read_attempt(played.run, 2).resume_step == 5
+    assert played.coordinator.state()["idle_s"] == 0
+    assert played.causes == ["infrastructure"]
+
+
+def test_workers_that_leave_no_word_are_counted_until_the_budget_is_spent(play: Callable[..., Played]) -> None:
+    played = play(max_infrastructure_failures=2)
+    for number, group in enumerate("abc", start=1):
+        played.begin(group, "n1", "n2")
+        assert played.number == number
+    assert played.begin("d", "n1", "n2") == [{"do": "leave", "why": played.coordinator.state()["over"]}] * 2
+    assert "cluster.max_infrastructure_failures=2 is used up" in played.coordinator.state()["over"]
+    assert played.causes == ["infrastructure"] * 3
+    assert run_store.read_status(played.run).state == "failed"
+
+
+def test_a_failure_of_the_training_that_repeats_ends_the_run(play: Callable[..., Played]) -> None:
+    played = play(max_failures=1)
+    for group in "ab":
+        played.begin(group, "n1", "n1")
+        played.end(0, {**KILLED, "rank": 0, "kind": "KeyError", "exit_code": 1, "message": "KeyError: 'x'"})
+        played.end(1)
+        played.coordinator.beat(group, 0, "failed")
+        verdict = played.coordinator.beat(group, 1, "done")["verdict"]
+    assert verdict["again"] is False
+    assert "cluster.max_failures=1 is used up" in verdict["reason"]
+
+
+def test_cancel_asks_for_a_save_and_a_second_one_kills(play: Callable[..., Played]) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    file = played.run.attempt(1) / module.CANCEL_FILE
+    run_store.write_json(file, {"save": True})
+    assert played.coordinator.beat("a", 0, None)["signal"] == "USR1"
+    run_store.write_json(file, {"save": False})
+    assert played.coordinator.beat("a", 0, None)["signal"] == "KILL"
+    for rank in range(2):
+        played.end(rank, stopped=True, killed=True)
+        answer = played.coordinator.beat("a", rank, "done")
+    assert answer["verdict"]["again"] is False
+    assert run_store.read_status(played.run).state == "cancelled"
+
+
+def test_a_save_that_takes_too_long_is_ended(play: Callable[..., Played]) -> None:
+    played = play(stop_grace_seconds=0.01)
+    played.begin("a", "n1", "n1")
+    run_store.write_json(played.run.attempt(1) / module.CANCEL_FILE, {"save": True})
+    played.coordinator.beat("a", 0, None)
+    time.sleep(0.02)
+    assert played.coordinator.beat("a", 0, None)["signal"] == "KILL"
+
+
+def test_before_a_node_is_taken_away_the_run_saves_and_goes_on_elsewhere(play: Callable[..., Played]) -> None:
+    played = play(max_preemptions=1)
+    played.draining = {"id-of-another-run"}
+    played.begin("a", "n1", "n2")
+    assert played.coordinator.beat("a", 0, None)["signal"] is None
+    played.draining = {"id-n2"}
+    assert played.coordinator.beat("a", 0, None)["signal"] == "USR2"
+    assert "about to lose n2" in played.run.events.read_text()
+    played.save(7)
+    played.outcome("preempted", 7)
+    for rank in range(2):
+        played.end(rank, stopped=True)
+        answer = played.coordinator.beat("a", rank, "done")
+    assert answer["verdict"]["again"]
+    assert played.causes == ["preempted"]
+
+
+def test_a_node_that_is_gone_before_the_save_counts_as_taken(play: Callable[..., Played]) -> None:
+    played = play(max_infrastructure_failures=0)
+    played.begin("a", "n1", "n2")
+    played.draining = {"id-n2"}
+    played.coordinator.beat("a", 0, None)
+    orders = played.begin("b", "n1", "n1")
+    assert orders[0] is not None
+    assert orders[0]["do"] == "train"
+    assert played.causes == ["preempted"]
+
+
+@pytest.mark.parametrize("num_workers, active", [(1, 1), (3, 2), (4, 4)])
+def test_on_another_number_of_workers_the_global_batch_is_the_same(
+    play: Callable[..., Played], num_workers: int, active: int
+) -> None:
+    played = play(workers=2, min_workers=1)
+    orders = played.begin("a", *["n1"] * num_workers)
+    assert [found["do"] for found in orders if found] == ["train"] * active + ["wait"] * (num_workers - active)
+    assert orders[0] is not None
+    plan = LaunchPlan.load(orders[0]["plan"])
+    assert plan.topology.world_size == active
+    assert plan.batch.global_batch_size == played.plan.batch.global_batch_size == 4
+    assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
+    assert plan.deepspeed["gradient_accumulation_steps"] == plan.batch.accumulation
+    assert run_store.plan_of_digest(played.run, plan.digest()) == plan
+
+
+def test_a_run_that_grows_is_not_charged_for_it(play: Callable[..., Played]) -> None:
+    played = play(workers=2, min_workers=1, max_infrastructure_failures=0)
+    played.begin("a", "n1")
+    orders = played.begin("b", "n1", "n2")
+    assert orders[0] is not None
+    assert orders[0]["do"] == "train"
+
+
+def test_workers_of_a_run_that_another_command_has_started_again_leave_it_alone(play: Callable[..., Played]) -> None:
+    played = play()
+    run_store.next_attempt(played.run, Attempt(resume_step=None))
+    before = run_store.read_status(played.run)
+    (orders, _) = played.begin("a", "n1", "n1")
+    assert orders is not None
+    assert orders["do"] == "leave"
+    assert run_store.read_status(played.run) == before
+
+
+def test_workers_of_a_group_that_another_has_followed_are_sent_away(play: Callable[..., Played]) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    played.begin("b", "n1", "n1")
+    answer = played.coordinator.beat("a", 0, None)
+    assert (answer["signal"], answer["verdict"]["again"]) == ("KILL", False)
+    assert played.coordinator.orders("a", 0) == {"do": "leave", "why": "other workers have taken over"}
+
+
+def test_what_cannot_be_written_ends_the_run_instead_of_going_round(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = play()
+
+    def full(run: RunDir, number: int, attempt: Attempt) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_store, "write_attempt", full)
+    (orders, _) = played.begin("a", "n1", "n1")
+    assert orders is not None
+    assert orders["do"] == "leave"
+    assert "No space left on device" in orders["why"]
+    assert run_store.read_status(played.run).state == "failed"
