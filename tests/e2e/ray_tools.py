@@ -32,5 +32,12 @@ def await_no_process(run: Path) -> None:
     wait_for("every process of the run to end", lambda: not started_by(run), 60)
 
 
+def await_no_launcher(run: Path) -> None:
+    """On a cluster that goes on, Ray keeps idle processes for whoever comes next."""
+    wait_for(
+        "the driver and the ranks to end", lambda: not [p for p in started_by(run) if "launcher" in " ".join(p.cmdline())], 60
+    )
+
+
 def causes(run: Path) -> list[str]:
     return [json.loads(path.read_text())["cause"] for path in sorted((run / "attempts").glob("*/exit.json"))]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from e2e_tools import TINY, last_step, losses, status, wait_for
 from ray_cluster import RayCluster
-from ray_tools import await_no_process, causes, ranks_of, started_by
+from ray_tools import await_no_launcher, causes, ranks_of, started_by
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
@@ -108,7 +108,7 @@ def test_a_request_that_can_never_be_met_fails_at_the_deadline(launch: Launch, c
     done = launch(*ray(cluster, root, "many", "cluster.workers=4", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "asked for 4 workers with CPU: 1 each; it has CPU: 1 on 1 node" in status(root / "many")["message"]
-    await_no_process(root / "many")
+    await_no_launcher(root / "many")
 
 
 def test_a_node_that_does_not_share_the_storage_is_named(
@@ -193,7 +193,7 @@ def test_a_run_loses_a_node_and_gets_another(
     assert causes(run) == ["infrastructure", "preempted", "completed"]
     sizes = [len(run_store.read_attempt(RunDir(run), number).nodes) for number in (1, 2, 3)]
     assert sizes == [2, 1, 2]
-    await_no_process(run)
+    await_no_launcher(run)
 
 
 def test_a_run_saves_before_a_node_is_taken_away(
@@ -226,7 +226,7 @@ def test_a_head_that_is_lost_is_told_with_the_way_to_go_on(launch: Launch, root:
         assert done.returncode == 0, done.stdout + done.stderr
         wait_for("step 7", lambda: last_step(run) >= 7)
         alone.kill("head")
-        await_no_process(run)
+        await_no_launcher(run)
         seen = json.loads(launch("status", str(run), "--json", **alone.env).stdout)
         assert seen["state"] == "failed"
         assert f"python -m launcher resume {run}" in seen["message"]

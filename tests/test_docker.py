@@ -1,0 +1,105 @@
+"""The files for rented nodes: read by the parsers of the tools that use them, and their commands by the launcher itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launcher.config.compose import run_hydra
+
+DOCKER = Path(__file__).resolve().parents[1] / "docker"
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((DOCKER / name).read_text())
+    return found
+
+
+def launcher_commands(text: str) -> list[list[str]]:
+    """The words after `python -m launcher` of each command in a text, with shell variables made plain."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    found = re.findall(r"python -m launcher (\+cluster=ray[^\n|]*)", joined)
+    return [shlex.split(re.sub(r"\$\w+", "10.0.0.1", command.replace("$here:$RAY_PORT", "10.0.0.1:6479"))) for command in found]
+
+
+def test_the_ssh_cluster_is_one_that_ray_takes() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(load("ray-ssh.yaml"))
+    validate_config(config)
+    assert config["provider"]["type"] == "local"
+    for command in (*config["head_start_ray_commands"], *config["worker_start_ray_commands"]):
+        assert "ray start" not in command or "RAY_AUTH_MODE=token" in command
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
+
+
+def test_the_job_for_kubernetes_is_whole() -> None:
+    job = load("rayjob.yaml")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    spec = job["spec"]["rayClusterSpec"]
+    assert spec["authOptions"] == {"mode": "token"}
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+            assert "/shared" in {mount["mountPath"] for mount in container["volumeMounts"]}
+    (workers,) = spec["workerGroupSpecs"]
+    gpus = int(workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
+    assert f"cluster.workers={gpus * workers['replicas']} " in job["spec"]["entrypoint"]
+
+
+def test_the_task_for_skypilot_is_one_that_it_takes() -> None:
+    task = load("skypilot.yaml")
+    assert task["num_nodes"] == 2
+    assert all(value is None for value in task["secrets"].values()), "no key stands in the file"
+    checked = subprocess.run(["bash", "-n"], input=task["run"], text=True, capture_output=True, timeout=10)
+    assert checked.returncode == 0, checked.stderr
+    if importlib.util.find_spec("sky") is not None:
+        import sky
+
+        assert sky.Task.from_yaml(str(DOCKER / "skypilot.yaml")).num_nodes == 2
+
+
+@pytest.mark.parametrize("name", ["rayjob.yaml", "skypilot.yaml"])
+def test_the_commands_in_the_files_are_settings_of_the_launcher(name: str) -> None:
+    found = load(name)
+    text = found["spec"]["entrypoint"] if "spec" in found else found["run"]
+    (command,) = launcher_commands(text)
+    assert "--follow" in command
+    configs: list[Any] = []
+    run_hydra([word for word in command if "=" in word], lambda done: configs.append(done.config))
+    (config,) = configs
+    assert (config.cluster.kind, config.cluster.workers, config.cluster.gpu_type) == ("ray", 16, "H100-80GB")
+    assert config.run.root == "/shared/runs"
+
+
+def test_the_entry_point_tells_verbs_from_programs(tmp_path: Path) -> None:
+    for program in ("python", "ray"):
+        (tmp_path / program).write_text(f'#!/bin/sh\necho {program} "$@"\n')
+        (tmp_path / program).chmod(0o755)
+
+    def run(*words: str) -> str:
+        command = ["sh", DOCKER / "entrypoint.sh", *words]
+        done = subprocess.run(command, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip()
+
+    assert run("plan", "model=tiny") == "python -m launcher plan model=tiny"
+    assert run("--help") == "python -m launcher --help"
+    assert run("ray", "status") == "ray status"
+
+
+def test_the_image_runs_as_nobody_special_and_holds_no_host_or_key() -> None:
+    text = (DOCKER / "Dockerfile").read_text()
+    commands = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert commands[0].startswith("ARG BASE_IMAGE=")
+    assert [line for line in commands if line.startswith("USER ")] == ["USER launcher"]
+    assert not re.search(r"https?://|TOKEN=|API_KEY=", text)
