@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -27,7 +28,15 @@ from transformers.integrations import HfDeepSpeedConfig
 
 
 def main() -> None:
-    args = _arguments()
+    found = train(arguments())
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Train in the process group that is there, or in one that the environment describes; times of the steps' ends."""
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*|.*_(all_gather|reduce_scatter)_base.*")
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -52,11 +61,8 @@ def main() -> None:
             torch.cuda.synchronize()
         times.append(time.time())
         tokens.append(int(rows["lengths"][batch].sum()))
-    if rank == 0:
-        started = psutil.Process().create_time()
-        print(json.dumps({"times": times, "tokens": tokens, **summarize(started, times, tokens, args.warmup)}), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    started = psutil.Process().create_time()
+    return {"times": times, "tokens": tokens, **summarize(started, times, tokens, args.warmup)}
 
 
 def _engine(model_dir: str, config: dict[str, Any], lr: float) -> Any:
@@ -69,7 +75,7 @@ def _engine(model_dir: str, config: dict[str, Any], lr: float) -> Any:
     return engine
 
 
-def _arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hugging Face model folder")
     parser.add_argument("--rows", required=True, help=".npz file of packed rows")
@@ -77,7 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
     parser.add_argument("--lr", type=float, default=1e-5)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

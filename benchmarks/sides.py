@@ -92,10 +92,27 @@ def has_trl() -> bool:
     return importlib.util.find_spec("trl") is not None
 
 
+def ray_side(prepared: Prepared) -> dict[str, Any]:
+    """benchmarks/ray_trainer.py: the bare loop in a TorchTrainer."""
+    rows = ("--rows", str(prepared.folder / "rows.npz"))
+    return _measured(prepared, [sys.executable], "ray_trainer.py", f"--workers={prepared.plan.topology.world_size}", *rows)
+
+
 def _torchrun(prepared: Prepared, script: str, *options: str) -> dict[str, Any]:
+    world_size = prepared.plan.topology.world_size
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    return _measured(prepared, command, script, *options)
+
+
+def _measured(prepared: Prepared, start: list[str], script: str, *options: str) -> dict[str, Any]:
     plan = prepared.plan
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.topology.world_size}"]
-    command += [str(HERE / script), f"--model={plan.model.path}", f"--deepspeed={prepared.folder / 'deepspeed.json'}", *options]
+    command = [
+        *start,
+        str(HERE / script),
+        f"--model={plan.model.path}",
+        f"--deepspeed={prepared.folder / 'deepspeed.json'}",
+        *options,
+    ]
     command += [f"--steps={prepared.steps}", f"--warmup={prepared.warmup}", f"--lr={plan.config.optim.lr}"]
     started = time.time()
     output = run(command, prepared.folder / f"{script}.log")

@@ -70,8 +70,9 @@ class RayCluster:
         self._await(name)
 
     def kill(self, name: str) -> None:
-        """Every process of a node at once, as when its machine is lost."""
-        _kill(self._nodes.pop(name))
+        """Every process of a node at once, as when its machine is lost; nothing where that has happened already."""
+        if (process := self._nodes.pop(name, None)) is not None:
+            _kill(process)
 
     def drain(self, name: str, seconds: int = 60) -> None:
         """Tell Ray that a node is about to be taken away."""
@@ -95,7 +96,8 @@ class RayCluster:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, **self.env}
         )
         assert done.returncode == 0, done.stderr
-        found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+        # Ray says of itself what it likes, on the same output.
+        found: dict[str, str] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
         return found
 
     def stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,13 @@ def started_by(run: Path) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def kill_all(folder: Path) -> None:
+    """Whatever still runs from a folder for runs."""
+    for process in started_by(folder):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def ranks_of(run: Path) -> dict[int, psutil.Process]:

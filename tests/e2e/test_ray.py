@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, last_step, losses, status, wait_for
-from ray_tools import await_no_process, causes, ranks_of, started_by
+from ray_tools import await_no_process, causes, kill_all, ranks_of
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -47,8 +47,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
     """A folder for runs on Ray, none of whose processes is left."""
     folder = tmp_path / "runs"
     yield folder
-    for process in started_by(folder):
-        process.kill()
+    kill_all(folder)
 
 
 def test_a_run_equals_that_on_this_machine_step_by_step(launch: Launch, root: Path, temporary: Path, undisturbed: Path) -> None:

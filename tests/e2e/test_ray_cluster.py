@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from e2e_tools import TINY, last_step, losses, status, wait_for
 from ray_cluster import RayCluster
-from ray_tools import await_no_launcher, causes, ranks_of, started_by
+from ray_tools import await_no_launcher, causes, kill_all, ranks_of
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
@@ -67,8 +67,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "runs"
     folder.mkdir()
     yield folder
-    for process in started_by(folder):
-        process.kill()
+    kill_all(folder)
 
 
 def ray(cluster: RayCluster, root: Path, name: str, *more: str) -> list[str]:

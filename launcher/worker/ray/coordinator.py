@@ -154,9 +154,11 @@ class Coordinator:
         found.reports[rank] = NodeReport.from_json(report)
         if len(found.reports) < len(found.heads):
             return
-        for reported in sorted(found.reports):
-            found.problems += found.reports[reported].problems
-            found.problems += node_check.differences(found.reports[reported], found.reports[0])
+        reports = [found.reports[reported] for reported in sorted(found.reports)]
+        found.problems = [problem for report in reports for problem in report.problems]
+        # A node that lacks the run directory would differ in everything.
+        sound = [report for report in reports if not report.problems]
+        found.problems += [problem for report in sound for problem in node_check.differences(report, sound[0])]
         if found.problems:
             for member in found.members.values():
                 if member.rank < found.active:

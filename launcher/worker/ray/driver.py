@@ -215,9 +215,12 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     if section.address is not None:
         import ray
 
-        address = "auto" if section.is_http else section.address
-        variables = {"PYTHONPATH": _path(run), "PYTHONSAFEPATH": "1"}
-        ray.init(address=address, runtime_env={"env_vars": variables}, **common)
+        if section.is_http:
+            # The job's own environment holds for all that it starts.
+            ray.init(address="auto", **common)
+        else:
+            variables = {"PYTHONPATH": _path(run), "PYTHONSAFEPATH": "1"}
+            ray.init(address=section.address, runtime_env={"env_vars": variables}, **common)
         return
     token = run.root / "ray-token"
     token.touch(mode=0o600)

@@ -1,0 +1,98 @@
+"""What Ray costs: the start on a Ray of one's own beside a minimal TorchTrainer, and the way back after a killed worker.
+
+    python benchmarks/on_ray.py [--rounds N]
+
+Both sides start Ray on this machine, train the same model with the same rows and are measured from the command to the end of the
+first optimizer step. Then a worker of Ray Train is killed with SIGKILL. Appends a table to RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import sides
+
+SETTINGS = (
+    *("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "tracking=none"),
+    *("train.eval_at_start=false", "train.sample=false", "train.export=false"),
+)
+TINY = (
+    *("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none"),
+    *("train.export=false", "train.eval_at_start=false", "train.max_steps=100000", "train.save_every=20"),
+)
+DEADLINE_S = 180.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
+    args = parser.parse_args()
+    trainer, launcher, again = [], [], []
+    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
+        prepared = sides.prepare(Path(folder), [*SETTINGS], steps=2, warmup=1)
+        sides.run([sys.executable, "-m", "launcher", "data", *TINY], Path(folder) / "tiny.log")
+        for number in range(args.rounds):
+            trainer.append(sides.ray_side(prepared)["first_step_s"])
+            launcher.append(sides.launcher_side(prepared, ("+cluster=ray",))["first_step_s"])
+            again.append(killed_worker(Path(folder) / f"runs{number}"))
+            row = f"TorchTrainer {trainer[-1]:.1f} s, launcher {launcher[-1]:.1f} s, after a kill {again[-1]:.1f} s"
+            print(f"round {number + 1}: {row}", flush=True)
+    ratio = statistics.median(a / b for a, b in zip(launcher, trainer, strict=True))
+    rows = {"minimal TorchTrainer": trainer, "launcher, +cluster=ray": launcher, "killed worker to next step": again}
+    table = [f"| {name} | {statistics.median(v):.1f} | {min(v):.1f} to {max(v):.1f} |" for name, v in rows.items()]
+    table = ["| what | s | range |", "|---|---|---|", *table, "", f"start, launcher / TorchTrainer: {ratio:.2f}"]
+    sides.record("Ray on one machine, 2 workers", [f"`python benchmarks/on_ray.py --rounds {args.rounds}`"], table)
+
+
+def killed_worker(root: Path) -> float:
+    """Seconds from the kill of a worker to the end of the next step."""
+    run = root / "tiny"
+    command = [sys.executable, "-m", "launcher", *TINY, "+cluster=ray", "--detach", f"run.root={root}", "run.name=tiny"]
+    sides.run(command, root.parent / "ray.log")
+    try:
+        await_step(run, 30)
+        killed = time.time()
+        worker(run).kill()
+        return await_step(run, 1, attempt=2) - killed
+    finally:
+        subprocess.run([sys.executable, "-m", "launcher", "cancel", str(run), "--no-save"], capture_output=True, timeout=60)
+        end = time.monotonic() + DEADLINE_S
+        while json.loads((run / "status.json").read_text())["state"] != "cancelled" and time.monotonic() < end:
+            time.sleep(0.2)
+        time.sleep(3)
+
+
+def worker(run: Path) -> psutil.Process:
+    """The worker of rank 1."""
+    for process in psutil.process_iter(["cmdline"]):
+        said = " ".join(process.info["cmdline"] or ())
+        if "launcher.worker.entry" in said and str(run) in said and process.environ()["RANK"] == "1":
+            parent = process.parent()
+            assert parent is not None
+            return parent
+    raise SystemExit("no rank 1")
+
+
+def await_step(run: Path, step: int, attempt: int = 1) -> float:
+    """When that step of an attempt or a later one was done, in seconds since the epoch."""
+    file, end = run / "metrics.jsonl", time.monotonic() + DEADLINE_S
+    while time.monotonic() < end:
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            found = json.loads(line)
+            if "train/loss" in found and found["attempt"] >= attempt and found["trainer/step"] >= step:
+                return float(found["time"])
+        time.sleep(0.1)
+    raise SystemExit(f"waited {DEADLINE_S:.0f} s for step {step} of attempt {attempt} in {os.fspath(run)}")
+
+
+if __name__ == "__main__":
+    main()
