@@ -62,6 +62,13 @@ def run(tokens: list[str]) -> int:
     plan = _planned(arguments, rest)
     if plan is None:
         return 0
+    if plan.config.cluster.kind == "ray":
+        raise SubmitError(
+            "drill rehearses on this machine and on Slurm",
+            where="cluster",
+            value="ray",
+            remedy="start a short run, and kill a worker, or a node with: ray drain-node",
+        )
     cluster = cluster_for(plan.config.cluster.kind)
     if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
         print("\n".join([*text.plan_lines(plan), "", cluster.preview(plan) or ""]))

@@ -96,6 +96,11 @@ class RaySection(ManagedSection):
     def is_followed(self) -> bool:
         return self.address is None
 
+    def resources(self, device: str) -> dict[str, float]:
+        """What each worker asks for, on a plan for `device` (cuda or cpu)."""
+        gpus = self.gpus_per_worker if self.gpus_per_worker is not None else int(device == "cuda")
+        return {"CPU": 1.0, **({"GPU": float(gpus)} if gpus else {}), **self.resources_per_worker}
+
     @property
     def is_http(self) -> bool:
         """True where the driver runs on the cluster, as a job."""

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plan_fixtures import config_of, golden, slurm_plan
+from plan_fixtures import config_of, golden, ray_plan, slurm_plan
 from sandbox import sandbox
 from testbed_cluster import Testbed
 
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
-__all__ = ["config_of", "golden", "sandbox", "slurm_plan"]
+__all__ = ["config_of", "golden", "ray_plan", "sandbox", "slurm_plan"]
 
 CPU = DeviceFacts(kind="cpu", name="CPU", count=4)
 WAIT_S = 20.0

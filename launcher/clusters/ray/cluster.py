@@ -52,7 +52,7 @@ class RayCluster:
             _require_reachable(section.address)
 
     def preview(self, plan: LaunchPlan) -> str | None:
-        return None
+        return "\n".join(f"{label:<11}{value}" for label, value in _request(plan)) + "\n"
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         section = LaunchPlan.load(plan_path).ray
@@ -140,6 +140,35 @@ class RayCluster:
         if state == "STOPPED":
             return replace(known, state="cancelled", message="Ray's job was stopped")
         return replace(_lost(run, known), message=f"Ray's job ended as {state}: {message.splitlines()[0] if message else ''}")
+
+
+def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
+    """What Ray is asked for, its own defaults included, as labels and values."""
+    section, workers = plan.ray, plan.topology.world_size
+
+    def or_default(value: object, default: str) -> str:
+        return f"{default} (Ray's default)" if value is None else str(value)
+
+    elastic = section.min_workers is not None and section.min_workers < workers
+    sizes = f"{section.min_workers} to {workers}, looked for every " if elastic else str(workers)
+    sizes += or_default(section.resize_seconds and f"{section.resize_seconds:g} s", "60 s") if elastic else ""
+    resources = ", ".join(f"{name}: {amount:g}" for name, amount in section.resources(plan.topology.device).items())
+    nodes = [f"accelerator {section.accelerator_type}"] if section.accelerator_type else []
+    nodes += [f"{label}={value}" for label, value in section.label_selector.items()]
+    budgets = {
+        "preemptions": "any number" if section.max_preemptions is None else str(section.max_preemptions),
+        "of the machines": str(section.max_infrastructure_failures),
+        "of the training": str(section.max_failures),
+        "without progress": str(section.max_no_progress),
+    }
+    return [
+        ("Ray", section.address or "one of the run's own, on this machine"),
+        ("workers", f"{sizes}, each with {resources}, within {section.placement_minutes:g} minutes"),
+        ("nodes", f"{', '.join(nodes) or 'any'}; placement {or_default(section.placement_strategy, 'PACK')}"),
+        ("survived", ", ".join(f"{kind} {number}" for kind, number in budgets.items())),
+        ("storage", section.storage_path or str(RunDir(Path(plan.run_dir)).root / "ray")),
+        ("passed on", ", ".join((*section.env, *section.pass_env)) or "no variables but keys"),
+    ]
 
 
 def _lost(run: RunDir, status: Status) -> Status:

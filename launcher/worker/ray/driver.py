@@ -161,17 +161,17 @@ class _Driver:
     def _not_placed(self, waited_s: float) -> str:
         import ray
 
+        section, wanted = self._section, self._section.resources(self._plan.topology.device)
         asked = f"{self._plan.topology.world_size} workers"
-        if self._section.min_workers is not None:
-            asked = f"{self._section.min_workers} to {asked}"
-        each = ", ".join(f"{name}: {amount:g}" for name, amount in _resources(self._plan).items())
-        asked += f" with {each} each"
-        if self._section.accelerator_type:
-            asked += f" on {self._section.accelerator_type}"
-        if self._section.label_selector:
-            asked += f" on nodes with {self._section.label_selector}"
+        if section.min_workers is not None:
+            asked = f"{section.min_workers} to {asked}"
+        asked += f" with {', '.join(f'{name}: {amount:g}' for name, amount in wanted.items())} each"
+        if section.accelerator_type:
+            asked += f" on {section.accelerator_type}"
+        if section.label_selector:
+            asked += f" on nodes with {section.label_selector}"
         found = ray.cluster_resources()
-        there = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(found.items()) if name in _resources(self._plan))
+        there = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(found.items()) if name in wanted)
         alive = sum(node["Alive"] for node in ray.nodes())
         return (
             f"the cluster did not provide the workers within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
@@ -233,7 +233,7 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     import ray
 
     cores = os.cpu_count() or 1
-    needed = _resources(plan).get("CPU", 1.0) * plan.topology.world_size
+    needed = plan.ray.resources(plan.topology.device).get("CPU", 1.0) * plan.topology.world_size
     ray.init(
         num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
         _temp_dir=str(folder),
@@ -247,13 +247,6 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
 
 def _path(run: RunDir) -> str:
     return os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _resources(plan: LaunchPlan) -> dict[str, float]:
-    """What each worker asks for."""
-    section = plan.ray
-    gpus = section.gpus_per_worker if section.gpus_per_worker is not None else int(plan.topology.device == "cuda")
-    return {"CPU": 1.0, **({"GPU": float(gpus)} if gpus else {}), **section.resources_per_worker}
 
 
 def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> Any:
@@ -275,8 +268,8 @@ def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> A
     elastic = section.min_workers is not None and section.min_workers < workers
     scaling: dict[str, Any] = {
         "num_workers": (section.min_workers, workers) if elastic else workers,
-        "use_gpu": "GPU" in _resources(plan),
-        "resources_per_worker": _resources(plan),
+        "use_gpu": "GPU" in plan.ray.resources(plan.topology.device),
+        "resources_per_worker": plan.ray.resources(plan.topology.device),
         "accelerator_type": section.accelerator_type,
         "label_selector": section.label_selector or None,
     }

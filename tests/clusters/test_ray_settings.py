@@ -1,0 +1,145 @@
+"""What Ray is asked for, and which settings and states of a run on Ray are refused or told in words."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from pydantic import ValidationError
+
+from launcher import run_store
+from launcher.clusters.ray import cluster as module
+from launcher.clusters.ray.cluster import RayCluster
+from launcher.config.ray import RaySection
+from launcher.errors import SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+
+
+def section(**settings: Any) -> RaySection:
+    return RaySection.model_validate({"kind": "ray", **settings})
+
+
+def test_the_request_is_shown_with_rays_defaults(ray_plan: Callable[..., LaunchPlan], golden: Callable[[str, str], None]) -> None:
+    settings = {
+        "address": "10.0.0.1:6379",
+        "workers": 4,
+        "min_workers": 2,
+        "accelerator_type": "H100",
+        "label_selector": {"ray.io/market-type": "spot"},
+        "resources_per_worker": {"CPU": 8.0},
+        "env": {"NCCL_IB_HCA": "mlx5"},
+        "pass_env": ("NCCL_DEBUG",),
+        "max_preemptions": 5,
+    }
+    shown = [RayCluster().preview(ray_plan()), RayCluster().preview(ray_plan(**settings))]
+    golden("ray_requests.txt", "\n".join(text or "" for text in shown))
+
+
+@pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.local:6379", "[fd00::1]:6379", "http://127.0.0.1:8265"])
+def test_addresses_that_serve(address: str) -> None:
+    assert section(address=address).address == address
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["local", "10.0.0.1", "http://user:password@host:8265", "ray://host:10001", "host:6379; rm -rf /", "host:63\n79", ""],
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ValidationError, match=r"is not an address of Ray|control character"):
+        section(address=address)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:6379", "8.8.8.8:6379", "http://8.8.8.8:8265", "[2001:4860:4860::8888]:6379"])
+def test_an_address_that_everyone_reaches_needs_a_word(address: str) -> None:
+    with pytest.raises(ValidationError, match="allow_public_address"):
+        section(address=address)
+    assert section(address=address, allow_public_address=True).address == address
+
+
+def test_a_name_that_resolves_to_a_public_address_is_refused(
+    ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.socket, "getaddrinfo", lambda *_: [(2, 1, 6, "", ("8.8.8.8", 0))])
+    with pytest.raises(SubmitError, match="the whole internet can reach"):
+        RayCluster().check(ray_plan(address="head.example:6379"))
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"workers": 2, "min_workers": 3}, "is more than all 2 workers"),
+        ({"env": {"MASTER_ADDR": "x"}}, "Ray or the launcher set themselves"),
+        ({"env": {"A B": "x"}}, "is not the name of a variable"),
+        ({"pass_env": ["RAY_ADDRESS"]}, "Ray or the launcher set themselves"),
+        ({"placement_strategy": "pack"}, "PACK"),
+        ({"gpus_per_worker": 2}, "less than or equal to 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        section(**settings)
+
+
+def test_a_ray_of_ones_own_is_one_machine(ray_plan: Callable[..., LaunchPlan]) -> None:
+    with pytest.raises(SubmitError, match="this is one machine, and the plan asks for 2 nodes"):
+        RayCluster().check(ray_plan(nodes=2))
+
+
+@pytest.fixture
+def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
+    made = run_store.create(ray_plan(working_dir=str(tmp_path)))
+    run_store.next_attempt(made, Attempt(resume_step=None))
+    return made
+
+
+def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDir) -> None:
+    with subprocess.Popen(["sleep", "60"]) as driver:
+        started = psutil.Process(driver.pid).create_time()
+        job = {"host": os.uname().nodename, "pid": driver.pid, "started": started}
+        run_store.update_status(run, state="running", attempt=1, job=job)
+        assert RayCluster().status(run).state == "running"
+        driver.kill()
+    seen = RayCluster().status(run)
+    assert seen.state == "failed"
+    assert f"python -m launcher resume {run.root}" in seen.message
+
+
+def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir) -> None:
+    run_store.update_status(run, state="running", attempt=1, job={"host": "elsewhere", "pid": 1, "started": 0.0})
+    old = time.time() - 300
+    values = run_store.read_json(run.status) | {"updated_at": old}
+    run_store.write_json(run.status, values)
+    assert RayCluster().status(run).state == "failed"
+    (run.root / "driver.json").write_text("{}")
+    assert RayCluster().status(run).state == "running"
+
+
+def test_cancel_is_a_word_in_the_attempt_and_a_second_one_means_no_save(run: RunDir) -> None:
+    with subprocess.Popen(["sleep", "60"]) as driver:
+        started = psutil.Process(driver.pid).create_time()
+        job = {"host": os.uname().nodename, "pid": driver.pid, "started": started}
+        run_store.update_status(run, state="running", attempt=1, job=job)
+        RayCluster().cancel(run)
+        assert run_store.read_json(run.attempt(1) / "cancel.json")["save"] is True
+        assert driver.poll() is None
+        RayCluster().cancel(run)
+        assert run_store.read_json(run.attempt(1) / "cancel.json")["save"] is False
+        assert driver.poll() is None
+        RayCluster().cancel(run)
+        assert driver.wait(10) == -9
+    assert run_store.read_status(run).state == "cancelled"
+    with pytest.raises(SubmitError, match="the run is not running"):
+        RayCluster().cancel(run)
+
+
+def test_a_jobs_api_that_is_not_there_is_told_before_anything_is_made(ray_plan: Callable[..., LaunchPlan]) -> None:
+    with pytest.raises(SubmitError, match="does not answer"):
+        RayCluster().check(ray_plan(address="http://127.0.0.1:1"))
