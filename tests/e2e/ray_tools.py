@@ -24,10 +24,14 @@ def started_by(run: Path) -> list[psutil.Process]:
 
 
 def kill_all(folder: Path) -> None:
-    """Whatever still runs from a folder for runs."""
-    for process in started_by(folder):
+    """Drivers and ranks that still run from a folder for runs; the rest of a run's Ray goes with its driver."""
+    for process in launcher_processes(folder):
         with suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def launcher_processes(run: Path) -> list[psutil.Process]:
+    return [process for process in started_by(run) if "launcher" in " ".join(process.cmdline())]
 
 
 def ranks_of(run: Path) -> dict[int, psutil.Process]:
@@ -42,9 +46,7 @@ def await_no_process(run: Path) -> None:
 
 def await_no_launcher(run: Path) -> None:
     """On a cluster that goes on, Ray keeps idle processes for whoever comes next."""
-    wait_for(
-        "the driver and the ranks to end", lambda: not [p for p in started_by(run) if "launcher" in " ".join(p.cmdline())], 60
-    )
+    wait_for("driver and ranks to end", lambda: not launcher_processes(run), 60)
 
 
 def causes(run: Path) -> list[str]:

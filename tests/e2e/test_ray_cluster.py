@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 from e2e_tools import TINY, last_step, losses, status, wait_for
 from ray_cluster import RayCluster
-from ray_tools import await_no_launcher, causes, kill_all, ranks_of
+from ray_tools import await_no_launcher, causes, kill_all
 
 from launcher import run_store
+from launcher.checkpoint import store
 from launcher.plan.run_dir import RunDir
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 120
-SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
+# Steps that are slow enough for nodes to come and go between them.
+SETTINGS = (*TINY, "train.global_batch_size=32", f"train.max_steps={STEPS}", "train.save_every=5", "train.export=false")
 # Of the same global batch on other numbers of ranks, sums are made in another order.
 CLOSE = 2e-3
 
@@ -178,20 +180,17 @@ def test_a_run_loses_a_node_and_gets_another(
     run = root / "elastic"
     elastic = ("cluster.workers=2", "cluster.min_workers=1", "cluster.resize_seconds=2", "--follow")
     with start(*ray(cluster, root, "elastic", *elastic), **cluster.env) as process:
-        wait_for("step 12", lambda: last_step(run) >= 12)
-        assert len(ranks_of(run)) == 2
+        await_training(run, num_ranks=2)
+        wait_for("a checkpoint", lambda: store.newest_step(run / "checkpoints") is not None)
         cluster.kill("n2")
-        wait_for("one rank to go on", lambda: last_attempt(run) >= 2)
-        assert len(ranks_of(run)) == 1
+        await_training(run, num_ranks=1)
         node("n3")
-        wait_for("two ranks to go on", lambda: last_attempt(run) >= 3)
-        assert len(ranks_of(run)) == 2
+        await_training(run, num_ranks=2)
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert_close(losses(run), losses(undisturbed))
-    assert causes(run) == ["infrastructure", "preempted", "completed"]
-    sizes = [len(run_store.read_attempt(RunDir(run), number).nodes) for number in (1, 2, 3)]
-    assert sizes == [2, 1, 2]
+    # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
+    assert causes(run)[-3:] == ["infrastructure", "preempted", "completed"]
     await_no_launcher(run)
 
 
@@ -202,14 +201,12 @@ def test_a_run_saves_before_a_node_is_taken_away(
     run = root / "drained"
     elastic = ("cluster.workers=2", "cluster.min_workers=1", "train.save_every=1000", "--follow")
     with start(*ray(cluster, root, "drained", *elastic), **cluster.env) as process:
-        wait_for("step 12", lambda: last_step(run) >= 12)
+        await_training(run, num_ranks=2)
         cluster.drain("n2", seconds=120)
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "Ray is about to lose n2: the run saves" in output
-    assert causes(run) == ["preempted", "completed"]
-    saved = json.loads((run / "attempts/001/exit.json").read_text())["saved_step"]
-    assert saved >= 12
+    assert causes(run)[-2:] == ["preempted", "completed"]
     assert_close(losses(run), losses(undisturbed))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["trainer/step"] for line in lines if "train/loss" in line]
@@ -233,8 +230,14 @@ def test_a_head_that_is_lost_is_told_with_the_way_to_go_on(launch: Launch, root:
         alone.stop()
 
 
-def last_attempt(run: Path) -> int:
-    """The attempt that logged the last step."""
-    file = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return max((line["attempt"] for line in lines), default=0)
+def await_training(run: Path, num_ranks: int) -> None:
+    """Until an attempt with so many ranks has logged a step."""
+
+    def training() -> bool:
+        file = run / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        attempts = {line["attempt"] for line in lines if "train/loss" in line}
+        newest = max(attempts, default=0)
+        return newest > 0 and len(run_store.read_attempt(RunDir(run), newest).nodes) == num_ranks
+
+    wait_for(f"training on {num_ranks} ranks", training)

@@ -221,7 +221,8 @@ class Coordinator:
         group.marker = secrets.token_hex(16)
         run_store.write_text(run.attempt(self._number) / "marker", group.marker)
         run_store.update_status(run, state="running", attempt=self._number, message="starting")
-        ranks = f"{group.active} ranks" if group.active == group.size else f"{group.active} of {group.size} workers"
+        ranks = f"{group.active} rank{'s' * (group.active > 1)}"
+        ranks += f", {group.size - group.active} workers idle" if group.size > group.active else ""
         self._say("info", f"attempt {self._number} begins with {ranks} on {', '.join(dict.fromkeys(begun.nodes))}")
         group.opened, self._size = True, group.size
         if not section.node_checks:
