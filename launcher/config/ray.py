@@ -27,6 +27,7 @@ Address = Annotated[
 Resource = Annotated[str, matching(r"[A-Za-z][\w.:/-]*", "is not a resource; write it as in CPU, memory or special_hardware")]
 Label = Annotated[str, matching(r"[A-Za-z0-9][\w./-]*", "is not a label; write it as in ray.io/market-type")]
 LabelValue = Annotated[str, matching(r"[!\w.(), /-]+", "is not a label's value; write it as in spot, !spot or in(a,b)")]
+Python = Annotated[str, matching(r"[A-Za-z0-9/][\w.+/-]*", "is not a program; write python3 or /path/of/python")]
 VariableName = Annotated[
     str,
     matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
@@ -50,6 +51,7 @@ class RaySection(ManagedSection):
         description="The cluster: auto (this machine belongs to it), host:port, or http://host:8265 for its Jobs API, which runs "
         "the driver on the cluster. Unset: a Ray for this run alone is started on this machine.",
     )
+    python: Python = Field("python", description="Python of the driver on a cluster that is reached over HTTP.")
     allow_public_address: Flag = Field(
         False, description="Let cluster.address be one that the whole internet can reach, or all interfaces."
     )
@@ -84,7 +86,7 @@ class RaySection(ManagedSection):
         default_factory=dict, description="Environment variables of the ranks, such as NCCL_IB_HCA. Never secrets."
     )
     pass_env: tuple[VariableName, ...] = Field(
-        (), description="Names of variables that the ranks get as they are where the run is started, such as NCCL_DEBUG."
+        (), description="Names of variables that the ranks get as they are where the run is started, such as NCCL_DEBUG. No keys."
     )
     dashboard: Flag = Field(False, description="Start Ray's dashboard, on loopback, with a Ray of this machine's own.")
 

@@ -22,6 +22,7 @@ class Cause(StrEnum):
     TIME_LIMIT = "time_limit"
     INFRASTRUCTURE = "infrastructure"
     BAD_NODE = "bad_node"
+    RESIZED = "resized"
     FAILURE = "failure"
     USER_ERROR = "user_error"
 
@@ -51,7 +52,7 @@ class Decision:
 MOST_FRUITLESS_PREEMPTIONS = 20
 _FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
 _FAILED_MACHINES = (Cause.INFRASTRUCTURE, Cause.BAD_NODE)
-_OF_THE_MACHINES = (Cause.PREEMPTED, *_FAILED_MACHINES)
+_OF_THE_MACHINES = (Cause.PREEMPTED, Cause.RESIZED, *_FAILED_MACHINES)
 
 
 def decide(ended: Ended, history: Sequence[Ended], budgets: ManagedSection) -> Decision:

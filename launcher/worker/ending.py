@@ -34,8 +34,8 @@ _HARDWARE = re.compile(
     r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
     re.IGNORECASE,
 )
-# Slurm's word for a job whose machines it took.
-_TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED}
+# Slurm's words for a job whose machines it took, and the word for workers that are gathered anew because there are more.
+_TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,10 @@ def _by_refusals(refused: Mapping[str, str], attempt: Attempt, step: int) -> End
 
 def _by_nodes(named: set[str], said: Sequence[str], attempt: Attempt, step: int) -> Ending:
     """Nodes that are unfit; where most of them are, it is not the nodes, and leaving them out would not help."""
-    bad = tuple(node for node in attempt.nodes if node in named)
+    nodes = tuple(dict.fromkeys(attempt.nodes))
+    bad = tuple(node for node in nodes if node in named)
     message = "; ".join(dict.fromkeys(said))
-    if len(bad) > max(1, len(attempt.nodes) // 2):
+    if len(bad) > max(1, len(nodes) // 2):
         return Ending(Cause.USER_ERROR, step, message)
     return Ending(Cause.BAD_NODE, step, message, bad)
 

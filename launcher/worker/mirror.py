@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,13 +231,15 @@ class MirrorProcess:
         self._process = process
 
     @classmethod
-    def start(cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> MirrorProcess | None:
-        """Start it where the plan has a mirror; to be called from the agent's main thread, whose end would end it."""
+    def start(
+        cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
+    ) -> MirrorProcess | None:
+        """Start it where the plan has a mirror, in this environment or another; it ends with the thread that starts it."""
         if plan.config.train.mirror is None:
             return None
         command = [sys.executable, "-m", "launcher.worker.mirror", plan_path, str(attempt)]
         with open(run.attempt(attempt) / "mirror.log", "ab") as log:
-            return cls(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT))
+            return cls(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT))
 
     @property
     def pid(self) -> int:

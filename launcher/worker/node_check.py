@@ -38,7 +38,7 @@ CGROUP_MEMORY = {
     "": (Path("/sys/fs/cgroup"), "memory.max"),
     "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
 }
-_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors")
+_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors", "ray")
 _CHECKPOINT_MARGIN = 1.2
 # A problem that begins so is of the disk that all nodes share, whichever of them reports it.
 NO_ROOM = "the disk of the run directory has no room"
@@ -76,8 +76,11 @@ class Store(Protocol):
     def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
 
 
-def check_node(plan: LaunchPlan, run: RunDir, attempt: int) -> NodeReport:
-    """Check this node; each problem's `where` is the node's name and nothing else."""
+def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | None = None) -> NodeReport:
+    """Check this node for `num_ranks` ranks, the plan's for each node by default.
+
+    Each problem's `where` is the node's name and nothing else.
+    """
     memory_gib = _memory_bytes() / _GIB
     code, problems = _code_digest(run)
     problems += _check_run_directory(run, attempt)
@@ -85,7 +88,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int) -> NodeReport:
     problems += _check_space(plan, run, memory_gib)
     gpus: tuple[str, ...] = ()
     if plan.topology.device == "cuda":
-        gpus, of_gpus = gpu_check.check_gpus(plan.topology.ranks_per_node, plan.config.cluster.gpu_type)
+        gpus, of_gpus = gpu_check.check_gpus(num_ranks or plan.topology.ranks_per_node, plan.config.cluster.gpu_type)
         problems += of_gpus
     host = node_name()
     return NodeReport(

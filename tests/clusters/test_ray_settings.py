@@ -114,7 +114,7 @@ def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDi
 
 def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir) -> None:
     run_store.update_status(run, state="running", attempt=1, job={"host": "elsewhere", "pid": 1, "started": 0.0})
-    old = time.time() - 300
+    old = time.time() - 600
     values = run_store.read_json(run.status) | {"updated_at": old}
     run_store.write_json(run.status, values)
     assert RayCluster().status(run).state == "failed"

@@ -146,7 +146,7 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
     run = root / "job"
     canary = "canary-0123456789abcdef"
     env = {**cluster.env, "WANDB_API_KEY": canary}
-    done = launch(*ray(cluster, root, "job", f"cluster.address={cluster.http}"), **env)
+    done = launch(*ray(cluster, root, "job", f"cluster.address={cluster.http}", f"cluster.python={sys.executable}"), **env)
     assert done.returncode == 0, done.stdout + done.stderr
     job = run_store.read_json(run / "attempts/001/submitted.json")["job"]
     assert f"job        {job}" in done.stdout
@@ -190,7 +190,7 @@ def test_a_run_loses_a_node_and_gets_another(
     assert process.returncode == 0, output
     assert_close(losses(run), losses(undisturbed))
     # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
-    assert causes(run)[-3:] == ["infrastructure", "preempted", "completed"]
+    assert causes(run)[-3:] == ["infrastructure", "resized", "completed"]
     await_no_launcher(run)
 
 

@@ -136,6 +136,7 @@ def test_an_unfit_node_is_named_and_nothing_is_loaded(play: Callable[..., Played
 def test_another_version_on_a_node_is_named(play: Callable[..., Played]) -> None:
     played = play()
     played.enter("a", ["n1", "n2"])
+    assert played.coordinator.orders("a", 0) is not None
     played.coordinator.checked("a", 0, {**FIT.to_json(), "host": "n1"})
     played.coordinator.checked("a", 1, {**FIT.to_json(), "host": "n2", "packages": {"torch": "1"}})
     assert "n2: the version of torch differs from the head node's n2: 1; n1: 2" in played.coordinator.state()["over"]
@@ -268,7 +269,7 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
 
 
 def test_a_run_that_grows_is_not_charged_for_it(play: Callable[..., Played]) -> None:
-    played = play(workers=2, min_workers=1, max_infrastructure_failures=0)
+    played = play(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
     played.begin("a", "n1")
     orders = played.begin("b", "n1", "n2")
     assert orders[0] is not None

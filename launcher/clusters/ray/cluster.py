@@ -28,8 +28,8 @@ _JOIN_DEADLINE_S = 90.0
 _END_DEADLINE_S = 60.0
 _CONNECT_S = 5.0
 _POLL_S = 0.1
-# The driver gives a sign of life every few seconds; a slow file system may hold it back.
-_SILENT_S = 60.0
+# The driver gives a sign of life every few seconds; a network file system shows it up to a minute late.
+_SILENT_S = 180.0
 _LOST = "the driver is gone without a word (killed, or its machine or the head of the cluster is lost)"
 
 
@@ -58,9 +58,8 @@ class RayCluster:
         section = LaunchPlan.load(plan_path).ray
         arguments = [str(plan_path), str(attempt)]
         if section.is_http:
-            assert section.address is not None
             try:
-                job = jobs.submit(section.address, run, _MODULE, arguments)
+                job = jobs.submit(section, run, _MODULE, arguments)
             except SubmitError:
                 run_store.update_status(run, state="failed", message="the job was not submitted")
                 raise
@@ -124,13 +123,20 @@ class RayCluster:
             jobs.stop(submitted["address"], submitted["job"])
         elif (driver := process.find(status)) is not None:
             driver.kill()
+        else:
+            where = f"process {(status.job or {}).get('pid')} on {(status.job or {}).get('host')}"
+            raise SubmitError("the driver can only be killed on its own machine", where=str(run.root), value=where)
         run_store.update_status(run, state="cancelled", message="killed without saving")
 
     def _of_job(self, run: RunDir, status: Status, submitted: dict[str, str]) -> Status:
         known = replace(status, job={**(status.job or {}), "id": submitted["job"]})
         try:
             state, message = jobs.state(submitted["address"], submitted["job"])
+        except jobs.JobUnknown:
+            return _lost(run, known)
         except SubmitError as error:
+            if time.time() - _heard_at(run, status) > _SILENT_S:
+                return _lost(run, known)
             return replace(known, message=f"Ray does not answer ({error.problems[0].what}); this is the last that is known")
         if state in ("PENDING", "RUNNING"):
             return known if status.job is not None else replace(known, message=message or f"Ray's job is {state.lower()}")
@@ -187,6 +193,7 @@ def _submission_file(run: RunDir, attempt: int) -> Path:
 def _heard_at(run: RunDir, status: Status) -> float:
     file = run.root / "driver.json"
     with suppress(OSError):
+        run_store.look_again(run.root)
         return max(status.updated_at, file.stat().st_mtime)
     return status.updated_at
 
@@ -206,6 +213,8 @@ def _await_joined(run: RunDir, log: Path) -> None:
     if status.state == "failed":
         raise RunError(status.message, where=str(log), remedy="look at cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH")
     if status.message == JOINING:
+        if (driver := process.find(status)) is not None:
+            driver.kill()
         run_store.update_status(run, state="failed", message="Ray was not joined in time")
         raise RunError("Ray was not joined in time", where=str(log), value=log.read_text(errors="replace")[-2000:])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from launcher.clusters.process import with_code
+from launcher.config.ray import RaySection
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 
@@ -24,15 +24,23 @@ def require_answer(address: str) -> None:
     _client(address)
 
 
-def submit(address: str, run: RunDir, module: str, arguments: Sequence[str]) -> str:
-    """Submit `python -m MODULE ARGUMENTS`, run from the run's code; returns the job's id.
+class JobUnknown(SubmitError):
+    """The cluster that answers has no such job: it is another one than that which took it."""
+
+
+def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[str]) -> str:
+    """Submit `PYTHON -m MODULE ARGUMENTS`, run from the run's code; returns the job's id.
 
     Raises:
         SubmitError: with Ray's words.
     """
     # The only shell string here is made of quoted words, since the Jobs API takes nothing else.
-    entrypoint = shlex.join(["python" if _is_elsewhere(address) else sys.executable, "-m", module, *arguments])
-    variables = {"PYTHONPATH": with_code(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    address = section.address or ""
+    entrypoint = shlex.join([section.python, "-m", module, *arguments])
+    # What stands here anyone with the token can read: only what was named for it, and no key.
+    passed = {name: os.environ[name] for name in section.pass_env if name in os.environ}
+    variables = {**passed, "PYTHONPATH": with_code(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    variables |= {"LAUNCHER_INTERFACE": section.interface} if section.interface is not None else {}
     client = _client(address)
     job: str = _in_words(
         address,
@@ -60,10 +68,6 @@ def stop(address: str, job: str) -> None:
     _in_words(address, lambda: client.stop_job(job))
 
 
-def _is_elsewhere(address: str) -> bool:
-    return "127.0.0.1" not in address and "localhost" not in address
-
-
 def _client(address: str) -> Any:
     def connect() -> Any:
         from ray.job_submission import JobSubmissionClient
@@ -81,6 +85,8 @@ def _in_words(address: str, ask: Callable[[], T]) -> T:
     except Exception as error:
         # Ray raises whatever its HTTP client does, and RuntimeError for what the cluster refuses.
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if "does not exist" in str(error):
+            raise JobUnknown("the cluster knows no such job", where="cluster.address", value=address) from None
         denied = any(word in str(error) for word in ("401", "403", "Unauthorized", "Forbidden", "authentication"))
         remedy = "check cluster.address and that the head node and its dashboard run"
         if denied:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,14 +16,14 @@ from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.errors import ConfigError, LauncherError, Problem, RunError, Superseded, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import resized
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.jsonl import append_event, read_metrics
-from launcher.worker import conclusion, node_check, record
+from launcher.worker import conclusion, network, node_check, record
 from launcher.worker.node_check import NodeReport
 
 CANCEL_FILE = "cancel.json"
@@ -33,7 +33,13 @@ _LOCK_WAIT_S = 60.0
 _LOOK_S = 0.5
 _DRAIN_LOOK_S = 2.0
 # Workers ask several times a second.
-_SILENT_S = 20.0
+_SILENT_S = 60.0
+# Checks of GPUs and of a busy file system take seconds; a node that hangs would hold all others for ever.
+_CHECK_DEADLINE_S = 300.0
+# How long storage that cannot be read now is waited for before an attempt.
+_OPEN_DEADLINE_S = 600.0
+# Workers that could not even say who they are, after which it is no accident.
+_MOST_EARLY_FAILURES = 10
 # From the first failure to the end of the others, which are sent away.
 _LAST_WORDS_S = 30.0
 
@@ -60,15 +66,17 @@ class _Group:
     active: int = 0
     plan_path: str = ""
     marker: str = ""
-    opened: bool = False
+    opened_at: float | None = None
     reports: dict[int, NodeReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)
     failed_at: float | None = None
     drained: bool = False
     asked_at: float | None = None
+    saves: bool = True
     saved: list[dict[str, Any]] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
+    came_at: float = field(default_factory=time.monotonic)
     heard_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -94,6 +102,7 @@ class Coordinator:
         self._group: _Group | None = None
         # Workers of the last group that trained.
         self._size = 0
+        self._early_failures = 0
         self._over: str | None = None
         self._looked = self._looked_at_drains = 0.0
         self._idle_since: float | None = time.monotonic()
@@ -116,30 +125,34 @@ class Coordinator:
         if self._group is None or self._group.id != group:
             self._group = _Group(group, size)
         self._group.members[member["rank"]] = Member(**member)
-        if len(self._group.members) == size and self._over is None:
-            try:
-                self._open(self._group)
-            except LauncherError as error:
-                self._finish(error.problems[0].what, state="failed")
-            except Exception as error:
-                # Raised in the workers, it would make Ray Train start others, for ever.
-                self._finish(f"the attempt cannot be opened: {type(error).__name__}: {error}", state="failed")
-            self._idle_since = None
+        self._hear(self._group)
+
+    def failed_early(self, words: str) -> None:
+        """A worker could not come so far as to enter; Ray Train would start others for ever."""
+        self._early_failures += 1
+        self._say("alert", f"a worker could not start: {words}")
+        if self._early_failures > _MOST_EARLY_FAILURES and self._over is None:
+            self._finish(f"workers cannot start: {words}", state="failed")
 
     def orders(self, group: str, rank: int) -> dict[str, Any] | None:
         """What a worker does next: None to ask again, else `do` is check, train, wait or leave."""
         found = self._group
+        if found is not None and found.id == group and self._over is None and len(found.members) == found.size:
+            self._open_if_possible(found)
         if self._over is not None or found is None or found.id != group:
             return {"do": "leave", "why": self._over or "other workers have taken over"}
-        if not found.opened:
+        self._hear(found)
+        if found.opened_at is None:
             return None
+        waiting = [head.rank for head in found.heads if head.rank not in found.reports]
+        self._look(found)
+        if waiting and found.verdict is None:
+            self._end_of_checks(found, waiting)
         if found.verdict is not None:
             return {"do": "wait"}
-        found.heard_at = time.monotonic()
         common = {"attempt": self._number, "plan": found.plan_path, "marker": found.marker, "active": found.active}
         if rank >= found.active:
             return {"do": "wait", **common}
-        waiting = [head.rank for head in found.heads if head.rank not in found.reports]
         head = found.members[0]
         place = {"address": head.address, "port": head.port, "peers": sorted({m.address for m in found.members.values()})}
         if waiting:
@@ -160,12 +173,7 @@ class Coordinator:
         sound = [report for report in reports if not report.problems]
         found.problems += [problem for report in sound for problem in node_check.differences(report, sound[0])]
         if found.problems:
-            for member in found.members.values():
-                if member.rank < found.active:
-                    ended = {"node": member.rank, "host": member.node, "first_failure": None, "stopped": False}
-                    ended |= {"problems": [asdict(problem) for problem in found.problems], "ended_at": time.time()}
-                    run_store.write_json(record.node_file(self._run, self._number, member.rank), ended)
-            self._conclude(found)
+            self._conclude_unfit(found)
 
     def beat(self, group: str, rank: int, ended: str | None) -> dict[str, Any]:
         """A worker tells whether its rank goes on (None), is `done` or has `failed`, and hears what to do.
@@ -175,22 +183,69 @@ class Coordinator:
         found = self._group
         if found is None or found.id != group:
             return {"signal": "KILL", "saved": [], "verdict": {"again": False, "reason": "other workers have taken over"}}
-        found.heard_at = time.monotonic()
         if ended is not None and rank < found.active:
             found.ended.add(rank)
             if ended == "failed" and found.failed_at is None:
                 found.failed_at = time.monotonic()
         self._look(found)
-        if found.verdict is None and found.opened:
+        if found.verdict is None and found.opened_at is not None:
             late = found.failed_at is not None and time.monotonic() - found.failed_at > _LAST_WORDS_S
             if late or (found.active and len(found.ended) == found.active):
-                self._look_for_checkpoints(found)
+                with suppress(OSError, LauncherError):
+                    self._look_for_checkpoints(found)
                 self._conclude(found)
+        self._hear(found)
         return {"signal": self._signal(found), "saved": found.saved, "verdict": found.verdict}
+
+    def _hear(self, group: _Group) -> None:
+        group.heard_at = time.monotonic()
+        if group.verdict is None and len(group.members) == group.size:
+            self._idle_since = None
+
+    def _open_if_possible(self, group: _Group) -> None:
+        """Open the attempt of a group that is complete, once; what is only out of reach for now is tried again."""
+        if group.opened_at is not None:
+            return
+        try:
+            self._open(group)
+        except UnreadableCheckpoint as error:
+            if time.monotonic() - group.came_at > _OPEN_DEADLINE_S:
+                self._finish(error.problems[0].what, state="failed")
+        except LauncherError as error:
+            self._finish(error.problems[0].what, state="failed")
+        except Exception as error:
+            # Raised in the workers, it would make Ray Train start others, for ever.
+            self._finish(f"the attempt cannot be opened: {type(error).__name__}: {error}", state="failed")
+
+    def _end_of_checks(self, group: _Group, waiting: Sequence[int]) -> None:
+        """While nodes are checked: a wish to stop needs no save, and a node that does not report is named."""
+        assert group.opened_at is not None
+        if group.asked_at is not None:
+            self._conclude(group)
+        elif time.monotonic() - group.opened_at > _CHECK_DEADLINE_S:
+            what = f"the node did not report within {_CHECK_DEADLINE_S:g} s"
+            remedy = "look at its storage and its GPUs"
+            group.problems += [Problem(what, where=group.members[rank].node, remedy=remedy) for rank in waiting]
+            self._conclude_unfit(group)
+
+    def _conclude_unfit(self, group: _Group) -> None:
+        """Nothing is loaded where a node is unfit; the workers' records say why."""
+        with suppress(OSError):
+            for member in group.members.values():
+                if member.rank < group.active:
+                    ended = {"node": member.rank, "host": member.node, "first_failure": None, "stopped": False}
+                    ended |= {"problems": [asdict(problem) for problem in group.problems], "ended_at": time.time()}
+                    run_store.write_json(record.node_file(self._run, self._number, member.rank), ended)
+        self._conclude(group)
 
     def _open(self, group: _Group) -> None:
         """Number the attempt of a group that is complete, with a plan for as many ranks as divide the batch."""
-        run, section = self._run, self._plan.ray
+        run, section, head = self._run, self._plan.ray, group.members[0]
+        if network.is_public(head.address) and not section.allow_public_address:
+            where = f"{head.node} at {head.address}"
+            raise RunError(
+                f"the ranks would meet at an address that the whole internet can reach: {where}; set cluster.interface"
+            )
         with run_store.starting(run, wait_s=_LOCK_WAIT_S):
             if run_store.newest_attempt(run) != self._number:
                 self._finish("another command has started the run again", state=None)
@@ -224,7 +279,7 @@ class Coordinator:
         ranks = f"{group.active} rank{'s' * (group.active > 1)}"
         ranks += f", {group.size - group.active} workers idle" if group.size > group.active else ""
         self._say("info", f"attempt {self._number} begins with {ranks} on {', '.join(dict.fromkeys(begun.nodes))}")
-        group.opened, self._size = True, group.size
+        group.opened_at, self._size = time.monotonic(), group.size
         if not section.node_checks:
             group.reports = {head.rank: NodeReport(head.node, "", {}, "", (), 0.0, ()) for head in group.heads}
 
@@ -232,7 +287,7 @@ class Coordinator:
         """What follows the attempt before, whose workers may have left no word: more of them came, or nodes were lost."""
         folder = self._run.attempt(self._number)
         grown = not (folder / "exit.json").is_file() and 0 < self._size < group.size
-        state = "PREEMPTED" if grown or (folder / _DRAINED).is_file() else ""
+        state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state)
         return decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
 
@@ -257,25 +312,31 @@ class Coordinator:
         raise AssertionError("unreachable: the loop returns or raises")
 
     def _look(self, group: _Group) -> None:
-        """At the wishes on disk, at the checkpoints, and at the nodes that Ray is about to lose."""
+        """At the wishes on disk, at the checkpoints, and at the nodes that Ray is about to lose.
+
+        Storage or a Ray that does not answer now is no reason to stop; both are asked again.
+        """
         now = time.monotonic()
-        if not group.opened or now - self._looked < _LOOK_S:
+        if group.opened_at is None or group.verdict is not None or now - self._looked < _LOOK_S:
             return
         self._looked = now
-        if group.asked_at is None and (self._run.attempt(self._number) / CANCEL_FILE).is_file():
-            group.asked_at = now
-        self._look_for_checkpoints(group)
+        with suppress(OSError, LauncherError):
+            asked = self._run.attempt(self._number) / CANCEL_FILE
+            if asked.is_file():
+                group.saves = bool(run_store.read_json(asked).get("save", True))
+                group.asked_at = group.asked_at or now
+            self._look_for_checkpoints(group)
         if not group.drained and now - self._looked_at_drains > _DRAIN_LOOK_S:
             self._looked_at_drains = now
             lost: set[str] = set()
-            # Ray may be busy; it is asked again.
             with suppress(Exception):
                 lost = self._draining() & {member.node_id for member in group.members.values()}
             if lost:
                 group.drained = True
                 names = sorted({m.node for m in group.members.values() if m.node_id in lost})
                 self._say("alert", f"Ray is about to lose {', '.join(names)}: the run saves")
-                run_store.write_json(self._run.attempt(self._number) / _DRAINED, {"nodes": names, "at": time.time()})
+                with suppress(OSError):
+                    run_store.write_json(self._run.attempt(self._number) / _DRAINED, {"nodes": names, "at": time.time()})
 
     def _look_for_checkpoints(self, group: _Group) -> None:
         known = {saved["step"] for saved in group.saved}
@@ -294,19 +355,29 @@ class Coordinator:
             # As torch's elastic agent does: a collective would never end without the one that failed.
             return "TERM"
         if group.asked_at is not None:
-            asked = run_store.read_json(self._run.attempt(self._number) / CANCEL_FILE)
             late = time.monotonic() - group.asked_at > self._plan.config.cluster.stop_grace_seconds
-            return "USR1" if asked.get("save", True) and not late else "KILL"
+            return "USR1" if group.saves and not late else "KILL"
         return "USR2" if group.drained else None
 
     def _conclude(self, group: _Group) -> None:
         """All has been said: judge the attempt, and decide whether Ray Train is to start the next."""
-        attempt = run_store.read_attempt(self._run, self._number)
-        state = "PREEMPTED" if group.drained else ""
-        concluded = conclusion.conclude(self._run, self._number, attempt, self._plan.ray, state)
+        try:
+            run_store.require_newest(self._run, self._number, certain=True)
+            attempt = run_store.read_attempt(self._run, self._number)
+            state = "PREEMPTED" if group.drained else ""
+            concluded = conclusion.conclude(self._run, self._number, attempt, self._plan.ray, state)
+        except Superseded as error:
+            group.verdict = {"again": False, "reason": error.problems[0].what}
+            self._finish(error.problems[0].what, state=None)
+            return
+        except (OSError, LauncherError) as error:
+            # The next start judges by what the ranks have left.
+            group.verdict = {"again": True, "reason": f"how the attempt ended cannot be read now: {error}"}
+            self._idle_since = time.monotonic()
+            return
         decision = concluded.decision
-        # A disk that is full must not keep the run from going on; the next start judges by what the ranks have left.
-        with suppress(OSError):
+        # A disk that is full must not keep the run from going on.
+        with suppress(OSError, LauncherError):
             concluded.record(self._run, self._number)
             run_store.update_status(self._run, state=decision.state, step=concluded.found.step, message=concluded.message)
         if decision.state not in ("completed", "cancelled"):
@@ -325,5 +396,5 @@ class Coordinator:
     def _finish(self, why: str, state: str | None) -> None:
         self._over = why
         if state is not None:
-            with suppress(OSError):
+            with suppress(OSError, LauncherError):
                 run_store.update_status(self._run, state=state, message=why)

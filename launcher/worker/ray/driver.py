@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
 from launcher.worker.ray.coordinator import CANCEL_FILE, Coordinator
-from launcher.worker.ray.supervisor import supervise
+from launcher.worker.ray.supervisor import INTERFACE, supervise
 
 # A sign of life for those who ask from other machines.
 ALIVE = "driver.json"
@@ -36,6 +36,8 @@ _ALIVE_EVERY_S = 5.0
 _LOOK_S = 0.2
 _STATE_EVERY_S = 1.0
 _CALL_S = 30.0
+# What workers get to return in when they know that the run is over.
+_OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
 _LONGEST_FOLDER = 30
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
@@ -60,18 +62,14 @@ def main(plan_path: str, attempt: int) -> int:
     process = psutil.Process()
     job = {"host": os.uname().nodename, "pid": process.pid, "started": process.create_time()}
     run_store.update_status(run, state="pending", attempt=attempt, job=job, message="joining Ray")
-    _Wishes(run).install()
+    driver = _Driver(plan, plan_path, run, attempt)
     try:
-        return _Driver(plan, plan_path, run, attempt).run()
-    except LauncherError as error:
-        run_store.update_status(run, state="failed", message=error.problems[0].what)
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
+        return driver.run()
     except Exception as error:
         # Whatever Ray says while it starts: a cluster that is not there, a token that is not its own, another version.
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        run_store.update_status(run, state="failed", message=f"Ray cannot be used: {said}")
-        print(f"Ray cannot be used: {type(error).__name__}: {error}", file=sys.stderr)
+        driver.end("failed", f"Ray cannot be used: {said}")
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return EXIT_FAILED
 
 
@@ -80,26 +78,39 @@ class _Wishes:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
+        self._num_heard = self._num_written = 0
 
     def install(self) -> None:
+        """Ray sets handlers of its own when it is started."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, self._hear)
 
+    def write(self) -> None:
+        """The first asks for a save, further ones for an end at once."""
+        if self._num_written < self._num_heard:
+            file = self._run.attempt(run_store.newest_attempt(self._run)) / CANCEL_FILE
+            run_store.write_json(file, {"asked_at": time.time(), "save": self._num_heard == 1 and not file.is_file()})
+            self._num_written = self._num_heard
+
     def _hear(self, *_: object) -> None:
-        file = self._run.attempt(run_store.newest_attempt(self._run)) / CANCEL_FILE
-        run_store.write_json(file, {"asked_at": time.time(), "save": not file.is_file()})
+        self._num_heard += 1
 
 
 class _Driver:
     def __init__(self, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> None:
         self._plan, self._plan_path, self._run, self._attempt = plan, plan_path, run, attempt
         self._section = plan.ray
+        self._wishes = _Wishes(run)
         self._coordinator: Any = None
+        # The newest attempt that is this driver's.
+        self._number = attempt
         self._failure: Exception | None = None
 
     def run(self) -> int:
+        self._wishes.install()
         with _own_folder(self._run) if self._section.address is None else nullcontext(Path()) as folder:
             _start_ray(self._plan, self._run, folder)
+            self._wishes.install()
             self._train()
         return self._exit_code()
 
@@ -113,7 +124,7 @@ class _Driver:
             self._coordinator = actor.remote(self._plan_path, self._attempt, job, draining_nodes)
             passed = (*_SECRETS, *self._section.pass_env)
             environment = {name: os.environ[name] for name in passed if name in os.environ}
-            run_store.update_status(self._run, message="waiting for workers")
+            run_store.update_status(self._run, state="pending", message="waiting for workers")
             ray.get(self._coordinator.entrust.remote(environment), timeout=_CALL_S)
             # In a thread of its own Ray Train leaves SIGINT alone.
             fit = threading.Thread(target=self._fit, name="fit", daemon=True)
@@ -130,33 +141,54 @@ class _Driver:
 
     def _watch(self, fit: threading.Thread) -> None:
         """Until the run has ended, or its workers are not to be had, or nobody wants them any more."""
-        import ray
-
         alive_at = asked_at = 0.0
-        state: dict[str, Any] = {"idle_s": 0.0, "over": None, "number": self._attempt}
+        over_at: float | None = None
+        state: dict[str, Any] = {"idle_s": 0.0, "over": None, "number": self._number}
         while fit.is_alive():
             now = time.monotonic()
-            if now - alive_at > _ALIVE_EVERY_S:
-                alive_at = now
-                run_store.write_json(self._run.root / ALIVE, {"at": time.time(), "host": os.uname().nodename, "pid": os.getpid()})
+            # A disk that is full or slow is no reason to end what trains.
+            with suppress(OSError, LauncherError):
+                self._wishes.write()
+                if now - alive_at > _ALIVE_EVERY_S:
+                    alive_at = now
+                    run_store.write_json(self._run.root / ALIVE, {"at": time.time(), "host": os.uname().nodename})
             if now - asked_at > _STATE_EVERY_S:
                 asked_at = now
-                state = ray.get(self._coordinator.state.remote(), timeout=_CALL_S)
-            if state["over"] is None and state["idle_s"]:
-                if (self._run.attempt(state["number"]) / CANCEL_FILE).is_file():
-                    return self._end("cancelled", "cancelled while it waited for workers")
+                state = self._state() or state
+                self._number = state["number"]
+            if state["over"] is not None:
+                over_at = over_at or now
+                if now - over_at > _OVER_DEADLINE_S:
+                    # Every worker has been told; whatever holds one up does not change how the run has ended.
+                    return
+            elif state["idle_s"]:
+                if (self._run.attempt(self._number) / CANCEL_FILE).is_file():
+                    return self.end("cancelled", "cancelled while it waited for workers")
                 if state["idle_s"] > self._section.placement_minutes * 60:
-                    return self._end("failed", self._not_placed(state["idle_s"]))
+                    return self.end("failed", self._not_placed(state["idle_s"]))
             fit.join(_LOOK_S)
-        status = run_store.read_status(self._run)
-        if status.state in RUNNING_STATES:
+        if run_store.read_status(self._run).state in RUNNING_STATES:
             said = str(self._failure).strip().splitlines() if self._failure is not None else ["its workers ended without a word"]
-            self._end("failed", f"Ray Train ended the run: {said[0] if said else type(self._failure).__name__}")
+            self.end("failed", f"Ray Train ended the run: {said[0] if said else type(self._failure).__name__}")
         return None
 
-    def _end(self, state: str, message: str) -> None:
-        print(message, flush=True)
-        run_store.update_status(self._run, state=state, message=message)
+    def _state(self) -> dict[str, Any] | None:
+        """What the coordinator says; None where it is busy, as with storage that is slow."""
+        import ray
+        from ray.exceptions import GetTimeoutError
+
+        try:
+            found: dict[str, Any] = ray.get(self._coordinator.state.remote(), timeout=_CALL_S)
+        except GetTimeoutError:
+            return None
+        return found
+
+    def end(self, state: str, message: str) -> None:
+        """Write how the run has ended, unless another command has started it again meanwhile."""
+        print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
+        with suppress(OSError, LauncherError):
+            run_store.require_newest(self._run, self._number, certain=True)
+            run_store.update_status(self._run, state=state, message=message)
 
     def _not_placed(self, waited_s: float) -> str:
         import ray
@@ -210,6 +242,10 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # Workers that do not all come to a report would wait for each other for ever.
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "1800")
+    if section.interface is not None:
+        os.environ[INTERFACE] = section.interface
     # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
     common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
     if section.address is not None:
@@ -220,6 +256,7 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
             ray.init(address="auto", **common)
         else:
             variables = {"PYTHONPATH": _path(run), "PYTHONSAFEPATH": "1"}
+            variables |= {INTERFACE: section.interface} if section.interface is not None else {}
             ray.init(address=section.address, runtime_env={"env_vars": variables}, **common)
         return
     token = run.root / "ray-token"
@@ -286,7 +323,12 @@ def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> A
             name=f"attempt-{attempt:03d}",
             storage_path=section.storage_path or str(run.root / "ray"),
             # The coordinator ends what is to end: its workers then return as if all were done.
-            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1, max_preemption_failures=-1),
+            failure_config=FailureConfig(
+                max_failures=-1,
+                controller_failure_limit=-1,
+                max_preemption_failures=-1,
+                preemption_grace_s=plan.config.cluster.stop_grace_seconds,
+            ),
             # Ray Train removes none; the run's own settings say which are kept.
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),

@@ -15,24 +15,28 @@ import sys
 import tempfile
 import time
 import uuid
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.errors import Problem
+from launcher.errors import LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, node_check, record
 from launcher.worker.mirror import MirrorProcess
-from launcher.worker.signals import DISMISSED
+from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 from launcher.worker.watchdog import Watchdog
 
 # The one file of a checkpoint as Ray knows it.
 POINTER = "checkpoint.json"
+# Set by the driver to cluster.interface.
+INTERFACE = "LAUNCHER_INTERFACE"
 _ASK_S = 0.2
 _CALL_S = 60.0
+_PATIENCE_S = 900.0
 _REACH_S = 30.0
 # From TERM to KILL, where a rank does not go by itself.
 _KILL_AFTER_S = 5.0
@@ -49,9 +53,40 @@ def supervise(config: dict[str, Any]) -> None:
     Raises:
         AttemptEnded: where another attempt is to follow.
     """
-    verdict = _Worker(config["coordinator"]).run()
+    verdict = _take_part(config["coordinator"])
     if verdict["again"]:
         raise AttemptEnded(verdict["reason"])
+
+
+def _take_part(coordinator: Any) -> dict[str, Any]:
+    """The verdict on the attempt. What goes wrong before a rank is there is told too, and not only that a word is missing."""
+    import ray
+
+    try:
+        worker = _Worker(coordinator)
+        worker.enter()
+    except Exception as error:
+        with suppress(Exception):
+            ray.get(coordinator.failed_early.remote(f"{os.uname().nodename}: {_words(error)}"), timeout=_CALL_S)
+        raise
+    try:
+        return worker.run()
+    except Exception as error:
+        worker.give_up(error)
+        raise
+
+
+def _words(error: Exception) -> str:
+    return error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {CANCEL, PREEMPT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -69,36 +104,73 @@ class _Worker:
         self.group = collective.broadcast_from_rank_zero(uuid.uuid4().hex)
         self.node_id = ray.get_runtime_context().get_node_id()
         self.node = next((n.get("NodeName") for n in ray.nodes() if n["NodeID"] == self.node_id), None) or os.uname().nodename
-        self.address = ray.util.get_node_ip_address()
+        interface = os.environ.get(INTERFACE)
+        self.address = network.own_endpoint([], interface).address if interface else ray.util.get_node_ip_address()
+        self.port = network.free_port(self.address)
+        self.listener = _Listener(self.address, self.port) if self.rank == 0 else None
         self.num_reported = 0
+        # The attempt, once it is known.
+        self.orders: dict[str, Any] = {}
 
-    def run(self) -> dict[str, Any]:
-        """The verdict on the attempt."""
-        port = network.free_port(self.address)
+    def enter(self) -> None:
         member = {
             "rank": self.rank,
             "local_rank": self.local_rank,
             "node": self.node,
             "node_id": self.node_id,
             "address": self.address,
-            "port": port,
+            "port": self.port,
         }
-        with _Listener(self.address, port) if self.rank == 0 else nullcontext():
-            self._call("enter", self.group, self.size, member)
-            orders = self._next_orders()
-            if orders["do"] == "check":
-                self._call("checked", self.group, self.rank, self._check(orders).to_json())
-                orders = self._next_orders()
-        if orders["do"] == "leave":
-            return {"again": False, "reason": orders["why"]}
-        ended = self._train(orders) if orders["do"] == "train" else None
+        self._call("enter", self.group, self.size, member)
+
+    def run(self) -> dict[str, Any]:
+        """The verdict on the attempt."""
+        try:
+            self.orders = self._next_orders()
+            if self.orders["do"] == "check":
+                self._call("checked", self.group, self.rank, self._check(self.orders).to_json())
+                self.orders = self._next_orders()
+        finally:
+            if self.listener is not None:
+                self.listener.close()
+        if self.orders["do"] == "leave":
+            return {"again": False, "reason": self.orders["why"]}
+        ended = self._train(self.orders) if self.orders["do"] == "train" else None
         while (answer := self._beat(ended))["verdict"] is None:
             time.sleep(_ASK_S)
         verdict: dict[str, Any] = answer["verdict"]
         return verdict
 
+    def give_up(self, error: Exception) -> None:
+        """Leave a record of what kept this worker from its part."""
+        if not self.orders.get("plan"):
+            return
+        with suppress(Exception):
+            run, attempt = RunDir(Path(LaunchPlan.load(self.orders["plan"]).run_dir)), self.orders["attempt"]
+            file = record.node_file(run, attempt, self.rank)
+            if not file.is_file():
+                failure = {**record.of_agent(error, run.attempt(attempt)), "at": time.time()}
+                ended = {
+                    "node": self.rank,
+                    "host": self.node,
+                    "ended_at": time.time(),
+                    "stopped": False,
+                    "first_failure": failure,
+                }
+                run_store.write_json(file, ended)
+            self._call("beat", self.group, self.rank, "failed")
+
     def _call(self, method: str, *arguments: Any) -> Any:
-        return self._get(getattr(self._coordinator, method).remote(*arguments), timeout=_CALL_S)
+        """Ask the coordinator; one that is slow, because storage is, is asked again for a while."""
+        from ray.exceptions import GetTimeoutError
+
+        until = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                return self._get(getattr(self._coordinator, method).remote(*arguments), timeout=_CALL_S)
+            except GetTimeoutError:
+                if time.monotonic() > until:
+                    raise
 
     def _next_orders(self) -> dict[str, Any]:
         while (orders := self._call("orders", self.group, self.rank)) is None:
@@ -123,7 +195,8 @@ class _Worker:
             return
         with tempfile.TemporaryDirectory(prefix="launcher-checkpoint-") as folder:
             (Path(folder) / POINTER).write_text(json.dumps({"step": saved["step"], "path": saved["path"]}))
-            self._report(saved["metrics"], checkpoint=Checkpoint(folder), checkpoint_dir_name=Path(saved["path"]).name)
+            name = Path(saved["path"]).name
+            self._report(saved["metrics"], checkpoint=Checkpoint(folder), checkpoint_dir_name=name, checkpoint_upload_fn=_keep)
 
     def _check(self, orders: dict[str, Any]) -> node_check.NodeReport:
         """Whether this node may train, in its own words."""
@@ -137,7 +210,7 @@ class _Worker:
             problem = Problem(what, where=self.node, value=f"{plan_path}: {error.strerror}", remedy=remedy)
             return node_check.NodeReport(self.node, "", {}, "", (), 0.0, (problem,))
         run = RunDir(Path(plan.run_dir))
-        report = node_check.check_node(plan, run, attempt)
+        report = node_check.check_node(plan, run, attempt, num_ranks=self.local_size)
         problems += [replace(problem, where=self.node) for problem in report.problems]
         marker = run.attempt(attempt) / "marker"
         if not problems and (not marker.is_file() or marker.read_text() != orders["marker"]):
@@ -160,12 +233,15 @@ class _Worker:
         folder.mkdir(exist_ok=True)
         error_file = folder / f"rank-{self.rank:05d}.json"
         board = heartbeat.Board(self.local_rank + 1)
-        mirror = MirrorProcess.start(plan, plan_path, run, attempt) if self.rank == 0 else None
+        keys = {**os.environ, **orders["environment"], **plan.ray.env}
+        mirror = MirrorProcess.start(plan, plan_path, run, attempt, keys) if self.rank == 0 else None
         cluster = plan.config.cluster
         watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, stalls.append).start()
         command = [sys.executable, "-u", "-m", "launcher.worker.entry", plan_path, str(attempt)]
         environment = self._environment(plan, run, orders, error_file, board)
-        rank = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=run.root)
+        # Blocked from its first instruction on: what comes while it imports waits until it listens.
+        with _blocked_signals():
+            rank = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=run.root)
         sent: dict[str, float] = {}
         try:
             while rank.poll() is None:
@@ -196,9 +272,9 @@ class _Worker:
         ended |= {"killed": "KILL" in sent, "first_failure": failure}
         run_store.write_json(record.node_file(run, attempt, self.rank), ended)
         if mirror is not None:
-            until = time.time() + _MIRROR_AFTER_FAILURE_S if failure else float("inf")
-            # The last checkpoint takes the time that it needs, unless a person has waited enough.
-            mirror.finish(until, lambda: self._beat(None)["signal"] == "KILL")
+            # The last checkpoint takes the time that it needs, unless another attempt waits or a person has waited enough.
+            until = time.time() + _MIRROR_AFTER_FAILURE_S if failure or "TERM" in sent else float("inf")
+            mirror.finish(until, lambda: self._beat(None)["signal"] in ("KILL", "TERM"))
         if plan.nvme_folder is not None and self.local_rank == 0:
             shutil.rmtree(plan.nvme_folder, ignore_errors=True)
         return "failed" if failure is not None else "done"
@@ -231,6 +307,18 @@ class _Worker:
         return {**environment, **section.env}
 
 
+def _keep(pointer: Any, name: str) -> Any:
+    """Put a pointer where Ray Train keeps its own state; that this fails is no reason to stop training."""
+    from ray import train
+
+    storage = train.get_context().get_storage()
+    try:
+        return storage.persist_current_checkpoint(pointer, name)
+    except Exception as error:
+        print(f"Ray Train's storage does not take {name}: {_words(error)}", file=sys.stderr, flush=True)
+        return train.Checkpoint(storage.build_checkpoint_path_from_name(name), filesystem=storage.storage_filesystem)
+
+
 class _Listener:
     """Listens on the port that the ranks are to meet at, so that other nodes can try the way before anything is loaded."""
 
@@ -241,8 +329,5 @@ class _Listener:
         self._socket.bind((address, port))
         self._socket.listen(128)
 
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._socket.close()
