@@ -35,13 +35,13 @@ from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
-from launcher.tracking.jsonl import Tail
+from launcher.tracking.jsonl import Tail, read_events
 
 _FAULTS = {
     "preempt": "the scheduler wants the machines back (SIGUSR2)",
     "kill-rank": "one rank is killed",
     "kill-node": "the agent of the last node is killed, and the ranks there with it",
-    "fill-disk": "a node's next save fails, by a limit on its ranks' file size (RLIMIT_FSIZE): no disk is filled",
+    "fill-disk": "a node's saves fail for a while, by a limit on its ranks' file size (RLIMIT_FSIZE): no disk is filled",
     "hang": "one rank is stopped (SIGSTOP), and all others wait for it",
 }
 _STEPS = 1000
@@ -79,7 +79,7 @@ def run(tokens: list[str]) -> int:
     watch = _Watch(run_dir, cluster, deadline)
     try:
         hit = _hit(arguments.fault, plan, watch)
-        _await_recovery(arguments.fault, plan, hit, watch)
+        (_await_save if arguments.fault == "fill-disk" else _await_recovery)(arguments.fault, plan, hit, watch)
         # Before the drill itself makes an end.
         records = _records(arguments.fault, plan, hit, watch)
     finally:
@@ -293,6 +293,18 @@ def _inject(fault: str, plan: LaunchPlan, watch: _Watch, attempt: int) -> tuple[
     return deed["did"], deed["at"], deed["host"]
 
 
+def _await_save(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
+    """A save that fails ends nothing: wait until it is told, make room again, and wait until another one is committed."""
+    freed = False
+    while watch.look() and watch.running:
+        if not freed and _alerts(watch.run, hit.at):
+            did, _, host = _inject("free-disk", plan, watch, hit.life[0])
+            _say(f"{did} on {host}")
+            freed = True
+        if freed and max(watch.committed) > hit.saved_step:
+            return
+
+
 def _await_recovery(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
     """Wait until the run trains beyond where it was, or has ended for good."""
     while watch.look():
@@ -301,7 +313,7 @@ def _await_recovery(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> No
             return
         if watch.running:
             continue
-        if watch.by_hand is not None or not (plan.config.cluster.kind == "local" or fault == "fill-disk"):
+        if watch.by_hand is not None or plan.config.cluster.kind != "local":
             return
         try:
             _resume(plan, watch)
@@ -347,12 +359,17 @@ def _records(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> Records:
         steps=watch.steps,
         attempts={number: run_store.read_attempt(run, number) for number in numbers},
         endings={number: run_store.read_json(file) for number, file in files.items() if file.is_file()},
-        errors=_errors(run.attempt(hit.life[0])),
+        errors=[*_errors(run.attempt(hit.life[0])), *_alerts(run, hit.at)],
         committed=frozenset(watch.committed),
         by_hand=watch.by_hand,
         stopped_as=watch.stopped_as,
         last_word=watch.last_word,
     )
+
+
+def _alerts(run: RunDir, since: float) -> list[str]:
+    """What the run itself has warned of since then."""
+    return [event["text"] for event in read_events(run.events) if event["kind"] == "alert" and event["time"] >= since]
 
 
 def _kept(run: RunDir) -> frozenset[int]:

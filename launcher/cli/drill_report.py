@@ -158,7 +158,15 @@ def _disk_error(records: Records) -> str | None:
     return None
 
 
+def _saved_since(records: Records) -> int | None:
+    """The newest checkpoint that was committed after the fault."""
+    newest = max(records.committed, default=0)
+    return newest if newest > records.hit.saved_step else None
+
+
 def _continued(records: Records, again: Sequence[Step]) -> str:
+    if not again and records.fault == "fill-disk" and (saved := _saved_since(records)):
+        return f"training went on, and step {saved} was saved when there was room again"
     if not again:
         return "it did not"
     number, restart = again[0].life
@@ -172,7 +180,9 @@ def _continued(records: Records, again: Sequence[Step]) -> str:
 
 
 def _problems(report: Report, records: Records) -> Iterator[str]:
-    if report.resumed_step is None:
+    if records.fault == "fill-disk" and _saved_since(records):
+        pass
+    elif report.resumed_step is None:
         yield f"it did not train again: {records.last_word}"
     elif report.caught_up_s is None and not records.last_word.startswith("completed"):
         yield f"it trained again, and did not get beyond step {report.reached_step}: {records.last_word}"

@@ -69,7 +69,8 @@ class Checkpoints:
         if isinstance(outcome, Superseded):
             raise outcome
         if isinstance(outcome, LauncherError):
-            why = "; ".join(f"{problem.what} ({problem.value or problem.where})" for problem in outcome.problems)
+            problems = outcome.problems
+            why = "; ".join(f"{p.what} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
             self._tracker.event("alert", f"a checkpoint was not saved: {why}", step)
             return
         self._tracker.log(

@@ -106,6 +106,14 @@ def fill_disk(here: NodeProcesses, plan: LaunchPlan) -> Deed:
     return _deed(f"no file of {ranks} can grow beyond {limit:,} bytes", *here.ranks.values())
 
 
+def free_disk(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+    """There is room again: the limit of `fill_disk` is taken away."""
+    for process in here.ranks.values():
+        _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+        process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
+    return _deed("there is room again", *here.ranks.values())
+
+
 def hang(here: NodeProcesses, plan: LaunchPlan) -> Deed:
     """One rank stops in the middle of a step.
 
@@ -136,6 +144,7 @@ _ACTIONS: dict[str, Callable[[NodeProcesses, LaunchPlan], Deed]] = {
     "kill-rank": kill_rank,
     "kill-node": kill_node,
     "fill-disk": fill_disk,
+    "free-disk": free_disk,
     "hang": hang,
 }
 

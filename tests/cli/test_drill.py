@@ -64,6 +64,12 @@ DISK_FULL = replace(
         "CheckpointError: " + FULL.format(folder=CHECKPOINTS, why="File too large"),
     ),
 )
+SAVED_AGAIN = replace(
+    DISK_FULL,
+    steps=steps(1, 0, 1, 21, HIT_AT - 8),
+    errors=("a checkpoint was not saved: it could not be written (rank 1, " + f"{CHECKPOINTS}/.saving-x: File too large)",),
+    committed=frozenset({5, 20}),
+)
 WHOLE = frozenset({5})
 
 
@@ -110,6 +116,16 @@ def test_a_job_that_runs_again(job: str, words: str) -> None:
     assert report.came_through
     assert report.continued == words
     assert report.happened == "infrastructure: no word from n2"
+
+
+def test_a_save_that_failed_for_a_while() -> None:
+    report = judge(SAVED_AGAIN, frozenset({5, 20}))
+    assert report.came_through
+    assert report.continued == "training went on, and step 20 was saved when there was room again"
+    assert "File too large" in report.happened
+    never = replace(SAVED_AGAIN, committed=frozenset({5}))
+    assert "did not train again" in problems(never, frozenset({5}))
+    assert "no rank has said" in problems(replace(SAVED_AGAIN, errors=()), frozenset({5, 20}))
 
 
 def test_a_run_that_a_person_has_to_resume() -> None:

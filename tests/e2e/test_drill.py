@@ -55,6 +55,7 @@ def test_a_full_disk_is_named_and_survived(launch: Launch, runs: Path) -> None:
     report = drill(launch, "fill-disk", *TINY, f"run.root={runs}")
     assert os.strerror(errno.EFBIG) in report["happened"]
     assert str(Path(report["run"]) / "checkpoints") in report["happened"]
+    assert "saved when there was room again" in report["continued"]
 
 
 @pytest.mark.slow

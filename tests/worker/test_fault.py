@@ -94,6 +94,9 @@ def test_a_full_disk_is_a_limit_that_half_a_shard_fits_under(node: Node) -> None
     for rank in node.ranks:
         assert psutil.Process(rank.pid).rlimit(psutil.RLIMIT_FSIZE)[0] == 1000
     assert psutil.Process(node.agent.pid).rlimit(psutil.RLIMIT_FSIZE) == resource.getrlimit(resource.RLIMIT_FSIZE)
+    fault.free_disk(fault.find(node.run, 2), node.plan)
+    for rank in node.ranks:
+        assert psutil.Process(rank.pid).rlimit(psutil.RLIMIT_FSIZE) == resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
 def test_a_rank_is_not_stopped_where_it_may_be_saving(node: Node) -> None:
