@@ -19,7 +19,7 @@ from ray_tools import await_no_process, causes, kill_all, ranks_of
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-STEPS = 60
+STEPS = 90
 SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
 RAY = (*SETTINGS, "+cluster=ray")
 
@@ -59,7 +59,7 @@ def test_a_run_equals_that_on_this_machine_step_by_step(launch: Launch, root: Pa
     assert causes(run) == ["completed"]
     # Ray knows of each checkpoint, by a pointer alone.
     known = {path.parent.name: json.loads(path.read_text()) for path in (run / "ray").glob("*/*/checkpoint.json")}
-    assert known["step-00000060"] == {"step": 60, "path": str(run / "checkpoints/step-00000060")}
+    assert known["step-00000090"] == {"step": 90, "path": str(run / "checkpoints/step-00000090")}
     assert not list((run / "ray").rglob("*.safetensors"))
     assert stat.S_IMODE((run / "ray-token").stat().st_mode) == 0o600
     assert (run / "ray-token").read_text() not in "".join(
@@ -109,8 +109,17 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
     await_no_process(run)
 
+    # As when a pod or a machine is shut down.
     assert launch("resume", str(run), "--detach", **env).returncode == 0
     wait_for("steps of the second attempt", lambda: last_step(run) >= step + 7)
+    os.kill(status(run)["job"]["pid"], signal.SIGTERM)
+    wait_for("its end", lambda: status(run)["state"] == "cancelled")
+    step = status(run)["step"]
+    assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
+    await_no_process(run)
+
+    assert launch("resume", str(run), "--detach", **env).returncode == 0
+    wait_for("steps of the third attempt", lambda: last_step(run) >= step + 7)
     os.kill(status(run)["job"]["pid"], signal.SIGKILL)
     await_no_process(run)
     seen = json.loads(launch("status", str(run), "--json").stdout)
@@ -120,7 +129,7 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     done = launch("resume", str(run), **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(undisturbed)
-    assert "rank-00001.log" in {path.name for path in (run / "attempts/003").iterdir()}
+    assert "rank-00001.log" in {path.name for path in (run / "attempts/004").iterdir()}
     assert launch("logs", str(run), "--rank", "1").returncode == 0
 
 

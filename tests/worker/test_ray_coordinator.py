@@ -12,7 +12,7 @@ import pytest
 
 from launcher import run_store
 from launcher.checkpoint import durable, store
-from launcher.errors import Problem
+from launcher.errors import Problem, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -309,3 +309,90 @@ def test_what_cannot_be_written_ends_the_run_instead_of_going_round(
     assert orders["do"] == "leave"
     assert "No space left on device" in orders["why"]
     assert run_store.read_status(played.run).state == "failed"
+
+
+def test_a_node_whose_check_never_ends_is_named(play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CHECK_DEADLINE_S", 0.05)
+    played = play()
+    played.enter("a", ["n1", "n2"])
+    assert played.coordinator.orders("a", 0) is not None
+    played.coordinator.checked("a", 0, FIT.to_json())
+    assert played.coordinator.orders("a", 0) is None
+    time.sleep(0.06)
+    assert played.coordinator.orders("a", 0) == {"do": "wait"}
+    reason = played.coordinator.beat("a", 0, None)["verdict"]["reason"]
+    assert "n2: the node did not report within" in reason
+    assert "n1:" not in reason
+
+
+def test_cancel_is_heard_while_nodes_are_checked(play: Callable[..., Played]) -> None:
+    played = play()
+    played.enter("a", ["n1", "n2"])
+    assert played.coordinator.orders("a", 0) is not None
+    run_store.write_json(played.run.attempt(1) / module.CANCEL_FILE, {"save": True})
+    assert played.coordinator.orders("a", 0) == {"do": "wait"}
+    assert played.coordinator.beat("a", 0, None)["verdict"]["again"] is False
+    assert run_store.read_status(played.run).state == "cancelled"
+
+
+def test_workers_that_were_silent_for_a_while_are_not_given_up(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SILENT_S", 0.05)
+    played = play()
+    played.begin("a", "n1", "n1")
+    time.sleep(0.06)
+    assert played.coordinator.state()["idle_s"] > 0
+    played.coordinator.beat("a", 0, None)
+    assert played.coordinator.state()["idle_s"] == 0
+
+
+def test_workers_that_cannot_even_start_end_the_run_with_their_words(play: Callable[..., Played]) -> None:
+    played = play()
+    for _ in range(module._MOST_EARLY_FAILURES):
+        played.coordinator.failed_early("n2: no module named numpy")
+    assert played.coordinator.state()["over"] is None
+    played.coordinator.failed_early("n2: no module named numpy")
+    assert played.coordinator.state()["over"] == "workers cannot start: n2: no module named numpy"
+    assert run_store.read_status(played.run).state == "failed"
+
+
+def test_an_attempt_that_another_has_followed_writes_no_end(play: Callable[..., Played]) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    run_store.next_attempt(played.run, Attempt(resume_step=None))
+    before = run_store.read_status(played.run)
+    for rank in range(2):
+        answer = played.coordinator.beat("a", rank, "done")
+    assert answer["verdict"]["again"] is False
+    assert run_store.read_status(played.run) == before
+    assert played.causes == []
+
+
+def test_storage_that_does_not_answer_for_a_moment_only_delays_an_attempt(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    with monkeypatch.context() as patch:
+
+        def down(root: Path) -> int | None:
+            raise UnreadableCheckpoint("a checkpoint file cannot be read now")
+
+        patch.setattr(store, "newest_step", down)
+        played.enter("b", ["n1", "n1"])
+        assert played.coordinator.orders("b", 0) is None
+        assert played.coordinator.state()["over"] is None
+    orders = played.coordinator.orders("b", 0)
+    assert orders is not None
+    assert (orders["do"], orders["attempt"]) == ("check", 2)
+
+
+def test_ranks_do_not_meet_at_a_public_address(play: Callable[..., Played]) -> None:
+    played = play(workers=1)
+    place = {"local_rank": 0, "node": "n1", "node_id": "1", "address": "8.8.8.8", "port": 4000}
+    played.coordinator.enter("a", 1, {"rank": 0, **place})
+    orders = played.coordinator.orders("a", 0)
+    assert orders is not None
+    assert orders["do"] == "leave"
+    assert "an address that the whole internet can reach: n1 at 8.8.8.8" in orders["why"]
