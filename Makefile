@@ -31,8 +31,8 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 	$(BIN)/python -m launcher $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
-test: .venv/.installed-dev  ## run the tests, those on Slurm and Ray included, on two workers: most of their time is waiting
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow or slurm" $(ARGS)
+test: .venv/.installed-dev  ## run the tests, those on Slurm and Ray included
+	$(BIN)/python -m pytest -m "not slow or slurm" $(ARGS)
 
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
 	$(BIN)/python -m pytest -m "slow and not slurm" $(ARGS)

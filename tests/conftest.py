@@ -23,13 +23,6 @@ RUN_DEADLINE_S = 240
 BUILD_DEADLINE_S = 900
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several workers share the tests, one has all that need the Slurm testbed, and a file is never torn apart."""
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def launcher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache for converted models and built data; the demonstration model is converted once a session."""

@@ -95,6 +95,7 @@ def test_after_the_kill_of_a_worker_and_of_a_rank_the_run_goes_on_by_itself(
     await_no_process(run)
 
 
+@pytest.mark.slow
 def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     assert launch("logs", str(run), "--rank", "1").returncode == 0
 
 
+@pytest.mark.slow
 def test_what_would_repeat_itself_is_not_tried_again(launch: Launch, root: Path, temporary: Path) -> None:
     run = root / "diverged"
     done = launch(*RAY, "optim.lr=1e30", "optim.warmup_steps=0", f"run.root={root}", "run.name=diverged", TMPDIR=str(temporary))
