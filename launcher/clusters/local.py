@@ -7,8 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
-
 from launcher import run_store
 from launcher.clusters import process
 from launcher.config.cluster import ClusterSection
@@ -58,12 +56,7 @@ class LocalCluster:
         )
 
     def await_end(self, run: RunDir) -> None:
-        agent = process.find(run_store.read_status(run))
-        if agent is not None:
-            try:
-                agent.wait(_END_DEADLINE_S)
-            except psutil.TimeoutExpired:
-                agent.kill()
+        process.await_end(run, _END_DEADLINE_S)
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)

@@ -63,6 +63,16 @@ def find(status: Status) -> psutil.Process | None:
         return None
 
 
+def await_end(run: RunDir, deadline_s: float) -> None:
+    """Wait until the process that wrote the run's status is gone, and kill it where it stays."""
+    process = find(run_store.read_status(run))
+    if process is not None:
+        try:
+            process.wait(deadline_s)
+        except psutil.TimeoutExpired:
+            process.kill()
+
+
 def is_here(status: Status) -> bool:
     """True where the process would be on this machine."""
     return status.job is not None and status.job.get("host") == os.uname().nodename

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.config.cluster import ManagedSection
-from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching
+from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching, number_as_text
 
 # What Ray and the launcher set for each rank themselves.
 _OWN_VARIABLE = (
@@ -35,11 +35,7 @@ VariableName = Annotated[
 ]
 
 
-def _number_as_text(value: object) -> object:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-VariableValue = Annotated[str, BeforeValidator(_number_as_text), Text]
+VariableValue = Annotated[str, BeforeValidator(number_as_text), Text]
 
 
 class RaySection(ManagedSection):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.config.cluster import ManagedSection
-from launcher.config.fields import Count, Flag, PositiveInt, matching
+from launcher.config.fields import Count, Flag, PositiveInt, matching, number_as_text
 
 # sbatch's options that the launcher sets itself, from settings of their own or from the plan.
 OWN_SBATCH_PARAMETERS = re.split(
@@ -43,11 +43,6 @@ def _no_number(value: Any) -> Any:
     return value
 
 
-def _number_as_text(value: Any) -> Any:
-    """What YAML has read as a number, as it was written."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 Id = Annotated[str, matching(_WORD, "is not a name that Slurm knows; use letters, digits and . _ @ + -")]
 Partitions = Annotated[
     str, matching(rf"{_WORD}(,{_WORD})*", "is not a partition; write one name, or several with commas between")
@@ -62,7 +57,7 @@ Duration = Annotated[
 ]
 MemorySize = Annotated[
     str,
-    BeforeValidator(_number_as_text),
+    BeforeValidator(number_as_text),
     matching(r"\d+[KMGT]?B?", "is not a size; write a number and K, M, G or T, such as 900G; 0 is all"),
 ]
 Gres = Annotated[
@@ -101,7 +96,7 @@ SrunArgument = Annotated[
 ParameterName = Annotated[str, matching(r"[a-z][a-z0-9-]*", "is not an option of sbatch; write it without dashes in front")]
 ParameterValue = Annotated[
     str,
-    BeforeValidator(_number_as_text),
+    BeforeValidator(number_as_text),
     matching(
         r"[\w.,:/@%+=\[\]-]*", "holds characters that sbatch's options never need; use letters, digits and . , : / @ % + = [ ] -"
     ),
@@ -117,7 +112,7 @@ VariableName = Annotated[
 ]
 VariableValue = Annotated[
     str,
-    BeforeValidator(_number_as_text),
+    BeforeValidator(number_as_text),
     matching(
         r"[\w .,:=+@%/^-]*",
         "holds characters that are not let into a batch script; put it into a script: cluster.setup=[source /path/of/the/script]",

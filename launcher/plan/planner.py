@@ -55,11 +55,13 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
     """The plan of the same run on another number of ranks: the same rows in each step, split in another way. Pure.
 
     Raises:
-        ConfigError: where the global batch does not divide over them.
+        ConfigError: where the global batch or a hierarchical partition does not divide over them.
     """
     config, nodes = planned.config, -(-world_size // ranks_per_node)
     sizes = {"nodes": nodes, "ranks_per_node": ranks_per_node, "world_size": world_size}
     topology = planned.topology.model_copy(update=sizes)
+    if problems := list(_hpz_problems(config, topology)):
+        raise ConfigError(problems)
     split = batch.split(config.train, config.data, world_size, topology.device, planned.data)
     nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
     parts = _of_ranks(config, planned.model, topology, split, nvme_folder, planned.memory.device_gib, None)
@@ -106,7 +108,7 @@ def _topology(config: RunConfig, facts: Facts) -> Topology:
 
 
 def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> Iterator[Problem]:
-    gpu_type, hpz = config.cluster.gpu_type, memory.hpz_ranks(config.deepspeed, topology.ranks_per_node)
+    gpu_type = config.cluster.gpu_type
     if gpu_type is not None and lookup(gpu_type) is None:
         guess, choices = did_you_mean(gpu_type, list(GPUS)), ", ".join(GPUS)
         yield Problem(
@@ -122,6 +124,11 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             value=gpu_type,
             remedy="set cluster.ranks_per_node to it",
         )
+    yield from _hpz_problems(config, topology)
+
+
+def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:
+    hpz = memory.hpz_ranks(config.deepspeed, topology.ranks_per_node)
     if topology.world_size % hpz:
         yield Problem(
             f"deepspeed.hpz_partition_size={hpz} does not divide the {topology.world_size} ranks",

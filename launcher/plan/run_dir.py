@@ -60,6 +60,15 @@ class RunDir:
     def attempt(self, number: int) -> Path:
         return self.attempts / f"{number:03d}"
 
+    def cancel(self, attempt: int) -> Path:
+        """Written by whoever asks for the attempt's end; `save` in it tells whether a checkpoint is wanted first."""
+        return self.attempt(attempt) / "cancel.json"
+
+    @property
+    def alive(self) -> Path:
+        """A sign of life of a driver, for those who ask from other machines."""
+        return self.root / "driver.json"
+
     def rank_log(self, attempt: int, rank: int) -> Path:
         return self.attempt(attempt) / f"rank-{rank:05d}.log"
 

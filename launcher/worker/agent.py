@@ -25,7 +25,7 @@ from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, record
-from launcher.worker.mirror import MirrorProcess
+from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.rank import NodePlace
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.watchdog import Watchdog
@@ -33,8 +33,6 @@ from launcher.worker.watchdog import Watchdog
 _RESEND_S = 0.5
 # Ranks that are stopped before a restart may take half a minute to end.
 _MEET_DEADLINE_S = 300.0
-# A job whose ranks have failed is about to run again, and its next attempt sends on.
-_MIRROR_AFTER_FAILURE_S = 30.0
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -70,7 +68,7 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
     begun = run_store.read_attempt(run, attempt)
     node = int(os.environ["SLURM_NODEID"])
     stopper.kill_at = slurm_node.kill_at(begun, plan)
-    if (run.attempt(attempt) / "cancel.json").is_file():
+    if run.cancel(attempt).is_file():
         # Asked for while there was no process yet to hear it.
         stopper.request(CANCEL)
     mirror = None
@@ -91,7 +89,7 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
     stopper.disarm()
     ended |= {"stopped": stopper.requested, "killed": stopper.killed, "ended_at": time.time()}
     run_store.write_json(record.node_file(run, attempt, node), ended)
-    stopper.finish(mirror, math.inf if ended["first_failure"] is None else _MIRROR_AFTER_FAILURE_S)
+    stopper.finish(mirror, math.inf if ended["first_failure"] is None else AFTER_FAILURE_S)
     return 0 if ended["first_failure"] is None and "problems" not in ended else 1
 
 

@@ -63,7 +63,7 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
     outcome = run.attempt(number) / "outcome.json"
     nodes = {node: _record(run, number, node) for node in range(len(attempt.nodes))}
     left = [found for found in nodes.values() if found is not None]
-    cancelled = (run.attempt(number) / "cancel.json").is_file() or state == "CANCELLED"
+    cancelled = run.cancel(number).is_file() or state == "CANCELLED"
     if outcome.is_file():
         interruption = _interruption(attempt, lead_s, outcome.stat().st_mtime)
         return _by_outcome(run_store.read_json(outcome), Cause.CANCELLED if cancelled else interruption)

@@ -224,6 +224,10 @@ class Sender:
             print(f"events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
 
 
+# A run whose ranks have failed is about to be started again, and its next attempt sends on.
+AFTER_FAILURE_S = 30.0
+
+
 class MirrorProcess:
     """The agent's hold on it."""
 

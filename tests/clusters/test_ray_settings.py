@@ -143,3 +143,8 @@ def test_cancel_is_a_word_in_the_attempt_and_a_second_one_means_no_save(run: Run
 def test_a_jobs_api_that_is_not_there_is_told_before_anything_is_made(ray_plan: Callable[..., LaunchPlan]) -> None:
     with pytest.raises(SubmitError, match="does not answer"):
         RayCluster().check(ray_plan(address="http://127.0.0.1:1"))
+
+
+def test_keys_do_not_travel_with_a_job(ray_plan: Callable[..., LaunchPlan]) -> None:
+    with pytest.raises(SubmitError, match="keys must not travel"):
+        RayCluster().check(ray_plan(address="http://127.0.0.1:1", pass_env=("NCCL_DEBUG", "MY_API_KEY")))

@@ -110,18 +110,21 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
     await_no_process(run)
 
+    def signalled(number: signal.Signals) -> None:
+        """Go on for some steps, and send the driver a signal."""
+        begun = status(run)["step"]
+        assert launch("resume", str(run), "--detach", **env).returncode == 0
+        wait_for("further steps", lambda: last_step(run) >= begun + 7)
+        os.kill(status(run)["job"]["pid"], number)
+
     # As when a pod or a machine is shut down.
-    assert launch("resume", str(run), "--detach", **env).returncode == 0
-    wait_for("steps of the second attempt", lambda: last_step(run) >= step + 7)
-    os.kill(status(run)["job"]["pid"], signal.SIGTERM)
+    signalled(signal.SIGTERM)
     wait_for("its end", lambda: status(run)["state"] == "cancelled")
     step = status(run)["step"]
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
     await_no_process(run)
 
-    assert launch("resume", str(run), "--detach", **env).returncode == 0
-    wait_for("steps of the third attempt", lambda: last_step(run) >= step + 7)
-    os.kill(status(run)["job"]["pid"], signal.SIGKILL)
+    signalled(signal.SIGKILL)
     await_no_process(run)
     seen = json.loads(launch("status", str(run), "--json").stdout)
     assert seen["state"] == "failed"

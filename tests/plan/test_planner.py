@@ -15,7 +15,7 @@ import pytest
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
-from launcher.plan.planner import plan
+from launcher.plan.planner import plan, resized
 
 CUDA = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)
 LLAMA_70B = ("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl")
@@ -144,6 +144,23 @@ def test_a_second_copy_that_does_not_divide_is_refused(plan_of: Callable[..., La
     assert problem.remedy == "set it to the ranks of one node (8), to node, or to 1"
     for size in ("8", "node", "1"):
         assert plan_of(*LLAMA_70B, f"deepspeed.hpz_partition_size={size}").topology.world_size == 32
+
+
+def test_a_plan_for_other_ranks_is_the_one_that_would_have_been_made_for_them(plan_of: Callable[..., LaunchPlan]) -> None:
+    whole = plan_of(*LLAMA_70B, "cluster.nodes=4")
+    assert resized(whole, 32, 8) == whole
+    half, planned = resized(whole, 16, 8), plan_of(*LLAMA_70B, "cluster.nodes=2")
+    same = {"config": half.config, "wandb_id": half.wandb_id, "run_dir": half.run_dir, "run_name": half.run_name}
+    assert half == planned.model_copy(update=same | {"provenance": half.provenance})
+    assert half.batch.global_batch_size == whole.batch.global_batch_size
+
+
+def test_ranks_that_a_plan_cannot_be_split_over_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+    whole = plan_of(*LLAMA_70B, "deepspeed.hpz_partition_size=8")
+    with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
+        resized(whole, 4, 4)
+    with pytest.raises(ConfigError):
+        resized(plan_of(*LLAMA_70B), 7, 7)
 
 
 def test_everything_that_does_not_fit_in_one_pass(plan_of: Callable[..., LaunchPlan]) -> None:

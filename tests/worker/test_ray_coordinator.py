@@ -203,7 +203,7 @@ def test_a_failure_of_the_training_that_repeats_ends_the_run(play: Callable[...,
 def test_cancel_asks_for_a_save_and_a_second_one_kills(play: Callable[..., Played]) -> None:
     played = play()
     played.begin("a", "n1", "n1")
-    file = played.run.attempt(1) / module.CANCEL_FILE
+    file = played.run.cancel(1)
     run_store.write_json(file, {"save": True})
     assert played.coordinator.beat("a", 0, None)["signal"] == "USR1"
     run_store.write_json(file, {"save": False})
@@ -218,7 +218,7 @@ def test_cancel_asks_for_a_save_and_a_second_one_kills(play: Callable[..., Playe
 def test_a_save_that_takes_too_long_is_ended(play: Callable[..., Played]) -> None:
     played = play(stop_grace_seconds=0.01)
     played.begin("a", "n1", "n1")
-    run_store.write_json(played.run.attempt(1) / module.CANCEL_FILE, {"save": True})
+    run_store.write_json(played.run.cancel(1), {"save": True})
     played.coordinator.beat("a", 0, None)
     time.sleep(0.02)
     assert played.coordinator.beat("a", 0, None)["signal"] == "KILL"
@@ -329,7 +329,7 @@ def test_cancel_is_heard_while_nodes_are_checked(play: Callable[..., Played]) ->
     played = play()
     played.enter("a", ["n1", "n2"])
     assert played.coordinator.orders("a", 0) is not None
-    run_store.write_json(played.run.attempt(1) / module.CANCEL_FILE, {"save": True})
+    run_store.write_json(played.run.cancel(1), {"save": True})
     assert played.coordinator.orders("a", 0) == {"do": "wait"}
     assert played.coordinator.beat("a", 0, None)["verdict"]["again"] is False
     assert run_store.read_status(played.run).state == "cancelled"
@@ -396,3 +396,56 @@ def test_ranks_do_not_meet_at_a_public_address(play: Callable[..., Played]) -> N
     assert orders is not None
     assert orders["do"] == "leave"
     assert "an address that the whole internet can reach: n1 at 8.8.8.8" in orders["why"]
+
+
+def test_what_was_logged_at_a_checkpoint_goes_with_it_to_ray(play: Callable[..., Played]) -> None:
+    """Training is some steps ahead when a checkpoint is committed, and evaluations are lines of their own."""
+    played = play()
+    played.begin("a", "n1", "n1")
+    lines = [{"trainer/step": step, "attempt": 1, "train/loss": float(step), "time": 0.0} for step in range(1, 12)]
+    lines.insert(5, {"trainer/step": 5, "attempt": 1, "eval/held_out/loss": 9.0, "time": 0.0})
+    played.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step in (5, 10):
+        played.save(step)
+        saved = played.coordinator.beat("a", 0, None)["saved"][-1]
+        assert (saved["step"], saved["metrics"]["train/loss"]) == (step, step)
+    first = played.coordinator.beat("a", 1, None)["saved"][0]
+    assert first["metrics"]["eval/held_out/loss"] == 9.0
+    assert first["path"] == str(played.run.checkpoints / "step-00000005")
+
+
+def test_a_damaged_checkpoint_keeps_no_later_one_from_ray(play: Callable[..., Played]) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    played.save(5)
+    (played.run.checkpoints / "step-00000005" / store.MANIFEST).write_text("{")
+    played.save(10)
+    assert [saved["step"] for saved in played.coordinator.beat("a", 0, None)["saved"]] == [10]
+
+
+def test_a_wish_to_stop_that_comes_between_two_groups_is_heard(play: Callable[..., Played]) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    played.end(1, KILLED)
+    played.end(0)
+    played.coordinator.beat("a", 1, "failed")
+    assert played.coordinator.beat("a", 0, "done")["verdict"]["again"]
+    run_store.write_json(played.run.cancel(1), {"save": True})
+    (orders, _) = played.begin("b", "n1", "n1")
+    assert orders is not None
+    assert orders["do"] == "leave"
+    assert run_store.read_status(played.run).state == "cancelled"
+    assert played.number == 1
+
+
+def test_a_report_that_comes_after_the_verdict_changes_nothing(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CHECK_DEADLINE_S", -1.0)
+    played = play()
+    played.enter("a", ["n1", "n2"])
+    assert played.coordinator.orders("a", 0) == {"do": "wait"}
+    before = played.coordinator.beat("a", 0, None)["verdict"]
+    for rank in range(2):
+        played.coordinator.checked("a", rank, FIT.to_json())
+    assert played.coordinator.beat("a", 0, None)["verdict"] == before

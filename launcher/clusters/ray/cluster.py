@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-
-import psutil
 
 from launcher import run_store
 from launcher.clusters import local, process
 from launcher.clusters.ray import jobs
 from launcher.config.cluster import ClusterSection
 from launcher.config.ray import is_exposed
+from launcher.config.secret import looks_secret
 from launcher.errors import RunError, SubmitError
 from launcher.facts import device
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -47,6 +47,7 @@ class RayCluster:
         if section.host is not None:
             _require_private(section.address, section.host, section.allow_public_address)
         if section.is_http:
+            _require_no_keys(section.pass_env)
             jobs.require_answer(section.address)
         elif section.address != "auto":
             _require_reachable(section.address)
@@ -100,19 +101,14 @@ class RayCluster:
         return status if status.state not in RUNNING_STATES else _lost(run, status)
 
     def await_end(self, run: RunDir) -> None:
-        driver = process.find(run_store.read_status(run))
-        if driver is not None:
-            try:
-                driver.wait(_END_DEADLINE_S)
-            except psutil.TimeoutExpired:
-                driver.kill()
+        process.await_end(run, _END_DEADLINE_S)
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
         if status.state not in RUNNING_STATES:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
         number = run_store.newest_attempt(run)
-        asked, file = run.attempt(number) / "cancel.json", _submission_file(run, number)
+        asked, file = run.cancel(number), _submission_file(run, number)
         before = run_store.read_json(asked) if asked.is_file() else None
         run_store.write_json(asked, {"asked_at": time.time(), "save": save and before is None})
         if before is None or before.get("save", True):
@@ -191,10 +187,9 @@ def _submission_file(run: RunDir, attempt: int) -> Path:
 
 
 def _heard_at(run: RunDir, status: Status) -> float:
-    file = run.root / "driver.json"
     with suppress(OSError):
         run_store.look_again(run.root)
-        return max(status.updated_at, file.stat().st_mtime)
+        return max(status.updated_at, run.alive.stat().st_mtime)
     return status.updated_at
 
 
@@ -217,6 +212,17 @@ def _await_joined(run: RunDir, log: Path) -> None:
             driver.kill()
         run_store.update_status(run, state="failed", message="Ray was not joined in time")
         raise RunError("Ray was not joined in time", where=str(log), value=log.read_text(errors="replace")[-2000:])
+
+
+def _require_no_keys(names: Sequence[str]) -> None:
+    """Refuse to pass on what looks like a key: whoever has the cluster's token can read what a job was submitted with."""
+    if keys := [name for name in names if looks_secret(f"cluster.env.{name}", "unknown")]:
+        raise SubmitError(
+            "keys must not travel with a job",
+            where="cluster.pass_env",
+            value=", ".join(keys),
+            remedy="take them out, and set them where the cluster's Ray is started",
+        )
 
 
 def _require_private(address: str, host: str, allowed: bool) -> None:

@@ -40,7 +40,6 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
     # What stands here anyone with the token can read: only what was named for it, and no key.
     passed = {name: os.environ[name] for name in section.pass_env if name in os.environ}
     variables = {**passed, "PYTHONPATH": with_code(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
-    variables |= {"LAUNCHER_INTERFACE": section.interface} if section.interface is not None else {}
     client = _client(address)
     job: str = _in_words(
         address,

@@ -94,7 +94,7 @@ class SlurmCluster:
         if status.state not in RUNNING_STATES or job_id is None:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
         job = queue.job(job_id, since, run_store.load_plan(run).run_name)
-        asked = run.attempt(number) / "cancel.json"
+        asked = run.cancel(number)
         again = asked.is_file()
         run_store.write_json(asked, {"asked_at": time.time(), "save": save})
         if job is not None and job.state == "RUNNING" and save and not again:

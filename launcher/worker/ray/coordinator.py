@@ -10,23 +10,23 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import ConfigError, LauncherError, Problem, RunError, Superseded, UnreadableCheckpoint
+from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem, RunError, Superseded, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import resized
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.tracking.jsonl import append_event, read_metrics
+from launcher.tracking.jsonl import Tail, append_event
 from launcher.worker import conclusion, network, node_check, record
 from launcher.worker.node_check import NodeReport
+from launcher.worker.ray.group import Group, Member
 
-CANCEL_FILE = "cancel.json"
 _DRAINED = "drained.json"
 _LOCK_WAIT_S = 60.0
 # How often the disk and Ray are looked at, however many workers ask.
@@ -44,50 +44,6 @@ _MOST_EARLY_FAILURES = 10
 _LAST_WORDS_S = 30.0
 
 
-@dataclass(frozen=True)
-class Member:
-    """A worker: its rank, the node it is on by Ray's name and id, and where the others reach it."""
-
-    rank: int
-    local_rank: int
-    node: str
-    node_id: str
-    address: str
-    port: int
-
-
-@dataclass
-class _Group:
-    """The workers that Ray Train has started together; `active` of them train."""
-
-    id: str
-    size: int
-    members: dict[int, Member] = field(default_factory=dict)
-    active: int = 0
-    plan_path: str = ""
-    marker: str = ""
-    opened_at: float | None = None
-    reports: dict[int, NodeReport] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    ended: set[int] = field(default_factory=set)
-    failed_at: float | None = None
-    drained: bool = False
-    asked_at: float | None = None
-    saves: bool = True
-    saved: list[dict[str, Any]] = field(default_factory=list)
-    verdict: dict[str, Any] | None = None
-    came_at: float = field(default_factory=time.monotonic)
-    heard_at: float = field(default_factory=time.monotonic)
-
-    @property
-    def heads(self) -> list[Member]:
-        """The first worker of each node that trains, who checks it."""
-        first: dict[str, Member] = {}
-        for rank in range(self.active):
-            first.setdefault(self.members[rank].node_id, self.members[rank])
-        return list(first.values())
-
-
 class Coordinator:
     """`number` is the attempt that the submitting side has opened; `draining` tells the ids of the nodes about to be lost."""
 
@@ -99,7 +55,9 @@ class Coordinator:
         self._job = job
         self._draining = draining
         self._environment: dict[str, str] = {}
-        self._group: _Group | None = None
+        self._metrics = Tail(self._run.metrics)
+        self._logged: dict[int, dict[str, Any]] = {}
+        self._group: Group | None = None
         # Workers of the last group that trained.
         self._size = 0
         self._early_failures = 0
@@ -123,7 +81,7 @@ class Coordinator:
     def enter(self, group: str, size: int, member: Mapping[str, Any]) -> None:
         """A worker has started. Those of a group that came before are gone."""
         if self._group is None or self._group.id != group:
-            self._group = _Group(group, size)
+            self._group = Group(group, size)
         self._group.members[member["rank"]] = Member(**member)
         self._hear(self._group)
 
@@ -144,7 +102,8 @@ class Coordinator:
         self._hear(found)
         if found.opened_at is None:
             return None
-        waiting = [head.rank for head in found.heads if head.rank not in found.reports]
+        checks = self._plan.ray.node_checks
+        waiting = [head.rank for head in found.heads if checks and head.rank not in found.reports]
         self._look(found)
         if waiting and found.verdict is None:
             self._end_of_checks(found, waiting)
@@ -162,7 +121,7 @@ class Coordinator:
     def checked(self, group: str, rank: int, report: Mapping[str, Any]) -> None:
         """What a node has found out about itself; where any is unfit, the attempt ends before anything is loaded."""
         found = self._group
-        if found is None or found.id != group:
+        if found is None or found.id != group or found.verdict is not None:
             return
         found.reports[rank] = NodeReport.from_json(report)
         if len(found.reports) < len(found.heads):
@@ -197,12 +156,12 @@ class Coordinator:
         self._hear(found)
         return {"signal": self._signal(found), "saved": found.saved, "verdict": found.verdict}
 
-    def _hear(self, group: _Group) -> None:
+    def _hear(self, group: Group) -> None:
         group.heard_at = time.monotonic()
         if group.verdict is None and len(group.members) == group.size:
             self._idle_since = None
 
-    def _open_if_possible(self, group: _Group) -> None:
+    def _open_if_possible(self, group: Group) -> None:
         """Open the attempt of a group that is complete, once; what is only out of reach for now is tried again."""
         if group.opened_at is not None:
             return
@@ -217,7 +176,7 @@ class Coordinator:
             # Raised in the workers, it would make Ray Train start others, for ever.
             self._finish(f"the attempt cannot be opened: {type(error).__name__}: {error}", state="failed")
 
-    def _end_of_checks(self, group: _Group, waiting: Sequence[int]) -> None:
+    def _end_of_checks(self, group: Group, waiting: Sequence[int]) -> None:
         """While nodes are checked: a wish to stop needs no save, and a node that does not report is named."""
         assert group.opened_at is not None
         if group.asked_at is not None:
@@ -228,7 +187,7 @@ class Coordinator:
             group.problems += [Problem(what, where=group.members[rank].node, remedy=remedy) for rank in waiting]
             self._conclude_unfit(group)
 
-    def _conclude_unfit(self, group: _Group) -> None:
+    def _conclude_unfit(self, group: Group) -> None:
         """Nothing is loaded where a node is unfit; the workers' records say why."""
         with suppress(OSError):
             for member in group.members.values():
@@ -238,7 +197,7 @@ class Coordinator:
                     run_store.write_json(record.node_file(self._run, self._number, member.rank), ended)
         self._conclude(group)
 
-    def _open(self, group: _Group) -> None:
+    def _open(self, group: Group) -> None:
         """Number the attempt of a group that is complete, with a plan for as many ranks as divide the batch."""
         run, section, head = self._run, self._plan.ray, group.members[0]
         if network.is_public(head.address) and not section.allow_public_address:
@@ -280,18 +239,18 @@ class Coordinator:
         ranks += f", {group.size - group.active} workers idle" if group.size > group.active else ""
         self._say("info", f"attempt {self._number} begins with {ranks} on {', '.join(dict.fromkeys(begun.nodes))}")
         group.opened_at, self._size = time.monotonic(), group.size
-        if not section.node_checks:
-            group.reports = {head.rank: NodeReport(head.node, "", {}, "", (), 0.0, ()) for head in group.heads}
 
-    def _after(self, group: _Group) -> Decision:
+    def _after(self, group: Group) -> Decision:
         """What follows the attempt before, whose workers may have left no word: more of them came, or nodes were lost."""
         folder = self._run.attempt(self._number)
+        if self._run.cancel(self._number).is_file():
+            return Decision(False, "cancelled", "cancelled while it waited for workers")
         grown = not (folder / "exit.json").is_file() and 0 < self._size < group.size
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state)
         return decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
 
-    def _plan_for(self, group: _Group) -> LaunchPlan:
+    def _plan_for(self, group: Group) -> LaunchPlan:
         """The plan for the most ranks that the global batch divides over, at most one for each worker.
 
         Raises:
@@ -300,18 +259,16 @@ class Coordinator:
         per_node: dict[str, int] = {}
         for member in group.members.values():
             per_node[member.node_id] = per_node.get(member.node_id, 0) + 1
-        planned = self._plan.topology
         for ranks in range(group.size, 0, -1):
-            if ranks == planned.world_size:
+            if ranks == self._plan.topology.world_size:
                 return self._plan
-            try:
+            with suppress(ConfigError):
                 return resized(self._plan, ranks, min(ranks, max(per_node.values())))
-            except ConfigError as error:
-                if ranks == 1:
-                    raise error
-        raise AssertionError("unreachable: the loop returns or raises")
+        raise ConfigError(
+            f"the global batch divides over none of the numbers up to {group.size} workers", where="cluster.workers"
+        )
 
-    def _look(self, group: _Group) -> None:
+    def _look(self, group: Group) -> None:
         """At the wishes on disk, at the checkpoints, and at the nodes that Ray is about to lose.
 
         Storage or a Ray that does not answer now is no reason to stop; both are asked again.
@@ -321,7 +278,7 @@ class Coordinator:
             return
         self._looked = now
         with suppress(OSError, LauncherError):
-            asked = self._run.attempt(self._number) / CANCEL_FILE
+            asked = self._run.cancel(self._number)
             if asked.is_file():
                 group.saves = bool(run_store.read_json(asked).get("save", True))
                 group.asked_at = group.asked_at or now
@@ -338,18 +295,30 @@ class Coordinator:
                 with suppress(OSError):
                     run_store.write_json(self._run.attempt(self._number) / _DRAINED, {"nodes": names, "at": time.time()})
 
-    def _look_for_checkpoints(self, group: _Group) -> None:
-        known = {saved["step"] for saved in group.saved}
-        for checkpoint in store.list_checkpoints(self._run.checkpoints):
-            if checkpoint.step in known or checkpoint.manifest.attempt != self._number:
+    def _look_for_checkpoints(self, group: Group) -> None:
+        """One listing of a folder, however many checkpoints of however many files lie in it; each is opened once."""
+        for path in sorted(self._run.checkpoints.glob("step-*")):
+            if path.name in group.seen:
                 continue
-            logged: dict[str, Any] = next(
-                (m for m in reversed(read_metrics(self._run.metrics)) if m.get("trainer/step") == checkpoint.step), {}
-            )
-            numbers = {name: value for name, value in logged.items() if isinstance(value, int | float)}
-            group.saved.append({"step": checkpoint.step, "path": str(checkpoint.path), "metrics": numbers})
+            try:
+                checkpoint = store.open_checkpoint(path)
+            except CheckpointError:
+                continue
+            group.seen.add(path.name)
+            if checkpoint.manifest.attempt == self._number:
+                logged = self._numbers_of(checkpoint.step)
+                group.saved.append({"step": checkpoint.step, "path": str(path), "metrics": logged})
 
-    def _signal(self, group: _Group) -> str | None:
+    def _numbers_of(self, step: int) -> dict[str, float]:
+        """What was logged at a step, as far as it is a number; the file is read on from where it was read before."""
+        for line in self._metrics.poll():
+            number = line["trainer/step"]
+            self._logged[number] = {**self._logged.get(number, {}), **line}
+        found = self._logged.get(step, {})
+        self._logged = {number: line for number, line in self._logged.items() if number > step}
+        return {name: value for name, value in found.items() if isinstance(value, int | float)}
+
+    def _signal(self, group: Group) -> str | None:
         """What the ranks that still run are told."""
         if group.failed_at is not None or group.verdict is not None:
             # As torch's elastic agent does: a collective would never end without the one that failed.
@@ -359,7 +328,7 @@ class Coordinator:
             return "USR1" if group.saves and not late else "KILL"
         return "USR2" if group.drained else None
 
-    def _conclude(self, group: _Group) -> None:
+    def _conclude(self, group: Group) -> None:
         """All has been said: judge the attempt, and decide whether Ray Train is to start the next."""
         try:
             run_store.require_newest(self._run, self._number, certain=True)

@@ -23,15 +23,15 @@ from typing import Any
 import psutil
 
 from launcher import run_store
+from launcher.clusters import process
+from launcher.clusters.ray.cluster import JOINING
 from launcher.errors import EXIT_FAILED, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
-from launcher.worker.ray.coordinator import CANCEL_FILE, Coordinator
-from launcher.worker.ray.supervisor import INTERFACE, supervise
+from launcher.worker.ray.coordinator import Coordinator
+from launcher.worker.ray.supervisor import supervise
 
-# A sign of life for those who ask from other machines.
-ALIVE = "driver.json"
 _ALIVE_EVERY_S = 5.0
 _LOOK_S = 0.2
 _STATE_EVERY_S = 1.0
@@ -59,9 +59,9 @@ def main(plan_path: str, attempt: int) -> int:
     """Run one attempt and those that follow it by themselves; returns the exit code."""
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))
-    process = psutil.Process()
-    job = {"host": os.uname().nodename, "pid": process.pid, "started": process.create_time()}
-    run_store.update_status(run, state="pending", attempt=attempt, job=job, message="joining Ray")
+    this = psutil.Process()
+    job = {"host": os.uname().nodename, "pid": this.pid, "started": this.create_time()}
+    run_store.update_status(run, state="pending", attempt=attempt, job=job, message=JOINING)
     driver = _Driver(plan, plan_path, run, attempt)
     try:
         return driver.run()
@@ -88,7 +88,7 @@ class _Wishes:
     def write(self) -> None:
         """The first asks for a save, further ones for an end at once."""
         if self._num_written < self._num_heard:
-            file = self._run.attempt(run_store.newest_attempt(self._run)) / CANCEL_FILE
+            file = self._run.cancel(run_store.newest_attempt(self._run))
             run_store.write_json(file, {"asked_at": time.time(), "save": self._num_heard == 1 and not file.is_file()})
             self._num_written = self._num_heard
 
@@ -151,7 +151,7 @@ class _Driver:
                 self._wishes.write()
                 if now - alive_at > _ALIVE_EVERY_S:
                     alive_at = now
-                    run_store.write_json(self._run.root / ALIVE, {"at": time.time(), "host": os.uname().nodename})
+                    run_store.write_json(self._run.alive, {"at": time.time(), "host": os.uname().nodename})
             if now - asked_at > _STATE_EVERY_S:
                 asked_at = now
                 state = self._state() or state
@@ -162,7 +162,7 @@ class _Driver:
                     # Every worker has been told; whatever holds one up does not change how the run has ended.
                     return
             elif state["idle_s"]:
-                if (self._run.attempt(self._number) / CANCEL_FILE).is_file():
+                if self._run.cancel(self._number).is_file():
                     return self.end("cancelled", "cancelled while it waited for workers")
                 if state["idle_s"] > self._section.placement_minutes * 60:
                     return self.end("failed", self._not_placed(state["idle_s"]))
@@ -228,26 +228,26 @@ def _own_folder(run: RunDir) -> Iterator[Path]:
     # The path of a socket may have 107 characters, of which Ray's own names take most.
     parent = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= _LONGEST_FOLDER else "/tmp"))  # noqa: S108
-    yield folder
-    if run_store.read_status(run).state == "failed":
-        print(f"Ray's own logs are in {folder}", flush=True)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        if run_store.read_status(run).state in ("completed", "cancelled", "preempted"):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            print(f"Ray's own logs are in {folder}", flush=True)
 
 
 def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     """Start a Ray of the run's own, which nobody else can use, or join the cluster that the settings name."""
-    section = plan.ray
+    section, path = plan.ray, process.with_code(run.code, os.environ)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # Workers that do not all come to a report would wait for each other for ever.
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "1800")
-    if section.interface is not None:
-        os.environ[INTERFACE] = section.interface
     # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
-    common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
     if section.address is not None:
         import ray
 
@@ -255,15 +255,14 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
             # The job's own environment holds for all that it starts.
             ray.init(address="auto", **common)
         else:
-            variables = {"PYTHONPATH": _path(run), "PYTHONSAFEPATH": "1"}
-            variables |= {INTERFACE: section.interface} if section.interface is not None else {}
+            variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
             ray.init(address=section.address, runtime_env={"env_vars": variables}, **common)
         return
     token = run.root / "ray-token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     os.environ.pop("RAY_ADDRESS", None)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": _path(run)}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": path}
     # In spite of its name, on Linux too: without it Ray replaces loopback by the address of a network.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.pop("RAY_AUTH_TOKEN", None)
@@ -280,10 +279,6 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
         _node_ip_address="127.0.0.1",
         **common,
     )
-
-
-def _path(run: RunDir) -> str:
-    return os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> Any:
@@ -316,7 +311,7 @@ def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> A
         scaling["elastic_resize_monitor_interval_s"] = section.resize_seconds
     return DataParallelTrainer(
         supervise,
-        train_loop_config={"coordinator": coordinator},
+        train_loop_config={"coordinator": coordinator, "interface": section.interface},
         backend_config=OfRanksConfig(),
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(

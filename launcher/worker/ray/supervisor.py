@@ -22,25 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
+from launcher.clusters import process
 from launcher.errors import LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, node_check, record
-from launcher.worker.mirror import MirrorProcess
+from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 from launcher.worker.watchdog import Watchdog
 
 # The one file of a checkpoint as Ray knows it.
 POINTER = "checkpoint.json"
-# Set by the driver to cluster.interface.
-INTERFACE = "LAUNCHER_INTERFACE"
 _ASK_S = 0.2
 _CALL_S = 60.0
 _PATIENCE_S = 900.0
 _REACH_S = 30.0
 # From TERM to KILL, where a rank does not go by itself.
 _KILL_AFTER_S = 5.0
-_MIRROR_AFTER_FAILURE_S = 30.0
 
 
 class AttemptEnded(Exception):
@@ -53,17 +51,17 @@ def supervise(config: dict[str, Any]) -> None:
     Raises:
         AttemptEnded: where another attempt is to follow.
     """
-    verdict = _take_part(config["coordinator"])
+    verdict = _take_part(config["coordinator"], config["interface"])
     if verdict["again"]:
         raise AttemptEnded(verdict["reason"])
 
 
-def _take_part(coordinator: Any) -> dict[str, Any]:
+def _take_part(coordinator: Any, interface: str | None) -> dict[str, Any]:
     """The verdict on the attempt. What goes wrong before a rank is there is told too, and not only that a word is missing."""
     import ray
 
     try:
-        worker = _Worker(coordinator)
+        worker = _Worker(coordinator, interface)
         worker.enter()
     except Exception as error:
         with suppress(Exception):
@@ -90,7 +88,7 @@ def _blocked_signals() -> Iterator[None]:
 
 
 class _Worker:
-    def __init__(self, coordinator: Any) -> None:
+    def __init__(self, coordinator: Any, interface: str | None) -> None:
         import ray
         from ray import train
         from ray.train import collective
@@ -104,7 +102,6 @@ class _Worker:
         self.group = collective.broadcast_from_rank_zero(uuid.uuid4().hex)
         self.node_id = ray.get_runtime_context().get_node_id()
         self.node = next((n.get("NodeName") for n in ray.nodes() if n["NodeID"] == self.node_id), None) or os.uname().nodename
-        interface = os.environ.get(INTERFACE)
         self.address = network.own_endpoint([], interface).address if interface else ray.util.get_node_ip_address()
         self.port = network.free_port(self.address)
         self.listener = _Listener(self.address, self.port) if self.rank == 0 else None
@@ -273,7 +270,7 @@ class _Worker:
         run_store.write_json(record.node_file(run, attempt, self.rank), ended)
         if mirror is not None:
             # The last checkpoint takes the time that it needs, unless another attempt waits or a person has waited enough.
-            until = time.time() + _MIRROR_AFTER_FAILURE_S if failure or "TERM" in sent else float("inf")
+            until = time.time() + AFTER_FAILURE_S if failure or "TERM" in sent else float("inf")
             mirror.finish(until, lambda: self._beat(None)["signal"] in ("KILL", "TERM"))
         if plan.nvme_folder is not None and self.local_rank == 0:
             shutil.rmtree(plan.nvme_folder, ignore_errors=True)
@@ -288,7 +285,7 @@ class _Worker:
             **orders["environment"],
             # Ray sets the threads of an actor to its CPUs, of which it has one.
             "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
-            "PYTHONPATH": os.pathsep.join([str(run.code), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": process.with_code(run.code, os.environ),
             "PYTHONSAFEPATH": "1",
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
