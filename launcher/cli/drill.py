@@ -79,7 +79,10 @@ def run(tokens: list[str]) -> int:
     watch = _Watch(run_dir, cluster, deadline)
     try:
         hit = _hit(arguments.fault, plan, watch)
-        (_await_save if arguments.fault == "fill-disk" else _await_recovery)(arguments.fault, plan, hit, watch)
+        if arguments.fault == "fill-disk":
+            _await_save(plan, hit, watch)
+        else:
+            _await_recovery(plan, hit, watch)
         # Before the drill itself makes an end.
         records = _records(arguments.fault, plan, hit, watch)
     finally:
@@ -293,7 +296,7 @@ def _inject(fault: str, plan: LaunchPlan, watch: _Watch, attempt: int) -> tuple[
     return deed["did"], deed["at"], deed["host"]
 
 
-def _await_save(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
+def _await_save(plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
     """A save that fails ends nothing: wait until it is told, make room again, and wait until another one is committed."""
     freed = False
     while watch.look() and watch.running:
@@ -305,7 +308,7 @@ def _await_save(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
             return
 
 
-def _await_recovery(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
+def _await_recovery(plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
     """Wait until the run trains beyond where it was, or has ended for good."""
     while watch.look():
         last, again = drill_report.progress(watch.steps, hit.life)
