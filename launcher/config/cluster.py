@@ -44,6 +44,11 @@ class ClusterSection(Section):
         """Ranks in all, where they are not counted by nodes."""
         return None
 
+    @property
+    def fewest_workers(self) -> int | None:
+        """Ranks that the run goes on with where it cannot have all; None where it needs all."""
+        return None
+
 
 class LocalSection(ClusterSection):
     """This machine."""

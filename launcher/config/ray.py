@@ -91,6 +91,10 @@ class RaySection(ManagedSection):
         return self.workers
 
     @property
+    def fewest_workers(self) -> int | None:
+        return self.min_workers
+
+    @property
     def is_followed(self) -> bool:
         return self.address is None
 
@@ -113,9 +117,6 @@ class RaySection(ManagedSection):
 
     @model_validator(mode="after")
     def _consistent(self) -> RaySection:
-        most = self.workers if self.workers is not None else self.nodes * (self.ranks_per_node or 0)
-        if self.min_workers is not None and most and self.min_workers > most:
-            raise ValueError(f"cluster.min_workers={self.min_workers} is more than all {most} workers; lower it")
         if self.host is not None and not self.allow_public_address and is_exposed(self.host):
             raise ValueError(
                 f"cluster.address names {self.host}, which is public or stands for all interfaces; use a private address or an "

@@ -124,6 +124,14 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             value=gpu_type,
             remedy="set cluster.ranks_per_node to it",
         )
+    fewest = config.cluster.fewest_workers
+    if fewest is not None and fewest > topology.world_size:
+        yield Problem(
+            f"cluster.min_workers={fewest} is more than all {topology.world_size} workers",
+            where="cluster.min_workers",
+            value=str(fewest),
+            remedy="lower it, or raise cluster.workers",
+        )
     yield from _hpz_problems(config, topology)
 
 

@@ -75,7 +75,6 @@ def test_a_name_that_resolves_to_a_public_address_is_refused(
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"workers": 2, "min_workers": 3}, "is more than all 2 workers"),
         ({"env": {"MASTER_ADDR": "x"}}, "Ray or the launcher set themselves"),
         ({"env": {"A B": "x"}}, "is not the name of a variable"),
         ({"pass_env": ["RAY_ADDRESS"]}, "Ray or the launcher set themselves"),
@@ -148,3 +147,12 @@ def test_a_jobs_api_that_is_not_there_is_told_before_anything_is_made(ray_plan: 
 def test_keys_do_not_travel_with_a_job(ray_plan: Callable[..., LaunchPlan]) -> None:
     with pytest.raises(SubmitError, match="keys must not travel"):
         RayCluster().check(ray_plan(address="http://127.0.0.1:1", pass_env=("NCCL_DEBUG", "MY_API_KEY")))
+
+
+def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(module.psutil, "process_iter", lambda attrs: iter(()))
+    with pytest.raises(SubmitError, match="no Ray runs on this machine"):
+        RayCluster().check(ray_plan(address="auto"))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    RayCluster().check(ray_plan(address="auto"))

@@ -163,6 +163,14 @@ def test_ranks_that_a_plan_cannot_be_split_over_are_refused(plan_of: Callable[..
         resized(plan_of(*LLAMA_70B), 7, 7)
 
 
+def test_fewer_workers_than_all_are_no_more_than_all(plan_of: Callable[..., LaunchPlan]) -> None:
+    (problem,) = problems(plan_of, "cluster=ray", "cluster.min_workers=3")
+    assert problem.what == "cluster.min_workers=3 is more than all 2 workers"
+    assert (
+        plan_of("cluster=ray", "cluster.workers=3", "cluster.min_workers=3", "train.global_batch_size=6").topology.world_size == 3
+    )
+
+
 def test_everything_that_does_not_fit_in_one_pass(plan_of: Callable[..., LaunchPlan]) -> None:
     found = problems(
         plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5", "cluster.gpu_type=ABACUS", "train.global_batch_size=100"

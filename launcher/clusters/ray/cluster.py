@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from launcher import run_store
 from launcher.clusters import local, process
@@ -49,7 +52,9 @@ class RayCluster:
         if section.is_http:
             _require_no_keys(section.pass_env)
             jobs.require_answer(section.address)
-        elif section.address != "auto":
+        elif section.address == "auto":
+            _require_member()
+        else:
             _require_reachable(section.address)
 
     def preview(self, plan: LaunchPlan) -> str | None:
@@ -233,7 +238,10 @@ def _require_private(address: str, host: str, allowed: bool) -> None:
         found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None)}
     except OSError as error:
         raise SubmitError(
-            f"the name of the cluster is not known: {error.strerror}", where="cluster.address", value=address
+            f"the name of the cluster is not known: {error.strerror}",
+            where="cluster.address",
+            value=address,
+            remedy="check the name, or write its address in numbers",
         ) from None
     if exposed := sorted(address for address in found if is_exposed(address)):
         raise SubmitError(
@@ -242,6 +250,18 @@ def _require_private(address: str, host: str, allowed: bool) -> None:
             value=f"{address} is {', '.join(exposed)}",
             remedy="use a private address or an ssh tunnel, or set cluster.allow_public_address=true",
         )
+
+
+def _require_member() -> None:
+    """Refuse a machine on which no Ray runs and where no variable names one."""
+    if os.environ.get("RAY_ADDRESS") or any(p.info["name"] == "raylet" for p in psutil.process_iter(["name"])):
+        return
+    raise SubmitError(
+        "no Ray runs on this machine",
+        where="cluster.address",
+        value="auto",
+        remedy="start one with: ray start, or leave the address out for a Ray of the run's own",
+    )
 
 
 def _require_reachable(address: str) -> None:
