@@ -344,12 +344,11 @@ def _step_directories(root: Path) -> list[Path]:
 
 
 def _none_usable(what: str, root: Path) -> CheckpointError:
-    remedy = "where the run had not come so far, start it anew, with another run.name"
     if not root.is_dir():
-        return CheckpointError(what, where=str(root), value="the folder does not exist", remedy=remedy)
+        return CheckpointError(what, where=str(root), value="the folder does not exist")
     reasons = [f"{step_name(step)}: {error.problems[0].what}" for step, error in unusable(root).items()]
     reasons += [f"{p.name}: a save that did not end" for p in sorted(root.iterdir()) if _SAVING.fullmatch(p.name)]
-    return CheckpointError(what, where=str(root), value="; ".join(reasons) or "the folder is empty", remedy=remedy)
+    return CheckpointError(what, where=str(root), value="; ".join(reasons) or "the folder is empty")
 
 
 def _steps(checkpoints: Iterable[Checkpoint]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def _to_begin_from(run: RunDir, step: int | None) -> store.Checkpoint:
             raise store.choose_another(step, error.problems, run.checkpoints) if damaged else error
         return checkpoint
     except CheckpointError as error:
-        raise SubmitError(error.problems) from None
+        anew = "where the run had not come so far, start it anew with another run.name"
+        raise SubmitError([replace(problem, remedy=problem.remedy or anew) for problem in error.problems]) from None
 
 
 def _replanned(

@@ -6,81 +6,17 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from played_workers import FIT, Played
 
 from launcher import run_store
-from launcher.checkpoint import durable, store
-from launcher.errors import Problem, UnreadableCheckpoint
+from launcher.checkpoint import store
+from launcher.errors import UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.worker import record
-from launcher.worker.node_check import NodeReport
 from launcher.worker.ray import coordinator as module
-from launcher.worker.ray.coordinator import Coordinator
-
-FIT = NodeReport("n", "code", {"torch": "2"}, "3.11", (), 8.0, ())
-
-
-class Played:
-    """A run on Ray whose workers say what the test lets them say."""
-
-    def __init__(self, plan: LaunchPlan) -> None:
-        self.plan = plan
-        self.run = run_store.create(plan)
-        self.draining: set[str] = set()
-        number = run_store.next_attempt(self.run, Attempt(resume_step=None))
-        run_store.update_status(self.run, attempt=number)
-        self.coordinator = Coordinator(str(self.run.plan), number, "here:1", lambda: self.draining)
-
-    def enter(self, group: str, nodes: list[str]) -> None:
-        for rank, node in enumerate(nodes):
-            place = {"node": node, "node_id": f"id-{node}", "address": "10.0.0.1", "port": 4000 + rank}
-            self.coordinator.enter(group, len(nodes), {"rank": rank, "local_rank": nodes[:rank].count(node), **place})
-
-    def check(self, group: str, nodes: list[str], problems: dict[str, str] | None = None) -> None:
-        """Every head reports; `problems` are words about nodes."""
-        for rank, node in enumerate(nodes):
-            orders = self.coordinator.orders(group, rank)
-            if orders is not None and orders["do"] == "check":
-                said = (problems or {}).get(node)
-                found = (Problem(said, where=node),) if said else ()
-                report = NodeReport(node, FIT.code, FIT.packages, FIT.python, FIT.gpus, FIT.memory_gib, found)
-                self.coordinator.checked(group, rank, report.to_json())
-
-    def begin(self, group: str, *nodes: str) -> list[dict[str, Any] | None]:
-        """A group comes, is checked and trains; the orders of all."""
-        self.enter(group, list(nodes))
-        self.check(group, list(nodes))
-        return [self.coordinator.orders(group, rank) for rank in range(len(nodes))]
-
-    def end(self, rank: int, failure: dict[str, Any] | None = None, **said: Any) -> None:
-        """A worker leaves its word."""
-        ended = {"node": rank, "host": "n", "ended_at": time.time(), "stopped": False, "killed": False, "first_failure": failure}
-        run_store.write_json(record.node_file(self.run, self.number, rank), ended | said)
-
-    def outcome(self, reason: str, step: int) -> None:
-        """Rank 0's own word."""
-        state = "completed" if reason == "completed" else "preempted"
-        said = {"state": state, "reason": reason, "step": step, "message": reason, "checkpoint": ""}
-        run_store.write_json(self.run.attempt(self.number) / "outcome.json", said)
-
-    def save(self, step: int) -> None:
-        saving = store.begin(self.run.checkpoints, step=step, attempt=self.number, needed_bytes=1)
-        files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [b"x"])}
-        manifest = store.Manifest(step=step, world_size=1, plan_digest=self.plan.digest(), attempt=self.number, files=files)
-        store.commit(saving, manifest)
-
-    @property
-    def number(self) -> int:
-        return run_store.newest_attempt(self.run)
-
-    @property
-    def causes(self) -> list[str]:
-        return [json.loads(path.read_text())["cause"] for path in sorted(self.run.attempts.glob("*/exit.json"))]
-
 
 KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
 
