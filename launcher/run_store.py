@@ -109,9 +109,14 @@ def snapshot_code(run: RunDir) -> None:
     shutil.copytree(source, run.code / "launcher", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "conf"))
 
 
+def attempt_numbers(run: RunDir) -> list[int]:
+    """Of the attempts that were made, oldest first; one that is being made right now does not count yet."""
+    return sorted(int(path.name) for path in run.attempts.glob("*") if path.name.isdigit())
+
+
 def newest_attempt(run: RunDir) -> int:
     """0 where none was made."""
-    return max((int(p.name) for p in run.attempts.iterdir() if p.name.isdigit()), default=0)
+    return max(attempt_numbers(run), default=0)
 
 
 def next_attempt(run: RunDir, attempt: Attempt) -> int:
@@ -204,7 +209,7 @@ def _keep_plan(run: RunDir, plan: LaunchPlan) -> None:
 
 def plan_of_digest(run: RunDir, digest: str) -> LaunchPlan | None:
     """The plan that checkpoints with this digest were saved by; None where no file of the run holds it unchanged."""
-    for path in (run.plan, *sorted(run.attempts.glob("*/plan.json")), *sorted(run.plans.glob("*.json"))):
+    for path in (run.plan, *changed_plans(run), *sorted(run.plans.glob("*.json"))):
         try:
             text = path.read_text(encoding="utf-8")
             # Of a file that another version of the launcher wrote, the text is what was digested.
@@ -215,14 +220,19 @@ def plan_of_digest(run: RunDir, digest: str) -> LaunchPlan | None:
     return None
 
 
+def changed_plans(run: RunDir) -> list[Path]:
+    """The plans of the attempts that a resume changed settings for, oldest first."""
+    paths = (run.attempt(number) / "plan.json" for number in attempt_numbers(run))
+    return [path for path in paths if path.is_file()]
+
+
 def load_plan(run: RunDir) -> LaunchPlan:
     """The plan of the newest attempt: its own, where a resume changed settings, else the run's.
 
     Raises:
         RunError: where it is damaged or of another schema.
     """
-    changed = sorted(run.attempts.glob("*/plan.json"), key=lambda path: int(path.parent.name))
-    path = changed[-1] if changed else run.plan
+    path = [run.plan, *changed_plans(run)][-1]
     try:
         return LaunchPlan.load(path)
     except (OSError, ValueError) as error:

@@ -204,8 +204,7 @@ class Mirror:
         aside = (step_of("-".join(name.split("-")[:2])) for name in names)
         found = {step for step in aside if step is not None and step > newest}
         # On a machine that fetched only the step that was asked for, nothing was there to be set aside.
-        for path in self._run.attempts.glob("*/attempt.json"):
-            number = int(path.parent.name)
+        for number in run_store.attempt_numbers(self._run):
             attempt = run_store.read_attempt(self._run, number)
             if attempt.pinned and attempt.resume_step is not None:
                 later = {step: manifest for step, manifest in self._complete.items() if step > attempt.resume_step}
@@ -252,7 +251,7 @@ class Mirror:
     def _fixed_files(self) -> Iterator[tuple[str, Path]]:
         """Names in the mirror and where they lie here."""
         yield "plan.json", self._run.plan
-        changed = sorted(self._run.attempts.glob("*/plan.json"), key=lambda path: int(path.parent.name))
+        changed = run_store.changed_plans(self._run)
         newest = self._run.attempt(self._owner.attempt) / "attempt.json"
         for path in (*changed[-1:], newest, *sorted(self._run.plans.glob("*.json"))):
             yield str(path.relative_to(self._run.root)), path

@@ -12,6 +12,9 @@ import psutil
 from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
 from testbed_cluster import Testbed
 
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 120
@@ -39,7 +42,7 @@ class SlurmRun:
 
     @property
     def attempt(self) -> int:
-        return max(int(p.name) for p in (self.path / "attempts").iterdir())
+        return run_store.newest_attempt(RunDir(self.path))
 
     @property
     def job(self) -> str:
