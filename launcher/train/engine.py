@@ -8,7 +8,6 @@ import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -81,8 +80,11 @@ def _import_muon() -> None:
     """DeepSpeed compares our optimizer's type with its Muon, whose import wraps three functions in torch.compile: that alone
     loads the whole compiler, a fifth of a rank's start. Nothing here calls them.
     """
-    with mock.patch.object(torch, "compile", lambda *_, **__: lambda function: function):
+    compiler, torch.compile = torch.compile, lambda *_, **__: lambda function: function
+    try:
         import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        torch.compile = compiler
 
 
 def leave() -> None:

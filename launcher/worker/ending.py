@@ -66,7 +66,8 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
     cancelled = run.cancel(number).is_file() or state == "CANCELLED"
     if outcome.is_file():
         interruption = _interruption(attempt, lead_s, outcome.stat().st_mtime)
-        return _by_outcome(run_store.read_json(outcome), Cause.CANCELLED if cancelled else interruption)
+        interruption = Cause.CANCELLED if cancelled else Cause.RESIZED if state == "RESIZED" else interruption
+        return _by_outcome(run_store.read_json(outcome), interruption)
     if cancelled:
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
     if problems := [problem for found in left for problem in found.get("problems", ())]:

@@ -11,7 +11,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, last_step, losses, status, wait_for
+from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
 from ray_cluster import RayCluster
 from ray_tools import await_no_launcher, causes, kill_all
 
@@ -191,6 +191,9 @@ def test_a_run_loses_a_node_and_gets_another(
     assert_close(losses(run), losses(undisturbed))
     # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
     assert causes(run)[-3:] == ["infrastructure", "resized", "completed"]
+    last = run_store.newest_attempt(RunDir(run))
+    before = [line["trainer/step"] for line in metrics(run) if "train/loss" in line and line["attempt"] < last]
+    assert run_store.read_attempt(RunDir(run), last).resume_step == max(before), "it saved before it grew"
     await_no_launcher(run)
 
 
@@ -211,8 +214,7 @@ def test_a_run_saves_before_a_node_is_taken_away(
     assert causes(run) == ["preempted", "completed"]
     assert set(run_store.read_attempt(RunDir(run), 2).nodes) == {"n1", "n3"}
     assert_close(losses(run), losses(undisturbed))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["trainer/step"] for line in lines if "train/loss" in line]
+    steps = [line["trainer/step"] for line in metrics(run) if "train/loss" in line]
     assert steps == list(range(1, STEPS + 1)), "no step was repeated"
 
 
@@ -237,9 +239,7 @@ def await_training(run: Path, num_ranks: int) -> None:
     """Until an attempt with so many ranks has logged a step."""
 
     def training() -> bool:
-        file = run / "metrics.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        attempts = {line["attempt"] for line in lines if "train/loss" in line}
+        attempts = {line["attempt"] for line in metrics(run) if "train/loss" in line}
         newest = max(attempts, default=0)
         return newest > 0 and len(run_store.read_attempt(RunDir(run), newest).nodes) == num_ranks
 

@@ -212,6 +212,27 @@ def test_a_run_that_grows_is_not_charged_for_it(play: Callable[..., Played]) -> 
     assert orders[0]["do"] == "train"
 
 
+def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) -> None:
+    played = play(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
+    assert played.coordinator.make_way(), "there is nobody yet"
+    played.begin("a", "n1")
+    assert not played.coordinator.make_way()
+    assert "another number of workers" in played.run.events.read_text()
+    played.save(7)
+    assert played.coordinator.beat("a", 0, None) == {"signal": "USR2", "saved": [], "verdict": None}
+    assert not played.coordinator.make_way()
+    played.outcome("preempted", 7)
+    played.end(0, stopped=True)
+    assert played.coordinator.beat("a", 0, "done")["verdict"]["again"]
+    assert played.coordinator.make_way()
+    assert played.causes == ["resized"]
+    assert played.run.events.read_text().count("another number of workers") == 1
+    orders = played.begin("b", "n1", "n2")
+    assert orders[0] is not None
+    assert orders[0]["do"] == "train"
+    assert run_store.read_attempt(played.run, 2).resume_step == 7
+
+
 def test_workers_of_a_run_that_another_command_has_started_again_leave_it_alone(play: Callable[..., Played]) -> None:
     played = play()
     run_store.next_attempt(played.run, Attempt(resume_step=None))

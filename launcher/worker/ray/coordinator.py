@@ -154,7 +154,19 @@ class Coordinator:
                     self._look_for_checkpoints(found)
                 self._conclude(found)
         self._hear(found)
-        return {"signal": self._signal(found), "saved": found.saved, "verdict": found.verdict}
+        # Ray Train, which waits for the ranks to end, would not take a report from them.
+        saved = [] if found.resizing else found.saved
+        return {"signal": self._signal(found), "saved": saved, "verdict": found.verdict}
+
+    def make_way(self) -> bool:
+        """Ray Train has room for more workers and is about to replace these: they save. True once they have ended."""
+        group = self._group
+        if group is None or group.opened_at is None or group.verdict is not None:
+            return True
+        if not group.resizing:
+            group.resizing = True
+            self._say("info", "Ray has room for another number of workers: the run saves and begins again with them")
+        return False
 
     def _hear(self, group: Group) -> None:
         group.heard_at = time.monotonic()
@@ -326,14 +338,14 @@ class Coordinator:
         if group.asked_at is not None:
             late = time.monotonic() - group.asked_at > self._plan.config.cluster.stop_grace_seconds
             return "USR1" if group.saves and not late else "KILL"
-        return "USR2" if group.drained else None
+        return "USR2" if group.drained or group.resizing else None
 
     def _conclude(self, group: Group) -> None:
         """All has been said: judge the attempt, and decide whether Ray Train is to start the next."""
         try:
             run_store.require_newest(self._run, self._number, certain=True)
             attempt = run_store.read_attempt(self._run, self._number)
-            state = "PREEMPTED" if group.drained else ""
+            state = "PREEMPTED" if group.drained else "RESIZED" if group.resizing else ""
             concluded = conclusion.conclude(self._run, self._number, attempt, self._plan.ray, state)
         except Superseded as error:
             group.verdict = {"again": False, "reason": error.problems[0].what}

@@ -309,6 +309,12 @@ def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> A
         scaling["placement_strategy"] = section.placement_strategy
     if section.resize_seconds is not None:
         scaling["elastic_resize_monitor_interval_s"] = section.resize_seconds
+    grace_s = plan.config.cluster.stop_grace_seconds
+    callbacks: list[Any] = []
+    if elastic:
+        from launcher.worker.ray.resizing import SaveBeforeResize
+
+        callbacks.append(SaveBeforeResize(coordinator, grace_s))
     return DataParallelTrainer(
         supervise,
         train_loop_config={"coordinator": coordinator, "interface": section.interface},
@@ -316,13 +322,14 @@ def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> A
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name=f"attempt-{attempt:03d}",
+            callbacks=callbacks,
             storage_path=section.storage_path or str(run.root / "ray"),
             # The coordinator ends what is to end: its workers then return as if all were done.
             failure_config=FailureConfig(
                 max_failures=-1,
                 controller_failure_limit=-1,
                 max_preemption_failures=-1,
-                preemption_grace_s=plan.config.cluster.stop_grace_seconds,
+                preemption_grace_s=grace_s,
             ),
             # Ray Train removes none; the run's own settings say which are kept.
             checkpoint_config=CheckpointConfig(num_to_keep=None),

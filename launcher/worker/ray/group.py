@@ -38,6 +38,7 @@ class Group:
     ended: set[int] = field(default_factory=set)
     failed_at: float | None = None
     drained: bool = False
+    resizing: bool = False
     asked_at: float | None = None
     saves: bool = True
     saved: list[dict[str, Any]] = field(default_factory=list)
