@@ -55,6 +55,8 @@ class RayCluster:
         place = ["--head", f"--port={self.port}"] if head else [f"--address={self.address}"]
         dashboard = ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}"]
         command = [*prefix, *RAY, "start", *place, "--block", f"--node-name={name}", f"--node-ip-address={self._next_ip()}"]
+        # Otherwise a fixed port, of which a second cluster on this machine would not get one.
+        command += [f"--dashboard-agent-listen-port={free_port()}"]
         command += ["--disable-usage-stats", "--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
         command += [f"--temp-dir={self.folder / 'ray'}", *dashboard] if head else []
         own = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}

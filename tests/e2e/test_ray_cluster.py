@@ -6,14 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 
+import psutil
 import pytest
 from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
 from ray_cluster import RayCluster
-from ray_tools import await_no_launcher, causes, kill_all
+from ray_tools import await_no_launcher, causes, kill_all, ranks_of
 
 from launcher import run_store
 from launcher.checkpoint import store
@@ -53,8 +55,8 @@ def node(cluster: RayCluster) -> Iterator[Callable[..., str]]:
     """Adds a node for the test: `node("n2")`."""
     added = []
 
-    def add(name: str, *prefix: str) -> str:
-        cluster.start(name, prefix=prefix)
+    def add(name: str, *prefix: str, num_cpus: int = 1) -> str:
+        cluster.start(name, f"--num-cpus={num_cpus}", prefix=prefix)
         added.append(name)
         return name
 
@@ -218,21 +220,70 @@ def test_a_run_saves_before_a_node_is_taken_away(
     assert steps == list(range(1, STEPS + 1)), "no step was repeated"
 
 
-def test_a_head_that_is_lost_is_told_with_the_way_to_go_on(launch: Launch, root: Path) -> None:
+def test_keys_reach_the_ranks_and_nothing_else(
+    launch: Launch, start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path
+) -> None:
+    """Four ranks on three nodes, two of them on one; their keys are in no file, no log of Ray's and no command line."""
+    node("n2", num_cpus=2)
+    node("n3")
+    run = root / "keys"
+    canary = "canary-fedcba9876543210"
+    arguments = ray(cluster, root, "keys", "cluster.workers=4", "train.max_steps=100000", "--follow")
+    with start(*arguments, **cluster.env, WANDB_API_KEY=canary) as process:
+        await_training(run, num_ranks=4)
+        ranks = ranks_of(run)
+        assert sorted(ranks) == [0, 1, 2, 3]
+        environments = [rank.environ() for rank in ranks.values()]
+        assert {found["WANDB_API_KEY"] for found in environments} == {canary}
+        assert sorted((found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"]) for found in environments) == [
+            *[("0", "1")] * 2,
+            ("0", "2"),
+            ("1", "2"),
+        ]
+        commands = [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
+        assert not [command for command in commands if canary in command]
+        assert launch("cancel", str(run), **cluster.env).returncode == 0
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    files = [path for folder in (run, cluster.folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if canary.encode() in path.read_bytes()]
+    await_no_launcher(run)
+
+
+@pytest.mark.parametrize("by_job", [False, True])
+def test_a_head_that_is_lost_is_told_with_the_way_to_go_on(launch: Launch, root: Path, by_job: bool) -> None:
     alone = RayCluster()
     run = root / "headless"
     try:
         alone.start("head")
-        done = launch(*ray(alone, root, "headless", "cluster.workers=1"), **alone.env)
+        through = (f"cluster.address={alone.http}", f"cluster.python={sys.executable}") if by_job else ()
+        done = launch(*ray(alone, root, "headless", "cluster.workers=1", *through), **alone.env)
         assert done.returncode == 0, done.stdout + done.stderr
         wait_for("step 7", lambda: last_step(run) >= 7)
         alone.kill("head")
         await_no_launcher(run)
-        seen = json.loads(launch("status", str(run), "--json", **alone.env).stdout)
-        assert seen["state"] == "failed"
-        assert f"python -m launcher resume {run}" in seen["message"]
+
+        def seen() -> dict[str, str]:
+            found: dict[str, str] = json.loads(launch("status", str(run), "--json", **alone.env).stdout)
+            return found
+
+        if by_job:
+            # The network between here and the cluster may be away for a moment.
+            assert seen()["state"] == "running"
+            assert "Ray does not answer" in seen()["message"]
+            minutes_pass(RunDir(run))
+        assert seen()["state"] == "failed"
+        assert f"python -m launcher resume {run}" in seen()["message"]
     finally:
         alone.stop()
+
+
+def minutes_pass(run: RunDir) -> None:
+    """Since the last sign of life."""
+    then = time.time() - 600
+    run_store.write_json(run.status, {**run_store.read_json(run.status), "updated_at": then})
+    os.utime(run.alive, (then, then))
 
 
 def await_training(run: Path, num_ranks: int) -> None:

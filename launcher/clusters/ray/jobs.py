@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +15,9 @@ from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 
 T = TypeVar("T")
+
+_AGENT_S = 30.0
+_DENIED = re.compile(r"\b40[13]\b|Unauthorized|Forbidden|authentication")
 
 
 def require_answer(address: str) -> None:
@@ -41,13 +46,25 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
     passed = {name: os.environ[name] for name in section.pass_env if name in os.environ}
     variables = {**passed, "PYTHONPATH": with_code(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     client = _client(address)
-    job: str = _in_words(
-        address,
-        lambda: client.submit_job(
-            entrypoint=entrypoint, runtime_env={"env_vars": variables}, metadata={"run": run.root.name}, entrypoint_num_cpus=0
-        ),
-    )
-    return job
+
+    def hand_over() -> str:
+        until = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                job: str = client.submit_job(
+                    entrypoint=entrypoint,
+                    runtime_env={"env_vars": variables},
+                    metadata={"run": run.root.name},
+                    entrypoint_num_cpus=0,
+                )
+                return job
+            except RuntimeError as error:
+                # A head that has just been started takes jobs some seconds after it answers.
+                if "No available agent" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(1)
+
+    return _in_words(address, hand_over)
 
 
 def state(address: str, job: str) -> tuple[str, str]:
@@ -86,7 +103,7 @@ def _in_words(address: str, ask: Callable[[], T]) -> T:
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         if "does not exist" in str(error):
             raise JobUnknown("the cluster knows no such job", where="cluster.address", value=address) from None
-        denied = any(word in str(error) for word in ("401", "403", "Unauthorized", "Forbidden", "authentication"))
+        denied = _DENIED.search(str(error)) is not None
         remedy = "check cluster.address and that the head node and its dashboard run"
         if denied:
             remedy = "give the cluster's token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE in the environment"
