@@ -70,13 +70,13 @@ def build_engine(plan: LaunchPlan, place: Place) -> tuple[Any, CausalLMLoss]:
     _clear_nvme(plan, place)
     model = build_model(plan.config.model, plan.model, plan.topology.device, plan.config.train.loss_chunk_tokens)
     optimizer = build_optimizer(model.parameters_by_name().items(), plan.config.optim, plan.config.deepspeed)
-    _import_muon()
+    import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)
     del partitioned
     return engine, model
 
 
-def _import_muon() -> None:
+def import_muon() -> None:
     """DeepSpeed compares our optimizer's type with its Muon, whose import wraps three functions in torch.compile: that alone
     loads the whole compiler, a fifth of a rank's start. Nothing here calls them.
     """

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from launcher.checkpoint import durable, shards, store, zero3
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.errors import CheckpointError
+from launcher.train.engine import import_muon
 from launcher.train.extensions import lock_builds
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -93,6 +94,7 @@ def build(kind: str):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=1e-2)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
