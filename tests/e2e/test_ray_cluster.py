@@ -107,6 +107,25 @@ def test_a_token_or_an_address_that_is_wrong_is_told_in_words(
     assert not (root / "http").exists()
 
 
+def test_a_cluster_of_another_version_of_ray_is_told_in_words(launch: Launch, root: Path, tmp_path: Path) -> None:
+    found = distribution("ray")
+    (file,) = [found.locate_file(path) for path in found.files or () if path.match("ray/_version.py")]
+    other = tmp_path / "_version.py"
+    other.write_text(Path(str(file)).read_text().replace(found.version, "2.1.0"))
+    older = RayCluster()
+    try:
+        prefix = ("unshare", "--mount", "sh", "-c", f'mount --bind {other} {file} && exec "$@"', "older")
+        older.start("head", prefix=prefix, env={"PYTHONDONTWRITEBYTECODE": "1"})
+        done = launch(*ray(older, root, "older"), **older.env)
+    finally:
+        older.stop()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Ray cannot be used" in done.stderr
+    assert "2.1.0" in done.stderr
+    assert found.version in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_request_that_can_never_be_met_fails_at_the_deadline(launch: Launch, cluster: RayCluster, root: Path) -> None:
     done = launch(*ray(cluster, root, "many", "cluster.workers=4", "cluster.placement_minutes=0.1", "--follow"), **cluster.env)
     assert done.returncode == 1, done.stdout + done.stderr

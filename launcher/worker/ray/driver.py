@@ -40,6 +40,8 @@ _CALL_S = 30.0
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
 _LONGEST_FOLDER = 30
+# Characters of Ray's own words that a run's state holds; all of them are in the log.
+_MOST_SAID = 400
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 # What programs read keys from; they go to the ranks in memory alone.
@@ -67,7 +69,7 @@ def main(plan_path: str, attempt: int) -> int:
         return driver.run()
     except Exception as error:
         # Whatever Ray says while it starts: a cluster that is not there, a token that is not its own, another version.
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
         driver.end("failed", f"Ray cannot be used: {said}")
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return EXIT_FAILED
