@@ -19,7 +19,7 @@ from testbed_cluster import Testbed
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("how", ["kill", "cut"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("cut", marks=pytest.mark.variant)])
 def test_a_lost_node_is_replaced(begin: Callable[..., SlurmRun], undisturbed: Path, how: str) -> None:
     run = begin(how)
     run.await_step(25)
@@ -129,6 +129,7 @@ def bare(other_slurm: Callable[..., AbstractContextManager[Testbed]]) -> Iterato
         yield bed
 
 
+@pytest.mark.variant
 def test_a_site_without_accounting_is_enough(launch: Launch, bare: Testbed, runs: Path, undisturbed: Path) -> None:
     run = submit(launch, bare, runs, "bare")
     run.await_step(25)
