@@ -72,11 +72,11 @@ def ls(url: str, as_json: bool) -> int:
     if not found:
         print(f"no runs in {remote.url}")
         return 0
-    width = max(len(run["name"]) for run in found)
-    print(f"{'run':<{width}}  {'state':<10} {'step':>13}  checkpoints")
-    for run in found:
-        steps = f"{run['step']}/{run['max_steps'] or '?'}"
-        print(f"{run['name']:<{width}}  {run['state']:<10} {steps:>13}  {', '.join(map(str, run['checkpoints'])) or '-'}")
+    rows = [
+        (run["name"], run["state"], f"{run['step']}/{run['max_steps'] or '?'}", ", ".join(map(str, run["checkpoints"])) or "-")
+        for run in found
+    ]
+    print("\n".join(text.table(("run", "state", ">step", "checkpoints"), rows)))
     return 0
 
 

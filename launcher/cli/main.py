@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from launcher.errors import EXIT_INTERRUPTED, EXIT_REFUSED, LauncherError, Problem
 
 COMPOSING = ("train", "plan", "data")
-ON_RUNS = ("ls", "status", "logs", "cancel", "resume", "export", "checkpoints")
-VERBS = (*COMPOSING, *ON_RUNS, "drill")
+SHOWING = ("ls", "status")
+ON_RUNS = ("logs", "cancel", "resume", "export", "checkpoints")
+VERBS = (*COMPOSING, *SHOWING, *ON_RUNS, "drill")
 
 HELP = """\
 Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
@@ -21,7 +22,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher data [overrides]          build the data cache and report on it, masks included
 
   python -m launcher ls                        the runs under ./runs, newest first
-  python -m launcher status RUN                state, step, loss, pace
+  python -m launcher status RUN [--watch]      state, step, loss, pace, cost, alerts
   python -m launcher logs RUN [-f] [--rank N]  what a rank printed
   python -m launcher cancel RUN                save and stop; a second time: kill
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;
@@ -79,6 +80,10 @@ def _run(verb: str, tokens: list[str]) -> int:
         from launcher.cli import checkpoints
 
         return checkpoints.run(tokens)
+    if verb in SHOWING:
+        from launcher.cli import status
+
+        return status.run(verb, tokens)
     if verb in ON_RUNS:
         from launcher.cli import runs
 

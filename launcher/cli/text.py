@@ -173,12 +173,22 @@ def _owner(path: Path) -> str:
 def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]]) -> list[str]:
     """The runs of a sweep, a line each: name, job, and the overrides in which they differ."""
     shared = set.intersection(*(set(plan.provenance.overrides) for plan, _ in started))
-    rows = [("run", "job", "settings")]
+    rows = []
     for plan, facts in started:
         own = [override for override in plan.provenance.overrides if override not in shared]
         rows.append((plan.run_name, dict(facts).get("job", "-"), " ".join(own)))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return ["", *(f"{name:<{widths[0]}}  {job:<{widths[1]}}  {own}" for name, job, own in rows)]
+    return ["", *table(("run", "job", "settings"), rows)]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows under their columns' names; a name that begins with > stands, like its values, at the right."""
+    names = [name.removeprefix(">") for name in columns]
+    widths = [max(map(len, cells)) for cells in zip(names, *rows, strict=True)]
+    sides = [">" if name.startswith(">") else "<" for name in columns]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
+        for row in (names, *rows)
+    ]
 
 
 def size(num_bytes: int) -> str:

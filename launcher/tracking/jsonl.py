@@ -69,7 +69,7 @@ class Tail:
             return []
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return _decode_lines(complete)
+        return decode_lines(complete)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Ma
     return json.dumps(line, allow_nan=False) + "\n"
 
 
-def _decode_lines(data: bytes) -> list[dict[str, Any]]:
+def decode_lines(data: bytes) -> list[dict[str, Any]]:
     lines = []
     for raw in data.splitlines():
         try:

@@ -1,0 +1,205 @@
+"""The verbs status and ls: what runs are doing, from their files and their backend's word, for a person or a program."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.cli import text
+from launcher.cli.follow import Watch
+from launcher.clusters.base import cluster_for
+from launcher.errors import LauncherError
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RUNNING_STATES, Status
+from launcher.tracking.console import format_duration
+from launcher.tracking.glance import Glance, glance
+from launcher.tracking.jsonl import read_events
+
+_BARS = "▁▂▃▄▅▆▇█"
+_CLEAR = "\x1b[H\x1b[J"
+_ALERTS_SHOWN = 3
+_COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
+
+
+def run(verb: str, tokens: list[str]) -> int:
+    """Carry out `status` or `ls`."""
+    arguments = _parser(verb).parse_args(tokens)
+    if verb == "status":
+        return _status(run_store.find(arguments.run, Path(arguments.root)), arguments.json, arguments.watch)
+    if arguments.mirror:
+        from launcher.cli import fetch
+
+        return fetch.ls(arguments.mirror, arguments.json)
+    return _ls(Path(arguments.root), arguments.json)
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    about = {
+        "ls": "List the runs, newest first, or those in a mirror.",
+        "status": "Show state, step, loss, pace and cost of a run.",
+    }
+    parser = argparse.ArgumentParser(prog=f"python -m launcher {verb}", description=about[verb])
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    if verb == "ls":
+        parser.add_argument("mirror", metavar="URL", nargs="?", help="a mirror to list (default: the runs on this machine)")
+    else:
+        parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
+        again = "show it again every so many seconds until the run ends (default: 5)"
+        parser.add_argument("--watch", metavar="SECONDS", type=_seconds, nargs="?", const=5.0, help=again)
+    return parser
+
+
+def _seconds(value: str) -> float:
+    if not 0.1 <= (seconds := float(value)) < 1e6:
+        raise ValueError
+    return seconds
+
+
+def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
+    """Print the state of a run, once or every `every_s` seconds until it ends."""
+    watch = Watch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
+    while True:
+        found = summary(run, watch.state())
+        block = json.dumps(found, indent=2 if every_s is None else None) if as_json else "\n".join(_lines(run, found))
+        clear = every_s is not None and not as_json and sys.stdout.isatty()
+        print(f"{_CLEAR if clear else ''}{block}", flush=True)
+        if every_s is None or found["state"] not in RUNNING_STATES:
+            return 0
+        time.sleep(every_s)
+
+
+def _ls(root: Path, as_json: bool) -> int:
+    """Print the runs under `root`, newest first; one that cannot be read is named on standard error."""
+    summaries = []
+    for run in run_store.runs(root):
+        try:
+            status = cluster_for(run_store.load_plan(run).config.cluster.kind).status(run)
+            summaries.append(summary(run, status))
+        except LauncherError as error:
+            print(f"{run.root.name}: {error.problems[0].what}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(summaries, indent=2))
+    elif not summaries:
+        print(f"no runs under {root}; start one with: python -m launcher")
+    else:
+        print("\n".join(text.table(_COLUMNS, [_row(found) for found in summaries])))
+    return 0
+
+
+def summary(run: RunDir, status: Status) -> dict[str, Any]:
+    """For programs: the state, the newest training step's metrics, and what follows from both."""
+    seen = glance(run.metrics, run_store.newest_attempt(run))
+    num_gpus = run_store.load_plan(run).topology.world_size
+    checkpoints = store.list_checkpoints(run.checkpoints)
+    events = read_events(run.events)
+    return {
+        "name": run.root.name,
+        "dir": str(run.root),
+        **asdict(status),
+        "metrics": seen.last,
+        "losses": list(seen.losses),
+        "eval_loss": seen.eval_loss,
+        "checkpoints": [checkpoint.step for checkpoint in checkpoints],
+        "cost": _cost(seen, num_gpus, status),
+        "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
+    }
+
+
+def _cost(seen: Glance, num_gpus: int, status: Status) -> dict[str, float | None] | None:
+    """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted."""
+    if seen.spent is None:
+        return None
+    hours, usd, left_s = seen.spent.gpu_hours, seen.spent.usd, seen.last.get("trainer/eta_s", math.nan)
+    expected = None
+    if usd is not None and hours and status.state in RUNNING_STATES and math.isfinite(left_s):
+        expected = usd + usd / hours * num_gpus * left_s / 3600
+    return {"gpu_hours": hours, "usd": usd, "expected_usd": expected}
+
+
+def _lines(run: RunDir, found: dict[str, Any]) -> list[str]:
+    """The state of a run, a label and a value a line."""
+    metrics, running = found["metrics"], found["state"] in RUNNING_STATES
+    rows = [
+        ("run", f"{found['name']} in {text.short(run.root)}"),
+        ("state", found["state"] + (f": {found['message']}" if found["message"] else "")),
+        ("attempt", str(found["attempt"])),
+        ("step", _progress(found)),
+    ]
+    if metrics:
+        rows.append(("loss", f"{metrics['train/loss']:.4f}  {sparkline(found['losses'])}"))
+        rows.append(("pace", _pace(metrics)))
+        rows.append(("memory", _memory(metrics)))
+        if running:
+            rows.append(("time left", format_duration(metrics["trainer/eta_s"])))
+    if found["cost"] is not None:
+        rows.append(("cost", _money(found["cost"])))
+    if found["eval_loss"] is not None:
+        rows.append(("held out", f"loss {found['eval_loss']:.4f}"))
+    if found["checkpoints"]:
+        rows.append(("checkpoints", ", ".join(f"step {step}" for step in found["checkpoints"])))
+    events = read_events(run.events)
+    page: dict[str, Any] = next((e["fields"] for e in reversed(events) if {"url", "sync_command"} & e["fields"].keys()), {})
+    rows += [("W&B", page.get("url") or f"offline; upload it with: {page['sync_command']}")] if page else []
+    mirrored = [event["text"] for event in events if event["kind"] == "mirror"]
+    rows += [("mirror", mirrored[-1])] if mirrored else []
+    rows += [("alert", _alert(alert)) for alert in found["alerts"][-_ALERTS_SHOWN:]]
+    return [f"{label:<12}{value}" for label, value in rows]
+
+
+def _progress(found: dict[str, Any]) -> str:
+    done, total = found["step"], found["max_steps"]
+    return f"{done:,} of {total:,} ({done / total:.0%})" if total else f"{done:,} of ?"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """One bar for each value, from the lowest to the highest; one that is not finite is an exclamation mark."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
+
+
+def _pace(metrics: dict[str, Any]) -> str:
+    pace = f"{metrics['perf/tokens_per_sec']:,.0f} tokens/s, {metrics['time/step_s']:.2f} s a step"
+    return pace + (f", MFU {metrics['perf/mfu']:.1%}" if "perf/mfu" in metrics else "")
+
+
+def _memory(metrics: dict[str, Any]) -> str:
+    host = f"{metrics['memory/host_rss_gib']:.1f} GiB of main memory in rank 0"
+    reserved = metrics.get("memory/peak_reserved_gib")
+    return host if reserved is None else f"{reserved:.1f} GiB of the GPU reserved at the peak, {host}"
+
+
+def _money(cost: dict[str, float | None]) -> str:
+    hours = f"{cost['gpu_hours']:,.2f} GPU hours"
+    if cost["usd"] is None:
+        return hours
+    end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""
+    return f"${cost['usd']:,.2f} so far ({hours}){end}"
+
+
+def _alert(alert: dict[str, Any]) -> str:
+    at = "" if alert["step"] is None else f", step {alert['step']}"
+    return f"{alert['text']} ({format_duration(max(0.0, time.time() - alert['time']))} ago{at})"
+
+
+def _row(found: dict[str, Any]) -> tuple[str, ...]:
+    loss, usd = found["metrics"].get("train/loss"), (found["cost"] or {}).get("usd")
+    return (
+        found["name"],
+        found["state"],
+        f"{found['step']}/{found['max_steps'] or '?'}",
+        "-" if loss is None else f"{loss:.4f}",
+        "-" if usd is None else f"${usd:,.2f}",
+        f"{format_duration(max(0.0, time.time() - found['updated_at']))} ago",
+    )

@@ -1,0 +1,111 @@
+"""What a person sees of runs, told from their files alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hand_made
+import psutil
+import pytest
+
+from launcher import run_store
+from launcher.cli.status import sparkline, summary
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.tracking.jsonl import JsonlTracker
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+SETTINGS = {
+    "model": {"name": "m", "init": "random", "path": None, "config": {"model_type": "llama"}, "tokenizer": "./t"},
+    "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
+    "train": {"max_steps": 40},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that this process is taken for the driver of, at step 10 of 40 in its second attempt."""
+    found = run_store.create(hand_made.plan(tmp_path / "runs/demo", SETTINGS))
+    for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
+        run_store.next_attempt(found, Attempt(resume_step=None))
+        log = JsonlTracker(found, attempt)
+        for step in steps:
+            costs = {"cost/gpu_hours": step / 10, "cost/usd": step / 5}
+            pace = {"perf/tokens_per_sec": 1234.5, "perf/mfu": 0.41, "time/step_s": 2.0, "trainer/eta_s": 3600.0}
+            log.log(step, {"train/loss": 4.0 - step / 10, "memory/host_rss_gib": 1.5, **pace, **costs})
+        log.event("alert", f"something in attempt {attempt}", step=step)
+    run_store.update_status(found, state="completed", attempt=2, step=10, max_steps=40)
+    return found
+
+
+def test_status_is_told_from_the_files_of_the_run(launch: Launch, run: RunDir) -> None:
+    done = launch("status", str(run.root))
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert lines["state"] == "completed"
+    assert lines["step"] == "10 of 40 (25%)"
+    assert lines["loss"].startswith("3.0000  █")
+    assert lines["loss"].endswith("▁")
+    assert lines["pace"] == "1,234 tokens/s, 2.00 s a step, MFU 41.0%"
+    assert lines["memory"] == "1.5 GiB of main memory in rank 0"
+    assert lines["cost"] == "$3.40 so far (1.70 GPU hours)"
+    assert "something in attempt 2" in lines["alert"]
+    assert "time left" not in done.stdout
+    found = json.loads(launch("status", str(run.root), "--json").stdout)
+    assert found["metrics"]["trainer/step"] == 10
+    assert found["cost"] == {"gpu_hours": pytest.approx(1.7), "usd": pytest.approx(3.4), "expected_usd": None}
+    assert [alert["step"] for alert in found["alerts"]] == [7, 10]
+
+
+def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
+    status = run_store.update_status(run, state="running")
+    # Two ranks for one more hour at two dollars a GPU hour.
+    assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
+
+
+def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> None:
+    job = {"host": os.uname().nodename, "pid": os.getpid(), "started": psutil.Process().create_time()}
+    run_store.update_status(run, state="running", job=job)
+    with start("status", str(run.root), "--watch", "0.2", "--json") as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["state"] == "running"
+        run_store.update_status(run, state="completed", step=40)
+        rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert json.loads(rest.splitlines()[-1])["step"] == 40
+
+
+def test_runs_stand_in_a_table_newest_first(launch: Launch, run: RunDir) -> None:
+    time.sleep(0.01)
+    run_store.create(hand_made.plan(run.root.with_name("later-run"), SETTINGS))
+    done = launch("ls", "--root", str(run.root.parent))
+    assert done.returncode == 0, done.stderr
+    names, later, demo = (line.split() for line in done.stdout.splitlines())
+    assert names == ["run", "state", "step", "loss", "cost", "updated"]
+    assert later[:2] == ["later-run", "pending"]
+    assert demo[:5] == ["demo", "completed", "10/40", "3.0000", "$3.40"]
+
+
+def test_a_sparkline_shows_the_shape() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([0.0, 7.0, math.nan, 3.0]) == "▁█!▄"
+
+
+def test_a_long_run_is_shown_as_fast_as_a_short_one(launch: Launch, run: RunDir) -> None:
+    """10,000 steps; the bound is wide, since other programs may run."""
+    log = JsonlTracker(run, 2)
+    metrics = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}
+    for step in range(11, 10_011):
+        log.log(step, {"train/loss": 3.0, "perf/tokens_per_sec": 1.0, "time/step_s": 1.0, "memory/host_rss_gib": 1.0, **metrics})
+    began = time.monotonic()
+    done = launch("status", str(run.root), "--json")
+    took = time.monotonic() - began
+    assert json.loads(done.stdout)["metrics"]["trainer/step"] == 10_010
+    assert took < 3
