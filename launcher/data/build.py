@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from launcher.config.schema import DataSection, Source
+from launcher.config.data import DataSection, Source
 from launcher.data import cache, packing, sources
 from launcher.data.cache import Split
 from launcher.data.chat import Encoded, Encoder, load_tokenizer

@@ -31,7 +31,7 @@ import filelock
 import numpy as np
 import xxhash
 
-from launcher.config.schema import DataSection
+from launcher.config.data import DataSection
 from launcher.data.sources import STDLIB_DOCS
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launcher.config.schema import DataSection, Source
+from launcher.config.data import DataSection, Source
 from launcher.data import stdlib_docs
 from launcher.errors import DataError, Problem
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from launcher.config.schema import DataSection, Source
+from launcher.config.data import DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.cache import Split, cache_key, find, read_report, read_samples
@@ -202,7 +202,7 @@ def test_a_damaged_cache_is_not_found_and_built_again(section: Section, tokenize
 
 BUILDER = """
 import sys
-from launcher.config.schema import DataSection
+from launcher.config.data import DataSection
 from launcher.data import build as module
 data, tokenizer, pause = DataSection.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3] == "pause"
 def progress(stage, done, total):

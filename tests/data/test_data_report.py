@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.config.schema import DataSection
+from launcher.config.data import DataSection
 from launcher.data.build import build
 from launcher.data.report import render, report
 

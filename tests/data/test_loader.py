@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.config.schema import DataSection
+from launcher.config.data import DataSection
 from launcher.data.build import build
 from launcher.data.cache import Split
 from launcher.data.loader import IGNORED, MicroBatch, RowOrder, TrainBatches, eval_batches
