@@ -76,7 +76,7 @@ class ChecksSection(Section):
     )
     near_duplicate: Choice = Field("keep", description="A document is nearly the same as an earlier one of the training split.")
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        0.8, description="Estimated Jaccard similarity of the word shingles from which two documents are nearly the same."
+        0.8, description="Estimated Jaccard similarity of the sets of text windows from which two documents are nearly the same."
     )
     held_out_in_train: Choice = Field(
         "fail",
@@ -89,7 +89,8 @@ class ChecksSection(Section):
     broken_encoding: Choice = Field(
         "keep", description="Text was decoded wrongly: replacement characters, UTF-8 read as Latin-1."
     )
-    long_answer: Choice = Field("keep", description="An answer is far longer than the others.")
+    long_answer: Choice = Field("keep", description="An answer has more than long_answer_tokens tokens.")
+    long_answer_tokens: PositiveInt = Field(4096, description="Trained tokens from which an answer counts as very long.")
     repetitive_answer: Choice = Field("keep", description="An answer repeats itself.")
     secret: Choice = Field("keep", description="Text that looks like a key, token or password.")
     personal_data: Choice = Field("keep", description="Text that looks like an e-mail address or a telephone number.")
@@ -102,7 +103,10 @@ class ChecksSection(Section):
         "drop",
         description="A document has no trained token within a row's length. Where none has one, the data is refused.",
     )
-    few_examples: Accepted = Field("keep", description="There are fewer training documents than is usual for fine-tuning.")
+    few_examples: Accepted = Field(
+        "keep", description="There are fewer examples than few_examples_below, or less than a million tokens of text alone."
+    )
+    few_examples_below: PositiveInt = Field(100, description="Examples from which on few_examples is no finding.")
 
 
 class DataSection(Section):
