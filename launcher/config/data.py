@@ -140,6 +140,9 @@ class DataSection(Section):
         0.0, description="Share of the documents held out for evaluation; ignored where a source brings its own held-out split."
     )
     eval_path: Text | None = Field(None, description="Held-out documents: a path as in sources[].path, in the sources' format.")
+    eval_split: Text | None = Field(
+        None, description="Split of a hub dataset or folder in data.eval_path. Unset: validation, else test."
+    )
     eval_max_rows: PositiveInt | None = Field(None, description="Evaluate on at most this many held-out rows. Unset: all.")
     workers: PositiveInt | None = Field(
         None, description="Processes that build the data cache. Unset: one for each CPU that this process may use."

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 import jinja2
 import numpy as np
 
+from launcher.config.data import DataSection
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.errors import DataError, Problem
 
@@ -64,12 +65,13 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 class Encoder:
     """Renders and tokenises documents with one tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
         self.tokenizer = tokenizer
+        self.data = data
         added = tokenizer.added_tokens_decoder
         self.special_ids = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         special_texts = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        self._special_texts = tuple(sorted(special_texts, key=len, reverse=True))
+        self.special_texts = tuple(sorted(special_texts, key=len, reverse=True))
         plain = tokenizer("a", add_special_tokens=False).input_ids
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != plain[:1]
         self._begin = [tokenizer.bos_token_id] if begins else []
@@ -77,7 +79,7 @@ class Encoder:
     def render(self, document: Document) -> Rendered:
         """The document's text and its trained spans; errors: DataError naming template and document."""
         match document:
-            case Chat(where, messages):
+            case Chat(where, messages, _):
                 return self._render_chat(where, messages)
             case Completion(where, prompt, completion):
                 end = len(prompt) + len(completion)
@@ -88,7 +90,7 @@ class Encoder:
     def prompt(self, document: Document) -> tuple[str, list[int], str] | None:
         """(prompt for a person, prompt's token ids up to where the model goes on, reference answer); None for plain text."""
         match document:
-            case Chat(where, messages) if messages[-1].role == "assistant" and len(messages) > 1:
+            case Chat(where, messages, _) if messages[-1].role == "assistant" and len(messages) > 1:
                 text = self._apply_template(where, messages[:-1], generation_prompt=True)
                 return messages[-2].content, self._ids([text])[0], messages[-1].content
             case Completion(_, prompt, completion) if prompt:
@@ -140,7 +142,7 @@ class Encoder:
         if not full.startswith(prefix) or not turn.startswith(prefix):
             self._refuse_template("renders earlier messages otherwise once a later one follows", where)
         answer = turn[len(prefix) :].rstrip()
-        turn_end = next((token for token in self._special_texts if token and answer.endswith(token)), "")
+        turn_end = next((token for token in self.special_texts if token and answer.endswith(token)), "")
         body = answer.removesuffix(turn_end).strip()
         if not body.endswith(content):
             self._refuse_template("changes the message, or puts text between it and the end of the turn", where)
