@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher.config.data import DataSection, Source
 from launcher.data import stdlib_docs
 from launcher.data.sources import places
-from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText, split_share
+from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import count_rows as _count_rows
 from launcher.data.sources.files import read_rows
 from launcher.data.sources.rows import PARSERS, Parser, recognised, refuse, renamed
@@ -31,7 +31,6 @@ __all__ = [
     "eval_source",
     "read_documents",
     "source_digest",
-    "split_share",
 ]
 
 STDLIB_DOCS = "builtin:stdlib_docs"

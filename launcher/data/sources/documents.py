@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import xxhash
-
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -55,9 +53,3 @@ class PlainText:
 
 # `where` is file:line, or file:row N in a file without lines of its own.
 Document = Chat | Completion | PlainText
-
-
-def split_share(document: Document) -> float:
-    """A number in [0, 1) from the content alone: equal documents fall on one side of a share, and added rows move none across."""
-    content = [value for name, value in vars(document).items() if name != "where"]
-    return xxhash.xxh3_64_intdigest(repr(content).encode("utf-8", "surrogatepass")) / 2**64
