@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,13 +146,13 @@ class Encoder:
         """
         if not offsets:
             return [0] * len(borders) if not text else None
-        starts, ends = np.asarray(offsets).T
         cuts = []
         for border in borders:
-            cut = int(np.searchsorted(ends, border, side="right"))
-            if cut < len(ids) and starts[cut] < border and ids[cut] in self.special_ids and text[border : ends[cut]].isspace():
+            cut = bisect_right(offsets, border, key=itemgetter(1))
+            start, end = offsets[cut] if cut < len(ids) else (border, border)
+            if start < border and ids[cut] in self.special_ids and text[border:end].isspace():
                 cut += 1
-            elif (cut > 0 and ends[cut - 1] != border) or (cut < len(ids) and starts[cut] != border):
+            elif start != border or (cut > 0 and offsets[cut - 1][1] != border):
                 return None
             cuts.append(cut)
         return cuts
