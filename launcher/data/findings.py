@@ -93,6 +93,7 @@ class Judged:
         name = self.finding.name
         return {
             **asdict(self.finding),
+            "examples": [asdict(example) for example in self.finding.examples],
             "title": TITLES[name],
             "share": self.finding.share,
             "setting": self.finding.setting,
@@ -139,9 +140,14 @@ def refuse(findings: Findings, checks: ChecksSection) -> None:
         raise DataError(problems)
 
 
+def share_text(share: float) -> str:
+    """A share above 0 in percent, which is never told as none."""
+    return f"{share:.1%}" if share >= 0.001 else "< 0.1%"
+
+
 def _problem(finding: Finding) -> Problem:
     return Problem(
-        f"{finding.count:,} of {finding.total:,}: {TITLES[finding.name]}",
+        f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}): {TITLES[finding.name]}",
         where="; ".join(example.where for example in finding.examples),
         value="; ".join(example.detail for example in finding.examples),
         remedy=f"{REMEDIES[finding.name]}; to train on it as it is: {finding.setting}=keep",

@@ -23,12 +23,10 @@ class Search:
 
 _E_MAIL = r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
 # With a country's code, or in groups of three, three and four: numbers in a calculation have neither.
-_TELEPHONE = (
-    r"(?<![\w+.-])(?:\+[1-9]\d{0,2}(?:[ .-]?\(?\d{1,4}\)?)(?:[ .-]?\d{2,4}){2,4}"
-    r"|(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-.]\d{4})(?![\w-])"
-)
+_ABROAD = r"\+(?<![\w+.-]\+)[1-9]\d{0,2}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\d{2,4}){2,4}(?![\w-])"
+_IN_GROUPS = r"(?<![\w+.-])(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-.]\d{4}(?![\w-])"
 _ASSIGNED = (
-    r"(?i:\b(?:[a-z0-9]+_)?(?:api_?key|secret(?:_?key)?|access_?token|auth_?token|password|passwd)\b"
+    r"(?i:(?:api_?key|secret(?:_?key)?|access_?token|auth_?token|password|passwd)"
     r"[\"']?\s*[:=]\s*[\"'])[^\s\"'<>{}$]{12,128}(?=[\"'])"
 )
 _ASSIGNED_LITERALS = (b"api_key", b"apikey", b"secret", b"access", b"auth_token", b"authtoken", b"password", b"passwd")
@@ -47,11 +45,8 @@ SEARCHES = tuple(
         ("secret", "password in an address", (b"://",), r"://[^/\s:@]{1,64}:[^/\s@]{3,128}@(?=[\w.-])"),
         ("secret", "assigned secret", _ASSIGNED_LITERALS, _ASSIGNED),
         ("personal_data", "e-mail address", (b"@",), _E_MAIL),
-        (
-            *("personal_data", "telephone number"),
-            (b"-0000", b".0000", b"+00", b"+0 ", b"+0-", b"+0.", b"+0("),
-            _TELEPHONE,
-        ),
+        ("personal_data", "telephone number", (b"+0",), _ABROAD),
+        ("personal_data", "telephone number", (b"-0000", b".0000"), _IN_GROUPS),
     )
 )
 # Marks that chat templates of other models write; a tokenizer that does not know them makes plain text of them.

@@ -139,16 +139,17 @@ def _role_fault(messages: Sequence[Message]) -> str | None:
     before = "start"
     for i, message in enumerate(messages):
         role = message.role
-        if role == "system":
-            if before != "start":
-                return f"messages[{i}] is a system message after a {before} message"
-            continue
         called = before == "tool" or (before == "assistant" and bool(messages[i - 1].tool_calls))
-        fine = {"user": before in ("start", "assistant"), "assistant": before in ("user", "tool"), "tool": called}
-        if not fine.get(role, True):
-            return f"messages[{i}] is a {role} message {'at the start' if before == 'start' else f'after a {before} message'}"
-        before = role
-    return None if before == "assistant" else f"the last message is a {messages[-1].role} message"
+        allowed = {
+            "system": before == "start",
+            "user": before in ("start", "assistant"),
+            "assistant": before in ("user", "tool"),
+            "tool": called,
+        }
+        if not allowed.get(role, True):
+            return f"messages[{i}] ({role}) " + ("comes first" if before == "start" else f"follows a message of role {before}")
+        before = before if role == "system" else role
+    return None if before == "assistant" else f"the last message is of role {messages[-1].role}"
 
 
 def _in_texts(parts: Sequence[_Part], whole: str, data: bytes, special_texts: Sequence[str]) -> Iterator[Hit]:
@@ -170,7 +171,7 @@ def _in_texts(parts: Sequence[_Part], whole: str, data: bytes, special_texts: Se
 
 def _broken(text: str) -> str | None:
     if count := text.count("\ufffd"):
-        return f"{count} replacement characters"
+        return f"{count} replacement character{'s' if count > 1 else ''}"
     # ftfy's own look takes a quarter of a microsecond a character.
     return "bytes read in the wrong encoding" if _MOJIBAKE.search(text) and is_bad(text) else None
 
