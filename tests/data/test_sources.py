@@ -100,7 +100,7 @@ def test_columns_name_the_rows_own_keys(tmp_path: Path) -> None:
     assert document == Chat(f"{path}:1", (Message("user", "1+1?"), Message("assistant", "2")))
     raw = Source(path=str(path), columns={"prompt": "question", "completion": "answer"}, format="prompt_completion")
     assert [document for document, _ in read_documents(raw)] == [Completion(f"{path}:1", "1+1?", "2")]
-    with pytest.raises(DataError, match="lacks the key answr, which columns.output names"):
+    with pytest.raises(DataError, match=r"lacks the key answr, which columns\.output names"):
         list(read_documents(as_chat.model_copy(update={"columns": {"output": "answr"}})))
 
 
