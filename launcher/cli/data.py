@@ -108,14 +108,20 @@ def check(config: RunConfig, facts: DataFacts | None) -> None:
         findings.refuse(findings.read(facts.cache_dir), config.data.checks)
 
 
-def note(config: RunConfig, facts: DataFacts | None) -> str | None:
-    """One line about what was found in the data and is trained on."""
+def refusal(config: RunConfig, facts: DataFacts | None) -> str | None:
+    """One line about findings for which a run would be refused."""
+    return _told(config, facts, fatal=True, means="a run is refused for that: see python -m launcher data")
+
+
+def accepted(config: RunConfig, facts: DataFacts | None) -> str | None:
+    """One line about findings that are trained on."""
+    return _told(config, facts, fatal=False, means="python -m launcher data shows where")
+
+
+def _told(config: RunConfig, facts: DataFacts | None, fatal: bool, means: str) -> str | None:
     if facts is None:
         return None
     judged = findings.judge(findings.read(facts.cache_dir), config.data.checks)
-    refused = [one.finding for one in judged if one.fatal]
-    kept = [one.finding for one in judged if not one.fatal and one.action != "drop"]
-    said = [f"{finding.count:,} {findings.TITLES[finding.name]}" for finding in refused or kept]
-    if not said:
-        return None
-    return f"data: {'; '.join(said)} ({'a run is refused for that' if refused else 'python -m launcher data shows them'})"
+    meant = [one.finding for one in judged if one.fatal == fatal and one.action != "drop"]
+    said = "; ".join(f"{finding.count:,} {findings.TITLES[finding.name]}" for finding in meant)
+    return f"{said} ({means})" if said else None

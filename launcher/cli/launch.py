@@ -60,7 +60,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
         if as_json:
             print(plan.to_json())
             return 0
-        print("\n".join(text.plan_lines(plan, disk_note(plan), data.note(plan.config, plan.data))))
+        print("\n".join(text.plan_lines(plan, disk_note(plan), data.refusal(plan.config, plan.data))))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -91,7 +91,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     started = []
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
-        print("\n".join(text.plan_lines(plan, disk_note(plan), data.note(plan.config, plan.data))), flush=True)
+        print("\n".join(text.plan_lines(plan, disk_note(plan), data.accepted(plan.config, plan.data))), flush=True)
         if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue

@@ -7,7 +7,7 @@ then estimates the Jaccard similarity of the two sets, with a standard error of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import rensa
@@ -37,11 +37,16 @@ def content_hash(data: bytes) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def signature(data: bytes) -> np.ndarray | None:
-    """uint16 [NUM_SLOTS] of a normalised text in UTF-8; None where it is too short to be nearly the same as another."""
+def signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
+    """uint16 [NUM_SLOTS] of each normalised text in UTF-8; None where it is too short to be nearly the same as another."""
+    found: list[np.ndarray | None] = [None] * len(texts)
+    places = [i for i, text in enumerate(texts) if len(text) - WINDOW_BYTES + 1 >= MIN_WINDOWS]
+    if not places:
+        return found
+    # All texts at once: one by one, numpy's calls would take longer than its work.
+    data = b"".join([texts[i] for i in places])
+    ends = np.cumsum([len(texts[i]) for i in places])
     num_windows = len(data) - WINDOW_BYTES + 1
-    if num_windows < MIN_WINDOWS:
-        return None
     # Every position's eight bytes as one integer, and the eight after it.
     head, tail = (np.ndarray((num_windows,), "<u8", data, offset, (1,)) for offset in (0, WINDOW_BYTES - 8))
     windows = head * _MIX[0]
@@ -49,9 +54,15 @@ def signature(data: bytes) -> np.ndarray | None:
     windows += tail
     windows *= _MIX[1]
     windows ^= windows >> np.uint64(29)
-    slots = rensa.RMinHash.digest_matrix_from_flat_token_hashes(windows, [0, num_windows], NUM_SLOTS, _SEED).to_rows()[0]
+    # Those that reach into the next text belong to none.
+    within = np.ones(num_windows, dtype=bool)
+    within[(ends[:-1, None] - np.arange(1, WINDOW_BYTES)).ravel()] = False
+    offsets = [0, *(ends - np.arange(1, len(ends) + 1) * (WINDOW_BYTES - 1)).tolist()]
+    slots = rensa.RMinHash.digest_matrix_from_flat_token_hashes(windows[within], offsets, NUM_SLOTS, _SEED)
     # The lower half of a slot tells two values apart as well, in half the memory.
-    return np.asarray(slots, dtype=np.uint32).astype(np.uint16)
+    for i, row in zip(places, np.asarray(slots.to_rows(), dtype=np.uint32).astype(np.uint16), strict=True):
+        found[i] = row
+    return found
 
 
 def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -86,10 +86,8 @@ class BatchEncoder:
     def encode(self, items: Sequence[Item]) -> EncodedBatch:
         """Tokens, faults and counts of some documents; errors: DataError naming the document."""
         encoded = self.encoder.encode([self.encoder.render(item.document) for item in items])
-        seen = [
-            quality.inspect(item.document, tokens, self.encoder.special_texts, self.data.checks)
-            for item, tokens in zip(items, encoded, strict=True)
-        ]
+        documents = [item.document for item in items]
+        seen = quality.inspect(documents, encoded, self.encoder.special_texts, self.data.checks)
         cut = [pieces_of(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
         hits = [(i, hit) for i, one in enumerate(seen) for hit in one.hits]
         hits += [(i, self._untrained()) for i, pieces in enumerate(cut) if pieces and not pieces[0].trained.any()]

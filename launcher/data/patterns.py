@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Search:
     """A pattern of a kind of text that belongs to the check `finding`; one of `literals` stands in every text that holds it.
 
@@ -29,7 +29,7 @@ _ASSIGNED = (
     r"(?i:(?:api_?key|secret(?:_?key)?|access_?token|auth_?token|password|passwd)"
     r"[\"']?\s*[:=]\s*[\"'])[^\s\"'<>{}$]{12,128}(?=[\"'])"
 )
-_ASSIGNED_LITERALS = (b"api_key", b"apikey", b"secret", b"access", b"auth_token", b"authtoken", b"password", b"passwd")
+_ASSIGNED_LITERALS = (b"api_key", b"apikey", b"secret", b"access_token", b"accesstoken", b"auth_token", b"authtoken", b"passw")
 SEARCHES = tuple(
     Search(finding, kind, literals, re.compile(pattern))
     for finding, kind, literals, pattern in (
@@ -54,19 +54,18 @@ _FOREIGN = re.compile(
     r"<\|[A-Za-z][\w .-]{0,40}\|>|<｜[^｜<>\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
 )
 _FOREIGN_LITERALS = ("<|", "<｜", "inst]", "sys>>", "_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>")
+# Many texts hold no underscore at all.
+_LITERALS = [[(literal, s) for s in SEARCHES for literal in s.literals if (b"_" in literal) is with_] for with_ in (False, True)]
 _ALL_DIGITS_0 = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 def worth_while(lower: bytes) -> tuple[Search, ...]:
     """The searches that may find something in a text, given in lower case and UTF-8."""
     data = lower.translate(_ALL_DIGITS_0)
-    found = []
-    for search in SEARCHES:
-        for literal in search.literals:
-            if literal in data:
-                found.append(search)
-                break
-    return tuple(found)
+    found = [search for literal, search in _LITERALS[0] if literal in data]
+    if b"_" in data:
+        found += [search for literal, search in _LITERALS[1] if literal in data]
+    return tuple(dict.fromkeys(found)) if found else ()
 
 
 def find(text: str, searches: Iterable[Search]) -> Iterator[tuple[Search, re.Match[str]]]:

@@ -26,6 +26,12 @@ FEW_TOKENS_OF_TEXT = 1_000_000
 _USUAL_EXAMPLES = "50 to 100 are usual for a format or a tone, 1,000 and more for a skill, tens of thousands for general chat"
 # The first byte of a character of several in UTF-8, and a later one, read as Latin-1 or Windows-1252.
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
+_MAY_FOLLOW = {
+    "system": ("start",),
+    "user": ("start", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
 # Above every estimate of a similarity.
 _EXACT = 2.0
 _USUAL_TEXT = "continued pre-training usually takes millions of tokens or more"
@@ -71,17 +77,22 @@ class _Part:
     is_answer: bool
 
 
-def inspect(document: Document, encoded: Encoded, special_texts: Sequence[str], checks: ChecksSection) -> Inspection:
-    """Look at one document and its tokens before anything is cut; `special_texts` are the tokenizer's special tokens."""
-    parts = list(_parts(document))
-    whole = duplicates.normalised("\n".join([part.text for part in parts]))
-    data = whole.encode()
-    # Chats that share a long system text are not alike for that.
-    own = [part.text for part in parts if part.where != "system"]
-    signed = data if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode()
-    hits = [*_faults(document, parts, encoded, checks), *_in_texts(parts, whole, data, special_texts)]
-    is_text = isinstance(document, PlainText)
-    return Inspection(duplicates.content_hash(data), duplicates.signature(signed), tuple(hits), is_text)
+def inspect(
+    documents: Sequence[Document], encoded: Sequence[Encoded], special_texts: Sequence[str], checks: ChecksSection
+) -> list[Inspection]:
+    """Look at some documents and their tokens before anything is cut; `special_texts` are the tokenizer's special tokens."""
+    contents, signed, hits = [], [], []
+    for document, tokens in zip(documents, encoded, strict=True):
+        parts = list(_parts(document))
+        whole = duplicates.normalised("\n".join([part.text for part in parts]))
+        data = whole.encode()
+        # Chats that share a long system text are not alike for that.
+        own = [part.text for part in parts if part.where != "system"]
+        signed.append(data if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
+        contents.append(duplicates.content_hash(data))
+        hits.append((*_faults(document, parts, tokens, checks), *_in_texts(parts, whole, data, special_texts)))
+    is_text = [isinstance(document, PlainText) for document in documents]
+    return list(map(Inspection, contents, duplicates.signatures(signed), hits, is_text))
 
 
 def _parts(document: Document) -> Iterator[_Part]:
@@ -139,14 +150,8 @@ def _role_fault(messages: Sequence[Message]) -> str | None:
     before = "start"
     for i, message in enumerate(messages):
         role = message.role
-        called = before == "tool" or (before == "assistant" and bool(messages[i - 1].tool_calls))
-        allowed = {
-            "system": before == "start",
-            "user": before in ("start", "assistant"),
-            "assistant": before in ("user", "tool"),
-            "tool": called,
-        }
-        if not allowed.get(role, True):
+        uncalled = role == "tool" and before == "assistant" and not messages[i - 1].tool_calls
+        if uncalled or before not in _MAY_FOLLOW.get(role, (before,)):
             return f"messages[{i}] ({role}) " + ("comes first" if before == "start" else f"follows a message of role {before}")
         before = before if role == "system" else role
     return None if before == "assistant" else f"the last message is of role {messages[-1].role}"
@@ -157,6 +162,8 @@ def _in_texts(parts: Sequence[_Part], whole: str, data: bytes, special_texts: Se
     found: dict[str, list[str]] = defaultdict(list)
     searches = patterns.worth_while(data)
     special = patterns.may_hold_special_tokens(whole, special_texts)
+    if not searches and not special and whole.isascii():
+        return
     for part in parts:
         if not part.text.isascii() and (broken := _broken(part.text)):
             found["broken_encoding"].append(f"{part.where}: {broken}")

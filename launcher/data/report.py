@@ -81,11 +81,9 @@ _COUNTED = {
 
 
 def _of_sources(split: Split, num_sources: int) -> list[dict[str, Any]]:
-    # The file of data.eval_path stands after the sources.
-    rows = (np.asarray(split.row_sources)[:, :num_sources] > 0).sum(axis=0)
-    return [
-        {"rows": int(rows[source]), **_numbers(split, np.asarray(split.doc_source) == source)} for source in range(num_sources)
-    ]
+    # The file of data.eval_path, which stands after the sources, has no place among the rows of training.
+    rows = [*(np.asarray(split.row_sources) > 0).sum(axis=0).tolist(), 0]
+    return [{"rows": rows[source], **_numbers(split, np.asarray(split.doc_source) == source)} for source in range(num_sources)]
 
 
 def _numbers(split: Split, chosen: np.ndarray) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def chat(*turns: tuple[str, str], **last: Any) -> Chat:
 
 
 def found(document: Document, tokens: Encoded | None = None, checks: ChecksSection = CHECKS) -> dict[str, str]:
-    return {hit.finding: hit.detail for hit in inspect(document, tokens or encoded(), SPECIAL, checks).hits}
+    (seen,) = inspect([document], [tokens or encoded()], SPECIAL, checks)
+    return {hit.finding: hit.detail for hit in seen.hits}
 
 
 GOOD = [
@@ -160,11 +161,10 @@ def test_secrets_are_located_and_never_told(kind: str) -> None:
     assert patterns.redacted(text).startswith(("This is it: ", "Take postgres"))
 
 
-def test_good_text_is_not_redacted() -> None:
-    for document in GOOD:
-        for part in vars(document).values():
-            if isinstance(part, str):
-                assert patterns.redacted(part) == part
+@pytest.mark.parametrize("document", GOOD)
+def test_good_text_is_not_redacted(document: Document) -> None:
+    texts = [part.text for part in quality._parts(document)]
+    assert [patterns.redacted(text) for text in texts] == texts
 
 
 # Documents beside others
@@ -183,7 +183,8 @@ class Collection:
         return len(self.texts) - 1
 
     def across(self, checks: ChecksSection = CHECKS) -> list[tuple[int, Hit]]:
-        seen = [inspect(PlainText("x", text), encoded(), (), checks) for text in self.texts]
+        documents = [PlainText("x", text) for text in self.texts]
+        seen = inspect(documents, [encoded()] * len(documents), (), checks)
         contents = np.asarray([one.content for one in seen], dtype=np.uint64)
         return across(contents, [one.signature for one in seen], np.asarray(self.held_out, dtype=bool), checks)
 
@@ -231,17 +232,24 @@ def test_held_out_documents_in_training_name_every_copy() -> None:
 
 def test_the_estimate_of_similarity_is_near_the_truth() -> None:
     for number in (1, 3):
-        a, b = prose(3, 400), changed(prose(3, 400), number * 12)
-        first, second = (duplicates.signature(duplicates.normalised(text).encode()) for text in (a, b))
+        texts = [duplicates.normalised(text).encode() for text in (prose(3, 400), changed(prose(3, 400), number * 12))]
+        first, second = duplicates.signatures(texts)
         assert first is not None
         assert second is not None
-        sets = [
-            {data[i : i + 16] for i in range(len(data) - 15)}
-            for data in (duplicates.normalised(text).encode() for text in (a, b))
-        ]
+        sets = [{data[i : i + 16] for i in range(len(data) - 15)} for data in texts]
         truth = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
         assert (first == second).mean() == pytest.approx(truth, abs=0.12)
-    assert duplicates.signature(b"short") is None
+
+
+def test_a_signature_does_not_depend_on_the_texts_beside_it() -> None:
+    texts = [b"short", prose(0).encode(), prose(1).encode(), b"x" * 79, b"", prose(2, 500).encode()]
+    together = duplicates.signatures(texts)
+    assert [one is None for one in together] == [True, False, False, False, True, False]
+    for text, one in zip(texts, together, strict=True):
+        (alone,) = duplicates.signatures([text])
+        assert (alone is None) == (one is None)
+        assert alone is None or (alone == one).all()
+    assert duplicates.signatures([]) == []
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95, 1.0])
