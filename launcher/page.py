@@ -48,9 +48,11 @@ p { margin: 4px 0; overflow-wrap: anywhere; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
-td { overflow-wrap: anywhere; min-width: 64px; }
+td { overflow-wrap: anywhere; }
+td:first-child { min-width: 90px; }
+td:last-child:not(.number) { min-width: 275px; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-figure { margin: 0; }
+figure { margin: 0; max-width: 620px; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 28px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 15px; }

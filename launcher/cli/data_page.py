@@ -89,14 +89,14 @@ def _findings(found: list[dict[str, Any]]) -> list[str]:
         return [html.paragraph("none", "good")]
     rows = []
     for one in found:
-        examples = "\n".join(f"{example['where']}: {example['detail']}" for example in one["examples"])
+        examples = "\n".join(f"· {example['where']}: {example['detail']}" for example in one["examples"])
         done = f"{one['setting']}={one['action']}" + ("\na run is refused" if one["fatal"] else "")
         by_source = "\n".join(f"{name}: {count:,}" for name, count in one["sources"].items())
         rows.append(
             [one["title"], f"{one['count']:,}", share_text(one["share"]), by_source, examples, f"{done}\n{one['remedy']}"]
         )
     table = html.table(["finding", "count", "share", "sources", "examples", "setting, remedy"], rows, numbers=(1, 2))
-    counts = html.bars("Documents concerned", [(one["title"], one["share"], f"{one['count']:,}") for one in found])
+    counts = html.bars("Documents concerned", [(one["name"], one["share"], f"{one['count']:,}") for one in found])
     return [table, counts]
 
 
@@ -104,11 +104,9 @@ def _shown(shown: list[dict[str, Any]]) -> list[str]:
     pieces = []
     for number, one in enumerate(shown, start=1):
         documents = one["documents"]
-        pieces.append(
-            html.heading(f"Row {one['row']:,}, {len(documents)} documents" if one["whole"] else f"Document {number}", 3)
-        )
+        pieces.append(html.heading(f"Row {one['row']:,}" if one["whole"] else f"Document {number}", 3))
         for place, document in enumerate(documents, start=1):
-            border = f"document {place}, " if one["whole"] else ""
+            border = f"document {place} of {len(documents)}, " if one["whole"] else ""
             pieces.append(html.paragraph(f"{border}{document['source']}, {document['tokens']:,} tokens"))
             pieces.append(html.marked([(part["text"], part["trained"]) for part in document["parts"]]))
     return pieces

@@ -152,7 +152,7 @@ def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:
     opening, closing = ("", "") if _has_colours(console) else TRAINED_MARKS
     legend = f"trained between {opening} and {closing}" if opening else f"trained in [{_TRAINED_STYLE}]green[/]"
     console.print()
-    what = f"row {shown['row']:,}: {len(documents)} documents, {tokens:,} tokens" if shown["whole"] else f"document {number}"
+    what = f"row {shown['row']:,}, {tokens:,} tokens" if shown["whole"] else f"document {number}"
     console.print(f"[bold]{what}[/] ({legend})", soft_wrap=True)
     for place, document in enumerate(documents, start=1):
         border = f"document {place} of {len(documents)}, " if shown["whole"] else ""
