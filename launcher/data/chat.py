@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +16,11 @@ from launcher.data.sources import Chat, Completion, Document, PlainText
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
+
+# Of a token that stands for no text.
+_NOWHERE = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Encoder:
         plain = tokenizer("a", add_special_tokens=False).input_ids
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != plain[:1]
         self._begin = [tokenizer.bos_token_id] if begins else []
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
 
     def render(self, document: Document) -> Rendered:
         """The document's text and its trained spans; errors: DataError naming template and document."""
@@ -93,15 +98,12 @@ class Encoder:
         """Tokenise; errors: DataError where the mask's borders cannot be made to fall between tokens."""
         borders = [sorted({border for span in text.spans for border in _borders(span)}) for text in batch]
         texts = [text.text for text in batch]
-        ids: list[list[int]] = []
         cuts: list[list[int] | None] = [None] * len(batch)
         if self.tokenizer.is_fast:
-            output = self.tokenizer(
-                texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-            )
-            ids = output.input_ids
-            for i, offsets in enumerate(output.offset_mapping):
-                cuts[i] = self._token_borders(texts[i], ids[i], offsets, borders[i])
+            # As the tokenizer's own call does, which would make Python objects of every token's offsets.
+            encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+            ids = [encoding.ids for encoding in encodings]
+            cuts = [self._token_borders(*parts) for parts in zip(texts, ids, encodings, borders, strict=True)]
         else:
             ids = self._ids(texts)
         self._cut_where_needed(batch, ids, borders, cuts)
@@ -138,21 +140,22 @@ class Encoder:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
 
-    def _token_borders(self, text: str, ids: list[int], offsets: list[tuple[int, int]], borders: list[int]) -> list[int] | None:
+    def _token_borders(self, text: str, ids: list[int], encoding: Encoding, borders: list[int]) -> list[int] | None:
         """Number of tokens before each border; None where one falls inside a token, or where a token's own borders are unsure.
 
         Some tokenizers leave spaces out of a token's offsets, hence the demand that the tokens on both sides meet there. A
         special token may swallow white space after it; a border right behind its text then moves to its end.
         """
-        if not offsets:
-            return [0] * len(borders) if not text else None
         cuts = []
         for border in borders:
-            cut = bisect_right(offsets, border, key=itemgetter(1))
-            start, end = offsets[cut] if cut < len(ids) else (border, border)
+            cut = len(ids) if border == len(text) else encoding.char_to_token(border)
+            if cut is None:
+                return None
+            start, end = (encoding.token_to_chars(cut) or _NOWHERE) if cut < len(ids) else (border, border)
+            before = (encoding.token_to_chars(cut - 1) or _NOWHERE)[1] if cut > 0 else border
             if start < border and ids[cut] in self.special_ids and text[border:end].isspace():
                 cut += 1
-            elif start != border or (cut > 0 and offsets[cut - 1][1] != border):
+            elif start != border or before != border:
                 return None
             cuts.append(cut)
         return cuts

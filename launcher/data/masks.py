@@ -54,6 +54,7 @@ class Template:
         self._text = text
         self.name = name or str(tokenizer.name_or_path)
         self._special_texts = [token for token in special_texts if token]
+        self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
 
     def render(self, chat: Chat, num_messages: int | None = None, generation_prompt: bool = False) -> str:
         """The text of the first `num_messages` messages (None: of all)."""
@@ -173,21 +174,22 @@ class Template:
         from transformers.utils import chat_template_utils
 
         source = self._source(chat)
+        rows, tools = [_as_template_reads(message) for message in messages], list(chat.tools) or None
+        values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
         try:
-            chat_template_utils._compile_jinja_template(source).globals["strftime_now"] = _TODAY.strftime
+            # What tokenizer.apply_chat_template compiles and keeps; here nothing has to be copied first.
+            compiled = chat_template_utils._compile_jinja_template(source)
+            compiled.globals["strftime_now"] = _TODAY.strftime
+            if not marks:
+                return compiled.render(messages=rows, tools=tools, documents=None, **values), []
             texts, spans = chat_template_utils.render_jinja_template(
-                conversations=[[_as_template_reads(message) for message in messages]],
-                tools=list(chat.tools) or None,
-                chat_template=source,
-                return_assistant_tokens_mask=marks,
-                add_generation_prompt=generation_prompt,
-                **self._tokenizer.special_tokens_map,
+                conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             what = f"the chat template refuses this conversation: {error}"
             remedy = "change the row, or set data.chat_template to a file with a template that takes it"
             raise DataError(Problem(what, chat.where, self.name, remedy)) from error
-        return str(texts[0]), [tuple(span) for span in spans[0]] if marks else []
+        return texts[0], [tuple(span) for span in spans[0]]
 
     def _refuse(self, does: str, where: str) -> NoReturn:
         what = f"the chat template {does}, so the trained tokens cannot be told for certain"
@@ -204,9 +206,13 @@ def _as_template_reads(message: Message) -> dict[str, Any]:
     made: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         made["tool_calls"] = list(message.tool_calls)
-    for key in ("name", "tool_call_id", "reasoning_content"):
-        if (value := getattr(message, key)) is not None:
-            made[key] = value
+    if message.name is not None:
+        made["name"] = message.name
+    if message.tool_call_id is not None:
+        made["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        # Templates read it under either name.
+        made["reasoning_content"] = made["thinking"] = message.reasoning_content
     return made
 
 

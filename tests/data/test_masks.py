@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from launcher.config.data import DataSection, Source
 from launcher.data.chat import Encoded, Encoder
 from launcher.data.encode import pieces_of
+from launcher.data.masks import Template
 from launcher.data.sources import Chat, Message
 from launcher.errors import DataError
 
@@ -181,6 +184,27 @@ def test_the_mask_is_what_a_person_expects(family: Family, name: str, kind: str)
     assert len(encoded.turn_ends) == num_answers == expected.count("⟦")
     assert len(ends) == 1
     assert all(encoded.trained[list(encoded.turn_ends)])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral", "gemma"])
+def test_the_text_is_what_the_tokenizer_itself_makes_of_the_chat(
+    family: Family, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = family(name)
+    messages = (user("1+1?"), said("", tool_calls=(CALL,), reasoning_content="Add."), *TOOLS[2:]) if name != "gemma" else MULTI
+    document = chat(*messages)
+    rows = [
+        {"role": m.role, "content": m.content}
+        | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
+        | ({"reasoning_content": m.reasoning_content} if m.reasoning_content else {})
+        | ({"tool_call_id": m.tool_call_id} if m.tool_call_id else {})
+        for m in messages
+    ]
+    compiled = chat_template_utils._compile_jinja_template(tokenizer.chat_template)
+    monkeypatch.setitem(compiled.globals, "strftime_now", datetime(2024, 7, 26).strftime)
+    for settings in ({}, {"add_generation_prompt": True}):
+        expected = tokenizer.apply_chat_template(rows, tools=list(document.tools) or None, tokenize=False, **settings)
+        assert Template(tokenizer, ()).render(document, generation_prompt=bool(settings)) == expected
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3", "mistral", "gemma", "chatml_marked"])

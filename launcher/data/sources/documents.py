@@ -8,7 +8,7 @@ from typing import Any
 ROLES = ("system", "user", "assistant", "tool")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message; `role` is one of ROLES.
 
@@ -25,7 +25,7 @@ class Message:
     reasoning_content: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Chat:
     """A conversation; the assistant's messages are trained. `tools` are the functions that it may call, in OpenAI's form."""
 
@@ -34,7 +34,7 @@ class Chat:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Completion:
     """Raw text in two parts; the completion is trained."""
 
@@ -43,7 +43,7 @@ class Completion:
     completion: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlainText:
     """Raw text that is trained from end to end."""
 
