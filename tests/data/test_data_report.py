@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from launcher.config.data import ChecksSection, DataSection, Source
-from launcher.data import cache
+from launcher.data import cache, findings
 from launcher.data.build import build
 from launcher.data.report import report
+from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
 CHECKS = ChecksSection(held_out_in_train="keep")
@@ -89,3 +90,31 @@ def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenize
     assert sum("[API key: s…, 44 characters]" in text for text in texts) == 1
     assert SECRET not in json.dumps(shown)
     assert len(report(facts, mixture, str(tokenizer_dir), num_shown=2)["shown"]) == 2
+
+
+def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    template = tmp_path / "no_end.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    data = DataSection(sources=(Source(path=str(chats)),), max_length=128, chat_template=str(template), workers=1)
+    facts = build(data, str(tokenizer_dir))
+    found = findings.read(facts.cache_dir)
+    (finding,) = [one for one in found if one.name == "no_turn_end"]
+    assert (finding.count, finding.total) == (200, 200)
+    with pytest.raises(DataError, match="train no end of turn") as caught:
+        findings.refuse(found, data.checks)
+    assert "data.checks.no_turn_end=keep" in caught.value.problems[0].remedy
+    assert report(facts, data, str(tokenizer_dir))["documents_with_turn_end"] == 0
+
+
+def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path) -> None:
+    settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secret": "drop", "held_out_in_train": "drop"}
+    dropping = mixture.model_copy(update={"checks": mixture.checks.model_copy(update=settings)})
+    facts = build(dropping, str(tokenizer_dir))
+    told = report(facts, dropping, str(tokenizer_dir), num_shown=1000)
+    assert facts.cache_dir != numbers["cache_dir"]
+    assert told["documents"] < numbers["documents"]
+    assert told["documents"] == told["read_documents"] - told["dropped_documents"]
+    assert "API key" not in json.dumps(told["shown"])
+    assert not told["refused"]
