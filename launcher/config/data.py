@@ -92,7 +92,7 @@ class ChecksSection(Section):
     long_answer: Choice = Field("keep", description="An answer has more than long_answer_tokens tokens.")
     long_answer_tokens: PositiveInt = Field(4096, description="Trained tokens from which an answer counts as very long.")
     repetitive_answer: Choice = Field("keep", description="An answer repeats itself.")
-    secret: Choice = Field("keep", description="Text that looks like a key, token or password.")
+    secrets: Choice = Field("keep", description="Text that looks like a key, token or password.")
     personal_data: Choice = Field("keep", description="Text that looks like an e-mail address or a telephone number.")
     role_order: Choice = Field("keep", description="Two messages of one role follow each other, or the user has the last word.")
     special_token_in_text: Choice = Field(

@@ -31,7 +31,7 @@ TITLES = {
     "role_order": "conversations whose roles are out of order",
     "repetitive_answer": "answers that repeat themselves",
     "long_answer": "very long answers",
-    "secret": "documents with what looks like a key or a password",
+    "secrets": "documents with what looks like a key or a password",
     "personal_data": "documents with what looks like an e-mail address or a telephone number",
     "few_examples": "sources with few examples",
 }
@@ -47,7 +47,7 @@ REMEDIES = {
     "role_order": "begin with the user, take turns, and end with the assistant",
     "repetitive_answer": "look at the examples",
     "long_answer": "look at the examples; data.checks.long_answer_tokens is the limit",
-    "secret": "replace them: a model repeats what it was trained on",
+    "secrets": "replace them: a model repeats what it was trained on",
     "personal_data": "replace them, if they belong to people",
     "few_examples": "add examples, and hold some out to see whether they suffice",
 }

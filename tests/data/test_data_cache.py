@@ -157,11 +157,11 @@ def test_the_key_follows_what_decides_the_tokens(section: Section, chats: Path, 
     assert cache_key(data, str(copy)) == key
     moved = shutil.copy(chats, tmp_path / "moved.jsonl")
     assert cache_key(section(eval_fraction=0.1, sources=(Source(path=str(moved)),)), str(copy)) == key
-    same = {"name": "other", "workers": 3, "group_by_length": False, "checks": ChecksSection(no_turn_end="keep", secret="fail")}
+    same = {"name": "other", "workers": 3, "group_by_length": False, "checks": ChecksSection(no_turn_end="keep", secrets="fail")}
     assert cache_key(data.model_copy(update=same), str(copy)) == key
 
     changes = {"max_length": 64, "packing": False, "eval_fraction": 0.2, "eval_max_rows": 3, "long_documents": "split"}
-    changes |= {"train_on": "all", "system": "Be brief.", "checks": ChecksSection(secret="drop")}
+    changes |= {"train_on": "all", "system": "Be brief.", "checks": ChecksSection(secrets="drop")}
     keys = {cache_key(data.model_copy(update={name: value}), str(copy)) for name, value in changes.items()}
     keys.add(cache_key(section(eval_path=str(moved)), str(copy)))
     keys.add(cache_key(section(sources=(Source(path=str(chats), format="messages"),), eval_fraction=0.1), str(copy)))

@@ -59,11 +59,11 @@ def test_what_was_found_is_told_under_the_settings_of_now(
 ) -> None:
     found = {one["name"]: one for one in numbers["findings"]}
     assert found["empty_answer"]["action"] == "drop"
-    (example,) = found["secret"]["examples"]
+    (example,) = found["secrets"]["examples"]
     assert example["where"].endswith("b.jsonl:62")
     assert SECRET not in example["detail"]
     assert not numbers["refused"]
-    strict = mixture.model_copy(update={"checks": mixture.checks.model_copy(update={"secret": "fail"})})
+    strict = mixture.model_copy(update={"checks": mixture.checks.model_copy(update={"secrets": "fail"})})
     facts = build(strict, str(tokenizer_dir))
     assert facts.cache_dir == numbers["cache_dir"], "fail gives the tokens of keep"
     assert report(facts, strict, str(tokenizer_dir))["refused"]
@@ -109,7 +109,7 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
 
 
 def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path) -> None:
-    settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secret": "drop", "held_out_in_train": "drop"}
+    settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secrets": "drop", "held_out_in_train": "drop"}
     dropping = mixture.model_copy(update={"checks": mixture.checks.model_copy(update=settings)})
     facts = build(dropping, str(tokenizer_dir))
     told = report(facts, dropping, str(tokenizer_dir), num_shown=1000)

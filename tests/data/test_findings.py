@@ -9,7 +9,7 @@ from launcher.data.findings import Example, Finding, judge, read, refuse, share_
 from launcher.errors import DataError
 
 LEAK = Finding("held_out_in_train", 3, 100, {"a": 3}, (Example("a.jsonl:7", "the same as a.jsonl:2"),))
-SECRET = Finding("secret", 1, 1000, {"a": 1}, (Example("a.jsonl:9", "[API key: s…, 40 characters]"),))
+SECRET = Finding("secrets", 1, 1000, {"a": 1}, (Example("a.jsonl:9", "[API key: s…, 40 characters]"),))
 NO_END = Finding("no_turn_end", 50, 1000, {"a": 50}, (Example("a.jsonl:1", "no end of turn is trained"),))
 
 
@@ -23,11 +23,11 @@ def test_the_settings_of_the_run_decide_what_is_fatal() -> None:
     assert [(one.finding.name, one.action, one.fatal) for one in judged] == [
         ("held_out_in_train", "fail", True),
         ("no_turn_end", "fail", True),
-        ("secret", "keep", False),
+        ("secrets", "keep", False),
     ]
-    lenient = ChecksSection(max_held_out_in_train=0.03, no_turn_end="keep", secret="fail")
+    lenient = ChecksSection(max_held_out_in_train=0.03, no_turn_end="keep", secrets="fail")
     assert [(one.finding.name, one.fatal) for one in judge((LEAK, NO_END, SECRET), lenient)] == [
-        ("secret", True),
+        ("secrets", True),
         ("held_out_in_train", False),
         ("no_turn_end", False),
     ]

@@ -149,7 +149,7 @@ def test_special_tokens_in_the_text_are_found(text: str, means: str) -> None:
 def test_secrets_are_located_and_never_told(kind: str) -> None:
     secret = SECRETS[kind]
     text = f"Take postgres{secret}db.host:5432 then." if kind == "password in an address" else f'This is it: {secret}" and on.'
-    finding = "personal_data" if kind in ("e-mail address", "telephone number") else "secret"
+    finding = "personal_data" if kind in ("e-mail address", "telephone number") else "secrets"
     hits = found(chat(("user", "Which?"), ("assistant", text)))
     assert set(hits) == {finding}
     assert f"[{kind}: " in hits[finding]
@@ -285,10 +285,10 @@ def by_name(found: findings.Findings) -> dict[str, findings.Finding]:
 
 
 def test_findings_have_counts_sources_and_three_places() -> None:
-    hits = [(i, Hit("secret", f"detail {i}")) for i in range(0, 200, 2)]
+    hits = [(i, Hit("secrets", f"detail {i}")) for i in range(0, 200, 2)]
     drop, found = conclude(hits, corpus(200, [0] * 100 + [1] * 100), CHECKS)
     (finding,) = found
-    assert (finding.name, finding.count, finding.total, finding.share) == ("secret", 100, 200, 0.5)
+    assert (finding.name, finding.count, finding.total, finding.share) == ("secrets", 100, 200, 0.5)
     assert finding.sources == {"a": 50, "b": 50}
     assert [example.where for example in finding.examples] == ["a.jsonl:1", "b.jsonl:101", "b.jsonl:199"]
     assert [example.detail for example in finding.examples] == ["detail 0", "detail 100", "detail 198"]
@@ -299,7 +299,7 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
     hits = [
         (3, Hit("exact_duplicate", "the same as", (1,))),
         (5, Hit("held_out_in_train", "the same as", (2, 4))),
-        (6, Hit("secret", "x")),
+        (6, Hit("secrets", "x")),
         (7, Hit("empty_answer", "x")),
     ]
     everything = corpus(200, held_out=(5,))
@@ -307,7 +307,7 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
         ({}, [7]),
         ({"exact_duplicate": "drop"}, [3, 7]),
         ({"held_out_in_train": "drop", "empty_answer": "keep"}, [2, 4]),
-        ({"secret": "drop", "empty_answer": "fail"}, [6]),
+        ({"secrets": "drop", "empty_answer": "fail"}, [6]),
     ):
         drop, found = conclude(hits, everything, ChecksSection.model_validate(settings))
         assert np.flatnonzero(drop).tolist() == dropped

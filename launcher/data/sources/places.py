@@ -196,7 +196,8 @@ def _unreachable(source: Source, said: str) -> DataError:
         "check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated dataset; "
         "a local folder is written with ./ before it"
     )
-    return DataError(Problem(what, source.path, source.revision or "", remedy))
+    revision = f"revision={source.revision}" if source.revision else ""
+    return DataError(Problem(what, source.path, revision, remedy))
 
 
 # Other addresses
