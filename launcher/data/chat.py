@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launcher.config.data import DataSection
+from launcher.data import words
 from launcher.data.masks import Span, Template, with_system
 from launcher.data.sources import Chat, Completion, Document, PlainText
 from launcher.errors import DataError, Problem
@@ -67,9 +68,11 @@ class Encoder:
         plain = tokenizer("a", add_special_tokens=False).input_ids
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != plain[:1]
         self._begin = [tokenizer.bos_token_id] if begins else []
+        self._words = None
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
+            self._words = words.words_of(tokenizer.backend_tokenizer)
 
     def render(self, document: Document) -> Rendered:
         """The document's text and its trained spans; errors: DataError naming template and document."""
@@ -100,10 +103,7 @@ class Encoder:
         texts = [text.text for text in batch]
         cuts: list[list[int] | None] = [None] * len(batch)
         if self.tokenizer.is_fast:
-            # As the tokenizer's own call does, which would make Python objects of every token's offsets.
-            encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-            ids = [encoding.ids for encoding in encodings]
-            cuts = [self._token_borders(*parts) for parts in zip(texts, ids, encodings, borders, strict=True)]
+            ids, cuts = self._fast(texts, borders)
         else:
             ids = self._ids(texts)
         self._cut_where_needed(batch, ids, borders, cuts)
@@ -139,6 +139,23 @@ class Encoder:
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+    def _fast(self, texts: list[str], borders: list[list[int]]) -> tuple[list[list[int]], list[list[int] | None]]:
+        """Token ids of each text, and the number of tokens before each of its borders, as _token_borders gives it."""
+        ids: list[list[int]] = [[]] * len(texts)
+        cuts: list[list[int] | None] = [None] * len(texts)
+        asked = []
+        for i, text in enumerate(texts):
+            if self._words is None or (found := self._words.encode(text)) is None:
+                asked.append(i)
+            else:
+                ids[i], cuts[i] = found[0], words.tokens_before(borders[i], found[1])
+        # As the tokenizer's own call does, which would make Python objects of every token's offsets.
+        encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in asked], add_special_tokens=False)
+        for i, encoding in zip(asked, encodings, strict=True):
+            ids[i] = encoding.ids
+            cuts[i] = self._token_borders(texts[i], ids[i], encoding, borders[i])
+        return ids, cuts
 
     def _token_borders(self, text: str, ids: list[int], encoding: Encoding, borders: list[int]) -> list[int] | None:
         """Number of tokens before each border; None where one falls inside a token, or where a token's own borders are unsure.

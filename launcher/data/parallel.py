@@ -65,7 +65,7 @@ def encode(batches: Iterator[list[Item]], data: DataSection, tokenizer_path: str
         return
     context = multiprocessing.get_context("forkserver")
     # One process pays for the imports; the workers are forks of it, made before it has any thread.
-    context.set_forkserver_preload([BatchEncoder.__module__])
+    context.set_forkserver_preload([BatchEncoder.__module__, "transformers.models.auto.tokenization_auto"])
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     settings = data.model_dump_json()
     try:
