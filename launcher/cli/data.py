@@ -123,5 +123,5 @@ def _told(config: RunConfig, facts: DataFacts | None, fatal: bool, means: str) -
         return None
     judged = findings.judge(findings.read(facts.cache_dir), config.data.checks)
     meant = [one.finding for one in judged if one.fatal == fatal and one.action != "drop"]
-    said = "; ".join(f"{finding.count:,} {findings.TITLES[finding.name]}" for finding in meant)
+    said = "; ".join(f"{finding.count:,} {finding.title}" for finding in meant)
     return f"{said} ({means})" if said else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher import page as html
-from launcher.cli.data_view import length_bins, number_rows, summary_rows
+from launcher.cli.data_view import length_bins, number_rows, summary_rows, visible
 from launcher.data.findings import share_text
 from launcher.page import Series
 
@@ -108,5 +108,5 @@ def _shown(shown: list[dict[str, Any]]) -> list[str]:
         for place, document in enumerate(documents, start=1):
             border = f"document {place} of {len(documents)}, " if one["whole"] else ""
             pieces.append(html.paragraph(f"{border}{document['source']}, {document['tokens']:,} tokens"))
-            pieces.append(html.marked([(part["text"], part["trained"]) for part in document["parts"]]))
+            pieces.append(html.marked([(visible(part["text"]), part["trained"]) for part in document["parts"]]))
     return pieces

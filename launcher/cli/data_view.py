@@ -81,6 +81,8 @@ def _trained(counts: dict[str, Any]) -> list[str]:
 def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     """What the cache as a whole is, as labels and values."""
     cut = f"; {report['truncated_tokens']:,} tokens are cut off" if report["truncated_tokens"] else ""
+    too_long = report["too_long_documents"]
+    dropped = f"{report['dropped_documents'] - too_long:,} documents by data.checks, {too_long:,} that are longer than a row"
     return [
         ("rows", f"{report['rows']:,} of up to {report['max_length']:,} tokens, {_filled(report)}"),
         (
@@ -88,6 +90,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             f"{report['tokens']:,}, of which {report['trained_tokens']:,} ({report['trained_frac']:.1%}) are trained{cut}",
         ),
         ("end of turn", f"trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents"),
+        *([("dropped", dropped)] if report["dropped_documents"] else []),
         ("cache", f"{report['cache_dir']} ({text.size(report['cache_bytes'])})"),
     ]
 

@@ -22,7 +22,7 @@ NUM_EXAMPLES = 3
 TITLES = {
     "no_trained_token": "documents without a trained token within a row",
     "no_turn_end": "documents that train no end of turn, in a source where none does",
-    "held_out_in_train": "held-out documents that also stand in training, exactly or nearly",
+    "held_out_in_train": "held-out documents that also stand in training",
     "empty_answer": "answers that are empty or white space",
     "exact_duplicate": "documents that stand in training before, but for case and white space",
     "near_duplicate": "documents that are nearly the same as one before them",
@@ -33,7 +33,7 @@ TITLES = {
     "long_answer": "very long answers",
     "secrets": "documents with what looks like a key or a password",
     "personal_data": "documents with what looks like an e-mail address or a telephone number",
-    "few_examples": "sources with few examples",
+    "few_examples": "documents to train on, which is few",
 }
 REMEDIES = {
     "no_trained_token": "give them an answer, or raise data.max_length where it is cut off",
@@ -63,13 +63,18 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """`count` of `total` documents that a check has hit; `sources` counts them by the source's name."""
+    """`count` of `total` documents that a check has hit, `note` says more; `sources` counts them by the source's name."""
 
     name: str
     count: int
     total: int
     sources: Mapping[str, int]
     examples: tuple[Example, ...]
+    note: str = ""
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.name] + (f" ({self.note})" if self.note else "")
 
     @property
     def share(self) -> float:
@@ -94,7 +99,7 @@ class Judged:
         return {
             **asdict(self.finding),
             "examples": [asdict(example) for example in self.finding.examples],
-            "title": TITLES[name],
+            "title": self.finding.title,
             "share": self.finding.share,
             "setting": self.finding.setting,
             "action": self.action,
@@ -147,7 +152,7 @@ def share_text(share: float) -> str:
 
 def _problem(finding: Finding) -> Problem:
     return Problem(
-        f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}): {TITLES[finding.name]}",
+        f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}): {finding.title}",
         where="; ".join(example.where for example in finding.examples),
         value="; ".join(example.detail for example in finding.examples),
         remedy=f"{REMEDIES[finding.name]}; to train on it as it is: {finding.setting}=keep",

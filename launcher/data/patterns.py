@@ -41,7 +41,7 @@ SEARCHES = tuple(
         ("secrets", "API key", (b"sk-", b"sk_"), r"\bsk[-_](?:[A-Za-z]+[-_])*[A-Za-z0-9_-]{20,}"),
         ("secrets", "Slack token", (b"xox",), r"\bxox[abprs]-[\w-]{10,}"),
         ("secrets", "Google key", (b"aiza",), r"\bAIza[\w-]{35}"),
-        ("secrets", "JSON web token", (b"eyj",), r"\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+"),
+        ("secrets", "JSON web token", (b"eyj",), r"\beyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]+"),
         ("secrets", "password in an address", (b"://",), r"://[^/\s:@]{1,64}:[^/\s@]{3,128}@(?=[\w.-])"),
         ("secrets", "assigned secret", _ASSIGNED_LITERALS, _ASSIGNED),
         ("personal_data", "e-mail address", (b"@",), _E_MAIL),

@@ -281,7 +281,11 @@ def _finding(name: str, documents: np.ndarray, total: int, hits: dict[int, Hit],
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             detail = f"{detail} {corpus.wheres[others[0]]}{more}"
         examples.append(Example(corpus.wheres[i], detail))
-    return Finding(name, len(documents), total, _by_source(documents, corpus), tuple(examples))
+    note = ""
+    if name == "held_out_in_train":
+        exact = sum(hit.detail == _alike(_EXACT) for hit in hits.values())
+        note = f"{exact:,} exactly, {len(documents) - exact:,} nearly"
+    return Finding(name, len(documents), total, _by_source(documents, corpus), tuple(examples), note)
 
 
 def _by_source(documents: np.ndarray, corpus: Corpus) -> dict[str, int]:

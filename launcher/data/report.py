@@ -73,6 +73,7 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
 _COUNTED = {
     "read_documents": "read",
     "dropped_documents": "dropped",
+    "too_long_documents": "dropped_long",
     "truncated_documents": "truncated_docs",
     "truncated_tokens": "truncated_tokens",
     "split_documents": "split_docs",

@@ -45,6 +45,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
     done = launch("data", *settings, "--show", "2", "--html", str(page), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "tokenise: 123 of 123 documents" in done.stderr
     shown = done.stdout
     assert "\x1b" not in shown
     assert shown.count("⟦") == shown.count("⟧") > 2
@@ -67,7 +68,7 @@ def test_the_report_for_programs(launch: Run, rows: Path, tmp_path: Path) -> Non
     report = json.loads(done.stdout)
     assert report["documents"] == 122
     assert not report["refused"]
-    assert {one["name"]: one["count"] for one in report["findings"]}["secret"] == 1
+    assert {one["name"]: one["count"] for one in report["findings"]}["secrets"] == 1
     assert [one["whole"] for one in report["shown"]] == [True]
 
 

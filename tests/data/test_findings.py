@@ -8,7 +8,7 @@ from launcher.config.data import ChecksSection
 from launcher.data.findings import Example, Finding, judge, read, refuse, share_text, write
 from launcher.errors import DataError
 
-LEAK = Finding("held_out_in_train", 3, 100, {"a": 3}, (Example("a.jsonl:7", "the same as a.jsonl:2"),))
+LEAK = Finding("held_out_in_train", 3, 100, {"a": 3}, (Example("a.jsonl:7", "the same as a.jsonl:2"),), "3 exactly")
 SECRET = Finding("secrets", 1, 1000, {"a": 1}, (Example("a.jsonl:9", "[API key: s…, 40 characters]"),))
 NO_END = Finding("no_turn_end", 50, 1000, {"a": 50}, (Example("a.jsonl:1", "no end of turn is trained"),))
 
@@ -37,7 +37,7 @@ def test_a_refusal_names_places_and_the_flag_that_accepts_it() -> None:
     with pytest.raises(DataError) as caught:
         refuse((SECRET, LEAK, NO_END), ChecksSection())
     first, second = caught.value.problems
-    assert first.what.startswith("3 of 100 (3.0%): held-out documents")
+    assert first.what == "3 of 100 (3.0%): held-out documents that also stand in training (3 exactly)"
     assert (first.where, first.value) == ("a.jsonl:7", "the same as a.jsonl:2")
     assert first.remedy.endswith("data.checks.held_out_in_train=keep")
     assert second.remedy.endswith("data.checks.no_turn_end=keep")

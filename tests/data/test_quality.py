@@ -312,6 +312,7 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
         drop, found = conclude(hits, everything, ChecksSection.model_validate(settings))
         assert np.flatnonzero(drop).tolist() == dropped
         assert by_name(found)["held_out_in_train"].total == 1
+        assert by_name(found)["held_out_in_train"].note == "1 exactly, 0 nearly"
         assert by_name(found)["held_out_in_train"].examples[0].detail == "the same as a.jsonl:3 and 1 more"
 
 
