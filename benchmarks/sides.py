@@ -23,7 +23,7 @@ import numpy as np
 import psutil
 from steps import summarize
 
-from launcher.config.schema import DataSection
+from launcher.config.data import DataSection
 from launcher.data.cache import Split
 from launcher.data.loader import TrainBatches
 from launcher.data.sources import Chat, read_documents

@@ -25,7 +25,7 @@ import launcher
 from launcher import warm_start
 from launcher.config.schema import ModelSection, RunConfig, is_local_path, is_run
 from launcher.data import cache, sources
-from launcher.errors import ConfigError, Problem
+from launcher.errors import ConfigError, DataError, Problem
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
 
@@ -59,15 +59,19 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
 
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind.
+        DataError: where a source cannot be reached, or the data holds tokens that the model does not know.
     """
     check(config)
     model = _model(config.model)
+    data = data_facts(config, model.tokenizer_path)
+    if data is not None:
+        _check_ids(data, model)
     return Facts(
         working_dir=os.getcwd(),
         home_dir=str(Path.home()),
         device=here or device(),
         model=model,
-        data=data_facts(config, model.tokenizer_path),
+        data=data,
         provenance=_provenance(overrides),
         lineage=warm_start.lineage(warm_start.open_source(config.model.path or "")) if is_run(config.model.path) else None,
     )
@@ -296,6 +300,18 @@ def _count_in_safetensors(folder: Path) -> int | None:
 def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:
     """Counts of the data cache that these sources and this tokenizer give; None where it is not built."""
     return None if tokenizer_path is None else cache.find(cache.cache_key(config.data, tokenizer_path))
+
+
+def _check_ids(data: DataFacts, model: ModelFacts) -> None:
+    """A token without a row of its own in the embedding would read another one's memory."""
+    largest = cache.read_report(data.cache_dir)["max_token_id"]
+    if largest >= model.vocab_size:
+        raise DataError(
+            f"the data holds the token id {largest}, and the model's embedding has {model.vocab_size} rows",
+            where="model.tokenizer",
+            value=str(model.tokenizer_path),
+            remedy="set model.tokenizer to the model's own tokenizer, or use a model whose vocab_size takes in all of its tokens",
+        )
 
 
 @functools.cache

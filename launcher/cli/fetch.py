@@ -151,7 +151,7 @@ def _data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     if problems := sources.check_sources(plan.config.data):
         remedy = "put the data where the run found it when it began; nothing else is missing here"
         raise ConfigError([Problem(p.what, p.where, p.value, remedy) for p in problems])
-    prepare(plan.config.model_copy(update={"model": model}), want_report=False)
+    prepare(plan.config.model_copy(update={"model": model}))
     built = cache.find(cache.cache_key(plan.config.data, model.tokenizer or model.path or ""))
     if built is None:
         raise DataError(Problem("the data cache is not there after it was built", where=str(cache.cache_root())))

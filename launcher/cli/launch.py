@@ -9,15 +9,16 @@ import sys
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from launcher import facts, run_store
-from launcher.cli import text
+from launcher.cli import data, text
 from launcher.cli.follow import follow
 from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.config.slurm import SlurmSection
-from launcher.errors import DataError, Problem, RunError, SubmitError
+from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError
 from launcher.holder import holder_of
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
@@ -30,7 +31,7 @@ _USAGE = {
 Plan, prepare, start. On this machine the run is followed to its end, on a cluster the command returns at once;
 --follow (or follow=true) and --detach (or follow=false) choose otherwise. With -m several runs are started.""",
     "plan": "python -m launcher plan [--json] [overrides]\n\nShow everything that is decided and start nothing.",
-    "data": "python -m launcher data [--json] [overrides]\n\nBuild the data cache, report on it, show the masks.",
+    "data": data.USAGE,
 }
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
 
@@ -39,6 +40,8 @@ def run(verb: str, tokens: list[str]) -> int:
     """Compose the settings and carry out the verb, once or, with -m, once per job."""
     if "--help" in tokens or "-h" in tokens:
         return _help(verb)
+    if verb == "data":
+        return _data(tokens)
     as_json = "--json" in tokens
     following = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
     rest = [token for token in tokens if token != "--json" and token not in _FOLLOW]  # noqa: S105
@@ -46,8 +49,6 @@ def run(verb: str, tokens: list[str]) -> int:
     run_hydra(rest, jobs.append)
     if verb == "plan":
         return max((_plan(job, as_json) for job in jobs), default=0)
-    if verb == "data":
-        return max((_data(job, as_json) for job in jobs), default=0)
     return _train(jobs, following)
 
 
@@ -59,18 +60,24 @@ def _plan(composed: Composed, as_json: bool) -> int:
         if as_json:
             print(plan.to_json())
             return 0
-        print("\n".join(text.plan_lines(plan, disk_note(plan))))
+        print("\n".join(text.plan_lines(plan, disk_note(plan), data.refusal(plan.config, plan.data))))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
 
 
-def _data(composed: Composed, as_json: bool) -> int:
-    with composed.located():
-        config = facts.settled(composed.config)
-        facts.check(config)
-    answer = prepare(config, want_report=True)
-    print(json.dumps(answer["report"], indent=2) if as_json else answer["text"])
+def _data(tokens: list[str]) -> int:
+    chosen, rest = data.options(tokens)
+    jobs: list[Composed] = []
+    run_hydra(rest, jobs.append)
+    if chosen.html is not None and len(jobs) > 1:
+        raise ConfigError("several reports do not go into one page", where="--html", remedy="leave out --html, or -m")
+    for composed in jobs:
+        with composed.located():
+            config = facts.settled(composed.config)
+            facts.check(config)
+        answer = prepare(config, show=chosen.num_shown)
+        data.present(answer["report"], config, chosen)
     return 0
 
 
@@ -84,7 +91,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     started = []
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
-        print("\n".join(text.plan_lines(plan, disk_note(plan))), flush=True)
+        print("\n".join(text.plan_lines(plan, disk_note(plan), data.accepted(plan.config, plan.data))), flush=True)
         if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
@@ -154,15 +161,16 @@ def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
     config = facts.settled(composed.config)
     facts.check(config)
     if not facts.is_known(config.model):
-        prepare(config, want_report=False)
+        prepare(config)
     cluster = cluster_for(config.cluster.kind)
     gathered = _gather(config, composed, cluster)
     plan = make_plan(config, gathered)
     check_startable(plan)
     cluster.check(plan)
     if not facts.is_prepared(config, gathered):
-        prepare(config, want_report=False)
+        prepare(config)
         gathered = _gather(config, composed, cluster)
+    data.check(config, gathered.data)
     return _unused_name(config, gathered, taken)
 
 
@@ -181,17 +189,17 @@ def _unused_name(config: RunConfig, gathered: Facts, taken: set[str]) -> LaunchP
     return plan
 
 
-def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
-    """Fetch, convert and build in a process of its own, because that needs torch.
+def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
+    """Fetch, convert and build in a process of its own, because that needs torch; with `show`, the report and so many rows.
 
     Raises:
         DataError: with what the process found wrong.
         RunError: where it ended otherwise.
     """
-    command = [sys.executable, "-m", "launcher.worker.prepare", *(["--report"] if want_report else [])]
+    command = [sys.executable, "-m", "launcher.worker.prepare", *([f"--report={show}"] if show is not None else [])]
     done = subprocess.run(command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True, env=worker_environment())
     try:
-        answer = json.loads(done.stdout.strip().splitlines()[-1])
+        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         raise RunError(f"preparing the data ended with exit code {done.returncode}; its messages stand above") from None
     if "problems" in answer:

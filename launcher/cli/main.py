@@ -19,7 +19,8 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
 
   python -m launcher [train] [overrides]       plan, prepare, start; follow it on this machine (--detach returns at once)
   python -m launcher plan [overrides]          show everything that is decided; start nothing
-  python -m launcher data [overrides]          build the data cache and report on it, masks included
+  python -m launcher data [--show N] [--html FILE] [overrides]
+                                               build the data cache and report on it: numbers, faults, what is trained
 
   python -m launcher ls                        the runs under ./runs, newest first
   python -m launcher status RUN [--watch]      state, step, loss, pace, cost, alerts

@@ -153,7 +153,7 @@ def _model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
     if all(folder is not None and Path(folder).is_dir() for folder in wanted):
         return model
     print("the model or its tokenizer is not where the plan says; it is fetched", flush=True)
-    prepare(config, want_report=False)
+    prepare(config)
     weights = facts.locate(config.model.path, config.model).folder if config.model.path else None
     tokenizer = facts.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights
     return model.model_copy(update={"path": weights and str(weights), "tokenizer_path": tokenizer and str(tokenizer)})
@@ -170,7 +170,7 @@ def _data(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> DataFacts |
         if cache.read(Path(recorded.cache_dir)) == recorded:
             return recorded
         print("the data cache is not what the plan recorded; it is built from the sources", flush=True)
-    prepare(config, want_report=False)
+    prepare(config)
     built = facts.data_facts(config, model.tokenizer_path)
     if built is None:
         raise DataError(Problem("the data cache is not there after it was built", "data", remedy="try again"))

@@ -37,6 +37,7 @@ CHANGEABLE = (
     "train.export",
     "train.mirror",
     "train.loss_chunk_tokens",
+    "data.workers",
     "run.max_hours",
     "run.max_usd",
     "model.attention",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from launcher.config.cluster import LocalSection, choose_kind
+from launcher.config.data import DataSection
 from launcher.config.fields import (
     HUB_ID_PATTERN,
     NAME_PATTERN,
@@ -141,46 +142,6 @@ class ModelSection(Section):
             raise ValueError(
                 "model.trust_remote_code runs whatever the revision holds; pin model.revision to a full 40-digit commit"
             )
-        return self
-
-
-class Source(Section):
-    """One data source."""
-
-    name: Name = Field("train", description="Name of the source in reports and metrics.")
-    path: Text = Field(description="A .jsonl file, or builtin:stdlib_docs.")
-    format: Literal["auto", "messages", "prompt_completion", "text"] = Field(
-        "auto",
-        description=(
-            "messages: a list of {role, content}; prompt_completion: prompt and completion; text: every token is trained. "
-            "auto: by the keys of the first row."
-        ),
-    )
-
-
-class DataSection(Section):
-    """What is trained on and how it becomes rows of tokens."""
-
-    name: Name = Field("data", description="Short name; part of the run's default name.")
-    path: Text | None = Field(None, description="The file that data=jsonl reads; a shorthand for one entry in data.sources.")
-    sources: tuple[Source, ...] = Field(min_length=1, description="The sources, concatenated in this order before the shuffle.")
-    max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens in a row; longer documents are cut.")
-    packing: Flag = Field(
-        True, description="Fill each row with several documents that do not see each other. false: one document per row."
-    )
-    eval_fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
-        0.0, description="Share of the documents held out for evaluation; ignored where a source brings its own held-out split."
-    )
-    eval_path: Text | None = Field(None, description="A file of held-out documents, in the sources' formats.")
-    eval_max_rows: PositiveInt | None = Field(None, description="Evaluate on at most this many held-out rows. Unset: all.")
-
-    @model_validator(mode="after")
-    def _one_held_out_split(self) -> DataSection:
-        if self.eval_fraction and self.eval_path:
-            raise ValueError("data.eval_fraction and data.eval_path exclude each other; set one of them")
-        names = [s.name for s in self.sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"data.sources holds a name twice ({', '.join(names)}); give every source its own name")
         return self
 
 

@@ -12,7 +12,7 @@ _SECRET = re.compile(
     r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
     r"|wandb_v\d+_\w{16,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+|-----BEGIN [A-Z ]*PRIVATE KEY)"
 )
-# W&B's older keys have no mark of their own: 40 hex digits, as a git commit, which only model.revision may hold.
+# W&B's older keys have no mark of their own: 40 hex digits, as a git commit, which only a revision may hold.
 _HEX_KEY = re.compile(r"[0-9a-f]{40}")
 # A user with a password, before the host of an address.
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@")
@@ -29,7 +29,7 @@ def looks_secret(key: str, value: Any) -> bool:
     if value is None or value == "" or isinstance(value, bool):
         return False
     text = str(value)
-    if _SECRET.search(text) or (_HEX_KEY.fullmatch(text) and key != "model.revision"):
+    if _SECRET.search(text) or (_HEX_KEY.fullmatch(text) and not key.endswith(".revision")):
         return True
     return bool(_SECRET_KEY.search(key))
 

@@ -101,6 +101,8 @@ def as_yaml(value: Any) -> str:
     """A value as a person writes it in a file or on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, BaseModel):
+        return "{}"
     if isinstance(value, tuple):
         return f"[{', '.join(as_yaml(item) for item in value)}]"
     return str(value)

@@ -1,53 +1,39 @@
-"""Building the data cache: read, render, tokenise, hold out, pack, write. Runs on CPU, once per content key."""
+"""Building the data cache: read, encode, check, mix, pack, write. Runs on CPU, once per content key."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
-import xxhash
 
-from launcher.config.schema import DataSection, Source
-from launcher.data import cache, packing, sources
-from launcher.data.cache import Split
-from launcher.data.chat import Encoded, Encoder, load_tokenizer
-from launcher.data.sources import Document
+from launcher.config.data import DataSection
+from launcher.data import cache, findings, parallel, quality, rows, sources
+from launcher.data.encode import NUM_SAMPLES, Docs, EncodedBatch, Item, Pieces, Sample
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
-BATCH_DOCS = 1024
-NUM_SAMPLES = 4
-
 Progress = Callable[[str, int, int], None]
+Columns = TypeVar("Columns", Docs, Pieces)
 
 
-@dataclass
-class _Collected:
-    """The documents of one split, and what was counted on the way."""
+@dataclass(frozen=True)
+class _Corpus:
+    """All documents that were read, and the pieces that they became."""
 
-    ids: list[np.ndarray] = field(default_factory=list)
-    trained: list[np.ndarray] = field(default_factory=list)
-    truncated_docs: int = 0
-    truncated_tokens: int = 0
-    dropped_docs: int = 0
-    docs_with_turn_end: int = 0
+    docs: Docs
+    pieces: Pieces
+    hits: list[tuple[int, quality.Hit]]
+    samples: list[Sample]
+    max_token_id: int
 
-    def add(self, encoded: Encoded, max_length: int) -> bool:
-        """Keep the first `max_length` tokens; False where none of them is trained, then the document is dropped."""
-        lost = max(0, len(encoded.ids) - max_length)
-        self.truncated_docs += lost > 0
-        self.truncated_tokens += lost
-        trained = encoded.trained[:max_length]
-        if not trained.any():
-            self.dropped_docs += 1
-            return False
-        self.ids.append(encoded.ids[:max_length])
-        self.trained.append(trained)
-        self.docs_with_turn_end += any(position < max_length for position in encoded.turn_ends)
-        return True
+    @property
+    def num_docs(self) -> int:
+        return len(self.docs.wheres)
 
 
 def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None = None) -> DataFacts:
@@ -71,122 +57,167 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
 
 
 def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress) -> None:
-    encoder = Encoder(load_tokenizer(tokenizer_path))
-    train, held_out = _Collected(), _Collected()
-    sample_docs: list[Document] = []
-    for batch in _batches(data, on_progress):
-        encoded = encoder.encode([encoder.render(document) for document, _ in batch])
-        for (document, is_held_out), tokens in zip(batch, encoded, strict=True):
-            kept = (held_out if is_held_out else train).add(tokens, data.max_length)
-            if kept and is_held_out and len(tokens.ids) <= data.max_length:
-                sample_docs.append(document)
-    if not train.ids:
-        what = "no document with a trained token is left to train on"
-        where = ", ".join(source.path for source in data.sources)
-        remedy = "give rows with an assistant message or a completion, raise data.max_length, or lower data.eval_fraction"
-        raise DataError(Problem(what, where, f"{train.dropped_docs} documents were dropped", remedy))
+    spill = rows.Spill(folder)
+    corpus = _collected(data, tokenizer_path, spill, on_progress)
+    docs, pieces = corpus.docs, corpus.pieces
+    on_progress("compare", 0, corpus.num_docs)
+    drop, found = _checked(corpus, data)
+    on_progress("compare", corpus.num_docs, corpus.num_docs)
+    stays = ~drop[pieces.doc] & (pieces.lengths > 0)
+    train = np.flatnonzero(stays & ~docs.held_out[pieces.doc])
+    if not pieces.labels[train].any():
+        raise _nothing_left(docs, data)
     on_progress("pack and write", 0, 1)
-    train_split = _split(train, data, max_rows=None)
-    eval_split = _split(held_out, data, max_rows=data.eval_max_rows)
-    train_split.save(folder)
-    eval_split.save(folder / "eval")
-    cache.write_json(folder / "samples.json", _samples(encoder, sample_docs))
-    cache.finish(folder, _facts(train, train_split, eval_split, data), _report(train, held_out, eval_split))
+    piece_sources = docs.source[pieces.doc]
+    layout, epochs = rows.mixed(pieces.lengths, piece_sources, train, data)
+    held_out = rows.all_of(pieces.lengths, np.flatnonzero(stays & docs.held_out[pieces.doc]), data, data.eval_max_rows)
+    spilled = spill.close()
+    num_inputs = len(data.sources) + (data.eval_path is not None)
+    for place, split, num_sources in ((folder, layout, len(data.sources)), (folder / "eval", held_out, num_inputs)):
+        rows.write(place, split, pieces.lengths, piece_sources, pieces.labels, spilled, num_sources)
+    spill.remove()
+    chosen = heapq.nsmallest(NUM_SAMPLES, (s for s in corpus.samples if not drop[s.doc]), key=lambda sample: sample.rank)
+    samples = [{"prompt": s.prompt, "prompt_ids": s.prompt_ids, "answer": s.answer} for s in chosen]
+    cache.write_json(folder / "samples.json", samples)
+    findings.write(folder, found)
+    report = _report(corpus, drop, layout, held_out, epochs, data)
+    cache.finish(folder, _facts(report, pieces, layout, held_out), report)
     on_progress("pack and write", 1, 1)
 
 
-def _batches(data: DataSection, on_progress: Progress) -> Iterator[list[tuple[Document, bool]]]:
-    """All documents in batches, each with True where it is held out."""
-    inputs = [(source, False) for source in data.sources]
-    if data.eval_path is not None:
-        formats = {source.format for source in data.sources if source.path != sources.STDLIB_DOCS}
-        inputs.append((Source(path=data.eval_path, format=formats.pop() if len(formats) == 1 else "auto"), True))
-    total = sum(sources.count_rows(source) for source, _ in inputs)
-    done = 0
-    documents = _documents(inputs, data)
-    while batch := list(itertools.islice(documents, BATCH_DOCS)):
-        on_progress("tokenise", done, total)
-        yield batch
-        done += len(batch)
-    on_progress("tokenise", done, done)
-
-
-def _documents(inputs: list[tuple[Source, bool]], data: DataSection) -> Iterator[tuple[Document, bool]]:
+def _items(data: DataSection) -> Iterator[Item]:
     """Each document once; where data.eval_path is set, the sources' own held-out documents belong to neither split."""
-    for source, is_eval_file in inputs:
+    held_out = sources.eval_source(data)
+    for number, source in enumerate(data.sources):
         brings_split = source.path == sources.STDLIB_DOCS
         for document, held_out_by_source in sources.read_documents(source):
-            if data.eval_path is not None:
-                if not held_out_by_source:
-                    yield document, is_eval_file
-            else:
-                yield document, held_out_by_source if brings_split else _share(document) < data.eval_fraction
+            if held_out is None:
+                yield Item(document, number, held_out_by_source if brings_split else None)
+            elif not held_out_by_source:
+                yield Item(document, number, False)
+    if held_out is not None:
+        for document, held_out_by_source in sources.read_documents(held_out):
+            if not held_out_by_source:
+                yield Item(document, len(data.sources), True)
 
 
-def _share(document: Document) -> float:
-    """A number in [0, 1) from the document's content: equal documents fall on the same side, added rows move none."""
-    content = [value for name, value in vars(document).items() if name != "where"]
-    return xxhash.xxh3_64_intdigest(repr(content).encode()) / 2**64
+def _names(data: DataSection) -> tuple[str, ...]:
+    held_out = sources.eval_source(data)
+    return (*(source.name for source in data.sources), *([held_out.name] if held_out is not None else []))
 
 
-def _split(collected: _Collected, data: DataSection, max_rows: int | None) -> Split:
-    lengths = np.asarray([len(ids) for ids in collected.ids], dtype=np.int64)
-    packed = packing.pack(lengths, data.max_length) if data.packing else packing.one_per_row(len(lengths))
-    rows = [packed.order[a:b] for a, b in itertools.pairwise(packed.starts)]
-    if max_rows is not None and len(rows) > max_rows:
-        # Rows stand by the length of their longest document: evenly spaced ones stand for all.
-        rows = [rows[i] for i in np.linspace(0, len(rows) - 1, max_rows).round().astype(int)]
-    order = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-    docs = _starts(lengths[order])
-    starts = docs[_starts(np.asarray([len(row) for row in rows], dtype=np.int64))]
-    trained = _concatenate([collected.trained[i] for i in order], np.uint8)
-    labels_before = np.concatenate([[0], np.cumsum(trained, dtype=np.int64)])
-    return Split(
-        tokens=_concatenate([collected.ids[i] for i in order], np.uint32),
-        trained=trained,
-        rows=starts,
-        docs=docs,
-        row_labels=np.diff(labels_before[starts]),
+def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_progress: Progress) -> _Corpus:
+    """Read and encode all documents; their tokens go to `spill`."""
+    held_out = sources.eval_source(data)
+    inputs = [*data.sources, *([held_out] if held_out is not None else [])]
+    total = sum(sources.count_rows(source) for source in inputs)
+    on_progress("tokenise", 0, total)
+    batches: list[EncodedBatch] = []
+    hits: list[tuple[int, quality.Hit]] = []
+    samples: list[Sample] = []
+    num_docs = max_token_id = 0
+    for batch in parallel.encode(parallel.batched(_items(data)), data, tokenizer_path):
+        spill.add(batch.tokens, batch.trained)
+        max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
+        hits += [(num_docs + i, hit) for i, hit in batch.hits]
+        samples += [replace(sample, doc=num_docs + sample.doc) for sample in batch.samples]
+        batches.append(
+            replace(batch, tokens=batch.tokens[:0], trained=batch.trained[:0], pieces=_shifted(batch.pieces, num_docs))
+        )
+        num_docs += len(batch.docs.wheres)
+        on_progress("tokenise", num_docs, max(total, num_docs))
+    on_progress("tokenise", num_docs, num_docs)
+    docs, pieces = _joined([batch.docs for batch in batches]), _joined([batch.pieces for batch in batches])
+    return _Corpus(docs, pieces, hits, samples, max_token_id)
+
+
+def _shifted(pieces: Pieces, num_docs: int) -> Pieces:
+    return replace(pieces, doc=pieces.doc + num_docs)
+
+
+def _joined(parts: Sequence[Columns]) -> Columns:
+    """The columns of several batches, one below the other."""
+    columns: dict[str, Any] = {}
+    for column in fields(parts[0]):
+        values = [getattr(part, column.name) for part in parts]
+        columns[column.name] = list(itertools.chain(*values)) if isinstance(values[0], list) else np.concatenate(values)
+    return type(parts[0])(**columns)
+
+
+def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.Findings]:
+    docs = corpus.docs
+    hits = [*corpus.hits, *quality.across(docs.contents, docs.signatures, docs.held_out, data.checks)]
+    seen = quality.Corpus(docs.wheres, docs.source, _names(data), docs.held_out, docs.num_tokens, docs.is_text)
+    return quality.conclude(hits, seen, data.checks)
+
+
+def _nothing_left(docs: Docs, data: DataSection) -> DataError:
+    what = "no document with a trained token is left to train on"
+    where = ", ".join(source.path for source in data.sources)
+    remedy = (
+        "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
+        "or let data.checks keep what it drops"
     )
+    read = int(np.count_nonzero(~docs.held_out))
+    return DataError(Problem(what, where, f"{read:,} documents to train on were read", remedy))
 
 
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each of consecutive pieces starts, and the end of the last."""
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-
-
-def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.empty(0, dtype=dtype)
-
-
-def _samples(encoder: Encoder, documents: list[Document]) -> list[dict[str, object]]:
-    """Up to NUM_SAMPLES of the held-out documents, evenly spaced, as cache.read_samples gives them."""
-    picked = sorted({int(i) for i in np.linspace(0, len(documents) - 1, NUM_SAMPLES + 2)[1:-1]}) if documents else []
-    found = [encoder.prompt(documents[i]) for i in picked]
-    return [dict(zip(("prompt", "prompt_ids", "answer"), sample, strict=True)) for sample in found if sample is not None]
-
-
-def _facts(train: _Collected, train_split: Split, eval_split: Split, data: DataSection) -> DataFacts:
+def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out: rows.Layout) -> DataFacts:
+    row_tokens = np.add.reduceat(pieces.lengths[layout.order], layout.starts[:-1])
+    num_tokens = int(row_tokens.sum())
     return DataFacts(
         cache_dir="",
-        num_rows=train_split.num_rows,
-        num_docs=train_split.num_docs,
-        num_tokens=len(train_split.tokens),
-        num_trained_tokens=int(train_split.row_labels.sum()),
-        num_eval_rows=eval_split.num_rows,
-        num_eval_tokens=len(eval_split.tokens),
-        truncated_docs=train.truncated_docs,
-        truncated_tokens=train.truncated_tokens,
-        padding_frac=1 - len(train_split.tokens) / (train_split.num_rows * data.max_length),
+        num_rows=layout.num_rows,
+        num_docs=len(layout.order),
+        num_tokens=num_tokens,
+        num_trained_tokens=int(pieces.labels[layout.order].sum()),
+        num_eval_rows=held_out.num_rows,
+        num_eval_tokens=int(pieces.lengths[held_out.order].sum()),
+        truncated_docs=sum(source["truncated_docs"] for source in report["sources"]),
+        truncated_tokens=sum(source["truncated_tokens"] for source in report["sources"]),
+        padding_frac=1 - num_tokens / (layout.num_rows * int(row_tokens.max())),
     )
 
 
-def _report(train: _Collected, held_out: _Collected, eval_split: Split) -> dict[str, int]:
+def _report(
+    corpus: _Corpus, drop: np.ndarray, layout: rows.Layout, held_out: rows.Layout, epochs: Sequence[float], data: DataSection
+) -> dict[str, Any]:
+    """What is told of the cache beyond its facts; documents are counted as they were read, `num_docs` in the rows.
+
+    `dropped`: by a check, or for its length. `truncated`: tokens are in no piece. `split`: there are several pieces.
+    """
+    docs, pieces = corpus.docs, corpus.pieces
+    gone = drop | (docs.num_pieces == 0)
+    cut = (docs.lost_tokens > 0) & (docs.num_pieces > 0)
+    counted = {
+        "read": ~docs.held_out,
+        "dropped": ~docs.held_out & gone,
+        "dropped_long": ~docs.held_out & (docs.num_pieces == 0),
+        "truncated_docs": ~docs.held_out & cut,
+        "split_docs": ~docs.held_out & (docs.num_pieces > 1),
+        "held_out_read": docs.held_out,
+        "held_out_dropped": docs.held_out & gone,
+        "held_out_truncated_docs": docs.held_out & cut,
+    }
+    names = _names(data)
+    of_source = {key: np.bincount(docs.source[chosen], minlength=len(names)).tolist() for key, chosen in counted.items()}
+    lost = np.bincount(docs.source, weights=np.where(~docs.held_out & cut, docs.lost_tokens, 0), minlength=len(names))
+    in_rows = docs.source[pieces.doc[layout.order]]
+    of_source["truncated_tokens"] = lost.astype(int).tolist()
+    of_source["num_docs"] = np.bincount(in_rows, minlength=len(names)).tolist()
+    of_source["num_tokens"] = np.bincount(in_rows, pieces.lengths[layout.order], minlength=len(names)).astype(int).tolist()
+    of_source["docs_with_turn_end"] = (
+        np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
+    )
+    of_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
+    per_source = [{"name": name, **{key: values[i] for key, values in of_source.items()}} for i, name in enumerate(names)]
     return {
-        "dropped_docs": train.dropped_docs,
-        "docs_with_turn_end": train.docs_with_turn_end,
-        "num_eval_docs": eval_split.num_docs,
-        "num_eval_trained_tokens": int(eval_split.row_labels.sum()),
-        "eval_truncated_docs": held_out.truncated_docs,
-        "eval_dropped_docs": held_out.dropped_docs,
+        "sources": per_source,
+        "dropped_docs": sum(of_source["dropped"]),
+        "docs_with_turn_end": sum(of_source["docs_with_turn_end"]),
+        "num_eval_docs": len(held_out.order),
+        "num_eval_trained_tokens": int(pieces.labels[held_out.order].sum()),
+        "eval_truncated_docs": sum(of_source["held_out_truncated_docs"]),
+        "eval_dropped_docs": sum(of_source["held_out_dropped"]),
+        "max_token_id": corpus.max_token_id,
     }

@@ -6,8 +6,11 @@
       rows.npy        int64     row starts, and the end
       docs.npy        int64     document starts, ascending, and the end
       row_labels.npy  int64     trained tokens of each row
-      eval/                     the same five for the held-out split
+      doc_source.npy  uint16    source of each document, by its place in data.sources; after the last: data.eval_path
+      row_sources.npy int32     [rows, sources] tokens of each source in each row
+      eval/                     the same seven for the held-out split
       samples.json              a few held-out examples: prompt, prompt_ids, answer
+      findings.json             faults of the documents: counts and places
       meta.json                 written last: counts, and the size of every file
 
 The folder is built as <key>.partial under a file lock and renamed when it is complete.
@@ -20,8 +23,7 @@ import contextlib
 import json
 import os
 import shutil
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,13 +33,14 @@ import filelock
 import numpy as np
 import xxhash
 
-from launcher.config.schema import DataSection
-from launcher.data.sources import STDLIB_DOCS
+from launcher.config.data import ChecksSection, DataSection
+from launcher.data.root import cache_root
+from launcher.data.sources import eval_source, source_digest
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
 # Raised whenever the same sources would give other tokens, other rows or another layout.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LOCK_TIMEOUT_S = 2 * 3600.0
 
 # What AutoTokenizer reads from its folder; config.json because the model type picks the class.
@@ -45,15 +48,10 @@ TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "additional_chat_templates/*", "config.json"),
 )
-_SPLIT_ARRAYS = ("tokens", "trained", "rows", "docs", "row_labels")
+_SPLIT_ARRAYS = ("tokens", "trained", "rows", "docs", "row_labels", "doc_source", "row_sources")
+# Settings that change no token, or that are in the key by what they stand for.
+_NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "checks"}
 _READ_SIZE = 1 << 20
-
-
-def cache_root() -> Path:
-    """$LAUNCHER_CACHE, else $XDG_CACHE_HOME/launcher, else ~/.cache/launcher."""
-    if root := os.environ.get("LAUNCHER_CACHE"):
-        return Path(root).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "launcher"
 
 
 def cache_dir(key: str) -> Path:
@@ -63,23 +61,27 @@ def cache_dir(key: str) -> Path:
 def cache_key(data: DataSection, tokenizer_path: str) -> str:
     """Hex digest of everything that decides the tokens: source bytes, tokenizer files, settings, library versions.
 
-    Names and places are left out: a moved or renamed file gives the same key.
+    Places are left out: a moved or renamed file gives the same key.
     Errors: DataError where the tokenizer's folder holds no tokenizer; OSError where a source cannot be read.
     """
-    sources = [(s.format, _source_digest(s.path)) for s in data.sources]
+    held_out = eval_source(data)
     parts = {
         "format": FORMAT_VERSION,
-        "sources": sources,
-        "eval": None if data.eval_path is None else _source_digest(data.eval_path),
-        "settings": [data.max_length, data.packing, data.eval_fraction, data.eval_max_rows],
+        "sources": [(s.model_dump(exclude={"path", "revision"}), source_digest(s)) for s in data.sources],
+        "eval": None if held_out is None else (held_out.model_dump(exclude={"path"}), source_digest(held_out)),
+        "settings": data.model_dump(exclude=_NOT_IN_KEY),
+        "checks": _dropped_by(data.checks),
+        "template": None if data.chat_template is None else _file_digest(Path(data.chat_template).expanduser()),
         "tokenizer": [(file.name, _file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
         "libraries": [version("transformers"), version("tokenizers")],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
-def _source_digest(path: str) -> str:
-    return f"{STDLIB_DOCS} of Python {sys.version}" if path == STDLIB_DOCS else _file_digest(Path(path).expanduser())
+def _dropped_by(checks: ChecksSection) -> dict[str, Any]:
+    """The checks as far as they decide which documents are left: fail is told of the finished cache."""
+    settings = checks.model_dump(exclude={"max_held_out_in_train"})
+    return {name: "keep" if value == "fail" else value for name, value in settings.items()}
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:
@@ -107,14 +109,21 @@ def read(folder: Path) -> DataFacts | None:
     """Counts of the finished cache in `folder`, as `find` gives them."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        intact = all((folder / name).stat().st_size == size for name, size in meta["files"].items())
+        intact = meta.get("format") == FORMAT_VERSION and all(
+            (folder / name).stat().st_size == size for name, size in meta["files"].items()
+        )
     except FileNotFoundError:
         return None
     return DataFacts(cache_dir=str(folder), **meta["facts"]) if intact else None
 
 
+def num_bytes(folder: str | Path) -> int:
+    """Size of the finished cache in `folder` on disk."""
+    return sum(json.loads((Path(folder) / "meta.json").read_bytes())["files"].values())
+
+
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """What the builder counted beyond DataFacts: dropped_docs, docs_with_turn_end, truncated_docs and the like."""
+    """What the builder counted beyond DataFacts: for all of training, for the held-out split, and for each source."""
     report: dict[str, Any] = json.loads((Path(folder) / "meta.json").read_bytes())["report"]
     return report
 
@@ -134,6 +143,8 @@ class Split:
     rows: np.ndarray
     docs: np.ndarray
     row_labels: np.ndarray
+    doc_source: np.ndarray
+    row_sources: np.ndarray
 
     @classmethod
     def open(cls, folder: str | Path, held_out: bool = False) -> Split:
@@ -153,13 +164,6 @@ class Split:
     def num_docs(self) -> int:
         return len(self.docs) - 1
 
-    def save(self, folder: Path) -> None:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        for name in _SPLIT_ARRAYS:
-            with (folder / f"{name}.npy").open("wb") as file:
-                np.save(file, getattr(self, name))
-                _flush_to_disk(file)
-
     def row_lengths(self, rows: np.ndarray) -> np.ndarray:
         """Tokens of each of `rows`."""
         return np.asarray(self.rows[rows + 1] - self.rows[rows])
@@ -169,6 +173,25 @@ class Split:
         start, end = self.rows[row], self.rows[row + 1]
         first, last = np.searchsorted(self.docs, (start, end))
         return np.asarray(self.docs[first : last + 1] - start)
+
+
+def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], **others: np.ndarray) -> None:
+    """Write the arrays of a split into `folder`; tokens and trained come in parts, since all at once may not fit in memory."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    num_tokens = int(others["rows"][-1])
+    _write_array(folder / "tokens.npy", np.dtype(np.uint32), (num_tokens,), tokens)
+    _write_array(folder / "trained.npy", np.dtype(np.uint8), (num_tokens,), trained)
+    for name, array in others.items():
+        _write_array(folder / f"{name}.npy", array.dtype, array.shape, [array])
+
+
+def _write_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
+        _flush_to_disk(file)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -182,7 +205,8 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in (folder, folder / "eval"):
         _sync_folder(path)
-    write_json(folder / "meta.json", {"facts": facts.model_dump(exclude={"cache_dir"}), "report": report, "files": files})
+    meta = {"format": FORMAT_VERSION, "facts": facts.model_dump(exclude={"cache_dir"}), "report": report, "files": files}
+    write_json(folder / "meta.json", meta)
 
 
 def _flush_to_disk(file: IO[Any]) -> None:

@@ -1,34 +1,27 @@
-"""From documents to token ids and the mask of trained tokens.
-
-Chats are rendered with the tokenizer's own chat template. Only what the model must write itself is trained: the assistant's
-messages up to and including the end-of-turn token. The borders are found by rendering prefixes and comparing; where a
-template does not let them be found for certain, it is refused.
-"""
+"""From documents to token ids and the mask of trained tokens: rendering, tokenising, and borders between tokens."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 
-from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.config.data import DataSection
+from launcher.data import words
+from launcher.data.masks import Span, Template, with_system
+from launcher.data.sources import Chat, Completion, Document, PlainText
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Span:
-    """Trained characters start:end of a text; the last `turn_end` of them are the end-of-turn token (0: there is none)."""
-
-    start: int
-    end: int
-    turn_end: int
+# Of a token that stands for no text.
+_NOWHERE = (-1, -1)
 
 
 @dataclass(frozen=True)
@@ -62,34 +55,43 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 class Encoder:
-    """Renders and tokenises documents with one tokenizer."""
+    """Renders and tokenises documents with one tokenizer; the same settings give the same tokens in every process."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
         self.tokenizer = tokenizer
+        self.data = data
         added = tokenizer.added_tokens_decoder
         self.special_ids = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         special_texts = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        self._special_texts = tuple(sorted(special_texts, key=len, reverse=True))
+        self.special_texts = tuple(sorted(special_texts, key=len, reverse=True))
+        self._template = self._chat_template()
         plain = tokenizer("a", add_special_tokens=False).input_ids
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != plain[:1]
         self._begin = [tokenizer.bos_token_id] if begins else []
+        self._words = None
+        if tokenizer.is_fast:
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()
+            self._words = words.words_of(tokenizer.backend_tokenizer)
 
     def render(self, document: Document) -> Rendered:
         """The document's text and its trained spans; errors: DataError naming template and document."""
         match document:
-            case Chat(where, messages):
-                return self._render_chat(where, messages)
+            case Chat():
+                text, spans = self._template.trained(with_system(document, self.data.system), self.data.train_on)
+                return Rendered(document.where, text, spans, raw=False)
             case Completion(where, prompt, completion):
-                end = len(prompt) + len(completion)
-                return self._raw(where, prompt + completion, Span(len(prompt), end, 0))
+                start = 0 if self.data.train_on == "all" else len(prompt)
+                return self._raw(where, prompt + completion, Span(start, len(prompt) + len(completion)))
             case PlainText(where, text):
-                return self._raw(where, text, Span(0, len(text), 0))
+                return self._raw(where, text, Span(0, len(text)))
 
     def prompt(self, document: Document) -> tuple[str, list[int], str] | None:
         """(prompt for a person, prompt's token ids up to where the model goes on, reference answer); None for plain text."""
         match document:
-            case Chat(where, messages) if messages[-1].role == "assistant" and len(messages) > 1:
-                text = self._apply_template(where, messages[:-1], generation_prompt=True)
+            case Chat(_, messages, _) if messages[-1].role == "assistant" and len(messages) > 1 and messages[-1].content:
+                chat = with_system(document, self.data.system)
+                text = self._template.render(chat, len(chat.messages) - 1, generation_prompt=True)
                 return messages[-2].content, self._ids([text])[0], messages[-1].content
             case Completion(_, prompt, completion) if prompt:
                 return prompt, self._begin + self._ids([prompt])[0], completion
@@ -97,17 +99,11 @@ class Encoder:
 
     def encode(self, batch: Sequence[Rendered]) -> list[Encoded]:
         """Tokenise; errors: DataError where the mask's borders cannot be made to fall between tokens."""
-        borders = [sorted({border for span in text.spans for border in (span.start, span.end)}) for text in batch]
+        borders = [sorted({border for span in text.spans for border in _borders(span)}) for text in batch]
         texts = [text.text for text in batch]
-        ids: list[list[int]] = []
         cuts: list[list[int] | None] = [None] * len(batch)
         if self.tokenizer.is_fast:
-            output = self.tokenizer(
-                texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-            )
-            ids = output.input_ids
-            for i, offsets in enumerate(output.offset_mapping):
-                cuts[i] = self._token_borders(texts[i], ids[i], offsets, borders[i])
+            ids, cuts = self._fast(texts, borders)
         else:
             ids = self._ids(texts)
         self._cut_where_needed(batch, ids, borders, cuts)
@@ -116,63 +112,20 @@ class Encoder:
             for text, token_ids, border, cut in zip(batch, ids, borders, cuts, strict=True)
         ]
 
-    # Chats
-
-    def _render_chat(self, where: str, messages: tuple[Message, ...]) -> Rendered:
-        full = self._apply_template(where, messages)
-        spans = []
-        for i, message in enumerate(messages):
-            if message.role == "assistant":
-                if i == 0:
-                    remedy = "begin the conversation with a user message"
-                    raise DataError(Problem("the conversation begins with the assistant", where, remedy=remedy))
-                prefix = self._apply_template(where, messages[:i], generation_prompt=True)
-                turn = full if i == len(messages) - 1 else self._apply_template(where, messages[: i + 1])
-                spans.append(self._assistant_span(full, prefix, turn, message.content.strip(), f"{where}, messages[{i}]"))
-        return Rendered(where, full, tuple(spans), raw=False)
-
-    def _assistant_span(self, full: str, prefix: str, turn: str, content: str, where: str) -> Span:
-        """What the model must write after `prefix` in `full`; `turn` is the conversation up to this message.
-
-        Text that the template puts between prefix and content (such as an empty think block) is part of the span. Some
-        templates put it into the last turn only, so `full` may hold the content with or without it.
-        """
-        if not full.startswith(prefix) or not turn.startswith(prefix):
-            self._refuse_template("renders earlier messages otherwise once a later one follows", where)
-        answer = turn[len(prefix) :].rstrip()
-        turn_end = next((token for token in self._special_texts if token and answer.endswith(token)), "")
-        body = answer.removesuffix(turn_end).strip()
-        if not body.endswith(content):
-            self._refuse_template("changes the message, or puts text between it and the end of the turn", where)
-        for written in (body, content) if turn_end else (answer.strip(),):
-            start = _after_space(full, len(prefix))
-            if full.startswith(written, start):
-                end = start + len(written)
-                if turn_end:
-                    end = _after_space(full, end)
-                if full.startswith(turn_end, end):
-                    return Span(len(prefix), end + len(turn_end), len(turn_end))
-        self._refuse_template("renders this message otherwise once later ones follow", where)
-
-    def _apply_template(self, where: str, messages: Sequence[Message], generation_prompt: bool = False) -> str:
-        if not self.tokenizer.chat_template:
-            remedy = "choose a model with a chat template (often named -Instruct), or use the formats prompt_completion or text"
-            raise DataError(Problem("the tokenizer has no chat template, which rows of messages need", where, self._name, remedy))
-        rows = [{"role": message.role, "content": message.content} for message in messages]
+    def _chat_template(self) -> Template:
+        file = self.data.chat_template
+        if file is None:
+            return Template(self.tokenizer, self.special_texts)
         try:
-            text = self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=generation_prompt)
-        except jinja2.TemplateError as error:
-            self._refuse_template(f"refuses this conversation: {error}", where)
-        return str(text)
+            text = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            remedy = "set data.chat_template to a file with a Jinja template"
+            raise DataError(Problem(f"the template cannot be read: {error}", "data.chat_template", file, remedy)) from error
+        return Template(self.tokenizer, self.special_texts, text, file)
 
     @property
     def _name(self) -> str:
         return str(self.tokenizer.name_or_path)
-
-    def _refuse_template(self, does: str, where: str) -> NoReturn:
-        what = f"the chat template {does}, so the trained tokens cannot be told for certain"
-        remedy = "change the row, or use a tokenizer whose template keeps messages as they are"
-        raise DataError(Problem(what, where, self._name, remedy))
 
     # Tokens
 
@@ -187,21 +140,39 @@ class Encoder:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
 
-    def _token_borders(self, text: str, ids: list[int], offsets: list[tuple[int, int]], borders: list[int]) -> list[int] | None:
+    def _fast(self, texts: list[str], borders: list[list[int]]) -> tuple[list[list[int]], list[list[int] | None]]:
+        """Token ids of each text, and the number of tokens before each of its borders, as _token_borders gives it."""
+        ids: list[list[int]] = [[]] * len(texts)
+        cuts: list[list[int] | None] = [None] * len(texts)
+        asked = []
+        for i, text in enumerate(texts):
+            if self._words is None or (found := self._words.encode(text)) is None:
+                asked.append(i)
+            else:
+                ids[i], cuts[i] = found[0], words.tokens_before(borders[i], found[1])
+        # As the tokenizer's own call does, which would make Python objects of every token's offsets.
+        encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in asked], add_special_tokens=False)
+        for i, encoding in zip(asked, encodings, strict=True):
+            ids[i] = encoding.ids
+            cuts[i] = self._token_borders(texts[i], ids[i], encoding, borders[i])
+        return ids, cuts
+
+    def _token_borders(self, text: str, ids: list[int], encoding: Encoding, borders: list[int]) -> list[int] | None:
         """Number of tokens before each border; None where one falls inside a token, or where a token's own borders are unsure.
 
         Some tokenizers leave spaces out of a token's offsets, hence the demand that the tokens on both sides meet there. A
         special token may swallow white space after it; a border right behind its text then moves to its end.
         """
-        if not offsets:
-            return [0] * len(borders) if not text else None
-        starts, ends = np.asarray(offsets).T
         cuts = []
         for border in borders:
-            cut = int(np.searchsorted(ends, border, side="right"))
-            if cut < len(ids) and starts[cut] < border and ids[cut] in self.special_ids and text[border : ends[cut]].isspace():
+            cut = len(ids) if border == len(text) else encoding.char_to_token(border)
+            if cut is None:
+                return None
+            start, end = (encoding.token_to_chars(cut) or _NOWHERE) if cut < len(ids) else (border, border)
+            before = (encoding.token_to_chars(cut - 1) or _NOWHERE)[1] if cut > 0 else border
+            if start < border and ids[cut] in self.special_ids and text[border:end].isspace():
                 cut += 1
-            elif (cut > 0 and ends[cut - 1] != border) or (cut < len(ids) and starts[cut] != border):
+            elif start != border or before != border:
                 return None
             cuts.append(cut)
         return cuts
@@ -237,15 +208,14 @@ class Encoder:
         for span in text.spans:
             end = shift + cut_at[span.end] + text.raw
             trained[shift + cut_at[span.start] : end] = 1
-            if span.turn_end or text.raw:
+            if text.raw:
                 turn_ends.append(end - 1)
+            elif span.turn_end is not None:
+                turn_ends.append(shift + cut_at[span.turn_end])
         # Nothing stands before the first token to predict it from.
         trained[:1] = 0
         return Encoded(np.asarray(ids, dtype=np.uint32), trained, tuple(turn_ends))
 
 
-def _after_space(text: str, start: int) -> int:
-    """Position of the first character from `start` on that is not white space."""
-    while start < len(text) and text[start].isspace():
-        start += 1
-    return start
+def _borders(span: Span) -> tuple[int, ...]:
+    return (span.start, span.end) if span.turn_end is None else (span.start, span.turn_end, span.end)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from launcher.plan.launch_plan import Batch
 
 IGNORED = -100
 """Label of a token that is not trained; the default `ignore_index` of torch's cross entropy."""
+
+
+# Batches whose rows are sorted by length together: many enough that each holds rows of one length.
+GROUPED_BATCHES = 64
 
 
 @dataclass(frozen=True)
@@ -32,30 +37,43 @@ class MicroBatch:
     num_tokens: int
     doc_lengths: tuple[int, ...]
 
+    def pinned(self) -> MicroBatch:
+        """The same in page-locked memory, from where a GPU copies while it computes."""
+        names = ("input_ids", "position_ids", "labels")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
 
 @dataclass(frozen=True)
 class StepBatch:
     """One optimizer step: this rank's micro-batches, and counts of the whole global batch over all ranks.
 
-    `num_labels` are the trained labels, the divisor of the loss; `row_ids` stand in the global batch's order.
+    `num_labels` are the trained labels, the divisor of the loss; `source_tokens` are the tokens of each source, in the order of
+    data.sources; `row_ids` stand in the global batch's order.
     """
 
     micro: list[MicroBatch]
     num_labels: int
     num_tokens: int
+    source_tokens: tuple[int, ...]
     row_ids: tuple[int, ...]
 
 
 class RowOrder:
     """The endless stream of row numbers: epoch after epoch, each a permutation of its own.
 
+    With `lengths` of the rows, those of one batch of `batch_size` have about the same length, and stand in its order; the
+    batches themselves come in random order. Rows at the borders of an epoch, whose batch another epoch fills up, are left out
+    of that.
+
     Raw PCG64 output is sorted instead of calling Generator.permutation: numpy keeps the former stable across releases
     (NEP 19), so a resumed run sees the same rows under another numpy.
     """
 
-    def __init__(self, num_rows: int, seed: int) -> None:
+    def __init__(self, num_rows: int, seed: int, lengths: np.ndarray | None = None, batch_size: int = 1) -> None:
         self.num_rows = num_rows
         self.seed = seed
+        self.lengths = lengths
+        self.batch_size = batch_size
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
     def at(self, start: int, stop: int) -> np.ndarray:
@@ -69,7 +87,18 @@ class RowOrder:
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.argsort(np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows), kind="stable")
+        order = np.argsort(np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows), kind="stable")
+        return order if self.lengths is None else self._grouped(order, self.lengths, epoch)
+
+    def _grouped(self, order: np.ndarray, lengths: np.ndarray, epoch: int) -> np.ndarray:
+        begin = -epoch * self.num_rows % self.batch_size
+        num_batches = max(0, self.num_rows - begin) // self.batch_size
+        inside = slice(begin, begin + num_batches * self.batch_size)
+        rows = order[inside]
+        window = np.arange(len(rows)) // (GROUPED_BATCHES * self.batch_size)
+        batches = rows[np.lexsort((lengths[rows], window))].reshape(num_batches, self.batch_size)
+        shuffled = np.argsort(np.random.PCG64([self.seed, epoch, 1]).random_raw(num_batches), kind="stable")
+        return np.concatenate([order[: inside.start], batches[shuffled].ravel(), order[inside.stop :]])
 
 
 class TrainBatches:
@@ -77,10 +106,20 @@ class TrainBatches:
 
     Global batch b is stream positions b * G to (b + 1) * G; row j of micro-batch m on rank r is index
     (m * world_size + r) * micro_batch_size + j within it, so the batch is the same for every world size.
+    `group_by_length`: rows of one batch have about the same length, for rows that are not packed.
     Errors: DataError where the split is empty or `batch` does not split over `world_size` ranks.
     """
 
-    def __init__(self, split: Split, batch: Batch, seed: int, rank: int, world_size: int, pad_id: int) -> None:
+    def __init__(
+        self,
+        split: Split,
+        batch: Batch,
+        seed: int,
+        rank: int,
+        world_size: int,
+        pad_id: int,
+        group_by_length: bool = False,
+    ) -> None:
         if split.num_rows == 0:
             raise DataError(Problem("the training split has no rows", "data.sources", remedy="add rows to train on"))
         if batch.micro_batch_size * batch.accumulation * world_size != batch.global_batch_size:
@@ -92,7 +131,8 @@ class TrainBatches:
         self.rank = rank
         self.world_size = world_size
         self.pad_id = pad_id
-        self.order = RowOrder(split.num_rows, seed)
+        lengths = np.diff(split.rows) if group_by_length else None
+        self.order = RowOrder(split.num_rows, seed, lengths, batch.global_batch_size)
 
     def step(self, step: int) -> StepBatch:
         """The batch of optimizer step `step`, counted from 0."""
@@ -103,8 +143,36 @@ class TrainBatches:
             micro=[micro_batch(self.split, micro, self.pad_id) for micro in mine],
             num_labels=int(self.split.row_labels[rows].sum()),
             num_tokens=int(self.split.row_lengths(rows).sum()),
+            source_tokens=tuple(self.split.row_sources[rows].sum(axis=0).tolist()),
             row_ids=tuple(rows.tolist()),
         )
+
+
+class OneAhead:
+    """The steps of `batches`, of which the next is made in a thread while the current one is computed.
+
+    For a GPU they lie in page-locked memory. Any step may be asked for; the one after the last asked for is ready.
+    """
+
+    def __init__(self, batches: TrainBatches, device: torch.device) -> None:
+        self.split = batches.split
+        self._batches = batches
+        self._pins = device.type == "cuda"
+        # A thread begins on the first GPU, and page-locked memory would take some of that one's.
+        on_device = partial(torch.cuda.set_device, device) if self._pins else None
+        self._thread = ThreadPoolExecutor(1, "batches", initializer=on_device)
+        self._ready: dict[int, Future[StepBatch]] = {}
+
+    def step(self, step: int) -> StepBatch:
+        """The batch of optimizer step `step`, counted from 0."""
+        wanted = self._ready.get(step) or self._thread.submit(self._make, step)
+        batch = wanted.result()
+        self._ready = {step + 1: self._thread.submit(self._make, step + 1)}
+        return batch
+
+    def _make(self, step: int) -> StepBatch:
+        batch = self._batches.step(step)
+        return replace(batch, micro=[micro.pinned() for micro in batch.micro]) if self._pins else batch
 
 
 def eval_batches(split: Split, micro_batch_size: int, rank: int, world_size: int, pad_id: int) -> list[MicroBatch]:

@@ -1,10 +1,16 @@
-"""Best-fit-decreasing packing of documents into rows, by length alone. Pure."""
+"""Packing documents into rows, by length alone. Pure."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
+
+# Lengths that are tried for the first of the last three documents of a row.
+LOOK_AHEAD = 128
+# Rows are made narrower than they may be where that saves more than one part in so many.
+NARROWING = 1024
 
 
 @dataclass(frozen=True)
@@ -14,40 +20,38 @@ class Packing:
     order: np.ndarray
     starts: np.ndarray
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts) - 1
+
 
 def pack(lengths: np.ndarray, capacity: int) -> Packing:
     """Assign documents of `lengths` tokens to rows of at most `capacity` tokens.
 
-    Best-fit-decreasing (Johnson 1973): the longest document first, each into the fullest row that still takes it. A row's
-    only relevant property is its free space, so rows are kept in one stack per free size, and the sizes that have a row
-    are the bits of one integer: shifting it by a length leaves exactly the sizes that fit, the lowest bit is the best.
+    Best-fit-decreasing (Johnson 1973) with a look ahead: the longest document opens a row and the longest that fits follows,
+    but for the last up to three, which are those that fill the row to its last token where such are left.
+
+    Rows are made only as wide as the smallest number of rows needs, where that number is reached: so no row stands nearly
+    empty, and a batch is no wider than its tokens.
 
     Errors: ValueError where a length is outside 1..capacity.
     """
-    if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= capacity):
+    lengths = np.asarray(lengths)
+    if not len(lengths):
+        return Packing(np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+    if not (lengths.min() >= 1 and lengths.max() <= capacity):
         raise ValueError(f"lengths must lie in 1..{capacity}, got {lengths.min()}..{lengths.max()}")
-    rows_by_free: list[list[int]] = [[] for _ in range(capacity + 1)]
-    free_sizes = 0
-    num_rows = 0
-    longest_first = np.argsort(-np.asarray(lengths), kind="stable")
+    counts = np.bincount(lengths).tolist()
+    total = int(lengths.sum())
+    fewest_rows = -(-total // capacity)
+    narrowest, slack = max(len(counts) - 1, -(-total // fewest_rows)), capacity // NARROWING
+    widths = (narrowest, narrowest + slack, capacity) if narrowest + slack < capacity else (capacity,)
+    for width in widths:
+        rows_by_length, num_rows = _fill(counts, width)
+        if num_rows == fewest_rows:
+            break
     row_of = np.empty(len(lengths), dtype=np.int64)
-    assigned: list[int] = []
-    for length in np.asarray(lengths)[longest_first].tolist():
-        fitting = free_sizes >> length
-        if fitting:
-            free = length + (fitting & -fitting).bit_length() - 1
-            row = rows_by_free[free].pop()
-            if not rows_by_free[free]:
-                free_sizes &= ~(1 << free)
-        else:
-            free, row = capacity, num_rows
-            num_rows += 1
-        left = free - length
-        if left:
-            rows_by_free[left].append(row)
-            free_sizes |= 1 << left
-        assigned.append(row)
-    row_of[longest_first] = assigned
+    row_of[np.argsort(lengths, kind="stable")] = list(itertools.chain.from_iterable(rows_by_length))
     starts = np.zeros(num_rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(row_of, minlength=num_rows), out=starts[1:])
     return Packing(np.argsort(row_of, kind="stable"), starts)
@@ -56,3 +60,91 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
 def one_per_row(num_docs: int) -> Packing:
     """No packing: document i is row i."""
     return Packing(np.arange(num_docs), np.arange(num_docs + 1))
+
+
+def _fill(counts: list[int], capacity: int) -> tuple[list[list[int]], int]:
+    """(for each length the rows of its documents, number of rows) for counts[n] documents of n tokens.
+
+    The lengths that fill one row fill as many rows as there are documents for: so the work grows with the number of
+    different lengths, not of documents.
+    """
+    stock = _Stock(counts, capacity)
+    rows_by_length: list[list[int]] = [[] for _ in counts]
+    num_rows = 0
+    while stock.lengths:
+        row = stock.take_row()
+        for n in row:
+            rows_by_length[n].append(num_rows)
+        num_rows += 1
+        if stock.counts[row[0]] and (again := min(stock.counts[n] // row.count(n) for n in row)):
+            for n in row:
+                stock.take(n, again)
+                rows_by_length[n] += range(num_rows, num_rows + again)
+            num_rows += again
+    return rows_by_length, num_rows
+
+
+class _Stock:
+    """Documents that are in no row yet.
+
+    `lengths` has bit n where a document of n tokens is left, and `_mirrored` has bit capacity - n: a shift of it puts the
+    partner of each length, for a given sum, onto the length's own bit.
+    """
+
+    def __init__(self, counts: list[int], capacity: int) -> None:
+        self.counts = list(counts)
+        self.capacity = capacity
+        self.lengths = self._mirrored = 0
+        for n, count in enumerate(counts):
+            if count:
+                self.lengths |= 1 << n
+                self._mirrored |= 1 << capacity - n
+
+    def take(self, n: int, times: int = 1) -> None:
+        self.counts[n] -= times
+        if not self.counts[n]:
+            self.lengths ^= 1 << n
+            self._mirrored ^= 1 << self.capacity - n
+
+    def take_row(self) -> list[int]:
+        """The lengths of one row's documents, which are taken out."""
+        row: list[int] = []
+        free = self.capacity
+        while fitting := self.lengths & ((2 << free) - 1):
+            longest = fitting.bit_length() - 1
+            chosen = self._exact(free, fitting) if row and free <= 3 * longest else []
+            for n in chosen or [longest]:
+                self.take(n)
+                row.append(n)
+                free -= n
+        return row
+
+    def _exact(self, free: int, fitting: int) -> list[int]:
+        """One, two or three lengths of the sum `free`, the longest first; empty where none are found."""
+        if fitting >> free & 1:
+            return [free]
+        if half := self._pair(free):
+            return [free - half, half]
+        for _ in range(LOOK_AHEAD):
+            longest = fitting.bit_length() - 1
+            if 3 * longest < free:
+                break
+            if half := self._pair(free - longest, besides=longest):
+                return [longest, free - longest - half, half]
+            fitting ^= 1 << longest
+        return []
+
+    def _pair(self, total: int, besides: int = 0) -> int:
+        """The shorter of two lengths of the sum `total`, as even as there are; 0 without such. One of `besides` is spoken for.
+
+        Even pairs leave the short documents for later rows, where they fill what is left.
+        """
+        half = total // 2
+        pairs = self.lengths & (self._mirrored >> self.capacity - total) & ((2 << half) - 1)
+        while pairs:
+            shorter = pairs.bit_length() - 1
+            longer = total - shorter
+            if self.counts[shorter] > (shorter == longer) + (shorter == besides) and self.counts[longer] > (longer == besides):
+                return shorter
+            pairs ^= 1 << shorter
+        return 0

@@ -1,4 +1,4 @@
-"""What is in a data cache, in numbers and in a few documents whose trained parts a person can see."""
+"""What is in a data cache: numbers for the mixture and each source, findings, and rows whose trained parts a person can see."""
 
 from __future__ import annotations
 
@@ -6,101 +6,151 @@ import itertools
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from launcher.data.cache import Split, read_report
+from launcher.config.data import DataSection
+from launcher.data import cache, findings, patterns
+from launcher.data.cache import Split
 from launcher.data.chat import load_tokenizer
 from launcher.plan.launch_plan import DataFacts
 
-TRAINED_MARKS = ("⟦", "⟧")
+NUM_QUANTILES = 41
+# Documents that are shown where no rows are asked for: short enough to be read, and not the shortest.
+_SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 
 
-def report(facts: DataFacts, tokenizer_path: str, num_examples: int = 3) -> dict[str, Any]:
-    """JSON-able numbers of the cache and `num_examples` decoded documents of the training split.
+def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: int = 0) -> dict[str, Any]:
+    """JSON-able numbers of a cache, its findings under `data.checks`, and decoded rows of the training split.
 
-    Fractions are 0 to 1; `length_histogram` counts documents per length bin of up to `max_tokens` tokens.
+    Fractions are 0 to 1, lengths are tokens; `length_histogram` counts documents per bin of up to `max_tokens` tokens,
+    `length_quantiles` stand at even steps from the shortest to the longest. `shown` holds `num_shown` evenly spaced rows, or
+    three documents of middling length where it is 0; keys, passwords, e-mail addresses and telephone numbers are left out.
     """
-    split = Split.open(facts.cache_dir)
-    counted = read_report(facts.cache_dir)
-    lengths = np.diff(split.docs)
+    split, held_out = Split.open(facts.cache_dir), Split.open(facts.cache_dir, held_out=True)
+    counted = cache.read_report(facts.cache_dir)["sources"]
+    names = [source["name"] for source in counted]
+    sources, outside = _of_sources(split, len(names)), _of_sources(held_out, len(names))
+    judged = findings.judge(findings.read(facts.cache_dir), data.checks)
     return {
         "cache_dir": facts.cache_dir,
+        "cache_bytes": cache.num_bytes(facts.cache_dir),
+        "max_length": data.max_length,
+        "packing": data.packing,
         "rows": facts.num_rows,
-        "documents": facts.num_docs,
-        "tokens": facts.num_tokens,
-        "trained_tokens": facts.num_trained_tokens,
-        "trained_frac": facts.num_trained_tokens / facts.num_tokens,
+        **_numbers(split, np.ones(split.num_docs, dtype=bool)),
         "fill_frac": 1 - facts.padding_frac,
         "padding_frac": facts.padding_frac,
-        "document_tokens": {
-            "min": int(lengths.min()),
-            "median": int(np.median(lengths)),
-            "mean": float(lengths.mean()),
-            "max": int(lengths.max()),
-        },
-        "length_histogram": _histogram(lengths),
-        "truncated_documents": facts.truncated_docs,
-        "truncated_tokens": facts.truncated_tokens,
-        "dropped_documents": counted["dropped_docs"],
-        "documents_with_turn_end": counted["docs_with_turn_end"],
+        **{key: sum(source[name] for source in counted) for key, name in _COUNTED.items()},
+        "sources": [
+            {
+                "name": name,
+                **numbers,
+                "frac": numbers["tokens"] / max(1, facts.num_tokens),
+                "epochs": counts["epochs"],
+                **{key: counts[name] for key, name in _COUNTED.items()},
+                "held_out": {
+                    "documents": apart["documents"],
+                    "tokens": apart["tokens"],
+                    "dropped_documents": counts["held_out_dropped"],
+                },
+            }
+            for name, numbers, apart, counts in zip(names, sources, outside, counted, strict=True)
+        ],
         "held_out": {
-            "rows": facts.num_eval_rows,
-            "documents": counted["num_eval_docs"],
-            "tokens": facts.num_eval_tokens,
-            "trained_tokens": counted["num_eval_trained_tokens"],
-            "truncated_documents": counted["eval_truncated_docs"],
-            "dropped_documents": counted["eval_dropped_docs"],
+            "rows": held_out.num_rows,
+            **_numbers(held_out, np.ones(held_out.num_docs, dtype=bool)),
+            "read_documents": sum(source["held_out_read"] for source in counted),
+            "dropped_documents": sum(source["held_out_dropped"] for source in counted),
+            "truncated_documents": sum(source["held_out_truncated_docs"] for source in counted),
         },
-        "examples": _examples(split, tokenizer_path, num_examples),
+        "findings": [one.to_json() for one in judged],
+        "refused": any(one.fatal for one in judged),
+        "shown": _shown(split, names, load_tokenizer(tokenizer_path), num_shown),
     }
 
 
-def render(report: dict[str, Any]) -> str:
-    """The report as plain text; the trained parts of the examples stand between TRAINED_MARKS."""
-    held_out, per_doc = report["held_out"], report["document_tokens"]
-    lines = [
-        f"rows              {report['rows']:,}, filled to {report['fill_frac']:.2%} ({report['padding_frac']:.2%} padding)",
-        f"documents         {report['documents']:,}",
-        f"tokens            {report['tokens']:,}",
-        f"trained tokens    {report['trained_tokens']:,} ({report['trained_frac']:.1%})",
-        f"document length   {per_doc['min']:,} to {per_doc['max']:,} tokens, median {per_doc['median']:,}",
-        f"truncated         {report['truncated_documents']:,} documents, {report['truncated_tokens']:,} tokens lost",
-        f"dropped           {report['dropped_documents']:,} documents without a trained token",
-        f"end of turn       trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents",
-        f"held out          {held_out['rows']:,} rows, {held_out['documents']:,} documents, {held_out['tokens']:,} tokens",
-        f"cache             {report['cache_dir']}",
-        "",
-        "tokens per document",
-    ]
-    most = max(bin_["documents"] for bin_ in report["length_histogram"])
-    for bin_ in report["length_histogram"]:
-        bar = "█" * -(-40 * bin_["documents"] // most)
-        lines.append(f"  up to {bin_['max_tokens']:>7,}  {bin_['documents']:>9,}  {bar}")
-    opening, closing = TRAINED_MARKS
-    for number, example in enumerate(report["examples"], start=1):
-        text = "".join(f"{opening}{part['text']}{closing}" if part["trained"] else part["text"] for part in example)
-        lines += ["", f"document {number} (trained between {opening} and {closing})", text]
-    return "\n".join(lines)
+# Names in the report, and those under which the builder has counted them.
+_COUNTED = {
+    "read_documents": "read",
+    "dropped_documents": "dropped",
+    "too_long_documents": "dropped_long",
+    "truncated_documents": "truncated_docs",
+    "truncated_tokens": "truncated_tokens",
+    "split_documents": "split_docs",
+    "documents_with_turn_end": "docs_with_turn_end",
+}
+
+
+def _of_sources(split: Split, num_sources: int) -> list[dict[str, Any]]:
+    # The file of data.eval_path, which stands after the sources, has no place among the rows of training.
+    rows = [*(np.asarray(split.row_sources) > 0).sum(axis=0).tolist(), 0]
+    return [{"rows": rows[source], **_numbers(split, np.asarray(split.doc_source) == source)} for source in range(num_sources)]
+
+
+def _numbers(split: Split, chosen: np.ndarray) -> dict[str, Any]:
+    """Counts of the documents of `split` where `chosen`, bool [documents], is true."""
+    lengths = np.diff(split.docs)[chosen]
+    trained = _trained(split)[chosen]
+    tokens = int(lengths.sum())
+    return {
+        "documents": len(lengths),
+        "tokens": tokens,
+        "trained_tokens": int(trained.sum()),
+        "trained_frac": int(trained.sum()) / max(1, tokens),
+        "document_tokens": _spread(lengths),
+        "length_histogram": _histogram(lengths),
+        "length_quantiles": np.quantile(lengths, np.linspace(0, 1, NUM_QUANTILES)).astype(int).tolist() if len(lengths) else [],
+    }
+
+
+def _trained(split: Split) -> np.ndarray:
+    """Trained tokens of each document."""
+    if not split.num_docs:
+        return np.zeros(0, dtype=np.int64)
+    return np.add.reduceat(split.trained, split.docs[:-1], dtype=np.int64)
+
+
+def _spread(lengths: np.ndarray) -> dict[str, float] | None:
+    if not len(lengths):
+        return None
+    at = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    return {**{name: int(np.quantile(lengths, q)) for name, q in at.items()}, "mean": float(lengths.mean())}
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     """Documents per power of two of tokens, without the empty bins at both ends."""
+    if not len(lengths):
+        return []
     exponents = np.ceil(np.log2(lengths)).astype(int)
     counts = np.bincount(exponents)
     return [{"max_tokens": 1 << e, "documents": int(counts[e])} for e in range(exponents.min(), len(counts))]
 
 
-def _examples(split: Split, tokenizer_path: str, number: int) -> list[list[dict[str, Any]]]:
-    """Evenly spaced documents as runs of trained and untrained text."""
-    tokenizer = load_tokenizer(tokenizer_path)
-    examples = []
-    for doc in sorted({int(i) for i in np.linspace(0, split.num_docs - 1, number + 2)[1:-1]}):
-        span = slice(split.docs[doc], split.docs[doc + 1])
-        tokens, trained = split.tokens[span], split.trained[span]
-        borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
-        examples.append(
-            [
-                {"trained": bool(trained[a]), "text": tokenizer.decode(tokens[a:b].tolist())}
-                for a, b in itertools.pairwise(borders)
-            ]
-        )
-    return examples
+def _shown(split: Split, names: list[str], tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[dict[str, Any]]:
+    """Rows, or single documents, each as documents of trained and untrained parts."""
+    if num_rows:
+        rows = np.unique(np.linspace(0, split.num_rows - 1, num_rows).round().astype(int)).tolist()
+        spans = [(row, *np.searchsorted(split.docs, (split.rows[row], split.rows[row + 1]))) for row in rows]
+    else:
+        by_length = np.argsort(np.diff(split.docs), kind="stable")
+        picked = sorted({int(by_length[int(q * (split.num_docs - 1))]) for q in _SHOWN_QUANTILES})
+        spans = [(int(np.searchsorted(split.rows, split.docs[doc], side="right")) - 1, doc, doc + 1) for doc in picked]
+    return [
+        {
+            "row": row,
+            "whole": bool(num_rows),
+            "documents": [_document(split, doc, names, tokenizer) for doc in range(first, last)],
+        }
+        for row, first, last in spans
+    ]
+
+
+def _document(split: Split, doc: int, names: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    span = slice(split.docs[doc], split.docs[doc + 1])
+    tokens, trained = split.tokens[span], split.trained[span]
+    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
+    parts = [
+        {"trained": bool(trained[a]), "text": patterns.redacted(tokenizer.decode(tokens[a:b].tolist()))}
+        for a, b in itertools.pairwise(borders)
+    ]
+    return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from launcher.config.schema import DataSection, TrainSection
+from launcher.config.data import DataSection
+from launcher.config.schema import TrainSection
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import Batch, DataFacts
 

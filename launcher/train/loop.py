@@ -23,7 +23,7 @@ from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.together import together
 from launcher.data.cache import Split
-from launcher.data.loader import MicroBatch, TrainBatches, eval_batches
+from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batches
 from launcher.errors import CheckpointError, DivergedError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -118,7 +118,7 @@ class _Session:
     engine: Any
     model: CausalLMLoss
     checkpoints: Checkpoints
-    batches: TrainBatches
+    batches: OneAhead
     held_out: list[MicroBatch]
     meter: Meter
     timer: StepTimer
@@ -159,8 +159,10 @@ class _Session:
             fence=fence,
         )
         # Padding is never looked at nor trained; any id in the vocabulary serves.
-        batches = TrainBatches(
-            Split.open(data.cache_dir), plan.batch, plan.config.run.seed, place.rank, place.world_size, pad_id=0
+        grouped = plan.config.data.group_by_length and not plan.config.data.packing
+        order = (plan.config.run.seed, place.rank, place.world_size)
+        batches = OneAhead(
+            TrainBatches(Split.open(data.cache_dir), plan.batch, *order, pad_id=0, group_by_length=grouped), device
         )
         held_out: list[MicroBatch] = []
         if data.num_eval_rows:
@@ -209,8 +211,8 @@ class _Session:
         timer.begin()
         with timer.part("data"):
             batch = self.batches.step(self.step)
-        # DeepSpeed averages over ranks; the loss is a sum over all of them.
-        factor = self.place.world_size / batch.num_labels
+        # DeepSpeed averages over ranks; the loss is a sum over all of them. A batch may hold no label where such rows are kept.
+        factor = self.place.world_size / max(1, batch.num_labels)
         summed = torch.zeros((), dtype=torch.float32, device=self.device)
         lr = learning_rate(self.plan.config.optim, self.step, self.max_steps)
         set_learning_rate(self.engine.optimizer, lr)

@@ -104,6 +104,7 @@ class Meter:
             "perf/tflops_per_gpu": tflops,
             "perf/padding_frac": 1 - sum(micro.num_tokens for micro in batch.micro) / slots,
             "data/label_frac": batch.num_labels / batch.num_tokens,
+            **self._shares(batch),
             "memory/host_rss_gib": self._process.memory_info().rss / 2**30,
             **times,
             **self._fixed,
@@ -114,6 +115,11 @@ class Meter:
             metrics["perf/mfu"] = tflops / self._peak_tflops
         metrics |= self._device_memory() | self._cost()
         return metrics
+
+    def _shares(self, batch: StepBatch) -> dict[str, float]:
+        """Tokens of each source in this batch, as shares of all."""
+        names = [source.name for source in self._plan.config.data.sources]
+        return {f"data/source/{n}/frac": k / batch.num_tokens for n, k in zip(names, batch.source_tokens, strict=True)}
 
     def _device_memory(self) -> dict[str, float]:
         if self._device.type != "cuda":

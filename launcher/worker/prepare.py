@@ -6,13 +6,17 @@ Progress goes to standard error, one JSON object with the report (where asked fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
 import tempfile
+import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -26,13 +30,17 @@ from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
 
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
 # Longer than the largest checkpoint takes to be read and written.
 _LOCK_TIMEOUT_S = 2 * 3600.0
+_SECONDS_BETWEEN_LINES = 5.0
 
 
-def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
-    """Make everything that the ranks read exist on this machine; returns the data report or nothing."""
+def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
+    """Make everything that the ranks read exist on this machine; returns the data report with `show` rows, or nothing."""
     wanted = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
     if any(facts.locate(name, config.model).folder is None for name in wanted):
         # A row that cannot be read is told at once, not after a model was fetched.
@@ -43,11 +51,11 @@ def prepare(config: RunConfig, want_report: bool) -> dict[str, object]:
     tokenizer = facts.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if tokenizer is None:
         raise ConfigError("the tokenizer is not there after it was fetched", where="model.tokenizer")
-    built = build.build(config.data, str(tokenizer), _print_progress)
-    if not want_report:
+    with _progress() as on_progress:
+        built = build.build(config.data, str(tokenizer), on_progress)
+    if show is None:
         return {}
-    facts_of_data = report.report(built, str(tokenizer))
-    return {"report": facts_of_data, "text": report.render(facts_of_data)}
+    return {"report": report.report(built, config.data, str(tokenizer), show)}
 
 
 def _fetch(source: str, model: ModelSection) -> None:
@@ -162,9 +170,39 @@ def _download(repo_id: str, model: ModelSection) -> None:
         ) from error
 
 
-def _print_progress(what: str, done: int, total: int) -> None:
-    if total > 1:
-        _say(f"{what}: {done:,} of {total:,} documents")
+@contextlib.contextmanager
+def _progress() -> Iterator[build.Progress]:
+    """A bar for a person who looks on, a line now and then for a log."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+def _lines() -> build.Progress:
+    """A line at the end of each stage, and every so many seconds before."""
+    said_at = time.monotonic()
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal said_at
+        if total > 1 and (done == total or time.monotonic() - said_at > _SECONDS_BETWEEN_LINES):
+            said_at = time.monotonic()
+            _say(f"{stage}: {done:,} of {total:,} documents")
+
+    return show
 
 
 def _say(text: str) -> None:
@@ -178,8 +216,9 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = RunConfig.model_validate_json(sys.stdin.read())
+    asked = [argument.removeprefix("--report=") for argument in argv if argument.startswith("--report=")]
     try:
-        print(json.dumps(prepare(config, "--report" in argv)))
+        print(json.dumps(prepare(config, int(asked[0]) if asked else None)))
     except LauncherError as error:
         problems = [[p.what, p.where, p.value, p.remedy] for p in error.problems]
         print(json.dumps({"problems": problems}))

@@ -36,6 +36,10 @@ Shown = Callable[..., str]
         ("optim.betas=3", "optim.betas: is not a list", "3", "set optim.betas to ["),
         ("data.sources=[]", "data.sources: holds too few entries", "", "set data.sources to list of mapping"),
         ("data.sources=[{name: a}]", "data.sources[0].path: a value is required", "", "complete data.sources[0]: it lacks path"),
+        ("data.sources=[{path: a, columns: {promt: q}}]", "data.sources[0].columns: has no use for promt", "", "are messages"),
+        ("data.sources=[{path: a, weight: -1}]", "data.sources[0].weight: must be at least 0", "-1", "set data.sources[].weight"),
+        ("data.checks.secrets=drpo", "data.checks.secrets: is not one of its choices", "'drpo'", "did you mean drop?"),
+        ("data.checks=drop", "data.checks: is a section of settings, not one value", "'drop'", "data.checks.empty_answer"),
         ("tracking.tags=[1]", "tracking.tags[0]: is not text", "1", "set tracking.tags to list of name."),
         ("deepspeed.extra={1: 2}", "deepspeed.extra[1]: is not text", "1", "set deepspeed.extra to mapping."),
         ("run=3", "run: is a section of settings, not one value", "3", "run.name, run.root"),
@@ -179,6 +183,13 @@ def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Pat
     assert (unknown.where, unknown.remedy) == (f"{file}:4", "did you mean optim.warmup_steps?")
 
 
+def test_a_mixture_of_nothing(refused: Refused) -> None:
+    (problem,) = refused("data.sources=[{path: a, weight: 0}, {name: b, path: b, weight: 0}]")
+    assert problem.what == "data.sources: the weights of the mixture sum to zero"
+    assert problem.where == "data.sources (command line)"
+    assert "weight above 0" in problem.remedy
+
+
 def test_mistakes_that_only_the_disk_shows(shown: Shown, tmp_path: Path) -> None:
     text = shown(
         "data=jsonl", "data.path=./nowhere.jsonl", "model.path=./no_model", "data.eval_fraction=0", f"data.eval_path={tmp_path}"
@@ -188,7 +199,7 @@ def test_mistakes_that_only_the_disk_shows(shown: Shown, tmp_path: Path) -> None
         "the data file does not exist\n  where:  data.path (command line)\n  value:  ./nowhere.jsonl\n  remedy: set data.path"
         in text
     )
-    assert f"the data path is not a file\n  where:  data.eval_path (command line)\n  value:  {tmp_path}" in text
+    assert f"the folder holds no data file (endings: none)\n  where:  data.eval_path (command line)\n  value:  {tmp_path}" in text
 
 
 def test_an_empty_data_file(shown: Shown, tmp_path: Path) -> None:

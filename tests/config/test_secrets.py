@@ -89,6 +89,7 @@ def test_a_variable_of_a_job_that_names_a_secret_is_refused(shown: Shown, name: 
     ("key", "value"),
     [
         ("model.revision", TOKENS["wandb"]),
+        ("data.sources[0].revision", TOKENS["wandb"]),
         ("model.config.bos_token", "<|begin_of_text|>"),
         ("model.config.pad_token", "<|pad|>"),
         ("model.tokenizer", "Qwen/Qwen3-8B"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from launcher.config.schema import DataSection, Source
+from launcher.config.data import DataSection, Source
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,13 @@ import pytest
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from launcher.config.data import DataSection, Source
 from launcher.data.chat import Encoded, Encoder
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.errors import DataError
 
 END = "<|im_end|>"
+ANY = DataSection(sources=(Source(path="rows.jsonl"),))
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ BODY }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -39,7 +41,7 @@ def chat(*turns: tuple[str, str]) -> Chat:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> Encoded:
-    encoder = Encoder(tokenizer)
+    encoder = Encoder(tokenizer, ANY)
     return encoder.encode([encoder.render(document)])[0]
 
 
@@ -82,7 +84,7 @@ def test_the_prompt_is_tokenised_as_it_is_for_generation(tokenizer: PreTrainedTo
     for answer in ("Hello.", "\nHello.", "  Hello.", "é", "assistant"):
         document = chat(("user", "Hi"), ("assistant", answer))
         encoded = encode(tokenizer, document)
-        found = Encoder(tokenizer).prompt(document)
+        found = Encoder(tokenizer, ANY).prompt(document)
         assert found is not None
         text, prompt_ids, reference = found
         assert (text, reference) == ("Hi", answer)

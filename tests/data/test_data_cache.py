@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from launcher.config.schema import DataSection, Source
+from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.cache import Split, cache_key, find, read_report, read_samples
@@ -60,7 +60,7 @@ def test_what_is_built_is_what_is_opened(section: Section, tokenizer_dir: Path, 
     assert facts.num_tokens == len(split.tokens)
     assert facts.num_eval_tokens == len(held_out.tokens)
     assert facts.num_trained_tokens == split.trained.sum() == split.row_labels.sum()
-    assert facts.padding_frac == pytest.approx(1 - facts.num_tokens / (facts.num_rows * 128))
+    assert facts.padding_frac == pytest.approx(1 - facts.num_tokens / (facts.num_rows * np.diff(split.rows).max()))
     assert find(cache_key(data, str(tokenizer_dir))) == facts
     assert build(data, str(tokenizer_dir), lambda *progress: pytest.fail("built again")) == facts
     folder = Path(facts.cache_dir)
@@ -136,9 +136,9 @@ def test_long_documents_are_cut_and_those_without_an_answer_dropped(jsonl: Jsonl
         {"prompt": "nothing", "completion": ""},
     ]
     facts = build(DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=16), str(tokenizer_dir))
-    assert (facts.num_docs, facts.truncated_docs, facts.truncated_tokens) == (3, 2, 2 * (1 + 40 + 1 - 16) + 1)
+    assert (facts.num_docs, facts.truncated_docs, facts.truncated_tokens) == (2, 2, 2 * (1 + 40 + 1 - 16) + 1)
     report = read_report(facts.cache_dir)
-    assert (report["dropped_docs"], report["docs_with_turn_end"]) == (1, 2)
+    assert (report["dropped_docs"], report["docs_with_turn_end"]) == (2, 1)
 
 
 def test_no_trained_token_at_all_is_an_error(jsonl: Jsonl, tokenizer_dir: Path, cache_home: Path) -> None:
@@ -156,10 +156,12 @@ def test_the_key_follows_what_decides_the_tokens(section: Section, chats: Path, 
     (copy / "model.safetensors").write_bytes(b"weights do not count")
     assert cache_key(data, str(copy)) == key
     moved = shutil.copy(chats, tmp_path / "moved.jsonl")
-    assert cache_key(section(eval_fraction=0.1, sources=(Source(name="other", path=str(moved)),)), str(copy)) == key
-    assert cache_key(data.model_copy(update={"name": "other"}), str(copy)) == key
+    assert cache_key(section(eval_fraction=0.1, sources=(Source(path=str(moved)),)), str(copy)) == key
+    same = {"name": "other", "workers": 3, "group_by_length": False, "checks": ChecksSection(no_turn_end="keep", secrets="fail")}
+    assert cache_key(data.model_copy(update=same), str(copy)) == key
 
-    changes = {"max_length": 64, "packing": False, "eval_fraction": 0.2, "eval_max_rows": 3}
+    changes = {"max_length": 64, "packing": False, "eval_fraction": 0.2, "eval_max_rows": 3, "long_documents": "split"}
+    changes |= {"train_on": "all", "system": "Be brief.", "checks": ChecksSection(secrets="drop")}
     keys = {cache_key(data.model_copy(update={name: value}), str(copy)) for name, value in changes.items()}
     keys.add(cache_key(section(eval_path=str(moved)), str(copy)))
     keys.add(cache_key(section(sources=(Source(path=str(chats), format="messages"),), eval_fraction=0.1), str(copy)))
@@ -169,7 +171,9 @@ def test_the_key_follows_what_decides_the_tokens(section: Section, chats: Path, 
     with chats.open("a") as file:
         file.write(" ")
     keys.add(cache_key(data, str(tokenizer_dir)))
-    assert len(keys - {key}) == len(changes) + 4
+    for setting in ({"weight": 2.0}, {"max_tokens": 100}, {"epochs": 2.0}, {"name": "other"}):
+        keys.add(cache_key(section(sources=(Source(path=str(moved), **setting),), eval_fraction=0.1), str(copy)))
+    assert len(keys - {key}) == len(changes) + 8
 
 
 def test_a_folder_without_a_tokenizer_is_named(section: Section, tmp_path: Path) -> None:
@@ -202,7 +206,7 @@ def test_a_damaged_cache_is_not_found_and_built_again(section: Section, tokenize
 
 BUILDER = """
 import sys
-from launcher.config.schema import DataSection
+from launcher.config.data import DataSection
 from launcher.data import build as module
 data, tokenizer, pause = DataSection.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3] == "pause"
 def progress(stage, done, total):

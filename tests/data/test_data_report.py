@@ -3,26 +3,118 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from launcher.config.schema import DataSection
+import pytest
+
+from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.data import cache, findings
 from launcher.data.build import build
-from launcher.data.report import render, report
+from launcher.data.report import report
+from launcher.errors import DataError
+
+Jsonl = Callable[..., Path]
+CHECKS = ChecksSection(held_out_in_train="keep")
+SECRET = "sk-proj-" + "aB3" * 12
 
 
-def test_the_report_counts_and_shows_the_masks(section: Callable[..., DataSection], tokenizer_dir: Path) -> None:
-    facts = build(section(eval_fraction=0.2), str(tokenizer_dir))
-    numbers = report(facts, str(tokenizer_dir), num_examples=2)
+@pytest.fixture
+def mixture(jsonl: Jsonl) -> DataSection:
+    """Two sources of different length, with a duplicate and a key in the second, a fifth held out."""
+    short = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(150)]
+    long = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40 + 8))} for i in range(60)]
+    long += [long[5], {"prompt": "", "completion": f"the key is {SECRET}, row"}, {"prompt": "none", "completion": ""}]
+    sources = (Source(name="short", path=str(jsonl(short, "a.jsonl"))), Source(name="long", path=str(jsonl(long, "b.jsonl"))))
+    return DataSection(sources=sources, max_length=64, eval_fraction=0.2, workers=1, checks=CHECKS)
+
+
+@pytest.fixture
+def numbers(mixture: DataSection, tokenizer_dir: Path) -> dict[str, Any]:
+    return report(build(mixture, str(tokenizer_dir)), mixture, str(tokenizer_dir))
+
+
+def test_sources_add_up_to_the_mixture(numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path) -> None:
+    facts = build(mixture, str(tokenizer_dir))
     assert json.loads(json.dumps(numbers)) == numbers
-    assert sum(bin_["documents"] for bin_ in numbers["length_histogram"]) == numbers["documents"] == facts.num_docs
-    assert numbers["documents_with_turn_end"] + facts.truncated_docs >= facts.num_docs
-    assert numbers["trained_frac"] == facts.num_trained_tokens / facts.num_tokens
-    assert numbers["held_out"]["documents"] + facts.num_docs == 200
-    for example in numbers["examples"]:
-        assert [part["trained"] for part in example] in ([False, True, False], [False, True])
-        assert example[0]["text"].endswith("<|im_start|>assistant\n")
-        assert example[1]["text"].startswith("0")
-    text = render(numbers)
-    assert text.count("⟦0") == 2
-    assert text.count("⟦") == text.count("⟧")
-    assert f"{facts.num_rows:,}" in text
-    assert f"{facts.num_trained_tokens:,}" in text
+    sources = numbers["sources"]
+    assert [source["name"] for source in sources] == ["short", "long"]
+    for key in ("read_documents", "dropped_documents", "truncated_documents", "documents", "tokens", "trained_tokens"):
+        assert sum(source[key] for source in sources) == numbers[key], key
+    assert numbers["read_documents"] + numbers["held_out"]["read_documents"] == 213
+    assert numbers["documents"] == facts.num_docs == numbers["read_documents"] - numbers["dropped_documents"]
+    assert (numbers["rows"], numbers["tokens"]) == (facts.num_rows, facts.num_tokens)
+    assert numbers["trained_tokens"] == facts.num_trained_tokens
+    assert numbers["held_out"]["tokens"] == facts.num_eval_tokens
+    assert sum(source["frac"] for source in sources) == pytest.approx(1)
+    assert all(0 < source["rows"] <= facts.num_rows for source in sources)
+    for counts in (*sources, numbers, numbers["held_out"]):
+        assert sum(bin_["documents"] for bin_ in counts["length_histogram"]) == counts["documents"]
+        assert counts["length_quantiles"][0] == counts["document_tokens"]["min"]
+        assert counts["length_quantiles"][-1] == counts["document_tokens"]["max"] <= 64
+    assert numbers["cache_bytes"] == cache.num_bytes(facts.cache_dir) > facts.num_tokens * 5
+
+
+def test_what_was_found_is_told_under_the_settings_of_now(
+    numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path
+) -> None:
+    found = {one["name"]: one for one in numbers["findings"]}
+    assert found["empty_answer"]["action"] == "drop"
+    (example,) = found["secrets"]["examples"]
+    assert example["where"].endswith("b.jsonl:62")
+    assert SECRET not in example["detail"]
+    assert not numbers["refused"]
+    strict = mixture.model_copy(update={"checks": mixture.checks.model_copy(update={"secrets": "fail"})})
+    facts = build(strict, str(tokenizer_dir))
+    assert facts.cache_dir == numbers["cache_dir"], "fail gives the tokens of keep"
+    assert report(facts, strict, str(tokenizer_dir))["refused"]
+
+
+def test_three_documents_are_shown_with_their_masks(numbers: dict[str, Any]) -> None:
+    assert len(numbers["shown"]) == 3
+    for shown in numbers["shown"]:
+        (document,) = shown["documents"]
+        assert [part["trained"] for part in document["parts"]] == [False, True]
+        assert document["parts"][0]["text"].endswith(("=", ":"))
+        assert document["parts"][1]["text"].endswith("<|im_end|>")
+
+
+def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenizer_dir: Path) -> None:
+    facts = build(mixture, str(tokenizer_dir))
+    shown = report(facts, mixture, str(tokenizer_dir), num_shown=10_000)["shown"]
+    assert [one["row"] for one in shown] == list(range(facts.num_rows))
+    documents = [document for one in shown for document in one["documents"]]
+    assert len(documents) == facts.num_docs
+    assert sum(document["tokens"] for document in documents) == facts.num_tokens
+    assert {document["source"] for document in documents} == {"short", "long"}
+    texts = ["".join(part["text"] for part in document["parts"]) for document in documents]
+    assert sum("[API key: s…, 44 characters]" in text for text in texts) == 1
+    assert SECRET not in json.dumps(shown)
+    assert len(report(facts, mixture, str(tokenizer_dir), num_shown=2)["shown"]) == 2
+
+
+def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
+    template = tmp_path / "no_end.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    data = DataSection(sources=(Source(path=str(chats)),), max_length=128, chat_template=str(template), workers=1)
+    facts = build(data, str(tokenizer_dir))
+    found = findings.read(facts.cache_dir)
+    (finding,) = [one for one in found if one.name == "no_turn_end"]
+    assert (finding.count, finding.total) == (200, 200)
+    with pytest.raises(DataError, match="train no end of turn") as caught:
+        findings.refuse(found, data.checks)
+    assert "data.checks.no_turn_end=keep" in caught.value.problems[0].remedy
+    assert report(facts, data, str(tokenizer_dir))["documents_with_turn_end"] == 0
+
+
+def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path) -> None:
+    settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secrets": "drop", "held_out_in_train": "drop"}
+    dropping = mixture.model_copy(update={"checks": mixture.checks.model_copy(update=settings)})
+    facts = build(dropping, str(tokenizer_dir))
+    told = report(facts, dropping, str(tokenizer_dir), num_shown=1000)
+    assert facts.cache_dir != numbers["cache_dir"]
+    assert told["documents"] < numbers["documents"]
+    assert told["documents"] == told["read_documents"] - told["dropped_documents"]
+    assert "API key" not in json.dumps(told["shown"])
+    assert not told["refused"]

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from launcher.config.schema import DataSection
+from launcher.config.data import DataSection
 from launcher.data.build import build
 from launcher.data.cache import Split
-from launcher.data.loader import IGNORED, MicroBatch, RowOrder, TrainBatches, eval_batches
+from launcher.data.loader import IGNORED, MicroBatch, OneAhead, RowOrder, StepBatch, TrainBatches, eval_batches
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch
 
@@ -85,6 +89,7 @@ def test_rows_and_counts_are_the_same_for_every_world_size(split: Split) -> None
                 assert list(part.row_ids) == dealt
                 assert part.num_labels == sum(int((m.labels != IGNORED).sum()) for other in parts for m in other.micro)
                 assert part.num_tokens == sum(m.num_tokens for other in parts for m in other.micro)
+                assert part.source_tokens == (part.num_tokens,)
 
 
 def test_each_epoch_is_a_permutation_of_its_own() -> None:
@@ -96,6 +101,102 @@ def test_each_epoch_is_a_permutation_of_its_own() -> None:
     assert order.at(5, 40).tolist() == stream[5:40]
     assert RowOrder(13, seed=3).at(30, 39).tolist() == stream[30:39], "reaching a step needs none before it"
     assert RowOrder(13, seed=4).at(0, 13).tolist() != epochs[0]
+
+
+@given(
+    num_rows=st.integers(1, 300),
+    batch_size=st.integers(1, 40),
+    epochs=st.integers(1, 4),
+    lengths=st.randoms(use_true_random=False),
+)
+def test_grouped_rows_are_each_seen_once_per_epoch(num_rows: int, batch_size: int, epochs: int, lengths: Random) -> None:
+    of_row = np.asarray([lengths.randint(1, 500) for _ in range(num_rows)])
+    order = RowOrder(num_rows, 3, of_row, batch_size)
+    stream = order.at(0, epochs * num_rows)
+    for epoch in stream.reshape(epochs, num_rows):
+        assert sorted(epoch.tolist()) == list(range(num_rows))
+    # Whole batches within an epoch stand by length, and any step is reached by itself.
+    for batch in range(epochs * num_rows // batch_size):
+        start, stop = batch * batch_size, (batch + 1) * batch_size
+        rows = RowOrder(num_rows, 3, of_row, batch_size).at(start, stop)
+        assert rows.tolist() == stream[start:stop].tolist()
+        if start // num_rows == (stop - 1) // num_rows:
+            assert (np.diff(of_row[rows]) >= 0).all()
+
+
+def test_grouping_leaves_little_padding_and_keeps_batches_in_random_order() -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 1, 20_000).astype(int) + 1
+
+    def padding(order: RowOrder) -> float:
+        widths = lengths[order.at(0, 20_000)].reshape(-1, 8)
+        return 1 - widths.sum() / (8 * widths.max(axis=1)).sum()
+
+    plain, grouped = RowOrder(20_000, 1), RowOrder(20_000, 1, lengths, batch_size=32)
+    assert padding(grouped) < 0.05 < 0.4 < padding(plain)
+    first_of_batch = lengths[grouped.at(0, 20_000)][::32]
+    assert abs(np.corrcoef(first_of_batch[:-1], first_of_batch[1:])[0, 1]) < 0.15
+    assert grouped.at(0, 20_000).tolist() != grouped.at(20_000, 40_000).tolist()
+
+
+def test_grouped_batches_are_the_same_for_every_world_size(section: Callable[..., DataSection], tokenizer_dir: Path) -> None:
+    single = Split.open(build(section(packing=False), str(tokenizer_dir)).cache_dir)
+    seen = []
+    for world_size in (1, 2, 4):
+        ranks = [
+            TrainBatches(single, batch(world_size), 7, rank, world_size, PAD, group_by_length=True) for rank in range(world_size)
+        ]
+        steps = [[rank.step(step) for rank in ranks] for step in range(40)]
+        assert all(part.row_ids == step[0].row_ids for step in steps for part in step)
+        dealt = [row for step in steps for m in range(len(step[0].micro)) for part in step for row in part.micro[m].row_ids]
+        assert dealt == [row for step in steps for row in step[0].row_ids]
+        seen.append(dealt)
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_the_next_step_is_made_while_one_is_computed(split: Split) -> None:
+    made: list[tuple[int, str]] = []
+    went_ahead = threading.Event()
+
+    class Watched(TrainBatches):
+        def step(self, step: int) -> StepBatch:
+            made.append((step, threading.current_thread().name))
+            if step == 6:
+                went_ahead.set()
+            return super().step(step)
+
+    inputs = (split, batch(world_size=1), 0, 0, 1, PAD)
+    ahead, plain = OneAhead(Watched(*inputs), torch.device("cpu")), TrainBatches(*inputs)
+    for step in (5, 6, 2):
+        got, expected = ahead.step(step), plain.step(step)
+        assert (got.row_ids, got.num_labels, got.source_tokens) == (expected.row_ids, expected.num_labels, expected.source_tokens)
+        for a, b in zip(got.micro, expected.micro, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert torch.equal(a.labels, b.labels)
+        if step == 5:
+            assert went_ahead.wait(timeout=20), "step 6 is made though nobody has asked for it"
+    assert ahead.split is split
+    assert [step for step, _ in made][:4] == [5, 6, 7, 2], "what is ready is not made again"
+    assert threading.current_thread().name not in {name for _, name in made}
+
+
+def test_a_batch_that_cannot_be_made_ahead_is_told_when_it_is_asked_for(split: Split) -> None:
+    class Broken(TrainBatches):
+        def step(self, step: int) -> StepBatch:
+            if step == 1:
+                raise DataError("the disk is gone")
+            return super().step(step)
+
+    ahead = OneAhead(Broken(split, batch(world_size=1), 0, 0, 1, PAD), torch.device("cpu"))
+    ahead.step(0)
+    with pytest.raises(DataError, match="the disk is gone"):
+        ahead.step(1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_lie_in_page_locked_memory(split: Split) -> None:
+    ahead = OneAhead(TrainBatches(split, batch(world_size=1), 0, 0, 1, PAD), torch.device("cuda:0"))
+    assert all(micro.input_ids.is_pinned() and micro.labels.is_pinned() for micro in ahead.step(0).micro)
 
 
 def test_the_order_never_changes_between_releases() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from launcher.config.schema import DataSection, Source
+from launcher.config.data import DataSection, Source
 from launcher.data.sources import (
     STDLIB_DOCS,
     Chat,
@@ -52,28 +52,61 @@ def test_each_format_is_read_and_recognised(tmp_path: Path, format: str, named: 
     [
         ('{"text": "a"', "auto", 13, "not JSON"),
         ('  {"text": nope}', "auto", 12, "not JSON"),
-        ('["text"]', "auto", 1, "list, not an object"),
-        ('{"body": "a"}', "auto", 1, "no known format (its keys are body)"),
-        ('{"text": "a", "prompt": "b", "completion": "c"}', "auto", 1, "prompt_completion and text"),
-        ('{"text": "a"}', "messages", 1, "lacks the key messages (found: text)"),
-        ('{"prompt": "a"}', "prompt_completion", 1, "lacks the key completion"),
-        ('{"text": null}', "text", 1, "text is a null, not text"),
-        ('{"text": "\\ud83d"}', "text", 1, "surrogate"),
-        ('{"messages": []}', "auto", 1, "messages is empty"),
-        ('{"messages": ["hi"]}', "auto", 1, "messages[0] is a string"),
-        ('{"messages": [{"role": "user"}]}', "auto", 1, "lacks the key messages[0].content"),
-        ('{"messages": [{"role": "user", "content": [1]}]}', "auto", 1, "messages[0].content is a list"),
+        ('["text"]', "auto", None, "holds a JSON array, not an object"),
+        ("3", "auto", None, "holds 3, not an object"),
+        ('{"body": "a"}', "auto", None, "no known format (found: body)"),
+        ('{"text": "a", "prompt": "b", "completion": "c"}', "auto", None, "prompt_completion and text"),
+        ('{"text": "a"}', "messages", None, "lacks the key messages (found: text)"),
+        ('{"prompt": "a"}', "prompt_completion", None, "lacks the key completion"),
+        ('{"text": null}', "text", None, "text is a null, not text"),
+        ('{"text": "\\ud83d"}', "text", None, "surrogate"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, line: str, format: str, column: int, words: str) -> None:
+def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, line: str, format: str, column: int | None, words: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f"\n{line}\n")
     with pytest.raises(DataError) as caught:
         read(path, format)
     problem = caught.value.problems[0]
-    assert problem.where == f"{path}:2:{column}"
+    assert problem.where == f"{path}:2" + (f":{column}" if column else "")
     assert words in problem.what
     assert problem.remedy
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"}]', '[\n{"text": "a"}\n]\n'])
+def test_an_array_instead_of_lines_is_named_and_read_as_what_it_is(tmp_path: Path, text: str) -> None:
+    lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
+    lines.write_text(text)
+    array.write_text(text)
+    with pytest.raises(DataError, match="JSON array, not") as caught:
+        read(lines)
+    assert caught.value.problems[0].where == f"{lines}:1"
+    assert ".json" in caught.value.problems[0].remedy
+    assert read(array) == [PlainText(f"{array}:row 1", "a")]
+
+
+def test_a_source_without_rows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match="holds no rows"):
+        read(path)
+
+
+def test_columns_name_the_rows_own_keys(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "1+1?", "answer": "2", "text": "hidden", "prompt": "hidden"}))
+    as_chat = Source(path=str(path), columns={"instruction": "question", "output": "answer"}, format="alpaca")
+    (document,) = (document for document, _ in read_documents(as_chat))
+    assert document == Chat(f"{path}:1", (Message("user", "1+1?"), Message("assistant", "2")))
+    raw = Source(path=str(path), columns={"prompt": "question", "completion": "answer"}, format="prompt_completion")
+    assert [document for document, _ in read_documents(raw)] == [Completion(f"{path}:1", "1+1?", "2")]
+    with pytest.raises(DataError, match=r"lacks the key answr, which columns\.output names"):
+        list(read_documents(as_chat.model_copy(update={"columns": {"output": "answr"}})))
+
+
+def test_a_mapping_to_an_unknown_name_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no use for promt"):
+        Source(path="a.jsonl", columns={"promt": "question"})
 
 
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
@@ -89,12 +122,14 @@ def test_every_path_is_checked_at_once(tmp_path: Path) -> None:
     empty.touch()
     paths = [STDLIB_DOCS, str(tmp_path / "missing"), str(tmp_path), str(empty), "builtin:poems"]
     sources = tuple(Source(name=f"s{i}", path=path) for i, path in enumerate(paths))
-    problems = check_sources(DataSection(sources=sources, eval_path="nowhere.jsonl"))
+    problems = check_sources(DataSection(sources=sources, eval_path="nowhere.jsonl", chat_template="nowhere.jinja"))
     assert [(problem.where, problem.value) for problem in problems] == [
         *((f"data.sources[{i}].path", paths[i]) for i in range(1, 5)),
         ("data.eval_path", "nowhere.jsonl"),
+        ("data.chat_template", "nowhere.jinja"),
     ]
-    for problem, word in zip(problems, ["not exist", "not a file", "empty", "built-in", "not exist"], strict=True):
+    words = ["not exist", "empty", "empty", "built-in", "not exist", "no such template"]
+    for problem, word in zip(problems, words, strict=True):
         assert word in problem.what
         assert problem.remedy
 

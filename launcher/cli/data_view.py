@@ -1,0 +1,179 @@
+"""The report on the data in a terminal: tables, findings, and rows with their trained parts marked."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from launcher.cli import text
+from launcher.data.findings import share_text
+
+# Where there are no colours: a pipe, a file, NO_COLOR.
+TRAINED_MARKS = ("⟦", "⟧")
+_TRAINED_STYLE = "bold green"
+_UNTRAINED_STYLE = "dim"
+_PIPE_WIDTH = 160
+_BAR = 40
+# Text of a row must not move the cursor or give orders to the terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_ACTIONS = {"keep": "kept", "drop": "dropped", "fail": "kept, their share is within the limit"}
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the report of launcher.data.report."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=_PIPE_WIDTH)
+    console.print(_summary(report), soft_wrap=True)
+    console.print()
+    console.print(sources_table(report))
+    console.print()
+    _print_lengths(console, report)
+    _print_findings(console, report["findings"])
+    for number, shown in enumerate(report["shown"], start=1):
+        _print_row(console, shown, number)
+
+
+def number_rows(report: dict[str, Any]) -> list[list[str]]:
+    """A line of cells for each source, for the mixture of several, and for the held-out split; the header first."""
+    header = [
+        *("source", "read", "dropped", "documents", "cut", "split", "rows", "tokens", "share", "trained", "end of turn"),
+        *("median", "longest"),
+    ]
+    lines = [
+        [source["name"], *_cells(source), f"{source['frac']:.1%}", *_trained(source)]
+        for source in report["sources"]
+        if source["read_documents"]
+    ]
+    if len(lines) > 1:
+        lines.append(["mixture", *_cells(report), "100.0%", *_trained(report)])
+    held_out = report["held_out"]
+    if held_out["read_documents"]:
+        read, dropped, documents = (f"{held_out[f'{kind}documents']:,}" for kind in ("read_", "dropped_", ""))
+        counts = [f"{held_out['rows']:,}", f"{held_out['tokens']:,}"]
+        lines.append(
+            ["held out", read, dropped, documents, f"{held_out['truncated_documents']:,}", "", *counts, "", *_trained(held_out)]
+        )
+    return [header, *lines]
+
+
+def _cells(counts: dict[str, Any]) -> list[str]:
+    keys = ("read_documents", "dropped_documents", "documents", "truncated_documents", "split_documents", "rows", "tokens")
+    return [f"{counts[key]:,}" for key in keys]
+
+
+def _trained(counts: dict[str, Any]) -> list[str]:
+    ends = counts.get("documents_with_turn_end")
+    lengths = counts["document_tokens"] or {"median": 0, "max": 0}
+    return [
+        f"{counts['trained_frac']:.1%}",
+        "" if ends is None else f"{ends / max(1, counts['documents']):.1%}",
+        f"{lengths['median']:,}",
+        f"{lengths['max']:,}",
+    ]
+
+
+def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the cache as a whole is, as labels and values."""
+    cut = f"; {report['truncated_tokens']:,} tokens are cut off" if report["truncated_tokens"] else ""
+    too_long = report["too_long_documents"]
+    dropped = f"{report['dropped_documents'] - too_long:,} documents by data.checks, {too_long:,} that are longer than a row"
+    return [
+        ("rows", f"{report['rows']:,} of up to {report['max_length']:,} tokens, {_filled(report)}"),
+        (
+            "tokens",
+            f"{report['tokens']:,}, of which {report['trained_tokens']:,} ({report['trained_frac']:.1%}) are trained{cut}",
+        ),
+        ("end of turn", f"trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents"),
+        *([("dropped", dropped)] if report["dropped_documents"] else []),
+        ("cache", f"{report['cache_dir']} ({text.size(report['cache_bytes'])})"),
+    ]
+
+
+def _filled(report: dict[str, Any]) -> str:
+    how = "packed, " if report["packing"] else "one document each, "
+    return f"{how}filled to {report['fill_frac']:.2%} ({report['padding_frac']:.2%} padding)"
+
+
+def _summary(report: dict[str, Any]) -> str:
+    return "\n".join(f"{label:<13}{escape(value)}" for label, value in summary_rows(report))
+
+
+def sources_table(report: dict[str, Any]) -> Table:
+    header, *lines = number_rows(report)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*(escape(cell) for cell in line), style="bold" if line[0] == "mixture" else "")
+    return table
+
+
+def length_bins(report: dict[str, Any]) -> tuple[list[int], list[tuple[str, list[int]]]]:
+    """The upper ends of all length bins, and for each source its documents in them."""
+    ends = [bin_["max_tokens"] for bin_ in report["length_histogram"]]
+    series = []
+    for source in report["sources"]:
+        if source["documents"]:
+            counts = {bin_["max_tokens"]: bin_["documents"] for bin_ in source["length_histogram"]}
+            series.append((source["name"], [counts.get(end, 0) for end in ends]))
+    return ends, series
+
+
+def _print_lengths(console: Console, report: dict[str, Any]) -> None:
+    console.print("tokens per document", style="bold")
+    ends, series = length_bins(report)
+    totals = [sum(counts) for counts in zip(*(counts for _, counts in series), strict=True)]
+    for end, total in zip(ends, totals, strict=True):
+        console.print(f"  up to {end:>9,}  {total:>11,}  {'█' * -(-_BAR * total // max(totals))}")
+    console.print()
+
+
+def _print_findings(console: Console, found: list[dict[str, Any]]) -> None:
+    if not found:
+        console.print("findings: none", style="green")
+        return
+    console.print("findings", style="bold")
+    for one in found:
+        style = "bold red" if one["fatal"] else "yellow"
+        done = "a run is refused" if one["fatal"] else _ACTIONS[one["action"]]
+        line = Text(f"  {one['count']:,} of {one['total']:,} ({share_text(one['share'])})  {one['title']}: {done}", style=style)
+        console.print(line, soft_wrap=True)
+        for example in one["examples"]:
+            console.print(Text(f"      {visible(example['where'])}: {visible(example['detail'])}"), soft_wrap=True)
+        console.print(Text(f"      {one['setting']}={one['action']}; {one['remedy']}", style="dim"), soft_wrap=True)
+
+
+def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:
+    documents = shown["documents"]
+    tokens = sum(document["tokens"] for document in documents)
+    opening, closing = ("", "") if _has_colours(console) else TRAINED_MARKS
+    legend = f"trained between {opening} and {closing}" if opening else f"trained in [{_TRAINED_STYLE}]green[/]"
+    console.print()
+    what = f"row {shown['row']:,}, {tokens:,} tokens" if shown["whole"] else f"document {number}"
+    console.print(f"[bold]{what}[/] ({legend})", soft_wrap=True)
+    for place, document in enumerate(documents, start=1):
+        border = f"document {place} of {len(documents)}, " if shown["whole"] else ""
+        console.rule(f"{border}{escape(document['source'])}, {document['tokens']:,} tokens", align="left", style="blue")
+        line = Text()
+        for part in document["parts"]:
+            written = visible(part["text"])
+            if part["trained"]:
+                line.append(f"{opening}{written}{closing}", style=_TRAINED_STYLE)
+            else:
+                line.append(written, style=_UNTRAINED_STYLE)
+        console.print(line, soft_wrap=True)
+
+
+def _has_colours(console: Console) -> bool:
+    return console.color_system is not None and not console.no_color
+
+
+def visible(written: str) -> str:
+    """A text with its control characters as signs, but for line breaks and tabs."""
+    return _CONTROL.sub(lambda match: chr(0x2400 + ord(match.group())) if ord(match.group()) < 0x20 else "\ufffd", written)

@@ -1,0 +1,165 @@
+"""The settings of the data: where documents come from, how they become rows of tokens, and which faults are accepted."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from launcher.config.fields import Flag, Fraction, Name, Positive, PositiveInt, Section, Text
+
+FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+# What a column mapping may name: the keys that the formats read.
+COLUMNS = (
+    *("messages", "conversations", "tools", "system"),
+    *("instruction", "input", "output", "history"),
+    *("prompt", "completion", "text"),
+)
+
+Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Choice = Literal["keep", "drop", "fail"]
+Accepted = Literal["keep", "fail"]
+
+
+class Source(Section):
+    """One data source."""
+
+    name: Name = Field("train", description="Name of the source in reports and metrics.")
+    path: Text = Field(
+        description=(
+            "A file (.jsonl, .json, .csv, .parquet or .txt, each also as .gz or .zst), a folder or a pattern (./data/*.jsonl); "
+            "a hub dataset as owner/name; an address that fsspec knows, such as s3://bucket/rows.jsonl or hf://datasets/o/n; "
+            "or builtin:stdlib_docs."
+        )
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = Field(
+        "auto",
+        description=(
+            "messages: a list of {role, content}, as in OpenAI's fine-tuning files; sharegpt: conversations of {from, value}; "
+            "alpaca: instruction, input and output; prompt_completion: prompt and completion; text: every token is trained. "
+            "auto: by the keys of the first row."
+        ),
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description=f"The rows' own name for a column, by the name that the formats use ({', '.join(COLUMNS)}).",
+    )
+    split: Text | None = Field(None, description="Split of a hub dataset. Unset: train, or the only one there is.")
+    subset: Text | None = Field(
+        None, description="Configuration of a hub dataset that has several, such as main. Unset: its default one."
+    )
+    revision: Text | None = Field(
+        None, description="Branch, tag or commit of a hub dataset; a 40-digit commit never changes. Unset: the default branch."
+    )
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
+        None, description="Share of the mixture's tokens, relative to the other sources' weights. Unset: all that there is."
+    )
+    max_tokens: PositiveInt | None = Field(None, description="Tokens taken from the source in one epoch, at most. Unset: all.")
+    epochs: Positive = Field(
+        1.0, description="How often each document of the source is seen in one epoch of the run; 0.5 takes every other one."
+    )
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := [name for name in value if name not in COLUMNS]:
+            raise ValueError(f"has no use for {', '.join(unknown)}; the names to map from are {', '.join(COLUMNS)}")
+        return value
+
+
+class ChecksSection(Section):
+    """What happens to documents with a fault: keep them, drop them, or fail before anything is submitted."""
+
+    empty_answer: Choice = Field("drop", description="An answer to train on is empty or white space.")
+    exact_duplicate: Choice = Field(
+        "keep", description="A document stands in the training split twice, but for case and white space."
+    )
+    near_duplicate: Choice = Field("keep", description="A document is nearly the same as an earlier one of the training split.")
+    near_duplicate_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        0.8, description="Estimated Jaccard similarity of the sets of text windows from which two documents are nearly the same."
+    )
+    held_out_in_train: Choice = Field(
+        "fail",
+        description="A held-out document also stands in training, exactly or nearly; drop takes it out of training.",
+    )
+    max_held_out_in_train: Fraction = Field(
+        0.01,
+        description="Share of the held-out documents that may stand in training before held_out_in_train=fail refuses.",
+    )
+    broken_encoding: Choice = Field(
+        "keep", description="Text was decoded wrongly: replacement characters, UTF-8 read as Latin-1."
+    )
+    long_answer: Choice = Field("keep", description="An answer has more than long_answer_tokens tokens.")
+    long_answer_tokens: PositiveInt = Field(4096, description="Trained tokens from which an answer counts as very long.")
+    repetitive_answer: Choice = Field("keep", description="An answer repeats itself.")
+    secrets: Choice = Field("keep", description="Text that looks like a key, token or password.")
+    personal_data: Choice = Field("keep", description="Text that looks like an e-mail address or a telephone number.")
+    role_order: Choice = Field("keep", description="Two messages of one role follow each other, or the user has the last word.")
+    special_token_in_text: Choice = Field(
+        "keep", description="The text holds a special token of this tokenizer, or what is one elsewhere and text here."
+    )
+    no_turn_end: Accepted = Field("fail", description="No document trains an end of turn, so that the model would never stop.")
+    no_trained_token: Choice = Field(
+        "drop",
+        description="A document has no trained token within a row's length. Where none has one, the data is refused.",
+    )
+    few_examples: Accepted = Field(
+        "keep", description="There are fewer examples than few_examples_below, or less than a million tokens of text alone."
+    )
+    few_examples_below: PositiveInt = Field(100, description="Examples from which on few_examples is no finding.")
+
+
+class DataSection(Section):
+    """What is trained on and how it becomes rows of tokens."""
+
+    name: Name = Field("data", description="Short name; part of the run's default name.")
+    path: Text | None = Field(None, description="The path that data=jsonl reads; a shorthand for one entry in data.sources.")
+    sources: tuple[Source, ...] = Field(min_length=1, description="The sources of the mixture.")
+    max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens in a row.")
+    packing: Flag = Field(
+        True, description="Fill each row with several documents that do not see each other. false: one document per row."
+    )
+    group_by_length: Flag = Field(
+        True, description="With data.packing=false: rows of a batch have about the same length, so that little is padded."
+    )
+    long_documents: Literal["truncate", "split", "drop"] = Field(
+        "truncate", description="Documents longer than a row: cut off its rest, go on in further rows, or leave the document out."
+    )
+    train_on: Literal["assistant", "last_turn", "all"] = Field(
+        "assistant",
+        description=(
+            "Trained tokens of chats: the assistant's turns with their ends (a message's own weight 0 or 1 wins), "
+            "those of the last turn only, or all."
+        ),
+    )
+    system: str | None = Field(None, description="System text of every chat, in place of its own. Unset: as the rows have it.")
+    chat_template: Text | None = Field(
+        None, description="File with a Jinja chat template, in place of the tokenizer's. Unset: the tokenizer's own."
+    )
+    eval_fraction: Share = Field(
+        0.0, description="Share of the documents held out for evaluation; ignored where a source brings its own held-out split."
+    )
+    eval_path: Text | None = Field(None, description="Held-out documents: a path as in sources[].path, in the sources' format.")
+    eval_split: Text | None = Field(
+        None, description="Split of a hub dataset or folder in data.eval_path. Unset: validation, else test."
+    )
+    eval_max_rows: PositiveInt | None = Field(None, description="Evaluate on at most this many held-out rows. Unset: all.")
+    workers: PositiveInt | None = Field(
+        None, description="Processes that build the data cache. Unset: one for each CPU that this process may use."
+    )
+    checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents with a fault.")
+
+    @model_validator(mode="after")
+    def _one_held_out_split(self) -> DataSection:
+        if self.eval_fraction and self.eval_path:
+            raise ValueError("data.eval_fraction and data.eval_path exclude each other; set one of them")
+        names = [s.name for s in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data.sources holds a name twice ({', '.join(names)}); give every source its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _something_in_the_mixture(self) -> DataSection:
+        if all(source.weight == 0 for source in self.sources):
+            raise ValueError("data.sources: the weights of the mixture sum to zero; give at least one source a weight above 0")
+        return self

@@ -1,0 +1,162 @@
+"""From documents to pieces that fit a row: what the processes that build the cache do with each batch."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from launcher.config.data import DataSection
+from launcher.data import quality
+from launcher.data.chat import Encoded, Encoder, load_tokenizer
+from launcher.data.sources import Document
+
+NUM_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """A document, the number of its source, and whether it is held out; None: its content decides."""
+
+    document: Document
+    source: int
+    held_out: bool | None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """What becomes documents of rows, one entry for each: the whole of a document read, or a part that fits a row.
+
+    `doc` is the number of the document read, `labels` counts trained tokens, `turn_end`: a trained end of turn is among them.
+    """
+
+    doc: np.ndarray
+    lengths: np.ndarray
+    labels: np.ndarray
+    turn_end: np.ndarray
+
+
+@dataclass(frozen=True)
+class Docs:
+    """One entry for each document read; `num_tokens` before anything was cut, `lost_tokens` are in no piece."""
+
+    source: np.ndarray
+    held_out: np.ndarray
+    num_tokens: np.ndarray
+    lost_tokens: np.ndarray
+    num_pieces: np.ndarray
+    contents: np.ndarray
+    is_text: np.ndarray
+    wheres: list[str]
+    signatures: list[np.ndarray | None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out document as a question to the model; `rank` orders all of them by content."""
+
+    rank: int
+    doc: int
+    prompt: str
+    prompt_ids: list[int]
+    answer: str
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch of documents, whose numbers count within it; `tokens` and `trained` of its pieces stand one after the other."""
+
+    docs: Docs
+    pieces: Pieces
+    tokens: np.ndarray
+    trained: np.ndarray
+    hits: list[tuple[int, quality.Hit]]
+    samples: list[Sample]
+
+
+class BatchEncoder:
+    """Encodes batches of documents with one tokenizer."""
+
+    def __init__(self, data: DataSection, tokenizer_path: str) -> None:
+        self.data = data
+        self.encoder = Encoder(load_tokenizer(tokenizer_path), data)
+
+    def encode(self, items: Sequence[Item]) -> EncodedBatch:
+        """Tokens, faults and counts of some documents; errors: DataError naming the document."""
+        encoded = self.encoder.encode([self.encoder.render(item.document) for item in items])
+        documents = [item.document for item in items]
+        seen = quality.inspect(documents, encoded, self.encoder.special_texts, self.data.checks)
+        cut = [pieces_of(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
+        hits = [(i, hit) for i, one in enumerate(seen) for hit in one.hits]
+        hits += [(i, self._untrained()) for i, pieces in enumerate(cut) if pieces and not pieces[0].trained.any()]
+        held_out = [
+            one.content / 2**64 < self.data.eval_fraction if item.held_out is None else item.held_out
+            for item, one in zip(items, seen, strict=True)
+        ]
+        num_tokens = np.asarray([len(tokens.ids) for tokens in encoded], dtype=np.int64)
+        kept_tokens = np.asarray([sum(len(piece.ids) for piece in pieces) for pieces in cut], dtype=np.int64)
+        docs = Docs(
+            source=np.asarray([item.source for item in items], dtype=np.uint16),
+            held_out=np.asarray(held_out, dtype=bool),
+            num_tokens=num_tokens,
+            lost_tokens=num_tokens - kept_tokens,
+            num_pieces=np.asarray([len(pieces) for pieces in cut], dtype=np.int64),
+            contents=np.asarray([one.content for one in seen], dtype=np.uint64),
+            is_text=np.asarray([one.is_text for one in seen], dtype=bool),
+            wheres=[item.document.where for item in items],
+            signatures=[one.signature for one in seen],
+        )
+        whole = [i for i in np.flatnonzero(docs.held_out).tolist() if not docs.lost_tokens[i]]
+        pieces = [piece for pieces in cut for piece in pieces]
+        return EncodedBatch(
+            docs,
+            _counts(cut),
+            tokens=np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in pieces)]),
+            trained=np.concatenate([np.empty(0, np.uint8), *(piece.trained for piece in pieces)]),
+            hits=hits,
+            samples=self._samples(items, whole, docs.contents),
+        )
+
+    def _untrained(self) -> quality.Hit:
+        return quality.Hit("no_trained_token", f"none within the first {self.data.max_length:,} tokens")
+
+    def _samples(self, items: Sequence[Item], candidates: list[int], contents: np.ndarray) -> list[Sample]:
+        found = []
+        for rank, i in heapq.nsmallest(NUM_SAMPLES, ((int(contents[i]), i) for i in candidates)):
+            if (sample := self.encoder.prompt(items[i].document)) is not None:
+                found.append(Sample(rank, i, *sample))
+        return found
+
+
+def pieces_of(encoded: Encoded, max_length: int, long_documents: str) -> list[Encoded]:
+    """The document in pieces of at most `max_length` tokens: its start, all of it, or nothing where it is longer.
+
+    Pieces without a trained token are left out, unless none has one; nothing stands before a piece's first token to predict
+    it from, so that one is not trained.
+    """
+    num_tokens = len(encoded.ids)
+    if num_tokens <= max_length:
+        return [encoded] if num_tokens else []
+    if long_documents == "drop":
+        return []
+    starts = range(0, num_tokens, max_length) if long_documents == "split" else (0,)
+    pieces = [_slice(encoded, start, start + max_length) for start in starts]
+    return [piece for piece in pieces if piece.trained.any()] or pieces[:1]
+
+
+def _slice(encoded: Encoded, start: int, end: int) -> Encoded:
+    trained = encoded.trained[start:end].copy()
+    trained[0] = 0
+    return Encoded(encoded.ids[start:end], trained, tuple(at - start for at in encoded.turn_ends if start < at < end))
+
+
+def _counts(cut: Sequence[Sequence[Encoded]]) -> Pieces:
+    pieces = [piece for pieces in cut for piece in pieces]
+    return Pieces(
+        doc=np.repeat(np.arange(len(cut)), [len(pieces) for pieces in cut]),
+        lengths=np.asarray([len(piece.ids) for piece in pieces], dtype=np.int64),
+        labels=np.asarray([np.count_nonzero(piece.trained) for piece in pieces], dtype=np.int64),
+        turn_end=np.asarray([bool(piece.turn_ends) for piece in pieces], dtype=bool),
+    )

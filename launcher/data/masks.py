@@ -1,0 +1,224 @@
+"""Which characters of a rendered chat are trained: what the assistant must write itself, up to and including its end of turn.
+
+A template with generation marks ({% generation %} ... {% endgeneration %}) says so itself. With any other the borders are found
+by rendering prefixes of the conversation and comparing; where that does not give them for certain, the template is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import jinja2
+
+from launcher.data.sources import Chat, Message
+from launcher.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["assistant", "last_turn", "all"]
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Some templates write the day; tokens must not depend on when the cache is built. It is the day that Llama's write by default.
+_TODAY = datetime(2024, 7, 26)
+_REWRITES = "renders earlier messages otherwise once a later one follows"
+_NOT_SURE = (
+    "use a template with generation marks (data.chat_template=FILE), or train the last turn alone (data.train_on=last_turn), "
+    "or change the row"
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Trained characters start:end of a text; the end-of-turn token stands at turn_end:end (None: there is none)."""
+
+    start: int
+    end: int
+    turn_end: int | None = None
+
+
+class Template:
+    """The chat template of a tokenizer, or `text` in its place; `name` is where the user finds it.
+
+    Methods raise DataError, which names template and document.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, special_texts: Sequence[str], text: str | None = None, name: str = ""
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._text = text
+        self.name = name or str(tokenizer.name_or_path)
+        self._special_texts = [token for token in special_texts if token]
+        self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+
+    def render(self, chat: Chat, num_messages: int | None = None, generation_prompt: bool = False) -> str:
+        """The text of the first `num_messages` messages (None: of all)."""
+        return self._render(chat, chat.messages[:num_messages], generation_prompt, marks=False)[0]
+
+    def trained(self, chat: Chat, train_on: TrainOn) -> tuple[str, tuple[Span, ...]]:
+        """The chat's text and its trained spans in ascending order.
+
+        `last_turn` is what the assistant writes after the last user message. A message's own weight wins over `train_on`.
+        """
+        if train_on == "all":
+            return self._all(chat)
+        last_user = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
+        wanted = [
+            i
+            for i, message in enumerate(chat.messages)
+            if message.role == "assistant"
+            and (bool(message.weight) if message.weight is not None else train_on == "assistant" or i > last_user)
+        ]
+        return self._spans(chat, wanted)
+
+    def _all(self, chat: Chat) -> tuple[str, tuple[Span, ...]]:
+        """Everything but the messages of weight 0."""
+        text, left_out = self._spans(chat, [i for i, message in enumerate(chat.messages) if message.weight == 0])
+        spans, start = [], 0
+        for span in (*left_out, Span(len(text), len(text))):
+            if span.start > start:
+                # What stands before a message that is left out ends with that message's header.
+                ends_chat = span.start == len(text)
+                spans.append(self._with_turn_end(text, start, len(text)) if ends_chat else Span(start, span.start))
+            start = span.end
+        return text, tuple(spans)
+
+    def _spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
+        """The chat's text and the spans of the messages with the numbers `wanted`."""
+        if _MARK.search(self._source(chat)):
+            return self._marked_spans(chat, wanted)
+        full = self.render(chat)
+        return full, tuple(self._span(chat, full, i) for i in wanted)
+
+    # Templates with generation marks
+
+    def _marked_spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
+        text, marks = self._render(chat, chat.messages, generation_prompt=False, marks=True)
+        answers = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
+        bounds = list(range(len(answers) + 1))
+        if len(marks) != len(answers):
+            # A message with several marks, or none: how many there are up to each message tells which are whose.
+            bounds = [0, *(len(self._render(chat, chat.messages[: i + 1], False, marks=True)[1]) for i in answers)]
+            if bounds != sorted(bounds) or bounds[-1] != len(marks):
+                self._refuse("marks other parts of a message once a later one follows", chat.where)
+        spans = []
+        for number, i in enumerate(answers):
+            own = marks[bounds[number] : bounds[number + 1]]
+            said = "".join(text[start:end] for start, end in own)
+            if own and not all(part in said for part in _said_by(chat.messages[i])):
+                self._refuse("marks other text as generated than what the assistant says", f"{chat.where}, messages[{i}]")
+            spans += [self._with_turn_end(text, start, end) for start, end in own if i in wanted and start < end]
+        return text, tuple(spans)
+
+    def _with_turn_end(self, text: str, start: int, end: int) -> Span:
+        written = text[start:end].rstrip()
+        token = self._token_at_end(written)
+        return Span(start, end, start + len(written) - len(token) if token else None)
+
+    # Templates without: what follows a rendered prefix
+
+    def _span(self, chat: Chat, full: str, i: int) -> Span:
+        """Where message `i` stands in `full`, the whole chat.
+
+        Text that the template puts between the prompt and the content (such as an empty think block) is part of the span. Some
+        templates leave it, or the reasoning, out of earlier turns, so `full` may hold the message with or without it.
+        """
+        message, where = chat.messages[i], f"{chat.where}, messages[{i}]"
+        if i == 0:
+            remedy = "begin the conversation with a user message"
+            raise DataError(Problem("the conversation begins with the assistant", chat.where, remedy=remedy))
+        prefix = self.render(chat, i, generation_prompt=True)
+        turn = full if i == len(chat.messages) - 1 else self.render(chat, i + 1)
+        if not full.startswith(prefix) or not turn.startswith(prefix):
+            self._refuse(_REWRITES, where)
+        answer = turn[len(prefix) :].rstrip()
+        token = self._token_at_end(answer)
+        body = answer.removesuffix(token).rstrip()
+        said = _said_by(message)
+        places = [body.rfind(part) for part in said]
+        if min(places, default=0) < 0 or (not message.tool_calls and not body.endswith(said[0] if said else "")):
+            self._refuse("changes the message, or puts text between it and the end of the turn", where)
+        # What may be missing in front, once later messages follow, ends where the message itself begins.
+        for left_out in range(min(places, default=len(body)) + 1):
+            written = answer[left_out:]
+            if full.startswith(written, len(prefix)):
+                end = len(prefix) + len(written)
+                return Span(len(prefix), end, end - len(token) if token else None)
+        self._refuse("renders this message otherwise once later ones follow", where)
+
+    def _token_at_end(self, text: str) -> str:
+        return next((token for token in self._special_texts if text.endswith(token)), "")
+
+    # Rendering
+
+    def _source(self, chat: Chat) -> str:
+        if self._text is not None:
+            return self._text
+        if not self._tokenizer.chat_template:
+            remedy = (
+                "choose a model with a chat template (often named -Instruct), set data.chat_template to a file with one, "
+                "or use the formats prompt_completion or text"
+            )
+            what = "the tokenizer has no chat template, which conversations need"
+            raise DataError(Problem(what, chat.where, self.name, remedy))
+        return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
+
+    def _render(
+        self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils import chat_template_utils
+
+        source = self._source(chat)
+        rows, tools = [_as_template_reads(message) for message in messages], list(chat.tools) or None
+        values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
+        try:
+            # What tokenizer.apply_chat_template compiles and keeps; here nothing has to be copied first.
+            compiled = chat_template_utils._compile_jinja_template(source)
+            compiled.globals["strftime_now"] = _TODAY.strftime
+            if not marks:
+                return compiled.render(messages=rows, tools=tools, documents=None, **values), []
+            texts, spans = chat_template_utils.render_jinja_template(
+                conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            what = f"the chat template refuses this conversation: {error}"
+            remedy = "change the row, or set data.chat_template to a file with a template that takes it"
+            raise DataError(Problem(what, chat.where, self.name, remedy)) from error
+        return texts[0], [tuple(span) for span in spans[0]]
+
+    def _refuse(self, does: str, where: str) -> NoReturn:
+        what = f"the chat template {does}, so the trained tokens cannot be told for certain"
+        raise DataError(Problem(what, where, self.name, _NOT_SURE))
+
+
+def _said_by(message: Message) -> list[str]:
+    """Texts that must stand in whatever a template makes of an assistant's message."""
+    names = [call["function"]["name"] for call in message.tool_calls]
+    return [text for text in (message.content.strip(), *names) if text]
+
+
+def _as_template_reads(message: Message) -> dict[str, Any]:
+    made: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        made["tool_calls"] = list(message.tool_calls)
+    if message.name is not None:
+        made["name"] = message.name
+    if message.tool_call_id is not None:
+        made["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        # Templates read it under either name.
+        made["reasoning_content"] = made["thinking"] = message.reasoning_content
+    return made
+
+
+def with_system(chat: Chat, system: str | None) -> Chat:
+    """The chat with `system` in place of its own system message; None leaves it as it is."""
+    if system is None:
+        return chat
+    own = chat.messages[1:] if chat.messages[0].role == "system" else chat.messages
+    return Chat(chat.where, (Message("system", system), *own), chat.tools)

@@ -1,0 +1,113 @@
+"""What keys, addresses, telephone numbers and special tokens look like in a text."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """A pattern of a kind of text that belongs to the check `finding`; one of `literals` stands in every text that holds it.
+
+    The literals are in lower case, with 0 for every digit. Most texts hold none, and looking for them takes a tenth of the time.
+    """
+
+    finding: str
+    kind: str
+    literals: tuple[bytes, ...]
+    pattern: re.Pattern[str]
+
+
+_E_MAIL = r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
+# With a country's code, or in groups of three, three and four: numbers in a calculation have neither.
+_ABROAD = r"\+(?<![\w+.-]\+)[1-9]\d{0,2}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\d{2,4}){2,4}(?![\w-])"
+_IN_GROUPS = r"(?<![\w+.-])(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-.]\d{4}(?![\w-])"
+_ASSIGNED = (
+    r"(?i:(?:api_?key|secret(?:_?key)?|access_?token|auth_?token|password|passwd)"
+    r"[\"']?\s*[:=]\s*[\"'])[^\s\"'<>{}$]{12,128}(?=[\"'])"
+)
+_ASSIGNED_LITERALS = (b"api_key", b"apikey", b"secret", b"access_token", b"accesstoken", b"auth_token", b"authtoken", b"passw")
+SEARCHES = tuple(
+    Search(finding, kind, literals, re.compile(pattern))
+    for finding, kind, literals, pattern in (
+        ("secrets", "private key", (b"private key",), r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[^-]*"),
+        ("secrets", "AWS key", (b"akia", b"asia"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+        ("secrets", "GitHub token", (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_"), r"\bgh[pousr]_[A-Za-z0-9]{16,}"),
+        ("secrets", "GitHub token", (b"github_pat_",), r"\bgithub_pat_\w{16,}"),
+        ("secrets", "Hugging Face token", (b"hf_",), r"\bhf_[A-Za-z0-9]{16,}"),
+        ("secrets", "API key", (b"sk-", b"sk_"), r"\bsk[-_](?:[A-Za-z]+[-_])*[A-Za-z0-9_-]{20,}"),
+        ("secrets", "Slack token", (b"xox",), r"\bxox[abprs]-[\w-]{10,}"),
+        ("secrets", "Google key", (b"aiza",), r"\bAIza[\w-]{35}"),
+        ("secrets", "JSON web token", (b"eyj",), r"\beyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]+"),
+        ("secrets", "password in an address", (b"://",), r"://[^/\s:@]{1,64}:[^/\s@]{3,128}@(?=[\w.-])"),
+        ("secrets", "assigned secret", _ASSIGNED_LITERALS, _ASSIGNED),
+        ("personal_data", "e-mail address", (b"@",), _E_MAIL),
+        ("personal_data", "telephone number", (b"+0",), _ABROAD),
+        ("personal_data", "telephone number", (b"-0000", b".0000"), _IN_GROUPS),
+    )
+)
+# Marks that chat templates of other models write; a tokenizer that does not know them makes plain text of them.
+_FOREIGN = re.compile(
+    r"<\|[A-Za-z][\w .-]{0,40}\|>|<｜[^｜<>\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
+)
+_FOREIGN_LITERALS = ("<|", "<｜", "inst]", "sys>>", "_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>")
+# Many texts hold no underscore at all.
+_LITERALS = [[(literal, s) for s in SEARCHES for literal in s.literals if (b"_" in literal) is with_] for with_ in (False, True)]
+_ALL_DIGITS_0 = bytes.maketrans(b"123456789", b"0" * 9)
+
+
+def worth_while(lower: bytes) -> tuple[Search, ...]:
+    """The searches that may find something in a text, given in lower case and UTF-8."""
+    data = lower.translate(_ALL_DIGITS_0)
+    found = [search for literal, search in _LITERALS[0] if literal in data]
+    if b"_" in data:
+        found += [search for literal, search in _LITERALS[1] if literal in data]
+    return tuple(dict.fromkeys(found)) if found else ()
+
+
+def find(text: str, searches: Iterable[Search]) -> Iterator[tuple[Search, re.Match[str]]]:
+    """Each find in `text`."""
+    for search in searches:
+        for match in search.pattern.finditer(text):
+            yield search, match
+
+
+def hidden(search: Search, match: re.Match[str]) -> str:
+    """What may be shown of a find: its kind, first character and length."""
+    return f"[{search.kind}: {match.group()[:1]}…, {len(match.group())} characters]"
+
+
+def redacted(text: str) -> str:
+    """`text` with every likely key, password, e-mail address and telephone number replaced."""
+    for search in worth_while(text.lower().encode()):
+        text = search.pattern.sub(functools.partial(hidden, search), text)
+    return text
+
+
+def may_hold_special_tokens(lower: str, known: Sequence[str]) -> bool:
+    """False where a text, given in lower case, holds no special token."""
+    return any([literal in lower for literal in (*_FOREIGN_LITERALS, *_beginnings(tuple(known)))])  # noqa: C419
+
+
+def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Special tokens that stand in `text`, each with True where it is one of `known`."""
+    if known:
+        for match in _any_of(tuple(known)).finditer(text):
+            yield match.group(), True
+    for match in _FOREIGN.finditer(text):
+        if match.group() not in known:
+            yield match.group(), False
+
+
+@functools.lru_cache(maxsize=8)
+def _beginnings(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """What the texts begin with, in lower case; many special tokens begin alike."""
+    return tuple(sorted({text.casefold()[:2] for text in texts if text}))
+
+
+@functools.lru_cache(maxsize=8)
+def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text))

@@ -1,0 +1,309 @@
+"""Faults of documents: of each by itself in the worker processes, and of all together where they are collected."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ftfy.badness import is_bad
+
+from launcher.config.data import ChecksSection
+from launcher.data import duplicates, patterns
+from launcher.data.chat import Encoded
+from launcher.data.findings import NUM_EXAMPLES, TITLES, Example, Finding, Findings
+from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+
+# zlib makes about a half of usual text and a third of code and tables; a fifth is left where one thing is said again and again.
+REPETITIVE_RATIO = 5.0
+_MIN_REPETITIVE_BYTES = 400
+# Continued pre-training learns little from less.
+FEW_TOKENS_OF_TEXT = 1_000_000
+_USUAL_EXAMPLES = "50 to 100 are usual for a format or a tone, 1,000 and more for a skill, tens of thousands for general chat"
+# The first byte of a character of several in UTF-8, and a later one, read as Latin-1 or Windows-1252.
+_MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
+_MAY_FOLLOW = {
+    "system": ("start",),
+    "user": ("start", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+# Above every estimate of a similarity.
+_EXACT = 2.0
+_USUAL_TEXT = "continued pre-training usually takes millions of tokens or more"
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One check that a document has not passed; `detail` shows no secret, `others` are the numbers of documents concerned."""
+
+    finding: str
+    detail: str
+    others: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of one document: 64-bit hash of its normalised text, MinHash signature uint16 [128], faults, its kind."""
+
+    content: int
+    signature: np.ndarray | None
+    hits: tuple[Hit, ...]
+    is_text: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All documents in the order in which they were read, one entry each; `source` points into `names`."""
+
+    wheres: Sequence[str]
+    source: np.ndarray
+    names: tuple[str, ...]
+    held_out: np.ndarray
+    num_tokens: np.ndarray
+    is_text: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a document's text; `where` names it within the document, `is_answer`: the model is trained to write it."""
+
+    where: str
+    text: str
+    is_answer: bool
+
+
+def inspect(
+    documents: Sequence[Document], encoded: Sequence[Encoded], special_texts: Sequence[str], checks: ChecksSection
+) -> list[Inspection]:
+    """Look at some documents and their tokens before anything is cut; `special_texts` are the tokenizer's special tokens."""
+    contents, signed, hits = [], [], []
+    for document, tokens in zip(documents, encoded, strict=True):
+        parts = list(_parts(document))
+        whole = duplicates.normalised("\n".join([part.text for part in parts]))
+        data = whole.encode()
+        # Chats that share a long system text are not alike for that.
+        own = [part.text for part in parts if part.where != "system"]
+        signed.append(data if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
+        contents.append(duplicates.content_hash(data))
+        hits.append((*_faults(document, parts, tokens, checks), *_in_texts(parts, whole, data, special_texts)))
+    is_text = [isinstance(document, PlainText) for document in documents]
+    return list(map(Inspection, contents, duplicates.signatures(signed), hits, is_text))
+
+
+def _parts(document: Document) -> Iterator[_Part]:
+    match document:
+        case Chat(messages=messages):
+            for i, message in enumerate(messages):
+                where = "system" if message.role == "system" else f"messages[{i}]"
+                yield _Part(where, _written(message), message.role == "assistant" and message.weight != 0)
+        case Completion(prompt=prompt, completion=completion):
+            yield _Part("prompt", prompt, False)
+            yield _Part("completion", completion, True)
+        case PlainText(text=text):
+            yield _Part("text", text, False)
+
+
+def _written(message: Message) -> str:
+    """All that a message says: its reasoning, its content, its calls."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.tool_calls]
+    return "\n".join(text for text in (message.reasoning_content, message.content, *calls) if text)
+
+
+def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: ChecksSection) -> Iterator[Hit]:
+    """Faults of structure: what is trained, what is missing, who speaks when."""
+    num_trained = int(np.count_nonzero(encoded.trained))
+    if not num_trained:
+        yield Hit("no_trained_token", "no token is trained")
+    elif not encoded.turn_ends:
+        yield Hit("no_turn_end", "no end of turn is trained")
+    if empty := [part.where for part in parts if part.is_answer and not part.text.strip()]:
+        yield Hit("empty_answer", f"{empty[0]} is empty")
+    if num_trained > checks.long_answer_tokens and not isinstance(document, PlainText):
+        longest = _longest_run(encoded.trained)
+        if longest > checks.long_answer_tokens:
+            yield Hit("long_answer", f"{longest:,} trained tokens in one answer")
+    for part in parts:
+        if part.is_answer and (ratio := _repetition(part.text)) > REPETITIVE_RATIO:
+            yield Hit("repetitive_answer", f"{part.where} is {len(part.text):,} characters that compress to 1/{ratio:.0f}")
+            break
+    if isinstance(document, Chat) and (fault := _role_fault(document.messages)):
+        yield Hit("role_order", fault)
+
+
+def _longest_run(trained: np.ndarray) -> int:
+    borders = np.flatnonzero(np.diff(trained, prepend=0, append=0))
+    return int((borders[1::2] - borders[::2]).max(initial=0))
+
+
+def _repetition(text: str) -> float:
+    data = text.encode()
+    return len(data) / len(zlib.compress(data, 1)) if len(data) >= _MIN_REPETITIVE_BYTES else 0.0
+
+
+def _role_fault(messages: Sequence[Message]) -> str | None:
+    """The first place where a conversation is not: system, then user and assistant in turns, the assistant last."""
+    before = "start"
+    for i, message in enumerate(messages):
+        role = message.role
+        uncalled = role == "tool" and before == "assistant" and not messages[i - 1].tool_calls
+        if uncalled or before not in _MAY_FOLLOW.get(role, (before,)):
+            return f"messages[{i}] ({role}) " + ("comes first" if before == "start" else f"follows a message of role {before}")
+        before = before if role == "system" else role
+    return None if before == "assistant" else f"the last message is of role {messages[-1].role}"
+
+
+def _in_texts(parts: Sequence[_Part], whole: str, data: bytes, special_texts: Sequence[str]) -> Iterator[Hit]:
+    """Faults that stand in the text itself: the first of each kind, and how many more there are."""
+    found: dict[str, list[str]] = defaultdict(list)
+    searches = patterns.worth_while(data)
+    special = patterns.may_hold_special_tokens(whole, special_texts)
+    if not searches and not special and whole.isascii():
+        return
+    for part in parts:
+        if not part.text.isascii() and (broken := _broken(part.text)):
+            found["broken_encoding"].append(f"{part.where}: {broken}")
+        for token, known in patterns.special_tokens(part.text, special_texts) if special else ():
+            means = "a special token of this tokenizer" if known else "unknown to this tokenizer"
+            found["special_token_in_text"].append(f"{part.where}: {token}, {means}")
+        for search, match in patterns.find(part.text, searches):
+            found[search.finding].append(f"{part.where}, character {match.start()}: {patterns.hidden(search, match)}")
+    for finding, details in found.items():
+        yield Hit(finding, details[0] + (f" and {len(details) - 1} more" if len(details) > 1 else ""))
+
+
+def _broken(text: str) -> str | None:
+    if count := text.count("\ufffd"):
+        return f"{count} replacement character{'s' if count > 1 else ''}"
+    # ftfy's own look takes a quarter of a microsecond a character.
+    return "bytes read in the wrong encoding" if _MOJIBAKE.search(text) and is_bad(text) else None
+
+
+def across(
+    contents: np.ndarray, signatures: Sequence[np.ndarray | None], held_out: np.ndarray, checks: ChecksSection
+) -> list[tuple[int, Hit]]:
+    """Faults of documents beside others, as (document, hit): duplicates in training, and held-out documents that stand there.
+
+    `contents` is uint64 [documents], `held_out` bool [documents]. `others` of a held-out document's hit are the training
+    documents; among a very great number of nearly the same ones some are not among them.
+    """
+    training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    unique, first, group = np.unique(contents[training], return_index=True, return_inverse=True)
+    originals = training[first]
+    again = np.flatnonzero(originals[group] != training)
+    hits = [(int(training[i]), Hit("exact_duplicate", _alike(_EXACT), (int(originals[group[i]]),))) for i in again.tolist()]
+    earlier, leaks = _near(signatures, held_out, np.sort(np.concatenate([originals, inside])), checks)
+    hits += [(i, Hit("near_duplicate", _alike(alike), (other,))) for i, (other, alike) in sorted(earlier.items())]
+    # All copies of an original, by its place among the unique ones.
+    copies = training[np.argsort(group, kind="stable")]
+    ends = np.cumsum(np.bincount(group, minlength=len(unique)))
+    at = np.searchsorted(unique, contents[inside])
+    for document, place in zip(inside.tolist(), at.tolist(), strict=True):
+        found = dict(leaks.get(document, {}))
+        if place < len(unique) and unique[place] == contents[document]:
+            found[int(originals[place])] = _EXACT
+        if found:
+            places = np.searchsorted(unique, contents[list(found)])
+            others = np.concatenate([copies[ends[p - 1] if p else 0 : ends[p]] for p in places.tolist()])
+            hits.append((document, Hit("held_out_in_train", _alike(max(found.values())), tuple(others.tolist()))))
+    return hits
+
+
+def _alike(similarity: float) -> str:
+    return "the same as" if similarity == _EXACT else f"{similarity:.0%} the same as"
+
+
+def _near(
+    signatures: Sequence[np.ndarray | None], held_out: np.ndarray, candidates: np.ndarray, checks: ChecksSection
+) -> tuple[dict[int, tuple[int, float]], dict[int, dict[int, float]]]:
+    """Near pairs of `candidates`: of a training document its earlier one, of a held-out one all training documents found."""
+    earlier: dict[int, tuple[int, float]] = {}
+    leaks: dict[int, dict[int, float]] = defaultdict(dict)
+    numbers = [i for i in candidates.tolist() if signatures[i] is not None]
+    if len(numbers) < 2:
+        return earlier, leaks
+    matrix = np.stack([signature for i in numbers if (signature := signatures[i]) is not None])
+    for a, b, similarity in duplicates.near_pairs(matrix, checks.near_duplicate_threshold):
+        for x, y, alike in zip(a.tolist(), b.tolist(), similarity.tolist(), strict=True):
+            left, right = numbers[x], numbers[y]
+            if not held_out[left] and not held_out[right]:
+                earlier.setdefault(right, (left, alike))
+            elif not held_out[left]:
+                leaks[right][left] = alike
+            elif not held_out[right]:
+                leaks[left][right] = alike
+    return earlier, leaks
+
+
+def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> tuple[np.ndarray, Findings]:
+    """Which documents are dropped, bool [documents], and what is told of all of them."""
+    by_name: dict[str, dict[int, Hit]] = defaultdict(dict)
+    for document, hit in hits:
+        by_name[hit.finding].setdefault(document, hit)
+    by_name["no_turn_end"] = _in_whole_sources(by_name["no_turn_end"], by_name["no_trained_token"], corpus)
+    drop = np.zeros(len(corpus.wheres), dtype=bool)
+    found = []
+    for name in TITLES:
+        of_name = by_name.get(name)
+        if not of_name:
+            continue
+        documents = np.asarray(sorted(of_name))
+        total = int(corpus.held_out.sum()) if name == "held_out_in_train" else len(corpus.wheres)
+        found.append(_finding(name, documents, total, of_name, corpus))
+        if getattr(checks, name) == "drop":
+            # A held-out document stays, and what stands in training goes.
+            gone = [i for one in of_name.values() for i in one.others] if name == "held_out_in_train" else documents
+            drop[gone] = True
+    return drop, tuple(found + _few(drop, corpus, checks))
+
+
+def _in_whole_sources(hits: dict[int, Hit], untrained: dict[int, Hit], corpus: Corpus) -> dict[int, Hit]:
+    """The hits of those sources in which every document with a trained token has one."""
+    trained = np.ones(len(corpus.wheres), dtype=bool)
+    trained[list(untrained)] = False
+    lacking = np.zeros(len(corpus.wheres), dtype=bool)
+    lacking[list(hits)] = True
+    num = len(corpus.names)
+    all_of_it = np.bincount(corpus.source[trained], minlength=num) == np.bincount(corpus.source[lacking], minlength=num)
+    return {i: hit for i, hit in hits.items() if all_of_it[corpus.source[i]]}
+
+
+def _finding(name: str, documents: np.ndarray, total: int, hits: dict[int, Hit], corpus: Corpus) -> Finding:
+    evenly = np.linspace(0, len(documents) - 1, NUM_EXAMPLES).round().astype(int)
+    examples = []
+    for i in documents[np.unique(evenly)].tolist():
+        detail, others = hits[i].detail, hits[i].others
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            detail = f"{detail} {corpus.wheres[others[0]]}{more}"
+        examples.append(Example(corpus.wheres[i], detail))
+    note = ""
+    if name == "held_out_in_train":
+        exact = sum(hit.detail == _alike(_EXACT) for hit in hits.values())
+        note = f"{exact:,} exactly, {len(documents) - exact:,} nearly"
+    return Finding(name, len(documents), total, _by_source(documents, corpus), tuple(examples), note)
+
+
+def _by_source(documents: np.ndarray, corpus: Corpus) -> dict[str, int]:
+    counts = np.bincount(corpus.source[documents], minlength=len(corpus.names))
+    return {corpus.names[i]: int(count) for i, count in enumerate(counts) if count}
+
+
+def _few(drop: np.ndarray, corpus: Corpus, checks: ChecksSection) -> list[Finding]:
+    """The finding that what is left to train on is little for its purpose: examples are counted, texts alone by their tokens."""
+    training = ~drop & ~corpus.held_out
+    examples = np.flatnonzero(training & ~corpus.is_text)
+    documents = examples if len(examples) else np.flatnonzero(training)
+    num_tokens = int(corpus.num_tokens[documents].sum())
+    if len(examples):
+        few, said = len(examples) < checks.few_examples_below, f"{len(examples):,} examples to train on; {_USUAL_EXAMPLES}"
+    else:
+        few, said = num_tokens < FEW_TOKENS_OF_TEXT, f"{num_tokens:,} tokens of text to train on; {_USUAL_TEXT}"
+    if not few or not len(documents):
+        return []
+    example = Example(corpus.wheres[documents[0]], said)
+    return [Finding("few_examples", len(documents), int(training.sum()), _by_source(documents, corpus), (example,))]

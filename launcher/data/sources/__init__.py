@@ -1,0 +1,111 @@
+"""Reading documents from the data sources; no torch, no transformers.
+
+A row that cannot be used is an error that names its place; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from launcher.config.data import DataSection, Source
+from launcher.data import stdlib_docs
+from launcher.data.sources import places
+from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.files import count_rows as _count_rows
+from launcher.data.sources.files import read_rows
+from launcher.data.sources.rows import PARSERS, Parser, recognised, refuse, renamed
+from launcher.data.sources.splits import HELD_OUT
+from launcher.errors import Problem
+
+__all__ = [
+    "STDLIB_DOCS",
+    "Chat",
+    "Completion",
+    "Document",
+    "Message",
+    "PlainText",
+    "check_sources",
+    "count_rows",
+    "eval_source",
+    "read_documents",
+    "source_digest",
+]
+
+STDLIB_DOCS = "builtin:stdlib_docs"
+HELD_OUT_NAME = "held_out"
+
+
+def eval_source(data: DataSection) -> Source | None:
+    """data.eval_path as a source, with format and columns of the sources where all have the same; None where it is unset."""
+    if data.eval_path is None:
+        return None
+    read = [source for source in data.sources if source.path != STDLIB_DOCS]
+    alike = len({(source.format, *sorted(source.columns.items())) for source in read}) == 1
+    return Source(
+        name=HELD_OUT_NAME,
+        path=data.eval_path,
+        format=read[0].format if alike else "auto",
+        columns=read[0].columns if alike else {},
+        split=data.eval_split or (None if Path(data.eval_path).expanduser().is_file() else HELD_OUT),
+    )
+
+
+def check_sources(data: DataSection) -> list[Problem]:
+    """The mistakes that show without reading the files or asking another machine: paths that are missing, empty, no data."""
+    sources = {f"data.sources[{i}].path": source for i, source in enumerate(data.sources)}
+    if (held_out := eval_source(data)) is not None:
+        sources["data.eval_path"] = held_out
+    problems = [problem for key, source in sources.items() if (problem := _path_problem(key, source))]
+    if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
+        remedy = f"set data.chat_template to a file with a Jinja template; relative paths start at {Path.cwd()}"
+        problems.append(Problem("there is no such template file", "data.chat_template", data.chat_template, remedy))
+    return problems
+
+
+def _path_problem(key: str, source: Source) -> Problem | None:
+    value = source.path
+    if value == STDLIB_DOCS:
+        return None
+    if value.startswith("builtin:"):
+        remedy = f"set {key} to a data file; the only built-in data set is {STDLIB_DOCS}"
+        return Problem("there is no such built-in data set", key, value, remedy)
+    if places.is_url(value):
+        return places.url_problem(key, value)
+    return None if places.is_hub(value) else places.local_problem(key, source)
+
+
+def source_digest(source: Source) -> str:
+    """What changes with the source's bytes, and not with its name or place on this machine. Errors: DataError."""
+    return f"{STDLIB_DOCS} of Python {sys.version}" if source.path == STDLIB_DOCS else places.digest(source)
+
+
+def count_rows(source: Source) -> int:
+    """Upper bound of the number of documents in `source`, for progress; blank lines count."""
+    if source.path == STDLIB_DOCS:
+        return len(stdlib_docs.pairs())
+    return sum(_count_rows(file.path, file.name) for file in places.files_of(source))
+
+
+def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
+    """Yields each document with True where the source itself holds it out.
+
+    The format `auto` is that of the first row. Errors: DataError with the place of what cannot be read or used.
+    """
+    if source.path == STDLIB_DOCS:
+        for pair in stdlib_docs.pairs():
+            messages = (Message("user", pair.question), Message("assistant", pair.answer))
+            yield Chat(f"{STDLIB_DOCS}:{pair.symbol}", messages), pair.held_out
+        return
+    parse: Parser | None = PARSERS.get(source.format)
+    is_empty = True
+    for file in places.files_of(source):
+        for row, where in read_rows(file.path, file.name):
+            row = renamed(row, source.columns, where)
+            if parse is None:
+                parse = PARSERS[recognised(row, where)]
+            yield parse(row, where), False
+            is_empty = False
+    if is_empty:
+        refuse("the source holds no rows", source.path, "write rows into it, or take the source out")

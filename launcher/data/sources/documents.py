@@ -1,0 +1,55 @@
+"""Documents: what a row of a data source says, whatever its format. Plain and picklable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message; `role` is one of ROLES.
+
+    `tool_calls` are an assistant's, as {"type": "function", "function": {"name", "arguments"}}, with an "id" where the row has
+    one and the arguments as a mapping. `weight` 0 or 1 says whether an assistant's message is trained; None: as the settings say.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+    weight: int | None = None
+    reasoning_content: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation; the assistant's messages are trained. `tools` are the functions that it may call, in OpenAI's form."""
+
+    where: str
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Raw text in two parts; the completion is trained."""
+
+    where: str
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """Raw text that is trained from end to end."""
+
+    where: str
+    text: str
+
+
+# `where` is file:line, or file:row N in a file without lines of its own.
+Document = Chat | Completion | PlainText

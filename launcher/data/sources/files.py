@@ -1,0 +1,207 @@
+"""From a file to rows: jsonl, json, csv, parquet and txt, as they are or compressed with gzip or zstd.
+
+Compression is told by a file's first bytes, its kind by the name, and by the first bytes where the name says nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launcher.data.sources.rows import Row, refuse
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
+COMPRESSED = (".gz", ".zst")
+_MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_BLOCK_BYTES = 1 << 20
+_SAVE_AS_UTF8 = "save the file in UTF-8"
+
+
+def kind_by_name(name: str) -> str | None:
+    """One of KINDS' values from a file's name, without what compression adds to it; None where the name says nothing."""
+    path = Path(name.lower())
+    path = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return KINDS.get(path.suffix)
+
+
+def read_rows(path: Path, name: str) -> Iterator[tuple[Row, str]]:
+    """Each row with its place, file:line or file:row N; `name` is the file as the user knows it.
+
+    Errors: DataError with the place, for a file that is cut, corrupt, not UTF-8 or not what its name says.
+    """
+    with path.open("rb", buffering=0) as raw, _decompressed(raw, name) as file:
+        kind = kind_by_name(name) or _kind_by_content(file, name)
+        yield from _READERS[kind](file, name)
+
+
+def count_rows(path: Path, name: str) -> int:
+    """Upper bound of the number of rows, without parsing them."""
+    with path.open("rb", buffering=0) as raw, _decompressed(raw, name) as file:
+        kind = kind_by_name(name) or _kind_by_content(file, name)
+        if kind == "parquet":
+            return int(_parquet(file, name).metadata.num_rows)
+        # Every object of a JSON array has a brace of its own.
+        mark = b"{" if kind == "json" else b"\n"
+        return sum(block.count(mark) for block in iter(lambda: file.read(_BLOCK_BYTES), b"")) + 1
+
+
+@contextmanager
+def _decompressed(raw: io.FileIO, name: str) -> Iterator[io.BufferedReader]:
+    head = raw.read(4)
+    raw.seek(0)
+    codec = next((codec for magic, codec in _MAGIC.items() if head.startswith(magic)), None)
+    if codec is None:
+        yield io.BufferedReader(raw, _BLOCK_BYTES)
+        return
+    import pyarrow
+
+    try:
+        yield io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), codec), _BLOCK_BYTES)
+    except OSError as error:
+        at, size = raw.tell(), os.fstat(raw.fileno()).st_size
+        if "Truncated" in str(error):
+            what, place = f"the {codec} stream breaks off: the file is cut", f"{name}, byte {size}"
+        else:
+            what, place = f"the {codec} stream is corrupt: {error}", f"{name}, before byte {at}"
+        refuse(what, place, "copy or download the file again", value=f"{size} bytes")
+
+
+def _kind_by_content(file: io.BufferedReader, name: str) -> str:
+    head = file.peek(64)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    first = head.lstrip()[:1]
+    if first in (b"{", b"["):
+        return "jsonl" if first == b"{" else "json"
+    remedy = (
+        f"give the file one of the endings {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it where it is compressed"
+    )
+    refuse("neither name nor content tells what kind of file this is", name, remedy)
+
+
+def _json_lines(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+    for number, line in enumerate(file, start=1):
+        text = _decoded(line, name, number).rstrip("\r\n")
+        if not text or text.isspace():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            if text.strip() == "[":
+                refuse("the file is one JSON array, not a JSON object a line", f"{name}:{number}", _rename(name))
+            remedy = "write one complete JSON object per line"
+            refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
+        except RecursionError:
+            refuse("the line is nested too deeply", f"{name}:{number}", "take the row out")
+        if isinstance(row, list):
+            refuse("the line holds a JSON array, not an object", f"{name}:{number}", _rename(name))
+        if not isinstance(row, dict):
+            refuse(f"the line holds {text[:40]}, not an object", f"{name}:{number}", "write one JSON object per line")
+        yield row, f"{name}:{number}"
+
+
+def _rename(name: str) -> str:
+    return f"write one JSON object per line, or give the file the ending .json (now {Path(name).name})"
+
+
+def _json(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+    """A JSON array of objects, or lines of objects under the name of a JSON file."""
+    if file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
+        yield from _json_lines(file, name)
+        return
+    text = "".join(_decoded(line, name, number) for number, line in enumerate(file, start=1))
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{name}:{error.lineno}:{error.colno}"
+        refuse(f"the file is not JSON: {error.msg}", place, "write one JSON array of objects; is the file cut?")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            refuse("an entry of the JSON array is not an object", f"{name}:row {number}", "write an array of objects")
+        yield row, f"{name}:row {number}"
+
+
+def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+    csv.field_size_limit(sys.maxsize)
+    lines = (_decoded(line, name, number) for number, line in enumerate(file, start=1))
+    reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    start = 1
+    try:
+        for cells in reader:
+            place, start = f"{name}:{start}", reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                if len(set(header)) < len(header):
+                    refuse(f"the first line names a column twice ({', '.join(header)})", place, "give every column its own name")
+            elif len(cells) != len(header):
+                what = f"the row has {len(cells)} cells, and the first line names {len(header)} columns ({', '.join(header)})"
+                refuse(what, place, 'put text that holds commas, quotes or line breaks between quotes, and write " as ""')
+            else:
+                yield dict(zip(header, cells, strict=True)), place
+    except csv.Error as error:
+        refuse(f"the table cannot be read: {error}", f"{name}:{reader.line_num}", 'close every quote, and write " inside as ""')
+
+
+def _text_lines(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+    """Every line that is not empty is a document."""
+    for number, line in enumerate(file, start=1):
+        if text := _decoded(line, name, number).rstrip("\r\n"):
+            yield {"text": text}, f"{name}:{number}"
+
+
+def _parquet(file: io.BufferedReader, name: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        # The footer stands at the end, to which a compressed stream cannot jump.
+        return pyarrow.parquet.ParquetFile(file if file.seekable() else pyarrow.BufferReader(file.read()))
+    except pyarrow.ArrowInvalid as error:
+        refuse(f"this is no complete parquet file: {error}", name, "copy or download the file again")
+
+
+def _parquet_rows(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+    number = 0
+    for batch in _parquet(file, name).iter_batches(batch_size=1024):
+        for row in batch.to_pylist():
+            number += 1
+            yield {key: _without_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
+
+
+def _without_nulls(value: Any) -> Any:
+    """All objects of a column have the same keys there; those that a row did not have are null."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _decoded(line: bytes, name: str, number: int) -> str:
+    """The line's text, without the mark that some programs put before a file's first character."""
+    try:
+        text = line.decode("utf-8")
+        return text.removeprefix("\ufeff") if number == 1 else text
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode("utf-8")) + 1
+        what = f"the line is not UTF-8 text (byte 0x{line[error.start]:02x})"
+        refuse(what, f"{name}:{number}:{column}", _SAVE_AS_UTF8)
+
+
+_READERS: dict[str, Callable[[io.BufferedReader, str], Iterator[tuple[Row, str]]]] = {
+    "jsonl": _json_lines,
+    "json": _json,
+    "csv": _csv,
+    "parquet": _parquet_rows,
+    "txt": _text_lines,
+}

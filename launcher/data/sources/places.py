@@ -1,0 +1,279 @@
+"""From a source's path to files on this machine: local files, folders and patterns, hub datasets, addresses of fsspec.
+
+What lies elsewhere is fetched once: hub files into huggingface_hub's cache, others into the launcher's.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import xxhash
+
+from launcher.config.data import Source
+from launcher.config.fields import HUB_ID_PATTERN
+from launcher.data.root import cache_root
+from launcher.data.sources.files import kind_by_name
+from launcher.data.sources.rows import refuse
+from launcher.data.sources.splits import choose
+from launcher.errors import DataError, Problem
+
+_READ_SIZE = 1 << 20
+_COMMIT_DIGITS = 40
+_HUB_TIMEOUT_S = 20.0
+_FETCH_TIMEOUT_S = 2 * 3600.0
+# What storages call the property of a file that changes with its content.
+_CHANGES = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file on this machine; `name` is how the user knows it."""
+
+    path: Path
+    name: str
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def is_hub(path: str) -> bool:
+    """True for owner/name, unless that is a file or folder here or looks like a data file."""
+    return HUB_ID_PATTERN.fullmatch(path) is not None and kind_by_name(path) is None and not Path(path).exists()
+
+
+def files_of(source: Source) -> tuple[DataFile, ...]:
+    """The source's files, fetched where they lie elsewhere. Errors: DataError."""
+    if is_url(source.path):
+        return _Remote(source).fetch()
+    return _hub_files(source) if is_hub(source.path) else _local_files(source)
+
+
+def digest(source: Source) -> str:
+    """What changes with the bytes of the source's files and not with their place: of local files they are read, of a hub
+    dataset it is the commit, elsewhere what the storage says of each file. Nothing is fetched. Errors: DataError."""
+    if is_url(source.path):
+        return _Remote(source).digest()
+    if is_hub(source.path):
+        commit, names = _hub_listing(source)
+        return f"{source.path}@{commit}: {', '.join(names)}"
+    return ", ".join(f"{kind_by_name(file.name)} {_file_digest(file.path)}" for file in _local_files(source))
+
+
+def url_problem(key: str, url: str) -> Problem | None:
+    """An address whose protocol nothing here knows."""
+    from fsspec.registry import available_protocols
+
+    protocol = url.split("://")[0]
+    if protocol in available_protocols():
+        return None
+    return Problem(f"nothing here knows {protocol}://", key, url, "write s3://, gs://, hf://datasets/ or https://")
+
+
+def local_problem(key: str, source: Source) -> Problem | None:
+    """What is wrong with a local path, as the disk tells; `key` is its setting."""
+    value, path = source.path, Path(source.path).expanduser()
+    remedy = f"set {key} to a data file, a folder, a pattern, a hub dataset (owner/name) or an address (s3://...)"
+    is_pattern = glob.has_magic(value) and not path.exists()
+    if is_pattern and not _matches(value):
+        return Problem("no file matches the pattern", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
+    if not is_pattern and not path.exists():
+        return Problem("the data file does not exist", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
+    if not is_pattern and not path.is_file() and not path.is_dir():
+        return Problem("the data path is neither a file nor a folder", key, value, remedy)
+    if not path.is_dir() and (source.split, source.subset, source.revision) != (None, None, None):
+        return Problem("split, subset and revision say nothing about files that are named", key, value, "take them out")
+    try:
+        files = _local_files(source)
+    except DataError as error:
+        (problem,) = error.problems
+        return Problem(problem.what, key, value, problem.remedy)
+    empty = [file.name for file in files if file.path.stat().st_size == 0]
+    if empty:
+        which = "" if empty == [value] else f": {', '.join(empty[:3])}"
+        return Problem(f"the data file is empty{which}", key, value, f"write rows into it, or {remedy}")
+    return None
+
+
+def _local_files(source: Source) -> tuple[DataFile, ...]:
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        names = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*")) if p.is_file()]
+        chosen = choose(names, lambda name: (path / name).read_bytes(), source.subset, source.split, source.path)
+        return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in chosen)
+    if glob.has_magic(source.path) and not path.exists():
+        return tuple(DataFile(Path(name), name) for name in _matches(source.path))
+    return (DataFile(path, source.path),)
+
+
+def _matches(pattern: str) -> list[str]:
+    found = glob.iglob(os.path.expanduser(pattern), recursive=True)
+    return sorted(name for name in found if Path(name).is_file())
+
+
+def _file_digest(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(_READ_SIZE), b""):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _folder(*parts: object) -> Path:
+    return cache_root() / "sources" / xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in parts]).encode())
+
+
+# The hub
+
+
+def _hub_files(source: Source) -> tuple[DataFile, ...]:
+    from huggingface_hub import hf_hub_download
+
+    commit, names = _hub_listing(source)
+    made = []
+    for name in names:
+        try:
+            path = hf_hub_download(source.path, name, repo_type="dataset", revision=commit)
+        except Exception as error:
+            raise _unreachable(source, f"{name} cannot be fetched: {type(error).__name__}") from error
+        made.append(DataFile(Path(path), f"{source.path}/{name}"))
+    return tuple(made)
+
+
+def _hub_listing(source: Source) -> tuple[str, tuple[str, ...]]:
+    """The commit and the files of the source's subset and split; asks the hub unless the revision is a commit that was asked for
+    before. Where the hub cannot be reached, the answer is that of the last time."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    record = _folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
+    if len(source.revision or "") == _COMMIT_DIGITS and (known := _known(record)):
+        return known
+    try:
+        info = HfApi().dataset_info(source.path, revision=source.revision, timeout=_HUB_TIMEOUT_S)
+        commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
+
+        def read(name: str) -> bytes:
+            return Path(hf_hub_download(source.path, name, repo_type="dataset", revision=commit)).read_bytes()
+
+        chosen = choose(names, read, source.subset, source.split, source.path)
+    except DataError:
+        raise
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        said = {401: "the hub knows no such dataset, or it is private", 403: "the hub does not give it to this account"}
+        raise _unreachable(source, said.get(status, f"the hub answers with {type(error).__name__} ({status})")) from error
+    except Exception as error:
+        if known := _known(record):
+            return known
+        raise _unreachable(source, f"the hub cannot be reached: {type(error).__name__}") from error
+    record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    partial = record.with_name(f".{secrets.token_hex(4)}")
+    partial.write_text(json.dumps({"commit": commit, "files": chosen}), encoding="utf-8")
+    partial.replace(record)
+    return commit, chosen
+
+
+def _known(record: Path) -> tuple[str, tuple[str, ...]] | None:
+    try:
+        found = json.loads(record.read_bytes())
+    except FileNotFoundError:
+        return None
+    return found["commit"], tuple(found["files"])
+
+
+def _unreachable(source: Source, said: str) -> DataError:
+    what = f"the hub dataset {source.path} cannot be used: {said}"
+    remedy = (
+        "check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated dataset; "
+        "a local folder is written with ./ before it"
+    )
+    revision = f"revision={source.revision}" if source.revision else ""
+    return DataError(Problem(what, source.path, revision, remedy))
+
+
+# Other addresses
+
+
+class _Remote:
+    """A file, pattern or folder at an address that fsspec knows. Errors: DataError."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._fs, path = self._try("opened", lambda: _connect(source.path))
+        # Another process may have written since this one looked.
+        self._fs.invalidate_cache()
+        self._paths = self._try("listed", lambda: self._list(path))
+        if not self._paths:
+            refuse("no file matches the pattern", source.path, "check the address")
+        self._states = [self._state(path) for path in self._paths]
+
+    def _list(self, path: str) -> list[str]:
+        if glob.has_magic(path):
+            return sorted(name for name in self._fs.glob(path) if self._fs.isfile(name))
+        if not self._fs.isdir(path):
+            return [path]
+        root = path.rstrip("/")
+        names = [str(name).removeprefix(f"{root}/") for name in self._fs.find(root)]
+        chosen = choose(
+            names, lambda name: self._fs.cat_file(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
+        )
+        return [f"{root}/{name}" for name in chosen]
+
+    def _state(self, path: str) -> list[str]:
+        info: dict[str, Any] = self._try("found", lambda: self._fs.info(path))
+        if not info.get("size"):
+            refuse("the data file is empty", self._name(path), "write rows into it")
+        return [str(info["size"]), *(f"{key}={info[key]}" for key in _CHANGES if info.get(key) is not None)][:2]
+
+    def _name(self, path: str) -> str:
+        return str(self._fs.unstrip_protocol(path))
+
+    def digest(self) -> str:
+        return json.dumps([(self._name(path), state) for path, state in zip(self._paths, self._states, strict=True)])
+
+    def fetch(self) -> tuple[DataFile, ...]:
+        return tuple(self._fetch(path, state) for path, state in zip(self._paths, self._states, strict=True))
+
+    def _fetch(self, path: str, state: list[str]) -> DataFile:
+        name = self._name(path)
+        target = _folder("address", name, *state) / name.rsplit("/", 1)[-1]
+        if not target.exists():
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with filelock.FileLock(target.parent / ".lock", timeout=_FETCH_TIMEOUT_S, mode=0o600):
+                if not target.exists():
+                    partial = target.with_name(f".{secrets.token_hex(4)}")
+                    self._try("fetched", lambda: self._fs.get_file(path, str(partial)))
+                    partial.replace(target)
+        return DataFile(target, name)
+
+    def _try(self, done: str, action: Callable[[], Any]) -> Any:
+        path, remedy = self._source.path, "check the address and the credentials in the environment"
+        try:
+            return action()
+        except DataError:
+            raise
+        except FileNotFoundError as error:
+            raise DataError(Problem("there is no such data file", path, remedy=remedy)) from error
+        except ImportError as error:
+            protocol = path.split("://")[0]
+            what = f"the package that reads {protocol}:// is not installed: {error}"
+            raise DataError(Problem(what, path, remedy="install it; s3:// needs s3fs, gs:// needs gcsfs")) from error
+        except Exception as error:
+            what = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
+            raise DataError(Problem(what, path, remedy=remedy)) from error
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    fs, path = url_to_fs(url)
+    return fs, str(path)

@@ -1,0 +1,126 @@
+"""Which files of a folder or a hub dataset belong to a split: by its README, else by the files' names. Pure but for `read`."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from launcher.data.sources.files import COMPRESSED, KINDS, kind_by_name
+from launcher.data.sources.rows import refuse
+
+# For held-out documents, where no split is asked for.
+HELD_OUT = "validation or test"
+README = "README.md"
+_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+# What stands beside data in such folders.
+_NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
+
+
+def choose(
+    names: Sequence[str], read: Callable[[str], bytes], subset: str | None, split: str | None, where: str
+) -> tuple[str, ...]:
+    """The data files among `names` (paths with slashes, relative to the folder) that belong to subset and split, sorted.
+
+    Without a split it is train, or the only one there is; names that show no split at all are all of the data.
+    Errors: DataError with the subsets or splits that there are.
+    """
+    configs = _configs(read(README), where) if README in names else []
+    if configs:
+        found = _by_readme(_subset(configs, subset, where), names, where)
+    elif subset is not None:
+        refuse(f"there is no subset {subset}: the dataset has only one", where, "take the source's subset out")
+    else:
+        found = _by_names(_data_files(names, where))
+    if found.keys() == {""}:
+        if split not in (None, HELD_OUT):
+            remedy = "take the source's split out, or name the files themselves in its path"
+            refuse(f"no file belongs to a split {split}: the names show no splits", where, remedy)
+        return tuple(found[""])
+    return tuple(found[_split(found, split, where)])
+
+
+def _split(found: dict[str, list[str]], split: str | None, where: str) -> str:
+    if "" in found:
+        names = {key: ", ".join(files[:3]) for key, files in found.items() if key}
+        what = f"{', '.join(found[''][:3])} belongs to no split, while other files do ({'; '.join(names.values())})"
+        refuse(what, where, "name the files in the source's path with a pattern, such as DIR/train*.jsonl")
+    wanted = split.split(" or ") if split is not None else ["train"] if len(found) > 1 else list(found)
+    for name in wanted:
+        if name in found:
+            return name
+    what = f"there is no split {' or '.join(wanted)} (there are: {', '.join(found)})"
+    refuse(what, where, "set the source's split (for held-out documents data.eval_split) to one of them")
+
+
+def _data_files(names: Sequence[str], where: str) -> list[str]:
+    def is_hidden(name: str) -> bool:
+        return any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
+
+    data = sorted(n for n in names if kind_by_name(n) and not is_hidden(n) and not _NOT_DATA.fullmatch(PurePosixPath(n).name))
+    # Text files beside tables and JSON are notes.
+    data = [n for n in data if kind_by_name(n) != "txt"] or data
+    if not data:
+        endings = sorted({PurePosixPath(name).suffix for name in names} - {""})
+        code = " Code that builds a dataset is never run." if ".py" in endings else ""
+        remedy = f"data files end in {', '.join(KINDS)}, with {' or '.join(COMPRESSED)} after it where they are compressed.{code}"
+        refuse(f"the folder holds no data file (endings: {', '.join(endings) or 'none'})", where, remedy)
+    return data
+
+
+def _by_names(data: Sequence[str]) -> dict[str, list[str]]:
+    """The files by split; under "" those whose names show none."""
+    found: dict[str, list[str]] = {}
+    for name in data:
+        words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_OF_WORD]
+        # The file's own name says more than a folder's.
+        found.setdefault(_SPLIT_OF_WORD[words[-1]] if words else "", []).append(name)
+    return found
+
+
+def _configs(readme: bytes, where: str) -> list[dict[str, Any]]:
+    """The `configs` that a dataset's README declares."""
+    match = re.match(rb"---\s*\n(.*?)\n---", readme, re.DOTALL)
+    if match is None:
+        return []
+    import yaml
+
+    try:
+        head = yaml.safe_load(match[1])
+    except yaml.YAMLError as error:
+        refuse(f"the head of {README} is not YAML: {str(error).splitlines()[0]}", where, "name the files in the source's path")
+    configs = head.get("configs") if isinstance(head, dict) else None
+    return [c for c in configs if isinstance(c, dict)] if isinstance(configs, list) else []
+
+
+def _subset(configs: Sequence[dict[str, Any]], subset: str | None, where: str) -> dict[str, Any]:
+    names = [str(config.get("config_name", "default")) for config in configs]
+    if subset is not None and subset not in names:
+        refuse(f"there is no subset {subset} (there are: {', '.join(names)})", where, "set the source's subset to one of them")
+    for name, config in zip(names, configs, strict=True):
+        if name == subset or (subset is None and (len(configs) == 1 or name == "default" or config.get("default") is True)):
+            return config
+    refuse(f"the dataset has several subsets: {', '.join(names)}", where, "set the source's subset to one of them")
+
+
+def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict[str, list[str]]:
+    folder = str(config.get("data_dir", "")).strip("/")
+    inside = [name for name in names if not folder or name.startswith(f"{folder}/")]
+    entries = config.get("data_files")
+    if entries is None:
+        return _by_names(_data_files(inside, where))
+    entries = entries if isinstance(entries, list) else [entries]
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        split, patterns = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        for pattern in patterns if isinstance(patterns, list) else [patterns]:
+            pattern = f"{folder}/{pattern}" if folder else str(pattern)
+            found.setdefault(split, []).extend(_data_files(fnmatch.filter(names, pattern.removeprefix("./")) or [], where))
+    return {split: sorted(set(files)) for split, files in found.items()}

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.data import findings
+from launcher.data.build import build
+from launcher.data.cache import Split, num_bytes, read_report
+from launcher.data.chat import Encoded
+from launcher.data.encode import pieces_of
+
+Jsonl = Callable[..., Path]
+
+
+def texts(jsonl: Jsonl, name: str, words: list[str]) -> Source:
+    return Source(name=name, path=str(jsonl([{"text": word} for word in words], f"{name}.jsonl")), format="text")
+
+
+def contents(split: Split) -> list[tuple[int, ...]]:
+    return [tuple(split.tokens[a:b].tolist()) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)]
+
+
+def test_the_sources_of_rows_and_documents_are_known(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    first = texts(jsonl, "first", [f"one {i} " * (1 + i % 7) for i in range(80)])
+    second = texts(jsonl, "second", [f"two {i} " * (1 + i % 5) for i in range(40)]).model_copy(update={"epochs": 2.5})
+    data = DataSection(sources=(first, second), max_length=64)
+    facts = build(data, str(tokenizer_dir))
+    split = Split.open(facts.cache_dir)
+    lengths = np.diff(split.docs)
+    assert split.row_sources.shape == (facts.num_rows, 2)
+    assert split.row_sources.sum(axis=1).tolist() == np.diff(split.rows).tolist()
+    of_source = [int(lengths[split.doc_source == i].sum()) for i in (0, 1)]
+    assert split.row_sources.sum(axis=0).tolist() == of_source
+    report = read_report(facts.cache_dir)
+    assert [one["name"] for one in report["sources"]] == ["first", "second"]
+    assert [one["read"] for one in report["sources"]] == [80, 40]
+    assert [one["num_tokens"] for one in report["sources"]] == of_source
+    assert report["sources"][0]["epochs"] == 1
+    assert report["sources"][1]["epochs"] == pytest.approx(2.5, abs=0.05)
+    seen = [document for document, source in zip(contents(split), split.doc_source, strict=True) if source == 1]
+    assert {seen.count(document) for document in seen} == {2, 3}
+    for row in range(split.num_rows):
+        a, b = np.searchsorted(split.docs, split.rows[[row, row + 1]])
+        here = contents(split)[a:b]
+        assert len(set(here)) == len(here), "no row holds a document twice"
+
+
+def test_weights_are_shares_of_the_tokens(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    big = texts(jsonl, "big", [f"big {i} " * 4 for i in range(300)]).model_copy(update={"weight": 1.0})
+    small = texts(jsonl, "small", [f"small {i} " * 4 for i in range(60)]).model_copy(update={"weight": 3.0})
+    facts = build(DataSection(sources=(big, small), max_length=64), str(tokenizer_dir))
+    tokens = Split.open(facts.cache_dir).row_sources.sum(axis=0)
+    assert tokens[1] / tokens.sum() == pytest.approx(0.75, abs=0.01)
+    assert read_report(facts.cache_dir)["sources"][1]["epochs"] == 1
+
+
+def test_the_eval_file_is_a_source_of_its_own(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    first = texts(jsonl, "first", [f"one {i}" for i in range(30)])
+    held_out = texts(jsonl, "eval", [f"other {i}" for i in range(7)])
+    facts = build(DataSection(sources=(first,), eval_path=held_out.path, max_length=64), str(tokenizer_dir))
+    split = Split.open(facts.cache_dir, held_out=True)
+    assert set(split.doc_source.tolist()) == {1}
+    assert split.row_sources.sum(axis=0).tolist() == [0, facts.num_eval_tokens]
+    assert [one["held_out_read"] for one in read_report(facts.cache_dir)["sources"]] == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("long_documents", "num_docs", "counts"),
+    [
+        ("truncate", 3, {"truncated_docs": 1, "truncated_tokens": 41 - 16, "split_docs": 0, "dropped": 0, "dropped_long": 0}),
+        ("split", 5, {"truncated_docs": 0, "truncated_tokens": 0, "split_docs": 1, "dropped": 0, "dropped_long": 0}),
+        ("drop", 2, {"truncated_docs": 0, "truncated_tokens": 0, "split_docs": 0, "dropped": 1, "dropped_long": 1}),
+    ],
+)
+def test_documents_longer_than_a_row(
+    jsonl: Jsonl, tokenizer_dir: Path, long_documents: str, num_docs: int, counts: dict[str, int]
+) -> None:
+    source = texts(jsonl, "words", ["a b", " word" * 40, "c d e"])
+    facts = build(DataSection(sources=(source,), max_length=16, long_documents=long_documents), str(tokenizer_dir))
+    assert facts.num_docs == num_docs
+    report = read_report(facts.cache_dir)["sources"][0]
+    assert {name: report[name] for name in counts} == counts
+    split = Split.open(facts.cache_dir)
+    assert not split.trained[np.asarray(split.docs[:-1])].any(), "nothing stands before a piece's first token"
+    found = {finding.name for finding in findings.read(facts.cache_dir)}
+    assert "no_trained_token" not in found
+
+
+def test_a_long_document_in_pieces_is_all_there() -> None:
+    ids = np.arange(100, 150, dtype=np.uint32)
+    trained = np.ones(50, dtype=np.uint8)
+    trained[0] = 0
+    whole = Encoded(ids, trained, (49,))
+    pieces = pieces_of(whole, 16, "split")
+    assert np.concatenate([piece.ids for piece in pieces]).tolist() == ids.tolist()
+    assert [len(piece.ids) for piece in pieces] == [16, 16, 16, 2]
+    assert [piece.turn_ends for piece in pieces] == [(), (), (), (1,)]
+    assert [int(piece.trained.sum()) for piece in pieces] == [15, 15, 15, 1]
+    assert trained.sum() == 49, "the document itself is as it was"
+    assert pieces_of(whole, 50, "drop") == [whole]
+    assert pieces_of(whole, 49, "drop") == []
+
+
+def test_pieces_without_a_trained_token_are_left_out() -> None:
+    trained = np.zeros(40, dtype=np.uint8)
+    trained[35:] = 1
+    answer_last = Encoded(np.arange(40, dtype=np.uint32), trained, (39,))
+    assert [piece.ids.tolist() for piece in pieces_of(answer_last, 16, "split")] == [list(range(32, 40))]
+    untrained = Encoded(np.arange(40, dtype=np.uint32), np.zeros(40, dtype=np.uint8), ())
+    assert [len(piece.ids) for piece in pieces_of(untrained, 16, "split")] == [16]
+
+
+def test_what_a_check_drops_is_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    rows = [{"prompt": f"{i}:", "completion": f" {i * i}"} for i in range(30)]
+    rows += [{"prompt": "0:", "completion": " 0"}, {"prompt": "31:", "completion": " "}]
+    source = Source(path=str(jsonl(rows)))
+    kept = build(DataSection(sources=(source,), max_length=64), str(tokenizer_dir))
+    assert (kept.num_docs, read_report(kept.cache_dir)["dropped_docs"]) == (31, 1)
+    fewer = build(DataSection(sources=(source,), max_length=64, checks=ChecksSection(exact_duplicate="drop")), str(tokenizer_dir))
+    assert (fewer.num_docs, read_report(fewer.cache_dir)["dropped_docs"]) == (30, 2)
+    assert len(set(contents(Split.open(fewer.cache_dir)))) == 30
+
+
+def test_documents_that_differ_in_case_and_space_fall_on_one_side(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    words = [f"Some words about {i}" for i in range(200)]
+    source = texts(jsonl, "twice", [*words, *(word.upper() + "  " for word in words)])
+    data = DataSection(sources=(source,), max_length=64, eval_fraction=0.3)
+    facts = build(data, str(tokenizer_dir))
+    report = read_report(facts.cache_dir)
+    assert report["num_eval_docs"] % 2 == 0
+    assert 0 < report["num_eval_docs"] < 400
+    assert "held_out_in_train" not in {finding.name for finding in findings.read(facts.cache_dir)}
+
+
+def test_the_size_of_a_cache_is_that_of_its_files(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    folder = Path(build(DataSection(sources=(texts(jsonl, "a", ["b c"] * 9),)), str(tokenizer_dir)).cache_dir)
+    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "meta.json")
+    assert num_bytes(folder) == on_disk
+
+
+def test_a_cache_of_another_format_is_not_read(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    data = DataSection(sources=(texts(jsonl, "a", ["b c"] * 9),))
+    facts = build(data, str(tokenizer_dir))
+    meta = Path(facts.cache_dir) / "meta.json"
+    held = json.loads(meta.read_bytes())
+    meta.write_text(json.dumps({**held, "format": held["format"] - 1}))
+    again: list[str] = []
+    assert build(data, str(tokenizer_dir), lambda stage, done, total: again.append(stage)) == facts
+    assert again

@@ -1,0 +1,195 @@
+"""The same rows from every kind of file, and files that are broken."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from launcher.config.data import Source
+from launcher.data.sources import Chat, Completion, Message, count_rows, read_documents
+from launcher.errors import DataError, Problem
+
+ROWS = [{"prompt": f'Q{i}: é, "{i}"\nnext', "completion": f"A{i}"} for i in range(5)]
+
+
+def zstd(data: bytes) -> bytes:
+    return bytes(pyarrow.Codec("zstd").compress(data, asbytes=True))
+
+
+def as_jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_json(rows: list[dict[str, Any]]) -> bytes:
+    return json.dumps(rows, indent=2).encode()
+
+
+def as_csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=2)
+    return file.getvalue()
+
+
+KINDS: dict[str, tuple[Callable[[list[dict[str, Any]]], bytes], str]] = {
+    "jsonl": (as_jsonl, "{path}:{line}"),
+    "json": (as_json, "{path}:row {line}"),
+    "csv": (as_csv, "{path}:{csv_line}"),
+    "parquet": (as_parquet, "{path}:row {line}"),
+}
+PACKERS: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
+
+
+def read(path: Path, **settings: Any) -> list[Any]:
+    return [document for document, _ in read_documents(Source(path=str(path), **settings))]
+
+
+def problem_of(path: Path, **settings: Any) -> Problem:
+    with pytest.raises(DataError) as caught:
+        read(path, **settings)
+    (problem,) = caught.value.problems
+    assert problem.remedy
+    return problem
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packer: str) -> None:
+    write, place = KINDS[kind]
+    path = tmp_path / f"rows.{kind}{packer}"
+    path.write_bytes(PACKERS[packer](write(ROWS)))
+    # A prompt takes two lines of a table.
+    places = [place.format(path=path, line=i + 1, csv_line=2 + 2 * i) for i in range(len(ROWS))]
+    assert read(path) == [Completion(where, row["prompt"], row["completion"]) for where, row in zip(places, ROWS, strict=True)]
+    assert count_rows(Source(path=str(path))) >= len(ROWS)
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_name_that_says_nothing_or_something_wrong_about_compression(tmp_path: Path, kind: str, packer: str) -> None:
+    unnamed, misnamed = tmp_path / "rows", tmp_path / f"rows.{kind}"
+    for path in (unnamed, misnamed):
+        path.write_bytes(PACKERS[packer](KINDS[kind][0](ROWS)))
+        assert [document.completion for document in read(path)] == [row["completion"] for row in ROWS]
+
+
+def test_several_compressed_streams_one_after_the_other_are_one_file(tmp_path: Path) -> None:
+    for ending, pack in (("gz", gzip.compress), ("zst", zstd)):
+        path = tmp_path / f"rows.jsonl.{ending}"
+        path.write_bytes(pack(as_jsonl(ROWS)) + pack(as_jsonl(ROWS)))
+        assert len(read(path)) == 2 * len(ROWS)
+
+
+def test_each_line_of_a_text_file_is_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone é\r\n\n  two\n".encode())
+    assert [(document.where, document.text) for document in read(path)] == [(f"{path}:1", "one é"), (f"{path}:3", "  two")]
+
+
+def test_lists_and_objects_in_tables(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "2", "weight": 0},
+        {"role": "user", "content": "[not JSON]"},
+        {"role": "assistant", "content": "[3]", "name": "x"},
+    ]
+    expected = (
+        Message("user", "1+1?"),
+        Message("assistant", "2", weight=0),
+        Message("user", "[not JSON]"),
+        Message("assistant", "[3]", name="x"),
+    )
+    table, text = tmp_path / "a.parquet", tmp_path / "a.csv"
+    # In a parquet file every message has every key, and null where it had none.
+    table.write_bytes(as_parquet([{"messages": messages}]))
+    text.write_bytes(as_csv([{"messages": json.dumps(messages)}]))
+    assert read(table) == [Chat(f"{table}:row 1", expected)]
+    assert read(text) == [Chat(f"{text}:2", expected)]
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstd)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_a_compressed_file_that_breaks_off_is_named_with_the_byte(
+    tmp_path: Path, kind: str, ending: str, pack: Callable[[bytes], bytes], share: float
+) -> None:
+    path = tmp_path / f"rows.{kind}.{ending}"
+    whole = pack(KINDS[kind][0]([{**row, "n": str(i**5 * 7919)} for i, row in enumerate(ROWS * 500)]))
+    cut = whole[: int(len(whole) * share)]
+    path.write_bytes(cut)
+    problem = problem_of(path)
+    assert "breaks off" in problem.what
+    assert problem.where == f"{path}, byte {len(cut)}"
+
+
+def test_a_corrupt_compressed_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.gz"
+    whole = bytearray(gzip.compress(as_jsonl(ROWS * 50)))
+    whole[len(whole) // 2] ^= 0xFF
+    path.write_bytes(whole)
+    problem = problem_of(path)
+    assert "corrupt" in problem.what
+    assert problem.where.startswith(f"{path}, before byte ")
+
+
+def test_bytes_that_are_no_text_are_named_in_every_kind_of_text_file(tmp_path: Path) -> None:
+    lines = {
+        "jsonl": b'{"text": "ok"}\n{"text": "\xff"}\n',
+        "json": b'[{"text":\n "\xff"}]',
+        "csv": b"text\n\xff\n",
+        "txt": b"a\n\xff",
+    }
+    for kind, content in lines.items():
+        for packer, pack in PACKERS.items():
+            path = tmp_path / f"rows.{kind}{packer}"
+            path.write_bytes(pack(content))
+            problem = problem_of(path)
+            assert "not UTF-8 text (byte 0xff)" in problem.what
+            assert problem.where.startswith(f"{path}:2:")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where", "words"),
+    [
+        ("a.json", b'[{"text": "a"}, {"text": "b"', ":1:29", "not JSON"),
+        ("a.json", b'[{"text": "a"}, 3]', ":row 2", "not an object"),
+        ("a.csv", b'text,other\n"a,b\n', ":2", "cannot be read"),
+        ("a.csv", b"text,other\na,b\nc\n", ":3", "has 1 cells, and the first line names 2 columns"),
+        ("a.csv", b"text,text\na,b\n", ":1", "names a column twice"),
+        ("a.parquet", b"PAR1 and no more", "", "no complete parquet file"),
+        ("a.dat", b"what is this", "", "neither name nor content"),
+        ("a.jsonl", b"", "", "holds no rows"),
+        ("a.json", b"[]", "", "holds no rows"),
+        ("a.csv", b"text\n", "", "holds no rows"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said_with_its_place(
+    tmp_path: Path, name: str, content: bytes, where: str, words: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    problem = problem_of(path)
+    assert words in problem.what
+    assert problem.where == f"{path}{where}"
+
+
+def test_a_cell_may_be_longer_than_pythons_default(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "a" * 200_000 + "\n")
+    assert len(read(path)[0].text) == 200_000

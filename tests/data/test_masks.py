@@ -1,0 +1,369 @@
+"""Masks of template families against what a person expects: the text as the template writes it, the trained parts in ⟦ ⟧."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
+
+from launcher.config.data import DataSection, Source
+from launcher.data.chat import Encoded, Encoder
+from launcher.data.encode import pieces_of
+from launcher.data.masks import Template
+from launcher.data.sources import Chat, Message
+from launcher.errors import DataError
+
+TEMPLATES = Path(__file__).parent / "templates"
+# Begin token, end token, and the other special tokens of each family.
+SPECIAL = {
+    "smollm2": ("<|im_start|>", "<|im_end|>", ()),
+    "qwen3": (None, "<|im_end|>", ("<|im_start|>",)),
+    "llama3": ("<|begin_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>")),
+    "mistral": ("<s>", "</s>", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]")),
+    "gemma": ("<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>")),
+    "chatml_marked": (None, "<|im_end|>", ("<|im_start|>",)),
+}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+TOOL_TEXT = '{"type": "function", "function": {"name": "add", "parameters": {}}}'
+CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+Family = Callable[[str], PreTrainedTokenizerBase]
+
+
+@pytest.fixture(scope="session")
+def family(tokenizer_dir: Path) -> Family:
+    made: dict[str, PreTrainedTokenizerBase] = {}
+
+    def load(name: str) -> PreTrainedTokenizerBase:
+        if name not in made:
+            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+            begin, end, others = SPECIAL[name]
+            texts = [text for text in (begin, end, *others) if text]
+            tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in texts], special_tokens=True)
+            tokenizer.bos_token, tokenizer.eos_token = begin, end
+            if name != "smollm2":
+                tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+                tokenizer.name_or_path = f"{name}.jinja"
+            made[name] = tokenizer
+        return made[name]
+
+    return load
+
+
+def system(text: str) -> Message:
+    return Message("system", text)
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def said(text: str, **more: Any) -> Message:
+    return Message("assistant", text, **more)
+
+
+def answered(text: str) -> Message:
+    return Message("tool", text, name="add", tool_call_id="call00001")
+
+
+SINGLE = (user("Hi"), said("Hello."))
+MULTI = (user("1+1?"), said("2"), user("And 2+2?"), said("4"))
+SYSTEM = (system("Be brief."), *SINGLE)
+TOOLS = (user("1+1?"), said("", tool_calls=(CALL,)), answered("2"), said("It is 2."))
+
+REASONED_CALL = said("", tool_calls=(CALL,), reasoning_content="Add.")
+CHATS = {"single": SINGLE, "multi": MULTI, "system": SYSTEM, "tools": TOOLS}
+
+SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+LLAMA = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+    "Today Date: 26 Jul 2024\n\n"
+)
+LLAMA_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
+LLAMA_ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+
+EXPECTED = {
+    ("smollm2", "single"): f"{SMOL_SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n",
+    ("smollm2", "multi"): (
+        f"{SMOL_SYSTEM}<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n⟦2<|im_end|>⟧\n"
+        "<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n⟦4<|im_end|>⟧\n"
+    ),
+    ("smollm2", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦Hello.<|im_end|>⟧\n"
+    ),
+    ("qwen3", "single"): f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n⟦{NO_THOUGHT}Hello.<|im_end|>⟧\n",
+    ("qwen3", "multi"): (
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n⟦2<|im_end|>⟧\n"
+        f"<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n⟦{NO_THOUGHT}4<|im_end|>⟧\n"
+    ),
+    ("qwen3", "system"): (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        f"<|im_start|>assistant\n⟦{NO_THOUGHT}Hello.<|im_end|>⟧\n"
+    ),
+    ("qwen3", "tools"): (
+        f"<|im_start|>system\n# Tools\n<tools>\n{TOOL_TEXT}\n</tools><|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n"
+        '<|im_start|>assistant\n⟦<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>⟧\n'
+        "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        f"<|im_start|>assistant\n⟦{NO_THOUGHT}It is 2.<|im_end|>⟧\n"
+    ),
+    ("llama3", "single"): f"{LLAMA}<|eot_id|>{LLAMA_USER}Hi<|eot_id|>{LLAMA_ASSISTANT}⟦Hello.<|eot_id|>⟧",
+    ("llama3", "multi"): (
+        f"{LLAMA}<|eot_id|>{LLAMA_USER}1+1?<|eot_id|>{LLAMA_ASSISTANT}⟦2<|eot_id|>⟧"
+        f"{LLAMA_USER}And 2+2?<|eot_id|>{LLAMA_ASSISTANT}⟦4<|eot_id|>⟧"
+    ),
+    ("llama3", "system"): f"{LLAMA}Be brief.<|eot_id|>{LLAMA_USER}Hi<|eot_id|>{LLAMA_ASSISTANT}⟦Hello.<|eot_id|>⟧",
+    ("llama3", "tools"): (
+        f"{LLAMA}<|eot_id|>{LLAMA_USER}Answer with a call of one of these functions:\n\n{TOOL_TEXT}\n\n1+1?<|eot_id|>"
+        f'{LLAMA_ASSISTANT}⟦{{"name": "add", "parameters": {{"a": 1}}}}<|eot_id|>⟧'
+        "<|start_header_id|>ipython<|end_header_id|>\n\n2<|eot_id|>"
+        f"{LLAMA_ASSISTANT}⟦It is 2.<|eot_id|>⟧"
+    ),
+    ("mistral", "single"): "<s>[INST] Hi[/INST]⟦ Hello.</s>⟧",
+    ("mistral", "multi"): "<s>[INST] 1+1?[/INST]⟦ 2</s>⟧[INST] And 2+2?[/INST]⟦ 4</s>⟧",
+    ("mistral", "tools"): (
+        f"<s>[AVAILABLE_TOOLS] [{TOOL_TEXT}][/AVAILABLE_TOOLS][INST] 1+1?[/INST]"
+        '⟦[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "call00001"}]</s>⟧'
+        '[TOOL_RESULTS] {"content": "2", "call_id": "call00001"}[/TOOL_RESULTS]⟦ It is 2.</s>⟧'
+    ),
+    ("gemma", "single"): "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello.<end_of_turn>⟧\n",
+    ("gemma", "multi"): (
+        "<bos><start_of_turn>user\n1+1?<end_of_turn>\n<start_of_turn>model\n⟦2<end_of_turn>⟧\n"
+        "<start_of_turn>user\nAnd 2+2?<end_of_turn>\n<start_of_turn>model\n⟦4<end_of_turn>⟧\n"
+    ),
+    ("gemma", "system"): (
+        "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello.<end_of_turn>⟧\n"
+    ),
+    ("chatml_marked", "multi"): (
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n⟦2<|im_end|>\n⟧"
+        "<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n⟦4<|im_end|>\n⟧"
+    ),
+    ("chatml_marked", "tools"): (
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+        '⟦<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>\n⟧'
+        "<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n⟦It is 2.<|im_end|>\n⟧"
+    ),
+}
+
+
+def chat(*messages: Message) -> Chat:
+    return Chat("rows.jsonl:1", messages, (TOOL,) if any(message.tool_calls for message in messages) else ())
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, document: Chat, **settings: Any) -> Encoded:
+    encoder = Encoder(tokenizer, DataSection(sources=(Source(path="rows.jsonl"),), **settings))
+    return encoder.encode([encoder.render(document)])[0]
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> str:
+    """The text, decoded token by token, with ⟦ ⟧ around runs of trained tokens."""
+    parts: list[str] = []
+    start = 0
+    for end in range(1, len(encoded.ids) + 1):
+        if end == len(encoded.ids) or encoded.trained[end] != encoded.trained[start]:
+            text = tokenizer.decode(encoded.ids[start:end])
+            parts.append(f"⟦{text}⟧" if encoded.trained[start] else text)
+            start = end
+    return "".join(parts)
+
+
+@pytest.mark.parametrize(("name", "kind"), EXPECTED)
+def test_the_mask_is_what_a_person_expects(family: Family, name: str, kind: str) -> None:
+    tokenizer = family(name)
+    expected, messages = EXPECTED[name, kind], CHATS[kind]
+    encoded = encode(tokenizer, chat(*messages))
+    assert marked(tokenizer, encoded) == expected
+    num_answers = sum(message.role == "assistant" for message in messages)
+    ends = {token for token in tokenizer.decode(encoded.ids[list(encoded.turn_ends)]).split(">") if token}
+    assert len(encoded.turn_ends) == num_answers == expected.count("⟦")
+    assert len(ends) == 1
+    assert all(encoded.trained[list(encoded.turn_ends)])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral", "gemma"])
+def test_the_text_is_what_the_tokenizer_itself_makes_of_the_chat(
+    family: Family, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = family(name)
+    messages = (user("1+1?"), said("", tool_calls=(CALL,), reasoning_content="Add."), *TOOLS[2:]) if name != "gemma" else MULTI
+    document = chat(*messages)
+    rows = [
+        {"role": m.role, "content": m.content}
+        | ({"tool_calls": list(m.tool_calls)} if m.tool_calls else {})
+        | ({"reasoning_content": m.reasoning_content} if m.reasoning_content else {})
+        | ({"tool_call_id": m.tool_call_id} if m.tool_call_id else {})
+        for m in messages
+    ]
+    compiled = chat_template_utils._compile_jinja_template(tokenizer.chat_template)
+    monkeypatch.setitem(compiled.globals, "strftime_now", datetime(2024, 7, 26).strftime)
+    for settings in ({}, {"add_generation_prompt": True}):
+        expected = tokenizer.apply_chat_template(rows, tools=list(document.tools) or None, tokenize=False, **settings)
+        assert Template(tokenizer, ()).render(document, generation_prompt=bool(settings)) == expected
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3", "mistral", "gemma", "chatml_marked"])
+def test_a_cut_takes_the_end_of_text_and_mask_and_nothing_else(family: Family, name: str) -> None:
+    tokenizer = family(name)
+    encoded = encode(tokenizer, chat(*MULTI))
+    for length in range(1, len(encoded.ids) + 1):
+        (piece,) = pieces_of(encoded, length, "truncate")
+        assert piece.ids.tolist() == encoded.ids[:length].tolist()
+        assert piece.trained.tolist() == encoded.trained[:length].tolist()
+    cut = encoded.turn_ends[-1]
+    (piece,) = pieces_of(encoded, cut, "truncate")
+    shown = marked(tokenizer, Encoded(piece.ids, piece.trained, ()))
+    expected = EXPECTED[name, "multi"]
+    assert shown == expected[: expected.rindex(tokenizer.decode([encoded.ids[cut]]))] + "⟧"
+    assert shown.endswith("4⟧")
+
+
+def test_the_last_turn_alone(family: Family) -> None:
+    qwen = family("qwen3")
+    expected = EXPECTED["qwen3", "multi"].replace("⟦2<|im_end|>⟧", "2<|im_end|>")
+    assert marked(qwen, encode(qwen, chat(*MULTI), train_on="last_turn")) == expected
+    # A tool call and the answer after it are one turn.
+    assert marked(qwen, encode(qwen, chat(*TOOLS), train_on="last_turn")) == EXPECTED["qwen3", "tools"]
+    gemma = family("gemma")
+    unanswered = encode(gemma, chat(*MULTI, user("Why?")), train_on="last_turn")
+    assert not unanswered.trained.any()
+
+
+def test_all_tokens(family: Family) -> None:
+    gemma = family("gemma")
+    encoded = encode(gemma, chat(*SINGLE), train_on="all")
+    text = EXPECTED["gemma", "single"].replace("⟦", "").replace("⟧", "")
+    # Nothing comes before the first token to predict it from.
+    assert marked(gemma, encoded) == text.replace("<bos>", "<bos>⟦") + "⟧"
+    assert gemma.decode(encoded.ids[list(encoded.turn_ends)]) == "<end_of_turn>"
+
+
+@pytest.mark.parametrize("name", ["gemma", "chatml_marked"])
+def test_a_messages_weight_wins(family: Family, name: str) -> None:
+    tokenizer = family(name)
+    weighted = (user("1+1?"), said("2", weight=0), user("And 2+2?"), said("4", weight=1))
+    first, last = (part for part in EXPECTED[name, "multi"].split("⟦")[1:])
+    skipped = EXPECTED[name, "multi"].replace(f"⟦{first}", first.replace("⟧", ""))
+    assert marked(tokenizer, encode(tokenizer, chat(*weighted))) == skipped
+    assert marked(tokenizer, encode(tokenizer, chat(*weighted), train_on="last_turn")) == skipped
+    every = marked(tokenizer, encode(tokenizer, chat(*weighted), train_on="all"))
+    plain = EXPECTED[name, "multi"].replace("⟦", "").replace("⟧", "")
+    assert every.replace("⟦", "").replace("⟧", "") == plain
+    assert f"⟧{first.split('⟧')[0]}⟦" in every
+    assert f"{last.split('⟧')[0]}" in every.rpartition("⟦")[2]
+    early = (user("1+1?"), said("2", weight=1), *MULTI[2:])
+    assert marked(tokenizer, encode(tokenizer, chat(*early), train_on="last_turn")) == EXPECTED[name, "multi"]
+
+
+def test_the_system_text_of_the_settings_replaces_the_rows_own(family: Family) -> None:
+    tokenizer = family("smollm2")
+    expected = EXPECTED["smollm2", "system"].replace("Be brief.", "Be kind.\nAlways.")
+    for messages in (SINGLE, SYSTEM):
+        assert marked(tokenizer, encode(tokenizer, chat(*messages), system="Be kind.\nAlways.")) == expected
+
+
+def test_a_template_from_a_file_replaces_the_tokenizers_own(family: Family, tmp_path: Path) -> None:
+    tokenizer = family("smollm2")
+    file = TEMPLATES / "chatml_marked.jinja"
+    assert marked(tokenizer, encode(tokenizer, chat(*MULTI), chat_template=str(file))) == EXPECTED["chatml_marked", "multi"]
+    refusing = tmp_path / "refusing.jinja"
+    refusing.write_text("{{ raise_exception('never') }}")
+    with pytest.raises(DataError, match="never") as caught:
+        encode(tokenizer, chat(*MULTI), chat_template=str(refusing))
+    assert caught.value.problems[0].value == str(refusing)
+    with pytest.raises(DataError, match="template cannot be read"):
+        encode(tokenizer, chat(*MULTI), chat_template=str(tmp_path / "missing.jinja"))
+
+
+def test_reasoning_is_trained_where_the_template_writes_it(family: Family) -> None:
+    tokenizer = family("qwen3")
+    thinking = (
+        user("1+1?"),
+        said("2", reasoning_content="One and one."),
+        user("And 2+2?"),
+        said("4", reasoning_content="Two twos."),
+    )
+    assert marked(tokenizer, encode(tokenizer, chat(*thinking))) == EXPECTED["qwen3", "multi"].replace(
+        NO_THOUGHT, "<think>\nTwo twos.\n</think>\n\n"
+    )
+
+
+def test_what_prefixes_cannot_tell_is_refused_and_the_last_turn_is_not(family: Family) -> None:
+    qwen = family("qwen3")
+    # The reasoning behind a tool call is written until another question follows.
+    messages = (TOOLS[0], REASONED_CALL, *TOOLS[2:], *MULTI)
+    with pytest.raises(DataError, match="renders earlier messages otherwise") as caught:
+        encode(qwen, chat(*messages))
+    problem = caught.value.problems[0]
+    assert (problem.where, problem.value) == ("rows.jsonl:1, messages[3]", "qwen3.jinja")
+    assert "data.train_on=last_turn" in problem.remedy
+    shown = marked(qwen, encode(qwen, chat(*messages), train_on="last_turn"))
+    assert shown.endswith(f"⟦{NO_THOUGHT}4<|im_end|>⟧\n")
+    assert shown.count("⟦") == 1
+
+
+@pytest.mark.parametrize("messages", [SYSTEM, (system("Be brief."), *MULTI)])
+def test_a_template_that_drops_the_system_text_once_it_is_answered_is_refused(
+    family: Family, messages: tuple[Message, ...]
+) -> None:
+    with pytest.raises(DataError, match="renders earlier messages otherwise") as caught:
+        encode(family("mistral"), chat(*messages))
+    assert caught.value.problems[0].value == "mistral.jinja"
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "words"),
+    [
+        ("gemma", TOOLS, "Conversation roles must alternate"),
+        ("mistral", (TOOLS[0], said("", tool_calls=({**CALL, "id": "1"},))), "nine letters and digits"),
+        ("llama3", (TOOLS[0], said("", tool_calls=(CALL, CALL))), "one tool call at a time"),
+        ("llama3", (TOOLS[0], said("I add.", tool_calls=(CALL,))), "changes the message"),
+    ],
+)
+def test_what_a_template_does_not_take_is_refused(family: Family, name: str, messages: tuple[Message, ...], words: str) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        encode(family(name), chat(*messages))
+    assert caught.value.problems[0].value == f"{name}.jinja"
+    assert caught.value.problems[0].where.startswith("rows.jsonl:1")
+
+
+MARKS_USERS = (
+    "{% for m in messages %}{{ m.role }}:{% generation %}{{ messages[0].content }}<|im_end|>{% endgeneration %}{% endfor %}"
+)
+MARKS_NO_END = (
+    "{% for m in messages %}{{ m.role }}:"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+TWO_MARKS = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %} -> {% generation %}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+def test_marks_that_are_not_around_the_answer_are_refused(family: Family, tmp_path: Path) -> None:
+    tokenizer = family("chatml_marked")
+    file = tmp_path / "marks.jinja"
+    file.write_text(MARKS_USERS)
+    with pytest.raises(DataError, match="marks other text") as caught:
+        encode(tokenizer, chat(*SINGLE), chat_template=str(file))
+    assert caught.value.problems[0].value == str(file)
+
+
+def test_marks_are_taken_as_they_are(family: Family, tmp_path: Path) -> None:
+    tokenizer = family("chatml_marked")
+    file = tmp_path / "marks.jinja"
+    file.write_text(MARKS_NO_END)
+    encoded = encode(tokenizer, chat(*SINGLE), chat_template=str(file))
+    assert marked(tokenizer, encoded) == "user:Hiassistant:⟦Hello.⟧<|im_end|>"
+    assert encoded.turn_ends == ()
+    file.write_text(TWO_MARKS)
+    encoded = encode(tokenizer, chat(*MULTI), chat_template=str(file), train_on="last_turn")
+    assert marked(tokenizer, encoded) == "user:1+1?assistant:2 -> <|im_end|>user:And 2+2?assistant:⟦4⟧ -> ⟦<|im_end|>⟧"
+    assert len(encoded.turn_ends) == 1

@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from launcher.config.data import DataSection, Source
+from launcher.data import cache
+from launcher.data.build import build
+from launcher.data.encode import Item
+from launcher.data.parallel import BATCH_CHARS, BATCH_DOCS, MIN_BATCHES, batched, num_workers
+from launcher.data.sources import PlainText
+from launcher.errors import DataError
+
+DEADLINE_S = 120.0
+# Says the numbers of its processes once the first batch is back, and goes on when it is told to.
+BUILDER = """
+import sys, psutil
+from launcher.config.data import DataSection
+from launcher.data.build import build
+from launcher.errors import DataError
+waited = False
+def progress(stage, done, total):
+    global waited
+    if done and not waited:
+        waited = True
+        print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+        sys.stdin.readline()
+try:
+    build(DataSection.model_validate_json(sys.argv[1]), sys.argv[2], progress)
+except DataError as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.fixture
+def many(jsonl: Callable[..., Path]) -> DataSection:
+    """Enough documents for several processes."""
+    rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range((MIN_BATCHES + 4) * BATCH_DOCS)]
+    return DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=128, eval_fraction=0.1, workers=2)
+
+
+@pytest.fixture
+def builder(many: DataSection, tokenizer_dir: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
+    """A builder that waits with its processes running; those are ended after the test, if they still are."""
+    command = [sys.executable, "-c", BUILDER, many.model_dump_json(), str(tokenizer_dir)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    started = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert started.stdout is not None
+    children = [psutil.Process(int(pid)) for pid in started.stdout.readline().split()]
+    yield started, children
+    for process in [started, *children]:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    started.communicate(timeout=DEADLINE_S)
+
+
+def workers_of(children: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that encode: forks of the fork server, which is a child of the builder."""
+    numbers = {child.pid for child in children}
+    return [child for child in children if child.ppid() in numbers]
+
+
+def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_dir: Path, cache_home: Path) -> None:
+    progress: list[tuple[str, int, int]] = []
+    folder = Path(build(many, str(tokenizer_dir), lambda *told: progress.append(told)).cache_dir)
+    alone = cache_home / "alone"
+    shutil.move(folder, alone)
+    assert build(many.model_copy(update={"workers": 1}), str(tokenizer_dir)).cache_dir == str(folder)
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(alone)) for path in alone.rglob("*") if path.is_file())
+    for name in names:
+        assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
+    tokenised = [done for stage, done, _ in progress if stage == "tokenise"]
+    assert tokenised == sorted(tokenised)
+    assert len(tokenised) > MIN_BATCHES
+    assert tokenised[-1] == (MIN_BATCHES + 4) * BATCH_DOCS
+
+
+def test_a_killed_worker_is_told_and_nothing_is_left(
+    builder: tuple[subprocess.Popen, list[psutil.Process]], cache_home: Path
+) -> None:
+    started, children = builder
+    workers = workers_of(children)
+    assert len(workers) == 2
+    workers[0].kill()
+    said, errors = started.communicate("go on\n", timeout=DEADLINE_S)
+    assert started.returncode == DataError.exit_code, errors
+    assert "a process that builds the data cache was killed" in said
+    assert "data.workers" in said
+    assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
+    assert not psutil.wait_procs(children, timeout=DEADLINE_S)[1]
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_builder_takes_its_processes_along(
+    builder: tuple[subprocess.Popen, list[psutil.Process]], many: DataSection, tokenizer_dir: Path, by: signal.Signals
+) -> None:
+    started, children = builder
+    if by == signal.SIGINT:
+        # As a terminal does it: every process of the group gets it.
+        os.killpg(started.pid, by)
+    else:
+        started.kill()
+    _, errors = started.communicate(timeout=DEADLINE_S)
+    assert not psutil.wait_procs(children, timeout=DEADLINE_S)[1]
+    key = cache.cache_key(many, str(tokenizer_dir))
+    assert cache.find(key) is None
+    if by == signal.SIGINT:
+        assert not cache.cache_dir(key).with_suffix(".partial").exists()
+        assert errors.count("Traceback") == 1, "the workers keep quiet"
+
+
+def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokenizer_dir: Path) -> None:
+    path = Path(many.sources[0].path)
+    broken = (MIN_BATCHES + 2) * BATCH_DOCS
+    lines = path.read_text().splitlines()
+    lines[broken] = json.dumps({"prompt": "1:", "completion": None})
+    path.write_text("\n".join(lines))
+    began = time.monotonic()
+    with pytest.raises(DataError, match="completion") as caught:
+        build(many, str(tokenizer_dir))
+    assert f":{broken + 1}" in caught.value.problems[0].where
+    assert time.monotonic() - began < DEADLINE_S
+
+
+def test_batches_are_bounded_by_documents_and_by_characters() -> None:
+    short = [Item(PlainText("", "x"), 0, None)] * (2 * BATCH_DOCS + 1)
+    assert [len(batch) for batch in batched(short)] == [BATCH_DOCS, BATCH_DOCS, 1]
+    long = [Item(PlainText("", "x" * (BATCH_CHARS // 2)), 0, None)] * 5
+    assert [len(batch) for batch in batched(long)] == [2, 2, 1]
+    assert list(batched([])) == []
+
+
+def test_the_number_of_processes(many: DataSection) -> None:
+    assert num_workers(many) == 2
+    assert num_workers(many.model_copy(update={"workers": None})) == len(os.sched_getaffinity(0))
+
+
+def test_every_token_of_every_document_is_in_the_cache_once(many: DataSection, tokenizer_dir: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    folder = build(many, str(tokenizer_dir)).cache_dir
+    found = []
+    for split in (cache.Split.open(folder), cache.Split.open(folder, held_out=True)):
+        assert np.diff(split.rows).max() <= many.max_length
+        found += [tuple(split.tokens[a:b].tolist()) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)]
+    rows = [json.loads(line) for line in Path(many.sources[0].path).read_text().splitlines()]
+    texts = [row["prompt"] + row["completion"] for row in rows]
+    whole = tokenizer(texts, add_special_tokens=False).input_ids
+    assert sorted(found) == sorted((*ids, tokenizer.eos_token_id) for ids in whole)

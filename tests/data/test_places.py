@@ -1,0 +1,302 @@
+"""Sources that are folders, patterns, hub datasets and addresses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from dataset_hub import DatasetHub, running_dataset_hub
+from mirror_tools import S3, make_bucket, running_s3
+
+from launcher.config.data import DataSection, Source
+from launcher.data.sources import check_sources, eval_source, read_documents, source_digest
+from launcher.errors import DataError, Problem
+
+Files = dict[str, str]
+
+
+def row(text: str) -> str:
+    return json.dumps({"text": text}) + "\n"
+
+
+def write(folder: Path, files: Files) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return folder
+
+
+def texts(source: Source) -> list[str]:
+    return [document.text for document, _ in read_documents(source)]  # type: ignore[union-attr]
+
+
+def problem_of(source: Source) -> Problem:
+    with pytest.raises(DataError) as caught:
+        texts(source)
+    (problem,) = caught.value.problems
+    assert problem.remedy
+    return problem
+
+
+SPLITS = {"train-0.jsonl": row("a"), "train-1.jsonl": row("b"), "test.jsonl": row("t"), "README.md": "# Rows"}
+README = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/first*
+  - split: held
+    path: [main/second.jsonl]
+- config_name: socratic
+  data_dir: socratic
+---
+"""
+SUBSETS = {
+    "README.md": README,
+    "main/first.jsonl": row("m"),
+    "main/second.jsonl": row("h"),
+    "socratic/train.jsonl": row("s"),
+    "socratic/test.jsonl": row("st"),
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "expected"),
+    [
+        ({"b.jsonl": row("b"), "deep/a.jsonl": row("a")}, {}, ["b", "a"]),
+        (SPLITS, {}, ["a", "b"]),
+        (SPLITS, {"split": "test"}, ["t"]),
+        ({"data/validation/x.jsonl": row("v"), "data/train/x.jsonl": row("a")}, {}, ["a"]),
+        ({"rows_dev.jsonl": row("only")}, {}, ["only"]),
+        ({"a.jsonl": row("a"), "notes.txt": "hidden", ".b.jsonl": row("hidden"), "dataset_infos.json": "{}"}, {}, ["a"]),
+        ({"a.txt": "one\ntwo\n", "README.txt": "hidden"}, {}, ["one", "two"]),
+        ({"a.jsonl": row("a"), "b.json": f"[{row('b')}]"}, {}, ["a", "b"]),
+        (SUBSETS, {"subset": "main"}, ["m"]),
+        (SUBSETS, {"subset": "main", "split": "held"}, ["h"]),
+        (SUBSETS, {"subset": "socratic"}, ["s"]),
+        (SUBSETS, {"subset": "socratic", "split": "test"}, ["st"]),
+    ],
+)
+def test_the_files_of_a_folder_that_are_read(tmp_path: Path, files: Files, settings: dict[str, Any], expected: list[str]) -> None:
+    source = Source(path=str(write(tmp_path, files)), **settings)
+    assert texts(source) == expected
+    assert check_sources(DataSection(sources=(source,))) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "settings", "words"),
+    [
+        ({"a.bin": "x", "b.py": "x"}, {}, "holds no data file (endings: .bin, .py)"),
+        ({"train.jsonl": row("a"), "a.jsonl": row("b")}, {}, "a.jsonl belongs to no split, while other files do (train.jsonl)"),
+        ({"test.jsonl": row("a"), "dev.jsonl": row("b")}, {}, "no split train (there are: validation, test)"),
+        (SPLITS, {"split": "held"}, "no split held (there are: test, train)"),
+        ({"a.jsonl": row("a")}, {"split": "test"}, "no file belongs to a split test"),
+        (SPLITS, {"subset": "main"}, "no subset main"),
+        (SUBSETS, {}, "several subsets: main, socratic"),
+        (SUBSETS, {"subset": "maine"}, "no subset maine (there are: main, socratic)"),
+        ({"a.jsonl": row("a"), "b.jsonl": ""}, {}, "the data file is empty"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_shows_before_it_is_read(
+    tmp_path: Path, files: Files, settings: dict[str, Any], words: str
+) -> None:
+    source = Source(path=str(write(tmp_path, files)), **settings)
+    (problem,) = check_sources(DataSection(sources=(source,)))
+    assert words in problem.what
+    assert (problem.where, problem.value) == ("data.sources[0].path", str(tmp_path))
+    assert problem.remedy
+
+
+def test_patterns(tmp_path: Path) -> None:
+    write(tmp_path, {"b.jsonl": row("b"), "a.jsonl": row("a"), "deep/c.jsonl": row("c"), "d.txt": "d"})
+    assert texts(Source(path=f"{tmp_path}/*.jsonl")) == ["a", "b"]
+    assert texts(Source(path=f"{tmp_path}/**/*.jsonl")) == ["a", "b", "c"]
+    documents = [document for document, _ in read_documents(Source(path=f"{tmp_path}/[ab].jsonl"))]
+    assert [document.where for document in documents] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.jsonl:1"]
+    sources = (Source(path=f"{tmp_path}/*.csv"), Source(name="other", path=f"{tmp_path}/a.jsonl", split="train"))
+    nothing, split = check_sources(DataSection(sources=sources))
+    assert "no file matches" in nothing.what
+    assert "say nothing about files that are named" in split.what
+
+
+def test_the_digest_follows_the_bytes_and_not_the_place(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one", SPLITS), write(tmp_path / "two", SPLITS)
+    assert source_digest(Source(path=str(one))) == source_digest(Source(path=str(two)))
+    assert source_digest(Source(path=str(one))) != source_digest(Source(path=str(one), split="test"))
+    write(two, {"train-1.jsonl": row("c")})
+    assert source_digest(Source(path=str(one))) != source_digest(Source(path=str(two)))
+    # The same bytes mean other rows under another ending.
+    write(tmp_path, {"a.json": row("a"), "a.txt": row("a")})
+    assert source_digest(Source(path=f"{tmp_path}/a.json")) != source_digest(Source(path=f"{tmp_path}/a.txt"))
+
+
+def test_the_held_out_source_is_read_as_the_others_are(tmp_path: Path) -> None:
+    write(tmp_path, {**SPLITS, "dev.jsonl": row("d")})
+    columns = {"prompt": "question"}
+    alike = (Source(path="a.jsonl", columns=columns), Source(name="b", path="b.jsonl", columns=columns))
+    held_out = eval_source(DataSection(sources=alike, eval_path=str(tmp_path)))
+    assert held_out is not None
+    assert held_out.columns == columns
+    assert eval_source(DataSection(sources=alike)) is None
+    plain = (Source(path="a.jsonl", format="text"), Source(name="b", path="b.jsonl"))
+    for split, expected in ((None, "d"), ("test", "t"), ("train", "a")):
+        held_out = eval_source(DataSection(sources=plain, eval_path=str(tmp_path), eval_split=split))
+        assert held_out is not None
+        assert (held_out.format, held_out.columns, texts(held_out)[0]) == ("auto", {}, expected)
+
+
+# Addresses
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    system = fsspec.filesystem("memory")
+    yield system
+    system.rm("/data", recursive=True)
+
+
+def test_an_address_is_fetched_once_and_again_where_it_has_changed(memory: Any, cache_home: Path) -> None:
+    memory.pipe("/data/train.jsonl", row("a").encode())
+    source = Source(path="memory://data/train.jsonl")
+    first = source_digest(source)
+    assert not list(cache_home.rglob("*.jsonl"))
+    for _ in range(2):
+        (document,) = (document for document, _ in read_documents(source))
+        assert (document.where, document.text) == ("memory:///data/train.jsonl:1", "a")  # type: ignore[union-attr]
+        assert len(list(cache_home.rglob("*.jsonl"))) == 1
+    memory.pipe("/data/train.jsonl", row("b").encode())
+    assert source_digest(source) != first
+    assert texts(source) == ["b"]
+
+
+def test_patterns_and_folders_at_an_address(memory: Any) -> None:
+    for name, content in SPLITS.items():
+        memory.pipe(f"/data/deep/{name}", content.encode())
+    assert texts(Source(path="memory://data/deep/train*.jsonl")) == ["a", "b"]
+    assert texts(Source(path="memory://data/deep")) == ["a", "b"]
+    assert texts(Source(path="memory://data/deep", split="test")) == ["t"]
+    assert "no split held" in problem_of(Source(path="memory://data/deep", split="held")).what
+    assert "no file matches" in problem_of(Source(path="memory://data/*.csv")).what
+    assert "no such data file" in problem_of(Source(path="memory://data/gone.jsonl")).what
+    memory.pipe("/data/empty.jsonl", b"")
+    assert problem_of(Source(path="memory://data/empty.jsonl")).what == "the data file is empty"
+
+
+def test_an_address_that_nothing_knows(tmp_path: Path) -> None:
+    (problem,) = check_sources(DataSection(sources=(Source(path="gopher://rows"),)))
+    assert "knows gopher://" in problem.what
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with running_s3(tmp_path_factory.mktemp("s3") / "server.log") as s3:
+        make_bucket(s3)
+        yield s3
+
+
+CODE = """
+import json, sys
+from launcher.config.data import Source
+from launcher.data.sources import read_documents, source_digest
+from launcher.errors import DataError
+try:
+    source = Source.model_validate_json(sys.argv[1])
+    print(json.dumps([source_digest(source), [[d.where, d.text] for d, _ in read_documents(source)]]))
+except DataError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+
+def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
+    """Digest and rows, or 'refused' and the error, from a process with this environment: clients read it once."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "AWS_"))}
+    command = [sys.executable, "-c", CODE, source.model_dump_json()]
+    done = subprocess.run(command, env={**inherited, **environ}, capture_output=True, text=True, timeout=100)
+    if done.returncode == 2:
+        return "refused", done.stdout
+    assert done.returncode == 0, done.stderr
+    digest, rows = json.loads(done.stdout)
+    return digest, rows
+
+
+def test_rows_from_s3(s3: S3) -> None:
+    code = f"import fsspec; fsspec.filesystem('s3').pipe('{s3.bucket}/rows/a.jsonl', {row('a').encode()!r})"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **s3.environment}, check=True, timeout=60)
+    source = Source(path=f"s3://{s3.bucket}/rows")
+    digest, rows = read_elsewhere(source, s3.environment)
+    assert rows == [[f"s3://{s3.bucket}/rows/a.jsonl:1", "a"]]
+    assert read_elsewhere(source, s3.environment)[0] == digest
+    refused = read_elsewhere(Source(path=f"s3://{s3.bucket}/gone.jsonl"), s3.environment)
+    assert refused[0] == "refused"
+    assert "there is no such data file" in refused[1]
+
+
+# The hub
+
+
+@pytest.fixture
+def hub() -> Iterator[DatasetHub]:
+    with running_dataset_hub() as hub:
+        yield hub
+
+
+def hub_environment(hub: DatasetHub, tmp_path: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf")}
+
+
+def as_bytes(files: Files) -> dict[str, bytes]:
+    return {name: content.encode() for name, content in files.items()}
+
+
+def test_a_hub_dataset_with_split_subset_and_revision(hub: DatasetHub, tmp_path: Path) -> None:
+    environ = hub_environment(hub, tmp_path)
+    old = hub.commit(as_bytes({**SPLITS, "load.py": "raise SystemExit('code was run')"}), "main", "v1")
+    source = Source(path="owner/name")
+    assert check_sources(DataSection(sources=(source,))) == []
+    digest, rows = read_elsewhere(source, environ)
+    assert rows == [["owner/name/train-0.jsonl:1", "a"], ["owner/name/train-1.jsonl:1", "b"]]
+    assert old in digest
+    assert not any(path.endswith(("load.py", "test.jsonl")) for path in hub.requests)
+
+    hub.commit(as_bytes(SUBSETS), "main")
+    later, rows = read_elsewhere(source.model_copy(update={"subset": "main", "split": "held"}), environ)
+    assert rows == [["owner/name/main/second.jsonl:1", "h"]]
+    assert later != digest
+    for revision in (old, "v1"):
+        assert read_elsewhere(source.model_copy(update={"revision": revision, "split": "test"}), environ)[1] == [
+            ["owner/name/test.jsonl:1", "t"]
+        ]
+    said = read_elsewhere(source, environ)[1]
+    assert "several subsets: main, socratic" in said
+    assert "where:  owner/name" in said
+
+
+def test_without_the_hub_what_was_fetched_is_used_and_nothing_else(hub: DatasetHub, tmp_path: Path) -> None:
+    environ = hub_environment(hub, tmp_path)
+    hub.commit(as_bytes(SPLITS), "main")
+    online = read_elsewhere(Source(path="owner/name"), environ)
+    offline = {**environ, "HF_HUB_OFFLINE": "1"}
+    assert read_elsewhere(Source(path="owner/name"), offline) == online
+    refused, said = read_elsewhere(Source(path="owner/name", split="test"), offline)
+    assert refused == "refused"
+    assert "the hub cannot be reached" in said
+    assert "HF_TOKEN" in said
+
+
+def test_what_the_hub_does_not_have_is_named(hub: DatasetHub, tmp_path: Path) -> None:
+    hub.commit({"load.py": b"raise SystemExit('code was run')"}, "main")
+    environ = hub_environment(hub, tmp_path)
+    assert "no such dataset, or it is private" in read_elsewhere(Source(path="owner/other"), environ)[1]
+    assert "RevisionNotFound" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
+    said = read_elsewhere(Source(path="owner/name"), environ)[1]
+    assert "holds no data file" in said
+    assert "Code that builds a dataset is never run" in said

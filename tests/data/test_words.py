@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import itertools
+import json
+import string
+from functools import cache
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase
+
+from launcher.data import words
+from launcher.data.words import tokens_before, words_of
+
+CORPUS = [
+    "The quick brown fox's den, isn't it? 1234 99 x_y(z)\n\n  def f(a):\n\treturn a  # don't\r\n",
+    string.printable,
+    "<|end",
+]
+KINDS = ("gpt2", "smollm", "qwen2", "llama3")
+
+
+@cache
+def tokenizer(kind: str) -> Tokenizer:
+    """A small tokenizer whose text is split as in one of the families."""
+    made = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    pattern = {"qwen2": words._QWEN2, "llama3": words._LLAMA3}.get(kind)
+    if kind == "gpt2":
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif kind == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    else:
+        made.normalizer = normalizers.NFC()
+        made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(CORPUS * 3, trainer)
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<|end|>", "<|end|>>", "<x>")])
+    return made
+
+
+TEXTS = st.lists(
+    st.one_of(
+        st.sampled_from(
+            ["<|end|>", "<|end|>>", "<x>", "'s", "'LL", "'re", " the", "12345", "\r\n", "\n\n", "   ", "\t", "\x1c", "\x7f"]
+        ),
+        st.text(st.characters(max_codepoint=127), max_size=8),
+    ),
+    max_size=30,
+).map("".join)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS)
+def test_tokens_and_borders_are_those_of_the_tokenizer(kind: str, text: str) -> None:
+    asked = tokenizer(kind)
+    known = words_of(asked)
+    assert known is not None
+    found = known.encode(text)
+    expected = asked.encode(text, add_special_tokens=False)
+    assert found is not None
+    assert found[0] == expected.ids
+    assert found[1].tolist() == [end for _, end in expected.offsets]
+    borders = [0, *found[1].tolist()]
+    assert tokens_before(borders, found[1]) == list(range(len(borders)))
+    inside = [end - 1 for start, end in expected.offsets if end - start > 1]
+    assert all(tokens_before([border], found[1]) is None for border in inside)
+
+
+def test_the_demonstration_tokenizer_is_served(session_tokenizer: PreTrainedTokenizerBase) -> None:
+    asked = session_tokenizer.backend_tokenizer
+    known = words_of(asked)
+    assert known is not None
+    chats = [[{"role": "user", "content": f"What is {a} + {b}?"}, {"role": "assistant", "content": f"It's {a + b}.\n"}]
+             for a, b in itertools.product(range(0, 2000, 97), repeat=2)]  # fmt: skip
+    texts = [str(text) for text in session_tokenizer.apply_chat_template(chats, tokenize=False)]
+    assert [known.encode(text)[0] for text in texts] == [e.ids for e in asked.encode_batch(texts, add_special_tokens=False)]
+
+
+def test_other_text_is_left_to_the_tokenizer() -> None:
+    known = words_of(tokenizer("gpt2"))
+    assert known is not None
+    assert known.encode("caf\u00e9") is None
+    assert known.encode("") == ([], pytest.approx(np.empty(0)))
+
+
+def altered(**changes: object) -> Tokenizer:
+    parts = json.loads(tokenizer("llama3").to_str())
+    return Tokenizer.from_str(json.dumps({**parts, **changes}))
+
+
+def test_a_tokenizer_that_is_not_known_is_not_served() -> None:
+    parts = json.loads(tokenizer("llama3").to_str())
+    assert words_of(altered()) is not None
+    assert words_of(altered(normalizer={"type": "Lowercase"})) is None
+    assert words_of(altered(pre_tokenizer={"type": "Whitespace"})) is None
+    assert words_of(altered(pre_tokenizer=None)) is None
+    swallows = [{**token, "rstrip": True} for token in parts["added_tokens"]]
+    assert words_of(altered(added_tokens=swallows)) is None
+    assert words_of(altered(model={**parts["model"], "dropout": 0.1})) is None
+    steps = parts["pre_tokenizer"]["pretokenizers"]
+    other = {**steps[0], "pattern": {"Regex": r"\p{L}+|."}}
+    assert words_of(altered(pre_tokenizer={"type": "Sequence", "pretokenizers": [other, steps[1]]})) is None
+
+
+def test_a_byte_that_the_vocabulary_lacks_is_left_to_the_tokenizer() -> None:
+    small = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    small.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known = words.Words(small, [words._ASCII[words._GPT2]], {})
+    assert known.encode("ab") is not None
+    assert known.encode("abc") is None
+
+
+def test_the_cache_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "MAX_WORDS", 10)
+    known = words_of(tokenizer("gpt2"))
+    assert known is not None
+    text = " ".join(f"word{chr(97 + i)}" for i in range(26))
+    assert known.encode(text)[0] == tokenizer("gpt2").encode(text, add_special_tokens=False).ids
+    assert len(known._known) <= 10

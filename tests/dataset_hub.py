@@ -1,0 +1,79 @@
+"""As much of the Hugging Face Hub as reading a dataset needs, on a port of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class DatasetHub:
+    """The repository owner/name; `revisions` maps branches, tags and commits to commits, `commits` those to files."""
+
+    address: str = ""
+    revisions: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+
+    def commit(self, files: dict[str, bytes], *names: str) -> str:
+        """A commit with these files that `names` point to."""
+        sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        self.commits[sha] = files
+        self.revisions.update(dict.fromkeys((sha, *names), sha))
+        return sha
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        if match := re.fullmatch(r"/api/datasets/owner/name(?:/revision/(\w+))?", path):
+            sha = self.revisions.get(match[1] or "main")
+            if sha is not None:
+                siblings = [{"rfilename": name} for name in self.commits[sha]]
+                return 200, {}, json.dumps({"id": "owner/name", "sha": sha, "siblings": siblings}).encode()
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
+        if (match := re.fullmatch(r"/datasets/owner/name/resolve/(\w+)/(.+)", path)) and match[1] in self.commits:
+            content = self.commits[match[1]].get(match[2])
+            if content is not None:
+                return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": match[1]}, content
+            return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
+        return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
+
+
+@contextmanager
+def running_dataset_hub() -> Iterator[DatasetHub]:
+    hub = DatasetHub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _serve(self) -> None:
+            path = self.path.partition("?")[0]
+            hub.requests.append(path)
+            status, headers, content = hub.answer(path)
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_HEAD = _serve
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
