@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from launcher.config.fields import Flag, Fraction, Name, Positive, PositiveInt, Section, Text
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 # What a column mapping may name: the keys that the formats read.
 COLUMNS = (
     *("messages", "conversations", "tools", "system"),
@@ -36,8 +35,8 @@ class Source(Section):
         "auto",
         description=(
             "messages: a list of {role, content}, as in OpenAI's fine-tuning files; sharegpt: conversations of {from, value}; "
-            "alpaca: instruction, input and output; prompt_completion: prompt and completion; text: every token is trained. "
-            "auto: by the keys of the first row."
+            "alpaca: instruction, input and output; prompt_completion: prompt and completion; text: every token is trained "
+            "(a line of a .txt file is a document). auto: by the keys of the first row."
         ),
     )
     columns: dict[str, str] = Field(
