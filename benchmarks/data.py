@@ -26,9 +26,9 @@ from launcher.data import cache
 from launcher.data.packing import pack
 from launcher.tracking.jsonl import read_metrics
 
-DATA = Path("/work/shared/data")
+DATA = sides.HERE.parents[1] / "shared" / "data"
 ROW_LENGTHS = (1024, 2048, 4096)
-COPIES = 4
+COPIES = 8
 PARTS = ("packing", "build", "open", "loader")
 
 
