@@ -33,7 +33,7 @@ from launcher.tracking.jsonl import read_metrics
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
 RUN_TIMEOUT_S = 1200.0
-_PACKAGES = ("torch", "deepspeed", "transformers", "trl", "wandb")
+_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "trl", "wandb")
 
 
 @dataclass(frozen=True)

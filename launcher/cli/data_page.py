@@ -89,7 +89,7 @@ def _findings(found: list[dict[str, Any]]) -> list[str]:
         return [html.paragraph("none", "good")]
     rows = []
     for one in found:
-        examples = "\n".join(f"· {example['where']}: {example['detail']}" for example in one["examples"])
+        examples = "\n".join(f"·\u00a0{example['where']}: {example['detail']}" for example in one["examples"])
         done = f"{one['setting']}={one['action']}" + ("\na run is refused" if one["fatal"] else "")
         by_source = "\n".join(f"{name}: {count:,}" for name, count in one["sources"].items())
         rows.append(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from launcher.config.fields import Flag, Fraction, Name, Positive, PositiveInt, Section, Text
 
-FORMATS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 # What a column mapping may name: the keys that the formats read.
 COLUMNS = (
     *("messages", "conversations", "tools", "system"),
@@ -16,9 +16,18 @@ COLUMNS = (
     *("prompt", "completion", "text"),
 )
 
+_PASSWORD = re.compile(r"://[^/]*:[^/]*@")
+
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Choice = Literal["keep", "drop", "fail"]
 Accepted = Literal["keep", "fail"]
+
+
+def without_password(path: str) -> str:
+    """An address is written into plans and logs."""
+    if _PASSWORD.search(path):
+        raise ValueError("holds a user and a password; take them out, storages read them from the environment")
+    return path
 
 
 class Source(Section):
@@ -36,8 +45,8 @@ class Source(Section):
         "auto",
         description=(
             "messages: a list of {role, content}, as in OpenAI's fine-tuning files; sharegpt: conversations of {from, value}; "
-            "alpaca: instruction, input and output; prompt_completion: prompt and completion; text: every token is trained. "
-            "auto: by the keys of the first row."
+            "alpaca: instruction, input and output; prompt_completion: prompt and completion; text: every token is trained "
+            "(a line of a .txt file is a document). auto: by the keys of the first row."
         ),
     )
     columns: dict[str, str] = Field(
@@ -58,6 +67,11 @@ class Source(Section):
     epochs: Positive = Field(
         1.0, description="How often each document of the source is seen in one epoch of the run; 0.5 takes every other one."
     )
+
+    @field_validator("path")
+    @classmethod
+    def _no_password(cls, value: str) -> str:
+        return without_password(value)
 
     @field_validator("columns")
     @classmethod
@@ -148,6 +162,11 @@ class DataSection(Section):
         None, description="Processes that build the data cache. Unset: one for each CPU that this process may use."
     )
     checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents with a fault.")
+
+    @field_validator("path", "eval_path")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        return value if value is None else without_password(value)
 
     @model_validator(mode="after")
     def _one_held_out_split(self) -> DataSection:

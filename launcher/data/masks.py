@@ -93,12 +93,14 @@ class Template:
         if _MARK.search(self._source(chat)):
             return self._marked_spans(chat, wanted)
         full = self.render(chat)
+        self._require_all(chat, full)
         return full, tuple(self._span(chat, full, i) for i in wanted)
 
     # Templates with generation marks
 
     def _marked_spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
         text, marks = self._render(chat, chat.messages, generation_prompt=False, marks=True)
+        self._require_all(chat, text)
         answers = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
         bounds = list(range(len(answers) + 1))
         if len(marks) != len(answers):
@@ -141,6 +143,8 @@ class Template:
         body = answer.removesuffix(token).rstrip()
         said = _said_by(message)
         places = [body.rfind(part) for part in said]
+        if unwritten := [call for call in _calls(message) if call not in body]:
+            self._refuse_part(f"does not write the call of the tool {unwritten[0]}", where)
         if min(places, default=0) < 0 or (not message.tool_calls and not body.endswith(said[0] if said else "")):
             self._refuse("changes the message, or puts text between it and the end of the turn", where)
         # What may be missing in front, once later messages follow, ends where the message itself begins.
@@ -191,6 +195,18 @@ class Template:
             raise DataError(Problem(what, chat.where, self.name, remedy)) from error
         return texts[0], [tuple(span) for span in spans[0]]
 
+    def _require_all(self, chat: Chat, text: str) -> None:
+        """Refuse a template that leaves out what was said to the assistant."""
+        for i, message in enumerate(chat.messages):
+            if message.role in ("system", "user") and message.content.strip() not in text:
+                self._refuse_part(f"leaves out or changes what the {message.role} says", f"{chat.where}, messages[{i}]")
+        if chat.tools and text == self.render(Chat(chat.where, chat.messages)):
+            self._refuse_part("leaves out the definitions of the tools", chat.where)
+
+    def _refuse_part(self, does: str, where: str) -> NoReturn:
+        remedy = "set data.chat_template to a file with a template that writes it, or take it out of the row"
+        raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
+
     def _refuse(self, does: str, where: str) -> NoReturn:
         what = f"the chat template {does}, so the trained tokens cannot be told for certain"
         raise DataError(Problem(what, where, self.name, _NOT_SURE))
@@ -198,8 +214,12 @@ class Template:
 
 def _said_by(message: Message) -> list[str]:
     """Texts that must stand in whatever a template makes of an assistant's message."""
-    names = [call["function"]["name"] for call in message.tool_calls]
-    return [text for text in (message.content.strip(), *names) if text]
+    return [text for text in (message.content.strip(), *_calls(message)) if text]
+
+
+def _calls(message: Message) -> list[str]:
+    """The names of the functions that a message calls."""
+    return [call["function"]["name"] for call in message.tool_calls]
 
 
 def _as_template_reads(message: Message) -> dict[str, Any]:

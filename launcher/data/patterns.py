@@ -53,7 +53,10 @@ SEARCHES = tuple(
 _FOREIGN = re.compile(
     r"<\|[A-Za-z][\w .-]{0,40}\|>|<｜[^｜<>\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
 )
-_FOREIGN_LITERALS = ("<|", "<｜", "inst]", "sys>>", "_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>")
+_FOREIGN_LITERALS = (
+    *("<|", "<｜", "<bos>", "<eos>", "<pad>", "<unk>", "<<sys>>", "<</sys>>", "inst]"),
+    *("<start_of_turn>", "<end_of_turn>", "</start_of_turn>", "</end_of_turn>"),
+)
 # Many texts hold no underscore at all.
 _LITERALS = [[(literal, s) for s in SEARCHES for literal in s.literals if (b"_" in literal) is with_] for with_ in (False, True)]
 _ALL_DIGITS_0 = bytes.maketrans(b"123456789", b"0" * 9)
@@ -89,7 +92,8 @@ def redacted(text: str) -> str:
 
 def may_hold_special_tokens(lower: str, known: Sequence[str]) -> bool:
     """False where a text, given in lower case, holds no special token."""
-    return any([literal in lower for literal in (*_FOREIGN_LITERALS, *_beginnings(tuple(known)))])  # noqa: C419
+    in_angles, others = _beginnings(tuple(known))
+    return in_angles.search(lower) is not None or any([beginning in lower for beginning in others])  # noqa: C419
 
 
 def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]]:
@@ -103,9 +107,11 @@ def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]
 
 
 @functools.lru_cache(maxsize=8)
-def _beginnings(texts: tuple[str, ...]) -> tuple[str, ...]:
-    """What the texts begin with, in lower case; many special tokens begin alike."""
-    return tuple(sorted({text.casefold()[:2] for text in texts if text}))
+def _beginnings(known: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...]]:
+    """How special tokens begin, in lower case: a pattern of those with an angle, which is fast for that, and the others."""
+    texts = {*(text.casefold()[:2] for text in known if text), *_FOREIGN_LITERALS}
+    in_angles = sorted(re.escape(text[1:]) for text in texts if text[0] == "<")
+    return re.compile(f"<(?:{'|'.join(in_angles)})"), tuple(sorted(text for text in texts if text[0] != "<"))
 
 
 @functools.lru_cache(maxsize=8)

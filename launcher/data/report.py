@@ -15,6 +15,7 @@ from launcher.data.chat import load_tokenizer
 from launcher.plan.launch_plan import DataFacts
 
 NUM_QUANTILES = 41
+_DOCS_AT_ONCE = 1 << 16
 # Documents that are shown where no rows are asked for: short enough to be read, and not the shortest.
 _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 
@@ -29,15 +30,15 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
     split, held_out = Split.open(facts.cache_dir), Split.open(facts.cache_dir, held_out=True)
     counted = cache.read_report(facts.cache_dir)["sources"]
     names = [source["name"] for source in counted]
-    sources, outside = _of_sources(split, len(names)), _of_sources(held_out, len(names))
+    mixture, sources = _of_split(split, len(names))
+    apart, sources_apart = _of_split(held_out, len(names))
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
     return {
         "cache_dir": facts.cache_dir,
         "cache_bytes": cache.num_bytes(facts.cache_dir),
         "max_length": data.max_length,
         "packing": data.packing,
-        "rows": facts.num_rows,
-        **_numbers(split, np.ones(split.num_docs, dtype=bool)),
+        **mixture,
         "fill_frac": 1 - facts.padding_frac,
         "padding_frac": facts.padding_frac,
         **{key: sum(source[name] for source in counted) for key, name in _COUNTED.items()},
@@ -49,16 +50,15 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
                 "epochs": counts["epochs"],
                 **{key: counts[name] for key, name in _COUNTED.items()},
                 "held_out": {
-                    "documents": apart["documents"],
-                    "tokens": apart["tokens"],
+                    "documents": outside["documents"],
+                    "tokens": outside["tokens"],
                     "dropped_documents": counts["held_out_dropped"],
                 },
             }
-            for name, numbers, apart, counts in zip(names, sources, outside, counted, strict=True)
+            for name, numbers, outside, counts in zip(names, sources, sources_apart, counted, strict=True)
         ],
         "held_out": {
-            "rows": held_out.num_rows,
-            **_numbers(held_out, np.ones(held_out.num_docs, dtype=bool)),
+            **apart,
             "read_documents": sum(source["held_out_read"] for source in counted),
             "dropped_documents": sum(source["held_out_dropped"] for source in counted),
             "truncated_documents": sum(source["held_out_truncated_docs"] for source in counted),
@@ -81,16 +81,26 @@ _COUNTED = {
 }
 
 
-def _of_sources(split: Split, num_sources: int) -> list[dict[str, Any]]:
+def _of_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Numbers of all documents of a split, and of those of each source."""
+    lengths, trained, source = np.diff(split.docs), _trained(split), np.asarray(split.doc_source)
     # The file of data.eval_path, which stands after the sources, has no place among the rows of training.
     rows = [*(np.asarray(split.row_sources) > 0).sum(axis=0).tolist(), 0]
-    return [{"rows": rows[source], **_numbers(split, np.asarray(split.doc_source) == source)} for source in range(num_sources)]
+    each = [{"rows": rows[i], **_numbers(lengths[source == i], trained[source == i])} for i in range(num_sources)]
+    return {"rows": split.num_rows, **_numbers(lengths, trained)}, each
 
 
-def _numbers(split: Split, chosen: np.ndarray) -> dict[str, Any]:
-    """Counts of the documents of `split` where `chosen`, bool [documents], is true."""
-    lengths = np.diff(split.docs)[chosen]
-    trained = _trained(split)[chosen]
+def _trained(split: Split) -> np.ndarray:
+    """Trained tokens of each document; a part at a time, for all of them may not fit in memory."""
+    counts = [np.empty(0, dtype=np.int64)]
+    for first in range(0, split.num_docs, _DOCS_AT_ONCE):
+        docs = split.docs[first : first + _DOCS_AT_ONCE + 1]
+        counts.append(np.add.reduceat(split.trained[docs[0] : docs[-1]], docs[:-1] - docs[0], dtype=np.int64))
+    return np.concatenate(counts)
+
+
+def _numbers(lengths: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
+    """Counts of documents with `lengths` tokens, of which `trained` are trained."""
     tokens = int(lengths.sum())
     return {
         "documents": len(lengths),
@@ -101,13 +111,6 @@ def _numbers(split: Split, chosen: np.ndarray) -> dict[str, Any]:
         "length_histogram": _histogram(lengths),
         "length_quantiles": np.quantile(lengths, np.linspace(0, 1, NUM_QUANTILES)).astype(int).tolist() if len(lengths) else [],
     }
-
-
-def _trained(split: Split) -> np.ndarray:
-    """Trained tokens of each document."""
-    if not split.num_docs:
-        return np.zeros(0, dtype=np.int64)
-    return np.add.reduceat(split.trained, split.docs[:-1], dtype=np.int64)
 
 
 def _spread(lengths: np.ndarray) -> dict[str, float] | None:

@@ -38,6 +38,12 @@ Shown = Callable[..., str]
         ("data.sources=[{name: a}]", "data.sources[0].path: a value is required", "", "complete data.sources[0]: it lacks path"),
         ("data.sources=[{path: a, columns: {promt: q}}]", "data.sources[0].columns: has no use for promt", "", "are messages"),
         ("data.sources=[{path: a, weight: -1}]", "data.sources[0].weight: must be at least 0", "-1", "set data.sources[].weight"),
+        (
+            "data.eval_path='s3://me:word@b/a'",
+            "data.eval_path: holds a user and a password",
+            "'s3://<redacted>@b/a'",
+            "environment",
+        ),
         ("data.checks.secrets=drpo", "data.checks.secrets: is not one of its choices", "'drpo'", "did you mean drop?"),
         ("data.checks=drop", "data.checks: is a section of settings, not one value", "'drop'", "data.checks.empty_answer"),
         ("tracking.tags=[1]", "tracking.tags[0]: is not text", "1", "set tracking.tags to list of name."),

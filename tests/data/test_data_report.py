@@ -118,3 +118,10 @@ def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: di
     assert told["documents"] == told["read_documents"] - told["dropped_documents"]
     assert "API key" not in json.dumps(told["shown"])
     assert not told["refused"]
+
+
+def test_large_caches_are_counted_in_parts(
+    numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launcher.data.report._DOCS_AT_ONCE", 7)
+    assert report(build(mixture, str(tokenizer_dir)), mixture, str(tokenizer_dir)) == numbers

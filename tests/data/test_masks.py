@@ -145,7 +145,7 @@ EXPECTED = {
         "<|im_start|>user\nAnd 2+2?<|im_end|>\n<|im_start|>assistant\n⟦4<|im_end|>\n⟧"
     ),
     ("chatml_marked", "tools"): (
-        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+        f"<|im_start|>tools\n[{TOOL_TEXT}]<|im_end|>\n<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
         '⟦<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>\n⟧'
         "<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n⟦It is 2.<|im_end|>\n⟧"
     ),
@@ -307,13 +307,17 @@ def test_what_prefixes_cannot_tell_is_refused_and_the_last_turn_is_not(family: F
     assert shown.count("⟦") == 1
 
 
-@pytest.mark.parametrize("messages", [SYSTEM, (system("Be brief."), *MULTI)])
-def test_a_template_that_drops_the_system_text_once_it_is_answered_is_refused(
-    family: Family, messages: tuple[Message, ...]
-) -> None:
-    with pytest.raises(DataError, match="renders earlier messages otherwise") as caught:
-        encode(family("mistral"), chat(*messages))
-    assert caught.value.problems[0].value == "mistral.jinja"
+def test_a_template_that_leaves_out_what_was_said_is_refused(family: Family) -> None:
+    # The system text stands in a question that is not answered yet, and vanishes with the answer.
+    for name, kind, words in (
+        ("mistral", SYSTEM, "leaves out or changes what the system says"),
+        ("mistral", (system("Be brief."), *MULTI), "leaves out or changes what the system says"),
+        ("smollm2", TOOLS, "leaves out the definitions of the tools"),
+    ):
+        with pytest.raises(DataError, match=words) as caught:
+            encode(family(name), chat(*kind))
+        assert caught.value.problems[0].where.startswith("rows.jsonl:1")
+        assert "data.chat_template" in caught.value.problems[0].remedy
 
 
 @pytest.mark.parametrize(
@@ -322,13 +326,15 @@ def test_a_template_that_drops_the_system_text_once_it_is_answered_is_refused(
         ("gemma", TOOLS, "Conversation roles must alternate"),
         ("mistral", (TOOLS[0], said("", tool_calls=({**CALL, "id": "1"},))), "nine letters and digits"),
         ("llama3", (TOOLS[0], said("", tool_calls=(CALL, CALL))), "one tool call at a time"),
+        ("smollm2", (TOOLS[0], said("", tool_calls=(CALL,))), "does not write the call of the tool add"),
         ("llama3", (TOOLS[0], said("I add.", tool_calls=(CALL,))), "changes the message"),
     ],
 )
 def test_what_a_template_does_not_take_is_refused(family: Family, name: str, messages: tuple[Message, ...], words: str) -> None:
+    document = Chat("rows.jsonl:1", messages, () if name == "smollm2" else (TOOL,))
     with pytest.raises(DataError, match=words) as caught:
-        encode(family(name), chat(*messages))
-    assert caught.value.problems[0].value == f"{name}.jinja"
+        encode(family(name), document)
+    assert caught.value.problems[0].value == family(name).name_or_path
     assert caught.value.problems[0].where.startswith("rows.jsonl:1")
 
 
