@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.config.schema import RUN_PATTERN, RUN_PREFIX, RunConfig
-from launcher.data import cache
+from launcher.data.root import cache_root
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.run_dir import RunDir
@@ -85,7 +85,7 @@ def folder(source: Source, dtype: str) -> Path:
     # The manifest has the digest of every file; a run that was made again under the same name has another id.
     content = source.plan.wandb_id.encode() + (source.checkpoint.path / store.MANIFEST).read_bytes()
     name = f"{source.run.root.name}-{store.step_name(source.checkpoint.step)}-{dtype}-{xxhash.xxh3_64_hexdigest(content)}"
-    return cache.cache_root() / "models" / name
+    return cache_root() / "models" / name
 
 
 def exported(source: Source, dtype: str) -> Path | None:

@@ -11,7 +11,7 @@ from launcher import run_store
 from launcher.clusters import process
 from launcher.config.cluster import ClusterSection
 from launcher.errors import SubmitError
-from launcher.facts import device
+from launcher.machine import device
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status

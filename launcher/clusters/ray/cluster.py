@@ -19,7 +19,7 @@ from launcher.config.cluster import ClusterSection
 from launcher.config.ray import is_exposed
 from launcher.config.secret import looks_secret
 from launcher.errors import RunError, SubmitError
-from launcher.facts import device
+from launcher.machine import device
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
