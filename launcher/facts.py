@@ -314,7 +314,6 @@ def _check_ids(data: DataFacts, model: ModelFacts) -> None:
         )
 
 
-@functools.cache
 def _provenance(overrides: Sequence[str]) -> Provenance:
     commit, dirty = _git()
     return Provenance(

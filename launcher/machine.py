@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
@@ -13,6 +14,7 @@ import psutil
 from launcher.plan.launch_plan import DeviceFacts
 
 
+@functools.cache
 def device() -> DeviceFacts:
     """This machine's accelerators as nvidia-smi sees them, or its CPU."""
     host = round(psutil.virtual_memory().total / 2**30, 1)
