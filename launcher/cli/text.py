@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.config.schema import TrainSection
+from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
@@ -35,6 +36,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
         ("memory", _memory(plan)),
         ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}; {_saving(plan)}"),
         ("tracking", _tracking(plan)),
+        *([("cost", _cost(plan))] if plan.topology.device == "cuda" else []),
     ]
     rows += [("note", note) for note in (*_notes(plan), *notes) if note]
     if plan.limits.max_seconds is not None:
@@ -98,7 +100,19 @@ def _notes(plan: LaunchPlan) -> list[str]:
         notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
+    if train_flops(plan.model) is None:
+        architecture = plan.model.config.get("model_type", "a model without model_type")
+        notes.append(f"what {architecture} computes is not known here: perf/tflops_per_gpu and perf/mfu are left out")
     return notes
+
+
+def _cost(plan: LaunchPlan) -> str:
+    price, num_gpus = plan.price, plan.topology.world_size
+    if price is None:
+        return "not known: set cluster.price_per_gpu_hour to what a GPU costs you"
+    of = f"{num_gpus} GPUs x ${price.usd_per_gpu_hour:.2f}"
+    usd = f"${num_gpus * price.usd_per_gpu_hour:,.2f} an hour = {of}"
+    return usd if price.assumption is None else f"{usd}, assumed ({price.assumption}; cluster.price_per_gpu_hour sets yours)"
 
 
 def _data(plan: LaunchPlan) -> str:

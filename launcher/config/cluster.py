@@ -20,7 +20,10 @@ class ClusterSection(Section):
         None, description="Ranks on each machine. Unset: one per GPU, 2 where there is none."
     )
     gpu_type: Name | None = Field(None, description="GPU model for the plan, such as H100-80GB. Unset: what this machine has.")
-    price_per_gpu_hour: Positive | None = Field(None, description="US dollars for one GPU for one hour; turns time into money.")
+    price_per_gpu_hour: Positive | None = Field(
+        None,
+        description="US dollars for one GPU for one hour; turns time into money. Unset: a typical price, which the plan names.",
+    )
     max_restarts: Count = Field(
         0, description="Times that the node agents restart all ranks, without leaving the machines, after one of them failed."
     )

@@ -59,7 +59,8 @@ class RunSection(Section):
         None, description="Hours after which the run saves and stops, counted since a person last started it. Unset: no limit."
     )
     max_usd: Positive | None = Field(
-        None, description="US dollars after which the run saves and stops; needs cluster.price_per_gpu_hour."
+        None,
+        description="US dollars after which the run saves and stops; needs cluster.price_per_gpu_hour, not a typical price.",
     )
 
 

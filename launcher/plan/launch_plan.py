@@ -155,6 +155,13 @@ class Limits(Record):
     max_seconds: float | None
 
 
+class Price(Record):
+    """US dollars for one GPU for one hour; `assumption` says what it is where the settings have none."""
+
+    usd_per_gpu_hour: float
+    assumption: str | None = None
+
+
 class LaunchPlan(Record):
     """Everything decided. Workers read this and nothing else."""
 
@@ -170,6 +177,7 @@ class LaunchPlan(Record):
     checkpoint_bytes: int
     saving: Saving
     limits: Limits
+    price: Price | None = None
     model: ModelFacts
     data: DataFacts | None
     provenance: Provenance

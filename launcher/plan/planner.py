@@ -10,9 +10,9 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
-from launcher.plan import batch, deepspeed, memory
+from launcher.plan import batch, deepspeed, memory, prices
 from launcher.plan.gpus import GPUS, lookup
-from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
+from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Price, Topology
 from launcher.plan.run_dir import default_name
 
 CPU_RANKS = 2
@@ -44,6 +44,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         config=config,
         **_of_ranks(config, facts.model, topology, split, nvme_folder, _device_gib(config, facts), host_memory_gib),
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params),
+        price=_price(config, facts, topology),
         model=facts.model,
         data=facts.data,
         provenance=facts.provenance,
@@ -161,6 +162,16 @@ def _at_home(path: str, home: str) -> str:
 def _device_gib(config: RunConfig, facts: Facts) -> float | None:
     gpu = lookup(config.cluster.gpu_type) if config.cluster.gpu_type is not None else None
     return gpu.memory_gib if gpu is not None else facts.device.memory_gib
+
+
+def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
+    """What the settings say a GPU costs, else what its type typically does; a CPU has no price."""
+    if topology.device == "cpu":
+        return None
+    if config.cluster.price_per_gpu_hour is not None:
+        return Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
+    usd = prices.typical(config.cluster.gpu_type or facts.device.name)
+    return None if usd is None else Price(usd_per_gpu_hour=usd, assumption=prices.ASSUMPTION)
 
 
 def _max_seconds(config: RunConfig, world_size: int) -> float | None:

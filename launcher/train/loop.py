@@ -35,6 +35,7 @@ from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss
 from launcher.train.optim import learning_rate, set_learning_rate
+from launcher.train.peak import peak_tflops
 from launcher.train.start import agree_on_start, load_whole
 from launcher.train.stop import STOP_REASONS, Stop, save_fits
 
@@ -143,6 +144,8 @@ class _Session:
         data, max_steps = plan.data, plan.batch.max_steps
         if data is None or max_steps is None:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
+        # While the other ranks wait for the fence, so that they do not use the CPU that is measured.
+        peak = peak_tflops(plan.config, device) if place.is_main else None
         fence = partial(run_store.require_newest, run, place.attempt, certain=True)
         together(device, "this attempt may not train", fence if place.is_main else lambda: None)
         engine, model = build_engine(plan, place)
@@ -169,7 +172,7 @@ class _Session:
             split = Split.open(data.cache_dir, held_out=True)
             held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
         begin = agree_on_start(run, place, device)
-        meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts), StepTimer(device)
+        meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts, peak), StepTimer(device)
         checkpoints = Checkpoints(saver, tracker, place.is_main)
         parts = (engine, model, checkpoints, batches, held_out, meter, timer, max_steps)
         session = cls(plan, place, run, device, tracker, started, beat, *parts)

@@ -15,7 +15,6 @@ import torch
 
 from launcher.data.loader import IGNORED, StepBatch
 from launcher.plan.architecture import train_flops
-from launcher.plan.gpus import lookup
 from launcher.plan.launch_plan import LaunchPlan
 
 
@@ -55,18 +54,22 @@ class StepTimer:
 
 
 class Meter:
-    """Turns what a step did into metrics; keeps the running counts and the pace for the time left."""
+    """Turns what a step did into metrics; keeps the running counts and the pace for the time left.
 
-    def __init__(self, plan: LaunchPlan, max_steps: int, device: torch.device, attempt: int, restart: int) -> None:
+    `peak_tflops` is this device's, None where it is not known; then, or where the model's FLOPs are not, there is no MFU.
+    """
+
+    def __init__(
+        self, plan: LaunchPlan, max_steps: int, device: torch.device, attempt: int, restart: int, peak_tflops: float | None
+    ) -> None:
         self._plan = plan
         self._max_steps = max_steps
         self._device = device
         self._recent: deque[float] = deque(maxlen=20)
         self._process = psutil.Process()
         self._fixed = {"run/attempt": float(attempt), "run/restarts": float(restart), "run/nodes": float(plan.topology.nodes)}
-        name = plan.config.cluster.gpu_type or (torch.cuda.get_device_name(device) if device.type == "cuda" else "")
-        gpu = lookup(name) if name else None
-        self._peak_tflops = gpu.peak_tflops if gpu and plan.config.model.dtype != "fp32" else None
+        self._flops = train_flops(plan.model)
+        self._peak_tflops = peak_tflops
         self._started = time.monotonic()
         self.tokens = self._tokens_before = 0
         self.skipped_steps = 0
@@ -85,9 +88,6 @@ class Meter:
         self.tokens += batch.num_tokens
         samples = step * self._plan.batch.global_batch_size
         per_sec = batch.num_tokens / step_s
-        labels = sum(int((micro.labels != IGNORED).sum()) for micro in batch.micro)
-        lengths = [n for micro in batch.micro for n in micro.doc_lengths]
-        tflops = train_flops(self._plan.model, lengths, labels) / step_s / 1e12
         slots = sum(micro.input_ids.numel() for micro in batch.micro)
         metrics = {
             "trainer/step": float(step),
@@ -101,7 +101,6 @@ class Meter:
             "train/skipped_steps": float(self.skipped_steps),
             "perf/tokens_per_sec": per_sec,
             "perf/tokens_per_sec_per_gpu": per_sec / topology.world_size,
-            "perf/tflops_per_gpu": tflops,
             "perf/padding_frac": 1 - sum(micro.num_tokens for micro in batch.micro) / slots,
             "data/label_frac": batch.num_labels / batch.num_tokens,
             **self._shares(batch),
@@ -111,9 +110,19 @@ class Meter:
         }
         if self._plan.data is not None:
             metrics["trainer/epoch"] = samples / self._plan.data.num_rows
-        if self._peak_tflops:
+        metrics |= self._utilisation(batch, step_s) | self._device_memory() | self._cost()
+        return metrics
+
+    def _utilisation(self, batch: StepBatch, step_s: float) -> dict[str, float]:
+        """What this rank computed for its own rows, and the fraction that this is of what its device could have."""
+        if self._flops is None:
+            return {}
+        labels = sum(int((micro.labels != IGNORED).sum()) for micro in batch.micro)
+        lengths = [n for micro in batch.micro for n in micro.doc_lengths]
+        tflops = self._flops.of(lengths, labels) / step_s / 1e12
+        metrics = {"perf/tflops_per_gpu": tflops}
+        if self._peak_tflops is not None:
             metrics["perf/mfu"] = tflops / self._peak_tflops
-        metrics |= self._device_memory() | self._cost()
         return metrics
 
     def _shares(self, batch: StepBatch) -> dict[str, float]:
@@ -134,11 +143,11 @@ class Meter:
     def _cost(self) -> dict[str, float]:
         if self._device.type == "cpu":
             return {}
-        price = self._plan.config.cluster.price_per_gpu_hour
+        price = self._plan.price
         hours = (time.monotonic() - self._started) / 3600 * self._plan.topology.world_size
         if price is None:
             return {"cost/gpu_hours": hours}
-        usd = hours * price
+        usd = hours * price.usd_per_gpu_hour
         return {
             "cost/gpu_hours": hours,
             "cost/usd": usd,

@@ -43,6 +43,7 @@ def test_an_undisturbed_run_leaves_what_the_design_promises(undisturbed: Path) -
         "perf/tokens_per_sec",
         "perf/padding_frac",
         "data/source/stdlib_docs/frac",
+        "perf/mfu",
         "time/step_s",
         "time/fwd_bwd_s",
     }

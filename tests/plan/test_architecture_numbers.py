@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts, train_flops
+from launcher.plan.architecture import model_facts
 
 # Two layers, two query heads and one key and value head of width 3, MLP of 8, 10 words, hidden size 4.
 SMALL = {
@@ -51,19 +51,3 @@ def test_a_config_that_is_no_language_model() -> None:
     (problem,) = error.value.problems
     assert problem.what == "the model's config.json lacks num_hidden_layers, num_attention_heads, vocab_size"
     assert (problem.where, problem.remedy) == ("/models/x", "only decoder-only language models are served")
-
-
-def test_flops_by_hand() -> None:
-    facts = model_facts(SMALL, None, None, None)
-    # Weights that multiply a token: 2 layers x (48 + 24 + 96) = 336; head: 10 x 4 = 40 for each trained token;
-    # scores and values: 6 x 2 layers x 6 wide = 72 for each pair of a document with itself.
-    assert train_flops(facts, [5], 5) == 6 * 336 * 5 + 6 * 40 * 5 + 72 * 25
-    assert train_flops(facts, [5], 2) == 6 * 336 * 5 + 6 * 40 * 2 + 72 * 25
-    # Attention never crosses documents: a row of two is cheaper than one document as long.
-    assert train_flops(facts, [2, 3], 5) == 6 * 336 * 5 + 6 * 40 * 5 + 72 * (4 + 9)
-    assert train_flops(facts, [], 0) == 0
-
-
-def test_only_the_experts_that_a_token_meets_count() -> None:
-    facts = model_facts({**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 5}, None, None, None)
-    assert train_flops(facts, [1], 0) == 6 * 2 * (72 + 2 * 3 * 4 * 5) + 72

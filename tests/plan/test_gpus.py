@@ -2,29 +2,84 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.plan.gpus import GPUS, lookup
+from launcher.plan.gpus import GPUS, kind_of, lookup
 
 
 @pytest.mark.parametrize(
-    ("driver_name", "entry"),
+    ("name", "kind"),
     [
+        # As NVML, torch and nvidia-smi write them.
         ("NVIDIA H100 80GB HBM3", "H100-80GB"),
         ("NVIDIA H100 PCIe", "H100-PCIE-80GB"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
         ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", "H200-NVL"),
+        ("NVIDIA GH200 480GB", "GH200"),
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
         ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
         ("NVIDIA B200", "B200"),
         ("NVIDIA GB200", "GB200"),
+        ("NVIDIA B300 SXM6 AC", "B300"),
+        ("NVIDIA GB300", "GB300"),
+        ("NVIDIA L4", "L4"),
         ("NVIDIA L40S", "L40S"),
+        ("NVIDIA A10", "A10"),
         ("NVIDIA A10G", "A10G"),
         ("NVIDIA GeForce RTX 4090", "RTX-4090"),
+        ("NVIDIA GeForce RTX 5090", "RTX-5090"),
         ("AMD Instinct MI300X OAM", "MI300X"),
+        ("AMD Instinct MI325X", "MI325X"),
+        # As people and Slurm's gres write them.
+        ("h100", "H100-80GB"),
+        ("H100-SXM", "H100-80GB"),
+        ("nvidia_h100_80gb_hbm3", "H100-80GB"),
+        ("h100_pcie", "H100-PCIE-80GB"),
+        ("h100-nvl", "H100-NVL"),
+        ("a100", "A100-80GB"),
+        ("a100-40", "A100-40GB"),
+        ("a100_80gb", "A100-80GB"),
+        ("l40s", "L40S"),
+        ("nvidia_l4", "L4"),
+        ("4090", "RTX-4090"),
+        ("rtx5090", "RTX-5090"),
+        ("mi300x", "MI300X"),
     ],
 )
-def test_a_drivers_name_is_recognised(driver_name: str, entry: str) -> None:
-    assert lookup(driver_name) is GPUS[entry]
+def test_a_name_is_recognised(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+    assert lookup(name) is GPUS[kind]
 
 
-def test_every_entry_is_found_by_its_own_name() -> None:
-    assert all(lookup(name) is gpu for name, gpu in GPUS.items())
-    assert lookup("Abacus 3000") is None
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Abacus 3000", "NVIDIA H20", "NVIDIA L40", "NVIDIA A40", "NVIDIA A100X", "AMD Instinct MI300A", "NVIDIA RTX A1000"),
+        *("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"),
+    ],
+)
+def test_what_computes_less_is_not_taken_for_its_namesake(name: str) -> None:
+    assert kind_of(name) is None
+    assert lookup(name) is None
+
+
+def test_every_entry_is_found_by_its_own_name_in_any_writing() -> None:
+    for kind in GPUS:
+        assert kind_of(kind) == kind_of(kind.lower()) == kind_of(kind.replace("-", "_")) == kind
+
+
+def test_a_peak_is_that_of_the_type_of_number() -> None:
+    h100, a100 = GPUS["H100-80GB"], GPUS["A100-80GB"]
+    peaks = [h100.peak_tflops(dtype) for dtype in ("fp8", "bf16", "fp16", "tf32", "fp32")]
+    assert peaks == [1979, 989, 989, 494.5, 67]
+    assert a100.peak_tflops("fp8") is None
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_half_the_bits_are_twice_as_fast(kind: str) -> None:
+    """What a data sheet says of each: no figure with sparsity and none of another row has come in."""
+    gpu = GPUS[kind]
+    assert gpu.bf16 == pytest.approx(2 * gpu.tf32, rel=0.03)
+    assert gpu.fp8 is None or gpu.fp8 == pytest.approx(2 * gpu.bf16, rel=0.02)
+    assert gpu.fp32 <= gpu.tf32

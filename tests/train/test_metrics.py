@@ -2,14 +2,38 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import hand_made
 import pytest
 import torch
+from plan_fixtures import H100
 
-from launcher.data.loader import MicroBatch, StepBatch
+from launcher.data.loader import IGNORED, MicroBatch, StepBatch
+from launcher.plan.architecture import train_flops
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.metrics import Meter, StepTimer, perplexity
+
+PlanOf = Callable[..., LaunchPlan]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+TIMES = {"time/step_s": 0.5}
+# Documents of 5 and 3 tokens, of which 4 are trained, and a row that is half padding.
+MICRO = MicroBatch(
+    input_ids=torch.zeros(2, 8, dtype=torch.int64),
+    position_ids=torch.zeros(2, 8, dtype=torch.int64),
+    labels=torch.tensor([[IGNORED] * 4 + [1] * 4, [IGNORED] * 8]),
+    row_ids=(0, 1),
+    num_tokens=12,
+    doc_lengths=(5, 3, 4),
+)
+
+
+def measured(plan: LaunchPlan, device: torch.device = CPU, peak_tflops: float | None = None) -> dict[str, float]:
+    meter = Meter(plan, 40, device, attempt=1, restart=0, peak_tflops=peak_tflops)
+    batch = StepBatch(micro=[MICRO, MICRO], num_labels=16, num_tokens=48, source_tokens=(48,), row_ids=(0, 1, 2, 3))
+    return meter.step(1, batch, 1.0, 1.0, 1.0, TIMES)
 
 
 def test_parts_of_a_step_add_up_and_start_afresh() -> None:
@@ -35,9 +59,40 @@ def test_each_source_has_its_share_of_the_tokens(tmp_path: Path) -> None:
         "data": {"sources": [{"name": "chat", "path": "a.jsonl"}, {"name": "code", "path": "b.jsonl"}]},
         "train": {"max_steps": 40},
     }
-    meter = Meter(hand_made.plan(tmp_path, settings), 40, torch.device("cpu"), attempt=1, restart=0)
+    meter = Meter(hand_made.plan(tmp_path, settings), 40, CPU, attempt=1, restart=0, peak_tflops=None)
     micro = MicroBatch(*(torch.zeros(1, 8, dtype=torch.int64),) * 3, row_ids=(0,), num_tokens=8, doc_lengths=(8,))
     batch = StepBatch([micro], num_labels=4, num_tokens=8, source_tokens=(6, 2), row_ids=(0,))
     metrics = meter.step(1, batch, 1.0, 1.0, 1e-5, {"time/step_s": 1.0})
     assert (metrics["data/source/chat/frac"], metrics["data/source/code/frac"]) == (0.75, 0.25)
     assert metrics["data/label_frac"] == pytest.approx(0.5)
+
+
+def test_mfu_counts_the_documents_of_a_row_and_no_padding(plan_of: PlanOf) -> None:
+    flops = train_flops(plan_of().model)
+    assert flops is not None
+    metrics = measured(plan_of(), peak_tflops=0.25)
+    tflops = flops.of([5, 3, 4, 5, 3, 4], 8) / 0.5 / 1e12
+    assert metrics["perf/tflops_per_gpu"] == pytest.approx(tflops)
+    assert metrics["perf/mfu"] == pytest.approx(tflops / 0.25)
+    assert "perf/mfu" not in measured(plan_of())
+
+
+def test_what_is_not_known_is_not_measured(plan_of: PlanOf) -> None:
+    metrics = measured(plan_of("model.config.model_type=deepseek_v3"), peak_tflops=0.25)
+    assert metrics.keys() & {"perf/tflops_per_gpu", "perf/mfu"} == set()
+    assert metrics["perf/tokens_per_sec"] == 96
+
+
+def test_money_follows_the_price_of_the_plan(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: defaultdict(int))
+    names = {"cost/gpu_hours", "cost/usd", "cost/usd_per_million_tokens"}
+    metrics = measured(plan_of("cluster.price_per_gpu_hour=3", device=H100), CUDA)
+    assert metrics["cost/usd"] == pytest.approx(3 * metrics["cost/gpu_hours"])
+    assert metrics["cost/usd_per_million_tokens"] == pytest.approx(metrics["cost/usd"] / 48 * 1e6)
+    assumed = plan_of(device=H100)
+    assert assumed.price is not None
+    metrics = measured(assumed, CUDA)
+    assert metrics["cost/usd"] == pytest.approx(assumed.price.usd_per_gpu_hour * metrics["cost/gpu_hours"])
+    unpriced = measured(assumed.model_copy(update={"price": None}), CUDA)
+    assert names & unpriced.keys() == {"cost/gpu_hours"}
+    assert not names & measured(plan_of()).keys()

@@ -1,0 +1,37 @@
+"""What an hour of one GPU costs where nobody has said what it does cost: typical, on demand, of one date.
+
+Between the list prices of specialised clouds (RunPod, Lambda, Verda) and those of the large ones, a month before or after
+DATE, as compared by aimultiple.com/gpu-index (20 May 2026, medians), mercatus-ai.com/blog/cloud-gpu-pricing (May 2026),
+deploybase.ai/articles/runpod-gpu-pricing (March 2026), cliffcenter.com/research/amd-inference-economics (May 2026) and the
+prices of Lambda, Modal and AWS (g5, g6, g6e) at that time. Clouds ask between half and twice as much, and less for long
+contracts and spot. Types that are hardly rented one by one have no entry.
+"""
+
+from __future__ import annotations
+
+from launcher.plan.gpus import kind_of
+
+DATE = "2026-05"
+USD_PER_GPU_HOUR = {
+    "A100-40GB": 1.45,
+    "A100-80GB": 1.60,
+    "H100-80GB": 2.95,
+    "H100-PCIE-80GB": 2.80,
+    "H100-NVL": 3.05,
+    "H200": 3.80,
+    "B200": 6.00,
+    "L4": 0.75,
+    "L40S": 1.40,
+    "A10": 0.85,
+    "A10G": 1.00,
+    "RTX-4090": 0.60,
+    "RTX-5090": 0.90,
+    "MI300X": 2.00,
+    "MI325X": 2.15,
+}
+ASSUMPTION = f"typical, on demand, {DATE}"
+
+
+def typical(gpu: str) -> float | None:
+    """US dollars for one GPU for one hour, by its type or its driver's name; None where there is no typical price."""
+    return USD_PER_GPU_HOUR.get(kind_of(gpu) or "")

@@ -1,0 +1,227 @@
+"""The FLOP formula against torch's FlopCounterMode, on the model that the loop trains, forward and backward.
+
+What FlopCounterMode counts (torch/utils/flop_counter.py): for every matrix product that is dispatched, 2mkn of its shapes,
+whatever a mask says. So it counts attention over the full [T, T] square of a row, twice what is causal and across packed
+documents and beyond windows; for fused SDPA on a GPU it adds the scores that the backward pass computes once more (14 instead
+of 12 products of heads x head_dim x T^2); for fused SDPA on a CPU it counts nothing at all, as for grouped products of
+experts and for in-place `addmm_`. Here nothing is corrected by a formula. The kernel is exchanged for one that multiplies each
+query with just the keys that the model's own mask lets it see, whose logits equal those of the model's own kernel; experts
+run one after the other; and `addmm_`, in which the loss head sums its gradient, is registered as what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from launcher.config.schema import ModelSection
+from launcher.plan.architecture import FAMILIES, TrainFlops, model_facts, train_flops
+from launcher.plan.launch_plan import ModelFacts
+from launcher.train.model import CausalLMLoss, build_model
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 151,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
+HEADS: dict[str, Any] = {"head_dim": 24}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "mistral": {"model_type": "mistral", **HEADS, "sliding_window": None},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 9},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", **HEADS, "tie_word_embeddings": True},
+    "qwen3, window": {"model_type": "qwen3", **HEADS, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "gemma": {"model_type": "gemma", **HEADS},
+    "gemma2": {"model_type": "gemma2", **HEADS, "sliding_window": 9, "final_logit_softcapping": None},
+    "gemma3": {"model_type": "gemma3_text", **HEADS, "sliding_window": 9, "num_hidden_layers": 7},
+    "gemma3, pattern": {"model_type": "gemma3_text", **HEADS, "sliding_window": 9, "sliding_window_pattern": 2},
+    "gemma3, layer types": {
+        "model_type": "gemma3_text",
+        **HEADS,
+        "sliding_window": 9,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {"model_type": "olmo3", "sliding_window": 9, "num_hidden_layers": 5},
+    "phi3": {"model_type": "phi3", "sliding_window": 9},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 72,
+        "mlp_only_layers": [1],
+        "use_sliding_window": True,
+        "sliding_window": 9,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **HEADS,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+    },
+}
+ROWS = {"packed": [[19, 3, 10]], "unpacked": [[24], [24]]}
+
+
+def pairs_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of [B, heads, T, width] that multiplies each query with the keys its mask [B, 1, T, T] lets it see, no others."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    rows = []
+    for b in range(query.shape[0]):
+        outputs = []
+        for t in range(query.shape[2]):
+            seen = attention_mask[b, 0, t].nonzero().squeeze(1)
+            scores = query[b, :, t : t + 1] @ key[b][:, seen].transpose(1, 2) * scaling
+            if kwargs.get("softcap") is not None:
+                scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
+            outputs.append(scores.softmax(-1) @ value[b][:, seen])
+        rows.append(torch.cat(outputs, dim=1).transpose(0, 1))
+    return torch.stack(rows), None
+
+
+def whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pairs_kernel() -> Iterator[None]:
+    AttentionInterface.register("pairs", pairs_attention)
+    AttentionMaskInterface.register("pairs", whole_mask)
+    yield
+    AttentionInterface._global_mapping.pop("pairs")
+    AttentionMaskInterface._global_mapping.pop("pairs")
+
+
+def build(config: dict[str, Any]) -> tuple[CausalLMLoss, ModelFacts]:
+    torch.manual_seed(0)
+    section = ModelSection(init="random", dtype="fp32", attention="eager", config=SMALL | config, tokenizer="/none")
+    facts = model_facts(SMALL | config, None, None, None)
+    return build_model(section, facts, "cpu", chunk_tokens=16), facts
+
+
+def addmm_flops(total: torch.Size, left: torch.Size, right: torch.Size, **kwargs: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def counted(model: CausalLMLoss, rows: list[list[int]], labels: Tensor) -> int:
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+    ids = torch.randint(1, SMALL["vocab_size"], positions.shape)
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
+    with counter:
+        model(ids, positions, labels).backward()
+    return counter.get_total_flops()
+
+
+def some_labels(rows: list[list[int]]) -> tuple[Tensor, int]:
+    """The second half of each row is trained."""
+    shape = (len(rows), sum(rows[0]))
+    labels = torch.full(shape, -100)
+    labels[:, shape[1] // 2 :] = 7
+    return labels, int((labels >= 0).sum())
+
+
+def deviation(config: dict[str, Any], rows: list[list[int]]) -> float:
+    """Of the formula from what is counted, as a fraction."""
+    model, facts = build(config)
+    model.hf.set_attn_implementation("pairs")
+    if hasattr(model.hf.config, "num_experts_per_tok"):
+        model.hf.set_experts_implementation("eager")
+    labels, num_labels = some_labels(rows)
+    flops = train_flops(facts)
+    assert flops is not None
+    return flops.of([length for row in rows for length in row], num_labels) / counted(model, rows, labels) - 1
+
+
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_it_is_what_torch_counts(config: dict[str, Any], rows: list[list[int]]) -> None:
+    assert abs(deviation(config, rows)) < 1e-4
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_the_counted_kernel_is_the_models_attention(config: dict[str, Any]) -> None:
+    model, _ = build(config)
+    positions = torch.cat([torch.arange(length) for length in ROWS["packed"][0]])[None]
+    ids = torch.randint(1, SMALL["vocab_size"], positions.shape)
+    logits = []
+    with torch.no_grad():
+        for kernel in ("pairs", "eager"):
+            model.hf.set_attn_implementation(kernel)
+            logits.append(model(ids, positions))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_every_family_is_counted() -> None:
+    assert {config["model_type"] for config in MODELS.values()} == set(FAMILIES)
+
+
+def test_what_torch_counts_of_attention_as_it_is() -> None:
+    """The square for the plain kernel, nothing for the fused one of a CPU; the formula has the pairs below the diagonal."""
+    length, heads, width, layers = 64, 4, 16, 3
+    found = {}
+    for kernel in ("eager", "sdpa"):
+        model, facts = build({"model_type": "llama"})
+        model.hf.set_attn_implementation(kernel)
+        found[kernel] = counted(model, [[length]], some_labels([[length]])[0])
+    flops = train_flops(facts)
+    assert flops is not None
+    square = 12 * layers * heads * width * length**2
+    formula, pairs = flops.of([length], length // 2), 12 * layers * heads * width * length * (length + 1) // 2
+    assert found["eager"] - found["sdpa"] == square
+    assert formula - pairs == pytest.approx(found["sdpa"], rel=1e-4)
+
+
+def of(**config: Any) -> TrainFlops | None:
+    return train_flops(model_facts(SMALL | config, None, None, None))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "deepseek_v3"},
+        {},
+        # Without these numbers transformers would take its own, which a config leaves out.
+        {"model_type": "qwen3"},
+        {"model_type": "mixtral", "num_local_experts": 4},
+        {"model_type": "mixtral", "num_experts_per_tok": 2},
+        {"model_type": "gemma3_text", "head_dim": 24, "use_bidirectional_attention": True},
+        {"model_type": "qwen3", "head_dim": 24, "layer_types": ["full_attention", "linear_attention", "full_attention"]},
+        {"model_type": "qwen3", "head_dim": 24, "layer_types": ["full_attention"]},
+    ],
+)
+def test_what_is_not_understood_has_no_number(config: dict[str, Any]) -> None:
+    assert of(**config) is None
+
+
+def test_by_hand() -> None:
+    config = {"hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 3}
+    config |= {"intermediate_size": 8, "vocab_size": 10, "model_type": "mistral", "sliding_window": 3}
+    flops = of(**config)
+    # Weights: queries and output 2 x 4 x 6, keys and values 2 x 4 x 3, MLP 3 x 4 x 8, in 2 layers; head 10 x 4; a pair
+    # multiplies 2 layers x 6 wide, for its score and its value.
+    assert flops == TrainFlops(per_token=6 * 336, per_label=6 * 40, per_pair=((3, 12 * 12),))
+    # The first token sees 1, the second 2, all others 3.
+    assert flops.of([5, 2], 4) == 6 * 336 * 7 + 6 * 40 * 4 + 144 * ((1 + 2 + 3 + 3 + 3) + (1 + 2))
+    assert flops.of([], 0) == 0

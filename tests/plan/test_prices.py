@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from plan_fixtures import H100
+
+from launcher.cli.text import plan_lines
+from launcher.plan.gpus import GPUS
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan, Price
+from launcher.plan.planner import resized
+from launcher.plan.prices import ASSUMPTION, USD_PER_GPU_HOUR, typical
+
+PlanOf = Callable[..., LaunchPlan]
+A100 = DeviceFacts(kind="cuda", name="NVIDIA A100-SXM4-80GB", count=8, memory_gib=79.2)
+UNHEARD_OF = DeviceFacts(kind="cuda", name="Abacus 3000", count=8, memory_gib=8)
+
+
+def cost(planned: LaunchPlan) -> list[str]:
+    return [line.removeprefix("cost").strip() for line in plan_lines(planned) if line.startswith("cost")]
+
+
+def test_every_price_is_of_a_gpu_in_the_table() -> None:
+    assert set(USD_PER_GPU_HOUR) <= set(GPUS)
+    assert typical("NVIDIA H100 80GB HBM3") == USD_PER_GPU_HOUR["H100-80GB"]
+    assert typical("Abacus 3000") is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "price"),
+    [
+        ((), A100, Price(usd_per_gpu_hour=USD_PER_GPU_HOUR["A100-80GB"], assumption=ASSUMPTION)),
+        (("cluster.gpu_type=H200",), A100, Price(usd_per_gpu_hour=USD_PER_GPU_HOUR["H200"], assumption=ASSUMPTION)),
+        (("cluster.price_per_gpu_hour=2.5",), A100, Price(usd_per_gpu_hour=2.5)),
+        (("cluster.price_per_gpu_hour=2.5",), UNHEARD_OF, Price(usd_per_gpu_hour=2.5)),
+        ((), UNHEARD_OF, None),
+    ],
+)
+def test_the_price_of_a_plan(plan_of: PlanOf, tokens: tuple[str, ...], device: DeviceFacts, price: Price | None) -> None:
+    planned = plan_of(*tokens, device=device)
+    assert planned.price == price
+    assert resized(planned, 4, 4).price == price
+
+
+@pytest.mark.parametrize("tokens", [(), ("cluster.price_per_gpu_hour=2.5",)])
+def test_a_cpu_has_no_price(plan_of: PlanOf, tokens: tuple[str, ...]) -> None:
+    planned = plan_of(*tokens)
+    assert planned.price is None
+    assert cost(planned) == []
+
+
+def test_a_price_is_shown_as_what_it_is(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(*tokens: str, **how: Any) -> list[str]:
+        return cost(plan_of(*tokens, **how))
+
+    monkeypatch.setitem(USD_PER_GPU_HOUR, "H100-80GB", 200.0)
+    assumed = f"$1,600.00 an hour = 8 GPUs x $200.00, assumed ({ASSUMPTION}; cluster.price_per_gpu_hour sets yours)"
+    assert of(device=H100) == [assumed]
+    assert of("cluster.price_per_gpu_hour=2.5", device=H100) == ["$20.00 an hour = 8 GPUs x $2.50"]
+    assert of(device=UNHEARD_OF) == ["not known: set cluster.price_per_gpu_hour to what a GPU costs you"]
+
+
+def test_a_plan_says_that_it_cannot_tell_the_flops(plan_of: PlanOf) -> None:
+    def notes(*tokens: str) -> list[str]:
+        return [line for line in plan_lines(plan_of(*tokens)) if "perf/mfu" in line]
+
+    assert notes() == []
+    (note,) = notes("model.config.model_type=deepseek_v3")
+    assert "what deepseek_v3 computes is not known here: perf/tflops_per_gpu and perf/mfu are left out" in note
