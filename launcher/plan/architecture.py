@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import ModelFacts
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -15,6 +15,10 @@ _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_siz
 _QK_NORM = ("qwen3", "qwen3_moe")
 _QKV_BIAS = ("qwen2", "qwen2_moe")
 _UNKNOWN = -1
+# What some architectures do to their logits after the head, where the loss in chunks does not.
+_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# transformers gives their masks no positions, so that the documents of a row would see each other.
+_DOCUMENTS_MIX = ("gpt_oss",)
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,18 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
         config=config,
         **facts,
     )
+
+
+def problems_of(config: Mapping[str, Any], packing: bool) -> Iterator[Problem]:
+    """What keeps a model with this config.json from being trained as the loop does, whatever it runs on."""
+    model_type = str(config.get("model_type"))
+    for name in _LOGIT_TRANSFORMS:
+        if (value := config.get(name)) not in (None, 1, 1.0):
+            what = f"this architecture changes its logits after the head ({name}={value}), which the loss in chunks does not do"
+            yield Problem(what, "model.path", model_type, "choose another model")
+    if packing and model_type in _DOCUMENTS_MIX:
+        what = "packed documents would see each other in this architecture"
+        yield Problem(what, "model.path", model_type, "set data.packing=false")
 
 
 def count_params(config: dict[str, Any], facts: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ from launcher.config.schema import RunConfig
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
 from launcher.plan import batch, deepspeed, memory, prices
+from launcher.plan.architecture import problems_of
 from launcher.plan.gpus import GPUS, lookup
 from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Price, Topology
 from launcher.plan.run_dir import default_name
@@ -25,7 +26,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         ConfigError: with everything that cannot be satisfied on this topology.
     """
     topology = _topology(config, facts)
-    problems = list(_topology_problems(config, facts, topology))
+    problems = [*_topology_problems(config, facts, topology), *problems_of(facts.model.config, config.data.packing)]
     try:
         split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
     except ConfigError as error:

@@ -26,7 +26,6 @@ from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Config entries that change logits after the head; the loss would silently be another one.
-_LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 class CausalLMLoss(nn.Module):
@@ -81,7 +80,6 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     import torch._dynamo  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    _refuse_what_changes_logits(facts.config)
     kernel = attention_kernel(model, device)
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     remote = {"trust_remote_code": model.trust_remote_code}
@@ -103,18 +101,6 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hf.train()
     return CausalLMLoss(hf, flatten=kernel.startswith("flash_attention"))
-
-
-def _refuse_what_changes_logits(config: Mapping[str, Any]) -> None:
-    for name in _LOGIT_TRANSFORMS:
-        value = config.get(name)
-        if value not in (None, 1, 1.0):
-            raise ConfigError(
-                f"this architecture changes its logits after the head ({name}={value}), which the chunked loss does not do",
-                where="model.path",
-                value=str(config.get("model_type")),
-                remedy="choose another model",
-            )
 
 
 def _with_loss_head(hf: Any, chunk_tokens: int) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture import model_facts, problems_of
+from launcher.plan.launch_plan import LaunchPlan
 
 # Two layers, two query heads and one key and value head of width 3, MLP of 8, 10 words, hidden size 4.
 SMALL = {
@@ -51,3 +53,24 @@ def test_a_config_that_is_no_language_model() -> None:
     (problem,) = error.value.problems
     assert problem.what == "the model's config.json lacks num_hidden_layers, num_attention_heads, vocab_size"
     assert (problem.where, problem.remedy) == ("/models/x", "only decoder-only language models are served")
+
+
+@pytest.mark.parametrize(
+    "config, packing, words",
+    [
+        ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, False, "final_logit_softcapping=30.0"),
+        ({"model_type": "granite", "logits_scaling": 8.0}, True, "logits_scaling=8.0"),
+        ({"model_type": "gpt_oss"}, True, "see each other"),
+        ({"model_type": "gpt_oss"}, False, None),
+        ({"model_type": "llama", "logit_scale": 1.0}, True, None),
+    ],
+)
+def test_models_that_the_loop_would_train_wrongly(config: dict[str, Any], packing: bool, words: str | None) -> None:
+    found = [problem.what for problem in problems_of(config, packing)]
+    assert len(found) == (words is not None)
+    assert words is None or words in found[0]
+
+
+def test_such_a_model_is_refused_by_the_plan(plan_of: Callable[..., LaunchPlan]) -> None:
+    with pytest.raises(ConfigError, match=r"set data\.packing=false"):
+        plan_of("model=tiny", "model.config.model_type=gpt_oss")
