@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -78,8 +78,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Several lines of one attempt for one step (training, evaluation) are one dict, with the time of the first. A line
     that a crash left torn is left out; a missing file is an empty list.
     """
+    return merged(Tail(path).poll())
+
+
+def merged(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines as they were written, made one per step as `read_metrics` does."""
     steps: dict[int, dict[str, Any]] = {}
-    for line in Tail(path).poll():
+    for line in lines:
         step = line["trainer/step"]
         known = steps.get(step)
         same_attempt = known is not None and known["attempt"] == line["attempt"]

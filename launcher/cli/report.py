@@ -1,0 +1,243 @@
+"""The verb report: one or several runs as one self-contained page."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import page as html
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.cli import text
+from launcher.clusters.base import cluster_for
+from launcher.errors import ConfigError
+from launcher.page import Series
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Status
+from launcher.tracking import goodput
+from launcher.tracking.console import format_duration
+from launcher.tracking.goodput import Breakdown
+from launcher.tracking.jsonl import Tail, merged, read_events
+
+_MOST_POINTS = 600
+_CURVES = (
+    ("Training loss", "train/loss", 1.0, ""),
+    ("Held-out loss", "eval/held_out/loss", 1.0, ""),
+    ("Learning rate", "train/lr", 1.0, ""),
+    ("Gradient norm", "train/grad_norm", 1.0, ""),
+    ("Tokens per second", "perf/tokens_per_sec", 1.0, ""),
+    ("MFU", "perf/mfu", 100.0, "%"),
+    ("GPU memory reserved at the peak", "memory/peak_reserved_gib", 1.0, "GiB"),
+    ("Main memory of rank 0", "memory/host_rss_gib", 1.0, "GiB"),
+)
+_PARTS = (
+    ("steps that were kept", "kept_s"),
+    ("steps trained again", "replayed_s"),
+    ("evaluation", "evaluation_s"),
+    ("waiting for saves", "save_stalls_s"),
+    ("queue, start, loading", "waiting_s"),
+    ("between attempts", "between_s"),
+    ("everything else", "other_s"),
+)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the files of a run tell; `steps` has one entry a step, `lines` all that were written."""
+
+    run: RunDir
+    plan: LaunchPlan
+    status: Status
+    lines: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return self.run.root.name
+
+
+def run(tokens: list[str]) -> int:
+    """Write the page and print where it is."""
+    about = "Write what happened in one or several runs as one page that needs no network."
+    parser = argparse.ArgumentParser(prog="python -m launcher report", description=about)
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="name of a run, or path of its directory")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument(
+        "--html", metavar="FILE", help="the page (default: report.html in the run directory, or here for several)"
+    )
+    arguments = parser.parse_args(tokens)
+    found = [run_store.find(name, Path(arguments.root)) for name in dict.fromkeys(arguments.runs)]
+    file = Path(arguments.html) if arguments.html else (found[0].root if len(found) == 1 else Path()) / "report.html"
+    content = page([_told(one) for one in found])
+    try:
+        file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"the page cannot be written: {error.strerror}",
+            where="--html",
+            value=str(file),
+            remedy="name a file in a folder of yours",
+        ) from None
+    print(f"page: {text.short(file.absolute())}")
+    return 0
+
+
+def _told(found: RunDir) -> _Told:
+    plan = run_store.load_plan(found)
+    lines = Tail(found.metrics).poll()
+    status = cluster_for(plan.config.cluster.kind).status(found)
+    return _Told(found, plan, status, lines, merged(lines), read_events(found.events))
+
+
+def page(runs: Sequence[_Told]) -> str:
+    """The whole page: curves of all runs in the same charts, then each run by itself."""
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    cards = [(value, label) for label, value in _facts(runs[0]).items()]
+    body = [html.cards(cards) if len(runs) == 1 else _compared(runs)]
+    body += [html.heading("Curves"), *_curves(runs)]
+    for one in runs:
+        body += [html.heading(one.name), *_sections(one)] if len(runs) > 1 else _sections(one)
+    written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    return html.page(title, f"written {written}", body)
+
+
+def _facts(one: _Told) -> dict[str, str]:
+    """What is seen first, by what it is."""
+    last = next((line for line in reversed(one.steps) if "train/loss" in line), None)
+    facts = {"state": one.status.state, "steps": f"{one.status.step:,} of {one.status.max_steps or '?'}"}
+    if last is not None:
+        facts |= {"training loss": f"{last['train/loss']:.4f}", "tokens": f"{last.get('trainer/tokens', 0):,.0f}"}
+    if evals := [line["eval/held_out/loss"] for line in one.steps if "eval/held_out/loss" in line]:
+        facts["best held-out loss"] = f"{min(evals):.4f}"
+    spent = _spent(one)
+    facts |= {"since submission": format_duration(spent.wall_s), "goodput": f"{spent.goodput:.1%}"}
+    # Each attempt counts from its own start: the last count of every one is added up.
+    counted = {line["attempt"]: line for line in one.lines if "cost/gpu_hours" in line}.values()
+    if counted:
+        facts["GPU hours"] = f"{sum(line['cost/gpu_hours'] for line in counted):,.2f}"
+    if usd := [line["cost/usd"] for line in counted if "cost/usd" in line]:
+        facts["cost"] = f"${sum(usd):,.2f}"
+    return facts
+
+
+def _compared(runs: Sequence[_Told]) -> str:
+    told = [_facts(one) for one in runs]
+    labels = list(dict.fromkeys(label for facts in told for label in facts))
+    rows = [[one.name, *(facts.get(label, "-") for label in labels)] for one, facts in zip(runs, told, strict=True)]
+    return html.table(["run", *labels], rows, numbers=range(2, len(labels) + 1))
+
+
+def _curves(runs: Sequence[_Told]) -> list[str]:
+    figures = []
+    for title, name, factor, unit in _CURVES:
+        x, series = [], []
+        for one in runs:
+            points = [(line["trainer/step"], line[name] * factor) for line in one.steps if name in line]
+            if points:
+                steps, values = zip(*thinned(points, _MOST_POINTS), strict=True)
+                x.append(steps)
+                series.append(Series(one.name, values))
+        if series:
+            figures.append(html.lines(title, x, series, "step", unit))
+    return [html.side_by_side(*figures)] if figures else [html.paragraph("nothing was logged yet")]
+
+
+def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
+    """At most `most` of many points: the lowest and the highest of each stretch, so that no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    kept: list[tuple[float, float]] = []
+    size = math.ceil(len(points) / (most // 2))
+    for start in range(0, len(points), size):
+        stretch = [point for point in points[start : start + size] if math.isfinite(point[1])]
+        if stretch:
+            ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+            kept += sorted(ends)
+    return kept
+
+
+def _sections(one: _Told) -> list[str]:
+    """What is told of one run by itself."""
+    spent = _spent(one)
+    shares = [(label, getattr(spent, part)) for label, part in _PARTS]
+    bars = [(label, seconds, f"{seconds / max(spent.wall_s, 1e-9):.1%}, {format_duration(seconds)}") for label, seconds in shares]
+    plan_rows = [(line[:11].strip(), line[11:]) for line in text.plan_lines(one.plan)]
+    pieces = [
+        html.heading("Where the time went", 2),
+        html.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
+        html.heading("Attempts", 2),
+        html.table(["attempt", "from step", "nodes", "to step", "ended", "why"], _attempt_rows(one), numbers=(1, 3)),
+        html.heading("Checkpoints", 2),
+        _checkpoints(one),
+        html.heading("Plan", 2),
+        html.table([], [list(row) for row in plan_rows]),
+    ]
+    alerts = [event for event in one.events if event["kind"] == "alert"]
+    if alerts:
+        rows = [[_clock(event["time"]), str(event["step"] or ""), event["text"]] for event in alerts]
+        pieces += [html.heading("Alerts", 2), html.table(["time", "step", "alert"], rows, numbers=(1,))]
+    return pieces
+
+
+def _attempts(one: _Told) -> list[goodput.Attempt]:
+    found = []
+    for number in run_store.attempt_numbers(one.run):
+        exit_file = one.run.attempt(number) / "exit.json"
+        ended = run_store.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
+        if ended is None and one.status.state not in run_store.RUNNING_STATES:
+            ended = exit_file.stat().st_mtime if exit_file.is_file() else one.status.updated_at
+        # Written last when the attempt's job begins.
+        begun = one.run.attempt(number).joinpath("attempt.json").stat().st_mtime
+        from_step = run_store.read_attempt(one.run, number).resume_step or 0
+        found.append(goodput.Attempt(number, from_step, one.status.created_at if number == 1 else begun, ended))
+    return found
+
+
+def _spent(one: _Told) -> Breakdown:
+    return goodput.breakdown(one.lines, _attempts(one), time.time())
+
+
+def _attempt_rows(one: _Told) -> list[list[str]]:
+    rows = []
+    for number in run_store.attempt_numbers(one.run):
+        attempt, exit_file = run_store.read_attempt(one.run, number), one.run.attempt(number) / "exit.json"
+        ended = run_store.read_json(exit_file) if exit_file.is_file() else {}
+        steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]
+        rows.append(
+            [
+                str(number),
+                str(attempt.resume_step or 0),
+                ", ".join(dict.fromkeys(attempt.nodes)) or "this machine",
+                str(max(steps, default="-")),
+                _clock(ended["ended_at"]) if ended.get("ended_at") else "-",
+                ": ".join(filter(None, (ended.get("cause") or ended.get("state", ""), ended.get("message", "")))) or "goes on",
+            ]
+        )
+    return rows
+
+
+def _checkpoints(one: _Told) -> str:
+    rows = [
+        [
+            f"{checkpoint.step:,}",
+            text.size(sum(entry.size for entry in checkpoint.manifest.files.values())),
+            "-" if checkpoint.manifest.eval_loss is None else f"{checkpoint.manifest.eval_loss:.4f}",
+            str(checkpoint.manifest.attempt),
+            str(checkpoint.manifest.world_size),
+        ]
+        for checkpoint in store.list_checkpoints(one.run.checkpoints)
+    ]
+    if not rows:
+        return html.paragraph("none")
+    return html.table(["step", "size", "held-out loss", "attempt", "ranks"], rows, numbers=range(5))
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

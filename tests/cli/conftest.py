@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import hand_made
+import pytest
+
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.tracking.jsonl import JsonlTracker
+
+SETTINGS = {
+    "model": {"name": "m", "init": "random", "path": None, "config": {"model_type": "llama"}, "tokenizer": "./t"},
+    "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
+    "train": {"max_steps": 40},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that this process is taken for the driver of, at step 10 of 40 in its second attempt."""
+    found = run_store.create(hand_made.plan(tmp_path / "runs/demo", SETTINGS))
+    for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
+        run_store.next_attempt(found, Attempt(resume_step=None))
+        log = JsonlTracker(found, attempt)
+        for step in steps:
+            costs = {"cost/gpu_hours": step / 10, "cost/usd": step / 5}
+            pace = {"perf/tokens_per_sec": 1234.5, "perf/mfu": 0.41, "time/step_s": 2.0, "trainer/eta_s": 3600.0}
+            log.log(step, {"train/loss": 4.0 - step / 10, "memory/host_rss_gib": 1.5, **pace, **costs})
+        log.event("alert", f"something in attempt {attempt}", step=step)
+    run_store.update_status(found, state="completed", attempt=2, step=10, max_steps=40)
+    return found

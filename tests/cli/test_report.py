@@ -1,0 +1,86 @@
+"""The page that tells a run: whole, from nothing but the run's files, and without a network."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher import run_store
+from launcher.cli.report import thinned
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import JsonlTracker
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_one_run_is_told_whole(launch: Launch, run: RunDir) -> None:
+    ended = {"state": "failed", "cause": "infrastructure", "message": "<b>n1</b> was lost", "ended_at": time.time()}
+    run_store.write_json(run.attempt(1) / "exit.json", ended)
+    done = launch("report", str(run.root))
+    assert done.returncode == 0, done.stderr
+    file = run.root / "report.html"
+    assert done.stdout == f"page: {file}\n"
+    page = file.read_text()
+    for words in ("completed", "10 of 40", "$3.40", "GPU hours", "Training loss", "Tokens per second", "MFU", "goodput"):
+        assert words in page, words
+    assert "infrastructure: &lt;b&gt;n1&lt;/b&gt; was lost" in page
+    assert "something in attempt 2" in page
+    assert "steps trained again" in page
+    assert not re.search(r"<script|https?://|src=|@import", page)
+    assert page.count("<polyline") == 4, "loss, tokens per second, MFU and memory; no curve without values"
+
+
+def test_several_runs_stand_in_the_same_charts(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(run.root, run.root.with_name("other"))
+    file = tmp_path / "both.html"
+    done = launch("report", "demo", "other", "--root", str(run.root.parent), "--html", str(file))
+    assert done.returncode == 0, done.stderr
+    page = file.read_text()
+    assert "2 runs" in page
+    assert page.count("<title>other</title></polyline>") == page.count("<title>demo</title></polyline>") == 4
+    assert not (run.root / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_written_is_refused_in_words(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+    done = launch("report", str(run.root), "--html", str(tmp_path / "none/page.html"))
+    assert done.returncode == 2
+    assert "--html" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_has_not_begun_has_a_page_too(launch: Launch, run: RunDir) -> None:
+    run.metrics.unlink()
+    run_store.update_status(run, state="failed", step=0)
+    done = launch("report", str(run.root))
+    assert done.returncode == 0, done.stderr
+    assert "nothing was logged yet" in (run.root / "report.html").read_text()
+
+
+def test_spikes_survive_where_points_are_many() -> None:
+    points = [(float(step), 1.0) for step in range(10_000)]
+    points[4321] = (4321.0, 99.0)
+    points[1234] = (1234.0, math.nan)
+    found = thinned(points, 600)
+    assert len(found) <= 600
+    assert (4321.0, 99.0) in found
+    assert [step for step, _ in found] == sorted(step for step, _ in found)
+    assert thinned(points[:600], 600) == points[:600]
+
+
+def test_a_long_run_is_told_in_seconds(launch: Launch, run: RunDir) -> None:
+    """10,000 steps; the bound is wide, since other programs may run."""
+    log = JsonlTracker(run, 2)
+    for step in range(11, 10_011):
+        values = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}
+        log.log(step, {"train/loss": 3.0 + math.sin(step / 50), "time/step_s": 1.0, "perf/tokens_per_sec": 1.0, **values})
+    began = time.monotonic()
+    done = launch("report", str(run.root))
+    took = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    assert took < 15
+    assert (run.root / "report.html").stat().st_size < 500_000
