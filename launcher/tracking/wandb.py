@@ -24,6 +24,8 @@ FINISH_GRACE_S = 10.0
 FLUSH_INTERVAL_S = 2.0
 
 _SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+# W&B takes titles of up to 63 characters.
+_MOST_NAMED = 40
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 
 
@@ -99,7 +101,10 @@ class WandbTracker:
             self._run.log({"trainer/step": step, **metrics}, step=step)
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        """W&B takes numbers; messages are in events.jsonl."""
+        """W&B sends alerts to whoever has asked it to; other messages are in events.jsonl."""
+        if kind == "alert":
+            at = "" if step is None else f" at step {step}"
+            self._run.alert(f"{str(self._run.name)[:_MOST_NAMED]}{at}", text, level="WARN")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))

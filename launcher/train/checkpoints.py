@@ -73,6 +73,7 @@ class Checkpoints:
             why = "; ".join(f"{p.what} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
             self._tracker.event("alert", f"a checkpoint was not saved: {why}", step)
             return
+        free = shutil.disk_usage(outcome.path.parent).free
         self._tracker.log(
             step,
             {
@@ -80,9 +81,12 @@ class Checkpoints:
                 "ckpt/save_s": outcome.seconds,
                 "ckpt/stall_s": outcome.stall_s,
                 "ckpt/bytes": outcome.bytes,
-                "ckpt/disk_free_gib": shutil.disk_usage(outcome.path.parent).free / 2**30,
+                "ckpt/disk_free_gib": free / 2**30,
             },
         )
+        if free < outcome.bytes:
+            room = f"{free / 2**30:.2f} GiB are free, and it takes {outcome.bytes / 2**30:.2f} GiB"
+            self._tracker.event("alert", f"the disk has no room for the next checkpoint: {room}", step)
         if outcome.not_pruned:
             self._tracker.event("alert", f"older checkpoints could not be removed: {outcome.not_pruned}", step)
         size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training stood still for {outcome.stall_s:.2f} s"

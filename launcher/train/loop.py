@@ -32,6 +32,7 @@ from launcher.train import link
 from launcher.train.checkpoints import Checkpoints
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
+from launcher.train.health import Health
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss
 from launcher.train.optim import learning_rate, set_learning_rate
@@ -127,6 +128,7 @@ class _Session:
     step: int = 0
     seconds_before: float = 0.0
     skipped_in_a_row: int = 0
+    health: Health = field(default_factory=Health)
     last_eval: dict[str, float] = field(default_factory=dict)
     eval_step: int | None = None
 
@@ -244,6 +246,8 @@ class _Session:
                 run_store.require_newest(self.run_dir, self.place.attempt)
                 self.tracker.log(self.step, metrics)
                 self._report_status("running")
+            for words in self.health.step(loss, metrics["perf/tokens_per_sec"]):
+                self.tracker.event("alert", words, self.step)
         return stopped
 
     def _loss(self, micro: MicroBatch, factor: float) -> torch.Tensor:

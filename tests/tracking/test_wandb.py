@@ -106,6 +106,18 @@ def test_metrics_stand_on_the_step_axis_under_the_plans_id(make_plan: PlanMaker,
     assert [record["exit"]["exit_code"] for record in found if record["type"] == "exit"] == [0]
 
 
+def test_alerts_reach_those_who_have_asked_for_them(make_plan: PlanMaker, run_dir: Path) -> None:
+    trackers = start_trackers(make_plan(), run_dir, attempt=1)
+    trackers.log(7, {"train/loss": 2.0})
+    trackers.event("alert", "the loss jumped", step=7)
+    trackers.event("info", "nothing to wake anyone for", step=7)
+    trackers.finish("completed")
+    alerts = [record["alert"] for record in records(run_dir) if record["type"] == "alert"]
+    assert [(alert["title"], alert["text"], alert["level"]) for alert in alerts] == [
+        ("demo-run at step 7", "the loss jumped", "WARN")
+    ]
+
+
 def test_offline_tells_how_to_upload(make_plan: PlanMaker, run_dir: Path) -> None:
     tracker = WandbTracker(make_plan(), run_dir)
     (folder,) = run_dir.glob("wandb/offline-run-*-abcd1234")

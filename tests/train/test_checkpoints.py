@@ -1,0 +1,76 @@
+"""Who is told how a save has ended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from launcher.checkpoint.saver import Saved
+from launcher.errors import CheckpointError
+from launcher.train.checkpoints import Checkpoints
+
+GIB = 2**30
+
+
+class Saver:
+    """Ends each save as the test says, at once."""
+
+    def __init__(self, outcome: Saved | CheckpointError) -> None:
+        self.outcome: Saved | CheckpointError | None = None
+        self._next = outcome
+        self.settle = self.close = lambda: None
+        self.drain = lambda seconds: None
+
+    def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
+        self.outcome = self._next
+
+    def wait(self) -> Saved | CheckpointError | None:
+        found, self.outcome = self.outcome, None
+        return found
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.logged: dict[str, float] = {}
+        self.said: list[tuple[str, str]] = []
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.logged |= metrics
+
+    def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+        self.said.append((kind, text))
+
+
+def saved(tmp_path: Path, **more: Any) -> Saved:
+    return Saved(step=5, path=tmp_path / "step-5", seconds=2.0, stall_s=0.1, bytes=4 * GIB, **more)
+
+
+@pytest.mark.parametrize("free_gib, alerts", [(3, 1), (5, 0)])
+def test_a_disk_without_room_for_the_next_checkpoint_is_an_alert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gib: int, alerts: int
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gib * GIB))
+    heard = Heard()
+    checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, is_main=True)  # type: ignore[arg-type]
+    checkpoints.save(5, {}, None)
+    checkpoints.conclude(5)
+    assert heard.logged["ckpt/disk_free_gib"] == free_gib
+    assert checkpoints.saved_step == 5
+    said = [text for kind, text in heard.said if kind == "alert"]
+    assert len(said) == alerts
+    assert not said or said[0].endswith("3.00 GiB are free, and it takes 4.00 GiB")
+
+
+def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:
+    heard = Heard()
+    checkpoints = Checkpoints(Saver(CheckpointError("the disk is full", where="/runs")), heard, is_main=True)  # type: ignore[arg-type]
+    checkpoints.save(5, {}, None)
+    checkpoints.conclude(5)
+    checkpoints.conclude(6)
+    assert heard.said == [("alert", "a checkpoint was not saved: the disk is full (/runs)")]
+    assert checkpoints.saved_step is None
