@@ -82,7 +82,8 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
         cause = taken or _interruption(attempt, lead_s, min(killed))
         return Ending(cause, step, f"killed at step {step}: it had not stopped in the time it was given", first_failure=first)
     if taken is not None:
-        return Ending(taken, step, f"the job ended as {state} at step {step} without saving", first_failure=first)
+        what = "the workers were gathered anew" if taken is Cause.RESIZED else f"the job ended as {state}"
+        return Ending(taken, step, f"{what} at step {step} without saving", first_failure=first)
     if first is not None:
         return _by_failure(first, dict(failed), lost, attempt, step)
     if stopped := [found["ended_at"] for found in left if found["stopped"]]:

@@ -216,6 +216,7 @@ def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) ->
     played = play(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
     assert played.coordinator.make_way(), "there is nobody yet"
     played.begin("a", "n1")
+    run_store.update_status(played.run, message="")
     assert not played.coordinator.make_way()
     assert "another number of workers" in played.run.events.read_text()
     played.save(7)
@@ -231,6 +232,15 @@ def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) ->
     assert orders[0] is not None
     assert orders[0]["do"] == "train"
     assert run_store.read_attempt(played.run, 2).resume_step == 7
+
+
+def test_ranks_that_still_load_make_way_at_once(play: Callable[..., Played]) -> None:
+    played = play(workers=2, min_workers=1)
+    played.begin("a", "n1")
+    assert played.coordinator.make_way()
+    answer = played.coordinator.beat("a", 0, None)
+    assert (answer["signal"], answer["verdict"]["again"]) == ("TERM", True)
+    assert played.causes == ["resized"]
 
 
 def test_workers_of_a_run_that_another_command_has_started_again_leave_it_alone(play: Callable[..., Played]) -> None:
@@ -261,7 +271,9 @@ def test_what_cannot_be_written_ends_the_run_instead_of_going_round(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_store, "write_attempt", full)
-    (orders, _) = played.begin("a", "n1", "n1")
+    assert played.begin("a", "n1", "n1") == [None, None], "there may be room in a moment"
+    monkeypatch.setattr(module, "_OPEN_DEADLINE_S", -1.0)
+    orders = played.coordinator.orders("a", 0)
     assert orders is not None
     assert orders["do"] == "leave"
     assert "No space left on device" in orders["why"]
@@ -300,13 +312,21 @@ def test_workers_that_were_silent_for_a_while_are_not_given_up(
     played.begin("a", "n1", "n1")
     time.sleep(0.06)
     assert played.coordinator.state()["idle_s"] > 0
+    assert run_store.read_status(played.run).state == "pending"
+    assert "are gone; the run waits for others" in played.run.events.read_text()
     played.coordinator.beat("a", 0, None)
     assert played.coordinator.state()["idle_s"] == 0
 
 
-def test_workers_that_cannot_even_start_end_the_run_with_their_words(play: Callable[..., Played]) -> None:
+def test_workers_that_cannot_even_start_end_the_run_with_their_words(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
     played = play()
-    for _ in range(module._MOST_EARLY_FAILURES):
+    for _ in range(2 * module._MOST_EARLY_FAILURES):
+        played.coordinator.failed_early("n2: no module named numpy")
+    assert played.coordinator.state()["over"] is None, "the workers of one group fail together"
+    monkeypatch.setattr(module, "_SAME_FAILURE_S", -1.0)
+    for _ in range(module._MOST_EARLY_FAILURES - 1):
         played.coordinator.failed_early("n2: no module named numpy")
     assert played.coordinator.state()["over"] is None
     played.coordinator.failed_early("n2: no module named numpy")

@@ -194,6 +194,7 @@ def _submission_file(run: RunDir, attempt: int) -> Path:
 def _heard_at(run: RunDir, status: Status) -> float:
     with suppress(OSError):
         run_store.look_again(run.root)
+    with suppress(OSError):
         return max(status.updated_at, run.alive.stat().st_mtime)
     return status.updated_at
 

@@ -6,6 +6,7 @@ are lost and starts the next group; each group of workers is an attempt here. No
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem, RunError, Superseded, UnreadableCheckpoint
+from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import resized
 from launcher.plan.retry import Decision, decide
@@ -28,6 +29,8 @@ from launcher.worker.node_check import NodeReport
 from launcher.worker.ray.group import Group, Member
 
 _DRAINED = "drained.json"
+# What the run's state says until its ranks speak for themselves.
+_STARTING = "starting"
 _LOCK_WAIT_S = 60.0
 # How often the disk and Ray are looked at, however many workers ask.
 _LOOK_S = 0.5
@@ -38,8 +41,9 @@ _SILENT_S = 60.0
 _CHECK_DEADLINE_S = 300.0
 # How long storage that cannot be read now is waited for before an attempt.
 _OPEN_DEADLINE_S = 600.0
-# Workers that could not even say who they are, after which it is no accident.
+# Groups whose workers could not even say who they are, one after the other: then it is no accident.
 _MOST_EARLY_FAILURES = 10
+_SAME_FAILURE_S = 30.0
 # From the first failure to the end of the others, which are sent away.
 _LAST_WORDS_S = 30.0
 
@@ -61,6 +65,7 @@ class Coordinator:
         # Workers of the last group that trained.
         self._size = 0
         self._early_failures = 0
+        self._early_failure_at = -math.inf
         self._over: str | None = None
         self._looked = self._looked_at_drains = 0.0
         self._idle_since: float | None = time.monotonic()
@@ -75,6 +80,10 @@ class Coordinator:
         if group is not None and self._idle_since is None and time.monotonic() - group.heard_at > _SILENT_S:
             # They are gone, and Ray Train looks for others.
             self._idle_since = group.heard_at
+            if self._over is None:
+                self._say("alert", f"the workers of attempt {self._number} are gone; the run waits for others")
+                with suppress(OSError, LauncherError):
+                    run_store.update_status(self._run, state="pending", message="its workers are gone; it waits for others")
         idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
         return {"number": self._number, "idle_s": idle_s, "over": self._over}
 
@@ -86,8 +95,13 @@ class Coordinator:
         self._hear(self._group)
 
     def failed_early(self, words: str) -> None:
-        """A worker could not come so far as to enter; Ray Train would start others for ever."""
-        self._early_failures += 1
+        """A worker could not come so far as to enter; Ray Train would start others for ever.
+
+        What all workers of a group say at about the same time is one failure.
+        """
+        if time.monotonic() - self._early_failure_at > _SAME_FAILURE_S:
+            self._early_failures += 1
+        self._early_failure_at = time.monotonic()
         self._say("alert", f"a worker could not start: {words}")
         if self._early_failures > _MOST_EARLY_FAILURES and self._over is None:
             self._finish(f"workers cannot start: {words}", state="failed")
@@ -166,7 +180,11 @@ class Coordinator:
         if not group.resizing:
             group.resizing = True
             self._say("info", "Ray has room for another number of workers: the run saves and begins again with them")
-        return False
+            with suppress(OSError, LauncherError):
+                if run_store.read_status(self._run).message == _STARTING:
+                    # The ranks still load: they would hear of it after their first step, and there is nothing to save.
+                    self._conclude(group)
+        return group.verdict is not None
 
     def _hear(self, group: Group) -> None:
         group.heard_at = time.monotonic()
@@ -174,19 +192,22 @@ class Coordinator:
             self._idle_since = None
 
     def _open_if_possible(self, group: Group) -> None:
-        """Open the attempt of a group that is complete, once; what is only out of reach for now is tried again."""
-        if group.opened_at is not None:
+        """Open the attempt of a group that is complete, once; what may only be out of reach for now is tried again for a while.
+
+        Raised in the workers, anything would make Ray Train start others, for ever.
+        """
+        now = time.monotonic()
+        if group.opened_at is not None or now - group.tried_at < _LOOK_S:
             return
+        group.tried_at = now
         try:
             self._open(group)
-        except UnreadableCheckpoint as error:
-            if time.monotonic() - group.came_at > _OPEN_DEADLINE_S:
-                self._finish(error.problems[0].what, state="failed")
-        except LauncherError as error:
+        except ConfigError as error:
             self._finish(error.problems[0].what, state="failed")
         except Exception as error:
-            # Raised in the workers, it would make Ray Train start others, for ever.
-            self._finish(f"the attempt cannot be opened: {type(error).__name__}: {error}", state="failed")
+            if now - group.came_at > _OPEN_DEADLINE_S:
+                said = error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
+                self._finish(f"the attempt cannot be opened: {said}", state="failed")
 
     def _end_of_checks(self, group: Group, waiting: Sequence[int]) -> None:
         """While nodes are checked: a wish to stop needs no save, and a node that does not report is named."""
@@ -214,7 +235,7 @@ class Coordinator:
         run, section, head = self._run, self._plan.ray, group.members[0]
         if network.is_public(head.address) and not section.allow_public_address:
             where = f"{head.node} at {head.address}"
-            raise RunError(
+            raise ConfigError(
                 f"the ranks would meet at an address that the whole internet can reach: {where}; set cluster.interface"
             )
         with run_store.starting(run, wait_s=_LOCK_WAIT_S):
@@ -244,9 +265,10 @@ class Coordinator:
                 pinned=attempt.pinned,
             )
             run_store.write_attempt(run, self._number, begun)
+        self._early_failures = 0
         group.marker = secrets.token_hex(16)
         run_store.write_text(run.attempt(self._number) / "marker", group.marker)
-        run_store.update_status(run, state="running", attempt=self._number, message="starting")
+        run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
         ranks = f"{group.active} rank{'s' * (group.active > 1)}"
         ranks += f", {group.size - group.active} workers idle" if group.size > group.active else ""
         self._say("info", f"attempt {self._number} begins with {ranks} on {', '.join(dict.fromkeys(begun.nodes))}")

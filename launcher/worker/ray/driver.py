@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -40,6 +41,8 @@ _CALL_S = 30.0
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
 _LONGEST_FOLDER = 30
+_MOST_CONTROLLERS = 20
+_ANEW_S = 5.0
 # Characters of Ray's own words that a run's state holds; all of them are in the log.
 _MOST_SAID = 400
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
@@ -69,10 +72,13 @@ def main(plan_path: str, attempt: int) -> int:
         return driver.run()
     except Exception as error:
         # Whatever Ray says while it starts: a cluster that is not there, a token that is not its own, another version.
-        said = " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
-        driver.end("failed", f"Ray cannot be used: {said}")
+        driver.end("failed", f"Ray cannot be used: {_words(error)}")
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
 
 
 class _Wishes:
@@ -136,10 +142,29 @@ class _Driver:
             ray.shutdown()
 
     def _fit(self) -> None:
+        """Until the run has ended. Ray Train's controller gives up for much that says nothing of the run, such as a disk that
+        is full when it writes its own state: another takes its place, and the workers that it has lost are an attempt that
+        counts by the run's own budgets.
+        """
+        for number in range(_MOST_CONTROLLERS):
+            name = f"attempt-{self._attempt:03d}" + (f"-{number}" if number else "")
+            try:
+                _trainer(self._plan, self._run, name, self._coordinator).fit()
+                return
+            except Exception as error:
+                self._failure = error
+                traceback.print_exception(error)
+                if self._is_over():
+                    return
+                time.sleep(_ANEW_S)
+
+    def _is_over(self) -> bool:
         try:
-            _trainer(self._plan, self._run, self._attempt, self._coordinator).fit()
-        except Exception as error:
-            self._failure = error
+            state = self._state()
+        except Exception:
+            # Ray itself is gone, and the coordinator with it.
+            return True
+        return state is not None and state["over"] is not None
 
     def _watch(self, fit: threading.Thread) -> None:
         """Until the run has ended, or its workers are not to be had, or nobody wants them any more."""
@@ -170,8 +195,8 @@ class _Driver:
                     return self.end("failed", self._not_placed(state["idle_s"]))
             fit.join(_LOOK_S)
         if run_store.read_status(self._run).state in RUNNING_STATES:
-            said = str(self._failure).strip().splitlines() if self._failure is not None else ["its workers ended without a word"]
-            self.end("failed", f"Ray Train ended the run: {said[0] if said else type(self._failure).__name__}")
+            said = "its workers ended without a word" if self._failure is None else _words(self._failure)
+            self.end("failed", f"Ray Train ended the run: {said}")
         return None
 
     def _state(self) -> dict[str, Any] | None:
@@ -186,10 +211,12 @@ class _Driver:
         return found
 
     def end(self, state: str, message: str) -> None:
-        """Write how the run has ended, unless another command has started it again meanwhile."""
+        """Write how the run has ended, unless that is known or another command has started it again meanwhile."""
         print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
         with suppress(OSError, LauncherError):
             run_store.require_newest(self._run, self._number, certain=True)
+            if run_store.read_status(self._run).state not in RUNNING_STATES:
+                return
             run_store.update_status(self._run, state=state, message=message)
 
     def _not_placed(self, waited_s: float) -> str:
@@ -267,6 +294,8 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": path}
     # In spite of its name, on Linux too: without it Ray replaces loopback by the address of a network.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Where memory runs short it would kill the workers, and nobody would be told why.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray
 
@@ -283,7 +312,7 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     )
 
 
-def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> Any:
+def _trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
     from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -323,7 +352,7 @@ def _trainer(plan: LaunchPlan, run: RunDir, attempt: int, coordinator: Any) -> A
         backend_config=OfRanksConfig(),
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
-            name=f"attempt-{attempt:03d}",
+            name=name,
             callbacks=callbacks,
             storage_path=section.storage_path or str(run.root / "ray"),
             # The coordinator ends what is to end: its workers then return as if all were done.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class Group:
     active: int = 0
     plan_path: str = ""
     marker: str = ""
+    tried_at: float = -math.inf
     opened_at: float | None = None
     reports: dict[int, NodeReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)

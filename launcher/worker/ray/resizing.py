@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -24,5 +25,11 @@ class SaveBeforeResize(ControllerCallback):
         """Only workers that are well are resized; after a failure the state is another."""
         if isinstance(current_state, ResizingState):
             until = time.monotonic() + self._grace_s
-            while not ray.get(self._coordinator.make_way.remote(), timeout=_CALL_S) and time.monotonic() < until:
+            while not self._gone() and time.monotonic() < until:
                 time.sleep(_ASK_S)
+
+    def _gone(self) -> bool:
+        # Whatever is raised in here, and be it that storage holds the coordinator up, would end the run.
+        with suppress(Exception):
+            return bool(ray.get(self._coordinator.make_way.remote(), timeout=_CALL_S))
+        return False

@@ -158,16 +158,17 @@ class _Worker:
             self._call("beat", self.group, self.rank, "failed")
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Ask the coordinator; one that is slow, because storage is, is asked again for a while."""
-        from ray.exceptions import GetTimeoutError
+        """Ask the coordinator; one that is slow, because storage is, or out of reach for now, is asked again for a while."""
+        from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
         until = time.monotonic() + _PATIENCE_S
         while True:
             try:
                 return self._get(getattr(self._coordinator, method).remote(*arguments), timeout=_CALL_S)
-            except GetTimeoutError:
+            except (GetTimeoutError, ActorUnavailableError):
                 if time.monotonic() > until:
                     raise
+                time.sleep(_ASK_S)
 
     def _next_orders(self) -> dict[str, Any]:
         while (orders := self._call("orders", self.group, self.rank)) is None:
@@ -270,7 +271,7 @@ class _Worker:
         run_store.write_json(record.node_file(run, attempt, self.rank), ended)
         if mirror is not None:
             # The last checkpoint takes the time that it needs, unless another attempt waits or a person has waited enough.
-            until = time.time() + AFTER_FAILURE_S if failure or "TERM" in sent else float("inf")
+            until = time.time() + AFTER_FAILURE_S if failure or {"TERM", "USR2"} & sent.keys() else float("inf")
             mirror.finish(until, lambda: self._beat(None)["signal"] in ("KILL", "TERM"))
         if plan.nvme_folder is not None and self.local_rank == 0:
             shutil.rmtree(plan.nvme_folder, ignore_errors=True)
