@@ -170,6 +170,9 @@ def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
     if not facts.is_prepared(config, gathered):
         prepare(config)
         gathered = _gather(config, composed, cluster)
+        if gathered.data is None:
+            what, remedy = "the data cache is not there after it was built", "do the files change while they are read? try again"
+            raise DataError(Problem(what, "data.sources", remedy=remedy))
     data.check(config, gathered.data)
     return _unused_name(config, gathered, taken)
 

@@ -13,9 +13,12 @@ import numpy as np
 
 from launcher.config.data import DataSection
 from launcher.data import cache, findings, parallel, quality, rows, sources
-from launcher.data.encode import NUM_SAMPLES, Docs, EncodedBatch, Item, Pieces, Sample
+from launcher.data.encode import NUM_SAMPLES, Docs, Item, Pieces, Sample
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
+
+# A few of them may yet be dropped.
+_SPARE_SAMPLES = 16 * NUM_SAMPLES
 
 Progress = Callable[[str, int, int], None]
 Columns = TypeVar("Columns", Docs, Pieces)
@@ -50,6 +53,10 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
     with cache.building(key) as folder:
         if folder is not None:
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None))
+            if cache.cache_key(data, tokenizer_path) != key:
+                # What was read would stand under the name of other bytes.
+                what, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
+                raise DataError(Problem(what, where, remedy="try again when nothing writes to it any more, or pin its revision"))
     facts = cache.find(key)
     if facts is None:
         raise DataError(Problem("the data cache vanished while it was built", str(cache.cache_dir(key)), remedy="try again"))
@@ -70,6 +77,8 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     on_progress("pack and write", 0, 1)
     piece_sources = docs.source[pieces.doc]
     layout, epochs = rows.mixed(pieces.lengths, piece_sources, train, data)
+    if not pieces.labels[layout.order].any():
+        raise _nothing_left(docs, data)
     held_out = rows.all_of(pieces.lengths, np.flatnonzero(stays & docs.held_out[pieces.doc]), data, data.eval_max_rows)
     spilled = spill.close()
     num_inputs = len(data.sources) + (data.eval_path is not None)
@@ -112,7 +121,8 @@ def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_pro
     inputs = [*data.sources, *([held_out] if held_out is not None else [])]
     total = sum(sources.count_rows(source) for source in inputs)
     on_progress("tokenise", 0, total)
-    batches: list[EncodedBatch] = []
+    docs: list[Docs] = []
+    pieces: list[Pieces] = []
     hits: list[tuple[int, quality.Hit]] = []
     samples: list[Sample] = []
     num_docs = max_token_id = 0
@@ -121,14 +131,14 @@ def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_pro
         max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
         hits += [(num_docs + i, hit) for i, hit in batch.hits]
         samples += [replace(sample, doc=num_docs + sample.doc) for sample in batch.samples]
-        batches.append(
-            replace(batch, tokens=batch.tokens[:0], trained=batch.trained[:0], pieces=_shifted(batch.pieces, num_docs))
-        )
+        samples = heapq.nsmallest(_SPARE_SAMPLES, samples, key=lambda sample: sample.rank)
+        # Of a batch as a whole the tokens would stay in memory.
+        docs.append(batch.docs)
+        pieces.append(_shifted(batch.pieces, num_docs))
         num_docs += len(batch.docs.wheres)
         on_progress("tokenise", num_docs, max(total, num_docs))
     on_progress("tokenise", num_docs, num_docs)
-    docs, pieces = _joined([batch.docs for batch in batches]), _joined([batch.pieces for batch in batches])
-    return _Corpus(docs, pieces, hits, samples, max_token_id)
+    return _Corpus(_joined(docs), _joined(pieces), hits, samples, max_token_id)
 
 
 def _shifted(pieces: Pieces, num_docs: int) -> Pieces:

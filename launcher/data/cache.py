@@ -40,7 +40,7 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
 # Raised whenever the same sources would give other tokens, other rows or another layout.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LOCK_TIMEOUT_S = 2 * 3600.0
 
 # What AutoTokenizer reads from its folder; config.json because the model type picks the class.
@@ -48,6 +48,8 @@ TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "additional_chat_templates/*", "config.json"),
 )
+# What makes tokens of text, or tells which documents are nearly the same.
+_LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
 _SPLIT_ARRAYS = ("tokens", "trained", "rows", "docs", "row_labels", "doc_source", "row_sources")
 # Settings that change no token, or that are in the key by what they stand for.
 _NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "checks"}
@@ -73,7 +75,7 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
         "checks": _dropped_by(data.checks),
         "template": None if data.chat_template is None else _file_digest(Path(data.chat_template).expanduser()),
         "tokenizer": [(file.name, _file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
-        "libraries": [version("transformers"), version("tokenizers")],
+        "libraries": [version(name) for name in _LIBRARIES],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 

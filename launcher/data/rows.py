@@ -12,6 +12,7 @@ import numpy as np
 
 from launcher.config.data import DataSection
 from launcher.data import cache, mixture, packing
+from launcher.errors import DataError, Problem
 
 _TOKENS_AT_ONCE = 1 << 22
 
@@ -62,6 +63,8 @@ def mixed(lengths: np.ndarray, sources: np.ndarray, kept: np.ndarray, data: Data
 
     `lengths` and `sources` are those of all documents, `kept` the numbers of those to train on. Each pass over the sources
     is packed by itself, so that a row never holds a document twice.
+
+    Errors: DataError where a source is to give something and no document of it is short enough.
     """
     of_source = [kept[sources[kept] == i] for i in range(len(data.sources))]
     num_tokens = [int(lengths[numbers].sum()) for numbers in of_source]
@@ -70,6 +73,11 @@ def mixed(lengths: np.ndarray, sources: np.ndarray, kept: np.ndarray, data: Data
         [numbers[drawn] for drawn in mixture.passes(lengths[numbers], budget, seed)]
         for seed, (numbers, budget) in enumerate(zip(of_source, budgets, strict=True))
     ]
+    for i, (some, budget) in enumerate(zip(taken, budgets, strict=True)):
+        if budget and num_tokens[i] and not some:
+            what = f"no document of a source fits into the {budget:,} tokens that the mixture takes of it"
+            remedy = "raise its max_tokens, weight or epochs, or set data.long_documents=split and a lower data.max_length"
+            raise DataError(Problem(what, f"data.sources[{i}]", data.sources[i].name, remedy))
     epochs = [sum(int(lengths[one].sum()) for one in some) / max(1, total) for some, total in zip(taken, num_tokens, strict=True)]
     rounds = [np.sort(np.concatenate([*some])) for some in itertools.zip_longest(*taken, fillvalue=kept[:0])]
     return _joined([_packed(lengths, numbers, data) for numbers in rounds]), epochs

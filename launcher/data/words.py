@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Words in the cache; where more come, it begins anew.
 MAX_WORDS = 1 << 19
+MAX_WORD_CHARS = 64
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -80,10 +81,12 @@ class _Known(dict[str, tuple[int, ...]]):
         self._model = tokenizer.model
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        if len(self) >= MAX_WORDS:
-            self.clear()
         ids = tuple(token.id for token in self._model.tokenize(word.translate(_BYTE_GLYPHS)))
-        self[word] = ids
+        # Encoded binaries and the like are long, and hardly come again.
+        if len(word) <= MAX_WORD_CHARS:
+            if len(self) >= MAX_WORDS:
+                self.clear()
+            self[word] = ids
         return ids
 
 

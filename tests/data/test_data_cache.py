@@ -263,3 +263,17 @@ def test_the_submit_side_stays_light() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "set()"
+
+
+def test_a_source_that_grows_while_it_is_read_is_no_cache(section: Callable[..., DataSection], tokenizer_dir: Path) -> None:
+    data = section()
+    file = Path(data.sources[0].path)
+
+    def grows(stage: str, done: int, total: int) -> None:
+        if stage == "compare" and not done:
+            with file.open("a") as rows:
+                rows.write(json.dumps({"text": "one more"}) + "\n")
+
+    with pytest.raises(DataError, match="changed while it was read"):
+        build(data, str(tokenizer_dir), grows)
+    assert not list((cache.cache_root() / "data").glob("*/meta.json"))

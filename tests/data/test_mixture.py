@@ -77,7 +77,7 @@ def test_rows_hold_what_the_mixture_asks_for_and_no_document_twice(data: st.Data
     sources = np.asarray(data.draw(st.lists(st.integers(0, 1), min_size=num_docs, max_size=num_docs)))
     kept = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=num_docs, max_size=num_docs)))
     section = DataSection(
-        sources=(source("a", epochs=data.draw(st.sampled_from([0.5, 1.0, 2.5]))), source("b", epochs=3.0)),
+        sources=(source("a", epochs=data.draw(st.sampled_from([1.0, 1.5, 2.5]))), source("b", epochs=3.0)),
         max_length=32,
         packing=data.draw(st.booleans()),
     )
@@ -103,3 +103,14 @@ def test_of_many_held_out_rows_some_stand_for_all() -> None:
     assert layout.num_rows == len(layout.order) == 5
     assert layout.order[[0, -1]].tolist() == [0, 99]
     assert all_of(lengths, np.arange(100), section, max_rows=None).num_rows == 100
+
+
+def test_a_source_too_small_for_its_documents_is_named() -> None:
+    """Nine to one, and every document of the smaller part is longer than that part."""
+    section = DataSection(sources=(source("many", weight=9.0), source("long", weight=1.0)), max_length=1024)
+    lengths, sources = np.asarray([500] * 10 + [900] * 3), np.asarray([0] * 10 + [1] * 3)
+    with pytest.raises(DataError, match="no document of a source fits into the 556 tokens") as caught:
+        mixed(lengths, sources, np.arange(13), section)
+    assert (caught.value.problems[0].where, caught.value.problems[0].value) == ("data.sources[1]", "long")
+    with pytest.raises(DataError, match="fits into the 100 tokens"):
+        mixed(lengths, np.zeros(13, int), np.arange(13), DataSection(sources=(source(max_tokens=100),), max_length=1024))

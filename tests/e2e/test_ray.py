@@ -97,6 +97,28 @@ def test_after_the_kill_of_a_worker_and_of_a_rank_the_run_goes_on_by_itself(
 
 
 @pytest.mark.slow
+def test_a_controller_of_rays_that_gives_up_is_replaced(
+    start: Callable, root: Path, temporary: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """Ray Train ends itself where it cannot write its own state, which says nothing of the run."""
+    run, storage = root / "replaced", tmp_path / "storage"
+    settings = (f"cluster.storage_path={storage}", "train.max_steps=90")
+    with start(*RAY, *settings, f"run.root={root}", "run.name=replaced", TMPDIR=str(temporary)) as process:
+        wait_for("step 12", lambda: last_step(run) >= 12)
+        storage.rename(tmp_path / "away")
+        storage.touch()
+        log = run / "attempts/001/agent.log"
+        wait_for("Ray's controller to give up", lambda: "Traceback" in log.read_text())
+        storage.unlink()
+        (tmp_path / "away").rename(storage)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert losses(run) == losses(undisturbed)
+    assert causes(run) == ["infrastructure", "completed"]
+    await_no_process(run)
+
+
+@pytest.mark.slow
 def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
