@@ -153,6 +153,27 @@ def test_the_held_out_source_is_read_as_the_others_are(tmp_path: Path) -> None:
         assert (held_out.format, held_out.columns, texts(held_out)[0]) == ("auto", {}, expected)
 
 
+def test_held_out_documents_may_be_files_or_a_pattern(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jsonl": row("a"), "eval/x.jsonl": row("x"), "eval/y.jsonl": row("y")})
+    for path, expected in (("eval/*.jsonl", ["x", "y"]), ("eval/y.jsonl", ["y"])):
+        data = DataSection(sources=(Source(path=f"{tmp_path}/a.jsonl"),), eval_path=f"{tmp_path}/{path}")
+        assert check_sources(data) == []
+        held_out = eval_source(data)
+        assert held_out is not None
+        assert texts(held_out) == expected
+
+
+def test_held_out_documents_of_a_sources_own_dataset_are_of_its_subset_and_revision() -> None:
+    main = Source(path="owner/name", subset="main", revision="v1", columns={"prompt": "question"})
+    other = Source(name="other", path="a.jsonl")
+    held_out = eval_source(DataSection(sources=(other, main), eval_path="owner/name"))
+    assert held_out is not None
+    assert (held_out.subset, held_out.revision, held_out.columns) == ("main", "v1", main.columns)
+    elsewhere = eval_source(DataSection(sources=(other, main), eval_path="owner/else"))
+    assert elsewhere is not None
+    assert (elsewhere.subset, elsewhere.revision, elsewhere.columns) == (None, None, {})
+
+
 # Addresses
 
 

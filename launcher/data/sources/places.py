@@ -50,6 +50,11 @@ def is_hub(path: str) -> bool:
     return HUB_ID_PATTERN.fullmatch(path) is not None and kind_by_name(path) is None and not Path(path).exists()
 
 
+def has_splits(path: str) -> bool:
+    """True for a folder, a hub dataset and an address; the files of a path or a pattern are taken as they are named."""
+    return is_url(path) or is_hub(path) or Path(path).expanduser().is_dir()
+
+
 def files_of(source: Source) -> tuple[DataFile, ...]:
     """The source's files, fetched where they lie elsewhere. Errors: DataError."""
     if is_url(source.path):
