@@ -112,7 +112,13 @@ class ChecksSection(Section):
     special_token_in_text: Choice = Field(
         "keep", description="The text holds a special token of this tokenizer, or what is one elsewhere and text here."
     )
-    no_turn_end: Accepted = Field("fail", description="No document trains an end of turn, so that the model would never stop.")
+    no_turn_end: Accepted = Field(
+        "fail",
+        description=(
+            "A document trains no end of turn. fail: a run is refused where that holds for more than half of a source's "
+            "trained documents, so that the model might never stop."
+        ),
+    )
     no_trained_token: Choice = Field(
         "drop",
         description="A document has no trained token within a row's length. Where none has one, the data is refused.",

@@ -90,7 +90,7 @@ class BatchEncoder:
         seen = quality.inspect(documents, encoded, self.encoder.special_texts, self.data.checks)
         cut = [pieces_of(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
         hits = [(i, hit) for i, one in enumerate(seen) for hit in one.hits]
-        hits += [(i, self._untrained()) for i, pieces in enumerate(cut) if pieces and not pieces[0].trained.any()]
+        hits += [(i, hit) for i, pieces in enumerate(cut) if pieces and (hit := self._lacking(encoded[i], pieces)) is not None]
         held_out = [
             one.content / 2**64 < self.data.eval_fraction if item.held_out is None else item.held_out
             for item, one in zip(items, seen, strict=True)
@@ -119,8 +119,14 @@ class BatchEncoder:
             samples=self._samples(items, whole, docs.contents),
         )
 
-    def _untrained(self) -> quality.Hit:
-        return quality.Hit("no_trained_token", f"none within the first {self.data.max_length:,} tokens")
+    def _lacking(self, whole: Encoded, pieces: Sequence[Encoded]) -> quality.Hit | None:
+        """What the pieces of a document do not train, though they should."""
+        within = f"within the first {self.data.max_length:,} tokens"
+        if not pieces[0].trained.any():
+            return quality.Hit("no_trained_token", f"none {within}")
+        if not any(piece.turn_ends for piece in pieces):
+            return quality.Hit("no_turn_end", f"none {within}" if whole.turn_ends else "no end of turn is trained")
+        return None
 
     def _samples(self, items: Sequence[Item], candidates: list[int], contents: np.ndarray) -> list[Sample]:
         found = []

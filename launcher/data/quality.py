@@ -58,7 +58,10 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All documents in the order in which they were read, one entry each; `source` points into `names`."""
+    """All documents in the order in which they were read, one entry each; `source` points into `names`.
+
+    `trained` is False where no token is trained within a row.
+    """
 
     wheres: Sequence[str]
     source: np.ndarray
@@ -66,6 +69,7 @@ class Corpus:
     held_out: np.ndarray
     num_tokens: np.ndarray
     is_text: np.ndarray
+    trained: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,6 @@ def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: Ch
     num_trained = int(np.count_nonzero(encoded.trained))
     if not num_trained:
         yield Hit("no_trained_token", "no token is trained")
-    elif not encoded.turn_ends:
-        yield Hit("no_turn_end", "no end of turn is trained")
     if empty := [part.where for part in parts if part.is_answer and not part.text.strip()]:
         yield Hit("empty_answer", f"{empty[0]} is empty")
     if num_trained > checks.long_answer_tokens and not isinstance(document, PlainText):
@@ -244,7 +246,7 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
     by_name: dict[str, dict[int, Hit]] = defaultdict(dict)
     for document, hit in hits:
         by_name[hit.finding].setdefault(document, hit)
-    by_name["no_turn_end"] = _in_whole_sources(by_name["no_turn_end"], by_name["no_trained_token"], corpus)
+    looked_at = {"held_out_in_train": corpus.held_out, "no_turn_end": corpus.trained}
     drop = np.zeros(len(corpus.wheres), dtype=bool)
     found = []
     for name in TITLES:
@@ -252,8 +254,8 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
         if not of_name:
             continue
         documents = np.asarray(sorted(of_name))
-        total = int(corpus.held_out.sum()) if name == "held_out_in_train" else len(corpus.wheres)
-        found.append(_finding(name, documents, total, of_name, corpus))
+        of_source = corpus.source[looked_at[name]] if name in looked_at else corpus.source
+        found.append(_finding(name, documents, of_source, of_name, corpus))
         if getattr(checks, name) == "drop":
             # A held-out document stays, and what stands in training goes.
             gone = [i for one in of_name.values() for i in one.others] if name == "held_out_in_train" else documents
@@ -261,18 +263,8 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
     return drop, tuple(found + _few(drop, corpus, checks))
 
 
-def _in_whole_sources(hits: dict[int, Hit], untrained: dict[int, Hit], corpus: Corpus) -> dict[int, Hit]:
-    """The hits of those sources in which every document with a trained token has one."""
-    trained = np.ones(len(corpus.wheres), dtype=bool)
-    trained[list(untrained)] = False
-    lacking = np.zeros(len(corpus.wheres), dtype=bool)
-    lacking[list(hits)] = True
-    num = len(corpus.names)
-    all_of_it = np.bincount(corpus.source[trained], minlength=num) == np.bincount(corpus.source[lacking], minlength=num)
-    return {i: hit for i, hit in hits.items() if all_of_it[corpus.source[i]]}
-
-
-def _finding(name: str, documents: np.ndarray, total: int, hits: dict[int, Hit], corpus: Corpus) -> Finding:
+def _finding(name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict[int, Hit], corpus: Corpus) -> Finding:
+    """`of_source` is the source of each document that the check looks at."""
     evenly = np.linspace(0, len(documents) - 1, NUM_EXAMPLES).round().astype(int)
     examples = []
     for i in documents[np.unique(evenly)].tolist():
@@ -285,7 +277,10 @@ def _finding(name: str, documents: np.ndarray, total: int, hits: dict[int, Hit],
     if name == "held_out_in_train":
         exact = sum(hit.detail == _alike(_EXACT) for hit in hits.values())
         note = f"{exact:,} exactly, {len(documents) - exact:,} nearly"
-    return Finding(name, len(documents), total, _by_source(documents, corpus), tuple(examples), note)
+    num = len(corpus.names)
+    shares = np.bincount(corpus.source[documents], minlength=num) / np.maximum(1, np.bincount(of_source, minlength=num))
+    by_source = _by_source(documents, corpus)
+    return Finding(name, len(documents), len(of_source), by_source, tuple(examples), note, float(shares.max()))
 
 
 def _by_source(documents: np.ndarray, corpus: Corpus) -> dict[str, int]:

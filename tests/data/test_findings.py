@@ -10,7 +10,7 @@ from launcher.errors import DataError
 
 LEAK = Finding("held_out_in_train", 3, 100, {"a": 3}, (Example("a.jsonl:7", "the same as a.jsonl:2"),), "3 exactly")
 SECRET = Finding("secrets", 1, 1000, {"a": 1}, (Example("a.jsonl:9", "[API key: s…, 40 characters]"),))
-NO_END = Finding("no_turn_end", 50, 1000, {"a": 50}, (Example("a.jsonl:1", "no end of turn is trained"),))
+NO_END = Finding("no_turn_end", 50, 1000, {"a": 50}, (Example("a.jsonl:1", "no end of turn is trained"),), highest_share=0.6)
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

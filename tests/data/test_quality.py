@@ -99,7 +99,6 @@ def test_empty_answers_count_where_they_would_be_trained() -> None:
 def test_what_is_not_trained_is_told() -> None:
     document = GOOD[0]
     assert found(document, encoded(trained=0)) == {"no_trained_token": "no token is trained"}
-    assert found(document, encoded(turn_end=False)) == {"no_turn_end": "no end of turn is trained"}
 
 
 def test_long_answers_are_measured_in_one_piece() -> None:
@@ -277,7 +276,7 @@ def corpus(num: int, sources: list[int] | None = None, held_out: tuple[int, ...]
     marks[1, list(texts)] = True
     source = np.asarray(sources or [0] * num)
     wheres = [f"{'ab'[s]}.jsonl:{i + 1}" for i, s in enumerate(source.tolist())]
-    return Corpus(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1])
+    return Corpus(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1], np.ones(num, dtype=bool))
 
 
 def by_name(found: findings.Findings) -> dict[str, findings.Finding]:
@@ -316,13 +315,15 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
         assert by_name(found)["held_out_in_train"].examples[0].detail == "the same as a.jsonl:3 and 1 more"
 
 
-def test_no_end_of_turn_is_a_matter_of_a_whole_source() -> None:
+def test_documents_without_end_of_turn_refuse_a_run_above_half_of_a_source() -> None:
     everything = corpus(200, [0] * 100 + [1] * 100)
-    some = [(i, Hit("no_turn_end", "x")) for i in range(99)]
-    assert conclude(some, everything, CHECKS)[1] == ()
-    untrained = [(99, Hit("no_trained_token", "x"))]
-    finding = by_name(conclude([*some, *untrained], everything, CHECKS)[1])["no_turn_end"]
-    assert (finding.count, finding.sources) == (99, {"a": 99})
+    everything.trained[90:100] = False
+    for num, fatal in ((1, False), (45, False), (46, True)):
+        finding = by_name(conclude([(i, Hit("no_turn_end", "x")) for i in range(num)], everything, CHECKS)[1])["no_turn_end"]
+        assert (finding.count, finding.total, finding.sources) == (num, 190, {"a": num})
+        assert finding.highest_share == num / 90
+        (judged,) = findings.judge((finding,), CHECKS)
+        assert judged.fatal is fatal
 
 
 def test_few_examples_say_what_is_usual() -> None:
