@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -263,3 +264,27 @@ def test_the_submit_side_stays_light() -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout.strip() == "set()"
+
+
+def test_waiting_for_another_builder_is_said(
+    cache_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "LOCK_TIMEOUT_S", 0.2)
+    (cache_home / "data").mkdir(parents=True)
+    with (
+        filelock.FileLock(cache_home / "data" / "key.lock"),
+        pytest.raises(DataError, match="for too long"),
+        cache.building("key"),
+    ):
+        pass
+    assert caplog.messages == [f"waiting for another process that builds this data cache ({cache_home / 'data' / 'key.lock'})"]
+
+
+def test_a_template_that_the_system_does_not_give_out_is_named(
+    section: Callable[..., DataSection], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match="the file cannot be read: Input/output error") as caught:
+        cache_key(section(chat_template=str(template)), str(tokenizer_dir))
+    assert caught.value.problems[0].where == str(template)

@@ -20,7 +20,7 @@ import xxhash
 from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.data.root import cache_root
-from launcher.data.sources.files import kind_by_name
+from launcher.data.sources.files import kind_by_name, unreadable
 from launcher.data.sources.rows import refuse
 from launcher.data.sources.splits import choose
 from launcher.errors import DataError, Problem
@@ -70,7 +70,7 @@ def digest(source: Source) -> str:
     if is_hub(source.path):
         commit, names = _hub_listing(source)
         return f"{source.path}@{commit}: {', '.join(names)}"
-    return ", ".join(f"{kind_by_name(file.name)} {_file_digest(file.path)}" for file in _local_files(source))
+    return ", ".join(f"{kind_by_name(file.name)} {_file_digest(file)}" for file in _local_files(source))
 
 
 def url_problem(key: str, url: str) -> Problem | None:
@@ -124,11 +124,14 @@ def _matches(pattern: str) -> list[str]:
     return sorted(name for name in found if Path(name).is_file())
 
 
-def _file_digest(path: Path) -> str:
+def _file_digest(file: DataFile) -> str:
     state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(_READ_SIZE), b""):
-            state.update(block)
+    try:
+        with file.path.open("rb") as opened:
+            for block in iter(lambda: opened.read(_READ_SIZE), b""):
+                state.update(block)
+    except OSError as error:
+        unreadable(error, file.name)
     return state.hexdigest()
 
 
