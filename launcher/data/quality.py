@@ -26,6 +26,8 @@ FEW_TOKENS_OF_TEXT = 1_000_000
 _USUAL_EXAMPLES = "50 to 100 are usual for a format or a tone, 1,000 and more for a skill, tens of thousands for general chat"
 # The first byte of a character of several in UTF-8, and a later one, read as Latin-1 or Windows-1252.
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
+# Characters on either side of where a completion begins, as long as keys and addresses are.
+_AROUND_BORDER = 256
 _MAY_FOLLOW = {
     "system": ("start",),
     "user": ("start", "assistant"),
@@ -94,7 +96,8 @@ def inspect(
         own = [part.text for part in parts if part.where != "system"]
         signed.append(data if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
         contents.append(duplicates.content_hash(data))
-        hits.append((*_faults(document, parts, tokens, checks), *_in_texts(parts, whole, data, special_texts)))
+        in_texts = _in_texts(parts, whole, data, special_texts)
+        hits.append((*_faults(document, parts, tokens, checks), *in_texts, *_across_the_border(document)))
     is_text = [isinstance(document, PlainText) for document in documents]
     return list(map(Inspection, contents, duplicates.signatures(signed), hits, is_text))
 
@@ -176,6 +179,18 @@ def _in_texts(parts: Sequence[_Part], whole: str, data: bytes, special_texts: Se
             found[search.finding].append(f"{part.where}, character {match.start()}: {patterns.hidden(search, match)}")
     for finding, details in found.items():
         yield Hit(finding, details[0] + (f" and {len(details) - 1} more" if len(details) > 1 else ""))
+
+
+def _across_the_border(document: Document) -> Iterator[Hit]:
+    """What begins in the prompt and ends in the completion."""
+    if not isinstance(document, Completion):
+        return
+    before = document.prompt[-_AROUND_BORDER:]
+    text = before + document.completion[:_AROUND_BORDER]
+    for search, match in patterns.find(text, patterns.worth_while(text.lower().encode())):
+        if match.start() < len(before) < match.end():
+            place = len(document.prompt) - len(before) + match.start()
+            yield Hit(search.finding, f"prompt, character {place}: {patterns.hidden(search, match)}")
 
 
 def _broken(text: str) -> str | None:

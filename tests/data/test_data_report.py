@@ -92,6 +92,17 @@ def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenize
     assert len(report(facts, mixture, str(tokenizer_dir), num_shown=2)["shown"]) == 2
 
 
+@pytest.mark.parametrize("row", [{"text": f"{SECRET} is the key"}, {"prompt": f"key: {SECRET[:20]}", "completion": SECRET[20:]}])
+def test_secrets_across_trained_and_other_tokens_are_left_out(row: dict[str, str], jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    data = DataSection(sources=(Source(path=str(jsonl([row]))),), max_length=64, workers=1)
+    told = report(build(data, str(tokenizer_dir)), data, str(tokenizer_dir), num_shown=1)
+    parts = told["shown"][0]["documents"][0]["parts"]
+    assert [part["trained"] for part in parts] == [False, True]
+    text = "".join(part["text"] for part in parts)
+    assert "[API key: s…, 44 characters]" in text
+    assert text.replace("[…]", "").replace("[API key: s…, 44 characters]", SECRET).startswith("".join(row.values()))
+
+
 def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
     template = tmp_path / "no_end.jinja"
     template.write_text(

@@ -154,16 +154,29 @@ def test_secrets_are_located_and_never_told(kind: str) -> None:
     assert f"[{kind}: " in hits[finding]
     assert hits[finding].startswith("messages[1], character ")
     core = secret.split("\n")[-1].split('"')[-1]
-    for shown in (hits[finding], patterns.redacted(text)):
+    for shown in (hits[finding], patterns.redacted([text])[0]):
         assert core[:8] not in shown
         assert core[-8:] not in shown
-    assert patterns.redacted(text).startswith(("This is it: ", "Take postgres"))
+    assert patterns.redacted([text])[0].startswith(("This is it: ", "Take postgres"))
 
 
 @pytest.mark.parametrize("document", GOOD)
 def test_good_text_is_not_redacted(document: Document) -> None:
     texts = [part.text for part in quality._parts(document)]
-    assert [patterns.redacted(text) for text in texts] == texts
+    assert patterns.redacted(texts) == texts
+
+
+@pytest.mark.parametrize("kind", list(SECRETS))
+def test_secrets_across_borders_are_found_and_never_told(kind: str) -> None:
+    text = f'postgres{SECRETS[kind]}db.host:5432"' if kind == "password in an address" else f'It is: {SECRETS[kind]}" and on.'
+    for border in range(len(text)):
+        parts = [text[:border], text[border : border + 3], text[border + 3 :]]
+        assert "".join(patterns.redacted(parts)).replace("[…]", "") == patterns.redacted([text])[0]
+    middle = text.index(SECRETS[kind]) + len(SECRETS[kind]) // 2
+    hits = found(Completion("x:1", "a " * 300 + text[:middle], text[middle:]))
+    (detail,) = hits.values()
+    assert detail.startswith(("prompt, character 6", "prompt, character 5"))
+    assert f"[{kind}: " in detail
 
 
 # Documents beside others
