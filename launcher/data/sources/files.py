@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launcher.data.sources.rows import Row, refuse
+from launcher.data.sources.rows import Row, json_name, refuse
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
@@ -118,7 +118,7 @@ def _json_lines(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]
         if isinstance(row, list):
             refuse("the line holds a JSON array, not an object", f"{name}:{number}", _rename(name))
         if not isinstance(row, dict):
-            refuse(f"the line holds {text[:40]}, not an object", f"{name}:{number}", "write one JSON object per line")
+            refuse(f"the line holds a {json_name(row)}, not an object", f"{name}:{number}", "write one JSON object per line")
         yield row, f"{name}:{number}"
 
 

@@ -114,7 +114,7 @@ def _content(item: Row, at: str, where: str, may_be_null: bool) -> str:
         return str(_value(item, "content", str, where, f"{at}."))
     texts = []
     for i, part in enumerate(content):
-        kind = part.get("type", "text") if isinstance(part, dict) else _json_name(part)
+        kind = part.get("type", "text") if isinstance(part, dict) else json_name(part)
         if not isinstance(part, dict) or kind != "text":
             refuse(f"{at}.content[{i}] is of the type {kind}, not text", where, "leave the row out: only text is trained here")
         texts.append(_value(part, "text", str, where, f"{at}.content[{i}]."))
@@ -123,7 +123,7 @@ def _content(item: Row, at: str, where: str, may_be_null: bool) -> str:
 
 def _tool_call(call: Any, at: str, where: str) -> Row:
     if not isinstance(call, dict):
-        refuse(f"{at} is a {_json_name(call)}, not an object", where, "write {name, arguments}")
+        refuse(f"{at} is a {json_name(call)}, not an object", where, "write {name, arguments}")
     inner = call.get("function")
     function: Row = inner if isinstance(inner, dict) else call
     name = _value(function, "name", str, where, f"{at}.")
@@ -149,7 +149,7 @@ def _tools(tools: Any, where: str) -> tuple[Row, ...]:
 def _listed(value: Any, at: str, where: str) -> list[Any]:
     value = _from_json(value)
     if not isinstance(value, list):
-        refuse(f"{at} is a {_json_name(value)}, not a list", where, f"write {at} as a list")
+        refuse(f"{at} is a {json_name(value)}, not a list", where, f"write {at} as a list")
     return value
 
 
@@ -223,7 +223,7 @@ def _items(row: Row, key: str, where: str) -> list[Row]:
         refuse(f"{key} is empty", where, "remove the row, or write at least one message")
     for i, item in enumerate(items):
         if not isinstance(item, dict):
-            refuse(f"{key}[{i}] is a {_json_name(item)}, not an object", where, "write messages as {role, content}")
+            refuse(f"{key}[{i}] is a {json_name(item)}, not an object", where, "write messages as {role, content}")
     return list(items)
 
 
@@ -247,7 +247,7 @@ def _value(row: Row, key: str, kind: type, where: str, inside: str = "") -> Any:
     value = row[key]
     if not isinstance(value, kind):
         wanted = "a list" if kind is list else "text"
-        refuse(f"{inside}{key} is a {_json_name(value)}, not {wanted}", where, f"write {inside}{key} as {wanted}")
+        refuse(f"{inside}{key} is a {json_name(value)}, not {wanted}", where, f"write {inside}{key} as {wanted}")
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode("utf-8")
@@ -260,7 +260,8 @@ def _found(row: Row) -> str:
     return f"found: {', '.join(sorted(map(str, row))) or 'none'}"
 
 
-def _json_name(value: object) -> str:
+def json_name(value: object) -> str:
+    """What JSON calls the type of `value`."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 
