@@ -66,11 +66,31 @@ SUBSETS = {
     "socratic/train.jsonl": row("s"),
     "socratic/test.jsonl": row("st"),
 }
+MAIN = {name: content for name, content in SUBSETS.items() if name != "README.md"}
+GLOBS = {
+    "README.md": """---
+configs:
+- config_name: default
+  data_files:
+  - {split: here, path: "*.jsonl"}
+  - {split: anywhere, path: "**/*.jsonl"}
+  - {split: inside, path: "data/**"}
+  - {split: one, path: "data/?.jsonl"}
+---
+""",
+    "top.jsonl": row("top"),
+    "data/i.jsonl": row("in"),
+    "data/deep/x.jsonl": row("deep"),
+}
 
 
 @pytest.mark.parametrize(
     ("files", "settings", "expected"),
     [
+        (GLOBS, {"split": "here"}, ["top"]),
+        (GLOBS, {"split": "anywhere"}, ["deep", "in", "top"]),
+        (GLOBS, {"split": "inside"}, ["deep", "in"]),
+        (GLOBS, {"split": "one"}, ["in"]),
         ({"b.jsonl": row("b"), "deep/a.jsonl": row("a")}, {}, ["b", "a"]),
         (SPLITS, {}, ["a", "b"]),
         (SPLITS, {"split": "test"}, ["t"]),
@@ -100,6 +120,8 @@ def test_the_files_of_a_folder_that_are_read(tmp_path: Path, files: Files, setti
         (SPLITS, {"split": "held"}, "no split held (there are: test, train)"),
         ({"a.jsonl": row("a")}, {"split": "test"}, "no file belongs to a split test"),
         (SPLITS, {"subset": "main"}, "no subset main"),
+        ({"README.md": README.replace("first*", "third*"), **MAIN}, {"subset": "main"}, "matches the pattern main/third*"),
+        ({"README.md": README.replace("first*", "f**t*"), **MAIN}, {"subset": "main"}, "pattern main/f**t* of README.md"),
         (SUBSETS, {}, "several subsets: main, socratic"),
         (SUBSETS, {"subset": "maine"}, "no subset maine (there are: main, socratic)"),
         ({"a.jsonl": row("a"), "b.jsonl": ""}, {}, "the data file is empty"),

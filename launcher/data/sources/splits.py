@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
@@ -110,6 +109,16 @@ def _subset(configs: Sequence[dict[str, Any]], subset: str | None, where: str) -
     refuse(f"the dataset has several subsets: {', '.join(names)}", where, "set the source's subset to one of them")
 
 
+def _glob(pattern: str, where: str) -> re.Pattern[str]:
+    """`*` stays within a folder, and `**/` stands for any number of folders, none too."""
+    from fsspec.utils import glob_translate
+
+    try:
+        return re.compile(glob_translate(pattern))
+    except ValueError as error:
+        refuse(f"the pattern {pattern} of {README} cannot be read: {error}", where, "name the files in the source's path")
+
+
 def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict[str, list[str]]:
     folder = str(config.get("data_dir", "")).strip("/")
     inside = [name for name in names if not folder or name.startswith(f"{folder}/")]
@@ -121,6 +130,10 @@ def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict
     for entry in entries:
         split, patterns = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            pattern = f"{folder}/{pattern}" if folder else str(pattern)
-            found.setdefault(split, []).extend(_data_files(fnmatch.filter(names, pattern.removeprefix("./")) or [], where))
+            fits = _glob(str(pattern).removeprefix("./"), where).match
+            matched = [name for name in inside if fits(name.removeprefix(f"{folder}/" if folder else ""))]
+            if not matched:
+                remedy = "correct the pattern, or name the files in the source's path"
+                refuse(f"no file matches the pattern {pattern} of {README}", where, remedy)
+            found.setdefault(split, []).extend(_data_files(matched, where))
     return {split: sorted(set(files)) for split, files in found.items()}
