@@ -85,9 +85,10 @@ class BatchEncoder:
 
     def encode(self, items: Sequence[Item]) -> EncodedBatch:
         """Tokens, faults and counts of some documents; errors: DataError naming the document."""
-        encoded = self.encoder.encode([self.encoder.render(item.document) for item in items])
         documents = [item.document for item in items]
-        seen = quality.inspect(documents, encoded, self.encoder.special_texts, self.data.checks)
+        rendered = [self.encoder.render(document) for document in documents]
+        encoded = self.encoder.encode(rendered)
+        seen = quality.inspect(documents, rendered, encoded, self.encoder.special_texts, self.data)
         cut = [pieces_of(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
         hits = [(i, hit) for i, one in enumerate(seen) for hit in one.hits]
         hits += [(i, hit) for i, pieces in enumerate(cut) if pieces and (hit := self._lacking(encoded[i], pieces)) is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -67,14 +67,7 @@ class Template:
         """
         if train_on == "all":
             return self._all(chat)
-        last_user = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
-        wanted = [
-            i
-            for i, message in enumerate(chat.messages)
-            if message.role == "assistant"
-            and (bool(message.weight) if message.weight is not None else train_on == "assistant" or i > last_user)
-        ]
-        return self._spans(chat, wanted)
+        return self._spans(chat, answers(chat, train_on))
 
     def _all(self, chat: Chat) -> tuple[str, tuple[Span, ...]]:
         """Everything but the messages of weight 0."""
@@ -101,15 +94,15 @@ class Template:
     def _marked_spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
         text, marks = self._render(chat, chat.messages, generation_prompt=False, marks=True)
         self._require_all(chat, text)
-        answers = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
-        bounds = list(range(len(answers) + 1))
-        if len(marks) != len(answers):
+        turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
+        bounds = list(range(len(turns) + 1))
+        if len(marks) != len(turns):
             # A message with several marks, or none: how many there are up to each message tells which are whose.
-            bounds = [0, *(len(self._render(chat, chat.messages[: i + 1], False, marks=True)[1]) for i in answers)]
+            bounds = [0, *(len(self._render(chat, chat.messages[: i + 1], False, marks=True)[1]) for i in turns)]
             if bounds != sorted(bounds) or bounds[-1] != len(marks):
                 self._refuse("marks other parts of a message once a later one follows", chat.where)
         spans = []
-        for number, i in enumerate(answers):
+        for number, i in enumerate(turns):
             own = marks[bounds[number] : bounds[number + 1]]
             said = "".join(text[start:end] for start, end in own)
             if own and not all(part in said for part in _said_by(chat.messages[i])):
@@ -196,12 +189,21 @@ class Template:
         return texts[0], [tuple(span) for span in spans[0]]
 
     def _require_all(self, chat: Chat, text: str) -> None:
-        """Refuse a template that leaves out what was said to the assistant."""
+        """Refuse a template that leaves out what was said to the assistant, or what it thinks before its last answer."""
         for i, message in enumerate(chat.messages):
             if message.role in ("system", "user") and message.content.strip() not in text:
                 self._refuse_part(f"leaves out or changes what the {message.role} says", f"{chat.where}, messages[{i}]")
+        for i in answers(chat, "last_turn"):
+            thought = (chat.messages[i].reasoning_content or "").strip()
+            if i > _last_user(chat) and thought and text.count(thought) <= self._without_reasoning(chat, i).count(thought):
+                self._refuse_part("leaves out or changes the assistant's reasoning", f"{chat.where}, messages[{i}]")
         if chat.tools and text == self.render(Chat(chat.where, chat.messages)):
             self._refuse_part("leaves out the definitions of the tools", chat.where)
+
+    def _without_reasoning(self, chat: Chat, i: int) -> str:
+        messages = list(chat.messages)
+        messages[i] = replace(messages[i], reasoning_content=None)
+        return self.render(Chat(chat.where, tuple(messages), chat.tools))
 
     def _refuse_part(self, does: str, where: str) -> NoReturn:
         remedy = "set data.chat_template to a file with a template that writes it, or take it out of the row"
@@ -210,6 +212,21 @@ class Template:
     def _refuse(self, does: str, where: str) -> NoReturn:
         what = f"the chat template {does}, so the trained tokens cannot be told for certain"
         raise DataError(Problem(what, where, self.name, _NOT_SURE))
+
+
+def answers(chat: Chat, train_on: TrainOn) -> list[int]:
+    """The numbers of the assistant's messages that are trained."""
+    last_user = _last_user(chat)
+    return [
+        i
+        for i, message in enumerate(chat.messages)
+        if message.role == "assistant"
+        and (bool(message.weight) if message.weight is not None else train_on != "last_turn" or i > last_user)
+    ]
+
+
+def _last_user(chat: Chat) -> int:
+    return max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
 
 
 def _said_by(message: Message) -> list[str]:

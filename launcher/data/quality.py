@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from ftfy.badness import is_bad
 
-from launcher.config.data import ChecksSection
+from launcher.config.data import ChecksSection, DataSection
 from launcher.data import duplicates, patterns
-from launcher.data.chat import Encoded
+from launcher.data.chat import Encoded, Rendered
 from launcher.data.findings import NUM_EXAMPLES, TITLES, Example, Finding, Findings
+from launcher.data.masks import TrainOn, answers
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 
 # zlib makes about a half of usual text and a third of code and tables; a fifth is left where one thing is said again and again.
@@ -76,49 +77,59 @@ class Corpus:
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a document's text; `where` names it within the document, `is_answer`: the model is trained to write it."""
+    """A piece of a document's text; `where` names it within the document, `answer` is what of it the model is trained on."""
 
     where: str
     text: str
-    is_answer: bool
+    answer: str | None
 
 
 def inspect(
-    documents: Sequence[Document], encoded: Sequence[Encoded], special_texts: Sequence[str], checks: ChecksSection
+    documents: Sequence[Document],
+    rendered: Sequence[Rendered],
+    encoded: Sequence[Encoded],
+    special_texts: Sequence[str],
+    data: DataSection,
 ) -> list[Inspection]:
-    """Look at some documents and their tokens before anything is cut; `special_texts` are the tokenizer's special tokens."""
+    """Look at some documents, their texts and tokens before anything is cut; `special_texts` are those of the tokenizer."""
     contents, signed, hits = [], [], []
-    for document, tokens in zip(documents, encoded, strict=True):
-        parts = list(_parts(document))
+    for document, text, tokens in zip(documents, rendered, encoded, strict=True):
+        parts = list(_parts(document, text, data.train_on))
         whole = duplicates.normalised("\n".join([part.text for part in parts]))
-        data = whole.encode()
+        content = whole.encode()
         # Chats that share a long system text are not alike for that.
         own = [part.text for part in parts if part.where != "system"]
-        signed.append(data if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
-        contents.append(duplicates.content_hash(data))
-        in_texts = _in_texts(parts, whole, data, special_texts)
-        hits.append((*_faults(document, parts, tokens, checks), *in_texts, *_across_the_border(document)))
+        signed.append(content if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
+        contents.append(duplicates.content_hash(content))
+        in_texts = _in_texts(parts, whole, content, special_texts)
+        hits.append((*_faults(document, parts, tokens, data.checks), *in_texts, *_across_the_border(document)))
     is_text = [isinstance(document, PlainText) for document in documents]
     return list(map(Inspection, contents, duplicates.signatures(signed), hits, is_text))
 
 
-def _parts(document: Document) -> Iterator[_Part]:
+def _parts(document: Document, rendered: Rendered, train_on: TrainOn) -> Iterator[_Part]:
     match document:
         case Chat(messages=messages):
+            trained = answers(document, train_on)
             for i, message in enumerate(messages):
                 where = "system" if message.role == "system" else f"messages[{i}]"
-                yield _Part(where, _written(message), message.role == "assistant" and message.weight != 0)
+                text = answer = _written(message, message.reasoning_content)
+                if i in trained and (thought := message.reasoning_content):
+                    # Templates leave it out of earlier turns.
+                    is_written = any(thought.strip() in rendered.text[span.start : span.end] for span in rendered.spans)
+                    answer = text if is_written else _written(message, None)
+                yield _Part(where, text, answer if i in trained else None)
         case Completion(prompt=prompt, completion=completion):
-            yield _Part("prompt", prompt, False)
-            yield _Part("completion", completion, True)
+            yield _Part("prompt", prompt, None)
+            yield _Part("completion", completion, completion)
         case PlainText(text=text):
-            yield _Part("text", text, False)
+            yield _Part("text", text, None)
 
 
-def _written(message: Message) -> str:
+def _written(message: Message, reasoning: str | None) -> str:
     """All that a message says: its reasoning, its content, its calls."""
     calls = [json.dumps(call, ensure_ascii=False) for call in message.tool_calls]
-    return "\n".join(text for text in (message.reasoning_content, message.content, *calls) if text)
+    return "\n".join(text for text in (reasoning, message.content, *calls) if text)
 
 
 def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: ChecksSection) -> Iterator[Hit]:
@@ -126,15 +137,15 @@ def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: Ch
     num_trained = int(np.count_nonzero(encoded.trained))
     if not num_trained:
         yield Hit("no_trained_token", "no token is trained")
-    if empty := [part.where for part in parts if part.is_answer and not part.text.strip()]:
+    if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
         yield Hit("empty_answer", f"{empty[0]} is empty")
     if num_trained > checks.long_answer_tokens and not isinstance(document, PlainText):
         longest = _longest_run(encoded.trained)
         if longest > checks.long_answer_tokens:
             yield Hit("long_answer", f"{longest:,} trained tokens in one answer")
     for part in parts:
-        if part.is_answer and (ratio := _repetition(part.text)) > REPETITIVE_RATIO:
-            yield Hit("repetitive_answer", f"{part.where} is {len(part.text):,} characters that compress to 1/{ratio:.0f}")
+        if part.answer is not None and (ratio := _repetition(part.answer)) > REPETITIVE_RATIO:
+            yield Hit("repetitive_answer", f"{part.where} is {len(part.answer):,} characters that compress to 1/{ratio:.0f}")
             break
     if isinstance(document, Chat) and (fault := _role_fault(document.messages)):
         yield Hit("role_order", fault)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.config.data import ChecksSection
+from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data import duplicates, findings, patterns, quality
-from launcher.data.chat import Encoded
+from launcher.data.chat import Encoded, Rendered
+from launcher.data.masks import Span
 from launcher.data.quality import Corpus, Hit, across, conclude, inspect
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 
@@ -45,8 +46,18 @@ def chat(*turns: tuple[str, str], **last: Any) -> Chat:
     return Chat("rows.jsonl:1", tuple(messages))
 
 
-def found(document: Document, tokens: Encoded | None = None, checks: ChecksSection = CHECKS) -> dict[str, str]:
-    (seen,) = inspect([document], [tokens or encoded()], SPECIAL, checks)
+def settings(checks: ChecksSection = CHECKS, **more: Any) -> DataSection:
+    return DataSection(sources=(Source(path="rows.jsonl"),), checks=checks, **more)
+
+
+def trained(text: str) -> Rendered:
+    return Rendered("x:1", text, (Span(0, len(text)),), raw=False)
+
+
+def found(
+    document: Document, tokens: Encoded | None = None, checks: ChecksSection = CHECKS, text: str = "", train_on: str = "assistant"
+) -> dict[str, str]:
+    (seen,) = inspect([document], [trained(text)], [tokens or encoded()], SPECIAL, settings(checks, train_on=train_on))
     return {hit.finding: hit.detail for hit in seen.hits}
 
 
@@ -93,7 +104,12 @@ def test_empty_answers_count_where_they_would_be_trained() -> None:
     assert found(Completion("x:1", "a", " ")) == {"empty_answer": "completion is empty"}
     assert found(chat(("user", "a"), ("assistant", ""), weight=0)) == {}
     assert found(chat(("user", "a"), ("assistant", ""), tool_calls=({"function": {"name": "f"}},))) == {}
-    assert found(chat(("user", "a"), ("assistant", ""), reasoning_content="because")) == {}
+    silent = chat(("user", "a"), ("assistant", ""), reasoning_content="because\n")
+    assert found(silent, text="<think>because</think><|im_end|>") == {}
+    assert found(silent, text="<|im_end|>") == {"empty_answer": "messages[1] is empty"}
+    earlier = chat(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c"))
+    assert found(earlier) == found(earlier, train_on="all") == {"empty_answer": "messages[1] is empty"}
+    assert found(earlier, train_on="last_turn") == {}
 
 
 def test_what_is_not_trained_is_told() -> None:
@@ -162,7 +178,7 @@ def test_secrets_are_located_and_never_told(kind: str) -> None:
 
 @pytest.mark.parametrize("document", GOOD)
 def test_good_text_is_not_redacted(document: Document) -> None:
-    texts = [part.text for part in quality._parts(document)]
+    texts = [part.text for part in quality._parts(document, trained(""), "assistant")]
     assert patterns.redacted(texts) == texts
 
 
@@ -196,7 +212,8 @@ class Collection:
 
     def across(self, checks: ChecksSection = CHECKS) -> list[tuple[int, Hit]]:
         documents = [PlainText("x", text) for text in self.texts]
-        seen = inspect(documents, [encoded()] * len(documents), (), checks)
+        texts = [trained(text) for text in self.texts]
+        seen = inspect(documents, texts, [encoded()] * len(documents), (), settings(checks))
         contents = np.asarray([one.content for one in seen], dtype=np.uint64)
         return across(contents, [one.signature for one in seen], np.asarray(self.held_out, dtype=bool), checks)
 
