@@ -163,15 +163,20 @@ class Template:
             )
             what = "the tokenizer has no chat template, which conversations need"
             raise DataError(Problem(what, chat.where, self.name, remedy))
-        return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
+        try:
+            return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
+        except ValueError as error:
+            what = f"the tokenizer has several chat templates ({', '.join(self._tokenizer.chat_template)}), and no default one"
+            remedy = "set data.chat_template to a file with the one that is meant"
+            raise DataError(Problem(what, chat.where, self.name, remedy)) from error
 
     def _render(
-        self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool
+        self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils import chat_template_utils
 
         source = self._source(chat)
-        rows, tools = [_as_template_reads(message) for message in messages], list(chat.tools) or None
+        rows, tools = [_as_template_reads(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
         try:
             # What tokenizer.apply_chat_template compiles and keeps; here nothing has to be copied first.
@@ -193,12 +198,24 @@ class Template:
         for i, message in enumerate(chat.messages):
             if message.role in ("system", "user") and message.content.strip() not in text:
                 self._refuse_part(f"leaves out or changes what the {message.role} says", f"{chat.where}, messages[{i}]")
+        for i in self._unread_results(chat):
+            self._refuse_part("leaves out what the tool answers", f"{chat.where}, messages[{i}]")
         for i in answers(chat, "last_turn"):
             thought = (chat.messages[i].reasoning_content or "").strip()
             if i > _last_user(chat) and thought and text.count(thought) <= self._without_reasoning(chat, i).count(thought):
                 self._refuse_part("leaves out or changes the assistant's reasoning", f"{chat.where}, messages[{i}]")
-        if chat.tools and text == self.render(Chat(chat.where, chat.messages)):
+        # The same template without them: a tokenizer may have another one for chats without tools.
+        if chat.tools and text == self._render(chat, chat.messages, False, marks=False, with_tools=False)[0]:
             self._refuse_part("leaves out the definitions of the tools", chat.where)
+
+    def _unread_results(self, chat: Chat) -> list[int]:
+        """Messages of tools that leave no trace in the text. What they say may be escaped there, or stand elsewhere too."""
+        marks = {i: f"launcher-result-{i}-" for i, message in enumerate(chat.messages) if message.role == "tool"}
+        if not marks:
+            return []
+        messages = [replace(message, content=marks.get(i, message.content)) for i, message in enumerate(chat.messages)]
+        text = self._render(chat, messages, generation_prompt=False, marks=False)[0]
+        return [i for i, mark in marks.items() if mark not in text]
 
     def _without_reasoning(self, chat: Chat, i: int) -> str:
         messages = list(chat.messages)

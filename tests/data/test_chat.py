@@ -128,6 +128,42 @@ def test_a_template_that_changes_what_was_said_is_refused(tokenizer: PreTrainedT
     assert caught.value.problems[0].value == tokenizer.name_or_path
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLING = CHATML.replace("BODY", "m.content ~ (m.tool_calls or '')")
+LISTS_TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+WITH_TOOLS = Chat(
+    "rows.jsonl:1",
+    (Message("user", "1+1?"), Message("assistant", "", (CALL,)), Message("tool", "2"), Message("assistant", "It is 2.")),
+    ({"type": "function", "function": {"name": "add"}},),
+)
+
+
+def test_a_template_that_leaves_out_what_a_tool_answers_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = LISTS_TOOLS + CALLING
+    assert len(encode(tokenizer, WITH_TOOLS).turn_ends) == 2
+    # The answer of the tool is in what the assistant says, too.
+    tokenizer.chat_template = tokenizer.chat_template.replace("for m in messages", "for m in messages if m.role != 'tool'")
+    with pytest.raises(DataError, match="leaves out what the tool answers") as caught:
+        encode(tokenizer, WITH_TOOLS)
+    problem = caught.value.problems[0]
+    assert (problem.where, problem.value) == ("rows.jsonl:1, messages[2]", tokenizer.name_or_path)
+
+
+def test_a_template_of_its_own_for_tools_must_write_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = {"default": "other" + CALLING, "tool_use": LISTS_TOOLS + CALLING}
+    assert len(encode(tokenizer, WITH_TOOLS).turn_ends) == 2
+    tokenizer.chat_template = {"default": "other" + CALLING, "tool_use": CALLING}
+    with pytest.raises(DataError, match="leaves out the definitions of the tools"):
+        encode(tokenizer, WITH_TOOLS)
+
+
+def test_several_templates_without_a_default_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = {"rag": CALLING, "tool_use": CALLING}
+    with pytest.raises(DataError, match=r"several chat templates \(rag, tool_use\), and no default one") as caught:
+        encode(tokenizer, chat(("user", "a"), ("assistant", "b")))
+    assert "data.chat_template" in caught.value.problems[0].remedy
+
+
 def test_what_a_template_raises_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles must alternate"):
