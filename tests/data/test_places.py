@@ -210,11 +210,11 @@ def test_an_address_is_fetched_once_and_again_where_it_has_changed(memory: Any, 
     memory.pipe("/data/train.jsonl", row("a").encode())
     source = Source(path="memory://data/train.jsonl")
     first = source_digest(source)
-    assert not list(cache_home.rglob("*.jsonl"))
+    assert not list(cache_home.rglob("rows"))
     for _ in range(2):
         (document,) = (document for document, _ in read_documents(source))
         assert (document.where, document.text) == ("memory:///data/train.jsonl:1", "a")  # type: ignore[union-attr]
-        assert len(list(cache_home.rglob("*.jsonl"))) == 1
+        assert len(list(cache_home.rglob("rows"))) == 1
     memory.pipe("/data/train.jsonl", row("b").encode())
     assert source_digest(source) != first
     assert texts(source) == ["b"]

@@ -12,8 +12,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+import xxhash
 
 from launcher.data.sources.rows import Row, json_name, refuse
 
@@ -22,6 +25,14 @@ COMPRESSED = (".gz", ".zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK_BYTES = 1 << 20
 _SAVE_AS_UTF8 = "save the file in UTF-8"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file on this machine; `name` is how the user knows it."""
+
+    path: Path
+    name: str
 
 
 def kind_by_name(name: str) -> str | None:
@@ -56,6 +67,18 @@ def unreadable(error: OSError, name: str) -> NoReturn:
     """Refuse a file that the system does not give out."""
     what = f"the data file cannot be read: {error.strerror or error}"
     refuse(what, name, "check who may read the file, and the disk or network that it is on")
+
+
+def file_digest(file: DataFile) -> str:
+    """Hex digest of the file's bytes. Errors: DataError."""
+    state = xxhash.xxh3_128()
+    try:
+        with file.path.open("rb") as opened:
+            for block in iter(lambda: opened.read(_BLOCK_BYTES), b""):
+                state.update(block)
+    except OSError as error:
+        unreadable(error, file.name)
+    return state.hexdigest()
 
 
 @contextmanager

@@ -9,36 +9,18 @@ import glob
 import json
 import os
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import filelock
-import xxhash
 
 from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
-from launcher.data.root import cache_root
-from launcher.data.sources.files import kind_by_name, unreadable
-from launcher.data.sources.rows import refuse
+from launcher.data.root import source_folder
+from launcher.data.sources.addresses import Remote
+from launcher.data.sources.files import DataFile, file_digest, kind_by_name
 from launcher.data.sources.splits import choose
 from launcher.errors import DataError, Problem
 
-_READ_SIZE = 1 << 20
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
-_FETCH_TIMEOUT_S = 2 * 3600.0
-# What storages call the property of a file that changes with its content.
-_CHANGES = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A file on this machine; `name` is how the user knows it."""
-
-    path: Path
-    name: str
 
 
 def is_url(path: str) -> bool:
@@ -58,19 +40,20 @@ def has_splits(path: str) -> bool:
 def files_of(source: Source) -> tuple[DataFile, ...]:
     """The source's files, fetched where they lie elsewhere. Errors: DataError."""
     if is_url(source.path):
-        return _Remote(source).fetch()
+        return Remote(source).fetch()
     return _hub_files(source) if is_hub(source.path) else _local_files(source)
 
 
 def digest(source: Source) -> str:
     """What changes with the bytes of the source's files and not with their place: of local files they are read, of a hub
-    dataset it is the commit, elsewhere what the storage says of each file. Nothing is fetched. Errors: DataError."""
+    dataset it is the commit, elsewhere what the storage says of each file; only where it says nothing, the file is fetched and
+    read. Errors: DataError."""
     if is_url(source.path):
-        return _Remote(source).digest()
+        return Remote(source).digest()
     if is_hub(source.path):
         commit, names = _hub_listing(source)
         return f"{source.path}@{commit}: {', '.join(names)}"
-    return ", ".join(f"{kind_by_name(file.name)} {_file_digest(file)}" for file in _local_files(source))
+    return ", ".join(f"{kind_by_name(file.name)} {file_digest(file)}" for file in _local_files(source))
 
 
 def url_problem(key: str, url: str) -> Problem | None:
@@ -124,21 +107,6 @@ def _matches(pattern: str) -> list[str]:
     return sorted(name for name in found if Path(name).is_file())
 
 
-def _file_digest(file: DataFile) -> str:
-    state = xxhash.xxh3_128()
-    try:
-        with file.path.open("rb") as opened:
-            for block in iter(lambda: opened.read(_READ_SIZE), b""):
-                state.update(block)
-    except OSError as error:
-        unreadable(error, file.name)
-    return state.hexdigest()
-
-
-def _folder(*parts: object) -> Path:
-    return cache_root() / "sources" / xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in parts]).encode())
-
-
 # The hub
 
 
@@ -162,7 +130,7 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...]]:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    record = _folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
+    record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
     if len(source.revision or "") == _COMMIT_DIGITS and (known := _known(record)):
         return known
     try:
@@ -206,82 +174,3 @@ def _unreachable(source: Source, said: str) -> DataError:
     )
     revision = f"revision={source.revision}" if source.revision else ""
     return DataError(Problem(what, source.path, revision, remedy))
-
-
-# Other addresses
-
-
-class _Remote:
-    """A file, pattern or folder at an address that fsspec knows. Errors: DataError."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._fs, path = self._try("opened", lambda: _connect(source.path))
-        # Another process may have written since this one looked.
-        self._fs.invalidate_cache()
-        self._paths = self._try("listed", lambda: self._list(path))
-        if not self._paths:
-            refuse("no file matches the pattern", source.path, "check the address")
-        self._states = [self._state(path) for path in self._paths]
-
-    def _list(self, path: str) -> list[str]:
-        if glob.has_magic(path):
-            return sorted(name for name in self._fs.glob(path) if self._fs.isfile(name))
-        if not self._fs.isdir(path):
-            return [path]
-        root = path.rstrip("/")
-        names = [str(name).removeprefix(f"{root}/") for name in self._fs.find(root)]
-        chosen = choose(
-            names, lambda name: self._fs.cat_file(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
-        )
-        return [f"{root}/{name}" for name in chosen]
-
-    def _state(self, path: str) -> list[str]:
-        info: dict[str, Any] = self._try("found", lambda: self._fs.info(path))
-        if not info.get("size"):
-            refuse("the data file is empty", self._name(path), "write rows into it")
-        return [str(info["size"]), *(f"{key}={info[key]}" for key in _CHANGES if info.get(key) is not None)][:2]
-
-    def _name(self, path: str) -> str:
-        return str(self._fs.unstrip_protocol(path))
-
-    def digest(self) -> str:
-        return json.dumps([(self._name(path), state) for path, state in zip(self._paths, self._states, strict=True)])
-
-    def fetch(self) -> tuple[DataFile, ...]:
-        return tuple(self._fetch(path, state) for path, state in zip(self._paths, self._states, strict=True))
-
-    def _fetch(self, path: str, state: list[str]) -> DataFile:
-        name = self._name(path)
-        target = _folder("address", name, *state) / name.rsplit("/", 1)[-1]
-        if not target.exists():
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with filelock.FileLock(target.parent / ".lock", timeout=_FETCH_TIMEOUT_S, mode=0o600):
-                if not target.exists():
-                    partial = target.with_name(f".{secrets.token_hex(4)}")
-                    self._try("fetched", lambda: self._fs.get_file(path, str(partial)))
-                    partial.replace(target)
-        return DataFile(target, name)
-
-    def _try(self, done: str, action: Callable[[], Any]) -> Any:
-        path, remedy = self._source.path, "check the address and the credentials in the environment"
-        try:
-            return action()
-        except DataError:
-            raise
-        except FileNotFoundError as error:
-            raise DataError(Problem("there is no such data file", path, remedy=remedy)) from error
-        except ImportError as error:
-            protocol = path.split("://")[0]
-            what = f"the package that reads {protocol}:// is not installed: {error}"
-            raise DataError(Problem(what, path, remedy="install it; s3:// needs s3fs, gs:// needs gcsfs")) from error
-        except Exception as error:
-            what = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
-            raise DataError(Problem(what, path, remedy=remedy)) from error
-
-
-def _connect(url: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    fs, path = url_to_fs(url)
-    return fs, str(path)
