@@ -259,11 +259,19 @@ except DataError as error:
 """
 
 
-def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
-    """Digest and rows, or 'refused' and the error, from a process with this environment: clients read it once."""
+def run_elsewhere(source: Source, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "AWS_"))}
     command = [sys.executable, "-c", CODE, source.model_dump_json()]
-    done = subprocess.run(command, env={**inherited, **environ}, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env={**inherited, **environ}, capture_output=True, text=True, timeout=100)
+
+
+def warnings_of(source: Source, environ: dict[str, str]) -> str:
+    return "".join(line for line in run_elsewhere(source, environ).stderr.splitlines() if "hub" in line)
+
+
+def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
+    """Digest and rows, or 'refused' and the error, from a process with this environment: clients read it once."""
+    done = run_elsewhere(source, environ)
     if done.returncode == 2:
         return "refused", done.stdout
     assert done.returncode == 0, done.stderr
@@ -329,6 +337,10 @@ def test_without_the_hub_what_was_fetched_is_used_and_nothing_else(hub: DatasetH
     online = read_elsewhere(Source(path="owner/name"), environ)
     offline = {**environ, "HF_HUB_OFFLINE": "1"}
     assert read_elsewhere(Source(path="owner/name"), offline) == online
+    said = warnings_of(Source(path="owner/name"), offline)
+    assert said.count("the hub cannot be reached (OfflineModeIsEnabled)") == 1
+    assert f"owner/name is read at the last known commit {hub.revisions['main']}" in said
+    assert warnings_of(Source(path="owner/name"), environ) == ""
     refused, said = read_elsewhere(Source(path="owner/name", split="test"), offline)
     assert refused == "refused"
     assert "the hub cannot be reached" in said
@@ -338,7 +350,10 @@ def test_without_the_hub_what_was_fetched_is_used_and_nothing_else(hub: DatasetH
 def test_what_the_hub_does_not_have_is_named(hub: DatasetHub, tmp_path: Path) -> None:
     hub.commit({"load.py": b"raise SystemExit('code was run')"}, "main")
     environ = hub_environment(hub, tmp_path)
-    assert "no such dataset, or it is private" in read_elsewhere(Source(path="owner/other"), environ)[1]
+    said = read_elsewhere(Source(path="owner/other"), environ)[1]
+    assert "no such dataset, or it is private" in said
+    assert "there is no file or folder owner/other here" in said
+    assert "a local folder: write ./ before it" in said
     assert "RevisionNotFound" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
     said = read_elsewhere(Source(path="owner/name"), environ)[1]
     assert "holds no data file" in said

@@ -5,8 +5,10 @@ What lies elsewhere is fetched once: hub files into huggingface_hub's cache, oth
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -149,6 +151,7 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...]]:
         raise _unreachable(source, said.get(status, f"the hub answers with {type(error).__name__} ({status})")) from error
     except Exception as error:
         if known := _known(record):
+            _say_once(f"the hub cannot be reached ({type(error).__name__}); {source.path} is read at the last known commit {known[0]}")
             return known
         raise _unreachable(source, f"the hub cannot be reached: {type(error).__name__}") from error
     record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -156,6 +159,12 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...]]:
     partial.write_text(json.dumps({"commit": commit, "files": chosen}), encoding="utf-8")
     partial.replace(record)
     return commit, chosen
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    # Without a handler of its own a warning goes to standard error as it is.
+    logging.getLogger(__name__).warning(text)
 
 
 def _known(record: Path) -> tuple[str, tuple[str, ...]] | None:
@@ -167,10 +176,10 @@ def _known(record: Path) -> tuple[str, tuple[str, ...]] | None:
 
 
 def _unreachable(source: Source, said: str) -> DataError:
-    what = f"the hub dataset {source.path} cannot be used: {said}"
+    what = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {said}"
     remedy = (
-        "check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated dataset; "
-        "a local folder is written with ./ before it"
+        f"a local folder: write ./ before it, and create it (relative paths start at {Path.cwd()}); a hub dataset: check the name, "
+        "the revision and the network, and HF_TOKEN in the environment for a private or gated one"
     )
     revision = f"revision={source.revision}" if source.revision else ""
     return DataError(Problem(what, source.path, revision, remedy))
