@@ -15,7 +15,7 @@ from ftfy.badness import is_bad
 from launcher.config.data import ChecksSection, DataSection
 from launcher.data import duplicates, patterns
 from launcher.data.chat import Encoded, Rendered
-from launcher.data.findings import NUM_EXAMPLES, TITLES, Example, Finding, Findings
+from launcher.data.findings import LEAKS, NUM_EXAMPLES, TITLES, Example, Finding, Findings
 from launcher.data.masks import TrainOn, answers
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 
@@ -229,15 +229,20 @@ def across(
     # All copies of an original, by its place among the unique ones.
     copies = training[np.argsort(group, kind="stable")]
     ends = np.cumsum(np.bincount(group, minlength=len(unique)))
+
+    def copies_of(documents: Iterable[int]) -> tuple[int, ...]:
+        places = np.searchsorted(unique, contents[list(documents)]).tolist()
+        return tuple(np.concatenate([copies[ends[p - 1] if p else 0 : ends[p]] for p in places]).tolist())
+
     at = np.searchsorted(unique, contents[inside])
     for document, place in zip(inside.tolist(), at.tolist(), strict=True):
-        found = dict(leaks.get(document, {}))
+        near = dict(leaks.get(document, {}))
         if place < len(unique) and unique[place] == contents[document]:
-            found[int(originals[place])] = _EXACT
-        if found:
-            places = np.searchsorted(unique, contents[list(found)])
-            others = np.concatenate([copies[ends[p - 1] if p else 0 : ends[p]] for p in places.tolist()])
-            hits.append((document, Hit("held_out_in_train", _alike(max(found.values())), tuple(others.tolist()))))
+            same = int(originals[place])
+            near.pop(same, None)
+            hits.append((document, Hit("held_out_in_train", _alike(_EXACT), copies_of([same]))))
+        if near:
+            hits.append((document, Hit("near_held_out_in_train", _alike(max(near.values())), copies_of(near))))
     return hits
 
 
@@ -272,7 +277,7 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
     by_name: dict[str, dict[int, Hit]] = defaultdict(dict)
     for document, hit in hits:
         by_name[hit.finding].setdefault(document, hit)
-    looked_at = {"held_out_in_train": corpus.held_out, "no_turn_end": corpus.trained}
+    looked_at = {**dict.fromkeys(LEAKS, corpus.held_out), "no_turn_end": corpus.trained}
     drop = np.zeros(len(corpus.wheres), dtype=bool)
     found = []
     for name in TITLES:
@@ -284,7 +289,7 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
         found.append(_finding(name, documents, of_source, of_name, corpus))
         if getattr(checks, name) == "drop":
             # A held-out document stays, and what stands in training goes.
-            gone = [i for one in of_name.values() for i in one.others] if name == "held_out_in_train" else documents
+            gone = [i for one in of_name.values() for i in one.others] if name in LEAKS else documents
             drop[gone] = True
     return drop, tuple(found + _few(drop, corpus, checks))
 
@@ -299,14 +304,10 @@ def _finding(name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             detail = f"{detail} {corpus.wheres[others[0]]}{more}"
         examples.append(Example(corpus.wheres[i], detail))
-    note = ""
-    if name == "held_out_in_train":
-        exact = sum(hit.detail == _alike(_EXACT) for hit in hits.values())
-        note = f"{exact:,} exactly, {len(documents) - exact:,} nearly"
     num = len(corpus.names)
     shares = np.bincount(corpus.source[documents], minlength=num) / np.maximum(1, np.bincount(of_source, minlength=num))
     by_source = _by_source(documents, corpus)
-    return Finding(name, len(documents), len(of_source), by_source, tuple(examples), note, float(shares.max()))
+    return Finding(name, len(documents), len(of_source), by_source, tuple(examples), float(shares.max()))
 
 
 def _by_source(documents: np.ndarray, corpus: Corpus) -> dict[str, int]:

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 
-from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.config.data import DataSection, Source
 from launcher.data import cache, findings
 from launcher.data.build import build
 from launcher.data.report import report
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
-CHECKS = ChecksSection(held_out_in_train="keep")
 SECRET = "sk-proj-" + "aB3" * 12
 
 
@@ -25,7 +24,7 @@ def mixture(jsonl: Jsonl) -> DataSection:
     long = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40 + 8))} for i in range(60)]
     long += [long[5], {"prompt": "", "completion": f"the key is {SECRET}, row"}, {"prompt": "none", "completion": ""}]
     sources = (Source(name="short", path=str(jsonl(short, "a.jsonl"))), Source(name="long", path=str(jsonl(long, "b.jsonl"))))
-    return DataSection(sources=sources, max_length=64, eval_fraction=0.2, workers=1, checks=CHECKS)
+    return DataSection(sources=sources, max_length=64, eval_fraction=0.2, workers=1)
 
 
 @pytest.fixture
@@ -120,7 +119,7 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
 
 
 def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path) -> None:
-    settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secrets": "drop", "held_out_in_train": "drop"}
+    settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secrets": "drop", "near_held_out_in_train": "drop"}
     dropping = mixture.model_copy(update={"checks": mixture.checks.model_copy(update=settings)})
     facts = build(dropping, str(tokenizer_dir))
     told = report(facts, dropping, str(tokenizer_dir), num_shown=1000)
