@@ -146,7 +146,7 @@ def _joined(parts: Sequence[Columns]) -> Columns:
 
 def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.Findings]:
     docs, pieces = corpus.docs, corpus.pieces
-    hits = [*corpus.hits, *quality.across(docs.contents, docs.signatures, docs.held_out, data.checks)]
+    hits = [*corpus.hits, *quality.across(docs.contents, docs.tasks, docs.signatures, docs.held_out, data.checks)]
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
     seen = quality.Corpus(docs.wheres, docs.source, _names(data), docs.held_out, docs.num_tokens, docs.is_text, trained)
     return quality.conclude(hits, seen, data.checks)

@@ -48,6 +48,7 @@ class Docs:
     lost_tokens: np.ndarray
     num_pieces: np.ndarray
     contents: np.ndarray
+    tasks: np.ndarray
     is_text: np.ndarray
     wheres: list[str]
     signatures: list[np.ndarray | None]
@@ -105,6 +106,7 @@ class BatchEncoder:
             lost_tokens=num_tokens - kept_tokens,
             num_pieces=np.asarray([len(pieces) for pieces in cut], dtype=np.int64),
             contents=np.asarray([one.content for one in seen], dtype=np.uint64),
+            tasks=np.asarray([one.task for one in seen], dtype=np.uint64),
             is_text=np.asarray([one.is_text for one in seen], dtype=bool),
             wheres=[item.document.where for item in items],
             signatures=[one.signature for one in seen],

@@ -51,9 +51,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of one document: 64-bit hash of its normalised text, MinHash signature uint16 [128], faults, its kind."""
+    """What is known of one document: 64-bit hashes, MinHash signature uint16 [128], faults, its kind.
+
+    `content` is the hash of the normalised text, `task` of that with its roles, weights and tools.
+    """
 
     content: int
+    task: int
     signature: np.ndarray | None
     hits: tuple[Hit, ...]
     is_text: bool
@@ -92,7 +96,7 @@ def inspect(
     data: DataSection,
 ) -> list[Inspection]:
     """Look at some documents, their texts and tokens before anything is cut; `special_texts` are those of the tokenizer."""
-    contents, signed, hits = [], [], []
+    contents, tasks, signed, hits = [], [], [], []
     for document, text, tokens in zip(documents, rendered, encoded, strict=True):
         parts = list(_parts(document, text, data.train_on))
         whole = duplicates.normalised("\n".join([part.text for part in parts]))
@@ -101,10 +105,19 @@ def inspect(
         own = [part.text for part in parts if part.where != "system"]
         signed.append(content if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
         contents.append(duplicates.content_hash(content))
+        tasks.append(duplicates.content_hash(content + _setup(document)))
         in_texts = _in_texts(parts, whole, content, special_texts)
         hits.append((*_faults(document, parts, tokens, data.checks), *in_texts, *_across_the_border(document)))
     is_text = [isinstance(document, PlainText) for document in documents]
-    return list(map(Inspection, contents, duplicates.signatures(signed), hits, is_text))
+    return list(map(Inspection, contents, tasks, duplicates.signatures(signed), hits, is_text))
+
+
+def _setup(document: Document) -> bytes:
+    """What makes another task of the same text."""
+    if not isinstance(document, Chat):
+        return b""
+    turns = ",".join([f"{message.role}{message.weight}" for message in document.messages])
+    return f"{turns}{json.dumps(document.tools) if document.tools else ''}".encode()
 
 
 def _parts(document: Document, rendered: Rendered, train_on: TrainOn) -> Iterator[_Part]:
@@ -212,18 +225,24 @@ def _broken(text: str) -> str | None:
 
 
 def across(
-    contents: np.ndarray, signatures: Sequence[np.ndarray | None], held_out: np.ndarray, checks: ChecksSection
+    contents: np.ndarray,
+    tasks: np.ndarray,
+    signatures: Sequence[np.ndarray | None],
+    held_out: np.ndarray,
+    checks: ChecksSection,
 ) -> list[tuple[int, Hit]]:
     """Faults of documents beside others, as (document, hit): duplicates in training, and held-out documents that stand there.
 
-    `contents` is uint64 [documents], `held_out` bool [documents]. `others` of a held-out document's hit are the training
+    `contents` and `tasks` are uint64 [documents], `held_out` bool [documents]. `others` of a held-out document's hit are the training
     documents; among a very great number of nearly the same ones some are not among them.
     """
     training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    _, first, group = np.unique(tasks[training], return_index=True, return_inverse=True)
+    before = training[first][group]
+    again = np.flatnonzero(before != training)
+    hits = [(int(training[i]), Hit("exact_duplicate", _alike(_EXACT), (int(before[i]),))) for i in again.tolist()]
     unique, first, group = np.unique(contents[training], return_index=True, return_inverse=True)
     originals = training[first]
-    again = np.flatnonzero(originals[group] != training)
-    hits = [(int(training[i]), Hit("exact_duplicate", _alike(_EXACT), (int(originals[group[i]]),))) for i in again.tolist()]
     earlier, leaks = _near(signatures, held_out, np.sort(np.concatenate([originals, inside])), checks)
     hits += [(i, Hit("near_duplicate", _alike(alike), (other,))) for i, (other, alike) in sorted(earlier.items())]
     # All copies of an original, by its place among the unique ones.
@@ -287,11 +306,26 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
         documents = np.asarray(sorted(of_name))
         of_source = corpus.source[looked_at[name]] if name in looked_at else corpus.source
         found.append(_finding(name, documents, of_source, of_name, corpus))
-        if getattr(checks, name) == "drop":
+        if getattr(checks, name) == "drop" and name != "near_duplicate":
             # A held-out document stays, and what stands in training goes.
             gone = [i for one in of_name.values() for i in one.others] if name in LEAKS else documents
             drop[gone] = True
+    if checks.near_duplicate == "drop":
+        drop[_nearly_again(by_name["near_duplicate"], drop)] = True
     return drop, tuple(found + _few(drop, corpus, checks))
+
+
+def _nearly_again(hits: dict[int, Hit], drop: np.ndarray) -> list[int]:
+    """Near duplicates of what is left; where a document is dropped for another fault, the first that is like it stays."""
+    stays: set[int] = set()
+    gone = []
+    for document, hit in sorted(hits.items()):
+        first = hit.others[0]
+        if drop[first] and not drop[document] and first not in stays:
+            stays.add(first)
+        else:
+            gone.append(document)
+    return gone
 
 
 def _finding(name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict[int, Hit], corpus: Corpus) -> Finding:

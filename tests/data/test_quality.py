@@ -214,8 +214,8 @@ class Collection:
         documents = [PlainText("x", text) for text in self.texts]
         texts = [trained(text) for text in self.texts]
         seen = inspect(documents, texts, [encoded()] * len(documents), (), settings(checks))
-        contents = np.asarray([one.content for one in seen], dtype=np.uint64)
-        return across(contents, [one.signature for one in seen], np.asarray(self.held_out, dtype=bool), checks)
+        contents, tasks = np.asarray([(one.content, one.task) for one in seen], dtype=np.uint64).T
+        return across(contents, tasks, [one.signature for one in seen], np.asarray(self.held_out, dtype=bool), checks)
 
 
 def prose(seed: int, words: int = 60) -> str:
@@ -242,6 +242,24 @@ def test_duplicates_of_both_kinds_name_their_first() -> None:
     assert set(hits) == {(same, "exact_duplicate"), (near, "near_duplicate")}
     assert hits[same, "exact_duplicate"].others == hits[near, "near_duplicate"].others == (first,)
     assert hits[near, "near_duplicate"].detail.endswith("% the same as")
+
+
+def test_rows_that_differ_in_tools_weight_or_roles_are_no_duplicates() -> None:
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    tool = {"type": "function", "function": {"name": "add"}}
+    weightless = (turns[0], Message("assistant", "b", weight=0))
+    same = [Chat("x:1", turns), Chat("x:2", (Message("user", "A "), turns[1]))]
+    others = [Chat("x:3", turns, (tool,)), Chat("x:4", weightless), Chat("x:5", (Message("system", "a"), turns[1]))]
+    rows = [*same, *others]
+    seen = inspect(rows, [trained("")] * 5, [encoded()] * 5, (), settings())
+    assert len({one.content for one in seen}) == 1
+    assert [one.task == seen[0].task for one in seen] == [True, True, False, False, False]
+    contents, tasks = np.asarray([(one.content, one.task) for one in seen], dtype=np.uint64).T
+    hits = across(contents, tasks, [None] * 5, np.asarray([False] * 5), CHECKS)
+    assert hits == [(1, Hit("exact_duplicate", "the same as", (0,)))]
+    # What is held out is a leak whatever its tools are.
+    (leak,) = [hit for i, hit in across(contents, tasks, [None] * 5, np.arange(5) == 4, CHECKS) if i == 4]
+    assert leak.others == (0, 1, 2, 3)
 
 
 def test_held_out_documents_in_training_name_every_copy() -> None:
@@ -346,6 +364,14 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
         assert by_name(found)["held_out_in_train"].total == 1
         assert by_name(found)["near_held_out_in_train"].total == 1
         assert by_name(found)["held_out_in_train"].examples[0].detail == "the same as a.jsonl:3 and 1 more"
+
+
+def test_a_near_duplicate_of_what_is_dropped_stays() -> None:
+    hits = [(i, Hit("near_duplicate", "90% the same as", (first,))) for i, first in ((3, 1), (4, 1), (5, 3), (6, 2))]
+    checks = ChecksSection(near_duplicate="drop", secrets="drop")
+    drop, found = conclude([*hits, (1, Hit("secrets", "x"))], corpus(200), checks)
+    assert np.flatnonzero(drop).tolist() == [1, 4, 5, 6]
+    assert by_name(found)["near_duplicate"].count == 4
 
 
 def test_documents_without_end_of_turn_refuse_a_run_above_half_of_a_source() -> None:
