@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from launcher.config.data import DataSection
+from launcher.config.data import DataSection, Source
 from launcher.data import cache, findings, parallel, quality, rows, sources
 from launcher.data.encode import NUM_SAMPLES, Docs, EncodedBatch, Item, Pieces, Sample
 from launcher.errors import DataError, Problem
@@ -101,9 +101,13 @@ def _items(data: DataSection) -> Iterator[Item]:
                 yield Item(document, len(data.sources), True)
 
 
-def _names(data: DataSection) -> tuple[str, ...]:
+def _inputs(data: DataSection) -> list[Source]:
     held_out = sources.eval_source(data)
-    return (*(source.name for source in data.sources), *([held_out.name] if held_out is not None else []))
+    return [*data.sources, *([held_out] if held_out is not None else [])]
+
+
+def _names(data: DataSection) -> tuple[str, ...]:
+    return tuple(source.name for source in _inputs(data))
 
 
 def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_progress: Progress) -> _Corpus:
@@ -211,7 +215,10 @@ def _report(
         np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
     )
     of_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
-    per_source = [{"name": name, **{key: values[i] for key, values in of_source.items()}} for i, name in enumerate(names)]
+    origins = [sources.provenance(source) for source in _inputs(data)]
+    per_source = [
+        {"name": name, **origins[i], **{key: values[i] for key, values in of_source.items()}} for i, name in enumerate(names)
+    ]
     return {
         "sources": per_source,
         "dropped_docs": sum(of_source["dropped"]),

@@ -48,6 +48,7 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
                 **numbers,
                 "frac": numbers["tokens"] / max(1, facts.num_tokens),
                 "epochs": counts["epochs"],
+                **{key: counts[key] for key in _ORIGIN},
                 **{key: counts[name] for key, name in _COUNTED.items()},
                 "held_out": {
                     "documents": outside["documents"],
@@ -69,6 +70,8 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
     }
 
 
+# Where a source's rows come from, as the builder has written it.
+_ORIGIN = ("digest", "commit", "files", "num_files", "left_out", "num_left_out")
 # Names in the report, and those under which the builder has counted them.
 _COUNTED = {
     "read_documents": "read",

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from launcher.cli.data_view import left_out
 from launcher.config.data import DataSection, Source
 from launcher.data import cache, findings
 from launcher.data.build import build
@@ -51,6 +52,15 @@ def test_sources_add_up_to_the_mixture(numbers: dict[str, Any], mixture: DataSec
         assert counts["length_quantiles"][0] == counts["document_tokens"]["min"]
         assert counts["length_quantiles"][-1] == counts["document_tokens"]["max"] <= 64
     assert numbers["cache_bytes"] == cache.num_bytes(facts.cache_dir) > facts.num_tokens * 5
+
+
+def test_where_the_rows_come_from_is_told(numbers: dict[str, Any], tmp_path: Path) -> None:
+    short, long = numbers["sources"]
+    assert (short["files"], short["num_files"], short["num_left_out"]) == ([f"{tmp_path}/a.jsonl"], 1, 0)
+    assert short["digest"] != long["digest"]
+    assert left_out(numbers) == []
+    short.update(left_out=["a\x1b.txt", "b.txt"], num_left_out=12)
+    assert left_out(numbers) == ["short: files read: 1, left out: 12 (a␛.txt, b.txt, ...)"]
 
 
 def test_what_was_found_is_told_under_the_settings_of_now(

@@ -16,7 +16,7 @@ from dataset_hub import DatasetHub, running_dataset_hub
 from mirror_tools import S3, make_bucket, running_s3
 
 from launcher.config.data import DataSection, Source
-from launcher.data.sources import check_sources, eval_source, read_documents, source_digest
+from launcher.data.sources import check_sources, eval_source, provenance, read_documents, source_digest
 from launcher.errors import DataError, Problem
 
 Files = dict[str, str]
@@ -116,6 +116,9 @@ def test_the_files_of_a_folder_that_are_read(tmp_path: Path, files: Files, setti
     [
         ({"a.bin": "x", "b.py": "x"}, {}, "holds no data file (endings: .bin, .py)"),
         ({"train.jsonl": row("a"), "a.jsonl": row("b")}, {}, "a.jsonl belongs to no split, while other files do (train.jsonl)"),
+        ({"a.jsonl": row("a"), "b.jsonl.xz": "x", "c/d.zip": "x"}, {}, "packed in a way that is not read: b.jsonl.xz, c/d.zip"),
+        ({"train.jsonl": row("a"), "train.parquet": "x"}, {}, "train.jsonl and train.parquet have one name and two formats"),
+        ({"a.jsonl": row("a"), "a.jsonl.gz": "x"}, {}, "a.jsonl and a.jsonl.gz have one name"),
         ({"test.jsonl": row("a"), "dev.jsonl": row("b")}, {}, "no split train (there are: validation, test)"),
         (SPLITS, {"split": "held"}, "no split held (there are: test, train)"),
         ({"a.jsonl": row("a")}, {"split": "test"}, "no file belongs to a split test"),
@@ -135,6 +138,27 @@ def test_what_is_wrong_with_a_folder_shows_before_it_is_read(
     assert words in problem.what
     assert (problem.where, problem.value) == ("data.sources[0].path", str(tmp_path))
     assert problem.remedy
+
+
+def test_the_files_that_are_read_and_left_out_are_told(tmp_path: Path) -> None:
+    beside = {f"notes-{i:02}.txt": "x" for i in range(12)}
+    source = Source(path=str(write(tmp_path, {**SPLITS, ".hidden.jsonl": row("h"), **beside})))
+    told = provenance(source)
+    assert (told["files"], told["num_files"]) == ([f"{tmp_path}/train-0.jsonl", f"{tmp_path}/train-1.jsonl"], 2)
+    assert (told["left_out"], told["num_left_out"]) == ([f"notes-{i:02}.txt" for i in range(10)], 13)
+    assert told["commit"] is None
+    write(tmp_path, {"train-0.jsonl": row("c")})
+    assert provenance(source)["digest"] != told["digest"]
+    assert provenance(Source(path=f"{tmp_path}/*.jsonl"))["num_left_out"] == 0
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "rows", {"a.jsonl": row("a")})
+    elsewhere = write(tmp_path / "elsewhere", {"b.jsonl": row("b")})
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "same").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(folder)
+    assert texts(Source(path=str(folder))) == ["a", "b"]
 
 
 def test_patterns(tmp_path: Path) -> None:
@@ -226,6 +250,8 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
     assert texts(Source(path="memory://data/deep/train*.jsonl")) == ["a", "b"]
     assert texts(Source(path="memory://data/deep")) == ["a", "b"]
     assert texts(Source(path="memory://data/deep", split="test")) == ["t"]
+    told = provenance(Source(path="memory://data/deep"))
+    assert (told["files"], told["left_out"]) == ([f"memory:///data/deep/train-{i}.jsonl" for i in (0, 1)], ["test.jsonl"])
     assert "no split held" in problem_of(Source(path="memory://data/deep", split="held")).what
     assert "no file matches" in problem_of(Source(path="memory://data/*.csv")).what
     assert "no such data file" in problem_of(Source(path="memory://data/gone.jsonl")).what
@@ -248,11 +274,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 CODE = """
 import json, sys
 from launcher.config.data import Source
-from launcher.data.sources import read_documents, source_digest
+from launcher.data.sources import provenance, read_documents, source_digest
 from launcher.errors import DataError
 try:
     source = Source.model_validate_json(sys.argv[1])
-    print(json.dumps([source_digest(source), [[d.where, d.text] for d, _ in read_documents(source)]]))
+    rows = [[d.where, d.text] for d, _ in read_documents(source)]
+    print(json.dumps([source_digest(source), rows, provenance(source)]))
 except DataError as error:
     print(error)
     sys.exit(2)
@@ -275,7 +302,7 @@ def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
     if done.returncode == 2:
         return "refused", done.stdout
     assert done.returncode == 0, done.stderr
-    digest, rows = json.loads(done.stdout)
+    digest, rows, _ = json.loads(done.stdout)
     return digest, rows
 
 
@@ -314,6 +341,8 @@ def test_a_hub_dataset_with_split_subset_and_revision(hub: DatasetHub, tmp_path:
     source = Source(path="owner/name")
     assert check_sources(DataSection(sources=(source,))) == []
     digest, rows = read_elsewhere(source, environ)
+    told = json.loads(run_elsewhere(source, environ).stdout)[2]
+    assert (told["commit"], told["num_files"], told["left_out"]) == (old, 2, ["load.py", "test.jsonl"])
     assert rows == [["owner/name/train-0.jsonl:1", "a"], ["owner/name/train-1.jsonl:1", "b"]]
     assert old in digest
     assert not any(path.endswith(("load.py", "test.jsonl")) for path in hub.requests)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from launcher.config.data import DataSection, Source
 from launcher.data import stdlib_docs
@@ -29,6 +32,7 @@ __all__ = [
     "check_sources",
     "count_rows",
     "eval_source",
+    "provenance",
     "read_documents",
     "source_digest",
 ]
@@ -87,6 +91,14 @@ def _path_problem(key: str, source: Source) -> Problem | None:
 def source_digest(source: Source) -> str:
     """What changes with the source's bytes, and not with its name or place on this machine. Errors: DataError."""
     return f"{STDLIB_DOCS} of Python {sys.version}" if source.path == STDLIB_DOCS else places.digest(source)
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    """Where the source's rows come from, for the report. Errors: DataError."""
+    if source.path == STDLIB_DOCS:
+        made = {"digest": xxhash.xxh3_128_hexdigest(source_digest(source).encode()), "commit": None}
+        return {**made, "files": [], "num_files": 0, "left_out": [], "num_left_out": 0}
+    return places.provenance(source)
 
 
 def count_rows(source: Source) -> int:

@@ -16,7 +16,7 @@ from launcher.config.data import Source
 from launcher.data.root import source_folder
 from launcher.data.sources.files import DataFile, file_digest, kind_by_name
 from launcher.data.sources.rows import refuse
-from launcher.data.sources.splits import choose
+from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
 
 _FETCH_TIMEOUT_S = 2 * 3600.0
@@ -38,10 +38,14 @@ class _State:
 
 
 class Remote:
-    """A file, pattern or folder at an address that fsspec knows. Errors: DataError."""
+    """A file, pattern or folder at an address that fsspec knows; `left_out` are a folder's files that are not read.
+
+    Errors: DataError.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self.left_out: tuple[str, ...] = ()
         self._fs, path = self._try("opened", lambda: _connect(source.path))
         # Another process may have written since this one looked.
         self._fs.invalidate_cache()
@@ -64,6 +68,7 @@ class Remote:
         chosen = choose(
             names, lambda name: self._fs.cat_file(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
         )
+        self.left_out = left_out(names, chosen)
         return [f"{root}/{name}" for name in chosen]
 
     def _state(self, path: str) -> _State:
@@ -76,6 +81,10 @@ class Remote:
 
     def _name(self, path: str) -> str:
         return str(self._fs.unstrip_protocol(path))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._name(path) for path in self._paths)
 
     def digest(self) -> str:
         states = zip(self._paths, self._states, strict=True)

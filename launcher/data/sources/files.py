@@ -37,9 +37,17 @@ class DataFile:
 
 def kind_by_name(name: str) -> str | None:
     """One of KINDS' values from a file's name, without what compression adds to it; None where the name says nothing."""
-    path = Path(name.lower())
-    path = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return KINDS.get(path.suffix)
+    return KINDS.get(_decompressed_name(name.lower()).suffix)
+
+
+def stem_of(name: str) -> str:
+    """The file's path without what its kind and compression add to it."""
+    return _decompressed_name(name).with_suffix("").as_posix()
+
+
+def _decompressed_name(name: str) -> Path:
+    path = Path(name)
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
 def read_rows(path: Path, name: str) -> Iterator[tuple[Row, str]]:

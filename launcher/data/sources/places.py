@@ -12,17 +12,22 @@ import logging
 import os
 import secrets
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.data.root import source_folder
 from launcher.data.sources.addresses import Remote
 from launcher.data.sources.files import DataFile, file_digest, kind_by_name
-from launcher.data.sources.splits import choose
+from launcher.data.sources.rows import refuse
+from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
+_NUM_NAMES = 10
 
 
 def is_url(path: str) -> bool:
@@ -53,9 +58,32 @@ def digest(source: Source) -> str:
     if is_url(source.path):
         return Remote(source).digest()
     if is_hub(source.path):
-        commit, names = _hub_listing(source)
+        commit, names, _ = _hub_listing(source)
         return f"{source.path}@{commit}: {', '.join(names)}"
     return ", ".join(f"{kind_by_name(file.name)} {file_digest(file)}" for file in _local_files(source))
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    """Where the source's rows come from: a digest of `digest`, a hub dataset's `commit`, and the names of up to ten files that
+    are read and that are left out, with their numbers. Errors: DataError."""
+    commit: str | None = None
+    unread: tuple[str, ...] = ()
+    if is_url(source.path):
+        remote = Remote(source)
+        names, unread = remote.names, remote.left_out
+    elif is_hub(source.path):
+        commit, names, unread = _hub_listing(source)
+    else:
+        names, folder = tuple(file.name for file in _local_files(source)), Path(source.path).expanduser()
+        unread = _of_folder(folder, source)[1] if folder.is_dir() else ()
+    return {
+        "digest": xxhash.xxh3_128_hexdigest(digest(source).encode()),
+        "commit": commit,
+        "files": list(names[:_NUM_NAMES]),
+        "num_files": len(names),
+        "left_out": list(unread[:_NUM_NAMES]),
+        "num_left_out": len(unread),
+    }
 
 
 def url_problem(key: str, url: str) -> Problem | None:
@@ -96,12 +124,34 @@ def local_problem(key: str, source: Source) -> Problem | None:
 def _local_files(source: Source) -> tuple[DataFile, ...]:
     path = Path(source.path).expanduser()
     if path.is_dir():
-        names = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*")) if p.is_file()]
-        chosen = choose(names, lambda name: (path / name).read_bytes(), source.subset, source.split, source.path)
-        return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in chosen)
+        return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in _of_folder(path, source)[0])
     if glob.has_magic(source.path) and not path.exists():
         return tuple(DataFile(Path(name), name) for name in _matches(source.path))
     return (DataFile(path, source.path),)
+
+
+def _of_folder(folder: Path, source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of the source's subset and split, and those left out."""
+    names = _names_in(folder)
+    chosen = choose(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
+    return chosen, left_out(names, chosen)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The files below `folder`, those behind links too; what several links lead to, or a link leads back to, is there once."""
+    names, seen = [], {folder.resolve()}
+    waiting = [folder]
+    for place in waiting:
+        try:
+            entries = sorted(place.iterdir())
+        except OSError as error:
+            refuse(f"the folder cannot be read: {error.strerror or error}", str(place), "check who may read it, and the disk")
+        names += [entry.relative_to(folder).as_posix() for entry in entries if entry.is_file()]
+        for entry in sorted((e for e in entries if e.is_dir()), key=Path.is_symlink):
+            if (real := entry.resolve()) not in seen:
+                seen.add(real)
+                waiting.append(entry)
+    return sorted(names)
 
 
 def _matches(pattern: str) -> list[str]:
@@ -115,7 +165,7 @@ def _matches(pattern: str) -> list[str]:
 def _hub_files(source: Source) -> tuple[DataFile, ...]:
     from huggingface_hub import hf_hub_download
 
-    commit, names = _hub_listing(source)
+    commit, names, _ = _hub_listing(source)
     made = []
     for name in names:
         try:
@@ -126,9 +176,9 @@ def _hub_files(source: Source) -> tuple[DataFile, ...]:
     return tuple(made)
 
 
-def _hub_listing(source: Source) -> tuple[str, tuple[str, ...]]:
-    """The commit and the files of the source's subset and split; asks the hub unless the revision is a commit that was asked for
-    before. Where the hub cannot be reached, the answer is that of the last time."""
+def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The commit, the files of the source's subset and split, and those left out; asks the hub unless the revision is a commit
+    that was asked for before. Where the hub cannot be reached, the answer is that of the last time."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -151,14 +201,16 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...]]:
         raise _unreachable(source, said.get(status, f"the hub answers with {type(error).__name__} ({status})")) from error
     except Exception as error:
         if known := _known(record):
-            _say_once(f"the hub cannot be reached ({type(error).__name__}); {source.path} is read at the last known commit {known[0]}")
+            why = f"the hub cannot be reached ({type(error).__name__})"
+            _say_once(f"{why}; {source.path} is read at the last known commit {known[0]}")
             return known
         raise _unreachable(source, f"the hub cannot be reached: {type(error).__name__}") from error
     record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = record.with_name(f".{secrets.token_hex(4)}")
-    partial.write_text(json.dumps({"commit": commit, "files": chosen}), encoding="utf-8")
+    unread = left_out(names, chosen)
+    partial.write_text(json.dumps({"commit": commit, "files": chosen, "left_out": unread}), encoding="utf-8")
     partial.replace(record)
-    return commit, chosen
+    return commit, chosen, unread
 
 
 @functools.cache
@@ -167,19 +219,19 @@ def _say_once(text: str) -> None:
     logging.getLogger(__name__).warning(text)
 
 
-def _known(record: Path) -> tuple[str, tuple[str, ...]] | None:
+def _known(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
     try:
         found = json.loads(record.read_bytes())
     except FileNotFoundError:
         return None
-    return found["commit"], tuple(found["files"])
+    return found["commit"], tuple(found["files"]), tuple(found.get("left_out", ()))
 
 
 def _unreachable(source: Source, said: str) -> DataError:
     what = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {said}"
     remedy = (
-        f"a local folder: write ./ before it, and create it (relative paths start at {Path.cwd()}); a hub dataset: check the name, "
-        "the revision and the network, and HF_TOKEN in the environment for a private or gated one"
+        f"a local folder: write ./ before it, and create it (relative paths start at {Path.cwd()}); "
+        "a hub dataset: check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated one"
     )
     revision = f"revision={source.revision}" if source.revision else ""
     return DataError(Problem(what, source.path, revision, remedy))
