@@ -233,8 +233,8 @@ def across(
 ) -> list[tuple[int, Hit]]:
     """Faults of documents beside others, as (document, hit): duplicates in training, and held-out documents that stand there.
 
-    `contents` and `tasks` are uint64 [documents], `held_out` bool [documents]. `others` of a held-out document's hit are the training
-    documents; among a very great number of nearly the same ones some are not among them.
+    `contents` and `tasks` are uint64 [documents], `held_out` bool [documents]. `others` of a held-out document's hit are the
+    training documents; among a very great number of nearly the same ones some are not among them.
     """
     training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     _, first, group = np.unique(tasks[training], return_index=True, return_inverse=True)
@@ -273,22 +273,25 @@ def _near(
     signatures: Sequence[np.ndarray | None], held_out: np.ndarray, candidates: np.ndarray, checks: ChecksSection
 ) -> tuple[dict[int, tuple[int, float]], dict[int, dict[int, float]]]:
     """Near pairs of `candidates`: of a training document its earlier one, of a held-out one all training documents found."""
-    earlier: dict[int, tuple[int, float]] = {}
+    signed = np.asarray([i for i in candidates.tolist() if signatures[i] is not None], dtype=np.int64)
+    training, inside = signed[~held_out[signed]], signed[held_out[signed]]
+    slots, apart = (_stacked([signatures[i] for i in some.tolist()]) for some in (training, inside))
+    firsts = np.arange(len(training))
+    for a, b, _ in duplicates.near_pairs(slots, checks.near_duplicate_threshold):
+        np.minimum.at(firsts, b, a)
+    again = np.flatnonzero(firsts < np.arange(len(training)))
+    alike = (slots[again] == slots[firsts[again]]).mean(axis=1)
+    earlier = dict(zip(training[again].tolist(), zip(training[firsts[again]].tolist(), alike.tolist(), strict=True), strict=True))
     leaks: dict[int, dict[int, float]] = defaultdict(dict)
-    numbers = [i for i in candidates.tolist() if signatures[i] is not None]
-    if len(numbers) < 2:
-        return earlier, leaks
-    matrix = np.stack([signature for i in numbers if (signature := signatures[i]) is not None])
-    for a, b, similarity in duplicates.near_pairs(matrix, checks.near_duplicate_threshold):
-        for x, y, alike in zip(a.tolist(), b.tolist(), similarity.tolist(), strict=True):
-            left, right = numbers[x], numbers[y]
-            if not held_out[left] and not held_out[right]:
-                earlier.setdefault(right, (left, alike))
-            elif not held_out[left]:
-                leaks[right][left] = alike
-            elif not held_out[right]:
-                leaks[left][right] = alike
+    for a, b, similarity in duplicates.near_in(apart, slots, checks.near_duplicate_threshold):
+        for document, other, share in zip(inside[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
+            leaks[document][other] = share
     return earlier, leaks
+
+
+def _stacked(signatures: Sequence[np.ndarray | None]) -> np.ndarray:
+    rows = [signature for signature in signatures if signature is not None]
+    return np.stack(rows) if rows else np.empty((0, duplicates.NUM_SLOTS), dtype=np.uint16)
 
 
 def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> tuple[np.ndarray, Findings]:

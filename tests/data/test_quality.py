@@ -278,6 +278,20 @@ def test_held_out_documents_in_training_name_every_copy() -> None:
     assert alike.detail.endswith("% the same as")
 
 
+def test_a_held_out_document_is_found_among_many_of_one_template() -> None:
+    numbers = np.random.default_rng(0)
+    signatures = numbers.integers(0, 2**16, (301, duplicates.NUM_SLOTS), dtype=np.uint16)
+    band = duplicates._rows_per_band(CHECKS.near_duplicate_threshold)
+    # The pair agrees in no band but those of the template, in which all documents do.
+    signatures[:, : 10 * band] = signatures[0, : 10 * band]
+    signatures[300] = signatures[150]
+    signatures[300, 10 * band :: band] ^= 1
+    contents = np.arange(301, dtype=np.uint64)
+    ((document, hit),) = across(contents, contents, list(signatures), contents == 300, CHECKS)
+    assert (document, hit.finding, hit.others) == (300, "near_held_out_in_train", (150,))
+    assert hit.detail == "91% the same as"
+
+
 def test_the_estimate_of_similarity_is_near_the_truth() -> None:
     for number in (1, 3):
         texts = [duplicates.normalised(text).encode() for text in (prose(3, 400), changed(prose(3, 400), number * 12))]
