@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -175,6 +177,36 @@ def test_the_key_follows_what_decides_the_tokens(section: Section, chats: Path, 
     for setting in ({"weight": 2.0}, {"max_tokens": 100}, {"epochs": 2.0}, {"name": "other"}):
         keys.add(cache_key(section(sources=(Source(path=str(moved), **setting),), eval_fraction=0.1), str(copy)))
     assert len(keys - {key}) == len(changes) + 8
+
+
+@pytest.mark.parametrize("setting", [{"columns": {"prompt": "q"}}, {"split": "train"}, {"subset": "main"}])
+def test_the_key_follows_how_a_source_is_read(
+    chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
+) -> None:
+    # A file has no splits, and what a hub dataset holds is not what this is about.
+    monkeypatch.setattr("launcher.data.cache.source_digest", lambda source: "the same bytes")
+    keys = [
+        cache_key(DataSection(sources=(Source(path=str(chats), **settings),)), str(tokenizer_dir)) for settings in ({}, setting)
+    ]
+    assert len(set(keys)) == 2
+
+
+def test_the_key_follows_template_held_out_split_and_libraries(
+    section: Section, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}")
+    data = section(chat_template=str(template))
+    keys = [cache_key(data, str(tokenizer_dir))]
+    assert cache_key(section(chat_template=str(shutil.copy(template, tmp_path / "moved.jinja"))), str(tokenizer_dir)) == keys[0]
+    keys.append(cache_key(data.model_copy(update={"eval_split": "test"}), str(tokenizer_dir)))
+    template.write_text("{{ messages }} ")
+    keys.append(cache_key(data, str(tokenizer_dir)))
+    for library in ("transformers", "tokenizers"):
+        with monkeypatch.context() as patched:
+            patched.setattr("launcher.data.cache.version", lambda name, other=library: "0" if name == other else version(name))
+            keys.append(cache_key(data, str(tokenizer_dir)))
+    assert len(set(keys)) == 5
 
 
 def test_a_folder_without_a_tokenizer_is_named(section: Section, tmp_path: Path) -> None:
