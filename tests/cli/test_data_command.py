@@ -49,7 +49,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     shown = done.stdout
     assert "\x1b" not in shown
     assert shown.count("⟦") == shown.count("⟧") > 2
-    for trained in re.findall("⟦(.*?)⟧", shown, re.DOTALL):
+    for trained in re.findall("(?<!between )⟦(.*?)⟧", shown, re.DOTALL):
         assert re.fullmatch(rf" (\d+ {re.escape(EVIL)}␛\[31m|\[API key: .*\])<\|im_end\|>", trained), trained
     assert re.search(r"^train +123 +1 +122 ", shown, re.MULTILINE)
     assert re.search(r"document 2 of \d+, train, \d+ tokens", shown)

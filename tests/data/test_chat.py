@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import string
 
 import pytest
-from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launcher.config.data import DataSection, Source
 from launcher.data.chat import Encoded, Encoder
@@ -188,6 +189,36 @@ def test_a_special_token_may_swallow_the_line_break_after_it(tokenizer_dir: obje
     encoded = encode(tokenizer, chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
     assert [text.strip() for text in trained_texts(tokenizer, encoded)] == ["b<|done|>", "d<|done|>"]
     assert [tokenizer.decode([encoded.ids[i]]) for i in encoded.turn_ends] == ["<|done|>"] * 2
+
+
+def metaspace(scheme: str) -> PreTrainedTokenizerBase:
+    """A small tokenizer of SentencePiece's kind, which writes a space as a part of the word after it."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace("▁", scheme)
+    special = ["<unk>", "<|im_start|>", END]
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=list(string.printable), show_progress=False)
+    backend.train_from_iterator(["the naive answer is two and the question is one plus one"] * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, unk_token="<unk>")
+    made.chat_template = CHATML.replace("BODY", "m.content")
+    return made
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_tokenizer_that_puts_spaces_into_words_has_exact_borders(scheme: str) -> None:
+    tokenizer = metaspace(scheme)
+    turns = (("user", "one plus one"), ("assistant", "two  and"), ("user", " the"), ("assistant", " naive"))
+    encoded = encode(tokenizer, chat(*turns))
+    written = "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained == 1].tolist()))
+    assert written == f"two▁▁and{END}▁naive{END}"
+    encoded = encode(tokenizer, Completion("x:1", "one plus one:", " two"))
+    assert "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained == 1].tolist())) == f"▁two{END}"
+    inside_a_word = Completion("x:1", "nai", "ve answer")
+    if scheme == "never":
+        assert trained_texts(tokenizer, encode(tokenizer, inside_a_word)) == [f"ve answer{END}"]
+    else:
+        # By itself, the completion would begin with a space.
+        with pytest.raises(DataError, match="other text when the trained part is tokenised by itself"):
+            encode(tokenizer, inside_a_word)
 
 
 @pytest.mark.parametrize(
