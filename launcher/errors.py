@@ -6,6 +6,7 @@ remedy. A value that may be a secret never becomes part of a problem.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,9 +15,17 @@ EXIT_REFUSED = 2
 EXIT_INTERRUPTED = 130
 
 
+# What moves the cursor, colours or hides text on a terminal, or cannot be printed: controls but for tab and line feed,
+# marks of writing direction, halves of surrogate pairs. File names and rows of data may hold them.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it."""
+    """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it.
+
+    As text, what a terminal would not print stands as its escape sequence.
+    """
 
     what: str
     where: str = ""
@@ -31,7 +40,7 @@ class Problem:
             lines.append(f"  value:  {self.value}")
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
-        return "\n".join(lines)
+        return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
 
 
 class LauncherError(Exception):

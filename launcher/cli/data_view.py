@@ -32,6 +32,8 @@ def show(report: dict[str, Any]) -> None:
     console.print(_summary(report), soft_wrap=True)
     console.print()
     console.print(sources_table(report))
+    for line in left_out(report):
+        console.print(escape(line), soft_wrap=True)
     console.print()
     _print_lengths(console, report)
     _print_findings(console, report["findings"])
@@ -112,6 +114,16 @@ def sources_table(report: dict[str, Any]) -> Table:
     for line in lines:
         table.add_row(*(escape(cell) for cell in line), style="bold" if line[0] == "mixture" else "")
     return table
+
+
+def left_out(report: dict[str, Any]) -> list[str]:
+    """A line for each source that has files which are not read."""
+    lines = []
+    for source in report["sources"]:
+        if more := source["num_left_out"]:
+            names = ", ".join(source["left_out"]) + (", ..." if more > len(source["left_out"]) else "")
+            lines.append(visible(f"{source['name']}: files read: {source['num_files']:,}, left out: {more:,} ({names})"))
+    return lines
 
 
 def length_bins(report: dict[str, Any]) -> tuple[list[int], list[tuple[str, list[int]]]]:

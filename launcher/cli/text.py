@@ -12,6 +12,9 @@ from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
 
+# Of the tokens, cut off.
+_WORTH_TELLING = 0.01
+
 
 def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
     """The decisions of a plan, a label and a value a line; `notes` are what the machine adds, where there is something."""
@@ -100,6 +103,11 @@ def _notes(plan: LaunchPlan) -> list[str]:
         notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
+    if data is not None and (lost := data.truncated_tokens / (data.num_tokens + data.truncated_tokens)) > _WORTH_TELLING:
+        notes.append(
+            f"{data.truncated_docs:,} documents are cut, {lost:.0%} of the tokens: raise data.max_length, "
+            "or data.long_documents=split"
+        )
     if train_flops(plan.model) is None:
         architecture = plan.model.config.get("model_type", "a model without model_type")
         notes.append(f"what {architecture} computes is not known here: perf/tflops_per_gpu and perf/mfu are left out")

@@ -16,17 +16,30 @@ COLUMNS = (
     *("prompt", "completion", "text"),
 )
 
-_PASSWORD = re.compile(r"://[^/]*:[^/]*@")
+# What opens an address for whoever holds it: the query of a signed one, or a key in it.
+IN_QUERY = re.compile(
+    r"(?<=[?&])(?P<name>x-(?:amz|goog|ms)-[\w-]+|sig|(?:[\w-]*[_-])?(?:signature|token|key|secret|password)|apikey|AWSAccessKeyId|GoogleAccessId)"
+    r"=[^&\s'\"]*",
+    re.IGNORECASE,
+)
+_USER = re.compile(r"(\w+)://([^/?]*)@")
+# These write container@account.
+_AZURE = ("abfs", "abfss", "wasb", "wasbs", "az")
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Choice = Literal["keep", "drop", "fail"]
 Accepted = Literal["keep", "fail"]
 
 
-def without_password(path: str) -> str:
+def without_credentials(path: str) -> str:
     """An address is written into plans and logs."""
-    if _PASSWORD.search(path):
-        raise ValueError("holds a user and a password; take them out, storages read them from the environment")
+    if any(":" in user or protocol not in _AZURE for protocol, user in _USER.findall(path)):
+        raise ValueError("holds a user or a password; take them out, storages read them from the environment")
+    if "://" in path and (found := IN_QUERY.search(path)):
+        raise ValueError(
+            f"holds a key or a signature ({found['name']}), which would be written into plans; write the storage's own address "
+            "(s3://, gs://, abfs://) with credentials in the environment, or fetch the file and name the copy"
+        )
     return path
 
 
@@ -70,8 +83,8 @@ class Source(Section):
 
     @field_validator("path")
     @classmethod
-    def _no_password(cls, value: str) -> str:
-        return without_password(value)
+    def _no_credentials(cls, value: str) -> str:
+        return without_credentials(value)
 
     @field_validator("columns")
     @classmethod
@@ -94,11 +107,15 @@ class ChecksSection(Section):
     )
     held_out_in_train: Choice = Field(
         "fail",
-        description="A held-out document also stands in training, exactly or nearly; drop takes it out of training.",
+        description="A held-out document also stands in training, but for case and white space; drop takes it out of training.",
+    )
+    near_held_out_in_train: Choice = Field(
+        "keep",
+        description="A held-out document is nearly the same as one in training, which drop takes out; templated rows often are.",
     )
     max_held_out_in_train: Fraction = Field(
         0.01,
-        description="Share of the held-out documents that may stand in training before held_out_in_train=fail refuses.",
+        description="Share of the held-out documents that may stand in training before fail refuses, exactly or nearly.",
     )
     broken_encoding: Choice = Field(
         "keep", description="Text was decoded wrongly: replacement characters, UTF-8 read as Latin-1."
@@ -112,7 +129,13 @@ class ChecksSection(Section):
     special_token_in_text: Choice = Field(
         "keep", description="The text holds a special token of this tokenizer, or what is one elsewhere and text here."
     )
-    no_turn_end: Accepted = Field("fail", description="No document trains an end of turn, so that the model would never stop.")
+    no_turn_end: Accepted = Field(
+        "fail",
+        description=(
+            "A document trains no end of turn. fail: a run is refused where that holds for more than half of a source's "
+            "trained documents, so that the model might never stop."
+        ),
+    )
     no_trained_token: Choice = Field(
         "drop",
         description="A document has no trained token within a row's length. Where none has one, the data is refused.",
@@ -165,8 +188,8 @@ class DataSection(Section):
 
     @field_validator("path", "eval_path")
     @classmethod
-    def _no_password(cls, value: str | None) -> str | None:
-        return value if value is None else without_password(value)
+    def _no_credentials(cls, value: str | None) -> str | None:
+        return value if value is None else without_credentials(value)
 
     @model_validator(mode="after")
     def _one_held_out_split(self) -> DataSection:

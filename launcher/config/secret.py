@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from launcher.config.data import IN_QUERY
 from launcher.config.settings import as_yaml
 
 # A value of one of these forms is a credential, wherever it stands.
@@ -14,8 +15,8 @@ _SECRET = re.compile(
 )
 # W&B's older keys have no mark of their own: 40 hex digits, as a git commit, which only a revision may hold.
 _HEX_KEY = re.compile(r"[0-9a-f]{40}")
-# A user with a password, before the host of an address.
-_IN_ADDRESS = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@")
+# A user with a password before the host of an address; on the web a user alone may be a token.
+_IN_ADDRESS = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@|(?:(?<=http://)|(?<=https://))[^/?\s]+@")
 # bos_token, pad_token and the like are tokens of another kind.
 _SECRET_NAME = r"(?:\w+_)?(?:api_?key|secret|password|passwd|credentials?)|(?:(?:hf|hub|auth|access|api|bearer|wandb)_)?token"  # noqa: S105
 # Among the variables of a job every name of this kind is meant.
@@ -36,7 +37,8 @@ def looks_secret(key: str, value: Any) -> bool:
 
 def redact(text: str) -> str:
     """`text` with everything that has the form of a credential, or is assigned to a name for one, replaced."""
-    text = _ASSIGNED.sub(r"\g<key><redacted>", _IN_ADDRESS.sub("<redacted>@", _SECRET.sub("<redacted>", text)))
+    text = IN_QUERY.sub(r"\g<name>=<redacted>", _IN_ADDRESS.sub("<redacted>@", _SECRET.sub("<redacted>", text)))
+    text = _ASSIGNED.sub(r"\g<key><redacted>", text)
     return re.sub(rf"(?<!revision=)\b{_HEX_KEY.pattern}\b", "<redacted>", text)
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from launcher.config.data import DataSection
+from launcher.config.data import DataSection, Source
 from launcher.data import cache, findings, parallel, quality, rows, sources
 from launcher.data.encode import NUM_SAMPLES, Docs, Item, Pieces, Sample
 from launcher.errors import DataError, Problem
@@ -110,9 +110,13 @@ def _items(data: DataSection) -> Iterator[Item]:
                 yield Item(document, len(data.sources), True)
 
 
-def _names(data: DataSection) -> tuple[str, ...]:
+def _inputs(data: DataSection) -> list[Source]:
     held_out = sources.eval_source(data)
-    return (*(source.name for source in data.sources), *([held_out.name] if held_out is not None else []))
+    return [*data.sources, *([held_out] if held_out is not None else [])]
+
+
+def _names(data: DataSection) -> tuple[str, ...]:
+    return tuple(source.name for source in _inputs(data))
 
 
 def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_progress: Progress) -> _Corpus:
@@ -155,9 +159,10 @@ def _joined(parts: Sequence[Columns]) -> Columns:
 
 
 def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.Findings]:
-    docs = corpus.docs
-    hits = [*corpus.hits, *quality.across(docs.contents, docs.signatures, docs.held_out, data.checks)]
-    seen = quality.Corpus(docs.wheres, docs.source, _names(data), docs.held_out, docs.num_tokens, docs.is_text)
+    docs, pieces = corpus.docs, corpus.pieces
+    hits = [*corpus.hits, *quality.across(docs.contents, docs.tasks, docs.signatures, docs.held_out, data.checks)]
+    trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
+    seen = quality.Corpus(docs.wheres, docs.source, _names(data), docs.held_out, docs.num_tokens, docs.is_text, trained)
     return quality.conclude(hits, seen, data.checks)
 
 
@@ -220,7 +225,10 @@ def _report(
         np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
     )
     of_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
-    per_source = [{"name": name, **{key: values[i] for key, values in of_source.items()}} for i, name in enumerate(names)]
+    origins = [sources.provenance(source) for source in _inputs(data)]
+    per_source = [
+        {"name": name, **origins[i], **{key: values[i] for key, values in of_source.items()}} for i, name in enumerate(names)
+    ]
     return {
         "sources": per_source,
         "dropped_docs": sum(of_source["dropped"]),

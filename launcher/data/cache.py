@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -54,6 +55,8 @@ _SPLIT_ARRAYS = ("tokens", "trained", "rows", "docs", "row_labels", "doc_source"
 # Settings that change no token, or that are in the key by what they stand for.
 _NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "checks"}
 _READ_SIZE = 1 << 20
+# Without a handler of its own a warning goes to standard error as it is.
+_LOG = logging.getLogger(__name__)
 
 
 def cache_dir(key: str) -> Path:
@@ -64,7 +67,7 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
     """Hex digest of everything that decides the tokens: source bytes, tokenizer files, settings, library versions.
 
     Places are left out: a moved or renamed file gives the same key.
-    Errors: DataError where the tokenizer's folder holds no tokenizer; OSError where a source cannot be read.
+    Errors: DataError where the tokenizer's folder holds no tokenizer, and where a file cannot be read.
     """
     held_out = eval_source(data)
     parts = {
@@ -96,9 +99,13 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 
 def _file_digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(_READ_SIZE), b""):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(_READ_SIZE), b""):
+                digest.update(block)
+    except OSError as error:
+        what, remedy = f"the file cannot be read: {error.strerror or error}", "check who may read it, and the disk"
+        raise DataError(Problem(what, str(path), remedy=remedy)) from error
     return digest.hexdigest()
 
 
@@ -235,7 +242,11 @@ def building(key: str) -> Iterator[Path | None]:
     final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = filelock.FileLock(final.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S, mode=0o600)
     try:
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            _LOG.warning("waiting for another process that builds this data cache (%s)", lock.lock_file)
+            lock.acquire()
     except filelock.Timeout as error:
         what, remedy = "another process has held this data cache for too long", "wait for it, or end it and try again"
         raise DataError(Problem(what, lock.lock_file, remedy=remedy)) from error

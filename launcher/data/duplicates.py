@@ -21,6 +21,8 @@ MIN_WINDOWS = 64
 RECALL = 0.99
 # Documents of one band's group are compared with so many that follow; larger groups are chained.
 REACH = 8
+# A held-out document is compared with so many training ones of a group: in rows of one template, many agree that are not alike.
+REACH_ACROSS = 512
 
 _SEED = 7
 _CHUNK = 1 << 16
@@ -70,12 +72,8 @@ def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.nd
 
     `signatures` is uint16 [documents, NUM_SLOTS].
     """
-    rows = _rows_per_band(threshold)
-    for start in range(0, NUM_SLOTS - rows + 1, rows):
-        keys = np.zeros(len(signatures), dtype=np.uint64)
-        for column in range(start, start + rows):
-            keys = (keys ^ signatures[:, column]) * _MIX[0]
-            keys ^= keys >> np.uint64(31)
+    for band in _bands(threshold):
+        keys = _keys(signatures, band)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         for distance in range(1, REACH + 1):
@@ -83,10 +81,43 @@ def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.nd
             if not len(at):
                 break
             for some in np.array_split(at, -(-len(at) // _CHUNK)):
-                a, b = order[some], order[some + distance]
-                similarity = (signatures[a] == signatures[b]).mean(axis=1)
-                near = similarity >= threshold
-                yield a[near], b[near], similarity[near]
+                yield _alike(signatures, order[some], signatures, order[some + distance], threshold)
+
+
+def near_in(left: np.ndarray, right: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pairs (a, b, similarity) as near_pairs gives them, of a row of `left` and a row of `right`."""
+    for band in _bands(threshold):
+        keys, wanted = _keys(right, band), _keys(left, band)
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        first = np.searchsorted(keys, wanted)
+        counts = np.minimum(np.searchsorted(keys, wanted, side="right") - first, REACH_ACROSS)
+        for some in np.array_split(np.arange(len(left)), max(1, int(counts.sum()) // _CHUNK)):
+            num = counts[some]
+            steps = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
+            yield _alike(left, np.repeat(some, num), right, order[np.repeat(first[some], num) + steps], threshold)
+
+
+def _bands(threshold: float) -> Iterator[slice]:
+    rows = _rows_per_band(threshold)
+    return (slice(start, start + rows) for start in range(0, NUM_SLOTS - rows + 1, rows))
+
+
+def _keys(signatures: np.ndarray, band: slice) -> np.ndarray:
+    """uint64 [documents] that are equal where the slots of the band are."""
+    keys = np.zeros(len(signatures), dtype=np.uint64)
+    for slot in signatures[:, band].T:
+        keys = (keys ^ slot) * _MIX[0]
+        keys ^= keys >> np.uint64(31)
+    return keys
+
+
+def _alike(
+    left: np.ndarray, a: np.ndarray, right: np.ndarray, b: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    similarity = (left[a] == right[b]).mean(axis=1)
+    near = similarity >= threshold
+    return a[near], b[near], similarity[near]
 
 
 def _rows_per_band(threshold: float) -> int:

@@ -48,6 +48,7 @@ class Docs:
     lost_tokens: np.ndarray
     num_pieces: np.ndarray
     contents: np.ndarray
+    tasks: np.ndarray
     is_text: np.ndarray
     wheres: list[str]
     signatures: list[np.ndarray | None]
@@ -85,12 +86,13 @@ class BatchEncoder:
 
     def encode(self, items: Sequence[Item]) -> EncodedBatch:
         """Tokens, faults and counts of some documents; errors: DataError naming the document."""
-        encoded = self.encoder.encode([self.encoder.render(item.document) for item in items])
         documents = [item.document for item in items]
-        seen = quality.inspect(documents, encoded, self.encoder.special_texts, self.data.checks)
+        rendered = [self.encoder.render(document) for document in documents]
+        encoded = self.encoder.encode(rendered)
+        seen = quality.inspect(documents, rendered, encoded, self.encoder.special_texts, self.data)
         cut = [pieces_of(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
         hits = [(i, hit) for i, one in enumerate(seen) for hit in one.hits]
-        hits += [(i, self._untrained()) for i, pieces in enumerate(cut) if pieces and not pieces[0].trained.any()]
+        hits += [(i, hit) for i, pieces in enumerate(cut) if pieces and (hit := self._lacking(encoded[i], pieces)) is not None]
         held_out = [
             one.content / 2**64 < self.data.eval_fraction if item.held_out is None else item.held_out
             for item, one in zip(items, seen, strict=True)
@@ -104,6 +106,7 @@ class BatchEncoder:
             lost_tokens=num_tokens - kept_tokens,
             num_pieces=np.asarray([len(pieces) for pieces in cut], dtype=np.int64),
             contents=np.asarray([one.content for one in seen], dtype=np.uint64),
+            tasks=np.asarray([one.task for one in seen], dtype=np.uint64),
             is_text=np.asarray([one.is_text for one in seen], dtype=bool),
             wheres=[item.document.where for item in items],
             signatures=[one.signature for one in seen],
@@ -119,8 +122,14 @@ class BatchEncoder:
             samples=self._samples(items, whole, docs.contents),
         )
 
-    def _untrained(self) -> quality.Hit:
-        return quality.Hit("no_trained_token", f"none within the first {self.data.max_length:,} tokens")
+    def _lacking(self, whole: Encoded, pieces: Sequence[Encoded]) -> quality.Hit | None:
+        """What the pieces of a document do not train, though they should."""
+        within = f"within the first {self.data.max_length:,} tokens"
+        if not pieces[0].trained.any():
+            return quality.Hit("no_trained_token", f"none {within}")
+        if not any(piece.turn_ends for piece in pieces):
+            return quality.Hit("no_turn_end", f"none {within}" if whole.turn_ends else "no end of turn is trained")
+        return None
 
     def _samples(self, items: Sequence[Item], candidates: list[int], contents: np.ndarray) -> list[Sample]:
         found = []

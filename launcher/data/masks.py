@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -67,14 +67,7 @@ class Template:
         """
         if train_on == "all":
             return self._all(chat)
-        last_user = max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
-        wanted = [
-            i
-            for i, message in enumerate(chat.messages)
-            if message.role == "assistant"
-            and (bool(message.weight) if message.weight is not None else train_on == "assistant" or i > last_user)
-        ]
-        return self._spans(chat, wanted)
+        return self._spans(chat, answers(chat, train_on))
 
     def _all(self, chat: Chat) -> tuple[str, tuple[Span, ...]]:
         """Everything but the messages of weight 0."""
@@ -101,15 +94,15 @@ class Template:
     def _marked_spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
         text, marks = self._render(chat, chat.messages, generation_prompt=False, marks=True)
         self._require_all(chat, text)
-        answers = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
-        bounds = list(range(len(answers) + 1))
-        if len(marks) != len(answers):
+        turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
+        bounds = list(range(len(turns) + 1))
+        if len(marks) != len(turns):
             # A message with several marks, or none: how many there are up to each message tells which are whose.
-            bounds = [0, *(len(self._render(chat, chat.messages[: i + 1], False, marks=True)[1]) for i in answers)]
+            bounds = [0, *(len(self._render(chat, chat.messages[: i + 1], False, marks=True)[1]) for i in turns)]
             if bounds != sorted(bounds) or bounds[-1] != len(marks):
                 self._refuse("marks other parts of a message once a later one follows", chat.where)
         spans = []
-        for number, i in enumerate(answers):
+        for number, i in enumerate(turns):
             own = marks[bounds[number] : bounds[number + 1]]
             said = "".join(text[start:end] for start, end in own)
             if own and not all(part in said for part in _said_by(chat.messages[i])):
@@ -170,15 +163,20 @@ class Template:
             )
             what = "the tokenizer has no chat template, which conversations need"
             raise DataError(Problem(what, chat.where, self.name, remedy))
-        return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
+        try:
+            return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
+        except ValueError as error:
+            what = f"the tokenizer has several chat templates ({', '.join(self._tokenizer.chat_template)}), and no default one"
+            remedy = "set data.chat_template to a file with the one that is meant"
+            raise DataError(Problem(what, chat.where, self.name, remedy)) from error
 
     def _render(
-        self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool
+        self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils import chat_template_utils
 
         source = self._source(chat)
-        rows, tools = [_as_template_reads(message) for message in messages], list(chat.tools) or None
+        rows, tools = [_as_template_reads(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
         try:
             # What tokenizer.apply_chat_template compiles and keeps; here nothing has to be copied first.
@@ -196,12 +194,33 @@ class Template:
         return texts[0], [tuple(span) for span in spans[0]]
 
     def _require_all(self, chat: Chat, text: str) -> None:
-        """Refuse a template that leaves out what was said to the assistant."""
+        """Refuse a template that leaves out what was said to the assistant, or what it thinks before its last answer."""
         for i, message in enumerate(chat.messages):
             if message.role in ("system", "user") and message.content.strip() not in text:
                 self._refuse_part(f"leaves out or changes what the {message.role} says", f"{chat.where}, messages[{i}]")
-        if chat.tools and text == self.render(Chat(chat.where, chat.messages)):
+        for i in self._unread_results(chat):
+            self._refuse_part("leaves out what the tool answers", f"{chat.where}, messages[{i}]")
+        for i in answers(chat, "last_turn"):
+            thought = (chat.messages[i].reasoning_content or "").strip()
+            if i > _last_user(chat) and thought and text.count(thought) <= self._without_reasoning(chat, i).count(thought):
+                self._refuse_part("leaves out or changes the assistant's reasoning", f"{chat.where}, messages[{i}]")
+        # The same template without them: a tokenizer may have another one for chats without tools.
+        if chat.tools and text == self._render(chat, chat.messages, False, marks=False, with_tools=False)[0]:
             self._refuse_part("leaves out the definitions of the tools", chat.where)
+
+    def _unread_results(self, chat: Chat) -> list[int]:
+        """Messages of tools that leave no trace in the text. What they say may be escaped there, or stand elsewhere too."""
+        marks = {i: f"launcher-result-{i}-" for i, message in enumerate(chat.messages) if message.role == "tool"}
+        if not marks:
+            return []
+        messages = [replace(message, content=marks.get(i, message.content)) for i, message in enumerate(chat.messages)]
+        text = self._render(chat, messages, generation_prompt=False, marks=False)[0]
+        return [i for i, mark in marks.items() if mark not in text]
+
+    def _without_reasoning(self, chat: Chat, i: int) -> str:
+        messages = list(chat.messages)
+        messages[i] = replace(messages[i], reasoning_content=None)
+        return self.render(Chat(chat.where, tuple(messages), chat.tools))
 
     def _refuse_part(self, does: str, where: str) -> NoReturn:
         remedy = "set data.chat_template to a file with a template that writes it, or take it out of the row"
@@ -210,6 +229,21 @@ class Template:
     def _refuse(self, does: str, where: str) -> NoReturn:
         what = f"the chat template {does}, so the trained tokens cannot be told for certain"
         raise DataError(Problem(what, where, self.name, _NOT_SURE))
+
+
+def answers(chat: Chat, train_on: TrainOn) -> list[int]:
+    """The numbers of the assistant's messages that are trained."""
+    last_user = _last_user(chat)
+    return [
+        i
+        for i, message in enumerate(chat.messages)
+        if message.role == "assistant"
+        and (bool(message.weight) if message.weight is not None else train_on != "last_turn" or i > last_user)
+    ]
+
+
+def _last_user(chat: Chat) -> int:
+    return max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
 
 
 def _said_by(message: Message) -> list[str]:

@@ -83,11 +83,23 @@ def hidden(search: Search, match: re.Match[str]) -> str:
     return f"[{search.kind}: {match.group()[:1]}…, {len(match.group())} characters]"
 
 
-def redacted(text: str) -> str:
-    """`text` with every likely key, password, e-mail address and telephone number replaced."""
-    for search in worth_while(text.lower().encode()):
-        text = search.pattern.sub(functools.partial(hidden, search), text)
-    return text
+def redacted(parts: Sequence[str]) -> list[str]:
+    """The parts of one text with every likely key, password, e-mail address and telephone number replaced.
+
+    What goes on in the next part is looked for in the whole text, and told where it begins.
+    """
+    whole = "".join(parts)
+    finds = [(*match.span(), hidden(search, match)) for search, match in find(whole, worth_while(whole.lower().encode()))]
+    texts, start = [], 0
+    for part in parts:
+        text, at, end = "", start, start + len(part)
+        for first, last, shown in sorted(finds):
+            if first < end and last > at:
+                text += whole[at:first] + (shown if first >= at else "[…]" if at == start else "")
+                at = min(last, end)
+        texts.append(text + whole[at:end])
+        start = end
+    return texts
 
 
 def may_hold_special_tokens(lower: str, known: Sequence[str]) -> bool:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from ftfy.badness import is_bad
 
-from launcher.config.data import ChecksSection
+from launcher.config.data import ChecksSection, DataSection
 from launcher.data import duplicates, patterns
-from launcher.data.chat import Encoded
-from launcher.data.findings import NUM_EXAMPLES, TITLES, Example, Finding, Findings
+from launcher.data.chat import Encoded, Rendered
+from launcher.data.findings import LEAKS, NUM_EXAMPLES, TITLES, Example, Finding, Findings
+from launcher.data.masks import TrainOn, answers
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 
 # zlib makes about a half of usual text and a third of code and tables; a fifth is left where one thing is said again and again.
@@ -26,6 +27,8 @@ FEW_TOKENS_OF_TEXT = 1_000_000
 _USUAL_EXAMPLES = "50 to 100 are usual for a format or a tone, 1,000 and more for a skill, tens of thousands for general chat"
 # The first byte of a character of several in UTF-8, and a later one, read as Latin-1 or Windows-1252.
 _MOJIBAKE = re.compile("[\u00c2-\u00f4][\u0080-\u00bf\u0152-\u0192\u02c6\u02dc\u2013-\u203a\u20ac\u2122]")
+# Characters on either side of where a completion begins, as long as keys and addresses are.
+_AROUND_BORDER = 256
 _MAY_FOLLOW = {
     "system": ("start",),
     "user": ("start", "assistant"),
@@ -48,9 +51,13 @@ class Hit:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of one document: 64-bit hash of its normalised text, MinHash signature uint16 [128], faults, its kind."""
+    """What is known of one document: 64-bit hashes, MinHash signature uint16 [128], faults, its kind.
+
+    `content` is the hash of the normalised text, `task` of that with its roles, weights and tools.
+    """
 
     content: int
+    task: int
     signature: np.ndarray | None
     hits: tuple[Hit, ...]
     is_text: bool
@@ -58,7 +65,10 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All documents in the order in which they were read, one entry each; `source` points into `names`."""
+    """All documents in the order in which they were read, one entry each; `source` points into `names`.
+
+    `trained` is False where no token is trained within a row.
+    """
 
     wheres: Sequence[str]
     source: np.ndarray
@@ -66,52 +76,73 @@ class Corpus:
     held_out: np.ndarray
     num_tokens: np.ndarray
     is_text: np.ndarray
+    trained: np.ndarray
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a document's text; `where` names it within the document, `is_answer`: the model is trained to write it."""
+    """A piece of a document's text; `where` names it within the document, `answer` is what of it the model is trained on."""
 
     where: str
     text: str
-    is_answer: bool
+    answer: str | None
 
 
 def inspect(
-    documents: Sequence[Document], encoded: Sequence[Encoded], special_texts: Sequence[str], checks: ChecksSection
+    documents: Sequence[Document],
+    rendered: Sequence[Rendered],
+    encoded: Sequence[Encoded],
+    special_texts: Sequence[str],
+    data: DataSection,
 ) -> list[Inspection]:
-    """Look at some documents and their tokens before anything is cut; `special_texts` are the tokenizer's special tokens."""
-    contents, signed, hits = [], [], []
-    for document, tokens in zip(documents, encoded, strict=True):
-        parts = list(_parts(document))
+    """Look at some documents, their texts and tokens before anything is cut; `special_texts` are those of the tokenizer."""
+    contents, tasks, signed, hits = [], [], [], []
+    for document, text, tokens in zip(documents, rendered, encoded, strict=True):
+        parts = list(_parts(document, text, data.train_on))
         whole = duplicates.normalised("\n".join([part.text for part in parts]))
-        data = whole.encode()
+        content = whole.encode()
         # Chats that share a long system text are not alike for that.
         own = [part.text for part in parts if part.where != "system"]
-        signed.append(data if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
-        contents.append(duplicates.content_hash(data))
-        hits.append((*_faults(document, parts, tokens, checks), *_in_texts(parts, whole, data, special_texts)))
+        signed.append(content if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
+        contents.append(duplicates.content_hash(content))
+        tasks.append(duplicates.content_hash(content + _setup(document)))
+        in_texts = _in_texts(parts, whole, content, special_texts)
+        hits.append((*_faults(document, parts, tokens, data.checks), *in_texts, *_across_the_border(document)))
     is_text = [isinstance(document, PlainText) for document in documents]
-    return list(map(Inspection, contents, duplicates.signatures(signed), hits, is_text))
+    return list(map(Inspection, contents, tasks, duplicates.signatures(signed), hits, is_text))
 
 
-def _parts(document: Document) -> Iterator[_Part]:
+def _setup(document: Document) -> bytes:
+    """What makes another task of the same text."""
+    if not isinstance(document, Chat):
+        return b""
+    turns = ",".join([f"{message.role}{message.weight}" for message in document.messages])
+    return f"{turns}{json.dumps(document.tools) if document.tools else ''}".encode()
+
+
+def _parts(document: Document, rendered: Rendered, train_on: TrainOn) -> Iterator[_Part]:
     match document:
         case Chat(messages=messages):
+            trained = answers(document, train_on)
             for i, message in enumerate(messages):
                 where = "system" if message.role == "system" else f"messages[{i}]"
-                yield _Part(where, _written(message), message.role == "assistant" and message.weight != 0)
+                text = answer = _written(message, message.reasoning_content)
+                if i in trained and (thought := message.reasoning_content):
+                    # Templates leave it out of earlier turns.
+                    is_written = any(thought.strip() in rendered.text[span.start : span.end] for span in rendered.spans)
+                    answer = text if is_written else _written(message, None)
+                yield _Part(where, text, answer if i in trained else None)
         case Completion(prompt=prompt, completion=completion):
-            yield _Part("prompt", prompt, False)
-            yield _Part("completion", completion, True)
+            yield _Part("prompt", prompt, None)
+            yield _Part("completion", completion, completion)
         case PlainText(text=text):
-            yield _Part("text", text, False)
+            yield _Part("text", text, None)
 
 
-def _written(message: Message) -> str:
+def _written(message: Message, reasoning: str | None) -> str:
     """All that a message says: its reasoning, its content, its calls."""
     calls = [json.dumps(call, ensure_ascii=False) for call in message.tool_calls]
-    return "\n".join(text for text in (message.reasoning_content, message.content, *calls) if text)
+    return "\n".join(text for text in (reasoning, message.content, *calls) if text)
 
 
 def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: ChecksSection) -> Iterator[Hit]:
@@ -119,17 +150,15 @@ def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: Ch
     num_trained = int(np.count_nonzero(encoded.trained))
     if not num_trained:
         yield Hit("no_trained_token", "no token is trained")
-    elif not encoded.turn_ends:
-        yield Hit("no_turn_end", "no end of turn is trained")
-    if empty := [part.where for part in parts if part.is_answer and not part.text.strip()]:
+    if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
         yield Hit("empty_answer", f"{empty[0]} is empty")
     if num_trained > checks.long_answer_tokens and not isinstance(document, PlainText):
         longest = _longest_run(encoded.trained)
         if longest > checks.long_answer_tokens:
             yield Hit("long_answer", f"{longest:,} trained tokens in one answer")
     for part in parts:
-        if part.is_answer and (ratio := _repetition(part.text)) > REPETITIVE_RATIO:
-            yield Hit("repetitive_answer", f"{part.where} is {len(part.text):,} characters that compress to 1/{ratio:.0f}")
+        if part.answer is not None and (ratio := _repetition(part.answer)) > REPETITIVE_RATIO:
+            yield Hit("repetitive_answer", f"{part.where} is {len(part.answer):,} characters that compress to 1/{ratio:.0f}")
             break
     if isinstance(document, Chat) and (fault := _role_fault(document.messages)):
         yield Hit("role_order", fault)
@@ -176,6 +205,18 @@ def _in_texts(parts: Sequence[_Part], whole: str, data: bytes, special_texts: Se
         yield Hit(finding, details[0] + (f" and {len(details) - 1} more" if len(details) > 1 else ""))
 
 
+def _across_the_border(document: Document) -> Iterator[Hit]:
+    """What begins in the prompt and ends in the completion."""
+    if not isinstance(document, Completion):
+        return
+    before = document.prompt[-_AROUND_BORDER:]
+    text = before + document.completion[:_AROUND_BORDER]
+    for search, match in patterns.find(text, patterns.worth_while(text.lower().encode())):
+        if match.start() < len(before) < match.end():
+            place = len(document.prompt) - len(before) + match.start()
+            yield Hit(search.finding, f"prompt, character {place}: {patterns.hidden(search, match)}")
+
+
 def _broken(text: str) -> str | None:
     if count := text.count("\ufffd"):
         return f"{count} replacement character{'s' if count > 1 else ''}"
@@ -184,32 +225,43 @@ def _broken(text: str) -> str | None:
 
 
 def across(
-    contents: np.ndarray, signatures: Sequence[np.ndarray | None], held_out: np.ndarray, checks: ChecksSection
+    contents: np.ndarray,
+    tasks: np.ndarray,
+    signatures: Sequence[np.ndarray | None],
+    held_out: np.ndarray,
+    checks: ChecksSection,
 ) -> list[tuple[int, Hit]]:
     """Faults of documents beside others, as (document, hit): duplicates in training, and held-out documents that stand there.
 
-    `contents` is uint64 [documents], `held_out` bool [documents]. `others` of a held-out document's hit are the training
-    documents; among a very great number of nearly the same ones some are not among them.
+    `contents` and `tasks` are uint64 [documents], `held_out` bool [documents]. `others` of a held-out document's hit are the
+    training documents; among a very great number of nearly the same ones some are not among them.
     """
     training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    _, first, group = np.unique(tasks[training], return_index=True, return_inverse=True)
+    before = training[first][group]
+    again = np.flatnonzero(before != training)
+    hits = [(int(training[i]), Hit("exact_duplicate", _alike(_EXACT), (int(before[i]),))) for i in again.tolist()]
     unique, first, group = np.unique(contents[training], return_index=True, return_inverse=True)
     originals = training[first]
-    again = np.flatnonzero(originals[group] != training)
-    hits = [(int(training[i]), Hit("exact_duplicate", _alike(_EXACT), (int(originals[group[i]]),))) for i in again.tolist()]
     earlier, leaks = _near(signatures, held_out, np.sort(np.concatenate([originals, inside])), checks)
     hits += [(i, Hit("near_duplicate", _alike(alike), (other,))) for i, (other, alike) in sorted(earlier.items())]
     # All copies of an original, by its place among the unique ones.
     copies = training[np.argsort(group, kind="stable")]
     ends = np.cumsum(np.bincount(group, minlength=len(unique)))
+
+    def copies_of(documents: Iterable[int]) -> tuple[int, ...]:
+        places = np.searchsorted(unique, contents[list(documents)]).tolist()
+        return tuple(np.concatenate([copies[ends[p - 1] if p else 0 : ends[p]] for p in places]).tolist())
+
     at = np.searchsorted(unique, contents[inside])
     for document, place in zip(inside.tolist(), at.tolist(), strict=True):
-        found = dict(leaks.get(document, {}))
+        near = dict(leaks.get(document, {}))
         if place < len(unique) and unique[place] == contents[document]:
-            found[int(originals[place])] = _EXACT
-        if found:
-            places = np.searchsorted(unique, contents[list(found)])
-            others = np.concatenate([copies[ends[p - 1] if p else 0 : ends[p]] for p in places.tolist()])
-            hits.append((document, Hit("held_out_in_train", _alike(max(found.values())), tuple(others.tolist()))))
+            same = int(originals[place])
+            near.pop(same, None)
+            hits.append((document, Hit("held_out_in_train", _alike(_EXACT), copies_of([same]))))
+        if near:
+            hits.append((document, Hit("near_held_out_in_train", _alike(max(near.values())), copies_of(near))))
     return hits
 
 
@@ -221,22 +273,25 @@ def _near(
     signatures: Sequence[np.ndarray | None], held_out: np.ndarray, candidates: np.ndarray, checks: ChecksSection
 ) -> tuple[dict[int, tuple[int, float]], dict[int, dict[int, float]]]:
     """Near pairs of `candidates`: of a training document its earlier one, of a held-out one all training documents found."""
-    earlier: dict[int, tuple[int, float]] = {}
+    signed = np.asarray([i for i in candidates.tolist() if signatures[i] is not None], dtype=np.int64)
+    training, inside = signed[~held_out[signed]], signed[held_out[signed]]
+    slots, apart = (_stacked([signatures[i] for i in some.tolist()]) for some in (training, inside))
+    firsts = np.arange(len(training))
+    for a, b, _ in duplicates.near_pairs(slots, checks.near_duplicate_threshold):
+        np.minimum.at(firsts, b, a)
+    again = np.flatnonzero(firsts < np.arange(len(training)))
+    alike = (slots[again] == slots[firsts[again]]).mean(axis=1)
+    earlier = dict(zip(training[again].tolist(), zip(training[firsts[again]].tolist(), alike.tolist(), strict=True), strict=True))
     leaks: dict[int, dict[int, float]] = defaultdict(dict)
-    numbers = [i for i in candidates.tolist() if signatures[i] is not None]
-    if len(numbers) < 2:
-        return earlier, leaks
-    matrix = np.stack([signature for i in numbers if (signature := signatures[i]) is not None])
-    for a, b, similarity in duplicates.near_pairs(matrix, checks.near_duplicate_threshold):
-        for x, y, alike in zip(a.tolist(), b.tolist(), similarity.tolist(), strict=True):
-            left, right = numbers[x], numbers[y]
-            if not held_out[left] and not held_out[right]:
-                earlier.setdefault(right, (left, alike))
-            elif not held_out[left]:
-                leaks[right][left] = alike
-            elif not held_out[right]:
-                leaks[left][right] = alike
+    for a, b, similarity in duplicates.near_in(apart, slots, checks.near_duplicate_threshold):
+        for document, other, share in zip(inside[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
+            leaks[document][other] = share
     return earlier, leaks
+
+
+def _stacked(signatures: Sequence[np.ndarray | None]) -> np.ndarray:
+    rows = [signature for signature in signatures if signature is not None]
+    return np.stack(rows) if rows else np.empty((0, duplicates.NUM_SLOTS), dtype=np.uint16)
 
 
 def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> tuple[np.ndarray, Findings]:
@@ -244,7 +299,7 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
     by_name: dict[str, dict[int, Hit]] = defaultdict(dict)
     for document, hit in hits:
         by_name[hit.finding].setdefault(document, hit)
-    by_name["no_turn_end"] = _in_whole_sources(by_name["no_turn_end"], by_name["no_trained_token"], corpus)
+    looked_at = {**dict.fromkeys(LEAKS, corpus.held_out), "no_turn_end": corpus.trained}
     drop = np.zeros(len(corpus.wheres), dtype=bool)
     found = []
     for name in TITLES:
@@ -252,27 +307,32 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
         if not of_name:
             continue
         documents = np.asarray(sorted(of_name))
-        total = int(corpus.held_out.sum()) if name == "held_out_in_train" else len(corpus.wheres)
-        found.append(_finding(name, documents, total, of_name, corpus))
-        if getattr(checks, name) == "drop":
+        of_source = corpus.source[looked_at[name]] if name in looked_at else corpus.source
+        found.append(_finding(name, documents, of_source, of_name, corpus))
+        if getattr(checks, name) == "drop" and name != "near_duplicate":
             # A held-out document stays, and what stands in training goes.
-            gone = [i for one in of_name.values() for i in one.others] if name == "held_out_in_train" else documents
+            gone = [i for one in of_name.values() for i in one.others] if name in LEAKS else documents
             drop[gone] = True
+    if checks.near_duplicate == "drop":
+        drop[_nearly_again(by_name["near_duplicate"], drop)] = True
     return drop, tuple(found + _few(drop, corpus, checks))
 
 
-def _in_whole_sources(hits: dict[int, Hit], untrained: dict[int, Hit], corpus: Corpus) -> dict[int, Hit]:
-    """The hits of those sources in which every document with a trained token has one."""
-    trained = np.ones(len(corpus.wheres), dtype=bool)
-    trained[list(untrained)] = False
-    lacking = np.zeros(len(corpus.wheres), dtype=bool)
-    lacking[list(hits)] = True
-    num = len(corpus.names)
-    all_of_it = np.bincount(corpus.source[trained], minlength=num) == np.bincount(corpus.source[lacking], minlength=num)
-    return {i: hit for i, hit in hits.items() if all_of_it[corpus.source[i]]}
+def _nearly_again(hits: dict[int, Hit], drop: np.ndarray) -> list[int]:
+    """Near duplicates of what is left; where a document is dropped for another fault, the first that is like it stays."""
+    stays: set[int] = set()
+    gone = []
+    for document, hit in sorted(hits.items()):
+        first = hit.others[0]
+        if drop[first] and not drop[document] and first not in stays:
+            stays.add(first)
+        else:
+            gone.append(document)
+    return gone
 
 
-def _finding(name: str, documents: np.ndarray, total: int, hits: dict[int, Hit], corpus: Corpus) -> Finding:
+def _finding(name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict[int, Hit], corpus: Corpus) -> Finding:
+    """`of_source` is the source of each document that the check looks at."""
     evenly = np.linspace(0, len(documents) - 1, NUM_EXAMPLES).round().astype(int)
     examples = []
     for i in documents[np.unique(evenly)].tolist():
@@ -281,11 +341,10 @@ def _finding(name: str, documents: np.ndarray, total: int, hits: dict[int, Hit],
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             detail = f"{detail} {corpus.wheres[others[0]]}{more}"
         examples.append(Example(corpus.wheres[i], detail))
-    note = ""
-    if name == "held_out_in_train":
-        exact = sum(hit.detail == _alike(_EXACT) for hit in hits.values())
-        note = f"{exact:,} exactly, {len(documents) - exact:,} nearly"
-    return Finding(name, len(documents), total, _by_source(documents, corpus), tuple(examples), note)
+    num = len(corpus.names)
+    shares = np.bincount(corpus.source[documents], minlength=num) / np.maximum(1, np.bincount(of_source, minlength=num))
+    by_source = _by_source(documents, corpus)
+    return Finding(name, len(documents), len(of_source), by_source, tuple(examples), float(shares.max()))
 
 
 def _by_source(documents: np.ndarray, corpus: Corpus) -> dict[str, int]:

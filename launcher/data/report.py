@@ -48,6 +48,7 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
                 **numbers,
                 "frac": numbers["tokens"] / max(1, facts.num_tokens),
                 "epochs": counts["epochs"],
+                **{key: counts[key] for key in _ORIGIN},
                 **{key: counts[name] for key, name in _COUNTED.items()},
                 "held_out": {
                     "documents": outside["documents"],
@@ -69,6 +70,8 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
     }
 
 
+# Where a source's rows come from, as the builder has written it.
+_ORIGIN = ("digest", "commit", "files", "num_files", "left_out", "num_left_out")
 # Names in the report, and those under which the builder has counted them.
 _COUNTED = {
     "read_documents": "read",
@@ -152,8 +155,13 @@ def _document(split: Split, doc: int, names: list[str], tokenizer: PreTrainedTok
     span = slice(split.docs[doc], split.docs[doc + 1])
     tokens, trained = split.tokens[span], split.trained[span]
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
-    parts = [
-        {"trained": bool(trained[a]), "text": patterns.redacted(tokenizer.decode(tokens[a:b].tolist()))}
-        for a, b in itertools.pairwise(borders)
-    ]
+    texts = patterns.redacted([_decoded(tokenizer, tokens, a, b) for a, b in itertools.pairwise(borders)])
+    parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(borders, texts, strict=False)]
     return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, first: int, end: int) -> str:
+    """The text of tokens first:end as it stands behind the token before: some tokenizers leave out a text's first space."""
+    before = max(0, first - 1)
+    whole, own = (tokenizer.decode(tokens[before:until].tolist(), clean_up_tokenization_spaces=False) for until in (end, first))
+    return str(whole[len(own) :])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+
+import xxhash
 
 
 def cache_root() -> Path:
@@ -11,3 +14,8 @@ def cache_root() -> Path:
     if root := os.environ.get("LAUNCHER_CACHE"):
         return Path(root).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "launcher"
+
+
+def source_folder(*parts: object) -> Path:
+    """Where what is known or fetched of a source that lies elsewhere is kept; `parts` say what it is."""
+    return cache_root() / "sources" / xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in parts]).encode())

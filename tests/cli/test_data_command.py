@@ -49,7 +49,8 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     shown = done.stdout
     assert "\x1b" not in shown
     assert shown.count("⟦") == shown.count("⟧") > 2
-    assert f"⟦ 17 {EVIL}" in shown or f"{EVIL}␛[31m" in shown
+    for trained in re.findall("(?<!between )⟦(.*?)⟧", shown, re.DOTALL):
+        assert re.fullmatch(rf" (\d+ {re.escape(EVIL)}␛\[31m|\[API key: .*\])<\|im_end\|>", trained), trained
     assert re.search(r"^train +123 +1 +122 ", shown, re.MULTILINE)
     assert re.search(r"document 2 of \d+, train, \d+ tokens", shown)
     assert f"{rows}:121: the same as {rows}:1" in shown

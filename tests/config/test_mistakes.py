@@ -40,7 +40,7 @@ Shown = Callable[..., str]
         ("data.sources=[{path: a, weight: -1}]", "data.sources[0].weight: must be at least 0", "-1", "set data.sources[].weight"),
         (
             "data.eval_path='s3://me:word@b/a'",
-            "data.eval_path: holds a user and a password",
+            "data.eval_path: holds a user or a password",
             "'s3://<redacted>@b/a'",
             "environment",
         ),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from launcher.config.data import Source
 from launcher.config.resume import with_overrides
 from launcher.config.secret import looks_secret, redact
 from launcher.errors import ConfigError
@@ -83,6 +84,41 @@ def test_a_variable_of_a_job_that_names_a_secret_is_refused(shown: Shown, name: 
     text = shown("cluster=slurm", f"cluster.env.{name}=hunter2")
     assert "hunter2" not in text
     assert f"cluster.env.{name}: looks like a secret" in text
+
+
+SIGNED = "hunter2hunter2"
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.eval_path"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        f"https://host/a.jsonl?sv=2024&sig={SIGNED}",
+        f"https://host/a.jsonl?X-Amz-Credential=a&X-Amz-Signature={SIGNED}",
+        f"https://host/a.jsonl?x-goog-signature={SIGNED}",
+        f"https://host/a.jsonl?Expires=1&Signature={SIGNED}",
+        f"simplecache::https://host/a.jsonl?access_token={SIGNED}",
+        f"https://host/a.jsonl?key={SIGNED}",
+        f"https://{SIGNED}@host/a.jsonl",
+        f"s3://user:{SIGNED}@bucket/a.jsonl",
+        f"abfs://container:{SIGNED}@account/a.jsonl",
+    ],
+)
+def test_an_address_that_opens_the_data_for_whoever_holds_it_is_refused(shown: Shown, key: str, address: str) -> None:
+    text = shown(f"'{key}=\"{address}\"'".strip("'"), "data=jsonl")
+    assert f"{key}: holds a " in text
+    assert SIGNED not in text
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("https://host/a.jsonl?download=true", "abfs://container@account.dfs.core.windows.net/a.jsonl"),
+        *("hf://datasets/o/n@v1/a.jsonl", "s3://bucket/a@b.jsonl", "data/part?key=1.jsonl", "gs://bucket/key=1/a.jsonl"),
+    ],
+)
+def test_an_address_without_credentials_is_taken(address: str) -> None:
+    assert Source(path=address).path == address
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,21 @@ def test_documents_longer_than_a_row(
     assert "no_trained_token" not in found
 
 
+@pytest.mark.parametrize(("long_documents", "found"), [("truncate", (4, 5)), ("split", None), ("drop", None)])
+def test_an_end_of_turn_that_is_cut_off_is_found(
+    jsonl: Jsonl, tokenizer_dir: Path, long_documents: str, found: tuple[int, int] | None
+) -> None:
+    answers = [" word" * 40, " word" * 41, " word" * 42, " word" * 43, " brief"]
+    source = Source(path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in answers])))
+    data = DataSection(sources=(source,), max_length=16, long_documents=long_documents)
+    judged = findings.judge(findings.read(build(data, str(tokenizer_dir)).cache_dir), data.checks)
+    ends = {one.finding.name: one for one in judged}.get("no_turn_end")
+    assert found == (None if ends is None else (ends.finding.count, ends.finding.total))
+    if ends is not None:
+        assert ends.fatal
+        assert ends.finding.examples[0].detail == "none within the first 16 tokens"
+
+
 def test_a_long_document_in_pieces_is_all_there() -> None:
     ids = np.arange(100, 150, dtype=np.uint32)
     trained = np.ones(50, dtype=np.uint8)

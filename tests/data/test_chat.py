@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import string
 
 import pytest
-from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launcher.config.data import DataSection, Source
 from launcher.data.chat import Encoded, Encoder
@@ -128,6 +129,42 @@ def test_a_template_that_changes_what_was_said_is_refused(tokenizer: PreTrainedT
     assert caught.value.problems[0].value == tokenizer.name_or_path
 
 
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLING = CHATML.replace("BODY", "m.content ~ (m.tool_calls or '')")
+LISTS_TOOLS = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+WITH_TOOLS = Chat(
+    "rows.jsonl:1",
+    (Message("user", "1+1?"), Message("assistant", "", (CALL,)), Message("tool", "2"), Message("assistant", "It is 2.")),
+    ({"type": "function", "function": {"name": "add"}},),
+)
+
+
+def test_a_template_that_leaves_out_what_a_tool_answers_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = LISTS_TOOLS + CALLING
+    assert len(encode(tokenizer, WITH_TOOLS).turn_ends) == 2
+    # The answer of the tool is in what the assistant says, too.
+    tokenizer.chat_template = tokenizer.chat_template.replace("for m in messages", "for m in messages if m.role != 'tool'")
+    with pytest.raises(DataError, match="leaves out what the tool answers") as caught:
+        encode(tokenizer, WITH_TOOLS)
+    problem = caught.value.problems[0]
+    assert (problem.where, problem.value) == ("rows.jsonl:1, messages[2]", tokenizer.name_or_path)
+
+
+def test_a_template_of_its_own_for_tools_must_write_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = {"default": "other" + CALLING, "tool_use": LISTS_TOOLS + CALLING}
+    assert len(encode(tokenizer, WITH_TOOLS).turn_ends) == 2
+    tokenizer.chat_template = {"default": "other" + CALLING, "tool_use": CALLING}
+    with pytest.raises(DataError, match="leaves out the definitions of the tools"):
+        encode(tokenizer, WITH_TOOLS)
+
+
+def test_several_templates_without_a_default_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = {"rag": CALLING, "tool_use": CALLING}
+    with pytest.raises(DataError, match=r"several chat templates \(rag, tool_use\), and no default one") as caught:
+        encode(tokenizer, chat(("user", "a"), ("assistant", "b")))
+    assert "data.chat_template" in caught.value.problems[0].remedy
+
+
 def test_what_a_template_raises_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles must alternate"):
@@ -152,6 +189,36 @@ def test_a_special_token_may_swallow_the_line_break_after_it(tokenizer_dir: obje
     encoded = encode(tokenizer, chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")))
     assert [text.strip() for text in trained_texts(tokenizer, encoded)] == ["b<|done|>", "d<|done|>"]
     assert [tokenizer.decode([encoded.ids[i]]) for i in encoded.turn_ends] == ["<|done|>"] * 2
+
+
+def metaspace(scheme: str) -> PreTrainedTokenizerBase:
+    """A small tokenizer of SentencePiece's kind, which writes a space as a part of the word after it."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(prepend_scheme=scheme), decoders.Metaspace("▁", scheme)
+    special = ["<unk>", "<|im_start|>", END]
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=list(string.printable), show_progress=False)
+    backend.train_from_iterator(["the naive answer is two and the question is one plus one"] * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, unk_token="<unk>")
+    made.chat_template = CHATML.replace("BODY", "m.content")
+    return made
+
+
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_a_tokenizer_that_puts_spaces_into_words_has_exact_borders(scheme: str) -> None:
+    tokenizer = metaspace(scheme)
+    turns = (("user", "one plus one"), ("assistant", "two  and"), ("user", " the"), ("assistant", " naive"))
+    encoded = encode(tokenizer, chat(*turns))
+    written = "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained == 1].tolist()))
+    assert written == f"two▁▁and{END}▁naive{END}"
+    encoded = encode(tokenizer, Completion("x:1", "one plus one:", " two"))
+    assert "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained == 1].tolist())) == f"▁two{END}"
+    inside_a_word = Completion("x:1", "nai", "ve answer")
+    if scheme == "never":
+        assert trained_texts(tokenizer, encode(tokenizer, inside_a_word)) == [f"ve answer{END}"]
+    else:
+        # By itself, the completion would begin with a space.
+        with pytest.raises(DataError, match="other text when the trained part is tokenised by itself"):
+            encode(tokenizer, inside_a_word)
 
 
 @pytest.mark.parametrize(

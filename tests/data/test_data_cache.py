@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import filelock
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -176,6 +179,36 @@ def test_the_key_follows_what_decides_the_tokens(section: Section, chats: Path, 
     assert len(keys - {key}) == len(changes) + 8
 
 
+@pytest.mark.parametrize("setting", [{"columns": {"prompt": "q"}}, {"split": "train"}, {"subset": "main"}])
+def test_the_key_follows_how_a_source_is_read(
+    chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
+) -> None:
+    # A file has no splits, and what a hub dataset holds is not what this is about.
+    monkeypatch.setattr("launcher.data.cache.source_digest", lambda source: "the same bytes")
+    keys = [
+        cache_key(DataSection(sources=(Source(path=str(chats), **settings),)), str(tokenizer_dir)) for settings in ({}, setting)
+    ]
+    assert len(set(keys)) == 2
+
+
+def test_the_key_follows_template_held_out_split_and_libraries(
+    section: Section, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages }}")
+    data = section(chat_template=str(template))
+    keys = [cache_key(data, str(tokenizer_dir))]
+    assert cache_key(section(chat_template=str(shutil.copy(template, tmp_path / "moved.jinja"))), str(tokenizer_dir)) == keys[0]
+    keys.append(cache_key(data.model_copy(update={"eval_split": "test"}), str(tokenizer_dir)))
+    template.write_text("{{ messages }} ")
+    keys.append(cache_key(data, str(tokenizer_dir)))
+    for library in ("transformers", "tokenizers"):
+        with monkeypatch.context() as patched:
+            patched.setattr("launcher.data.cache.version", lambda name, other=library: "0" if name == other else version(name))
+            keys.append(cache_key(data, str(tokenizer_dir)))
+    assert len(set(keys)) == 5
+
+
 def test_a_folder_without_a_tokenizer_is_named(section: Section, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokenizer"):
         cache_key(section(), str(tmp_path))
@@ -277,3 +310,27 @@ def test_a_source_that_grows_while_it_is_read_is_no_cache(section: Callable[...,
     with pytest.raises(DataError, match="changed while it was read"):
         build(data, str(tokenizer_dir), grows)
     assert not list((cache.cache_root() / "data").glob("*/meta.json"))
+
+
+def test_waiting_for_another_builder_is_said(
+    cache_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "LOCK_TIMEOUT_S", 0.2)
+    (cache_home / "data").mkdir(parents=True)
+    with (
+        filelock.FileLock(cache_home / "data" / "key.lock"),
+        pytest.raises(DataError, match="for too long"),
+        cache.building("key"),
+    ):
+        pass
+    assert caplog.messages == [f"waiting for another process that builds this data cache ({cache_home / 'data' / 'key.lock'})"]
+
+
+def test_a_template_that_the_system_does_not_give_out_is_named(
+    section: Callable[..., DataSection], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "chat.jinja"
+    template.symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match="the file cannot be read: Input/output error") as caught:
+        cache_key(section(chat_template=str(template)), str(tokenizer_dir))
+    assert caught.value.problems[0].where == str(template)

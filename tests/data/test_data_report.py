@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.cli.data_view import left_out
+from launcher.config.data import DataSection, Source
 from launcher.data import cache, findings
 from launcher.data.build import build
 from launcher.data.report import report
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
-CHECKS = ChecksSection(held_out_in_train="keep")
 SECRET = "sk-proj-" + "aB3" * 12
 
 
@@ -25,7 +25,7 @@ def mixture(jsonl: Jsonl) -> DataSection:
     long = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40 + 8))} for i in range(60)]
     long += [long[5], {"prompt": "", "completion": f"the key is {SECRET}, row"}, {"prompt": "none", "completion": ""}]
     sources = (Source(name="short", path=str(jsonl(short, "a.jsonl"))), Source(name="long", path=str(jsonl(long, "b.jsonl"))))
-    return DataSection(sources=sources, max_length=64, eval_fraction=0.2, workers=1, checks=CHECKS)
+    return DataSection(sources=sources, max_length=64, eval_fraction=0.2, workers=1)
 
 
 @pytest.fixture
@@ -52,6 +52,15 @@ def test_sources_add_up_to_the_mixture(numbers: dict[str, Any], mixture: DataSec
         assert counts["length_quantiles"][0] == counts["document_tokens"]["min"]
         assert counts["length_quantiles"][-1] == counts["document_tokens"]["max"] <= 64
     assert numbers["cache_bytes"] == cache.num_bytes(facts.cache_dir) > facts.num_tokens * 5
+
+
+def test_where_the_rows_come_from_is_told(numbers: dict[str, Any], tmp_path: Path) -> None:
+    short, long = numbers["sources"]
+    assert (short["files"], short["num_files"], short["num_left_out"]) == ([f"{tmp_path}/a.jsonl"], 1, 0)
+    assert short["digest"] != long["digest"]
+    assert left_out(numbers) == []
+    short.update(left_out=["a\x1b.txt", "b.txt"], num_left_out=12)
+    assert left_out(numbers) == ["short: files read: 1, left out: 12 (a␛.txt, b.txt, ...)"]
 
 
 def test_what_was_found_is_told_under_the_settings_of_now(
@@ -92,6 +101,17 @@ def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenize
     assert len(report(facts, mixture, str(tokenizer_dir), num_shown=2)["shown"]) == 2
 
 
+@pytest.mark.parametrize("row", [{"text": f"{SECRET} is the key"}, {"prompt": f"key: {SECRET[:20]}", "completion": SECRET[20:]}])
+def test_secrets_across_trained_and_other_tokens_are_left_out(row: dict[str, str], jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    data = DataSection(sources=(Source(path=str(jsonl([row]))),), max_length=64, workers=1)
+    told = report(build(data, str(tokenizer_dir)), data, str(tokenizer_dir), num_shown=1)
+    parts = told["shown"][0]["documents"][0]["parts"]
+    assert [part["trained"] for part in parts] == [False, True]
+    text = "".join(part["text"] for part in parts)
+    assert "[API key: s…, 44 characters]" in text
+    assert text.replace("[…]", "").replace("[API key: s…, 44 characters]", SECRET).startswith("".join(row.values()))
+
+
 def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: Path, tokenizer_dir: Path) -> None:
     template = tmp_path / "no_end.jinja"
     template.write_text(
@@ -109,7 +129,7 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
 
 
 def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path) -> None:
-    settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secrets": "drop", "held_out_in_train": "drop"}
+    settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secrets": "drop", "near_held_out_in_train": "drop"}
     dropping = mixture.model_copy(update={"checks": mixture.checks.model_copy(update=settings)})
     facts = build(dropping, str(tokenizer_dir))
     told = report(facts, dropping, str(tokenizer_dir), num_shown=1000)

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from launcher.config.data import Source
-from launcher.data.sources import Chat, Completion, Message, count_rows, read_documents
+from launcher.data.sources import Chat, Completion, Message, count_rows, read_documents, source_digest
 from launcher.errors import DataError, Problem
 
 ROWS = [{"prompt": f'Q{i}: é, "{i}"\nnext', "completion": f"A{i}"} for i in range(5)]
@@ -173,6 +173,11 @@ def test_bytes_that_are_no_text_are_named_in_every_kind_of_text_file(tmp_path: P
         ("a.csv", b"text,other\na,b\nc\n", ":3", "has 1 cells, and the first line names 2 columns"),
         ("a.csv", b"text,text\na,b\n", ":1", "names a column twice"),
         ("a.parquet", b"PAR1 and no more", "", "no complete parquet file"),
+        ("a.jsonl", b"[" * 100_000, ":1", "nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", ":1", "a number of too many digits"),
+        ("a.json", b"[" * 100_000, "", "nested too deeply"),
+        ("a.json", b'[{"text": ' + b"1" * 5000 + b"}]", "", "a number of too many digits"),
+        ("a.csv", b"messages\n" + b"[" * 100_000, ":2", "messages is a string, not a list"),
         ("a.dat", b"what is this", "", "neither name nor content"),
         ("a.jsonl", b"", "", "holds no rows"),
         ("a.json", b"[]", "", "holds no rows"),
@@ -193,3 +198,27 @@ def test_a_cell_may_be_longer_than_pythons_default(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\n" + "a" * 200_000 + "\n")
     assert len(read(path)[0].text) == 200_000
+
+
+def test_a_corrupt_page_of_a_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    content = bytearray(as_parquet([{"text": f"{i**9}"} for i in range(2000)]))
+    content[200:240] = b"\xff" * 40
+    path.write_bytes(content)
+    problem = problem_of(path)
+    assert "the parquet file is corrupt" in problem.what
+    assert problem.where.startswith(f"{path}, after row ")
+    content[-60:-20] = b"\xff" * 40
+    path.write_bytes(content)
+    assert "no complete parquet file" in problem_of(path).what
+
+
+def test_a_file_that_the_system_does_not_give_out_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    # Opens, and fails when it is read.
+    path.symlink_to("/proc/self/mem")
+    source = Source(path=str(path))
+    for action in (source_digest, count_rows, lambda source: list(read_documents(source))):
+        with pytest.raises(DataError, match="the data file cannot be read: Input/output error") as caught:
+            action(source)
+        assert caught.value.problems[0].where == str(path)

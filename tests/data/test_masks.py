@@ -293,6 +293,21 @@ def test_reasoning_is_trained_where_the_template_writes_it(family: Family) -> No
     )
 
 
+def test_reasoning_that_the_template_leaves_out_is_refused_in_the_last_turn(family: Family) -> None:
+    earlier = (user("1+1?"), said("2", reasoning_content="One and one."), *MULTI[2:])
+    smol, marks = family("smollm2"), family("chatml_marked")
+    assert marked(smol, encode(smol, chat(*earlier))) == EXPECTED["smollm2", "multi"]
+    for tokenizer in (smol, marks):
+        for train_on in ("assistant", "last_turn", "all"):
+            with pytest.raises(DataError, match="leaves out or changes the assistant's reasoning") as caught:
+                # That the question says it too does not count.
+                encode(tokenizer, chat(user("Add? Add."), said("4", reasoning_content=" Add.\n")), train_on=train_on)
+            problem = caught.value.problems[0]
+            assert (problem.where, problem.value) == ("rows.jsonl:1, messages[1]", tokenizer.name_or_path)
+            assert "data.chat_template" in problem.remedy
+    assert encode(smol, chat(user("Hi"), said("Hello.", reasoning_content="Hi.", weight=0))).trained.sum() == 0
+
+
 def test_what_prefixes_cannot_tell_is_refused_and_the_last_turn_is_not(family: Family) -> None:
     qwen = family("qwen3")
     # The reasoning behind a tool call is written until another question follows.

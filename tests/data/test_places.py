@@ -16,7 +16,7 @@ from dataset_hub import DatasetHub, running_dataset_hub
 from mirror_tools import S3, make_bucket, running_s3
 
 from launcher.config.data import DataSection, Source
-from launcher.data.sources import check_sources, eval_source, read_documents, source_digest
+from launcher.data.sources import check_sources, eval_source, provenance, read_documents, source_digest
 from launcher.errors import DataError, Problem
 
 Files = dict[str, str]
@@ -66,11 +66,31 @@ SUBSETS = {
     "socratic/train.jsonl": row("s"),
     "socratic/test.jsonl": row("st"),
 }
+MAIN = {name: content for name, content in SUBSETS.items() if name != "README.md"}
+GLOBS = {
+    "README.md": """---
+configs:
+- config_name: default
+  data_files:
+  - {split: here, path: "*.jsonl"}
+  - {split: anywhere, path: "**/*.jsonl"}
+  - {split: inside, path: "data/**"}
+  - {split: one, path: "data/?.jsonl"}
+---
+""",
+    "top.jsonl": row("top"),
+    "data/i.jsonl": row("in"),
+    "data/deep/x.jsonl": row("deep"),
+}
 
 
 @pytest.mark.parametrize(
     ("files", "settings", "expected"),
     [
+        (GLOBS, {"split": "here"}, ["top"]),
+        (GLOBS, {"split": "anywhere"}, ["deep", "in", "top"]),
+        (GLOBS, {"split": "inside"}, ["deep", "in"]),
+        (GLOBS, {"split": "one"}, ["in"]),
         ({"b.jsonl": row("b"), "deep/a.jsonl": row("a")}, {}, ["b", "a"]),
         (SPLITS, {}, ["a", "b"]),
         (SPLITS, {"split": "test"}, ["t"]),
@@ -96,10 +116,15 @@ def test_the_files_of_a_folder_that_are_read(tmp_path: Path, files: Files, setti
     [
         ({"a.bin": "x", "b.py": "x"}, {}, "holds no data file (endings: .bin, .py)"),
         ({"train.jsonl": row("a"), "a.jsonl": row("b")}, {}, "a.jsonl belongs to no split, while other files do (train.jsonl)"),
+        ({"a.jsonl": row("a"), "b.jsonl.xz": "x", "c/d.zip": "x"}, {}, "packed in a way that is not read: b.jsonl.xz, c/d.zip"),
+        ({"train.jsonl": row("a"), "train.parquet": "x"}, {}, "train.jsonl and train.parquet have one name and two formats"),
+        ({"a.jsonl": row("a"), "a.jsonl.gz": "x"}, {}, "a.jsonl and a.jsonl.gz have one name"),
         ({"test.jsonl": row("a"), "dev.jsonl": row("b")}, {}, "no split train (there are: validation, test)"),
         (SPLITS, {"split": "held"}, "no split held (there are: test, train)"),
         ({"a.jsonl": row("a")}, {"split": "test"}, "no file belongs to a split test"),
         (SPLITS, {"subset": "main"}, "no subset main"),
+        ({"README.md": README.replace("first*", "third*"), **MAIN}, {"subset": "main"}, "matches the pattern main/third*"),
+        ({"README.md": README.replace("first*", "f**t*"), **MAIN}, {"subset": "main"}, "pattern main/f**t* of README.md"),
         (SUBSETS, {}, "several subsets: main, socratic"),
         (SUBSETS, {"subset": "maine"}, "no subset maine (there are: main, socratic)"),
         ({"a.jsonl": row("a"), "b.jsonl": ""}, {}, "the data file is empty"),
@@ -113,6 +138,27 @@ def test_what_is_wrong_with_a_folder_shows_before_it_is_read(
     assert words in problem.what
     assert (problem.where, problem.value) == ("data.sources[0].path", str(tmp_path))
     assert problem.remedy
+
+
+def test_the_files_that_are_read_and_left_out_are_told(tmp_path: Path) -> None:
+    beside = {f"notes-{i:02}.txt": "x" for i in range(12)}
+    source = Source(path=str(write(tmp_path, {**SPLITS, ".hidden.jsonl": row("h"), **beside})))
+    told = provenance(source)
+    assert (told["files"], told["num_files"]) == ([f"{tmp_path}/train-0.jsonl", f"{tmp_path}/train-1.jsonl"], 2)
+    assert (told["left_out"], told["num_left_out"]) == ([f"notes-{i:02}.txt" for i in range(10)], 13)
+    assert told["commit"] is None
+    write(tmp_path, {"train-0.jsonl": row("c")})
+    assert provenance(source)["digest"] != told["digest"]
+    assert provenance(Source(path=f"{tmp_path}/*.jsonl"))["num_left_out"] == 0
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "rows", {"a.jsonl": row("a")})
+    elsewhere = write(tmp_path / "elsewhere", {"b.jsonl": row("b")})
+    (folder / "link").symlink_to(elsewhere)
+    (folder / "same").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(folder)
+    assert texts(Source(path=str(folder))) == ["a", "b"]
 
 
 def test_patterns(tmp_path: Path) -> None:
@@ -153,6 +199,27 @@ def test_the_held_out_source_is_read_as_the_others_are(tmp_path: Path) -> None:
         assert (held_out.format, held_out.columns, texts(held_out)[0]) == ("auto", {}, expected)
 
 
+def test_held_out_documents_may_be_files_or_a_pattern(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jsonl": row("a"), "eval/x.jsonl": row("x"), "eval/y.jsonl": row("y")})
+    for path, expected in (("eval/*.jsonl", ["x", "y"]), ("eval/y.jsonl", ["y"])):
+        data = DataSection(sources=(Source(path=f"{tmp_path}/a.jsonl"),), eval_path=f"{tmp_path}/{path}")
+        assert check_sources(data) == []
+        held_out = eval_source(data)
+        assert held_out is not None
+        assert texts(held_out) == expected
+
+
+def test_held_out_documents_of_a_sources_own_dataset_are_of_its_subset_and_revision() -> None:
+    main = Source(path="owner/name", subset="main", revision="v1", columns={"prompt": "question"})
+    other = Source(name="other", path="a.jsonl")
+    held_out = eval_source(DataSection(sources=(other, main), eval_path="owner/name"))
+    assert held_out is not None
+    assert (held_out.subset, held_out.revision, held_out.columns) == ("main", "v1", main.columns)
+    elsewhere = eval_source(DataSection(sources=(other, main), eval_path="owner/else"))
+    assert elsewhere is not None
+    assert (elsewhere.subset, elsewhere.revision, elsewhere.columns) == (None, None, {})
+
+
 # Addresses
 
 
@@ -167,11 +234,11 @@ def test_an_address_is_fetched_once_and_again_where_it_has_changed(memory: Any, 
     memory.pipe("/data/train.jsonl", row("a").encode())
     source = Source(path="memory://data/train.jsonl")
     first = source_digest(source)
-    assert not list(cache_home.rglob("*.jsonl"))
+    assert not list(cache_home.rglob("rows"))
     for _ in range(2):
         (document,) = (document for document, _ in read_documents(source))
         assert (document.where, document.text) == ("memory:///data/train.jsonl:1", "a")  # type: ignore[union-attr]
-        assert len(list(cache_home.rglob("*.jsonl"))) == 1
+        assert len(list(cache_home.rglob("rows"))) == 1
     memory.pipe("/data/train.jsonl", row("b").encode())
     assert source_digest(source) != first
     assert texts(source) == ["b"]
@@ -183,6 +250,8 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
     assert texts(Source(path="memory://data/deep/train*.jsonl")) == ["a", "b"]
     assert texts(Source(path="memory://data/deep")) == ["a", "b"]
     assert texts(Source(path="memory://data/deep", split="test")) == ["t"]
+    told = provenance(Source(path="memory://data/deep"))
+    assert (told["files"], told["left_out"]) == ([f"memory:///data/deep/train-{i}.jsonl" for i in (0, 1)], ["test.jsonl"])
     assert "no split held" in problem_of(Source(path="memory://data/deep", split="held")).what
     assert "no file matches" in problem_of(Source(path="memory://data/*.csv")).what
     assert "no such data file" in problem_of(Source(path="memory://data/gone.jsonl")).what
@@ -205,26 +274,35 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 CODE = """
 import json, sys
 from launcher.config.data import Source
-from launcher.data.sources import read_documents, source_digest
+from launcher.data.sources import provenance, read_documents, source_digest
 from launcher.errors import DataError
 try:
     source = Source.model_validate_json(sys.argv[1])
-    print(json.dumps([source_digest(source), [[d.where, d.text] for d, _ in read_documents(source)]]))
+    rows = [[d.where, d.text] for d, _ in read_documents(source)]
+    print(json.dumps([source_digest(source), rows, provenance(source)]))
 except DataError as error:
     print(error)
     sys.exit(2)
 """
 
 
-def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
-    """Digest and rows, or 'refused' and the error, from a process with this environment: clients read it once."""
+def run_elsewhere(source: Source, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "AWS_"))}
     command = [sys.executable, "-c", CODE, source.model_dump_json()]
-    done = subprocess.run(command, env={**inherited, **environ}, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env={**inherited, **environ}, capture_output=True, text=True, timeout=100)
+
+
+def warnings_of(source: Source, environ: dict[str, str]) -> str:
+    return "".join(line for line in run_elsewhere(source, environ).stderr.splitlines() if "hub" in line)
+
+
+def read_elsewhere(source: Source, environ: dict[str, str]) -> tuple[str, Any]:
+    """Digest and rows, or 'refused' and the error, from a process with this environment: clients read it once."""
+    done = run_elsewhere(source, environ)
     if done.returncode == 2:
         return "refused", done.stdout
     assert done.returncode == 0, done.stderr
-    digest, rows = json.loads(done.stdout)
+    digest, rows, _ = json.loads(done.stdout)
     return digest, rows
 
 
@@ -263,6 +341,8 @@ def test_a_hub_dataset_with_split_subset_and_revision(hub: DatasetHub, tmp_path:
     source = Source(path="owner/name")
     assert check_sources(DataSection(sources=(source,))) == []
     digest, rows = read_elsewhere(source, environ)
+    told = json.loads(run_elsewhere(source, environ).stdout)[2]
+    assert (told["commit"], told["num_files"], told["left_out"]) == (old, 2, ["load.py", "test.jsonl"])
     assert rows == [["owner/name/train-0.jsonl:1", "a"], ["owner/name/train-1.jsonl:1", "b"]]
     assert old in digest
     assert not any(path.endswith(("load.py", "test.jsonl")) for path in hub.requests)
@@ -286,6 +366,10 @@ def test_without_the_hub_what_was_fetched_is_used_and_nothing_else(hub: DatasetH
     online = read_elsewhere(Source(path="owner/name"), environ)
     offline = {**environ, "HF_HUB_OFFLINE": "1"}
     assert read_elsewhere(Source(path="owner/name"), offline) == online
+    said = warnings_of(Source(path="owner/name"), offline)
+    assert said.count("the hub cannot be reached (OfflineModeIsEnabled)") == 1
+    assert f"owner/name is read at the last known commit {hub.revisions['main']}" in said
+    assert warnings_of(Source(path="owner/name"), environ) == ""
     refused, said = read_elsewhere(Source(path="owner/name", split="test"), offline)
     assert refused == "refused"
     assert "the hub cannot be reached" in said
@@ -295,7 +379,10 @@ def test_without_the_hub_what_was_fetched_is_used_and_nothing_else(hub: DatasetH
 def test_what_the_hub_does_not_have_is_named(hub: DatasetHub, tmp_path: Path) -> None:
     hub.commit({"load.py": b"raise SystemExit('code was run')"}, "main")
     environ = hub_environment(hub, tmp_path)
-    assert "no such dataset, or it is private" in read_elsewhere(Source(path="owner/other"), environ)[1]
+    said = read_elsewhere(Source(path="owner/other"), environ)[1]
+    assert "no such dataset, or it is private" in said
+    assert "there is no file or folder owner/other here" in said
+    assert "a local folder: write ./ before it" in said
     assert "RevisionNotFound" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
     said = read_elsewhere(Source(path="owner/name"), environ)[1]
     assert "holds no data file" in said

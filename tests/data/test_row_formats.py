@@ -122,6 +122,11 @@ def test_messages_are_told_by_their_items_whatever_the_key(jsonl: Jsonl) -> None
         ([{"role": "assistant", "content": None}], "messages[0].content is a null, not text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0] is of the type image_url, not text"),
         ([{"role": "assistant", "content": "a", "weight": 0.5}], "messages[0].weight is 0.5, not 0 or 1"),
+        ([{"role": "assistant", "content": "a", "weight": ["no"]}], "messages[0].weight is a list, not 0 or 1"),
+        *(
+            ([{"role": "assistant", "content": "a", flag: value}], f"messages[0] says by {flag} whether it is trained")
+            for flag, value in (("train", False), ("loss", 0), ("trainable", True), ("masked", "no"))
+        ),
         ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight is 1 in a message of the role user"),
         ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0] calls a tool, and is not the assistant's"),
         (
@@ -138,6 +143,7 @@ def test_a_message_that_cannot_be_used_is_named(jsonl: Jsonl, messages: list[Any
     assert words in problem.what
     assert problem.where == f"{path}:1"
     assert problem.remedy
+    assert "whether" not in words or "write weight in place of" in problem.remedy
 
 
 @pytest.mark.parametrize(
@@ -146,6 +152,7 @@ def test_a_message_that_cannot_be_used_is_named(jsonl: Jsonl, messages: list[Any
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0].from is unknown: 'narrator'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is a null, not text"),
         ({"conversations": [{"from": "gpt", "value": "a", "weight": 2}]}, "conversations[0].weight is 2"),
+        ({"conversations": [{"from": "gpt", "value": "a", "train": False}]}, "conversations[0] says by train whether"),
         ({"instruction": "a", "output": None}, "output is a null, not text"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] is no pair of texts"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [3]}, "tools[0] describes no function"),

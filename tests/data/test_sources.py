@@ -53,7 +53,7 @@ def test_each_format_is_read_and_recognised(tmp_path: Path, format: str, named: 
         ('{"text": "a"', "auto", 13, "not JSON"),
         ('  {"text": nope}', "auto", 12, "not JSON"),
         ('["text"]', "auto", None, "holds a JSON array, not an object"),
-        ("3", "auto", None, "holds 3, not an object"),
+        ('"hunter2"', "auto", None, "the line holds a string, not an object"),
         ('{"body": "a"}', "auto", None, "no known format (found: body)"),
         ('{"text": "a", "prompt": "b", "completion": "c"}', "auto", None, "prompt_completion and text"),
         ('{"text": "a"}', "messages", None, "lacks the key messages (found: text)"),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import pytest
+from plan_fixtures import DATA
 
 from launcher.cli.text import plan_lines
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
@@ -78,3 +79,14 @@ def test_precision(plan_of: Callable[..., LaunchPlan], dtype: str) -> None:
     assert {key for key in ("bf16", "fp16") if key in rendered} == {dtype} - {"fp32"}
     # Half-precision gradients are summed in fp32.
     assert rendered.get("data_types") == ({"grad_accum_dtype": "fp32"} if dtype != "fp32" else None)
+
+
+def test_a_plan_tells_what_is_cut_off(plan_of: Callable[..., LaunchPlan]) -> None:
+    def notes(**counts: int) -> list[str]:
+        facts = DATA.model_copy(update=counts)
+        return [line.removeprefix("note").strip() for line in plan_lines(plan_of(data=facts)) if "are cut" in line]
+
+    assert notes(truncated_docs=90, truncated_tokens=9_000) == []
+    assert notes(truncated_docs=1_234, truncated_tokens=100_000) == [
+        "1,234 documents are cut, 10% of the tokens: raise data.max_length, or data.long_documents=split"
+    ]

@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from launcher.config.data import DataSection, Source
 from launcher.data import stdlib_docs
@@ -29,6 +32,7 @@ __all__ = [
     "check_sources",
     "count_rows",
     "eval_source",
+    "provenance",
     "read_documents",
     "source_digest",
 ]
@@ -38,17 +42,25 @@ HELD_OUT_NAME = "held_out"
 
 
 def eval_source(data: DataSection) -> Source | None:
-    """data.eval_path as a source, with format and columns of the sources where all have the same; None where it is unset."""
+    """data.eval_path as a source; None where it is unset.
+
+    What a source of the same path says of subset, revision, format and columns holds here too; format and columns also where
+    all sources have the same.
+    """
     if data.eval_path is None:
         return None
     read = [source for source in data.sources if source.path != STDLIB_DOCS]
+    same = next((source for source in read if source.path == data.eval_path), None)
     alike = len({(source.format, *sorted(source.columns.items())) for source in read}) == 1
+    like = same or (read[0] if alike else None)
     return Source(
         name=HELD_OUT_NAME,
         path=data.eval_path,
-        format=read[0].format if alike else "auto",
-        columns=read[0].columns if alike else {},
-        split=data.eval_split or (None if Path(data.eval_path).expanduser().is_file() else HELD_OUT),
+        format=like.format if like else "auto",
+        columns=like.columns if like else {},
+        subset=same.subset if same else None,
+        revision=same.revision if same else None,
+        split=data.eval_split or (HELD_OUT if places.has_splits(data.eval_path) else None),
     )
 
 
@@ -79,6 +91,14 @@ def _path_problem(key: str, source: Source) -> Problem | None:
 def source_digest(source: Source) -> str:
     """What changes with the source's bytes, and not with its name or place on this machine. Errors: DataError."""
     return f"{STDLIB_DOCS} of Python {sys.version}" if source.path == STDLIB_DOCS else places.digest(source)
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    """Where the source's rows come from, for the report. Errors: DataError."""
+    if source.path == STDLIB_DOCS:
+        made = {"digest": xxhash.xxh3_128_hexdigest(source_digest(source).encode()), "commit": None}
+        return {**made, "files": [], "num_files": 0, "left_out": [], "num_left_out": 0}
+    return places.provenance(source)
 
 
 def count_rows(source: Source) -> int:

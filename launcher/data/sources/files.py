@@ -12,10 +12,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from launcher.data.sources.rows import Row, refuse
+import xxhash
+
+from launcher.data.sources.rows import Row, json_name, refuse
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
@@ -24,32 +27,75 @@ _BLOCK_BYTES = 1 << 20
 _SAVE_AS_UTF8 = "save the file in UTF-8"
 
 
+@dataclass(frozen=True)
+class DataFile:
+    """A file on this machine; `name` is how the user knows it."""
+
+    path: Path
+    name: str
+
+
 def kind_by_name(name: str) -> str | None:
     """One of KINDS' values from a file's name, without what compression adds to it; None where the name says nothing."""
-    path = Path(name.lower())
-    path = path.with_suffix("") if path.suffix in COMPRESSED else path
-    return KINDS.get(path.suffix)
+    return KINDS.get(_decompressed_name(name.lower()).suffix)
+
+
+def stem_of(name: str) -> str:
+    """The file's path without what its kind and compression add to it."""
+    return _decompressed_name(name).with_suffix("").as_posix()
+
+
+def _decompressed_name(name: str) -> Path:
+    path = Path(name)
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
 def read_rows(path: Path, name: str) -> Iterator[tuple[Row, str]]:
     """Each row with its place, file:line or file:row N; `name` is the file as the user knows it.
 
-    Errors: DataError with the place, for a file that is cut, corrupt, not UTF-8 or not what its name says.
+    Errors: DataError with the place, for a file that is unreadable, cut, corrupt, not UTF-8 or not what its name says.
     """
-    with path.open("rb", buffering=0) as raw, _decompressed(raw, name) as file:
+    with _opened(path, name) as file:
         kind = kind_by_name(name) or _kind_by_content(file, name)
         yield from _READERS[kind](file, name)
 
 
 def count_rows(path: Path, name: str) -> int:
-    """Upper bound of the number of rows, without parsing them."""
-    with path.open("rb", buffering=0) as raw, _decompressed(raw, name) as file:
+    """Upper bound of the number of rows, without parsing them. Errors: DataError with the place, as in `read_rows`."""
+    with _opened(path, name) as file:
         kind = kind_by_name(name) or _kind_by_content(file, name)
         if kind == "parquet":
             return int(_parquet(file, name).metadata.num_rows)
         # Every object of a JSON array has a brace of its own.
         mark = b"{" if kind == "json" else b"\n"
         return sum(block.count(mark) for block in iter(lambda: file.read(_BLOCK_BYTES), b"")) + 1
+
+
+def unreadable(error: OSError, name: str) -> NoReturn:
+    """Refuse a file that the system does not give out."""
+    what = f"the data file cannot be read: {error.strerror or error}"
+    refuse(what, name, "check who may read the file, and the disk or network that it is on")
+
+
+def file_digest(file: DataFile) -> str:
+    """Hex digest of the file's bytes. Errors: DataError."""
+    state = xxhash.xxh3_128()
+    try:
+        with file.path.open("rb") as opened:
+            for block in iter(lambda: opened.read(_BLOCK_BYTES), b""):
+                state.update(block)
+    except OSError as error:
+        unreadable(error, file.name)
+    return state.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
+    try:
+        with path.open("rb", buffering=0) as raw, _decompressed(raw, name) as file:
+            yield file
+    except OSError as error:
+        unreadable(error, name)
 
 
 @contextmanager
@@ -98,13 +144,18 @@ def _json_lines(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]
                 refuse("the file is one JSON array, not a JSON object a line", f"{name}:{number}", _rename(name))
             remedy = "write one complete JSON object per line"
             refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
-        except RecursionError:
-            refuse("the line is nested too deeply", f"{name}:{number}", "take the row out")
+        except (RecursionError, ValueError) as error:
+            refuse(f"the line {_beyond(error)}", f"{name}:{number}", "take the row out")
         if isinstance(row, list):
             refuse("the line holds a JSON array, not an object", f"{name}:{number}", _rename(name))
         if not isinstance(row, dict):
-            refuse(f"the line holds {text[:40]}, not an object", f"{name}:{number}", "write one JSON object per line")
+            refuse(f"the line holds a {json_name(row)}, not an object", f"{name}:{number}", "write one JSON object per line")
         yield row, f"{name}:{number}"
+
+
+def _beyond(error: Exception) -> str:
+    """Why JSON that is well formed cannot be read."""
+    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
 
 
 def _rename(name: str) -> str:
@@ -122,6 +173,8 @@ def _json(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
     except json.JSONDecodeError as error:
         place = f"{name}:{error.lineno}:{error.colno}"
         refuse(f"the file is not JSON: {error.msg}", place, "write one JSON array of objects; is the file cut?")
+    except (RecursionError, ValueError) as error:
+        refuse(f"the file {_beyond(error)}", name, "take the row out, or write one JSON object per line to see which it is")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             refuse("an entry of the JSON array is not an object", f"{name}:row {number}", "write an array of objects")
@@ -163,19 +216,27 @@ def _parquet(file: io.BufferedReader, name: str) -> Any:
     import pyarrow
     import pyarrow.parquet
 
+    # The footer stands at the end, to which a compressed stream cannot jump.
+    seekable = file if file.seekable() else pyarrow.BufferReader(file.read())
     try:
-        # The footer stands at the end, to which a compressed stream cannot jump.
-        return pyarrow.parquet.ParquetFile(file if file.seekable() else pyarrow.BufferReader(file.read()))
-    except pyarrow.ArrowInvalid as error:
+        return pyarrow.parquet.ParquetFile(seekable)
+    except (pyarrow.ArrowException, OSError) as error:
         refuse(f"this is no complete parquet file: {error}", name, "copy or download the file again")
 
 
 def _parquet_rows(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+    import pyarrow
+
     number = 0
-    for batch in _parquet(file, name).iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield {key: _without_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
+    table = _parquet(file, name)
+    try:
+        for batch in table.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield {key: _without_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        what = f"the parquet file is corrupt: {str(error).splitlines()[0][:200]}"
+        refuse(what, f"{name}, after row {number}", "copy or download the file again")
 
 
 def _without_nulls(value: Any) -> Any:

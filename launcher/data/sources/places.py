@@ -5,40 +5,29 @@ What lies elsewhere is fetched once: hub files into huggingface_hub's cache, oth
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
+import logging
 import os
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import xxhash
 
 from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
-from launcher.data.root import cache_root
-from launcher.data.sources.files import kind_by_name
+from launcher.data.root import source_folder
+from launcher.data.sources.addresses import Remote
+from launcher.data.sources.files import DataFile, file_digest, kind_by_name
 from launcher.data.sources.rows import refuse
-from launcher.data.sources.splits import choose
+from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
 
-_READ_SIZE = 1 << 20
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
-_FETCH_TIMEOUT_S = 2 * 3600.0
-# What storages call the property of a file that changes with its content.
-_CHANGES = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A file on this machine; `name` is how the user knows it."""
-
-    path: Path
-    name: str
+_NUM_NAMES = 10
 
 
 def is_url(path: str) -> bool:
@@ -50,22 +39,51 @@ def is_hub(path: str) -> bool:
     return HUB_ID_PATTERN.fullmatch(path) is not None and kind_by_name(path) is None and not Path(path).exists()
 
 
+def has_splits(path: str) -> bool:
+    """True for a folder, a hub dataset and an address; the files of a path or a pattern are taken as they are named."""
+    return is_url(path) or is_hub(path) or Path(path).expanduser().is_dir()
+
+
 def files_of(source: Source) -> tuple[DataFile, ...]:
     """The source's files, fetched where they lie elsewhere. Errors: DataError."""
     if is_url(source.path):
-        return _Remote(source).fetch()
+        return Remote(source).fetch()
     return _hub_files(source) if is_hub(source.path) else _local_files(source)
 
 
 def digest(source: Source) -> str:
     """What changes with the bytes of the source's files and not with their place: of local files they are read, of a hub
-    dataset it is the commit, elsewhere what the storage says of each file. Nothing is fetched. Errors: DataError."""
+    dataset it is the commit, elsewhere what the storage says of each file; only where it says nothing, the file is fetched and
+    read. Errors: DataError."""
     if is_url(source.path):
-        return _Remote(source).digest()
+        return Remote(source).digest()
     if is_hub(source.path):
-        commit, names = _hub_listing(source)
+        commit, names, _ = _hub_listing(source)
         return f"{source.path}@{commit}: {', '.join(names)}"
-    return ", ".join(f"{kind_by_name(file.name)} {_file_digest(file.path)}" for file in _local_files(source))
+    return ", ".join(f"{kind_by_name(file.name)} {file_digest(file)}" for file in _local_files(source))
+
+
+def provenance(source: Source) -> dict[str, Any]:
+    """Where the source's rows come from: a digest of `digest`, a hub dataset's `commit`, and the names of up to ten files that
+    are read and that are left out, with their numbers. Errors: DataError."""
+    commit: str | None = None
+    unread: tuple[str, ...] = ()
+    if is_url(source.path):
+        remote = Remote(source)
+        names, unread = remote.names, remote.left_out
+    elif is_hub(source.path):
+        commit, names, unread = _hub_listing(source)
+    else:
+        names, folder = tuple(file.name for file in _local_files(source)), Path(source.path).expanduser()
+        unread = _of_folder(folder, source)[1] if folder.is_dir() else ()
+    return {
+        "digest": xxhash.xxh3_128_hexdigest(digest(source).encode()),
+        "commit": commit,
+        "files": list(names[:_NUM_NAMES]),
+        "num_files": len(names),
+        "left_out": list(unread[:_NUM_NAMES]),
+        "num_left_out": len(unread),
+    }
 
 
 def url_problem(key: str, url: str) -> Problem | None:
@@ -106,29 +124,39 @@ def local_problem(key: str, source: Source) -> Problem | None:
 def _local_files(source: Source) -> tuple[DataFile, ...]:
     path = Path(source.path).expanduser()
     if path.is_dir():
-        names = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*")) if p.is_file()]
-        chosen = choose(names, lambda name: (path / name).read_bytes(), source.subset, source.split, source.path)
-        return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in chosen)
+        return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in _of_folder(path, source)[0])
     if glob.has_magic(source.path) and not path.exists():
         return tuple(DataFile(Path(name), name) for name in _matches(source.path))
     return (DataFile(path, source.path),)
 
 
+def _of_folder(folder: Path, source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of the source's subset and split, and those left out."""
+    names = _names_in(folder)
+    chosen = choose(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
+    return chosen, left_out(names, chosen)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """The files below `folder`, those behind links too; what several links lead to, or a link leads back to, is there once."""
+    names, seen = [], {folder.resolve()}
+    waiting = [folder]
+    for place in waiting:
+        try:
+            entries = sorted(place.iterdir())
+        except OSError as error:
+            refuse(f"the folder cannot be read: {error.strerror or error}", str(place), "check who may read it, and the disk")
+        names += [entry.relative_to(folder).as_posix() for entry in entries if entry.is_file()]
+        for entry in sorted((e for e in entries if e.is_dir()), key=Path.is_symlink):
+            if (real := entry.resolve()) not in seen:
+                seen.add(real)
+                waiting.append(entry)
+    return sorted(names)
+
+
 def _matches(pattern: str) -> list[str]:
     found = glob.iglob(os.path.expanduser(pattern), recursive=True)
     return sorted(name for name in found if Path(name).is_file())
-
-
-def _file_digest(path: Path) -> str:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(_READ_SIZE), b""):
-            state.update(block)
-    return state.hexdigest()
-
-
-def _folder(*parts: object) -> Path:
-    return cache_root() / "sources" / xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in parts]).encode())
 
 
 # The hub
@@ -137,7 +165,7 @@ def _folder(*parts: object) -> Path:
 def _hub_files(source: Source) -> tuple[DataFile, ...]:
     from huggingface_hub import hf_hub_download
 
-    commit, names = _hub_listing(source)
+    commit, names, _ = _hub_listing(source)
     made = []
     for name in names:
         try:
@@ -148,13 +176,13 @@ def _hub_files(source: Source) -> tuple[DataFile, ...]:
     return tuple(made)
 
 
-def _hub_listing(source: Source) -> tuple[str, tuple[str, ...]]:
-    """The commit and the files of the source's subset and split; asks the hub unless the revision is a commit that was asked for
-    before. Where the hub cannot be reached, the answer is that of the last time."""
+def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The commit, the files of the source's subset and split, and those left out; asks the hub unless the revision is a commit
+    that was asked for before. Where the hub cannot be reached, the answer is that of the last time."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    record = _folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
+    record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
     if len(source.revision or "") == _COMMIT_DIGITS and (known := _known(record)):
         return known
     try:
@@ -173,107 +201,37 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...]]:
         raise _unreachable(source, said.get(status, f"the hub answers with {type(error).__name__} ({status})")) from error
     except Exception as error:
         if known := _known(record):
+            why = f"the hub cannot be reached ({type(error).__name__})"
+            _say_once(f"{why}; {source.path} is read at the last known commit {known[0]}")
             return known
         raise _unreachable(source, f"the hub cannot be reached: {type(error).__name__}") from error
     record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     partial = record.with_name(f".{secrets.token_hex(4)}")
-    partial.write_text(json.dumps({"commit": commit, "files": chosen}), encoding="utf-8")
+    unread = left_out(names, chosen)
+    partial.write_text(json.dumps({"commit": commit, "files": chosen, "left_out": unread}), encoding="utf-8")
     partial.replace(record)
-    return commit, chosen
+    return commit, chosen, unread
 
 
-def _known(record: Path) -> tuple[str, tuple[str, ...]] | None:
+@functools.cache
+def _say_once(text: str) -> None:
+    # Without a handler of its own a warning goes to standard error as it is.
+    logging.getLogger(__name__).warning(text)
+
+
+def _known(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
     try:
         found = json.loads(record.read_bytes())
     except FileNotFoundError:
         return None
-    return found["commit"], tuple(found["files"])
+    return found["commit"], tuple(found["files"]), tuple(found.get("left_out", ()))
 
 
 def _unreachable(source: Source, said: str) -> DataError:
-    what = f"the hub dataset {source.path} cannot be used: {said}"
+    what = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {said}"
     remedy = (
-        "check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated dataset; "
-        "a local folder is written with ./ before it"
+        f"a local folder: write ./ before it, and create it (relative paths start at {Path.cwd()}); "
+        "a hub dataset: check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated one"
     )
     revision = f"revision={source.revision}" if source.revision else ""
     return DataError(Problem(what, source.path, revision, remedy))
-
-
-# Other addresses
-
-
-class _Remote:
-    """A file, pattern or folder at an address that fsspec knows. Errors: DataError."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._fs, path = self._try("opened", lambda: _connect(source.path))
-        # Another process may have written since this one looked.
-        self._fs.invalidate_cache()
-        self._paths = self._try("listed", lambda: self._list(path))
-        if not self._paths:
-            refuse("no file matches the pattern", source.path, "check the address")
-        self._states = [self._state(path) for path in self._paths]
-
-    def _list(self, path: str) -> list[str]:
-        if glob.has_magic(path):
-            return sorted(name for name in self._fs.glob(path) if self._fs.isfile(name))
-        if not self._fs.isdir(path):
-            return [path]
-        root = path.rstrip("/")
-        names = [str(name).removeprefix(f"{root}/") for name in self._fs.find(root)]
-        chosen = choose(
-            names, lambda name: self._fs.cat_file(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
-        )
-        return [f"{root}/{name}" for name in chosen]
-
-    def _state(self, path: str) -> list[str]:
-        info: dict[str, Any] = self._try("found", lambda: self._fs.info(path))
-        if not info.get("size"):
-            refuse("the data file is empty", self._name(path), "write rows into it")
-        return [str(info["size"]), *(f"{key}={info[key]}" for key in _CHANGES if info.get(key) is not None)][:2]
-
-    def _name(self, path: str) -> str:
-        return str(self._fs.unstrip_protocol(path))
-
-    def digest(self) -> str:
-        return json.dumps([(self._name(path), state) for path, state in zip(self._paths, self._states, strict=True)])
-
-    def fetch(self) -> tuple[DataFile, ...]:
-        return tuple(self._fetch(path, state) for path, state in zip(self._paths, self._states, strict=True))
-
-    def _fetch(self, path: str, state: list[str]) -> DataFile:
-        name = self._name(path)
-        target = _folder("address", name, *state) / name.rsplit("/", 1)[-1]
-        if not target.exists():
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with filelock.FileLock(target.parent / ".lock", timeout=_FETCH_TIMEOUT_S, mode=0o600):
-                if not target.exists():
-                    partial = target.with_name(f".{secrets.token_hex(4)}")
-                    self._try("fetched", lambda: self._fs.get_file(path, str(partial)))
-                    partial.replace(target)
-        return DataFile(target, name)
-
-    def _try(self, done: str, action: Callable[[], Any]) -> Any:
-        path, remedy = self._source.path, "check the address and the credentials in the environment"
-        try:
-            return action()
-        except DataError:
-            raise
-        except FileNotFoundError as error:
-            raise DataError(Problem("there is no such data file", path, remedy=remedy)) from error
-        except ImportError as error:
-            protocol = path.split("://")[0]
-            what = f"the package that reads {protocol}:// is not installed: {error}"
-            raise DataError(Problem(what, path, remedy="install it; s3:// needs s3fs, gs:// needs gcsfs")) from error
-        except Exception as error:
-            what = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
-            raise DataError(Problem(what, path, remedy=remedy)) from error
-
-
-def _connect(url: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    fs, path = url_to_fs(url)
-    return fs, str(path)

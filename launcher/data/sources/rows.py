@@ -28,6 +28,8 @@ _SHAREGPT_ROLES = {
     **{"function_call": "function_call", "tool_call": "function_call"},
     **{"observation": "tool", "tool": "tool", "function_response": "tool", "tool_response": "tool"},
 }
+# Other tools' names for what a message's weight says.
+_OTHER_WEIGHTS = ("train", "loss", "trainable", "masked")
 _REMEDY_KEY = "add the key, set the source's format, or name the row's own key in the source's columns"
 
 
@@ -88,9 +90,7 @@ def _message(item: Row, at: str, where: str) -> Message:
     calls = [item["function_call"]] if item.get("function_call") else item.get("tool_calls") or []
     if calls and role != "assistant":
         refuse(f"{at} calls a tool, and is not the assistant's", where, "write tool_calls into assistant messages only")
-    weight = item.get("weight")
-    if weight not in (None, 0, 1) or isinstance(weight, bool):
-        refuse(f"{at}.weight is {weight!r}, not 0 or 1", where, "write 1 to train the message, 0 to leave it out")
+    weight = _weight(item, at, where)
     if weight == 1 and role != "assistant":
         refuse(f"{at}.weight is 1 in a message of the role {given}", where, "only assistant messages are trained; take it out")
     reasoning = next((k for k in ("reasoning_content", "reasoning", "thinking") if item.get(k) is not None), None)
@@ -100,9 +100,21 @@ def _message(item: Row, at: str, where: str) -> Message:
         tool_calls=tuple(_tool_call(call, f"{at}.tool_calls[{i}]", where) for i, call in enumerate(_listed(calls, at, where))),
         name=_optional(item, "name", where, f"{at}."),
         tool_call_id=_optional(item, "tool_call_id", where, f"{at}."),
-        weight=None if weight is None or role != "assistant" else int(weight),
+        weight=weight if role == "assistant" else None,
         reasoning_content=None if reasoning is None else _value(item, reasoning, str, where, f"{at}."),
     )
+
+
+def _weight(item: Row, at: str, where: str) -> int | None:
+    """Whether a message is trained; None where it does not say."""
+    if other := next((key for key in _OTHER_WEIGHTS if item.get(key) is not None), None):
+        remedy = f"write weight in place of {other}: 1 to train the message, 0 to leave it out"
+        refuse(f"{at} says by {other} whether it is trained, which is not read here", where, remedy)
+    weight = item.get("weight")
+    if weight not in (None, 0, 1) or isinstance(weight, bool):
+        given = weight if isinstance(weight, int | float) else f"a {json_name(weight)}"
+        refuse(f"{at}.weight is {given}, not 0 or 1", where, "write 1 to train the message, 0 to leave it out")
+    return None if weight is None else int(weight)
 
 
 def _content(item: Row, at: str, where: str, may_be_null: bool) -> str:
@@ -114,7 +126,7 @@ def _content(item: Row, at: str, where: str, may_be_null: bool) -> str:
         return str(_value(item, "content", str, where, f"{at}."))
     texts = []
     for i, part in enumerate(content):
-        kind = part.get("type", "text") if isinstance(part, dict) else _json_name(part)
+        kind = part.get("type", "text") if isinstance(part, dict) else json_name(part)
         if not isinstance(part, dict) or kind != "text":
             refuse(f"{at}.content[{i}] is of the type {kind}, not text", where, "leave the row out: only text is trained here")
         texts.append(_value(part, "text", str, where, f"{at}.content[{i}]."))
@@ -123,7 +135,7 @@ def _content(item: Row, at: str, where: str, may_be_null: bool) -> str:
 
 def _tool_call(call: Any, at: str, where: str) -> Row:
     if not isinstance(call, dict):
-        refuse(f"{at} is a {_json_name(call)}, not an object", where, "write {name, arguments}")
+        refuse(f"{at} is a {json_name(call)}, not an object", where, "write {name, arguments}")
     inner = call.get("function")
     function: Row = inner if isinstance(inner, dict) else call
     name = _value(function, "name", str, where, f"{at}.")
@@ -149,7 +161,7 @@ def _tools(tools: Any, where: str) -> tuple[Row, ...]:
 def _listed(value: Any, at: str, where: str) -> list[Any]:
     value = _from_json(value)
     if not isinstance(value, list):
-        refuse(f"{at} is a {_json_name(value)}, not a list", where, f"write {at} as a list")
+        refuse(f"{at} is a {json_name(value)}, not a list", where, f"write {at} as a list")
     return value
 
 
@@ -172,9 +184,7 @@ def _sharegpt(row: Row, where: str) -> Chat:
         role = _SHAREGPT_ROLES.get(sender.lower())
         if role is None:
             refuse(f"{at}.from is unknown: {sender!r}", where, f"write one of {', '.join(_SHAREGPT_ROLES)}")
-        weight = item.get("weight")
-        if weight not in (None, 0, 1) or isinstance(weight, bool):
-            refuse(f"{at}.weight is {weight!r}, not 0 or 1", where, "write 1 to train the message, 0 to leave it out")
+        weight = _weight(item, at, where)
         weight = weight if role in ("assistant", "function_call") else None
         if role == "function_call":
             calls = _from_json(value)
@@ -223,7 +233,7 @@ def _items(row: Row, key: str, where: str) -> list[Row]:
         refuse(f"{key} is empty", where, "remove the row, or write at least one message")
     for i, item in enumerate(items):
         if not isinstance(item, dict):
-            refuse(f"{key}[{i}] is a {_json_name(item)}, not an object", where, "write messages as {role, content}")
+            refuse(f"{key}[{i}] is a {json_name(item)}, not an object", where, "write messages as {role, content}")
     return list(items)
 
 
@@ -232,7 +242,7 @@ def _from_json(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -247,7 +257,7 @@ def _value(row: Row, key: str, kind: type, where: str, inside: str = "") -> Any:
     value = row[key]
     if not isinstance(value, kind):
         wanted = "a list" if kind is list else "text"
-        refuse(f"{inside}{key} is a {_json_name(value)}, not {wanted}", where, f"write {inside}{key} as {wanted}")
+        refuse(f"{inside}{key} is a {json_name(value)}, not {wanted}", where, f"write {inside}{key} as {wanted}")
     if isinstance(value, str) and not value.isascii():
         try:
             value.encode("utf-8")
@@ -260,7 +270,8 @@ def _found(row: Row) -> str:
     return f"found: {', '.join(sorted(map(str, row))) or 'none'}"
 
 
-def _json_name(value: object) -> str:
+def json_name(value: object) -> str:
+    """What JSON calls the type of `value`."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 

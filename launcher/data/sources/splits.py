@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from launcher.data.sources.files import COMPRESSED, KINDS, kind_by_name
+from launcher.data.sources.files import COMPRESSED, KINDS, kind_by_name, stem_of
 from launcher.data.sources.rows import refuse
 
 # For held-out documents, where no split is asked for.
@@ -20,6 +19,8 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
+# Compressed or packed in ways that are not read here.
+_UNREAD = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tar.zst", ".tgz")
 # What stands beside data in such folders.
 _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
 
@@ -43,8 +44,20 @@ def choose(
         if split not in (None, HELD_OUT):
             remedy = "take the source's split out, or name the files themselves in its path"
             refuse(f"no file belongs to a split {split}: the names show no splits", where, remedy)
-        return tuple(found[""])
-    return tuple(found[_split(found, split, where)])
+        chosen = found[""]
+    else:
+        chosen = found[_split(found, split, where)]
+    by_stem: dict[str, str] = {}
+    for name in chosen:
+        if (other := by_stem.setdefault(stem_of(name), name)) != name:
+            what = f"{other} and {name} have one name and two formats: the same rows may stand in both"
+            refuse(what, where, "take one of them away, or name the files in the source's path, as in DIR/*.jsonl")
+    return tuple(chosen)
+
+
+def left_out(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
+    """The files among `names` that are not `chosen`, but for those that never hold data; sorted."""
+    return tuple(sorted(n for n in names if n not in chosen and not _is_hidden(n) and not _is_beside(n)))
 
 
 def _split(found: dict[str, list[str]], split: str | None, where: str) -> str:
@@ -60,11 +73,20 @@ def _split(found: dict[str, list[str]], split: str | None, where: str) -> str:
     refuse(what, where, "set the source's split (for held-out documents data.eval_split) to one of them")
 
 
-def _data_files(names: Sequence[str], where: str) -> list[str]:
-    def is_hidden(name: str) -> bool:
-        return any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in PurePosixPath(name).parts)
 
-    data = sorted(n for n in names if kind_by_name(n) and not is_hidden(n) and not _NOT_DATA.fullmatch(PurePosixPath(n).name))
+
+def _is_beside(name: str) -> bool:
+    return _NOT_DATA.fullmatch(PurePosixPath(name).name) is not None
+
+
+def _data_files(names: Sequence[str], where: str) -> list[str]:
+    if unread := sorted(n for n in names if n.lower().endswith(_UNREAD) and not _is_hidden(n) and not _is_beside(n)):
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        remedy = f"unpack them (or compress with {' or '.join(COMPRESSED)}), or name the files to read in the source's path"
+        refuse(f"the folder holds files that are packed in a way that is not read: {', '.join(unread[:3])}{more}", where, remedy)
+    data = sorted(n for n in names if kind_by_name(n) and not _is_hidden(n) and not _is_beside(n))
     # Text files beside tables and JSON are notes.
     data = [n for n in data if kind_by_name(n) != "txt"] or data
     if not data:
@@ -110,6 +132,16 @@ def _subset(configs: Sequence[dict[str, Any]], subset: str | None, where: str) -
     refuse(f"the dataset has several subsets: {', '.join(names)}", where, "set the source's subset to one of them")
 
 
+def _glob(pattern: str, where: str) -> re.Pattern[str]:
+    """`*` stays within a folder, and `**/` stands for any number of folders, none too."""
+    from fsspec.utils import glob_translate
+
+    try:
+        return re.compile(glob_translate(pattern))
+    except ValueError as error:
+        refuse(f"the pattern {pattern} of {README} cannot be read: {error}", where, "name the files in the source's path")
+
+
 def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict[str, list[str]]:
     folder = str(config.get("data_dir", "")).strip("/")
     inside = [name for name in names if not folder or name.startswith(f"{folder}/")]
@@ -121,6 +153,10 @@ def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict
     for entry in entries:
         split, patterns = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
-            pattern = f"{folder}/{pattern}" if folder else str(pattern)
-            found.setdefault(split, []).extend(_data_files(fnmatch.filter(names, pattern.removeprefix("./")) or [], where))
+            fits = _glob(str(pattern).removeprefix("./"), where).match
+            matched = [name for name in inside if fits(name.removeprefix(f"{folder}/" if folder else ""))]
+            if not matched:
+                remedy = "correct the pattern, or name the files in the source's path"
+                refuse(f"no file matches the pattern {pattern} of {README}", where, remedy)
+            found.setdefault(split, []).extend(_data_files(matched, where))
     return {split: sorted(set(files)) for split, files in found.items()}

@@ -1,0 +1,137 @@
+"""Web servers that say more or less of a file, and downloads that break off."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config.data import Source
+from launcher.data.sources import addresses, read_documents, source_digest
+from launcher.errors import DataError
+
+ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
+
+
+class Web:
+    """One file under every path; `headers` are what is said of it, `length` the size that is claimed where it is not its own."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.content = ROW
+        self.headers: dict[str, str] = {}
+        self.says_length = True
+        self.length: int | None = None
+        self.read: list[str] = []
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    web = Web()
+
+    class Handler(BaseHTTPRequestHandler):
+        def _serve(self) -> None:
+            self.send_response(200)
+            length = {"Content-Length": str(web.length or len(web.content))} if web.says_length else {}
+            for key, value in {**web.headers, **length}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                web.read.append(self.path)
+                self.wfile.write(web.content)
+
+        do_GET = do_HEAD = _serve
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.address = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(addresses, "_fetched", {})
+    yield web
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def texts(source: Source) -> list[str]:
+    return [document.text for document, _ in read_documents(source)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("header", ["ETag", "Last-Modified", "Content-MD5"])
+def test_a_file_is_fetched_again_where_what_is_said_of_it_changes(web: Web, header: str) -> None:
+    source = Source(path=f"{web.address}/a.jsonl")
+    web.headers = {header: "one"}
+    first = source_digest(source)
+    assert web.read == []
+    assert texts(source) == texts(source) == ["a"]
+    assert len(web.read) == 1
+    web.headers, web.content = {header: "two"}, OTHER
+    assert source_digest(source) != first
+    assert texts(source) == ["b"]
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_a_file_of_which_nothing_is_said_is_known_by_its_bytes(
+    web: Web, says_length: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.says_length = says_length
+    source = Source(path=f"{web.address}/a.jsonl")
+    first = source_digest(source)
+    assert texts(source) == ["a"]
+    if says_length:
+        # Without, its headers are asked for by GET too.
+        assert len(web.read) == 1
+    web.content = OTHER
+    # What this process has read stays what it reads; another one sees the other bytes.
+    assert source_digest(source) == first
+    monkeypatch.setattr(addresses, "_fetched", {})
+    assert source_digest(source) != first
+    assert texts(source) == ["b"]
+
+
+def test_an_address_may_be_longer_than_a_files_name(web: Web) -> None:
+    web.headers = {"ETag": "one"}
+    assert texts(Source(path=f"{web.address}/a.jsonl?download=true&note={'a' * 300}")) == ["a"]
+
+
+@pytest.mark.parametrize("says", [{"ETag": "one"}, {}])
+def test_a_download_that_breaks_off_leaves_nothing(web: Web, says: dict[str, str], cache_home: Path) -> None:
+    web.headers, web.length = says, 1000
+    source = Source(path=f"{web.address}/a.jsonl")
+    with pytest.raises(DataError, match="the data cannot be fetched"):
+        texts(source)
+    assert files(cache_home) == []
+
+
+def test_a_file_that_is_not_as_large_as_was_said_is_refused(cache_home: Path, memory_of: Callable[..., None]) -> None:
+    memory_of("/data/a.jsonl", ROW, claimed=1000)
+    with pytest.raises(DataError, match="not fetched whole: 14 of 1,000 bytes"):
+        texts(Source(path="memory://data/a.jsonl"))
+    assert files(cache_home) == []
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+@pytest.fixture
+def memory_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Writes a file whose storage claims another size than it has."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    info = system.info
+
+    def write(path: str, content: bytes, claimed: int) -> None:
+        system.pipe(path, content)
+        monkeypatch.setattr(system, "info", lambda *given, **options: {**info(*given, **options), "size": claimed})
+
+    yield write
+    system.rm("/data", recursive=True)
