@@ -16,7 +16,7 @@ from launcher.plan.run_dir import RunDir
 
 T = TypeVar("T")
 
-_AGENT_S = 30.0
+_AGENT_S = 120.0
 _DENIED = re.compile(r"\b40[13]\b|Unauthorized|Forbidden|authentication")
 
 
