@@ -60,7 +60,8 @@ class RayCluster:
         command += ["--disable-usage-stats", "--object-store-memory=100000000", "--num-cpus=1", "--num-gpus=0"]
         command += [f"--temp-dir={self.folder / 'ray'}", *dashboard] if head else []
         own = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
-        with open(self.folder / f"{name}.log", "ab") as log:
+        # Anew, where a node of that name has been before: what is waited for stands in it.
+        with open(self.folder / f"{name}.log", "wb") as log:
             self._nodes[name] = subprocess.Popen(
                 [*command, *options],
                 env={**os.environ, **self.env, **own, **(env or {})},
