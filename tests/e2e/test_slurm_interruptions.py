@@ -57,6 +57,7 @@ def test_a_job_of_a_higher_partition_takes_the_nodes_and_gives_them_back(
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_an_operator_requeues_the_job(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("requeued")
     run.await_step(25)
@@ -66,6 +67,7 @@ def test_an_operator_requeues_the_job(begin: Callable[..., SlurmRun], undisturbe
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_where_a_requeue_is_forbidden_the_run_is_submitted_again(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("norequeue", "cluster.requeue=false")
     run.await_step(25)

@@ -67,6 +67,7 @@ def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch: Launch, slu
     assert launch("cancel", str(run.path), "--no-save", **slurm.variables).returncode == 0
 
 
+@pytest.mark.variant
 def test_a_controller_that_restarts_changes_nothing(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("controller")
     run.await_step(25)
@@ -110,6 +111,7 @@ def test_a_node_with_other_code_is_left_out(launch: Launch, slurm: Testbed, runs
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_names_that_resolve_to_loopback_and_a_taken_master_port_do_no_harm(
     begin: Callable[..., SlurmRun], slurm: Testbed, undisturbed: Path
 ) -> None:
