@@ -75,5 +75,6 @@ def test_on_other_numbers_of_ranks_the_losses_differ_by_rounding_alone(
     run = in_parts(launch, settings, runs, [(3, 4), (6, 2), (8, 1), (10, 2), (STEPS, 4)])
     expected = losses(undisturbed)
     assert losses(run) == pytest.approx(expected, rel=1e-5)
-    # Rows that repeat or go missing would show: neighbouring steps are much farther apart.
-    assert min(abs(expected[step + 1] / expected[step] - 1) for step in range(1, STEPS)) > 1e-4
+    # Rows that repeat or go missing would show in every later step: neighbouring ones are much farther apart, but for a chance.
+    apart = [abs(expected[step + 1] / expected[step] - 1) > 1e-4 for step in range(1, STEPS)]
+    assert sum(apart) >= len(apart) - 2
