@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import processes_of
+from e2e_tools import kill_all_of
 from slurm_tools import Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 
@@ -16,16 +16,14 @@ def runs(tmp_path: Path) -> Iterator[Path]:
     """A folder for runs; whatever still runs from it at the end is killed by its process id."""
     root = tmp_path / "runs"
     yield root
-    for process in processes_of(root):
-        process.kill()
+    kill_all_of(root)
 
 
 @pytest.fixture(scope="module")
 def module_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("runs")
     yield root
-    for process in processes_of(root):
-        process.kill()
+    kill_all_of(root)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -45,6 +46,13 @@ def ranks_of(run: Path) -> list[psutil.Process]:
     """The rank processes, by rank."""
     children = [p for p in agent_of(run).children() if "launcher.worker.entry" in " ".join(p.cmdline())]
     return sorted(children, key=lambda p: int(p.environ()["RANK"]))
+
+
+def kill_all_of(root: Path) -> None:
+    """What still runs from a folder for runs; some of it may just be ending by itself."""
+    for process in processes_of(root):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def processes_of(run: Path) -> list[psutil.Process]:
