@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from http_server import serving
 
 from launcher.config.data import Source
 from launcher.data.sources import addresses, read_documents, source_digest
@@ -49,15 +49,9 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web.address = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
     monkeypatch.setattr(addresses, "_fetched", {})
-    yield web
-    server.shutdown()
-    server.server_close()
-    thread.join(10)
+    with serving(Handler) as web.address:
+        yield web
 
 
 def texts(source: Source) -> list[str]:

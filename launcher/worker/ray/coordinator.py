@@ -19,14 +19,13 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem, Superseded
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import resized
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.jsonl import Tail, append_event
 from launcher.worker import conclusion, network, node_check, record
 from launcher.worker.node_check import NodeReport
-from launcher.worker.ray.group import Group, Member
+from launcher.worker.ray.group import Group, Member, plan_for
 
 _DRAINED = "drained.json"
 # What the run's state says until its ranks speak for themselves.
@@ -250,7 +249,7 @@ class Coordinator:
                     return
                 self._number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
                 attempt = run_store.read_attempt(run, self._number)
-            plan = self._plan_for(group)
+            plan = plan_for(self._plan, group)
             group.active = plan.topology.world_size
             group.plan_path = self._plan_path
             if plan != self._plan:
@@ -264,11 +263,13 @@ class Coordinator:
                 automatic=attempt.automatic,
                 pinned=attempt.pinned,
             )
+            group.marker = secrets.token_hex(16)
+            run_store.write_text(run.attempt(self._number) / "marker", group.marker)
+            # The last that may fail: tried again after it, this attempt would count as one that was lost.
             run_store.write_attempt(run, self._number, begun)
         self._early_failures = 0
-        group.marker = secrets.token_hex(16)
-        run_store.write_text(run.attempt(self._number) / "marker", group.marker)
-        run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
+        with suppress(OSError, LauncherError):
+            run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
         ranks = f"{group.active} rank{'s' * (group.active > 1)}"
         ranks += f", {group.size - group.active} workers idle" if group.size > group.active else ""
         self._say("info", f"attempt {self._number} begins with {ranks} on {', '.join(dict.fromkeys(begun.nodes))}")
@@ -283,24 +284,6 @@ class Coordinator:
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state)
         return decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
-
-    def _plan_for(self, group: Group) -> LaunchPlan:
-        """The plan for the most ranks that the global batch divides over, at most one for each worker.
-
-        Raises:
-            ConfigError: where it divides over none.
-        """
-        per_node: dict[str, int] = {}
-        for member in group.members.values():
-            per_node[member.node_id] = per_node.get(member.node_id, 0) + 1
-        for ranks in range(group.size, 0, -1):
-            if ranks == self._plan.topology.world_size:
-                return self._plan
-            with suppress(ConfigError):
-                return resized(self._plan, ranks, min(ranks, max(per_node.values())))
-        raise ConfigError(
-            f"the global batch divides over none of the numbers up to {group.size} workers", where="cluster.workers"
-        )
 
     def _look(self, group: Group) -> None:
         """At the wishes on disk, at the checkpoints, and at the nodes that Ray is about to lose.

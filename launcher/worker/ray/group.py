@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.errors import Problem
+from launcher.errors import ConfigError, Problem
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.planner import resized
 from launcher.worker.node_check import NodeReport
 
 
@@ -56,3 +60,18 @@ class Group:
         for rank in range(self.active):
             first.setdefault(self.members[rank].node_id, self.members[rank])
         return list(first.values())
+
+
+def plan_for(planned: LaunchPlan, group: Group) -> LaunchPlan:
+    """The plan for the most ranks that the global batch divides over, at most one for each worker.
+
+    Raises:
+        ConfigError: where it divides over none.
+    """
+    per_node = Counter(member.node_id for member in group.members.values())
+    for ranks in range(group.size, 0, -1):
+        if ranks == planned.topology.world_size:
+            return planned
+        with suppress(ConfigError):
+            return resized(planned, ranks, min(ranks, max(per_node.values())))
+    raise ConfigError(f"the global batch divides over none of the numbers up to {group.size} workers", where="cluster.workers")
