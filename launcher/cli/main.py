@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from launcher.errors import EXIT_INTERRUPTED, EXIT_REFUSED, LauncherError, Problem
 
 COMPOSING = ("train", "plan", "data")
-SHOWING = ("ls", "status", "report")
+SHOWING = ("ls", "status", "report", "dashboard")
 ON_RUNS = ("logs", "cancel", "resume", "export", "checkpoints")
 VERBS = (*COMPOSING, *SHOWING, *ON_RUNS, "drill")
 
@@ -26,6 +26,8 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher status RUN [--watch]      state, step, loss, pace, cost, alerts
   python -m launcher report RUN [RUN ...] [--html FILE]
                                                curves, goodput, attempts, checkpoints and cost as one page
+  python -m launcher dashboard RUN|PROJECT [--dry-run]
+                                               create or update the W&B workspace of a run or a project
   python -m launcher logs RUN [-f] [--rank N]  what a rank printed
   python -m launcher cancel RUN                save and stop; a second time: kill
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;
@@ -87,6 +89,10 @@ def _run(verb: str, tokens: list[str]) -> int:
         from launcher.cli import report
 
         return report.run(tokens)
+    if verb == "dashboard":
+        from launcher.cli import dashboard
+
+        return dashboard.run(tokens)
     if verb in SHOWING:
         from launcher.cli import status
 

@@ -4,11 +4,14 @@ from pathlib import Path
 
 import hand_made
 import pytest
+from plan_fixtures import golden
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.jsonl import JsonlTracker
+
+__all__ = ["golden", "run"]
 
 SETTINGS = {
     "model": {"name": "m", "init": "random", "path": None, "config": {"model_type": "llama"}, "tokenizer": "./t"},

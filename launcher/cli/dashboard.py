@@ -1,0 +1,70 @@
+"""The verb dashboard: the W&B workspace of a run or of a project."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from launcher import run_store
+from launcher.errors import ConfigError, RunError, SubmitError
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.dashboard import Target, as_json, publish
+
+_PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
+
+
+def run(tokens: list[str]) -> int:
+    """Create or update the workspace and print its address, or print what would be sent."""
+    about = "Create the W&B workspace of a run or a project, or bring its panels up to date."
+    parser = argparse.ArgumentParser(prog="python -m launcher dashboard", description=about)
+    parser.add_argument("target", metavar="RUN|PROJECT", help="name or directory of a run; or a W&B project, ENTITY/PROJECT")
+    parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
+    parser.add_argument("--dry-run", action="store_true", help="print the workspace as JSON; no network")
+    arguments = parser.parse_args(tokens)
+    target = _target(arguments.target, Path(arguments.root))
+    if arguments.dry_run:
+        print(as_json(target))
+        return 0
+    # W&B's own lines would stand between ours.
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        address = publish(target)
+    except LookupError as error:
+        raise ConfigError(
+            "there is no such W&B project, or this login may not see it",
+            where="dashboard",
+            value=str(error),
+            remedy="a project begins with its first run that is online; name a run of ./runs, or PROJECT or ENTITY/PROJECT",
+        ) from None
+    except Exception as error:  # W&B raises far more than wandb.Error.
+        raise RunError(
+            f"Weights & Biases did not take the workspace: {type(error).__name__}: {error}",
+            where="dashboard",
+            remedy="log in with `wandb login` or set WANDB_API_KEY, and see that the server can be reached; "
+            "--dry-run shows the workspace without it",
+        ) from error
+    print(f"dashboard: {address}")
+    return 0
+
+
+def _target(name: str, root: Path) -> Target:
+    """A run where there is one of that name, else a project."""
+    try:
+        found: RunDir | None = run_store.find(name, root)
+    except SubmitError:
+        found = None
+    if found is not None:
+        plan = run_store.load_plan(found)
+        tracking = plan.config.tracking
+        return Target(tracking.project, tracking.entity, plan.wandb_id, plan.run_name)
+    matched = _PROJECT.fullmatch(name)
+    if matched is None:
+        raise ConfigError(
+            "this is neither a run nor a W&B project",
+            where="dashboard",
+            value=name,
+            remedy="write RUN, PROJECT or ENTITY/PROJECT",
+        )
+    return Target(matched["project"], matched["entity"])

@@ -1,0 +1,137 @@
+"""The W&B workspace: its JSON as a golden file, and created and brought up to date on a server of the test's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import pytest
+from http_server import serving
+
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.dashboard import SECTIONS, STEP
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+class Views:
+    """Answers W&B's questions about saved views; keeps what is saved, by name."""
+
+    def __init__(self) -> None:
+        self.saved: dict[str, dict[str, Any]] = {}
+        self.projects = {"demo"}
+        self.environ: dict[str, str] = {}
+
+    def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        if "upsertView" in query:
+            known = self.saved.get(variables["name"])
+            assert variables.get("id") == (known["id"] if known else None), "an update names what it updates"
+            self.saved[variables["name"]] = {"id": "view-1", **variables}
+            return {"upsertView": {"view": {"id": "view-1", "name": variables["name"]}, "inserted": known is None}}
+        if "allViews" in query:
+            if variables["projectName"] not in self.projects:
+                return {"project": None}
+            found = [v for name, v in self.saved.items() if name == variables["viewName"]]
+            return {"project": {"allViews": {"edges": [{"node": node} for node in found]}}}
+        assert "viewer" in query, query
+        return {"viewer": {"id": "1", "entity": "team", "username": "me", "flags": "{}", "teams": {"edges": []}}}
+
+
+@pytest.fixture
+def views() -> Iterator[Views]:
+    views = Views()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            found = self.path == "/graphql"
+            told = json.loads(body) if found else {}
+            answer = json.dumps({"data": views.answer(told["query"], told.get("variables") or {})} if found else {}).encode()
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args: Any) -> None:
+            """A test's output is its own."""
+
+    with serving(Handler) as address:
+        views.environ = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "c" * 40}
+        yield views
+
+
+def sections(view: dict[str, Any]) -> list[str]:
+    return [section["name"] for section in json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]]
+
+
+def test_the_workspace_is_what_it_was(launch: Launch, golden: Callable[[str, str], None]) -> None:
+    done = launch("dashboard", "team/demo", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    golden("dashboard.json", done.stdout)
+
+
+def test_every_panel_has_a_title_and_the_steps_below_it(launch: Launch) -> None:
+    made = json.loads(launch("dashboard", "demo", "--dry-run").stdout)
+    panels = [panel for part in made["spec"]["section"]["panelBankConfig"]["sections"] for panel in part["panels"]]
+    assert len(panels) == sum(map(len, SECTIONS.values())) == len({panel["__id__"] for panel in panels})
+    assert all(panel["config"]["chartTitle"] and panel["config"]["xAxis"] == STEP for panel in panels)
+    assert made["spec"]["section"]["settings"]["xAxis"] == STEP
+
+
+def test_a_run_has_a_workspace_of_its_own(launch: Launch, run: RunDir) -> None:
+    made = json.loads(launch("dashboard", str(run.root), "--dry-run").stdout)
+    (only,) = made["spec"]["section"]["runSets"][0]["filters"]["filters"]
+    assert (only["key"]["name"], only["op"], only["value"]) == ("name", "=", json.loads(run.plan.read_text())["wandb_id"])
+    assert made["name"] == "Launcher: demo-run"
+
+
+def test_it_is_created_once_and_what_people_added_stays(launch: Launch, views: Views) -> None:
+    done = launch("dashboard", "demo", **views.environ)
+    assert done.returncode == 0, done.stderr
+    address = f"{views.environ['WANDB_BASE_URL']}/team/demo?nw=launcher"
+    assert done.stdout == f"dashboard: {address}\n"
+    (view,) = views.saved.values()
+    assert sections(view) == list(SECTIONS)
+
+    spec = json.loads(view["spec"])
+    bank = spec["section"]["panelBankConfig"]
+    own = {**bank["sections"][0], "name": "Mine", "panels": bank["sections"][0]["panels"][:1]}
+    bank["sections"] = [own, *bank["sections"][2:]]
+    view["spec"] = json.dumps(spec)
+    again = launch("dashboard", "demo", **views.environ)
+    assert again.returncode == 0, again.stderr
+    (view,) = views.saved.values()
+    assert sections(view) == [*SECTIONS, "Mine"]
+
+
+def test_a_project_that_is_not_there_is_told_in_words(launch: Launch, views: Views) -> None:
+    done = launch("dashboard", "none-such", **views.environ)
+    assert done.returncode == 2
+    assert "no such W&B project" in done.stderr
+    assert "team/none-such" in done.stderr
+    assert not views.saved
+
+
+@pytest.mark.parametrize("target", ["a/b/c", "what is this?"])
+def test_what_is_neither_is_refused(launch: Launch, target: str) -> None:
+    done = launch("dashboard", target, "--dry-run")
+    assert done.returncode == 2
+    assert "neither a run nor a W&B project" in done.stderr
+
+
+def test_without_a_login_the_remedy_is_told(launch: Launch) -> None:
+    done = launch("dashboard", "demo", WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "WANDB_API_KEY" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_asking_for_it_loads_no_torch() -> None:
+    code = (
+        "import sys; from launcher.tracking import dashboard as d; d.as_json(d.Target('demo')); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
