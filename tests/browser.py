@@ -1,0 +1,78 @@
+"""A page as headless Chromium shows it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+_DEADLINE_S = 90
+# What is drawn, in pixels of the page: read from the laid out page, because the source alone does not say what is seen.
+_MEASURE = """
+<script>
+const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
+const seen = (e) => { const s = getComputedStyle(e); return [s.stroke, s.fill].some((c) => c.startsWith("rgb(")); };
+const charts = [...document.querySelectorAll("svg")].map((svg) => ({
+  box: box(svg),
+  marks: [...svg.querySelectorAll("polyline, rect, circle")].filter(seen).map(box),
+  texts: [...svg.querySelectorAll("text")].map(box),
+}));
+const found = document.createElement("pre");
+found.id = "measured";
+found.textContent = JSON.stringify({ charts, width: document.documentElement.scrollWidth, window: innerWidth });
+document.body.append(found);
+</script>
+"""
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Boxes (left, top, right, bottom) in pixels; `marks` are lines, bars and points whose colour can be seen."""
+
+    box: Box
+    marks: tuple[Box, ...]
+    texts: tuple[Box, ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """`console` holds what the browser complained of; `wider_by` is by how many pixels the page is wider than the window."""
+
+    charts: tuple[Chart, ...]
+    console: tuple[str, ...]
+    wider_by: int
+
+
+def show(page: Path, folder: Path) -> Shown:
+    """Open a page in a browser of its own, whose files lie in `folder`."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("Chromium is not installed")
+    console = [line for line in _run(program, page, folder).stderr.splitlines() if "CONSOLE" in line]
+    # The policy of the page forbids scripts, ours too.
+    source = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))
+    measured = folder / "measured.html"
+    measured.write_text(source.replace("</body>", f"{_MEASURE}</body>"), encoding="utf-8")
+    dom = _run(program, measured, folder).stdout
+    found = re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)
+    assert found is not None, "the page was not laid out"
+    told = json.loads(html.unescape(found[1]))
+    charts = (Chart(tuple(c["box"]), tuple(map(tuple, c["marks"])), tuple(map(tuple, c["texts"]))) for c in told["charts"])
+    return Shown(tuple(charts), tuple(console), told["width"] - told["window"])
+
+
+def _run(program: str, page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    flags += [f"--user-data-dir={folder / 'profile'}", "--window-size=1200,900", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run(
+        [program, *flags, page.absolute().as_uri()], capture_output=True, text=True, timeout=_DEADLINE_S, check=True
+    )
+    return done

@@ -1,0 +1,45 @@
+"""The pages of `report` and `data` as a browser shows them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from browser import Box, Shown, show
+
+from launcher.plan.run_dir import RunDir
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def inside(inner: Box, outer: Box) -> bool:
+    """With two pixels for the width of lines."""
+    return inner[0] >= outer[0] - 2 and inner[1] >= outer[1] - 2 and inner[2] <= outer[2] + 2 and inner[3] <= outer[3] + 2
+
+
+def assert_drawn(shown: Shown, num_charts: int) -> None:
+    assert shown.console == ()
+    assert shown.wider_by <= 0, "nothing hangs over the side of the window"
+    assert len(shown.charts) >= num_charts
+    for chart in shown.charts:
+        assert chart.box[2] - chart.box[0] > 200
+        large = [mark for mark in chart.marks if max(mark[2] - mark[0], mark[3] - mark[1]) > 4]
+        assert large, "a chart without anything to see"
+        assert all(inside(part, chart.box) for part in (*chart.marks, *chart.texts))
+
+
+def test_the_report_has_charts_that_can_be_seen(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+    done = launch("report", str(run.root))
+    assert done.returncode == 0, done.stderr
+    assert_drawn(show(run.root / "report.html", tmp_path), num_charts=5)
+
+
+def test_the_page_of_the_data_has_charts_that_can_be_seen(launch: Launch, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n}. " * (1 + n % 7)} for n in range(60)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = tmp_path / "data.html"
+    done = launch("data", "model=tiny", f"data.sources=[{{path: {tmp_path}/train.jsonl}}]", "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    assert_drawn(show(page, tmp_path), num_charts=2)
