@@ -33,13 +33,13 @@ def test_the_request_is_shown_with_rays_defaults(ray_plan: Callable[..., LaunchP
         "workers": 4,
         "min_workers": 2,
         "accelerator_type": "H100",
-        "label_selector": {"ray.io/market-type": "spot"},
         "resources_per_worker": {"CPU": 8.0},
         "env": {"NCCL_IB_HCA": "mlx5"},
         "pass_env": ("NCCL_DEBUG",),
         "max_preemptions": 5,
     }
-    shown = [RayCluster().preview(ray_plan()), RayCluster().preview(ray_plan(**settings))]
+    labelled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}, "placement_strategy": "STRICT_SPREAD"}
+    shown = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labelled)]
     golden("ray_requests.txt", "\n".join(text or "" for text in shown))
 
 
@@ -85,6 +85,21 @@ def test_a_name_that_resolves_to_a_public_address_is_refused(
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         section(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings, remedy",
+    [
+        ({"label_selector": {"gpu": "h100"}}, "choose the nodes with cluster.accelerator_type"),
+        ({"placement_strategy": "STRICT_PACK"}, "set it to PACK, or take out"),
+        ({"placement_strategy": "STRICT_SPREAD"}, "set it to SPREAD, or take out"),
+    ],
+)
+def test_an_elastic_run_whose_workers_ray_would_miscount_is_refused(settings: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValidationError, match=remedy):
+        section(workers=4, min_workers=2, **settings)
+    assert section(workers=4, **settings).workers == 4
+    assert section(workers=4, min_workers=4, **settings).min_workers == 4
 
 
 def test_a_ray_of_ones_own_is_one_machine(ray_plan: Callable[..., LaunchPlan]) -> None:
