@@ -94,7 +94,7 @@ def test_the_number_of_a_dead_process_may_be_another_ones(tmp_path: Path) -> Non
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(earlier)))
     assert holder_of(tmp_path) is None
     # What runs on another machine cannot be seen from here.
-    elsewhere = replace(earlier, host="another")
+    elsewhere = replace(earlier, space="another boot or container, of a machine of the same name")
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(elsewhere)))
     assert holder_of(tmp_path) == elsewhere
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -86,6 +86,8 @@ class RaySection(ManagedSection):
         (), description="Names of variables that the ranks get as they are where the run is started, such as NCCL_DEBUG. No keys."
     )
     dashboard: Flag = Field(False, description="Start Ray's dashboard, on loopback, with a Ray of this machine's own.")
+
+    gpu_kind_remedy: ClassVar[str] = "choose the nodes with cluster.accelerator_type"
 
     @property
     def num_workers(self) -> int | None:

@@ -40,6 +40,7 @@ def test_nothing_begins_before_all_have_come_and_all_nodes_are_checked(play: Cal
     assert second is not None
     assert [first["do"], second["do"]] == ["check", "check"]
     assert (second["address"], second["port"], second["peers"]) == ("10.0.0.1", 4000, ["10.0.0.1", "10.0.0.2"])
+    assert [first["others"], second["others"]] == [[("n2", "10.0.0.2", 4001)], [("n1", "10.0.0.1", 4000)]]
     assert (played.run.attempt(1) / "marker").read_text() == first["marker"]
     coordinator.checked("a", 0, FIT.to_json())
     assert coordinator.orders("a", 0) is None, "the other node has not reported"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.worker.heartbeat import Board, Heartbeat
 from launcher.worker.ray import coordinator as module
-from launcher.worker.ray import liveness
+from launcher.worker.ray import liveness, supervisor
 from launcher.worker.ray.liveness import Liveness, Observer
 from launcher.worker.ray.reporter import Reporter
 from launcher.worker.watchdog import Limits
@@ -113,12 +114,43 @@ def test_a_worker_that_says_nothing_any_more_is_named_and_the_others_go_on_witho
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert answer["signal"] == "TERM"
-    assert "from the worker of rank 1 on n2: it hangs or is cut off" in played.run.events.read_text()
+    said = played.run.events.read_text()
+    assert "from the worker of rank 1 on n2: it hangs or is cut off" in said
+    assert "the other ranks wait for the worker of rank 1 on n2: the run goes on without" in said
     played.end(0)
     verdict = played.coordinator.beat("a", 0, "done")["verdict"]
     assert verdict["again"], "the lost one is not waited for"
     assert "no word from n2" in verdict["reason"]
     assert played.causes == ["infrastructure"]
+
+
+def test_while_the_other_ranks_go_on_a_silent_worker_ends_nothing(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rank must go on as well, or they would wait for it; at the end it is not waited for."""
+    monkeypatch.setattr(liveness, "SILENT_S", 0.3)
+    played = play(workers=2)
+    played.begin("a", "n1", "n2")
+    deadline = time.monotonic() + 10
+    while "from the worker of rank 1 on n2" not in played.run.events.read_text():
+        assert played.coordinator.beat("a", 0, None, sign(0, 0.0))["signal"] is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for _ in range(50):
+        assert played.coordinator.beat("a", 0, None, sign(0, 0.0))["signal"] is None
+        time.sleep(0.01)
+    played.outcome("completed", 5)
+    played.end(0)
+    assert played.coordinator.beat("a", 0, "done")["verdict"] == {"again": False, "reason": "completed"}
+
+
+def test_nobody_is_blamed_while_a_worker_is_silent(play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it told of its rank last is no evidence any more, and its rank may be the one that all others wait for."""
+    monkeypatch.setattr(liveness, "_FRESH_S", -1.0)
+    played = play(workers=2, stall_seconds=60)
+    played.begin("a", "n1", "n2")
+    answers = beats(played, sign(0, 74), sign(1, 76, count=499))
+    assert [answer["hung"] for answer in answers] == [None, None]
 
 
 def test_a_coordinator_that_was_held_up_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,3 +315,19 @@ def test_a_worker_of_an_old_group_that_comes_late_is_refused(play: Callable[...,
     played.coordinator.enter("a", 2, late)
     assert played.coordinator.orders("a", 1) == {"do": "leave", "why": "other workers have taken over"}
     assert played.coordinator.orders("older", 1) == {"do": "leave", "why": "other workers have taken over"}
+
+
+def test_a_node_that_others_do_not_reach_is_named_and_one_that_reaches_nobody_is_so_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "_LEAST_REACH_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as closed:
+        open_port, closed_port = listening.getsockname()[1], closed.getsockname()[1]
+        closed.close()
+        there, away = ("n2", "127.0.0.1", open_port), ("n3", "127.0.0.1", closed_port)
+        assert supervisor.unreachable("n1", [there], 0.1) == []
+        assert supervisor.unreachable("n1", [], 0.1) == []
+        (one,) = supervisor.unreachable("n1", [there, away], 0.1)
+        assert (one.where, one.what) == ("n3", f"is not reached from n1 at 127.0.0.1:{closed_port}")
+        (own,) = supervisor.unreachable("n1", [away], 0.1)
+        assert (own.where, own.what) == ("n1", f"does not reach n3 at 127.0.0.1:{closed_port}")

@@ -152,7 +152,9 @@ class Coordinator:
             "peers": sorted({member.address for member in found.training}),
         }
         if waiting:
-            return {"do": "check", **place} if rank in waiting else None
+            # Every worker listens until it trains or leaves.
+            others = [(member.node, member.address, member.port) for member in found.heads if member.rank != rank]
+            return {"do": "check", **place, "others": others} if rank in waiting else None
         return {"do": "train", **place, "environment": self._environment}
 
     def checked(self, group: str, rank: int, report: Mapping[str, Any]) -> None:

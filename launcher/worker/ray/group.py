@@ -99,14 +99,19 @@ class Group:
     def look_for_hangs(self) -> list[str]:
         """Find workers that say nothing any more, and ranks that train and do not go on; what there is to be said of them."""
         at_work = set(self.trains) - self.ended
-        found = []
-        for rank, seconds in self.liveness.silent(at_work).items():
-            self.lost.add(rank)
+        silent = self.liveness.silent(at_work)
+        who = {rank: f"the worker of rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in silent}
+        found = [
+            f"no word for {silent[rank]:.0f} s from {who[rank]}: it hangs or is cut off" for rank in silent.keys() - self.lost
+        ]
+        self.lost = set(silent)
+        others = at_work - self.lost
+        # As long as the other ranks go on, that worker's rank does so too.
+        if self.lost and others and self.liveness.are_still(others):
             self.failed_at = time.monotonic()
-            who = f"the worker of rank {self.trains.index(rank)} on {self.members[rank].node}"
-            found.append(f"no word for {seconds:.0f} s from {who}: it hangs or is cut off, and the run goes on without it")
+            found.append(f"the other ranks wait for {' and '.join(who.values())}: the run goes on without")
         # The others wait for one that was killed, and may take a while to go.
-        for rank, (beat, seconds, why) in ({} if self.hung else self.liveness.hung(at_work - self.lost)).items():
+        for rank, (beat, seconds, why) in ({} if self.hung else self.liveness.hung(at_work)).items():
             self.hung[rank] = describe(beat, seconds, why, self.members[rank].node)
             found.append(self.hung[rank])
         return found

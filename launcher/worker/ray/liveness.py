@@ -14,6 +14,8 @@ from launcher.worker.watchdog import Limits, stalled
 
 # Workers ask several times a second. Whoever says nothing for so long is cut off, or its machine hangs.
 SILENT_S = 60.0
+# What a worker told of its rank is evidence for so long.
+_FRESH_S = 10.0
 # From the wish for a rank's stacks to its end.
 _DUMP_S = 2.0
 
@@ -72,10 +74,18 @@ class Liveness:
         seconds = {rank: now - max(self._heard.get(rank, self._since), self._since) for rank in ranks}
         return {rank: silence for rank, silence in seconds.items() if silence > SILENT_S}
 
+    def are_still(self, ranks: Collection[int]) -> bool:
+        """True where none of `ranks` has gone on for as long as makes a worker silent: they wait for another one."""
+        last = max([self._since, *(self._beats[rank].at for rank in ranks if rank in self._beats)])
+        return time.monotonic() - last > SILENT_S
+
     def hung(self, ranks: Collection[int]) -> dict[int, tuple[Beat, float, str]]:
-        """Those of `ranks` that are to be killed: the last beat, seconds without one, and why."""
+        """Those of `ranks` that are to be killed: the last beat, seconds without one, and why.
+
+        Nobody is judged while one of the workers says nothing: its own rank may be the culprit, or have gone on.
+        """
         now = time.monotonic()
-        if self._limits.stall_s <= 0:
+        if self._limits.stall_s <= 0 or any(now - self._heard.get(rank, self._since) > _FRESH_S for rank in ranks):
             return {}
         beats = {rank: self._beats[rank] for rank in ranks if rank in self._beats}
         verdict = stalled(beats, self._states, now, self._limits, self._since, "of the run")

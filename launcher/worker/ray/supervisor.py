@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,8 @@ from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 _ASK_S = 0.2
 _CALL_S = 60.0
 _PATIENCE_S = 900.0
-_REACH_S = 30.0
+# For all other nodes together, and what each gets at the least.
+_REACH_S, _LEAST_REACH_S = 30.0, 2.0
 # From TERM to KILL, where a rank does not go by itself.
 _KILL_AFTER_S = 5.0
 # For what Ray Train is still to be told when all is done.
@@ -203,9 +204,9 @@ class _Worker:
             what = "the run directory is not the one that the head node sees: a file of this start is not in it"
             remedy = "set run.root to a folder on storage that all nodes share"
             problems.append(Problem(what, where=self.node, value=str(run.root), remedy=remedy))
-        if network.await_reachable(orders["address"], orders["port"], _REACH_S) is None:
-            what = f"does not reach the first worker at {orders['address']}:{orders['port']}"
-            problems.append(Problem(what, where=self.node, remedy="open the ports between the nodes, or set cluster.interface"))
+        if (unseen := _storage_problem(plan)) is not None:
+            problems.append(replace(unseen, where=self.node))
+        problems += unreachable(self.node, orders["others"], _REACH_S)
         return replace(report, host=self.node, problems=tuple(problems))
 
     def _train(self, orders: dict[str, Any]) -> str:
@@ -297,8 +298,41 @@ class _Worker:
         return {**environment, **section.env}
 
 
+def unreachable(node: str, others: Sequence[tuple[str, str, int]], most_s: float) -> list[Problem]:
+    """Which of the `others`, each a node with the address and port that it listens at, do not answer to `node`.
+
+    A node that reaches none is at fault itself; else those are that it does not reach.
+    """
+    until = time.monotonic() + most_s
+    lost = [
+        (name, address, port)
+        for name, address, port in others
+        if network.await_reachable(address, port, max(_LEAST_REACH_S, until - time.monotonic())) is None
+    ]
+    remedy = "open all ports between the nodes, or set cluster.interface to the network that joins them"
+    if lost and len(lost) == len(others):
+        listed = ", ".join(f"{name} at {address}:{port}" for name, address, port in lost)
+        return [Problem(f"does not reach {listed}", where=node, remedy=remedy)]
+    return [Problem(f"is not reached from {node} at {address}:{port}", where=name, remedy=remedy) for name, address, port in lost]
+
+
+def _storage_problem(plan: LaunchPlan) -> Problem | None:
+    """Whether this node sees what Ray Train has written to its storage; of a folder in the run directory that is known."""
+    from ray import train
+
+    if plan.ray.storage_path is None:
+        return None
+    try:
+        train.get_context().get_storage()._check_validation_file()
+    except Exception as error:
+        what = "Ray Train's storage is not the one that the head node sees"
+        remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or take it out"
+        return Problem(what, value=f"{plan.ray.storage_path}: {_words(error).splitlines()[0]}", remedy=remedy)
+    return None
+
+
 class _Listener:
-    """Listens on the port that the ranks are to meet at, so that other nodes can try the way before anything is loaded."""
+    """Listens on a port at which ranks may be to meet, so that other nodes can try the way before anything is loaded."""
 
     def __init__(self, address: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
