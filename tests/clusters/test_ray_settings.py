@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from launcher import run_store
 from launcher.clusters import process
+from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import cluster as module
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import RayCluster
@@ -141,6 +142,15 @@ def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunD
     assert RayCluster().status(run).state == "failed"
     (run.root / "driver.json").write_text("{}")
     assert RayCluster().status(run).state == "running"
+
+
+def test_a_run_of_another_container_is_believed_and_cannot_be_signalled_from_here(run: RunDir) -> None:
+    elsewhere = {**process.identity(), "space": "another boot pid:[1]"}
+    run_store.update_status(run, state="running", attempt=1, job=elsewhere)
+    assert LocalCluster().status(run).state == "running"
+    with pytest.raises(SubmitError, match="cannot be seen from here") as error:
+        LocalCluster().cancel(run)
+    assert "in the same container" in str(error.value)
 
 
 def test_cancel_is_a_word_in_the_attempt_and_a_second_one_means_no_save(run: RunDir) -> None:

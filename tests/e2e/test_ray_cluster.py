@@ -151,6 +151,35 @@ def test_a_node_that_does_not_share_the_storage_is_named(
     assert "n1:" not in message
 
 
+def test_an_elastic_run_does_without_a_node_that_is_unfit(
+    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path
+) -> None:
+    node("apart", "unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {root} && exec "$@"', "apart")
+    elastic = ("cluster.workers=2", "cluster.min_workers=1", "train.max_steps=10", "--follow")
+    done = launch(*ray(cluster, root, "without", *elastic), **cluster.env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir(root / "without")
+    # Ray may have begun with the one worker that was there first.
+    assert causes(run.root)[-2:] == ["bad_node", "completed"]
+    assert run_store.read_attempt(run, run_store.newest_attempt(run)).nodes == ("n1",)
+    assert "with 1 rank, 1 worker idle on n1, without apart, unfit before: mend it" in done.stdout
+
+
+def test_a_head_that_does_not_see_the_run_directory_is_told_to_the_one_who_submits(launch: Launch, root: Path) -> None:
+    alone = RayCluster()
+    try:
+        alone.start("head", prefix=("unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {root} && exec "$@"', "head"))
+        through = (f"cluster.address={alone.http}", f"cluster.python={sys.executable}", "cluster.workers=1")
+        done = launch(*ray(alone, root, "unseen", *through), **alone.env)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "Ray's job ended before it could write to the run directory" in done.stderr
+        assert "does not see the run directory" in done.stderr
+        assert "set run.root to a folder that the cluster's nodes see" in done.stderr
+        assert json.loads(launch("status", str(root / "unseen"), "--json", **alone.env).stdout)["state"] == "failed"
+    finally:
+        alone.stop()
+
+
 def test_a_node_with_another_version_of_a_package_is_named(
     launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path
 ) -> None:
