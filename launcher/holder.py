@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import json
 import os
@@ -24,11 +25,25 @@ _IDENTITY = ".lock.json"
 _NAMELESS_S = 0.5
 
 
+@functools.cache
+def pid_space() -> str:
+    """Within what process ids of this process mean something: one boot of a machine, and there one pid namespace.
+
+    Containers of one machine may share its host name and not its processes, or its processes and not its name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return os.uname().nodename
+
+
 @dataclass(frozen=True)
 class Holder:
-    """A process that starts an attempt; `started` and `since` are seconds since the epoch."""
+    """A process that starts an attempt; `space` see `pid_space`, `started` and `since` are seconds since the epoch."""
 
     host: str
+    space: str
     pid: int
     started: float
     user: str
@@ -37,12 +52,13 @@ class Holder:
 
     @classmethod
     def this_process(cls) -> Holder:
-        return cls(os.uname().nodename, os.getpid(), _started(os.getpid()) or 0.0, _user(), time.time(), _command())
+        pid = os.getpid()
+        return cls(os.uname().nodename, pid_space(), pid, _started(pid) or 0.0, _user(), time.time(), _command())
 
     @property
     def is_gone(self) -> bool:
-        """True where this is known of it: of another machine's processes nothing is."""
-        if self.host != os.uname().nodename:
+        """True where this is known of it: of another machine's or container's processes nothing is."""
+        if self.space != pid_space():
             return False
         started = _started(self.pid)
         # The number of a process that has ended is given to another one in time.

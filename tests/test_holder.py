@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from launcher.errors import SubmitError
-from launcher.holder import Holder, held, holder_of
+from launcher.holder import Holder, held, holder_of, pid_space
 
 REPO = Path(__file__).resolve().parents[1]
 HOLD = """
@@ -94,9 +94,26 @@ def test_the_number_of_a_dead_process_may_be_another_ones(tmp_path: Path) -> Non
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(earlier)))
     assert holder_of(tmp_path) is None
     # What runs on another machine cannot be seen from here.
-    elsewhere = replace(earlier, host="another")
+    elsewhere = replace(earlier, space="another boot or container, of a machine of the same name")
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(elsewhere)))
     assert holder_of(tmp_path) == elsewhere
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root makes namespaces")
+def test_a_container_of_this_machine_has_its_name_and_other_processes() -> None:
+    """A dead holder there may have the number of a process here, and a living one none at all."""
+    code = "import os; from launcher.holder import pid_space; print(os.uname().nodename); print(pid_space())"
+    there = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
+    name, space = there.stdout.splitlines()
+    assert name == os.uname().nodename
+    assert space != pid_space()
+    assert space.split()[0] == pid_space().split()[0], "it is the same boot of the same machine"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])

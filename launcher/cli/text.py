@@ -9,6 +9,7 @@ from pathlib import Path
 from launcher.config.schema import TrainSection
 from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage
+from launcher.plan.planner import fewest
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
 
@@ -87,7 +88,9 @@ def _memory(plan: LaunchPlan) -> str:
     of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
     host = f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""
     parts = f"weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, optimizer {memory.optimizer_gib:.2f}"
-    return f"model states {memory.per_rank_gib:.2f} GiB a rank{of} ({parts}){host}"
+    smallest = fewest(plan)
+    shrunk = f"; {smallest.memory.per_rank_gib:.2f} GiB a rank on {smallest.topology.world_size}" if smallest is not None else ""
+    return f"model states {memory.per_rank_gib:.2f} GiB a rank{of} ({parts}){host}{shrunk}"
 
 
 def _notes(plan: LaunchPlan) -> list[str]:

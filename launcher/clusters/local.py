@@ -61,6 +61,13 @@ class LocalCluster:
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
         agent = process.find(status)
+        if status.state in RUNNING_STATES and status.job is not None and agent is None:
+            raise SubmitError(
+                "the processes of the run cannot be seen from here",
+                where=str(run.root),
+                value=f"process {status.job.get('pid')} on {status.job.get('host')}",
+                remedy="give the command there, in the same container",
+            )
         if status.state not in RUNNING_STATES or agent is None:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
         agent.send_signal(signal.SIGUSR1)

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from launcher import run_store
 from launcher.errors import RunError
+from launcher.holder import pid_space
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
 
@@ -52,9 +54,17 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
         time.sleep(0.02)
 
 
+def identity() -> dict[str, Any]:
+    """How a status names the process that writes it; `space` is where its id means something."""
+    this = psutil.Process()
+    return {"host": os.uname().nodename, "space": pid_space(), "pid": this.pid, "started": this.create_time()}
+
+
 def find(status: Status) -> psutil.Process | None:
-    """The process that wrote the status, if it still lives."""
+    """The process that wrote the status, if it lives where its id can be looked up."""
     job = status.job or {}
+    if not is_here(status):
+        return None
     try:
         process = psutil.Process(int(job["pid"]))
         alive = process.is_running() and process.status() != psutil.STATUS_ZOMBIE
@@ -74,8 +84,8 @@ def await_end(run: RunDir, deadline_s: float) -> None:
 
 
 def is_here(status: Status) -> bool:
-    """True where the process would be on this machine."""
-    return status.job is not None and status.job.get("host") == os.uname().nodename
+    """True where the process would be among those that are seen from here."""
+    return status.job is not None and status.job.get("space") == pid_space()
 
 
 def with_code(code: Path, environ: Mapping[str, str]) -> str:

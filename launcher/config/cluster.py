@@ -37,6 +37,11 @@ class ClusterSection(Section):
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds a stopped run may take to save before it is killed.")
 
+    # How this kind of cluster is asked for what a node lacks.
+    gpus_remedy: ClassVar[str] = "give the node all of its GPUs"
+    gpu_kind_remedy: ClassVar[str] = "use nodes of the planned kind"
+    memory_remedy: ClassVar[str] = "give the node, or its container, more"
+
     @property
     def is_followed(self) -> bool:
         """True where the command that starts a run stays with it, unless it is told otherwise."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -54,7 +54,8 @@ class RaySection(ManagedSection):
     workers: PositiveInt | None = Field(None, description="Ranks in all. Unset: nodes times ranks_per_node.")
     min_workers: PositiveInt | None = Field(
         None,
-        description="Fewest ranks that the run goes on with when nodes are lost; it grows again when there are more. Unset: all.",
+        description="Fewest ranks that the run goes on with when nodes are lost or unfit; it grows again when there are more. "
+        "Not with label_selector or a STRICT_ placement_strategy. Unset: all.",
     )
     resize_seconds: Positive | None = Field(
         None, description="Seconds between two looks for more workers in an elastic run. Unset: Ray's default, 60."
@@ -86,6 +87,8 @@ class RaySection(ManagedSection):
     )
     dashboard: Flag = Field(False, description="Start Ray's dashboard, on loopback, with a Ray of this machine's own.")
 
+    gpu_kind_remedy: ClassVar[str] = "choose the nodes with cluster.accelerator_type"
+
     @property
     def num_workers(self) -> int | None:
         return self.workers
@@ -97,6 +100,11 @@ class RaySection(ManagedSection):
     @property
     def is_followed(self) -> bool:
         return self.address is None
+
+    @property
+    def leaves_out_bad_nodes(self) -> bool:
+        """An elastic run goes on with the workers of the other nodes; Ray holds those of the bad one, which stay idle."""
+        return self.min_workers is not None
 
     def resources(self, device: str) -> dict[str, float]:
         """What each worker asks for, on a plan for `device` (cuda or cpu)."""
@@ -122,7 +130,31 @@ class RaySection(ManagedSection):
                 f"cluster.address names {self.host}, which is public or stands for all interfaces; use a private address or an "
                 "ssh tunnel, or set cluster.allow_public_address=true"
             )
+        self._require_countable()
         return self
+
+    def _require_countable(self) -> None:
+        """Refuse an elastic run where Ray would count workers that it cannot place.
+
+        For how many workers a cluster has room Ray Train counts by resources alone, packed as tightly as they go: see
+        `_compute_reservations` in ray.data's autoscaling coordinator, to which Ray Train names no strategy (Ray 2.60). It would
+        end a group that trains for the sake of a larger one that never comes to be.
+        """
+        if self.min_workers is None or self.min_workers == self.workers:
+            return
+        unplaceable = "Ray replaces the workers by more than it can place"
+        if self.label_selector:
+            raise ValueError(
+                "cluster.min_workers does not go with cluster.label_selector: counting nodes without the labels as well, "
+                f"{unplaceable}; choose the nodes with cluster.accelerator_type, or with a resource of their own in "
+                "cluster.resources_per_worker, or take out cluster.min_workers"
+            )
+        if self.placement_strategy in ("STRICT_PACK", "STRICT_SPREAD"):
+            raise ValueError(
+                f"cluster.min_workers does not go with cluster.placement_strategy={self.placement_strategy}: counting room that "
+                f"the strategy forbids, {unplaceable}; set it to {self.placement_strategy.removeprefix('STRICT_')}, or take out "
+                "cluster.min_workers"
+            )
 
 
 def is_exposed(host: str) -> bool:

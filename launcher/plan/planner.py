@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     # Another machine than the one that the plan is for says nothing.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
     nvme_folder = _nvme_folder(config, run_name, run_dir)
-    return LaunchPlan(
+    planned = LaunchPlan(
         run_name=run_name,
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
@@ -51,6 +52,40 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         provenance=facts.provenance,
         lineage=facts.lineage,
     )
+    if problems := list(_memory_problems(planned)):
+        raise ConfigError(problems)
+    return planned
+
+
+def fitted(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> LaunchPlan:
+    """The plan for the most ranks, at most `num_workers` of them, that the global batch divides over. Pure.
+
+    Raises:
+        ConfigError: where it divides over none.
+    """
+    for ranks in range(num_workers, 0, -1):
+        if ranks == planned.topology.world_size:
+            return planned
+        with suppress(ConfigError):
+            return resized(planned, ranks, min(ranks, ranks_per_node))
+    raise ConfigError(
+        f"the global batch divides over none of the numbers up to {num_workers} workers",
+        where="train.global_batch_size",
+        value=str(planned.batch.global_batch_size),
+        remedy="leave train.micro_batch_size and deepspeed.hpz_partition_size unset, or change the batch",
+    )
+
+
+def fewest(planned: LaunchPlan) -> LaunchPlan | None:
+    """The plan of an elastic run on as few workers as it goes on with; None of a run whose size does not change.
+
+    Raises:
+        ConfigError: where the global batch divides over no number up to that.
+    """
+    number = planned.config.cluster.fewest_workers
+    if number is None or number == planned.topology.world_size:
+        return None
+    return fitted(planned, number, planned.topology.ranks_per_node)
 
 
 def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> LaunchPlan:
@@ -135,6 +170,30 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             remedy="lower it, or raise cluster.workers",
         )
     yield from _hpz_problems(config, topology)
+
+
+def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
+    """Model states that are more than all memory of a GPU: at full size, or where an elastic run goes on with few workers."""
+    if planned.topology.device != "cuda":
+        return
+    if too_large := _too_large(planned):
+        remedy = "use more ranks, or deepspeed=zero3_offload"
+        yield Problem(too_large, where="cluster.nodes", value=str(planned.topology.world_size), remedy=remedy)
+        return
+    smallest = fewest(planned)
+    if smallest is not None and (too_large := _too_large(smallest)):
+        number = planned.config.cluster.fewest_workers
+        remedy = "raise it, or use deepspeed=zero3_offload"
+        yield Problem(f"cluster.min_workers={number}: {too_large}", where="cluster.min_workers", value=str(number), remedy=remedy)
+
+
+def _too_large(planned: LaunchPlan) -> str:
+    """Said where the model states of a rank are more than a GPU holds; empty where they are not, or that is not known."""
+    states, ranks = planned.memory, planned.topology.world_size
+    if states.device_gib is None or states.per_rank_gib <= states.device_gib:
+        return ""
+    over = f"model states over {ranks} rank{'s' * (ranks > 1)}"
+    return f"{over} are {states.per_rank_gib:.0f} GiB a GPU, which has {states.device_gib:.0f}"
 
 
 def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from launcher import run_store
+from launcher.clusters import process
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, record
@@ -48,7 +49,7 @@ def main(plan_path: str, attempt: int) -> int:
     stopper = _Stopper(plan.config.cluster.stop_grace_seconds, _SLURM_SIGNALS if on_slurm else _LOCAL_SIGNALS).install()
     if on_slurm:
         return _slurm_node(plan, plan_path, run, attempt, stopper, started)
-    run_store.update_status(run, state="running", attempt=attempt, job=_this_process(), message="")
+    run_store.update_status(run, state="running", attempt=attempt, job=process.identity(), message="")
     mirror = stopper.spare(MirrorProcess.start(plan, plan_path, run, attempt))
     place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
     failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt, place, None)
@@ -253,11 +254,6 @@ def _signal_ranks(number: int, spared: MirrorProcess | None) -> None:
                 child.send_signal(number)
         except psutil.NoSuchProcess:
             pass
-
-
-def _this_process() -> dict[str, Any]:
-    process = psutil.Process()
-    return {"host": os.uname().nodename, "pid": process.pid, "started": process.create_time()}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from launcher.config.cluster import ClusterSection
 from launcher.errors import Problem
 from launcher.plan.gpus import lookup
 
@@ -49,8 +50,9 @@ class _Gpu:
     ecc_errors: int
 
 
-def check_gpus(needed: int, gpu_type: str | None) -> tuple[tuple[str, ...], list[Problem]]:
+def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], list[Problem]]:
     """The driver's names of the GPUs that this job may use, and all that is wrong with them; `needed` is one per rank."""
+    gpu_type = section.gpu_type
     try:
         gpus = _gpus()
     except _CommandError as error:
@@ -59,12 +61,12 @@ def check_gpus(needed: int, gpu_type: str | None) -> tuple[tuple[str, ...], list
     problems = []
     if len(gpus) < needed:
         value = f"{len(gpus)} found, {needed} needed; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}"
-        remedy = f"ask for them with cluster.gpus_per_node={needed}, or set cluster.ranks_per_node to what there is"
+        remedy = f"{section.gpus_remedy}, or set cluster.ranks_per_node to what there is"
         problems.append(Problem("there are fewer GPUs than ranks", value=value, remedy=remedy))
     others = sorted({gpu.name for gpu in gpus if gpu_type and lookup(gpu.name) != lookup(gpu_type)})
     if others:
         value = f"{', '.join(others)} found, {gpu_type} planned"
-        remedy = "set cluster.gpu_type to what is there, or ask for the planned kind with cluster.constraint or cluster.gres"
+        remedy = f"set cluster.gpu_type to what is there, or {section.gpu_kind_remedy}"
         problems.append(Problem("the GPUs are not of the planned kind", value=value, remedy=remedy))
     for gpu in gpus:
         if gpu.ecc_errors:

@@ -88,7 +88,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
     problems += _check_space(plan, run, memory_gib)
     gpus: tuple[str, ...] = ()
     if plan.topology.device == "cuda":
-        gpus, of_gpus = gpu_check.check_gpus(num_ranks or plan.topology.ranks_per_node, plan.config.cluster.gpu_type)
+        gpus, of_gpus = gpu_check.check_gpus(num_ranks or plan.topology.ranks_per_node, plan.config.cluster)
         problems += of_gpus
     host = node_name()
     return NodeReport(
@@ -243,7 +243,7 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float) -> list[Probl
         problems.append(Problem(what, value=value, remedy="remove what is not needed, or set run.root to another disk"))
     if memory_gib < plan.memory.host_per_node_gib:
         value = f"{memory_gib:.1f} GiB available, {plan.memory.host_per_node_gib:.1f} GiB needed"
-        remedy = "ask for it with cluster.mem=0 or cluster.exclusive=true, offload less, or use more nodes"
+        remedy = f"{plan.config.cluster.memory_remedy}, offload less, or use more nodes"
         problems.append(Problem("there is too little main memory for the states that are offloaded to it", "", value, remedy))
     shared = _free_bytes(SHARED_MEMORY)
     if shared is None or shared < SHARED_MEMORY_BYTES:

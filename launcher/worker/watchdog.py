@@ -1,8 +1,9 @@
 """A rank that makes no progress is found, its stacks are recorded, and it is killed, so that the run can go on without it.
 
-In a hang all ranks of all nodes fall silent, because they wait for one. Each node's agent judges its own ranks, and the
-surer it is of the culprit the sooner it kills: at once a rank that cannot run, later one that is behind the others, and
-last of all ranks that cannot be told apart, whose culprit is then most likely on another node and has been killed there.
+In a hang all ranks of all nodes fall silent, because they wait for one. Each node's agent judges its own ranks; on Ray the
+run's coordinator judges those of all nodes (launcher.worker.ray.liveness). The surer it is of the culprit the sooner a rank is
+killed: at once one that cannot run, later one that is behind the others, and last of all ranks that cannot be told apart,
+whose culprit is then most likely on another node and has been killed there.
 """
 
 from __future__ import annotations
@@ -50,14 +51,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Local ranks that are stalled, with their seconds without a beat; of these, whom to kill now, and why each."""
+    """Ranks that are stalled, with their seconds without a beat; of these, whom to kill now, and why each."""
 
     stalled: Mapping[int, float] = field(default_factory=dict)
     kill: Mapping[int, str] = field(default_factory=dict)
 
 
-def stalled(beats: Mapping[int, Beat], states: Mapping[int, str], now: float, limits: Limits, since: float = 0.0) -> Verdict:
-    """Judge the local ranks in `states` (psutil's names of process states) by their last beats.
+def stalled(
+    beats: Mapping[int, Beat],
+    states: Mapping[int, str],
+    now: float,
+    limits: Limits,
+    since: float = 0.0,
+    among: str = "of its node",
+) -> Verdict:
+    """Judge the ranks in `states` (psutil's names of process states), which are all ranks `among`, by their last beats.
 
     `now` and `since` are times of time.monotonic(); silence from before `since` does not count. Ranks that have not begun
     to train are not judged: joining and loading have deadlines of their own.
@@ -72,12 +80,12 @@ def stalled(beats: Mapping[int, Beat], states: Mapping[int, str], now: float, li
         return Verdict(late, unable)
     counts = {r: beats[r].count for r in silent}
     first, last = max(counts.values()), min(counts.values())
-    behind = {r: "is behind the other ranks of its node" for r in late if counts[r] == last < first}
+    behind = {r: f"is behind the other ranks {among}" for r in late if counts[r] == last < first}
     # Beats of ranks that wait for another node may differ by one as well, so even this is not sure at once.
     if any(lateness[r] > _BEHIND for r in behind):
         return Verdict(late, behind)
     if max(lateness[r] for r in late) > _UNCLEAR:
-        return Verdict(late, dict.fromkeys(late, "does not go on, and neither does any other rank of its node"))
+        return Verdict(late, dict.fromkeys(late, f"does not go on, and neither does any other rank {among}"))
     return Verdict(late)
 
 
@@ -133,7 +141,7 @@ class Watchdog:
             _send(ranks[r], signal.SIGKILL)
         # The agent ends the others, which wait for the killed one and may take a while to go.
         self._done |= {beat.pid for beat in beats.values()}
-        self._on_stall("; ".join(_describe(beats[r], verdict.stalled[r], why) for r, why in verdict.kill.items()))
+        self._on_stall("; ".join(describe(beats[r], verdict.stalled[r], why) for r, why in verdict.kill.items()))
 
 
 def _processes(beats: Mapping[int, Beat]) -> tuple[dict[int, psutil.Process], dict[int, str]]:
@@ -157,6 +165,8 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         pass
 
 
-def _describe(beat: Beat, silent_s: float, why: str) -> str:
+def describe(beat: Beat, silent_s: float, why: str, node: str = "") -> str:
+    """That a rank is killed, and why, in words; `node` names its node where that is not plain."""
     doing = f"in step {beat.step + 1}" if beat.phase == "training" else f"while {beat.phase} after step {beat.step}"
-    return f"rank {beat.rank} (pid {beat.pid}) {why}: no progress for {silent_s:.0f} s {doing}; killed it"
+    where = f" on {node}" if node else ""
+    return f"rank {beat.rank}{where} (pid {beat.pid}) {why}: no progress for {silent_s:.0f} s {doing}; killed it"

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from launcher import run_store
 from launcher.checkpoint import durable, store
 from launcher.cli.main import main
+from launcher.clusters.process import identity
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
@@ -209,8 +209,7 @@ def test_what_opens_but_cannot_be_read_through_is_not_pruned(run: RunDir, ask: A
 
 @pytest.mark.parametrize("state", run_store.RUNNING_STATES)
 def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> None:
-    process = {"host": os.uname().nodename, "pid": os.getpid(), "started": psutil.Process().create_time()}
-    run_store.update_status(run, state=state, job=process)
+    run_store.update_status(run, state=state, job=identity())
     code, _, err = ask("--prune")
     assert code == 2
     assert f"the run is {state}" in err
@@ -222,8 +221,7 @@ def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> 
 @pytest.mark.parametrize(("state", "attempt"), [("running", 2), ("saving", 2), ("running", 1), ("failed", 2)])
 def test_a_save_in_progress_is_no_leftover(run: RunDir, ask: Ask, state: str, attempt: int) -> None:
     run_store.next_attempt(run, Attempt(None, automatic=True))
-    process = {"host": os.uname().nodename, "pid": os.getpid(), "started": psutil.Process().create_time()}
-    run_store.update_status(run, state=state, job=process)
+    run_store.update_status(run, state=state, job=identity())
     saving = store.saving_path(run.checkpoints, 340, attempt)
     saving.mkdir()
     _, out, _ = ask()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import time
 from collections.abc import Callable
 
-import psutil
 import pytest
 
 from launcher import run_store
 from launcher.cli.status import sparkline, summary
+from launcher.clusters.process import identity
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
 
@@ -46,8 +45,7 @@ def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
 
 
 def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> None:
-    job = {"host": os.uname().nodename, "pid": os.getpid(), "started": psutil.Process().create_time()}
-    run_store.update_status(run, state="running", job=job)
+    run_store.update_status(run, state="running", job=identity())
     with start("status", str(run.root), "--watch", "0.2", "--json") as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["state"] == "running"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,10 +14,13 @@ import pytest
 from pydantic import ValidationError
 
 from launcher import run_store
+from launcher.clusters import process
+from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import cluster as module
+from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import RayCluster
 from launcher.config.ray import RaySection
-from launcher.errors import SubmitError
+from launcher.errors import RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -33,13 +36,13 @@ def test_the_request_is_shown_with_rays_defaults(ray_plan: Callable[..., LaunchP
         "workers": 4,
         "min_workers": 2,
         "accelerator_type": "H100",
-        "label_selector": {"ray.io/market-type": "spot"},
         "resources_per_worker": {"CPU": 8.0},
         "env": {"NCCL_IB_HCA": "mlx5"},
         "pass_env": ("NCCL_DEBUG",),
         "max_preemptions": 5,
     }
-    shown = [RayCluster().preview(ray_plan()), RayCluster().preview(ray_plan(**settings))]
+    labelled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}, "placement_strategy": "STRICT_SPREAD"}
+    shown = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labelled)]
     golden("ray_requests.txt", "\n".join(text or "" for text in shown))
 
 
@@ -87,6 +90,21 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: st
         section(**settings)
 
 
+@pytest.mark.parametrize(
+    "settings, remedy",
+    [
+        ({"label_selector": {"gpu": "h100"}}, "choose the nodes with cluster.accelerator_type"),
+        ({"placement_strategy": "STRICT_PACK"}, "set it to PACK, or take out"),
+        ({"placement_strategy": "STRICT_SPREAD"}, "set it to SPREAD, or take out"),
+    ],
+)
+def test_an_elastic_run_whose_workers_ray_would_miscount_is_refused(settings: dict[str, Any], remedy: str) -> None:
+    with pytest.raises(ValidationError, match=remedy):
+        section(workers=4, min_workers=2, **settings)
+    assert section(workers=4, **settings).workers == 4
+    assert section(workers=4, min_workers=4, **settings).min_workers == 4
+
+
 def test_a_ray_of_ones_own_is_one_machine(ray_plan: Callable[..., LaunchPlan]) -> None:
     with pytest.raises(SubmitError, match="this is one machine, and the plan asks for 2 nodes"):
         RayCluster().check(ray_plan(nodes=2))
@@ -99,10 +117,13 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
     return made
 
 
+def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
+    return {**process.identity(), "pid": driver.pid, "started": psutil.Process(driver.pid).create_time()}
+
+
 def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDir) -> None:
     with subprocess.Popen(["sleep", "60"]) as driver:
-        started = psutil.Process(driver.pid).create_time()
-        job = {"host": os.uname().nodename, "pid": driver.pid, "started": started}
+        job = identity_of(driver)
         run_store.update_status(run, state="running", attempt=1, job=job)
         assert RayCluster().status(run).state == "running"
         driver.kill()
@@ -112,7 +133,9 @@ def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDi
 
 
 def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir) -> None:
-    run_store.update_status(run, state="running", attempt=1, job={"host": "elsewhere", "pid": 1, "started": 0.0})
+    # A machine of the same name, or a container that shares this one's name and not its processes.
+    elsewhere = {**process.identity(), "space": "another boot pid:[1]"}
+    run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     old = time.time() - 600
     values = run_store.read_json(run.status) | {"updated_at": old}
     run_store.write_json(run.status, values)
@@ -121,10 +144,18 @@ def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunD
     assert RayCluster().status(run).state == "running"
 
 
+def test_a_run_of_another_container_is_believed_and_cannot_be_signalled_from_here(run: RunDir) -> None:
+    elsewhere = {**process.identity(), "space": "another boot pid:[1]"}
+    run_store.update_status(run, state="running", attempt=1, job=elsewhere)
+    assert LocalCluster().status(run).state == "running"
+    with pytest.raises(SubmitError, match="cannot be seen from here") as error:
+        LocalCluster().cancel(run)
+    assert "in the same container" in str(error.value)
+
+
 def test_cancel_is_a_word_in_the_attempt_and_a_second_one_means_no_save(run: RunDir) -> None:
     with subprocess.Popen(["sleep", "60"]) as driver:
-        started = psutil.Process(driver.pid).create_time()
-        job = {"host": os.uname().nodename, "pid": driver.pid, "started": started}
+        job = identity_of(driver)
         run_store.update_status(run, state="running", attempt=1, job=job)
         RayCluster().cancel(run)
         assert run_store.read_json(run.attempt(1) / "cancel.json")["save"] is True
@@ -156,3 +187,60 @@ def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], m
         RayCluster().check(ray_plan(address="auto"))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     RayCluster().check(ray_plan(address="auto"))
+    monkeypatch.setenv("RAY_ADDRESS", "8.8.8.8:6379")
+    with pytest.raises(SubmitError, match="the whole internet can reach") as error:
+        RayCluster().check(ray_plan(address="auto"))
+    assert "RAY_ADDRESS=8.8.8.8:6379" in str(error.value)
+    RayCluster().check(ray_plan(address="auto", allow_public_address=True))
+    for other in ("ray://10.0.0.1:10001", "http://10.0.0.1:8265", "local"):
+        monkeypatch.setenv("RAY_ADDRESS", other)
+        with pytest.raises(SubmitError, match="does not name a cluster that a driver can join"):
+            RayCluster().check(ray_plan(address="auto"))
+
+
+def test_a_jobs_api_that_takes_a_request_and_never_answers_is_not_waited_for(
+    ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_REQUEST_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address, began = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
+        with pytest.raises(SubmitError, match="does not answer as it should") as error:
+            RayCluster().check(ray_plan(address=address))
+        assert time.monotonic() - began < 20
+    assert "timed out" in str(error.value).lower()
+
+
+def test_a_head_that_does_not_see_the_run_directory_is_told_at_once_and_afterwards(
+    run: RunDir, ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = "http://127.0.0.1:8265"
+    plan = ray_plan(working_dir=str(run.root.parent.parent), address=address)
+    said = (
+        "Job entrypoint command failed with exit code 1, last available logs:\nModuleNotFoundError: No module named 'launcher'\n"
+    )
+    monkeypatch.setattr(jobs, "submit", lambda *_: "raysubmit_1")
+    monkeypatch.setattr(jobs, "state", lambda *_: ("FAILED", said))
+    path = run_store.write_plan(run, 1, plan)
+    with pytest.raises(RunError, match="ended before it could write to the run directory") as error:
+        RayCluster().submit(run, 1, path)
+    assert "No module named 'launcher'" in str(error.value)
+    assert "set run.root to a folder that the cluster's nodes see" in str(error.value)
+    told = RayCluster().status(run)
+    assert told.state == "failed"
+    assert "No module named 'launcher'" in told.message
+    # The command that submitted it may have gone before that.
+    run_store.update_status(run, state="pending", message="")
+    again = RayCluster().status(run)
+    assert (again.state, again.message) == ("failed", told.message)
+
+
+def test_a_job_that_waits_in_rays_queue_is_left_to_it(
+    run: RunDir, ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = ray_plan(working_dir=str(run.root.parent.parent), address="http://127.0.0.1:8265")
+    monkeypatch.setattr(module, "_DRIVER_S", 0.05)
+    monkeypatch.setattr(module, "_ASK_S", 0.01)
+    monkeypatch.setattr(jobs, "submit", lambda *_: "raysubmit_1")
+    monkeypatch.setattr(jobs, "state", lambda *_: ("PENDING", "no node has room"))
+    RayCluster().submit(run, 1, run_store.write_plan(run, 1, plan))
+    assert (RayCluster().status(run).state, RayCluster().status(run).message) == ("pending", "no node has room")

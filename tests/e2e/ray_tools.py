@@ -7,7 +7,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from e2e_tools import wait_for
+from e2e_tools import metrics, wait_for
+
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+
+_ROWS_HOOK = Path(__file__).with_name("rows_seen")
+_REPO = Path(__file__).resolve().parents[2]
 
 
 def started_by(run: Path) -> list[psutil.Process]:
@@ -51,3 +57,30 @@ def await_no_launcher(run: Path) -> None:
 
 def causes(run: Path) -> list[str]:
     return [json.loads(path.read_text())["cause"] for path in sorted((run / "attempts").glob("*/exit.json"))]
+
+
+def rows_environment(folder: Path) -> dict[str, str]:
+    """Variables with which the ranks of a run write the rows that they are given into `folder`, see rows_seen/."""
+    folder.mkdir(exist_ok=True)
+    return {"ROWS_SEEN": str(folder), "PYTHONPATH": f"{_ROWS_HOOK}:{_REPO}"}
+
+
+def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:
+    """The rows of each step, as often as it was trained: how many ranks there were, and all of their own rows in order.
+
+    What was only made ready for a step that an attempt did not come to does not count.
+    """
+    found: dict[int, list[tuple[int, list[int]]]] = {}
+    trained = {(line["attempt"], line["trainer/step"]) for line in metrics(run) if "train/loss" in line}
+    for attempt in sorted({number for number, _ in trained}):
+        begun = run_store.read_attempt(RunDir(run), attempt)
+        batches = [
+            [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(folder.glob(f"{attempt:03d}-*.jsonl"))
+        ]
+        assert len(batches) == len(begun.nodes) or begun.nodes == ()
+        for step in sorted(step for number, step in trained if number == attempt):
+            parts = [rank[step - (begun.resume_step or 0) - 1] for rank in batches]
+            own = sorted(row for part in parts for row in part["own"])
+            assert all(sorted(part["all"]) == own for part in parts), "together the ranks have the whole batch, once"
+            found.setdefault(step, []).append((len(parts), own))
+    return found

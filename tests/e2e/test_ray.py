@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, last_step, losses, status, wait_for
+from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
 from ray_tools import await_no_process, causes, kill_all, ranks_of
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -158,6 +159,65 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     assert losses(run) == losses(undisturbed)
     assert "rank-00001.log" in {path.name for path in (run / "attempts/004").iterdir()}
     assert launch("logs", str(run), "--rank", "1").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_rank_and_a_worker_that_hang_are_named_and_the_run_goes_on(
+    start: Callable, root: Path, temporary: Path, undisturbed: Path
+) -> None:
+    run = root / "hung"
+    settings = ("cluster.stall_seconds=5", f"run.root={root}", "run.name=hung")
+    with start(*RAY, *settings, TMPDIR=str(temporary)) as process:
+        wait_for("step 12", lambda: last_step(run) >= 12)
+        stopped = ranks_of(run)[1]
+        stopped.suspend()
+        wait_for("the next attempt to train", lambda: last_of_attempt(run, 2) > 0, 200)
+        said = (run / "events.jsonl").read_text()
+        assert f"(pid {stopped.pid}) is stopped: no progress for" in said
+        # As when its machine hangs: nobody says anything of the rank any more.
+        worker = ranks_of(run)[1].parent()
+        worker.suspend()
+        ranks_of(run)[1].suspend()
+        wait_for("a third attempt to train", lambda: last_of_attempt(run, 3) > 0, 240)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert re.search(r"the other ranks wait for the worker of rank 1 on \S+: the run goes on", (run / "events.jsonl").read_text())
+    assert losses(run) == losses(undisturbed)
+    assert causes(run) == ["infrastructure", "infrastructure", "completed"]
+    await_no_process(run)
+
+
+def last_of_attempt(run: Path, attempt: int) -> int:
+    return max((line["trainer/step"] for line in metrics(run) if line["attempt"] == attempt and "train/loss" in line), default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_states_on_a_disk_and_a_mirror_outlive_a_killed_rank(
+    launch: Launch, start: Callable, root: Path, temporary: Path, tmp_path: Path, extensions: None
+) -> None:
+    """Both are the business of certain workers: rank 0's sends to the mirror, the first of a node clears its disk."""
+    disk, mirror = tmp_path / "disk", tmp_path / "mirror"
+    disk.mkdir()
+    mirror.mkdir()
+    run, steps = root / "tiered", 30
+    states = ("deepspeed=zero3_nvme", f"deepspeed.nvme_path={disk}", "train.save_every=5", f"train.max_steps={steps}")
+    settings = (*TINY, *states, "train.export=false", f"run.root={root}")
+    alone = launch(*settings, "run.name=alone")
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    ray = ("+cluster=ray", f"train.mirror=file://{mirror}", "run.name=tiered")
+    with start(*settings, *ray, TMPDIR=str(temporary)) as process:
+        wait_for("step 7", lambda: last_step(run) >= 7)
+        assert list(disk.iterdir()) != []
+        ranks_of(run)[1].kill()
+        output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert causes(run) == ["infrastructure", "completed"]
+    assert losses(run) == losses(root / "alone")
+    assert json.loads((run / "attempts/002/mirror.json").read_text())["last_step"] == steps
+    assert (mirror / "tiered/run.json").is_file()
+    assert list(disk.iterdir()) == [], "a run leaves nothing on the disk"
+    await_no_process(run)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
 from ray_cluster import RayCluster
-from ray_tools import await_no_launcher, causes, kill_all, ranks_of
+from ray_tools import await_no_launcher, causes, kill_all, ranks_of, rows_environment, rows_of
 
 from launcher import run_store
 from launcher.checkpoint import store
@@ -34,7 +34,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, module_runs: Path) -> Path:
-    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed")
+    """Its rows are in the folder `rows` beside it."""
+    rows = rows_environment(module_runs / "rows")
+    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed", **rows)
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "undisturbed"
 
@@ -133,16 +135,49 @@ def test_a_request_that_can_never_be_met_fails_at_the_deadline(launch: Launch, c
     await_no_launcher(root / "many")
 
 
+@pytest.mark.parametrize("of_ray", [False, True])
 def test_a_node_that_does_not_share_the_storage_is_named(
-    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path
+    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path, of_ray: bool
 ) -> None:
-    """Its folder for runs is another one than the head's."""
-    node("apart", "unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {root} && exec "$@"', "apart")
-    done = launch(*ray(cluster, root, "unshared", "--follow"), **cluster.env)
+    """Its folder for runs, or that for Ray Train's own state, is another one than the head's."""
+    state = tmp_path / "state"
+    state.mkdir()
+    hidden, words = (state, "Ray Train's storage is not the one") if of_ray else (root, "the run directory is not visible")
+    node("apart", "unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {hidden} && exec "$@"', "apart")
+    done = launch(*ray(cluster, root, "unshared", f"cluster.storage_path={state}", "--follow"), **cluster.env)
     assert done.returncode == 1, done.stdout + done.stderr
     message = status(root / "unshared")["message"]
-    assert "apart: the run directory is not visible" in message
+    assert f"apart: {words}" in message
     assert "n1:" not in message
+
+
+def test_an_elastic_run_does_without_a_node_that_is_unfit(
+    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path
+) -> None:
+    node("apart", "unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {root} && exec "$@"', "apart")
+    elastic = ("cluster.workers=2", "cluster.min_workers=1", "train.max_steps=10", "--follow")
+    done = launch(*ray(cluster, root, "without", *elastic), **cluster.env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunDir(root / "without")
+    # Ray may have begun with the one worker that was there first.
+    assert causes(run.root)[-2:] == ["bad_node", "completed"]
+    assert run_store.read_attempt(run, run_store.newest_attempt(run)).nodes == ("n1",)
+    assert "with 1 rank, 1 worker idle on n1, without apart, unfit before: mend it" in done.stdout
+
+
+def test_a_head_that_does_not_see_the_run_directory_is_told_to_the_one_who_submits(launch: Launch, root: Path) -> None:
+    alone = RayCluster()
+    try:
+        alone.start("head", prefix=("unshare", "--mount", "sh", "-c", f'mount -t tmpfs tmpfs {root} && exec "$@"', "head"))
+        through = (f"cluster.address={alone.http}", f"cluster.python={sys.executable}", "cluster.workers=1")
+        done = launch(*ray(alone, root, "unseen", *through), **alone.env)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "Ray's job ended before it could write to the run directory" in done.stderr
+        assert "does not see the run directory" in done.stderr
+        assert "set run.root to a folder that the cluster's nodes see" in done.stderr
+        assert json.loads(launch("status", str(root / "unseen"), "--json", **alone.env).stdout)["state"] == "failed"
+    finally:
+        alone.stop()
 
 
 def test_a_node_with_another_version_of_a_package_is_named(
@@ -194,13 +229,19 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
 
 
 def test_a_run_loses_a_node_and_gets_another(
-    start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
+    start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     """Elastic: two ranks on two nodes, then one, then two again; the rows of each step are the same."""
     node("n2")
-    run = root / "elastic"
-    elastic = ("cluster.workers=2", "cluster.min_workers=1", "cluster.resize_seconds=2", "--follow")
-    with start(*ray(cluster, root, "elastic", *elastic), **cluster.env) as process:
+    run, rows = root / "elastic", tmp_path / "rows"
+    elastic = (
+        "cluster.workers=2",
+        "cluster.min_workers=1",
+        "cluster.resize_seconds=2",
+        "cluster.pass_env=[ROWS_SEEN]",
+        "--follow",
+    )
+    with start(*ray(cluster, root, "elastic", *elastic), **cluster.env, **rows_environment(rows)) as process:
         await_training(run, num_ranks=2)
         wait_for("a checkpoint", lambda: store.newest_step(run / "checkpoints") is not None)
         cluster.kill("n2")
@@ -210,6 +251,11 @@ def test_a_run_loses_a_node_and_gets_another(
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert_close(losses(run), losses(undisturbed))
+    wanted = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(undisturbed, undisturbed.parent / "rows").items()}
+    seen = rows_of(run, rows)
+    assert {step: {tuple(batch) for _, batch in times} for step, times in seen.items()} == wanted
+    assert {num_ranks for times in seen.values() for num_ranks, _ in times} == {1, 2}
+    assert run_store.load_plan(RunDir(run)).topology.world_size == 2, "the plan is that of the newest attempt"
     # Ray begins with as few as are there at that moment, so that there may have been one more at the start.
     assert causes(run)[-3:] == ["infrastructure", "resized", "completed"]
     last = run_store.newest_attempt(RunDir(run))

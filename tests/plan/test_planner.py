@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
+from launcher.cli.text import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
-from launcher.plan.planner import plan, resized
+from launcher.plan.planner import fewest, plan, resized
 
 CUDA = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)
 LLAMA_70B = ("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl")
+SEVENTY = ("model=llama3_3_70b", "train.global_batch_size=128", "data.max_length=2048")
 
 
 @pytest.fixture
@@ -147,9 +149,9 @@ def test_a_second_copy_that_does_not_divide_is_refused(plan_of: Callable[..., La
 
 
 def test_a_plan_for_other_ranks_is_the_one_that_would_have_been_made_for_them(plan_of: Callable[..., LaunchPlan]) -> None:
-    whole = plan_of(*LLAMA_70B, "cluster.nodes=4")
-    assert resized(whole, 32, 8) == whole
-    half, planned = resized(whole, 16, 8), plan_of(*LLAMA_70B, "cluster.nodes=2")
+    whole = plan_of(*LLAMA_70B, "cluster.nodes=8")
+    assert resized(whole, 64, 8) == whole
+    half, planned = resized(whole, 32, 8), plan_of(*LLAMA_70B, "cluster.nodes=4")
     same = {"config": half.config, "wandb_id": half.wandb_id, "run_dir": half.run_dir, "run_name": half.run_name}
     assert half == planned.model_copy(update=same | {"provenance": half.provenance})
     assert half.batch.global_batch_size == whole.batch.global_batch_size
@@ -192,3 +194,24 @@ def test_everything_that_does_not_fit_in_one_pass(plan_of: Callable[..., LaunchP
 )
 def test_limits(plan_of: Callable[..., LaunchPlan], tokens: tuple[str, ...], seconds: float | None) -> None:
     assert plan_of(*LLAMA_70B, *tokens).limits.max_seconds == seconds
+
+
+def test_model_states_that_no_gpu_holds_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+    (problem,) = problems(plan_of, *SEVENTY, device=CUDA)
+    assert problem.what == "model states over 8 ranks are 148 GiB a GPU, which has 79"
+    assert "deepspeed=zero3_offload" in problem.remedy
+    assert plan_of(*SEVENTY, "deepspeed=zero3_offload", device=CUDA).topology.world_size == 8
+
+
+def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: Callable[..., LaunchPlan]) -> None:
+    elastic = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
+    (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
+    assert problem.where == "cluster.min_workers"
+    assert "cluster.min_workers=8: model states over 8 ranks are 148 GiB a GPU, which has 79" in problem.what
+    # Of 40 workers 32 train, since the global batch of 128 divides over these.
+    planned = plan_of(*elastic, "cluster.min_workers=40")
+    smallest = fewest(planned)
+    assert smallest is not None
+    assert (smallest.topology.world_size, smallest.batch.global_batch_size) == (32, planned.batch.global_batch_size)
+    assert "; 32.85 GiB a rank on 32" in "\n".join(plan_lines(planned))
+    assert fewest(plan_of(*elastic)) is None

@@ -8,11 +8,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.config.ray import RaySection
+from launcher.config.slurm import SlurmSection
 from launcher.errors import Problem
 from launcher.worker import gpu_check
 from launcher.worker.gpu_check import check_gpus
 
-KIND, H100 = "H100-80GB", "NVIDIA H100 80GB HBM3"
+H100 = "NVIDIA H100 80GB HBM3"
+SECTION = SlurmSection(kind="slurm", gpu_type="H100-80GB")
 HEALTHY = (f"GPU-aaaa, {H100}, 00000000:3B:00.0, 0", f"GPU-bbbb, {H100}, 00000000:AF:00.0, [N/A]")
 
 
@@ -51,10 +54,27 @@ def test_sound_gpus_of_the_planned_kind_pass(commands: Callable[..., Path], monk
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     log = "NVRM: Xid (PCI:0000:3b:00): 13, pid=99, Graphics Exception\nNVRM: Xid (PCI:0000:3b:00): 63, Row Remapper"
     folder = commands(processes=(f"GPU-aaaa, {os.getpid()}, 500, python",), log=log)
-    assert check_gpus(2, KIND) == ((H100, H100), [])
+    assert check_gpus(2, SECTION) == ((H100, H100), [])
     asked = (folder / "asked").read_text().splitlines()
     assert len(asked) == 2
     assert all(line.endswith("--format=csv,noheader,nounits -i 2,3") for line in asked)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "slurm", "ray"),
+    [
+        (HEALTHY[:1], "cluster.gpus_per_node", "give the node all of its GPUs"),
+        ((HEALTHY[0], HEALTHY[1].replace(H100, "Tesla T4")), "cluster.constraint", "cluster.accelerator_type"),
+    ],
+)
+def test_a_remedy_names_the_settings_of_its_own_cluster(
+    commands: Callable[..., Path], gpus: tuple[str, ...], slurm: str, ray: str
+) -> None:
+    commands(gpus=gpus)
+    on_slurm = only(check_gpus(2, SECTION)).remedy
+    on_ray = only(check_gpus(2, RaySection(kind="ray", gpu_type="H100-80GB"))).remedy
+    assert (slurm in on_slurm, ray in on_ray) == (True, True)
+    assert slurm not in on_ray
 
 
 def only(checked: tuple[tuple[str, ...], list[Problem]]) -> Problem:
@@ -100,7 +120,7 @@ def test_a_gpu_that_will_not_do_is_told(
 ) -> None:
     commands(**setting)
     started = time.monotonic()
-    problem = only(check_gpus(2, KIND))
+    problem = only(check_gpus(2, SECTION))
     assert time.monotonic() - started < 20
     assert what in problem.what
     assert value in problem.value
@@ -108,7 +128,7 @@ def test_a_gpu_that_will_not_do_is_told(
 
 def test_gpus_may_be_of_any_kind_where_none_is_planned(commands: Callable[..., Path]) -> None:
     commands(gpus=tuple(line.replace(H100, "Tesla T4") for line in HEALTHY))
-    assert check_gpus(2, None) == (("Tesla T4", "Tesla T4"), [])
+    assert check_gpus(2, RaySection(kind="ray")) == (("Tesla T4", "Tesla T4"), [])
 
 
 def test_a_process_that_is_just_ending_is_awaited(commands: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +138,7 @@ def test_a_process_that_is_just_ending_is_awaited(commands: Callable[..., Path],
         "*) [ -e ${0%/*}/listed ] || echo GPU-aaaa, 999999999, 5, python; touch ${0%/*}/listed ;; esac"
     )
     folder = commands(**{"nvidia-smi": smi})
-    assert check_gpus(2, KIND)[1] == []
+    assert check_gpus(2, SECTION)[1] == []
     assert (folder / "listed").exists()
 
 
@@ -127,18 +147,18 @@ def test_a_missing_driver_and_an_empty_choice_of_gpus_are_told(
 ) -> None:
     commands()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES is empty" in only(check_gpus(2, KIND)).what
+    assert "CUDA_VISIBLE_DEVICES is empty" in only(check_gpus(2, SECTION)).what
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert "nvidia-smi cannot be started" in only(check_gpus(2, KIND)).what
+    assert "nvidia-smi cannot be started" in only(check_gpus(2, SECTION)).what
 
 
 def test_faults_of_other_jobs_gpus_count_only_where_a_gpu_is_missing(commands: Callable[..., Path]) -> None:
     log = "NVRM: Xid (PCI:0000:d8:00): 79, GPU has fallen off the bus.\n" * 2 + "NVRM: Xid (PCI:0000:d8:00): 45, cleanup"
     commands(log=log)
-    assert check_gpus(2, KIND)[1] == []
+    assert check_gpus(2, SECTION)[1] == []
     commands(gpus=HEALTHY[:1], log=log)
-    said = [problem.what for problem in check_gpus(2, KIND)[1]]
+    said = [problem.what for problem in check_gpus(2, SECTION)[1]]
     assert said == ["there are fewer GPUs than ranks", "a GPU has a fault, Xid 79: fallen off the bus"]
     commands(gpus=HEALTHY[:1], dmesg="echo dmesg: read kernel buffer failed: Operation not permitted >&2; exit 1")
-    assert only(check_gpus(2, KIND)).what == "there are fewer GPUs than ranks"
+    assert only(check_gpus(2, SECTION)).what == "there are fewer GPUs than ranks"

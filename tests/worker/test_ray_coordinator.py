@@ -40,6 +40,7 @@ def test_nothing_begins_before_all_have_come_and_all_nodes_are_checked(play: Cal
     assert second is not None
     assert [first["do"], second["do"]] == ["check", "check"]
     assert (second["address"], second["port"], second["peers"]) == ("10.0.0.1", 4000, ["10.0.0.1", "10.0.0.2"])
+    assert [first["others"], second["others"]] == [[("n2", "10.0.0.2", 4001)], [("n1", "10.0.0.1", 4000)]]
     assert (played.run.attempt(1) / "marker").read_text() == first["marker"]
     coordinator.checked("a", 0, FIT.to_json())
     assert coordinator.orders("a", 0) is None, "the other node has not reported"
@@ -81,7 +82,8 @@ def test_another_version_on_a_node_is_named(play: Callable[..., Played]) -> None
 def test_a_run_that_is_done_is_done(play: Callable[..., Played]) -> None:
     played = play()
     played.begin("a", "n1", "n1")
-    assert played.coordinator.beat("a", 0, None) == {"signal": None, "saved": [], "verdict": None}
+    quiet = {"signal": None, "stacks": False, "hung": None, "saved": [], "verdict": None}
+    assert played.coordinator.beat("a", 0, None) == quiet
     played.save(5)
     played.outcome("completed", 5)
     for rank in range(2):
@@ -220,7 +222,8 @@ def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) ->
     assert not played.coordinator.make_way()
     assert "another number of workers" in played.run.events.read_text()
     played.save(7)
-    assert played.coordinator.beat("a", 0, None) == {"signal": "USR2", "saved": [], "verdict": None}
+    answer = played.coordinator.beat("a", 0, None)
+    assert (answer["signal"], answer["saved"], answer["verdict"]) == ("USR2", [], None)
     assert not played.coordinator.make_way()
     played.outcome("preempted", 7)
     played.end(0, stopped=True)
@@ -307,7 +310,7 @@ def test_cancel_is_heard_while_nodes_are_checked(play: Callable[..., Played]) ->
 def test_workers_that_were_silent_for_a_while_are_not_given_up(
     play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_SILENT_S", 0.05)
+    monkeypatch.setattr(module, "SILENT_S", 0.05)
     played = play()
     played.begin("a", "n1", "n1")
     time.sleep(0.06)

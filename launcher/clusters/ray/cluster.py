@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -30,9 +31,12 @@ JOINING = "joining Ray"
 _JOIN_DEADLINE_S = 90.0
 _END_DEADLINE_S = 60.0
 _CONNECT_S = 5.0
-_POLL_S = 0.1
+_POLL_S, _ASK_S = 0.1, 1.0
 # The driver gives a sign of life every few seconds; a network file system shows it up to a minute late.
 _SILENT_S = 180.0
+_DRIVER_S = 60.0
+_JOB_ENDED = ("FAILED", "SUCCEEDED", "STOPPED")
+_UNSEEN = "Ray's job ended before it could write to the run directory"
 _LOST = "the driver is gone without a word (killed, or its machine or the head of the cluster is lost)"
 
 
@@ -53,7 +57,7 @@ class RayCluster:
             _require_no_keys(section.pass_env)
             jobs.require_answer(section.address)
         elif section.address == "auto":
-            _require_member()
+            _require_member(section.allow_public_address)
         else:
             _require_reachable(section.address)
 
@@ -70,6 +74,7 @@ class RayCluster:
                 run_store.update_status(run, state="failed", message="the job was not submitted")
                 raise
             run_store.write_json(_submission_file(run, attempt), {"job": job, "address": section.address, "at": time.time()})
+            _await_driver(run, section.address or "", job)
             return
         log = run.attempt(attempt) / "agent.log"
         process.start(run, attempt, _MODULE, arguments, log, "Ray's driver")
@@ -146,6 +151,8 @@ class RayCluster:
             return now
         if state == "STOPPED":
             return replace(known, state="cancelled", message="Ray's job was stopped")
+        if now.job is None:
+            return replace(known, state="failed", message=f"{_UNSEEN}: {_last_line(message)}; {_unseen_remedy(run, submitted)}")
         return replace(_lost(run, known), message=f"Ray's job ended as {state}: {message.splitlines()[0] if message else ''}")
 
 
@@ -220,6 +227,39 @@ def _await_joined(run: RunDir, log: Path) -> None:
         raise RunError("Ray was not joined in time", where=str(log), value=log.read_text(errors="replace")[-2000:])
 
 
+def _await_driver(run: RunDir, address: str, job: str) -> None:
+    """Wait a moment for the driver to announce itself, so that a head that does not see the run directory is told now.
+
+    Raises:
+        RunError: where the job has ended without that.
+    """
+    deadline = time.monotonic() + _DRIVER_S
+    while run_store.read_status(run).job is None and time.monotonic() < deadline:
+        with suppress(SubmitError):
+            state, message = jobs.state(address, job)
+            if state in _JOB_ENDED:
+                break
+        time.sleep(_ASK_S)
+    else:
+        # It has come, or waits in Ray's queue, which `status` tells.
+        return
+    run_store.look_again(run.root)
+    if run_store.read_status(run).job is None:
+        said, remedy = _last_line(message), _unseen_remedy(run, {"job": job, "address": address})
+        run_store.update_status(run, state="failed", message=f"{_UNSEEN}: {said}; {remedy}")
+        raise RunError(_UNSEEN, where=str(run.root), value=said, remedy=remedy)
+
+
+def _unseen_remedy(run: RunDir, submitted: dict[str, str]) -> str:
+    log = f"ray job logs --address {submitted['address']} {submitted['job']}"
+    return f"set run.root to a folder that the cluster's nodes see under the same path and may write to; the job's log: {log}"
+
+
+def _last_line(message: str) -> str:
+    """Ray's message on a job that has failed ends with the end of its log."""
+    return next((line.strip() for line in reversed(message.splitlines()) if line.strip()), "without a word")
+
+
 def _require_no_keys(names: Sequence[str]) -> None:
     """Refuse to pass on what looks like a key: whoever has the cluster's token can read what a job was submitted with."""
     if keys := [name for name in names if looks_secret(f"cluster.env.{name}", "unknown")]:
@@ -253,9 +293,21 @@ def _require_private(address: str, host: str, allowed: bool) -> None:
         )
 
 
-def _require_member() -> None:
-    """Refuse a machine on which no Ray runs and where no variable names one."""
-    if os.environ.get("RAY_ADDRESS") or any(p.info["name"] == "raylet" for p in psutil.process_iter(["name"])):
+def _require_member(allowed: bool) -> None:
+    """Refuse a machine on which no Ray runs; where a variable names one, refuse what would be refused as a setting."""
+    named = os.environ.get("RAY_ADDRESS", "auto")
+    if named != "auto":
+        host = urlsplit(f"ray://{named}").hostname
+        if "/" in named or ":" not in named or host is None:
+            raise SubmitError(
+                "RAY_ADDRESS does not name a cluster that a driver can join",
+                where="RAY_ADDRESS in the environment",
+                value=named,
+                remedy="write it as host:port, unset it, or name the Jobs API: cluster.address=http://host:8265",
+            )
+        _require_private(f"auto, RAY_ADDRESS={named}", host, allowed)
+        return
+    if any(p.info["name"] == "raylet" for p in psutil.process_iter(["name"])):
         return
     raise SubmitError(
         "no Ray runs on this machine",

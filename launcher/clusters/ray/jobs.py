@@ -17,6 +17,8 @@ from launcher.plan.run_dir import RunDir
 T = TypeVar("T")
 
 _AGENT_S = 120.0
+# Ray's client itself waits for an answer for ever.
+_REQUEST_S = 30.0
 _DENIED = re.compile(r"\b40[13]\b|Unauthorized|Forbidden|authentication")
 
 
@@ -88,7 +90,11 @@ def _client(address: str) -> Any:
     def connect() -> Any:
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(address)
+        class Client(JobSubmissionClient):
+            def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+                return super()._do_request(method, endpoint, **{"timeout": _REQUEST_S, **options})
+
+        return Client(address)
 
     # Where a variable names another cluster, the address of the settings counts.
     os.environ.pop("RAY_ADDRESS", None)

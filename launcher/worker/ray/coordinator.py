@@ -17,15 +17,18 @@ from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem, Superseded
+from launcher.errors import ConfigError, LauncherError, Problem, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.tracking.jsonl import Tail, append_event
-from launcher.worker import conclusion, network, node_check, record
+from launcher.tracking.jsonl import append_event
+from launcher.worker import conclusion, node_check, record
 from launcher.worker.node_check import NodeReport
-from launcher.worker.ray.group import Group, Member, plan_for
+from launcher.worker.ray.committed import Committed
+from launcher.worker.ray.group import Group, Member, require_private
+from launcher.worker.ray.liveness import SILENT_S, Liveness
+from launcher.worker.watchdog import Limits
 
 _DRAINED = "drained.json"
 # What the run's state says until its ranks speak for themselves.
@@ -34,8 +37,6 @@ _LOCK_WAIT_S = 60.0
 # How often the disk and Ray are looked at, however many workers ask.
 _LOOK_S = 0.5
 _DRAIN_LOOK_S = 2.0
-# Workers ask several times a second.
-_SILENT_S = 60.0
 # Checks of GPUs and of a busy file system take seconds; a node that hangs would hold all others for ever.
 _CHECK_DEADLINE_S = 300.0
 # How long storage that cannot be read now is waited for before an attempt.
@@ -58,9 +59,15 @@ class Coordinator:
         self._job = job
         self._draining = draining
         self._environment: dict[str, str] = {}
-        self._metrics = Tail(self._run.metrics)
-        self._logged: dict[int, dict[str, Any]] = {}
+        cluster = self._plan.config.cluster
+        self._limits = Limits(cluster.stall_seconds, cluster.timeout_minutes * 60)
+        self._committed = Committed(self._run)
         self._group: Group | None = None
+        # Groups whose workers have not all come yet, and the ids of those that another has followed.
+        self._coming: dict[str, Group] = {}
+        self._gone: set[str] = set()
+        # Nodes that made an attempt of this run fail, and that the next ones do without.
+        self._left_out: tuple[str, ...] = ()
         # Workers of the last group that trained.
         self._size = 0
         self._early_failures = 0
@@ -76,7 +83,7 @@ class Coordinator:
     def state(self) -> dict[str, Any]:
         """For the driver: the newest attempt, seconds for which no workers have been there, and why all is over, if it is."""
         group = self._group
-        if group is not None and self._idle_since is None and time.monotonic() - group.heard_at > _SILENT_S:
+        if group is not None and self._idle_since is None and time.monotonic() - group.heard_at > SILENT_S:
             # They are gone, and Ray Train looks for others.
             self._idle_since = group.heard_at
             if self._over is None:
@@ -87,11 +94,20 @@ class Coordinator:
         return {"number": self._number, "idle_s": idle_s, "over": self._over}
 
     def enter(self, group: str, size: int, member: Mapping[str, Any]) -> None:
-        """A worker has started. Those of a group that came before are gone."""
-        if self._group is None or self._group.id != group:
-            self._group = Group(group, size)
-        self._group.members[member["rank"]] = Member(**member)
-        self._hear(self._group)
+        """A worker has started; a group takes over from the one before when all of its workers have come.
+
+        A worker that was cut off may come back late: its group is gone, or never gets complete.
+        """
+        current = self._group
+        if group in self._gone or (current is not None and current.id == group):
+            return
+        found = self._coming.setdefault(group, Group(group, size, Liveness(self._limits)))
+        found.members[member["rank"]] = Member(**member)
+        if found.is_complete:
+            self._gone |= self._coming.keys() - {group} | ({current.id} if current is not None else set())
+            self._coming.clear()
+            self._group = found
+            self._hear(found, member["rank"])
 
     def failed_early(self, words: str) -> None:
         """A worker could not come so far as to enter; Ray Train would start others for ever.
@@ -108,34 +124,45 @@ class Coordinator:
     def orders(self, group: str, rank: int) -> dict[str, Any] | None:
         """What a worker does next: None to ask again, else `do` is check, train, wait or leave."""
         found = self._group
-        if found is not None and found.id == group and self._over is None and len(found.members) == found.size:
+        if self._over is None and group in self._coming:
+            return None
+        if found is not None and found.id == group and self._over is None:
             self._open_if_possible(found)
         if self._over is not None or found is None or found.id != group:
             return {"do": "leave", "why": self._over or "other workers have taken over"}
-        self._hear(found)
+        self._hear(found, rank)
         if found.opened_at is None:
             return None
-        checks = self._plan.ray.node_checks
-        waiting = [head.rank for head in found.heads if checks and head.rank not in found.reports]
+        waiting = self._unchecked(found)
         self._look(found)
         if waiting and found.verdict is None:
             self._end_of_checks(found, waiting)
         if found.verdict is not None:
             return {"do": "wait"}
-        common = {"attempt": self._number, "plan": found.plan_path, "marker": found.marker, "active": found.active}
-        if rank >= found.active:
+        common = {"attempt": self._number, "plan": found.plan_path, "marker": found.marker, "world_size": len(found.trains)}
+        if rank not in found.trains:
             return {"do": "wait", **common}
-        head = found.members[0]
-        place = {"address": head.address, "port": head.port, "peers": sorted({m.address for m in found.members.values()})}
+        head, here = found.training[0], found.members[rank].node_id
+        place = {
+            **common,
+            "rank": found.trains.index(rank),
+            "local_size": sum(member.node_id == here for member in found.training),
+            "address": head.address,
+            "port": head.port,
+            "peers": sorted({member.address for member in found.training}),
+        }
         if waiting:
-            return {"do": "check", **common, **place} if rank in waiting else None
-        return {"do": "train", **common, **place, "environment": self._environment}
+            # Every worker listens until it trains or leaves.
+            others = [(member.node, member.address, member.port) for member in found.heads if member.rank != rank]
+            return {"do": "check", **place, "others": others} if rank in waiting else None
+        return {"do": "train", **place, "environment": self._environment}
 
     def checked(self, group: str, rank: int, report: Mapping[str, Any]) -> None:
         """What a node has found out about itself; where any is unfit, the attempt ends before anything is loaded."""
         found = self._group
         if found is None or found.id != group or found.verdict is not None:
             return
+        self._hear(found, rank)
         found.reports[rank] = NodeReport.from_json(report)
         if len(found.reports) < len(found.heads):
             return
@@ -147,29 +174,36 @@ class Coordinator:
         if found.problems:
             self._conclude_unfit(found)
 
-    def beat(self, group: str, rank: int, ended: str | None) -> dict[str, Any]:
+    def beat(self, group: str, rank: int, ended: str | None, sign: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """A worker tells whether its rank goes on (None), is `done` or has `failed`, and hears what to do.
 
-        Returns `signal` for its rank or None, the checkpoints that were `saved` so far, and the `verdict` once there is one.
+        `sign` is how far its rank is, see `liveness.Observer`. Returns `signal` for its rank or None, whether it is to show its
+        `stacks`, why it is to be killed where it `hung`, the checkpoints `saved` so far, and the `verdict` once there is one.
         """
         found = self._group
         if found is None or found.id != group:
-            return {"signal": "KILL", "saved": [], "verdict": {"again": False, "reason": "other workers have taken over"}}
-        if ended is not None and rank < found.active:
+            verdict = {"again": False, "reason": "other workers have taken over"}
+            return {"signal": "KILL", "stacks": False, "hung": None, "saved": [], "verdict": verdict}
+        self._hear(found, rank, sign)
+        if ended is not None and rank in found.trains:
             found.ended.add(rank)
             if ended == "failed" and found.failed_at is None:
                 found.failed_at = time.monotonic()
         self._look(found)
         if found.verdict is None and found.opened_at is not None:
             late = found.failed_at is not None and time.monotonic() - found.failed_at > _LAST_WORDS_S
-            if late or (found.active and len(found.ended) == found.active):
+            if late or found.ended | found.lost >= set(found.trains):
                 with suppress(OSError, LauncherError):
-                    self._look_for_checkpoints(found)
+                    found.saved += self._committed.look(self._number)
                 self._conclude(found)
-        self._hear(found)
-        # Ray Train, which waits for the ranks to end, would not take a report from them.
-        saved = [] if found.resizing else found.saved
-        return {"signal": self._signal(found), "saved": saved, "verdict": found.verdict}
+        return {
+            "signal": self._signal(found),
+            "stacks": found.liveness.wants_stacks(rank),
+            "hung": found.hung.get(rank),
+            # Ray Train, which waits for the ranks to end, would not take a report from them.
+            "saved": [] if found.resizing else found.saved,
+            "verdict": found.verdict,
+        }
 
     def make_way(self) -> bool:
         """Ray Train has room for more workers and is about to replace these: they save. True once they have ended."""
@@ -185,9 +219,10 @@ class Coordinator:
                     self._conclude(group)
         return group.verdict is not None
 
-    def _hear(self, group: Group) -> None:
+    def _hear(self, group: Group, rank: int, sign: Mapping[str, Any] | None = None) -> None:
         group.heard_at = time.monotonic()
-        if group.verdict is None and len(group.members) == group.size:
+        group.liveness.hear(rank, sign)
+        if group.verdict is None:
             self._idle_since = None
 
     def _open_if_possible(self, group: Group) -> None:
@@ -208,6 +243,10 @@ class Coordinator:
                 said = error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
                 self._finish(f"the attempt cannot be opened: {said}", state="failed")
 
+    def _unchecked(self, group: Group) -> list[int]:
+        """The workers whose reports on their nodes are still missing."""
+        return [head.rank for head in group.heads if self._plan.ray.node_checks and head.rank not in group.reports]
+
     def _end_of_checks(self, group: Group, waiting: Sequence[int]) -> None:
         """While nodes are checked: a wish to stop needs no save, and a node that does not report is named."""
         assert group.opened_at is not None
@@ -222,21 +261,15 @@ class Coordinator:
     def _conclude_unfit(self, group: Group) -> None:
         """Nothing is loaded where a node is unfit; the workers' records say why."""
         with suppress(OSError):
-            for member in group.members.values():
-                if member.rank < group.active:
-                    ended = {"node": member.rank, "host": member.node, "first_failure": None, "stopped": False}
-                    ended |= {"problems": [asdict(problem) for problem in group.problems], "ended_at": time.time()}
-                    run_store.write_json(record.node_file(self._run, self._number, member.rank), ended)
+            for rank, member in enumerate(group.training):
+                ended = {"node": rank, "host": member.node, "first_failure": None, "stopped": False, "ended_at": time.time()}
+                problems = [asdict(problem) for problem in group.problems]
+                run_store.write_json(record.node_file(self._run, self._number, rank), ended | {"problems": problems})
         self._conclude(group)
 
     def _open(self, group: Group) -> None:
         """Number the attempt of a group that is complete, with a plan for as many ranks as divide the batch."""
-        run, section, head = self._run, self._plan.ray, group.members[0]
-        if network.is_public(head.address) and not section.allow_public_address:
-            where = f"{head.node} at {head.address}"
-            raise ConfigError(
-                f"the ranks would meet at an address that the whole internet can reach: {where}; set cluster.interface"
-            )
+        run = self._run
         with run_store.starting(run, wait_s=_LOCK_WAIT_S):
             if run_store.newest_attempt(run) != self._number:
                 self._finish("another command has started the run again", state=None)
@@ -247,19 +280,22 @@ class Coordinator:
                 if not decision.again:
                     self._finish(decision.reason, decision.state)
                     return
+                self._left_out = decision.exclude
                 self._number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
                 attempt = run_store.read_attempt(run, self._number)
-            plan = plan_for(self._plan, group)
-            group.active = plan.topology.world_size
+            plan = group.choose(self._plan, self._left_out)
+            head = group.training[0]
+            require_private(head, self._plan.ray.allow_public_address)
             group.plan_path = self._plan_path
-            if plan != self._plan:
+            if not plan == self._plan == run_store.load_plan(run):
+                # The plan of an attempt without one of its own is that of the attempt before.
                 group.plan_path = str(run_store.write_plan(run, self._number, plan))
             begun = Attempt(
                 resume_step=attempt.resume_step,
                 job=self._job,
-                nodes=tuple(group.members[rank].node for rank in range(group.active)),
-                address=group.members[0].address,
-                port=group.members[0].port,
+                nodes=tuple(member.node for member in group.training),
+                address=head.address,
+                port=head.port,
                 automatic=attempt.automatic,
                 pinned=attempt.pinned,
             )
@@ -270,9 +306,7 @@ class Coordinator:
         self._early_failures = 0
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
-        ranks = f"{group.active} rank{'s' * (group.active > 1)}"
-        ranks += f", {group.size - group.active} workers idle" if group.size > group.active else ""
-        self._say("info", f"attempt {self._number} begins with {ranks} on {', '.join(dict.fromkeys(begun.nodes))}")
+        self._say(*group.composition(self._number, self._left_out))
         group.opened_at, self._size = time.monotonic(), group.size
 
     def _after(self, group: Group) -> Decision:
@@ -299,7 +333,11 @@ class Coordinator:
             if asked.is_file():
                 group.saves = bool(run_store.read_json(asked).get("save", True))
                 group.asked_at = group.asked_at or now
-            self._look_for_checkpoints(group)
+            group.saved += self._committed.look(self._number)
+        # While nodes are checked there is another deadline, and those that are sent away fall silent as they please.
+        if group.failed_at is None and not self._unchecked(group):
+            for text in group.look_for_hangs():
+                self._say("alert", text)
         if not group.drained and now - self._looked_at_drains > _DRAIN_LOOK_S:
             self._looked_at_drains = now
             lost: set[str] = set()
@@ -311,29 +349,6 @@ class Coordinator:
                 self._say("alert", f"Ray is about to lose {', '.join(names)}: the run saves")
                 with suppress(OSError):
                     run_store.write_json(self._run.attempt(self._number) / _DRAINED, {"nodes": names, "at": time.time()})
-
-    def _look_for_checkpoints(self, group: Group) -> None:
-        """One listing of a folder, however many checkpoints of however many files lie in it; each is opened once."""
-        for path in sorted(self._run.checkpoints.glob("step-*")):
-            if path.name in group.seen:
-                continue
-            try:
-                checkpoint = store.open_checkpoint(path)
-            except CheckpointError:
-                continue
-            group.seen.add(path.name)
-            if checkpoint.manifest.attempt == self._number:
-                logged = self._numbers_of(checkpoint.step)
-                group.saved.append({"step": checkpoint.step, "path": str(path), "metrics": logged})
-
-    def _numbers_of(self, step: int) -> dict[str, float]:
-        """What was logged at a step, as far as it is a number; the file is read on from where it was read before."""
-        for line in self._metrics.poll():
-            number = line["trainer/step"]
-            self._logged[number] = {**self._logged.get(number, {}), **line}
-        found = self._logged.get(step, {})
-        self._logged = {number: line for number, line in self._logged.items() if number > step}
-        return {name: value for name, value in found.items() if isinstance(value, int | float)}
 
     def _signal(self, group: Group) -> str | None:
         """What the ranks that still run are told."""

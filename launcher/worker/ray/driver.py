@@ -21,8 +21,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from launcher import run_store
 from launcher.clusters import process
 from launcher.clusters.ray.cluster import JOINING
@@ -41,6 +39,7 @@ _CALL_S = 30.0
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
 _LONGEST_FOLDER = 30
+_MEET_S = 300
 _MOST_CONTROLLERS = 20
 _ANEW_S = 5.0
 # Characters of Ray's own words that a run's state holds; all of them are in the log.
@@ -62,11 +61,14 @@ _SECRETS = (
 
 def main(plan_path: str, attempt: int) -> int:
     """Run one attempt and those that follow it by themselves; returns the exit code."""
-    plan = LaunchPlan.load(plan_path)
-    run = RunDir(Path(plan.run_dir))
-    this = psutil.Process()
-    job = {"host": os.uname().nodename, "pid": this.pid, "started": this.create_time()}
-    run_store.update_status(run, state="pending", attempt=attempt, job=job, message=JOINING)
+    try:
+        plan = LaunchPlan.load(plan_path)
+        run = RunDir(Path(plan.run_dir))
+        run_store.update_status(run, state="pending", attempt=attempt, job=process.identity(), message=JOINING)
+    except OSError as error:
+        # Where it could be told in the run's state there would be nothing to tell.
+        print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
+        return EXIT_FAILED
     driver = _Driver(plan, plan_path, run, attempt)
     try:
         return driver.run()
@@ -273,8 +275,8 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # Workers that do not all come to a report would wait for each other for ever.
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "1800")
+    # Workers that have been placed meet within seconds. One that hangs before would keep the others, and the nodes, for ever.
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
     # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
     if section.address is not None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.errors import ConfigError, Problem
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import resized
+from launcher.plan.planner import fitted
+from launcher.worker import network
 from launcher.worker.node_check import NodeReport
+from launcher.worker.ray.liveness import Liveness
+from launcher.worker.watchdog import describe
 
 
 @dataclass(frozen=True)
 class Member:
-    """A worker: its rank, the node it is on by Ray's name and id, and where the others reach it."""
+    """A worker: its rank in the group, the node it is on by Ray's name and id, and where the others reach it."""
 
     rank: int
     local_rank: int
@@ -29,12 +32,15 @@ class Member:
 
 @dataclass
 class Group:
-    """The workers that Ray Train has started together; `active` of them train."""
+    """The workers that Ray Train has started together, by their rank in it; those in `trains` train, in the order of their own
+    ranks, and the others stay idle.
+    """
 
     id: str
     size: int
+    liveness: Liveness
     members: dict[int, Member] = field(default_factory=dict)
-    active: int = 0
+    trains: tuple[int, ...] = ()
     plan_path: str = ""
     marker: str = ""
     tried_at: float = -math.inf
@@ -42,36 +48,95 @@ class Group:
     reports: dict[int, NodeReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     ended: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
+    hung: dict[int, str] = field(default_factory=dict)
     failed_at: float | None = None
     drained: bool = False
     resizing: bool = False
     asked_at: float | None = None
     saves: bool = True
     saved: list[dict[str, Any]] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
     verdict: dict[str, Any] | None = None
     came_at: float = field(default_factory=time.monotonic)
     heard_at: float = field(default_factory=time.monotonic)
 
     @property
+    def is_complete(self) -> bool:
+        return len(self.members) == self.size
+
+    @property
+    def training(self) -> list[Member]:
+        """The workers that train, in the order of their ranks."""
+        return [self.members[rank] for rank in self.trains]
+
+    @property
     def heads(self) -> list[Member]:
         """The first worker of each node that trains, who checks it."""
         first: dict[str, Member] = {}
-        for rank in range(self.active):
-            first.setdefault(self.members[rank].node_id, self.members[rank])
+        for member in self.training:
+            first.setdefault(member.node_id, member)
         return list(first.values())
 
+    def choose(self, planned: LaunchPlan, left_out: Collection[str]) -> LaunchPlan:
+        """Let as many workers train as the global batch divides over, none of them on the nodes in `left_out`; their plan.
 
-def plan_for(planned: LaunchPlan, group: Group) -> LaunchPlan:
-    """The plan for the most ranks that the global batch divides over, at most one for each worker.
+        Raises:
+            ConfigError: where it divides over none, or those that are left are too few.
+        """
+        able = [rank for rank, member in sorted(self.members.items()) if member.node not in left_out]
+        bad = sorted(self._nodes & set(left_out))
+        fewest = planned.config.cluster.fewest_workers or 1
+        if bad and len(able) < fewest:
+            raise ConfigError(
+                f"{', '.join(bad)} was unfit before, and without it there are {len(able)} of at least {fewest} workers "
+                "(cluster.min_workers): mend the node or take it out of the cluster"
+            )
+        per_node = Counter(self.members[rank].node_id for rank in able)
+        plan = fitted(planned, len(able), max(per_node.values()))
+        self.trains = tuple(able[: plan.topology.world_size])
+        return plan
+
+    def look_for_hangs(self) -> list[str]:
+        """Find workers that say nothing any more, and ranks that train and do not go on; what there is to be said of them."""
+        at_work = set(self.trains) - self.ended
+        silent = self.liveness.silent(at_work)
+        who = {rank: f"the worker of rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in silent}
+        found = [
+            f"no word for {silent[rank]:.0f} s from {who[rank]}: it hangs or is cut off" for rank in silent.keys() - self.lost
+        ]
+        self.lost = set(silent)
+        others = at_work - self.lost
+        # As long as the other ranks go on, that worker's rank does so too.
+        if self.lost and others and self.liveness.are_still(others):
+            self.failed_at = time.monotonic()
+            found.append(f"the other ranks wait for {' and '.join(who.values())}: the run goes on without")
+        # The others wait for one that was killed, and may take a while to go.
+        for rank, (beat, seconds, why) in ({} if self.hung else self.liveness.hung(at_work)).items():
+            self.hung[rank] = describe(beat, seconds, why, self.members[rank].node)
+            found.append(self.hung[rank])
+        return found
+
+    def composition(self, attempt: int, left_out: Collection[str]) -> tuple[str, str]:
+        """Who trains, and who is paid for and does not: the kind of an event and its text."""
+        ranks, idle = len(self.trains), self.size - len(self.trains)
+        said = f"attempt {attempt} begins with {ranks} rank{'s' * (ranks > 1)}"
+        said += f", {idle} worker{'s' * (idle > 1)} idle" if idle else ""
+        said += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
+        if bad := self._nodes & set(left_out):
+            said += f", without {', '.join(sorted(bad))}, unfit before: mend it or take it out of the cluster"
+        return "alert" if bad else "info", said
+
+    @property
+    def _nodes(self) -> set[str]:
+        return {member.node for member in self.members.values()}
+
+
+def require_private(head: Member, allowed: bool) -> None:
+    """Refuse to let ranks meet where the whole internet can reach them, unless that is allowed.
 
     Raises:
-        ConfigError: where it divides over none.
+        ConfigError: with the node and its address.
     """
-    per_node = Counter(member.node_id for member in group.members.values())
-    for ranks in range(group.size, 0, -1):
-        if ranks == planned.topology.world_size:
-            return planned
-        with suppress(ConfigError):
-            return resized(planned, ranks, min(ranks, max(per_node.values())))
-    raise ConfigError(f"the global batch divides over none of the numbers up to {group.size} workers", where="cluster.workers")
+    if network.is_public(head.address) and not allowed:
+        where = f"{head.node} at {head.address}"
+        raise ConfigError(f"the ranks would meet at an address that the whole internet can reach: {where}; set cluster.interface")

@@ -5,17 +5,15 @@ The rank is a process of its own, started as on every other backend; this one ne
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,17 +26,19 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, node_check, record
 from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.ray.liveness import Observer
+from launcher.worker.ray.reporter import Reporter
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
-from launcher.worker.watchdog import Watchdog
 
-# The one file of a checkpoint as Ray knows it.
-POINTER = "checkpoint.json"
 _ASK_S = 0.2
 _CALL_S = 60.0
 _PATIENCE_S = 900.0
-_REACH_S = 30.0
+# For all other nodes together, and what each gets at the least.
+_REACH_S, _LEAST_REACH_S = 30.0, 2.0
 # From TERM to KILL, where a rank does not go by itself.
 _KILL_AFTER_S = 5.0
+# For what Ray Train is still to be told when all is done.
+_REPORT_S = 30.0
 
 
 class AttemptEnded(Exception):
@@ -88,6 +88,8 @@ def _blocked_signals() -> Iterator[None]:
 
 
 class _Worker:
+    """`rank` is the worker's in its group; that of the rank which it starts comes with its orders."""
+
     def __init__(self, coordinator: Any, interface: str | None) -> None:
         import ray
         from ray import train
@@ -96,16 +98,16 @@ class _Worker:
         context = train.get_context()
         self._coordinator = coordinator
         self._get = ray.get
-        self._report = train.report
         self.rank, self.local_rank = context.get_world_rank(), context.get_local_rank()
-        self.size, self.local_size = context.get_world_size(), context.get_local_world_size()
+        self.size = context.get_world_size()
         self.group = collective.broadcast_from_rank_zero(uuid.uuid4().hex)
         self.node_id = ray.get_runtime_context().get_node_id()
         self.node = next((n.get("NodeName") for n in ray.nodes() if n["NodeID"] == self.node_id), None) or os.uname().nodename
         self.address = network.own_endpoint([], interface).address if interface else ray.util.get_node_ip_address()
         self.port = network.free_port(self.address)
-        self.listener = _Listener(self.address, self.port) if self.rank == 0 else None
-        self.num_reported = 0
+        # Which worker the ranks meet at is known when it is known who trains.
+        self.listener = _Listener(self.address, self.port)
+        self.reporter = Reporter(self.rank)
         # The attempt, once it is known.
         self.orders: dict[str, Any] = {}
 
@@ -128,27 +130,28 @@ class _Worker:
                 self._call("checked", self.group, self.rank, self._check(self.orders).to_json())
                 self.orders = self._next_orders()
         finally:
-            if self.listener is not None:
-                self.listener.close()
+            self.listener.close()
         if self.orders["do"] == "leave":
             return {"again": False, "reason": self.orders["why"]}
         ended = self._train(self.orders) if self.orders["do"] == "train" else None
         while (answer := self._beat(ended))["verdict"] is None:
             time.sleep(_ASK_S)
         verdict: dict[str, Any] = answer["verdict"]
+        if not verdict["again"]:
+            self.reporter.finish(_REPORT_S)
         return verdict
 
     def give_up(self, error: Exception) -> None:
         """Leave a record of what kept this worker from its part."""
-        if not self.orders.get("plan"):
+        if "rank" not in self.orders:
             return
         with suppress(Exception):
             run, attempt = RunDir(Path(LaunchPlan.load(self.orders["plan"]).run_dir)), self.orders["attempt"]
-            file = record.node_file(run, attempt, self.rank)
+            file = record.node_file(run, attempt, self.orders["rank"])
             if not file.is_file():
                 failure = {**record.of_agent(error, run.attempt(attempt)), "at": time.time()}
                 ended = {
-                    "node": self.rank,
+                    "node": self.orders["rank"],
                     "host": self.node,
                     "ended_at": time.time(),
                     "stopped": False,
@@ -176,25 +179,11 @@ class _Worker:
         found: dict[str, Any] = orders
         return found
 
-    def _beat(self, ended: str | None) -> dict[str, Any]:
-        """Tell the coordinator, and Ray Train of the checkpoints that are committed: all workers of the same, in one order."""
-        answer: dict[str, Any] = self._call("beat", self.group, self.rank, ended)
-        for saved in answer["saved"][self.num_reported :]:
-            self.num_reported += 1
-            self._tell(saved)
+    def _beat(self, ended: str | None, sign: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Tell the coordinator how far this worker is; what has been saved goes on to Ray Train."""
+        answer: dict[str, Any] = self._call("beat", self.group, self.rank, ended, sign)
+        self.reporter.give(answer["saved"])
         return answer
-
-    def _tell(self, saved: dict[str, Any]) -> None:
-        """Ray's own storage gets the place of the checkpoint, since the shards lie where they are to stay."""
-        from ray.train import Checkpoint
-
-        if self.rank != 0:
-            self._report(saved["metrics"])
-            return
-        with tempfile.TemporaryDirectory(prefix="launcher-checkpoint-") as folder:
-            (Path(folder) / POINTER).write_text(json.dumps({"step": saved["step"], "path": saved["path"]}))
-            name = Path(saved["path"]).name
-            self._report(saved["metrics"], checkpoint=Checkpoint(folder), checkpoint_dir_name=name, checkpoint_upload_fn=_keep)
 
     def _check(self, orders: dict[str, Any]) -> node_check.NodeReport:
         """Whether this node may train, in its own words."""
@@ -208,33 +197,32 @@ class _Worker:
             problem = Problem(what, where=self.node, value=f"{plan_path}: {error.strerror}", remedy=remedy)
             return node_check.NodeReport(self.node, "", {}, "", (), 0.0, (problem,))
         run = RunDir(Path(plan.run_dir))
-        report = node_check.check_node(plan, run, attempt, num_ranks=self.local_size)
+        report = node_check.check_node(plan, run, attempt, num_ranks=orders["local_size"])
         problems += [replace(problem, where=self.node) for problem in report.problems]
         marker = run.attempt(attempt) / "marker"
         if not problems and (not marker.is_file() or marker.read_text() != orders["marker"]):
             what = "the run directory is not the one that the head node sees: a file of this start is not in it"
             remedy = "set run.root to a folder on storage that all nodes share"
             problems.append(Problem(what, where=self.node, value=str(run.root), remedy=remedy))
-        if network.await_reachable(orders["address"], orders["port"], _REACH_S) is None:
-            what = f"does not reach the first worker at {orders['address']}:{orders['port']}"
-            problems.append(Problem(what, where=self.node, remedy="open the ports between the nodes, or set cluster.interface"))
+        if (unseen := _storage_problem(plan)) is not None:
+            problems.append(replace(unseen, where=self.node))
+        problems += unreachable(self.node, orders["others"], _REACH_S)
         return replace(report, host=self.node, problems=tuple(problems))
 
     def _train(self, orders: dict[str, Any]) -> str:
         """Start this worker's rank and stay with it to its end; returns how it ended: done or failed."""
-        plan_path, attempt = orders["plan"], orders["attempt"]
+        plan_path, attempt, number = orders["plan"], orders["attempt"], orders["rank"]
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
         started, stopped = time.time(), False
         stalls: list[str] = []
         folder = run.attempt(attempt) / "elastic"
         folder.mkdir(exist_ok=True)
-        error_file = folder / f"rank-{self.rank:05d}.json"
+        error_file = folder / f"rank-{number:05d}.json"
         board = heartbeat.Board(self.local_rank + 1)
         keys = {**os.environ, **orders["environment"], **plan.ray.env}
-        mirror = MirrorProcess.start(plan, plan_path, run, attempt, keys) if self.rank == 0 else None
-        cluster = plan.config.cluster
-        watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, stalls.append).start()
+        mirror = MirrorProcess.start(plan, plan_path, run, attempt, keys) if number == 0 else None
+        observer = Observer(board, self.local_rank, plan.config.cluster.stall_seconds)
         command = [sys.executable, "-u", "-m", "launcher.worker.entry", plan_path, str(attempt)]
         environment = self._environment(plan, run, orders, error_file, board)
         # Blocked from its first instruction on: what comes while it imports waits until it listens.
@@ -243,8 +231,14 @@ class _Worker:
         sent: dict[str, float] = {}
         try:
             while rank.poll() is None:
-                wish = self._beat(None)["signal"]
-                if wish is not None:
+                answer = self._beat(None, observer.sign(rank.pid))
+                wish = answer["signal"]
+                if answer["stacks"]:
+                    rank.send_signal(signal.SIGQUIT)
+                if answer["hung"] is not None and not stalls:
+                    stalls.append(answer["hung"])
+                    rank.kill()
+                elif wish is not None:
                     stopped = stopped or wish != "TERM"
                     sent.setdefault(wish, time.monotonic())
                     late = wish == "TERM" and time.monotonic() - sent["TERM"] > _KILL_AFTER_S
@@ -255,7 +249,6 @@ class _Worker:
             if rank.poll() is None:
                 rank.kill()
                 rank.wait()
-            watchdog.stop()
             board.close()
         code = rank.returncode
         final = run.attempt(attempt) / "final.json"
@@ -263,12 +256,12 @@ class _Worker:
         # A rank that is asked before it listens ends by the signal itself.
         asked = {-signal.Signals[f"SIG{wish}"] for wish in sent} | ({-signal.SIGKILL, DISMISSED} if "TERM" in sent else set())
         if code and code not in asked:
-            failure = record.of_exit(run, attempt, self.rank, code, error_file, stalls)
-            if final.is_file() and (said := run_store.read_json(final))["rank"] == self.rank:
+            failure = record.of_exit(run, attempt, number, code, error_file, stalls)
+            if final.is_file() and (said := run_store.read_json(final))["rank"] == number:
                 failure = record.of_final(run, attempt, said)
-        ended = {"node": self.rank, "host": self.node, "started_at": started, "ended_at": time.time(), "stopped": stopped}
+        ended = {"node": number, "host": self.node, "started_at": started, "ended_at": time.time(), "stopped": stopped}
         ended |= {"killed": "KILL" in sent, "first_failure": failure}
-        run_store.write_json(record.node_file(run, attempt, self.rank), ended)
+        run_store.write_json(record.node_file(run, attempt, number), ended)
         if mirror is not None:
             # The last checkpoint takes the time that it needs, unless another attempt waits or a person has waited enough.
             until = time.time() + AFTER_FAILURE_S if failure or {"TERM", "USR2"} & sent.keys() else float("inf")
@@ -288,10 +281,10 @@ class _Worker:
             "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
             "PYTHONPATH": process.with_code(run.code, os.environ),
             "PYTHONSAFEPATH": "1",
-            "RANK": str(self.rank),
+            "RANK": str(orders["rank"]),
             "LOCAL_RANK": str(self.local_rank),
-            "WORLD_SIZE": str(orders["active"]),
-            "LOCAL_WORLD_SIZE": str(min(self.local_size, orders["active"])),
+            "WORLD_SIZE": str(orders["world_size"]),
+            "LOCAL_WORLD_SIZE": str(orders["local_size"]),
             "MASTER_ADDR": orders["address"],
             "MASTER_PORT": str(orders["port"]),
             "TORCHELASTIC_ERROR_FILE": str(error_file),
@@ -305,20 +298,41 @@ class _Worker:
         return {**environment, **section.env}
 
 
-def _keep(pointer: Any, name: str) -> Any:
-    """Put a pointer where Ray Train keeps its own state; that this fails is no reason to stop training."""
+def unreachable(node: str, others: Sequence[tuple[str, str, int]], most_s: float) -> list[Problem]:
+    """Which of the `others`, each a node with the address and port that it listens at, do not answer to `node`.
+
+    A node that reaches none is at fault itself; else those are that it does not reach.
+    """
+    until = time.monotonic() + most_s
+    lost = [
+        (name, address, port)
+        for name, address, port in others
+        if network.await_reachable(address, port, max(_LEAST_REACH_S, until - time.monotonic())) is None
+    ]
+    remedy = "open all ports between the nodes, or set cluster.interface to the network that joins them"
+    if lost and len(lost) == len(others):
+        listed = ", ".join(f"{name} at {address}:{port}" for name, address, port in lost)
+        return [Problem(f"does not reach {listed}", where=node, remedy=remedy)]
+    return [Problem(f"is not reached from {node} at {address}:{port}", where=name, remedy=remedy) for name, address, port in lost]
+
+
+def _storage_problem(plan: LaunchPlan) -> Problem | None:
+    """Whether this node sees what Ray Train has written to its storage; of a folder in the run directory that is known."""
     from ray import train
 
-    storage = train.get_context().get_storage()
+    if plan.ray.storage_path is None:
+        return None
     try:
-        return storage.persist_current_checkpoint(pointer, name)
+        train.get_context().get_storage()._check_validation_file()
     except Exception as error:
-        print(f"Ray Train's storage does not take {name}: {_words(error)}", file=sys.stderr, flush=True)
-        return train.Checkpoint(storage.build_checkpoint_path_from_name(name), filesystem=storage.storage_filesystem)
+        what = "Ray Train's storage is not the one that the head node sees"
+        remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or take it out"
+        return Problem(what, value=f"{plan.ray.storage_path}: {_words(error).splitlines()[0]}", remedy=remedy)
+    return None
 
 
 class _Listener:
-    """Listens on the port that the ranks are to meet at, so that other nodes can try the way before anything is loaded."""
+    """Listens on a port at which ranks may be to meet, so that other nodes can try the way before anything is loaded."""
 
     def __init__(self, address: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

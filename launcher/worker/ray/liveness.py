@@ -1,0 +1,103 @@
+"""Which worker of a group hangs: each tells how far its rank is, and all are compared, on whatever nodes they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import psutil
+
+from launcher.worker.heartbeat import Beat, Board
+from launcher.worker.watchdog import Limits, stalled
+
+# Workers ask several times a second. Whoever says nothing for so long is cut off, or its machine hangs.
+SILENT_S = 60.0
+# What a worker told of its rank is evidence for so long.
+_FRESH_S = 10.0
+# From the wish for a rank's stacks to its end.
+_DUMP_S = 2.0
+
+
+class Observer:
+    """A worker's side: the last sign of life of its rank, whose silence counts only while it was looked at all the time."""
+
+    def __init__(self, board: Board, local_rank: int, stall_s: float) -> None:
+        self._board, self._local_rank, self._gap_s = board, local_rank, stall_s / 2
+        self._looked = self._since = time.monotonic()
+
+    def sign(self, pid: int) -> dict[str, Any] | None:
+        """What the process `pid` has told last, with its state and the seconds since; None where it has told nothing."""
+        now = time.monotonic()
+        if now - self._looked > self._gap_s:
+            # This process was stopped, and its rank perhaps with it.
+            self._since = now
+        self._looked = now
+        beat = self._board.read().get(self._local_rank)
+        if beat is None or beat.pid != pid:
+            return None
+        try:
+            state = psutil.Process(pid).status()
+        except psutil.NoSuchProcess:
+            return None
+        # Clocks of two machines tell nothing of each other.
+        return {**asdict(beat), "at": max(0.0, now - max(beat.at, self._since)), "state": state}
+
+
+class Liveness:
+    """The coordinator's side: when each worker was heard last, by its rank in the group, and what it told of its own rank."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._gap_s = min(limits.stall_s or SILENT_S, SILENT_S) / 2
+        self._heard: dict[int, float] = {}
+        self._beats: dict[int, Beat] = {}
+        self._states: dict[int, str] = {}
+        self._stuck: dict[int, float] = {}
+        self._asked: set[int] = set()
+        self._called = self._since = time.monotonic()
+
+    def hear(self, rank: int, sign: Mapping[str, Any] | None = None) -> None:
+        now = time.monotonic()
+        if now - self._called > self._gap_s:
+            # It was the coordinator that did not listen, as while storage held it up.
+            self._since = now
+        self._called = self._heard[rank] = now
+        if sign is not None:
+            self._beats[rank] = Beat(**{name: sign[name] for name in Beat.__dataclass_fields__} | {"at": now - sign["at"]})
+            self._states[rank] = sign["state"]
+
+    def silent(self, ranks: Collection[int]) -> dict[int, float]:
+        """Those of `ranks` that have said nothing for too long, with the seconds; one that never said anything counts as well."""
+        now = time.monotonic()
+        seconds = {rank: now - max(self._heard.get(rank, self._since), self._since) for rank in ranks}
+        return {rank: silence for rank, silence in seconds.items() if silence > SILENT_S}
+
+    def are_still(self, ranks: Collection[int]) -> bool:
+        """True where none of `ranks` has gone on for as long as makes a worker silent: they wait for another one."""
+        last = max([self._since, *(self._beats[rank].at for rank in ranks if rank in self._beats)])
+        return time.monotonic() - last > SILENT_S
+
+    def hung(self, ranks: Collection[int]) -> dict[int, tuple[Beat, float, str]]:
+        """Those of `ranks` that are to be killed: the last beat, seconds without one, and why.
+
+        Nobody is judged while one of the workers says nothing: its own rank may be the culprit, or have gone on.
+        """
+        now = time.monotonic()
+        if self._limits.stall_s <= 0 or any(now - self._heard.get(rank, self._since) > _FRESH_S for rank in ranks):
+            return {}
+        beats = {rank: self._beats[rank] for rank in ranks if rank in self._beats}
+        verdict = stalled(beats, self._states, now, self._limits, self._since, "of the run")
+        self._stuck = {rank: self._stuck.get(rank, now) for rank in verdict.stalled}
+        self._asked &= self._stuck.keys()
+        if any(now - self._stuck[rank] < _DUMP_S for rank in verdict.kill):
+            return {}
+        return {rank: (beats[rank], verdict.stalled[rank], why) for rank, why in verdict.kill.items()}
+
+    def wants_stacks(self, rank: int) -> bool:
+        """True once for a rank that has fallen silent: where it waits belongs into its log before anybody is killed."""
+        if rank not in self._stuck or rank in self._asked:
+            return False
+        self._asked.add(rank)
+        return True

@@ -1,0 +1,55 @@
+"""On the PYTHONPATH of a run: its ranks write down the rows of each batch that they are given, into the folder ROWS_SEEN.
+
+A file for each attempt and rank, in which line k holds the rank's own rows, and those of the whole batch, of the k-th step after
+the one that the attempt began with.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+LOADER = "launcher.data.loader"
+
+
+class _Watched:
+    """Finds the module that makes the batches, once, and changes it when it is loaded: torch is not imported before its time."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != LOADER:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            module.StepBatch.__init__ = _writing(module.StepBatch.__init__)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _writing(make: Callable[..., None]) -> Callable[..., None]:
+    attempt, rank = int(sys.argv[-1]), int(os.environ["RANK"])
+    file = os.path.join(os.environ["ROWS_SEEN"], f"{attempt:03d}-{rank}.jsonl")
+
+    def made(batch: Any, *values: Any, **named: Any) -> None:
+        make(batch, *values, **named)
+        own = [row for micro in batch.micro for row in micro.row_ids]
+        with open(file, "a") as lines:
+            lines.write(json.dumps({"own": own, "all": list(batch.row_ids)}) + "\n")
+
+    return made
+
+
+if os.environ.get("ROWS_SEEN") and "launcher.worker.entry" in sys.orig_argv:
+    sys.meta_path.insert(0, _Watched())  # type: ignore[arg-type]

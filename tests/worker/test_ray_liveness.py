@@ -1,0 +1,333 @@
+"""Which worker of a group is found to hang, over all nodes; and that a report to Ray Train holds nobody up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from played_workers import Played
+
+from launcher import run_store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.worker.heartbeat import Board, Heartbeat
+from launcher.worker.ray import coordinator as module
+from launcher.worker.ray import liveness, supervisor
+from launcher.worker.ray.liveness import Liveness, Observer
+from launcher.worker.ray.reporter import Reporter
+from launcher.worker.watchdog import Limits
+
+KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
+
+
+def sign(rank: int, silent_s: float, count: int = 500, state: str = "sleeping", trained: bool = True) -> dict[str, Any]:
+    told = {"count": count, "pid": 4000 + rank, "rank": rank, "phase": "training", "step": 16, "at": silent_s}
+    return told | {"slowest_step_s": 0.1, "trained": trained, "state": state}
+
+
+@pytest.fixture
+def play(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Played]:
+    """`play(**settings of the cluster)`; the disk is looked at each time, and stacks need no time."""
+    monkeypatch.setattr(module, "_LOOK_S", -1.0)
+    monkeypatch.setattr(module, "_DRAIN_LOOK_S", -1.0)
+    monkeypatch.setattr(liveness, "_DUMP_S", 0.0)
+    return lambda **settings: Played(ray_plan(working_dir=str(tmp_path), **settings))
+
+
+def beats(played: Played, *signs: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """All workers tell, twice: what is found at a look is answered at the next."""
+    for _ in range(2):
+        # Silence from before the group trained does not count, as with ranks that were stopped.
+        played.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
+        answers = [played.coordinator.beat("a", rank, None, sign) for rank, sign in enumerate(signs)]
+    return answers
+
+
+def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_node(play: Callable[..., Played]) -> None:
+    played = play(workers=2, stall_seconds=60)
+    played.begin("a", "n1", "n2")
+    late = beats(played, sign(0, 61), sign(1, 61, count=499))
+    assert [answer["hung"] for answer in late] == [None, None]
+    late = beats(played, sign(0, 74), sign(1, 76, count=499))
+    assert late[0]["hung"] is None
+    words = "rank 1 on n2 (pid 4001) is behind the other ranks of the run: no progress for 76 s in step 17; killed it"
+    assert late[1]["hung"] == words
+    assert words in played.run.events.read_text()
+
+
+def test_ranks_are_asked_for_their_stacks_once_before_anybody_is_killed(play: Callable[..., Played]) -> None:
+    played = play(workers=2, stall_seconds=60)
+    played.begin("a", "n1", "n2")
+    asked = {0: 0, 1: 0}
+    played.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
+    for _ in range(4):
+        for rank in asked:
+            answer = played.coordinator.beat("a", rank, None, sign(rank, 61))
+            asked[rank] += answer["stacks"]
+            assert answer["hung"] is None
+    assert asked == {0: 1, 1: 1}
+
+
+def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(play: Callable[..., Played]) -> None:
+    played = play(workers=2, stall_seconds=60)
+    played.begin("a", "n1", "n2")
+    answers = beats(played, sign(0, 61, count=499), sign(1, 61, state=psutil.STATUS_STOPPED))
+    assert answers[0]["hung"] is None
+    assert "rank 1 on n2 (pid 4001) is stopped" in answers[1]["hung"]
+
+
+def test_ranks_that_cannot_be_told_apart_are_killed_together_last(play: Callable[..., Played]) -> None:
+    played = play(workers=2, stall_seconds=60)
+    played.begin("a", "n1", "n2")
+    assert [answer["hung"] for answer in beats(played, sign(0, 89), sign(1, 89))] == [None, None]
+    answers = beats(played, sign(0, 91), sign(1, 91))
+    assert all("neither does any other rank of the run" in answer["hung"] for answer in answers)
+
+
+@pytest.mark.parametrize("settings, trained", [({"stall_seconds": 0}, True), ({"stall_seconds": 60}, False)])
+def test_who_is_not_watched_or_has_not_trained_is_left_alone(
+    play: Callable[..., Played], settings: dict[str, Any], trained: bool
+) -> None:
+    played = play(workers=2, **settings)
+    played.begin("a", "n1", "n2")
+    answers = beats(played, sign(0, 9000, trained=trained), sign(1, 9000, count=3, trained=trained))
+    assert [(answer["hung"], answer["stacks"]) for answer in answers] == [(None, False)] * 2
+
+
+def test_a_worker_that_says_nothing_any_more_is_named_and_the_others_go_on_without_it(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "SILENT_S", 0.3)
+    played = play(workers=2, min_workers=1)
+    played.begin("a", "n1", "n2")
+    # One of the two speaks, without a break that would let the coordinator doubt itself.
+    deadline = time.monotonic() + 10
+    while (answer := played.coordinator.beat("a", 0, None))["signal"] is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert answer["signal"] == "TERM"
+    said = played.run.events.read_text()
+    assert "from the worker of rank 1 on n2: it hangs or is cut off" in said
+    assert "the other ranks wait for the worker of rank 1 on n2: the run goes on without" in said
+    played.end(0)
+    verdict = played.coordinator.beat("a", 0, "done")["verdict"]
+    assert verdict["again"], "the lost one is not waited for"
+    assert "no word from n2" in verdict["reason"]
+    assert played.causes == ["infrastructure"]
+
+
+def test_while_the_other_ranks_go_on_a_silent_worker_ends_nothing(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rank must go on as well, or they would wait for it; at the end it is not waited for."""
+    monkeypatch.setattr(liveness, "SILENT_S", 0.3)
+    played = play(workers=2)
+    played.begin("a", "n1", "n2")
+    deadline = time.monotonic() + 10
+    while "from the worker of rank 1 on n2" not in played.run.events.read_text():
+        assert played.coordinator.beat("a", 0, None, sign(0, 0.0))["signal"] is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for _ in range(50):
+        assert played.coordinator.beat("a", 0, None, sign(0, 0.0))["signal"] is None
+        time.sleep(0.01)
+    played.outcome("completed", 5)
+    played.end(0)
+    assert played.coordinator.beat("a", 0, "done")["verdict"] == {"again": False, "reason": "completed"}
+
+
+def test_nobody_is_blamed_while_a_worker_is_silent(play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it told of its rank last is no evidence any more, and its rank may be the one that all others wait for."""
+    monkeypatch.setattr(liveness, "_FRESH_S", -1.0)
+    played = play(workers=2, stall_seconds=60)
+    played.begin("a", "n1", "n2")
+    answers = beats(played, sign(0, 74), sign(1, 76, count=499))
+    assert [answer["hung"] for answer in answers] == [None, None]
+
+
+def test_a_coordinator_that_was_held_up_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    found = Liveness(Limits(600, 1800))
+    found.hear(0)
+    found.hear(1)
+    clock[0] += 100
+    found.hear(0)
+    assert found.silent({0, 1}) == {}
+    for _ in range(7):
+        clock[0] += 10
+        found.hear(0)
+    assert found.silent({0, 1}) == {1: 70}
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    found = Board(2)
+    yield found
+    found.close()
+
+
+def test_what_a_rank_tells_its_worker_is_told_with_its_age(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    observer = Observer(board, 1, stall_s=600)
+    assert observer.sign(os.getpid()) is None
+    Heartbeat(board.path, 1, 7).beat("training", 3)
+    told = observer.sign(os.getpid())
+    assert told is not None
+    assert (told["rank"], told["step"], told["trained"]) == (7, 3, True)
+    assert 0 <= told["at"] < 5
+    assert observer.sign(os.getpid() + 1) is None, "the process before it"
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 299)
+    assert observer.sign(os.getpid())["at"] > 290  # type: ignore[index]
+    monkeypatch.setattr(time, "monotonic", lambda: now + 900)
+    assert observer.sign(os.getpid())["at"] == 0, "the worker was stopped, perhaps with its rank"  # type: ignore[index]
+
+
+STOPS_ITSELF = """
+import os, signal, sys
+from pathlib import Path
+from launcher.worker.heartbeat import Heartbeat
+Heartbeat(Path(sys.argv[1]), 0, 0).beat("training", 1)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_process_that_is_stopped_is_told_as_such(board: Board) -> None:
+    observer, deadline = Observer(board, 0, 600), time.monotonic() + 20
+    with subprocess.Popen([sys.executable, "-c", STOPS_ITSELF, str(board.path)]) as process:
+        try:
+            while (observer.sign(process.pid) or {}).get("state") != psutil.STATUS_STOPPED:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            process.kill()
+
+
+def test_a_report_that_others_do_not_come_to_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    met, reported = threading.Event(), []
+
+    def report(self: Reporter, saved: dict[str, Any]) -> None:
+        met.wait(30)
+        reported.append(saved["step"])
+
+    monkeypatch.setattr(Reporter, "_report", report)
+    reporter = Reporter(1)
+    began = time.monotonic()
+    reporter.give([{"step": 5}])
+    reporter.give([{"step": 5}, {"step": 10}])
+    reporter.finish(0.05)
+    assert time.monotonic() - began < 5
+    assert reported == []
+    met.set()
+    reporter.finish(20)
+    assert reported == [5, 10]
+
+
+def test_a_report_that_fails_ends_the_reports_and_not_the_worker(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def report(self: Reporter, saved: dict[str, Any]) -> None:
+        raise TimeoutError("the others did not come")
+
+    monkeypatch.setattr(Reporter, "_report", report)
+    reporter = Reporter(0)
+    reporter.give([{"step": 5}])
+    reporter.finish(20)
+    assert "TimeoutError: the others did not come" in capfd.readouterr().err
+
+
+def test_an_elastic_run_goes_on_without_a_node_that_is_unfit(play: Callable[..., Played]) -> None:
+    """Rank 0's node it is: the others move up."""
+    played = play(workers=4, min_workers=2)
+    nodes = ["bad", "bad", "n2", "n2"]
+    played.enter("a", nodes)
+    played.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
+    assert played.coordinator.beat("a", 0, None)["verdict"]["again"]
+    orders = played.begin("b", *nodes)
+    assert [found["do"] for found in orders if found] == ["wait", "wait", "train", "train"]
+    third, fourth = orders[2], orders[3]
+    assert third is not None
+    assert fourth is not None
+    assert [(found["rank"], found["world_size"], found["local_size"]) for found in (third, fourth)] == [(0, 2, 2), (1, 2, 2)]
+    assert (third["port"], fourth["port"]) == (4002, 4002), "they meet at the first of those that train"
+    attempt = run_store.read_attempt(played.run, 2)
+    assert attempt.nodes == ("n2", "n2")
+    assert "without bad, unfit before" in played.run.events.read_text()
+    assert run_store.load_plan(played.run).topology.world_size == 2
+    # A failure of theirs is recorded by their own ranks.
+    played.coordinator.beat("b", 2, "done")
+    played.end(0)
+    played.end(1, KILLED)
+    verdict = played.coordinator.beat("b", 3, "failed")["verdict"]
+    assert verdict["again"]
+    assert "rank 1: killed by SIGKILL" in verdict["reason"]
+    again = played.begin("c", *nodes)
+    assert [found["do"] for found in again if found] == ["wait", "wait", "train", "train"], "it stays out until a person resumes"
+
+
+def test_an_elastic_run_that_has_too_few_workers_without_a_bad_node_says_so(play: Callable[..., Played]) -> None:
+    played = play(workers=4, min_workers=3)
+    nodes = ["n1", "n1", "bad", "bad"]
+    played.enter("a", nodes)
+    played.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
+    assert played.coordinator.beat("a", 0, None)["verdict"]["again"]
+    played.begin("b", *nodes)
+    over = played.coordinator.state()["over"]
+    assert "bad was unfit before, and without it there are 2 of at least 3 workers (cluster.min_workers)" in over
+    assert "mend the node or take it out" in over
+    assert run_store.read_status(played.run).state == "failed"
+
+
+def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt(play: Callable[..., Played]) -> None:
+    played = play(workers=2, min_workers=1)
+    sizes = []
+    for name, nodes in (("a", ["n1", "n2"]), ("b", ["n1"]), ("c", ["n1"]), ("d", ["n1", "n2"])):
+        orders = played.begin(name, *nodes)
+        assert orders[0] is not None
+        assert LaunchPlan.load(orders[0]["plan"]) == run_store.load_plan(played.run)
+        sizes.append(run_store.load_plan(played.run).topology.world_size)
+    assert sizes == [2, 1, 1, 2]
+    assert run_store.load_plan(played.run).limits == played.plan.limits
+
+
+def test_a_worker_of_an_old_group_that_comes_late_is_refused(play: Callable[..., Played]) -> None:
+    played = play(workers=2)
+    late = {"rank": 1, "local_rank": 0, "node": "n9", "node_id": "id-n9", "address": "10.0.0.9", "port": 1}
+    played.coordinator.enter("old", 2, {**late, "rank": 0})
+    played.begin("a", "n1", "n2")
+    played.coordinator.enter("old", 2, late)
+    assert played.coordinator.orders("old", 1) == {"do": "leave", "why": "other workers have taken over"}
+    # One that never came before waits for others that do not come either, and disturbs nobody.
+    played.coordinator.enter("older", 2, late)
+    assert played.coordinator.orders("older", 1) is None
+    orders = played.coordinator.orders("a", 1)
+    assert orders is not None
+    assert orders["do"] == "train"
+    played.begin("b", "n1", "n2")
+    played.coordinator.enter("a", 2, late)
+    assert played.coordinator.orders("a", 1) == {"do": "leave", "why": "other workers have taken over"}
+    assert played.coordinator.orders("older", 1) == {"do": "leave", "why": "other workers have taken over"}
+
+
+def test_a_node_that_others_do_not_reach_is_named_and_one_that_reaches_nobody_is_so_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "_LEAST_REACH_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as closed:
+        open_port, closed_port = listening.getsockname()[1], closed.getsockname()[1]
+        closed.close()
+        there, away = ("n2", "127.0.0.1", open_port), ("n3", "127.0.0.1", closed_port)
+        assert supervisor.unreachable("n1", [there], 0.1) == []
+        assert supervisor.unreachable("n1", [], 0.1) == []
+        (one,) = supervisor.unreachable("n1", [there, away], 0.1)
+        assert (one.where, one.what) == ("n3", f"is not reached from n1 at 127.0.0.1:{closed_port}")
+        (own,) = supervisor.unreachable("n1", [away], 0.1)
+        assert (own.where, own.what) == ("n1", f"does not reach n3 at 127.0.0.1:{closed_port}")
