@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import facts, run_store
-from launcher.cli import data, text
+from launcher.cli import account, data, text
 from launcher.cli.follow import follow
 from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
 from launcher.config.compose import Composed, conf_dir, run_hydra
@@ -84,6 +84,7 @@ def _data(tokens: list[str]) -> int:
 def _train(jobs: list[Composed], following: bool | None) -> int:
     """Start each job; what is wrong with any of them is said before the first is started."""
     plans: list[LaunchPlan] = []
+    _check_account(jobs)
     for composed in _grouped(jobs):
         with composed.located():
             plans.append(planned(composed, taken={plan.run_name for plan in plans}))
@@ -104,6 +105,15 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     if len(started) > 1:
         print("\n".join(text.sweep_lines(started)))
     return max(codes, default=0)
+
+
+def _check_account(jobs: list[Composed]) -> None:
+    """Ask W&B once for each account and cluster that the jobs name."""
+    asked = {(job.config.tracking, job.config.cluster.kind): job for job in jobs}
+    for composed in asked.values():
+        with composed.located():
+            for said in account.check(composed.config, worker_environment()):
+                print(f"note: {said}", flush=True)
 
 
 def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from launcher import facts, run_store
 from launcher.checkpoint import store
-from launcher.cli import checking, text
-from launcher.cli.launch import prepare, require_idle
+from launcher.cli import account, checking, text
+from launcher.cli.launch import prepare, require_idle, worker_environment
 from launcher.clusters.base import Cluster, check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
@@ -45,6 +45,8 @@ def start_again(
         )
     check_startable(plan)
     cluster.check(plan)
+    for words in account.check(plan.config, worker_environment()):
+        print(f"note: {words}")
     if said := disk_note(plan):
         print(f"note: {said}")
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):

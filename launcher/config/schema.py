@@ -306,6 +306,7 @@ class TrackingSection(Section):
     )
     group: Name | None = Field(None, description="W&B group.")
     tags: tuple[Name, ...] = Field((), description="W&B tags.")
+    log_export: bool = Field(False, description="Upload the exported Hugging Face folder to W&B as an artifact.")
 
 
 class RunConfig(Section):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launcher import run_store
-from launcher.errors import ConfigError, LauncherError, RunError
+from launcher.errors import LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.console import ConsoleTracker
@@ -26,7 +26,11 @@ class Tracker(Protocol):
         """Record metrics of one step; several calls for one step add up."""
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        """Record a message for people; `kind` is info, eval, sample, checkpoint, alert or the like."""
+        """Record a message for people; `kind` is info, eval, sample, checkpoint, alert or the like.
+
+        What a kind has to say to programs stands in fields: a checkpoint's `path`, `saved_step` and `eval_loss`, an export's
+        `path`.
+        """
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Record what describes the run as a whole, such as its last and best loss."""
@@ -40,6 +44,9 @@ class Composite:
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
+
+    def add(self, tracker: Tracker) -> None:
+        self._trackers.append(tracker)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._each(lambda tracker: tracker.log(step, metrics))
@@ -80,46 +87,35 @@ class Composite:
             logger.warning(text)
 
 
-def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int) -> Composite:
+def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int, on_stop: Callable[[], None]) -> Composite:
     """Start the terminal's lines, metrics.jsonl, events.jsonl and, where the plan says so, Weights & Biases.
 
-    Called on rank 0 only. `attempt` counts from 1. Where nobody is there to mend it, Weights & Biases that cannot start is
-    no reason to lose the machines: an attempt that no person started, and ranks that are started again, go on offline.
+    Called on rank 0 only. `attempt` counts from 1. `on_stop` is called, in another thread, where a person presses Stop in W&B's
+    page. Where nobody is there to mend it, Weights & Biases that refuses to start is no reason to lose the machines: an attempt
+    that no person started, and ranks that are started again, go on offline.
 
     Raises:
         RunError: where the run directory cannot be written.
-        ConfigError: where Weights & Biases cannot start; the trackers that started before it are closed.
+        ConfigError: where Weights & Biases refuses the settings or the login; the trackers that started before it are closed.
     """
-    started: list[Tracker] = [ConsoleTracker(plan.batch.max_steps)]
+    composite = Composite([ConsoleTracker(plan.batch.max_steps)])
+    run = RunDir(Path(run_dir))
+    tracking = plan.config.tracking
     try:
-        started.append(JsonlTracker(RunDir(Path(run_dir)), attempt))
+        composite.add(JsonlTracker(run, attempt))
     except OSError as error:
         raise RunError(
             f"metrics.jsonl cannot be written: {error.strerror}",
             where=str(run_dir),
             remedy="free space, or make the folder writable",
         ) from error
-    tracking = plan.config.tracking
-    if tracking.kind == "none" or tracking.mode == "disabled":
-        return Composite(started)
-
-    refused = ""
-    try:
+    if tracking.kind == "wandb" and tracking.mode != "disabled":
         try:
-            wandb = WandbTracker(plan, run_dir)
-        except ConfigError as error:
-            if not _by_itself(run_dir, attempt):
-                raise
-            refused = error.problems[0].what
-            wandb = WandbTracker(plan, run_dir, offline=True)
-    except BaseException:
-        Composite(started).finish("failed")
-        raise
-    composite = Composite([*started, wandb])
-    if refused:
-        composite.event("alert", f"{refused}; this attempt goes on offline")
-    where = f"see it at {wandb.url}" if wandb.url else f"offline; upload it with: {wandb.sync_command}"
-    composite.event("info", f"Weights & Biases: {where}", url=wandb.url, sync_command=wandb.sync_command)
+            by_itself = _by_itself(run_dir, attempt)
+            composite.add(WandbTracker(plan, run_dir, tell=composite.event, on_stop=on_stop, by_itself=by_itself))
+        except BaseException:
+            composite.finish("failed")
+            raise
     return composite
 
 

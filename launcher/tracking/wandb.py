@@ -1,178 +1,285 @@
-"""Weights & Biases: one W&B run for the whole life of a run, online or as files to upload later."""
+"""Weights & Biases, never in the way of training: what is said here is handed to a thread, which alone waits for W&B."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shlex
+import queue
 import threading
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
-from launcher.errors import ConfigError, RunError
+from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking import wandb_session
+from launcher.tracking.jsonl import read_events
+from launcher.tracking.wandb_session import Checkpoint, Session, Unreachable
 
-INIT_TIMEOUT_S = 60.0
-FINISH_TIMEOUT_S = 60.0
-# What the guard around finish() waits beyond W&B's own limit, which a hung wandb-core does not keep.
+# What finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
 FINISH_GRACE_S = 10.0
-# How much of a killed run's last metrics an offline file may lack.
-FLUSH_INTERVAL_S = 2.0
+# Between two tries to reach W&B, and between two looks whether it still sends.
+RETRY_S = 60.0
+# Calls that may wait for W&B: hours of steps, and some ten MiB.
+_MOST_PENDING = 10_000
+# Artifacts are sent by a thread of their own, which asks the server and so may hang with it.
+_MOST_ARTIFACTS = 100
 
-_SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-# W&B takes titles of up to 63 characters.
-_MOST_NAMED = 40
-_URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+Tell = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a session is to do. Where W&B is away, steps come later from metrics.jsonl, and other calls have to be kept."""
+
+    run: Callable[[Session], None]
+    step: int | None = None
 
 
 class WandbTracker:
-    """Sends metrics and the summary to W&B under the plan's id, so that every attempt continues one W&B run.
+    """Sends metrics, alerts, checkpoints and the summary to the W&B run of the plan's id.
 
-    Messages for people are not sent. The plan is the W&B config, without secrets. mode auto is online where
-    W&B finds credentials (WANDB_API_KEY, an identity token, a login in netrc), else offline; `offline` overrules it.
+    Where W&B does not answer it is tried again all the while; a W&B process that dies is replaced. What W&B lacks then is sent
+    from metrics.jsonl. Each kind of trouble is told once, through `tell` (kind, text), from within calls of this tracker.
+    mode auto is online where W&B finds credentials, else offline. `on_stop` is called where a person presses Stop in the page.
+
+    With `by_itself`, where nobody is there to mend it, nothing waits for W&B to start, and where it refuses to the files are
+    written that can be uploaded later.
 
     Raises:
-        ConfigError: where W&B is not installed, refuses the settings or the login, or does not answer in time.
+        ConfigError: where W&B is not installed, or refuses the settings or the login.
     """
 
-    def __init__(self, plan: LaunchPlan, run_dir: str | Path, offline: bool = False) -> None:
-        # Imported here: it takes 0.4 s, and most of the package's readers never track.
-        try:
-            import wandb
-        except ImportError as error:
-            raise _cannot_start(str(error), "install it with: pip install wandb, or set tracking=none") from error
-
-        self._folder = Path(run_dir).absolute()
-        self._id = plan.wandb_id
-        self._config = plan.config.tracking
-        try:
-            self._run = wandb.init(
-                id=plan.wandb_id,
-                resume="allow",
-                dir=self._folder,
-                name=plan.run_name,
-                project=self._config.project,
-                entity=self._config.entity,
-                group=self._config.group,
-                tags=self._config.tags,
-                mode="offline" if offline else self._mode(),
-                config=redacted(json.loads(plan.to_json()), os.environ),
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    # Code, git (a remote's address may hold a token) and packages: the plan and code/ have them.
-                    save_code=False,
-                    disable_git=True,
-                    x_save_requirements=False,
-                    init_timeout=INIT_TIMEOUT_S,
-                    finish_timeout=FINISH_TIMEOUT_S,
-                    finish_timeout_raises=True,
-                    x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
-                ),
-            )
-        except Exception as error:  # W&B raises far more than wandb.Error here.
-            # Its process holds the id of a start that failed, and another start in this process would find it in use.
-            wandb.teardown(exit_code=1)
-            raise _cannot_start(
-                f"{type(error).__name__}: {error}", "check the login and tracking.*, or set tracking.mode=offline"
-            ) from error
-        self._last_step = int(self._run.summary.get("_step", -1)) if self._run.resumed else -1
-        self._run.define_metric("trainer/step")
-        self._run.define_metric("eval/*", step_metric="trainer/step", summary="min,last")
-        self._run.define_metric("*", step_metric="trainer/step")
-
-    @property
-    def url(self) -> str | None:
-        """The page of the run; None offline."""
-        return None if self._run.offline else self._run.url
-
-    @property
-    def sync_command(self) -> str | None:
-        """The command that uploads the local files, oldest attempt first; None online."""
-        return self._sync_command() if self._run.offline else None
+    def __init__(
+        self, plan: LaunchPlan, run_dir: str | Path, *, tell: Tell, on_stop: Callable[[], None], by_itself: bool = False
+    ) -> None:
+        self._plan, self._run, self._tell, self._on_stop = plan, RunDir(Path(run_dir)), tell, on_stop
+        self._by_itself = by_itself
+        self._best_loss = _best_checkpoint(self._run)
+        self._offline = not wandb_session.is_online(plan.config.tracking.mode)
+        self._notes: deque[tuple[str, str, dict[str, Any]]] = deque()
+        self._told: set[str] = set()
+        self._calls: queue.Queue[_Call | None] = queue.Queue(_MOST_PENDING)
+        self._artifacts: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_ARTIFACTS)
+        self._kept: deque[_Call] = deque(maxlen=_MOST_ARTIFACTS)
+        self._session: Session | None = None
+        self._next_try = self._next_look = 0.0
+        self._refused: ConfigError | None = None
+        self._failure = ""
+        self._last_step = -1
+        self._overflown = False
+        self._alerted = False
+        self._begun = threading.Event()
+        self._thread = _start(self._work, "wandb")
+        self._artifact_thread = _start(self._work_artifacts, "wandb-artifacts")
+        if not by_itself:
+            self._begun.wait(wandb_session.INIT_TIMEOUT_S + FINISH_GRACE_S)
+            if self._refused is not None:
+                raise self._refused
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        # A resumed run replays steps that W&B has; it would drop them with a warning each.
-        if step > self._last_step:
-            self._run.log({"trainer/step": step, **metrics}, step=step)
+        self._last_step = step
+        self._put(_Call(lambda session: session.log(step, metrics), step))
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        """W&B sends alerts to whoever has asked it to; other messages are in events.jsonl."""
+        """W&B sends alerts to whoever has asked it to; checkpoints are kept by reference, the export where asked for."""
         if kind == "alert":
-            at = "" if step is None else f" at step {step}"
-            self._run.alert(f"{str(self._run.name)[:_MOST_NAMED]}{at}", text, level="WARN")
+            self._put(_Call(lambda session: session.alert(text, step)))
+        elif kind == "checkpoint" and "path" in fields:
+            loss: float | None = fields["eval_loss"]
+            best = loss is not None and loss < self._best_loss
+            if loss is not None:
+                self._best_loss = min(loss, self._best_loss)
+            checkpoint = Checkpoint(Path(fields["path"]), fields["saved_step"], loss, best)
+            self._put(_Call(lambda session: self._later(lambda: session.log_checkpoint(checkpoint))))
+        elif kind == "export" and "path" in fields and self._plan.config.tracking.log_export:
+            folder = Path(fields["path"])
+            self._put(_Call(lambda session: self._later(lambda: session.log_export(folder))))
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        self._run.summary.update(dict(values))
+        self._put(_Call(lambda session: session.summary(values)))
 
-    def finish(self, state: str) -> None:
-        """Upload what is pending, in at most FINISH_TIMEOUT_S + FINISH_GRACE_S seconds.
+    def finish(self, state: str, *, everything: bool = False) -> None:
+        """Upload what is pending, in at most FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S seconds.
 
-        Raises:
-            RunError: where it took longer or failed; the local files stay, and the message says how to upload them.
+        With `everything`, the lines of metrics.jsonl that no session has sent go as well, even those of steps that no attempt
+        has gone on from.
+
+        Where it took longer or failed, the files stay, and what is told says how to upload them.
         """
-        if state == "preempted":
-            self._run.mark_preempting()
-        failures: list[BaseException] = []
-
-        def finish() -> None:
-            try:
-                self._run.finish(exit_code=0 if state == "completed" else 1)
-            except BaseException as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=finish, name="wandb-finish", daemon=True)
-        thread.start()
-        thread.join(FINISH_TIMEOUT_S + FINISH_GRACE_S)
-        if thread.is_alive():
+        upto = float("inf") if everything else self._last_step + 1
+        try:
+            self._calls.put_nowait(_Call(lambda session: session.catch_up(upto)))
+            self._calls.put(_Call(lambda session: self._finish(session, state)), timeout=FINISH_GRACE_S)
+            self._calls.put_nowait(None)
+        except queue.Full:
+            self._failure = "it has not taken what was sent for long"
+        limit = wandb_session.FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S
+        self._thread.join(limit)
+        if self._thread.is_alive():
             # W&B waits for its process at exit too; without it, nothing is left to wait for.
-            for child in psutil.Process().children():
-                if child.name().startswith("wandb-core"):
-                    child.kill()
-            failures.append(TimeoutError(f"no answer in {FINISH_TIMEOUT_S + FINISH_GRACE_S:.0f} s"))
-        if failures:
-            raise RunError(
-                f"Weights & Biases did not finish ({type(failures[0]).__name__}: {failures[0]}); the data is on disk",
-                remedy=f"upload it with: {self._sync_command()}",
-            )
+            _kill_core()
+            self._failure = f"no answer in {limit:.0f} s"
+        self._pass_on()
+        command = wandb_session.sync_command(self._run, self._plan.wandb_id, self._session)
+        if self._failure:
+            text = f"Weights & Biases has not got everything ({self._failure}); the data is on disk, upload it with: {command}"
+            # One warning is enough, where there was one before.
+            self._tell("info" if self._alerted else "alert", text, sync_command=command)
+        elif self._offline:
+            self._tell("info", f"Weights & Biases was offline; upload with: {command}", sync_command=command)
 
-    def _mode(self) -> Literal["online", "offline", "disabled"]:
-        if self._config.mode != "auto":
-            return self._config.mode
-        if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-            return "online"
-        import wandb
-        from wandb.sdk.lib.wbauth import read_netrc_auth
+    def _put(self, call: _Call) -> None:
+        self._pass_on()
+        try:
+            self._calls.put_nowait(call)
+        except queue.Full:
+            self._overflown = True
+            self._note_once("alert", "W&B does not take what is sent; metrics.jsonl has it")
 
-        # W&B's own reader: a login may stand under an older address than the server's present one.
-        return "online" if read_netrc_auth(host=wandb.setup().settings.base_url) else "offline"
+    def _pass_on(self) -> None:
+        """Tell what the threads have noted; from the thread that trains, as all that is told."""
+        while self._notes:
+            kind, text, fields = self._notes.popleft()
+            self._tell(kind, text, **fields)
 
-    def _sync_command(self) -> str:
-        folders = sorted((self._folder / "wandb").glob(f"*run-*-{self._id}"))
-        return shlex.join(["wandb", "sync", *map(str, folders)])
+    def _note_once(self, kind: str, text: str, **fields: Any) -> None:
+        if text.partition(":")[0] not in self._told:
+            self._told.add(text.partition(":")[0])
+            self._alerted = self._alerted or kind == "alert"
+            self._notes.append((kind, text, fields))
+
+    # What follows runs in the threads.
+
+    def _work(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            self._note_once("alert", f"W&B tracking has failed and is off: {self._failure}")
+        finally:
+            self._begun.set()
+
+    def _serve(self) -> None:
+        self._begin()
+        self._begun.set()
+        while self._refused is None and (call := self._calls.get()) is not None:
+            session = self._session or self._begin()
+            if session is None:
+                if call.step is None:
+                    self._kept.append(call)
+                continue
+            self._carry_out(session, call)
+            self._look_whether_it_sends(session)
+        if self._session is None and self._refused is None and self._kept:
+            self._write_files()
+
+    def _begin(self) -> Session | None:
+        """Start a session, unless the last try was just now; None where W&B does not answer."""
+        if time.monotonic() < self._next_try:
+            return None
+        try:
+            try:
+                self._session = self._new_session()
+            except Unreachable as error:
+                self._next_try = time.monotonic() + RETRY_S
+                self._note_once("alert", f"{error.problems[0].what}; it is tried again, and training goes on")
+                return None
+            except ConfigError as error:
+                if not self._by_itself:
+                    raise
+                self._note_once("alert", f"{error.problems[0].what}; this attempt goes on offline")
+                self._offline = True
+                self._session = self._new_session()
+        except ConfigError as error:
+            self._refused = error
+            return None
+        session = self._session
+        command = wandb_session.sync_command(self._run, self._plan.wandb_id, session) if session.offline else None
+        where = f"see it at {session.url}" if session.url else f"offline; upload it with: {command}"
+        self._note_once("info", f"Weights & Biases: {where}", url=session.url, sync_command=command)
+        while self._kept:
+            self._carry_out(session, self._kept.popleft())
+        return session
+
+    def _new_session(self) -> Session:
+        return Session(self._plan, self._run, offline=self._offline, on_stop=self._on_stop)
+
+    def _carry_out(self, session: Session, call: _Call) -> None:
+        if self._overflown:
+            self._overflown = False
+            session.fall_behind()
+        try:
+            call.run(session)
+        except Exception as error:
+            if session is not self._session:
+                return
+            self._note_once("alert", f"W&B's process has failed: {type(error).__name__}: {error}; another is started")
+            _kill_core()
+            import wandb
+
+            # It says farewell to the process that is gone.
+            with suppress(Exception):
+                wandb.teardown(exit_code=1)
+            self._session = None
+            if call.step is None:
+                self._kept.append(call)
+            self._begin()
+
+    def _look_whether_it_sends(self, session: Session) -> None:
+        if session.offline or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + RETRY_S
+        if reason := session.given_up():
+            self._note_once("alert", f"W&B takes nothing more: {reason}; the data is kept on disk")
+
+    def _write_files(self) -> None:
+        """W&B was away to the end: leave files that can be uploaded."""
+        self._failure = "it has not answered"
+        self._offline = True
+        self._next_try = 0.0
+        self._begin()
+
+    def _finish(self, session: Session, state: str) -> None:
+        self._artifacts.put(None)
+        self._artifact_thread.join(FINISH_GRACE_S)
+        try:
+            session.finish(state)
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+
+    def _later(self, send: Callable[[], None]) -> None:
+        try:
+            self._artifacts.put_nowait(send)
+        except queue.Full:
+            self._note_once("alert", "W&B does not take artifacts; checkpoints are on disk")
+
+    def _work_artifacts(self) -> None:
+        while (send := self._artifacts.get()) is not None:
+            try:
+                send()
+            except Exception as error:
+                self._note_once("alert", f"W&B did not take an artifact: {type(error).__name__}: {error}")
 
 
-def redacted(value: Any, environ: Mapping[str, str]) -> Any:
-    """JSON data without the values of secret environment variables and the user part of URLs."""
-    secrets = [v for name, v in environ.items() if _SECRET_VARIABLE.search(name) and len(v) >= 8]
-
-    def clean(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key: clean(inner) for key, inner in item.items()}
-        if isinstance(item, list):
-            return [clean(inner) for inner in item]
-        if isinstance(item, str):
-            for secret in secrets:
-                item = item.replace(secret, "<redacted>")
-            return _URL_USER.sub("<redacted>", item)
-        return item
-
-    return clean(value)
+def _best_checkpoint(run: RunDir) -> float:
+    """The lowest held-out loss of the checkpoints that were committed before."""
+    events = (event["fields"].get("eval_loss") for event in read_events(run.events) if event["kind"] == "checkpoint")
+    return min((loss for loss in events if isinstance(loss, float)), default=float("inf"))
 
 
-def _cannot_start(why: str, remedy: str) -> ConfigError:
-    return ConfigError(f"Weights & Biases cannot start: {why}", where="tracking", remedy=remedy)
+def _start(target: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _kill_core() -> None:
+    for child in psutil.Process().children():
+        if child.name().startswith("wandb-core"):
+            child.kill()

@@ -19,6 +19,7 @@ class Checkpoints:
     def __init__(self, saver: Saver, tracker: Composite, is_main: bool) -> None:
         self._saver, self._tracker, self._is_main = saver, tracker, is_main
         self._untold = False
+        self._eval_loss: float | None = None
         self.saved_step: int | None = None
         self.save_s: float | None = None
         self.settle: Callable[[], None] = saver.settle
@@ -28,7 +29,7 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
         """Save in the background; how it ended is told later. Collective."""
         self.conclude(step)
-        self._untold = True
+        self._untold, self._eval_loss = True, eval_loss
         self._saver.save(step, state, eval_loss=eval_loss)
 
     def save_and_wait(
@@ -40,7 +41,7 @@ class Checkpoints:
             CheckpointError: where it could not be saved; what was committed before stays.
         """
         self.conclude(step)
-        self._untold = True
+        self._untold, self._eval_loss = True, eval_loss
         self._saver.save(step, state, eval_loss=eval_loss, probe=probe, wait=True)
         outcome = self.conclude(step)
         if isinstance(outcome, CheckpointError):
@@ -90,4 +91,5 @@ class Checkpoints:
         if outcome.not_pruned:
             self._tracker.event("alert", f"older checkpoints could not be removed: {outcome.not_pruned}", step)
         size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training stood still for {outcome.stall_s:.2f} s"
-        self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, path=str(outcome.path))
+        named = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss}
+        self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, **named)

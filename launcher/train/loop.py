@@ -79,7 +79,7 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
     run = RunDir(Path(plan.run_dir))
     device = join(plan, place)
     beat("joined", 0)
-    tracker = start_trackers(plan, run.root, place.attempt) if place.is_main else Composite([])
+    tracker = start_trackers(plan, run.root, place.attempt, stop.cancel) if place.is_main else Composite([])
     state, session = "failed", None
     try:
         if place.world_size > 1:
@@ -88,6 +88,8 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
         session = _Session.start(plan, place, run, device, tracker, started, beat)
         beat("loaded", session.step)
         outcome = session.run(stop)
+        if outcome.state == "preempted":
+            tracker.event("alert", outcome.message, outcome.step)
         beat("finishing", outcome.step)
         completed = outcome.state == "completed"
         if completed:

@@ -22,6 +22,9 @@ class Stop(Protocol):
 
     def __call__(self) -> str | None: ...
 
+    def cancel(self) -> None:
+        """A person asks to stop, as by a signal; from any thread."""
+
 
 def save_fits(cluster: ClusterSection, reason: str, asked_at: float | None, save_s: float | None, device: torch.device) -> bool:
     """Whether a save as long as the last one ends before the machines go, in the judgement of every rank. Collective.

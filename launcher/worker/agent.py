@@ -26,6 +26,7 @@ from launcher.clusters import process
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, record
+from launcher.worker.last_word import tell_wandb
 from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.rank import NodePlace
 from launcher.worker.signals import CANCEL, PREEMPT
@@ -60,6 +61,7 @@ def main(plan_path: str, attempt: int) -> int:
     # The run is over for those who follow it when the mirror has what is committed.
     stopper.finish(mirror)
     run_store.update_status(run, state=outcome["state"], message=outcome["message"])
+    tell_wandb(plan, plan_path, run, attempt)
     return 0 if outcome["state"] == "completed" else 130 if outcome["state"] in ("cancelled", "preempted") else 1
 
 

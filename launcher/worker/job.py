@@ -29,6 +29,7 @@ from launcher.plan.retry import Cause, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.worker import conclusion, ending, network
+from launcher.worker.last_word import tell_wandb
 
 _LOCK_WAIT_S = 60.0
 # How long a controller that does not answer is waited for: most are back within minutes, and the nodes idle meanwhile.
@@ -99,6 +100,8 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     if decision.again:
         by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
         slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, patience_s=_left(until))
+    else:
+        _if_possible(lambda: tell_wandb(plan, plan_path, run, number))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
 
 

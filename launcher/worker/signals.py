@@ -29,6 +29,9 @@ class StopFlag:
     def __call__(self) -> str | None:
         return self._reason
 
+    def cancel(self) -> None:
+        self._wish("cancelled")
+
     def install(self) -> StopFlag:
         """Start to listen; to be called from the main thread before any other thread exists."""
         # Every thread and process that starts from here on inherits the block. So helpers survive the USR2 and TERM that
@@ -46,6 +49,9 @@ class StopFlag:
                 # torch's elastic agent stops all ranks after one has failed: a collective would never end without it.
                 # Nothing is flushed, which could block: the agent starts ranks with unbuffered output.
                 os._exit(DISMISSED)
-            if self._reason is None:
-                self.at = time.monotonic()
-                self._reason = _REASONS[signal.Signals(received.si_signo)]
+            self._wish(_REASONS[signal.Signals(received.si_signo)])
+
+    def _wish(self, reason: str) -> None:
+        if self._reason is None:
+            self.at = time.monotonic()
+            self._reason = reason

@@ -10,14 +10,18 @@ from typing import Any
 import hand_made
 import pytest
 
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    return folder
+    """The directory of a run whose first attempt a person has started."""
+    run = RunDir(tmp_path / "run")
+    run.attempt(1).mkdir(parents=True)
+    run_store.write_attempt(run, 1, run_store.Attempt(None))
+    return run.root
 
 
 @pytest.fixture

@@ -12,12 +12,15 @@ from launcher import run_store
 from launcher.errors import ConfigError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking import wandb
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
 from launcher.tracking.tracker import Composite, start_trackers
 
 PlanMaker = Callable[..., LaunchPlan]
+
+
+def no_stop() -> None:
+    """Nobody presses it."""
 
 
 class Broken(ConsoleTracker):
@@ -71,7 +74,7 @@ def test_ctrl_c_passes() -> None:
 def test_without_wandb_the_files_and_the_lines_are_written(
     make_plan: PlanMaker, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    composite = start_trackers(make_plan(kind="none"), run_dir, attempt=1)
+    composite = start_trackers(make_plan(kind="none"), run_dir, attempt=1, on_stop=no_stop)
     composite.log(1, {"train/loss": 2.0})
     composite.finish("completed")
     assert capsys.readouterr().out.splitlines() == ["step   1/40  loss 2.000"]
@@ -81,30 +84,27 @@ def test_without_wandb_the_files_and_the_lines_are_written(
 def test_a_folder_that_cannot_be_written_fails_the_start(make_plan: PlanMaker, run_dir: Path) -> None:
     (run_dir / "metrics.jsonl").mkdir()
     with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written"):
-        start_trackers(make_plan(), run_dir, attempt=1)
+        start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
 
 
 def test_a_key_that_wandb_refuses_fails_the_start(make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
     begun(run_dir, automatic=False)
     with pytest.raises(ConfigError, match="Weights & Biases cannot start") as refused:
-        start_trackers(make_plan(), run_dir, attempt=1)
+        start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
     assert "tracking.mode=offline" in str(refused.value)
     assert _last_event(run_dir)["fields"] == {"state": "failed"}
 
 
 @pytest.mark.parametrize("how", ["an attempt of its own", "ranks started again"])
-@pytest.mark.parametrize("why", ["a bad key", "no server"])
-def test_wandb_that_cannot_start_does_not_end_a_run_that_nobody_watches(
-    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str, why: str
+def test_wandb_that_refuses_does_not_end_a_run_that_nobody_watches(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     begun(run_dir, automatic=how == "an attempt of its own")
     if how == "ranks started again":
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    monkeypatch.setenv("WANDB_API_KEY", "short" if why == "a bad key" else "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(wandb, "INIT_TIMEOUT_S", 2.0)
-    composite = start_trackers(make_plan(), run_dir, attempt=1)
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    composite = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
     composite.log(1, {"train/loss": 2.0})
     composite.finish("completed")
     alerts = [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
@@ -115,7 +115,6 @@ def test_wandb_that_cannot_start_does_not_end_a_run_that_nobody_watches(
 
 
 def begun(run_dir: Path, *, automatic: bool) -> None:
-    RunDir(run_dir).attempt(1).mkdir(parents=True)
     run_store.write_attempt(RunDir(run_dir), 1, run_store.Attempt(None, automatic=automatic))
 
 

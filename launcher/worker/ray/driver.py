@@ -28,6 +28,7 @@ from launcher.errors import EXIT_FAILED, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
+from launcher.worker.last_word import tell_wandb
 from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.supervisor import supervise
 
@@ -76,7 +77,11 @@ def main(plan_path: str, attempt: int) -> int:
         # Whatever Ray says while it starts: a cluster that is not there, a token that is not its own, another version.
         driver.end("failed", f"Ray cannot be used: {_words(error)}")
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    return EXIT_FAILED
+        return EXIT_FAILED
+    finally:
+        with suppress(OSError, LauncherError):
+            number = run_store.newest_attempt(run)
+            tell_wandb(plan, plan_path, run, number)
 
 
 def _words(error: Exception) -> str:

@@ -1,0 +1,61 @@
+"""The end of a run that no rank could tell W&B of, because the ranks were killed: said by whoever started them.
+
+`python -m launcher.worker.last_word PLAN ATTEMPT` continues the W&B run for a moment: an alert with the first failure, the
+steps that W&B lacks, and exit code 1.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from launcher import run_store
+from launcher.errors import LauncherError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import append_event
+
+# Nodes may be held meanwhile, and nobody waits for an answer.
+_DEADLINE_S = 45.0
+
+
+def tell_wandb(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
+    """Have W&B show that the run has failed for good, where it shows the run; never raises, and ends in time."""
+    tracking = plan.config.tracking
+    tracked = (run.root / "wandb").is_dir() and tracking.kind == "wandb" and tracking.mode != "disabled"
+    if not tracked or run_store.read_status(run).state != "failed":
+        return
+    command = [sys.executable, "-m", "launcher.worker.last_word", str(plan_path), str(attempt)]
+    # A process that can be killed: W&B may hang, and is imported nowhere else on this side.
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
+
+
+def main(plan_path: str, attempt: int) -> None:
+    from launcher.tracking.wandb import WandbTracker
+
+    plan = LaunchPlan.load(plan_path)
+    run = RunDir(Path(plan.run_dir))
+    status = run_store.read_status(run)
+    tell = partial(append_event, run, attempt)
+    tracker = WandbTracker(plan, run.root, tell=tell, on_stop=_no_stop, by_itself=True)
+    tracker.event("alert", f"the run has failed: {status.message}{_where(run, attempt)}", status.step)
+    tracker.finish("failed", everything=True)
+
+
+def _where(run: RunDir, attempt: int) -> str:
+    """Where the rank that failed first has left its words."""
+    with suppress(OSError, LauncherError, KeyError, TypeError):
+        return f" (log: {run_store.read_json(run.attempt(attempt) / 'exit.json')['first_failure']['log']})"
+    return ""
+
+
+def _no_stop() -> None:
+    """Nothing runs that could be stopped."""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,101 @@
+"""What is said of W&B before a run is submitted, by a server on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
+
+from launcher.cli import account
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeWandb]:
+    with fake_wandb() as running:
+        yield running
+
+
+def config(cluster: dict[str, Any] | None = None, **tracking: Any) -> RunConfig:
+    data = {"sources": [{"path": "train.jsonl"}]}
+    sections = {"model": {"path": "./model"}, "data": data, "train": {"max_steps": 1}, "tracking": {"mode": "online", **tracking}}
+    return RunConfig.model_validate({**sections, **({"cluster": cluster} if cluster else {})})
+
+
+def environ(server: FakeWandb, netrc: Path | str = os.devnull, **variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**kept, "WANDB_BASE_URL": server.address, "NETRC": str(netrc), "PYTHONPATH": str(REPO), **variables}
+
+
+@pytest.mark.parametrize("entity", [None, ENTITY, "me"])
+def test_a_login_and_an_entity_of_ones_own_pass(server: FakeWandb, entity: str | None) -> None:
+    assert account.check(config(entity=entity), environ(server, WANDB_API_KEY=KEY)) == []
+    assert KEY not in "".join(server.received)
+
+
+@pytest.mark.parametrize(
+    ("tracking", "key", "words"),
+    [
+        ({}, "f" * 40, "does not accept the key"),
+        ({"entity": "taem"}, KEY, "me may not write to taem, but to me, team"),
+        ({}, "", "there is no login for http://127.0.0.1"),
+        ({}, "short", "does not accept the key"),
+    ],
+)
+def test_what_would_fail_on_the_machines_is_refused(server: FakeWandb, tracking: dict[str, str], key: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        account.check(config(**tracking), environ(server, **({"WANDB_API_KEY": key} if key else {})))
+    assert "tracking.mode=offline" in str(refused.value)
+    assert not key or key not in str(refused.value)
+
+
+@pytest.mark.parametrize("fault", ["error", "hang"])
+def test_a_server_that_does_not_answer_refuses_nothing(server: FakeWandb, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(account, "_DEADLINE_S", 4.0)
+    server.fault = fault
+    (said,) = account.check(config(), environ(server, WANDB_API_KEY=KEY))
+    assert said.startswith("whether W&B takes this run is not known: ")
+
+
+@pytest.mark.parametrize("tracking", [{"mode": "auto"}, {"mode": "offline"}, {"mode": "disabled"}, {"kind": "none"}])
+def test_nothing_is_asked_where_nothing_is_sent(server: FakeWandb, tracking: dict[str, str]) -> None:
+    assert account.check(config(**tracking), environ(server)) == []
+    assert not server.received
+
+
+@pytest.mark.parametrize(
+    ("cluster", "variable", "words"),
+    [
+        ({"kind": "ray", "address": "10.0.0.1:6379"}, False, "does not reach Ray's nodes"),
+        ({"kind": "ray", "address": "10.0.0.1:6379"}, True, ""),
+        ({"kind": "ray", "address": "http://10.0.0.1:8265"}, True, "Jobs API"),
+        ({"kind": "slurm", "container_image": "/images/launcher.sqsh"}, False, "inside the container"),
+        ({"kind": "slurm"}, False, ""),
+        ({"kind": "local"}, False, ""),
+    ],
+)
+def test_a_login_that_the_ranks_would_not_have_is_told(
+    server: FakeWandb, tmp_path: Path, cluster: dict[str, str], variable: bool, words: str
+) -> None:
+    host = server.address.removeprefix("http://")
+    (tmp_path / "netrc").write_text(f"machine {host} login user password {KEY}\n")
+    said = account.check(config(cluster), environ(server, tmp_path / "netrc", **({"WANDB_API_KEY": KEY} if variable else {})))
+    assert [words in text for text in said] == ([True] if words else [])
+
+
+def test_a_wrong_entity_ends_the_command_before_anything_is_made(
+    launch: Callable[..., subprocess.CompletedProcess[str]], server: FakeWandb, tmp_path: Path
+) -> None:
+    settings = ("model=tiny", "tracking.mode=online", "tracking.entity=taem", f"run.root={tmp_path / 'runs'}")
+    done = launch(*settings, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)
+    assert done.returncode == 2
+    assert "me may not write to taem" in done.stderr
+    assert not (tmp_path / "runs").exists()

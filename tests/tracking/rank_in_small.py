@@ -1,0 +1,45 @@
+"""What rank 0 does with its trackers, one order at a time: `python rank_in_small.py PLAN RUN_DIR ATTEMPT`.
+
+Orders are lines of JSON, [METHOD, ARGUMENTS, FIELDS]; each is answered with the seconds that the call took. "stop" tells
+whether W&B has asked to stop, "core" the process id of W&B's process.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+import psutil
+
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking import wandb, wandb_session
+from launcher.tracking.tracker import start_trackers
+
+
+def main(plan_file: str, run_dir: str, attempt: int) -> None:
+    plan, stop = LaunchPlan.load(plan_file), threading.Event()
+    trackers: Any = None
+    for line in sys.stdin:
+        method, arguments, fields = json.loads(line)
+        began = time.monotonic()
+        answer: Any = None
+        if method == "limits":
+            for name, value in fields.items():
+                setattr(wandb if hasattr(wandb, name) else wandb_session, name, value)
+        elif method == "start":
+            trackers = start_trackers(plan, run_dir, attempt, stop.set)
+        elif method == "stop":
+            answer = stop.is_set()
+        elif method == "core":
+            cores = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
+            answer = cores[0].pid if cores else None
+        else:
+            getattr(trackers, method)(*arguments, **fields)
+        print("answer:", json.dumps({"seconds": time.monotonic() - began, "answer": answer}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -1,0 +1,118 @@
+"""Starts `rank_in_small.py` and gives it orders; nothing of it is left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from wandb_server import KEY, FakeWandb
+
+from launcher import run_store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import read_events
+
+REPO = Path(__file__).resolve().parents[2]
+# A loop that trains must not notice that a step was logged.
+QUICK_S = 0.1
+
+
+class Rank:
+    """`RANK.log(1, {...})` and the like; `slowest_s` is the longest that a call took besides start and finish."""
+
+    def __init__(self, process: subprocess.Popen[str], output: Path) -> None:
+        self.process, self.output, self.slowest_s = process, output, 0.0
+
+    def order(self, method: str, *arguments: Any, deadline_s: float = 120, **fields: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([method, arguments, fields]) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self._line(deadline_s).removeprefix("answer:"))
+        if method in ("log", "event", "summary"):
+            self.slowest_s = max(self.slowest_s, answer["seconds"])
+        return answer
+
+    def __getattr__(self, method: str) -> Callable[..., dict[str, Any]]:
+        return lambda *arguments, **fields: self.order(method, *arguments, **fields)
+
+    def steps(self, first: int, last: int) -> None:
+        """Train these steps: each logs a loss that tells the step."""
+        for step in range(first, last + 1):
+            self.order("log", step, {"train/loss": 10.0 - step / 100, "trainer/tokens": 100 * step})
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=20)
+
+    def _line(self, deadline_s: float) -> str:
+        assert self.process.stdout is not None
+        # What does not answer is killed, and the line is empty then.
+        timer = threading.Timer(deadline_s, self.process.kill)
+        timer.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("answer:"):
+                    return line
+        finally:
+            timer.cancel()
+        raise AssertionError(f"the rank has ended or hung:\n{self.output.read_text()}")
+
+
+@contextmanager
+def rank(plan: LaunchPlan, attempt: int = 1, *, automatic: bool = False, key: str | None = KEY, base_url: str) -> Iterator[Rank]:
+    """A rank in a process of its own, whose trackers are not yet started."""
+    run = RunDir(Path(plan.run_dir))
+    if not run.attempt(attempt).exists():
+        run.attempt(attempt).mkdir(parents=True)
+        run_store.write_attempt(run, attempt, run_store.Attempt(None, automatic=automatic))
+    run.plan.write_text(plan.to_json())
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environ |= {"WANDB_BASE_URL": base_url, "PYTHONPATH": str(REPO)}
+    environ |= {"WANDB_API_KEY": key} if key else {}
+    output = run.root / "output"
+    command = [sys.executable, str(Path(__file__).with_name("rank_in_small.py")), str(run.plan), str(run.root), str(attempt)]
+    with open(output, "a") as file:
+        process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=file, text=True, env=environ)
+    children: list[psutil.Process] = []
+    try:
+        yield Rank(process, output)
+    finally:
+        with suppress(psutil.Error):
+            children = psutil.Process(process.pid).children(recursive=True)
+        for each in [*children, process]:
+            with suppress(psutil.Error):
+                each.kill()
+        process.wait(timeout=20)
+        for stream in (process.stdin, process.stdout):
+            with suppress(OSError):
+                stream.close()  # type: ignore[union-attr]
+
+
+def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60) -> None:
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
+        time.sleep(0.05)
+
+
+def alerts(plan: LaunchPlan) -> list[str]:
+    events = read_events(RunDir(Path(plan.run_dir)).events)
+    return [event["text"] for event in events if event["kind"] == "alert"]
+
+
+def infos(plan: LaunchPlan) -> list[str]:
+    events = read_events(RunDir(Path(plan.run_dir)).events)
+    return [event["text"] for event in events if event["kind"] == "info"]
+
+
+def has_steps(server: FakeWandb, last: int) -> Callable[[], bool]:
+    return lambda: "abcd1234" in server.runs and last in server.run().steps

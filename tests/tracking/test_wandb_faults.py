@@ -1,0 +1,155 @@
+"""Whatever becomes of W&B, training goes on at full speed, says so once, and what W&B lacks can be uploaded."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rank_tools import QUICK_S, alerts, infos, rank, wait_for
+from wandb_server import KEY, FakeWandb, fake_wandb
+
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking.jsonl import read_events, read_metrics
+
+PlanMaker = Callable[..., LaunchPlan]
+LIMITS = {"INIT_TIMEOUT_S": 1.0, "FINISH_TIMEOUT_S": 3.0, "FINISH_GRACE_S": 2.0, "RETRY_S": 2.0}
+LONGEST_FINISH_S = 15
+
+
+@pytest.fixture
+def server() -> Iterator[FakeWandb]:
+    with fake_wandb() as running:
+        yield running
+
+
+def upload(run_dir: Path, server: FakeWandb) -> None:
+    """Carry out the command that was told at the end, as a person does when the server is well again."""
+    told = [
+        event["fields"]["sync_command"] for event in read_events(run_dir / "events.jsonl") if event["fields"].get("sync_command")
+    ]
+    program, *arguments = shlex.split(told[-1])
+    assert program == "wandb"
+    environ = {**os.environ, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY}
+    command = [sys.executable, "-m", "wandb", *arguments]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("fault", ["error", "hang", "refuse"])
+def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, fault: str) -> None:
+    plan = make_plan()
+    with rank(plan, base_url=server.address) as it:
+        it.limits(**LIMITS)
+        it.start()
+        it.steps(1, 3)
+        it.event("checkpoint", "saved", 3, path=str(run_dir), saved_step=3, eval_loss=None)
+        server.fault = fault
+        it.steps(4, 60)
+        it.event("checkpoint", "saved", 60, path=str(run_dir), saved_step=60, eval_loss=None)
+        it.steps(61, 62)
+        assert it.slowest_s < QUICK_S
+        assert it.finish("completed")["seconds"] < LONGEST_FINISH_S
+    assert len(alerts(plan)) == 1
+    assert any("the data is on disk, upload it with: wandb sync" in text for text in alerts(plan) + infos(plan))
+    assert len(read_metrics(run_dir / "metrics.jsonl")) == 62
+    server.fault = None
+    server.freed.set()
+    upload(run_dir, server)
+    assert server.run().steps == list(range(1, 63))
+
+
+@pytest.mark.parametrize("fault", ["error", "hang"])
+def test_a_server_that_never_answers(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, fault: str) -> None:
+    plan, server.fault = make_plan(), fault
+    with rank(plan, base_url=server.address) as it:
+        it.limits(**LIMITS)
+        assert it.start()["seconds"] < 10
+        it.steps(1, 20)
+        it.event("alert", "the loss jumped", 20)
+        assert it.slowest_s < QUICK_S
+        assert it.finish("completed")["seconds"] < LONGEST_FINISH_S
+    (warning,) = [text for text in alerts(plan) if text != "the loss jumped"]
+    assert "Weights & Biases cannot start" in warning
+    server.fault = None
+    server.freed.set()
+    upload(run_dir, server)
+    assert server.run().steps == list(range(1, 21))
+    assert server.run().exits == [0]
+    assert "the loss jumped" in [alert["text"] for alert in server.alerts]
+
+
+def test_a_server_that_is_back_gets_everything(make_plan: PlanMaker, server: FakeWandb) -> None:
+    plan, server.fault = make_plan(), "error"
+    with rank(plan, base_url=server.address) as it:
+        it.limits(**{**LIMITS, "FINISH_TIMEOUT_S": 30.0})
+        it.start()
+        it.steps(1, 20)
+        it.event("alert", "the loss jumped", 20)
+        server.fault = None
+        wait_for("W&B to have come back", lambda: it.steps(21, 21) or server.alerts)
+        server.fault = "error"
+        it.steps(22, 40)
+        server.fault = None
+        it.finish("completed")
+    assert server.run().steps == list(range(1, 41))
+    assert server.run().exits == [0]
+    assert len(alerts(plan)) == 2
+
+
+@pytest.mark.parametrize("online", [True, False], ids=["online", "offline"])
+def test_a_killed_process_is_replaced(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, online: bool) -> None:
+    plan = make_plan()
+    with rank(plan, key=KEY if online else None, base_url=server.address) as it:
+        it.limits(**{**LIMITS, "FINISH_TIMEOUT_S": 30.0, "RETRY_S": 0.1})
+        it.start()
+        it.steps(1, 9)
+        if not online:
+            files = run_dir.glob("wandb/offline-run-*/*.wandb")
+            first = next(files)
+            size = first.stat().st_size
+            wait_for("W&B to have written", lambda: first.stat().st_size > size)
+        os.kill(it.core()["answer"], signal.SIGKILL)
+        for step in range(10, 20):
+            it.steps(step, step)
+            time.sleep(0.2)
+        assert it.slowest_s < QUICK_S
+        it.finish("completed")
+    (warning,) = alerts(plan)
+    assert "W&B's process has failed" in warning
+    if not online:
+        upload(run_dir, server)
+    assert server.run().steps == list(range(1, 20))
+    assert server.run().exits[-1:] == [0]
+
+
+def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
+    plan = make_plan()
+    for attempt, first, last in ((1, 1, 6), (2, 5, 9)):
+        with rank(plan, attempt, automatic=attempt > 1, key=None, base_url=server.address) as it:
+            it.start()
+            it.steps(first, last)
+            it.finish("failed" if attempt == 1 else "completed")
+        time.sleep(1)
+    upload(run_dir, server)
+    assert server.run().steps == list(range(1, 10))
+
+
+def test_an_online_attempt_after_an_offline_one_brings_all(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
+    plan = make_plan()
+    for attempt, first, last, key in ((1, 1, 6, None), (2, 5, 9, KEY), (3, 8, 12, None)):
+        with rank(plan, attempt, automatic=attempt > 1, key=key, base_url=server.address) as it:
+            it.start()
+            it.steps(first, last)
+            it.finish("completed" if attempt == 3 else "failed")
+        if attempt == 2:
+            assert server.run().steps == list(range(1, 10))
+        time.sleep(1)
+    upload(run_dir, server)
+    assert server.run().steps == list(range(1, 13))

@@ -1,0 +1,114 @@
+"""Real wandb-core against a server on this machine: what W&B has of a run that goes well, is killed, or is stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from rank_tools import QUICK_S, alerts, has_steps, infos, rank, wait_for
+from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
+
+from launcher.plan.launch_plan import LaunchPlan
+
+PlanMaker = Callable[..., LaunchPlan]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeWandb]:
+    with fake_wandb() as running:
+        yield running
+        assert not running.unknown
+        assert not [request for request in running.received if KEY in request], "the key stands in no body"
+
+
+def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
+    plan = make_plan(project="demo", entity=ENTITY, group="sweep", tags=["tagged"])
+    (run_dir / "step-2").mkdir()
+    (run_dir / "step-2" / "shard").write_bytes(b"weights of a shard")
+    with rank(plan, base_url=server.address) as it:
+        it.start()
+        it.steps(1, 2)
+        it.log(2, {"eval/held_out/loss": 1.5})
+        it.event("alert", "the loss jumped", 2)
+        it.event("checkpoint", "saved", 2, path=str(run_dir / "step-2"), saved_step=2, eval_loss=1.5)
+        it.event("checkpoint", "saved", 3, path=str(run_dir / "step-2"), saved_step=3, eval_loss=1.7)
+        it.steps(3, 3)
+        it.summary({"last_step": 3})
+        it.finish("completed")
+        assert it.slowest_s < QUICK_S
+    run = server.run()
+    rows = [{name: value for name, value in row.items() if not name.startswith("_")} for row in run.rows()]
+    assert rows == [
+        {"trainer/step": 1, "train/loss": 9.99, "trainer/tokens": 100},
+        {"trainer/step": 2, "train/loss": 9.98, "trainer/tokens": 200, "eval/held_out/loss": 1.5},
+        {"trainer/step": 3, "train/loss": 9.97, "trainer/tokens": 300},
+    ]
+    assert run.steps == [1, 2, 3]
+    assert run.exits == [0]
+    assert (run.project, run.about["groupName"], run.about["tags"]) == ("demo", "sweep", ["tagged"])
+    wanted = {"best/train_loss": 9.97, "best/train_loss_step": 3, "best/eval_loss": 1.5, "best/eval_loss_step": 2}
+    assert wanted.items() <= run.summary.items()
+    assert {"last_step": 3, "train/loss": 9.97, "eval/held_out/loss": 1.5, "state": "completed"}.items() <= run.summary.items()
+    config = {name: value["value"] for name, value in run.config.items()}
+    assert config["config"]["train"]["max_steps"] == 40
+    assert config["plan_digest"] == plan.digest()
+    assert config["provenance"]["launcher_version"] == plan.provenance.launcher_version
+    assert [(alert["title"], alert["text"], alert["severity"]) for alert in server.alerts] == [
+        ("demo-run at step 2", "the loss jumped", "WARN")
+    ]
+    first, second = server.artifacts
+    assert (first["artifactTypeName"], first["artifactCollectionName"]) == ("checkpoint", "checkpoint-abcd1234")
+    assert json.loads(first["metadata"]) == {"step": 2, "eval_loss": 1.5}
+    assert {alias["alias"] for alias in first["aliases"]} == {"latest", "best", "step-2"}
+    assert {alias["alias"] for alias in second["aliases"]} == {"latest", "step-3"}
+    assert first["committed"]
+    manifest = json.loads(server.uploads["manifest-0"])
+    assert [entry["ref"] for entry in manifest["contents"].values()] == [(run_dir / "step-2" / "shard").as_uri()]
+    assert b"weights of a shard" not in b"".join(server.uploads.values())
+    assert alerts(plan) == ["the loss jumped"]
+    assert any(f"see it at {server.address}/team/demo/runs/abcd1234" in text for text in infos(plan))
+
+
+@pytest.mark.parametrize("reached", [False, True], ids=["W&B is behind the checkpoint", "W&B is ahead of it"])
+def test_after_a_crash_no_step_is_missing_and_none_is_there_twice(make_plan: PlanMaker, server: FakeWandb, reached: bool) -> None:
+    plan = make_plan()
+    with rank(plan, base_url=server.address) as it:
+        it.start()
+        it.steps(1, 3)
+        it.log(3, {"eval/held_out/loss": 1.0})
+        if not reached:
+            wait_for("W&B to have some steps", has_steps(server, 2))
+        it.steps(4, 12)
+        if reached:
+            wait_for("W&B to have nearly all steps", has_steps(server, 11))
+        # It takes with it what it has not yet sent, as a machine that dies does.
+        os.kill(it.core()["answer"], signal.SIGKILL)
+        it.kill()
+    assert max(server.run().steps) >= 11 if reached else max(server.run().steps) < 8
+    with rank(plan, attempt=2, automatic=True, base_url=server.address) as it:
+        assert it.start()["seconds"] < 1, "nobody waits for W&B at a restart"
+        # The checkpoint was of step 8.
+        it.steps(9, 14)
+        it.finish("completed")
+    assert server.run().steps == list(range(1, 15))
+    assert [row["train/loss"] for row in server.run().rows()] == [10.0 - step / 100 for step in range(1, 15)]
+    assert {"best/eval_loss": 1.0, "best/train_loss_step": 14}.items() <= server.run().summary.items()
+    assert server.run().exits == [0]
+    assert not alerts(plan)
+
+
+def test_a_stop_in_the_page_is_a_wish_and_interrupts_nothing(make_plan: PlanMaker, server: FakeWandb) -> None:
+    with rank(make_plan(), base_url=server.address) as it:
+        it.start()
+        it.steps(1, 2)
+        assert not it.stop()["answer"]
+        server.stopped = True
+        it.steps(3, 3)
+        wait_for("the wish to arrive", lambda: it.stop()["answer"])
+        it.finish("cancelled")
+    assert server.run().exits == [255]
+    assert server.run().steps == [1, 2, 3]
