@@ -33,9 +33,8 @@ class Account:
 
 def look_up(tracking: TrackingSection) -> Account:
     """Ask W&B about the login of this machine and the entity of the settings."""
-    from wandb.sdk.lib.wbauth import read_netrc_auth
-
     import wandb
+    from wandb.sdk.lib.wbauth import read_netrc_auth
 
     address = wandb.setup().settings.base_url
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):

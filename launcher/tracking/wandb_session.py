@@ -250,9 +250,8 @@ def is_online(mode: Literal["auto", "online", "offline", "disabled"]) -> bool:
         return mode == "online"
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    from wandb.sdk.lib.wbauth import read_netrc_auth
-
     import wandb
+    from wandb.sdk.lib.wbauth import read_netrc_auth
 
     # W&B's own reader: a login may stand under an older address than the server's present one.
     return bool(read_netrc_auth(host=wandb.setup().settings.base_url))

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-
 import wandb
+
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import start_trackers
