@@ -15,6 +15,8 @@ from launcher.run_store import Status
 
 # Of the tokens, cut off.
 _WORTH_TELLING = 0.01
+# Of a GPU, taken by model states: activations and buffers are not estimated and need room as well.
+_TIGHT = 0.8
 
 
 def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
@@ -97,6 +99,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
     """What a person would want to know before paying for it."""
     config, data, steps = plan.config, plan.data, plan.batch.max_steps
     notes = [plan.saving.note] if plan.saving.note else []
+    notes += [note for sized in (plan, fewest(plan)) if sized is not None and (note := _tight(sized))]
     if data is not None and data.num_rows < plan.batch.global_batch_size:
         notes.append(
             f"a batch of {plan.batch.global_batch_size} rows is more than all {data.num_rows} rows of the data: "
@@ -115,6 +118,14 @@ def _notes(plan: LaunchPlan) -> list[str]:
         architecture = plan.model.config.get("model_type", "a model without model_type")
         notes.append(f"what {architecture} computes is not known here: perf/tflops_per_gpu and perf/mfu are left out")
     return notes
+
+
+def _tight(plan: LaunchPlan) -> str:
+    memory, ranks = plan.memory, plan.topology.world_size
+    if plan.topology.device != "cuda" or memory.device_gib is None or memory.per_rank_gib <= _TIGHT * memory.device_gib:
+        return ""
+    left = f"{memory.device_gib - memory.per_rank_gib:.0f} GiB of a GPU for activations and buffers"
+    return f"on {ranks} ranks model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
 
 
 def _cost(plan: LaunchPlan) -> str:

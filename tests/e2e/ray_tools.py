@@ -71,7 +71,7 @@ def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:
     What was only made ready for a step that an attempt did not come to does not count.
     """
     found: dict[int, list[tuple[int, list[int]]]] = {}
-    trained = {(line["attempt"], line["trainer/step"]) for line in metrics(run) if "train/loss" in line}
+    trained = {(line["attempt"], int(line["trainer/step"])) for line in metrics(run) if "train/loss" in line}
     for attempt in sorted({number for number, _ in trained}):
         begun = run_store.read_attempt(RunDir(run), attempt)
         batches = [

@@ -166,7 +166,7 @@ def test_a_rank_and_a_worker_that_hang_are_named_and_the_run_goes_on(
     start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
     run = root / "hung"
-    settings = ("cluster.stall_seconds=5", f"run.root={root}", "run.name=hung")
+    settings = ("cluster.stall_seconds=10", f"run.root={root}", "run.name=hung")
     with start(*RAY, *settings, TMPDIR=str(temporary)) as process:
         wait_for("step 12", lambda: last_step(run) >= 12)
         stopped = ranks_of(run)[1]

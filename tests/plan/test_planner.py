@@ -214,4 +214,7 @@ def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: C
     assert smallest is not None
     assert (smallest.topology.world_size, smallest.batch.global_batch_size) == (32, planned.batch.global_batch_size)
     assert "; 32.85 GiB a rank on 32" in "\n".join(plan_lines(planned))
+    assert "which is little" not in "\n".join(plan_lines(planned))
+    tight = "\n".join(plan_lines(plan_of(*elastic, "cluster.min_workers=16")))
+    assert "on 16 ranks model states leave 5 GiB of a GPU for activations and buffers" in tight
     assert fewest(plan_of(*elastic)) is None

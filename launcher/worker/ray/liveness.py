@@ -14,8 +14,8 @@ from launcher.worker.watchdog import Limits, stalled
 
 # Workers ask several times a second. Whoever says nothing for so long is cut off, or its machine hangs.
 SILENT_S = 60.0
-# What a worker told of its rank is evidence for so long.
-_FRESH_S = 10.0
+# What a worker told of its rank is evidence for so long, and for this share of the limit where that is less.
+_FRESH_S, _FRESH_SHARE = 10.0, 0.2
 # From the wish for a rank's stacks to its end.
 _DUMP_S = 2.0
 
@@ -84,8 +84,8 @@ class Liveness:
 
         Nobody is judged while one of the workers says nothing: its own rank may be the culprit, or have gone on.
         """
-        now = time.monotonic()
-        if self._limits.stall_s <= 0 or any(now - self._heard.get(rank, self._since) > _FRESH_S for rank in ranks):
+        now, fresh_s = time.monotonic(), min(_FRESH_S, _FRESH_SHARE * self._limits.stall_s)
+        if self._limits.stall_s <= 0 or any(now - self._heard.get(rank, self._since) > fresh_s for rank in ranks):
             return {}
         beats = {rank: self._beats[rank] for rank in ranks if rank in self._beats}
         verdict = stalled(beats, self._states, now, self._limits, self._since, "of the run")

@@ -31,7 +31,8 @@ from launcher.worker.ray.reporter import Reporter
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
 _ASK_S = 0.2
-_CALL_S = 60.0
+# Asked again after that, well before a worker counts as silent.
+_CALL_S = 20.0
 _PATIENCE_S = 900.0
 # For all other nodes together, and what each gets at the least.
 _REACH_S, _LEAST_REACH_S = 30.0, 2.0
