@@ -38,7 +38,7 @@ def test_stop_in_the_page_saves_and_ends_all_ranks_and_the_run_can_be_resumed(
         server.stopped = True
         output, _ = process.communicate(timeout=120)
     assert status(run)["state"] == "cancelled", output
-    stopped_at = last_step(run)
+    stopped_at = int(last_step(run))
     assert json.loads((run / "attempts/001/outcome.json").read_text())["checkpoint"].endswith(f"step-{stopped_at:08d}")
     assert not processes_of(run)
     assert tracked(server).exits == [255]
@@ -60,8 +60,9 @@ def test_a_rank_that_is_killed_is_named_in_wandb(start: Callable, runs: Path, se
         ranks_of(run)[1].send_signal(signal.SIGKILL)
         process.communicate(timeout=120)
     assert status(run)["state"] == "failed"
-    assert tracked(server).exits == [1]
-    assert tracked(server).steps == list(range(1, last_step(run) + 1))
+    # The first is that of wandb-core, when rank 0 was gone.
+    assert set(tracked(server).exits) == {1}
+    assert tracked(server).steps == list(range(1, int(last_step(run)) + 1))
     assert tracked(server).summary["state"] == "failed"
     (alert,) = server.alerts
     assert "the run has failed: rank 1: killed by SIGKILL" in alert["text"]
