@@ -244,6 +244,20 @@ def load_plan(run: RunDir) -> LaunchPlan:
         ) from None
 
 
+def kind_and_ranks(run: RunDir) -> tuple[str, int]:
+    """The backend and the number of ranks of the newest attempt's plan; looking at many runs, the whole plans would take long.
+
+    Raises:
+        RunError: where the plan is damaged.
+    """
+    path = [run.plan, *changed_plans(run)][-1]
+    values = read_json(path)
+    try:
+        return values["config"]["cluster"]["kind"], values["topology"]["world_size"]
+    except (KeyError, TypeError):
+        raise RunError("the plan of this run cannot be read by this launcher", where=str(path)) from None
+
+
 @contextmanager
 def starting(run: RunDir, wait_s: float = 0) -> Iterator[None]:
     """Hold the run while an attempt is started, so that two commands cannot start one each.

@@ -69,7 +69,8 @@ def _seconds(value: str) -> float:
 
 def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
     """Print the state of a run, once or every `every_s` seconds until it ends."""
-    watch = Watch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
+    kind, _ = run_store.kind_and_ranks(run)
+    watch = Watch(run, cluster_for(kind))
     while True:
         found = summary(run, watch.state())
         block = json.dumps(found, indent=2 if every_s is None else None) if as_json else "\n".join(_lines(run, found))
@@ -85,7 +86,8 @@ def _ls(root: Path, as_json: bool) -> int:
     summaries = []
     for run in run_store.runs(root):
         try:
-            status = cluster_for(run_store.load_plan(run).config.cluster.kind).status(run)
+            kind, _ = run_store.kind_and_ranks(run)
+            status = cluster_for(kind).status(run)
             summaries.append(summary(run, status))
         except LauncherError as error:
             print(f"{run.root.name}: {error.problems[0].what}", file=sys.stderr)
@@ -101,7 +103,7 @@ def _ls(root: Path, as_json: bool) -> int:
 def summary(run: RunDir, status: Status) -> dict[str, Any]:
     """For programs: the state, the newest training step's metrics, and what follows from both."""
     seen = glance(run.metrics)
-    num_gpus = run_store.load_plan(run).topology.world_size
+    _, num_gpus = run_store.kind_and_ranks(run)
     checkpoints = store.list_checkpoints(run.checkpoints)
     events = read_events(run.events)
     return {

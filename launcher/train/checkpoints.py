@@ -90,6 +90,7 @@ class Checkpoints:
                 "ckpt/last_step": outcome.step,
                 "ckpt/save_s": outcome.seconds,
                 "ckpt/stall_s": outcome.stall_s,
+                "time/ckpt_s": outcome.stall_s,
                 "ckpt/bytes": outcome.bytes,
                 "ckpt/disk_free_gib": free / 2**30,
             },
