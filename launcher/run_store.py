@@ -42,8 +42,9 @@ class Attempt:
 
     `resume_step` None starts from the initial weights. `job` is None until the job has begun; `restart` counts the
     scheduler's starts of that job before. The node agents meet at `address` and `port`, which the first of `nodes` has on
-    `interface`. `ends_at` is the end of the job's time in seconds since the epoch. `automatic` where no person started it,
-    `pinned` where one has asked for just this step.
+    `interface`. `ends_at` is the end of the job's time, `submitted_at` when the attempt was asked for, `begun_at` when its
+    machines were there, in seconds since the epoch. `automatic` where no person started it, `pinned` where one has asked for
+    just this step.
     """
 
     resume_step: int | None
@@ -54,6 +55,8 @@ class Attempt:
     interface: str | None = None
     port: int | None = None
     ends_at: float | None = None
+    submitted_at: float | None = None
+    begun_at: float | None = None
     automatic: bool = False
     pinned: bool = False
 
@@ -126,7 +129,7 @@ def next_attempt(run: RunDir, attempt: Attempt) -> int:
     unfinished = run.attempts / f".{number:03d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o700)
-    write_json(unfinished / "attempt.json", asdict(attempt))
+    write_json(unfinished / "attempt.json", asdict(replace(attempt, submitted_at=time.time())))
     unfinished.rename(run.attempt(number))
     return number
 
@@ -239,6 +242,20 @@ def load_plan(run: RunDir) -> LaunchPlan:
         raise RunError(
             "the plan of this run cannot be read by this launcher", where=str(path), value=str(error).splitlines()[0]
         ) from None
+
+
+def kind_and_ranks(run: RunDir) -> tuple[str, int]:
+    """The backend and the number of ranks of the newest attempt's plan; looking at many runs, the whole plans would take long.
+
+    Raises:
+        RunError: where the plan is damaged.
+    """
+    path = [run.plan, *changed_plans(run)][-1]
+    values = read_json(path)
+    try:
+        return values["config"]["cluster"]["kind"], values["topology"]["world_size"]
+    except (KeyError, TypeError):
+        raise RunError("the plan of this run cannot be read by this launcher", where=str(path)) from None
 
 
 @contextmanager

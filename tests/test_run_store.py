@@ -6,6 +6,8 @@ import json
 import os
 import stat
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,10 +113,11 @@ def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
 
 def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, True, True)
+    whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, 1.5, 2.5, True, True)
     assert set(whole.__dict__.values()).isdisjoint(Attempt(None).__dict__.values()), "no field has its default"
     for attempt in (whole, Attempt(None)):
         number = run_store.next_attempt(run, attempt)
+        run_store.write_attempt(run, number, attempt)
         assert run_store.read_attempt(run, number) == attempt
     # A later launcher may write more.
     file = run.attempt(1) / "attempt.json"
@@ -144,7 +147,9 @@ def test_an_attempt_is_there_whole_or_not_at_all(config: RunConfig, tmp_path: Pa
             run_store.next_attempt(run, Attempt(None))
     assert run_store.newest_attempt(run) == 0
     assert run_store.next_attempt(run, Attempt(20)) == 1
-    assert run_store.read_attempt(run, 1) == Attempt(20)
+    begun = run_store.read_attempt(run, 1)
+    assert replace(begun, submitted_at=None) == Attempt(20)
+    assert begun.submitted_at == pytest.approx(time.time(), abs=60)
     assert [path.name for path in run.attempts.iterdir()] == ["001"]
     assert stat.S_IMODE(run.attempt(1).stat().st_mode) == 0o700
 

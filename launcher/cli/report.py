@@ -35,15 +35,10 @@ _CURVES = (
     ("MFU", "perf/mfu", 100.0, "%"),
     ("GPU memory reserved at the peak", "memory/peak_reserved_gib", 1.0, "GiB"),
     ("Main memory of rank 0", "memory/host_rss_gib", 1.0, "GiB"),
-)
-_PARTS = (
-    ("steps that were kept", "kept_s"),
-    ("steps trained again", "replayed_s"),
-    ("evaluation", "evaluation_s"),
-    ("waiting for saves", "save_stalls_s"),
-    ("queue, start, loading", "waiting_s"),
-    ("between attempts", "between_s"),
-    ("everything else", "other_s"),
+    ("Goodput", "perf/goodput", 100.0, "%"),
+    ("Slowest rank against the usual one", "time/straggler_ratio", 1.0, ""),
+    ("GPU utilisation, mean", "gpu/util_mean", 100.0, "%"),
+    ("GPU temperature, highest", "gpu/temp_max", 1.0, "°C"),
 )
 
 
@@ -57,6 +52,7 @@ class _Told:
     lines: list[dict[str, Any]]
     steps: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    spent: Breakdown
 
     @property
     def name(self) -> str:
@@ -93,7 +89,10 @@ def _told(found: RunDir) -> _Told:
     plan = run_store.load_plan(found)
     lines = Tail(found.metrics).poll()
     status = cluster_for(plan.config.cluster.kind).status(found)
-    return _Told(found, plan, status, lines, merged(lines), read_events(found.events))
+    events = read_events(found.events)
+    attempts = goodput.attempts_of(found, status.state in run_store.RUNNING_STATES, lines, events)
+    spent = goodput.breakdown(lines, events, attempts, time.time())
+    return _Told(found, plan, status, lines, merged(lines), events, spent)
 
 
 def page(runs: Sequence[_Told]) -> str:
@@ -116,14 +115,14 @@ def _facts(one: _Told) -> dict[str, str]:
         facts |= {"training loss": f"{last['train/loss']:.4f}", "tokens": f"{last.get('trainer/tokens', 0):,.0f}"}
     if evals := [line["eval/held_out/loss"] for line in one.steps if "eval/held_out/loss" in line]:
         facts["best held-out loss"] = f"{min(evals):.4f}"
-    spent = _spent(one)
-    facts |= {"since submission": format_duration(spent.wall_s), "goodput": f"{spent.goodput:.1%}"}
-    # Each attempt counts from its own start: the last count of every one is added up.
-    counted = {line["attempt"]: line for line in one.lines if "cost/gpu_hours" in line}.values()
+    facts |= {"since submission": format_duration(one.spent.wall_s), "goodput": f"{one.spent.goodput:.1%}"}
+    if one.spent.lost_steps:
+        facts["lost steps"] = f"{one.spent.lost_steps:,}"
+    counted: dict[str, Any] = next((line for line in reversed(one.lines) if "cost/gpu_hours" in line), {})
     if counted:
-        facts["GPU hours"] = f"{sum(line['cost/gpu_hours'] for line in counted):,.2f}"
-    if usd := [line["cost/usd"] for line in counted if "cost/usd" in line]:
-        facts["cost"] = f"${sum(usd):,.2f}"
+        facts["GPU hours"] = f"{counted['cost/gpu_hours']:,.2f}"
+    if "cost/usd" in counted:
+        facts |= {"cost": f"${counted['cost/usd']:,.2f}", "a million tokens": f"${counted['cost/usd_per_million_tokens']:,.2f}"}
     return facts
 
 
@@ -165,8 +164,8 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
 
 def _sections(one: _Told) -> list[str]:
     """What is told of one run by itself."""
-    spent = _spent(one)
-    shares = [(label, getattr(spent, part)) for label, part in _PARTS]
+    spent = one.spent
+    shares = [("steps that were kept", spent.kept_s), *((words, getattr(spent, name)) for name, words in goodput.LOST.items())]
     bars = [(label, seconds, f"{seconds / max(spent.wall_s, 1e-9):.1%}, {format_duration(seconds)}") for label, seconds in shares]
     plan_rows = [(line[:11].strip(), line[11:]) for line in text.plan_lines(one.plan)]
     pieces = [
@@ -184,24 +183,6 @@ def _sections(one: _Told) -> list[str]:
         rows = [[_clock(event["time"]), str(event["step"] or ""), event["text"]] for event in alerts]
         pieces += [html.heading("Alerts", 2), html.table(["time", "step", "alert"], rows, numbers=(1,))]
     return pieces
-
-
-def _attempts(one: _Told) -> list[goodput.Attempt]:
-    found = []
-    for number in run_store.attempt_numbers(one.run):
-        exit_file = one.run.attempt(number) / "exit.json"
-        ended = run_store.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
-        if ended is None and one.status.state not in run_store.RUNNING_STATES:
-            ended = exit_file.stat().st_mtime if exit_file.is_file() else one.status.updated_at
-        # Written last when the attempt's job begins.
-        begun = one.run.attempt(number).joinpath("attempt.json").stat().st_mtime
-        from_step = run_store.read_attempt(one.run, number).resume_step or 0
-        found.append(goodput.Attempt(number, from_step, one.status.created_at if number == 1 else begun, ended))
-    return found
-
-
-def _spent(one: _Told) -> Breakdown:
-    return goodput.breakdown(one.lines, _attempts(one), time.time())
 
 
 def _attempt_rows(one: _Told) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking import goodput
 
 # How the plan's own numbers are told apart from settings of the same section.
 _RECORDED = "plan."
@@ -43,6 +45,7 @@ def start_again(
             where=str(run.root),
             remedy="give it more to do with: resume RUN train.max_steps=...",
         )
+    _require_budget(run, plan)
     check_startable(plan)
     cluster.check(plan)
     for words in account.check(plan.config, worker_environment()):
@@ -57,6 +60,24 @@ def start_again(
     print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
     cluster.submit(run, attempt, plan_path)
     return attempt
+
+
+def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
+    """Refuse what would load, take one step and stop.
+
+    Raises:
+        SubmitError: where the run has reached a limit already.
+    """
+    spent, limits = goodput.read(run, time.time(), goes_on=False), plan.limits
+    problems = []
+    if limits.max_seconds is not None and spent.held_s >= limits.max_seconds:
+        value, remedy = f"it has run for {spent.held_s / 3600:.2f} hours", "raise it: resume RUN run.max_hours=..."
+        problems.append(Problem("the run has used up run.max_hours", "run.max_hours", value, remedy))
+    if limits.max_gpu_seconds is not None and spent.gpu_s >= limits.max_gpu_seconds:
+        value, remedy = f"it has taken {spent.gpu_s / 3600:,.2f} GPU hours", "raise it: resume RUN run.max_usd=..."
+        problems.append(Problem("the run has used up run.max_usd", "run.max_usd", value, remedy))
+    if problems:
+        raise SubmitError(problems)
 
 
 def _to_begin_from(run: RunDir, step: int | None) -> store.Checkpoint:

@@ -20,6 +20,7 @@ from launcher.clusters.base import cluster_for
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
+from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
 from launcher.tracking.glance import Glance, glance
 from launcher.tracking.jsonl import read_events
@@ -27,6 +28,7 @@ from launcher.tracking.jsonl import read_events
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
 _ALERTS_SHOWN = 3
+_PARTS_SHOWN = 4
 _COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
 
 
@@ -67,7 +69,8 @@ def _seconds(value: str) -> float:
 
 def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
     """Print the state of a run, once or every `every_s` seconds until it ends."""
-    watch = Watch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
+    kind, _ = run_store.kind_and_ranks(run)
+    watch = Watch(run, cluster_for(kind))
     while True:
         found = summary(run, watch.state())
         block = json.dumps(found, indent=2 if every_s is None else None) if as_json else "\n".join(_lines(run, found))
@@ -83,7 +86,8 @@ def _ls(root: Path, as_json: bool) -> int:
     summaries = []
     for run in run_store.runs(root):
         try:
-            status = cluster_for(run_store.load_plan(run).config.cluster.kind).status(run)
+            kind, _ = run_store.kind_and_ranks(run)
+            status = cluster_for(kind).status(run)
             summaries.append(summary(run, status))
         except LauncherError as error:
             print(f"{run.root.name}: {error.problems[0].what}", file=sys.stderr)
@@ -98,8 +102,8 @@ def _ls(root: Path, as_json: bool) -> int:
 
 def summary(run: RunDir, status: Status) -> dict[str, Any]:
     """For programs: the state, the newest training step's metrics, and what follows from both."""
-    seen = glance(run.metrics, run_store.newest_attempt(run))
-    num_gpus = run_store.load_plan(run).topology.world_size
+    seen = glance(run.metrics)
+    _, num_gpus = run_store.kind_and_ranks(run)
     checkpoints = store.list_checkpoints(run.checkpoints)
     events = read_events(run.events)
     return {
@@ -111,8 +115,18 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "eval_loss": seen.eval_loss,
         "checkpoints": [checkpoint.step for checkpoint in checkpoints],
         "cost": _cost(seen, num_gpus, status),
+        "goodput": _goodput(seen.last),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
     }
+
+
+def _goodput(line: dict[str, Any]) -> dict[str, float] | None:
+    """The time since submission up to a line of metrics, and its parts in seconds; None where it does not tell."""
+    told = goodput.of_metrics(line)
+    if told is None:
+        return None
+    lost = {name: getattr(told, name) for name in goodput.LOST}
+    return {"fraction": told.goodput, "wall_s": told.wall_s, "kept_s": told.kept_s, **lost, "lost_steps": told.lost_steps}
 
 
 def _cost(seen: Glance, num_gpus: int, status: Status) -> dict[str, float | None] | None:
@@ -139,8 +153,11 @@ def _lines(run: RunDir, found: dict[str, Any]) -> list[str]:
         rows.append(("loss", f"{metrics['train/loss']:.4f}  {sparkline(found['losses'])}"))
         rows.append(("pace", _pace(metrics)))
         rows.append(("memory", _memory(metrics)))
+        rows += [(label, words) for label, words in (("GPUs", _gpus(metrics)), ("ranks", _ranks(metrics))) if words]
         if running:
             rows.append(("time left", format_duration(metrics["trainer/eta_s"])))
+    if found["goodput"] is not None:
+        rows.append(("goodput", _lost(found["goodput"])))
     if found["cost"] is not None:
         rows.append(("cost", _money(found["cost"])))
     if found["eval_loss"] is not None:
@@ -178,6 +195,36 @@ def _memory(metrics: dict[str, Any]) -> str:
     host = f"{metrics['memory/host_rss_gib']:.1f} GiB of main memory in rank 0"
     reserved = metrics.get("memory/peak_reserved_gib")
     return host if reserved is None else f"{reserved:.1f} GiB of the GPU reserved at the peak, {host}"
+
+
+def _gpus(metrics: dict[str, Any]) -> str:
+    parts = []
+    if "gpu/util_mean" in metrics:
+        parts.append(f"{metrics['gpu/util_mean']:.0%} busy (the least {metrics['gpu/util_min']:.0%})")
+    if "gpu/memory_max_frac" in metrics:
+        parts.append(f"memory up to {metrics['gpu/memory_max_frac']:.0%}")
+    if "gpu/power_mean" in metrics:
+        parts.append(f"{metrics['gpu/power_mean']:,.0f} W each")
+    if "gpu/temp_max" in metrics:
+        parts.append(f"up to {metrics['gpu/temp_max']:.0f} °C")
+    if metrics.get("gpu/xids"):
+        parts.append(f"{metrics['gpu/xids']:.0f} Xid errors")
+    return ", ".join(parts)
+
+
+def _ranks(metrics: dict[str, Any]) -> str:
+    if "time/straggler_ratio" not in metrics:
+        return ""
+    return f"the slowest works {metrics['time/straggler_ratio']:.2f} times as long as the usual one"
+
+
+def _lost(told: dict[str, float]) -> str:
+    """The goodput and the largest parts of the rest."""
+    parts = sorted(((told[name], words) for name, words in goodput.LOST.items() if told[name] >= 1), reverse=True)
+    lost = ", ".join(f"{words} {format_duration(seconds)}" for seconds, words in parts[:_PARTS_SHOWN])
+    return f"{told['fraction']:.1%} of {format_duration(told['wall_s'])} went into steps that count" + (
+        f"; {lost}" if lost else ""
+    )
 
 
 def _money(cost: dict[str, float | None]) -> str:

@@ -45,9 +45,19 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
         *([("cost", _cost(plan))] if plan.topology.device == "cuda" else []),
     ]
     rows += [("note", note) for note in (*_notes(plan), *notes) if note]
-    if plan.limits.max_seconds is not None:
-        rows.append(("limit", f"saves and stops after {plan.limits.max_seconds / 3600:.2f} hours"))
+    if limits := _limits(plan):
+        rows.append(("limit", f"saves and stops after {limits}"))
     return [f"{label:<11}{value}" for label, value in rows]
+
+
+def _limits(plan: LaunchPlan) -> str:
+    limits, ranks = plan.limits, plan.topology.world_size
+    hours = [f"{limits.max_seconds / 3600:.2f} hours"] if limits.max_seconds is not None else []
+    if limits.max_gpu_seconds is not None:
+        hours.append(
+            f"${plan.config.run.max_usd:,.2f}, which is {limits.max_gpu_seconds / 3600 / ranks:.2f} hours of {ranks} GPUs"
+        )
+    return " or ".join(hours)
 
 
 def _lineage(lineage: Lineage) -> str:

@@ -56,11 +56,18 @@ class RunSection(Section):
     root: Text = Field("runs", description="Folder that holds run directories; on a cluster it must be shared by all nodes.")
     seed: Count = Field(42, description="Seeds weight initialisation and, with the epoch, the order of rows.")
     max_hours: Positive | None = Field(
-        None, description="Hours after which the run saves and stops, counted since a person last started it. Unset: no limit."
+        None,
+        description=(
+            "Hours after which the run saves and stops: all attempts together, from when their machines were there; waiting in a "
+            "queue does not count. A resume continues when it is raised. Unset: no limit."
+        ),
     )
     max_usd: Positive | None = Field(
         None,
-        description="US dollars after which the run saves and stops; needs cluster.price_per_gpu_hour, not a typical price.",
+        description=(
+            "US dollars after which the run saves and stops, counted as the GPU hours of all attempts; a resume continues when "
+            "it is raised. Needs cluster.price_per_gpu_hour: a typical price is not enough."
+        ),
     )
 
 
@@ -330,7 +337,7 @@ class RunConfig(Section):
                 "bf16 and fp16 are both on; set model.dtype to one of them and take the other out of deepspeed.extra"
             )
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
-            raise ValueError("run.max_usd cannot be turned into hours; set cluster.price_per_gpu_hour")
+            raise ValueError("run.max_usd cannot be turned into GPU hours; set cluster.price_per_gpu_hour")
         return self
 
 

@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 class DeviceFacts(Record):
@@ -150,9 +150,13 @@ class Saving(Record):
 
 
 class Limits(Record):
-    """When a run must end by itself; None where nothing limits it."""
+    """When a run must end by itself, over all of its attempts; None where nothing limits it.
+
+    `max_seconds` with machines, whatever their number; `max_gpu_seconds` on all GPUs together.
+    """
 
     max_seconds: float | None
+    max_gpu_seconds: float | None = None
 
 
 class Price(Record):

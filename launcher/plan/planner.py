@@ -46,6 +46,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         config=config,
         **_of_ranks(config, facts.model, topology, split, nvme_folder, _device_gib(config, facts), host_memory_gib),
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params),
+        limits=_limits(config),
         price=_price(config, facts, topology),
         model=facts.model,
         data=facts.data,
@@ -125,7 +126,6 @@ def _of_ranks(
         "deepspeed": deepspeed.render(config.deepspeed, config.model, config.train, split, topology, model, nvme_folder),
         "memory": states,
         "saving": saving,
-        "limits": Limits(max_seconds=_max_seconds(config, topology.world_size)),
     }
 
 
@@ -234,10 +234,9 @@ def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
     return None if usd is None else Price(usd_per_gpu_hour=usd, assumption=prices.ASSUMPTION)
 
 
-def _max_seconds(config: RunConfig, world_size: int) -> float | None:
-    limits = []
-    if config.run.max_hours is not None:
-        limits.append(config.run.max_hours * 3600)
-    if config.run.max_usd is not None and config.cluster.price_per_gpu_hour is not None:
-        limits.append(config.run.max_usd / (config.cluster.price_per_gpu_hour * world_size) * 3600)
-    return min(limits, default=None)
+def _limits(config: RunConfig) -> Limits:
+    hours, usd, price = config.run.max_hours, config.run.max_usd, config.cluster.price_per_gpu_hour
+    return Limits(
+        max_seconds=None if hours is None else hours * 3600,
+        max_gpu_seconds=None if usd is None or price is None else usd / price * 3600,
+    )

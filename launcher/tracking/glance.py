@@ -10,13 +10,10 @@ from typing import Any
 
 from launcher.tracking.jsonl import decode_lines
 
-# Lines of evaluations and of other attempts that may stand between two that are looked for.
-_MOST_TRIES = 100
-
 
 @dataclass(frozen=True)
 class Spent:
-    """GPU hours, and US dollars where there is a price, of all attempts together."""
+    """GPU hours of the whole run, and US dollars where there is a price."""
 
     gpu_hours: float
     usd: float | None
@@ -32,14 +29,16 @@ class Glance:
     spent: Spent | None
 
 
-def glance(path: str | Path, num_attempts: int, num_points: int = 40) -> Glance:
+def glance(path: str | Path, num_points: int = 40) -> Glance:
     """Look at a run's metrics; `losses` has up to `num_points` values. A missing file is an empty one."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             last = next(_backwards(data, b'"train/loss"'), {})
             evaluated = next(_backwards(data, b'"eval/held_out/loss"'), {})
             losses = tuple(_losses(data, num_points))
-            return Glance(last, losses, evaluated.get("eval/held_out/loss"), _spent(data, num_attempts))
+            return Glance(
+                last, losses, evaluated.get("eval/held_out/loss"), _spent(next(_backwards(data, b'"cost/gpu_hours"'), None))
+            )
     except (FileNotFoundError, ValueError):
         # An empty file cannot be mapped.
         return Glance({}, (), None, None)
@@ -69,14 +68,5 @@ def _losses(data: mmap.mmap, num_points: int) -> Iterator[float]:
             yield from (line["train/loss"] for line in decode_lines(_line(data, start)))
 
 
-def _spent(data: mmap.mmap, num_attempts: int) -> Spent | None:
-    """Each attempt counts from its own start: the last count of every one, added up."""
-    hours, dollars = [], []
-    for number in range(1, num_attempts + 1):
-        lines = _backwards(data, b'"attempt": %d,' % number)
-        tried = (line for _, line in zip(range(_MOST_TRIES), lines, strict=False))
-        counted = next((line for line in tried if "cost/gpu_hours" in line), None)
-        if counted is not None:
-            hours.append(counted["cost/gpu_hours"])
-            dollars += [counted["cost/usd"]] if "cost/usd" in counted else []
-    return Spent(sum(hours), sum(dollars) if dollars else None) if hours else None
+def _spent(line: dict[str, Any] | None) -> Spent | None:
+    return None if line is None else Spent(line["cost/gpu_hours"], line.get("cost/usd"))

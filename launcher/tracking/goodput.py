@@ -1,77 +1,227 @@
-"""Where the time of a run has gone: steps that were kept, steps that were trained again, and what is no training. Pure.
+"""Where the time of a run has gone: steps that were kept, and everything else that machines or people waited for.
 
 Goodput is the time spent on steps that were kept, divided by the time since submission.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import Tail, read_events
+
+# Kinds of lost time, by what a person calls them.
+LOST = {
+    "queue_s": "waiting for machines",
+    "start_s": "starting the ranks",
+    "load_s": "loading model and states",
+    "save_s": "waiting for saves",
+    "eval_s": "evaluation",
+    "restart_s": "failures and the time until the next start",
+    "replay_s": "steps that were lost",
+    "other_s": "everything else",
+}
+# Fields of the messages by which rank 0 tells how far a start has come.
+PHASE, JOINED, LOADED = "phase", "joined", "loaded"
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """From which step and when an attempt began, the first with its submission, and when it ended; times in seconds since the
-    epoch, None while it goes on.
+    """When an attempt was asked for, when its machines were there, and when it ended; seconds since the epoch.
+
+    `begun_at` None waits for machines, `ended_at` None goes on.
     """
 
     number: int
-    from_step: int
-    begun_at: float
+    submitted_at: float
+    begun_at: float | None
     ended_at: float | None
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds since submission, in parts that add up to `wall_s`.
+    """Seconds since submission, in parts that add up to `wall_s`: `kept_s`, and those of LOST.
 
-    `waiting_s` is from the beginning of each attempt to its first logged step: queue, start, loading. `between_s` lies between
-    attempts, `other_s` is the rest of the attempts, such as the final export.
+    `held_s` are seconds in which the run had machines, `gpu_s` the same times the number of its ranks. `lost_steps` were
+    trained and thrown away.
     """
 
-    wall_s: float
-    kept_s: float
-    replayed_s: float
-    evaluation_s: float
-    save_stalls_s: float
-    waiting_s: float
-    between_s: float
-    other_s: float
+    wall_s: float = 0.0
+    kept_s: float = 0.0
+    queue_s: float = 0.0
+    start_s: float = 0.0
+    load_s: float = 0.0
+    save_s: float = 0.0
+    eval_s: float = 0.0
+    restart_s: float = 0.0
+    replay_s: float = 0.0
+    other_s: float = 0.0
+    held_s: float = 0.0
+    gpu_s: float = 0.0
+    lost_steps: int = 0
 
     @property
     def goodput(self) -> float:
         """0 to 1."""
         return self.kept_s / self.wall_s if self.wall_s > 0 else 0.0
 
+    def later(self, seconds: float, eval_s: float, save_s: float, num_ranks: int) -> Breakdown:
+        """After further `seconds` of training on `num_ranks` ranks, with so much of evaluation and waiting for saves in them."""
+        return replace(
+            self,
+            wall_s=self.wall_s + seconds,
+            kept_s=self.kept_s + max(0.0, seconds - eval_s - save_s),
+            eval_s=self.eval_s + eval_s,
+            save_s=self.save_s + save_s,
+            held_s=self.held_s + seconds,
+            gpu_s=self.gpu_s + seconds * num_ranks,
+        )
 
-def breakdown(lines: Sequence[dict[str, Any]], attempts: Sequence[Attempt], now: float) -> Breakdown:
-    """Tell from all lines of metrics.jsonl, as they were written, where the time between the first attempt and its end went.
+    def metrics(self) -> dict[str, float]:
+        """Under the names of the design."""
+        values = asdict(self)
+        lost = {f"lost/{name}": values[name] for name in LOST}
+        return {"perf/goodput": self.goodput, "time/kept_s": self.kept_s, **lost, "run/lost_steps": float(self.lost_steps)}
 
-    A line stands for the steps since the one logged before it in its attempt, which took as long as it did.
-    """
+
+def of_metrics(line: dict[str, Any]) -> Breakdown | None:
+    """What a line of metrics.jsonl tells; None where it tells nothing of this."""
+    if "perf/goodput" not in line:
+        return None
+    lost = {name: line[f"lost/{name}"] for name in LOST}
+    kept = line["time/kept_s"]
+    return Breakdown(kept + sum(lost.values()), kept, **lost, lost_steps=int(line["run/lost_steps"]))
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What one start of the ranks has done: `lines` are its metrics; `limit` is the step from which a later one went on."""
+
+    attempt: int
+    joined_at: float
+    num_ranks: int
+    loaded_at: float | None
+    from_step: int
+    end: float
+    limit: float
+    lines: Sequence[dict[str, Any]]
+
+    @property
+    def trained(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines if "train/loss" in line]
+
+
+def breakdown(
+    lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[Attempt], now: float
+) -> Breakdown:
+    """Tell from all lines of metrics.jsonl and events.jsonl, as they were written, where the time until `now` went. Pure."""
     if not attempts:
-        return Breakdown(0, 0, 0, 0, 0, 0, 0, 0)
-    end = attempts[-1].ended_at or now
-    kept_by = {line["trainer/step"]: line["attempt"] for line in lines if "train/loss" in line}
-    kept = replayed = evaluation = stalls = waiting = between = 0.0
-    before = attempts[0].begun_at
-    for attempt in attempts:
-        own = [line for line in lines if line["attempt"] == attempt.number]
-        trained = [line for line in own if "train/loss" in line]
-        last = attempt.from_step
-        for line in trained:
-            seconds = line["time/step_s"] * max(1, line["trainer/step"] - last)
-            last = line["trainer/step"]
-            kept += seconds if kept_by[last] == attempt.number else 0.0
-            replayed += seconds if kept_by[last] != attempt.number else 0.0
-        evaluation += sum(line.get("time/eval_s", 0.0) for line in own)
-        stalls += sum(line.get("ckpt/stall_s", 0.0) for line in own)
-        between += max(0.0, attempt.begun_at - before)
-        before = attempt.ended_at or end
-        first = trained[0] if trained else None
-        stood_for = 0 if first is None else first["time/step_s"] * max(1, first["trainer/step"] - attempt.from_step)
-        waiting += max(0.0, (before if first is None else first["time"] - stood_for) - attempt.begun_at)
-    wall = end - attempts[0].begun_at
-    other = max(0.0, wall - kept - replayed - evaluation - stalls - waiting - between)
-    return Breakdown(wall, kept, replayed, evaluation, stalls, waiting, between, other)
+        return Breakdown()
+    parts = dict.fromkeys(("kept_s", *LOST), 0.0)
+    held = gpu = 0.0
+    lost_steps, num_ranks = 0, 1
+    before = attempts[0].submitted_at
+    sessions = _sessions(lines, events, attempts, now)
+    for i, attempt in enumerate(attempts):
+        end = _end(attempts, i, now)
+        begun = end if attempt.begun_at is None else min(attempt.begun_at, end)
+        asked = min(max(attempt.submitted_at, before), begun)
+        parts["restart_s"] += asked - before
+        parts["queue_s"] += begun - asked
+        own = [session for session in sessions if session.attempt == attempt.number]
+        num_ranks = own[0].num_ranks if own else num_ranks
+        held, gpu = held + end - begun, gpu + (end - begun) * num_ranks
+        parts["start_s"] += (own[0].joined_at if own else end) - begun
+        for session in own:
+            lost_steps += _count(session, parts, is_last=session is sessions[-1] and attempt is attempts[-1])
+        before = max(before, end)
+    wall = before - attempts[0].submitted_at
+    parts["other_s"] = max(0.0, wall - sum(parts.values()))
+    return Breakdown(wall, **parts, held_s=held, gpu_s=gpu, lost_steps=lost_steps)
+
+
+def _count(session: _Session, parts: dict[str, float], is_last: bool) -> int:
+    """Add the parts of one start of the ranks; returns how many of its steps were lost."""
+    if session.loaded_at is None:
+        parts["load_s"] += session.end - session.joined_at
+        return 0
+    parts["load_s"] += session.loaded_at - session.joined_at
+    trained = session.trained
+    last = trained[-1] if trained else {"time": session.loaded_at, "trainer/step": session.from_step}
+    evals = sum(line.get("time/eval_s", 0.0) for line in session.lines)
+    stalls = sum(line.get("ckpt/stall_s", 0.0) for line in session.lines)
+    inside = sum(
+        line.get("time/eval_s", 0) + line.get("ckpt/stall_s", 0) for line in session.lines if line["time"] <= last["time"]
+    )
+    parts["eval_s"] += evals
+    parts["save_s"] += stalls
+    steps = last["trainer/step"] - session.from_step
+    lost = min(steps, max(0, last["trainer/step"] - session.limit))
+    worked = max(0.0, last["time"] - session.loaded_at - inside)
+    replayed = worked * lost / steps if steps else 0.0
+    parts["kept_s"] += worked - replayed
+    parts["replay_s"] += replayed
+    if not is_last:
+        parts["restart_s"] += max(0.0, session.end - last["time"] - (evals + stalls - inside))
+    return int(lost)
+
+
+def _sessions(
+    lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[Attempt], now: float
+) -> list[_Session]:
+    """All starts of the ranks, oldest first."""
+    found: list[_Session] = []
+    for i, attempt in enumerate(attempts):
+        end = _end(attempts, i, now)
+        told = [e for e in events if e["attempt"] == attempt.number and PHASE in e["fields"] and e["time"] <= end]
+        joined = [e for e in told if e["fields"][PHASE] == JOINED]
+        written = [line for line in lines if line["attempt"] == attempt.number and line["time"] <= end]
+        begins = [*(event["time"] for event in joined), end]
+        for event, at, until in zip(joined, begins, begins[1:], strict=False):
+            loaded = next((e for e in told if e["fields"][PHASE] == LOADED and at <= e["time"] <= until), None)
+            own = [line for line in written if at <= line["time"] <= until]
+            loaded_at, from_step = (None, 0) if loaded is None else (loaded["time"], loaded["step"])
+            ranks = event["fields"]["ranks"]
+            found.append(_Session(attempt.number, at, ranks, loaded_at, from_step, until, math.inf, own))
+    limit = math.inf
+    for i in reversed(range(len(found))):
+        found[i] = replace(found[i], limit=limit)
+        if found[i].loaded_at is not None:
+            limit = min(limit, found[i].from_step)
+    return found
+
+
+def _end(attempts: Sequence[Attempt], i: int, now: float) -> float:
+    """When attempt number i ended: it holds no machines any more where the next one has begun."""
+    following = next((a.begun_at for a in attempts[i + 1 :] if a.begun_at is not None), now)
+    ended = attempts[i].ended_at
+    return min(now, following, now if ended is None else ended)
+
+
+def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> list[Attempt]:
+    """The attempts of a run from its files, the newest of which may go on.
+
+    One that has left no word of its end ended at its last sign of life.
+    """
+    found, numbers = [], run_store.attempt_numbers(run)
+    for number in numbers:
+        known = run_store.read_attempt(run, number)
+        if known.submitted_at is None:
+            continue
+        exit_file = run.attempt(number) / "exit.json"
+        ended = run_store.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
+        if ended is None and not (goes_on and number == numbers[-1]):
+            seen = (line["time"] for line in (*lines, *events) if line["attempt"] == number)
+            ended = max(seen, default=known.begun_at or known.submitted_at)
+        found.append(Attempt(number, known.submitted_at, known.begun_at, ended))
+    return found
+
+
+def read(run: RunDir, now: float, goes_on: bool = True) -> Breakdown:
+    """Where the time of the run went until `now`, in seconds since the epoch; all of its metrics are read."""
+    lines, events = Tail(run.metrics).poll(), read_events(run.events)
+    return breakdown(lines, events, attempts_of(run, goes_on, lines, events), now)

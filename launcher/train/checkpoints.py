@@ -9,17 +9,26 @@ from typing import Any
 import torch
 
 from launcher.checkpoint.saver import Saved, Saver
+from launcher.data.cache import Split
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.tracking.tracker import Composite
+from launcher.train.model import CausalLMLoss
+
+# Tokens whose logits stand in each checkpoint, for the export's parity check.
+_PROBE_TOKENS = 64
 
 
 class Checkpoints:
-    """Saves by way of a `Saver`. `saved_step` and `save_s` are those of the last save that all ranks know of."""
+    """Saves by way of a `Saver`. `saved_step` and `save_s` are those of the last save that all ranks know of.
+
+    `stall_s` is what training has waited for saves so far, as rank 0 has told it.
+    """
 
     def __init__(self, saver: Saver, tracker: Composite, is_main: bool) -> None:
         self._saver, self._tracker, self._is_main = saver, tracker, is_main
         self._untold = False
         self._eval_loss: float | None = None
+        self.stall_s = 0.0
         self.saved_step: int | None = None
         self.save_s: float | None = None
         self.settle: Callable[[], None] = saver.settle
@@ -74,6 +83,7 @@ class Checkpoints:
             why = "; ".join(f"{p.what} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
             self._tracker.event("alert", f"a checkpoint was not saved: {why}", step)
             return
+        self.stall_s += outcome.stall_s
         free = shutil.disk_usage(outcome.path.parent).free
         self._tracker.log(
             step,
@@ -81,6 +91,7 @@ class Checkpoints:
                 "ckpt/last_step": outcome.step,
                 "ckpt/save_s": outcome.seconds,
                 "ckpt/stall_s": outcome.stall_s,
+                "time/ckpt_s": outcome.stall_s,
                 "ckpt/bytes": outcome.bytes,
                 "ckpt/disk_free_gib": free / 2**30,
             },
@@ -93,3 +104,14 @@ class Checkpoints:
         size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training stood still for {outcome.stall_s:.2f} s"
         named = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss}
         self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, **named)
+
+
+@torch.no_grad()
+def probe(engine: Any, model: CausalLMLoss, split: Split, device: torch.device) -> dict[str, torch.Tensor]:
+    """Logits of a few tokens of the first row, by which an export proves that it is this model. Collective."""
+    row = torch.from_numpy(split.tokens[split.rows[0] : split.rows[1]][:_PROBE_TOKENS].astype("int64"))[None]
+    positions = torch.arange(row.shape[1])[None]
+    model.eval()
+    logits = engine(row.to(device), positions.to(device))
+    model.train()
+    return {"input_ids": row, "position_ids": positions, "logits": logits.reshape(1, row.shape[1], -1).cpu()}

@@ -27,39 +27,24 @@ from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batche
 from launcher.errors import CheckpointError, DivergedError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
-from launcher.train.checkpoints import Checkpoints
+from launcher.train.checkpoints import Checkpoints, probe
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
-from launcher.train.health import Health
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss
+from launcher.train.monitor import Monitor, spent_limit
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak import peak_tflops
 from launcher.train.start import agree_on_start, load_whole
-from launcher.train.stop import STOP_REASONS, Stop, save_fits
+from launcher.train.stop import STOP_REASONS, Outcome, Stop, save_fits
 
-# Tokens whose logits stand in each checkpoint, for the export's parity check.
-_PROBE_TOKENS = 64
 # Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
 _MOST_SKIPPED_STEPS = {"fp16": 20, "bf16": 3, "fp32": 3}
 # What a rank that has failed gives a checkpoint in the making, while the others wait for it to be gone.
 _DRAIN_S = 10.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How training ended: completed, cancelled (a person) or preempted (the machines, or a limit of the run).
-
-    `reason` is completed or one of STOP_REASONS.
-    """
-
-    state: str
-    reason: str
-    step: int
-    message: str
-    checkpoint: Path
 
 
 def _no_beat(phase: str, step: int) -> None:
@@ -75,21 +60,21 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
     Raises:
         RunError: where the loss is not finite; the last committed checkpoint stays.
     """
-    started = time.monotonic()
     run = RunDir(Path(plan.run_dir))
     device = join(plan, place)
     beat("joined", 0)
     tracker = start_trackers(plan, run.root, place.attempt, stop.cancel) if place.is_main else Composite([])
     state, session = "failed", None
     try:
+        joined: dict[str, Any] = {PHASE: JOINED, "ranks": place.world_size}
+        tracker.event("info", f"{place.world_size} ranks have joined", 0, **joined)
         if place.world_size > 1:
             speed = link.measure(device)
             tracker.event("info", f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s", 0, gb_per_s=speed)
-        session = _Session.start(plan, place, run, device, tracker, started, beat)
+        session = _Session.start(plan, place, run, device, tracker, beat)
         beat("loaded", session.step)
         outcome = session.run(stop)
-        if outcome.state == "preempted":
-            tracker.event("alert", outcome.message, outcome.step)
+        session.monitor.stop()
         beat("finishing", outcome.step)
         completed = outcome.state == "completed"
         if completed:
@@ -117,8 +102,6 @@ class _Session:
     run_dir: RunDir
     device: torch.device
     tracker: Composite
-    started: float
-    beat: Callable[[str, int], None]
     engine: Any
     model: CausalLMLoss
     checkpoints: Checkpoints
@@ -126,11 +109,11 @@ class _Session:
     held_out: list[MicroBatch]
     meter: Meter
     timer: StepTimer
+    monitor: Monitor
     max_steps: int
     step: int = 0
-    seconds_before: float = 0.0
     skipped_in_a_row: int = 0
-    health: Health = field(default_factory=Health)
+    limit: str = ""
     last_eval: dict[str, float] = field(default_factory=dict)
     eval_step: int | None = None
 
@@ -142,7 +125,6 @@ class _Session:
         run: RunDir,
         device: torch.device,
         tracker: Composite,
-        started: float,
         beat: Callable[[str, int], None],
     ) -> _Session:
         data, max_steps = plan.data, plan.batch.max_steps
@@ -178,10 +160,11 @@ class _Session:
         begin = agree_on_start(run, place, device)
         meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts, peak), StepTimer(device)
         checkpoints = Checkpoints(saver, tracker, place.is_main)
-        parts = (engine, model, checkpoints, batches, held_out, meter, timer, max_steps)
-        session = cls(plan, place, run, device, tracker, started, beat, *parts)
+        monitor = Monitor(plan, place, device, model, tracker, beat)
+        parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, max_steps)
+        session = cls(plan, place, run, device, tracker, *parts)
         if begin.checkpoint is not None:
-            session._restore(begin.checkpoint, begin.by_itself)
+            session._restore(begin.checkpoint)
         elif plan.config.model.init == "pretrained" and not plan.model.has_weights:
             raise CheckpointError("no checkpoint is left, and the run came here without initial weights", where=str(run.root))
         return session
@@ -189,6 +172,7 @@ class _Session:
     def run(self, stop: Stop) -> Outcome:
         train = self.plan.config.train
         self._report_status("running")
+        self.monitor.loaded(self.step)
         if self.step == 0 and train.eval_at_start:
             self._evaluate("before training", stop)
         stopped = None
@@ -206,7 +190,10 @@ class _Session:
             fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.checkpoints.save_s, self.device)
             if fits:
                 self._save(wait=True)
-            return self._stopped(stopped, fits)
+            outcome = self._stopped(stopped, fits)
+            if stopped != "cancelled":
+                self.tracker.event("alert", outcome.message, self.step)
+            return outcome
         self._evaluate("after training", stop)
         checkpoint = self._save(wait=True)
         self.tracker.summary({"last_step": self.step, **self.last_eval})
@@ -216,7 +203,7 @@ class _Session:
         """One optimizer step; returns why to stop, where any rank has a reason."""
         timer = self.timer
         timer.begin()
-        with timer.part("data"):
+        with timer.part("data", on_host=True):
             batch = self.batches.step(self.step)
         # DeepSpeed averages over ranks; the loss is a sum over all of them. A batch may hold no label where such rows are kept.
         factor = self.place.world_size / max(1, batch.num_labels)
@@ -224,7 +211,7 @@ class _Session:
         lr = learning_rate(self.plan.config.optim, self.step, self.max_steps)
         set_learning_rate(self.engine.optimizer, lr)
         for i, micro in enumerate(batch.micro):
-            self.beat("training", self.step)
+            self.monitor.beat("training", self.step)
             with timer.part("fwd_bwd"):
                 loss_part = self._loss(micro, factor)
                 self.engine.backward(loss_part, scale_wrt_gas=False)
@@ -235,21 +222,23 @@ class _Session:
         self.checkpoints.settle()
         with timer.part("optim"):
             self.engine.step()
-        loss, stopped = self._agree(summed / self.place.world_size, self._own_reason(stop))
+        loss, stopped, told = self._agree(summed / self.place.world_size, self._own_reason(stop), self.monitor.own())
         times = timer.read()
+        self.monitor.measured(times)
         self.step += 1
-        self.beat("training", self.step)
+        self.monitor.beat("training", self.step)
         self._require_finite(loss)
         self._count_skipped()
         self.checkpoints.poll(self.step)
+        self.monitor.save_s = self.checkpoints.stall_s
         if self.place.is_main:
             metrics = self.meter.step(self.step, batch, loss, float(self.engine.get_global_grad_norm() or 0.0), lr, times)
+            self.monitor.heard(told)
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
                 run_store.require_newest(self.run_dir, self.place.attempt)
-                self.tracker.log(self.step, metrics)
+                self.tracker.log(self.step, metrics | self.monitor.metrics(self.meter.tokens))
                 self._report_status("running")
-            for words in self.health.step(loss, metrics["perf/tokens_per_sec"]):
-                self.tracker.event("alert", words, self.step)
+            self.monitor.alert(self.step, loss, metrics["perf/tokens_per_sec"])
         return stopped
 
     def _loss(self, micro: MicroBatch, factor: float) -> torch.Tensor:
@@ -257,23 +246,20 @@ class _Session:
         return self.engine(*inputs, micro.labels, factor)
 
     def _own_reason(self, stop: Stop) -> str | None:
-        limit = self.plan.limits.max_seconds
-        if limit is not None and self._seconds() > limit:
-            return "limit"
-        return stop()
+        # The first rank alone knows what the run has spent.
+        spent = self.monitor.spent()
+        self.limit = spent_limit(self.plan, spent) if spent is not None else ""
+        return "limit" if self.limit else stop()
 
-    def _seconds(self) -> float:
-        """Seconds that this run has taken since a person last started it, as far as checkpoints have kept them."""
-        return self.seconds_before + time.monotonic() - self.started
-
-    def _agree(self, summed: torch.Tensor, reason: str | None) -> tuple[float, str | None]:
-        """One all-reduce per step carries the loss and every rank's wish to stop."""
+    def _agree(self, summed: torch.Tensor, reason: str | None, own: list[float]) -> tuple[float, str | None, list[float]]:
+        """One all-reduce per step carries the loss, every rank's wish to stop, and what the ranks tell of themselves."""
         flags = [float(reason == name) for name in STOP_REASONS]
-        shared = torch.tensor([0.0, *flags], dtype=torch.float64, device=self.device)
+        shared = torch.tensor([0.0, *flags, *own], dtype=torch.float64, device=self.device)
         shared[0] = summed
         dist.all_reduce(shared)
-        loss, *votes = shared.tolist()
-        return loss, next((name for name, count in zip(STOP_REASONS, votes, strict=True) if count), None)
+        loss, *rest = shared.tolist()
+        votes, told = rest[: len(flags)], rest[len(flags) :]
+        return loss, next((name for name, count in zip(STOP_REASONS, votes, strict=True) if count), None), told
 
     def _count_skipped(self) -> None:
         """DeepSpeed leaves out a step whose gradients are not finite; a run of them goes nowhere."""
@@ -313,8 +299,8 @@ class _Session:
         self.model.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
-            self.beat("evaluating", self.step)
-            if self._agree(torch.zeros(()), stop())[1]:
+            self.monitor.beat("evaluating", self.step)
+            if self._agree(torch.zeros(()), stop(), [])[1]:
                 self.model.train()
                 return
             totals[0] += self._loss(micro, factor=1.0)
@@ -326,6 +312,7 @@ class _Session:
         self._require_finite(loss)
         self.last_eval, self.eval_step = {"eval/held_out/loss": loss, "eval/held_out/ppl": perplexity(loss)}, self.step
         metrics = {**self.last_eval, "time/eval_s": time.perf_counter() - began}
+        self.monitor.eval_s += metrics["time/eval_s"]
         self.tracker.log(self.step, metrics)
         self.tracker.event(
             "eval", f"held-out loss {when}: {loss:.4f} ({int(labels):,} trained tokens)", self.step, loss=loss, when=when
@@ -333,34 +320,23 @@ class _Session:
 
     def _save(self, wait: bool = False) -> Path:
         """Save the current step in the background; with `wait`, to its commit, unless it is there already."""
-        self.beat("saving", self.step)
+        self.monitor.beat("saving", self.step)
         self.checkpoints.conclude(self.step)
-        state = {"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps, "seconds": self._seconds()}
+        state = {"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps}
         eval_loss = self.last_eval["eval/held_out/loss"] if self.eval_step == self.step else None
         if not wait:
             self.checkpoints.save(self.step, state, eval_loss)
         elif self.checkpoints.saved_step != self.step:
-            probe = self._probe()
-            if not torch.isfinite(probe["logits"]).all():
+            probed = probe(self.engine, self.model, self.batches.split, self.device)
+            if not torch.isfinite(probed["logits"]).all():
                 raise self._not_finite("the logits are not finite")
             self._report_status("saving")
-            self.checkpoints.save_and_wait(self.step, state, eval_loss, probe)
+            self.checkpoints.save_and_wait(self.step, state, eval_loss, probed)
             self._report_status("running")
-        self.beat("training", self.step)
+        self.monitor.beat("training", self.step)
         return self.run_dir.checkpoints / store.step_name(self.step)
 
-    @torch.no_grad()
-    def _probe(self) -> dict[str, torch.Tensor]:
-        """Logits of a few tokens of the first row, by which an export proves that it is this model."""
-        first = self.batches.split
-        row = torch.from_numpy(first.tokens[first.rows[0] : first.rows[1]][:_PROBE_TOKENS].astype("int64"))[None]
-        positions = torch.arange(row.shape[1])[None]
-        self.model.eval()
-        logits = self.engine(row.to(self.device), positions.to(self.device))
-        self.model.train()
-        return {"input_ids": row, "position_ids": positions, "logits": logits.reshape(1, row.shape[1], -1).cpu()}
-
-    def _restore(self, named: store.Checkpoint, by_itself: bool) -> None:
+    def _restore(self, named: store.Checkpoint) -> None:
         parameters = self.model.parameters_by_name()
         checkpoint, state = load_whole(
             self.run_dir,
@@ -370,8 +346,6 @@ class _Session:
             lambda words: self.tracker.event("alert", words),
         )
         self.step = self.checkpoints.saved_step = checkpoint.step
-        if by_itself:
-            self.seconds_before = float(state.get("seconds", 0.0))
         self.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
         self.tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
@@ -386,14 +360,10 @@ class _Session:
 
     def _stopped(self, reason: str, saved: bool) -> Outcome:
         state = "cancelled" if reason == "cancelled" else "preempted"
-        why = {
-            "cancelled": "stopped on request",
-            "preempted": "the machine was asked to stop",
-            "limit": "run.max_hours or run.max_usd is reached",
-        }[reason]
+        why = {"cancelled": "stopped on request", "preempted": "the machine was asked to stop", "limit": self.limit}[reason]
         kept, save_s = self.checkpoints.saved_step, self.checkpoints.save_s
         step = self.step if saved or kept is None else kept
         done = f"saved at step {step} of {self.max_steps}"
         if not saved:
             done = f"no time was left at step {self.step} to save, which takes {save_s:.0f} s; step {step} is kept"
-        return Outcome(state, reason, self.step, f"{why}; {done}", self.run_dir.checkpoints / store.step_name(step))
+        return Outcome(state, reason, step, f"{why}; {done}", self.run_dir.checkpoints / store.step_name(step))

@@ -19,7 +19,10 @@ from launcher.plan.launch_plan import LaunchPlan
 
 
 class StepTimer:
-    """Seconds spent in named parts of a step; CUDA events on a GPU, so that measuring never waits for it."""
+    """Seconds spent in named parts of a step; CUDA events on a GPU, so that measuring never waits for it.
+
+    A part `on_host` is what this process waits for, whatever the GPU does.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -31,23 +34,23 @@ class StepTimer:
         self._start = time.perf_counter()
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = self._mark()
+    def part(self, name: str, on_host: bool = False) -> Iterator[None]:
+        start = self._mark(on_host)
         yield
-        self._spans.append((name, start, self._mark()))
+        self._spans.append((name, start, self._mark(on_host)))
 
-    def _mark(self) -> Any:
-        if not self._cuda:
+    def _mark(self, on_host: bool) -> Any:
+        if on_host or not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def read(self) -> dict[str, float]:
-        """`time/<part>_s` and `time/step_s`; call it where the device has finished the step anyway."""
+        """`time/<part>_s` and `time/step_s`; call it where the device has finished the step: nothing is waited for here."""
         totals: dict[str, float] = {}
         for name, start, end in self._spans:
-            seconds = start.elapsed_time(end) / 1000 if self._cuda else end - start
+            seconds = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
             totals[f"time/{name}_s"] = totals.get(f"time/{name}_s", 0.0) + seconds
         totals["time/step_s"] = time.perf_counter() - self._start
         return totals
@@ -70,13 +73,12 @@ class Meter:
         self._fixed = {"run/attempt": float(attempt), "run/restarts": float(restart), "run/nodes": float(plan.topology.nodes)}
         self._flops = train_flops(plan.model)
         self._peak_tflops = peak_tflops
-        self._started = time.monotonic()
-        self.tokens = self._tokens_before = 0
+        self.tokens = 0
         self.skipped_steps = 0
 
     def restore(self, tokens: int, skipped_steps: int) -> None:
         """Continue the counts of earlier attempts."""
-        self.tokens = self._tokens_before = tokens
+        self.tokens = tokens
         self.skipped_steps = skipped_steps
 
     def step(
@@ -110,7 +112,7 @@ class Meter:
         }
         if self._plan.data is not None:
             metrics["trainer/epoch"] = samples / self._plan.data.num_rows
-        metrics |= self._utilisation(batch, step_s) | self._device_memory() | self._cost()
+        metrics |= self._utilisation(batch, step_s) | self._device_memory()
         return metrics
 
     def _utilisation(self, batch: StepBatch, step_s: float) -> dict[str, float]:
@@ -138,20 +140,6 @@ class Meter:
             "memory/peak_active_gib": stats["active_bytes.all.peak"] / 2**30,
             "memory/peak_reserved_gib": stats["reserved_bytes.all.peak"] / 2**30,
             "memory/alloc_retries": float(stats["num_alloc_retries"]),
-        }
-
-    def _cost(self) -> dict[str, float]:
-        if self._device.type == "cpu":
-            return {}
-        price = self._plan.price
-        hours = (time.monotonic() - self._started) / 3600 * self._plan.topology.world_size
-        if price is None:
-            return {"cost/gpu_hours": hours}
-        usd = hours * price.usd_per_gpu_hour
-        return {
-            "cost/gpu_hours": hours,
-            "cost/usd": usd,
-            "cost/usd_per_million_tokens": usd / max(self.tokens - self._tokens_before, 1) * 1e6,
         }
 
 

@@ -23,14 +23,10 @@ _NONE = -1
 
 @dataclass(frozen=True)
 class Start:
-    """`checkpoint` None starts from the initial weights; `restarts` counts the agents' restarts within the attempt.
-
-    `by_itself` where no person started what begins here.
-    """
+    """`checkpoint` None starts from the initial weights; `restarts` counts the agents' restarts within the attempt."""
 
     checkpoint: store.Checkpoint | None
     restarts: int
-    by_itself: bool
 
 
 @dataclass(frozen=True)
@@ -60,10 +56,8 @@ def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
     chosen = _on_first_rank(place, lambda: _step_to_begin_from(run, place.attempt))
     shared = torch.tensor(place.restart, dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    restarts = int(shared)
-    automatic = run_store.read_attempt(run, place.attempt).automatic
     checkpoint = None if chosen is None else store.at_step(run.checkpoints, chosen)
-    return Start(checkpoint, restarts, automatic or restarts > 0)
+    return Start(checkpoint, int(shared))
 
 
 def load_whole(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -13,6 +15,20 @@ from launcher.config.slurm import SlurmSection
 
 # How ranks tell each other why to stop; several at once: the first of these counts.
 STOP_REASONS = ("cancelled", "preempted", "limit")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How training ended: completed, cancelled (a person) or preempted (the machines, or a limit of the run).
+
+    `reason` is completed or one of STOP_REASONS.
+    """
+
+    state: str
+    reason: str
+    step: int
+    message: str
+    checkpoint: Path
 
 
 class Stop(Protocol):

@@ -16,6 +16,8 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from launcher import run_store
 from launcher.clusters import process
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import append_event
 from launcher.worker import heartbeat, network, record
 from launcher.worker.last_word import tell_wandb
 from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
@@ -50,6 +53,7 @@ def main(plan_path: str, attempt: int) -> int:
     stopper = _Stopper(plan.config.cluster.stop_grace_seconds, _SLURM_SIGNALS if on_slurm else _LOCAL_SIGNALS).install()
     if on_slurm:
         return _slurm_node(plan, plan_path, run, attempt, stopper, started)
+    run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=started))
     run_store.update_status(run, state="running", attempt=attempt, job=process.identity(), message="")
     mirror = stopper.spare(MirrorProcess.start(plan, plan_path, run, attempt))
     place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
@@ -58,6 +62,9 @@ def main(plan_path: str, attempt: int) -> int:
     outcome = record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
     ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": time.time()}
     run_store.write_json(run.attempt(attempt) / "exit.json", ended)
+    if outcome["state"] == "failed":
+        with suppress(OSError):
+            append_event(run, attempt, "alert", f"the attempt failed: {outcome['message']}", outcome["step"])
     # The run is over for those who follow it when the mirror has what is committed.
     stopper.finish(mirror)
     run_store.update_status(run, state=outcome["state"], message=outcome["message"])

@@ -28,6 +28,13 @@ class Conclusion:
     def message(self) -> str:
         return f"{self.decision.reason}; runs again" if self.decision.again else self.decision.reason
 
+    @property
+    def alert(self) -> str | None:
+        """What is told at once of an attempt that ended otherwise than it was meant to."""
+        if self.decision.state in ("completed", "cancelled") or self.found.cause is Cause.LIMIT:
+            return None
+        return f"the attempt ended ({self.found.cause}): {self.message}"
+
     def record(self, run: RunDir, number: int, decided: bool = True) -> None:
         """Write exit.json; `decided` is False where the decision is still to be made by the next start."""
         values: dict[str, Any] = {
@@ -39,7 +46,8 @@ class Conclusion:
             "saved_step": self.ended.saved_step,
             "bad_nodes": self.found.bad_nodes,
             "first_failure": self.found.first_failure,
-            "ended_at": time.time(),
+            # Who decides later does not know when it was.
+            "ended_at": time.time() if decided else None,
         }
         run_store.write_json(run.attempt(number) / "exit.json", values)
 

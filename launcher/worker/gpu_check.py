@@ -16,25 +16,13 @@ import psutil
 from launcher.config.cluster import ClusterSection
 from launcher.errors import Problem
 from launcher.plan.gpus import lookup
+from launcher.plan.xids import BROKEN
 
 COMMAND_DEADLINE_S = 20.0
 # Processes of an attempt that has just ended need a while to give their memory back.
 GRACE_S = 10.0
 _PAUSE_S = 0.5
 
-# Faults after which a GPU does not work, or computes wrongly, until it is reset or replaced; what an application did
-# wrong is not among them (slurm/health_prologue.sh has the same). https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
-XIDS = {
-    48: "uncorrectable memory error",
-    62: "its controller has halted",
-    64: "faulty memory row that could not be remapped",
-    74: "NVLink error",
-    79: "fallen off the bus",
-    95: "uncontained memory error",
-    119: "its system processor does not answer",
-    120: "its system processor failed",
-    140: "unrecovered memory error",
-}
 # Services of the machine, which serve whoever has the GPU.
 _SERVICES = re.compile(r"nvidia-cuda-mps|dcgm|nv-hostengine")
 _XID_LINE = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:]+)[^)]*\): (\d+)\b.*")
@@ -124,11 +112,11 @@ def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
     faults = {}
     for match in filter(None, map(_XID_LINE.search, lines)):
         bus, number = match[1].lower(), int(match[2])
-        if number in XIDS and (buses is None or bus in buses):
+        if number in BROKEN and (buses is None or bus in buses):
             faults[bus, number] = match[0]
     return [
         Problem(
-            f"a GPU has a fault, Xid {number}: {XIDS[number]}",
+            f"a GPU has a fault, Xid {number}: {BROKEN[number]}",
             value=line,
             remedy="leave this node out and ask the administrators to reset the GPU, or to replace it",
         )

@@ -28,6 +28,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking.jsonl import append_event
 from launcher.worker import conclusion, ending, network
 from launcher.worker.last_word import tell_wandb
 
@@ -95,6 +96,8 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     run_store.require_newest(run, number)
     found, decision = concluded.found, concluded.decision
     _if_possible(lambda: concluded.record(run, number))
+    if (alert := concluded.alert) is not None:
+        _if_possible(lambda: append_event(run, number, "alert", alert, found.step))
     _if_possible(lambda: run_store.update_status(run, state=decision.state, step=found.step, message=concluded.message))
     _if_possible(lambda: print(f"attempt {number}: {found.cause}: {concluded.message}", flush=True))
     if decision.again:
@@ -135,8 +138,8 @@ def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int,
             value=endpoint.address,
             remedy="set cluster.interface to a private network",
         )
-    return Attempt(
-        resume_step=attempt.resume_step,
+    return replace(
+        attempt,
         job=job,
         restart=restart,
         nodes=tuple(addresses),
@@ -144,8 +147,7 @@ def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int,
         interface=endpoint.interface,
         port=network.free_port(endpoint.address),
         ends_at=_end_time(_details(job, until)),
-        automatic=attempt.automatic,
-        pinned=attempt.pinned,
+        begun_at=time.time(),
     )
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import hand_made
@@ -25,10 +26,13 @@ def run(tmp_path: Path) -> RunDir:
     """A run that this process is taken for the driver of, at step 10 of 40 in its second attempt."""
     found = run_store.create(hand_made.plan(tmp_path / "runs/demo", SETTINGS))
     for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
-        run_store.next_attempt(found, Attempt(resume_step=None))
+        run_store.next_attempt(found, Attempt(resume_step=None, begun_at=time.time()))
         log = JsonlTracker(found, attempt)
+        log.event("info", "joined", 0, phase="joined", ranks=2)
+        log.event("info", "loaded", steps[0] - 1, phase="loaded")
         for step in steps:
-            costs = {"cost/gpu_hours": step / 10, "cost/usd": step / 5}
+            hours = (step if attempt == 1 else step + 7) / 10
+            costs = {"cost/gpu_hours": hours, "cost/usd": 2 * hours, "cost/usd_per_million_tokens": 1.5}
             pace = {"perf/tokens_per_sec": 1234.5, "perf/mfu": 0.41, "time/step_s": 2.0, "trainer/eta_s": 3600.0}
             log.log(step, {"train/loss": 4.0 - step / 10, "memory/host_rss_gib": 1.5, **pace, **costs})
         log.event("alert", f"something in attempt {attempt}", step=step)

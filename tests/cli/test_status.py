@@ -14,6 +14,7 @@ from launcher import run_store
 from launcher.cli.status import sparkline, summary
 from launcher.clusters.process import identity
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import JsonlTracker
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -36,6 +37,26 @@ def test_status_is_told_from_the_files_of_the_run(launch: Launch, run: RunDir) -
     assert found["metrics"]["trainer/step"] == 10
     assert found["cost"] == {"gpu_hours": pytest.approx(1.7), "usd": pytest.approx(3.4), "expected_usd": None}
     assert [alert["step"] for alert in found["alerts"]] == [7, 10]
+
+
+def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch: Launch, run: RunDir) -> None:
+    spent = Breakdown(wall_s=7200, kept_s=5400, queue_s=900, start_s=0, load_s=600, save_s=0.5, restart_s=299.5, lost_steps=12)
+    gpus = {
+        "gpu/util_mean": 0.93,
+        "gpu/util_min": 0.41,
+        "gpu/memory_max_frac": 0.88,
+        "gpu/power_mean": 640.0,
+        "gpu/temp_max": 77.0,
+    }
+    pace = {"perf/tokens_per_sec": 1.0, "time/step_s": 1.0, "memory/host_rss_gib": 1.0, "trainer/eta_s": 1.0}
+    more = {"time/straggler_ratio": 1.31, "gpu/xids": 2.0, **gpus, **pace, **spent.metrics()}
+    JsonlTracker(run, 2).log(11, {"train/loss": 2.0, **more})
+    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    assert lines["GPUs"] == "93% busy (the least 41%), memory up to 88%, 640 W each, up to 77 °C, 2 Xid errors"
+    assert lines["ranks"] == "the slowest works 1.31 times as long as the usual one"
+    assert lines["goodput"].startswith("75.0% of 2h00m went into steps that count; waiting for machines 15m00s, loading")
+    told = json.loads(launch("status", str(run.root), "--json").stdout)["goodput"]
+    assert (told["fraction"], told["wall_s"], told["queue_s"], told["lost_steps"]) == (0.75, 7200, 900, 12)
 
 
 def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:

@@ -162,7 +162,7 @@ def test_two_half_precisions(refused: Refused, tokens: list[str]) -> None:
         ("deepspeed.extra.fp16=true", "deepspeed.extra.fp16 is not a mapping"),
         ("deepspeed.extra.train_batch_size=4", "deepspeed.extra must not set train_batch_size"),
         ("deepspeed.offload_params=nvme", "deepspeed.offload_params: nvme needs a place"),
-        ("run.max_usd=3", "run.max_usd cannot be turned into hours"),
+        ("run.max_usd=3", "run.max_usd cannot be turned into GPU hours"),
         ("model.trust_remote_code=true", "model.trust_remote_code runs whatever the revision holds"),
     ],
 )

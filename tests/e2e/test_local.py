@@ -46,6 +46,13 @@ def test_an_undisturbed_run_leaves_what_the_design_promises(undisturbed: Path) -
         "perf/mfu",
         "time/step_s",
         "time/fwd_bwd_s",
+        "time/step_max_rank_s",
+        "time/straggler_ratio",
+        "host/cpu_util_mean",
+        "host/ram_used_max_frac",
+        "perf/goodput",
+        "lost/load_s",
+        "run/lost_steps",
     }
     assert wanted <= metrics(undisturbed)[-3].keys() | metrics(undisturbed)[1].keys()
     assert not processes_of(undisturbed)
@@ -73,6 +80,7 @@ def test_a_killed_rank_is_named_and_the_resumed_run_equals_the_undisturbed(
     assert status(run)["state"] == "failed"
     assert json.loads((run / "attempts/001/exit.json").read_text())["first_failure"]["rank"] == 1
     assert not processes_of(run)
+    assert "the attempt failed: rank 1: killed by SIGKILL" in launch("status", str(run)).stdout
 
     done = launch("resume", str(run))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ import pytest
 from launcher.cli.text import plan_lines
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem
-from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan
+from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Limits
 from launcher.plan.planner import fewest, plan, resized
 
 CUDA = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gib=79.1, host_memory_gib=2000.0)
@@ -181,19 +181,22 @@ def test_everything_that_does_not_fit_in_one_pass(plan_of: Callable[..., LaunchP
 
 
 @pytest.mark.parametrize(
-    ("tokens", "seconds"),
+    ("tokens", "seconds", "gpu_seconds"),
     [
-        ((), None),
-        (("run.max_hours=1.5",), 5400.0),
-        # 64 dollars at 2 dollars for each of 32 GPUs: one hour.
-        (("run.max_usd=64", "cluster.price_per_gpu_hour=2"), 3600.0),
-        (("run.max_usd=64", "cluster.price_per_gpu_hour=2", "run.max_hours=2"), 3600.0),
-        (("run.max_usd=64", "cluster.price_per_gpu_hour=2", "run.max_hours=0.5"), 1800.0),
-        (("cluster.price_per_gpu_hour=2",), None),
+        ((), None, None),
+        (("run.max_hours=1.5",), 5400.0, None),
+        # 64 dollars at 2 dollars for a GPU: 32 hours of one, however many there are.
+        (("run.max_usd=64", "cluster.price_per_gpu_hour=2"), None, 32 * 3600.0),
+        (("run.max_usd=64", "cluster.price_per_gpu_hour=2", "run.max_hours=2"), 7200.0, 32 * 3600.0),
+        (("cluster.price_per_gpu_hour=2",), None, None),
     ],
 )
-def test_limits(plan_of: Callable[..., LaunchPlan], tokens: tuple[str, ...], seconds: float | None) -> None:
-    assert plan_of(*LLAMA_70B, *tokens).limits.max_seconds == seconds
+def test_limits(
+    plan_of: Callable[..., LaunchPlan], tokens: tuple[str, ...], seconds: float | None, gpu_seconds: float | None
+) -> None:
+    planned = plan_of(*LLAMA_70B, *tokens)
+    assert planned.limits == Limits(max_seconds=seconds, max_gpu_seconds=gpu_seconds)
+    assert resized(planned, 16, 8).limits == planned.limits
 
 
 def test_model_states_that_no_gpu_holds_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:

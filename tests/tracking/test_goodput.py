@@ -1,41 +1,131 @@
+"""Where the time of runs went, told from hand-made files, whose parts always add up."""
+
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.tracking.goodput import Attempt, breakdown
+from launcher import run_store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking import goodput
+from launcher.tracking.goodput import JOINED, LOADED, LOST, Attempt, Breakdown, breakdown
 
 
 def step(number: int, attempt: int, at: float, **more: float) -> dict[str, Any]:
-    return {"trainer/step": number, "attempt": attempt, "time": at, "train/loss": 1.0, "time/step_s": 2.0, **more}
+    return {"trainer/step": number, "attempt": attempt, "time": at, "train/loss": 1.0, **more}
 
 
-def test_all_time_is_told_once() -> None:
-    """Ten seconds of queue and loading, four steps of which two are trained again, and an evaluation."""
+def phase(name: str, attempt: int, at: float, from_step: int = 0, ranks: int = 4) -> dict[str, Any]:
+    return {"time": at, "attempt": attempt, "step": from_step, "kind": "info", "fields": {"phase": name, "ranks": ranks}}
+
+
+def start(attempt: int, joined_at: float, loaded_at: float, from_step: int = 0, ranks: int = 4) -> list[dict[str, Any]]:
+    return [phase(JOINED, attempt, joined_at, ranks=ranks), phase(LOADED, attempt, loaded_at, from_step, ranks)]
+
+
+def parts(found: Breakdown) -> dict[str, float]:
+    """What took time, for which the sum of all is checked."""
+    values = asdict(found)
+    named = {name: values[name] for name in ("kept_s", *LOST)}
+    assert sum(named.values()) == pytest.approx(found.wall_s)
+    return {name: pytest.approx(value) for name, value in named.items() if value}
+
+
+def test_an_attempt_from_the_queue_to_its_end() -> None:
     lines = [
-        *(step(n, 1, 110 + 2 * n) for n in range(1, 5)),
-        *(step(n, 2, 144 + 2 * n) for n in range(3, 7)),
-        {"trainer/step": 6, "attempt": 2, "time": 160.0, "time/eval_s": 3.0, "ckpt/stall_s": 1.0},
+        {"trainer/step": 0, "attempt": 1, "time": 143.0, "time/eval_s": 3.0},
+        *(step(n, 1, 143 + 2 * n) for n in range(1, 11)),
+        {"trainer/step": 10, "attempt": 1, "time": 164.0, "ckpt/stall_s": 1.0},
     ]
-    found = breakdown(lines, [Attempt(1, 0, 100.0, 120.0), Attempt(2, 2, 140.0, 165.0)], now=999.0)
-    assert found.wall_s == 65
-    assert (found.kept_s, found.replayed_s) == (2 * 2 + 4 * 2, 2 * 2)
-    assert (found.evaluation_s, found.save_stalls_s) == (3.0, 1.0)
-    assert found.waiting_s == (112 - 2 - 100) + (150 - 2 - 140)
-    assert found.between_s == 20
-    parts = (found.kept_s, found.replayed_s, found.evaluation_s, found.save_stalls_s, found.waiting_s, found.between_s)
-    assert found.other_s == pytest.approx(65 - sum(parts))
-    assert found.goodput == pytest.approx(12 / 65)
+    found = breakdown(lines, start(1, 120, 140), [Attempt(1, 100, 110, 170)], now=999)
+    assert parts(found) == {"queue_s": 10, "start_s": 10, "load_s": 20, "eval_s": 3, "kept_s": 20, "save_s": 1, "other_s": 6}
+    assert (found.wall_s, found.held_s, found.gpu_s, found.lost_steps) == (70, 60, 240, 0)
+    assert found.goodput == pytest.approx(20 / 70)
 
 
-def test_a_line_stands_for_the_steps_since_the_one_before() -> None:
-    lines = [step(5, 1, 110.0), step(10, 1, 120.0)]
-    assert breakdown(lines, [Attempt(1, 0, 100.0, 120.0)], now=0).kept_s == 10 * 2
+def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() -> None:
+    """Also before they are trained again, and on other numbers of ranks."""
+    first = [step(n, 1, 20 + 2 * n) for n in range(1, 6)]
+    second = [step(n, 2, 90 + 2 * (n - 3)) for n in range(4, 6)]
+    events = [*start(1, 10, 20), *start(2, 80, 90, from_step=3, ranks=2)]
+    attempts = [Attempt(1, 0, 5, 45), Attempt(2, 50, 70, None)]
+    found = breakdown([*first, *second], events, attempts, now=94)
+    assert parts(found) == {
+        **{"queue_s": 5 + 20, "start_s": 5 + 10, "load_s": 10 + 10, "kept_s": 6 + 4, "replay_s": 4},
+        "restart_s": (45 - 30) + (50 - 45),
+    }
+    assert found.lost_steps == 2
+    assert (found.held_s, found.gpu_s) == (40 + 24, 40 * 4 + 24 * 2)
+    assert breakdown(first, events, attempts, now=85).lost_steps == 0
+    assert breakdown(first, events, attempts, now=90).lost_steps == 2
 
 
-def test_a_run_that_goes_on_is_told_up_to_now() -> None:
-    found = breakdown([step(1, 1, 105.0)], [Attempt(1, 0, 100.0, None)], now=110.0)
-    assert (found.wall_s, found.kept_s, found.waiting_s, found.other_s) == (10, 2, 3, 5)
-    assert breakdown([], [Attempt(1, 0, 100.0, None)], now=110.0).waiting_s == 10
-    assert breakdown([], [], now=110.0).goodput == 0.0
+def test_ranks_that_are_started_again_within_an_attempt() -> None:
+    lines = [*(step(n, 1, 20 + n) for n in range(1, 5)), *(step(n, 1, 50 + n - 2) for n in range(3, 9))]
+    events = [*start(1, 10, 20), *start(1, 40, 50, from_step=2)]
+    found = breakdown(lines, events, [Attempt(1, 0, 0, 56)], now=99)
+    assert parts(found) == {"start_s": 10, "load_s": 20, "kept_s": 2 + 6, "replay_s": 2, "restart_s": 40 - 24}
+    assert found.lost_steps == 2
+
+
+def test_attempts_that_never_came_to_train() -> None:
+    attempts = [Attempt(1, 0, 10, 20), Attempt(2, 20, 20, 50), Attempt(3, 50, None, None)]
+    found = breakdown([], [phase(JOINED, 2, 30)], attempts, now=60)
+    assert parts(found) == {"queue_s": 10 + 10, "start_s": 10 + 10, "load_s": 20}
+    assert breakdown([], [], [], now=60) == Breakdown()
+
+
+def test_a_line_stands_for_all_steps_before_it() -> None:
+    lines = [step(5, 1, 30), step(10, 1, 40)]
+    events = [*start(1, 0, 20), *start(2, 60, 70, from_step=8)]
+    found = breakdown(lines, events, [Attempt(1, 0, 0, 50), Attempt(2, 50, 50, None)], now=70)
+    assert (found.kept_s, found.replay_s, found.lost_steps) == (pytest.approx(16), pytest.approx(4), 2)
+
+
+def test_what_is_counted_on_is_what_is_found_afterwards() -> None:
+    """The numbers that rank 0 logs step by step equal those that a report makes of all lines."""
+    lines = [step(n, 1, 20 + n) for n in range(1, 5)]
+    events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
+    attempts = [Attempt(1, 0, 5, 30), Attempt(2, 30, 35, None)]
+    before = breakdown(lines, events, attempts, now=50)
+    live = before.later(12.0, eval_s=2.0, save_s=1.0, num_ranks=4)
+    more = [step(3, 2, 55), {"trainer/step": 3, "attempt": 2, "time": 58.0, "time/eval_s": 2.0, "ckpt/stall_s": 1.0}]
+    assert breakdown([*lines, *more, step(4, 2, 62)], events, attempts, now=62) == live
+    told = goodput.of_metrics({**live.metrics(), "train/loss": 1.0})
+    assert told is not None
+    assert (told.wall_s, told.kept_s, told.lost_steps) == (pytest.approx(62), live.kept_s, 2)
+    assert told.goodput == pytest.approx(live.metrics()["perf/goodput"])
+    assert goodput.of_metrics({"train/loss": 1.0}) is None
+
+
+def test_the_files_of_a_run_are_read_in_a_moment(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
+    """10,000 steps; the bound is wide, since other programs may run. A machine that died left no word of its end."""
+    run_dir.rmdir()
+    run = run_store.create(make_plan())
+    now = time.time()
+    for begun_at in (now - 20_000, now - 100):
+        run_store.next_attempt(run, run_store.Attempt(resume_step=None, begun_at=begun_at))
+    _submitted(run, 1, now - 20_010)
+    metrics = {f"group/metric_{i}": 0.123456789 * i for i in range(50)}
+    lines = [step(n, 1, now - 19_900 + n) | metrics for n in range(1, 10_001)]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.events.write_text("".join(json.dumps(event) + "\n" for event in start(1, now - 19_950, now - 19_900)))
+    began = time.perf_counter()
+    found = goodput.read(run, now)
+    took = time.perf_counter() - began
+    assert found.kept_s == pytest.approx(10_000, abs=1)
+    assert found.held_s == pytest.approx(10_100 + 100, abs=1), "held until the last sign of life"
+    assert goodput.read(run, now, goes_on=False).held_s == pytest.approx(10_100, abs=1)
+    assert took < 5
+
+
+def _submitted(run: RunDir, number: int, at: float) -> None:
+    values = run_store.read_json(run.attempt(number) / "attempt.json")
+    run_store.write_json(run.attempt(number) / "attempt.json", {**values, "submitted_at": at})

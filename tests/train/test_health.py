@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import math
 import random
+import threading
+import time
 
 import pytest
 
-from launcher.train.health import REPEAT_S, Health
+from launcher.train.devices import Sample
+from launcher.train.health import REPEAT_S, Health, Pulse
+from launcher.train.ranks import Told
 
 
 class Clock:
@@ -70,3 +75,80 @@ def test_one_slow_step_is_none(clock: Clock) -> None:
     quiet(health, 100)
     assert health.step(2.0, 10.0) == []
     quiet(health, 50)
+
+
+HOSTS = ["n1", "n1", "n2", "n2"]
+
+
+def told(slow: int | None = None, **different: float) -> list[Told]:
+    """Four ranks in lockstep, of which one may tell other numbers."""
+    usual = {"step_s": 2.0, "data_s": 0.001, "compute_s": 1e-6}
+    return [Told(**(usual | different if rank == slow else usual)) for rank in range(4)]
+
+
+def test_a_straggler_is_named_with_its_host_and_what_is_slow(clock: Clock) -> None:
+    health = Health(clock)
+    said = [words for _ in range(20) for words in health.ranks(told(2, compute_s=1.5e-6), HOSTS)]
+    assert len(said) == 1
+    assert "rank 2 on n2: it computes 1.50 times as long as the usual rank" in said[0]
+    assert [words for _ in range(40) for words in health.ranks(told(2, compute_s=1.5e-6), HOSTS)] == []
+    clock.now = REPEAT_S
+    said = [words for _ in range(20) for words in health.ranks(told(1, data_s=0.9), HOSTS)]
+    assert len(said) == 1
+    assert "rank 1 on n1: it waits 0.90 s a step for its data, the usual rank 0.00 s" in said[0]
+
+
+def test_a_rank_that_is_slow_now_and_then_is_none(clock: Clock) -> None:
+    health = Health(clock)
+    for step in range(200):
+        assert health.ranks(told(step % 4, compute_s=2e-6), HOSTS) == []
+        assert health.ranks(told(0, compute_s=1.1e-6), HOSTS) == []
+    assert health.ranks([Told()] * 4, HOSTS) == []
+
+
+def test_a_fault_of_a_gpu_is_told_once_with_what_it_means(clock: Clock) -> None:
+    health = Health(clock)
+    for count, number, words in ((0, math.nan, []), (1, 79, ["Xid 79 on GPU 5 of n2: fallen off the bus"]), (1, 79, [])):
+        ranks = [Told(), Told(), Told(sample=Sample(gpu_index=5, xids=count, last_xid=number)), Told()]
+        assert health.ranks(ranks, HOSTS) == words
+    (words,) = health.ranks([Told(sample=Sample(gpu_index=0, xids=1, last_xid=1234))] * 4, HOSTS)[:1]
+    assert words.startswith("Xid 1234 on GPU 0 of n1: see NVIDIA")
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.heard, self.said = threading.Event(), list[tuple[str, int]]()
+
+    def __call__(self, words: str, step: int) -> None:
+        self.said.append((words, step))
+        self.heard.set()
+
+
+def test_no_step_for_long_is_told_once_until_there_is_one() -> None:
+    listener = Listener()
+    pulse = Pulse(listener, look_s=0.01, at_least_s=0.3).start()
+    for step in range(4):
+        pulse.beat("training", step)
+        time.sleep(0.01)
+    for _ in range(2):
+        assert listener.heard.wait(30)
+        (words, step) = listener.said.pop()
+        assert "no progress for 0 s while training; a step usually takes 0.0 s" in words
+        listener.heard.clear()
+        # Micro-batches of the same step are none.
+        pulse.beat("training", step)
+        assert not listener.heard.wait(0.5)
+        pulse.beat("training", step + 1)
+    pulse.stop()
+    assert step == 4
+
+
+@pytest.mark.parametrize("phases", [["training"], ["training", "training", "saving"], ["training", "training", "finishing"]])
+def test_what_takes_long_by_its_nature_is_not_told(phases: list[str]) -> None:
+    """The first step, a save, and what follows training."""
+    listener = Listener()
+    pulse = Pulse(listener, look_s=0.01, at_least_s=0.05).start()
+    for step, phase in enumerate(phases):
+        pulse.beat(phase, step)
+    assert not listener.heard.wait(0.5)
+    pulse.stop()

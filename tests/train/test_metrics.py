@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import hand_made
 import pytest
 import torch
-from plan_fixtures import H100
 
 from launcher.data.loader import IGNORED, MicroBatch, StepBatch
 from launcher.plan.architecture import train_flops
@@ -45,7 +43,11 @@ def test_parts_of_a_step_add_up_and_start_afresh() -> None:
     times = timer.read()
     assert 0.04 <= times["time/fwd_bwd_s"] <= times["time/step_s"]
     timer.begin()
-    assert timer.read().keys() == {"time/step_s"}
+    with timer.part("data", on_host=True):
+        time.sleep(0.02)
+    times = timer.read()
+    assert times.keys() == {"time/data_s", "time/step_s"}
+    assert times["time/data_s"] >= 0.02
 
 
 def test_perplexity_overflows_to_infinity() -> None:
@@ -81,18 +83,3 @@ def test_what_is_not_known_is_not_measured(plan_of: PlanOf) -> None:
     metrics = measured(plan_of("model.config.model_type=deepseek_v3"), peak_tflops=0.25)
     assert metrics.keys() & {"perf/tflops_per_gpu", "perf/mfu"} == set()
     assert metrics["perf/tokens_per_sec"] == 96
-
-
-def test_money_follows_the_price_of_the_plan(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: defaultdict(int))
-    names = {"cost/gpu_hours", "cost/usd", "cost/usd_per_million_tokens"}
-    metrics = measured(plan_of("cluster.price_per_gpu_hour=3", device=H100), CUDA)
-    assert metrics["cost/usd"] == pytest.approx(3 * metrics["cost/gpu_hours"])
-    assert metrics["cost/usd_per_million_tokens"] == pytest.approx(metrics["cost/usd"] / 48 * 1e6)
-    assumed = plan_of(device=H100)
-    assert assumed.price is not None
-    metrics = measured(assumed, CUDA)
-    assert metrics["cost/usd"] == pytest.approx(assumed.price.usd_per_gpu_hour * metrics["cost/gpu_hours"])
-    unpriced = measured(assumed.model_copy(update={"price": None}), CUDA)
-    assert names & unpriced.keys() == {"cost/gpu_hours"}
-    assert not names & measured(plan_of()).keys()

@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,14 +290,13 @@ class Coordinator:
             if not plan == self._plan == run_store.load_plan(run):
                 # The plan of an attempt without one of its own is that of the attempt before.
                 group.plan_path = str(run_store.write_plan(run, self._number, plan))
-            begun = Attempt(
-                resume_step=attempt.resume_step,
+            begun = replace(
+                attempt,
                 job=self._job,
                 nodes=tuple(member.node for member in group.training),
                 address=head.address,
                 port=head.port,
-                automatic=attempt.automatic,
-                pinned=attempt.pinned,
+                begun_at=time.time(),
             )
             group.marker = secrets.token_hex(16)
             run_store.write_text(run.attempt(self._number) / "marker", group.marker)
@@ -381,8 +380,8 @@ class Coordinator:
         with suppress(OSError, LauncherError):
             concluded.record(self._run, self._number)
             run_store.update_status(self._run, state=decision.state, step=concluded.found.step, message=concluded.message)
-        if decision.state not in ("completed", "cancelled"):
-            self._say("alert", f"attempt {self._number} ended ({concluded.found.cause}): {concluded.message}")
+        if concluded.alert is not None:
+            self._say("alert", concluded.alert)
         group.verdict = {"again": decision.again, "reason": concluded.message}
         if decision.again:
             self._idle_since = time.monotonic()

@@ -1,0 +1,48 @@
+"""What the watch over all ranks costs rank 0 in each step, beside the all-reduce that there is anyway.
+
+    python benchmarks/monitoring.py
+
+One process and no communication: packing this rank's numbers, unpacking those of all, metrics, alerts, goodput and cost.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from launcher.tracking.goodput import Breakdown
+from launcher.train import ranks
+from launcher.train.devices import Sample
+from launcher.train.health import Health
+from launcher.train.ranks import SLOTS, Told
+
+STEPS = 300
+SAMPLE = Sample(5, 0.97, 0.8, 650, 70, 0, 0, 0.3, 0.4)
+
+
+def main() -> None:
+    for world_size in (2, 64, 512):
+        health, spent = Health(), Breakdown(1e5, 9e4)
+        others = [value for rank in range(world_size) for value in Told(2.0, 1e-4, 1e-6 + rank * 1e-12, SAMPLE).values()]
+        taken = []
+        for step in range(STEPS):
+            began = time.perf_counter()
+            values = [0.0] * (SLOTS * world_size)
+            values[:SLOTS] = Told(2.0, 1e-4, 1e-6, SAMPLE).values()
+            shared = torch.tensor([0.0] * 4 + values, dtype=torch.float64)
+            packed = time.perf_counter() - began
+            shared[4:] = torch.tensor(others, dtype=torch.float64)
+            began = time.perf_counter()
+            told = ranks.told(shared.tolist()[4:])
+            ranks.metrics(told)
+            health.ranks(told, ["n"] * world_size)
+            health.step(2.0 - step * 1e-6, 1000.0)
+            spent.later(step, 0.0, 0.0, world_size).metrics()
+            taken.append(packed + time.perf_counter() - began)
+        taken.sort()
+        print(f"{world_size:4} ranks: {taken[STEPS // 2] * 1e6:6.0f} us a step (the slowest of 100: {taken[-3] * 1e6:.0f} us)")
+
+
+if __name__ == "__main__":
+    main()

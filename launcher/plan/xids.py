@@ -1,0 +1,34 @@
+"""Faults that NVIDIA's driver reports of a GPU, by their Xid numbers.
+
+https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html
+"""
+
+from __future__ import annotations
+
+# Faults after which a GPU does not work, or computes wrongly, until it is reset or replaced (slurm/health_prologue.sh has
+# the same).
+BROKEN = {
+    48: "uncorrectable memory error",
+    62: "its controller has halted",
+    64: "faulty memory row that could not be remapped",
+    74: "NVLink error",
+    79: "fallen off the bus",
+    95: "uncontained memory error",
+    119: "its system processor does not answer",
+    120: "its system processor failed",
+    140: "unrecovered memory error",
+}
+# What an application did, or what the GPU has got over.
+PASSING = {
+    13: "a kernel failed, such as by reading out of bounds",
+    31: "a kernel used an address that is not mapped",
+    43: "a kernel failed and its process was stopped",
+    45: "work was taken off the GPU, mostly after another fault",
+    63: "a faulty memory row is remapped; reset the GPU when the run is over",
+    94: "a memory error that ended one process alone; reset the GPU when the run is over",
+}
+
+
+def meaning(number: int) -> str:
+    """What an Xid means, in words; also of numbers that are not in the tables."""
+    return BROKEN.get(number) or PASSING.get(number) or "see NVIDIA's catalogue of Xid errors"

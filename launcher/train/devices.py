@@ -1,0 +1,168 @@
+"""What this rank's GPU and its node say of themselves, read in a thread: it never raises, and the training never waits for it."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import psutil
+import torch
+
+from launcher.plan import xids
+
+INTERVAL_S = 5.0
+_CPU_S = 0.5
+_NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The latest readings, NaN where there is none; fractions are 0 to 1.
+
+    `gpu_index` is the driver's own number, whatever CUDA_VISIBLE_DEVICES says; `xids` counts the faults since the start and
+    `last_xid` is the number of the last one. Only one rank of each node reads the host's.
+    """
+
+    gpu_index: float = _NAN
+    gpu_util: float = _NAN
+    gpu_memory: float = _NAN
+    gpu_power_w: float = _NAN
+    gpu_temp_c: float = _NAN
+    xids: float = 0.0
+    last_xid: float = _NAN
+    host_cpu_util: float = _NAN
+    host_ram_used: float = _NAN
+
+    def values(self) -> tuple[float, ...]:
+        return tuple(getattr(self, name) for name in NAMES)
+
+
+NAMES = tuple(field.name for field in fields(Sample))
+
+
+class Devices:
+    """Keeps `latest` up to date; `on_xid` is told each fault at once, from the thread.
+
+    `device` is the rank's, of which only a GPU of NVIDIA is asked; `reads_host` reads CPU and memory of the node as well.
+    """
+
+    def __init__(
+        self, device: torch.device, reads_host: bool, on_xid: Callable[[str], None], interval_s: float = INTERVAL_S
+    ) -> None:
+        self._device, self._reads_host = device, reads_host
+        self._on_xid, self._interval_s = on_xid, interval_s
+        self._ended = threading.Event()
+        self.latest = Sample()
+
+    def start(self) -> Devices:
+        threading.Thread(target=self._watch, name="devices", daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """The thread ends within an interval and is not waited for: a driver that hangs must hold up nobody."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        try:
+            gpu = _Gpu.open(self._device) if self._device.type == "cuda" else None
+            if gpu is None and not self._reads_host:
+                return
+            while not self._ended.is_set():
+                readings = gpu.read() if gpu is not None else {}
+                if self._reads_host:
+                    readings |= _host()
+                self.latest = replace(self.latest, **readings)
+                self._wait(gpu)
+        except Exception as error:
+            # What cannot be read is missing from the charts; that is all.
+            print(f"note: this rank's device is not watched any more: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _wait(self, gpu: _Gpu | None) -> None:
+        """Until the next reading is due; faults of the GPU end the waiting for a moment."""
+        until = time.monotonic() + self._interval_s
+        while (left := until - time.monotonic()) > 0 and not self._ended.is_set():
+            if gpu is None or not gpu.has_events:
+                self._ended.wait(left)
+            elif (number := gpu.next_xid(left)) is not None:
+                self.latest = replace(self.latest, xids=self.latest.xids + 1, last_xid=float(number))
+                self._on_xid(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {xids.meaning(number)}")
+
+
+class _Gpu:
+    """One GPU as NVIDIA's management library knows it."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
+        self._events: Any = None
+        try:
+            self._events = nvml.nvmlEventSetCreate()
+            nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
+        except nvml.NVMLError:
+            # Not on this kind of GPU, or not in this container.
+            self._events = None
+
+    @classmethod
+    def open(cls, device: torch.device) -> _Gpu | None:
+        """The GPU that this process computes on, by its identity: CUDA's numbers are not the driver's. None without NVML."""
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError:
+            return None
+        found = torch.cuda.get_device_properties(device)
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{found.uuid}")
+        except pynvml.NVMLError:
+            bus = f"{found.pci_domain_id:08X}:{found.pci_bus_id:02X}:{found.pci_device_id:02X}.0"
+            handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus)
+        return cls(pynvml, handle)
+
+    @property
+    def has_events(self) -> bool:
+        return self._events is not None
+
+    def read(self) -> dict[str, float]:
+        """Fields of Sample; those that this GPU does not tell are NaN."""
+        nvml, handle = self._nvml, self._handle
+
+        def memory() -> float:
+            found = nvml.nvmlDeviceGetMemoryInfo(handle)
+            return found.used / found.total
+
+        readers = {
+            "gpu_index": lambda: float(nvml.nvmlDeviceGetIndex(handle)),
+            "gpu_util": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+            "gpu_memory": memory,
+            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "gpu_temp_c": lambda: float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+        }
+        return {name: self._or_nan(reader) for name, reader in readers.items()}
+
+    def next_xid(self, within_s: float) -> int | None:
+        """The number of the next fault; None where there was none in that time."""
+        nvml = self._nvml
+        try:
+            return int(nvml.nvmlEventSetWait_v2(self._events, max(1, int(within_s * 1000))).eventData)
+        except nvml.NVMLError_Timeout:
+            return None
+        except nvml.NVMLError:
+            # Such as of a GPU that is lost: asked again and again it would say so at once.
+            self._events = None
+            return None
+
+    def _or_nan(self, reader: Callable[[], float]) -> float:
+        try:
+            return reader()
+        except self._nvml.NVMLError:
+            return _NAN
+
+
+def _host() -> dict[str, float]:
+    memory = psutil.virtual_memory()
+    return {"host_cpu_util": psutil.cpu_percent(interval=_CPU_S) / 100, "host_ram_used": 1 - memory.available / memory.total}

@@ -1,0 +1,143 @@
+"""What is watched beside the steps: this rank's device and pace, told to all; on rank 0 the state of the whole run."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launcher.errors import LauncherError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking import goodput
+from launcher.tracking.goodput import Breakdown
+from launcher.tracking.jsonl import append_event
+from launcher.tracking.tracker import Composite
+from launcher.train import ranks
+from launcher.train.devices import Devices
+from launcher.train.engine import Place
+from launcher.train.health import Health, Pulse
+from launcher.train.probe import Probe
+from launcher.train.ranks import SLOTS, Told
+
+
+class Monitor:
+    """Made when the engine is built; `loaded` when training begins. Collective where it is made."""
+
+    def __init__(
+        self,
+        plan: LaunchPlan,
+        place: Place,
+        device: torch.device,
+        model: nn.Module,
+        tracker: Composite,
+        beat: Callable[[str, int], None],
+    ) -> None:
+        self._plan, self._place, self._tracker, self._beat = plan, place, tracker, beat
+        self._run = RunDir(Path(plan.run_dir))
+        self._probe, self._own = Probe(model, device), Told()
+        self._health, self._hosts = Health(), _hosts(place)
+        self._ranks: list[Told] = []
+        self._reader = ThreadPoolExecutor(1, "goodput")
+        self._before: Future[Breakdown] | None = None
+        self._loaded = time.monotonic()
+        self.eval_s = self.save_s = 0.0
+        self._devices = Devices(device, place.local_rank == 0, self._on_xid).start()
+        self._pulse = Pulse(lambda words, step: tracker.event("alert", words, step))
+        if place.is_main:
+            self._pulse.start()
+
+    def beat(self, phase: str, step: int) -> None:
+        """Tell that there is progress: to the node's agent, and to the watch over steps that do not come."""
+        self._beat(phase, step)
+        self._pulse.beat(phase, step)
+
+    def loaded(self, step: int) -> None:
+        """Training begins, after `step` steps; what the run has done before is read while it does."""
+        self._loaded = time.monotonic()
+        if self._place.is_main:
+            self._tracker.event("info", "the model is loaded", step, **{goodput.PHASE: goodput.LOADED})
+            self._before = self._reader.submit(self._read, time.time())
+
+    def own(self) -> list[float]:
+        """SLOTS numbers for each rank, this rank's own of its last step in their place: their sum over the ranks is all."""
+        values = [0.0] * (SLOTS * self._place.world_size)
+        values[SLOTS * self._place.rank : SLOTS * (self._place.rank + 1)] = self._own.values()
+        return values
+
+    def measured(self, times: dict[str, float]) -> None:
+        """Keep what this rank is to tell with the next step; call it where the device has finished the step."""
+        self._own = Told(times["time/step_s"], times["time/data_s"], self._probe.read(), self._devices.latest)
+
+    def heard(self, values: Sequence[float]) -> None:
+        """Take what all ranks have told of the step before."""
+        self._ranks = ranks.told(values)
+
+    def metrics(self, tokens: int) -> dict[str, float]:
+        """Of all ranks, and of the run so far, in which `tokens` were trained."""
+        spent = self.spent()
+        return ranks.metrics(self._ranks) | ({} if spent is None else spent.metrics() | cost(self._plan, spent, tokens))
+
+    def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
+        """Tell what is not as it should be after a step."""
+        for words in (*self._health.step(loss, tokens_per_sec), *self._health.ranks(self._ranks, self._hosts)):
+            self._tracker.event("alert", words, step)
+
+    def spent(self) -> Breakdown | None:
+        """The time of the run up to now; None for the moment in which it is not known yet, and on other ranks than the first."""
+        if self._before is None or not self._before.done():
+            return None
+        seconds = time.monotonic() - self._loaded
+        return self._before.result().later(seconds, self.eval_s, self.save_s, self._place.world_size)
+
+    def stop(self) -> None:
+        self._pulse.stop()
+        self._devices.stop()
+
+    def _read(self, now: float) -> Breakdown:
+        try:
+            return goodput.read(self._run, now)
+        except (OSError, LauncherError, KeyError, ValueError) as error:
+            self._tracker.event("alert", f"what the run has done before cannot be read, so it counts from here: {error}")
+            return Breakdown()
+
+    def _on_xid(self, words: str) -> None:
+        """In this rank's log and among the events at once: the fault may be the last that this rank tells."""
+        where = f"{words} (rank {self._place.rank} on {self._hosts[self._place.rank]})"
+        print(where, flush=True)
+        append_event(self._run, self._place.attempt, "xid", where)
+
+
+def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
+    """GPU hours and dollars of the whole run, in which `tokens` were trained; nothing on CPUs."""
+    if plan.topology.device == "cpu":
+        return {}
+    hours = spent.gpu_s / 3600
+    if plan.price is None:
+        return {"cost/gpu_hours": hours}
+    usd = hours * plan.price.usd_per_gpu_hour
+    return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(tokens, 1) * 1e6}
+
+
+def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
+    """Which limit of the run is reached, in words; empty where it may go on."""
+    limits, config = plan.limits, plan.config.run
+    if spent.gpu_s >= (limits.max_gpu_seconds or math.inf):
+        return f"run.max_usd={config.max_usd:g} is reached after {spent.gpu_s / 3600:,.2f} GPU hours"
+    if spent.held_s >= (limits.max_seconds or math.inf):
+        return f"run.max_hours={config.max_hours:g} is reached"
+    return ""
+
+
+def _hosts(place: Place) -> list[str]:
+    """The name of each rank's node."""
+    names: list[str] = [""] * place.world_size
+    dist.all_gather_object(names, os.uname().nodename)
+    return names

@@ -1,0 +1,65 @@
+"""How fast this rank itself computes, which a step does not tell: under ZeRO-3 all ranks finish it together.
+
+What is timed is the forward pass of one linear layer, between DeepSpeed's fetch of its weights and their release: no
+collective lies in it, so that a rank which is slow is slow in it, and no rank waits for another.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Probe:
+    """Times one linear layer of `model`, whose engine must exist already, wherever it computes in training mode.
+
+    Recomputation under activation checkpointing is timed as well: it is the same work.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._start: Any = None
+        self._spans: list[tuple[Any, Any, int]] = []
+        layer = representative(model)
+        if layer is not None:
+            # After DeepSpeed's hook that gathers the weights, and before the one that lets them go.
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._end, prepend=True)
+
+    def read(self) -> float:
+        """Seconds per token since the last call, NaN where nothing was computed; call it where the device has finished."""
+        spans, self._spans = self._spans, []
+        tokens = sum(count for *_, count in spans)
+        if not tokens:
+            return math.nan
+        seconds = sum(start.elapsed_time(end) / 1000 if self._cuda else end - start for start, end, _ in spans)
+        return seconds / tokens
+
+    def _begin(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._start = self._mark() if module.training else None
+
+    def _end(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self._start is not None:
+            self._spans.append((self._start, self._mark(), inputs[0].numel() // inputs[0].shape[-1]))
+            self._start = None
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def representative(model: nn.Module) -> nn.Linear | None:
+    """The largest linear layer of the middle block; None where the model has no list of blocks with one in them."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not stacks:
+        return None
+    blocks = max(stacks, key=len)
+    linears = [module for module in blocks[len(blocks) // 2].modules() if isinstance(module, nn.Linear)]
+    return max(linears, key=lambda linear: linear.in_features * linear.out_features, default=None)

@@ -1,0 +1,93 @@
+"""What the ranks tell each other of themselves in the all-reduce of each step, and what rank 0 makes of it. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from launcher.train.devices import NAMES, Sample
+
+
+@dataclass(frozen=True)
+class Told:
+    """One rank's numbers of one step, in seconds; NaN where there is none.
+
+    `data_s` is what it waited for its rows; `compute_s` what a probed layer took for a token, see launcher.train.probe.
+    """
+
+    step_s: float = math.nan
+    data_s: float = math.nan
+    compute_s: float = math.nan
+    sample: Sample = field(default_factory=Sample)
+
+    def values(self) -> tuple[float, ...]:
+        return (self.step_s, self.data_s, self.compute_s, *self.sample.values())
+
+
+SLOTS = 3 + len(NAMES)
+
+
+def told(values: Sequence[float]) -> list[Told]:
+    """Numbers of all ranks, SLOTS for each, by rank."""
+    rows = (values[i : i + SLOTS] for i in range(0, len(values), SLOTS))
+    return [Told(row[0], row[1], row[2], Sample(*row[3:])) for row in rows]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank's step would take if it waited for no other: computing, and waiting for data."""
+
+    compute_s: float
+    data_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_s + self.data_s
+
+
+def work(ranks: Sequence[Told]) -> list[Work]:
+    """The work of each rank in one step, from the step's time and from how the probed layers compare.
+
+    The rank that all wait for spends its step on just this; the others need as much less to compute as their layer takes less.
+    Ranks without a probe count as usual ones.
+    """
+    usual = _median([rank.compute_s for rank in ranks])
+    factors = [rank.compute_s / usual if rank.compute_s / usual > 0 else 1.0 for rank in ranks]
+    step_s = min((rank.step_s - rank.data_s for rank in ranks if rank.step_s > 0), default=0.0)
+    return [Work(step_s * one / max(factors), max(0.0, rank.data_s)) for one, rank in zip(factors, ranks, strict=True)]
+
+
+def ratio(works: Sequence[Work]) -> float:
+    """The slowest rank's work over that of the usual rank; 1 where all are alike."""
+    usual = statistics.median_low([one.seconds for one in works])
+    return max(one.seconds for one in works) / usual if usual > 0 else 1.0
+
+
+def metrics(ranks: Sequence[Told]) -> dict[str, float]:
+    """Of all ranks together, under the names of the design; what nobody has measured is left out."""
+    samples = [rank.sample for rank in ranks]
+    steps = [rank.step_s for rank in ranks if rank.step_s > 0]
+    found = {"time/step_max_rank_s": max(steps), "time/straggler_ratio": ratio(work(ranks))} if steps else {}
+    utils, temps = _known(samples, "gpu_util"), _known(samples, "gpu_temp_c")
+    powers, memory = _known(samples, "gpu_power_w"), _known(samples, "gpu_memory")
+    found |= {"gpu/util_mean": statistics.fmean(utils), "gpu/util_min": min(utils)} if utils else {}
+    found |= {"gpu/temp_max": max(temps)} if temps else {}
+    found |= {"gpu/power_mean": statistics.fmean(powers)} if powers else {}
+    found |= {"gpu/memory_max_frac": max(memory)} if memory else {}
+    found |= {"gpu/xids": sum(sample.xids for sample in samples)} if _known(samples, "gpu_index") else {}
+    cpus, rams = _known(samples, "host_cpu_util"), _known(samples, "host_ram_used")
+    found |= {"host/cpu_util_mean": statistics.fmean(cpus)} if cpus else {}
+    found |= {"host/ram_used_max_frac": max(rams)} if rams else {}
+    return found
+
+
+def _known(samples: Sequence[Sample], name: str) -> list[float]:
+    return [value for sample in samples if not math.isnan(value := getattr(sample, name))]
+
+
+def _median(values: Sequence[float]) -> float:
+    """The lower median of those that are known, NaN where none is."""
+    known = [value for value in values if value > 0]
+    return statistics.median_low(known) if known else math.nan

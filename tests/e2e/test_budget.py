@@ -1,0 +1,66 @@
+"""A run that may cost no more stops by itself with all that it has done saved, and goes on when it may cost more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from e2e_tools import TINY, last_step, losses, metrics, processes_of, status
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+# Two ranks at this price spend a cent in half a minute; the first step alone comes after some seconds.
+PRICE = 0.6
+SETTINGS = (*TINY, "train.max_steps=100000", "train.eval_at_start=false", "train.export=false", "train.log_every=5")
+
+
+def alerts(run: Path) -> list[str]:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line["text"] for line in lines if line["kind"] == "alert"]
+
+
+def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: str) -> None:
+    """Stopped by a limit: state, message, alert, exit code, and a checkpoint of the very last step."""
+    assert done.returncode == 130, done.stdout + done.stderr
+    found = status(run)
+    assert found["state"] == "preempted"
+    assert found["message"].startswith(words)
+    assert f"saved at step {found['step']} of" in found["message"]
+    assert any(text == found["message"] for text in alerts(run))
+    assert (run / f"checkpoints/step-{found['step']:08d}/manifest.json").is_file()
+    assert found["step"] >= last_step(run) > 0
+    assert not processes_of(run)
+
+
+@pytest.mark.slow
+def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: Launch, runs: Path) -> None:
+    run, price = runs / "bounded", f"cluster.price_per_gpu_hour={PRICE}"
+    done = launch(*SETTINGS, price, "run.max_usd=0.001", f"run.root={runs}", "run.name=bounded")
+    require_stopped(run, done, "run.max_usd=0.001 is reached after 0.00 GPU hours")
+    stopped_at = status(run)["step"]
+
+    refused = launch("resume", str(run))
+    assert refused.returncode == 2
+    assert "the run has used up run.max_usd" in refused.stderr
+    assert "raise it: resume RUN run.max_usd=..." in refused.stderr
+    assert len(list((run / "attempts").iterdir())) == 1, "nothing was started"
+
+    done = launch("resume", str(run), "run.max_usd=1000", f"train.max_steps={stopped_at + 10}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert status(run)["state"] == "completed"
+    told = [line for line in metrics(run) if "train/loss" in line and "perf/goodput" in line][-1]
+    assert set(range(5, stopped_at + 10, 5)) <= set(losses(run))
+    lost = {name: seconds for name, seconds in told.items() if name.startswith("lost/")}
+    assert told["run/lost_steps"] == 0
+    assert told["perf/goodput"] == pytest.approx(told["time/kept_s"] / (told["time/kept_s"] + sum(lost.values())))
+    assert lost["lost/start_s"] > 0 < lost["lost/load_s"]
+    assert lost["lost/restart_s"] > 0, "the time between the two"
+
+
+@pytest.mark.slow
+def test_hours_that_are_over_stop_a_run(launch: Launch, runs: Path) -> None:
+    done = launch(*SETTINGS, "run.max_hours=0.001", f"run.root={runs}", "run.name=hours")
+    require_stopped(runs / "hours", done, "run.max_hours=0.001 is reached; saved at step")

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from plan_fixtures import H100
+
+from launcher.plan.launch_plan import LaunchPlan, Limits
+from launcher.tracking.goodput import Breakdown
+from launcher.train.monitor import cost, spent_limit
+
+PlanOf = Callable[..., LaunchPlan]
+SPENT = Breakdown(wall_s=9000, held_s=7200, gpu_s=8 * 7200)
+
+
+def test_money_follows_the_price_of_the_plan_over_the_whole_run(plan_of: PlanOf) -> None:
+    told = cost(plan_of("cluster.price_per_gpu_hour=3", device=H100), SPENT, tokens=2_000_000)
+    assert told == pytest.approx({"cost/gpu_hours": 16, "cost/usd": 48, "cost/usd_per_million_tokens": 24})
+    assumed = plan_of(device=H100)
+    assert assumed.price is not None
+    assert cost(assumed, SPENT, 1)["cost/usd"] == pytest.approx(16 * assumed.price.usd_per_gpu_hour)
+    assert cost(assumed.model_copy(update={"price": None}), SPENT, 1) == {"cost/gpu_hours": 16}
+    assert cost(plan_of(), SPENT, 1) == {}
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Limits(max_seconds=None), ""),
+        (Limits(max_seconds=7201, max_gpu_seconds=57601), ""),
+        (Limits(max_seconds=7200), "run.max_hours=2 is reached"),
+        (Limits(max_seconds=7201, max_gpu_seconds=57600), "run.max_usd=48 is reached after 16.00 GPU hours"),
+    ],
+)
+def test_what_is_bought_is_gpu_time_and_a_queue_costs_nothing(plan_of: PlanOf, limits: Limits, words: str) -> None:
+    plan = plan_of("run.max_hours=2", "run.max_usd=48", "cluster.price_per_gpu_hour=3")
+    assert spent_limit(plan.model_copy(update={"limits": limits}), SPENT) == words
