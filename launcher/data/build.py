@@ -73,12 +73,12 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     stays = ~drop[pieces.doc] & (pieces.lengths > 0)
     train = np.flatnonzero(stays & ~docs.held_out[pieces.doc])
     if not pieces.labels[train].any():
-        raise _nothing_left(docs, data)
+        raise _nothing_left(docs, data, found)
     on_progress("pack and write", 0, 1)
     piece_sources = docs.source[pieces.doc]
     layout, epochs = rows.mixed(pieces.lengths, piece_sources, train, data)
     if not pieces.labels[layout.order].any():
-        raise _nothing_left(docs, data)
+        raise _nothing_left(docs, data, found)
     held_out = rows.all_of(pieces.lengths, np.flatnonzero(stays & docs.held_out[pieces.doc]), data, data.eval_max_rows)
     spilled = spill.close()
     num_inputs = len(data.sources) + (data.eval_path is not None)
@@ -166,15 +166,17 @@ def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.F
     return quality.conclude(hits, seen, data.checks)
 
 
-def _nothing_left(docs: Docs, data: DataSection) -> DataError:
+def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> DataError:
     what = "no document with a trained token is left to train on"
     where = ", ".join(source.path for source in data.sources)
     remedy = (
         "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
         "or let data.checks keep what it drops"
     )
-    read = int(np.count_nonzero(~docs.held_out))
-    return DataError(Problem(what, where, f"{read:,} documents to train on were read", remedy))
+    read = f"{np.count_nonzero(~docs.held_out):,} documents to train on were read"
+    dropped = [one.finding for one in findings.judge(found, data.checks) if one.action == "drop"]
+    told = [f"{finding.count:,} {finding.title} ({finding.examples[0].where})" for finding in dropped]
+    return DataError(Problem(what, where, "; ".join([read, *told]), remedy))
 
 
 def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out: rows.Layout) -> DataFacts:

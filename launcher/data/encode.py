@@ -124,6 +124,8 @@ class BatchEncoder:
 
     def _lacking(self, whole: Encoded, pieces: Sequence[Encoded]) -> quality.Hit | None:
         """What the pieces of a document do not train, though they should."""
+        if whole.is_unsure:
+            return None
         within = f"within the first {self.data.max_length:,} tokens"
         if not pieces[0].trained.any():
             return quality.Hit("no_trained_token", f"none {within}")
