@@ -13,7 +13,7 @@ import numpy as np
 
 from launcher.config.data import DataSection, Source
 from launcher.data import cache, findings, parallel, quality, rows, sources
-from launcher.data.encode import NUM_SAMPLES, Docs, Item, Pieces, Sample
+from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
@@ -94,20 +94,15 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     on_progress("pack and write", 1, 1)
 
 
-def _items(data: DataSection) -> Iterator[Item]:
-    """Each document once; where data.eval_path is set, the sources' own held-out documents belong to neither split."""
+def _work(data: DataSection) -> Iterator[Work]:
+    """All documents once; where data.eval_path is set, the sources' own held-out documents belong to neither split."""
     held_out = sources.eval_source(data)
     for number, source in enumerate(data.sources):
-        brings_split = source.path == sources.STDLIB_DOCS
-        for document, held_out_by_source in sources.read_documents(source):
-            if held_out is None:
-                yield Item(document, number, held_out_by_source if brings_split else None)
-            elif not held_out_by_source:
-                yield Item(document, number, False)
+        for batch in sources.read_batches(source):
+            yield Work(batch, number, None if held_out is None else False)
     if held_out is not None:
-        for document, held_out_by_source in sources.read_documents(held_out):
-            if not held_out_by_source:
-                yield Item(document, len(data.sources), True)
+        for batch in sources.read_batches(held_out):
+            yield Work(batch, len(data.sources), True)
 
 
 def _inputs(data: DataSection) -> list[Source]:
@@ -130,7 +125,7 @@ def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_pro
     hits: list[tuple[int, quality.Hit]] = []
     samples: list[Sample] = []
     num_docs = max_token_id = 0
-    for batch in parallel.encode(parallel.batched(_items(data)), data, tokenizer_path):
+    for batch in parallel.encode(_work(data), data, tokenizer_path):
         spill.add(batch.tokens, batch.trained)
         max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
         hits += [(num_docs + i, hit) for i, hit in batch.hits]

@@ -17,9 +17,8 @@ import pytest
 from launcher.config.data import DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build
-from launcher.data.encode import Item
-from launcher.data.parallel import BATCH_CHARS, BATCH_DOCS, MIN_BATCHES, batched, num_workers
-from launcher.data.sources import PlainText
+from launcher.data.parallel import MIN_BATCHES, num_workers
+from launcher.data.sources import BLOCK_ROWS
 from launcher.errors import DataError
 
 DEADLINE_S = 120.0
@@ -47,7 +46,7 @@ except DataError as error:
 @pytest.fixture
 def many(jsonl: Callable[..., Path]) -> DataSection:
     """Enough documents for several processes."""
-    rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range((MIN_BATCHES + 4) * BATCH_DOCS)]
+    rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range((MIN_BATCHES + 4) * BLOCK_ROWS)]
     return DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=128, eval_fraction=0.1, workers=2)
 
 
@@ -95,7 +94,7 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
     tokenised = [done for stage, done, _ in progress if stage == "tokenise"]
     assert tokenised == sorted(tokenised)
     assert len(tokenised) > MIN_BATCHES
-    assert tokenised[-1] == (MIN_BATCHES + 4) * BATCH_DOCS
+    assert tokenised[-1] == (MIN_BATCHES + 4) * BLOCK_ROWS
 
 
 def test_a_killed_worker_is_told_and_nothing_is_left(
@@ -134,7 +133,7 @@ def test_an_interrupted_builder_takes_its_processes_along(
 
 def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokenizer_dir: Path) -> None:
     path = Path(many.sources[0].path)
-    broken = (MIN_BATCHES + 2) * BATCH_DOCS
+    broken = (MIN_BATCHES + 2) * BLOCK_ROWS
     lines = path.read_text().splitlines()
     lines[broken] = json.dumps({"prompt": "1:", "completion": None})
     path.write_text("\n".join(lines))
@@ -143,14 +142,6 @@ def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokeni
         build(many, str(tokenizer_dir))
     assert f":{broken + 1}" in caught.value.problems[0].where
     assert time.monotonic() - began < DEADLINE_S
-
-
-def test_batches_are_bounded_by_documents_and_by_characters() -> None:
-    short = [Item(PlainText("", "x"), 0, None)] * (2 * BATCH_DOCS + 1)
-    assert [len(batch) for batch in batched(short)] == [BATCH_DOCS, BATCH_DOCS, 1]
-    long = [Item(PlainText("", "x" * (BATCH_CHARS // 2)), 0, None)] * 5
-    assert [len(batch) for batch in batched(long)] == [2, 2, 1]
-    assert list(batched([])) == []
 
 
 def test_the_number_of_processes(many: DataSection) -> None:
