@@ -82,15 +82,17 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     held_out = rows.all_of(pieces.lengths, np.flatnonzero(stays & docs.held_out[pieces.doc]), data, data.eval_max_rows)
     spilled = spill.close()
     num_inputs = len(data.sources) + (data.eval_path is not None)
-    for place, split, num_sources in ((folder, layout, len(data.sources)), (folder / "eval", held_out, num_inputs)):
+    digest = "-".join(
         rows.write(place, split, pieces.lengths, piece_sources, pieces.labels, spilled, num_sources)
+        for place, split, num_sources in ((folder, layout, len(data.sources)), (folder / "eval", held_out, num_inputs))
+    )
     spill.remove()
     chosen = heapq.nsmallest(NUM_SAMPLES, (s for s in corpus.samples if not drop[s.doc]), key=lambda sample: sample.rank)
     samples = [{"prompt": s.prompt, "prompt_ids": s.prompt_ids, "answer": s.answer} for s in chosen]
     cache.write_json(folder / "samples.json", samples)
     findings.write(folder, found)
     report = _report(corpus, drop, layout, held_out, epochs, data)
-    cache.finish(folder, _facts(report, pieces, layout, held_out), report)
+    cache.finish(folder, _facts(report, pieces, layout, held_out, digest), report)
     on_progress("pack and write", 1, 1)
 
 
@@ -174,7 +176,7 @@ def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> Da
     return DataError(Problem(what, where, "; ".join([read, *told]), remedy))
 
 
-def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out: rows.Layout) -> DataFacts:
+def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out: rows.Layout, digest: str) -> DataFacts:
     row_tokens = np.add.reduceat(pieces.lengths[layout.order], layout.starts[:-1])
     num_tokens = int(row_tokens.sum())
     return DataFacts(
@@ -188,6 +190,7 @@ def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out
         truncated_docs=sum(source["truncated_docs"] for source in report["sources"]),
         truncated_tokens=sum(source["truncated_tokens"] for source in report["sources"]),
         padding_frac=1 - num_tokens / (layout.num_rows * int(row_tokens.max())),
+        digest=digest,
     )
 
 
