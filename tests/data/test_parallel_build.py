@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from launcher.config.data import DataSection, Source
 from launcher.data import cache
@@ -144,14 +145,23 @@ def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokeni
     assert time.monotonic() - began < DEADLINE_S
 
 
+def test_the_processes_do_without_torch(tokenizer_dir: Path) -> None:
+    script = (
+        "import json, sys, launcher.data.preload; from launcher.data.chat import load_tokenizer; "
+        "ids = load_tokenizer(sys.argv[1])(sys.argv[2]).input_ids; print(json.dumps([ids, sys.modules['torch']]))"
+    )
+    command = [sys.executable, "-c", script, str(tokenizer_dir), "It's 1 text, naïve."]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    assert json.loads(done.stdout) == [AutoTokenizer.from_pretrained(str(tokenizer_dir))(command[-1]).input_ids, None]
+    assert "PyTorch was not found" not in done.stderr
+
+
 def test_the_number_of_processes(many: DataSection) -> None:
     assert num_workers(many) == 2
     assert num_workers(many.model_copy(update={"workers": None})) == len(os.sched_getaffinity(0))
 
 
 def test_every_token_of_every_document_is_in_the_cache_once(many: DataSection, tokenizer_dir: Path) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     folder = build(many, str(tokenizer_dir)).cache_dir
     found = []
