@@ -67,7 +67,8 @@ def packing(folder: Path, data: Path, rounds: int) -> list[str]:
     lines += ["", f"1,000,000 lognormal lengths into rows of 2048: {statistics.median(times):.2f} s, waste {waste:.5%}."]
     return [
         *lines,
-        "Waste is 1 - tokens / (rows x length), by the length as set or by the longest row; fewest: rows that the tokens fill.",
+        "Waste is 1 - tokens / (rows x length), by the length as set or by the longest row. Fewest is ceil(tokens / length): no "
+        "packing makes fewer rows, so where the launcher makes as many, its waste by the length as set is the least there is.",
     ]
 
 

@@ -146,16 +146,9 @@ def _data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     trained = plan.data
     if trained is None:
         raise SubmitError("the plan in the mirror has no data", where=plan.run_name)
-    if (found := cache.find(Path(trained.cache_dir).name)) is not None:
-        return found
-    if problems := sources.check_sources(plan.config.data):
-        remedy = "put the data where the run found it when it began; nothing else is missing here"
-        raise ConfigError([Problem(p.what, p.where, p.value, remedy) for p in problems])
-    prepare(plan.config.model_copy(update={"model": model}))
-    built = cache.find(cache.cache_key(plan.config.data, model.tokenizer or model.path or ""))
-    if built is None:
-        raise DataError(Problem("the data cache is not there after it was built", where=str(cache.cache_root())))
-    before, now = trained.model_dump(exclude={"cache_dir"}), built.model_dump(exclude={"cache_dir"})
+    if (here := cache.find(Path(trained.cache_dir).name)) is None:
+        here = _built(plan, model)
+    before, now = trained.model_dump(exclude={"cache_dir"}), here.model_dump(exclude={"cache_dir"})
     if differing := [name for name in before if before[name] != now[name]]:
         first = differing[0]
         raise DataError(
@@ -166,6 +159,18 @@ def _data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
                 remedy="put the same files here, and install the same versions of transformers and tokenizers",
             )
         )
+    return here
+
+
+def _built(plan: LaunchPlan, model: ModelSection) -> DataFacts:
+    """The data cache of the run's sources as they are on this machine, built."""
+    if problems := sources.check_sources(plan.config.data):
+        remedy = "put the data where the run found it when it began; nothing else is missing here"
+        raise ConfigError([Problem(p.what, p.where, p.value, remedy) for p in problems])
+    prepare(plan.config.model_copy(update={"model": model}))
+    built = cache.find(cache.cache_key(plan.config.data, model.tokenizer or model.path or ""))
+    if built is None:
+        raise DataError(Problem("the data cache is not there after it was built", where=str(cache.cache_root())))
     return built
 
 

@@ -119,7 +119,7 @@ def _notes(plan: LaunchPlan) -> list[str]:
         notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")
     if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
         notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
-    if data is not None and (lost := data.truncated_tokens / (data.num_tokens + data.truncated_tokens)) > _WORTH_TELLING:
+    if data is not None and (lost := data.truncated_frac) > _WORTH_TELLING:
         notes.append(
             f"{data.truncated_docs:,} documents are cut, {lost:.0%} of the tokens: raise data.max_length, "
             "or data.long_documents=split"

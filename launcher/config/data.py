@@ -140,6 +140,12 @@ class ChecksSection(Section):
         "drop",
         description="A document has no trained token within a row's length. Where none has one, the data is refused.",
     )
+    unsure_border: Literal["drop", "fail"] = Field(
+        "drop",
+        description=(
+            "What is trained begins or ends inside a token, and cut there the text becomes another one: the mask cannot be told."
+        ),
+    )
     few_examples: Accepted = Field(
         "keep", description="There are fewer examples than few_examples_below, or less than a million tokens of text alone."
     )

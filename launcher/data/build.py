@@ -13,7 +13,7 @@ import numpy as np
 
 from launcher.config.data import DataSection, Source
 from launcher.data import cache, findings, parallel, quality, rows, sources
-from launcher.data.encode import NUM_SAMPLES, Docs, Item, Pieces, Sample
+from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
@@ -73,41 +73,38 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     stays = ~drop[pieces.doc] & (pieces.lengths > 0)
     train = np.flatnonzero(stays & ~docs.held_out[pieces.doc])
     if not pieces.labels[train].any():
-        raise _nothing_left(docs, data)
+        raise _nothing_left(docs, data, found)
     on_progress("pack and write", 0, 1)
     piece_sources = docs.source[pieces.doc]
     layout, epochs = rows.mixed(pieces.lengths, piece_sources, train, data)
     if not pieces.labels[layout.order].any():
-        raise _nothing_left(docs, data)
+        raise _nothing_left(docs, data, found)
     held_out = rows.all_of(pieces.lengths, np.flatnonzero(stays & docs.held_out[pieces.doc]), data, data.eval_max_rows)
     spilled = spill.close()
     num_inputs = len(data.sources) + (data.eval_path is not None)
-    for place, split, num_sources in ((folder, layout, len(data.sources)), (folder / "eval", held_out, num_inputs)):
+    digest = "-".join(
         rows.write(place, split, pieces.lengths, piece_sources, pieces.labels, spilled, num_sources)
+        for place, split, num_sources in ((folder, layout, len(data.sources)), (folder / "eval", held_out, num_inputs))
+    )
     spill.remove()
     chosen = heapq.nsmallest(NUM_SAMPLES, (s for s in corpus.samples if not drop[s.doc]), key=lambda sample: sample.rank)
     samples = [{"prompt": s.prompt, "prompt_ids": s.prompt_ids, "answer": s.answer} for s in chosen]
     cache.write_json(folder / "samples.json", samples)
     findings.write(folder, found)
     report = _report(corpus, drop, layout, held_out, epochs, data)
-    cache.finish(folder, _facts(report, pieces, layout, held_out), report)
+    cache.finish(folder, _facts(report, pieces, layout, held_out, digest), report)
     on_progress("pack and write", 1, 1)
 
 
-def _items(data: DataSection) -> Iterator[Item]:
-    """Each document once; where data.eval_path is set, the sources' own held-out documents belong to neither split."""
+def _work(data: DataSection) -> Iterator[Work]:
+    """All documents once; where data.eval_path is set, the sources' own held-out documents belong to neither split."""
     held_out = sources.eval_source(data)
     for number, source in enumerate(data.sources):
-        brings_split = source.path == sources.STDLIB_DOCS
-        for document, held_out_by_source in sources.read_documents(source):
-            if held_out is None:
-                yield Item(document, number, held_out_by_source if brings_split else None)
-            elif not held_out_by_source:
-                yield Item(document, number, False)
+        for batch in sources.read_batches(source):
+            yield Work(batch, number, None if held_out is None else False)
     if held_out is not None:
-        for document, held_out_by_source in sources.read_documents(held_out):
-            if not held_out_by_source:
-                yield Item(document, len(data.sources), True)
+        for batch in sources.read_batches(held_out):
+            yield Work(batch, len(data.sources), True)
 
 
 def _inputs(data: DataSection) -> list[Source]:
@@ -130,7 +127,7 @@ def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_pro
     hits: list[tuple[int, quality.Hit]] = []
     samples: list[Sample] = []
     num_docs = max_token_id = 0
-    for batch in parallel.encode(parallel.batched(_items(data)), data, tokenizer_path):
+    for batch in parallel.encode(_work(data), data, tokenizer_path):
         spill.add(batch.tokens, batch.trained)
         max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
         hits += [(num_docs + i, hit) for i, hit in batch.hits]
@@ -166,18 +163,20 @@ def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.F
     return quality.conclude(hits, seen, data.checks)
 
 
-def _nothing_left(docs: Docs, data: DataSection) -> DataError:
+def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> DataError:
     what = "no document with a trained token is left to train on"
     where = ", ".join(source.path for source in data.sources)
     remedy = (
         "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
         "or let data.checks keep what it drops"
     )
-    read = int(np.count_nonzero(~docs.held_out))
-    return DataError(Problem(what, where, f"{read:,} documents to train on were read", remedy))
+    read = f"{np.count_nonzero(~docs.held_out):,} documents to train on were read"
+    dropped = [one.finding for one in findings.judge(found, data.checks) if one.action == "drop"]
+    told = [f"{finding.count:,} {finding.title} ({finding.examples[0].where})" for finding in dropped]
+    return DataError(Problem(what, where, "; ".join([read, *told]), remedy))
 
 
-def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out: rows.Layout) -> DataFacts:
+def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out: rows.Layout, digest: str) -> DataFacts:
     row_tokens = np.add.reduceat(pieces.lengths[layout.order], layout.starts[:-1])
     num_tokens = int(row_tokens.sum())
     return DataFacts(
@@ -191,6 +190,7 @@ def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out
         truncated_docs=sum(source["truncated_docs"] for source in report["sources"]),
         truncated_tokens=sum(source["truncated_tokens"] for source in report["sources"]),
         padding_frac=1 - num_tokens / (layout.num_rows * int(row_tokens.max())),
+        digest=digest,
     )
 
 

@@ -41,7 +41,7 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
 # Raised whenever the same sources would give other tokens, other rows or another layout.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 LOCK_TIMEOUT_S = 2 * 3600.0
 
 # What AutoTokenizer reads from its folder; config.json because the model type picks the class.
@@ -73,7 +73,7 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
     parts = {
         "format": FORMAT_VERSION,
         "sources": [(s.model_dump(exclude={"path", "revision"}), source_digest(s)) for s in data.sources],
-        "eval": None if held_out is None else (held_out.model_dump(exclude={"path"}), source_digest(held_out)),
+        "eval": None if held_out is None else (held_out.model_dump(exclude={"path", "revision"}), source_digest(held_out)),
         "settings": data.model_dump(exclude=_NOT_IN_KEY),
         "checks": _dropped_by(data.checks),
         "template": None if data.chat_template is None else _file_digest(Path(data.chat_template).expanduser()),
@@ -184,22 +184,31 @@ class Split:
         return np.asarray(self.docs[first : last + 1] - start)
 
 
-def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], **others: np.ndarray) -> None:
-    """Write the arrays of a split into `folder`; tokens and trained come in parts, since all at once may not fit in memory."""
+def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], **others: np.ndarray) -> str:
+    """Write the arrays of a split into `folder`, and give the hex digest of them all.
+
+    Tokens and trained come in parts, since all at once may not fit in memory.
+    """
     folder.mkdir(mode=0o700, exist_ok=True)
     num_tokens = int(others["rows"][-1])
-    _write_array(folder / "tokens.npy", np.dtype(np.uint32), (num_tokens,), tokens)
-    _write_array(folder / "trained.npy", np.dtype(np.uint8), (num_tokens,), trained)
-    for name, array in others.items():
-        _write_array(folder / f"{name}.npy", array.dtype, array.shape, [array])
+    digest = xxhash.xxh3_128()
+    _write_array(folder / "tokens.npy", np.dtype(np.uint32), (num_tokens,), tokens, digest)
+    _write_array(folder / "trained.npy", np.dtype(np.uint8), (num_tokens,), trained, digest)
+    for name, array in sorted(others.items()):
+        _write_array(folder / f"{name}.npy", array.dtype, array.shape, [array], digest)
+    return digest.hexdigest()
 
 
-def _write_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+def _write_array(
+    path: Path, dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray], digest: xxhash.xxh3_128
+) -> None:
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
-            file.write(np.ascontiguousarray(part).data)
+            content = np.ascontiguousarray(part)
+            file.write(content.data)
+            digest.update(content.data)
         _flush_to_disk(file)
 
 

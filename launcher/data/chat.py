@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from launcher.data.sources import Chat, Completion, Document, PlainText
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 # Of a token that stands for no text.
@@ -36,11 +37,15 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Encoded:
-    """`ids` uint32 and `trained` uint8, one per token; `turn_ends` are the positions of trained end-of-turn tokens."""
+    """`ids` uint32 and `trained` uint8, one per token; `turn_ends` are the positions of trained end-of-turn tokens.
+
+    `is_unsure`: what is trained begins or ends inside a token, however the text is tokenised; then nothing is.
+    """
 
     ids: np.ndarray
     trained: np.ndarray
     turn_ends: tuple[int, ...]
+    is_unsure: bool = False
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -67,12 +72,16 @@ class Encoder:
         self._template = self._chat_template()
         plain = tokenizer("a", add_special_tokens=False).input_ids
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != plain[:1]
-        self._begin = [tokenizer.bos_token_id] if begins else []
+        self._begin = np.asarray([tokenizer.bos_token_id] if begins else [], dtype=np.uint32)
+        self._end = np.asarray([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.uint32)
         self._words = None
+        self._continuing: Tokenizer | None = None
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
             self._words = words.words_of(tokenizer.backend_tokenizer)
+            if self._words is None:
+                self._continuing = _continuing(tokenizer.backend_tokenizer)
 
     def render(self, document: Document) -> Rendered:
         """The document's text and its trained spans; errors: DataError naming template and document."""
@@ -92,13 +101,13 @@ class Encoder:
             case Chat(_, messages, _) if messages[-1].role == "assistant" and len(messages) > 1 and messages[-1].content:
                 chat = with_system(document, self.data.system)
                 text = self._template.render(chat, len(chat.messages) - 1, generation_prompt=True)
-                return messages[-2].content, self._ids([text])[0], messages[-1].content
+                return messages[-2].content, self._ids([text])[0].tolist(), messages[-1].content
             case Completion(_, prompt, completion) if prompt:
-                return prompt, self._begin + self._ids([prompt])[0], completion
+                return prompt, [*self._begin.tolist(), *self._ids([prompt])[0].tolist()], completion
         return None
 
     def encode(self, batch: Sequence[Rendered]) -> list[Encoded]:
-        """Tokenise; errors: DataError where the mask's borders cannot be made to fall between tokens."""
+        """Tokenise; where a border of the mask falls inside a token, the text is cut there, as it is for generation."""
         borders = [sorted({border for span in text.spans for border in _borders(span)}) for text in batch]
         texts = [text.text for text in batch]
         cuts: list[list[int] | None] = [None] * len(batch)
@@ -106,11 +115,8 @@ class Encoder:
             ids, cuts = self._fast(texts, borders)
         else:
             ids = self._ids(texts)
-        self._cut_where_needed(batch, ids, borders, cuts)
-        return [
-            self._encoded(text, token_ids, dict(zip(border, cut or (), strict=True)))
-            for text, token_ids, border, cut in zip(batch, ids, borders, cuts, strict=True)
-        ]
+        self._cut_where_needed(texts, ids, borders, cuts)
+        return list(map(self._encoded, batch, ids, borders, cuts))
 
     def _chat_template(self) -> Template:
         file = self.data.chat_template
@@ -130,31 +136,33 @@ class Encoder:
     # Tokens
 
     def _raw(self, where: str, text: str, span: Span) -> Rendered:
-        if self.tokenizer.eos_token_id is None:
+        if not len(self._end):
             remedy = "set eos_token in its tokenizer_config.json"
             raise DataError(Problem("the tokenizer has no end token, which ends a text", where, self._name, remedy))
         return Rendered(where, text, (span,), raw=True)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:
             return []
-        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        found = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        return [np.asarray(ids, dtype=np.uint32) for ids in found]
 
-    def _fast(self, texts: list[str], borders: list[list[int]]) -> tuple[list[list[int]], list[list[int] | None]]:
+    def _fast(self, texts: list[str], borders: list[list[int]]) -> tuple[list[np.ndarray], list[list[int] | None]]:
         """Token ids of each text, and the number of tokens before each of its borders, as _token_borders gives it."""
-        ids: list[list[int]] = [[]] * len(texts)
+        ids = [np.empty(0, np.uint32)] * len(texts)
         cuts: list[list[int] | None] = [None] * len(texts)
         asked = []
         for i, text in enumerate(texts):
             if self._words is None or (found := self._words.encode(text)) is None:
                 asked.append(i)
             else:
-                ids[i], cuts[i] = found[0], words.tokens_before(borders[i], found[1])
+                ids[i], cuts[i] = found[0], words.tokens_before(text, borders[i], found[1])
         # As the tokenizer's own call does, which would make Python objects of every token's offsets.
         encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in asked], add_special_tokens=False)
         for i, encoding in zip(asked, encodings, strict=True):
-            ids[i] = encoding.ids
-            cuts[i] = self._token_borders(texts[i], ids[i], encoding, borders[i])
+            found_ids = encoding.ids
+            ids[i] = np.asarray(found_ids, dtype=np.uint32)
+            cuts[i] = self._token_borders(texts[i], found_ids, encoding, borders[i])
         return ids, cuts
 
     def _token_borders(self, text: str, ids: list[int], encoding: Encoding, borders: list[int]) -> list[int] | None:
@@ -178,32 +186,36 @@ class Encoder:
         return cuts
 
     def _cut_where_needed(
-        self, batch: Sequence[Rendered], ids: list[list[int]], borders: list[list[int]], cuts: list[list[int] | None]
+        self, texts: list[str], ids: list[np.ndarray], borders: list[list[int]], cuts: list[list[int] | None]
     ) -> None:
-        """Tokenise piece by piece, in place, the texts whose borders fall inside tokens: as generation does after a prompt."""
-        open_texts = [i for i, cut in enumerate(cuts) if cut is None]
-        pieces: list[str] = []
-        for i in open_texts:
-            pieces += [batch[i].text[a:b] for a, b in itertools.pairwise([0, *borders[i], len(batch[i].text)])]
-        done = iter(self._ids(pieces))
-        for i in open_texts:
-            parts = list(itertools.islice(done, len(borders[i]) + 1))
-            joined = list(itertools.chain.from_iterable(parts))
-            if self._decode(joined) != self._decode(ids[i]):
-                what = "the tokenizer gives other text when the trained part is tokenised by itself"
-                remedy = "use a tokenizer with tokenizer.json, or change the row"
-                raise DataError(Problem(what, batch[i].where, self._name, remedy))
-            ids[i] = joined
-            cuts[i] = list(itertools.accumulate(len(part) for part in parts[:-1]))
+        """Tokenise piece by piece, in place, the texts whose borders fall inside tokens: as generation does after a prompt.
 
-    def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        Pieces that do not give the same text together stay without cuts.
+        """
+        for i in [i for i, cut in enumerate(cuts) if cut is None]:
+            pieces = [texts[i][a:b] for a, b in itertools.pairwise([0, *borders[i], len(texts[i])])]
+            whole, ways = self._decode(ids[i]), [self._ids(pieces)]
+            if self._continuing is not None:
+                rest = self._continuing.encode_batch(pieces[1:], add_special_tokens=False)
+                ways.append([ways[0][0], *(np.asarray(piece.ids, dtype=np.uint32) for piece in rest)])
+            for parts in ways:
+                joined = np.concatenate(parts)
+                if self._decode(joined) == whole:
+                    ids[i] = joined
+                    cuts[i] = list(itertools.accumulate(len(part) for part in parts[:-1]))
+                    break
 
-    def _encoded(self, text: Rendered, ids: list[int], cut_at: dict[int, int]) -> Encoded:
+    def _decode(self, ids: np.ndarray) -> str:
+        return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _encoded(self, text: Rendered, ids: np.ndarray, borders: list[int], cuts: list[int] | None) -> Encoded:
         shift = len(self._begin) if text.raw else 0
         if text.raw:
-            ids = [*self._begin, *ids, self.tokenizer.eos_token_id]
+            ids = np.concatenate([self._begin, ids, self._end])
         trained = np.zeros(len(ids), dtype=np.uint8)
+        if cuts is None:
+            return Encoded(ids, trained, (), is_unsure=True)
+        cut_at = dict(zip(borders, cuts, strict=True))
         turn_ends = []
         for span in text.spans:
             end = shift + cut_at[span.end] + text.raw
@@ -214,7 +226,26 @@ class Encoder:
                 turn_ends.append(shift + cut_at[span.turn_end])
         # Nothing stands before the first token to predict it from.
         trained[:1] = 0
-        return Encoded(np.asarray(ids, dtype=np.uint32), trained, tuple(turn_ends))
+        return Encoded(ids, trained, tuple(turn_ends))
+
+
+def _continuing(tokenizer: Tokenizer) -> Tokenizer | None:
+    """`tokenizer` for text in the middle of a document, without the space that it puts before a text; None where it puts none."""
+    parts = json.loads(tokenizer.to_str())
+    before = json.dumps(parts)
+    normalizer = parts["normalizer"] or {}
+    if normalizer.get("type") == "Prepend":
+        parts["normalizer"] = None
+    elif normalizer.get("type") == "Sequence":
+        normalizer["normalizers"] = [step for step in normalizer["normalizers"] if step["type"] != "Prepend"]
+    splitter = parts["pre_tokenizer"] or {}
+    for step in splitter.get("pretokenizers", [splitter]):
+        if step.get("type") == "Metaspace":
+            step["prepend_scheme"] = "never"
+        elif step.get("type") == "ByteLevel":
+            step["add_prefix_space"] = False
+    made = json.dumps(parts)
+    return None if made == before else type(tokenizer).from_str(made)
 
 
 def _borders(span: Span) -> tuple[int, ...]:

@@ -21,8 +21,10 @@ MIN_WINDOWS = 64
 RECALL = 0.99
 # Documents of one band's group are compared with so many that follow; larger groups are chained.
 REACH = 8
-# A held-out document is compared with so many training ones of a group: in rows of one template, many agree that are not alike.
+# A held-out document is compared with so many training ones of a group at a time, until one is found that is like it.
 REACH_ACROSS = 512
+# In rows of one template many documents agree that are not alike: as many pairs as a build has time for, beside each one's first.
+MOST_PAIRS_ACROSS = 1 << 26
 
 _SEED = 7
 _CHUNK = 1 << 16
@@ -85,17 +87,31 @@ def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.nd
 
 
 def near_in(left: np.ndarray, right: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pairs (a, b, similarity) as near_pairs gives them, of a row of `left` and a row of `right`."""
+    """Pairs (a, b, similarity) as near_pairs gives them, of a row of `left` and a row of `right`.
+
+    Of a row of `left` that is like a great many, those of a group beyond the first REACH_ACROSS are left out.
+    """
+    found = np.zeros(len(left), dtype=bool)
+    pairs_left = MOST_PAIRS_ACROSS
     for band in _bands(threshold):
         keys, wanted = _keys(right, band), _keys(left, band)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        first = np.searchsorted(keys, wanted)
-        counts = np.minimum(np.searchsorted(keys, wanted, side="right") - first, REACH_ACROSS)
-        for some in np.array_split(np.arange(len(left)), max(1, int(counts.sum()) // _CHUNK)):
-            num = counts[some]
-            steps = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
-            yield _alike(left, np.repeat(some, num), right, order[np.repeat(first[some], num) + steps], threshold)
+        first, end = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
+        asked = np.flatnonzero(first < end)
+        while len(asked):
+            counts = np.minimum(end[asked] - first[asked], REACH_ACROSS)
+            for some in np.array_split(np.arange(len(asked)), max(1, int(counts.sum()) // _CHUNK)):
+                num, rows = counts[some], asked[some]
+                steps = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
+                near = _alike(left, np.repeat(rows, num), right, order[np.repeat(first[rows], num) + steps], threshold)
+                found[near[0]] = True
+                yield near
+            first[asked] += counts
+            asked = asked[(first[asked] < end[asked]) & ~found[asked]]
+            pairs_left -= REACH_ACROSS * len(asked)
+            if pairs_left < 0:
+                break
 
 
 def _bands(threshold: float) -> Iterator[slice]:

@@ -11,7 +11,7 @@ import numpy as np
 from launcher.config.data import DataSection
 from launcher.data import quality
 from launcher.data.chat import Encoded, Encoder, load_tokenizer
-from launcher.data.sources import Document
+from launcher.data.sources import Batch, Document
 
 NUM_SAMPLES = 4
 
@@ -23,6 +23,23 @@ class Item:
     document: Document
     source: int
     held_out: bool | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """Documents of the source with the number `source`. `held_out`: all are, or all are not; those that the source itself holds
+    out are left out then. None: as the source itself says, else each one's content decides."""
+
+    batch: Batch
+    source: int
+    held_out: bool | None
+
+    def items(self) -> list[Item]:
+        """The documents, parsed. Errors: DataError with the place."""
+        found = self.batch.documents()
+        if self.held_out is not None:
+            return [Item(document, self.source, self.held_out) for document, apart in found if not apart]
+        return [Item(document, self.source, apart if self.batch.brings_split else None) for document, apart in found]
 
 
 @dataclass(frozen=True)
@@ -84,8 +101,9 @@ class BatchEncoder:
         self.data = data
         self.encoder = Encoder(load_tokenizer(tokenizer_path), data)
 
-    def encode(self, items: Sequence[Item]) -> EncodedBatch:
+    def encode(self, work: Work) -> EncodedBatch:
         """Tokens, faults and counts of some documents; errors: DataError naming the document."""
+        items = work.items()
         documents = [item.document for item in items]
         rendered = [self.encoder.render(document) for document in documents]
         encoded = self.encoder.encode(rendered)
@@ -124,6 +142,8 @@ class BatchEncoder:
 
     def _lacking(self, whole: Encoded, pieces: Sequence[Encoded]) -> quality.Hit | None:
         """What the pieces of a document do not train, though they should."""
+        if whole.is_unsure:
+            return None
         within = f"within the first {self.data.max_length:,} tokens"
         if not pieces[0].trained.any():
             return quality.Hit("no_trained_token", f"none {within}")

@@ -21,6 +21,7 @@ NUM_EXAMPLES = 3
 # Each check by its name in data.checks: what was found, and what a person does about it.
 TITLES = {
     "no_trained_token": "documents without a trained token within a row",
+    "unsure_border": "documents whose trained part does not begin and end between two tokens",
     "no_turn_end": "documents that train no end of turn",
     "held_out_in_train": "held-out documents that also stand in training, but for case and white space",
     "near_held_out_in_train": "held-out documents that are nearly the same as one in training",
@@ -38,6 +39,7 @@ TITLES = {
 }
 REMEDIES = {
     "no_trained_token": "give them an answer, or raise data.max_length where it is cut off",
+    "unsure_border": "let a completion begin with the space before its first word, or a word of its own",
     "no_turn_end": (
         "where it is cut off, raise data.max_length, or data.long_documents=split or drop; "
         "else use a chat template that ends the assistant's turn with a special token (data.chat_template=FILE)"
@@ -57,6 +59,8 @@ REMEDIES = {
     "few_examples": "add examples, and hold some out to see whether they suffice",
 }
 
+# What is never trained as it is.
+_ACCEPTED = {"unsure_border": "to train on the others: {}=drop"}
 
 # What stands on both sides: a share of the held-out documents is accepted, and training loses what is dropped.
 LEAKS = ("held_out_in_train", "near_held_out_in_train")
@@ -169,9 +173,10 @@ def share_text(share: float) -> str:
 
 
 def _problem(finding: Finding) -> Problem:
+    accepted = _ACCEPTED.get(finding.name, "to train on it as it is: {}=keep").format(finding.setting)
     return Problem(
         f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}): {finding.title}",
         where="; ".join(example.where for example in finding.examples),
         value="; ".join(example.detail for example in finding.examples),
-        remedy=f"{REMEDIES[finding.name]}; to train on it as it is: {finding.setting}=keep",
+        remedy=f"{REMEDIES[finding.name]}; {accepted}",
     )

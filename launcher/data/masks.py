@@ -6,6 +6,7 @@ by rendering prefixes of the conversation and comparing; where that does not giv
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import jinja2
+from transformers.utils import chat_template_utils
 
 from launcher.data.sources import Chat, Message
 from launcher.errors import DataError, Problem
@@ -173,15 +175,11 @@ class Template:
     def _render(
         self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
     ) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils import chat_template_utils
-
         source = self._source(chat)
         rows, tools = [_as_template_reads(message) for message in messages], (list(chat.tools) if with_tools else []) or None
         values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
         try:
-            # What tokenizer.apply_chat_template compiles and keeps; here nothing has to be copied first.
-            compiled = chat_template_utils._compile_jinja_template(source)
-            compiled.globals["strftime_now"] = _TODAY.strftime
+            compiled = _compiled(source)
             if not marks:
                 return compiled.render(messages=rows, tools=tools, documents=None, **values), []
             texts, spans = chat_template_utils.render_jinja_template(
@@ -229,6 +227,15 @@ class Template:
     def _refuse(self, does: str, where: str) -> NoReturn:
         what = f"the chat template {does}, so the trained tokens cannot be told for certain"
         raise DataError(Problem(what, where, self.name, _NOT_SURE))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    """What tokenizer.apply_chat_template compiles and keeps; rendered here, nothing has to be copied first."""
+    compiled: jinja2.Template = chat_template_utils._compile_jinja_template(source)
+    # Every rendering copies them, which takes long of Jinja's chained maps.
+    compiled.globals = {**compiled.globals, "strftime_now": _TODAY.strftime}
+    return compiled
 
 
 def answers(chat: Chat, train_on: TrainOn) -> list[int]:

@@ -148,7 +148,9 @@ def _written(message: Message, reasoning: str | None) -> str:
 def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: ChecksSection) -> Iterator[Hit]:
     """Faults of structure: what is trained, what is missing, who speaks when."""
     num_trained = int(np.count_nonzero(encoded.trained))
-    if not num_trained:
+    if encoded.is_unsure:
+        yield Hit("unsure_border", "what is trained begins or ends inside a token")
+    elif not num_trained:
         yield Hit("no_trained_token", "no token is trained")
     if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
         yield Hit("empty_answer", f"{empty[0]} is empty")

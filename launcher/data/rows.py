@@ -119,8 +119,11 @@ def write(
     labels: np.ndarray,
     spilled: tuple[np.ndarray, np.ndarray],
     num_sources: int,
-) -> None:
-    """Write the arrays of a split into `folder`; lengths, sources and labels are those of all documents, as in `spilled`."""
+) -> str:
+    """Write the arrays of a split into `folder`; lengths, sources and labels are those of all documents, as in `spilled`.
+
+    Returns the hex digest of the arrays.
+    """
     docs = _starts(lengths[layout.order])
     row_of = np.repeat(np.arange(layout.num_rows), np.diff(layout.starts))
     doc_source = sources[layout.order].astype(np.uint16)
@@ -128,7 +131,7 @@ def write(
     tokens_of = np.bincount(cell, weights=np.diff(docs), minlength=layout.num_rows * num_sources)
     tokens, trained = spilled
     begins = _starts(lengths)[:-1]
-    cache.write_split(
+    return cache.write_split(
         folder,
         _gathered(tokens, begins, lengths, layout.order),
         _gathered(trained, begins, lengths, layout.order),

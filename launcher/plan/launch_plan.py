@@ -56,7 +56,10 @@ class ModelFacts(Record):
 
 
 class DataFacts(Record):
-    """Counts of a built data cache. Rows are packed rows; tokens count no padding."""
+    """Counts of a built data cache. Rows are packed rows; tokens count no padding.
+
+    `digest` is that of the arrays of both splits: tokens, masks, documents and rows.
+    """
 
     cache_dir: str
     num_rows: int
@@ -68,6 +71,12 @@ class DataFacts(Record):
     truncated_docs: int
     truncated_tokens: int
     padding_frac: float
+    digest: str = ""
+
+    @property
+    def truncated_frac(self) -> float:
+        """Of all tokens of the training documents, those that were cut off: documents longer than a row lose their rest."""
+        return self.truncated_tokens / max(1, self.num_tokens + self.truncated_tokens)
 
 
 class Origin(Record):

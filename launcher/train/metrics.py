@@ -112,6 +112,7 @@ class Meter:
         }
         if self._plan.data is not None:
             metrics["trainer/epoch"] = samples / self._plan.data.num_rows
+            metrics["data/truncated_frac"] = self._plan.data.truncated_frac
         metrics |= self._utilisation(batch, step_s) | self._device_memory()
         return metrics
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
+from transformers import AutoTokenizer
 
 from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data import findings
@@ -13,6 +15,7 @@ from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
 from launcher.data.chat import Encoded
 from launcher.data.encode import pieces_of
+from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
 
@@ -139,6 +142,27 @@ def test_what_a_check_drops_is_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> N
     fewer = build(DataSection(sources=(source,), max_length=64, checks=ChecksSection(exact_duplicate="drop")), str(tokenizer_dir))
     assert (fewer.num_docs, read_report(fewer.cache_dir)["dropped_docs"]) == (30, 2)
     assert len(set(contents(Split.open(fewer.cache_dir)))) == 30
+
+
+def test_rows_whose_mask_cannot_be_told_are_dropped_and_located(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    # In the middle one, the completion begins with the accent of the prompt's last letter.
+    rows = [{"prompt": "na", "completion": completion} for completion in (" one", "\u0308ve", " two")]
+    data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=64)
+    facts = build(data, str(tmp_path / "tokenizer"))
+    assert facts.num_docs == 2
+    (found,) = (one for one in findings.read(facts.cache_dir) if one.name == "unsure_border")
+    assert [example.where for example in found.examples] == [f"{data.sources[0].path}:2"]
+    failing = data.model_copy(update={"checks": ChecksSection(unsure_border="fail")})
+    with pytest.raises(DataError, match="does not begin and end between two tokens") as caught:
+        findings.refuse(findings.read(build(failing, str(tmp_path / "tokenizer")).cache_dir), failing.checks)
+    assert "data.checks.unsure_border=drop" in caught.value.problems[0].remedy
+    alone = data.model_copy(update={"sources": (Source(path=str(jsonl(rows[1:2]))),)})
+    with pytest.raises(DataError, match="no document with a trained token is left") as caught:
+        build(alone, str(tmp_path / "tokenizer"))
+    assert "1 documents whose trained part does not begin" in caught.value.problems[0].value
 
 
 def test_documents_that_differ_in_case_and_space_fall_on_one_side(jsonl: Jsonl, tokenizer_dir: Path) -> None:

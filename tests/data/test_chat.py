@@ -6,7 +6,7 @@ import itertools
 import string
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launcher.config.data import DataSection, Source
@@ -212,13 +212,23 @@ def test_a_tokenizer_that_puts_spaces_into_words_has_exact_borders(scheme: str) 
     assert written == f"two▁▁and{END}▁naive{END}"
     encoded = encode(tokenizer, Completion("x:1", "one plus one:", " two"))
     assert "".join(tokenizer.convert_ids_to_tokens(encoded.ids[encoded.trained == 1].tolist())) == f"▁two{END}"
-    inside_a_word = Completion("x:1", "nai", "ve answer")
-    if scheme == "never":
-        assert trained_texts(tokenizer, encode(tokenizer, inside_a_word)) == [f"ve answer{END}"]
-    else:
-        # By itself, the completion would begin with a space.
-        with pytest.raises(DataError, match="other text when the trained part is tokenised by itself"):
-            encode(tokenizer, inside_a_word)
+    # By itself, a completion inside a word would begin with a space; after a prompt that ends with one it is a word of its own.
+    for prompt, completion in (("nai", "ve answer"), ("one plus one: ", "two")):
+        encoded = encode(tokenizer, Completion("x:1", prompt, completion))
+        before, after = tokenizer(prompt).input_ids, encoded.ids[encoded.trained == 1].tolist()
+        assert encoded.ids.tolist() == [*before, *after]
+        assert "".join(tokenizer.convert_ids_to_tokens(after)) == completion.replace(" ", "▁") + END
+
+
+def test_a_mask_whose_border_cannot_be_told_trains_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    encoded = encode(tokenizer, Completion("x:1", "nave\u0308", " answer"))
+    assert (encoded.is_unsure, trained_texts(tokenizer, encoded)) == (False, [f" answer{END}"])
+    # The accent belongs to the character before it, which is of the prompt.
+    encoded = encode(tokenizer, Completion("x:1", "na", "\u0308ve answer"))
+    assert encoded.is_unsure
+    assert not encoded.trained.any()
+    assert encoded.turn_ends == ()
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,25 @@ def test_the_key_follows_how_a_source_is_read(
     assert len(set(keys)) == 2
 
 
+def test_the_key_does_not_follow_the_name_of_a_revision(
+    chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The digest has the commit, and a branch and a tag may be the same one.
+    monkeypatch.setattr("launcher.data.cache.source_digest", lambda source: "the same commit")
+    sources = [Source(path=str(chats), revision=revision) for revision in ("v1", "main")]
+    assert len({cache_key(DataSection(sources=(s,), eval_path=s.path), str(tokenizer_dir)) for s in sources}) == 1
+
+
+def test_the_digest_of_a_cache_is_that_of_its_tokens_and_rows(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
+    first = build(section(), str(tokenizer_dir))
+    shutil.rmtree(first.cache_dir)
+    again = build(section(), str(tokenizer_dir))
+    assert (first.digest, first) == (again.digest, again)
+    assert first.digest
+    others = [section(train_on="all"), section(packing=False), section(eval_fraction=0.5)]
+    assert len({first.digest, *(build(other, str(tokenizer_dir)).digest for other in others)}) == 4
+
+
 def test_the_key_follows_template_held_out_split_and_libraries(
     section: Section, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from transformers import AutoTokenizer
 
 from launcher.config.data import DataSection, Source
 from launcher.data import cache
 from launcher.data.build import build
-from launcher.data.encode import Item
-from launcher.data.parallel import BATCH_CHARS, BATCH_DOCS, MIN_BATCHES, batched, num_workers
-from launcher.data.sources import PlainText
+from launcher.data.parallel import MIN_BATCHES, num_workers
+from launcher.data.sources import BLOCK_ROWS
 from launcher.errors import DataError
 
 DEADLINE_S = 120.0
@@ -47,7 +47,7 @@ except DataError as error:
 @pytest.fixture
 def many(jsonl: Callable[..., Path]) -> DataSection:
     """Enough documents for several processes."""
-    rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range((MIN_BATCHES + 4) * BATCH_DOCS)]
+    rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range((MIN_BATCHES + 4) * BLOCK_ROWS)]
     return DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=128, eval_fraction=0.1, workers=2)
 
 
@@ -95,7 +95,7 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
     tokenised = [done for stage, done, _ in progress if stage == "tokenise"]
     assert tokenised == sorted(tokenised)
     assert len(tokenised) > MIN_BATCHES
-    assert tokenised[-1] == (MIN_BATCHES + 4) * BATCH_DOCS
+    assert tokenised[-1] == (MIN_BATCHES + 4) * BLOCK_ROWS
 
 
 def test_a_killed_worker_is_told_and_nothing_is_left(
@@ -134,7 +134,7 @@ def test_an_interrupted_builder_takes_its_processes_along(
 
 def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokenizer_dir: Path) -> None:
     path = Path(many.sources[0].path)
-    broken = (MIN_BATCHES + 2) * BATCH_DOCS
+    broken = (MIN_BATCHES + 2) * BLOCK_ROWS
     lines = path.read_text().splitlines()
     lines[broken] = json.dumps({"prompt": "1:", "completion": None})
     path.write_text("\n".join(lines))
@@ -145,12 +145,15 @@ def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokeni
     assert time.monotonic() - began < DEADLINE_S
 
 
-def test_batches_are_bounded_by_documents_and_by_characters() -> None:
-    short = [Item(PlainText("", "x"), 0, None)] * (2 * BATCH_DOCS + 1)
-    assert [len(batch) for batch in batched(short)] == [BATCH_DOCS, BATCH_DOCS, 1]
-    long = [Item(PlainText("", "x" * (BATCH_CHARS // 2)), 0, None)] * 5
-    assert [len(batch) for batch in batched(long)] == [2, 2, 1]
-    assert list(batched([])) == []
+def test_the_processes_do_without_torch(tokenizer_dir: Path) -> None:
+    script = (
+        "import json, sys, launcher.data.preload; from launcher.data.chat import load_tokenizer; "
+        "ids = load_tokenizer(sys.argv[1])(sys.argv[2]).input_ids; print(json.dumps([ids, sys.modules['torch']]))"
+    )
+    command = [sys.executable, "-c", script, str(tokenizer_dir), "It's 1 text, naïve."]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+    assert json.loads(done.stdout) == [AutoTokenizer.from_pretrained(str(tokenizer_dir))(command[-1]).input_ids, None]
+    assert "PyTorch was not found" not in done.stderr
 
 
 def test_the_number_of_processes(many: DataSection) -> None:
@@ -159,8 +162,6 @@ def test_the_number_of_processes(many: DataSection) -> None:
 
 
 def test_every_token_of_every_document_is_in_the_cache_once(many: DataSection, tokenizer_dir: Path) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     folder = build(many, str(tokenizer_dir)).cache_dir
     found = []

@@ -292,6 +292,22 @@ def test_a_held_out_document_is_found_among_many_of_one_template() -> None:
     assert hit.detail == "91% the same as"
 
 
+def test_a_held_out_document_is_found_among_thousands_that_agree_in_a_band() -> None:
+    numbers = np.random.default_rng(0)
+    num = 5 * duplicates.REACH_ACROSS
+    signatures = numbers.integers(0, 2**16, (num + 2, duplicates.NUM_SLOTS), dtype=np.uint16)
+    band = duplicates._rows_per_band(CHECKS.near_duplicate_threshold)
+    signatures[:, : 10 * band] = signatures[0, : 10 * band]
+    # The first one is like the last of the others alone, the second like all of them.
+    signatures[num] = signatures[num - 1]
+    signatures[num, 10 * band :: band] ^= 1
+    signatures[num + 1] = signatures[0]
+    contents = np.arange(num + 2, dtype=np.uint64)
+    leaks = dict(across(contents, contents, list(signatures), contents >= num, CHECKS))
+    assert leaks[num].others == (num - 1,)
+    assert leaks[num + 1].others == (0,)
+
+
 def test_the_estimate_of_similarity_is_near_the_truth() -> None:
     for number in (1, 3):
         texts = [duplicates.normalised(text).encode() for text in (prose(3, 400), changed(prose(3, 400), number * 12))]

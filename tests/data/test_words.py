@@ -18,6 +18,7 @@ from launcher.data.words import tokens_before, words_of
 CORPUS = [
     "The quick brown fox's den, isn't it? 1234 99 x_y(z)\n\n  def f(a):\n\treturn a  # don't\r\n",
     string.printable,
+    "caf\u00e9 \u00c0 la \u2013 \u201cd\u00e9j\u00e0\u201d, 5\u00a0\u20ac \u00d7 \u00b2",
     "<|end",
 ]
 KINDS = ("gpt2", "smollm", "qwen2", "llama3")
@@ -44,12 +45,14 @@ def tokenizer(kind: str) -> Tokenizer:
     return made
 
 
+SERVED = [character for character in map(chr, range(0x2200)) if words._SERVED.fullmatch(character)]
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(
             ["<|end|>", "<|end|>>", "<x>", "'s", "'LL", "'re", " the", "12345", "\r\n", "\n\n", "   ", "\t", "\x1c", "\x7f"]
         ),
         st.text(st.characters(max_codepoint=127), max_size=8),
+        st.text(st.sampled_from(SERVED), max_size=8),
     ),
     max_size=30,
 ).map("".join)
@@ -64,12 +67,15 @@ def test_tokens_and_borders_are_those_of_the_tokenizer(kind: str, text: str) -> 
     found = known.encode(text)
     expected = asked.encode(text, add_special_tokens=False)
     assert found is not None
-    assert found[0] == expected.ids
-    assert found[1].tolist() == [end for _, end in expected.offsets]
-    borders = [0, *found[1].tolist()]
-    assert tokens_before(borders, found[1]) == list(range(len(borders)))
-    inside = [end - 1 for start, end in expected.offsets if end - start > 1]
-    assert all(tokens_before([border], found[1]) is None for border in inside)
+    assert found[0].tolist() == expected.ids
+    assert found[0].dtype == np.uint32
+    if text.isascii():
+        assert found[1].tolist() == [end for _, end in expected.offsets]
+    for border in range(len(text) + 1):
+        before = expected.char_to_token(border) if border < len(text) else len(expected.ids)
+        starts = border == len(text) or expected.token_to_chars(before)[0] == border
+        found_before = tokens_before(text, [border], found[1])
+        assert found_before == ([before] if starts else None), border
 
 
 def test_the_demonstration_tokenizer_is_served(session_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -79,14 +85,16 @@ def test_the_demonstration_tokenizer_is_served(session_tokenizer: PreTrainedToke
     chats = [[{"role": "user", "content": f"What is {a} + {b}?"}, {"role": "assistant", "content": f"It's {a + b}.\n"}]
              for a, b in itertools.product(range(0, 2000, 97), repeat=2)]  # fmt: skip
     texts = [str(text) for text in session_tokenizer.apply_chat_template(chats, tokenize=False)]
-    assert [known.encode(text)[0] for text in texts] == [e.ids for e in asked.encode_batch(texts, add_special_tokens=False)]
+    expected = [encoding.ids for encoding in asked.encode_batch(texts, add_special_tokens=False)]
+    assert [known.encode(text)[0].tolist() for text in texts] == expected
 
 
 def test_other_text_is_left_to_the_tokenizer() -> None:
     known = words_of(tokenizer("gpt2"))
     assert known is not None
-    assert known.encode("caf\u00e9") is None
-    assert known.encode("") == ([], pytest.approx(np.empty(0)))
+    for character in ("\u00a0", "\u00b2", "\u00b5", "e\u0301", "\u4e2d", "\u212b", "\u2003"):
+        assert known.encode(f"caf{character}") is None
+    assert [len(found) for found in known.encode("")] == [0, 0]
 
 
 def altered(**changes: object) -> Tokenizer:
@@ -111,7 +119,7 @@ def test_a_tokenizer_that_is_not_known_is_not_served() -> None:
 def test_a_byte_that_the_vocabulary_lacks_is_left_to_the_tokenizer() -> None:
     small = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     small.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    known = words.Words(small, [words._ASCII[words._GPT2]], {})
+    known = words.Words(small, words._PATTERNS[words._GPT2], {})
     assert known.encode("ab") is not None
     assert known.encode("abc") is None
 
@@ -121,5 +129,5 @@ def test_the_cache_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) ->
     known = words_of(tokenizer("gpt2"))
     assert known is not None
     text = " ".join(f"word{chr(97 + i)}" for i in range(26))
-    assert known.encode(text)[0] == tokenizer("gpt2").encode(text, add_special_tokens=False).ids
+    assert known.encode(text)[0].tolist() == tokenizer("gpt2").encode(text, add_special_tokens=False).ids
     assert len(known._known) <= 10

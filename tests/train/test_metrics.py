@@ -69,6 +69,10 @@ def test_each_source_has_its_share_of_the_tokens(tmp_path: Path) -> None:
     assert metrics["data/label_frac"] == pytest.approx(0.5)
 
 
+def test_the_share_of_the_datas_tokens_that_were_cut_is_told(plan_of: PlanOf) -> None:
+    assert measured(plan_of())["data/truncated_frac"] == pytest.approx(500 / 900_500)
+
+
 def test_mfu_counts_the_documents_of_a_row_and_no_padding(plan_of: PlanOf) -> None:
     flops = train_flops(plan_of().model)
     assert flops is not None

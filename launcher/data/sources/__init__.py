@@ -5,8 +5,10 @@ A row that cannot be used is an error that names its place; nothing is skipped i
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,16 @@ from launcher.config.data import DataSection, Source
 from launcher.data import stdlib_docs
 from launcher.data.sources import places
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
+from launcher.data.sources.files import BLOCK_ROWS, Block, blocks, rows_of
 from launcher.data.sources.files import count_rows as _count_rows
-from launcher.data.sources.files import read_rows
-from launcher.data.sources.rows import PARSERS, Parser, recognised, refuse, renamed
+from launcher.data.sources.rows import PARSERS, recognised, refuse, renamed
 from launcher.data.sources.splits import HELD_OUT
 from launcher.errors import Problem
 
 __all__ = [
+    "BLOCK_ROWS",
     "STDLIB_DOCS",
+    "Batch",
     "Chat",
     "Completion",
     "Document",
@@ -33,6 +37,7 @@ __all__ = [
     "count_rows",
     "eval_source",
     "provenance",
+    "read_batches",
     "read_documents",
     "source_digest",
 ]
@@ -108,24 +113,63 @@ def count_rows(source: Source) -> int:
     return sum(_count_rows(file.path, file.name) for file in places.files_of(source))
 
 
-def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
-    """Yields each document with True where the source itself holds it out.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some documents of a source that follow each other; plain and picklable.
 
-    The format `auto` is that of the first row. Errors: DataError with the place of what cannot be read or used.
+    `rows` are parsed when they are asked for, or are documents, each with True where the source itself holds it out.
+    """
+
+    rows: Block | tuple[tuple[Document, bool], ...]
+    format: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def brings_split(self) -> bool:
+        return not isinstance(self.rows, Block)
+
+    def documents(self) -> Iterator[tuple[Document, bool]]:
+        """Each document with True where the source itself holds it out. Errors: DataError with the place."""
+        if not isinstance(self.rows, Block):
+            yield from self.rows
+            return
+        parse = PARSERS[self.format]
+        for row, where in rows_of(self.rows):
+            yield parse(renamed(row, self.columns, where), where), False
+
+
+def read_batches(source: Source) -> Iterator[Batch]:
+    """The source's documents, unparsed where that is possible.
+
+    The format `auto` is that of the first row. Errors: DataError with the place of what cannot be read.
     """
     if source.path == STDLIB_DOCS:
-        for pair in stdlib_docs.pairs():
-            messages = (Message("user", pair.question), Message("assistant", pair.answer))
-            yield Chat(f"{STDLIB_DOCS}:{pair.symbol}", messages), pair.held_out
+        pairs = iter(stdlib_docs.pairs())
+        while some := tuple(_stdlib_document(pair) for pair in itertools.islice(pairs, BLOCK_ROWS)):
+            yield Batch(some)
         return
-    parse: Parser | None = PARSERS.get(source.format)
-    is_empty = True
+    format = ""
     for file in places.files_of(source):
-        for row, where in read_rows(file.path, file.name):
-            row = renamed(row, source.columns, where)
-            if parse is None:
-                parse = PARSERS[recognised(row, where)]
-            yield parse(row, where), False
-            is_empty = False
-    if is_empty:
+        for block in blocks(file.path, file.name):
+            if not format:
+                if (first := next(rows_of(block), None)) is None:
+                    continue
+                row, where = first
+                format = recognised(renamed(row, source.columns, where), where) if source.format == "auto" else source.format
+            yield Batch(block, format, source.columns)
+    if not format:
         refuse("the source holds no rows", source.path, "write rows into it, or take the source out")
+
+
+def _stdlib_document(pair: stdlib_docs.Pair) -> tuple[Document, bool]:
+    messages = (Message("user", pair.question), Message("assistant", pair.answer))
+    return Chat(f"{STDLIB_DOCS}:{pair.symbol}", messages), pair.held_out
+
+
+def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
+    """Each document with True where the source itself holds it out.
+
+    Errors: DataError with the place of what cannot be read or used.
+    """
+    for batch in read_batches(source):
+        yield from batch.documents()

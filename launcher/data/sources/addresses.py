@@ -147,7 +147,7 @@ class Remote:
         except ImportError as error:
             protocol = path.split("://")[0]
             what = f"the package that reads {protocol}:// is not installed: {error}"
-            install = "install it; s3:// needs s3fs, gs:// needs gcsfs, https:// needs aiohttp"
+            install = "install it; s3:// needs s3fs, gs:// needs gcsfs"
             raise DataError(Problem(what, path, remedy=install)) from error
         except Exception as error:
             what = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"

@@ -1,5 +1,6 @@
 """From a file to rows: jsonl, json, csv, parquet and txt, as they are or compressed with gzip or zstd.
 
+A file is cut into blocks of rows without parsing what can be told apart unparsed, so that other processes may do that.
 Compression is told by a file's first bytes, its kind by the name, and by the first bytes where the name says nothing.
 """
 
@@ -10,7 +11,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,15 @@ from typing import Any, NoReturn
 
 import xxhash
 
+from launcher.data.sources.arrays import array_rows, beyond
 from launcher.data.sources.rows import Row, json_name, refuse
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+# Of what is read at a time, and of a block of rows.
 _BLOCK_BYTES = 1 << 20
+BLOCK_ROWS = 256
 _SAVE_AS_UTF8 = "save the file in UTF-8"
 
 
@@ -50,14 +54,75 @@ def _decompressed_name(name: str) -> Path:
     return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
-def read_rows(path: Path, name: str) -> Iterator[tuple[Row, str]]:
-    """Each row with its place, file:line or file:row N; `name` is the file as the user knows it.
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Up to BLOCK_ROWS rows that follow each other in a file; plain and picklable.
 
-    Errors: DataError with the place, for a file that is unreadable, cut, corrupt, not UTF-8 or not what its name says.
+    `data` are the lines of a jsonl or txt file, of which `first` is the number; a part of a parquet table as an Arrow stream,
+    with the number of its first row; or the rows themselves with their places, where the file had to be parsed to find them.
+    """
+
+    kind: str
+    name: str
+    first: int
+    data: bytes | tuple[tuple[Row, str], ...]
+
+
+def blocks(path: Path, name: str) -> Iterator[Block]:
+    """The rows of a file, in order, in blocks of about a megabyte at most; `name` is the file as the user knows it.
+
+    Errors: DataError with the place, for a file that is unreadable, cut or corrupt, or a table or array that cannot be parsed.
     """
     with _opened(path, name) as file:
         kind = kind_by_name(name) or _kind_by_content(file, name)
-        yield from _READERS[kind](file, name)
+        if kind == "json" and file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
+            # Lines of objects under the name of a JSON file.
+            kind = "jsonl"
+        if kind in _LINES:
+            yield from _blocks_of_lines(file, name, kind)
+        elif kind == "parquet":
+            yield from _blocks_of_table(file, name)
+        else:
+            yield from _blocks_of_rows(_csv(file, name) if kind == "csv" else array_rows(file, name), name, kind)
+
+
+def rows_of(block: Block) -> Iterator[tuple[Row, str]]:
+    """Each row of a block with its place, file:line or file:row N. Errors: DataError with the place."""
+    if not isinstance(block.data, bytes):
+        yield from block.data
+    elif block.kind == "parquet":
+        yield from _table_rows(block.data, block)
+    else:
+        yield from _LINES[block.kind](enumerate(io.BytesIO(block.data), start=block.first), block.name)
+
+
+def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[Block]:
+    lines: list[bytes] = []
+    first, num_bytes = 1, 0
+    for line in file:
+        lines.append(line)
+        num_bytes += len(line)
+        if len(lines) == BLOCK_ROWS or num_bytes >= _BLOCK_BYTES:
+            yield Block(kind, name, first, b"".join(lines))
+            first, num_bytes = first + len(lines), 0
+            lines.clear()
+    if lines:
+        yield Block(kind, name, first, b"".join(lines))
+
+
+def _blocks_of_rows(rows: Iterator[tuple[Row, str, int]], name: str, kind: str) -> Iterator[Block]:
+    """`rows` come with the number of their characters."""
+    some: list[tuple[Row, str]] = []
+    first, num_chars = 1, 0
+    for row, place, size in rows:
+        some.append((row, place))
+        num_chars += size
+        if len(some) == BLOCK_ROWS or num_chars >= _BLOCK_BYTES:
+            yield Block(kind, name, first, tuple(some))
+            first, num_chars = first + len(some), 0
+            some.clear()
+    if some:
+        yield Block(kind, name, first, tuple(some))
 
 
 def count_rows(path: Path, name: str) -> int:
@@ -132,8 +197,8 @@ def _kind_by_content(file: io.BufferedReader, name: str) -> str:
     refuse("neither name nor content tells what kind of file this is", name, remedy)
 
 
-def _json_lines(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
-    for number, line in enumerate(file, start=1):
+def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
+    for number, line in lines:
         text = _decoded(line, name, number).rstrip("\r\n")
         if not text or text.isspace():
             continue
@@ -145,7 +210,7 @@ def _json_lines(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]
             remedy = "write one complete JSON object per line"
             refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
         except (RecursionError, ValueError) as error:
-            refuse(f"the line {_beyond(error)}", f"{name}:{number}", "take the row out")
+            refuse(f"the line {beyond(error)}", f"{name}:{number}", "take the row out")
         if isinstance(row, list):
             refuse("the line holds a JSON array, not an object", f"{name}:{number}", _rename(name))
         if not isinstance(row, dict):
@@ -153,35 +218,12 @@ def _json_lines(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]
         yield row, f"{name}:{number}"
 
 
-def _beyond(error: Exception) -> str:
-    """Why JSON that is well formed cannot be read."""
-    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
-
-
 def _rename(name: str) -> str:
     return f"write one JSON object per line, or give the file the ending .json (now {Path(name).name})"
 
 
-def _json(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
-    """A JSON array of objects, or lines of objects under the name of a JSON file."""
-    if file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
-        yield from _json_lines(file, name)
-        return
-    text = "".join(_decoded(line, name, number) for number, line in enumerate(file, start=1))
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{name}:{error.lineno}:{error.colno}"
-        refuse(f"the file is not JSON: {error.msg}", place, "write one JSON array of objects; is the file cut?")
-    except (RecursionError, ValueError) as error:
-        refuse(f"the file {_beyond(error)}", name, "take the row out, or write one JSON object per line to see which it is")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            refuse("an entry of the JSON array is not an object", f"{name}:row {number}", "write an array of objects")
-        yield row, f"{name}:row {number}"
-
-
-def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
+    """(row, its place, its characters) of each line after the first, which names the columns."""
     csv.field_size_limit(sys.maxsize)
     lines = (_decoded(line, name, number) for number, line in enumerate(file, start=1))
     reader = csv.reader(lines, strict=True)
@@ -200,16 +242,19 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
                 what = f"the row has {len(cells)} cells, and the first line names {len(header)} columns ({', '.join(header)})"
                 refuse(what, place, 'put text that holds commas, quotes or line breaks between quotes, and write " as ""')
             else:
-                yield dict(zip(header, cells, strict=True)), place
+                yield dict(zip(header, cells, strict=True)), place, sum(map(len, cells))
     except csv.Error as error:
         refuse(f"the table cannot be read: {error}", f"{name}:{reader.line_num}", 'close every quote, and write " inside as ""')
 
 
-def _text_lines(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+def _text_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
     """Every line that is not empty is a document."""
-    for number, line in enumerate(file, start=1):
+    for number, line in lines:
         if text := _decoded(line, name, number).rstrip("\r\n"):
             yield {"text": text}, f"{name}:{number}"
+
+
+_LINES = {"jsonl": _json_lines, "txt": _text_lines}
 
 
 def _parquet(file: io.BufferedReader, name: str) -> Any:
@@ -224,19 +269,39 @@ def _parquet(file: io.BufferedReader, name: str) -> Any:
         refuse(f"this is no complete parquet file: {error}", name, "copy or download the file again")
 
 
-def _parquet_rows(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str]]:
+def _blocks_of_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
     import pyarrow
 
-    number = 0
+    first = 1
     table = _parquet(file, name)
     try:
-        for batch in table.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield {key: _without_nulls(value) for key, value in row.items()}, f"{name}:row {number}"
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        what = f"the parquet file is corrupt: {str(error).splitlines()[0][:200]}"
-        refuse(what, f"{name}, after row {number}", "copy or download the file again")
+        for batch in table.iter_batches(batch_size=4 * BLOCK_ROWS):
+            num_rows = max(1, min(BLOCK_ROWS, _BLOCK_BYTES * batch.num_rows // max(1, batch.nbytes)))
+            for start in range(0, batch.num_rows, num_rows):
+                part = batch.slice(start, num_rows)
+                stream = pyarrow.BufferOutputStream()
+                with pyarrow.ipc.new_stream(stream, part.schema) as writer:
+                    writer.write_batch(part)
+                yield Block("parquet", name, first, stream.getvalue().to_pybytes())
+                first += part.num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        _corrupt_table(error, name, first - 1)
+
+
+def _table_rows(data: bytes, block: Block) -> Iterator[tuple[Row, str]]:
+    import pyarrow
+
+    try:
+        rows = pyarrow.ipc.open_stream(data).read_all().to_pylist()
+    except (pyarrow.ArrowException, ValueError) as error:
+        _corrupt_table(error, block.name, block.first - 1)
+    for number, row in enumerate(rows, start=block.first):
+        yield {key: _without_nulls(value) for key, value in row.items()}, f"{block.name}:row {number}"
+
+
+def _corrupt_table(error: Exception, name: str, after: int) -> NoReturn:
+    what = f"the parquet file is corrupt: {str(error).splitlines()[0][:200]}"
+    refuse(what, f"{name}, after row {after}", "copy or download the file again")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -257,12 +322,3 @@ def _decoded(line: bytes, name: str, number: int) -> str:
         column = len(line[: error.start].decode("utf-8")) + 1
         what = f"the line is not UTF-8 text (byte 0x{line[error.start]:02x})"
         refuse(what, f"{name}:{number}:{column}", _SAVE_AS_UTF8)
-
-
-_READERS: dict[str, Callable[[io.BufferedReader, str], Iterator[tuple[Row, str]]]] = {
-    "jsonl": _json_lines,
-    "json": _json,
-    "csv": _csv,
-    "parquet": _parquet_rows,
-    "txt": _text_lines,
-}

@@ -1,0 +1,12 @@
+"""What the processes that build the data cache import, once for all of them: they are forks of one that has imported this."""
+
+import os
+import sys
+
+# Tokenizers need no torch, and transformers imports it wherever it finds it: a second, and memory in every process.
+sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import transformers.models.auto.tokenization_auto  # noqa: E402, F401
+
+import launcher.data.encode  # noqa: E402, F401

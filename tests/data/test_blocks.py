@@ -1,0 +1,117 @@
+"""Files in blocks of rows, which are parsed elsewhere, and arrays of any size."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.data.sources import BLOCK_ROWS, arrays, files
+from launcher.data.sources.files import Block, blocks, rows_of
+from launcher.errors import DataError
+
+BIG = "x" * (1 << 19)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    match path.suffix:
+        case ".jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".csv":
+            path.write_text("text\n" + "".join(f"{row['text']}\n" for row in rows))
+        case ".txt":
+            path.write_text("".join(f"{row['text']}\n" for row in rows))
+        case ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt", "parquet"])
+def test_blocks_are_bounded_and_hold_every_row_once_in_order(tmp_path: Path, kind: str) -> None:
+    short = [{"text": f"row {i}"} for i in range(2 * BLOCK_ROWS + 1)]
+    made = list(blocks(write(tmp_path / f"short.{kind}", short), f"short.{kind}"))
+    assert [len(list(rows_of(block))) for block in made] == [BLOCK_ROWS, BLOCK_ROWS, 1]
+    elsewhere: list[Block] = [pickle.loads(pickle.dumps(block)) for block in made]
+    found = [found for block in elsewhere for found in rows_of(block)]
+    assert [row for row, _ in found] == short
+    first = {"csv": 2}.get(kind, 1)
+    said = f"short.{kind}:row " if kind in ("json", "parquet") else f"short.{kind}:"
+    assert [place for _, place in found] == [f"{said}{first + i}" for i in range(len(short))]
+    long = [{"text": f"{i}{BIG}"} for i in range(5)]
+    made = list(blocks(write(tmp_path / f"long.{kind}", long), f"long.{kind}"))
+    assert len(made) >= 3
+    assert [row for block in made for row, _ in rows_of(block)] == long
+
+
+ROWS = st.lists(
+    st.dictionaries(
+        st.text(max_size=4), st.one_of(st.text(max_size=20), st.integers(), st.booleans(), st.lists(st.text())), max_size=3
+    )
+)
+
+
+def parsed(content: bytes) -> list[Any]:
+    return [row for row, _, _ in arrays.array_rows(io.BufferedReader(io.BytesIO(content)), "a.json")]
+
+
+@given(rows=ROWS, block=st.integers(1, 40), indent=st.sampled_from([None, 2]), is_ascii=st.booleans())
+def test_an_array_in_small_blocks_is_that_array(
+    rows: list[dict[str, Any]], block: int, indent: int | None, is_ascii: bool
+) -> None:
+    content = json.dumps(rows, indent=indent, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "_BLOCK_BYTES", block)
+        assert parsed(b" " + content + b"\n") == rows
+        # Whatever is cut off: it is told, at the end of what is there.
+        if len(content) > 2:
+            with pytest.raises(DataError):
+                parsed(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("block", [3, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "what", "where"),
+    [
+        ('[{"a": 1},\n {"b" 2}]', "the file is not JSON: Expecting ':' delimiter", "2:7"),
+        ('[{"a": 1}\n {"b": 2}]', "the file is not JSON: Expecting ',' delimiter", "2:2"),
+        ('[{"a": 1},\n\n]', "the file is not JSON: Expecting value", "3:1"),
+        ('[{"a": 1}]\n[]', "the file is not JSON: Extra data", "2:1"),
+        ('[{"a": 1},\n', "the file is not JSON: Expecting value", "2:1"),
+        ('[{"a": 1}\n', "the file is not JSON: Expecting ',' delimiter", "2:1"),
+        ('[{"a": "no end}]', "the file is not JSON: Unterminated string starting at", "1:8"),
+        ('[{"é": "ü",\n "é": tru }]', "the file is not JSON: Expecting value", "2:7"),
+        ("[\n", "the file is not JSON: Expecting value", "2:1"),
+    ],
+)
+def test_what_is_wrong_in_an_array_is_said_with_line_and_column(
+    monkeypatch: pytest.MonkeyPatch, content: str, what: str, where: str, block: int
+) -> None:
+    monkeypatch.setattr(arrays, "_BLOCK_BYTES", block)
+    with pytest.raises(DataError) as caught:
+        parsed(content.encode())
+    assert (caught.value.problems[0].what, caught.value.problems[0].where) == (what, f"a.json:{where}")
+
+
+def test_an_array_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", [{"text": f"{i}{BIG}"} for i in range(80)])
+    # Without a line break there is but one line.
+    assert path.read_bytes().count(b"\n") == 0
+    tracemalloc.start()
+    try:
+        assert sum(len(list(rows_of(block))) for block in files.blocks(path, "a.json")) == 80
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert path.stat().st_size > 40 << 20
+    assert peak < 16 << 20
