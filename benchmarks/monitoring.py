@@ -2,7 +2,7 @@
 
     python benchmarks/monitoring.py
 
-One process and no communication, in CPU time: packing this rank's numbers, unpacking those of all, metrics, alerts, goodput and cost.
+One process and no communication, in CPU time: packing this rank's numbers, unpacking those of all, metrics, alerts, goodput.
 """
 
 from __future__ import annotations
