@@ -246,7 +246,7 @@ def _number(value: float) -> str:
         if abs(value) >= factor:
             divisor = 1e3 if unit == "k" else factor
             return f"{value / divisor:.4g}{unit}"
-    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.6g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _shortened(text: str, length: int) -> str:

@@ -122,7 +122,9 @@ def _facts(one: _Told) -> dict[str, str]:
     if counted:
         facts["GPU hours"] = f"{counted['cost/gpu_hours']:,.2f}"
     if "cost/usd" in counted:
-        facts |= {"cost": f"${counted['cost/usd']:,.2f}", "a million tokens": f"${counted['cost/usd_per_million_tokens']:,.2f}"}
+        facts["cost"] = f"${counted['cost/usd']:,.2f}"
+    if "cost/usd_per_million_tokens" in counted:
+        facts["a million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}"
     return facts
 
 
@@ -196,7 +198,7 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
                 str(number),
                 str(attempt.resume_step or 0),
                 ", ".join(dict.fromkeys(attempt.nodes)) or "this machine",
-                str(max(steps, default="-")),
+                f"{max(steps):,.0f}" if steps else "-",
                 _clock(ended["ended_at"]) if ended.get("ended_at") else "-",
                 ": ".join(filter(None, (ended.get("cause") or ended.get("state", ""), ended.get("message", "")))) or "goes on",
             ]

@@ -18,10 +18,10 @@ from launcher.tracking.jsonl import Tail, read_events
 LOST = {
     "queue_s": "waiting for machines",
     "start_s": "starting the ranks",
-    "load_s": "loading model and states",
+    "load_s": "loading the model",
     "save_s": "waiting for saves",
     "eval_s": "evaluation",
-    "restart_s": "failures and the time until the next start",
+    "restart_s": "failures and restarts",
     "replay_s": "steps that were lost",
     "other_s": "everything else",
 }

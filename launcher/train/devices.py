@@ -7,8 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -20,8 +19,7 @@ _CPU_S = 0.5
 _NAN = math.nan
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """The latest readings, NaN where there is none; fractions are 0 to 1.
 
     `gpu_index` is the driver's own number, whatever CUDA_VISIBLE_DEVICES says; `xids` counts the faults since the start and
@@ -37,12 +35,6 @@ class Sample:
     last_xid: float = _NAN
     host_cpu_util: float = _NAN
     host_ram_used: float = _NAN
-
-    def values(self) -> tuple[float, ...]:
-        return tuple(getattr(self, name) for name in NAMES)
-
-
-NAMES = tuple(field.name for field in fields(Sample))
 
 
 class Devices:
@@ -76,7 +68,7 @@ class Devices:
                 readings = gpu.read() if gpu is not None else {}
                 if self._reads_host:
                     readings |= _host()
-                self.latest = replace(self.latest, **readings)
+                self.latest = self.latest._replace(**readings)
                 self._wait(gpu)
         except Exception as error:
             # What cannot be read is missing from the charts; that is all.
@@ -89,7 +81,7 @@ class Devices:
             if gpu is None or not gpu.has_events:
                 self._ended.wait(left)
             elif (number := gpu.next_xid(left)) is not None:
-                self.latest = replace(self.latest, xids=self.latest.xids + 1, last_xid=float(number))
+                self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
                 self._on_xid(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {xids.meaning(number)}")
 
 

@@ -91,6 +91,7 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
         return outcome
     finally:
         if session is not None:
+            session.monitor.stop()
             session.checkpoints.drain(_DRAIN_S)
         tracker.finish(state)
 

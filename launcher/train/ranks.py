@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from launcher.train.devices import NAMES, Sample
+from launcher.train.devices import Sample
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(NamedTuple):
     """One rank's numbers of one step, in seconds; NaN where there is none.
 
     `data_s` is what it waited for its rows; `compute_s` what a probed layer took for a token, see launcher.train.probe.
@@ -20,13 +19,13 @@ class Told:
     step_s: float = math.nan
     data_s: float = math.nan
     compute_s: float = math.nan
-    sample: Sample = field(default_factory=Sample)
+    sample: Sample = Sample()
 
     def values(self) -> tuple[float, ...]:
-        return (self.step_s, self.data_s, self.compute_s, *self.sample.values())
+        return (self.step_s, self.data_s, self.compute_s, *self.sample)
 
 
-SLOTS = 3 + len(NAMES)
+SLOTS = 3 + len(Sample._fields)
 
 
 def told(values: Sequence[float]) -> list[Told]:
@@ -35,8 +34,7 @@ def told(values: Sequence[float]) -> list[Told]:
     return [Told(row[0], row[1], row[2], Sample(*row[3:])) for row in rows]
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What a rank's step would take if it waited for no other: computing, and waiting for data."""
 
     compute_s: float
@@ -56,7 +54,8 @@ def work(ranks: Sequence[Told]) -> list[Work]:
     usual = _median([rank.compute_s for rank in ranks])
     factors = [rank.compute_s / usual if rank.compute_s / usual > 0 else 1.0 for rank in ranks]
     step_s = min((rank.step_s - rank.data_s for rank in ranks if rank.step_s > 0), default=0.0)
-    return [Work(step_s * one / max(factors), max(0.0, rank.data_s)) for one, rank in zip(factors, ranks, strict=True)]
+    slowest = max(factors)
+    return [Work(step_s * one / slowest, max(0.0, rank.data_s)) for one, rank in zip(factors, ranks, strict=True)]
 
 
 def ratio(works: Sequence[Work]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,9 @@ from e2e_tools import TINY, last_step, losses, metrics, processes_of, status
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-# Two ranks at this price spend a cent in half a minute; the first step alone comes after some seconds.
+# Starting and loading alone cost more than the limits here: the run stops after the first steps.
 PRICE = 0.6
-SETTINGS = (*TINY, "train.max_steps=100000", "train.eval_at_start=false", "train.export=false", "train.log_every=5")
+SETTINGS = (*TINY, "train.max_steps=100000", "train.eval_at_start=false", "train.export=false")
 
 
 def alerts(run: Path) -> list[str]:
@@ -27,7 +28,7 @@ def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: st
     assert done.returncode == 130, done.stdout + done.stderr
     found = status(run)
     assert found["state"] == "preempted"
-    assert found["message"].startswith(words)
+    assert re.match(words, found["message"])
     assert f"saved at step {found['step']} of" in found["message"]
     assert any(text == found["message"] for text in alerts(run))
     assert (run / f"checkpoints/step-{found['step']:08d}/manifest.json").is_file()
@@ -39,7 +40,7 @@ def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: st
 def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: Launch, runs: Path) -> None:
     run, price = runs / "bounded", f"cluster.price_per_gpu_hour={PRICE}"
     done = launch(*SETTINGS, price, "run.max_usd=0.001", f"run.root={runs}", "run.name=bounded")
-    require_stopped(run, done, "run.max_usd=0.001 is reached after 0.00 GPU hours")
+    require_stopped(run, done, r"run\.max_usd=0\.001 is reached after \d+\.\d\d GPU hours; saved")
     stopped_at = status(run)["step"]
 
     refused = launch("resume", str(run))
@@ -52,7 +53,7 @@ def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: La
     assert done.returncode == 0, done.stdout + done.stderr
     assert status(run)["state"] == "completed"
     told = [line for line in metrics(run) if "train/loss" in line and "perf/goodput" in line][-1]
-    assert set(range(5, stopped_at + 10, 5)) <= set(losses(run))
+    assert set(losses(run)) == set(range(1, stopped_at + 11)), "each step once"
     lost = {name: seconds for name, seconds in told.items() if name.startswith("lost/")}
     assert told["run/lost_steps"] == 0
     assert told["perf/goodput"] == pytest.approx(told["time/kept_s"] / (told["time/kept_s"] + sum(lost.values())))
@@ -63,4 +64,4 @@ def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: La
 @pytest.mark.slow
 def test_hours_that_are_over_stop_a_run(launch: Launch, runs: Path) -> None:
     done = launch(*SETTINGS, "run.max_hours=0.001", f"run.root={runs}", "run.name=hours")
-    require_stopped(runs / "hours", done, "run.max_hours=0.001 is reached; saved at step")
+    require_stopped(runs / "hours", done, r"run\.max_hours=0\.001 is reached; saved at step")
