@@ -41,6 +41,7 @@ _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
 _LONGEST_FOLDER = 30
 _MEET_S = 300
+_PLACE_S = 20
 _MOST_CONTROLLERS = 20
 _ANEW_S = 5.0
 # Characters of Ray's own words that a run's state holds; all of them are in the log.
@@ -282,6 +283,9 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # Workers that have been placed meet within seconds. One that hangs before would keep the others, and the nodes, for ever.
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
+    if section.min_workers is not None:
+        # For some seconds after a node is lost Ray Train counts it still, asks for as many workers as before, and waits in vain.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
     # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
     if section.address is not None:
