@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-BLOCK, WARMUP = 25, 50
+BLOCK, WARMUP = 10, 20
 SETTINGS = (
-    *("model=tiny", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "cluster.ranks_per_node=2"),
+    *("model=tiny", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=4", "cluster.ranks_per_node=2"),
     *("tracking=wandb", "tracking.mode=offline", "train.eval_at_start=false", "train.sample=false", "train.export=false"),
 )
 
@@ -65,7 +65,7 @@ def main() -> None:
     import sides
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=24, help="blocks of steps with tracking, and as many without")
+    parser.add_argument("--blocks", type=int, default=12, help="blocks of steps with tracking, and as many without")
     args, overrides = parser.parse_known_args()
     steps = WARMUP + 2 * BLOCK * args.blocks
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
