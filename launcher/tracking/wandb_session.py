@@ -196,7 +196,13 @@ class Session:
         self._run.summary.update({**self._best.values, "state": state})
         if state == "preempted":
             self._run.mark_preempting()
-        self._run.finish(exit_code=_EXIT_CODES.get(state, 1))
+        import wandb
+
+        try:
+            self._run.finish(exit_code=_EXIT_CODES.get(state, 1))
+        finally:
+            # Files are whole when its process has ended, and whoever ends the job kills that.
+            wandb.teardown()
         if reason := self.given_up():
             raise RuntimeError(reason)
         if not self.offline:

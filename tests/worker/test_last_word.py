@@ -1,0 +1,83 @@
+"""W&B hears of a failure from the process that started the ranks, when no rank is left to tell it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import hand_made
+import pytest
+from rank_tools import rank
+from wandb_server import KEY, fake_wandb
+
+from launcher import run_store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Status
+from launcher.worker import last_word
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def plan_in(folder: Path, **tracking: str) -> LaunchPlan:
+    data = {"sources": [{"path": "train.jsonl"}]}
+    sections = {"model": {"path": "./model"}, "data": data, "train": {"max_steps": 40}, "tracking": tracking}
+    return hand_made.plan(folder, sections)
+
+
+def failed(run: RunDir) -> None:
+    run_store.write_status(run, Status("failed", 1, 9, 40, message="rank 1: killed by SIGKILL"))
+    run_store.write_json(run.attempt(1) / "exit.json", {"first_failure": {"log": "rank-00001.log"}})
+
+
+def use(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+
+
+def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
+    with fake_wandb() as server:
+        with rank(plan, base_url=server.address) as it:
+            it.start()
+            it.steps(1, 9)
+            os.kill(it.core()["answer"], signal.SIGKILL)
+            it.kill()
+        assert server.run().exits == []
+        failed(run)
+        use(monkeypatch, server.address)
+        last_word.tell_wandb(plan, run.plan, run, 1)
+        assert server.run().exits == [1]
+        assert server.run().steps == list(range(1, 10))
+        assert server.run().summary["state"] == "failed"
+        assert [(alert["title"], alert["text"]) for alert in server.alerts] == [
+            ("demo-run at step 9", "the run has failed: rank 1: killed by SIGKILL (log: rank-00001.log)")
+        ]
+
+
+def test_a_server_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
+    with fake_wandb(fault="hang") as server:
+        (run.root / "wandb").mkdir(parents=True)
+        run.attempt(1).mkdir(parents=True)
+        run.plan.write_text(plan.to_json())
+        failed(run)
+        use(monkeypatch, server.address)
+        monkeypatch.setattr(last_word, "_DEADLINE_S", 3.0)
+        began = time.monotonic()
+        last_word.tell_wandb(plan, run.plan, run, 1)
+        assert time.monotonic() - began < 6
+
+
+@pytest.mark.parametrize(
+    ("state", "tracking"), [("completed", {}), ("failed", {"kind": "none"}), ("failed", {"mode": "disabled"})]
+)
+def test_nothing_is_said_where_there_is_nothing_to_say(tmp_path: Path, state: str, tracking: dict[str, str]) -> None:
+    plan, run = plan_in(tmp_path / "run", **tracking), RunDir(tmp_path / "run")
+    (run.root / "wandb").mkdir(parents=True)
+    run_store.write_status(run, Status(state, 1))
+    last_word.tell_wandb(plan, run.plan, run, 1)
+    assert not list((run.root / "wandb").iterdir())
