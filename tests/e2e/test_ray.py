@@ -192,35 +192,6 @@ def last_of_attempt(run: Path, attempt: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_states_on_a_disk_and_a_mirror_outlive_a_killed_rank(
-    launch: Launch, start: Callable, root: Path, temporary: Path, tmp_path: Path, extensions: None
-) -> None:
-    """Both are the business of certain workers: rank 0's sends to the mirror, the first of a node clears its disk."""
-    disk, mirror = tmp_path / "disk", tmp_path / "mirror"
-    disk.mkdir()
-    mirror.mkdir()
-    run, steps = root / "tiered", 30
-    states = ("deepspeed=zero3_nvme", f"deepspeed.nvme_path={disk}", "train.save_every=5", f"train.max_steps={steps}")
-    settings = (*TINY, *states, "train.export=false", f"run.root={root}")
-    alone = launch(*settings, "run.name=alone")
-    assert alone.returncode == 0, alone.stdout + alone.stderr
-    ray = ("+cluster=ray", f"train.mirror=file://{mirror}", "run.name=tiered")
-    with start(*settings, *ray, TMPDIR=str(temporary)) as process:
-        wait_for("step 7", lambda: last_step(run) >= 7)
-        assert list(disk.iterdir()) != []
-        ranks_of(run)[1].kill()
-        output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output
-    assert causes(run) == ["infrastructure", "completed"]
-    assert losses(run) == losses(root / "alone")
-    assert json.loads((run / "attempts/002/mirror.json").read_text())["last_step"] == steps
-    assert (mirror / "tiered/run.json").is_file()
-    assert list(disk.iterdir()) == [], "a run leaves nothing on the disk"
-    await_no_process(run)
-
-
-@pytest.mark.slow
 def test_what_would_repeat_itself_is_not_tried_again(launch: Launch, root: Path, temporary: Path) -> None:
     run = root / "diverged"
     done = launch(*RAY, "optim.lr=1e30", "optim.warmup_steps=0", f"run.root={root}", "run.name=diverged", TMPDIR=str(temporary))
