@@ -45,7 +45,8 @@ class WandbTracker:
     """Sends metrics, alerts, checkpoints and the summary to the W&B run of the plan's id.
 
     Where W&B does not answer it is tried again all the while; a W&B process that dies is replaced. What W&B lacks then is sent
-    from metrics.jsonl. Each kind of trouble is told once, through `tell` (kind, text), from within calls of this tracker.
+    from metrics.jsonl. The first
+    trouble is told as an alert, others once as information, through `tell` (kind, text), from within calls of this tracker.
     mode auto is online where W&B finds credentials, else offline. `on_stop` is called where a person presses Stop in the page.
 
     With `by_itself`, where nobody is there to mend it, nothing waits for W&B to start, and where it refuses to the files are
@@ -129,7 +130,6 @@ class WandbTracker:
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, self._session)
         if self._failure:
             text = f"Weights & Biases has not got everything ({self._failure}); the data is on disk, upload it with: {command}"
-            # One warning is enough, where there was one before.
             self._tell("info" if self._alerted else "alert", text, sync_command=command)
         elif self._offline:
             self._tell("info", f"Weights & Biases was offline; upload with: {command}", sync_command=command)
@@ -151,8 +151,9 @@ class WandbTracker:
     def _note_once(self, kind: str, text: str, **fields: Any) -> None:
         if text.partition(":")[0] not in self._told:
             self._told.add(text.partition(":")[0])
+            # One warning of W&B's troubles is enough; the others stand in the log.
+            self._notes.append(("info" if self._alerted else kind, text, fields))
             self._alerted = self._alerted or kind == "alert"
-            self._notes.append((kind, text, fields))
 
     # What follows runs in the threads.
 

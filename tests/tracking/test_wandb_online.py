@@ -101,6 +101,8 @@ def test_after_a_crash_no_step_is_missing_and_none_is_there_twice(make_plan: Pla
     assert not alerts(plan)
 
 
+# W&B asks every 15 s whether it is to stop.
+@pytest.mark.slow
 def test_a_stop_in_the_page_is_a_wish_and_interrupts_nothing(make_plan: PlanMaker, server: FakeWandb) -> None:
     with rank(make_plan(), base_url=server.address) as it:
         it.start()
