@@ -69,12 +69,17 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("GPU utilisation, mean and lowest", ("gpu/util_mean", "gpu/util_min")),
         Chart("Hottest GPU", ("gpu/temp_max",), "°C"),
         Chart("Power per GPU", ("gpu/power_mean",), "W"),
+        Chart("Fullest GPU memory", ("gpu/memory_max_frac",)),
+        Chart("GPU faults (Xid)", ("gpu/xids",)),
+        Chart("CPU and main memory of the nodes", ("host/cpu_util_mean", "host/ram_used_max_frac")),
         Chart("Nodes", ("run/nodes",)),
     ),
     "Cost": (
         Chart("Cost", ("cost/usd",), "US dollars"),
         Chart("GPU hours", ("cost/gpu_hours",), "h"),
         Chart("Cost of a million tokens", ("cost/usd_per_million_tokens",), "US dollars"),
+        Chart("Share of time on steps that were kept", ("perf/goodput",)),
+        Chart("Time that was lost, by cause", (r"/^lost\/.+_s$/",), "s"),
     ),
 }
 

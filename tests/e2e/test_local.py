@@ -10,20 +10,41 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, agent_of, last_step, losses, metrics, processes_of, ranks_of, status, wait_for
+from wandb_files import records
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Attempt
+from launcher.tracking.dashboard import SECTIONS
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 30
+CANARY = "canary-0ddba11c0ffee5eed"
+# What the design promises of a run without GPUs.
+METRICS = {
+    *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
+    *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),
+    *(f"eval/held_out/{name}" for name in ("loss", "ppl")),
+    *(
+        f"perf/{name}"
+        for name in ("tokens_per_sec", "tokens_per_sec_per_gpu", "tflops_per_gpu", "mfu", "padding_frac", "goodput")
+    ),
+    *(f"time/{name}" for name in ("step_s", "data_s", "fwd_bwd_s", "optim_s", "eval_s", "ckpt_s")),
+    *(f"time/{name}" for name in ("step_max_rank_s", "straggler_ratio", "kept_s")),
+    *(f"lost/{name}_s" for name in ("queue", "start", "load", "save", "eval", "restart", "replay")),
+    *(f"data/{name}" for name in ("label_frac", "truncated_frac", "source/stdlib_docs/frac")),
+    *(f"ckpt/{name}" for name in ("last_step", "save_s", "stall_s", "bytes", "disk_free_gib")),
+    *(f"run/{name}" for name in ("attempt", "restarts", "nodes", "lost_steps")),
+    *("host/cpu_util_mean", "host/ram_used_max_frac", "memory/host_rss_gib"),
+}
 SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, module_runs: Path) -> Path:
-    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed")
+    tracked = ("tracking=wandb", "tracking.mode=offline", "tracking.tags=[quiet]")
+    done = launch(*SETTINGS, *tracked, f"run.root={module_runs}", "run.name=undisturbed", CANARY_TOKEN=CANARY)
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "undisturbed"
 
@@ -36,26 +57,24 @@ def test_an_undisturbed_run_leaves_what_the_design_promises(undisturbed: Path) -
     assert json.loads((undisturbed / "attempts/001/exit.json").read_text())["state"] == "completed"
     assert (undisturbed / "code/launcher/train/loop.py").is_file()
     assert (undisturbed.stat().st_mode & 0o777) == 0o700
-    wanted = {
-        "train/loss",
-        "train/grad_norm",
-        "train/lr",
-        "perf/tokens_per_sec",
-        "perf/padding_frac",
-        "data/source/stdlib_docs/frac",
-        "perf/mfu",
-        "time/step_s",
-        "time/fwd_bwd_s",
-        "time/step_max_rank_s",
-        "time/straggler_ratio",
-        "host/cpu_util_mean",
-        "host/ram_used_max_frac",
-        "perf/goodput",
-        "lost/load_s",
-        "run/lost_steps",
-    }
-    assert wanted <= metrics(undisturbed)[-3].keys() | metrics(undisturbed)[1].keys()
     assert not processes_of(undisturbed)
+
+
+def test_every_metric_is_in_the_file_in_wandb_and_on_the_dashboard(undisturbed: Path) -> None:
+    lines = metrics(undisturbed)
+    logged = {name for line in lines for name in line} - {"time", "attempt"}
+    assert logged >= METRICS
+    told = records(undisturbed)
+    history = [record["history"]["item"] for record in told if record["type"] == "history"]
+    assert [row["_step"] for row in history] == list(range(STEPS + 1))
+    assert {name for row in history for name in row if not name.startswith("_")} == logged
+    assert [row["train/loss"] for row in history[1:]] == pytest.approx([loss for _, loss in sorted(losses(undisturbed).items())])
+    (run,) = (record["run"] for record in told if record["type"] == "run")
+    assert (run["tags"], run["config"]["update"]["config"]["train"]["max_steps"]) == (["quiet"], STEPS)
+    assert not [file for file in undisturbed.rglob("*") if file.is_file() and CANARY.encode() in file.read_bytes()]
+    shown = {name for charts in SECTIONS.values() for chart in charts for name in chart.metrics if not name.startswith("/")}
+    only_on_gpus = ("gpu/", "cost/", "memory/peak_", "memory/alloc_retries")
+    assert {name for name in shown - logged if not name.startswith(only_on_gpus)} == set()
 
 
 def test_loss_falls_and_held_out_is_measured_before_and_after(undisturbed: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 import wandb
+from wandb_files import records
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events
@@ -26,16 +26,6 @@ CANARY = "canary-5f1c0ffee5f1c0ffee"
 
 def no_stop() -> None:
     """Nobody presses it."""
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of all offline files of a run, oldest file first."""
-    found = []
-    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-        found += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return found
 
 
 # A rank in small: it starts the trackers, logs two steps and ends; where `hang` is set, W&B's process stops before that.
