@@ -43,9 +43,7 @@ class LocalCluster:
         status = run_store.read_status(run)
         if status.state == "pending" and status.job is None and time.time() - status.updated_at > process.START_DEADLINE_S:
             return replace(status, state="failed", message="it was never started: the command that made it ended before")
-        if status.state not in RUNNING_STATES or not process.is_here(status):
-            return status
-        if process.find(status) is not None:
+        if status.state not in RUNNING_STATES or status.job is None or process.lives(run, status):
             return status
         # The agent writes the last state just before it ends: look once more before calling it lost.
         status = run_store.read_status(run)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
 
 START_DEADLINE_S = 60.0
+# Signs of life in the run directory, and without one for how long a process is taken for gone: a network file system shows
+# them up to a minute late.
+SIGN_EVERY_S, SILENT_S = 20.0, 180.0
 
 
 def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log: Path, name: str) -> None:
@@ -60,6 +65,35 @@ def identity() -> dict[str, Any]:
     return {"host": os.uname().nodename, "space": pid_space(), "pid": this.pid, "started": this.create_time()}
 
 
+def give_signs(run: RunDir) -> None:
+    """Tell those who cannot see this process that it lives, for as long as it does."""
+
+    def give() -> None:
+        while True:
+            # Storage that fails for a while costs a sign, not the thread.
+            with suppress(OSError):
+                run_store.write_json(run.alive, {"at": time.time(), "host": os.uname().nodename})
+            time.sleep(SIGN_EVERY_S)
+
+    threading.Thread(target=give, name="signs-of-life", daemon=True).start()
+
+
+def heard_at(run: RunDir, status: Status) -> float:
+    """When the process that runs the run gave its last sign, in seconds since the epoch."""
+    with suppress(OSError):
+        run_store.look_again(run.root)
+    with suppress(OSError):
+        return max(status.updated_at, run.alive.stat().st_mtime)
+    return status.updated_at
+
+
+def lives(run: RunDir, status: Status) -> bool:
+    """Whether the process that wrote the status still runs, as far as can be told from here."""
+    if is_here(status):
+        return find(status) is not None
+    return not _booted_since(status) and time.time() - heard_at(run, status) < SILENT_S
+
+
 def find(status: Status) -> psutil.Process | None:
     """The process that wrote the status, if it lives where its id can be looked up."""
     job = status.job or {}
@@ -85,7 +119,16 @@ def await_end(run: RunDir, deadline_s: float) -> None:
 
 def is_here(status: Status) -> bool:
     """True where the process would be among those that are seen from here."""
-    return status.job is not None and status.job.get("space") == pid_space()
+    job = status.job or {}
+    # Who wrote no `space` named the machine alone.
+    return job.get("space", pid_space()) == pid_space() and ("space" in job or job.get("host") == os.uname().nodename)
+
+
+def _booted_since(status: Status) -> bool:
+    """True where the process was one of this machine, which has started anew meanwhile."""
+    job = status.job or {}
+    boot, _, _ = str(job.get("space", "")).partition(" ")
+    return bool(boot) and job.get("host") == os.uname().nodename and boot != pid_space().partition(" ")[0]
 
 
 def with_code(code: Path, environ: Mapping[str, str]) -> str:

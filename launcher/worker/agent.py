@@ -55,6 +55,7 @@ def main(plan_path: str, attempt: int) -> int:
         return _slurm_node(plan, plan_path, run, attempt, stopper, started)
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=started))
     run_store.update_status(run, state="running", attempt=attempt, job=process.identity(), message="")
+    process.give_signs(run)
     mirror = stopper.spare(MirrorProcess.start(plan, plan_path, run, attempt))
     place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
     failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt, place, None)

@@ -133,8 +133,7 @@ def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDi
 
 
 def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir) -> None:
-    # A machine of the same name, or a container that shares this one's name and not its processes.
-    elsewhere = {**process.identity(), "space": "another boot pid:[1]"}
+    elsewhere = {**process.identity(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     old = time.time() - 600
     values = run_store.read_json(run.status) | {"updated_at": old}
@@ -145,12 +144,39 @@ def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunD
 
 
 def test_a_run_of_another_container_is_believed_and_cannot_be_signalled_from_here(run: RunDir) -> None:
-    elsewhere = {**process.identity(), "space": "another boot pid:[1]"}
+    # A container of this machine, which shares its name and not its processes.
+    boot = process.identity()["space"].split(" ")[0]
+    elsewhere = {**process.identity(), "space": f"{boot} pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     assert LocalCluster().status(run).state == "running"
     with pytest.raises(SubmitError, match="cannot be seen from here") as error:
         LocalCluster().cancel(run)
     assert "in the same container" in str(error.value)
+
+
+def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container_gives_no_sign(run: RunDir) -> None:
+    here = process.identity()
+    boot, namespace = here["space"].split(" ", 1)
+    restarted = {**here, "space": f"another-boot {namespace}"}
+    run_store.update_status(run, state="running", attempt=1, job=restarted)
+    assert LocalCluster().status(run).state == "failed"
+    run_store.update_status(run, state="running", attempt=1, job={**here, "space": f"{boot} pid:[1]"})
+    assert LocalCluster().status(run).state == "running"
+    run_store.write_json(run.status, run_store.read_json(run.status) | {"updated_at": time.time() - 600})
+    assert LocalCluster().status(run).state == "failed"
+    process.give_signs(run)
+    deadline = time.monotonic() + 10
+    while not run.alive.exists():
+        assert time.monotonic() < deadline
+    assert LocalCluster().status(run).state == "running"
+
+
+def test_a_status_that_names_the_machine_alone_is_judged_by_it(run: RunDir) -> None:
+    mine = {name: value for name, value in process.identity().items() if name != "space"}
+    run_store.update_status(run, state="running", attempt=1, job=mine)
+    assert LocalCluster().status(run).state == "running"
+    run_store.update_status(run, state="running", attempt=1, job={**mine, "started": 1.0})
+    assert LocalCluster().status(run).state == "failed"
 
 
 def test_cancel_is_a_word_in_the_attempt_and_a_second_one_means_no_save(run: RunDir) -> None:

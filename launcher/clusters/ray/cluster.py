@@ -32,8 +32,6 @@ _JOIN_DEADLINE_S = 90.0
 _END_DEADLINE_S = 60.0
 _CONNECT_S = 5.0
 _POLL_S, _ASK_S = 0.1, 1.0
-# The driver gives a sign of life every few seconds; a network file system shows it up to a minute late.
-_SILENT_S = 180.0
 _DRIVER_S = 60.0
 _JOB_ENDED = ("FAILED", "SUCCEEDED", "STOPPED")
 _UNSEEN = "Ray's job ended before it could write to the run directory"
@@ -103,8 +101,7 @@ class RayCluster:
             lost = status.state == "pending" and time.time() - status.updated_at > process.START_DEADLINE_S
             message = "it was never started: the command that made it ended before"
             return replace(status, state="failed", message=message) if lost else status
-        heard = process.find(status) is not None if process.is_here(status) else time.time() - _heard_at(run, status) < _SILENT_S
-        if heard:
+        if process.lives(run, status):
             return status
         # The driver writes the last state just before it ends: look once more before calling it lost.
         status = run_store.read_status(run)
@@ -141,7 +138,7 @@ class RayCluster:
         except jobs.JobUnknown:
             return _lost(run, known)
         except SubmitError as error:
-            if time.time() - _heard_at(run, status) > _SILENT_S:
+            if time.time() - process.heard_at(run, status) > process.SILENT_S:
                 return _lost(run, known)
             return replace(known, message=f"Ray does not answer ({error.problems[0].what}); this is the last that is known")
         if state in ("PENDING", "RUNNING"):
@@ -196,14 +193,6 @@ def _submission_file(run: RunDir, attempt: int) -> Path:
             break
         attempt -= 1
     return run.attempt(attempt) / "submitted.json"
-
-
-def _heard_at(run: RunDir, status: Status) -> float:
-    with suppress(OSError):
-        run_store.look_again(run.root)
-    with suppress(OSError):
-        return max(status.updated_at, run.alive.stat().st_mtime)
-    return status.updated_at
 
 
 def _await_joined(run: RunDir, log: Path) -> None:
