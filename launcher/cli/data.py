@@ -114,7 +114,7 @@ def refusal(config: RunConfig, facts: DataFacts | None) -> str | None:
 
 
 def accepted(config: RunConfig, facts: DataFacts | None) -> str | None:
-    """One line about findings that are trained on."""
+    """One line about findings that are trained on, and about those that were dropped."""
     return _told(config, facts, fatal=False, means="python -m launcher data shows where")
 
 
@@ -122,6 +122,9 @@ def _told(config: RunConfig, facts: DataFacts | None, fatal: bool, means: str) -
     if facts is None:
         return None
     judged = findings.judge(findings.read(facts.cache_dir), config.data.checks)
-    meant = [one.finding for one in judged if one.fatal == fatal and one.action != "drop"]
-    said = "; ".join(f"{finding.count:,} {finding.title}" for finding in meant)
+    meant = [one for one in judged if one.fatal == fatal]
+    said = "; ".join(
+        f"{'dropped: ' if one.action == 'drop' else ''}{one.finding.count:,} {one.finding.title}"
+        for one in sorted(meant, key=lambda one: one.action == "drop")
+    )
     return f"{said} ({means})" if said else None

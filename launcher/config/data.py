@@ -141,7 +141,7 @@ class ChecksSection(Section):
         description="A document has no trained token within a row's length. Where none has one, the data is refused.",
     )
     unsure_border: Literal["drop", "fail"] = Field(
-        "drop",
+        "fail",
         description=(
             "What is trained begins or ends inside a token, and cut there the text becomes another one: the mask cannot be told."
         ),

@@ -144,18 +144,21 @@ def test_what_a_check_drops_is_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> N
     assert len(set(contents(Split.open(fewer.cache_dir)))) == 30
 
 
-def test_rows_whose_mask_cannot_be_told_are_dropped_and_located(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_rows_whose_mask_cannot_be_told_are_refused_or_dropped_and_located(
+    jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     # In the middle one, the completion begins with the accent of the prompt's last letter.
     rows = [{"prompt": "na", "completion": completion} for completion in (" one", "\u0308ve", " two")]
-    data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=64)
+    dropping = ChecksSection(unsure_border="drop")
+    data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=64, checks=dropping)
     facts = build(data, str(tmp_path / "tokenizer"))
     assert facts.num_docs == 2
     (found,) = (one for one in findings.read(facts.cache_dir) if one.name == "unsure_border")
     assert [example.where for example in found.examples] == [f"{data.sources[0].path}:2"]
-    failing = data.model_copy(update={"checks": ChecksSection(unsure_border="fail")})
+    failing = data.model_copy(update={"checks": ChecksSection()})
     with pytest.raises(DataError, match="does not begin and end between two tokens") as caught:
         findings.refuse(findings.read(build(failing, str(tmp_path / "tokenizer")).cache_dir), failing.checks)
     assert "data.checks.unsure_border=drop" in caught.value.problems[0].remedy
