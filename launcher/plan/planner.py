@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launcher.config.ray import RaySection
 from launcher.config.schema import RunConfig
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
@@ -174,16 +175,24 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
 
 def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     """Model states that are more than all memory of a GPU: at full size, or where an elastic run goes on with few workers."""
-    if planned.topology.device != "cuda":
+    cluster, states = planned.config.cluster, planned.config.deepspeed
+    # The GPUs of a Ray cluster need not be those of the machine that submits to it.
+    elsewhere = isinstance(cluster, RaySection) and cluster.address is not None and cluster.gpu_type is None
+    # DeepSpeed's own settings may move the states, which the estimate does not know.
+    moved = "data_types" in states.extra or any("offload" in key for key in states.extra.get("zero_optimization", {}))
+    if planned.topology.device != "cuda" or elsewhere or moved:
         return
+    offload = "deepspeed.offload_params=cpu" if states.offload_optimizer != "none" else "deepspeed=zero3_offload"
+    if memory.hpz_ranks(states, planned.topology.ranks_per_node) > 1:
+        offload += ", deepspeed.hpz_partition_size=1"
     if too_large := _too_large(planned):
-        remedy = "use more ranks, or deepspeed=zero3_offload"
+        remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
         yield Problem(too_large, where="cluster.nodes", value=str(planned.topology.world_size), remedy=remedy)
         return
     smallest = fewest(planned)
     if smallest is not None and (too_large := _too_large(smallest)):
         number = planned.config.cluster.fewest_workers
-        remedy = "raise it, or use deepspeed=zero3_offload"
+        remedy = f"raise it, or use {offload}"
         yield Problem(f"cluster.min_workers={number}: {too_large}", where="cluster.min_workers", value=str(number), remedy=remedy)
 
 

@@ -206,6 +206,15 @@ def test_model_states_that_no_gpu_holds_are_refused(plan_of: Callable[..., Launc
     assert plan_of(*SEVENTY, "deepspeed=zero3_offload", device=CUDA).topology.world_size == 8
 
 
+def test_what_may_be_larger_or_lies_elsewhere_is_not_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+    offloaded = "deepspeed.extra={zero_optimization: {offload_optimizer: {device: cpu}}}"
+    assert plan_of(*SEVENTY, offloaded, device=CUDA).topology.world_size == 8
+    there = (*SEVENTY, "cluster=ray", "cluster.address=http://127.0.0.1:8265", "cluster.nodes=1", "cluster.ranks_per_node=8")
+    assert plan_of(*there, device=CUDA).topology.world_size == 8
+    (problem,) = problems(plan_of, *there, "cluster.gpu_type=H100-80GB", device=CUDA)
+    assert "model states over 8 ranks" in problem.what
+
+
 def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: Callable[..., LaunchPlan]) -> None:
     elastic = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
