@@ -35,6 +35,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         Chart("Tokens per second and GPU", ("perf/tokens_per_sec_per_gpu",)),
         Chart("MFU", ("perf/mfu",)),
         Chart("TFLOP/s per GPU", ("perf/tflops_per_gpu",)),
+        Chart("Time of evaluations, and of waiting for saves", ("time/eval_s", "time/ckpt_s"), "s"),
         Chart("Step time and its parts", ("time/step_s", "time/data_s", "time/fwd_bwd_s", "time/optim_s"), "s"),
         Chart("Goodput", ("perf/goodput",)),
     ),

@@ -275,7 +275,7 @@ def _blocks_of_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
     first = 1
     table = _parquet(file, name)
     try:
-        for batch in table.iter_batches(batch_size=4 * BLOCK_ROWS):
+        for batch in table.iter_batches(batch_size=_rows_at_once(table)):
             num_rows = max(1, min(BLOCK_ROWS, _BLOCK_BYTES * batch.num_rows // max(1, batch.nbytes)))
             for start in range(0, batch.num_rows, num_rows):
                 part = batch.slice(start, num_rows)
@@ -286,6 +286,13 @@ def _blocks_of_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
                 first += part.num_rows
     except (pyarrow.ArrowException, OSError) as error:
         _corrupt_table(error, name, first - 1)
+
+
+def _rows_at_once(table: Any) -> int:
+    """How many rows to decode at a time: some MiB of them, by the largest group's usual row, so that large rows fit in memory."""
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+    row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+    return max(1, min(4 * BLOCK_ROWS, 4 * _BLOCK_BYTES // max(1, row_bytes)))
 
 
 def _table_rows(data: bytes, block: Block) -> Iterator[tuple[Row, str]]:
