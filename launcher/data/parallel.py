@@ -6,7 +6,6 @@ import functools
 import itertools
 import multiprocessing
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -59,8 +58,7 @@ def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> I
 
 
 def _start_worker() -> None:
-    # The builder hears Ctrl-C and ends the workers; where it is killed itself, they end with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Where the builder is killed, they end with it.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # The processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
