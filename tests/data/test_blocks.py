@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -115,3 +116,17 @@ def test_an_array_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert path.stat().st_size > 40 << 20
     assert peak < 16 << 20
+
+
+def test_a_table_of_large_rows_is_not_decoded_at_once(tmp_path: Path) -> None:
+    path, schema = tmp_path / "large.parquet", pyarrow.schema([("text", pyarrow.string())])
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for group in range(8):
+            texts = [{"text": hashlib.blake2b(bytes([group, i])).hexdigest() * 8192} for i in range(8)]
+            writer.write_table(pyarrow.Table.from_pylist(texts, schema))
+    before, most, found = pyarrow.total_allocated_bytes(), 0, 0
+    for block in blocks(path, "large.parquet"):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        found += len(list(rows_of(block)))
+    assert found == 64
+    assert most < 48 << 20, f"{most >> 20} MiB for 64 MiB of text"
