@@ -33,13 +33,14 @@ PHASE, JOINED, LOADED = "phase", "joined", "loaded"
 class Attempt:
     """When an attempt was asked for, when its machines were there, and when it ended; seconds since the epoch.
 
-    `begun_at` None waits for machines, `ended_at` None goes on.
+    `begun_at` None waits for machines, `ended_at` None goes on. `num_ranks` is what its plan says.
     """
 
     number: int
     submitted_at: float
     begun_at: float | None
     ended_at: float | None
+    num_ranks: int
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def breakdown(
         return Breakdown()
     parts = dict.fromkeys(("kept_s", *LOST), 0.0)
     held = gpu = 0.0
-    lost_steps, num_ranks = 0, 1
+    lost_steps = 0
     before = attempts[0].submitted_at
     sessions = _sessions(lines, events, attempts, now)
     for i, attempt in enumerate(attempts):
@@ -133,7 +134,8 @@ def breakdown(
         parts["restart_s"] += asked - before
         parts["queue_s"] += begun - asked
         own = [session for session in sessions if session.attempt == attempt.number]
-        num_ranks = own[0].num_ranks if own else num_ranks
+        # Machines that never came to train, at least not yet, cost the same.
+        num_ranks = own[0].num_ranks if own else attempt.num_ranks
         held, gpu = held + end - begun, gpu + (end - begun) * num_ranks
         parts["start_s"] += (own[0].joined_at if own else end) - begun
         for session in own:
@@ -207,8 +209,10 @@ def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], eve
 
     One that has left no word of its end ended at its last sign of life.
     """
-    found, numbers = [], run_store.attempt_numbers(run)
+    found, numbers, plan = [], run_store.attempt_numbers(run), run.plan
     for number in numbers:
+        own_plan = run.attempt(number) / "plan.json"
+        plan = own_plan if own_plan.is_file() else plan
         known = run_store.read_attempt(run, number)
         if known.submitted_at is None:
             continue
@@ -217,7 +221,8 @@ def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], eve
         if ended is None and not (goes_on and number == numbers[-1]):
             seen = (line["time"] for line in (*lines, *events) if line["attempt"] == number)
             ended = max(seen, default=known.begun_at or known.submitted_at)
-        found.append(Attempt(number, known.submitted_at, known.begun_at, ended))
+        num_ranks = run_store.read_json(plan)["topology"]["world_size"]
+        found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks))
     return found
 
 

@@ -187,7 +187,7 @@ class _Session:
                 if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
                     self._save()
         if stopped is not None and self.step < self.max_steps:
-            self.checkpoints.conclude(self.step)
+            self._conclude()
             fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.checkpoints.save_s, self.device)
             if fits:
                 self._save(wait=True)
@@ -282,7 +282,7 @@ class _Session:
 
     def _not_finite(self, what: str) -> DivergedError:
         """All ranks come here together, so a checkpoint in the making counts."""
-        self.checkpoints.conclude(self.step)
+        self._conclude()
         saved = self.checkpoints.saved_step
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
         return DivergedError(
@@ -321,8 +321,7 @@ class _Session:
 
     def _save(self, wait: bool = False) -> Path:
         """Save the current step in the background; with `wait`, to its commit, unless it is there already."""
-        self.monitor.beat("saving", self.step)
-        self.checkpoints.conclude(self.step)
+        self._conclude()
         state = {"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps}
         eval_loss = self.last_eval["eval/held_out/loss"] if self.eval_step == self.step else None
         if not wait:
@@ -336,6 +335,11 @@ class _Session:
             self._report_status("running")
         self.monitor.beat("training", self.step)
         return self.run_dir.checkpoints / store.step_name(self.step)
+
+    def _conclude(self) -> None:
+        """Wait for the save in the background, which is no step that does not come: those who watch are told."""
+        self.monitor.beat("saving", self.step)
+        self.checkpoints.conclude(self.step)
 
     def _restore(self, named: store.Checkpoint) -> None:
         parameters = self.model.parameters_by_name()
