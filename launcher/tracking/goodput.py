@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher import run_store
+from launcher.errors import LauncherError
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import Tail, read_events
 
@@ -230,3 +232,24 @@ def read(run: RunDir, now: float, goes_on: bool = True) -> Breakdown:
     """Where the time of the run went until `now`, in seconds since the epoch; all of its metrics are read."""
     lines, events = Tail(run.metrics).poll(), read_events(run.events)
     return breakdown(lines, events, attempts_of(run, goes_on, lines, events), now)
+
+
+def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
+    """Which limit of the run is reached, in words; empty where it may go on."""
+    limits, config = plan.limits, plan.config.run
+    if spent.gpu_s >= (limits.max_gpu_seconds or math.inf):
+        return f"run.max_usd={config.max_usd:g} is reached after {spent.gpu_s / 3600:,.2f} GPU hours"
+    if spent.held_s >= (limits.max_seconds or math.inf):
+        return f"run.max_hours={config.max_hours:g} is reached"
+    return ""
+
+
+def reached_limit(run: RunDir, plan: LaunchPlan, now: float) -> str:
+    """Which limit a run that does not train now has reached, in words; empty where it may go on, or where that cannot be told."""
+    if plan.limits.max_seconds is None and plan.limits.max_gpu_seconds is None:
+        return ""
+    try:
+        return spent_limit(plan, read(run, now, goes_on=False))
+    except (OSError, LauncherError, KeyError, TypeError, ValueError):
+        # The ranks look again, and tell that they cannot read it.
+        return ""

@@ -27,7 +27,7 @@ from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batche
 from launcher.errors import CheckpointError, DivergedError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.goodput import JOINED, PHASE
+from launcher.tracking.goodput import JOINED, PHASE, spent_limit
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
 from launcher.train.checkpoints import Checkpoints, probe
@@ -35,7 +35,7 @@ from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss
-from launcher.train.monitor import Monitor, spent_limit
+from launcher.train.monitor import Monitor
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak import peak_tflops
 from launcher.train.start import agree_on_start, load_whole
