@@ -30,6 +30,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE, spent_limit
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
+from launcher.train.before import failure_before
 from launcher.train.checkpoints import Checkpoints, probe
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
@@ -68,6 +69,8 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
     try:
         joined: dict[str, Any] = {PHASE: JOINED, "ranks": place.world_size}
         tracker.event("info", f"{place.world_size} ranks have joined", 0, **joined)
+        if place.is_main and (failed := failure_before(run, place.attempt)):
+            tracker.event("alert", failed)
         if place.world_size > 1:
             speed = link.measure(device)
             tracker.event("info", f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s", 0, gb_per_s=speed)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -111,7 +112,9 @@ class Monitor:
         """In this rank's log and among the events at once: the fault may be the last that this rank tells."""
         where = f"{words} (rank {self._place.rank} on {self._hosts[self._place.rank]})"
         print(where, flush=True)
-        append_event(self._run, self._place.attempt, "xid", where)
+        # A disk that is full must not end the watch over the device.
+        with suppress(OSError):
+            append_event(self._run, self._place.attempt, "alert", where)
 
 
 def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
