@@ -234,6 +234,17 @@ def read(run: RunDir, now: float, goes_on: bool = True) -> Breakdown:
     return breakdown(lines, events, attempts_of(run, goes_on, lines, events), now)
 
 
+def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
+    """GPU hours and dollars of the whole run at the plan's price, in which `tokens` were trained; nothing on CPUs."""
+    if plan.topology.device == "cpu":
+        return {}
+    hours = spent.gpu_s / 3600
+    if plan.price is None:
+        return {"cost/gpu_hours": hours}
+    usd = hours * plan.price.usd_per_gpu_hour
+    return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(tokens, 1) * 1e6}
+
+
 def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
     """Which limit of the run is reached, in words; empty where it may go on."""
     limits, config = plan.limits, plan.config.run

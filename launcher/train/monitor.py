@@ -82,7 +82,7 @@ class Monitor:
     def metrics(self, tokens: int) -> dict[str, float]:
         """Of all ranks, and of the run so far, in which `tokens` were trained."""
         spent = self.spent()
-        return ranks.metrics(self._ranks) | ({} if spent is None else spent.metrics() | cost(self._plan, spent, tokens))
+        return ranks.metrics(self._ranks) | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
 
     def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
         """Tell what is not as it should be after a step."""
@@ -115,17 +115,6 @@ class Monitor:
         # A disk that is full must not end the watch over the device.
         with suppress(OSError):
             append_event(self._run, self._place.attempt, "alert", where)
-
-
-def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
-    """GPU hours and dollars of the whole run, in which `tokens` were trained; nothing on CPUs."""
-    if plan.topology.device == "cpu":
-        return {}
-    hours = spent.gpu_s / 3600
-    if plan.price is None:
-        return {"cost/gpu_hours": hours}
-    usd = hours * plan.price.usd_per_gpu_hour
-    return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(tokens, 1) * 1e6}
 
 
 def _hosts(place: Place) -> list[str]:

@@ -11,10 +11,10 @@ from plan_fixtures import H100
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
-from launcher.tracking.goodput import Breakdown, spent_limit
+from launcher.tracking.goodput import Breakdown, cost, spent_limit
 from launcher.tracking.jsonl import read_events
 from launcher.train.engine import Place
-from launcher.train.monitor import Monitor, cost
+from launcher.train.monitor import Monitor
 
 PlanOf = Callable[..., LaunchPlan]
 SPENT = Breakdown(wall_s=9000, held_s=7200, gpu_s=8 * 7200)
