@@ -242,7 +242,7 @@ class _Session:
                 run_store.require_newest(self.run_dir, self.place.attempt)
                 self.tracker.log(self.step, metrics | self.monitor.metrics(self.meter.tokens))
                 self._report_status("running")
-            self.monitor.alert(self.step, loss, metrics["perf/tokens_per_sec"])
+            self.monitor.alert(self.step, loss, self.meter.overall_tokens_per_sec)
         return stopped
 
     def _loss(self, micro: MicroBatch, factor: float) -> torch.Tensor:
