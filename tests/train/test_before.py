@@ -35,17 +35,23 @@ def ended(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None
     ("cause", "first_failure", "words"),
     [
         ("infrastructure", KILLED, "rank 3: killed by SIGKILL (log: /run/rank-00003.log); this one follows it"),
-        ("bad_node", None, "attempt 1 failed (bad_node): rank 3: killed by SIGKILL; this one follows it"),
-        ("preempted", None, ""),
-        ("time_limit", KILLED, ""),
+        ("bad_node", None, "attempt 1 ended (bad_node): rank 3: killed by SIGKILL; this one follows it"),
+        ("resized", None, ""),
     ],
 )
-def test_a_failure_that_is_retried_is_told(run: RunDir, cause: str, first_failure: dict[str, Any] | None, words: str) -> None:
+def test_an_end_that_no_rank_has_told_is_told(run: RunDir, cause: str, first_failure: dict[str, Any] | None, words: str) -> None:
     ended(run, cause, first_failure)
     told = failure_before(run, 2)
     assert told.endswith(words)
     assert bool(told) == bool(words)
     assert failure_before(run, 1) == ""
+
+
+def test_ranks_that_could_save_have_told_it(run: RunDir) -> None:
+    ended(run, "preempted", None)
+    assert failure_before(run, 2).startswith("attempt 1 ended (preempted)")
+    run_store.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
+    assert failure_before(run, 2) == ""
 
 
 def test_who_resumes_a_run_knows_why_it_ended(run: RunDir) -> None:
