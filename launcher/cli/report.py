@@ -118,12 +118,14 @@ def _facts(one: _Told) -> dict[str, str]:
     facts |= {"since submission": format_duration(one.spent.wall_s), "goodput": f"{one.spent.goodput:.1%}"}
     if one.spent.lost_steps:
         facts["lost steps"] = f"{one.spent.lost_steps:,}"
-    counted: dict[str, Any] = next((line for line in reversed(one.lines) if "cost/gpu_hours" in line), {})
+    # What the last line of metrics counts lacks the last save and the export, and attempts that never came to train.
+    tokens = 0 if last is None else int(last.get("trainer/tokens", 0))
+    counted = goodput.cost(one.plan, one.spent, tokens)
     if counted:
         facts["GPU hours"] = f"{counted['cost/gpu_hours']:,.2f}"
     if "cost/usd" in counted:
         facts["cost"] = f"${counted['cost/usd']:,.2f}"
-    if "cost/usd_per_million_tokens" in counted:
+    if tokens and "cost/usd_per_million_tokens" in counted:
         facts["a million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}"
     return facts
 

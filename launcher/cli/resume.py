@@ -16,7 +16,7 @@ from launcher.clusters.base import Cluster, check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.data import cache
-from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, Problem, SubmitError
+from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
@@ -68,8 +68,15 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
     Raises:
         SubmitError: where the run has reached a limit already.
     """
-    spent, limits = goodput.read(run, time.time(), goes_on=False), plan.limits
-    problems = []
+    limits, problems = plan.limits, []
+    if limits.max_seconds is None and limits.max_gpu_seconds is None:
+        return
+    try:
+        spent = goodput.read(run, time.time(), goes_on=False)
+    except (OSError, LauncherError, KeyError, TypeError, ValueError) as error:
+        line, *_ = str(error).partition("\n")
+        print(f"note: what the run has spent cannot be read, so its limits count from here: {line}")
+        return
     if limits.max_seconds is not None and spent.held_s >= limits.max_seconds:
         value, remedy = f"it has run for {spent.held_s / 3600:.2f} hours", "raise it: resume RUN run.max_hours=..."
         problems.append(Problem("the run has used up run.max_hours", "run.max_hours", value, remedy))

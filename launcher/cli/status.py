@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "losses": list(seen.losses),
         "eval_loss": seen.eval_loss,
         "checkpoints": [checkpoint.step for checkpoint in checkpoints],
-        "cost": _cost(seen, num_gpus, status),
+        "cost": _cost(seen, num_gpus, status, _held_since(run, status, seen)),
         "goodput": _goodput(seen.last),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
     }
@@ -129,15 +130,33 @@ def _goodput(line: dict[str, Any]) -> dict[str, float] | None:
     return {"fraction": told.goodput, "wall_s": told.wall_s, "kept_s": told.kept_s, **lost, "lost_steps": told.lost_steps}
 
 
-def _cost(seen: Glance, num_gpus: int, status: Status) -> dict[str, float | None] | None:
-    """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted."""
+def _held_since(run: RunDir, status: Status, seen: Glance) -> float:
+    """Seconds for which the newest attempt has had machines since the cost was counted last: it loads, saves or has ended."""
+    if seen.spent is None or status.state == "pending":
+        return 0.0
+    with suppress(LauncherError, OSError):
+        begun_at, exit_file = run_store.read_attempt(run, status.attempt).begun_at, run.attempt(status.attempt) / "exit.json"
+        ended_at = time.time() if status.state in RUNNING_STATES else run_store.read_json(exit_file).get("ended_at")
+        if begun_at is not None and ended_at is not None:
+            return max(0.0, ended_at - max(begun_at, seen.spent.at))
+    return 0.0
+
+
+def _cost(seen: Glance, num_gpus: int, status: Status, since_s: float) -> dict[str, float | None] | None:
+    """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted.
+
+    `since_s` are seconds with machines that the newest line of metrics does not count.
+    """
     if seen.spent is None:
         return None
-    hours, usd, left_s = seen.spent.gpu_hours, seen.spent.usd, seen.last.get("trainer/eta_s", math.nan)
-    expected = None
-    if usd is not None and hours and status.state in RUNNING_STATES and math.isfinite(left_s):
-        expected = usd + usd / hours * num_gpus * left_s / 3600
-    return {"gpu_hours": hours, "usd": usd, "expected_usd": expected}
+    counted, usd, left_s = seen.spent.gpu_hours, seen.spent.usd, seen.last.get("trainer/eta_s", math.nan)
+    hours = counted + num_gpus * since_s / 3600
+    if usd is None or not counted:
+        return {"gpu_hours": hours, "usd": usd, "expected_usd": None}
+    price, expected = usd / counted, None
+    if status.state in RUNNING_STATES and math.isfinite(left_s):
+        expected = price * max(hours, counted + num_gpus * left_s / 3600)
+    return {"gpu_hours": hours, "usd": price * hours, "expected_usd": expected}
 
 
 def _lines(run: RunDir, found: dict[str, Any]) -> list[str]:

@@ -3,8 +3,10 @@
 Between the list prices of specialised clouds (RunPod, Lambda, Verda) and those of the large ones, a month before or after
 DATE, as compared by aimultiple.com/gpu-index (20 May 2026, medians), mercatus-ai.com/blog/cloud-gpu-pricing (May 2026),
 deploybase.ai/articles/runpod-gpu-pricing (March 2026), cliffcenter.com/research/amd-inference-economics (May 2026) and the
-prices of Lambda, Modal and AWS (g5, g6, g6e) at that time. Clouds ask between half and twice as much, and less for long
-contracts and spot. Types that are hardly rented one by one have no entry.
+prices of Lambda, Modal and AWS (g5, g6, g6e) at that time. B300, GB200 and GH200 by the lists of RunPod, Hyperstack, Akash,
+Lambda and CoreWeave of August and September 2026, in which a B200 costs about what it does here, and Spheron's of March 2026.
+Clouds ask between half and twice as much, and less for long contracts and spot. Types that nobody lists, or that are hardly
+rented one by one, have no entry.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ USD_PER_GPU_HOUR = {
     "H100-PCIE-80GB": 2.80,
     "H100-NVL": 3.05,
     "H200": 3.80,
+    "GH200": 3.50,
     "B200": 6.00,
+    "GB200": 7.00,
+    "B300": 7.20,
     "L4": 0.75,
     "L40S": 1.40,
     "A10": 0.85,

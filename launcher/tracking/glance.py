@@ -13,10 +13,11 @@ from launcher.tracking.jsonl import decode_lines
 
 @dataclass(frozen=True)
 class Spent:
-    """GPU hours of the whole run, and US dollars where there is a price."""
+    """GPU hours of the whole run up to the time `at`, in seconds since the epoch, and US dollars where there is a price."""
 
     gpu_hours: float
     usd: float | None
+    at: float
 
 
 @dataclass(frozen=True)
@@ -69,4 +70,4 @@ def _losses(data: mmap.mmap, num_points: int) -> Iterator[float]:
 
 
 def _spent(line: dict[str, Any] | None) -> Spent | None:
-    return None if line is None else Spent(line["cost/gpu_hours"], line.get("cost/usd"))
+    return None if line is None else Spent(line["cost/gpu_hours"], line.get("cost/usd"), line["time"])

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher import run_store
+from launcher.errors import LauncherError
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import Tail, read_events
 
@@ -33,13 +35,14 @@ PHASE, JOINED, LOADED = "phase", "joined", "loaded"
 class Attempt:
     """When an attempt was asked for, when its machines were there, and when it ended; seconds since the epoch.
 
-    `begun_at` None waits for machines, `ended_at` None goes on.
+    `begun_at` None waits for machines, `ended_at` None goes on. `num_ranks` is what its plan says.
     """
 
     number: int
     submitted_at: float
     begun_at: float | None
     ended_at: float | None
+    num_ranks: int
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def breakdown(
         return Breakdown()
     parts = dict.fromkeys(("kept_s", *LOST), 0.0)
     held = gpu = 0.0
-    lost_steps, num_ranks = 0, 1
+    lost_steps = 0
     before = attempts[0].submitted_at
     sessions = _sessions(lines, events, attempts, now)
     for i, attempt in enumerate(attempts):
@@ -133,7 +136,8 @@ def breakdown(
         parts["restart_s"] += asked - before
         parts["queue_s"] += begun - asked
         own = [session for session in sessions if session.attempt == attempt.number]
-        num_ranks = own[0].num_ranks if own else num_ranks
+        # Machines that never came to train, at least not yet, cost the same.
+        num_ranks = own[0].num_ranks if own else attempt.num_ranks
         held, gpu = held + end - begun, gpu + (end - begun) * num_ranks
         parts["start_s"] += (own[0].joined_at if own else end) - begun
         for session in own:
@@ -207,8 +211,10 @@ def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], eve
 
     One that has left no word of its end ended at its last sign of life.
     """
-    found, numbers = [], run_store.attempt_numbers(run)
+    found, numbers, plan = [], run_store.attempt_numbers(run), run.plan
     for number in numbers:
+        own_plan = run.attempt(number) / "plan.json"
+        plan = own_plan if own_plan.is_file() else plan
         known = run_store.read_attempt(run, number)
         if known.submitted_at is None:
             continue
@@ -217,7 +223,8 @@ def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], eve
         if ended is None and not (goes_on and number == numbers[-1]):
             seen = (line["time"] for line in (*lines, *events) if line["attempt"] == number)
             ended = max(seen, default=known.begun_at or known.submitted_at)
-        found.append(Attempt(number, known.submitted_at, known.begun_at, ended))
+        num_ranks = run_store.read_json(plan)["topology"]["world_size"]
+        found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks))
     return found
 
 
@@ -225,3 +232,35 @@ def read(run: RunDir, now: float, goes_on: bool = True) -> Breakdown:
     """Where the time of the run went until `now`, in seconds since the epoch; all of its metrics are read."""
     lines, events = Tail(run.metrics).poll(), read_events(run.events)
     return breakdown(lines, events, attempts_of(run, goes_on, lines, events), now)
+
+
+def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
+    """GPU hours and dollars of the whole run at the plan's price, in which `tokens` were trained; nothing on CPUs."""
+    if plan.topology.device == "cpu":
+        return {}
+    hours = spent.gpu_s / 3600
+    if plan.price is None:
+        return {"cost/gpu_hours": hours}
+    usd = hours * plan.price.usd_per_gpu_hour
+    return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(tokens, 1) * 1e6}
+
+
+def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
+    """Which limit of the run is reached, in words; empty where it may go on."""
+    limits, config = plan.limits, plan.config.run
+    if spent.gpu_s >= (limits.max_gpu_seconds or math.inf):
+        return f"run.max_usd={config.max_usd:g} is reached after {spent.gpu_s / 3600:,.2f} GPU hours"
+    if spent.held_s >= (limits.max_seconds or math.inf):
+        return f"run.max_hours={config.max_hours:g} is reached"
+    return ""
+
+
+def reached_limit(run: RunDir, plan: LaunchPlan, now: float) -> str:
+    """Which limit a run that does not train now has reached, in words; empty where it may go on, or where that cannot be told."""
+    if plan.limits.max_seconds is None and plan.limits.max_gpu_seconds is None:
+        return ""
+    try:
+        return spent_limit(plan, read(run, now, goes_on=False))
+    except (OSError, LauncherError, KeyError, TypeError, ValueError):
+        # The ranks look again, and tell that they cannot read it.
+        return ""

@@ -119,6 +119,8 @@ def decode_lines(data: bytes) -> list[dict[str, Any]]:
         except ValueError:
             # What a machine that died in the middle of a write left behind.
             continue
+        if not isinstance(line, dict):
+            continue
         for name, kind in line.pop("nonfinite", {}).items():
             line[name] = float(kind)
         lines.append(line)

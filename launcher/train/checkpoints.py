@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ class Checkpoints:
             self._tracker.event("alert", f"a checkpoint was not saved: {why}", step)
             return
         self.stall_s += outcome.stall_s
-        free = shutil.disk_usage(outcome.path.parent).free
+        free = _free_bytes(outcome.path.parent)
         self._tracker.log(
             step,
             {
@@ -93,10 +94,10 @@ class Checkpoints:
                 "ckpt/stall_s": outcome.stall_s,
                 "time/ckpt_s": outcome.stall_s,
                 "ckpt/bytes": outcome.bytes,
-                "ckpt/disk_free_gib": free / 2**30,
+                **({} if free is None else {"ckpt/disk_free_gib": free / 2**30}),
             },
         )
-        if free < outcome.bytes:
+        if free is not None and free < outcome.bytes:
             room = f"{free / 2**30:.2f} GiB are free, and it takes {outcome.bytes / 2**30:.2f} GiB"
             self._tracker.event("alert", f"the disk has no room for the next checkpoint: {room}", step)
         if outcome.not_pruned:
@@ -104,6 +105,14 @@ class Checkpoints:
         size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training stood still for {outcome.stall_s:.2f} s"
         named = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss}
         self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, **named)
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """None where storage does not tell now: what it says to one who asks for a number is no reason to stop training."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
 
 
 @torch.no_grad()

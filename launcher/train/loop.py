@@ -27,15 +27,16 @@ from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batche
 from launcher.errors import CheckpointError, DivergedError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.goodput import JOINED, PHASE
+from launcher.tracking.goodput import JOINED, PHASE, spent_limit
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
+from launcher.train.before import failure_before
 from launcher.train.checkpoints import Checkpoints, probe
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss
-from launcher.train.monitor import Monitor, spent_limit
+from launcher.train.monitor import Monitor
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak import peak_tflops
 from launcher.train.start import agree_on_start, load_whole
@@ -68,6 +69,8 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
     try:
         joined: dict[str, Any] = {PHASE: JOINED, "ranks": place.world_size}
         tracker.event("info", f"{place.world_size} ranks have joined", 0, **joined)
+        if place.is_main and (failed := failure_before(run, place.attempt)):
+            tracker.event("alert", failed)
         if place.world_size > 1:
             speed = link.measure(device)
             tracker.event("info", f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s", 0, gb_per_s=speed)
@@ -187,7 +190,7 @@ class _Session:
                 if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
                     self._save()
         if stopped is not None and self.step < self.max_steps:
-            self.checkpoints.conclude(self.step)
+            self._conclude()
             fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.checkpoints.save_s, self.device)
             if fits:
                 self._save(wait=True)
@@ -239,7 +242,7 @@ class _Session:
                 run_store.require_newest(self.run_dir, self.place.attempt)
                 self.tracker.log(self.step, metrics | self.monitor.metrics(self.meter.tokens))
                 self._report_status("running")
-            self.monitor.alert(self.step, loss, metrics["perf/tokens_per_sec"])
+            self.monitor.alert(self.step, loss, self.meter.overall_tokens_per_sec)
         return stopped
 
     def _loss(self, micro: MicroBatch, factor: float) -> torch.Tensor:
@@ -282,7 +285,7 @@ class _Session:
 
     def _not_finite(self, what: str) -> DivergedError:
         """All ranks come here together, so a checkpoint in the making counts."""
-        self.checkpoints.conclude(self.step)
+        self._conclude()
         saved = self.checkpoints.saved_step
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
         return DivergedError(
@@ -321,8 +324,7 @@ class _Session:
 
     def _save(self, wait: bool = False) -> Path:
         """Save the current step in the background; with `wait`, to its commit, unless it is there already."""
-        self.monitor.beat("saving", self.step)
-        self.checkpoints.conclude(self.step)
+        self._conclude()
         state = {"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps}
         eval_loss = self.last_eval["eval/held_out/loss"] if self.eval_step == self.step else None
         if not wait:
@@ -336,6 +338,11 @@ class _Session:
             self._report_status("running")
         self.monitor.beat("training", self.step)
         return self.run_dir.checkpoints / store.step_name(self.step)
+
+    def _conclude(self) -> None:
+        """Wait for the save in the background, which is no step that does not come: those who watch are told."""
+        self.monitor.beat("saving", self.step)
+        self.checkpoints.conclude(self.step)
 
     def _restore(self, named: store.Checkpoint) -> None:
         parameters = self.model.parameters_by_name()

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,10 +60,18 @@ class Meter:
     """Turns what a step did into metrics; keeps the running counts and the pace for the time left.
 
     `peak_tflops` is this device's, None where it is not known; then, or where the model's FLOPs are not, there is no MFU.
+    `overall_tokens_per_sec` is the last step's, with what came between the end of the step before and its begin.
     """
 
     def __init__(
-        self, plan: LaunchPlan, max_steps: int, device: torch.device, attempt: int, restart: int, peak_tflops: float | None
+        self,
+        plan: LaunchPlan,
+        max_steps: int,
+        device: torch.device,
+        attempt: int,
+        restart: int,
+        peak_tflops: float | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan = plan
         self._max_steps = max_steps
@@ -73,6 +81,10 @@ class Meter:
         self._fixed = {"run/attempt": float(attempt), "run/restarts": float(restart), "run/nodes": float(plan.topology.nodes)}
         self._flops = train_flops(plan.model)
         self._peak_tflops = peak_tflops
+        self._clock = clock
+        self._ended_at: float | None = None
+        self._between_s, self._num_between = 0.0, 0
+        self.overall_tokens_per_sec = 0.0
         self.tokens = 0
         self.skipped_steps = 0
 
@@ -87,6 +99,7 @@ class Meter:
         """Metrics after optimizer step `step` (counted from 1); loss is per trained token of the global batch."""
         topology, step_s = self._plan.topology, times["time/step_s"]
         self._recent.append(step_s)
+        self.overall_tokens_per_sec = batch.num_tokens / (step_s + self._between(step_s))
         self.tokens += batch.num_tokens
         samples = step * self._plan.batch.global_batch_size
         per_sec = batch.num_tokens / step_s
@@ -96,7 +109,7 @@ class Meter:
             "trainer/tokens": float(self.tokens),
             "trainer/samples": float(samples),
             "trainer/progress": step / self._max_steps,
-            "trainer/eta_s": (self._max_steps - step) * statistics.median(self._recent),
+            "trainer/eta_s": (self._max_steps - step) * self._pace_s(),
             "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lr": lr,
@@ -115,6 +128,20 @@ class Meter:
             metrics["data/truncated_frac"] = self._plan.data.truncated_frac
         metrics |= self._utilisation(batch, step_s) | self._device_memory()
         return metrics
+
+    def _between(self, step_s: float) -> float:
+        """Seconds between the end of the step before and the begin of the one that ends now: evaluation, saves, logging."""
+        now = self._clock()
+        before, self._ended_at = self._ended_at, now
+        if before is None:
+            return 0.0
+        between = max(0.0, now - before - step_s)
+        self._between_s, self._num_between = self._between_s + between, self._num_between + 1
+        return between
+
+    def _pace_s(self) -> float:
+        """Seconds from step to step: as the last steps are, with a share of all that has come between steps, which is seldom."""
+        return statistics.median(self._recent) + self._between_s / max(1, self._num_between)
 
     def _utilisation(self, batch: StepBatch, step_s: float) -> dict[str, float]:
         """What this rank computed for its own rows, and the fraction that this is of what its device could have."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
@@ -83,7 +82,7 @@ class Monitor:
     def metrics(self, tokens: int) -> dict[str, float]:
         """Of all ranks, and of the run so far, in which `tokens` were trained."""
         spent = self.spent()
-        return ranks.metrics(self._ranks) | ({} if spent is None else spent.metrics() | cost(self._plan, spent, tokens))
+        return ranks.metrics(self._ranks) | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
 
     def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
         """Tell what is not as it should be after a step."""
@@ -104,7 +103,8 @@ class Monitor:
     def _read(self, now: float) -> Breakdown:
         try:
             return goodput.read(self._run, now)
-        except (OSError, LauncherError, KeyError, ValueError) as error:
+        except Exception as error:
+            # Raised here, it would come out of every step: what a file holds that others have written must not end training.
             self._tracker.event("alert", f"what the run has done before cannot be read, so it counts from here: {error}")
             return Breakdown()
 
@@ -112,28 +112,9 @@ class Monitor:
         """In this rank's log and among the events at once: the fault may be the last that this rank tells."""
         where = f"{words} (rank {self._place.rank} on {self._hosts[self._place.rank]})"
         print(where, flush=True)
-        append_event(self._run, self._place.attempt, "xid", where)
-
-
-def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
-    """GPU hours and dollars of the whole run, in which `tokens` were trained; nothing on CPUs."""
-    if plan.topology.device == "cpu":
-        return {}
-    hours = spent.gpu_s / 3600
-    if plan.price is None:
-        return {"cost/gpu_hours": hours}
-    usd = hours * plan.price.usd_per_gpu_hour
-    return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(tokens, 1) * 1e6}
-
-
-def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
-    """Which limit of the run is reached, in words; empty where it may go on."""
-    limits, config = plan.limits, plan.config.run
-    if spent.gpu_s >= (limits.max_gpu_seconds or math.inf):
-        return f"run.max_usd={config.max_usd:g} is reached after {spent.gpu_s / 3600:,.2f} GPU hours"
-    if spent.held_s >= (limits.max_seconds or math.inf):
-        return f"run.max_hours={config.max_hours:g} is reached"
-    return ""
+        # A disk that is full must not end the watch over the device.
+        with suppress(OSError):
+            append_event(self._run, self._place.attempt, "alert", where)
 
 
 def _hosts(place: Place) -> list[str]:

@@ -44,7 +44,8 @@ class Probe:
 
     def _end(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._start is not None:
-            self._spans.append((self._start, self._mark(), inputs[0].numel() // inputs[0].shape[-1]))
+            # Of the output: a layer that is called by keyword has no inputs here.
+            self._spans.append((self._start, self._mark(), output.numel() // output.shape[-1]))
             self._start = None
 
     def _mark(self) -> Any:

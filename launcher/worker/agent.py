@@ -28,6 +28,7 @@ from launcher.clusters import process
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event
+from launcher.train.before import RESTART
 from launcher.worker import heartbeat, network, record
 from launcher.worker.last_word import tell_wandb
 from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
@@ -129,7 +130,16 @@ def _run_ranks(
     final = run.attempt(attempt) / "final.json"
     store = store or TCPStore(place.address, 0, None, True, wait_for_workers=False)
     run_id = f"{plan.wandb_id}-{attempt}"
-    meeting = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, final.is_file)
+    stalls: list[str] = []
+
+    def on_restart(count: int) -> None:
+        here, why = place.hosts[place.node], record.of_restart(elastic_folder, stalls)
+        # Later failures have other reasons.
+        stalls.clear()
+        with suppress(OSError):
+            append_event(run, attempt, RESTART, f"all ranks are started again (restart {count}), as some failed on {here}: {why}")
+
+    meeting = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, final.is_file, on_restart)
     rendezvous_handler_registry.register(BACKEND, lambda parameters: meeting)
     config = LaunchConfig(
         min_nodes=topology.nodes,
@@ -145,7 +155,6 @@ def _run_ranks(
     )
     board = heartbeat.Board(topology.ranks_per_node)
     os.environ[heartbeat.VARIABLE] = str(board.path)
-    stalls: list[str] = []
 
     def on_stall(text: str) -> None:
         stalls.append(text)

@@ -25,9 +25,10 @@ from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.slurm import SlurmSection
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.retry import Cause, decide
+from launcher.plan.retry import Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import conclusion, ending, network
 from launcher.worker.last_word import tell_wandb
@@ -41,7 +42,8 @@ _LAST_SECONDS_S = 10.0
 
 
 def begin(plan_path: str) -> int | None:
-    """Open the attempt of this job's start and return its number; None where the run is done or runs in another job.
+    """Open the attempt of this job's start and return its number; None where the run is done, has reached a limit of its own,
+    or runs in another job.
 
     Raises:
         RunError: where the attempt may not start: its budget is spent, the nodes are not joined by a private network, or
@@ -63,8 +65,14 @@ def begin(plan_path: str) -> int | None:
                 return None
             decision = decide(ended, conclusion.history(run, number), section)
             if not decision.again:
-                run_store.update_status(run, state=decision.state, message=decision.reason)
+                _end(plan, plan_path, run, number, decision)
                 raise RunError(decision.reason, where=str(run.attempt(number)))
+        if reached := goodput.reached_limit(run, plan, time.time()):
+            # Loading the model and one step, only to stop, would cost some more.
+            _end(plan, plan_path, run, number, Decision(False, "preempted", reached))
+            print(f"{plan.run_name}: {reached}; nothing is begun", file=sys.stderr)
+            return None
+        if attempt.job is not None:
             number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
             attempt = run_store.read_attempt(run, number)
         elif attempt.automatic:
@@ -74,12 +82,23 @@ def begin(plan_path: str) -> int | None:
             opened = _with_place(attempt, section, job, restart, until)
         except LauncherError as error:
             problem = error.problems[0]
-            run_store.update_status(run, state="failed", message="; ".join(filter(None, (problem.what, problem.remedy))))
+            words = "; ".join(filter(None, (problem.what, problem.remedy)))
+            _end(plan, plan_path, run, number, Decision(False, "failed", words))
             raise
         run_store.write_attempt(run, number, opened)
         print(ending.marker(number, opened.nodes), file=sys.stderr)
         run_store.update_status(run, state="running", attempt=number, job={"id": job, "nodes": opened.nodes}, message="starting")
     return number
+
+
+def _end(plan: LaunchPlan, plan_path: str, run: RunDir, number: int, decision: Decision) -> None:
+    """Tell all who follow the run that it ends before its next attempt has begun.
+
+    The run is held meanwhile, which W&B may take most of a minute of: less than another start waits for.
+    """
+    run_store.update_status(run, state=decision.state, message=decision.reason)
+    _if_possible(lambda: append_event(run, number, "alert", f"the run ends: {decision.reason}"))
+    _if_possible(lambda: tell_wandb(plan, plan_path, run, number))
 
 
 def conclude(plan_path: str, number: int, exit_code: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def _of_rank(
         "traceback": "\n".join(str(trace).splitlines()[-_TRACEBACK_LINES:]),
         "log": str(run.rank_log(attempt, rank)),
     }
+
+
+def of_restart(elastic_folder: Path, stalls: Sequence[str]) -> str:
+    """Why a node's ranks are started again, in words: what the watchdog has said, else the first exception of the last start."""
+    if stalls:
+        return stalls[-1]
+    last = max(elastic_folder.glob("*/attempt_*"), key=lambda folder: int(folder.name.rpartition("_")[2]), default=elastic_folder)
+    with suppress(OSError, LauncherError, KeyError, TypeError):
+        first = min(last.glob("*/error.json"), key=lambda file: file.stat().st_mtime, default=None)
+        if first is not None:
+            line, *_ = str(run_store.read_json(first)["message"]["message"]).partition("\n")
+            return f"local rank {first.parent.name}: {line}"
+    return "a rank was killed; the agent's log says by which signal"
 
 
 def of_final(run: RunDir, attempt: int, said: dict[str, Any]) -> dict[str, Any]:

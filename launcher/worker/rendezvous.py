@@ -25,13 +25,24 @@ BACKEND = "nodes"
 
 
 class NodeRendezvous(RendezvousHandler):
-    """`store` lives on the head node. `is_final` tells whether ranks failed in a way that would repeat itself."""
+    """`store` lives on the head node. `is_final` tells whether ranks failed in a way that would repeat itself.
 
-    def __init__(self, store: Store, run_id: str, place: NodePlace, deadline_s: float, is_final: Callable[[], bool]) -> None:
+    `on_restart` is called with the number of the restart, counted from 1, on the one node that came first: its ranks failed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        place: NodePlace,
+        deadline_s: float,
+        is_final: Callable[[], bool],
+        on_restart: Callable[[int], None],
+    ) -> None:
         self._store = PrefixStore(f"rendezvous/{run_id}", store)
         self._run_id, self._place = run_id, place
         self._deadline = timedelta(seconds=deadline_s)
-        self._is_final = is_final
+        self._is_final, self._on_restart = is_final, on_restart
         self._round = 0
 
     def get_backend(self) -> str:
@@ -52,7 +63,8 @@ class NodeRendezvous(RendezvousHandler):
         self._round += 1
         keys = [f"{self._round}/{node}" for node in range(len(self._place.hosts))]
         self._store.set(keys[self._place.node], "")
-        self._store.add(self._waiting(self._round), 1)
+        if self._store.add(self._waiting(self._round), 1) == 1 and self._round > 1:
+            self._on_restart(self._round - 1)
         try:
             self._store.wait(keys, self._deadline)
         except DistStoreError:

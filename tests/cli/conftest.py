@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import hand_made
@@ -8,6 +9,7 @@ import pytest
 from plan_fixtures import golden
 
 from launcher import run_store
+from launcher.plan.launch_plan import Price, Topology
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.jsonl import JsonlTracker
@@ -23,10 +25,18 @@ SETTINGS = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """A run that this process is taken for the driver of, at step 10 of 40 in its second attempt."""
-    found = run_store.create(hand_made.plan(tmp_path / "runs/demo", SETTINGS))
+    """A run that this process is taken for the driver of, at step 10 of 40 in its second attempt.
+
+    Its first attempt has had two GPUs, at two dollars an hour, for 51 minutes.
+    """
+    topology = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cuda", backend="nccl")
+    price = Price(usd_per_gpu_hour=2.0)
+    found = run_store.create(hand_made.plan(tmp_path / "runs/demo", SETTINGS, topology=topology, price=price))
+    begun_at = time.time() - 51 * 60
     for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
-        run_store.next_attempt(found, Attempt(resume_step=None, begun_at=time.time()))
+        run_store.next_attempt(found, Attempt(resume_step=None))
+        times = {"submitted_at": begun_at, "begun_at": begun_at} if attempt == 1 else {"begun_at": time.time()}
+        run_store.write_attempt(found, attempt, replace(run_store.read_attempt(found, attempt), **times))
         log = JsonlTracker(found, attempt)
         log.event("info", "joined", 0, phase="joined", ranks=2)
         log.event("info", "loaded", steps[0] - 1, phase="loaded")
@@ -34,7 +44,8 @@ def run(tmp_path: Path) -> RunDir:
             hours = (step if attempt == 1 else step + 7) / 10
             costs = {"cost/gpu_hours": hours, "cost/usd": 2 * hours, "cost/usd_per_million_tokens": 1.5}
             pace = {"perf/tokens_per_sec": 1234.5, "perf/mfu": 0.41, "time/step_s": 2.0, "trainer/eta_s": 3600.0}
-            log.log(step, {"train/loss": 4.0 - step / 10, "memory/host_rss_gib": 1.5, **pace, **costs})
+            tokens = {"trainer/tokens": 1000.0 * step}
+            log.log(step, {"train/loss": 4.0 - step / 10, "memory/host_rss_gib": 1.5, **tokens, **pace, **costs})
         log.event("alert", f"something in attempt {attempt}", step=step)
     run_store.update_status(found, state="completed", attempt=2, step=10, max_steps=40)
     return found

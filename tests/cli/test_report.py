@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from launcher import run_store
@@ -33,6 +34,19 @@ def test_one_run_is_told_whole(launch: Launch, run: RunDir) -> None:
     assert "steps that were lost" in page
     assert not re.search(r"<script|https?://|src=|@import", page)
     assert page.count("<polyline") == 4, "loss, tokens per second, MFU and memory; no curve without values"
+
+
+def test_the_cost_is_of_all_time_with_machines(launch: Launch, run: RunDir) -> None:
+    """The export, which comes after the last line of metrics, counts as well."""
+    run_store.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": time.time()})
+    second = run_store.read_attempt(run, 2)
+    run_store.write_attempt(run, 2, replace(second, begun_at=time.time() - 30 * 60))
+    run_store.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time() - 31 * 60})
+    assert launch("report", str(run.root)).returncode == 0
+    page = (run.root / "report.html").read_text()
+    # 20 and 30 minutes on two GPUs at two dollars.
+    assert "$3.33" in page
+    assert "1.67" in page
 
 
 def test_several_runs_stand_in_the_same_charts(launch: Launch, run: RunDir, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,24 @@ def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
     status = run_store.update_status(run, state="running")
     # Two ranks for one more hour at two dollars a GPU hour.
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
+
+
+def test_machines_cost_something_between_two_lines_and_after_the_last(run: RunDir) -> None:
+    """Half an hour on two GPUs: of a step that is not logged yet, or of the export."""
+    run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=time.time() - 7200))
+    log = JsonlTracker(run, 2)
+    log.log(11, {"train/loss": 2.0, "cost/gpu_hours": 3.0, "cost/usd": 6.0, "trainer/eta_s": 60.0})
+    *before, last = run.metrics.read_text().splitlines()
+    line = json.loads(last) | {"time": time.time() - 1800}
+    run.metrics.write_text("\n".join([*before, json.dumps(line)]) + "\n")
+    running = summary(run, run_store.update_status(run, state="running"))["cost"]
+    assert running == {
+        name: pytest.approx(value, abs=0.01) for name, value in {"gpu_hours": 4.0, "usd": 8.0, "expected_usd": 8.0}.items()
+    }
+    run_store.write_json(run.attempt(2) / "exit.json", {"ended_at": line["time"] + 900})
+    ended = summary(run, run_store.update_status(run, state="completed"))["cost"]
+    assert (ended["gpu_hours"], ended["usd"]) == (pytest.approx(3.5), pytest.approx(7.0))
+    assert summary(run, run_store.update_status(run, state="pending"))["cost"]["gpu_hours"] == 3.0
 
 
 def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> None:

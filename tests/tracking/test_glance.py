@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -57,9 +58,9 @@ def test_what_the_run_has_cost_stands_in_its_last_count(tmp_path: Path) -> None:
     log.log(1, {"train/loss": 3.0, "cost/gpu_hours": 1.0, "cost/usd": 2.0})
     log.log(2, {"train/loss": 3.0, "cost/gpu_hours": 3.5, "cost/usd": 7.0})
     log.log(2, {"eval/held_out/loss": 3.0})
-    assert glance(tmp_path / "metrics.jsonl").spent == Spent(gpu_hours=3.5, usd=7.0)
+    assert glance(tmp_path / "metrics.jsonl").spent == Spent(gpu_hours=3.5, usd=7.0, at=pytest.approx(time.time(), abs=60))
 
 
 def test_without_a_price_hours_are_counted(tmp_path: Path) -> None:
     JsonlTracker(RunDir(tmp_path), attempt=1).log(1, {"train/loss": 3.0, "cost/gpu_hours": 0.25})
-    assert glance(tmp_path / "metrics.jsonl").spent == Spent(gpu_hours=0.25, usd=None)
+    assert glance(tmp_path / "metrics.jsonl").spent == Spent(gpu_hours=0.25, usd=None, at=pytest.approx(time.time(), abs=60))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,16 +18,18 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import JOINED, LOADED, LOST, Attempt, Breakdown, breakdown
 
+RANKS = 4
+
 
 def step(number: int, attempt: int, at: float, **more: float) -> dict[str, Any]:
     return {"trainer/step": number, "attempt": attempt, "time": at, "train/loss": 1.0, **more}
 
 
-def phase(name: str, attempt: int, at: float, from_step: int = 0, ranks: int = 4) -> dict[str, Any]:
+def phase(name: str, attempt: int, at: float, from_step: int = 0, ranks: int = RANKS) -> dict[str, Any]:
     return {"time": at, "attempt": attempt, "step": from_step, "kind": "info", "fields": {"phase": name, "ranks": ranks}}
 
 
-def start(attempt: int, joined_at: float, loaded_at: float, from_step: int = 0, ranks: int = 4) -> list[dict[str, Any]]:
+def start(attempt: int, joined_at: float, loaded_at: float, from_step: int = 0, ranks: int = RANKS) -> list[dict[str, Any]]:
     return [phase(JOINED, attempt, joined_at, ranks=ranks), phase(LOADED, attempt, loaded_at, from_step, ranks)]
 
 
@@ -44,7 +47,7 @@ def test_an_attempt_from_the_queue_to_its_end() -> None:
         *(step(n, 1, 143 + 2 * n) for n in range(1, 11)),
         {"trainer/step": 10, "attempt": 1, "time": 164.0, "ckpt/stall_s": 1.0},
     ]
-    found = breakdown(lines, start(1, 120, 140), [Attempt(1, 100, 110, 170)], now=999)
+    found = breakdown(lines, start(1, 120, 140), [Attempt(1, 100, 110, 170, RANKS)], now=999)
     assert parts(found) == {"queue_s": 10, "start_s": 10, "load_s": 20, "eval_s": 3, "kept_s": 20, "save_s": 1, "other_s": 6}
     assert (found.wall_s, found.held_s, found.gpu_s, found.lost_steps) == (70, 60, 240, 0)
     assert found.goodput == pytest.approx(20 / 70)
@@ -55,7 +58,7 @@ def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() 
     first = [step(n, 1, 20 + 2 * n) for n in range(1, 6)]
     second = [step(n, 2, 90 + 2 * (n - 3)) for n in range(4, 6)]
     events = [*start(1, 10, 20), *start(2, 80, 90, from_step=3, ranks=2)]
-    attempts = [Attempt(1, 0, 5, 45), Attempt(2, 50, 70, None)]
+    attempts = [Attempt(1, 0, 5, 45, RANKS), Attempt(2, 50, 70, None, RANKS)]
     found = breakdown([*first, *second], events, attempts, now=94)
     assert parts(found) == {
         **{"queue_s": 5 + 20, "start_s": 5 + 10, "load_s": 10 + 10, "kept_s": 6 + 4, "replay_s": 4},
@@ -70,22 +73,23 @@ def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() 
 def test_ranks_that_are_started_again_within_an_attempt() -> None:
     lines = [*(step(n, 1, 20 + n) for n in range(1, 5)), *(step(n, 1, 50 + n - 2) for n in range(3, 9))]
     events = [*start(1, 10, 20), *start(1, 40, 50, from_step=2)]
-    found = breakdown(lines, events, [Attempt(1, 0, 0, 56)], now=99)
+    found = breakdown(lines, events, [Attempt(1, 0, 0, 56, RANKS)], now=99)
     assert parts(found) == {"start_s": 10, "load_s": 20, "kept_s": 2 + 6, "replay_s": 2, "restart_s": 40 - 24}
     assert found.lost_steps == 2
 
 
 def test_attempts_that_never_came_to_train() -> None:
-    attempts = [Attempt(1, 0, 10, 20), Attempt(2, 20, 20, 50), Attempt(3, 50, None, None)]
+    attempts = [Attempt(1, 0, 10, 20, RANKS), Attempt(2, 20, 20, 50, RANKS), Attempt(3, 50, None, None, RANKS)]
     found = breakdown([], [phase(JOINED, 2, 30)], attempts, now=60)
     assert parts(found) == {"queue_s": 10 + 10, "start_s": 10 + 10, "load_s": 20}
+    assert (found.held_s, found.gpu_s) == (40, 40 * RANKS)
     assert breakdown([], [], [], now=60) == Breakdown()
 
 
 def test_a_line_stands_for_all_steps_before_it() -> None:
     lines = [step(5, 1, 30), step(10, 1, 40)]
     events = [*start(1, 0, 20), *start(2, 60, 70, from_step=8)]
-    found = breakdown(lines, events, [Attempt(1, 0, 0, 50), Attempt(2, 50, 50, None)], now=70)
+    found = breakdown(lines, events, [Attempt(1, 0, 0, 50, RANKS), Attempt(2, 50, 50, None, RANKS)], now=70)
     assert (found.kept_s, found.replay_s, found.lost_steps) == (pytest.approx(16), pytest.approx(4), 2)
 
 
@@ -93,7 +97,7 @@ def test_what_is_counted_on_is_what_is_found_afterwards() -> None:
     """The numbers that rank 0 logs step by step equal those that a report makes of all lines."""
     lines = [step(n, 1, 20 + n) for n in range(1, 5)]
     events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
-    attempts = [Attempt(1, 0, 5, 30), Attempt(2, 30, 35, None)]
+    attempts = [Attempt(1, 0, 5, 30, RANKS), Attempt(2, 30, 35, None, RANKS)]
     before = breakdown(lines, events, attempts, now=50)
     live = before.later(12.0, eval_s=2.0, save_s=1.0, num_ranks=4)
     more = [step(3, 2, 55), {"trainer/step": 3, "attempt": 2, "time": 58.0, "time/eval_s": 2.0, "ckpt/stall_s": 1.0}]
@@ -107,7 +111,7 @@ def test_what_is_counted_on_is_what_is_found_afterwards() -> None:
 
 def test_the_files_of_a_run_are_read_in_a_moment(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
     """10,000 steps; the bound is wide, since other programs may run. A machine that died left no word of its end."""
-    run_dir.rmdir()
+    shutil.rmtree(run_dir)
     run = run_store.create(make_plan())
     now = time.time()
     for begun_at in (now - 20_000, now - 100):
@@ -124,6 +128,18 @@ def test_the_files_of_a_run_are_read_in_a_moment(make_plan: Callable[..., Launch
     assert found.held_s == pytest.approx(10_100 + 100, abs=1), "held until the last sign of life"
     assert goodput.read(run, now, goes_on=False).held_s == pytest.approx(10_100, abs=1)
     assert took < 5
+
+
+def test_ranks_that_never_joined_are_those_of_the_attempts_own_plan(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
+    shutil.rmtree(run_dir)
+    plan = make_plan()
+    run = run_store.create(plan)
+    for _ in range(3):
+        run_store.next_attempt(run, run_store.Attempt(resume_step=None))
+    larger = plan.topology.model_copy(update={"world_size": 2 * plan.topology.world_size})
+    run_store.write_plan(run, 2, plan.model_copy(update={"topology": larger}))
+    found = goodput.attempts_of(run, False, [], [])
+    assert [attempt.num_ranks / plan.topology.world_size for attempt in found] == [1, 2, 2]
 
 
 def _submitted(run: RunDir, number: int, at: float) -> None:

@@ -107,3 +107,10 @@ def test_tail_returns_each_complete_line_once(tmp_path: Path) -> None:
     with open(path, "a") as file:
         file.write(': 3}\n{"a": 4}\n')
     assert tail.poll() == [{"a": 3}, {"a": 4}]
+
+
+def test_a_line_that_is_no_object_is_left_out(tmp_path: Path) -> None:
+    """As the rest of a line that was torn in its middle may be."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('5\n"a"\n[{}]\nnull\n{"a": 1}\n')
+    assert Tail(path).poll() == [{"a": 1}]

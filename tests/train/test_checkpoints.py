@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_an_alert(
     said = [text for kind, text in heard.said if kind == "alert"]
     assert len(said) == alerts
     assert not said or said[0].endswith("3.00 GiB are free, and it takes 4.00 GiB")
+
+
+def test_storage_that_does_not_tell_its_room_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Path) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(shutil, "disk_usage", stale)
+    heard = Heard()
+    checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, is_main=True)  # type: ignore[arg-type]
+    checkpoints.save(5, {}, None)
+    checkpoints.conclude(5)
+    assert heard.logged["ckpt/last_step"] == 5
+    assert "ckpt/disk_free_gib" not in heard.logged
+    assert [kind for kind, _ in heard.said] == ["checkpoint"]
 
 
 def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:

@@ -83,6 +83,24 @@ def test_mfu_counts_the_documents_of_a_row_and_no_padding(plan_of: PlanOf) -> No
     assert "perf/mfu" not in measured(plan_of())
 
 
+def test_the_time_left_counts_what_comes_between_steps(plan_of: PlanOf) -> None:
+    """Steps of half a second, one second from end to end; an evaluation takes its share of all that is left."""
+    now = [100.0]
+    meter = Meter(plan_of(), 40, CPU, attempt=1, restart=0, peak_tflops=None, clock=lambda: now[0])
+    batch = StepBatch(micro=[MICRO], num_labels=8, num_tokens=24, source_tokens=(24,), row_ids=(0, 1))
+
+    def after(step: int, seconds: float) -> float:
+        now[0] += seconds
+        return meter.step(step, batch, 1.0, 1.0, 1.0, TIMES)["trainer/eta_s"]
+
+    assert after(1, 50.0) == pytest.approx(39 * 0.5)
+    assert meter.overall_tokens_per_sec == 48
+    assert after(2, 1.0) == pytest.approx(38 * 1.0)
+    assert meter.overall_tokens_per_sec == 24
+    assert after(3, 4.5) == pytest.approx(37 * (0.5 + (0.5 + 4.0) / 2))
+    assert meter.step(4, batch, 1.0, 1.0, 1.0, TIMES)["perf/tokens_per_sec"] == 48
+
+
 def test_what_is_not_known_is_not_measured(plan_of: PlanOf) -> None:
     metrics = measured(plan_of("model.config.model_type=deepseek_v3"), peak_tflops=0.25)
     assert metrics.keys() & {"perf/tflops_per_gpu", "perf/mfu"} == set()

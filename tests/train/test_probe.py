@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from torch import nn
 
-from launcher.train.probe import representative
+from launcher.train.probe import Probe, representative
 
 RANK = """
 import json, math, os, sys, time
@@ -119,6 +120,14 @@ def test_no_collective_lies_in_what_is_timed(ranks: list[dict]) -> None:
     assert all(rank["elsewhere"]["step_s"] > 0.2 for rank in ranks)
     assert all(rank["elsewhere"]["per_token_s"] < 0.1 / 32 for rank in ranks), "nobody waits in the layer"
     assert all(rank["evaluated"] != rank["evaluated"] for rank in ranks), "evaluation is not training"
+
+
+def test_a_layer_that_is_called_by_keyword_is_timed_as_well() -> None:
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"blocks": nn.ModuleList([layer])})
+    probe = Probe(model, torch.device("cpu"))
+    layer(input=torch.zeros(2, 3, 4))
+    assert probe.read() > 0
 
 
 def test_the_largest_layer_of_the_middle_block_stands_for_all() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,21 @@ from fake_slurm import FakeSlurm
 from job_tools import Job
 
 from launcher import run_store
+from launcher.run_store import Attempt
+from launcher.tracking.jsonl import read_events
 from launcher.worker import job, network
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Attempts whose failure W&B is told."""
+    found: list[int] = []
+    monkeypatch.setattr(job, "tell_wandb", lambda plan, plan_path, run, attempt: found.append(attempt))
+    return found
+
+
+def alerts(of: Job) -> list[str]:
+    return [event["text"] for event in read_events(of.run.events) if event["kind"] == "alert"]
 
 
 def test_the_first_start_claims_the_attempt(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
@@ -150,7 +165,9 @@ def test_a_run_that_is_done_is_not_begun_again(submitted: Callable[..., Job], ca
     assert run_store.newest_attempt(of.run) == 1
 
 
-def test_a_spent_budget_refuses_the_next_start(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
+def test_a_spent_budget_refuses_the_next_start(
+    submitted: Callable[..., Job], in_slurm: Callable[..., None], told: list[int]
+) -> None:
     of = submitted(max_failures=1)
     of.ended(1, "failure", None, 20)
     of.ended(2, "failure", 20, 20, automatic=True)
@@ -161,6 +178,34 @@ def test_a_spent_budget_refuses_the_next_start(submitted: Callable[..., Job], in
     assert err.startswith(reason)
     assert (of.status.state, of.status.message) == ("failed", reason)
     assert run_store.newest_attempt(of.run) == 2
+    assert alerts(of) == [f"the run ends: {reason}"]
+    assert told == [2], "W&B hears of it"
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_a_limit_that_is_reached_loads_no_model(
+    submitted: Callable[..., Job], in_slurm: Callable[..., None], numbered: bool
+) -> None:
+    """Also where the attempt was numbered before its job waited."""
+    of = submitted()
+    plan = run_store.load_plan(of.run)
+    settings = plan.config.run.model_copy(update={"max_hours": 2.0})
+    limits = plan.limits.model_copy(update={"max_seconds": 7200.0})
+    limited = plan.model_copy(update={"limits": limits, "config": plan.config.model_copy(update={"run": settings})})
+    run_store.write_text(of.run.plan, limited.to_json())
+    now = time.time()
+    of.ended(1, "preempted", None, 20, submitted_at=now - 7300, begun_at=now - 7250)
+    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 40})
+    if numbered:
+        run_store.next_attempt(of.run, Attempt(20, automatic=True))
+    in_slurm(SLURM_RESTART_COUNT="1")
+    code, out, err = of.begin()
+    assert (code, out, err) == (0, "\n", "tried: run.max_hours=2 is reached; nothing is begun\n")
+    assert (of.status.state, of.status.message) == ("preempted", "run.max_hours=2 is reached")
+    assert alerts(of) == ["the run ends: run.max_hours=2 is reached"]
+    assert run_store.newest_attempt(of.run) == 1 + numbered
+    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 100})
+    assert of.begin()[:2] == (0, "2\n")
 
 
 def test_a_person_who_resumes_gives_the_budgets_back(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
@@ -171,7 +216,9 @@ def test_a_person_who_resumes_gives_the_budgets_back(submitted: Callable[..., Jo
     assert of.begin()[:2] == (0, "3\n")
 
 
-def test_a_public_address_is_no_place_to_meet(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_address_is_no_place_to_meet(
+    submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, told: list[int]
+) -> None:
     of = submitted(interface="eth7")
     monkeypatch.setattr(network, "_interfaces", lambda: {"eth7": ["8.8.8.8"]})
     before = of.attempt()
@@ -183,6 +230,8 @@ def test_a_public_address_is_no_place_to_meet(submitted: Callable[..., Job], mon
     assert of.attempt() == before
     assert of.status.state == "failed"
     assert "the whole internet can reach; set cluster.interface" in of.status.message
+    assert alerts(of) == [f"the run ends: {of.status.message}"]
+    assert told == [1]
 
 
 def test_two_starts_at_once_do_not_open_two_attempts(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:

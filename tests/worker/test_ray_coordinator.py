@@ -16,6 +16,7 @@ from launcher.errors import UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import coordinator as module
 
 KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
@@ -124,6 +125,19 @@ def test_workers_that_leave_no_word_are_counted_until_the_budget_is_spent(play: 
     assert "cluster.max_infrastructure_failures=2 is used up" in played.coordinator.state()["over"]
     assert played.causes == ["infrastructure"] * 3
     assert run_store.read_status(played.run).state == "failed"
+
+
+def test_a_limit_that_is_reached_ends_the_run_before_its_workers_load(
+    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = play()
+    played.begin("a", "n1", "n1")
+    played.end(1, KILLED)
+    monkeypatch.setattr(module.goodput, "reached_limit", lambda run, plan, now: "run.max_hours=2 is reached")
+    assert played.begin("b", "n1", "n1")[0] == {"do": "leave", "why": "run.max_hours=2 is reached"}
+    assert played.number == 1
+    assert run_store.read_status(played.run).state == "preempted"
+    assert read_events(played.run.events)[-1]["text"] == "the run ends: run.max_hours=2 is reached"
 
 
 def test_a_failure_of_the_training_that_repeats_ends_the_run(play: Callable[..., Played]) -> None:

@@ -22,6 +22,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import conclusion, node_check, record
 from launcher.worker.node_check import NodeReport
@@ -316,7 +317,9 @@ class Coordinator:
         grown = not (folder / "exit.json").is_file() and 0 < self._size < group.size
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state)
-        return decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
+        decision = decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
+        reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""
+        return Decision(False, "preempted", reached) if reached else decision
 
     def _look(self, group: Group) -> None:
         """At the wishes on disk, at the checkpoints, and at the nodes that Ray is about to lose.
@@ -395,6 +398,8 @@ class Coordinator:
 
     def _finish(self, why: str, state: str | None) -> None:
         self._over = why
+        if state in ("failed", "preempted"):
+            self._say("alert", f"the run ends: {why}")
         if state is not None:
             with suppress(OSError, LauncherError):
                 run_store.update_status(self._run, state=state, message=why)

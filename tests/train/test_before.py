@@ -1,0 +1,74 @@
+"""What rank 0 tells of the ranks before it, whose own words nobody has heard outside of the run's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.tracking.jsonl import append_event
+from launcher.train.before import RESTART, failure_before
+
+KILLED = {"rank": 3, "log": "/run/rank-00003.log"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose second attempt follows the first by itself."""
+    found = RunDir(tmp_path)
+    found.attempts.mkdir()
+    run_store.next_attempt(found, Attempt(None))
+    run_store.next_attempt(found, Attempt(None, automatic=True))
+    return found
+
+
+def ended(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:
+    said = {"cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
+    run_store.write_json(run.attempt(1) / "exit.json", said)
+
+
+@pytest.mark.parametrize(
+    ("cause", "first_failure", "words"),
+    [
+        ("infrastructure", KILLED, "rank 3: killed by SIGKILL (log: /run/rank-00003.log); this one follows it"),
+        ("bad_node", None, "attempt 1 ended (bad_node): rank 3: killed by SIGKILL; this one follows it"),
+        ("resized", None, ""),
+    ],
+)
+def test_an_end_that_no_rank_has_told_is_told(run: RunDir, cause: str, first_failure: dict[str, Any] | None, words: str) -> None:
+    ended(run, cause, first_failure)
+    told = failure_before(run, 2)
+    assert told.endswith(words)
+    assert bool(told) == bool(words)
+    assert failure_before(run, 1) == ""
+
+
+def test_ranks_that_could_save_have_told_it(run: RunDir) -> None:
+    ended(run, "preempted", None)
+    assert failure_before(run, 2).startswith("attempt 1 ended (preempted)")
+    run_store.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
+    assert failure_before(run, 2) == ""
+
+
+def test_who_resumes_a_run_knows_why_it_ended(run: RunDir) -> None:
+    ended(run, "infrastructure", KILLED)
+    run_store.write_attempt(run, 2, Attempt(None))
+    assert failure_before(run, 2) == ""
+
+
+def test_ranks_that_are_started_again_tell_the_last_reason(run: RunDir) -> None:
+    ended(run, "infrastructure", KILLED)
+    append_event(run, 1, RESTART, "of another attempt")
+    for reason in ("the first", "the second"):
+        append_event(run, 2, RESTART, reason)
+    assert failure_before(run, 2) == "the second"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_what_cannot_be_read_keeps_nobody_from_training(run: RunDir, text: str) -> None:
+    (run.attempt(1) / "exit.json").write_text(text)
+    assert failure_before(run, 2) == ""
