@@ -216,19 +216,19 @@ def test_a_run_that_grows_is_not_charged_for_it(play: Callable[..., Played]) -> 
 
 def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) -> None:
     played = play(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
-    assert played.coordinator.make_way(), "there is nobody yet"
+    assert played.coordinator.make_way() == "gone", "there is nobody yet"
     played.begin("a", "n1")
     run_store.update_status(played.run, message="")
-    assert not played.coordinator.make_way()
+    assert played.coordinator.make_way() == "asked"
     assert "another number of workers" in played.run.events.read_text()
     played.save(7)
     answer = played.coordinator.beat("a", 0, None)
     assert (answer["signal"], answer["saved"], answer["verdict"]) == ("USR2", [], None)
-    assert not played.coordinator.make_way()
+    assert played.coordinator.make_way() == "asked"
     played.outcome("preempted", 7)
     played.end(0, stopped=True)
     assert played.coordinator.beat("a", 0, "done")["verdict"]["again"]
-    assert played.coordinator.make_way()
+    assert played.coordinator.make_way() == "gone"
     assert played.causes == ["resized"]
     assert played.run.events.read_text().count("another number of workers") == 1
     orders = played.begin("b", "n1", "n2")
@@ -240,7 +240,7 @@ def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) ->
 def test_ranks_that_still_load_make_way_at_once(play: Callable[..., Played]) -> None:
     played = play(workers=2, min_workers=1)
     played.begin("a", "n1")
-    assert played.coordinator.make_way()
+    assert played.coordinator.make_way() == "gone"
     answer = played.coordinator.beat("a", 0, None)
     assert (answer["signal"], answer["verdict"]["again"]) == ("TERM", True)
     assert played.causes == ["resized"]

@@ -192,7 +192,7 @@ class Coordinator:
         self._look(found)
         if found.verdict is None and found.opened_at is not None:
             late = found.failed_at is not None and time.monotonic() - found.failed_at > _LAST_WORDS_S
-            if late or found.ended | found.lost >= set(found.trains):
+            if late or found.is_over:
                 with suppress(OSError, LauncherError):
                     found.saved += self._committed.look(self._number)
                 self._conclude(found)
@@ -205,19 +205,23 @@ class Coordinator:
             "verdict": found.verdict,
         }
 
-    def make_way(self) -> bool:
-        """Ray Train has room for more workers and is about to replace these: they save. True once they have ended."""
+    def make_way(self) -> str:
+        """Ray Train has room for more workers and is about to replace these: they save, unless they finish anyway.
+
+        Returns `gone` once they have ended, `busy` while they write what takes its time, else `asked`.
+        """
         group = self._group
         if group is None or group.opened_at is None or group.verdict is not None:
-            return True
-        if not group.resizing:
+            return "gone"
+        phases = group.phases
+        if not group.resizing and "finishing" not in phases:
             group.resizing = True
             self._say("info", "Ray has room for another number of workers: the run saves and begins again with them")
             with suppress(OSError, LauncherError):
                 if run_store.read_status(self._run).message == _STARTING:
                     # The ranks still load: they would hear of it after their first step, and there is nothing to save.
                     self._conclude(group)
-        return group.verdict is not None
+        return "gone" if group.verdict is not None else "busy" if phases & {"saving", "finishing"} else "asked"
 
     def _hear(self, group: Group, rank: int, sign: Mapping[str, Any] | None = None) -> None:
         group.heard_at = time.monotonic()

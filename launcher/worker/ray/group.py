@@ -17,6 +17,9 @@ from launcher.worker.node_check import NodeReport
 from launcher.worker.ray.liveness import Liveness
 from launcher.worker.watchdog import describe
 
+# From the word to kill a rank to the end of waiting for it: one that hangs in the kernel does not end.
+_KILLED_S = 15.0
+
 
 @dataclass(frozen=True)
 class Member:
@@ -50,6 +53,7 @@ class Group:
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     hung: dict[int, str] = field(default_factory=dict)
+    hung_at: float = math.inf
     failed_at: float | None = None
     drained: bool = False
     resizing: bool = False
@@ -98,7 +102,7 @@ class Group:
 
     def look_for_hangs(self) -> list[str]:
         """Find workers that say nothing any more, and ranks that train and do not go on; what there is to be said of them."""
-        at_work = set(self.trains) - self.ended
+        at_work, now = self._at_work, time.monotonic()
         silent = self.liveness.silent(at_work)
         who = {rank: f"the worker of rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in silent}
         found = [
@@ -108,13 +112,30 @@ class Group:
         others = at_work - self.lost
         # As long as the other ranks go on, that worker's rank does so too.
         if self.lost and others and self.liveness.are_still(others):
-            self.failed_at = time.monotonic()
+            self.failed_at = now
             found.append(f"the other ranks wait for {' and '.join(who.values())}: the run goes on without")
-        # The others wait for one that was killed, and may take a while to go.
-        for rank, (beat, seconds, why) in ({} if self.hung else self.liveness.hung(at_work)).items():
+        if self.hung:
+            # The others wait for one that was killed, and are not judged.
+            if (still := sorted(self.hung.keys() & at_work)) and now - self.hung_at > _KILLED_S:
+                self.failed_at = now
+                which = " and ".join(f"rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in still)
+                found.append(f"{which} cannot be killed, as what hangs in the kernel: the run goes on without")
+            return found
+        for rank, (beat, seconds, why) in self.liveness.hung(at_work).items():
+            self.hung_at = now
             self.hung[rank] = describe(beat, seconds, why, self.members[rank].node)
             found.append(self.hung[rank])
         return found
+
+    @property
+    def is_over(self) -> bool:
+        """True where no rank is waited for any more: of those that have not ended the workers are lost, and for too long."""
+        return not self._at_work or (self._at_work <= self.lost and self.liveness.are_still(self._at_work))
+
+    @property
+    def phases(self) -> set[str]:
+        """What the ranks at work are doing; of those whose workers are silent nothing is known."""
+        return self.liveness.phases(self._at_work - self.liveness.silent(self._at_work).keys())
 
     def composition(self, attempt: int, left_out: Collection[str]) -> tuple[str, str]:
         """Who trains, and who is paid for and does not: the kind of an event and its text."""
@@ -125,6 +146,10 @@ class Group:
         if bad := self._nodes & set(left_out):
             said += f", without {', '.join(sorted(bad))}, unfit before: mend it or take it out of the cluster"
         return "alert" if bad else "info", said
+
+    @property
+    def _at_work(self) -> set[int]:
+        return set(self.trains) - self.ended
 
     @property
     def _nodes(self) -> set[str]:

@@ -256,7 +256,8 @@ class _Worker:
         failure = None
         # A rank that is asked before it listens ends by the signal itself.
         asked = {-signal.Signals[f"SIG{wish}"] for wish in sent} | ({-signal.SIGKILL, DISMISSED} if "TERM" in sent else set())
-        if code and code not in asked:
+        # One that hung was killed before that, however long it took to end.
+        if code and (stalls or code not in asked):
             failure = record.of_exit(run, attempt, number, code, error_file, stalls)
             if final.is_file() and (said := run_store.read_json(final))["rank"] == number:
                 failure = record.of_final(run, attempt, said)
