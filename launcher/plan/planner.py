@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launcher.config.ray import RaySection
 from launcher.config.schema import RunConfig
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
@@ -169,6 +170,8 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             value=str(fewest),
             remedy="lower it, or raise cluster.workers",
         )
+    if isinstance(config.cluster, RaySection) and (problem := config.cluster.uncountable(topology.world_size)):
+        yield problem
     yield from _hpz_problems(config, topology)
 
 

@@ -20,7 +20,7 @@ from launcher.clusters.ray import cluster as module
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import RayCluster
 from launcher.config.ray import RaySection
-from launcher.errors import RunError, SubmitError
+from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -98,11 +98,22 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: st
         ({"placement_strategy": "STRICT_SPREAD"}, "set it to SPREAD, or take out"),
     ],
 )
-def test_an_elastic_run_whose_workers_ray_would_miscount_is_refused(settings: dict[str, Any], remedy: str) -> None:
-    with pytest.raises(ValidationError, match=remedy):
-        section(workers=4, min_workers=2, **settings)
-    assert section(workers=4, **settings).workers == 4
-    assert section(workers=4, min_workers=4, **settings).min_workers == 4
+def test_an_elastic_run_whose_workers_ray_would_miscount_is_refused(
+    ray_plan: Callable[..., LaunchPlan], settings: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        ray_plan(workers=4, min_workers=2, **settings)
+    assert section(workers=4, min_workers=2, **settings).min_workers == 2, "a plan of such a run can be read"
+    ray_plan(workers=4, **settings)
+    ray_plan(workers=4, min_workers=4, **settings)
+    ray_plan(nodes=2, ranks_per_node=2, min_workers=4, **settings)
+
+
+def test_only_a_run_that_can_go_on_with_fewer_workers_leaves_nodes_out() -> None:
+    assert section(workers=2, min_workers=1).leaves_out_bad_nodes
+    assert section(nodes=2, ranks_per_node=1, min_workers=1).leaves_out_bad_nodes
+    for settings in ({"workers": 2}, {"workers": 2, "min_workers": 2}, {"nodes": 2, "ranks_per_node": 1, "min_workers": 2}):
+        assert not section(**settings).leaves_out_bad_nodes
 
 
 def test_a_ray_of_ones_own_is_one_machine(ray_plan: Callable[..., LaunchPlan]) -> None:

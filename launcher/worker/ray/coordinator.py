@@ -66,8 +66,8 @@ class Coordinator:
         # Groups whose workers have not all come yet, and the ids of those that another has followed.
         self._coming: dict[str, Group] = {}
         self._gone: set[str] = set()
-        # Nodes that made an attempt of this run fail, and that the next ones do without.
-        self._left_out: tuple[str, ...] = ()
+        # Nodes that made an attempt of this run fail, and that the next ones do without where they can.
+        self._unfit: tuple[str, ...] = ()
         # Workers of the last group that trained.
         self._size = 0
         self._early_failures = 0
@@ -284,10 +284,10 @@ class Coordinator:
                 if not decision.again:
                     self._finish(decision.reason, decision.state)
                     return
-                self._left_out = decision.exclude
+                self._unfit = decision.exclude
                 self._number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
                 attempt = run_store.read_attempt(run, self._number)
-            plan = group.choose(self._plan, self._left_out)
+            plan = group.choose(self._plan, self._unfit)
             head = group.training[0]
             require_private(head, self._plan.ray.allow_public_address)
             group.plan_path = self._plan_path
@@ -309,7 +309,7 @@ class Coordinator:
         self._early_failures = 0
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
-        self._say(*group.composition(self._number, self._left_out))
+        self._say(*group.composition(self._number))
         group.opened_at, self._size = time.monotonic(), group.size
 
     def _after(self, group: Group) -> Decision:

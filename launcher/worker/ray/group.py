@@ -44,6 +44,8 @@ class Group:
     liveness: Liveness
     members: dict[int, Member] = field(default_factory=dict)
     trains: tuple[int, ...] = ()
+    # Its nodes that failed a check before.
+    unfit: set[str] = field(default_factory=set)
     plan_path: str = ""
     marker: str = ""
     tried_at: float = -math.inf
@@ -81,20 +83,18 @@ class Group:
             first.setdefault(member.node_id, member)
         return list(first.values())
 
-    def choose(self, planned: LaunchPlan, left_out: Collection[str]) -> LaunchPlan:
-        """Let as many workers train as the global batch divides over, none of them on the nodes in `left_out`; their plan.
+    def choose(self, planned: LaunchPlan, unfit: Collection[str]) -> LaunchPlan:
+        """Let as many workers train as the global batch divides over; their plan.
+
+        None of them is on the nodes in `unfit`, unless too few were left: a check may have failed for a moment.
 
         Raises:
-            ConfigError: where it divides over none, or those that are left are too few.
+            ConfigError: where it divides over none.
         """
-        able = [rank for rank, member in sorted(self.members.items()) if member.node not in left_out]
-        bad = sorted(self._nodes & set(left_out))
-        fewest = planned.config.cluster.fewest_workers or 1
-        if bad and len(able) < fewest:
-            raise ConfigError(
-                f"{', '.join(bad)} was unfit before, and without it there are {len(able)} of at least {fewest} workers "
-                "(cluster.min_workers): mend the node or take it out of the cluster"
-            )
+        self.unfit = {member.node for member in self.members.values()} & set(unfit)
+        able = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
+        if len(able) < (planned.config.cluster.fewest_workers or 1):
+            able = sorted(self.members)
         per_node = Counter(self.members[rank].node_id for rank in able)
         plan = fitted(planned, len(able), max(per_node.values()))
         self.trains = tuple(able[: plan.topology.world_size])
@@ -137,23 +137,20 @@ class Group:
         """What the ranks at work are doing; of those whose workers are silent nothing is known."""
         return self.liveness.phases(self._at_work - self.liveness.silent(self._at_work).keys())
 
-    def composition(self, attempt: int, left_out: Collection[str]) -> tuple[str, str]:
+    def composition(self, attempt: int) -> tuple[str, str]:
         """Who trains, and who is paid for and does not: the kind of an event and its text."""
         ranks, idle = len(self.trains), self.size - len(self.trains)
         said = f"attempt {attempt} begins with {ranks} rank{'s' * (ranks > 1)}"
         said += f", {idle} worker{'s' * (idle > 1)} idle" if idle else ""
         said += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
-        if bad := self._nodes & set(left_out):
-            said += f", without {', '.join(sorted(bad))}, unfit before: mend it or take it out of the cluster"
-        return "alert" if bad else "info", said
+        again = self.unfit & {member.node for member in self.training}
+        for bad, how in ((self.unfit - again, "without"), (again, "for want of others with")):
+            said += f", {how} {', '.join(sorted(bad))}, unfit before: mend it or take it out of the cluster" if bad else ""
+        return "alert" if self.unfit else "info", said
 
     @property
     def _at_work(self) -> set[int]:
         return set(self.trains) - self.ended
-
-    @property
-    def _nodes(self) -> set[str]:
-        return {member.node for member in self.members.values()}
 
 
 def require_private(head: Member, allowed: bool) -> None:
