@@ -392,6 +392,7 @@ def test_what_was_logged_at_a_checkpoint_goes_with_it_to_ray(play: Callable[...,
     first = played.coordinator.beat("a", 1, None)["saved"][0]
     assert first["metrics"]["eval/held_out/loss"] == 9.0
     assert first["path"] == str(played.run.checkpoints / "step-00000005")
+    assert [saved["step"] for saved in played.coordinator.beat("a", 1, None, num_saved=1)["saved"]] == [10], "one is known"
 
 
 def test_a_damaged_checkpoint_keeps_no_later_one_from_ray(play: Callable[..., Played]) -> None:

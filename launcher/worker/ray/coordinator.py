@@ -174,11 +174,14 @@ class Coordinator:
         if found.problems:
             self._conclude_unfit(found)
 
-    def beat(self, group: str, rank: int, ended: str | None, sign: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def beat(
+        self, group: str, rank: int, ended: str | None, sign: Mapping[str, Any] | None = None, num_saved: int = 0
+    ) -> dict[str, Any]:
         """A worker tells whether its rank goes on (None), is `done` or has `failed`, and hears what to do.
 
         `sign` is how far its rank is, see `liveness.Observer`. Returns `signal` for its rank or None, whether it is to show its
-        `stacks`, why it is to be killed where it `hung`, the checkpoints `saved` so far, and the `verdict` once there is one.
+        `stacks`, why it is to be killed where it `hung`, the checkpoints `saved` after the first `num_saved` of the attempt, and
+        the `verdict` once there is one.
         """
         found = self._group
         if found is None or found.id != group:
@@ -201,7 +204,7 @@ class Coordinator:
             "stacks": found.liveness.wants_stacks(rank),
             "hung": found.hung.get(rank),
             # Ray Train, which waits for the ranks to end, would not take a report from them.
-            "saved": [] if found.resizing else found.saved,
+            "saved": [] if found.resizing else found.saved[num_saved:],
             "verdict": found.verdict,
         }
 
