@@ -55,7 +55,8 @@ class RaySection(ManagedSection):
     workers: PositiveInt | None = Field(None, description="Ranks in all. Unset: nodes times ranks_per_node.")
     min_workers: PositiveInt | None = Field(
         None,
-        description="Fewest ranks that the run goes on with when nodes are lost or unfit; it grows again when there are more. "
+        description="Fewest workers that the run goes on with when nodes are lost or unfit; of these as many train as the batch "
+        "divides over. It grows again when there are more. "
         "Not with label_selector or a STRICT_ placement_strategy. Unset: all.",
     )
     resize_seconds: Positive | None = Field(

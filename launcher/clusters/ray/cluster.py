@@ -103,7 +103,7 @@ class RayCluster:
             lost = status.state == "pending" and time.time() - status.updated_at > process.START_DEADLINE_S
             message = "it was never started: the command that made it ended before"
             return replace(status, state="failed", message=message) if lost else status
-        heard = process.find(status) is not None if process.is_here(status) else time.time() - _heard_at(run, status) < _SILENT_S
+        heard = process.find(status) is not None if process.is_here(status) else _silence_s(run) < _SILENT_S
         if heard:
             return status
         # The driver writes the last state just before it ends: look once more before calling it lost.
@@ -141,7 +141,7 @@ class RayCluster:
         except jobs.JobUnknown:
             return _lost(run, known)
         except SubmitError as error:
-            if time.time() - _heard_at(run, status) > _SILENT_S:
+            if _silence_s(run) > _SILENT_S:
                 return _lost(run, known)
             return replace(known, message=f"Ray does not answer ({error.problems[0].what}); this is the last that is known")
         if state in ("PENDING", "RUNNING"):
@@ -198,12 +198,16 @@ def _submission_file(run: RunDir, attempt: int) -> Path:
     return run.attempt(attempt) / "submitted.json"
 
 
-def _heard_at(run: RunDir, status: Status) -> float:
+def _silence_s(run: RunDir) -> float:
+    """Seconds since the driver's last sign by the file system's clock, for those of two machines may differ by minutes."""
+    now = time.time()
     with suppress(OSError):
-        run_store.look_again(run.root)
-    with suppress(OSError):
-        return max(status.updated_at, run.alive.stat().st_mtime)
-    return status.updated_at
+        now = run_store.look_again(run.root)
+    signs = [0.0]
+    for file in (run.status, run.alive):
+        with suppress(OSError):
+            signs.append(file.stat().st_mtime)
+    return now - max(signs)
 
 
 def _await_joined(run: RunDir, log: Path) -> None:
