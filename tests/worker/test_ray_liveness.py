@@ -188,7 +188,7 @@ def test_a_rank_that_cannot_be_killed_is_left_behind(play: Callable[..., Played]
         assert late[0]["signal"] is None
         late = beats(played, sign(0, 70), sign(1, 70, state=psutil.STATUS_DISK_SLEEP))
     assert late[0]["signal"] == "TERM"
-    assert "rank 1 on n2 cannot be killed" in played.run.events.read_text()
+    assert "rank 1 on n2 was killed and does not end" in played.run.events.read_text()
     played.end(0)
     assert played.coordinator.beat("a", 0, "done")["verdict"] is None, "its record may come yet"
     clock[0] += 31
@@ -370,6 +370,18 @@ def test_an_elastic_run_that_has_too_few_workers_without_a_bad_node_tries_it_aga
     over = played.coordinator.state()["over"]
     assert "bad: GPU 1 computes wrong numbers" in over
     assert "cluster.max_infrastructure_failures=1 is used up" in over
+
+
+def test_an_unfit_node_is_not_tried_again_where_as_many_train_without_it(play: Callable[..., Played]) -> None:
+    """Of three workers two train, since the batch of four rows does not divide over three."""
+    played = play(workers=4, min_workers=3)
+    nodes = ["bad", "n1", "n2"]
+    played.enter("a", nodes)
+    played.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
+    assert played.coordinator.beat("a", 0, None)["verdict"]["again"]
+    orders = played.begin("b", *nodes)
+    assert [found["do"] for found in orders if found] == ["wait", "train", "train"]
+    assert "without bad, unfit before" in played.run.events.read_text()
 
 
 def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt(play: Callable[..., Played]) -> None:

@@ -86,18 +86,18 @@ class Group:
     def choose(self, planned: LaunchPlan, unfit: Collection[str]) -> LaunchPlan:
         """Let as many workers train as the global batch divides over; their plan.
 
-        None of them is on the nodes in `unfit`, unless too few were left: a check may have failed for a moment.
+        None of them is on the nodes in `unfit`, as long as enough are left: a check may have failed for a moment.
 
         Raises:
             ConfigError: where it divides over none.
         """
         self.unfit = {member.node for member in self.members.values()} & set(unfit)
-        able = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
-        if len(able) < (planned.config.cluster.fewest_workers or 1):
-            able = sorted(self.members)
+        well = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
+        enough = len(well) >= (planned.config.cluster.fewest_workers or 1)
+        able = well if enough else [*well, *sorted(self.members.keys() - set(well))]
         per_node = Counter(self.members[rank].node_id for rank in able)
         plan = fitted(planned, len(able), max(per_node.values()))
-        self.trains = tuple(able[: plan.topology.world_size])
+        self.trains = tuple(sorted(able[: plan.topology.world_size]))
         return plan
 
     def look_for_hangs(self) -> list[str]:
@@ -119,7 +119,7 @@ class Group:
             if (still := sorted(self.hung.keys() & at_work)) and now - self.hung_at > _KILLED_S:
                 self.failed_at = now
                 which = " and ".join(f"rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in still)
-                found.append(f"{which} cannot be killed, as what hangs in the kernel: the run goes on without")
+                found.append(f"{which} was killed and does not end, as what hangs in the kernel: the run goes on without")
             return found
         for rank, (beat, seconds, why) in self.liveness.hung(at_work).items():
             self.hung_at = now
