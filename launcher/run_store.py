@@ -162,10 +162,13 @@ def require_newest(run: RunDir, attempt: int, certain: bool = False) -> None:
         )
 
 
-def look_again(folder: Path) -> None:
-    """Make a network file system's client forget what it remembers of a folder: what it changes there itself ends that."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".look-"):
-        pass
+def look_again(folder: Path) -> float:
+    """Make a network file system's client forget what it remembers of a folder: what it changes there itself ends that.
+
+    Returns the file system's own time, in seconds since the epoch, to compare those of its files with.
+    """
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".look-") as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from launcher.config.schema import TrainSection
+from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage
 from launcher.plan.planner import fewest
@@ -100,7 +102,7 @@ def _memory(plan: LaunchPlan) -> str:
     of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
     host = f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""
     parts = f"weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, optimizer {memory.optimizer_gib:.2f}"
-    smallest = fewest(plan)
+    smallest = _smallest(plan)
     shrunk = f"; {smallest.memory.per_rank_gib:.2f} GiB a rank on {smallest.topology.world_size}" if smallest is not None else ""
     return f"model states {memory.per_rank_gib:.2f} GiB a rank{of} ({parts}){host}{shrunk}"
 
@@ -109,7 +111,13 @@ def _notes(plan: LaunchPlan) -> list[str]:
     """What a person would want to know before paying for it."""
     config, data, steps = plan.config, plan.data, plan.batch.max_steps
     notes = [plan.saving.note] if plan.saving.note else []
-    notes += [note for sized in (plan, fewest(plan)) if sized is not None and (note := _tight(sized))]
+    smallest, asked = _smallest(plan), config.cluster.fewest_workers
+    notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
+    if smallest is not None and (least := smallest.topology.world_size) != asked:
+        notes.append(
+            f"of cluster.min_workers={asked} workers {least} train{'s' * (least == 1)} and the others are idle: over "
+            f"{least} rank{'s' * (least > 1)} the batch of {plan.batch.global_batch_size} rows divides"
+        )
     if data is not None and data.num_rows < plan.batch.global_batch_size:
         notes.append(
             f"a batch of {plan.batch.global_batch_size} rows is more than all {data.num_rows} rows of the data: "
@@ -128,6 +136,13 @@ def _notes(plan: LaunchPlan) -> list[str]:
         architecture = plan.model.config.get("model_type", "a model without model_type")
         notes.append(f"what {architecture} computes is not known here: perf/tflops_per_gpu and perf/mfu are left out")
     return notes
+
+
+def _smallest(plan: LaunchPlan) -> LaunchPlan | None:
+    """The plan on as few workers as the run goes on with, where that is another; a plan that was made before may have none."""
+    with suppress(ConfigError):
+        return fewest(plan)
+    return None
 
 
 def _tight(plan: LaunchPlan) -> str:

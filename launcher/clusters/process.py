@@ -78,20 +78,23 @@ def give_signs(run: RunDir) -> None:
     threading.Thread(target=give, name="signs-of-life", daemon=True).start()
 
 
-def heard_at(run: RunDir, status: Status) -> float:
-    """When the process that runs the run gave its last sign, in seconds since the epoch."""
+def silence_s(run: RunDir) -> float:
+    """Seconds since the last sign of life by the file system's clock, for those of two machines may differ by minutes."""
+    now = time.time()
     with suppress(OSError):
-        run_store.look_again(run.root)
-    with suppress(OSError):
-        return max(status.updated_at, run.alive.stat().st_mtime)
-    return status.updated_at
+        now = run_store.look_again(run.root)
+    signs = [0.0]
+    for file in (run.status, run.alive):
+        with suppress(OSError):
+            signs.append(file.stat().st_mtime)
+    return now - max(signs)
 
 
 def lives(run: RunDir, status: Status) -> bool:
     """Whether the process that wrote the status still runs, as far as can be told from here."""
     if is_here(status):
         return find(status) is not None
-    return not _booted_since(status) and time.time() - heard_at(run, status) < SILENT_S
+    return not _booted_since(status) and silence_s(run) < SILENT_S
 
 
 def find(status: Status) -> psutil.Process | None:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from launcher.config.cluster import ManagedSection
 from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching, number_as_text
+from launcher.errors import Problem
 
 # What Ray and the launcher set for each rank themselves.
 _OWN_VARIABLE = (
@@ -54,7 +55,8 @@ class RaySection(ManagedSection):
     workers: PositiveInt | None = Field(None, description="Ranks in all. Unset: nodes times ranks_per_node.")
     min_workers: PositiveInt | None = Field(
         None,
-        description="Fewest ranks that the run goes on with when nodes are lost or unfit; it grows again when there are more. "
+        description="Fewest workers that the run goes on with when nodes are lost or unfit; of these as many train as the batch "
+        "divides over. It grows again when there are more. "
         "Not with label_selector or a STRICT_ placement_strategy. Unset: all.",
     )
     resize_seconds: Positive | None = Field(
@@ -104,7 +106,8 @@ class RaySection(ManagedSection):
     @property
     def leaves_out_bad_nodes(self) -> bool:
         """An elastic run goes on with the workers of the other nodes; Ray holds those of the bad one, which stay idle."""
-        return self.min_workers is not None
+        workers = self.workers or self.nodes * (self.ranks_per_node or 0)
+        return self.min_workers is not None and (not workers or self.min_workers < workers)
 
     def resources(self, device: str) -> dict[str, float]:
         """What each worker asks for, on a plan for `device` (cuda or cpu)."""
@@ -130,31 +133,36 @@ class RaySection(ManagedSection):
                 f"cluster.address names {self.host}, which is public or stands for all interfaces; use a private address or an "
                 "ssh tunnel, or set cluster.allow_public_address=true"
             )
-        self._require_countable()
         return self
 
-    def _require_countable(self) -> None:
-        """Refuse an elastic run where Ray would count workers that it cannot place.
+    def uncountable(self, world_size: int) -> Problem | None:
+        """Said where Ray would count workers that it cannot place, of an elastic run on `world_size` ranks.
 
         For how many workers a cluster has room Ray Train counts by resources alone, packed as tightly as they go: see
         `_compute_reservations` in ray.data's autoscaling coordinator, to which Ray Train names no strategy (Ray 2.60). It would
         end a group that trains for the sake of a larger one that never comes to be.
         """
-        if self.min_workers is None or self.min_workers == self.workers:
-            return
+        if self.min_workers is None or self.min_workers >= world_size:
+            return None
         unplaceable = "Ray replaces the workers by more than it can place"
         if self.label_selector:
-            raise ValueError(
+            return Problem(
                 "cluster.min_workers does not go with cluster.label_selector: counting nodes without the labels as well, "
-                f"{unplaceable}; choose the nodes with cluster.accelerator_type, or with a resource of their own in "
-                "cluster.resources_per_worker, or take out cluster.min_workers"
+                f"{unplaceable}",
+                where="cluster.label_selector",
+                value=str(self.label_selector),
+                remedy="choose the nodes with cluster.accelerator_type, or with a resource of their own in "
+                "cluster.resources_per_worker, or take out cluster.min_workers",
             )
         if self.placement_strategy in ("STRICT_PACK", "STRICT_SPREAD"):
-            raise ValueError(
-                f"cluster.min_workers does not go with cluster.placement_strategy={self.placement_strategy}: counting room that "
-                f"the strategy forbids, {unplaceable}; set it to {self.placement_strategy.removeprefix('STRICT_')}, or take out "
-                "cluster.min_workers"
+            return Problem(
+                "cluster.min_workers does not go with a STRICT_ placement strategy: counting room that the strategy forbids, "
+                f"{unplaceable}",
+                where="cluster.placement_strategy",
+                value=self.placement_strategy,
+                remedy=f"set it to {self.placement_strategy.removeprefix('STRICT_')}, or take out cluster.min_workers",
             )
+        return None
 
 
 def is_exposed(host: str) -> bool:

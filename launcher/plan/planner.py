@@ -170,6 +170,8 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             value=str(fewest),
             remedy="lower it, or raise cluster.workers",
         )
+    if isinstance(config.cluster, RaySection) and (problem := config.cluster.uncountable(topology.world_size)):
+        yield problem
     yield from _hpz_problems(config, topology)
 
 

@@ -40,7 +40,10 @@ class Ended:
 
 @dataclass(frozen=True)
 class Decision:
-    """`again`: run the next attempt, without the nodes in `exclude`. `state` is what the run is until then."""
+    """`again`: run the next attempt, without the nodes in `exclude`. `state` is what the run is until then.
+
+    Nodes are left out until a newer checkpoint is there: what a check finds may pass, and a few nodes less may be too few.
+    """
 
     again: bool
     state: str
@@ -73,10 +76,8 @@ def decide(ended: Ended, history: Sequence[Ended], budgets: ManagedSection) -> D
     seldom = bool(history) and history[-1].cause is not Cause.BAD_NODE
     if ended.cause is Cause.BAD_NODE and not budgets.leaves_out_bad_nodes and not seldom:
         return Decision(False, "failed", f"{ended.message}; {budgets.bad_node_remedy}")
-    exclude = (
-        tuple(dict.fromkeys(node for attempt in attempts for node in attempt.bad_nodes)) if budgets.leaves_out_bad_nodes else ()
-    )
-    return Decision(True, "pending", ended.message, exclude)
+    bad = dict.fromkeys(node for attempt in attempts[_newest_move(attempts) :] for node in attempt.bad_nodes)
+    return Decision(True, "pending", ended.message, tuple(bad) if budgets.leaves_out_bad_nodes else ())
 
 
 def _spent(attempts: Sequence[Ended], budgets: ManagedSection) -> str:
@@ -85,7 +86,7 @@ def _spent(attempts: Sequence[Ended], budgets: ManagedSection) -> str:
     What ends a run that moves on is counted anew from the last attempt that left a newer checkpoint; that attempt's own
     end counts, for it came after the checkpoint.
     """
-    since = max((i for i, attempt in enumerate(attempts) if _moved(attempt)), default=0)
+    since = _newest_move(attempts)
     kinds: tuple[tuple[str, int | None, tuple[Cause, ...]], ...] = (
         ("cluster.max_preemptions", budgets.max_preemptions, (Cause.PREEMPTED,)),
         ("cluster.max_infrastructure_failures", budgets.max_infrastructure_failures, _FAILED_MACHINES),
@@ -100,6 +101,11 @@ def _spent(attempts: Sequence[Ended], budgets: ManagedSection) -> str:
     if attempts[-1].cause is Cause.PREEMPTED and fruitless >= MOST_FRUITLESS_PREEMPTIONS:
         return f"{fruitless} preemptions without a newer checkpoint between them; save more often with train.save_every"
     return ""
+
+
+def _newest_move(attempts: Sequence[Ended]) -> int:
+    """The index of the last attempt that left a newer checkpoint, 0 where none did."""
+    return max((i for i, attempt in enumerate(attempts) if _moved(attempt)), default=0)
 
 
 def _moved(attempt: Ended) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import time
@@ -20,7 +21,7 @@ from launcher.clusters.ray import cluster as module
 from launcher.clusters.ray import jobs
 from launcher.clusters.ray.cluster import RayCluster
 from launcher.config.ray import RaySection
-from launcher.errors import RunError, SubmitError
+from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -98,11 +99,22 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: st
         ({"placement_strategy": "STRICT_SPREAD"}, "set it to SPREAD, or take out"),
     ],
 )
-def test_an_elastic_run_whose_workers_ray_would_miscount_is_refused(settings: dict[str, Any], remedy: str) -> None:
-    with pytest.raises(ValidationError, match=remedy):
-        section(workers=4, min_workers=2, **settings)
-    assert section(workers=4, **settings).workers == 4
-    assert section(workers=4, min_workers=4, **settings).min_workers == 4
+def test_an_elastic_run_whose_workers_ray_would_miscount_is_refused(
+    ray_plan: Callable[..., LaunchPlan], settings: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(ConfigError, match=remedy):
+        ray_plan(workers=4, min_workers=2, **settings)
+    assert section(workers=4, min_workers=2, **settings).min_workers == 2, "a plan of such a run can be read"
+    ray_plan(workers=4, **settings)
+    ray_plan(workers=4, min_workers=4, **settings)
+    ray_plan(nodes=2, ranks_per_node=2, min_workers=4, **settings)
+
+
+def test_only_a_run_that_can_go_on_with_fewer_workers_leaves_nodes_out() -> None:
+    assert section(workers=2, min_workers=1).leaves_out_bad_nodes
+    assert section(nodes=2, ranks_per_node=1, min_workers=1).leaves_out_bad_nodes
+    for settings in ({"workers": 2}, {"workers": 2, "min_workers": 2}, {"nodes": 2, "ranks_per_node": 1, "min_workers": 2}):
+        assert not section(**settings).leaves_out_bad_nodes
 
 
 def test_a_ray_of_ones_own_is_one_machine(ray_plan: Callable[..., LaunchPlan]) -> None:
@@ -132,14 +144,16 @@ def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDi
     assert f"python -m launcher resume {run.root}" in seen.message
 
 
-def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir) -> None:
+def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = {**process.identity(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     old = time.time() - 600
-    values = run_store.read_json(run.status) | {"updated_at": old}
-    run_store.write_json(run.status, values)
+    os.utime(run.status, (old, old))
     assert RayCluster().status(run).state == "failed"
     (run.root / "driver.json").write_text("{}")
+    assert RayCluster().status(run).state == "running"
+    # The clocks of two machines differ, and the files have that of their storage.
+    monkeypatch.setattr(time, "time", lambda: old + 1200)
     assert RayCluster().status(run).state == "running"
 
 
@@ -162,7 +176,8 @@ def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container
     assert LocalCluster().status(run).state == "failed"
     run_store.update_status(run, state="running", attempt=1, job={**here, "space": f"{boot} pid:[1]"})
     assert LocalCluster().status(run).state == "running"
-    run_store.write_json(run.status, run_store.read_json(run.status) | {"updated_at": time.time() - 600})
+    old = time.time() - 600
+    os.utime(run.status, (old, old))
     assert LocalCluster().status(run).state == "failed"
     process.give_signs(run)
     deadline = time.monotonic() + 10

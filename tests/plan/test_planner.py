@@ -226,7 +226,13 @@ def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: C
     assert smallest is not None
     assert (smallest.topology.world_size, smallest.batch.global_batch_size) == (32, planned.batch.global_batch_size)
     assert "; 32.85 GiB a rank on 32" in "\n".join(plan_lines(planned))
+    assert "of cluster.min_workers=40 workers 32 train and the others are idle" in "\n".join(plan_lines(planned))
     assert "which is little" not in "\n".join(plan_lines(planned))
     tight = "\n".join(plan_lines(plan_of(*elastic, "cluster.min_workers=16")))
     assert "on 16 ranks model states leave 5 GiB of a GPU for activations and buffers" in tight
+    assert "are idle" not in tight
+    # One that was made before some rule is shown nevertheless.
+    older = planned.config.deepspeed.model_copy(update={"hpz_partition_size": 64})
+    config = planned.config.model_copy(update={"deepspeed": older})
+    assert "GiB a rank" in "\n".join(plan_lines(planned.model_copy(update={"config": config})))
     assert fewest(plan_of(*elastic)) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from launcher.config.slurm import SlurmSection
@@ -96,14 +98,17 @@ def test_saving_the_step_that_it_began_with_is_no_progress() -> None:
 
 
 def test_bad_nodes_are_left_out_only_where_that_is_wanted() -> None:
-    bad = Ended(Cause.BAD_NODE, None, 10, "n2 has no GPU", bad_nodes=("n2",))
+    bad = Ended(Cause.BAD_NODE, 10, 10, "n2 has no GPU", bad_nodes=("n2",))
     refused = decide(bad, [], BUDGETS)
     assert (refused.again, refused.state) == (False, "failed")
     assert "cluster.exclude_bad_nodes" in refused.reason
     willing = BUDGETS.model_copy(update={"exclude_bad_nodes": True})
     assert decide(bad, [], willing).exclude == ("n2",)
-    later = decide(Ended(Cause.BAD_NODE, 10, 20, bad_nodes=("n5",)), [bad], willing)
-    assert later.exclude == ("n2", "n5")
+    later = Ended(Cause.BAD_NODE, 10, 10, bad_nodes=("n5",))
+    assert decide(later, [bad], willing).exclude == ("n2", "n5")
+    moved = Ended(Cause.PREEMPTED, 10, 20)
+    assert decide(moved, [bad, later], willing).exclude == (), "they may be well again"
+    assert decide(replace(later, saved_step=20, began_step=20), [bad, moved], willing).exclude == ("n5",)
 
 
 def test_a_run_that_has_begun_is_tried_once_more_on_a_node_that_failed_its_checks() -> None:

@@ -230,19 +230,19 @@ def test_a_run_that_grows_is_not_charged_for_it(play: Callable[..., Played]) -> 
 
 def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) -> None:
     played = play(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
-    assert played.coordinator.make_way(), "there is nobody yet"
+    assert played.coordinator.make_way() == "gone", "there is nobody yet"
     played.begin("a", "n1")
     run_store.update_status(played.run, message="")
-    assert not played.coordinator.make_way()
+    assert played.coordinator.make_way() == "asked"
     assert "another number of workers" in played.run.events.read_text()
     played.save(7)
     answer = played.coordinator.beat("a", 0, None)
     assert (answer["signal"], answer["saved"], answer["verdict"]) == ("USR2", [], None)
-    assert not played.coordinator.make_way()
+    assert played.coordinator.make_way() == "asked"
     played.outcome("preempted", 7)
     played.end(0, stopped=True)
     assert played.coordinator.beat("a", 0, "done")["verdict"]["again"]
-    assert played.coordinator.make_way()
+    assert played.coordinator.make_way() == "gone"
     assert played.causes == ["resized"]
     assert played.run.events.read_text().count("another number of workers") == 1
     orders = played.begin("b", "n1", "n2")
@@ -254,7 +254,7 @@ def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) ->
 def test_ranks_that_still_load_make_way_at_once(play: Callable[..., Played]) -> None:
     played = play(workers=2, min_workers=1)
     played.begin("a", "n1")
-    assert played.coordinator.make_way()
+    assert played.coordinator.make_way() == "gone"
     answer = played.coordinator.beat("a", 0, None)
     assert (answer["signal"], answer["verdict"]["again"]) == ("TERM", True)
     assert played.causes == ["resized"]
@@ -406,6 +406,7 @@ def test_what_was_logged_at_a_checkpoint_goes_with_it_to_ray(play: Callable[...,
     first = played.coordinator.beat("a", 1, None)["saved"][0]
     assert first["metrics"]["eval/held_out/loss"] == 9.0
     assert first["path"] == str(played.run.checkpoints / "step-00000005")
+    assert [saved["step"] for saved in played.coordinator.beat("a", 1, None, num_saved=1)["saved"]] == [10], "one is known"
 
 
 def test_a_damaged_checkpoint_keeps_no_later_one_from_ray(play: Callable[..., Played]) -> None:

@@ -138,7 +138,7 @@ class RayCluster:
         except jobs.JobUnknown:
             return _lost(run, known)
         except SubmitError as error:
-            if time.time() - process.heard_at(run, status) > process.SILENT_S:
+            if process.silence_s(run) > process.SILENT_S:
                 return _lost(run, known)
             return replace(known, message=f"Ray does not answer ({error.problems[0].what}); this is the last that is known")
         if state in ("PENDING", "RUNNING"):

@@ -67,8 +67,8 @@ class Coordinator:
         # Groups whose workers have not all come yet, and the ids of those that another has followed.
         self._coming: dict[str, Group] = {}
         self._gone: set[str] = set()
-        # Nodes that made an attempt of this run fail, and that the next ones do without.
-        self._left_out: tuple[str, ...] = ()
+        # Nodes that made an attempt of this run fail, and that the next ones do without where they can.
+        self._unfit: tuple[str, ...] = ()
         # Workers of the last group that trained.
         self._size = 0
         self._early_failures = 0
@@ -175,11 +175,14 @@ class Coordinator:
         if found.problems:
             self._conclude_unfit(found)
 
-    def beat(self, group: str, rank: int, ended: str | None, sign: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def beat(
+        self, group: str, rank: int, ended: str | None, sign: Mapping[str, Any] | None = None, num_saved: int = 0
+    ) -> dict[str, Any]:
         """A worker tells whether its rank goes on (None), is `done` or has `failed`, and hears what to do.
 
         `sign` is how far its rank is, see `liveness.Observer`. Returns `signal` for its rank or None, whether it is to show its
-        `stacks`, why it is to be killed where it `hung`, the checkpoints `saved` so far, and the `verdict` once there is one.
+        `stacks`, why it is to be killed where it `hung`, the checkpoints `saved` after the first `num_saved` of the attempt, and
+        the `verdict` once there is one.
         """
         found = self._group
         if found is None or found.id != group:
@@ -193,7 +196,7 @@ class Coordinator:
         self._look(found)
         if found.verdict is None and found.opened_at is not None:
             late = found.failed_at is not None and time.monotonic() - found.failed_at > _LAST_WORDS_S
-            if late or found.ended | found.lost >= set(found.trains):
+            if late or found.is_over:
                 with suppress(OSError, LauncherError):
                     found.saved += self._committed.look(self._number)
                 self._conclude(found)
@@ -202,23 +205,27 @@ class Coordinator:
             "stacks": found.liveness.wants_stacks(rank),
             "hung": found.hung.get(rank),
             # Ray Train, which waits for the ranks to end, would not take a report from them.
-            "saved": [] if found.resizing else found.saved,
+            "saved": [] if found.resizing else found.saved[num_saved:],
             "verdict": found.verdict,
         }
 
-    def make_way(self) -> bool:
-        """Ray Train has room for more workers and is about to replace these: they save. True once they have ended."""
+    def make_way(self) -> str:
+        """Ray Train has room for more workers and is about to replace these: they save, unless they finish anyway.
+
+        Returns `gone` once they have ended, `busy` while they write what takes its time, else `asked`.
+        """
         group = self._group
         if group is None or group.opened_at is None or group.verdict is not None:
-            return True
-        if not group.resizing:
+            return "gone"
+        phases = group.phases
+        if not group.resizing and "finishing" not in phases:
             group.resizing = True
             self._say("info", "Ray has room for another number of workers: the run saves and begins again with them")
             with suppress(OSError, LauncherError):
                 if run_store.read_status(self._run).message == _STARTING:
                     # The ranks still load: they would hear of it after their first step, and there is nothing to save.
                     self._conclude(group)
-        return group.verdict is not None
+        return "gone" if group.verdict is not None else "busy" if phases & {"saving", "finishing"} else "asked"
 
     def _hear(self, group: Group, rank: int, sign: Mapping[str, Any] | None = None) -> None:
         group.heard_at = time.monotonic()
@@ -281,10 +288,10 @@ class Coordinator:
                 if not decision.again:
                     self._finish(decision.reason, decision.state)
                     return
-                self._left_out = decision.exclude
+                self._unfit = decision.exclude
                 self._number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
                 attempt = run_store.read_attempt(run, self._number)
-            plan = group.choose(self._plan, self._left_out)
+            plan = group.choose(self._plan, self._unfit)
             head = group.training[0]
             require_private(head, self._plan.ray.allow_public_address)
             group.plan_path = self._plan_path
@@ -306,7 +313,7 @@ class Coordinator:
         self._early_failures = 0
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
-        self._say(*group.composition(self._number, self._left_out))
+        self._say(*group.composition(self._number))
         group.opened_at, self._size = time.monotonic(), group.size
 
     def _after(self, group: Group) -> Decision:

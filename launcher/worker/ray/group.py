@@ -17,6 +17,9 @@ from launcher.worker.node_check import NodeReport
 from launcher.worker.ray.liveness import Liveness
 from launcher.worker.watchdog import describe
 
+# From the word to kill a rank to the end of waiting for it: one that hangs in the kernel does not end.
+_KILLED_S = 15.0
+
 
 @dataclass(frozen=True)
 class Member:
@@ -41,6 +44,8 @@ class Group:
     liveness: Liveness
     members: dict[int, Member] = field(default_factory=dict)
     trains: tuple[int, ...] = ()
+    # Its nodes that failed a check before.
+    unfit: set[str] = field(default_factory=set)
     plan_path: str = ""
     marker: str = ""
     tried_at: float = -math.inf
@@ -50,6 +55,7 @@ class Group:
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     hung: dict[int, str] = field(default_factory=dict)
+    hung_at: float = math.inf
     failed_at: float | None = None
     drained: bool = False
     resizing: bool = False
@@ -77,28 +83,26 @@ class Group:
             first.setdefault(member.node_id, member)
         return list(first.values())
 
-    def choose(self, planned: LaunchPlan, left_out: Collection[str]) -> LaunchPlan:
-        """Let as many workers train as the global batch divides over, none of them on the nodes in `left_out`; their plan.
+    def choose(self, planned: LaunchPlan, unfit: Collection[str]) -> LaunchPlan:
+        """Let as many workers train as the global batch divides over; their plan.
+
+        None of them is on the nodes in `unfit`, as long as enough are left: a check may have failed for a moment.
 
         Raises:
-            ConfigError: where it divides over none, or those that are left are too few.
+            ConfigError: where it divides over none.
         """
-        able = [rank for rank, member in sorted(self.members.items()) if member.node not in left_out]
-        bad = sorted(self._nodes & set(left_out))
-        fewest = planned.config.cluster.fewest_workers or 1
-        if bad and len(able) < fewest:
-            raise ConfigError(
-                f"{', '.join(bad)} was unfit before, and without it there are {len(able)} of at least {fewest} workers "
-                "(cluster.min_workers): mend the node or take it out of the cluster"
-            )
+        self.unfit = {member.node for member in self.members.values()} & set(unfit)
+        well = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
+        enough = len(well) >= (planned.config.cluster.fewest_workers or 1)
+        able = well if enough else [*well, *sorted(self.members.keys() - set(well))]
         per_node = Counter(self.members[rank].node_id for rank in able)
         plan = fitted(planned, len(able), max(per_node.values()))
-        self.trains = tuple(able[: plan.topology.world_size])
+        self.trains = tuple(sorted(able[: plan.topology.world_size]))
         return plan
 
     def look_for_hangs(self) -> list[str]:
         """Find workers that say nothing any more, and ranks that train and do not go on; what there is to be said of them."""
-        at_work = set(self.trains) - self.ended
+        at_work, now = self._at_work, time.monotonic()
         silent = self.liveness.silent(at_work)
         who = {rank: f"the worker of rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in silent}
         found = [
@@ -108,27 +112,45 @@ class Group:
         others = at_work - self.lost
         # As long as the other ranks go on, that worker's rank does so too.
         if self.lost and others and self.liveness.are_still(others):
-            self.failed_at = time.monotonic()
+            self.failed_at = now
             found.append(f"the other ranks wait for {' and '.join(who.values())}: the run goes on without")
-        # The others wait for one that was killed, and may take a while to go.
-        for rank, (beat, seconds, why) in ({} if self.hung else self.liveness.hung(at_work)).items():
+        if self.hung:
+            # The others wait for one that was killed, and are not judged.
+            if (still := sorted(self.hung.keys() & at_work)) and now - self.hung_at > _KILLED_S:
+                self.failed_at = now
+                which = " and ".join(f"rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in still)
+                found.append(f"{which} was killed and does not end, as what hangs in the kernel: the run goes on without")
+            return found
+        for rank, (beat, seconds, why) in self.liveness.hung(at_work).items():
+            self.hung_at = now
             self.hung[rank] = describe(beat, seconds, why, self.members[rank].node)
             found.append(self.hung[rank])
         return found
 
-    def composition(self, attempt: int, left_out: Collection[str]) -> tuple[str, str]:
+    @property
+    def is_over(self) -> bool:
+        """True where no rank is waited for any more: of those that have not ended the workers are lost, and for too long."""
+        return not self._at_work or (self._at_work <= self.lost and self.liveness.are_still(self._at_work))
+
+    @property
+    def phases(self) -> set[str]:
+        """What the ranks at work are doing; of those whose workers are silent nothing is known."""
+        return self.liveness.phases(self._at_work - self.liveness.silent(self._at_work).keys())
+
+    def composition(self, attempt: int) -> tuple[str, str]:
         """Who trains, and who is paid for and does not: the kind of an event and its text."""
         ranks, idle = len(self.trains), self.size - len(self.trains)
         said = f"attempt {attempt} begins with {ranks} rank{'s' * (ranks > 1)}"
         said += f", {idle} worker{'s' * (idle > 1)} idle" if idle else ""
         said += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
-        if bad := self._nodes & set(left_out):
-            said += f", without {', '.join(sorted(bad))}, unfit before: mend it or take it out of the cluster"
-        return "alert" if bad else "info", said
+        again = self.unfit & {member.node for member in self.training}
+        for bad, how in ((self.unfit - again, "without"), (again, "for want of others with")):
+            said += f", {how} {', '.join(sorted(bad))}, unfit before: mend it or take it out of the cluster" if bad else ""
+        return "alert" if self.unfit else "info", said
 
     @property
-    def _nodes(self) -> set[str]:
-        return {member.node for member in self.members.values()}
+    def _at_work(self) -> set[int]:
+        return set(self.trains) - self.ended
 
 
 def require_private(head: Member, allowed: bool) -> None:

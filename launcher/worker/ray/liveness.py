@@ -75,9 +75,18 @@ class Liveness:
         return {rank: silence for rank, silence in seconds.items() if silence > SILENT_S}
 
     def are_still(self, ranks: Collection[int]) -> bool:
-        """True where none of `ranks` has gone on for as long as makes a worker silent: they wait for another one."""
-        last = max([self._since, *(self._beats[rank].at for rank in ranks if rank in self._beats)])
-        return time.monotonic() - last > SILENT_S
+        """True where all of `ranks` have trained and none has gone on within its limit: they wait for another one, or hang.
+
+        Loading has deadlines of its own, and finishing takes the time that it takes.
+        """
+        if self._limits.stall_s <= 0:
+            return False
+        now, beats = time.monotonic(), [self._beats.get(rank) for rank in ranks]
+        return all(b is not None and b.trained and now - max(b.at, self._since) > self._limits.of(b) for b in beats)
+
+    def phases(self, ranks: Collection[int]) -> set[str]:
+        """What `ranks` were doing when they were heard last."""
+        return {self._beats[rank].phase for rank in ranks if rank in self._beats}
 
     def hung(self, ranks: Collection[int]) -> dict[int, tuple[Beat, float, str]]:
         """Those of `ranks` that are to be killed: the last beat, seconds without one, and why.

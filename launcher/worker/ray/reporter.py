@@ -22,16 +22,17 @@ class Reporter:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._num_given = 0
+        # Of all checkpoints of the attempt.
+        self.num_given = 0
         self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._report_all, name="reporter", daemon=True)
         self._thread.start()
 
     def give(self, saved: Sequence[dict[str, Any]]) -> None:
-        """All checkpoints of the attempt so far; those that are known already are not reported again."""
-        for checkpoint in saved[self._num_given :]:
+        """The next checkpoints of the attempt."""
+        for checkpoint in saved:
             self._waiting.put(checkpoint)
-        self._num_given = max(self._num_given, len(saved))
+        self.num_given += len(saved)
 
     def finish(self, most_s: float) -> None:
         """Wait for what is still to be reported, for `most_s` seconds at most."""

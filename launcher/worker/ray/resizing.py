@@ -15,7 +15,7 @@ _ASK_S = 0.2
 
 
 class SaveBeforeResize(ControllerCallback):
-    """Holds Ray Train's controller until the ranks have saved and left, for `grace_s` at most."""
+    """Holds Ray Train's controller until the ranks have saved and left; while they do not write, for `grace_s` at most."""
 
     def __init__(self, coordinator: Any, grace_s: float) -> None:
         self._coordinator = coordinator
@@ -25,11 +25,14 @@ class SaveBeforeResize(ControllerCallback):
         """Only workers that are well are resized; after a failure the state is another."""
         if isinstance(current_state, ResizingState):
             until = time.monotonic() + self._grace_s
-            while not self._gone() and time.monotonic() < until:
+            while (said := self._ask()) != "gone" and time.monotonic() < until:
+                if said == "busy":
+                    # A save or an export takes as long as the model is large.
+                    until = time.monotonic() + self._grace_s
                 time.sleep(_ASK_S)
 
-    def _gone(self) -> bool:
+    def _ask(self) -> str | None:
         # Whatever is raised in here, and be it that storage holds the coordinator up, would end the run.
         with suppress(Exception):
-            return bool(ray.get(self._coordinator.make_way.remote(), timeout=_CALL_S))
-        return False
+            return str(ray.get(self._coordinator.make_way.remote(), timeout=_CALL_S))
+        return None

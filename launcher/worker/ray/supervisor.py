@@ -182,7 +182,7 @@ class _Worker:
 
     def _beat(self, ended: str | None, sign: dict[str, Any] | None = None) -> dict[str, Any]:
         """Tell the coordinator how far this worker is; what has been saved goes on to Ray Train."""
-        answer: dict[str, Any] = self._call("beat", self.group, self.rank, ended, sign)
+        answer: dict[str, Any] = self._call("beat", self.group, self.rank, ended, sign, self.reporter.num_given)
         self.reporter.give(answer["saved"])
         return answer
 
@@ -256,20 +256,30 @@ class _Worker:
         failure = None
         # A rank that is asked before it listens ends by the signal itself.
         asked = {-signal.Signals[f"SIG{wish}"] for wish in sent} | ({-signal.SIGKILL, DISMISSED} if "TERM" in sent else set())
-        if code and code not in asked:
+        # One that hung was killed before that, however long it took to end.
+        if code and (stalls or code not in asked):
             failure = record.of_exit(run, attempt, number, code, error_file, stalls)
             if final.is_file() and (said := run_store.read_json(final))["rank"] == number:
                 failure = record.of_final(run, attempt, said)
         ended = {"node": number, "host": self.node, "started_at": started, "ended_at": time.time(), "stopped": stopped}
         ended |= {"killed": "KILL" in sent, "first_failure": failure}
         run_store.write_json(record.node_file(run, attempt, number), ended)
+        if failure is not None:
+            # The others wait for this rank, and are not to wait for the mirror as well.
+            self._beat("failed")
         if mirror is not None:
             # The last checkpoint takes the time that it needs, unless another attempt waits or a person has waited enough.
             until = time.time() + AFTER_FAILURE_S if failure or {"TERM", "USR2"} & sent.keys() else float("inf")
-            mirror.finish(until, lambda: self._beat(None)["signal"] in ("KILL", "TERM"))
+            mirror.finish(until, lambda: self._is_wanted_elsewhere(failure is not None))
         if plan.nvme_folder is not None and self.local_rank == 0:
             shutil.rmtree(plan.nvme_folder, ignore_errors=True)
         return "failed" if failure is not None else "done"
+
+    def _is_wanted_elsewhere(self, failed: bool) -> bool:
+        """Whether the mirror is to be left as it is; where this worker's own rank has failed, all are told to end."""
+        answer = self._beat(None)
+        again = answer["verdict"] is not None and answer["verdict"]["again"]
+        return again or answer["signal"] == "KILL" or (answer["signal"] == "TERM" and not failed)
 
     def _environment(
         self, plan: LaunchPlan, run: RunDir, orders: dict[str, Any], error_file: Path, board: heartbeat.Board
