@@ -27,20 +27,22 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
     account = _look_up(tracking.model_dump_json(), environ)
     if account["login"] is None and tracking.mode == "auto":
         return []
-    elsewhere = isinstance(config.cluster, RaySection) and config.cluster.is_http
-    if account["refused"] and not (account["login"] is None and elsewhere):
+    if isinstance(config.cluster, RaySection) and config.cluster.is_http:
+        # The login of the cluster's nodes counts, which is not known here.
+        return _not_travelling(config.cluster, account["login"])
+    if account["refused"]:
         raise ConfigError(
             f"Weights & Biases will not take this run: {account['refused']}",
             where="tracking",
-            value=f"entity={tracking.entity}, project={tracking.project}, mode={tracking.mode}",
-            remedy="log in with: wandb login, set tracking.entity to one of yours, or set tracking.mode=offline",
+            value=f"entity={account['entity'] or tracking.entity}, project={tracking.project}, mode={tracking.mode}",
+            remedy="log in with: wandb login, set tracking.entity or WANDB_ENTITY to one of yours, or set tracking.mode=offline",
         )
     said = [f"whether W&B takes this run is not known: {account['unknown']}"] if account["unknown"] else []
     return [*said, *_not_travelling(config.cluster, account["login"])]
 
 
 def _look_up(tracking: str, environ: dict[str, str]) -> dict[str, Any]:
-    unknown: dict[str, Any] = {"login": "environment", "refused": "", "unknown": "its package did not answer"}
+    unknown: dict[str, Any] = {"login": "environment", "entity": None, "refused": "", "unknown": "its package did not answer"}
     command = [sys.executable, "-m", "launcher.tracking.wandb_account"]
     try:
         done = subprocess.run(command, input=tracking, capture_output=True, text=True, env=environ, timeout=_DEADLINE_S)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from launcher.tracking.wandb_session import Checkpoint, Session, Unreachable
 FINISH_GRACE_S = 10.0
 # Between two tries to reach W&B, and between two looks whether it still sends.
 RETRY_S = 60.0
+# How long a call may wait for W&B before that is told.
+PATIENCE_S = 300.0
 # Calls that may wait for W&B: hours of steps, and some ten MiB.
 _MOST_PENDING = 10_000
 # Artifacts are sent by a thread of their own, which asks the server and so may hang with it.
@@ -39,6 +41,7 @@ class _Call:
 
     run: Callable[[Session], None]
     step: int | None = None
+    at: float = field(default_factory=time.monotonic)
 
 
 class WandbTracker:
@@ -49,8 +52,8 @@ class WandbTracker:
     trouble is told as an alert, others once as information, through `tell` (kind, text), from within calls of this tracker.
     mode auto is online where W&B finds credentials, else offline. `on_stop` is called where a person presses Stop in the page.
 
-    With `by_itself`, where nobody is there to mend it, nothing waits for W&B to start, and where it refuses to the files are
-    written that can be uploaded later.
+    With `by_itself`, where nobody is there to mend it, nothing waits for W&B to start. Where W&B refuses the run and nobody
+    waits any longer, that is told, and the files are written that can be uploaded later.
 
     Raises:
         ConfigError: where W&B is not installed, or refuses the settings or the login.
@@ -73,6 +76,8 @@ class WandbTracker:
         self._refused: ConfigError | None = None
         self._failure = ""
         self._last_step = -1
+        # When the call was made that the thread is at.
+        self._at: float | None = None
         self._overflown = False
         self._alerted = False
         self._begun = threading.Event()
@@ -80,6 +85,8 @@ class WandbTracker:
         self._artifact_thread = _start(self._work_artifacts, "wandb-artifacts")
         if not by_itself:
             self._begun.wait(wandb_session.INIT_TIMEOUT_S + FINISH_GRACE_S)
+            # Whatever comes from here on is told, as nobody asks.
+            self._by_itself = True
             if self._refused is not None:
                 raise self._refused
 
@@ -111,11 +118,17 @@ class WandbTracker:
         With `everything`, the lines of metrics.jsonl that no session has sent go as well, even those of steps that no attempt
         has gone on from.
 
-        Where it took longer or failed, the files stay, and what is told says how to upload them.
+        Where it took longer or failed, the files stay, and what is told says how to upload them, and whether all is in them.
         """
         upto = float("inf") if everything else self._last_step + 1
+        given = threading.Event()
+
+        def catch_up(session: Session) -> None:
+            session.catch_up(upto)
+            given.set()
+
         try:
-            self._calls.put_nowait(_Call(lambda session: session.catch_up(upto)))
+            self._calls.put_nowait(_Call(catch_up))
             self._calls.put(_Call(lambda session: self._finish(session, state)), timeout=FINISH_GRACE_S)
             self._calls.put_nowait(None)
         except queue.Full:
@@ -125,17 +138,26 @@ class WandbTracker:
         if self._thread.is_alive():
             # W&B waits for its process at exit too; without it, nothing is left to wait for.
             _kill_core()
+            given.clear()
             self._failure = f"no answer in {limit:.0f} s"
         self._pass_on()
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, self._session)
         if self._failure:
-            text = f"Weights & Biases has not got everything ({self._failure}); the data is on disk, upload it with: {command}"
+            where = (
+                "the data is on disk, upload it" if given.is_set() else "metrics.jsonl has it all; upload what W&B's files have"
+            )
+            rest = f"{where} with: {command}" if command else "metrics.jsonl has it all"
+            text = f"Weights & Biases has not got everything ({self._failure}); {rest}"
             self._tell("info" if self._alerted else "alert", text, sync_command=command)
         elif self._offline:
             self._tell("info", f"Weights & Biases was offline; upload with: {command}", sync_command=command)
 
     def _put(self, call: _Call) -> None:
+        if (at := self._at) is not None and (late_s := call.at - at) > PATIENCE_S:
+            self._note_once("alert", f"W&B takes nothing: its process is {late_s:.0f} s behind; metrics.jsonl has it all")
         self._pass_on()
+        if not self._thread.is_alive():
+            return
         try:
             self._calls.put_nowait(call)
         except queue.Full:
@@ -144,8 +166,12 @@ class WandbTracker:
 
     def _pass_on(self) -> None:
         """Tell what the threads have noted; from the thread that trains, as all that is told."""
-        while self._notes:
-            kind, text, fields = self._notes.popleft()
+        while True:
+            try:
+                kind, text, fields = self._notes.popleft()
+            except IndexError:
+                # Another thread may take the last one, so it is not asked before whether there is one.
+                return
             self._tell(kind, text, **fields)
 
     def _note_once(self, kind: str, text: str, **fields: Any) -> None:
@@ -170,12 +196,15 @@ class WandbTracker:
         self._begin()
         self._begun.set()
         while self._refused is None and (call := self._calls.get()) is not None:
+            self._at = call.at
             session = self._session or self._begin()
             if session is None:
+                self._at = None
                 if call.step is None:
                     self._kept.append(call)
                 continue
             self._carry_out(session, call)
+            self._at = None
             self._look_whether_it_sends(session)
         if self._session is None and self._refused is None and self._kept:
             self._write_files()
@@ -185,31 +214,26 @@ class WandbTracker:
         if time.monotonic() < self._next_try:
             return None
         try:
-            try:
-                self._session = self._new_session()
-            except Unreachable as error:
-                self._next_try = time.monotonic() + RETRY_S
-                self._note_once("alert", f"{error.problems[0].what}; it is tried again, and training goes on")
-                return None
-            except ConfigError as error:
-                if not self._by_itself:
-                    raise
-                self._note_once("alert", f"{error.problems[0].what}; this attempt goes on offline")
-                self._offline = True
-                self._session = self._new_session()
-        except ConfigError as error:
-            self._refused = error
+            session = self._session = Session(self._plan, self._run, offline=self._offline, on_stop=self._on_stop)
+        except Unreachable as error:
+            self._next_try = time.monotonic() + RETRY_S
+            self._note_once("alert", f"{error.problems[0].what}; it is tried again, and training goes on")
             return None
-        session = self._session
+        except ConfigError as error:
+            what = error.problems[0].what
+            if self._by_itself and not self._offline:
+                self._note_once("alert", f"this attempt goes on offline: {what}")
+                self._offline = True
+                return self._begin()
+            self._refused, self._failure = error, what
+            self._note_once("alert", f"W&B does not track this attempt, metrics.jsonl does: {what}")
+            return None
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, session) if session.offline else None
         where = f"see it at {session.url}" if session.url else f"offline; upload it with: {command}"
         self._note_once("info", f"Weights & Biases: {where}", url=session.url, sync_command=command)
         while self._kept:
             self._carry_out(session, self._kept.popleft())
         return session
-
-    def _new_session(self) -> Session:
-        return Session(self._plan, self._run, offline=self._offline, on_stop=self._on_stop)
 
     def _carry_out(self, session: Session, call: _Call) -> None:
         if self._overflown:

@@ -19,55 +19,75 @@ from typing import Any
 from launcher.config.schema import TrackingSection
 
 ANSWER_DEADLINE_S = 10.0
-_QUERY = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"
+_VIEWER = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"
+# What W&B's own package asks of an entity; it is null where there is none, or none that the key may see.
+_ENTITY = "query EntityIsTeam($entity: String!) { entity(name: $entity) { id isTeam } }"
 
 
 @dataclass(frozen=True)
 class Account:
-    """What is known of the account that a run would be tracked under."""
+    """What is known of the account that a run would be tracked under, in `entity` where one is named."""
 
     login: str | None = None
     refused: str = ""
     unknown: str = ""
+    entity: str | None = None
 
 
 def look_up(tracking: TrackingSection) -> Account:
-    """Ask W&B about the login of this machine and the entity of the settings."""
-    import wandb
+    """Ask W&B about the login of this machine and the entity of the settings, or of W&B's own where these name none."""
+    from wandb.errors import AuthenticationError
+    from wandb.sdk import wandb_setup
     from wandb.sdk.lib.wbauth import read_netrc_auth
 
-    address = wandb.setup().settings.base_url
+    settings = wandb_setup.singleton().settings
+    address, entity = settings.base_url, tracking.entity or settings.entity
     if os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return Account("token")
+        return Account("token", entity=entity)
     login, key = "environment", os.environ.get("WANDB_API_KEY")
     if not key:
-        login, key = "netrc", read_netrc_auth(host=address)
+        try:
+            login, key = "netrc", read_netrc_auth(host=address)
+        except AuthenticationError:
+            return Account("netrc", refused=f"what netrc holds for {address} is no key")
     if not key:
         return Account(None, refused=f"there is no login for {address}")
     try:
-        viewer = _ask(address, key)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return Account(login, refused=f"{address} does not accept the key")
-        return Account(login, unknown=f"{address} answers with HTTP {error.code}")
+        refused, unknown = _answer(address, key, entity)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Account(login, unknown=f"{address} does not answer: {getattr(error, 'reason', error)}")
+        refused, unknown = "", f"{address} does not answer: {getattr(error, 'reason', error)}"
+    return Account(login, refused, unknown, entity)
+
+
+def _answer(address: str, key: str, entity: str | None) -> tuple[str, str]:
+    """Why W&B refuses the run, and what it leaves open, in words."""
+    try:
+        viewer = _ask(address, key, _VIEWER)["viewer"]
+    except urllib.error.HTTPError as error:
+        # Other refusals may be those of a proxy on the way.
+        return (
+            (f"{address} does not accept the key", "") if error.code == 401 else ("", f"{address} answers with HTTP {error.code}")
+        )
     if viewer is None:
-        return Account(login, refused=f"{address} does not accept the key")
+        return f"{address} does not accept the key", ""
     own = {viewer["entity"], viewer["username"], *(edge["node"]["name"] for edge in viewer["teams"]["edges"])} - {None}
-    if tracking.entity is None or tracking.entity in own or viewer.get("admin"):
-        return Account(login)
-    return Account(login, refused=f"{viewer['username']} may not write to {tracking.entity}, but to {', '.join(sorted(own))}")
+    if entity is None or entity.casefold() in {name.casefold() for name in own} or viewer.get("admin"):
+        return "", ""
+    known = f"{viewer['username']} is known to write to {', '.join(sorted(own))}"
+    if _ask(address, key, _ENTITY, entity=entity)["entity"] is None:
+        return f"there is no entity {entity} that {viewer['username']} may see; {known}", ""
+    # Service accounts and administrators of an organisation may write where they are no members.
+    return "", f"{viewer['username']} is no member of {entity}; {known}"
 
 
-def _ask(address: str, key: str) -> dict[str, Any] | None:
+def _ask(address: str, key: str, query: str, **variables: str) -> dict[str, Any]:
     credentials = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Authorization": f"Basic {credentials}", "Content-Type": "application/json"}
-    body = json.dumps({"query": _QUERY, "variables": {}}).encode()
+    body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{address.rstrip('/')}/graphql", body, headers)  # noqa: S310
     with urllib.request.urlopen(request, timeout=ANSWER_DEADLINE_S) as answer:  # noqa: S310
-        viewer: dict[str, Any] | None = json.load(answer)["data"]["viewer"]
-    return viewer
+        data: dict[str, Any] = json.load(answer)["data"]
+    return data
 
 
 if __name__ == "__main__":

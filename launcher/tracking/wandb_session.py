@@ -44,12 +44,12 @@ _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # What wandb-core writes when it gives up on sending for good: the key was revoked, the run deleted.
 _GIVEN_UP = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
 
-# W&B has no type for it.
-_NO_ANSWER = re.compile(r"timed out|deadline exceeded", re.IGNORECASE)
+# W&B's own no to a run, for which it has no type: all of HTTP's 4xx but those that ask to try again.
+_NO = re.compile(r"returned error 4(?!08|25|29)\d\d\b")
 
 
 class Unreachable(ConfigError):
-    """W&B's server does not answer: nothing is wrong with the settings, as far as is known."""
+    """W&B's process or server does not answer: nothing is wrong with the settings, as far as is known."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Session:
     The plan is the W&B config, without secrets. `on_stop` is called in a thread of W&B's when a person presses Stop in the page.
 
     Raises:
-        Unreachable: where W&B does not answer in INIT_TIMEOUT_S.
+        Unreachable: where W&B does not answer in INIT_TIMEOUT_S, or does not start for any reason that may pass.
         ConfigError: where W&B is not installed, or refuses the settings or the login.
     """
 
@@ -112,13 +112,14 @@ class Session:
             )
         except Exception as error:  # W&B raises far more than wandb.Error here.
             # Its process holds the id of a start that failed, and another start in this process would find it in use.
-            wandb.teardown(exit_code=1)
+            with suppress(Exception):
+                wandb.teardown(exit_code=1)
             # They hold nothing, and would be taken for a session's.
             for folder in folders(run, plan.wandb_id):
                 if folder not in before:
                     shutil.rmtree(folder, ignore_errors=True)
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            kind = Unreachable if _NO_ANSWER.search(str(error)) else ConfigError
+            reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+            kind = ConfigError if _is_refusal(error) else Unreachable
             raise _cannot_start(reason, "check the login and tracking.*, or set tracking.mode=offline", kind) from error
         self.offline = bool(self._run.offline)
         self.url = None if self.offline else self._run.url
@@ -162,7 +163,7 @@ class Session:
 
     def alert(self, text: str, step: int | None) -> None:
         at = "" if step is None else f" at step {step}"
-        self._run.alert(f"{str(self._run.name)[:_MOST_NAMED]}{at}", text, level="WARN")
+        self._run.alert(f"{str(self._run.name)[:_MOST_NAMED]}{at}", redacted(text, os.environ), level="WARN")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
@@ -218,11 +219,14 @@ class Session:
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
-    """The command that uploads what the server lacks: the session's files, where it was offline those before as well."""
-    if session is not None and not session.offline:
-        # W&B passes over what was online unless told not to.
-        return shlex.join(["wandb", "sync", "--include-online", str(session.folder)])
-    return shlex.join(["wandb", "sync", "--include-online", *map(str, _not_uploaded(run, wandb_id))])
+    """The command that uploads what the server lacks: the session's files, where it was offline those before as well.
+
+    Empty where there are no files.
+    """
+    online = session is not None and not session.offline
+    lacking = [session.folder] if session is not None and online else _not_uploaded(run, wandb_id)
+    # W&B passes over what was online unless told not to.
+    return shlex.join(["wandb", "sync", "--include-online", *map(str, lacking)]) if lacking else ""
 
 
 def _last_step_in(folders: list[Path]) -> int:
@@ -256,11 +260,16 @@ def is_online(mode: Literal["auto", "online", "offline", "disabled"]) -> bool:
         return mode == "online"
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    import wandb
-    from wandb.sdk.lib.wbauth import read_netrc_auth
+    try:
+        from wandb.sdk import wandb_setup
+        from wandb.sdk.lib.wbauth import read_netrc_auth
 
-    # W&B's own reader: a login may stand under an older address than the server's present one.
-    return bool(read_netrc_auth(host=wandb.setup().settings.base_url))
+        # W&B's own reader: a login may stand under an older address than the server's present one. wandb.setup() would start
+        # W&B's process, and wait for it.
+        return bool(read_netrc_auth(host=wandb_setup.singleton().settings.base_url))
+    except Exception:
+        # What stands there is no key, or the package or its settings are broken, which the start of a session tells.
+        return False
 
 
 def redacted(value: Any, environ: Mapping[str, str]) -> Any:
@@ -279,6 +288,15 @@ def redacted(value: Any, environ: Mapping[str, str]) -> Any:
         return item
 
     return clean(value)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether W&B would say the same at the next try: processes and networks fail in more ways than it has types for."""
+    from pydantic import ValidationError
+    from wandb.errors import AuthenticationError, UsageError
+
+    known = (AuthenticationError, UsageError, ValidationError, ImportError)
+    return isinstance(error, known) or _NO.search(str(error)) is not None
 
 
 def _cannot_start(why: str, remedy: str, kind: type[ConfigError] = ConfigError) -> ConfigError:

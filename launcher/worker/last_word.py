@@ -23,10 +23,13 @@ _DEADLINE_S = 45.0
 
 
 def tell_wandb(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
-    """Have W&B show that the run has failed for good, where it shows the run; never raises, and ends in time."""
+    """Have W&B show that the run has failed for good, be it before W&B had heard of it; never raises, and ends in time.
+
+    Offline, that stands in W&B's files, where there are any.
+    """
     tracking = plan.config.tracking
-    tracked = (run.root / "wandb").is_dir() and tracking.kind == "wandb" and tracking.mode != "disabled"
-    if not tracked or run_store.read_status(run).state != "failed":
+    may_show = tracking.mode in ("auto", "online") or (tracking.mode == "offline" and _has_sessions(run))
+    if tracking.kind != "wandb" or not may_show or run_store.read_status(run).state != "failed":
         return
     command = [sys.executable, "-m", "launcher.worker.last_word", str(plan_path), str(attempt)]
     # A process that can be killed: W&B may hang, and is imported nowhere else on this side.
@@ -36,9 +39,12 @@ def tell_wandb(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: in
 
 def main(plan_path: str, attempt: int) -> None:
     from launcher.tracking.wandb import WandbTracker
+    from launcher.tracking.wandb_session import is_online
 
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))
+    if not _has_sessions(run) and not is_online(plan.config.tracking.mode):
+        return
     status = run_store.read_status(run)
     tell = partial(append_event, run, attempt)
     tracker = WandbTracker(plan, run.root, tell=tell, on_stop=_no_stop, by_itself=True)
@@ -51,6 +57,10 @@ def _where(run: RunDir, attempt: int) -> str:
     with suppress(OSError, LauncherError, KeyError, TypeError):
         return f" (log: {run_store.read_json(run.attempt(attempt) / 'exit.json')['first_failure']['log']})"
     return ""
+
+
+def _has_sessions(run: RunDir) -> bool:
+    return (run.root / "wandb").is_dir()
 
 
 def _no_stop() -> None:

@@ -35,7 +35,7 @@ def environ(server: FakeWandb, netrc: Path | str = os.devnull, **variables: str)
     return {**kept, "WANDB_BASE_URL": server.address, "NETRC": str(netrc), "PYTHONPATH": str(REPO), **variables}
 
 
-@pytest.mark.parametrize("entity", [None, ENTITY, "me"])
+@pytest.mark.parametrize("entity", [None, ENTITY, ENTITY.upper(), "me"])
 def test_a_login_and_an_entity_of_ones_own_pass(server: FakeWandb, entity: str | None) -> None:
     assert account.check(config(entity=entity), environ(server, WANDB_API_KEY=KEY)) == []
     assert KEY not in "".join(server.received)
@@ -45,7 +45,7 @@ def test_a_login_and_an_entity_of_ones_own_pass(server: FakeWandb, entity: str |
     ("tracking", "key", "words"),
     [
         ({}, "f" * 40, "does not accept the key"),
-        ({"entity": "taem"}, KEY, "me may not write to taem, but to me, team"),
+        ({"entity": "taem"}, KEY, "there is no entity taem that me may see; me is known to write to me, team"),
         ({}, "", "there is no login for http://127.0.0.1"),
         ({}, "short", "does not accept the key"),
     ],
@@ -57,7 +57,31 @@ def test_what_would_fail_on_the_machines_is_refused(server: FakeWandb, tracking:
     assert not key or key not in str(refused.value)
 
 
-@pytest.mark.parametrize("fault", ["error", "hang"])
+def test_the_login_here_refuses_nothing_where_the_nodes_login_counts(server: FakeWandb) -> None:
+    cluster = {"kind": "ray", "address": "http://10.0.0.1:8265"}
+    (said,) = account.check(config(cluster, entity="taem"), environ(server, WANDB_API_KEY="f" * 40))
+    assert "Jobs API" in said
+
+
+def test_the_entity_of_the_environment_is_looked_at(server: FakeWandb) -> None:
+    with pytest.raises(ConfigError, match="no entity taem") as refused:
+        account.check(config(), environ(server, WANDB_API_KEY=KEY, WANDB_ENTITY="taem"))
+    assert "entity=taem" in str(refused.value)
+
+
+def test_an_entity_that_others_write_to_is_left_to_wandb(server: FakeWandb) -> None:
+    server.others = ("other",)
+    (said,) = account.check(config(entity="other"), environ(server, WANDB_API_KEY=KEY))
+    assert "me is no member of other" in said
+
+
+def test_what_is_no_key_in_netrc_is_refused(server: FakeWandb, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text(f"machine {server.address.removeprefix('http://')} login user password no-key\n")
+    with pytest.raises(ConfigError, match="is no key"):
+        account.check(config(mode="auto"), environ(server, tmp_path / "netrc"))
+
+
+@pytest.mark.parametrize("fault", ["error", "hang", "proxy"])
 def test_a_server_that_does_not_answer_refuses_nothing(server: FakeWandb, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(account, "_DEADLINE_S", 4.0)
     server.fault = fault
@@ -97,5 +121,5 @@ def test_a_wrong_entity_ends_the_command_before_anything_is_made(
     settings = ("model=tiny", "tracking.mode=online", "tracking.entity=taem", f"run.root={tmp_path / 'runs'}")
     done = launch(*settings, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)
     assert done.returncode == 2
-    assert "me may not write to taem" in done.stderr
+    assert "there is no entity taem" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -12,6 +12,7 @@ from launcher import run_store
 from launcher.errors import ConfigError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking import wandb, wandb_session
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
 from launcher.tracking.tracker import Composite, start_trackers
@@ -109,9 +110,44 @@ def test_wandb_that_refuses_does_not_end_a_run_that_nobody_watches(
     composite.finish("completed")
     alerts = [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
     assert len(alerts) == 1
-    assert alerts[0].startswith("Weights & Biases cannot start: ")
-    assert alerts[0].endswith("; this attempt goes on offline")
+    assert alerts[0].startswith("this attempt goes on offline: Weights & Biases cannot start: ")
     assert list(run_dir.glob("wandb/offline-run-*-abcd1234/*.wandb"))
+
+
+def test_a_refusal_that_comes_when_nobody_waits_any_longer_is_told(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with monkeypatch.context() as patch:
+        patch.setattr(wandb, "FINISH_GRACE_S", -wandb_session.INIT_TIMEOUT_S)
+        composite = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
+    composite.log(1, {"train/loss": 2.0})
+    composite.finish("completed")
+    (alert,) = _alerts(run_dir)
+    assert alert.startswith("this attempt goes on offline: Weights & Biases cannot start: AuthenticationError")
+    assert "wandb sync" in str(read_events(run_dir / "events.jsonl"))
+
+
+def test_a_process_that_does_not_start_is_tried_again(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another test's process would serve.
+    import wandb as package
+
+    package.teardown()
+    monkeypatch.setattr(wandb, "RETRY_S", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("wandb.sdk.lib.service.service_process.get_core_path", lambda: "/bin/false")
+        composite = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
+    composite.log(1, {"train/loss": 2.0})
+    composite.finish("completed")
+    (alert,) = _alerts(run_dir)
+    assert "wandb-core exited with code 1; it is tried again, and training goes on" in alert
+    assert list(run_dir.glob("wandb/offline-run-*-abcd1234/*.wandb"))
+
+
+def _alerts(run_dir: Path) -> list[str]:
+    return [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
 
 
 def begun(run_dir: Path, *, automatic: bool) -> None:

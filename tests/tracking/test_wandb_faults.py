@@ -153,3 +153,18 @@ def test_an_online_attempt_after_an_offline_one_brings_all(make_plan: PlanMaker,
         time.sleep(1)
     upload(run_dir, server)
     assert server.run().steps == list(range(1, 13))
+
+
+def test_a_stopped_process_is_told_while_training_goes_on(make_plan: PlanMaker, server: FakeWandb) -> None:
+    plan = make_plan()
+    with rank(plan, key=None, base_url=server.address) as it:
+        it.limits(**LIMITS, PATIENCE_S=1.0)
+        it.start()
+        it.steps(1, 2)
+        os.kill(it.core()["answer"], signal.SIGSTOP)
+        # What lies between the processes is full after some hundred steps.
+        many = {f"m/{i}": float(i) for i in range(500)}
+        steps = iter(range(3, 100_000))
+        wait_for("the alert", lambda: it.log(next(steps), many) and alerts(plan), 30)
+        assert it.slowest_s < QUICK_S
+    assert alerts(plan)[0].startswith("W&B takes nothing: its process is ")

@@ -51,12 +51,16 @@ class Run:
 
 @dataclass
 class FakeWandb:
-    """`fault` None answers, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401."""
+    """`fault` None answers, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
+
+    "proxy" answers 403. `others` are entities that can be seen and are not of the key's user.
+    """
 
     fault: str | None = None
     stopped: bool = False
     address: str = ""
     projects: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
     runs: dict[str, Run] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     artifacts: list[dict[str, Any]] = field(default_factory=list)
@@ -74,6 +78,8 @@ class FakeWandb:
             time.sleep(0.05)
         if self.fault == "error":
             return 500, {"error": "refused by the test"}
+        if self.fault == "proxy":
+            return 403, {"error": "refused by the test"}
         if path.startswith("/upload/"):
             self.uploads[path.removeprefix("/upload/")] = body
             return 200, {}
@@ -123,6 +129,9 @@ class FakeWandb:
             "teams": teams,
         }
         return {"viewer": viewer}
+
+    def _entity(self, asked: dict[str, Any]) -> Any:
+        return {"entity": {"id": "e", "isTeam": True} if asked["entity"] in (ENTITY, *self.others) else None}
 
     def _features(self, asked: dict[str, Any]) -> Any:
         return {"serverInfo": {"features": []}}
@@ -203,6 +212,7 @@ class FakeWandb:
 
 _OPERATIONS = {
     "Viewer": FakeWandb._viewer,
+    "EntityIsTeam": FakeWandb._entity,
     "ServerFeaturesQuery": FakeWandb._features,
     "RunResumeStatus": FakeWandb._resume_status,
     "UpsertBucket": FakeWandb._upsert,

@@ -58,6 +58,18 @@ def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.
         ]
 
 
+def test_a_run_that_failed_before_any_rank_began_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
+    run.attempt(1).mkdir(parents=True)
+    run.plan.write_text(plan.to_json())
+    failed(run)
+    with fake_wandb() as server:
+        use(monkeypatch, server.address)
+        last_word.tell_wandb(plan, run.plan, run, 1)
+        assert server.run().exits == [1]
+        assert "the run has failed: rank 1: killed by SIGKILL" in server.alerts[0]["text"]
+
+
 def test_a_server_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb(fault="hang") as server:
