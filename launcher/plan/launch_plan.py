@@ -140,7 +140,10 @@ class Batch(Record):
 
 
 class Memory(Record):
-    """Model states in GiB. `per_rank` lies on the device, `host_per_node` in main memory through offload."""
+    """Model states in GiB. `per_rank` lies on the device, `host_per_node` in main memory through offload.
+
+    `device_gib` and `node_gib` are what a device and a node's main memory have, where that is known.
+    """
 
     weights_gib: float
     gradients_gib: float
@@ -148,6 +151,7 @@ class Memory(Record):
     per_rank_gib: float
     host_per_node_gib: float
     device_gib: float | None
+    node_gib: float | None = None
 
 
 class Saving(Record):

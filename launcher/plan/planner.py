@@ -103,7 +103,8 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
         raise ConfigError(problems)
     split = batch.split(config.train, config.data, world_size, topology.device, planned.data)
     nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
-    parts = _of_ranks(config, planned.model, topology, split, nvme_folder, planned.memory.device_gib, None)
+    there = planned.memory
+    parts = _of_ranks(config, planned.model, topology, split, nvme_folder, there.device_gib, there.node_gib)
     if not planned.saving.background:
         parts["saving"] = planned.saving
     return planned.model_copy(update=parts)
@@ -120,6 +121,7 @@ def _of_ranks(
 ) -> dict[str, Any]:
     """What of a plan depends on the number of ranks."""
     states = memory.estimate(model.num_params, config.model.dtype, split.accumulation, config.deepspeed, topology, device_gib)
+    states = states.model_copy(update={"node_gib": host_memory_gib})
     saving = memory.saving(model.num_params, config.train.async_save, config.deepspeed, states, topology, host_memory_gib)
     return {
         "topology": topology,

@@ -206,6 +206,15 @@ def test_model_states_that_no_gpu_holds_are_refused(plan_of: Callable[..., Launc
     assert plan_of(*SEVENTY, "deepspeed=zero3_offload", device=CUDA).topology.world_size == 8
 
 
+def test_a_run_that_shrinks_copies_its_states_only_where_its_nodes_have_room(plan_of: Callable[..., LaunchPlan]) -> None:
+    settings = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.min_workers=16", "cluster.ranks_per_node=8")
+    planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 300.0}))
+    assert planned.saving.background
+    smallest = fewest(planned)
+    assert smallest is not None
+    assert not smallest.saving.background, "384 GiB of a node that has 300"
+
+
 def test_what_may_be_larger_or_lies_elsewhere_is_not_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     offloaded = "deepspeed.extra={zero_optimization: {offload_optimizer: {device: cpu}}}"
     assert plan_of(*SEVENTY, offloaded, device=CUDA).topology.world_size == 8
