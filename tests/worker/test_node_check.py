@@ -51,7 +51,7 @@ def planned(tmp_path: Path) -> Callable[..., tuple[LaunchPlan, RunDir]]:
         for folder in (cache, tokenizer):
             folder.mkdir()
         (cache / "meta.json").write_text("{}")
-        counts = {name: 1000 for name in DataFacts.model_fields if name not in ("cache_dir", "padding_frac")}
+        counts = {name: 1000 for name, field in DataFacts.model_fields.items() if field.annotation is int}
         facts = Facts(
             working_dir=str(tmp_path),
             device=CPU,
