@@ -12,7 +12,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,13 @@ class Tail:
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         return decode_lines(complete)
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines as they were written, one at a time; a line that a crash left torn is left out, a missing file has none."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            yield from decode_lines(line)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

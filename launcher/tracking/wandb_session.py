@@ -23,9 +23,9 @@ from launcher import run_store
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.best import Best
-from launcher.tracking.jsonl import Tail, merged
-from launcher.tracking.wandb_steps import stretches
+from launcher.tracking.best import LOWEST, Best
+from launcher.tracking.jsonl import lines_of, merged
+from launcher.tracking.wandb_steps import offsets
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
@@ -36,6 +36,7 @@ _READ_DEADLINE_S = 60.0
 _UPLOADED = "uploaded"
 # Fields of a line of metrics.jsonl that are no metrics.
 _NO_METRICS = ("trainer/step", "time", "attempt")
+_OF_BEST = (*_NO_METRICS, *LOWEST)
 # How W&B's page tells the ends of a run apart; 255 is what W&B itself gives for Ctrl-C.
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
@@ -143,7 +144,8 @@ class Session:
         """Send metrics of a step, after those of all steps before it that W&B lacks."""
         self.catch_up(step)
         self._best.add(step, metrics)
-        self._send(step, metrics)
+        if step + self._offset > self._known:
+            self._log(step, metrics, self._offset)
         if any(name.startswith("eval/") for name in metrics):
             self._run.summary.update(self._best.values)
 
@@ -155,20 +157,29 @@ class Session:
         if self._caught_up:
             return
         self._caught_up = True
-        lines = Tail(self._run_dir.metrics).poll()
-        for line in merged(lines):
+        # Read twice, as all lines of a long run at once are a burden where W&B lacks none.
+        last_steps: dict[int, int] = {}
+        losses = []
+        for line in lines_of(self._run_dir.metrics):
+            last_steps[line["attempt"]] = max(line["trainer/step"], last_steps.get(line["attempt"], 0))
+            losses.append({name: value for name, value in line.items() if name in _OF_BEST})
+        for line in merged(losses):
             if line["trainer/step"] < before:
                 self._best.add(line["trainer/step"], line)
-        *earlier, present = stretches(lines, _returns(self._run_dir))
-        for stretch in (*earlier, present):
-            self._offset = stretch.offset
-            for line in stretch.lines:
-                if stretch is not present or line["trainer/step"] < before:
-                    self._send(line["trainer/step"], {name: line[name] for name in line if name not in _NO_METRICS})
+        offset_of = offsets(last_steps, _returns(self._run_dir))
+        self._offset = max(offset_of.values(), default=0)
+        lacking: dict[int, list[dict[str, Any]]] = {}
+        for line in lines_of(self._run_dir.metrics):
+            step, offset = line["trainer/step"], offset_of.get(line["attempt"], self._offset)
+            if step + offset > self._known and (step < before or offset < self._offset):
+                lacking.setdefault(offset, []).append(line)
+        for offset, lines in sorted(lacking.items()):
+            for line in merged(lines):
+                metrics = {name: value for name, value in line.items() if name not in _NO_METRICS}
+                self._log(line["trainer/step"], metrics, offset)
 
-    def _send(self, step: int, metrics: Mapping[str, float]) -> None:
-        if step + self._offset > self._known:
-            self._run.log({"trainer/step": step, **metrics}, step=step + self._offset)
+    def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
+        self._run.log({"trainer/step": step, **metrics}, step=step + offset)
 
     def fall_behind(self) -> None:
         """Something was left out: look at metrics.jsonl again before the next step."""

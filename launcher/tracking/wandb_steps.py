@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from launcher.tracking.jsonl import merged
+from collections.abc import Mapping
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """Attempts that go on from each other: W&B's step is `offset` more than trainer/step. `lines` are one per step."""
+def offsets(last_steps: Mapping[int, int], returns: Mapping[int, int]) -> dict[int, int]:
+    """How much W&B's step is more than trainer/step, by attempt; `last_steps` are the highest that the attempts have measured.
 
-    offset: int
-    lines: list[dict[str, Any]]
-
-
-def stretches(lines: Sequence[dict[str, Any]], returns: Mapping[int, int]) -> list[Stretch]:
-    """The lines of metrics.jsonl, as they were written, where W&B has them; the last stretch is that of the newest attempt.
-
-    `returns` gives the step of the checkpoint to which a person has gone back, by the attempt that began there. After a crash
-    an attempt trains the same steps with the same result, so it goes on in the stretch of the one before.
+    `returns` gives the step of the checkpoint to which a person has gone back, by the attempt that began there: what follows
+    comes after all that W&B has. After a crash an attempt trains the same steps with the same result, so it has the offset of
+    the one before.
     """
-    found: list[Stretch] = []
-    own: list[dict[str, Any]] = []
-    offset, top = 0, 0
-    by_attempt: dict[int, list[dict[str, Any]]] = {number: [] for number in returns}
-    for line in lines:
-        by_attempt.setdefault(line["attempt"], []).append(line)
-    for number in sorted(by_attempt):
-        back = returns.get(number)
-        if back is not None and back + offset < top:
-            found.append(Stretch(offset, merged(own)))
-            own, offset = [], top - back
-        own += by_attempt[number]
-        top = max(top, *(line["trainer/step"] + offset for line in by_attempt[number]), 0)
-    return [*found, Stretch(offset, merged(own))]
+    found: dict[int, int] = {}
+    offset = highest = 0
+    for attempt in sorted({*last_steps, *returns}):
+        offset = max(offset, highest - returns.get(attempt, highest))
+        found[attempt] = offset
+        highest = max(highest, last_steps.get(attempt, 0) + offset)
+    return found
