@@ -6,15 +6,22 @@ A metric that JSON has no number for (NaN, infinity) is written as null, its nam
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from launcher.plan.run_dir import RunDir
+
+# Lines that are kept while storage takes none: hours of steps, and some ten MiB.
+_MOST_PENDING = 10_000
+_CHUNK = 1 << 16
 
 
 class JsonlTracker:
@@ -23,14 +30,16 @@ class JsonlTracker:
     A metrics line holds "trainer/step", "time" (seconds since the epoch), "attempt" and the metrics; an
     events line holds time, attempt, step, kind, text and fields.
 
+    Every method raises OSError where storage does not take a line; it is kept, and goes first with the next call.
+
     Raises:
         OSError: where the files cannot be opened.
     """
 
     def __init__(self, run: RunDir, attempt: int) -> None:
         self._attempt = attempt
-        self._metrics = _open_for_append(run.metrics)
-        self._events = _open_for_append(run.events)
+        self._metrics = _Appender(run.metrics)
+        self._events = _Appender(run.events)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
@@ -47,9 +56,50 @@ class JsonlTracker:
         self.event("summary", "summary of the run", **values)
 
     def finish(self, state: str) -> None:
-        self.event("end", f"attempt {self._attempt} ended: {state}", state=state)
-        self._metrics.close()
-        self._events.close()
+        try:
+            self.event("end", f"attempt {self._attempt} ended: {state}", state=state)
+            self._metrics.write()
+        finally:
+            self._metrics.close()
+            self._events.close()
+
+
+class _Appender:
+    """Writes whole lines to the end of a file, which is opened anew after a failure.
+
+    Raises:
+        OSError: where the file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pending: deque[bytes] = deque(maxlen=_MOST_PENDING)
+        self._descriptor: int | None = _open_for_append(path)
+
+    def write(self, *lines: str) -> None:
+        """Write what is pending and these lines.
+
+        Raises:
+            OSError: where that fails; they are pending then.
+        """
+        self._pending += (line.encode() for line in lines)
+        try:
+            if self._descriptor is None:
+                self._descriptor = _open_for_append(self._path)
+            while self._pending:
+                line = self._pending[0]
+                if os.write(self._descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._pending.popleft()
+        except OSError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with suppress(OSError):
+                os.close(descriptor)
 
 
 class Tail:
@@ -70,6 +120,13 @@ class Tail:
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
         return decode_lines(complete)
+
+
+def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines as they were written, one at a time; a line that a crash left torn is left out, a missing file has none."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            yield from decode_lines(line)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -127,12 +184,29 @@ def decode_lines(data: bytes) -> list[dict[str, Any]]:
     return lines
 
 
-def _open_for_append(path: Path) -> TextIO:
-    """Open line-buffered, after cutting off the part of a line that a killed writer left at the end."""
-    if path.exists():
-        data = path.read_bytes()
-        os.truncate(path, data.rfind(b"\n") + 1)
-    return open(path, "a", buffering=1, encoding="utf-8")
+def _open_for_append(path: Path) -> int:
+    """Open, after cutting off the part of a line that a writer which was killed, or found no space, left at the end."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        whole = _end_of_lines(descriptor, size)
+        if whole < size:
+            os.ftruncate(descriptor, whole)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _end_of_lines(descriptor: int, size: int) -> int:
+    """Where the last complete line ends."""
+    end = size
+    while end:
+        begin = max(0, end - _CHUNK)
+        if (found := os.pread(descriptor, end - begin, begin).rfind(b"\n")) >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 def _plain(value: Any) -> Any:

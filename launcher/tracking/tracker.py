@@ -40,10 +40,14 @@ class Tracker(Protocol):
 
 
 class Composite:
-    """Fans out to several trackers and never raises: one that fails is reported once, through the others, and dropped."""
+    """Fans out to several trackers and never raises: one that fails is reported once, through the others, and dropped.
+
+    One that raises an OSError stays, as storage may be back at the next call.
+    """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
+        self._reported: list[Tracker] = []
 
     def add(self, tracker: Tracker) -> None:
         self._trackers.append(tracker)
@@ -74,14 +78,20 @@ class Composite:
             except Exception as error:
                 failed.append((tracker, error))
         # All that failed leave before any is reported: a report must not go to a broken one.
-        self._trackers = [t for t in self._trackers if all(t is not tracker for tracker, _ in failed)]
+        lasting = [tracker for tracker, error in failed if not isinstance(error, OSError)]
+        self._trackers = [t for t in self._trackers if all(t is not tracker for tracker in lasting)]
         for broken, reason in failed:
             self._report(broken, reason)
 
     def _report(self, tracker: Tracker, error: Exception) -> None:
+        stays = any(tracker is each for each in self._trackers)
+        if any(tracker is each for each in self._reported) and stays:
+            return
+        self._reported.append(tracker)
         detail = str(error) if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
-        text = f"{type(tracker).__name__} failed and is off for the rest of the run; training goes on. {detail}"
-        if self._trackers:
+        then = "is tried again with what comes" if stays else "is off for the rest of the run"
+        text = f"{type(tracker).__name__} failed and {then}; training goes on. {detail}"
+        if any(each is not tracker for each in self._trackers):
             self.event("alert", text)
         else:
             logger.warning(text)

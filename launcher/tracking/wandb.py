@@ -23,6 +23,9 @@ from launcher.tracking.wandb_session import Checkpoint, Session, Unreachable
 
 # What finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
 FINISH_GRACE_S = 10.0
+# What the end waits beyond that for an exported model to be uploaded, and per byte.
+EXPORT_GRACE_S = 60.0
+_EXPORT_BYTES_PER_S = 20e6
 # Between two tries to reach W&B, and between two looks whether it still sends.
 RETRY_S = 60.0
 # How long a call may wait for W&B before that is told.
@@ -78,6 +81,7 @@ class WandbTracker:
         self._last_step = -1
         # When the call was made that the thread is at.
         self._at: float | None = None
+        self._export_s = 0.0
         self._overflown = False
         self._alerted = False
         self._begun = threading.Event()
@@ -107,13 +111,17 @@ class WandbTracker:
             self._put(_Call(lambda session: self._later(lambda: session.log_checkpoint(checkpoint))))
         elif kind == "export" and "path" in fields and self._plan.config.tracking.log_export:
             folder = Path(fields["path"])
-            self._put(_Call(lambda session: self._later(lambda: session.log_export(folder))))
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            limit_s = self._export_s = EXPORT_GRACE_S + size / _EXPORT_BYTES_PER_S
+            self._put(_Call(lambda session: self._later(lambda: session.log_export(folder, limit_s))))
+            wait = f"the end waits for that for up to {limit_s / 60:.0f} minutes"
+            self._tell("info", f"the exported model ({size / 2**30:.1f} GiB) is handed to Weights & Biases; {wait}")
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._put(_Call(lambda session: session.summary(values)))
 
     def finish(self, state: str, *, everything: bool = False) -> None:
-        """Upload what is pending, in at most FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S seconds.
+        """Upload what is pending, in at most FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S seconds; an export has longer, by its size.
 
         With `everything`, the lines of metrics.jsonl that no session has sent go as well, even those of steps that no attempt
         has gone on from.
@@ -133,7 +141,7 @@ class WandbTracker:
             self._calls.put_nowait(None)
         except queue.Full:
             self._failure = "it has not taken what was sent for long"
-        limit = wandb_session.FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S
+        limit = wandb_session.FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S + self._export_s
         self._thread.join(limit)
         if self._thread.is_alive():
             # W&B waits for its process at exit too; without it, nothing is left to wait for.
@@ -272,7 +280,9 @@ class WandbTracker:
 
     def _finish(self, session: Session, state: str) -> None:
         self._artifacts.put(None)
-        self._artifact_thread.join(FINISH_GRACE_S)
+        self._artifact_thread.join(FINISH_GRACE_S + self._export_s)
+        if self._artifact_thread.is_alive():
+            self._note_once("alert", "W&B did not take all artifacts in time; checkpoints and the export are on disk")
         try:
             session.finish(state)
         except Exception as error:

@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.errors import ConfigError
+from launcher import run_store
+from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.best import Best
-from launcher.tracking.jsonl import read_metrics
+from launcher.tracking.best import LOWEST, Best
+from launcher.tracking.jsonl import lines_of, merged
+from launcher.tracking.wandb_steps import offsets
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
@@ -34,6 +36,7 @@ _READ_DEADLINE_S = 60.0
 _UPLOADED = "uploaded"
 # Fields of a line of metrics.jsonl that are no metrics.
 _NO_METRICS = ("trainer/step", "time", "attempt")
+_OF_BEST = (*_NO_METRICS, *LOWEST)
 # How W&B's page tells the ends of a run apart; 255 is what W&B itself gives for Ctrl-C.
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
@@ -79,7 +82,7 @@ class Session:
         except ImportError as error:
             raise _cannot_start(str(error), "install it with: pip install wandb, or set tracking=none") from error
 
-        self._metrics = run.metrics
+        self._run_dir = run
         config = plan.config.tracking
         before = folders(run, plan.wandb_id)
         try:
@@ -132,6 +135,8 @@ class Session:
         self._internal_log = self.folder / "logs" / "debug-internal.log"
         self._best = Best()
         self._caught_up = False
+        # Of W&B's step to the trainer's; known when metrics.jsonl has been read.
+        self._offset = 0
         self._run.define_metric("trainer/step")
         self._run.define_metric("*", step_metric="trainer/step")
 
@@ -139,23 +144,42 @@ class Session:
         """Send metrics of a step, after those of all steps before it that W&B lacks."""
         self.catch_up(step)
         self._best.add(step, metrics)
-        if step > self._known:
-            self._run.log({"trainer/step": step, **metrics}, step=step)
+        if step + self._offset > self._known:
+            self._log(step, metrics, self._offset)
         if any(name.startswith("eval/") for name in metrics):
             self._run.summary.update(self._best.values)
 
     def catch_up(self, before: float) -> None:
-        """Send the lines of metrics.jsonl of the steps before `before` that W&B lacks; once for each session."""
+        """Send the lines of metrics.jsonl of the steps before `before` that W&B lacks; once for each session.
+
+        Steps that a person has gone back over are shown beside those that were trained before.
+        """
         if self._caught_up:
             return
         self._caught_up = True
-        for line in read_metrics(self._metrics):
-            step = line["trainer/step"]
-            if step < before:
+        # Read twice, as all lines of a long run at once are a burden where W&B lacks none.
+        last_steps: dict[int, int] = {}
+        losses = []
+        for line in lines_of(self._run_dir.metrics):
+            last_steps[line["attempt"]] = max(line["trainer/step"], last_steps.get(line["attempt"], 0))
+            losses.append({name: value for name, value in line.items() if name in _OF_BEST})
+        for line in merged(losses):
+            if line["trainer/step"] < before:
+                self._best.add(line["trainer/step"], line)
+        offset_of = offsets(last_steps, _returns(self._run_dir))
+        self._offset = max(offset_of.values(), default=0)
+        lacking: dict[int, list[dict[str, Any]]] = {}
+        for line in lines_of(self._run_dir.metrics):
+            step, offset = line["trainer/step"], offset_of.get(line["attempt"], self._offset)
+            if step + offset > self._known and (step < before or offset < self._offset):
+                lacking.setdefault(offset, []).append(line)
+        for offset, lines in sorted(lacking.items()):
+            for line in merged(lines):
                 metrics = {name: value for name, value in line.items() if name not in _NO_METRICS}
-                self._best.add(step, metrics)
-                if step > self._known:
-                    self._run.log({"trainer/step": step, **metrics}, step=step)
+                self._log(line["trainer/step"], metrics, offset)
+
+    def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
+        self._run.log({"trainer/step": step, **metrics}, step=step + offset)
 
     def fall_behind(self) -> None:
         """Something was left out: look at metrics.jsonl again before the next step."""
@@ -179,13 +203,19 @@ class Session:
         aliases = ["latest", f"step-{checkpoint.step}", *(["best"] if checkpoint.best else [])]
         self._run.log_artifact(artifact, aliases=aliases)
 
-    def log_export(self, folder: Path) -> None:
-        """Upload the exported model."""
+    def log_export(self, folder: Path, limit_s: float) -> None:
+        """Upload the exported model, and wait until W&B has it.
+
+        Raises:
+            Exception: of W&B's, where that takes longer than `limit_s`.
+        """
         import wandb
 
         artifact = wandb.Artifact(f"model-{self._run.id}", "model", metadata={"folder": str(folder)})
         artifact.add_dir(str(folder), policy="immutable", skip_cache=True)
-        self._run.log_artifact(artifact, aliases=["latest", "final"])
+        logged = self._run.log_artifact(artifact, aliases=["latest", "final"])
+        if not self.offline:
+            logged.wait(timeout=int(limit_s))
 
     def finish(self, state: str) -> None:
         """Upload what is pending.
@@ -216,6 +246,17 @@ class Session:
         except OSError:
             return ""
         return found[1] if found else ""
+
+
+def _returns(run: RunDir) -> dict[int, int]:
+    """The attempts for which a person has asked for the checkpoint of a step, and that step."""
+    found = {}
+    for number in run_store.attempt_numbers(run):
+        with suppress(OSError, LauncherError):
+            attempt = run_store.read_attempt(run, number)
+            if attempt.pinned:
+                found[number] = attempt.resume_step or 0
+    return found
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:

@@ -52,11 +52,22 @@ def _no_beat(phase: str, step: int) -> None:
     """Nobody watches."""
 
 
-def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int], None] = _no_beat) -> Outcome:
+def _no_word(outcome: Outcome) -> None:
+    """Nobody asks before the end."""
+
+
+def train(
+    plan: LaunchPlan,
+    place: Place,
+    stop: Stop,
+    beat: Callable[[str, int], None] = _no_beat,
+    stopped: Callable[[Outcome], None] = _no_word,
+) -> Outcome:
     """Train from the newest committed checkpoint, or from the initial weights, to the end of the plan.
 
     `stop` is asked after each step; when any rank names one of STOP_REASONS, all save and return.
-    `beat` is told the phase and the number of completed steps wherever there is progress.
+    `beat` is told the phase and the number of completed steps wherever there is progress. `stopped` is called on rank 0 where
+    training stops before its end, as soon as that is saved: a tracker may take longer than a machine that goes away has left.
 
     Raises:
         RunError: where the loss is not finite; the last committed checkpoint stays.
@@ -80,6 +91,8 @@ def train(plan: LaunchPlan, place: Place, stop: Stop, beat: Callable[[str, int],
         session.monitor.stop()
         beat("finishing", outcome.step)
         completed = outcome.state == "completed"
+        if place.is_main and not completed:
+            stopped(outcome)
         if completed:
             # The engine's memory goes before anything is exported.
             session.checkpoints.close()

@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import run_store
 from launcher.errors import WOULD_REPEAT
@@ -19,6 +21,9 @@ from launcher.plan.run_dir import RunDir
 from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.rank import RankEnv, die_with_parent, redirect_output
 from launcher.worker.signals import StopFlag
+
+if TYPE_CHECKING:
+    from launcher.train.stop import Outcome
 
 
 def main(plan_path: str, attempt: int) -> None:
@@ -48,23 +53,27 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
 
     place = Place(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
-        outcome = train(plan, place, stop, heartbeat.beat)
+        outcome = train(plan, place, stop, heartbeat.beat, partial(_leave_word, run, attempt))
     except WOULD_REPEAT as error:
         # The agents start ranks again after any other failure.
         final = {"rank": env.rank, "kind": type(error).__name__, "message": str(error), "at": time.time()}
         run_store.write_json(run.attempt(attempt) / "final.json", final)
         raise
-    if place.is_main:
-        run_store.write_json(
-            run.attempt(attempt) / "outcome.json",
-            {
-                "state": outcome.state,
-                "reason": outcome.reason,
-                "step": outcome.step,
-                "message": outcome.message,
-                "checkpoint": str(outcome.checkpoint),
-            },
-        )
+    if place.is_main and outcome.state == "completed":
+        _leave_word(run, attempt, outcome)
+
+
+def _leave_word(run: RunDir, attempt: int, outcome: Outcome) -> None:
+    run_store.write_json(
+        run.attempt(attempt) / "outcome.json",
+        {
+            "state": outcome.state,
+            "reason": outcome.reason,
+            "step": outcome.step,
+            "message": outcome.message,
+            "checkpoint": str(outcome.checkpoint),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import pytest
 from e2e_tools import TINY, last_step, losses, processes_of, ranks_of, status, wait_for
 from wandb_server import KEY, FakeWandb, Run, fake_wandb
 
+from launcher.tracking.jsonl import read_events
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = (*TINY, "tracking=wandb", "train.save_every=5", "train.eval_at_start=false", "train.export=false")
 
@@ -39,7 +41,11 @@ def test_stop_in_the_page_saves_and_ends_all_ranks_and_the_run_can_be_resumed(
         output, _ = process.communicate(timeout=120)
     assert status(run)["state"] == "cancelled", output
     stopped_at = int(last_step(run))
-    assert json.loads((run / "attempts/001/outcome.json").read_text())["checkpoint"].endswith(f"step-{stopped_at:08d}")
+    outcome = run / "attempts/001/outcome.json"
+    assert json.loads(outcome.read_text())["checkpoint"].endswith(f"step-{stopped_at:08d}")
+    # It does not wait for W&B, which may take longer than the machines have left.
+    (trackers_end,) = [event["time"] for event in read_events(run / "events.jsonl") if event["kind"] == "end"]
+    assert outcome.stat().st_mtime < trackers_end - 0.1
     assert not processes_of(run)
     assert tracked(server).exits == [255]
 

@@ -66,6 +66,20 @@ def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_attempt(run_dir: P
     assert [json.loads(line)["trainer/step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
 
 
+def test_a_torn_line_that_is_long_is_cut_off_where_it_begins(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    whole = '{"text": "' + "x" * 200_000 + '"}\n'
+    run.events.write_text(whole + whole[:-50_000])
+    JsonlTracker(run, attempt=2)
+    assert run.events.read_text() == whole
+
+
+def test_what_is_no_object_is_left_out(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    run.metrics.write_text('7\nnull\n[]\n{"trainer/step": 2, "attempt": 1}\n')
+    assert [line["trainer/step"] for line in read_metrics(run.metrics)] == [2]
+
+
 def test_a_block_of_zero_bytes_after_a_power_loss_does_not_stop_the_reader(run_dir: Path) -> None:
     run = RunDir(run_dir)
     run.metrics.write_bytes(b"\0" * 64 + b'\n{"trainer/step": 2, "attempt": 1}\n')

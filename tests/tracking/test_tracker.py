@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ def no_stop() -> None:
 class Broken(ConsoleTracker):
     """A console whose terminal goes away in the middle of the run."""
 
-    error: BaseException = OSError("disk full")
+    error: BaseException = ValueError("no such column")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if step >= 2:
@@ -47,7 +49,31 @@ def test_a_broken_tracker_is_reported_once_and_dropped(run_dir: Path) -> None:
     assert stream.getvalue().count("\n") == 1
     assert [line["trainer/step"] for line in read_metrics(run_dir / "metrics.jsonl")] == [1, 2, 3]
     alerts = [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
-    assert alerts == ["Broken failed and is off for the rest of the run; training goes on. OSError: disk full"]
+    assert alerts == ["Broken failed and is off for the rest of the run; training goes on. ValueError: no such column"]
+
+
+def test_storage_that_fails_for_a_while_costs_no_line(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    composite = Composite([ConsoleTracker(9, stream), JsonlTracker(RunDir(run_dir), attempt=1)])
+    composite.log(1, {"train/loss": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full_disk)
+        for step in (2, 3):
+            composite.log(step, {"train/loss": float(step)})
+        composite.event("info", "at step 3", 3)
+    composite.log(4, {"train/loss": 4.0})
+    composite.finish("completed")
+    raw = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["trainer/step"] for line in raw] == [1, 2, 3, 4]
+    kinds = [event["kind"] for event in read_events(run_dir / "events.jsonl")]
+    assert kinds == ["alert", "info", "end"]
+    assert stream.getvalue().count("JsonlTracker failed and is tried again with what comes") == 1
+
+
+def full_disk(descriptor: int, data: bytes) -> int:
+    """Half a line fits; to a file that is opened for appending, Linux appends here, too."""
+    os.pwrite(descriptor, data[: len(data) // 2], 0)
+    return len(data) // 2
 
 
 def test_a_failure_to_close_reaches_the_trackers_started_before(run_dir: Path) -> None:

@@ -15,7 +15,9 @@ import pytest
 import wandb
 from wandb_files import records
 
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb_session import is_online, redacted
@@ -42,7 +44,9 @@ trackers.finish("completed")
 IMPORTS = """
 import os, signal, sys
 import psutil
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
 from launcher.tracking import wandb as module, wandb_session as session
 from launcher.tracking.tracker import start_trackers
 """
@@ -183,3 +187,20 @@ def test_a_hung_wandb_ends_with_a_message_and_the_process_exits(make_plan: PlanM
     assert len(alerts) == 1
     # What was under way to the process that hangs is in no file of W&B's.
     assert "metrics.jsonl has it all; upload what W&B's files have with: wandb sync" in alerts[0]["text"]
+
+
+def test_steps_that_a_person_has_gone_back_over_are_shown(make_plan: PlanMaker, run_dir: Path) -> None:
+    """As they are for the attempts that follow, which go on after a crash."""
+    run, began = RunDir(run_dir), ((1, None, (1, 6)), (2, 3, (4, 8)), (3, None, (7, 9)))
+    for attempt, back, (first, last) in began:
+        run.attempt(attempt).mkdir(exist_ok=True)
+        run_store.write_attempt(run, attempt, run_store.Attempt(back, pinned=back is not None))
+        trackers = start_trackers(make_plan(), run_dir, attempt, on_stop=no_stop)
+        for step in range(first, last + 1):
+            trackers.log(step, {"train/loss": float(attempt)})
+        trackers.finish("failed")
+        time.sleep(1.1)
+    shown = [(item["_step"], item["trainer/step"], item["train/loss"]) for item in history(run_dir)]
+    before = [(step, step, 1) for step in range(1, 7)]
+    after = [(step + 3, step, 2) for step in range(4, 9)]
+    assert shown == [*before, *after, (12, 9, 3)]

@@ -57,7 +57,9 @@ def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWan
         assert it.slowest_s < QUICK_S
         assert it.finish("completed")["seconds"] < LONGEST_FINISH_S
     assert len(alerts(plan)) == 1
-    assert any("the data is on disk, upload it with: wandb sync" in text for text in alerts(plan) + infos(plan))
+    # Of a process that had to be killed it is not known whether it has written all.
+    words = "metrics.jsonl has it all; upload what W&B's files have" if fault == "hang" else "the data is on disk, upload it"
+    assert any(f"{words} with: wandb sync" in text for text in alerts(plan) + infos(plan))
     assert len(read_metrics(run_dir / "metrics.jsonl")) == 62
     server.fault = None
     server.freed.set()
@@ -168,3 +170,20 @@ def test_a_stopped_process_is_told_while_training_goes_on(make_plan: PlanMaker, 
         wait_for("the alert", lambda: it.log(next(steps), many) and alerts(plan), 30)
         assert it.slowest_s < QUICK_S
     assert alerts(plan)[0].startswith("W&B takes nothing: its process is ")
+
+
+def test_an_export_is_waited_for_longer_than_the_rest(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
+    plan, server.upload_s = make_plan(log_export=True), 5.0
+    (run_dir / "export").mkdir()
+    (run_dir / "export" / "model.safetensors").write_bytes(b"weights")
+    with rank(plan, base_url=server.address) as it:
+        it.limits(**{**LIMITS, "FINISH_GRACE_S": 1.0, "EXPORT_GRACE_S": 40.0})
+        it.start()
+        it.steps(1, 2)
+        it.event("export", "written", path=str(run_dir / "export"))
+        it.finish("completed")
+    assert server.uploads["model.safetensors"] == b"weights"
+    assert server.artifacts[0]["committed"]
+    assert server.run().exits == [0]
+    assert not alerts(plan)
+    assert any("the end waits for that for up to 1 minutes" in text for text in infos(plan))

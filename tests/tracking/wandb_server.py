@@ -53,7 +53,7 @@ class Run:
 class FakeWandb:
     """`fault` None answers, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
 
-    "proxy" answers 403. `others` are entities that can be seen and are not of the key's user.
+    "proxy" answers 403. A file of an artifact takes `upload_s` seconds. `others` are entities that the user sees, and no more.
     """
 
     fault: str | None = None
@@ -61,6 +61,7 @@ class FakeWandb:
     address: str = ""
     projects: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    upload_s: float = 0.0
     runs: dict[str, Run] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
     artifacts: list[dict[str, Any]] = field(default_factory=list)
@@ -81,6 +82,7 @@ class FakeWandb:
         if self.fault == "proxy":
             return 403, {"error": "refused by the test"}
         if path.startswith("/upload/"):
+            time.sleep(self.upload_s if path.count("/") == 2 else 0.0)
             self.uploads[path.removeprefix("/upload/")] = body
             return 200, {}
         if key != KEY or self.fault == "refuse":
@@ -195,6 +197,28 @@ class FakeWandb:
         made = {"id": asked.get("artifactID"), "file": {"id": "f", "uploadUrl": upload, "uploadHeaders": []}}
         return {"createArtifactManifest": {"artifactManifest": made}, "updateArtifactManifest": {"artifactManifest": made}}
 
+    def _artifact_files(self, asked: dict[str, Any]) -> Any:
+        files = [
+            {
+                "storagePath": each["name"],
+                "uploadUrl": f"{self.address}/upload/{each['name']}",
+                "uploadHeaders": [],
+                "uploadMultipartUrls": None,
+                "artifact": {"id": each["artifactID"]},
+            }
+            for each in asked["input"]["artifactFiles"]
+        ]
+        return {"createArtifactFiles": {"files": {"edges": [{"node": file} for file in files]}}}
+
+    def _artifact(self, asked: dict[str, Any]) -> Any:
+        made = self.artifacts[int(asked["id"])]
+        sequence = {"__typename": "ArtifactSequence", "id": "s", "name": made["artifactCollectionName"], "project": None}
+        about = {"artifactType": {"name": made["artifactTypeName"]}, "artifactSequence": sequence, "metadata": made["metadata"]}
+        counts = {"versionIndex": 0, "ttlDurationSeconds": 0, "ttlIsInherited": True, "size": 1, "fileCount": 1, "historyStep": 0}
+        rest = {"description": None, "tags": [], "state": "COMMITTED", "digest": "d", "commitHash": "c"}
+        times = {"createdAt": "2026-01-31T09:15:00Z", "updatedAt": None}
+        return {"artifact": {"__typename": "Artifact", "id": asked["id"], **about, **counts, **rest, **times}}
+
     def _commit(self, asked: dict[str, Any]) -> Any:
         self.artifacts[int(asked["artifactID"])]["committed"] = True
         return {"commitArtifact": {"artifact": {"id": asked["artifactID"], "digest": "d"}}}
@@ -222,6 +246,8 @@ _OPERATIONS = {
     "CreateArtifact": FakeWandb._create_artifact,
     "CreateArtifactManifest": FakeWandb._manifest,
     "UpdateArtifactManifest": FakeWandb._manifest,
+    "CreateArtifactFiles": FakeWandb._artifact_files,
+    "ArtifactByID": FakeWandb._artifact,
     "CommitArtifact": FakeWandb._commit,
     "OrganizationCoreWeaveOrganizationID": FakeWandb._organization,
     "ArtifactType": FakeWandb._artifact_type,

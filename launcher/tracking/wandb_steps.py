@@ -1,0 +1,21 @@
+"""W&B's own step, which only grows, of what was measured by a run that may go back to a checkpoint. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+def offsets(last_steps: Mapping[int, int], returns: Mapping[int, int]) -> dict[int, int]:
+    """How much W&B's step is more than trainer/step, by attempt; `last_steps` are the highest that the attempts have measured.
+
+    `returns` gives the step of the checkpoint to which a person has gone back, by the attempt that began there: what follows
+    comes after all that W&B has. After a crash an attempt trains the same steps with the same result, so it has the offset of
+    the one before.
+    """
+    found: dict[int, int] = {}
+    offset = highest = 0
+    for attempt in sorted({*last_steps, *returns}):
+        offset = max(offset, highest - returns.get(attempt, highest))
+        found[attempt] = offset
+        highest = max(highest, last_steps.get(attempt, 0) + offset)
+    return found
