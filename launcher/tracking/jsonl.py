@@ -45,7 +45,7 @@ class JsonlTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        line: dict[str, Any] = {"trainer/step": step, "time": time.time(), "attempt": self._attempt, **values}
+        line: dict[str, Any] = {**values, "trainer/step": step, "time": time.time(), "attempt": self._attempt}
         if nonfinite:
             line |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")

@@ -182,7 +182,8 @@ class Session:
                 self._log(line["trainer/step"], metrics, offset)
 
     def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
-        self._run.log({"trainer/step": step, **metrics}, step=step + offset)
+        # A step among the metrics is a float, as all of them, which W&B does not take for its own step.
+        self._run.log({**metrics, "trainer/step": step}, step=int(step + offset))
 
     def fall_behind(self) -> None:
         """Something was left out: look at metrics.jsonl again before the next step."""
