@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,7 +45,7 @@ class JsonlTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         values = {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
         nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        line: dict[str, Any] = {"trainer/step": step, "time": time.time(), "attempt": self._attempt, **values}
+        line: dict[str, Any] = {**values, "trainer/step": step, "time": time.time(), "attempt": self._attempt}
         if nonfinite:
             line |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
@@ -65,7 +66,7 @@ class JsonlTracker:
 
 
 class _Appender:
-    """Writes whole lines to the end of a file, which is opened anew after a failure.
+    """Writes whole lines to the end of a file, which is opened anew after a failure; from any thread.
 
     Raises:
         OSError: where the file cannot be opened.
@@ -74,6 +75,7 @@ class _Appender:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._pending: deque[bytes] = deque(maxlen=_MOST_PENDING)
+        self._lock = threading.Lock()
         self._descriptor: int | None = _open_for_append(path)
 
     def write(self, *lines: str) -> None:
@@ -82,18 +84,19 @@ class _Appender:
         Raises:
             OSError: where that fails; they are pending then.
         """
-        self._pending += (line.encode() for line in lines)
-        try:
-            if self._descriptor is None:
-                self._descriptor = _open_for_append(self._path)
-            while self._pending:
-                line = self._pending[0]
-                if os.write(self._descriptor, line) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                self._pending.popleft()
-        except OSError:
-            self.close()
-            raise
+        with self._lock:
+            self._pending += (line.encode() for line in lines)
+            try:
+                if self._descriptor is None:
+                    self._descriptor = _open_for_append(self._path)
+                while self._pending:
+                    line = self._pending[0]
+                    if os.write(self._descriptor, line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    self._pending.popleft()
+            except OSError:
+                self.close()
+                raise
 
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, None

@@ -47,8 +47,11 @@ _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # What wandb-core writes when it gives up on sending for good: the key was revoked, the run deleted.
 _GIVEN_UP = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
 
-# W&B's own no to a run, for which it has no type: all of HTTP's 4xx but those that ask to try again.
-_NO = re.compile(r"returned error 4(?!08|25|29)\d\d\b")
+# W&B's own no to a run, which has no type and mostly no code: of HTTP's 4xx those that do not ask to try again.
+_NO = re.compile(
+    r"returned error 4(?!08|25|29)\d\d\b|not logged in|not found during|permission denied|api.?key|created and deleted",
+    re.IGNORECASE,
+)
 
 
 class Unreachable(ConfigError):
@@ -179,7 +182,8 @@ class Session:
                 self._log(line["trainer/step"], metrics, offset)
 
     def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
-        self._run.log({"trainer/step": step, **metrics}, step=step + offset)
+        # A step among the metrics is a float, as all of them, which W&B does not take for its own step.
+        self._run.log({**metrics, "trainer/step": step}, step=int(step + offset))
 
     def fall_behind(self) -> None:
         """Something was left out: look at metrics.jsonl again before the next step."""
@@ -334,10 +338,11 @@ def redacted(value: Any, environ: Mapping[str, str]) -> Any:
 def _is_refusal(error: Exception) -> bool:
     """Whether W&B would say the same at the next try: processes and networks fail in more ways than it has types for."""
     from pydantic import ValidationError
-    from wandb.errors import AuthenticationError, UsageError
+    from wandb.errors import AuthenticationError, CommError, UsageError
 
-    known = (AuthenticationError, UsageError, ValidationError, ImportError)
-    return isinstance(error, known) or _NO.search(str(error)) is not None
+    if isinstance(error, AuthenticationError | UsageError | ValidationError | ImportError):
+        return True
+    return isinstance(error, CommError) and _NO.search(str(error)) is not None
 
 
 def _cannot_start(why: str, remedy: str, kind: type[ConfigError] = ConfigError) -> ConfigError:

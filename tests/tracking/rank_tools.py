@@ -47,7 +47,7 @@ class Rank:
     def steps(self, first: int, last: int) -> None:
         """Train these steps: each logs a loss that tells the step."""
         for step in range(first, last + 1):
-            self.order("log", step, {"train/loss": 10.0 - step / 100, "trainer/tokens": 100 * step})
+            self.order("log", step, {"trainer/step": float(step), "train/loss": 10.0 - step / 100, "trainer/tokens": 100 * step})
 
     def kill(self) -> None:
         self.process.kill()

@@ -12,10 +12,11 @@ from launcher.tracking.jsonl import JsonlTracker, Tail, read_events, read_metric
 def test_a_line_per_step_is_on_disk_at_once(run_dir: Path) -> None:
     run = RunDir(run_dir)
     tracker = JsonlTracker(run, attempt=1)
-    tracker.log(1, {"train/loss": 2.5, "trainer/tokens": 2048})
+    tracker.log(1, {"trainer/step": 1.0, "train/loss": 2.5, "trainer/tokens": 2048})
     line = json.loads(run.metrics.read_text())
     assert abs(line.pop("time") - time.time()) < 60
     assert line == {"trainer/step": 1, "attempt": 1, "train/loss": 2.5, "trainer/tokens": 2048}
+    assert isinstance(line["trainer/step"], int)
 
 
 def test_numbers_that_json_lacks_come_back_and_the_file_stays_json(run_dir: Path) -> None:

@@ -154,6 +154,17 @@ def test_a_refusal_that_comes_when_nobody_waits_any_longer_is_told(
     assert "wandb sync" in str(read_events(run_dir / "events.jsonl"))
 
 
+def test_settings_that_wandb_never_takes_are_told_and_training_goes_on(make_plan: PlanMaker, run_dir: Path) -> None:
+    begun(run_dir, automatic=True)
+    composite = start_trackers(make_plan(tags=["x" * 100]), run_dir, attempt=1, on_stop=no_stop)
+    composite.log(1, {"train/loss": 2.0})
+    composite.finish("completed")
+    (alert,) = _alerts(run_dir)
+    assert alert.startswith("W&B does not track this attempt, metrics.jsonl does: Weights & Biases cannot start: ValidationError")
+    texts = [event["text"] for event in read_events(run_dir / "events.jsonl")]
+    assert any(text.endswith("; metrics.jsonl has it all") for text in texts)
+
+
 def test_a_process_that_does_not_start_is_tried_again(
     make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,14 @@ def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWan
     assert server.run().steps == list(range(1, 63))
 
 
+@pytest.mark.parametrize(("entity", "words"), [(None, "not logged in"), ("taem", "entity taem not found")])
+def test_a_servers_no_fails_the_start(make_plan: PlanMaker, server: FakeWandb, entity: str | None, words: str) -> None:
+    server.fault = None if entity else "refuse"
+    refused = f"errors.ConfigError: Weights & Biases cannot start: CommError: .*{words}"
+    with rank(make_plan(entity=entity), base_url=server.address) as it, pytest.raises(AssertionError, match=refused):
+        it.start()
+
+
 @pytest.mark.parametrize("fault", ["error", "hang"])
 def test_a_server_that_never_answers(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, fault: str) -> None:
     plan, server.fault = make_plan(), fault
