@@ -25,10 +25,12 @@ from launcher.errors import DataError
 DEADLINE_S = 120.0
 # Says the numbers of its processes once the first batch is back, and goes on when it is told to.
 BUILDER = """
-import sys, psutil
+import signal, sys, psutil
 from launcher.config.data import DataSection
 from launcher.data.build import build
 from launcher.errors import DataError
+# Whatever started the tests may have them ignore Ctrl-C, as shells do in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 waited = False
 def progress(stage, done, total):
     global waited
