@@ -17,6 +17,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.jsonl import read_events
+from launcher.worker.ray import checks
 from launcher.worker.ray import coordinator as module
 
 KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
@@ -298,7 +299,7 @@ def test_what_cannot_be_written_ends_the_run_instead_of_going_round(
 
 
 def test_a_node_whose_check_never_ends_is_named(play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CHECK_DEADLINE_S", 0.05)
+    monkeypatch.setattr(checks, "DEADLINE_S", 0.05)
     played = play()
     played.enter("a", ["n1", "n2"])
     assert played.coordinator.orders("a", 0) is not None
@@ -436,7 +437,7 @@ def test_a_wish_to_stop_that_comes_between_two_groups_is_heard(play: Callable[..
 def test_a_report_that_comes_after_the_verdict_changes_nothing(
     play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_CHECK_DEADLINE_S", -1.0)
+    monkeypatch.setattr(checks, "DEADLINE_S", -1.0)
     played = play()
     played.enter("a", ["n1", "n2"])
     assert played.coordinator.orders("a", 0) == {"do": "wait"}

@@ -11,21 +11,21 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import ConfigError, LauncherError, Problem, Superseded
+from launcher.errors import ConfigError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
-from launcher.worker import conclusion, node_check, record
-from launcher.worker.node_check import NodeReport
+from launcher.worker import conclusion
+from launcher.worker.ray import checks
 from launcher.worker.ray.committed import Committed
 from launcher.worker.ray.group import Group, Member, require_private
 from launcher.worker.ray.liveness import SILENT_S, Liveness
@@ -38,8 +38,6 @@ _LOCK_WAIT_S = 60.0
 # How often the disk and Ray are looked at, however many workers ask.
 _LOOK_S = 0.5
 _DRAIN_LOOK_S = 2.0
-# Checks of GPUs and of a busy file system take seconds; a node that hangs would hold all others for ever.
-_CHECK_DEADLINE_S = 300.0
 # How long storage that cannot be read now is waited for before an attempt.
 _OPEN_DEADLINE_S = 600.0
 # Groups whose workers could not even say who they are, one after the other: then it is no accident.
@@ -164,15 +162,8 @@ class Coordinator:
         if found is None or found.id != group or found.verdict is not None:
             return
         self._hear(found, rank)
-        found.reports[rank] = NodeReport.from_json(report)
-        if len(found.reports) < len(found.heads):
-            return
-        reports = [found.reports[reported] for reported in sorted(found.reports)]
-        found.problems = [problem for report in reports for problem in report.problems]
-        # A node that lacks the run directory would differ in everything.
-        sound = [report for report in reports if not report.problems]
-        found.problems += [problem for report in sound for problem in node_check.differences(report, sound[0])]
-        if found.problems:
+        found.checks.take(rank, report, len(found.heads))
+        if found.checks.problems:
             self._conclude_unfit(found)
 
     def beat(
@@ -253,26 +244,20 @@ class Coordinator:
 
     def _unchecked(self, group: Group) -> list[int]:
         """The workers whose reports on their nodes are still missing."""
-        return [head.rank for head in group.heads if self._plan.ray.node_checks and head.rank not in group.reports]
+        return [head.rank for head in group.heads if self._plan.ray.node_checks and head.rank not in group.checks.reports]
 
     def _end_of_checks(self, group: Group, waiting: Sequence[int]) -> None:
         """While nodes are checked: a wish to stop needs no save, and a node that does not report is named."""
         assert group.opened_at is not None
         if group.asked_at is not None:
             self._conclude(group)
-        elif time.monotonic() - group.opened_at > _CHECK_DEADLINE_S:
-            what = f"the node did not report within {_CHECK_DEADLINE_S:g} s"
-            remedy = "look at its storage and its GPUs"
-            group.problems += [Problem(what, where=group.members[rank].node, remedy=remedy) for rank in waiting]
+        elif time.monotonic() - group.opened_at > checks.DEADLINE_S:
+            group.checks.give_up([group.members[rank].node for rank in waiting])
             self._conclude_unfit(group)
 
     def _conclude_unfit(self, group: Group) -> None:
         """Nothing is loaded where a node is unfit; the workers' records say why."""
-        with suppress(OSError):
-            for rank, member in enumerate(group.training):
-                ended = {"node": rank, "host": member.node, "first_failure": None, "stopped": False, "ended_at": time.time()}
-                problems = [asdict(problem) for problem in group.problems]
-                run_store.write_json(record.node_file(self._run, self._number, rank), ended | {"problems": problems})
+        group.checks.write(self._run, self._number, [member.node for member in group.training])
         self._conclude(group)
 
     def _open(self, group: Group) -> None:

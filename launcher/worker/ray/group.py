@@ -9,11 +9,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.errors import ConfigError, Problem
+from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import fitted
 from launcher.worker import network
-from launcher.worker.node_check import NodeReport
+from launcher.worker.ray.checks import Checks
 from launcher.worker.ray.liveness import Liveness
 from launcher.worker.watchdog import describe
 
@@ -50,8 +50,7 @@ class Group:
     marker: str = ""
     tried_at: float = -math.inf
     opened_at: float | None = None
-    reports: dict[int, NodeReport] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    checks: Checks = field(default_factory=Checks)
     ended: set[int] = field(default_factory=set)
     lost: set[int] = field(default_factory=set)
     hung: dict[int, str] = field(default_factory=dict)
