@@ -45,8 +45,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     total = int(lengths.sum())
     fewest_rows = -(-total // capacity)
     narrowest, slack = max(len(counts) - 1, -(-total // fewest_rows)), capacity // NARROWING
-    widths = (narrowest, narrowest + slack, capacity) if narrowest + slack < capacity else (capacity,)
-    for width in widths:
+    for width in (*(width for width in (narrowest, narrowest + slack) if width < capacity), capacity):
         rows_by_length, num_rows = _fill(counts, width)
         if num_rows == fewest_rows:
             break
