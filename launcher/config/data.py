@@ -129,11 +129,11 @@ class ChecksSection(Section):
     special_token_in_text: Choice = Field(
         "keep", description="The text holds a special token of this tokenizer, or what is one elsewhere and text here."
     )
-    no_turn_end: Accepted = Field(
+    no_turn_end: Choice = Field(
         "fail",
         description=(
-            "A document trains no end of turn. fail: a run is refused where that holds for more than half of a source's "
-            "trained documents, so that the model might never stop."
+            "A document trains no end of turn. drop: it is left out. fail: a run is refused where that holds for more than half "
+            "of a source's trained documents, so that the model might never stop."
         ),
     )
     no_trained_token: Choice = Field(

@@ -10,8 +10,8 @@ import numpy as np
 
 from launcher.config.data import DataSection
 from launcher.data import quality
-from launcher.data.chat import Encoded, Encoder, load_tokenizer
-from launcher.data.sources import Batch, Document
+from launcher.data.chat import Encoded, Encoder, Rendered, load_tokenizer
+from launcher.data.sources import Batch, Chat, Document
 
 NUM_SAMPLES = 4
 
@@ -105,7 +105,7 @@ class BatchEncoder:
         """Tokens, faults and counts of some documents; errors: DataError naming the document."""
         items = work.items()
         documents = [item.document for item in items]
-        rendered = [self.encoder.render(document) for document in documents]
+        rendered = [self._rendered(document) for document in documents]
         encoded = self.encoder.encode(rendered)
         seen = quality.inspect(documents, rendered, encoded, self.encoder.special_texts, self.data)
         cut = [pieces_of(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
@@ -139,6 +139,13 @@ class BatchEncoder:
             hits=hits,
             samples=self._samples(items, whole, docs.contents),
         )
+
+    def _rendered(self, document: Document) -> Rendered:
+        """The document's text; none of a conversation that is dropped for its order, as many templates refuse such."""
+        dropped = self.data.checks.role_order == "drop"
+        if dropped and isinstance(document, Chat) and quality.role_fault(document.messages):
+            return Rendered(document.where, "", (), raw=False)
+        return self.encoder.render(document)
 
     def _lacking(self, whole: Encoded, pieces: Sequence[Encoded]) -> quality.Hit | None:
         """What the pieces of a document do not train, though they should."""

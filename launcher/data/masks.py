@@ -127,7 +127,7 @@ class Template:
         """
         message, where = chat.messages[i], f"{chat.where}, messages[{i}]"
         if i == 0:
-            remedy = "begin the conversation with a user message"
+            remedy = "begin the conversation with a user message, or leave such out with data.checks.role_order=drop"
             raise DataError(Problem("the conversation begins with the assistant", chat.where, remedy=remedy))
         prefix = self.render(chat, i, generation_prompt=True)
         turn = full if i == len(chat.messages) - 1 else self.render(chat, i + 1)
@@ -187,7 +187,8 @@ class Template:
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             what = f"the chat template refuses this conversation: {error}"
-            remedy = "change the row, or set data.chat_template to a file with a template that takes it"
+            remedy = "change the row, set data.chat_template to a file with a template that takes it, or leave out conversations "
+            remedy += "whose roles are out of order with data.checks.role_order=drop"
             raise DataError(Problem(what, chat.where, self.name, remedy)) from error
         return texts[0], [tuple(span) for span in spans[0]]
 

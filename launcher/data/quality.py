@@ -99,17 +99,23 @@ def inspect(
     contents, tasks, signed, hits = [], [], [], []
     for document, text, tokens in zip(documents, rendered, encoded, strict=True):
         parts = list(_parts(document, text, data.train_on))
-        whole = duplicates.normalised("\n".join([part.text for part in parts]))
-        content = whole.encode()
-        # Chats that share a long system text are not alike for that.
-        own = [part.text for part in parts if part.where != "system"]
-        signed.append(content if len(own) == len(parts) else duplicates.normalised("\n".join(own)).encode())
+        whole = _joined(parts)
+        # What the tools are makes another task of the same text, see _setup; and chats that share a long system text are not
+        # alike for that.
+        content = _joined(parts, whole, but=("tools",)).encode()
+        signed.append(_joined(parts, whole, but=("tools", "system")).encode())
         contents.append(duplicates.content_hash(content))
         tasks.append(duplicates.content_hash(content + _setup(document)))
-        in_texts = _in_texts(parts, whole, content, special_texts)
+        in_texts = _in_texts(parts, whole, whole.encode(), special_texts)
         hits.append((*_faults(document, parts, tokens, data.checks), *in_texts, *_across_the_border(document)))
     is_text = [isinstance(document, PlainText) for document in documents]
     return list(map(Inspection, contents, tasks, duplicates.signatures(signed), hits, is_text))
+
+
+def _joined(parts: Sequence[_Part], whole: str | None = None, but: Sequence[str] = ()) -> str:
+    """What the parts but some say, normalised: `whole` where it is that of all of them, and all are meant."""
+    meant = [part.text for part in parts if part.where not in but]
+    return whole if whole is not None and len(meant) == len(parts) else duplicates.normalised("\n".join(meant))
 
 
 def _setup(document: Document) -> bytes:
@@ -122,7 +128,9 @@ def _setup(document: Document) -> bytes:
 
 def _parts(document: Document, rendered: Rendered, train_on: TrainOn) -> Iterator[_Part]:
     match document:
-        case Chat(messages=messages):
+        case Chat(messages=messages, tools=tools):
+            if tools:
+                yield _Part("tools", json.dumps(tools, ensure_ascii=False), None)
             trained = answers(document, train_on)
             for i, message in enumerate(messages):
                 where = "system" if message.role == "system" else f"messages[{i}]"
@@ -150,7 +158,7 @@ def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: Ch
     num_trained = int(np.count_nonzero(encoded.trained))
     if encoded.is_unsure:
         yield Hit("unsure_border", "what is trained begins or ends inside a token")
-    elif not num_trained:
+    elif not num_trained and len(encoded.ids):
         yield Hit("no_trained_token", "no token is trained")
     if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
         yield Hit("empty_answer", f"{empty[0]} is empty")
@@ -162,7 +170,7 @@ def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: Ch
         if part.answer is not None and (ratio := _repetition(part.answer)) > REPETITIVE_RATIO:
             yield Hit("repetitive_answer", f"{part.where} is {len(part.answer):,} characters that compress to 1/{ratio:.0f}")
             break
-    if isinstance(document, Chat) and (fault := _role_fault(document.messages)):
+    if isinstance(document, Chat) and (fault := role_fault(document.messages)):
         yield Hit("role_order", fault)
 
 
@@ -176,7 +184,7 @@ def _repetition(text: str) -> float:
     return len(data) / len(zlib.compress(data, 1)) if len(data) >= _MIN_REPETITIVE_BYTES else 0.0
 
 
-def _role_fault(messages: Sequence[Message]) -> str | None:
+def role_fault(messages: Sequence[Message]) -> str | None:
     """The first place where a conversation is not: system, then user and assistant in turns, the assistant last."""
     before = "start"
     for i, message in enumerate(messages):

@@ -194,3 +194,23 @@ def test_a_cache_of_another_format_is_not_read(jsonl: Jsonl, tokenizer_dir: Path
     again: list[str] = []
     assert build(data, str(tokenizer_dir), lambda stage, done, total: again.append(stage)) == facts
     assert again
+
+
+def test_conversations_out_of_order_are_dropped_before_a_template_refuses_them(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    source = Source(path=str(jsonl([{"messages": turns}, {"messages": turns[::-1]}])))
+    data = DataSection(sources=(source,), max_length=64)
+    with pytest.raises(DataError, match="begins with the assistant") as caught:
+        build(data, str(tokenizer_dir))
+    assert "data.checks.role_order=drop" in caught.value.problems[0].remedy
+    dropping = data.model_copy(update={"checks": ChecksSection(role_order="drop")})
+    facts = build(dropping, str(tokenizer_dir))
+    assert facts.num_docs == 1
+    found = {one.name: one.count for one in findings.read(facts.cache_dir)}
+    assert (found["role_order"], "no_trained_token" in found) == (1, False)
+
+
+def test_documents_without_an_end_of_turn_can_be_dropped(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    source = Source(path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in (" word" * 40, " brief")])))
+    checks = ChecksSection(no_turn_end="drop")
+    assert build(DataSection(sources=(source,), max_length=16, checks=checks), str(tokenizer_dir)).num_docs == 1

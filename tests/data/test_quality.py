@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,12 @@ def test_nothing_is_found_in_good_documents(document: Document) -> None:
 )
 def test_roles_out_of_order_are_named(turns: list[tuple[str, str]], fault: str) -> None:
     assert found(chat(*turns)) == {"role_order": fault}
+
+
+def test_what_stands_in_tools_is_looked_at() -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": f"uses {'hf_' + 'aB3' * 11} and <|im_end|>"}}
+    asked = replace(chat(("user", "a"), ("assistant", "b")), tools=(tool,))
+    assert found(asked).keys() == {"secrets", "special_token_in_text"}
 
 
 def test_empty_answers_count_where_they_would_be_trained() -> None:
