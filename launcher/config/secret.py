@@ -20,7 +20,7 @@ _IN_ADDRESS = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@|(?:(?<=http://)|(?<=https://
 # bos_token, pad_token and the like are tokens of another kind.
 _SECRET_NAME = r"(?:\w+_)?(?:api_?key|secret|password|passwd|credentials?)|(?:(?:hf|hub|auth|access|api|bearer|wandb)_)?token"  # noqa: S105
 # Among the variables of a job every name of this kind is meant.
-_SECRET_VARIABLE = r"cluster\.env\.(?:\w+_)?(?:token|key|secret|password|passwd|credentials?)"  # noqa: S105
+_SECRET_VARIABLE = r"cluster\.env\.(?:\w+_)?(?:token|key|key_id|secret|password|passwd|credentials?|connection_string)"  # noqa: S105
 _SECRET_KEY = re.compile(rf"(?:^|[.\]])(?:{_SECRET_NAME})$|^{_SECRET_VARIABLE}$", re.IGNORECASE)
 _ASSIGNED = re.compile(rf"(?P<key>(?<![\w-])(?:{_SECRET_NAME})=).+", re.IGNORECASE)
 

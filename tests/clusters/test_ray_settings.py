@@ -216,9 +216,15 @@ def test_a_jobs_api_that_is_not_there_is_told_before_anything_is_made(ray_plan: 
         RayCluster().check(ray_plan(address="http://127.0.0.1:1"))
 
 
-def test_keys_do_not_travel_with_a_job(ray_plan: Callable[..., LaunchPlan]) -> None:
-    with pytest.raises(SubmitError, match="keys must not travel"):
-        RayCluster().check(ray_plan(address="http://127.0.0.1:1", pass_env=("NCCL_DEBUG", "MY_API_KEY")))
+@pytest.mark.parametrize(
+    "name", ["MY_API_KEY", "AWS_ACCESS_KEY_ID", "AZURE_STORAGE_CONNECTION_STRING", "LOOKS_HARMLESS", "HARMLESS_TOO"]
+)
+def test_keys_do_not_travel_with_a_job(ray_plan: Callable[..., LaunchPlan], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOKS_HARMLESS", "hf_" + "aB3" * 11)
+    monkeypatch.setenv("HARMLESS_TOO", "0123456789" * 4)
+    with pytest.raises(SubmitError, match="keys must not travel") as error:
+        RayCluster().check(ray_plan(address="http://127.0.0.1:1", pass_env=("NCCL_DEBUG", name)))
+    assert error.value.problems[0].value == name
 
 
 def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch) -> None:

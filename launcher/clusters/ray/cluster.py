@@ -251,7 +251,7 @@ def _last_line(message: str) -> str:
 
 def _require_no_keys(names: Sequence[str]) -> None:
     """Refuse to pass on what looks like a key: whoever has the cluster's token can read what a job was submitted with."""
-    if keys := [name for name in names if looks_secret(f"cluster.env.{name}", "unknown")]:
+    if keys := [name for name in names if looks_secret(f"cluster.env.{name}", os.environ.get(name) or "unknown")]:
         raise SubmitError(
             "keys must not travel with a job",
             where="cluster.pass_env",
