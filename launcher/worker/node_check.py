@@ -38,7 +38,10 @@ CGROUP_MEMORY = {
     "": (Path("/sys/fs/cgroup"), "memory.max"),
     "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
 }
-_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "safetensors", "ray")
+_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "numpy", "safetensors", "liger-kernel"),
+    *("huggingface-hub", "ray"),
+)
 _CHECKPOINT_MARGIN = 1.2
 # A problem that begins so is of the disk that all nodes share, whichever of them reports it.
 NO_ROOM = "the disk of the run directory has no room"
@@ -117,7 +120,7 @@ def differences(own: NodeReport, head: NodeReport) -> list[Problem]:
         compare(f"the version of {name}", own.packages.get(name, ""), head.packages.get(name, ""), same)
     compare("the version of Python", own.python, head.python, same)
     here, there = (", ".join(sorted(set(report.gpus))) for report in (own, head))
-    compare("the GPU model", here, there, "ask for one kind of node with cluster.constraint or cluster.partition")
+    compare("the GPU model", here, there, "train on nodes of one kind")
     return problems
 
 

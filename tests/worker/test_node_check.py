@@ -80,7 +80,7 @@ def test_a_sound_node_has_no_problems_and_leaves_nothing_behind(planned: Callabl
     report = check_node(made, run, 1)
     assert report.problems == ()
     assert (report.host, report.gpus) == (HOST, ())
-    assert set(report.packages) == {"launcher", "torch", "deepspeed", "transformers", "numpy", "safetensors", "ray"}
+    assert {"launcher", "torch", "deepspeed", "transformers", "accelerate", "tokenizers", "ray"} <= set(report.packages)
     assert 0 < report.memory_gib < 1e5
     assert [file.name for file in run.attempt(1).iterdir()] == ["attempt.json"]
     assert NodeReport.from_json(json.loads(json.dumps(report.to_json()))) == report
