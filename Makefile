@@ -31,8 +31,10 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 	$(BIN)/python -m launcher $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
+# What starts whole runs goes alone: two ranks keep two cores busy.
 test: .venv/.installed-dev  ## run the tests, those on Slurm and Ray included
-	$(BIN)/python -m pytest -m "(not slow or slurm) and not variant" $(ARGS)
+	$(BIN)/python -m pytest -m "(not slow or slurm) and not variant" --ignore tests/e2e -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "(not slow or slurm) and not variant" tests/e2e $(ARGS)
 
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
 	$(BIN)/python -m pytest -m "(slow and not slurm) or variant" $(ARGS)
