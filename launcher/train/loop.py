@@ -40,6 +40,7 @@ from launcher.train.monitor import Monitor
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak import peak_tflops
 from launcher.train.start import agree_on_start, load_whole
+from launcher.train.status import StatusFile
 from launcher.train.stop import STOP_REASONS, Outcome, Stop, save_fits
 
 # Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
@@ -127,6 +128,7 @@ class _Session:
     meter: Meter
     timer: StepTimer
     monitor: Monitor
+    status: StatusFile
     max_steps: int
     step: int = 0
     skipped_in_a_row: int = 0
@@ -178,7 +180,8 @@ class _Session:
         meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts, peak), StepTimer(device)
         checkpoints = Checkpoints(saver, tracker, place.is_main)
         monitor = Monitor(plan, place, device, model, tracker, beat)
-        parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, max_steps)
+        status = StatusFile(run, partial(tracker.event, "alert"), place.is_main)
+        parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, status, max_steps)
         session = cls(plan, place, run, device, tracker, *parts)
         if begin.checkpoint is not None:
             session._restore(begin.checkpoint)
@@ -188,7 +191,7 @@ class _Session:
 
     def run(self, stop: Stop) -> Outcome:
         train = self.plan.config.train
-        self._report_status("running")
+        self.status.state("running", self.step)
         self.monitor.loaded(self.step)
         if self.step == 0 and train.eval_at_start:
             self._evaluate("before training", stop)
@@ -254,7 +257,7 @@ class _Session:
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
                 run_store.require_newest(self.run_dir, self.place.attempt)
                 self.tracker.log(self.step, metrics | self.monitor.metrics(self.meter.tokens))
-                self._report_status("running")
+                self.status.training(self.step)
             self.monitor.alert(self.step, loss, self.meter.overall_tokens_per_sec)
         return stopped
 
@@ -346,9 +349,10 @@ class _Session:
             probed = probe(self.engine, self.model, self.batches.split, self.device)
             if not torch.isfinite(probed["logits"]).all():
                 raise self._not_finite("the logits are not finite")
-            self._report_status("saving")
+            self.status.state("saving", self.step)
             self.checkpoints.save_and_wait(self.step, state, eval_loss, probed)
-            self._report_status("running")
+        if wait:
+            self.status.state("running", self.step)
         self.monitor.beat("training", self.step)
         return self.run_dir.checkpoints / store.step_name(self.step)
 
@@ -369,15 +373,6 @@ class _Session:
         self.step = self.checkpoints.saved_step = checkpoint.step
         self.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
         self.tracker.event("info", f"continuing from {checkpoint.path}", self.step)
-
-    def _report_status(self, state: str) -> None:
-        """Tell the other commands where training stands; that it cannot be told is no reason to stop."""
-        if not self.place.is_main:
-            return
-        try:
-            run_store.update_status(self.run_dir, state=state, step=self.step, message="")
-        except (OSError, RunError) as error:
-            self.tracker.event("alert", f"status.json could not be written: {error}", self.step)
 
     def _stopped(self, reason: str, saved: bool) -> Outcome:
         state = "cancelled" if reason == "cancelled" else "preempted"
