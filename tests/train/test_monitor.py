@@ -28,6 +28,8 @@ def test_money_follows_the_price_of_the_plan_over_the_whole_run(plan_of: PlanOf)
     assert cost(assumed, SPENT, 1)["cost/usd"] == pytest.approx(16 * assumed.price.usd_per_gpu_hour)
     assert cost(assumed.model_copy(update={"price": None}), SPENT, 1) == {"cost/gpu_hours": 16}
     assert cost(plan_of(), SPENT, 1) == {}
+    on_cpus = cost(plan_of("cluster.price_per_gpu_hour=3"), SPENT, tokens=2_000_000)
+    assert on_cpus == told, "who names a price is told what it comes to"
 
 
 @pytest.mark.parametrize(
