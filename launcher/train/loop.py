@@ -27,7 +27,7 @@ from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batche
 from launcher.errors import CheckpointError, DivergedError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.goodput import JOINED, PHASE, spent_limit
+from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
 from launcher.train.before import failure_before
@@ -82,7 +82,7 @@ def train(
         joined: dict[str, Any] = {PHASE: JOINED, "ranks": place.world_size}
         tracker.event("info", f"{place.world_size} ranks have joined", 0, **joined)
         if place.is_main and (failed := failure_before(run, place.attempt)):
-            tracker.event("alert", failed)
+            tracker.event("alert", failed.words, recorded=failed.recorded)
         if place.world_size > 1:
             speed = link.measure(device)
             tracker.event("info", f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s", 0, gb_per_s=speed)
@@ -178,8 +178,8 @@ class _Session:
             held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
         begin = agree_on_start(run, place, device)
         meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts, peak), StepTimer(device)
-        checkpoints = Checkpoints(saver, tracker, place.is_main)
         monitor = Monitor(plan, place, device, model, tracker, beat)
+        checkpoints = Checkpoints(saver, tracker, place.is_main, monitor.beat)
         status = StatusFile(run, partial(tracker.event, "alert"), place.is_main)
         parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, status, max_steps)
         session = cls(plan, place, run, device, tracker, *parts)
@@ -206,7 +206,7 @@ class _Session:
                 if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
                     self._save()
         if stopped is not None and self.step < self.max_steps:
-            self._conclude()
+            self.checkpoints.conclude(self.step)
             fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.checkpoints.save_s, self.device)
             if fits:
                 self._save(wait=True)
@@ -267,8 +267,7 @@ class _Session:
 
     def _own_reason(self, stop: Stop) -> str | None:
         # The first rank alone knows what the run has spent.
-        spent = self.monitor.spent()
-        self.limit = spent_limit(self.plan, spent) if spent is not None else ""
+        self.limit = self.monitor.limit()
         return "limit" if self.limit else stop()
 
     def _agree(self, summed: torch.Tensor, reason: str | None, own: list[float]) -> tuple[float, str | None, list[float]]:
@@ -301,7 +300,7 @@ class _Session:
 
     def _not_finite(self, what: str) -> DivergedError:
         """All ranks come here together, so a checkpoint in the making counts."""
-        self._conclude()
+        self.checkpoints.conclude(self.step)
         saved = self.checkpoints.saved_step
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
         return DivergedError(
@@ -320,8 +319,9 @@ class _Session:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
             self.monitor.beat("evaluating", self.step)
-            if self._agree(torch.zeros(()), stop(), [])[1]:
+            if self._agree(torch.zeros(()), self._own_reason(stop), [])[1]:
                 self.model.train()
+                self.monitor.eval_s += time.perf_counter() - began
                 return
             totals[0] += self._loss(micro, factor=1.0)
             totals[1] += int((micro.labels >= 0).sum())
@@ -340,7 +340,7 @@ class _Session:
 
     def _save(self, wait: bool = False) -> Path:
         """Save the current step in the background; with `wait`, to its commit, unless it is there already."""
-        self._conclude()
+        self.checkpoints.conclude(self.step)
         state = {"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps}
         eval_loss = self.last_eval["eval/held_out/loss"] if self.eval_step == self.step else None
         if not wait:
@@ -355,11 +355,6 @@ class _Session:
             self.status.state("running", self.step)
         self.monitor.beat("training", self.step)
         return self.run_dir.checkpoints / store.step_name(self.step)
-
-    def _conclude(self) -> None:
-        """Wait for the save in the background, which is no step that does not come: those who watch are told."""
-        self.monitor.beat("saving", self.step)
-        self.checkpoints.conclude(self.step)
 
     def _restore(self, named: store.Checkpoint) -> None:
         parameters = self.model.parameters_by_name()
