@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher import page as html
-from launcher.cli.data_view import length_bins, number_rows, summary_rows, visible
+from launcher.cli.data_view import left_out, length_bins, number_rows, parts_taken, summary_rows, visible
 from launcher.data.findings import share_text
 from launcher.page import Series
 
@@ -28,6 +28,7 @@ def page(report: dict[str, Any], name: str) -> str:
         _verdict(report["findings"]),
         html.heading("Sources"),
         html.table(header, rows, numbers=range(1, len(header))),
+        *(html.paragraph(line) for line in [*parts_taken(report), *left_out(report)]),
         html.table([], [list(row) for row in summary_rows(report)]),
         html.heading("Plots"),
         *_plots(report),
@@ -45,7 +46,7 @@ def page(report: dict[str, Any], name: str) -> str:
 def _verdict(found: list[dict[str, Any]]) -> str:
     refused = [one for one in found if one["fatal"]]
     if refused:
-        said = "; ".join(f"{one['count']:,} {one['title']} ({one['setting']}=keep accepts it)" for one in refused)
+        said = "; ".join(f"{one['count']:,} {one['title']} ({one['accepted_by']} accepts it)" for one in refused)
         return html.paragraph(f"A run is refused: {said}", "bad")
     if found:
         return html.paragraph(f"{len(found)} kinds of findings, none of which stops a run", "warn")
@@ -81,7 +82,10 @@ def _plots(report: dict[str, Any]) -> list[str]:
         [(s["name"], s["trained_frac"], f"{s['trained_frac']:.1%} of {s['tokens']:,}") for s in sources],
         highest=1,
     )
-    return [html.side_by_side(lengths, reached), html.side_by_side(shares, trained)]
+    padding = html.bars(
+        "Padding", [(s["name"], s["padding_frac"], f"{s['padding_frac']:.2%}") for s in sources if s["epochs"]], highest=1
+    )
+    return [html.side_by_side(lengths, reached), html.side_by_side(shares, trained), padding]
 
 
 def _findings(found: list[dict[str, Any]]) -> list[str]:

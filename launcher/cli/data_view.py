@@ -21,6 +21,8 @@ _PIPE_WIDTH = 160
 _BAR = 40
 # Text of a row must not move the cursor or give orders to the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Shares of tokens are told to so much.
+_ROUNDING = 1e-6
 _ACTIONS = {"keep": "kept", "drop": "dropped", "fail": "kept, their share is within the limit"}
 
 
@@ -31,8 +33,9 @@ def show(report: dict[str, Any]) -> None:
         console = Console(highlight=False, width=_PIPE_WIDTH)
     console.print(_summary(report), soft_wrap=True)
     console.print()
-    console.print(sources_table(report))
-    for line in left_out(report):
+    for table in sources_tables(report):
+        console.print(table)
+    for line in [*parts_taken(report), *left_out(report)]:
         console.print(escape(line), soft_wrap=True)
     console.print()
     _print_lengths(console, report)
@@ -44,39 +47,41 @@ def show(report: dict[str, Any]) -> None:
 def number_rows(report: dict[str, Any]) -> list[list[str]]:
     """A line of cells for each source, for the mixture of several, and for the held-out split; the header first."""
     header = [
-        *("source", "read", "dropped", "documents", "cut", "split", "rows", "tokens", "share", "trained", "end of turn"),
-        *("median", "longest"),
+        *("source", "read", "dropped", "documents", "cut", "split", "end of turn", "median", "longest"),
+        *("epochs", "rows", "tokens", "share", "trained", "filled", "padding"),
     ]
     lines = [
-        [source["name"], *_cells(source), f"{source['frac']:.1%}", *_trained(source)]
+        [source["name"], *_of_documents(source), f"{source['epochs']:.2f}", *_of_tokens(source, source["frac"])]
         for source in report["sources"]
         if source["read_documents"]
     ]
     if len(lines) > 1:
-        lines.append(["mixture", *_cells(report), "100.0%", *_trained(report)])
-    held_out = report["held_out"]
-    if held_out["read_documents"]:
-        read, dropped, documents = (f"{held_out[f'{kind}documents']:,}" for kind in ("read_", "dropped_", ""))
-        counts = [f"{held_out['rows']:,}", f"{held_out['tokens']:,}"]
-        lines.append(
-            ["held out", read, dropped, documents, f"{held_out['truncated_documents']:,}", "", *counts, "", *_trained(held_out)]
-        )
+        lines.append(["mixture", *_of_documents(report), "", *_of_tokens(report, 1)])
+    if report["held_out"]["read_documents"]:
+        lines.append(["held out", *_of_documents(report["held_out"]), "", *_of_tokens(report["held_out"], None)])
     return [header, *lines]
 
 
-def _cells(counts: dict[str, Any]) -> list[str]:
-    keys = ("read_documents", "dropped_documents", "documents", "truncated_documents", "split_documents", "rows", "tokens")
-    return [f"{counts[key]:,}" for key in keys]
-
-
-def _trained(counts: dict[str, Any]) -> list[str]:
+def _of_documents(counts: dict[str, Any]) -> list[str]:
+    keys = ("read_documents", "dropped_documents", "documents", "truncated_documents", "split_documents")
     ends = counts.get("documents_with_turn_end")
     lengths = counts["document_tokens"] or {"median": 0, "max": 0}
     return [
-        f"{counts['trained_frac']:.1%}",
+        *(f"{counts[key]:,}" if key in counts else "" for key in keys),
         "" if ends is None else f"{ends / max(1, counts['documents']):.1%}",
         f"{lengths['median']:,}",
         f"{lengths['max']:,}",
+    ]
+
+
+def _of_tokens(counts: dict[str, Any], share: float | None) -> list[str]:
+    """`share` is that of the mixture's tokens, None outside of it."""
+    return [
+        f"{counts['rows']:,}",
+        f"{counts['tokens']:,}",
+        "" if share is None else f"{share:.1%}",
+        f"{counts['trained_frac']:.1%}",
+        *("" if share is None else f"{counts[key]:.2%}" for key in ("fill_frac", "padding_frac")),
     ]
 
 
@@ -98,22 +103,43 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _filled(report: dict[str, Any]) -> str:
-    how = "packed, " if report["packing"] else "one document each, "
-    return f"{how}filled to {report['fill_frac']:.2%} ({report['padding_frac']:.2%} padding)"
+    if report["packing"]:
+        return f"packed, filled to {report['fill_frac']:.2%} ({report['padding_frac']:.2%} padding)"
+    most, up_to = ("at most ", "up to ") if report["padding_is_most"] else ("", "")
+    alike = " of about the same length" if report["group_by_length"] else ""
+    batches = f"micro-batches of {up_to}{report['padded_rows']:,}{alike}"
+    return f"one document each; {most}{report['padding_frac']:.2%} padding in {batches}"
 
 
 def _summary(report: dict[str, Any]) -> str:
     return "\n".join(f"{label:<13}{escape(value)}" for label, value in summary_rows(report))
 
 
-def sources_table(report: dict[str, Any]) -> Table:
+def sources_tables(report: dict[str, Any]) -> list[Table]:
+    """The numbers of documents, and below them those of tokens and rows: side by side they are wider than most terminals."""
     header, *lines = number_rows(report)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*(escape(cell) for cell in line), style="bold" if line[0] == "mixture" else "")
-    return table
+    border = header.index("epochs")
+    tables = []
+    for columns in (slice(1, border), slice(border, None)):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for i, name in enumerate([header[0], *header[columns]]):
+            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+        for line in lines:
+            cells = [line[0], *line[columns]]
+            table.add_row(*(escape(cell) for cell in cells), style="bold" if line[0] == "mixture" else "")
+        tables.append(table)
+    return tables
+
+
+def parts_taken(report: dict[str, Any]) -> list[str]:
+    """A line for each source of which an epoch takes other than whole passes."""
+    lines = []
+    for source in report["sources"]:
+        part = source["epochs"] % 1
+        if source["documents"] and _ROUNDING < part < 1 - _ROUNDING:
+            taken = f"{source['epochs']:.2f} passes over it in each epoch of the run"
+            lines.append(f"{source['name']}: {taken}; the documents of the part of a pass are the same in every epoch")
+    return lines
 
 
 def left_out(report: dict[str, Any]) -> list[str]:
@@ -138,11 +164,19 @@ def length_bins(report: dict[str, Any]) -> tuple[list[int], list[tuple[str, list
 
 
 def _print_lengths(console: Console, report: dict[str, Any]) -> None:
-    console.print("tokens per document", style="bold")
+    """The mixture's bars, and before them the counts of each source where there are several."""
     ends, series = length_bins(report)
     totals = [sum(counts) for counts in zip(*(counts for _, counts in series), strict=True)]
-    for end, total in zip(ends, totals, strict=True):
-        console.print(f"  up to {end:>9,}  {total:>11,}  {'█' * -(-_BAR * total // max(totals))}")
+    counted = [*series, ("mixture", totals)] if len(series) > 1 else [("documents", totals)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tokens, up to", justify="right", no_wrap=True)
+    for name, _ in counted:
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for i, end in enumerate(ends):
+        bar = "█" * -(-_BAR * totals[i] // max(totals))
+        table.add_row(f"{end:,}", *(f"{counts[i]:,}" for _, counts in counted), bar)
+    console.print(table)
     console.print()
 
 

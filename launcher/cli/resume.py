@@ -134,7 +134,22 @@ def _replanned(
         lineage=plan.lineage,
     )
     kept = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
-    return make_plan(config, known).model_copy(update=kept)
+    again = make_plan(config, known).model_copy(update=kept)
+    if said := rows_moved(saved, again, checkpoint.step):
+        print(f"note: {said}", flush=True)
+    return again
+
+
+def rows_moved(saved: LaunchPlan, again: LaunchPlan, step: int) -> str | None:
+    """What another batch size does to the rows of the same data: those of a step are told by its number and the size alone."""
+    before, after = (step * plan.batch.global_batch_size for plan in (saved, again))
+    if before == after or _data_differences(saved.data, again.data):
+        return None
+    data = again.config.data
+    if data.group_by_length and not data.packing:
+        return "with another batch size the rows stand in another order: of this epoch, some are seen twice and others not at all"
+    change = f"{after - before:,} rows are left out" if after > before else f"{before - after:,} rows are trained on again"
+    return f"step {step} begins at row {after:,} of the order, and {before:,} rows have been trained on: {change}"
 
 
 def _recorded(before: Sequence[str], overrides: Sequence[str], found: Sequence[Difference]) -> tuple[str, ...]:

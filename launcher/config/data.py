@@ -76,9 +76,15 @@ class Source(Section):
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         None, description="Share of the mixture's tokens, relative to the other sources' weights. Unset: all that there is."
     )
-    max_tokens: PositiveInt | None = Field(None, description="Tokens taken from the source in one epoch, at most. Unset: all.")
+    max_tokens: PositiveInt | None = Field(
+        None, description="Tokens taken from the source in one epoch, at most: the same documents in every epoch. Unset: all."
+    )
     epochs: Positive = Field(
-        1.0, description="How often each document of the source is seen in one epoch of the run; 0.5 takes every other one."
+        1.0,
+        description=(
+            "How often each document of the source is seen in one epoch of the run; 0.5 takes half of them, the same in "
+            "every epoch."
+        ),
     )
 
     @field_validator("path")
@@ -138,7 +144,10 @@ class ChecksSection(Section):
     )
     no_trained_token: Choice = Field(
         "drop",
-        description="A document has no trained token within a row's length. Where none has one, the data is refused.",
+        description=(
+            "A document has no trained token within a row's length. drop: it is left out, and a run is refused where that is a "
+            "whole source. Data in which no document has one is refused whatever is set here."
+        ),
     )
     unsure_border: Literal["drop", "fail"] = Field(
         "fail",

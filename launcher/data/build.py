@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from launcher.config.data import DataSection, Source
-from launcher.data import cache, findings, parallel, quality, rows, sources
+from launcher.data import beside, cache, findings, parallel, quality, rows, sources
 from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
@@ -157,14 +157,14 @@ def _joined(parts: Sequence[Columns]) -> Columns:
 
 def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.Findings]:
     docs, pieces = corpus.docs, corpus.pieces
-    hits = [*corpus.hits, *quality.across(docs.contents, docs.tasks, docs.signatures, docs.held_out, data.checks)]
+    hits = [*corpus.hits, *beside.across(docs.contents, docs.tasks, docs.signatures, docs.held_out, data.checks)]
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
     seen = quality.Corpus(docs.wheres, docs.source, _names(data), docs.held_out, docs.num_tokens, docs.is_text, trained)
     return quality.conclude(hits, seen, data.checks)
 
 
 def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> DataError:
-    what = "no document with a trained token is left to train on"
+    what = "no document with a trained token is left to train on, which no setting accepts"
     where = ", ".join(source.path for source in data.sources)
     remedy = (
         "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "

@@ -7,7 +7,7 @@ then estimates the Jaccard similarity of the two sets, with a standard error of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import rensa
@@ -21,10 +21,10 @@ MIN_WINDOWS = 64
 RECALL = 0.99
 # Documents of one band's group are compared with so many that follow; larger groups are chained.
 REACH = 8
-# A held-out document is compared with so many training ones of a group at a time, until one is found that is like it.
+# Between two sets, a document is compared with so many of a group at a time, until one is found that is like it.
 REACH_ACROSS = 512
-# In rows of one template many documents agree that are not alike: as many pairs as a build has time for, beside each one's first.
-MOST_PAIRS_ACROSS = 1 << 26
+# In rows of one template many documents agree that are not alike: as many pairs as a build has time for.
+MOST_PAIRS_ACROSS = 1 << 28
 
 _SEED = 7
 _CHUNK = 1 << 16
@@ -86,32 +86,43 @@ def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.nd
                 yield _alike(signatures, order[some], signatures, order[some + distance], threshold)
 
 
-def near_in(left: np.ndarray, right: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pairs (a, b, similarity) as near_pairs gives them, of a row of `left` and a row of `right`.
+def near_in(
+    left: np.ndarray,
+    right: np.ndarray,
+    threshold: float,
+    reach: int,
+    on_pairs: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
+) -> bool:
+    """Call `on_pairs` with pairs (a, b, similarity) as near_pairs gives them, of a row of `left` and a row of `right`.
 
-    Of a row of `left` that is like a great many, those of a group beyond the first REACH_ACROSS are left out.
+    A row of `left` is compared with `reach` others of a group, and with more of them until one is found that is like it; of
+    a great many about the first `reach` are told. Returns whether each row that is like any was found, as far as its bands
+    tell: False where there were more than MOST_PAIRS_ACROSS pairs to look at.
     """
-    found = np.zeros(len(left), dtype=bool)
+    num_found = np.zeros(len(left), dtype=np.int64)
     pairs_left = MOST_PAIRS_ACROSS
     for band in _bands(threshold):
         keys, wanted = _keys(right, band), _keys(left, band)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         first, end = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
-        asked = np.flatnonzero(first < end)
+        asked = np.flatnonzero((first < end) & (num_found < reach))
+        step = reach
         while len(asked):
-            counts = np.minimum(end[asked] - first[asked], REACH_ACROSS)
+            counts = np.minimum(end[asked] - first[asked], step)
             for some in np.array_split(np.arange(len(asked)), max(1, int(counts.sum()) // _CHUNK)):
                 num, rows = counts[some], asked[some]
+                pairs_left -= int(num.sum())
+                if pairs_left < 0:
+                    return False
                 steps = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
                 near = _alike(left, np.repeat(rows, num), right, order[np.repeat(first[rows], num) + steps], threshold)
-                found[near[0]] = True
-                yield near
+                np.add.at(num_found, near[0], 1)
+                on_pairs(*near)
             first[asked] += counts
-            asked = asked[(first[asked] < end[asked]) & ~found[asked]]
-            pairs_left -= REACH_ACROSS * len(asked)
-            if pairs_left < 0:
-                break
+            step = REACH_ACROSS
+            asked = asked[(first[asked] < end[asked]) & (num_found[asked] == 0)]
+    return True
 
 
 def _bands(threshold: float) -> Iterator[slice]:

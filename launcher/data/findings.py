@@ -38,7 +38,9 @@ TITLES = {
     "few_examples": "documents to train on, which is few",
 }
 REMEDIES = {
-    "no_trained_token": "give them an answer, or raise data.max_length where it is cut off",
+    "no_trained_token": (
+        "give them an answer, raise data.max_length where it is cut off, or take a source without any out of data.sources"
+    ),
     "unsure_border": "let a completion begin with the space before its first word, or a word of its own",
     "no_turn_end": (
         "where it is cut off, raise data.max_length, or data.long_documents=split or drop; "
@@ -59,8 +61,9 @@ REMEDIES = {
     "few_examples": "add examples, and hold some out to see whether they suffice",
 }
 
-# What is never trained as it is.
-_ACCEPTED = {"unsure_border": "to train on the others: {}=drop"}
+# What accepts a fatal finding, where that is not keep, and what is then trained on, where that is not all as it is.
+_ACCEPTED_BY = {"unsure_border": "drop"}
+_THE_OTHERS = ("unsure_border", "no_trained_token")
 
 # What stands on both sides: a share of the held-out documents is accepted, and training loses what is dropped.
 LEAKS = ("held_out_in_train", "near_held_out_in_train")
@@ -122,6 +125,7 @@ class Judged:
             "setting": self.finding.setting,
             "action": self.action,
             "fatal": self.fatal,
+            "accepted_by": _accepted_by(self.finding),
             "remedy": REMEDIES[name],
         }
 
@@ -154,6 +158,9 @@ def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
         limit = checks.max_held_out_in_train
     elif finding.name == "no_turn_end":
         share, limit = finding.highest_share, MOST_WITHOUT_TURN_END
+    elif finding.name == "no_trained_token" and action == "drop":
+        # Nothing would be left of a source.
+        return finding.highest_share == 1
     return action == "fail" and share > limit
 
 
@@ -172,8 +179,14 @@ def share_text(share: float) -> str:
     return f"{share:.1%}" if share >= 0.001 else "< 0.1%"
 
 
+def _accepted_by(finding: Finding) -> str:
+    """The flag with which a fatal finding refuses no run."""
+    return f"{finding.setting}={_ACCEPTED_BY.get(finding.name, 'keep')}"
+
+
 def _problem(finding: Finding) -> Problem:
-    accepted = _ACCEPTED.get(finding.name, "to train on it as it is: {}=keep").format(finding.setting)
+    trained = "the others" if finding.name in _THE_OTHERS else "it as it is"
+    accepted = f"to train on {trained}: {_accepted_by(finding)}"
     return Problem(
         f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}): {finding.title}",
         where="; ".join(example.where for example in finding.examples),

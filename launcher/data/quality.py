@@ -1,4 +1,4 @@
-"""Faults of documents: of each by itself in the worker processes, and of all together where they are collected."""
+"""Faults of documents, of each by itself in the worker processes, and what is concluded from all of them."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ _MAY_FOLLOW = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-# Above every estimate of a similarity.
-_EXACT = 2.0
 _USUAL_TEXT = "continued pre-training usually takes millions of tokens or more"
 
 
 @dataclass(frozen=True)
 class Hit:
-    """One check that a document has not passed; `detail` shows no secret, `others` are the numbers of documents concerned."""
+    """One check that a document has not passed; `detail` shows no secret, `others` are the numbers of documents concerned.
+
+    `note` is told behind them.
+    """
 
     finding: str
     detail: str
     others: tuple[int, ...] = ()
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def inspect(
         signed.append(_joined(parts, whole, but=("tools", "system")).encode())
         contents.append(duplicates.content_hash(content))
         tasks.append(duplicates.content_hash(content + _setup(document)))
-        in_texts = _in_texts(parts, whole, whole.encode(), special_texts)
+        written = _as_written(document, parts, data.system)
+        shown = whole if written is parts else _joined(written)
+        in_texts = _in_texts(written, shown, shown.encode(), special_texts)
         hits.append((*_faults(document, parts, tokens, data.checks), *in_texts, *_across_the_border(document)))
     is_text = [isinstance(document, PlainText) for document in documents]
     return list(map(Inspection, contents, tasks, duplicates.signatures(signed), hits, is_text))
@@ -145,6 +149,22 @@ def _parts(document: Document, rendered: Rendered, train_on: TrainOn) -> Iterato
             yield _Part("completion", completion, completion)
         case PlainText(text=text):
             yield _Part("text", text, None)
+
+
+def _as_written(document: Document, parts: list[_Part], system: str | None) -> list[_Part]:
+    """The parts with what the settings write in place of the row's own system text, and with the names of who speaks.
+
+    Neither makes another document: what is held out, or stands there twice, is told by the row's own text.
+    """
+    if not isinstance(document, Chat):
+        return parts
+    messages = document.messages
+    names = [_Part(f"messages[{i}].name", message.name, None) for i, message in enumerate(messages) if message.name]
+    if system is None:
+        return [*parts, *names] if names else parts
+    place = bool(document.tools)
+    own = messages[0].role == "system"
+    return [*parts[:place], _Part("data.system", system, None), *parts[place + own :], *names]
 
 
 def _written(message: Message, reasoning: str | None) -> str:
@@ -234,76 +254,6 @@ def _broken(text: str) -> str | None:
     return "bytes read in the wrong encoding" if _MOJIBAKE.search(text) and is_bad(text) else None
 
 
-def across(
-    contents: np.ndarray,
-    tasks: np.ndarray,
-    signatures: Sequence[np.ndarray | None],
-    held_out: np.ndarray,
-    checks: ChecksSection,
-) -> list[tuple[int, Hit]]:
-    """Faults of documents beside others, as (document, hit): duplicates in training, and held-out documents that stand there.
-
-    `contents` and `tasks` are uint64 [documents], `held_out` bool [documents]. `others` of a held-out document's hit are the
-    training documents; among a very great number of nearly the same ones some are not among them.
-    """
-    training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-    _, first, group = np.unique(tasks[training], return_index=True, return_inverse=True)
-    before = training[first][group]
-    again = np.flatnonzero(before != training)
-    hits = [(int(training[i]), Hit("exact_duplicate", _alike(_EXACT), (int(before[i]),))) for i in again.tolist()]
-    unique, first, group = np.unique(contents[training], return_index=True, return_inverse=True)
-    originals = training[first]
-    earlier, leaks = _near(signatures, held_out, np.sort(np.concatenate([originals, inside])), checks)
-    hits += [(i, Hit("near_duplicate", _alike(alike), (other,))) for i, (other, alike) in sorted(earlier.items())]
-    # All copies of an original, by its place among the unique ones.
-    copies = training[np.argsort(group, kind="stable")]
-    ends = np.cumsum(np.bincount(group, minlength=len(unique)))
-
-    def copies_of(documents: Iterable[int]) -> tuple[int, ...]:
-        places = np.searchsorted(unique, contents[list(documents)]).tolist()
-        return tuple(np.concatenate([copies[ends[p - 1] if p else 0 : ends[p]] for p in places]).tolist())
-
-    at = np.searchsorted(unique, contents[inside])
-    for document, place in zip(inside.tolist(), at.tolist(), strict=True):
-        near = dict(leaks.get(document, {}))
-        if place < len(unique) and unique[place] == contents[document]:
-            same = int(originals[place])
-            near.pop(same, None)
-            hits.append((document, Hit("held_out_in_train", _alike(_EXACT), copies_of([same]))))
-        if near:
-            hits.append((document, Hit("near_held_out_in_train", _alike(max(near.values())), copies_of(near))))
-    return hits
-
-
-def _alike(similarity: float) -> str:
-    return "the same as" if similarity == _EXACT else f"{similarity:.0%} the same as"
-
-
-def _near(
-    signatures: Sequence[np.ndarray | None], held_out: np.ndarray, candidates: np.ndarray, checks: ChecksSection
-) -> tuple[dict[int, tuple[int, float]], dict[int, dict[int, float]]]:
-    """Near pairs of `candidates`: of a training document its earlier one, of a held-out one all training documents found."""
-    signed = np.asarray([i for i in candidates.tolist() if signatures[i] is not None], dtype=np.int64)
-    training, inside = signed[~held_out[signed]], signed[held_out[signed]]
-    slots, apart = (_stacked([signatures[i] for i in some.tolist()]) for some in (training, inside))
-    firsts = np.arange(len(training))
-    for a, b, _ in duplicates.near_pairs(slots, checks.near_duplicate_threshold):
-        np.minimum.at(firsts, b, a)
-    again = np.flatnonzero(firsts < np.arange(len(training)))
-    alike = (slots[again] == slots[firsts[again]]).mean(axis=1)
-    earlier = dict(zip(training[again].tolist(), zip(training[firsts[again]].tolist(), alike.tolist(), strict=True), strict=True))
-    leaks: dict[int, dict[int, float]] = defaultdict(dict)
-    for a, b, similarity in duplicates.near_in(apart, slots, checks.near_duplicate_threshold):
-        for document, other, share in zip(inside[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
-            leaks[document][other] = share
-    return earlier, leaks
-
-
-def _stacked(signatures: Sequence[np.ndarray | None]) -> np.ndarray:
-    rows = [signature for signature in signatures if signature is not None]
-    return np.stack(rows) if rows else np.empty((0, duplicates.NUM_SLOTS), dtype=np.uint16)
-
-
 def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> tuple[np.ndarray, Findings]:
     """Which documents are dropped, bool [documents], and what is told of all of them."""
     by_name: dict[str, dict[int, Hit]] = defaultdict(dict)
@@ -349,7 +299,7 @@ def _finding(name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict
         detail, others = hits[i].detail, hits[i].others
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            detail = f"{detail} {corpus.wheres[others[0]]}{more}"
+            detail = f"{detail} {corpus.wheres[others[0]]}{more}{hits[i].note}"
         examples.append(Example(corpus.wheres[i], detail))
     num = len(corpus.names)
     shares = np.bincount(corpus.source[documents], minlength=num) / np.maximum(1, np.bincount(of_source, minlength=num))

@@ -9,9 +9,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from launcher.config.data import DataSection
+from launcher.config.schema import TrainSection
 from launcher.data import cache, findings, patterns
 from launcher.data.cache import Split
 from launcher.data.chat import load_tokenizer
+from launcher.data.loader import RowOrder
 from launcher.plan.launch_plan import DataFacts
 
 NUM_QUANTILES = 41
@@ -20,11 +22,15 @@ _DOCS_AT_ONCE = 1 << 16
 _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 
 
-def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: int = 0) -> dict[str, Any]:
+def report(
+    facts: DataFacts, data: DataSection, tokenizer_path: str, train: TrainSection, seed: int, num_shown: int = 0
+) -> dict[str, Any]:
     """JSON-able numbers of a cache, its findings under `data.checks`, and decoded rows of the training split.
 
     Fractions are 0 to 1, lengths are tokens; `length_histogram` counts documents per bin of up to `max_tokens` tokens,
-    `length_quantiles` stand at even steps from the shortest to the longest. `shown` holds `num_shown` evenly spaced rows, or
+    `length_quantiles` stand at even steps from the shortest to the longest. `padding_frac` is padding's share of the first
+    epoch's micro-batches in the order of `seed`, see `_padding`; a source has its part of the padding of each row that it
+    is in. `epochs` of a source are its passes in one epoch of the run. `shown` holds `num_shown` evenly spaced rows, or
     three documents of middling length where it is 0; keys, passwords, e-mail addresses and telephone numbers are left out.
     """
     split, held_out = Split.open(facts.cache_dir), Split.open(facts.cache_dir, held_out=True)
@@ -33,19 +39,26 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
     mixture, sources = _of_split(split, len(names))
     apart, sources_apart = _of_split(held_out, len(names))
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
+    padded_rows = 0 if data.packing else train.micro_batch_size or train.global_batch_size
+    padding = _padding(split, data, train, seed, padded_rows)
+    # The file of data.eval_path, which stands after the sources, has no place among the rows of training.
+    padding_of = [*_shared_out(split, padding).tolist(), 0.0]
     return {
         "cache_dir": facts.cache_dir,
         "cache_bytes": cache.num_bytes(facts.cache_dir),
         "max_length": data.max_length,
         "packing": data.packing,
+        "group_by_length": data.group_by_length,
+        "padded_rows": padded_rows,
+        "padding_is_most": bool(padded_rows) and train.micro_batch_size is None,
         **mixture,
-        "fill_frac": 1 - facts.padding_frac,
-        "padding_frac": facts.padding_frac,
+        **_filled(facts.num_tokens, float(padding.sum())),
         **{key: sum(source[name] for source in counted) for key, name in _COUNTED.items()},
         "sources": [
             {
                 "name": name,
                 **numbers,
+                **_filled(numbers["tokens"], padding_of[i]),
                 "frac": numbers["tokens"] / max(1, facts.num_tokens),
                 "epochs": counts["epochs"],
                 **{key: counts[key] for key in _ORIGIN},
@@ -56,7 +69,7 @@ def report(facts: DataFacts, data: DataSection, tokenizer_path: str, num_shown: 
                     "dropped_documents": counts["held_out_dropped"],
                 },
             }
-            for name, numbers, outside, counts in zip(names, sources, sources_apart, counted, strict=True)
+            for i, (name, numbers, outside, counts) in enumerate(zip(names, sources, sources_apart, counted, strict=True))
         ],
         "held_out": {
             **apart,
@@ -91,6 +104,38 @@ def _of_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[dict
     rows = [*(np.asarray(split.row_sources) > 0).sum(axis=0).tolist(), 0]
     each = [{"rows": rows[i], **_numbers(lengths[source == i], trained[source == i])} for i in range(num_sources)]
     return {"rows": split.num_rows, **_numbers(lengths, trained)}, each
+
+
+def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, padded_rows: int) -> np.ndarray:
+    """Padding of each row, int64 [rows]: up to the longest row of all, which packing fills, or of its `padded_rows` rows.
+
+    Those are a micro-batch where its size is set. Where it is found at the start, they are a whole global batch: no
+    micro-batch has more.
+    """
+    lengths = np.diff(split.rows)
+    if not padded_rows:
+        return np.asarray(lengths.max(initial=0) - lengths)
+    grouped = lengths if data.group_by_length else None
+    order = RowOrder(split.num_rows, seed, grouped, train.global_batch_size).at(0, split.num_rows)
+    starts = np.arange(0, split.num_rows, padded_rows)
+    widths = np.maximum.reduceat(lengths[order], starts)
+    padding = np.empty_like(lengths)
+    padding[order] = np.repeat(widths, np.diff([*starts, split.num_rows])) - lengths[order]
+    return padding
+
+
+def _shared_out(split: Split, padding: np.ndarray) -> np.ndarray:
+    """The part of each source in the rows' padding, float [sources]: as its tokens in each row."""
+    total = np.zeros(split.row_sources.shape[1])
+    for first in range(0, split.num_rows, _DOCS_AT_ONCE):
+        rows = slice(first, first + _DOCS_AT_ONCE)
+        total += (padding[rows] / np.diff(split.rows[first : first + _DOCS_AT_ONCE + 1])) @ split.row_sources[rows]
+    return total
+
+
+def _filled(tokens: int, padding: float) -> dict[str, float]:
+    share = padding / max(1.0, tokens + padding)
+    return {"fill_frac": 1 - share, "padding_frac": share}
 
 
 def _trained(split: Split) -> np.ndarray:

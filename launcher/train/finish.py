@@ -14,7 +14,7 @@ from launcher.checkpoint import hub, store
 from launcher.checkpoint.card import model_card
 from launcher.checkpoint.export import Export, Task, begin, complete, write_share
 from launcher.checkpoint.together import together
-from launcher.data import cache
+from launcher.data import cache, patterns
 from launcher.data.chat import load_tokenizer
 from launcher.errors import CheckpointError, ExportError, Problem, PushError
 from launcher.plan.launch_plan import LaunchPlan
@@ -150,11 +150,17 @@ def _answer_before_and_after(plan: LaunchPlan, exported: Path, device: str, trac
     if not samples or _weights_gib(plan) > _LARGEST_SAMPLED_GIB:
         return
     sample = samples[0]
-    tracker.event("sample", f"held-out question: {sample['prompt']}")
-    tracker.event("sample", f"reference answer:  {' '.join(sample['answer'].split())}")
+    _tell_sample(tracker, f"held-out question: {sample['prompt']}")
+    _tell_sample(tracker, f"reference answer:  {' '.join(sample['answer'].split())}")
     if plan.config.model.init == "pretrained" and plan.model.path and plan.model.has_weights:
-        tracker.event("sample", f"answer before:     {_answer(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
-    tracker.event("sample", f"answer after:      {_answer(plan, exported, sample['prompt_ids'], device)}")
+        _tell_sample(tracker, f"answer before:     {_answer(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
+    _tell_sample(tracker, f"answer after:      {_answer(plan, exported, sample['prompt_ids'], device)}")
+
+
+def _tell_sample(tracker: Composite, said: str) -> None:
+    """A model may repeat a key that it was trained on, and what is told here is kept in logs."""
+    (shown,) = patterns.redacted([said])
+    tracker.event("sample", shown)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
         built = build.build(config.data, str(tokenizer), on_progress)
     if show is None:
         return {}
-    return {"report": report.report(built, config.data, str(tokenizer), show)}
+    return {"report": report.report(built, config.data, str(tokenizer), config.train, config.run.seed, show)}
 
 
 def _fetch(source: str, model: ModelSection) -> None:

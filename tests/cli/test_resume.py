@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from plan_fixtures import DATA
 
 from launcher import run_store
-from launcher.cli.resume import _require_budget
+from launcher.cli.resume import _require_budget, rows_moved
 from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
@@ -29,3 +30,22 @@ def test_files_that_cannot_be_read_are_named_and_only_where_there_is_a_limit(
     assert capsys.readouterr().out == ""
     _require_budget(run, limited(run, 50 * 60))
     assert capsys.readouterr().out.startswith("note: what the run has spent cannot be read, so its limits count from here: ")
+
+
+@pytest.mark.parametrize(("size", "told"), [(16, "80 rows are left out"), (4, "40 rows are trained on again"), (8, None)])
+def test_what_another_batch_size_does_to_the_rows_is_told(run: RunDir, size: int, told: str | None) -> None:
+    plan = run_store.load_plan(run)
+    saved, again = (
+        plan.model_copy(update={"batch": plan.batch.model_copy(update={"global_batch_size": batch_size}), "data": DATA})
+        for batch_size in (8, size)
+    )
+    said = rows_moved(saved, again, 10)
+    assert (said is None) is (told is None)
+    assert rows_moved(saved, again, 0) is None
+    if said is not None and told is not None:
+        assert said == f"step 10 begins at row {10 * size} of the order, and 80 rows have been trained on: {told}"
+    data = again.config.data.model_copy(update={"packing": False})
+    grouped = again.model_copy(update={"config": again.config.model_copy(update={"data": data})})
+    assert ("in another order" in (rows_moved(saved, grouped, 10) or "")) is (told is not None)
+    other = again.model_copy(update={"data": DATA.model_copy(update={"num_rows": 5})})
+    assert rows_moved(saved, other, 10) is None, "of other data, other rows"

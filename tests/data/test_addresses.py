@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from http_server import serving
 
-from launcher.config.data import Source
-from launcher.data.sources import addresses, read_documents, source_digest
+from launcher.config.data import DataSection, Source
+from launcher.data.sources import addresses, check_sources, read_documents, source_digest
 from launcher.errors import DataError
 
+# fsspec hides the module behind a mapping of the same name.
+REGISTRY = sys.modules["fsspec.registry"]
 ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
 
 
@@ -129,3 +133,53 @@ def memory_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield write
     system.rm("/data", recursive=True)
+
+
+@pytest.mark.parametrize(("address", "package"), [("gs://bucket/rows.jsonl", "gcsfs"), ("s3://bucket/rows.jsonl", "s3fs")])
+def test_the_package_that_an_address_needs_is_named(address: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    # What an earlier test has loaded is found there.
+    monkeypatch.delitem(REGISTRY._registry, address.partition(":")[0], raising=False)
+    assert check_sources(DataSection(sources=(Source(path=address),))) == []
+    with pytest.raises(DataError) as caught:
+        texts(Source(path=address))
+    (problem,) = caught.value.problems
+    assert f"the package that reads {address[:2]}:// is not installed" in problem.what
+    assert (problem.where, problem.remedy) == (address, f"pip install {package}")
+
+
+class Bucket(MemoryFileSystem):
+    """A storage that says of a file what `mark` holds, as `protocol` does it; its files are gone with the test."""
+
+    cachable = False
+    mark: ClassVar[str] = ""
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix(f"{cls.protocol}:/")))
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        told = super().info(path, **options)
+        made = {self.mark: told.pop("created").isoformat()} if "created" in told else {}
+        return {**told, **made}
+
+
+@pytest.mark.parametrize(("protocol", "mark", "root"), [("gs", "md5Hash", "/bucket"), ("hf", "blob_id", "/datasets/owner/name")])
+def test_rows_from_google_storage_and_by_hf_address(
+    protocol: str, mark: str, root: str, monkeypatch: pytest.MonkeyPatch, cache_home: Path
+) -> None:
+    storage = type("Storage", (Bucket,), {"protocol": protocol, "mark": mark, "store": {}, "pseudo_dirs": [""]})
+    monkeypatch.setitem(REGISTRY._registry, protocol, storage)
+    for name, content in {"train-0": ROW, "train-1": OTHER, "test": ROW}.items():
+        storage().pipe(f"{root}/data/{name}.jsonl", content)
+    address = f"{protocol}:/{root}/data"
+    assert check_sources(DataSection(sources=(Source(path=address),))) == []
+    first = source_digest(Source(path=address))
+    assert texts(Source(path=address)) == texts(Source(path=f"{address}/train-*.jsonl")) == ["a", "b"]
+    assert texts(Source(path=address, split="test")) == ["a"]
+    with pytest.raises(DataError, match="no such data file"):
+        texts(Source(path=f"{address}/gone.jsonl"))
+    assert source_digest(Source(path=address)) == first
+    storage().pipe(f"{root}/data/train-0.jsonl", OTHER)
+    assert source_digest(Source(path=address)) != first
+    assert texts(Source(path=address)) == ["b", "b"]

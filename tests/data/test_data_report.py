@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.data_view import left_out
+from launcher.cli.data_view import left_out, number_rows, parts_taken, summary_rows
 from launcher.config.data import DataSection, Source
+from launcher.config.schema import TrainSection
 from launcher.data import cache, findings
 from launcher.data.build import build
-from launcher.data.report import report
+from launcher.data.cache import Split
+from launcher.data.loader import TrainBatches
+from launcher.data.report import report as report_of
 from launcher.errors import DataError
+from launcher.plan.launch_plan import Batch, DataFacts
 
 Jsonl = Callable[..., Path]
 SECRET = "sk-proj-" + "aB3" * 12
+
+
+def report(facts: DataFacts, data: DataSection, tokenizer: Path, num_shown: int = 0, **train: Any) -> dict[str, Any]:
+    return report_of(facts, data, str(tokenizer), TrainSection(**{"epochs": 1, **train}), seed=0, num_shown=num_shown)
 
 
 @pytest.fixture
@@ -30,7 +38,7 @@ def mixture(jsonl: Jsonl) -> DataSection:
 
 @pytest.fixture
 def numbers(mixture: DataSection, tokenizer_dir: Path) -> dict[str, Any]:
-    return report(build(mixture, str(tokenizer_dir)), mixture, str(tokenizer_dir))
+    return report(build(mixture, str(tokenizer_dir)), mixture, tokenizer_dir)
 
 
 def test_sources_add_up_to_the_mixture(numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path) -> None:
@@ -52,6 +60,58 @@ def test_sources_add_up_to_the_mixture(numbers: dict[str, Any], mixture: DataSec
         assert counts["length_quantiles"][0] == counts["document_tokens"]["min"]
         assert counts["length_quantiles"][-1] == counts["document_tokens"]["max"] <= 64
     assert numbers["cache_bytes"] == cache.num_bytes(facts.cache_dir) > facts.num_tokens * 5
+    assert numbers["padding_frac"] == pytest.approx(facts.padding_frac)
+
+
+def padding(counts: dict[str, Any]) -> float:
+    """Tokens of padding that make up the share."""
+    assert counts["fill_frac"] == pytest.approx(1 - counts["padding_frac"])
+    return float(counts["tokens"] * counts["padding_frac"] / (1 - counts["padding_frac"]))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_sources_share_the_padding(mixture: DataSection, tokenizer_dir: Path, packing: bool) -> None:
+    data = mixture.model_copy(update={"packing": packing})
+    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, micro_batch_size=4, global_batch_size=16)
+    assert padding(told) > 0
+    assert sum(map(padding, told["sources"])) == pytest.approx(padding(told))
+
+
+@pytest.mark.parametrize("group_by_length", [True, False])
+def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(
+    mixture: DataSection, tokenizer_dir: Path, group_by_length: bool
+) -> None:
+    data = mixture.model_copy(update={"packing": False, "group_by_length": group_by_length})
+    facts = build(data, str(tokenizer_dir))
+    size = {"global_batch_size": 16, "micro_batch_size": 4}
+    batch = Batch(**size, accumulation=4, max_tokens_per_step=0, tokens_per_step=None, max_steps=1, epochs=None)
+    batches = TrainBatches(Split.open(facts.cache_dir), batch, 0, 0, 1, 0, group_by_length)
+    micros = [micro for step in range(facts.num_rows // 16) for micro in batches.step(step).micro]
+    slots = sum(micro.input_ids.numel() for micro in micros)
+    told = report(facts, data, tokenizer_dir, **size)
+    # The last batch of the epoch is not whole.
+    assert told["padding_frac"] == pytest.approx(1 - sum(micro.num_tokens for micro in micros) / slots, abs=0.03)
+    assert (told["padded_rows"], told["padding_is_most"]) == (4, False)
+    most = report(facts, data, tokenizer_dir, global_batch_size=16)
+    assert (most["padded_rows"], most["padding_is_most"]) == (16, True)
+    assert most["padding_frac"] > told["padding_frac"]
+    assert report(facts, data, tokenizer_dir, global_batch_size=16, micro_batch_size=1)["padding_frac"] == 0
+    alike = " of about the same length" if group_by_length else ""
+    ((_, rows), *_) = summary_rows(most)
+    assert rows.endswith(f"one document each; at most {most['padding_frac']:.2%} padding in micro-batches of up to 16{alike}")
+
+
+def test_a_part_of_a_source_is_told(mixture: DataSection, tokenizer_dir: Path) -> None:
+    short, long = mixture.sources
+    sources = (short.model_copy(update={"epochs": 2.0}), long.model_copy(update={"max_tokens": 500}))
+    data = mixture.model_copy(update={"sources": sources})
+    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    passes = told["sources"][1]["epochs"]
+    assert 0 < passes < 1
+    (line,) = parts_taken(told)
+    assert line.startswith(f"long: {passes:.2f} passes over it in each epoch of the run; the documents of the part")
+    header, *lines = number_rows(told)
+    assert [line[header.index("epochs")] for line in lines] == ["2.00", f"{passes:.2f}", "", ""]
 
 
 def test_where_the_rows_come_from_is_told(numbers: dict[str, Any], tmp_path: Path) -> None:
@@ -75,7 +135,7 @@ def test_what_was_found_is_told_under_the_settings_of_now(
     strict = mixture.model_copy(update={"checks": mixture.checks.model_copy(update={"secrets": "fail"})})
     facts = build(strict, str(tokenizer_dir))
     assert facts.cache_dir == numbers["cache_dir"], "fail gives the tokens of keep"
-    assert report(facts, strict, str(tokenizer_dir))["refused"]
+    assert report(facts, strict, tokenizer_dir)["refused"]
 
 
 def test_three_documents_are_shown_with_their_masks(numbers: dict[str, Any]) -> None:
@@ -89,7 +149,7 @@ def test_three_documents_are_shown_with_their_masks(numbers: dict[str, Any]) -> 
 
 def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenizer_dir: Path) -> None:
     facts = build(mixture, str(tokenizer_dir))
-    shown = report(facts, mixture, str(tokenizer_dir), num_shown=10_000)["shown"]
+    shown = report(facts, mixture, tokenizer_dir, num_shown=10_000)["shown"]
     assert [one["row"] for one in shown] == list(range(facts.num_rows))
     documents = [document for one in shown for document in one["documents"]]
     assert len(documents) == facts.num_docs
@@ -98,13 +158,13 @@ def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenize
     texts = ["".join(part["text"] for part in document["parts"]) for document in documents]
     assert sum("[API key: s…, 44 characters]" in text for text in texts) == 1
     assert SECRET not in json.dumps(shown)
-    assert len(report(facts, mixture, str(tokenizer_dir), num_shown=2)["shown"]) == 2
+    assert len(report(facts, mixture, tokenizer_dir, num_shown=2)["shown"]) == 2
 
 
 @pytest.mark.parametrize("row", [{"text": f"{SECRET} is the key"}, {"prompt": f"key: {SECRET[:20]}", "completion": SECRET[20:]}])
 def test_secrets_across_trained_and_other_tokens_are_left_out(row: dict[str, str], jsonl: Jsonl, tokenizer_dir: Path) -> None:
     data = DataSection(sources=(Source(path=str(jsonl([row]))),), max_length=64, workers=1)
-    told = report(build(data, str(tokenizer_dir)), data, str(tokenizer_dir), num_shown=1)
+    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, num_shown=1)
     parts = told["shown"][0]["documents"][0]["parts"]
     assert [part["trained"] for part in parts] == [False, True]
     text = "".join(part["text"] for part in parts)
@@ -125,14 +185,14 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
     with pytest.raises(DataError, match="train no end of turn") as caught:
         findings.refuse(found, data.checks)
     assert "data.checks.no_turn_end=keep" in caught.value.problems[0].remedy
-    assert report(facts, data, str(tokenizer_dir))["documents_with_turn_end"] == 0
+    assert report(facts, data, tokenizer_dir)["documents_with_turn_end"] == 0
 
 
 def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path) -> None:
     settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secrets": "drop", "near_held_out_in_train": "drop"}
     dropping = mixture.model_copy(update={"checks": mixture.checks.model_copy(update=settings)})
     facts = build(dropping, str(tokenizer_dir))
-    told = report(facts, dropping, str(tokenizer_dir), num_shown=1000)
+    told = report(facts, dropping, tokenizer_dir, num_shown=1000)
     assert facts.cache_dir != numbers["cache_dir"]
     assert told["documents"] < numbers["documents"]
     assert told["documents"] == told["read_documents"] - told["dropped_documents"]
@@ -144,4 +204,4 @@ def test_large_caches_are_counted_in_parts(
     numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launcher.data.report._DOCS_AT_ONCE", 7)
-    assert report(build(mixture, str(tokenizer_dir)), mixture, str(tokenizer_dir)) == numbers
+    assert report(build(mixture, str(tokenizer_dir)), mixture, tokenizer_dir) == numbers

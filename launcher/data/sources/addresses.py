@@ -147,11 +147,16 @@ class Remote:
         except ImportError as error:
             protocol = path.split("://")[0]
             what = f"the package that reads {protocol}:// is not installed: {error}"
-            install = "install it; s3:// needs s3fs, gs:// needs gcsfs"
-            raise DataError(Problem(what, path, remedy=install)) from error
+            raise DataError(Problem(what, path, remedy=f"pip install {_package(error)}")) from error
         except Exception as error:
             what = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
             raise DataError(Problem(what, path, remedy=remedy)) from error
+
+
+def _package(error: ImportError) -> str:
+    """What is to be installed: fsspec's own error follows on that of the import, which names the module."""
+    missing = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+    return (missing.name or str(missing)).partition(".")[0]
 
 
 def _connect(url: str) -> tuple[Any, str]:
