@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher import run_store
 from launcher.errors import LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -101,12 +99,10 @@ def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int, on_stop:
     """Start the terminal's lines, metrics.jsonl, events.jsonl and, where the plan says so, Weights & Biases.
 
     Called on rank 0 only. `attempt` counts from 1. `on_stop` is called, in another thread, where a person presses Stop in W&B's
-    page. Where nobody is there to mend it, Weights & Biases that refuses to start is no reason to lose the machines: an attempt
-    that no person started, and ranks that are started again, go on offline.
+    page. Weights & Biases that refuses to start is no reason to lose the machines: training goes on, and its data stay on disk.
 
     Raises:
         RunError: where the run directory cannot be written.
-        ConfigError: where Weights & Biases refuses the settings or the login; the trackers that started before it are closed.
     """
     composite = Composite([ConsoleTracker(plan.batch.max_steps)])
     run = RunDir(Path(run_dir))
@@ -120,16 +116,5 @@ def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int, on_stop:
             remedy="free space, or make the folder writable",
         ) from error
     if tracking.kind == "wandb" and tracking.mode != "disabled":
-        try:
-            by_itself = _by_itself(run_dir, attempt)
-            composite.add(WandbTracker(plan, run_dir, tell=composite.event, on_stop=on_stop, by_itself=by_itself))
-        except BaseException:
-            composite.finish("failed")
-            raise
+        composite.add(WandbTracker(plan, run_dir, tell=composite.event, on_stop=on_stop))
     return composite
-
-
-def _by_itself(run_dir: str | Path, attempt: int) -> bool:
-    """True where no person waits for this start."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return restarted or run_store.read_attempt(RunDir(Path(run_dir)), attempt).automatic

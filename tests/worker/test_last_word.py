@@ -42,7 +42,7 @@ def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb() as server:
         with rank(plan, base_url=server.address) as it:
-            it.start()
+            it.start_and_wait()
             it.steps(1, 9)
             os.kill(it.core()["answer"], signal.SIGKILL)
             it.kill()
