@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from launcher.errors import LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.alerts import RateLimit
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.wandb import WandbTracker
@@ -24,7 +25,8 @@ class Tracker(Protocol):
         """Record metrics of one step; several calls for one step add up."""
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        """Record a message for people; `kind` is info, eval, sample, checkpoint, alert or the like.
+        """Record a message for people; `kind` is info, eval, sample, checkpoint, alert or the like. An alert that may come again
+        begins with what it is of, and a colon.
 
         What a kind has to say to programs stands in fields: a checkpoint's `path`, `saved_step` and `eval_loss`, an export's
         `path`.
@@ -40,12 +42,13 @@ class Tracker(Protocol):
 class Composite:
     """Fans out to several trackers and never raises: one that fails is reported once, through the others, and dropped.
 
-    One that raises an OSError stays, as storage may be back at the next call.
+    One that raises an OSError stays, as storage may be back at the next call. Of alerts of a kind, few are passed on.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
         self._reported: list[Tracker] = []
+        self._limit = RateLimit()
 
     def add(self, tracker: Tracker) -> None:
         self._trackers.append(tracker)
@@ -54,7 +57,8 @@ class Composite:
         self._each(lambda tracker: tracker.log(step, metrics))
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        self._each(lambda tracker: tracker.event(kind, text, step, **fields))
+        if kind != "alert" or self._limit.due(text):
+            self._each(lambda tracker: tracker.event(kind, text, step, **fields))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.summary(values))

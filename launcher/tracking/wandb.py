@@ -87,7 +87,8 @@ class WandbTracker:
         """W&B sends alerts to whoever has asked it to; checkpoints are kept by reference, the export where asked for."""
         self._pass_on()
         if kind == "alert":
-            self._put(_Call(lambda session: session.alert(text, step)))
+            at = self._last_step if step is None and self._last_step >= 0 else step
+            self._put(_Call(lambda session: session.alert(text, at)))
         elif kind == "checkpoint" and "path" in fields:
             loss: float | None = fields["eval_loss"]
             best = loss is not None and loss < self._best_loss

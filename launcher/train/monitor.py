@@ -16,6 +16,7 @@ from torch import nn
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
+from launcher.tracking.alerts import RateLimit
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite
@@ -44,6 +45,7 @@ class Monitor:
         self._probe, self._own = Probe(model, device), Told()
         self._health, self._hosts = Health(), _hosts(place)
         self._ranks: list[Told] = []
+        self._faults = RateLimit()
         self._reader = ThreadPoolExecutor(1, "goodput")
         self._before: Future[Breakdown] | None = None
         self._loaded = time.monotonic()
@@ -112,6 +114,8 @@ class Monitor:
         """In this rank's log and among the events at once: the fault may be the last that this rank tells."""
         where = f"{words} (rank {self._place.rank} on {self._hosts[self._place.rank]})"
         print(where, flush=True)
+        if not self._faults.due(words):
+            return
         # A disk that is full must not end the watch over the device.
         with suppress(OSError):
             append_event(self._run, self._place.attempt, "alert", where)

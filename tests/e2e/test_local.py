@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Attempt
 from launcher.tracking.dashboard import SECTIONS
+from launcher.tracking.jsonl import read_events
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -209,6 +211,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert "Traceback" not in bad.stderr
     assert (run / "checkpoints/step-00000003/manifest.json").is_file()
     assert status(run)["state"] == "failed"
+    alerts = [event["text"] for event in read_events(run / "events.jsonl") if event["kind"] == "alert"]
+    assert any(re.match("the attempt failed: rank [01]: .*(the loss is nan|not finite)", text) for text in alerts), alerts
     back = launch("resume", str(run), "--step", "3", "optim.lr=3e-5", "train.max_steps=5")
     assert back.returncode == 0, back.stderr
     assert "set aside" in back.stdout

@@ -91,6 +91,17 @@ def test_the_last_tracker_to_fail_is_still_heard(caplog: pytest.LogCaptureFixtur
     assert len(caplog.records) == 2
 
 
+def test_of_alerts_of_a_kind_one_is_told_in_a_while(run_dir: Path) -> None:
+    composite = Composite([JsonlTracker(RunDir(run_dir), attempt=1)])
+    for step in (1, 2):
+        composite.event("alert", f"the loss jumped: to {step}", step)
+        composite.event("alert", f"a checkpoint was not saved: disk {step} is full", step)
+        composite.event("info", "the loss jumped: to nowhere", step)
+    composite.finish("completed")
+    told = [(event["kind"], event["step"]) for event in read_events(run_dir / "events.jsonl")]
+    assert told == [("alert", 1), ("alert", 1), ("info", 1), ("info", 2), ("end", None)]
+
+
 def test_ctrl_c_passes() -> None:
     broken = Broken(4, io.StringIO())
     broken.error = KeyboardInterrupt()

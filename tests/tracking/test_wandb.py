@@ -110,10 +110,13 @@ def test_alerts_reach_those_who_have_asked_for_them(make_plan: PlanMaker, run_di
     trackers.log(7, {"train/loss": 2.0})
     trackers.event("alert", "the loss jumped", step=7)
     trackers.event("info", "nothing to wake anyone for", step=7)
+    trackers.log(8, {"train/loss": 2.0})
+    trackers.event("alert", "the machine was asked to stop")
     trackers.finish("completed")
     alerts = [record["alert"] for record in records(run_dir) if record["type"] == "alert"]
     assert [(alert["title"], alert["text"], alert["level"]) for alert in alerts] == [
-        ("demo-run at step 7", "the loss jumped", "WARN")
+        ("demo-run at step 7", "the loss jumped", "WARN"),
+        ("demo-run at step 8", "the machine was asked to stop", "WARN"),
     ]
 
 

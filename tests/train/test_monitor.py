@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from plan_fixtures import H100
+from torch import nn
 
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown, cost, spent_limit
 from launcher.tracking.jsonl import read_events
+from launcher.tracking.tracker import Composite
 from launcher.train.engine import Place
 from launcher.train.monitor import Monitor
 
@@ -44,30 +51,73 @@ def test_what_is_bought_is_gpu_time_and_a_queue_costs_nothing(plan_of: PlanOf, l
     assert spent_limit(plan.model_copy(update={"limits": limits}), SPENT) == words
 
 
-def test_what_cannot_be_read_of_the_run_before_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Heard:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str, int | None]] = []
+
+    def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+        self.said.append((kind, text, step))
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def monitor(plan_of: PlanOf, tmp_path: Path, heard: Heard) -> Iterator[Monitor]:
+    """That of the only rank of a run in `tmp_path`."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
+    plan = plan_of().model_copy(update={"run_dir": str(tmp_path)})
+    tracker = Composite([heard])  # type: ignore[list-item]
+    made = Monitor(plan, Place(0, 0, 1, 2, 0), torch.device("cpu"), nn.Module(), tracker, lambda phase, step: None)
+    yield made
+    made.stop()
+    dist.destroy_process_group()
+
+
+def test_what_cannot_be_read_of_the_run_before_ends_no_training(
+    monitor: Monitor, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def damaged(run: RunDir, now: float) -> Breakdown:
         raise TypeError("'<' not supported")
 
     monkeypatch.setattr(goodput, "read", damaged)
-    said: list[str] = []
-    monitor = object.__new__(Monitor)
-    monitor._run = RunDir(tmp_path)
-    monitor._tracker = SimpleNamespace(event=lambda kind, text: said.append(f"{kind}: {text}"))  # type: ignore[assignment]
-    assert monitor._read(0.0) == Breakdown()
-    assert said == ["alert: what the run has done before cannot be read, so it counts from here: '<' not supported"]
+    monitor.loaded(7)
+    end = time.monotonic() + 30
+    while (spent := monitor.spent()) is None:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert spent.kept_s < 60, "from here"
+    assert ("alert", "what the run has done before cannot be read, so it counts from here: '<' not supported", None) in heard.said
 
 
-def test_an_xid_is_an_alert_and_a_full_disk_does_not_end_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monitor = object.__new__(Monitor)
-    monitor._run, monitor._place, monitor._hosts = RunDir(tmp_path), Place(0, 0, 1, 2, 0), ["n1"]
-    monitor._on_xid("Xid 79 on GPU 3")
-    told = read_events(monitor._run.events)
+def test_what_lasts_is_told_once_with_the_step(monitor: Monitor, heard: Heard) -> None:
+    monitor.heard(monitor.own())
+    for step in range(60):
+        monitor.alert(step, loss=2.0, tokens_per_sec=1000.0)
+    for step in range(60, 90):
+        monitor.alert(step, loss=9.0, tokens_per_sec=100.0)
+    told = [(kind, text.partition(":")[0], step) for kind, text, step in heard.said]
+    assert told == [("alert", "the loss jumped", 60), ("alert", "training has become slow", 64)]
+
+
+def test_an_xid_is_an_alert_once_and_a_full_disk_does_not_end_the_watch(
+    monitor: Monitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = os.uname().nodename
+    for number in (79, 79, 48):
+        monitor._on_xid(f"Xid {number} on GPU 3: it means something")
+    told = read_events(RunDir(tmp_path).events)
     assert [(event["kind"], event["attempt"], event["text"]) for event in told] == [
-        ("alert", 2, "Xid 79 on GPU 3 (rank 0 on n1)")
+        ("alert", 2, f"Xid 79 on GPU 3: it means something (rank 0 on {host})"),
+        ("alert", 2, f"Xid 48 on GPU 3: it means something (rank 0 on {host})"),
     ]
 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("launcher.train.monitor.append_event", full)
-    monitor._on_xid("Xid 79 on GPU 3")
+    monitor._on_xid("Xid 31 on GPU 3: it means something")
