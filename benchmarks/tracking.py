@@ -1,30 +1,43 @@
-"""What tracking costs: metrics.jsonl, the terminal's lines and W&B (offline) together, one log a step, with the tiny model.
+"""What tracking costs a step: all that is measured, watched, logged and told, one log a step, with the tiny model.
 
     python benchmarks/tracking.py [--blocks N] [overrides of the launcher]
 
-Within one run, blocks of steps with all trackers alternate with blocks in which nothing is said to any, so that what else the
-machine does falls on both; each block is compared with its neighbours. The time that rank 0's loop spends inside the trackers is
-measured beside that. Appends a table to RESULTS.md.
+Within one run, blocks of steps with all of it (timers, metrics, the watch over all ranks and its part of the all-reduce, the
+probe, metrics.jsonl, events, the terminal's lines, W&B offline, status.json) alternate with blocks in which none of it is done,
+so that what else the machine does falls on both; each block is compared with its neighbours. Of the first SETTLE steps of a
+block no time is taken: W&B may still be at work for the block before. Wall-clock time is that of rank 0; CPU time is hardly
+moved by other programs: of the thread that trains, of rank 0 with all of its threads, and of W&B's process beside it. The thread
+that reads the devices every few seconds runs all the time. Appends a table to RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-BLOCK, WARMUP = 10, 20
+import psutil
+
+BLOCK, SETTLE, WARMUP = 10, 2, 20
 SETTINGS = (
     *("model=tiny", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=4", "cluster.ranks_per_node=2"),
     *("tracking=wandb", "tracking.mode=offline", "train.eval_at_start=false", "train.sample=false", "train.export=false"),
 )
+
+
+def is_on(step: int) -> bool:
+    """Whether all is tracked at a step, counted from 1."""
+    return step <= WARMUP or (step - WARMUP - 1) // BLOCK % 2 == 0
 
 
 class NoStop:
@@ -37,35 +50,58 @@ class NoStop:
         """Nobody asks."""
 
 
-class Alternating:
-    """Passes on what is said in even blocks of steps; notes when each step was logged, and how long that took."""
+class Recorder:
+    """Times of each step, in seconds by its number from 1: wall-clock, and CPU of the thread that trains.
 
-    def __init__(self, trackers: Any) -> None:
-        self._trackers = trackers
-        self.ends: list[float] = []
-        self.spent: list[float] = []
+    `process` and `beside` are the CPU seconds of this process and of those that it has started, before each block and at the end.
+    """
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        began = time.perf_counter()
-        if step <= WARMUP or is_on(step):
-            self._trackers.log(step, metrics)
-        if "train/loss" in metrics:
-            self.ends.append(time.perf_counter())
-            self.spent.append(self.ends[-1] - began)
+    def __init__(self, num_steps: int | None) -> None:
+        self.step, self._num_steps = 0, num_steps
+        self.walls: list[float] = []
+        self.threads: list[float] = []
+        self.process: list[float] = []
+        self.beside: list[float] = []
+
+    def take(self, step: int, train: Callable[[], Any]) -> Any:
+        self.step = step
+        if step > WARMUP and (step - WARMUP - 1) % BLOCK == 0:
+            self.read()
+        wall, thread = time.perf_counter(), time.thread_time()
+        result = train()
+        self.walls.append(time.perf_counter() - wall)
+        self.threads.append(time.thread_time() - thread)
+        if step == self._num_steps:
+            self.read()
+        return result
+
+    def read(self) -> None:
+        self.process.append(time.process_time())
+        times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+        self.beside.append(sum(one.user + one.system for one in times))
+
+
+class Switched:
+    """Passes on what is asked of `real`; where nothing is tracked, the methods named in `idle` are those instead."""
+
+    def __init__(self, real: Any, recorder: Recorder, idle: Mapping[str, Callable[..., Any]]) -> None:
+        self._real, self._recorder, self._idle = real, recorder, idle
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._trackers, name)
+        if name in self._idle and not is_on(self._recorder.step):
+            return self._idle[name]
+        return getattr(self._real, name)
 
 
-def is_on(step: int) -> bool:
-    return (step - WARMUP - 1) // BLOCK % 2 == 0
+def nothing(*_: Any, **__: Any) -> None:
+    """Done where nothing is tracked."""
 
 
 def main() -> None:
     import sides
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=12, help="blocks of steps with tracking, and as many without")
+    parser.add_argument("--blocks", type=int, default=20, help="blocks of steps with tracking, and as many without")
     args, overrides = parser.parse_known_args()
     steps = WARMUP + 2 * BLOCK * args.blocks
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
@@ -76,33 +112,76 @@ def main() -> None:
         plan_file.write_text(sides.run([*launcher, "plan", "--json", *settings], folder / "plan.log"))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         output = sides.run([*command, str(Path(__file__).resolve()), "--rank", str(plan_file)], folder / "log")
-        found = json.loads(next(line for line in output.splitlines() if line.startswith('{"ends"')))
+        found = json.loads(next(line for line in output.splitlines() if line.startswith('{"walls"')))
     command_line = f"`python benchmarks/tracking.py --blocks {args.blocks} {' '.join(overrides)}`".replace(" `", "`")
-    sides.record(f"tracking, {steps} steps of 2 ranks, blocks of {BLOCK}", [command_line], table(found["ends"], found["spent"]))
+    sides.record(f"tracking, {steps} steps of 2 ranks, blocks of {BLOCK}", [command_line], table(**found))
 
 
-def table(ends: list[float], spent: list[float]) -> list[str]:
-    """Medians over blocks; `ends` and `spent` are those of steps 1, 2, ..."""
-    took = {step: ends[step - 1] - ends[step - 2] for step in range(WARMUP + 2, len(ends) + 1)}
-    # The first step of a block may carry what its predecessor has left to do.
-    blocks = [[took[s] for s in range(b + 2, b + BLOCK + 1)] for b in range(WARMUP, len(ends), BLOCK)]
-    medians = [statistics.median(block) for block in blocks]
-    on, off = medians[0::2], medians[1::2]
-    # Each block with tracking against the mean of the blocks around it.
-    ratios = [2 * on[i] / (off[i - 1] + off[i]) for i in range(1, len(on))]
-    inside = [spent[step - 1] for step in range(WARMUP + 1, len(ends) + 1) if is_on(step)]
-    share = statistics.median(inside) / statistics.median(off)
-    late = sorted(inside)[-len(inside) // 100]
-    middle = statistics.quantiles(ratios, n=4)
-    return [
-        "| what | median | range |",
-        "|---|---|---|",
-        f"| step without tracking, ms | {statistics.median(off) * 1e3:.2f} | {min(off) * 1e3:.2f} to {max(off) * 1e3:.2f} |",
-        f"| step with all tracking, ms | {statistics.median(on) * 1e3:.2f} | {min(on) * 1e3:.2f} to {max(on) * 1e3:.2f} |",
-        f"| with / without, neighbours | {statistics.median(ratios):.4f} | quartiles {middle[0]:.4f} to {middle[2]:.4f} |",
-        f"| inside the trackers, ms a step | {statistics.median(inside) * 1e3:.3f} | 99% below {late * 1e3:.3f} |",
-        f"| inside / step without | {share:.4f} | |",
+def table(walls: list[float], threads: list[float], process: list[float], beside: list[float]) -> list[str]:
+    rows = [
+        row("step, wall-clock", blocks(walls)),
+        row("CPU of the thread that trains", blocks(threads)),
+        row("CPU of rank 0, all threads", [(end - begin) / BLOCK for begin, end in pairwise(process)]),
     ]
+    logged = BLOCK * (len(beside) // 2)
+    return [
+        "| ms a step, medians | without | with | with / without, neighbours | 95% of the median |",
+        "|---|---|---|---|---|",
+        *rows,
+        f"| CPU of W&B's process | | {(beside[-1] - beside[0]) / logged * 1e3:.2f} | | |",
+    ]
+
+
+def blocks(seconds: Sequence[float]) -> list[float]:
+    """The median step of each block, of which the first has tracking."""
+    return [statistics.median(seconds[b + SETTLE : b + BLOCK]) for b in range(WARMUP, len(seconds), BLOCK)]
+
+
+def row(what: str, values: Sequence[float]) -> str:
+    on, off = values[0::2], values[1::2]
+    # Each block with tracking against the mean of the blocks around it.
+    ratios = sorted(2 * on[i] / (off[i - 1] + off[i]) for i in range(1, len(on)))
+    # By the order statistics of the binomial, in its normal approximation.
+    outside = max(0, int((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))
+    low, high = ratios[outside], ratios[-1 - outside]
+    medians = f"{statistics.median(off) * 1e3:.2f} | {statistics.median(on) * 1e3:.2f}"
+    return f"| {what} | {medians} | {statistics.median(ratios):.4f} | {low:.4f} to {high:.4f} |"
+
+
+def switch(recorder: Recorder) -> None:
+    """Make the loop leave out its tracking where `is_on` says so, and have its steps taken by `recorder`."""
+    from launcher.train import loop, monitor
+    from launcher.train.probe import Probe
+
+    class SwitchedProbe(Probe):
+        def _begin(self, *arguments: Any) -> None:
+            if is_on(recorder.step):
+                super()._begin(*arguments)
+
+    start, train_step, start_trackers = loop._Session.start, loop._Session._train_step, loop.start_trackers
+    told = ("beat", "measured", "heard", "alert")
+    idle: dict[str, dict[str, Callable[..., Any]]] = {
+        "monitor": {**dict.fromkeys(told, nothing), "own": list, "limit": str, "metrics": lambda tokens: {}},
+        "meter": {"step": lambda *_: {}},
+        "timer": {"begin": nothing, "part": lambda *_, **__: nullcontext(), "read": dict},
+        "status": {"training": nothing},
+    }
+
+    def switched_start(*arguments: Any) -> Any:
+        session = start(*arguments)
+        for name, methods in idle.items():
+            setattr(session, name, Switched(getattr(session, name), recorder, methods))
+        return session
+
+    def switched_trackers(*arguments: Any) -> Any:
+        return Switched(start_trackers(*arguments), recorder, {"log": nothing, "event": nothing})
+
+    monitor.Probe = SwitchedProbe  # type: ignore[misc]
+    loop.start_trackers = switched_trackers
+    loop._Session.start = staticmethod(switched_start)  # type: ignore[method-assign, assignment]
+    loop._Session._train_step = lambda session, stop: recorder.take(  # type: ignore[method-assign]
+        session.step + 1, lambda: train_step(session, stop)
+    )
 
 
 def rank(plan_path: str) -> None:
@@ -113,22 +192,17 @@ def rank(plan_path: str) -> None:
 
     plan = LaunchPlan.load(plan_path)
     place = Place(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=1)
-    tracked: list[Alternating] = []
-    start = loop.start_trackers
-
-    def alternating(*arguments: Any) -> Any:
-        tracked.append(Alternating(start(*arguments)))
-        return tracked[-1]
-
-    loop.start_trackers = alternating
     if place.is_main:
         run_store.next_attempt(run_store.create(plan), run_store.Attempt(None))
     else:
         while not (Path(plan.run_dir) / "attempts" / "001" / "attempt.json").exists():
             time.sleep(0.1)
+    recorder = Recorder(plan.batch.max_steps)
+    switch(recorder)
     loop.train(plan, place, NoStop())
     if place.is_main:
-        print(json.dumps({"ends": tracked[0].ends, "spent": tracked[0].spent}), flush=True)
+        names = ("walls", "threads", "process", "beside")
+        print(json.dumps({name: getattr(recorder, name) for name in names}), flush=True)
     os._exit(0)
 
 

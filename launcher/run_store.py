@@ -272,14 +272,14 @@ def starting(run: RunDir, wait_s: float = 0) -> Iterator[None]:
         yield
 
 
-def find(name: str, root: Path) -> RunDir:
-    """A run by its name under `root`, or by the path of its directory.
+def find(name: str, root: Path, holding: str = "plan.json") -> RunDir:
+    """A run by its name under `root`, or by the path of its directory, which is known by the file `holding`.
 
     Raises:
         SubmitError: where there is no such run, with those that exist.
     """
     for candidate in (root / name, Path(name).expanduser()):
-        if (candidate / "plan.json").is_file():
+        if (candidate / holding).is_file():
             return RunDir(candidate.resolve())
     names = [run.root.name for run in runs(root)][:10]
     raise SubmitError(

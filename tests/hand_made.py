@@ -1,12 +1,14 @@
-"""A whole plan made by hand, for tests of what reads a plan."""
+"""A whole plan and a checkpoint made by hand, for tests of what reads them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint import durable, store
 from launcher.config.schema import RunConfig
 from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
+from launcher.plan.run_dir import RunDir
 
 
 def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None = None, **parts: Any) -> LaunchPlan:
@@ -50,3 +52,13 @@ def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None =
         provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
     )
     return made.model_copy(update=parts)
+
+
+def checkpoint(run: RunDir, step: int, loss: float | None, attempt: int) -> Path:
+    """A committed checkpoint of two ranks, of a thousand bytes each."""
+    saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
+    files = {name: durable.write_file(saving / name, [b"x" * 1000]) for name in map(store.shard_name, range(2))}
+    return store.commit(
+        saving,
+        store.Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, eval_loss=loss, files=files),
+    )

@@ -7,9 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ def run(verb: str, tokens: list[str]) -> int:
     """Carry out `status` or `ls`."""
     arguments = _parser(verb).parse_args(tokens)
     if verb == "status":
-        return _status(run_store.find(arguments.run, Path(arguments.root)), arguments.json, arguments.watch)
+        found = run_store.find(arguments.run, Path(arguments.root), holding="status.json")
+        return _status(found, arguments.json, arguments.watch)
     if arguments.mirror:
         from launcher.cli import fetch
 
@@ -70,16 +72,25 @@ def _seconds(value: str) -> float:
 
 def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
     """Print the state of a run, once or every `every_s` seconds until it ends."""
-    kind, _ = run_store.kind_and_ranks(run)
-    watch = Watch(run, cluster_for(kind))
+    state = _state_of(run)
     while True:
-        found = summary(run, watch.state())
-        block = json.dumps(found, indent=2 if every_s is None else None) if as_json else "\n".join(_lines(run, found))
+        found = summary(run, state())
+        block = json.dumps(found, indent=2 if every_s is None else None) if as_json else "\n".join(_lines(found))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
         print(f"{_CLEAR if clear else ''}{block}", flush=True)
         if every_s is None or found["state"] not in RUNNING_STATES:
             return 0
         time.sleep(every_s)
+        if not as_json and not clear:
+            print()
+
+
+def _state_of(run: RunDir) -> Callable[[], Status]:
+    """What tells the run's state: where no plan names a backend to ask, as with files that were copied, status.json alone."""
+    if not run.plan.is_file():
+        return partial(run_store.read_status, run)
+    kind, _ = run_store.kind_and_ranks(run)
+    return Watch(run, cluster_for(kind)).state
 
 
 def _ls(root: Path, as_json: bool) -> int:
@@ -102,9 +113,9 @@ def _ls(root: Path, as_json: bool) -> int:
 
 
 def summary(run: RunDir, status: Status) -> dict[str, Any]:
-    """For programs: the state, the newest training step's metrics, and what follows from both."""
+    """For programs: the state, the newest training step's metrics, and what follows from both; files may be missing."""
     seen = glance(run.metrics)
-    _, num_gpus = run_store.kind_and_ranks(run)
+    num_gpus = run_store.kind_and_ranks(run)[1] if run.plan.is_file() else _num_ranks(seen.last)
     checkpoints = store.list_checkpoints(run.checkpoints)
     events = read_events(run.events)
     return {
@@ -118,7 +129,15 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "cost": _cost(seen, num_gpus, status, _held_since(run, status, seen)),
         "goodput": _goodput(seen.last),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
+        "wandb": next((e["fields"] for e in reversed(events) if "sync_command" in e["fields"]), {}),
+        "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
+
+
+def _num_ranks(line: dict[str, Any]) -> int | None:
+    """The ranks that a line of metrics is of; None where it does not tell."""
+    whole, each = line.get("perf/tokens_per_sec"), line.get("perf/tokens_per_sec_per_gpu")
+    return round(whole / each) if whole and each else None
 
 
 def _goodput(line: dict[str, Any]) -> dict[str, float] | None:
@@ -142,7 +161,7 @@ def _held_since(run: RunDir, status: Status, seen: Glance) -> float:
     return 0.0
 
 
-def _cost(seen: Glance, num_gpus: int, status: Status, since_s: float) -> dict[str, float | None] | None:
+def _cost(seen: Glance, num_gpus: int | None, status: Status, since_s: float) -> dict[str, float | None] | None:
     """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted.
 
     `since_s` are seconds with machines that the newest line of metrics does not count.
@@ -150,20 +169,20 @@ def _cost(seen: Glance, num_gpus: int, status: Status, since_s: float) -> dict[s
     if seen.spent is None:
         return None
     counted, usd, left_s = seen.spent.gpu_hours, seen.spent.usd, seen.last.get("trainer/eta_s", math.nan)
-    hours = counted + num_gpus * since_s / 3600
+    hours = counted + (num_gpus or 0) * since_s / 3600
     if usd is None or not counted:
         return {"gpu_hours": hours, "usd": usd, "expected_usd": None}
     price, expected = usd / counted, None
-    if status.state in RUNNING_STATES and math.isfinite(left_s):
+    if status.state in RUNNING_STATES and math.isfinite(left_s) and num_gpus is not None:
         expected = price * max(hours, counted + num_gpus * left_s / 3600)
     return {"gpu_hours": hours, "usd": price * hours, "expected_usd": expected}
 
 
-def _lines(run: RunDir, found: dict[str, Any]) -> list[str]:
+def _lines(found: dict[str, Any]) -> list[str]:
     """The state of a run, a label and a value a line."""
     metrics, running = found["metrics"], found["state"] in RUNNING_STATES
     rows = [
-        ("run", f"{found['name']} in {text.short(run.root)}"),
+        ("run", f"{found['name']} in {text.short(Path(found['dir']))}"),
         ("state", found["state"] + (f": {found['message']}" if found["message"] else "")),
         ("attempt", str(found["attempt"])),
         ("step", _progress(found)),
@@ -183,11 +202,10 @@ def _lines(run: RunDir, found: dict[str, Any]) -> list[str]:
         rows.append(("held out", f"loss {found['eval_loss']:.4f}"))
     if found["checkpoints"]:
         rows.append(("checkpoints", ", ".join(f"step {step}" for step in found["checkpoints"])))
-    events = read_events(run.events)
-    page: dict[str, Any] = next((e["fields"] for e in reversed(events) if {"url", "sync_command"} & e["fields"].keys()), {})
-    rows += [("W&B", page.get("url") or f"offline; upload it with: {page['sync_command']}")] if page else []
-    mirrored = [event["text"] for event in events if event["kind"] == "mirror"]
-    rows += [("mirror", mirrored[-1])] if mirrored else []
+    if page := found["wandb"]:
+        rows.append(("W&B", page.get("url") or f"offline; upload it with: {page['sync_command']}"))
+    if found["mirror"] is not None:
+        rows.append(("mirror", found["mirror"]))
     rows += [("alert", _alert(alert)) for alert in found["alerts"][-_ALERTS_SHOWN:]]
     return [f"{label:<12}{value}" for label, value in rows]
 

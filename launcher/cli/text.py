@@ -44,7 +44,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
         ("memory", _memory(plan)),
         ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}; {_saving(plan)}"),
         ("tracking", _tracking(plan)),
-        *([("cost", _cost(plan))] if plan.topology.device == "cuda" else []),
+        *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
     rows += [("note", note) for note in (*_notes(plan), *notes) if note]
     if limits := _limits(plan):
@@ -157,7 +157,7 @@ def _cost(plan: LaunchPlan) -> str:
     price, num_gpus = plan.price, plan.topology.world_size
     if price is None:
         return "not known: set cluster.price_per_gpu_hour to what a GPU costs you"
-    of = f"{num_gpus} GPUs x ${price.usd_per_gpu_hour:.2f}"
+    of = f"{num_gpus} {'GPUs' if plan.topology.device == 'cuda' else 'CPU ranks'} x ${price.usd_per_gpu_hour:.2f}"
     usd = f"${num_gpus * price.usd_per_gpu_hour:,.2f} an hour = {of}"
     return usd if price.assumption is None else f"{usd}, assumed ({price.assumption}; cluster.price_per_gpu_hour sets yours)"
 

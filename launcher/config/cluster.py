@@ -22,7 +22,8 @@ class ClusterSection(Section):
     gpu_type: Name | None = Field(None, description="GPU model for the plan, such as H100-80GB. Unset: what this machine has.")
     price_per_gpu_hour: Positive | None = Field(
         None,
-        description="US dollars for one GPU for one hour; turns time into money. Unset: a typical price, which the plan names.",
+        description="US dollars for one GPU, or one rank on CPUs, for one hour; turns time into money. Unset: a typical price "
+        "of the GPU, which the plan names.",
     )
     max_restarts: Count = Field(
         0, description="Times that the node agents restart all ranks, without leaving the machines, after one of them failed."

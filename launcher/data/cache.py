@@ -177,6 +177,13 @@ class Split:
         """Tokens of each of `rows`."""
         return np.asarray(self.rows[rows + 1] - self.rows[rows])
 
+    def doc_lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Tokens of each document within `rows`, row by row."""
+        first, last = (np.searchsorted(self.docs, self.rows[starts]) for starts in (rows, rows + 1))
+        counts = last - first
+        docs = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        return np.asarray(self.docs[docs + 1] - self.docs[docs])
+
     def doc_borders(self, row: int) -> np.ndarray:
         """Document starts within `row`, counted from the row's start, and the row's length."""
         start, end = self.rows[row], self.rows[row + 1]

@@ -26,16 +26,14 @@ class MicroBatch:
     """What one rank feeds into one forward pass; B rows of T tokens, T the longest row. Tensors are int64, on CPU.
 
     `position_ids` restart at 0 with each document and where padding starts. `labels` are already shifted: labels[b, t] is
-    token t + 1 where that token is trained and stands in the same document, else IGNORED. `num_tokens` and `doc_lengths`
-    count no padding. A batch without rows is one row of padding, with empty `row_ids`.
+    token t + 1 where that token is trained and stands in the same document, else IGNORED. A batch without rows is one row of
+    padding, with empty `row_ids`.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
     row_ids: tuple[int, ...]
-    num_tokens: int
-    doc_lengths: tuple[int, ...]
 
     def pinned(self) -> MicroBatch:
         """The same in page-locked memory, from where a GPU copies while it computes."""
@@ -47,13 +45,16 @@ class MicroBatch:
 class StepBatch:
     """One optimizer step: this rank's micro-batches, and counts of the whole global batch over all ranks.
 
-    `num_labels` are the trained labels, the divisor of the loss; `source_tokens` are the tokens of each source, in the order of
-    data.sources; `row_ids` stand in the global batch's order.
+    `num_labels` are the trained labels, the divisor of the loss; `num_tokens` count no padding, `num_slots` count it as well;
+    `doc_lengths` are the tokens of each document; `source_tokens` those of each source, in the order of data.sources. `row_ids`
+    stand in the global batch's order.
     """
 
     micro: list[MicroBatch]
     num_labels: int
     num_tokens: int
+    num_slots: int
+    doc_lengths: tuple[int, ...]
     source_tokens: tuple[int, ...]
     row_ids: tuple[int, ...]
 
@@ -138,11 +139,15 @@ class TrainBatches:
         """The batch of optimizer step `step`, counted from 0."""
         size, micro_size = self.batch.global_batch_size, self.batch.micro_batch_size
         rows = self.order.at(step * size, (step + 1) * size)
+        lengths = self.split.row_lengths(rows)
         mine = rows.reshape(self.batch.accumulation, self.world_size, micro_size)[:, self.rank]
         return StepBatch(
             micro=[micro_batch(self.split, micro, self.pad_id) for micro in mine],
             num_labels=int(self.split.row_labels[rows].sum()),
-            num_tokens=int(self.split.row_lengths(rows).sum()),
+            num_tokens=int(lengths.sum()),
+            # Each micro-batch is as wide as its longest row.
+            num_slots=int(lengths.reshape(-1, micro_size).max(axis=1).sum()) * micro_size,
+            doc_lengths=tuple(self.split.doc_lengths(rows).tolist()),
             source_tokens=tuple(self.split.row_sources[rows].sum(axis=0).tolist()),
             row_ids=tuple(rows.tolist()),
         )
@@ -195,20 +200,16 @@ def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
     input_ids = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
-    doc_lengths: list[int] = []
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         tokens = slice(split.rows[row], split.rows[row + 1])
         input_ids[i, :length] = split.tokens[tokens]
         # A document's first token is never marked as trained, so no label reaches into the next document.
         labels[i, : length - 1] = np.where(split.trained[tokens][1:], input_ids[i, 1:length], IGNORED)
         borders = split.doc_borders(row)
-        doc_lengths += np.diff(borders).tolist()
         position_ids[i] -= np.repeat([*borders], np.diff([*borders, shape[1]]))
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         labels=torch.from_numpy(labels),
         row_ids=tuple(rows.tolist()),
-        num_tokens=int(lengths.sum()),
-        doc_lengths=tuple(doc_lengths),
     )

@@ -238,11 +238,11 @@ def _device_gib(config: RunConfig, facts: Facts) -> float | None:
 
 
 def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
-    """What the settings say a GPU costs, else what its type typically does; a CPU has no price."""
-    if topology.device == "cpu":
-        return None
+    """What the settings say a GPU costs, or a rank on CPUs, else what its type typically does; CPUs have no typical price."""
     if config.cluster.price_per_gpu_hour is not None:
         return Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
+    if topology.device == "cpu":
+        return None
     usd = prices.typical(config.cluster.gpu_type or facts.device.name)
     return None if usd is None else Price(usd_per_gpu_hour=usd, assumption=prices.ASSUMPTION)
 

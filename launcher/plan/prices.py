@@ -5,6 +5,7 @@ DATE, as compared by aimultiple.com/gpu-index (20 May 2026, medians), mercatus-a
 deploybase.ai/articles/runpod-gpu-pricing (March 2026), cliffcenter.com/research/amd-inference-economics (May 2026) and the
 prices of Lambda, Modal and AWS (g5, g6, g6e) at that time. B300, GB200 and GH200 by the lists of RunPod, Hyperstack, Akash,
 Lambda and CoreWeave of August and September 2026, in which a B200 costs about what it does here, and Spheron's of March 2026.
+H200 NVL by price tables inside two open-source tools (one of March 2026) that give it the price of the H200 of SXM.
 Clouds ask between half and twice as much, and less for long contracts and spot. Types that nobody lists, or that are hardly
 rented one by one, have no entry.
 """
@@ -21,6 +22,7 @@ USD_PER_GPU_HOUR = {
     "H100-PCIE-80GB": 2.80,
     "H100-NVL": 3.05,
     "H200": 3.80,
+    "H200-NVL": 3.50,
     "GH200": 3.50,
     "B200": 6.00,
     "GB200": 7.00,

@@ -235,12 +235,13 @@ def read(run: RunDir, now: float, goes_on: bool = True) -> Breakdown:
 
 
 def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
-    """GPU hours and dollars of the whole run at the plan's price, in which `tokens` were trained; nothing on CPUs."""
-    if plan.topology.device == "cpu":
-        return {}
+    """GPU hours (on CPUs those of ranks) and dollars of the whole run at the plan's price, in which `tokens` were trained.
+
+    Nothing on CPUs without a price.
+    """
     hours = spent.gpu_s / 3600
     if plan.price is None:
-        return {"cost/gpu_hours": hours}
+        return {} if plan.topology.device == "cpu" else {"cost/gpu_hours": hours}
     usd = hours * plan.price.usd_per_gpu_hour
     return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(tokens, 1) * 1e6}
 

@@ -50,8 +50,9 @@ class JsonlTracker:
             line |= dict.fromkeys(nonfinite) | {"nonfinite": nonfinite}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        self._events.write(_event_line(self._attempt, kind, text, step, fields))
+    def event(self, kind: str, text: str, step: int | None = None, *, recorded: bool = False, **fields: Any) -> None:
+        if not recorded:
+            self._events.write(_event_line(self._attempt, kind, text, step, fields))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self.event("summary", "summary of the run", **values)

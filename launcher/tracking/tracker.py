@@ -29,7 +29,7 @@ class Tracker(Protocol):
         begins with what it is of, and a colon.
 
         What a kind has to say to programs stands in fields: a checkpoint's `path`, `saved_step` and `eval_loss`, an export's
-        `path`.
+        `path`. With the field `recorded` it stands in events.jsonl already, and is only passed on.
         """
 
     def summary(self, values: Mapping[str, Any]) -> None:

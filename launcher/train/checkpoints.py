@@ -25,8 +25,8 @@ class Checkpoints:
     `stall_s` is what training has waited for saves so far, as rank 0 has told it.
     """
 
-    def __init__(self, saver: Saver, tracker: Composite, is_main: bool) -> None:
-        self._saver, self._tracker, self._is_main = saver, tracker, is_main
+    def __init__(self, saver: Saver, tracker: Composite, is_main: bool, beat: Callable[[str, int], None]) -> None:
+        self._saver, self._tracker, self._is_main, self._beat = saver, tracker, is_main, beat
         self._untold = False
         self._eval_loss: float | None = None
         self.stall_s = 0.0
@@ -59,6 +59,8 @@ class Checkpoints:
 
     def conclude(self, step: int) -> Saved | CheckpointError | None:
         """Wait for the save in the background. One that failed is told, and training goes on. Collective."""
+        # To wait for a save is no step that does not come: those who watch are told before.
+        self._beat("saving", step)
         outcome = self._saver.wait()
         if isinstance(outcome, Saved):
             self.saved_step, self.save_s = outcome.step, outcome.seconds

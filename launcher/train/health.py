@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from launcher.plan import xids
-from launcher.train.ranks import Told, Work, work
+from launcher.train.ranks import Told, Work
 
 # Losses of so many steps tell what is usual, once there are enough of them.
 _LOSSES, _ENOUGH_LOSSES = 100, 20
@@ -46,18 +46,16 @@ class Health:
         self._losses.append(loss)
         return found
 
-    def ranks(self, told: Sequence[Told], names: Sequence[str]) -> list[str]:
-        """Alerts after a step in which the ranks have told their numbers; `names` say where each rank is."""
-        return [*self._faults(told, names), *self._stragglers(work(told), names)]
-
-    def _faults(self, told: Sequence[Told], names: Sequence[str]) -> Iterator[str]:
+    def faults(self, told: Sequence[Told], names: Sequence[str]) -> Iterator[str]:
+        """Alerts of GPUs after a step in which the ranks have told their numbers; `names` say where each rank is."""
         for rank, one in enumerate(told):
             if one.sample.xids > self._xids.get(rank, 0.0):
                 self._xids[rank] = one.sample.xids
                 number = int(one.sample.last_xid)
                 yield f"Xid {number} on GPU {one.sample.gpu_index:.0f} of {names[rank]}: {xids.meaning(number)}"
 
-    def _stragglers(self, works: Sequence[Work], names: Sequence[str]) -> Iterator[str]:
+    def stragglers(self, works: Sequence[Work], names: Sequence[str]) -> Iterator[str]:
+        """Alerts of ranks that all others wait for, after a step of these works."""
         usual = statistics.median_low([one.seconds for one in works])
         for rank, one in enumerate(works):
             if one.seconds > STRAGGLES * usual > 0:

@@ -27,7 +27,7 @@ from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batche
 from launcher.errors import CheckpointError, DivergedError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.goodput import JOINED, PHASE, spent_limit
+from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
 from launcher.train.before import failure_before
@@ -40,6 +40,7 @@ from launcher.train.monitor import Monitor
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak import peak_tflops
 from launcher.train.start import agree_on_start, load_whole
+from launcher.train.status import StatusFile
 from launcher.train.stop import STOP_REASONS, Outcome, Stop, save_fits
 
 # Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
@@ -81,7 +82,7 @@ def train(
         joined: dict[str, Any] = {PHASE: JOINED, "ranks": place.world_size}
         tracker.event("info", f"{place.world_size} ranks have joined", 0, **joined)
         if place.is_main and (failed := failure_before(run, place.attempt)):
-            tracker.event("alert", failed)
+            tracker.event("alert", failed.words, recorded=failed.recorded)
         if place.world_size > 1:
             speed = link.measure(device)
             tracker.event("info", f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s", 0, gb_per_s=speed)
@@ -127,6 +128,7 @@ class _Session:
     meter: Meter
     timer: StepTimer
     monitor: Monitor
+    status: StatusFile
     max_steps: int
     step: int = 0
     skipped_in_a_row: int = 0
@@ -176,9 +178,10 @@ class _Session:
             held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
         begin = agree_on_start(run, place, device)
         meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts, peak), StepTimer(device)
-        checkpoints = Checkpoints(saver, tracker, place.is_main)
         monitor = Monitor(plan, place, device, model, tracker, beat)
-        parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, max_steps)
+        checkpoints = Checkpoints(saver, tracker, place.is_main, monitor.beat)
+        status = StatusFile(run, partial(tracker.event, "alert"), place.is_main)
+        parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, status, max_steps)
         session = cls(plan, place, run, device, tracker, *parts)
         if begin.checkpoint is not None:
             session._restore(begin.checkpoint)
@@ -188,7 +191,7 @@ class _Session:
 
     def run(self, stop: Stop) -> Outcome:
         train = self.plan.config.train
-        self._report_status("running")
+        self.status.state("running", self.step)
         self.monitor.loaded(self.step)
         if self.step == 0 and train.eval_at_start:
             self._evaluate("before training", stop)
@@ -203,7 +206,7 @@ class _Session:
                 if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
                     self._save()
         if stopped is not None and self.step < self.max_steps:
-            self._conclude()
+            self.checkpoints.conclude(self.step)
             fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.checkpoints.save_s, self.device)
             if fits:
                 self._save(wait=True)
@@ -254,7 +257,7 @@ class _Session:
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
                 run_store.require_newest(self.run_dir, self.place.attempt)
                 self.tracker.log(self.step, metrics | self.monitor.metrics(self.meter.tokens))
-                self._report_status("running")
+                self.status.training(self.step)
             self.monitor.alert(self.step, loss, self.meter.overall_tokens_per_sec)
         return stopped
 
@@ -264,8 +267,7 @@ class _Session:
 
     def _own_reason(self, stop: Stop) -> str | None:
         # The first rank alone knows what the run has spent.
-        spent = self.monitor.spent()
-        self.limit = spent_limit(self.plan, spent) if spent is not None else ""
+        self.limit = self.monitor.limit()
         return "limit" if self.limit else stop()
 
     def _agree(self, summed: torch.Tensor, reason: str | None, own: list[float]) -> tuple[float, str | None, list[float]]:
@@ -298,7 +300,7 @@ class _Session:
 
     def _not_finite(self, what: str) -> DivergedError:
         """All ranks come here together, so a checkpoint in the making counts."""
-        self._conclude()
+        self.checkpoints.conclude(self.step)
         saved = self.checkpoints.saved_step
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
         return DivergedError(
@@ -317,8 +319,9 @@ class _Session:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
             self.monitor.beat("evaluating", self.step)
-            if self._agree(torch.zeros(()), stop(), [])[1]:
+            if self._agree(torch.zeros(()), self._own_reason(stop), [])[1]:
                 self.model.train()
+                self.monitor.eval_s += time.perf_counter() - began
                 return
             totals[0] += self._loss(micro, factor=1.0)
             totals[1] += int((micro.labels >= 0).sum())
@@ -337,7 +340,7 @@ class _Session:
 
     def _save(self, wait: bool = False) -> Path:
         """Save the current step in the background; with `wait`, to its commit, unless it is there already."""
-        self._conclude()
+        self.checkpoints.conclude(self.step)
         state = {"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps}
         eval_loss = self.last_eval["eval/held_out/loss"] if self.eval_step == self.step else None
         if not wait:
@@ -346,16 +349,12 @@ class _Session:
             probed = probe(self.engine, self.model, self.batches.split, self.device)
             if not torch.isfinite(probed["logits"]).all():
                 raise self._not_finite("the logits are not finite")
-            self._report_status("saving")
+            self.status.state("saving", self.step)
             self.checkpoints.save_and_wait(self.step, state, eval_loss, probed)
-            self._report_status("running")
+        if wait:
+            self.status.state("running", self.step)
         self.monitor.beat("training", self.step)
         return self.run_dir.checkpoints / store.step_name(self.step)
-
-    def _conclude(self) -> None:
-        """Wait for the save in the background, which is no step that does not come: those who watch are told."""
-        self.monitor.beat("saving", self.step)
-        self.checkpoints.conclude(self.step)
 
     def _restore(self, named: store.Checkpoint) -> None:
         parameters = self.model.parameters_by_name()
@@ -369,15 +368,6 @@ class _Session:
         self.step = self.checkpoints.saved_step = checkpoint.step
         self.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
         self.tracker.event("info", f"continuing from {checkpoint.path}", self.step)
-
-    def _report_status(self, state: str) -> None:
-        """Tell the other commands where training stands; that it cannot be told is no reason to stop."""
-        if not self.place.is_main:
-            return
-        try:
-            run_store.update_status(self.run_dir, state=state, step=self.step, message="")
-        except (OSError, RunError) as error:
-            self.tracker.event("alert", f"status.json could not be written: {error}", self.step)
 
     def _stopped(self, reason: str, saved: bool) -> Outcome:
         state = "cancelled" if reason == "cancelled" else "preempted"

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 
-from launcher.data.loader import IGNORED, StepBatch
+from launcher.data.loader import StepBatch
 from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -103,7 +103,6 @@ class Meter:
         self.tokens += batch.num_tokens
         samples = step * self._plan.batch.global_batch_size
         per_sec = batch.num_tokens / step_s
-        slots = sum(micro.input_ids.numel() for micro in batch.micro)
         metrics = {
             "trainer/step": float(step),
             "trainer/tokens": float(self.tokens),
@@ -116,7 +115,7 @@ class Meter:
             "train/skipped_steps": float(self.skipped_steps),
             "perf/tokens_per_sec": per_sec,
             "perf/tokens_per_sec_per_gpu": per_sec / topology.world_size,
-            "perf/padding_frac": 1 - sum(micro.num_tokens for micro in batch.micro) / slots,
+            "perf/padding_frac": 1 - batch.num_tokens / batch.num_slots,
             "data/label_frac": batch.num_labels / batch.num_tokens,
             **self._shares(batch),
             "memory/host_rss_gib": self._process.memory_info().rss / 2**30,
@@ -144,12 +143,11 @@ class Meter:
         return statistics.median(self._recent) + self._between_s / max(1, self._num_between)
 
     def _utilisation(self, batch: StepBatch, step_s: float) -> dict[str, float]:
-        """What this rank computed for its own rows, and the fraction that this is of what its device could have."""
+        """What the ranks computed for the whole batch, per GPU, and the fraction that this is of what a GPU could have."""
         if self._flops is None:
             return {}
-        labels = sum(int((micro.labels != IGNORED).sum()) for micro in batch.micro)
-        lengths = [n for micro in batch.micro for n in micro.doc_lengths]
-        tflops = self._flops.of(lengths, labels) / step_s / 1e12
+        flops = self._flops.of(batch.doc_lengths, batch.num_labels)
+        tflops = flops / step_s / self._plan.topology.world_size / 1e12
         metrics = {"perf/tflops_per_gpu": tflops}
         if self._peak_tflops is not None:
             metrics["perf/mfu"] = tflops / self._peak_tflops

@@ -48,7 +48,7 @@ class CausalLMLoss(nn.Module):
         flat = labels.reshape(-1)
         # Where the labels lie on the CPU this asks the GPU nothing, so it need not finish what it is doing.
         trained = (flat != IGNORED).nonzero().squeeze(1)
-        targets, trained = flat[trained].to(hidden.device), trained.to(hidden.device)
+        targets, trained = (_on(hidden.device, tensor) for tensor in (flat[trained], trained))
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         return self.hf.get_output_embeddings()(selected, targets, factor)
 
@@ -62,6 +62,13 @@ class CausalLMLoss(nn.Module):
     def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
         """Trainable parameters under their Hugging Face names; tied weights stand once."""
         return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    """Copied without waiting for what the GPU still has to do: from memory that is not page-locked, CUDA would."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def attention_kernel(model: ModelSection, device: str) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from launcher.train.devices import Devices
 from launcher.train.engine import Place
 from launcher.train.health import Health, Pulse
 from launcher.train.probe import Probe
-from launcher.train.ranks import SLOTS, Told
+from launcher.train.ranks import SLOTS, Told, Work
 
 
 class Monitor:
@@ -45,27 +46,28 @@ class Monitor:
         self._probe, self._own = Probe(model, device), Told()
         self._health, self._hosts = Health(), _hosts(place)
         self._ranks: list[Told] = []
-        self._faults = RateLimit()
+        self._works: list[Work] = []
+        self._is_limited = place.is_main and (plan.limits.max_seconds or plan.limits.max_gpu_seconds) is not None
         self._reader = ThreadPoolExecutor(1, "goodput")
         self._before: Future[Breakdown] | None = None
         self._loaded = time.monotonic()
         self.eval_s = self.save_s = 0.0
-        self._devices = Devices(device, place.local_rank == 0, self._on_xid).start()
-        self._pulse = Pulse(lambda words, step: tracker.event("alert", words, step))
-        if place.is_main:
-            self._pulse.start()
+        on_xid = partial(record_fault, self._run, place, self._hosts[place.rank], RateLimit())
+        self._devices = Devices(device, place.local_rank == 0, on_xid).start()
+        self._pulse = Pulse(partial(tracker.event, "alert")).start() if place.is_main else None
 
     def beat(self, phase: str, step: int) -> None:
         """Tell that there is progress: to the node's agent, and to the watch over steps that do not come."""
         self._beat(phase, step)
-        self._pulse.beat(phase, step)
+        if self._pulse is not None:
+            self._pulse.beat(phase, step)
 
     def loaded(self, step: int) -> None:
         """Training begins, after `step` steps; what the run has done before is read while it does."""
         self._loaded = time.monotonic()
         if self._place.is_main:
             self._tracker.event("info", "the model is loaded", step, **{goodput.PHASE: goodput.LOADED})
-            self._before = self._reader.submit(self._read, time.time())
+            self._before = self._reader.submit(spent_before, self._run, time.time(), partial(self._tracker.event, "alert"))
 
     def own(self) -> list[float]:
         """SLOTS numbers for each rank, this rank's own of its last step in their place: their sum over the ranks is all."""
@@ -80,18 +82,27 @@ class Monitor:
     def heard(self, values: Sequence[float]) -> None:
         """Take what all ranks have told of the step before."""
         self._ranks = ranks.told(values)
+        self._works = ranks.work(self._ranks)
 
     def metrics(self, tokens: int) -> dict[str, float]:
         """Of all ranks, and of the run so far, in which `tokens` were trained."""
-        spent = self.spent()
-        return ranks.metrics(self._ranks) | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
+        spent, told = self._spent(), ranks.metrics(self._ranks, self._works)
+        return told | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
 
     def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
         """Tell what is not as it should be after a step."""
-        for words in (*self._health.step(loss, tokens_per_sec), *self._health.ranks(self._ranks, self._hosts)):
+        for words in self._health.faults(self._ranks, self._hosts):
+            # The rank has recorded it itself.
+            self._tracker.event("alert", words, step, recorded=True)
+        for words in (*self._health.step(loss, tokens_per_sec), *self._health.stragglers(self._works, self._hosts)):
             self._tracker.event("alert", words, step)
 
-    def spent(self) -> Breakdown | None:
+    def limit(self) -> str:
+        """Which limit of the run is reached now, in words; empty where it may go on, and on other ranks than the first."""
+        spent = self._spent() if self._is_limited else None
+        return "" if spent is None else goodput.spent_limit(self._plan, spent)
+
+    def _spent(self) -> Breakdown | None:
         """The time of the run up to now; None for the moment in which it is not known yet, and on other ranks than the first."""
         if self._before is None or not self._before.done():
             return None
@@ -99,26 +110,30 @@ class Monitor:
         return self._before.result().later(seconds, self.eval_s, self.save_s, self._place.world_size)
 
     def stop(self) -> None:
-        self._pulse.stop()
+        if self._pulse is not None:
+            self._pulse.stop()
         self._devices.stop()
 
-    def _read(self, now: float) -> Breakdown:
-        try:
-            return goodput.read(self._run, now)
-        except Exception as error:
-            # Raised here, it would come out of every step: what a file holds that others have written must not end training.
-            self._tracker.event("alert", f"what the run has done before cannot be read, so it counts from here: {error}")
-            return Breakdown()
 
-    def _on_xid(self, words: str) -> None:
-        """In this rank's log and among the events at once: the fault may be the last that this rank tells."""
-        where = f"{words} (rank {self._place.rank} on {self._hosts[self._place.rank]})"
-        print(where, flush=True)
-        if not self._faults.due(words):
-            return
-        # A disk that is full must not end the watch over the device.
-        with suppress(OSError):
-            append_event(self._run, self._place.attempt, "alert", where)
+def spent_before(run: RunDir, now: float, tell: Callable[[str], None]) -> Breakdown:
+    """What the run has spent until `now`, in seconds since the epoch; nothing where that cannot be read, which is told."""
+    try:
+        return goodput.read(run, now)
+    except Exception as error:
+        # Raised here, it would come out of every step: what a file holds that others have written must not end training.
+        tell(f"what the run has done before cannot be read, so it counts from here: {error}")
+        return Breakdown()
+
+
+def record_fault(run: RunDir, place: Place, host: str, limit: RateLimit, words: str) -> None:
+    """A GPU's fault, in this rank's log and among the events at once: it may be the last that this rank tells."""
+    if not limit.due(words):
+        return
+    where = f"{words} (rank {place.rank} on {host})"
+    print(where, flush=True)
+    # A disk that is full must not end the watch over the device.
+    with suppress(OSError):
+        append_event(run, place.attempt, "alert", where)
 
 
 def _hosts(place: Place) -> list[str]:

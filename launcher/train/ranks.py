@@ -64,11 +64,11 @@ def ratio(works: Sequence[Work]) -> float:
     return max(one.seconds for one in works) / usual if usual > 0 else 1.0
 
 
-def metrics(ranks: Sequence[Told]) -> dict[str, float]:
-    """Of all ranks together, under the names of the design; what nobody has measured is left out."""
+def metrics(ranks: Sequence[Told], works: Sequence[Work]) -> dict[str, float]:
+    """Of all ranks and their `works` together, under the names of the design; what nobody has measured is left out."""
     samples = [rank.sample for rank in ranks]
     steps = [rank.step_s for rank in ranks if rank.step_s > 0]
-    found = {"time/step_max_rank_s": max(steps), "time/straggler_ratio": ratio(work(ranks))} if steps else {}
+    found = {"time/step_max_rank_s": max(steps), "time/straggler_ratio": ratio(works)} if steps else {}
     utils, temps = _known(samples, "gpu_util"), _known(samples, "gpu_temp_c")
     powers, memory = _known(samples, "gpu_power_w"), _known(samples, "gpu_memory")
     found |= {"gpu/util_mean": statistics.fmean(utils), "gpu/util_min": min(utils)} if utils else {}

@@ -137,7 +137,8 @@ def _run_ranks(
         # Later failures have other reasons.
         stalls.clear()
         with suppress(OSError):
-            append_event(run, attempt, RESTART, f"all ranks are started again (restart {count}), as some failed on {here}: {why}")
+            words = f"all ranks are started again (restart {count}), as some failed on {here}: {why}"
+            append_event(run, attempt, "alert", words, **{RESTART: count})
 
     meeting = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, final.is_file, on_restart)
     rendezvous_handler_registry.register(BACKEND, lambda parameters: meeting)

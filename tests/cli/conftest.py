@@ -6,7 +6,7 @@ from pathlib import Path
 
 import hand_made
 import pytest
-from plan_fixtures import golden
+from plan_fixtures import DATA, golden
 
 from launcher import run_store
 from launcher.plan.launch_plan import Price, Topology
@@ -27,11 +27,11 @@ SETTINGS = {
 def run(tmp_path: Path) -> RunDir:
     """A run that this process is taken for the driver of, at step 10 of 40 in its second attempt.
 
-    Its first attempt has had two GPUs, at two dollars an hour, for 51 minutes.
+    Its first attempt has had two GPUs, at two dollars an hour, for 51 minutes. The checkpoints of steps 5 and 10 are there.
     """
     topology = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cuda", backend="nccl")
     price = Price(usd_per_gpu_hour=2.0)
-    found = run_store.create(hand_made.plan(tmp_path / "runs/demo", SETTINGS, topology=topology, price=price))
+    found = run_store.create(hand_made.plan(tmp_path / "runs/demo", SETTINGS, topology=topology, price=price, data=DATA))
     begun_at = time.time() - 51 * 60
     for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
         run_store.next_attempt(found, Attempt(resume_step=None))
@@ -44,8 +44,11 @@ def run(tmp_path: Path) -> RunDir:
             hours = (step if attempt == 1 else step + 7) / 10
             costs = {"cost/gpu_hours": hours, "cost/usd": 2 * hours, "cost/usd_per_million_tokens": 1.5}
             pace = {"perf/tokens_per_sec": 1234.5, "perf/mfu": 0.41, "time/step_s": 2.0, "trainer/eta_s": 3600.0}
-            tokens = {"trainer/tokens": 1000.0 * step}
-            log.log(step, {"train/loss": 4.0 - step / 10, "memory/host_rss_gib": 1.5, **tokens, **pace, **costs})
+            pace |= {"perf/tokens_per_sec_per_gpu": 1234.5 / 2}
+            curves = {"trainer/tokens": 1000.0 * step, "train/lr": 1e-5 * step, "train/grad_norm": 2.0 / step}
+            log.log(step, {"train/loss": 4.0 - step / 10, "memory/host_rss_gib": 1.5, **curves, **pace, **costs})
         log.event("alert", f"something in attempt {attempt}", step=step)
+    hand_made.checkpoint(found, 5, None, attempt=1)
+    hand_made.checkpoint(found, 10, 2.75, attempt=2)
     run_store.update_status(found, state="completed", attempt=2, step=10, max_steps=40)
     return found

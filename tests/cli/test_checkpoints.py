@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from hand_made import checkpoint
 
 from launcher import run_store
 from launcher.checkpoint import durable, store
@@ -48,17 +49,8 @@ def run(tmp_path: Path) -> RunDir:
     run_store.next_attempt(made, Attempt(None))
     run_store.update_status(made, state="failed", attempt=2)
     for step, loss in LOSSES.items():
-        commit(made, step, loss, attempt=1 + (step > 200))
+        checkpoint(made, step, loss, attempt=1 + (step > 200))
     return made
-
-
-def commit(run: RunDir, step: int, loss: float | None, attempt: int) -> Path:
-    saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-    files = {name: durable.write_file(saving / name, [b"x" * 1000]) for name in map(store.shard_name, range(2))}
-    return store.commit(
-        saving,
-        store.Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, eval_loss=loss, files=files),
-    )
 
 
 def flip(run: RunDir, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,26 @@ def test_the_report_has_charts_that_can_be_seen(launch: Launch, run: RunDir, tmp
     done = launch("report", str(run.root))
     assert done.returncode == 0, done.stderr
     assert_drawn(show(run.root / "report.html", tmp_path), num_charts=5)
+
+
+def test_two_runs_lie_over_each_other(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+    """The same steps, with losses that differ by a half."""
+    other = RunDir(run.root.with_name("other"))
+    shutil.copytree(run.root, other.root)
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    other.metrics.write_text("".join(json.dumps(line | {"train/loss": line["train/loss"] + 0.5}) + "\n" for line in lines))
+    page = tmp_path / "both.html"
+    done = launch("report", "demo", "other", "--root", str(run.root.parent), "--html", str(page))
+    assert done.returncode == 0, done.stderr
+    shown = show(page, tmp_path)
+    assert_drawn(shown, num_charts=8)
+    losses, rates = ([mark for mark in chart.marks if mark[2] - mark[0] > 100] for chart in shown.charts[:2])
+    assert len(losses) == len(rates) == 2, "a line for each run"
+    (left, top, right, bottom), (_, other_top, _, other_bottom) = losses
+    assert (losses[1][0], losses[1][2]) == (left, right), "over the same steps"
+    assert other_top < top - 20
+    assert other_bottom < bottom - 20
+    assert rates[0] == rates[1]
 
 
 def test_the_page_of_the_data_has_charts_that_can_be_seen(launch: Launch, tmp_path: Path) -> None:

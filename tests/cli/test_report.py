@@ -33,7 +33,16 @@ def test_one_run_is_told_whole(launch: Launch, run: RunDir) -> None:
     assert "something in attempt 2" in page
     assert "steps that were lost" in page
     assert not re.search(r"<script|https?://|src=|@import", page)
-    assert page.count("<polyline") == 4, "loss, tokens per second, MFU and memory; no curve without values"
+    curves = ("Training loss", "Learning rate", "Gradient norm", "Tokens per second", "MFU", "Main memory of rank 0")
+    assert [title for title in re.findall(r"<h3>([^<]*)", page) if title in curves] == list(curves)
+    assert page.count("<polyline") == len(curves), "no curve without values"
+    rows = [re.findall(r"<td[^>]*>([^<]*)", row) for row in page.split("<tr>")]
+    assert ["5", "1.95 KiB", "-", "1", "2"] in rows
+    assert ["10", "1.95 KiB", "2.7500", "2", "2"] in rows
+    told = {row[0]: row[1] for row in rows if len(row) == 2}
+    assert told["model"].startswith("m: ")
+    assert "1,000 rows" in told["data"]
+    assert told["steps"].startswith("40")
 
 
 def test_the_cost_is_of_all_time_with_machines(launch: Launch, run: RunDir) -> None:
@@ -56,7 +65,7 @@ def test_several_runs_stand_in_the_same_charts(launch: Launch, run: RunDir, tmp_
     assert done.returncode == 0, done.stderr
     page = file.read_text()
     assert "2 runs" in page
-    assert page.count("<title>other</title></polyline>") == page.count("<title>demo</title></polyline>") == 4
+    assert page.count("<title>other</title></polyline>") == page.count("<title>demo</title></polyline>") == 6
     assert not (run.root / "report.html").exists()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from launcher import run_store
 from launcher.cli.status import sparkline, summary
+from launcher.cli.text import short
 from launcher.clusters.process import identity
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import Breakdown
@@ -32,12 +35,51 @@ def test_status_is_told_from_the_files_of_the_run(launch: Launch, run: RunDir) -
     assert lines["pace"] == "1,234 tokens/s, 2.00 s a step, MFU 41.0%"
     assert lines["memory"] == "1.5 GiB of main memory in rank 0"
     assert lines["cost"] == "$3.40 so far (1.70 GPU hours)"
+    assert lines["checkpoints"] == "step 5, step 10"
     assert "something in attempt 2" in lines["alert"]
     assert "time left" not in done.stdout
     found = json.loads(launch("status", str(run.root), "--json").stdout)
     assert found["metrics"]["trainer/step"] == 10
     assert found["cost"] == {"gpu_hours": pytest.approx(1.7), "usd": pytest.approx(3.4), "expected_usd": None}
     assert [alert["step"] for alert in found["alerts"]] == [7, 10]
+
+
+def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+    """As where these two files were copied from a machine that is gone."""
+    run_store.update_status(run, state="running")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(run.metrics, alone)
+    shutil.copy(run.status, alone)
+    done = launch("status", str(alone))
+    assert done.returncode == 0, done.stderr
+    assert dict(line.split(maxsplit=1) for line in done.stdout.splitlines()) == {
+        "run": f"alone in {short(alone)}",
+        "state": "running",
+        "attempt": "2",
+        "step": "10 of 40 (25%)",
+        "loss": "3.0000  █▇▆▆▅▄▃▄▃▃▂▁",
+        "pace": "1,234 tokens/s, 2.00 s a step, MFU 41.0%",
+        "memory": "1.5 GiB of main memory in rank 0",
+        "time": "left   1h00m",
+        "cost": "$3.40 so far (1.70 GPU hours), about $7.40 at the end",
+    }
+    found = json.loads(launch("status", "alone", "--root", str(tmp_path), "--json").stdout)
+    assert (found["checkpoints"], found["alerts"], found["cost"]["expected_usd"]) == ([], [], pytest.approx(7.4))
+    (alone / "metrics.jsonl").unlink()
+    assert "10 of 40" in launch("status", str(alone)).stdout
+    (alone / "status.json").unlink()
+    assert launch("status", str(alone)).returncode == 2
+
+
+def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch: Launch, run: RunDir) -> None:
+    log = JsonlTracker(run, 2)
+    log.event("info", "Weights & Biases: here", url="https://wandb.example/run", sync_command="wandb sync x")
+    log.event("mirror", "step 10 is in the mirror")
+    log.event("export", "pushed", url="https://hub.example/model")
+    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    assert lines["W&B"] == "https://wandb.example/run"
+    assert lines["mirror"] == "step 10 is in the mirror"
 
 
 def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch: Launch, run: RunDir) -> None:
@@ -93,6 +135,24 @@ def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> N
         rest, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert json.loads(rest.splitlines()[-1])["step"] == 40
+
+
+def test_a_watched_run_is_told_in_words_again_and_again(start: Callable, run: RunDir) -> None:
+    run_store.update_status(run, state="running", job=identity())
+    with start("status", str(run.root), "--watch", "0.2") as process:
+        assert process.stdout is not None
+        first = list(iter(process.stdout.readline, "\n"))
+        run_store.update_status(run, state="completed", step=40)
+        rest, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "state       running\n" in first
+    assert "time left   1h00m\n" in first
+    assert any("about $7.40 at the end" in line for line in first)
+    last = rest.split("\n\n")[-1]
+    assert "state       completed\n" in last
+    assert "step        40 of 40 (100%)\n" in last
+    assert "time left" not in last
+    assert "\x1b" not in rest, "no terminal, no escape sequences"
 
 
 def test_runs_stand_in_a_table_newest_first(launch: Launch, run: RunDir) -> None:

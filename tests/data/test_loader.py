@@ -52,6 +52,13 @@ def expected_row(split: Split, row: int) -> tuple[list[int], list[int], list[int
     return tokens, positions, labels
 
 
+def documents(split: Split, row: int) -> list[int]:
+    """The length of each document in a row."""
+    positions = expected_row(split, row)[1]
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    return [end - start for start, end in zip(starts, [*starts[1:], len(positions)], strict=True)]
+
+
 def assert_matches(micro: MicroBatch, split: Split) -> None:
     width = max(int(split.rows[row + 1] - split.rows[row]) for row in micro.row_ids)
     assert micro.input_ids.shape == micro.position_ids.shape == micro.labels.shape == (len(micro.row_ids), width)
@@ -62,8 +69,6 @@ def assert_matches(micro: MicroBatch, split: Split) -> None:
         assert micro.input_ids[i].tolist() == tokens + [PAD] * padding
         assert micro.position_ids[i].tolist() == positions + list(range(padding))
         assert micro.labels[i].tolist() == labels + [IGNORED] * padding
-    assert micro.num_tokens == sum(micro.doc_lengths) == sum(len(expected_row(split, row)[0]) for row in micro.row_ids)
-    assert len(micro.doc_lengths) == sum(expected_row(split, row)[1].count(0) for row in micro.row_ids)
 
 
 def test_rows_become_batches_token_by_token(split: Split) -> None:
@@ -88,7 +93,9 @@ def test_rows_and_counts_are_the_same_for_every_world_size(split: Split) -> None
             for part in parts:
                 assert list(part.row_ids) == dealt
                 assert part.num_labels == sum(int((m.labels != IGNORED).sum()) for other in parts for m in other.micro)
-                assert part.num_tokens == sum(m.num_tokens for other in parts for m in other.micro)
+                assert part.num_tokens == sum(len(expected_row(split, row)[0]) for row in part.row_ids)
+                assert part.num_slots == sum(m.input_ids.numel() for other in parts for m in other.micro)
+                assert part.doc_lengths == tuple(n for row in part.row_ids for n in documents(split, row))
                 assert part.source_tokens == (part.num_tokens,)
 
 
@@ -230,7 +237,6 @@ def test_evaluation_sees_every_row_once_and_keeps_the_ranks_in_step(split: Split
         else:
             assert micro.input_ids.tolist() == [[PAD]]
             assert micro.labels.tolist() == [[IGNORED]]
-            assert (micro.num_tokens, micro.doc_lengths) == (0, ())
     assert sum(int((micro.labels != IGNORED).sum()) for micro in micros) == int(split.row_labels.sum())
 
 

@@ -65,3 +65,12 @@ def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: La
 def test_hours_that_are_over_stop_a_run(launch: Launch, runs: Path) -> None:
     done = launch(*SETTINGS, "run.max_hours=0.001", f"run.root={runs}", "run.name=hours")
     require_stopped(runs / "hours", done, r"run\.max_hours=0\.001 is reached; saved at step")
+
+
+@pytest.mark.slow
+def test_an_evaluation_ends_where_the_hours_do(launch: Launch, runs: Path) -> None:
+    """Half of the data is held out, which takes far longer than what is left of the limit."""
+    settings = (*TINY, "train.max_steps=100000", "train.export=false", "data.eval_fraction=0.5", "run.max_hours=0.001")
+    done = launch(*settings, f"run.root={runs}", "run.name=evaluating")
+    require_stopped(runs / "evaluating", done, r"run\.max_hours=0\.001 is reached; saved at step 1 of")
+    assert not [line for line in metrics(runs / "evaluating") if "eval/held_out/loss" in line]

@@ -43,11 +43,10 @@ def test_the_price_of_a_plan(plan_of: PlanOf, tokens: tuple[str, ...], device: D
     assert resized(planned, 4, 4).price == price
 
 
-@pytest.mark.parametrize("tokens", [(), ("cluster.price_per_gpu_hour=2.5",)])
-def test_a_cpu_has_no_price(plan_of: PlanOf, tokens: tuple[str, ...]) -> None:
-    planned = plan_of(*tokens)
-    assert planned.price is None
-    assert cost(planned) == []
+def test_a_cpu_costs_what_somebody_says_it_does(plan_of: PlanOf) -> None:
+    assert plan_of().price is None
+    assert cost(plan_of()) == []
+    assert cost(plan_of("cluster.price_per_gpu_hour=2.5")) == ["$5.00 an hour = 2 CPU ranks x $2.50"]
 
 
 def test_a_price_is_shown_as_what_it_is(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:

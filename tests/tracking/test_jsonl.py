@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.jsonl import JsonlTracker, Tail, read_events, read_metrics
+from launcher.tracking.jsonl import JsonlTracker, Tail, append_event, read_events, read_metrics
 
 
 def test_a_line_per_step_is_on_disk_at_once(run_dir: Path) -> None:
@@ -129,3 +129,10 @@ def test_a_line_that_is_no_object_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('5\n"a"\n[{}]\nnull\n{"a": 1}\n')
     assert Tail(path).poll() == [{"a": 1}]
+
+
+def test_what_another_process_has_recorded_is_not_written_again(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    append_event(run, 1, "alert", "Xid 79 on GPU 3")
+    JsonlTracker(run, attempt=1).event("alert", "Xid 79 on GPU 3 of n1", 7, recorded=True)
+    assert [event["text"] for event in read_events(run.events)] == ["Xid 79 on GPU 3"]

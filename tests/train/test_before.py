@@ -11,7 +11,7 @@ from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.jsonl import append_event
-from launcher.train.before import RESTART, failure_before
+from launcher.train.before import RESTART, Failure, failure_before
 
 KILLED = {"rank": 3, "log": "/run/rank-00003.log"}
 
@@ -42,33 +42,40 @@ def ended(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None
 def test_an_end_that_no_rank_has_told_is_told(run: RunDir, cause: str, first_failure: dict[str, Any] | None, words: str) -> None:
     ended(run, cause, first_failure)
     told = failure_before(run, 2)
-    assert told.endswith(words)
-    assert bool(told) == bool(words)
-    assert failure_before(run, 1) == ""
+    assert (told is not None) == bool(words)
+    assert told is None or told.words.endswith(words)
+    assert told is None or not told.recorded
+    assert failure_before(run, 1) is None
+    append_event(run, 1, "alert", f"the attempt ended ({cause}): rank 3: killed by SIGKILL; runs again")
+    again = failure_before(run, 2)
+    assert again is None or again.recorded
 
 
 def test_ranks_that_could_save_have_told_it(run: RunDir) -> None:
     ended(run, "preempted", None)
-    assert failure_before(run, 2).startswith("attempt 1 ended (preempted)")
+    told = failure_before(run, 2)
+    assert told is not None
+    assert told.words.startswith("attempt 1 ended (preempted)")
     run_store.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
-    assert failure_before(run, 2) == ""
+    assert failure_before(run, 2) is None
 
 
 def test_who_resumes_a_run_knows_why_it_ended(run: RunDir) -> None:
     ended(run, "infrastructure", KILLED)
     run_store.write_attempt(run, 2, Attempt(None))
-    assert failure_before(run, 2) == ""
+    assert failure_before(run, 2) is None
 
 
 def test_ranks_that_are_started_again_tell_the_last_reason(run: RunDir) -> None:
     ended(run, "infrastructure", KILLED)
-    append_event(run, 1, RESTART, "of another attempt")
-    for reason in ("the first", "the second"):
-        append_event(run, 2, RESTART, reason)
-    assert failure_before(run, 2) == "the second"
+    append_event(run, 1, "alert", "of another attempt", **{RESTART: 1})
+    for count, reason in ((1, "the first"), (2, "the second")):
+        append_event(run, 2, "alert", reason, **{RESTART: count})
+    append_event(run, 2, "alert", "another matter")
+    assert failure_before(run, 2) == Failure("the second", recorded=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
 def test_what_cannot_be_read_keeps_nobody_from_training(run: RunDir, text: str) -> None:
     (run.attempt(1) / "exit.json").write_text(text)
-    assert failure_before(run, 2) == ""
+    assert failure_before(run, 2) is None

@@ -47,6 +47,10 @@ class Heard:
         self.said.append((kind, text))
 
 
+def no_beat(phase: str, step: int) -> None:
+    """Nobody watches."""
+
+
 def saved(tmp_path: Path, **more: Any) -> Saved:
     return Saved(step=5, path=tmp_path / "step-5", seconds=2.0, stall_s=0.1, bytes=4 * GIB, **more)
 
@@ -57,7 +61,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_an_alert(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gib * GIB))
     heard = Heard()
-    checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, is_main=True)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, True, no_beat)  # type: ignore[arg-type]
     checkpoints.save(5, {}, None)
     checkpoints.conclude(5)
     assert heard.logged["ckpt/disk_free_gib"] == free_gib
@@ -73,7 +77,7 @@ def test_storage_that_does_not_tell_its_room_is_no_reason_to_stop(tmp_path: Path
 
     monkeypatch.setattr(shutil, "disk_usage", stale)
     heard = Heard()
-    checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, is_main=True)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, True, no_beat)  # type: ignore[arg-type]
     checkpoints.save(5, {}, None)
     checkpoints.conclude(5)
     assert heard.logged["ckpt/last_step"] == 5
@@ -83,9 +87,18 @@ def test_storage_that_does_not_tell_its_room_is_no_reason_to_stop(tmp_path: Path
 
 def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:
     heard = Heard()
-    checkpoints = Checkpoints(Saver(CheckpointError("the disk is full", where="/runs")), heard, is_main=True)  # type: ignore[arg-type]
+    checkpoints = Checkpoints(Saver(CheckpointError("the disk is full", where="/runs")), heard, True, no_beat)  # type: ignore[arg-type]
     checkpoints.save(5, {}, None)
     checkpoints.conclude(5)
     checkpoints.conclude(6)
     assert heard.said == [("alert", "a checkpoint was not saved: the disk is full (/runs)")]
     assert checkpoints.saved_step is None
+
+
+def test_who_waits_for_a_save_says_so_before(tmp_path: Path) -> None:
+    """Saving has a limit of its own; in the phase of training the watchdog would take the wait for a hang."""
+    said: list[str] = []
+    saver = Saver(saved(tmp_path))
+    saver.wait = lambda: said.append("waits")  # type: ignore[method-assign, assignment, return-value]
+    Checkpoints(saver, Heard(), True, lambda phase, step: said.append(f"{phase} {step}")).conclude(7)  # type: ignore[arg-type]
+    assert said == ["saving 7", "waits"]

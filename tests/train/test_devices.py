@@ -114,6 +114,23 @@ def test_the_gpu_of_this_process_is_read(nvml: Nvml) -> None:
     assert nvml.handles == ["GPU-8f1c"], "by its identity, whatever CUDA_VISIBLE_DEVICES says"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_gpu_is_read() -> None:
+    held = torch.ones(2**28, dtype=torch.uint8, device=GPU)
+    watch = watched(GPU)
+    await_that(lambda: watch.latest.gpu_memory > 0, "a reading")
+    watch.stop()
+    read, (free, total) = watch.latest, torch.cuda.mem_get_info(GPU)
+    assert read.gpu_memory == pytest.approx(1 - free / total, abs=0.05)
+    assert read.gpu_memory >= held.nbytes / total
+    assert read.gpu_index >= 0
+    assert 0 <= read.gpu_util <= 1
+    assert 5 < read.gpu_power_w < 3000
+    assert 5 < read.gpu_temp_c < 110
+    assert read.xids == 0
+
+
 def test_where_it_is_not_known_by_its_uuid_its_place_on_the_bus_counts(nvml: Nvml) -> None:
     nvml.lacks = {"nvmlDeviceGetHandleByUUID", "nvmlDeviceGetPowerUsage", "nvmlEventSetCreate"}
     watch = watched(GPU)

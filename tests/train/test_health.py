@@ -10,7 +10,7 @@ import pytest
 from launcher.train import health as module
 from launcher.train.devices import Sample
 from launcher.train.health import STANDS, Health, Pulse
-from launcher.train.ranks import Told
+from launcher.train.ranks import Told, work
 
 
 def quiet(health: Health, steps: int, loss: float = 2.0, pace: float = 1000.0) -> None:
@@ -75,10 +75,10 @@ def told(slow: int | None = None, **different: float) -> list[Told]:
 
 def test_a_straggler_is_named_with_its_host_and_what_is_slow() -> None:
     health = Health()
-    said = [words for _ in range(20) for words in health.ranks(told(2, compute_s=1.5e-6), HOSTS)]
+    said = [words for _ in range(20) for words in health.stragglers(work(told(2, compute_s=1.5e-6)), HOSTS)]
     assert len(said) == 1
     assert said[0].startswith("a straggler: all ranks have waited 20 steps for rank 2 on n2: it computes 1.50 times as long as ")
-    said = [words for _ in range(20) for words in health.ranks(told(1, data_s=0.9), HOSTS)]
+    said = [words for _ in range(20) for words in health.stragglers(work(told(1, data_s=0.9)), HOSTS)]
     assert len(said) == 1
     assert "rank 1 on n1: it waits 0.90 s a step for its data, the usual rank 0.00 s" in said[0]
 
@@ -86,17 +86,17 @@ def test_a_straggler_is_named_with_its_host_and_what_is_slow() -> None:
 def test_a_rank_that_is_slow_now_and_then_is_none() -> None:
     health = Health()
     for step in range(200):
-        assert health.ranks(told(step % 4, compute_s=2e-6), HOSTS) == []
-        assert health.ranks(told(0, compute_s=1.1e-6), HOSTS) == []
-    assert health.ranks([Told()] * 4, HOSTS) == []
+        assert list(health.stragglers(work(told(step % 4, compute_s=2e-6)), HOSTS)) == []
+        assert list(health.stragglers(work(told(0, compute_s=1.1e-6)), HOSTS)) == []
+    assert list(health.stragglers(work([Told()] * 4), HOSTS)) == []
 
 
 def test_a_fault_of_a_gpu_is_told_once_with_what_it_means() -> None:
     health = Health()
     for count, number, words in ((0, math.nan, []), (1, 79, ["Xid 79 on GPU 5 of n2: fallen off the bus"]), (1, 79, [])):
         ranks = [Told(), Told(), Told(sample=Sample(gpu_index=5, xids=count, last_xid=number)), Told()]
-        assert health.ranks(ranks, HOSTS) == words
-    (words,) = health.ranks([Told(sample=Sample(gpu_index=0, xids=1, last_xid=1234))] * 4, HOSTS)[:1]
+        assert list(health.faults(ranks, HOSTS)) == words
+    words = next(health.faults([Told(sample=Sample(gpu_index=0, xids=1, last_xid=1234))] * 4, HOSTS))
     assert words.startswith("Xid 1234 on GPU 0 of n1: see NVIDIA")
 
 

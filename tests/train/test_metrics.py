@@ -6,31 +6,45 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hand_made
+import numpy as np
 import pytest
 import torch
 
-from launcher.data.loader import IGNORED, MicroBatch, StepBatch
+from launcher.data.cache import Split
+from launcher.data.loader import IGNORED, StepBatch, TrainBatches
 from launcher.plan.architecture import train_flops
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import Batch, LaunchPlan
 from launcher.train.metrics import Meter, StepTimer, perplexity
 
 PlanOf = Callable[..., LaunchPlan]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 TIMES = {"time/step_s": 0.5}
-# Documents of 5 and 3 tokens, of which 4 are trained, and a row that is half padding.
-MICRO = MicroBatch(
-    input_ids=torch.zeros(2, 8, dtype=torch.int64),
-    position_ids=torch.zeros(2, 8, dtype=torch.int64),
-    labels=torch.tensor([[IGNORED] * 4 + [1] * 4, [IGNORED] * 8]),
-    row_ids=(0, 1),
-    num_tokens=12,
-    doc_lengths=(5, 3, 4),
-)
+# Documents by row; a micro-batch of one row has no padding, one of two rows has where they differ.
+ROWS = [[8], [1, 2, 1], [5, 3, 4], [2], [6, 6], [3, 1], [7], [2, 2]]
 
 
-def measured(plan: LaunchPlan, device: torch.device = CPU, peak_tflops: float | None = None) -> dict[str, float]:
-    meter = Meter(plan, 40, device, attempt=1, restart=0, peak_tflops=peak_tflops)
-    batch = StepBatch(micro=[MICRO, MICRO], num_labels=16, num_tokens=48, source_tokens=(48,), row_ids=(0, 1, 2, 3))
+def split_of(rows: list[list[int]]) -> Split:
+    """All tokens but the first of each document are trained."""
+    lengths, docs = [sum(row) for row in rows], [n for row in rows for n in row]
+    trained = np.concatenate([np.arange(n) > 0 for n in docs]).astype(np.uint8)
+    return Split(
+        tokens=np.arange(sum(lengths), dtype=np.uint32),
+        trained=trained,
+        rows=np.cumsum([0, *lengths]),
+        docs=np.cumsum([0, *docs]),
+        row_labels=np.array([sum(row) - len(row) for row in rows]),
+        doc_source=np.zeros(len(docs), dtype=np.uint16),
+        row_sources=np.array(lengths)[:, None],
+    )
+
+
+def batch_of(num_tokens: int = 24, num_labels: int = 8, sources: tuple[int, ...] = (24,)) -> StepBatch:
+    """Counts alone."""
+    return StepBatch([], num_labels, num_tokens, num_slots=32, doc_lengths=(5, 3, 4), source_tokens=sources, row_ids=(0, 1))
+
+
+def measured(plan: LaunchPlan, batch: StepBatch, peak_tflops: float | None = None) -> dict[str, float]:
+    meter = Meter(plan, 40, CPU, attempt=1, restart=0, peak_tflops=peak_tflops)
     return meter.step(1, batch, 1.0, 1.0, 1.0, TIMES)
 
 
@@ -62,32 +76,53 @@ def test_each_source_has_its_share_of_the_tokens(tmp_path: Path) -> None:
         "train": {"max_steps": 40},
     }
     meter = Meter(hand_made.plan(tmp_path, settings), 40, CPU, attempt=1, restart=0, peak_tflops=None)
-    micro = MicroBatch(*(torch.zeros(1, 8, dtype=torch.int64),) * 3, row_ids=(0,), num_tokens=8, doc_lengths=(8,))
-    batch = StepBatch([micro], num_labels=4, num_tokens=8, source_tokens=(6, 2), row_ids=(0,))
+    batch = batch_of(num_tokens=8, num_labels=4, sources=(6, 2))
     metrics = meter.step(1, batch, 1.0, 1.0, 1e-5, {"time/step_s": 1.0})
     assert (metrics["data/source/chat/frac"], metrics["data/source/code/frac"]) == (0.75, 0.25)
     assert metrics["data/label_frac"] == pytest.approx(0.5)
 
 
 def test_the_share_of_the_datas_tokens_that_were_cut_is_told(plan_of: PlanOf) -> None:
-    assert measured(plan_of())["data/truncated_frac"] == pytest.approx(500 / 900_500)
+    assert measured(plan_of(), batch_of())["data/truncated_frac"] == pytest.approx(500 / 900_500)
 
 
-def test_mfu_counts_the_documents_of_a_row_and_no_padding(plan_of: PlanOf) -> None:
-    flops = train_flops(plan_of().model)
+def test_what_is_told_of_a_step_is_of_all_ranks(plan_of: PlanOf) -> None:
+    """Two ranks with unequal rows: MFU counts the documents of both and no padding, whichever rank counts."""
+    plan, split = plan_of(), split_of(ROWS)
+    shape = Batch(
+        global_batch_size=8,
+        micro_batch_size=2,
+        accumulation=2,
+        max_tokens_per_step=96,
+        tokens_per_step=53,
+        max_steps=40,
+        epochs=None,
+    )
+    batches = [TrainBatches(split, shape, 0, rank, 2, pad_id=0).step(0) for rank in (0, 1)]
+    flops = train_flops(plan.model)
     assert flops is not None
-    metrics = measured(plan_of(), peak_tflops=0.25)
-    tflops = flops.of([5, 3, 4, 5, 3, 4], 8) / 0.5 / 1e12
-    assert metrics["perf/tflops_per_gpu"] == pytest.approx(tflops)
-    assert metrics["perf/mfu"] == pytest.approx(tflops / 0.25)
-    assert "perf/mfu" not in measured(plan_of())
+    own, slots = [], 0
+    for batch in batches:
+        labels = sum(int((micro.labels != IGNORED).sum()) for micro in batch.micro)
+        own.append(flops.of([n for micro in batch.micro for row in micro.row_ids for n in ROWS[row]], labels))
+        slots += sum(micro.input_ids.numel() for micro in batch.micro)
+    assert own[0] != own[1]
+    for batch in batches:
+        metrics = measured(plan, batch, peak_tflops=0.25)
+        assert metrics["perf/tflops_per_gpu"] == pytest.approx(sum(own) / 2 / 0.5 / 1e12)
+        assert metrics["perf/mfu"] == pytest.approx(sum(own) / 2 / 0.5 / 0.25e12)
+        assert metrics["perf/tokens_per_sec"] == 53 / 0.5, "padding is no token"
+        assert metrics["perf/tokens_per_sec_per_gpu"] == 53 / 0.5 / 2
+        assert metrics["perf/padding_frac"] == pytest.approx(1 - 53 / slots)
+        assert slots > 53
+    assert "perf/mfu" not in measured(plan, batches[0])
 
 
 def test_the_time_left_counts_what_comes_between_steps(plan_of: PlanOf) -> None:
     """Steps of half a second, one second from end to end; an evaluation takes its share of all that is left."""
     now = [100.0]
     meter = Meter(plan_of(), 40, CPU, attempt=1, restart=0, peak_tflops=None, clock=lambda: now[0])
-    batch = StepBatch(micro=[MICRO], num_labels=8, num_tokens=24, source_tokens=(24,), row_ids=(0, 1))
+    batch = batch_of()
 
     def after(step: int, seconds: float) -> float:
         now[0] += seconds
@@ -102,6 +137,6 @@ def test_the_time_left_counts_what_comes_between_steps(plan_of: PlanOf) -> None:
 
 
 def test_what_is_not_known_is_not_measured(plan_of: PlanOf) -> None:
-    metrics = measured(plan_of("model.config.model_type=deepseek_v3"), peak_tflops=0.25)
+    metrics = measured(plan_of("model.config.model_type=deepseek_v3"), batch_of(), peak_tflops=0.25)
     assert metrics.keys() & {"perf/tflops_per_gpu", "perf/mfu"} == set()
-    assert metrics["perf/tokens_per_sec"] == 96
+    assert metrics["perf/tokens_per_sec"] == 48

@@ -21,7 +21,7 @@ def test_in_lockstep_the_probe_tells_who_is_slow() -> None:
     works = work(ranks)
     assert [one.seconds for one in works] == pytest.approx([1.0, 1.0, 2.0, 1.0])
     assert ratio(works) == pytest.approx(2.0)
-    assert metrics(ranks) == pytest.approx({"time/step_max_rank_s": 2.0, "time/straggler_ratio": 2.0})
+    assert metrics(ranks, works) == pytest.approx({"time/step_max_rank_s": 2.0, "time/straggler_ratio": 2.0})
 
 
 def test_a_rank_that_waits_for_its_data_is_waited_for_as_well() -> None:
@@ -36,15 +36,16 @@ def test_a_wait_for_data_that_is_nothing_beside_the_step_is_no_matter() -> None:
 
 
 def test_without_numbers_there_are_no_metrics() -> None:
-    assert metrics([Told(), Told()]) == {}
+    assert metrics([Told(), Told()], work([Told(), Told()])) == {}
     assert ratio(work([Told(), Told()])) == 1.0
-    assert metrics([Told(2.0, 0.5), Told(2.0, 0.5)])["time/straggler_ratio"] == 1.0
+    alike = [Told(2.0, 0.5), Told(2.0, 0.5)]
+    assert metrics(alike, work(alike))["time/straggler_ratio"] == 1.0
 
 
 def test_the_devices_of_all_ranks_are_one_set_of_metrics() -> None:
     nan = math.nan
     samples = [Sample(0, 0.9, 0.5, 600, 70, 2, 79, 0.1, 0.2), Sample(1, 0.5, 0.7, 400, 80, 1, 48, nan, nan)]
-    found = metrics([Told(sample=sample) for sample in samples])
+    found = metrics([Told(sample=sample) for sample in samples], [])
     assert found == {
         "gpu/util_mean": pytest.approx(0.7),
         "gpu/util_min": 0.5,
