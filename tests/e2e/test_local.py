@@ -23,7 +23,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 30
 CANARY = "canary-0ddba11c0ffee5eed"
-# What the design promises of a run without GPUs.
+# What the design promises of a run without GPUs; tests/train/test_gpu_metrics.py has the rest.
 METRICS = {
     *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
     *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),
@@ -37,6 +37,7 @@ METRICS = {
     *(f"lost/{name}_s" for name in ("queue", "start", "load", "save", "eval", "restart", "replay")),
     *(f"data/{name}" for name in ("label_frac", "truncated_frac", "source/stdlib_docs/frac")),
     *(f"ckpt/{name}" for name in ("last_step", "save_s", "stall_s", "bytes", "disk_free_gib")),
+    *(f"cost/{name}" for name in ("gpu_hours", "usd", "usd_per_million_tokens")),
     *(f"run/{name}" for name in ("attempt", "restarts", "nodes", "lost_steps")),
     *("host/cpu_util_mean", "host/ram_used_max_frac", "memory/host_rss_gib"),
 }
@@ -45,7 +46,7 @@ SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep
 
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, module_runs: Path) -> Path:
-    tracked = ("tracking=wandb", "tracking.mode=offline", "tracking.tags=[quiet]")
+    tracked = ("tracking=wandb", "tracking.mode=offline", "tracking.tags=[quiet]", "cluster.price_per_gpu_hour=3")
     done = launch(*SETTINGS, *tracked, f"run.root={module_runs}", "run.name=undisturbed", CANARY_TOKEN=CANARY)
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "undisturbed"
@@ -75,7 +76,7 @@ def test_every_metric_is_in_the_file_in_wandb_and_on_the_dashboard(undisturbed: 
     assert (run["tags"], run["config"]["update"]["config"]["train"]["max_steps"]) == (["quiet"], STEPS)
     assert not [file for file in undisturbed.rglob("*") if file.is_file() and CANARY.encode() in file.read_bytes()]
     shown = {name for charts in SECTIONS.values() for chart in charts for name in chart.metrics if not name.startswith("/")}
-    only_on_gpus = ("gpu/", "cost/", "memory/peak_", "memory/alloc_retries")
+    only_on_gpus = ("gpu/", "memory/peak_", "memory/alloc_retries")
     assert {name for name in shown - logged if not name.startswith(only_on_gpus)} == set()
 
 
