@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from rank_tools import QUICK_S, alerts, infos, rank, wait_for
+from rank_tools import QUICK_S, alerts, has_steps, infos, rank, wait_for
 from wandb_files import history
 from wandb_server import KEY, FakeWandb, fake_wandb
 
@@ -110,6 +111,32 @@ def test_a_server_that_never_answers(make_plan: PlanMaker, server: FakeWandb, ru
     assert server.run().steps == list(range(1, 21))
     assert server.run().exits == [0]
     assert "the loss jumped" in [alert["text"] for alert in server.alerts]
+
+
+@pytest.mark.parametrize("trained", [0, 3], ids=["at the start", "in the middle"])
+def test_a_server_whose_port_is_closed(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, trained: int) -> None:
+    """`server` is there again, as another one, when the files are uploaded."""
+    plan = make_plan()
+    with ExitStack() as others:
+        gone = others.enter_context(fake_wandb())
+        it = others.enter_context(rank(plan, base_url=gone.address))
+        it.limits(**LIMITS)
+        if trained:
+            it.start_and_wait()
+            it.steps(1, trained)
+            # A step is sent when the next one begins.
+            wait_for("W&B to have some steps", has_steps(gone, trained - 1))
+        gone.close()
+        if not trained:
+            assert it.start()["seconds"] < QUICK_S
+        it.steps(trained + 1, 60)
+        assert it.slowest_s < QUICK_S
+        assert it.finish("completed")["seconds"] < LONGEST_FINISH_S
+    assert len(alerts(plan)) == 1
+    assert any("Weights & Biases has not got everything" in text for text in alerts(plan) + infos(plan))
+    upload(run_dir, server)
+    assert server.run().steps == list(range(1, 61))
+    assert server.run().exits == [0]
 
 
 def test_a_server_that_is_back_gets_everything(make_plan: PlanMaker, server: FakeWandb) -> None:

@@ -11,8 +11,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -53,8 +53,9 @@ class Run:
 class FakeWandb:
     """`fault` None answers, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
 
-    "proxy" answers 403. A file of an artifact takes `upload_s` seconds. `others` are entities that the user sees, and no more.
-    `projects` are those of ENTITY; `read_only` tells of other projects, by ENTITY/PROJECT, whether the user may only read them.
+    "proxy" answers 403. After `close()` nobody listens any more. A file of an artifact takes `upload_s` seconds. `others` are
+    entities that the user sees, and no more. `projects` are those of ENTITY; `read_only` tells of other projects, by
+    ENTITY/PROJECT, whether the user may only read them.
     """
 
     fault: str | None = None
@@ -71,6 +72,7 @@ class FakeWandb:
     unknown: list[str] = field(default_factory=list)
     received: list[str] = field(default_factory=list)
     freed: threading.Event = field(default_factory=threading.Event)
+    close: Callable[[], None] = lambda: None
 
     def run(self, name: str = "abcd1234") -> Run:
         return self.runs[name]
@@ -292,7 +294,9 @@ def fake_wandb(**settings: Any) -> Iterator[FakeWandb]:
         def log_message(self, format: str, *arguments: Any) -> None:
             """Nothing: tests read `received`."""
 
-    with serving(Handler) as server.address:
+    with ExitStack() as port:
+        server.address = port.enter_context(serving(Handler))
+        server.close = port.close
         try:
             yield server
         finally:
