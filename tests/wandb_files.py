@@ -17,3 +17,8 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
         found += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return found
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """What was logged, a dict for each of W&B's steps."""
+    return [record["history"]["item"] for record in records(run_dir) if record["type"] == "history"]

@@ -19,7 +19,7 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
     """What a person should know of the login that the run would be tracked with; `environ` is that of this package's processes.
 
     Raises:
-        ConfigError: where W&B refuses the key or the entity, or online is asked for without a login.
+        ConfigError: where W&B refuses the key, the entity or the project, or online is asked for without a login.
     """
     tracking = config.tracking
     if tracking.kind != "wandb" or tracking.mode in ("offline", "disabled"):
@@ -35,14 +35,22 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
             f"Weights & Biases will not take this run: {account['refused']}",
             where="tracking",
             value=f"entity={account['entity'] or tracking.entity}, project={tracking.project}, mode={tracking.mode}",
-            remedy="log in with: wandb login, set tracking.entity or WANDB_ENTITY to one of yours, or set tracking.mode=offline",
+            remedy="log in with: wandb login, set tracking.entity (or WANDB_ENTITY) and tracking.project to what you may write "
+            "to, or set tracking.mode=offline",
         )
     said = [f"whether W&B takes this run is not known: {account['unknown']}"] if account["unknown"] else []
+    said += [account["note"]] if account["note"] else []
     return [*said, *_not_travelling(config.cluster, account["login"])]
 
 
 def _look_up(tracking: str, environ: dict[str, str]) -> dict[str, Any]:
-    unknown: dict[str, Any] = {"login": "environment", "entity": None, "refused": "", "unknown": "its package did not answer"}
+    unknown: dict[str, Any] = {
+        "login": "environment",
+        "entity": None,
+        "refused": "",
+        "unknown": "its package did not answer",
+        "note": "",
+    }
     command = [sys.executable, "-m", "launcher.tracking.wandb_account"]
     try:
         done = subprocess.run(command, input=tracking, capture_output=True, text=True, env=environ, timeout=_DEADLINE_S)

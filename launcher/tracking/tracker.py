@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher import run_store
 from launcher.errors import LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.alerts import RateLimit
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.wandb import WandbTracker
@@ -26,7 +25,8 @@ class Tracker(Protocol):
         """Record metrics of one step; several calls for one step add up."""
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        """Record a message for people; `kind` is info, eval, sample, checkpoint, alert or the like.
+        """Record a message for people; `kind` is info, eval, sample, checkpoint, alert or the like. An alert that may come again
+        begins with what it is of, and a colon.
 
         What a kind has to say to programs stands in fields: a checkpoint's `path`, `saved_step` and `eval_loss`, an export's
         `path`. With the field `recorded` it stands in events.jsonl already, and is only passed on.
@@ -42,12 +42,13 @@ class Tracker(Protocol):
 class Composite:
     """Fans out to several trackers and never raises: one that fails is reported once, through the others, and dropped.
 
-    One that raises an OSError stays, as storage may be back at the next call.
+    One that raises an OSError stays, as storage may be back at the next call. Of alerts of a kind, few are passed on.
     """
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
         self._reported: list[Tracker] = []
+        self._limit = RateLimit()
 
     def add(self, tracker: Tracker) -> None:
         self._trackers.append(tracker)
@@ -56,7 +57,8 @@ class Composite:
         self._each(lambda tracker: tracker.log(step, metrics))
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        self._each(lambda tracker: tracker.event(kind, text, step, **fields))
+        if kind != "alert" or self._limit.due(text):
+            self._each(lambda tracker: tracker.event(kind, text, step, **fields))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.summary(values))
@@ -101,12 +103,10 @@ def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int, on_stop:
     """Start the terminal's lines, metrics.jsonl, events.jsonl and, where the plan says so, Weights & Biases.
 
     Called on rank 0 only. `attempt` counts from 1. `on_stop` is called, in another thread, where a person presses Stop in W&B's
-    page. Where nobody is there to mend it, Weights & Biases that refuses to start is no reason to lose the machines: an attempt
-    that no person started, and ranks that are started again, go on offline.
+    page. Weights & Biases that refuses to start is no reason to lose the machines: training goes on, and its data stay on disk.
 
     Raises:
         RunError: where the run directory cannot be written.
-        ConfigError: where Weights & Biases refuses the settings or the login; the trackers that started before it are closed.
     """
     composite = Composite([ConsoleTracker(plan.batch.max_steps)])
     run = RunDir(Path(run_dir))
@@ -120,16 +120,5 @@ def start_trackers(plan: LaunchPlan, run_dir: str | Path, attempt: int, on_stop:
             remedy="free space, or make the folder writable",
         ) from error
     if tracking.kind == "wandb" and tracking.mode != "disabled":
-        try:
-            by_itself = _by_itself(run_dir, attempt)
-            composite.add(WandbTracker(plan, run_dir, tell=composite.event, on_stop=on_stop, by_itself=by_itself))
-        except BaseException:
-            composite.finish("failed")
-            raise
+        composite.add(WandbTracker(plan, run_dir, tell=composite.event, on_stop=on_stop))
     return composite
-
-
-def _by_itself(run_dir: str | Path, attempt: int) -> bool:
-    """True where no person waits for this start."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    return restarted or run_store.read_attempt(RunDir(Path(run_dir)), attempt).automatic

@@ -50,25 +50,17 @@ class _Call:
 class WandbTracker:
     """Sends metrics, alerts, checkpoints and the summary to the W&B run of the plan's id.
 
-    Where W&B does not answer it is tried again all the while; a W&B process that dies is replaced. What W&B lacks then is sent
-    from metrics.jsonl. The first
-    trouble is told as an alert, others once as information, through `tell` (kind, text), from within calls of this tracker.
-    mode auto is online where W&B finds credentials, else offline. `on_stop` is called where a person presses Stop in the page.
-
-    With `by_itself`, where nobody is there to mend it, nothing waits for W&B to start. Where W&B refuses the run and nobody
-    waits any longer, that is told, and the files are written that can be uploaded later.
-
-    Raises:
-        ConfigError: where W&B is not installed, or refuses the settings or the login.
+    Nothing waits for W&B to start, and no trouble of W&B's is raised. Where it does not answer it is tried again all the while;
+    a W&B process that dies is replaced. What W&B lacks then is sent from metrics.jsonl. Where W&B refuses the run, files are
+    written that can be uploaded later. The first trouble is told as an alert, others once as information, through `tell` (kind,
+    text), from within calls of this tracker. mode auto is online where W&B finds credentials, else offline. `on_stop` is called
+    where a person presses Stop in the page.
     """
 
-    def __init__(
-        self, plan: LaunchPlan, run_dir: str | Path, *, tell: Tell, on_stop: Callable[[], None], by_itself: bool = False
-    ) -> None:
+    def __init__(self, plan: LaunchPlan, run_dir: str | Path, *, tell: Tell, on_stop: Callable[[], None]) -> None:
         self._plan, self._run, self._tell, self._on_stop = plan, RunDir(Path(run_dir)), tell, on_stop
-        self._by_itself = by_itself
         self._best_loss = _best_checkpoint(self._run)
-        self._offline = not wandb_session.is_online(plan.config.tracking.mode)
+        self._offline = plan.config.tracking.mode == "offline"
         self._notes: deque[tuple[str, str, dict[str, Any]]] = deque()
         self._told: set[str] = set()
         self._calls: queue.Queue[_Call | None] = queue.Queue(_MOST_PENDING)
@@ -76,7 +68,7 @@ class WandbTracker:
         self._kept: deque[_Call] = deque(maxlen=_MOST_ARTIFACTS)
         self._session: Session | None = None
         self._next_try = self._next_look = 0.0
-        self._refused: ConfigError | None = None
+        self._refused = False
         self._failure = ""
         self._last_step = -1
         # When the call was made that the thread is at.
@@ -84,15 +76,8 @@ class WandbTracker:
         self._export_s = 0.0
         self._overflown = False
         self._alerted = False
-        self._begun = threading.Event()
         self._thread = _start(self._work, "wandb")
         self._artifact_thread = _start(self._work_artifacts, "wandb-artifacts")
-        if not by_itself:
-            self._begun.wait(wandb_session.INIT_TIMEOUT_S + FINISH_GRACE_S)
-            # Whatever comes from here on is told, as nobody asks.
-            self._by_itself = True
-            if self._refused is not None:
-                raise self._refused
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._last_step = step
@@ -100,8 +85,10 @@ class WandbTracker:
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
         """W&B sends alerts to whoever has asked it to; checkpoints are kept by reference, the export where asked for."""
+        self._pass_on()
         if kind == "alert":
-            self._put(_Call(lambda session: session.alert(text, step)))
+            at = self._last_step if step is None and self._last_step >= 0 else step
+            self._put(_Call(lambda session: session.alert(text, at)))
         elif kind == "checkpoint" and "path" in fields:
             loss: float | None = fields["eval_loss"]
             best = loss is not None and loss < self._best_loss
@@ -197,13 +184,12 @@ class WandbTracker:
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             self._note_once("alert", f"W&B tracking has failed and is off: {self._failure}")
-        finally:
-            self._begun.set()
 
     def _serve(self) -> None:
+        # Looking for a login imports the package, which takes a while.
+        self._offline = not wandb_session.is_online(self._plan.config.tracking.mode)
         self._begin()
-        self._begun.set()
-        while self._refused is None and (call := self._calls.get()) is not None:
+        while not self._refused and (call := self._calls.get()) is not None:
             self._at = call.at
             session = self._session or self._begin()
             if session is None:
@@ -214,11 +200,11 @@ class WandbTracker:
             self._carry_out(session, call)
             self._at = None
             self._look_whether_it_sends(session)
-        if self._session is None and self._refused is None and self._kept:
+        if self._session is None and not self._refused and self._kept:
             self._write_files()
 
     def _begin(self) -> Session | None:
-        """Start a session, unless the last try was just now; None where W&B does not answer."""
+        """Start a session, unless the last try was just now; None where W&B does not answer, or refuses even to write files."""
         if time.monotonic() < self._next_try:
             return None
         try:
@@ -229,11 +215,11 @@ class WandbTracker:
             return None
         except ConfigError as error:
             what = error.problems[0].what
-            if self._by_itself and not self._offline:
+            if not self._offline:
                 self._note_once("alert", f"this attempt goes on offline: {what}")
                 self._offline = True
                 return self._begin()
-            self._refused, self._failure = error, what
+            self._refused, self._failure = True, what
             self._note_once("alert", f"W&B does not track this attempt, metrics.jsonl does: {what}")
             return None
         command = wandb_session.sync_command(self._run, self._plan.wandb_id, session) if session.offline else None

@@ -1,8 +1,8 @@
 """Whether W&B takes a run, asked before machines are asked for: `python -m launcher.tracking.wandb_account < TRACKING.json`.
 
 A process of its own, since W&B's package is imported to learn its address and login. It prints one JSON object: `login` is
-environment, netrc, token or None, `refused` says why W&B will not take the run, `unknown` why that could not be found out.
-A project that does not exist is no mistake: W&B makes it.
+environment, netrc, token or None, `refused` says why W&B will not take the run, `unknown` why that could not be found out,
+`note` what else a person should know. A project that does not exist is no mistake: W&B makes it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launcher.config.schema import TrackingSection
@@ -22,6 +22,10 @@ ANSWER_DEADLINE_S = 10.0
 _VIEWER = "query Viewer { viewer { entity username admin teams { edges { node { name } } } } }"
 # What W&B's own package asks of an entity; it is null where there is none, or none that the key may see.
 _ENTITY = "query EntityIsTeam($entity: String!) { entity(name: $entity) { id isTeam } }"
+# Likewise of a project before it changes anything there.
+_PROJECT = (
+    "query IsProjectReadOnly($entity: String!, $project: String!) { project(entityName: $entity, name: $project) { readOnly } }"
+)
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,14 @@ class Account:
     login: str | None = None
     refused: str = ""
     unknown: str = ""
+    note: str = ""
     entity: str | None = None
 
 
 def look_up(tracking: TrackingSection) -> Account:
-    """Ask W&B about the login of this machine and the entity of the settings, or of W&B's own where these name none."""
+    """Ask W&B about the login of this machine, and the entity and the project of the settings; W&B's own entity where these
+    name none.
+    """
     from wandb.errors import AuthenticationError
     from wandb.sdk import wandb_setup
     from wandb.sdk.lib.wbauth import read_netrc_auth
@@ -52,32 +59,39 @@ def look_up(tracking: TrackingSection) -> Account:
             return Account("netrc", refused=f"what netrc holds for {address} is no key")
     if not key:
         return Account(None, refused=f"there is no login for {address}")
+    account = Account(login, entity=entity)
     try:
-        refused, unknown = _answer(address, key, entity)
+        return _answer(address, key, account, tracking.project)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        refused, unknown = "", f"{address} does not answer: {getattr(error, 'reason', error)}"
-    return Account(login, refused, unknown, entity)
+        return replace(account, unknown=f"{address} does not answer: {getattr(error, 'reason', error)}")
 
 
-def _answer(address: str, key: str, entity: str | None) -> tuple[str, str]:
-    """Why W&B refuses the run, and what it leaves open, in words."""
+def _answer(address: str, key: str, account: Account, project: str) -> Account:
+    """The account with what W&B says of it: why it refuses the run, and what it leaves open."""
     try:
         viewer = _ask(address, key, _VIEWER)["viewer"]
     except urllib.error.HTTPError as error:
+        if error.code == 401:
+            return replace(account, refused=f"{address} does not accept the key")
         # Other refusals may be those of a proxy on the way.
-        return (
-            (f"{address} does not accept the key", "") if error.code == 401 else ("", f"{address} answers with HTTP {error.code}")
-        )
+        return replace(account, unknown=f"{address} answers with HTTP {error.code}")
     if viewer is None:
-        return f"{address} does not accept the key", ""
-    own = {viewer["entity"], viewer["username"], *(edge["node"]["name"] for edge in viewer["teams"]["edges"])} - {None}
+        return replace(account, refused=f"{address} does not accept the key")
+    user, entity = viewer["username"], account.entity
+    owner = entity or viewer["entity"] or user
+    path = f"{owner}/{project}"
+    found = _ask(address, key, _PROJECT, entity=owner, project=project)["project"]
+    if found is not None:
+        # Some projects are open to those who are no members.
+        return replace(account, refused=f"{user} may read the project {path}, not write to it" if found["readOnly"] else "")
+    own = {viewer["entity"], user, *(edge["node"]["name"] for edge in viewer["teams"]["edges"])} - {None}
     if entity is None or entity.casefold() in {name.casefold() for name in own} or viewer.get("admin"):
-        return "", ""
-    known = f"{viewer['username']} is known to write to {', '.join(sorted(own))}"
+        return replace(account, note=f"W&B makes the project {path}: there is none yet, or none that {user} may see")
+    known = f"{user} is known to write to {', '.join(sorted(own))}"
     if _ask(address, key, _ENTITY, entity=entity)["entity"] is None:
-        return f"there is no entity {entity} that {viewer['username']} may see; {known}", ""
+        return replace(account, refused=f"there is no entity {entity} that {user} may see; {known}")
     # Service accounts and administrators of an organisation may write where they are no members.
-    return "", f"{viewer['username']} is no member of {entity}; {known}"
+    return replace(account, unknown=f"{user} is no member of {entity}; {known}")
 
 
 def _ask(address: str, key: str, query: str, **variables: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
+from launcher.tracking.alerts import RateLimit
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite
@@ -51,7 +52,7 @@ class Monitor:
         self._before: Future[Breakdown] | None = None
         self._loaded = time.monotonic()
         self.eval_s = self.save_s = 0.0
-        on_xid = partial(record_fault, self._run, place, self._hosts[place.rank])
+        on_xid = partial(record_fault, self._run, place, self._hosts[place.rank], RateLimit())
         self._devices = Devices(device, place.local_rank == 0, on_xid).start()
         self._pulse = Pulse(partial(tracker.event, "alert")).start() if place.is_main else None
 
@@ -124,8 +125,10 @@ def spent_before(run: RunDir, now: float, tell: Callable[[str], None]) -> Breakd
         return Breakdown()
 
 
-def record_fault(run: RunDir, place: Place, host: str, words: str) -> None:
+def record_fault(run: RunDir, place: Place, host: str, limit: RateLimit, words: str) -> None:
     """A GPU's fault, in this rank's log and among the events at once: it may be the last that this rank tells."""
+    if not limit.due(words):
+        return
     where = f"{words} (rank {place.rank} on {host})"
     print(where, flush=True)
     # A disk that is full must not end the watch over the device.

@@ -47,7 +47,7 @@ def main(plan_path: str, attempt: int) -> None:
         return
     status = run_store.read_status(run)
     tell = partial(append_event, run, attempt)
-    tracker = WandbTracker(plan, run.root, tell=tell, on_stop=_no_stop, by_itself=True)
+    tracker = WandbTracker(plan, run.root, tell=tell, on_stop=_no_stop)
     tracker.event("alert", f"the run has failed: {status.message}{_where(run, attempt)}", status.step)
     tracker.finish("failed", everything=True)
 

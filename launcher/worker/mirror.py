@@ -29,6 +29,7 @@ from launcher.errors import CheckpointError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Superseded
+from launcher.tracking.alerts import RateLimit
 from launcher.tracking.jsonl import append_event
 from launcher.worker.rank import die_with_parent
 
@@ -91,6 +92,7 @@ class Sender:
         self._taken = False
         self._said = ""
         self._given_up: set[tuple[int, int]] = set()
+        self._alerts = RateLimit()
         self._bytes = 0
         self._seconds = 0.0
         self._lag_s: float | None = None
@@ -164,7 +166,7 @@ class Sender:
         except Exception as error:
             what = error.problems[0].what if isinstance(error, LauncherError) else words(error)
             # One outage has many words; mirror.json has the last.
-            if not self._said:
+            if not self._said and self._alerts.due("the mirror cannot be written"):
                 text = f"the mirror cannot be written, training goes on and the next checkpoint tries again: {what}"
                 self._event("alert", text, mirror=self._url)
             self._said = what
@@ -185,7 +187,8 @@ class Sender:
         except CheckpointError as error:
             # Damaged here: it is left alone, so that it does not keep back those after it.
             self._given_up.add(_identity(checkpoint))
-            self._event("alert", f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].what}", checkpoint.step)
+            kind = "alert" if self._alerts.due("a checkpoint is not sent") else "mirror"
+            self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].what}", checkpoint.step)
             return
         seconds, self._lag_s = time.time() - began, time.time() - committed_at
         self._bytes, self._seconds = self._bytes + sent.bytes, self._seconds + seconds

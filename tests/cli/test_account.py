@@ -20,7 +20,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def server() -> Iterator[FakeWandb]:
-    with fake_wandb() as running:
+    with fake_wandb(projects=("launcher",)) as running:
         yield running
 
 
@@ -35,10 +35,31 @@ def environ(server: FakeWandb, netrc: Path | str = os.devnull, **variables: str)
     return {**kept, "WANDB_BASE_URL": server.address, "NETRC": str(netrc), "PYTHONPATH": str(REPO), **variables}
 
 
-@pytest.mark.parametrize("entity", [None, ENTITY, ENTITY.upper(), "me"])
-def test_a_login_and_an_entity_of_ones_own_pass(server: FakeWandb, entity: str | None) -> None:
+@pytest.mark.parametrize("entity", [None, ENTITY])
+def test_a_login_an_entity_and_a_project_of_ones_own_pass(server: FakeWandb, entity: str | None) -> None:
     assert account.check(config(entity=entity), environ(server, WANDB_API_KEY=KEY)) == []
     assert KEY not in "".join(server.received)
+
+
+@pytest.mark.parametrize("entity", [None, ENTITY, ENTITY.upper(), "me"])
+def test_a_project_that_wandb_will_make_is_told(server: FakeWandb, entity: str | None) -> None:
+    (said,) = account.check(config(entity=entity, project="demoo"), environ(server, WANDB_API_KEY=KEY))
+    assert said == f"W&B makes the project {entity or ENTITY}/demoo: there is none yet, or none that me may see"
+
+
+@pytest.mark.parametrize("entity", [None, "other"])
+def test_a_project_that_may_only_be_read_is_refused(server: FakeWandb, entity: str | None) -> None:
+    path = f"{entity or ENTITY}/demo"
+    server.read_only = {path: True}
+    with pytest.raises(ConfigError, match=f"me may read the project {path}, not write to it") as refused:
+        account.check(config(entity=entity, project="demo"), environ(server, WANDB_API_KEY=KEY))
+    assert "project=demo" in str(refused.value)
+    assert "tracking.project" in str(refused.value)
+
+
+def test_a_project_of_others_that_is_open_to_all_passes(server: FakeWandb) -> None:
+    server.read_only = {"other/demo": False}
+    assert account.check(config(entity="other", project="demo"), environ(server, WANDB_API_KEY=KEY)) == []
 
 
 @pytest.mark.parametrize(

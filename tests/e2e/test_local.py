@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -16,12 +17,13 @@ from launcher import run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Attempt
 from launcher.tracking.dashboard import SECTIONS
+from launcher.tracking.jsonl import read_events
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 30
 CANARY = "canary-0ddba11c0ffee5eed"
-# What the design promises of a run without GPUs.
+# What the design promises of a run without GPUs; tests/train/test_gpu_metrics.py has the rest.
 METRICS = {
     *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
     *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),
@@ -35,6 +37,7 @@ METRICS = {
     *(f"lost/{name}_s" for name in ("queue", "start", "load", "save", "eval", "restart", "replay")),
     *(f"data/{name}" for name in ("label_frac", "truncated_frac", "source/stdlib_docs/frac")),
     *(f"ckpt/{name}" for name in ("last_step", "save_s", "stall_s", "bytes", "disk_free_gib")),
+    *(f"cost/{name}" for name in ("gpu_hours", "usd", "usd_per_million_tokens")),
     *(f"run/{name}" for name in ("attempt", "restarts", "nodes", "lost_steps")),
     *("host/cpu_util_mean", "host/ram_used_max_frac", "memory/host_rss_gib"),
 }
@@ -43,7 +46,7 @@ SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep
 
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, module_runs: Path) -> Path:
-    tracked = ("tracking=wandb", "tracking.mode=offline", "tracking.tags=[quiet]")
+    tracked = ("tracking=wandb", "tracking.mode=offline", "tracking.tags=[quiet]", "cluster.price_per_gpu_hour=3")
     done = launch(*SETTINGS, *tracked, f"run.root={module_runs}", "run.name=undisturbed", CANARY_TOKEN=CANARY)
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "undisturbed"
@@ -73,7 +76,7 @@ def test_every_metric_is_in_the_file_in_wandb_and_on_the_dashboard(undisturbed: 
     assert (run["tags"], run["config"]["update"]["config"]["train"]["max_steps"]) == (["quiet"], STEPS)
     assert not [file for file in undisturbed.rglob("*") if file.is_file() and CANARY.encode() in file.read_bytes()]
     shown = {name for charts in SECTIONS.values() for chart in charts for name in chart.metrics if not name.startswith("/")}
-    only_on_gpus = ("gpu/", "cost/", "memory/peak_", "memory/alloc_retries")
+    only_on_gpus = ("gpu/", "memory/peak_", "memory/alloc_retries")
     assert {name for name in shown - logged if not name.startswith(only_on_gpus)} == set()
 
 
@@ -209,6 +212,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert "Traceback" not in bad.stderr
     assert (run / "checkpoints/step-00000003/manifest.json").is_file()
     assert status(run)["state"] == "failed"
+    alerts = [event["text"] for event in read_events(run / "events.jsonl") if event["kind"] == "alert"]
+    assert any(re.match("the attempt failed: rank [01]: .*(the loss is nan|not finite)", text) for text in alerts), alerts
     back = launch("resume", str(run), "--step", "3", "optim.lr=3e-5", "train.max_steps=5")
     assert back.returncode == 0, back.stderr
     assert "set aside" in back.stdout

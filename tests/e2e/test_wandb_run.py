@@ -74,3 +74,20 @@ def test_a_rank_that_is_killed_is_named_in_wandb(start: Callable, runs: Path, se
     assert "the run has failed: rank 1: killed by SIGKILL" in alert["text"]
     assert "rank-00001.log" in alert["text"]
     assert not processes_of(run)
+
+
+def test_machines_that_are_about_to_go_are_an_alert(start: Callable, runs: Path, server: FakeWandb) -> None:
+    run, variables = runs / "preempted", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
+    with start(*SETTINGS, "train.max_steps=2000", f"run.root={runs}", "run.name=preempted", **variables) as process:
+        wait_for("step 3", lambda: last_step(run) >= 3)
+        ranks_of(run)[1].send_signal(signal.SIGUSR2)
+        output, _ = process.communicate(timeout=120)
+    stopped_at = status(run)["step"]
+    assert status(run)["state"] == "preempted", output
+    words = f"the machine was asked to stop; saved at step {stopped_at} of 2000"
+    assert [(event["step"], event["text"]) for event in read_events(run / "events.jsonl") if event["kind"] == "alert"] == [
+        (stopped_at, words)
+    ]
+    assert [(alert["title"], alert["text"]) for alert in server.alerts] == [(f"preempted at step {stopped_at}", words)]
+    assert tracked(server).preempting
+    assert not processes_of(run)

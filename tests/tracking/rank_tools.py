@@ -44,6 +44,13 @@ class Rank:
     def __getattr__(self, method: str) -> Callable[..., dict[str, Any]]:
         return lambda *arguments, **fields: self.order(method, *arguments, **fields)
 
+    def start_and_wait(self) -> dict[str, Any]:
+        """Start the trackers, and wait until W&B takes what they say."""
+        run_dir = self.output.parent
+        before, answer = times_begun(run_dir), self.order("start")
+        wait_for("W&B to begin", lambda: self.order("event", "note", "still here") and times_begun(run_dir) > before)
+        return answer
+
     def steps(self, first: int, last: int) -> None:
         """Train these steps: each logs a loss that tells the step."""
         for step in range(first, last + 1):
@@ -102,6 +109,11 @@ def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60)
     while not condition():
         assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
         time.sleep(0.05)
+
+
+def times_begun(run_dir: Path) -> int:
+    """How often W&B has begun to take what a rank says; a tracker tells that with the next word said to it."""
+    return sum(event["text"].startswith("Weights & Biases: ") for event in read_events(run_dir / "events.jsonl"))
 
 
 def alerts(plan: LaunchPlan) -> list[str]:

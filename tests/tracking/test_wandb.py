@@ -8,12 +8,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import wandb
-from wandb_files import records
+from wandb_files import history, records
 
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
@@ -23,6 +22,7 @@ from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb_session import is_online, redacted
 
 PlanMaker = Callable[..., LaunchPlan]
+REPO = Path(__file__).resolve().parents[2]
 CANARY = "canary-5f1c0ffee5f1c0ffee"
 
 
@@ -31,19 +31,25 @@ def no_stop() -> None:
 
 
 # A rank in small: it starts the trackers, logs two steps and ends; where `hang` is set, W&B's process stops before that.
+# When W&B has begun is told with the next word said to the trackers.
 TRAIN = """
 run_dir = sys.argv[2]
 trackers = start_trackers(LaunchPlan.load(sys.argv[1]), run_dir, 1, int)
 trackers.log(1, {"train/loss": 2.0})
 trackers.log(2, {"train/loss": 1.0})
 if "hang" in globals():
+    while not times_begun(Path(run_dir)):
+        trackers.event("note", "still here")
+        time.sleep(0.05)
     (core,) = [child for child in psutil.Process().children() if child.name().startswith("wandb-core")]
     os.kill(core.pid, signal.SIGSTOP)
 trackers.finish("completed")
 """
 IMPORTS = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 import psutil
+from rank_tools import times_begun
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -55,6 +61,7 @@ from launcher.tracking.tracker import start_trackers
 def run_script(code: str, plan_file: Path, run_dir: Path) -> int:
     """Run in a process of its own, with a W&B process of its own; its exit code, and -9 where it did not end."""
     environ = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+    environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests"), str(REPO / "tests/tracking")])
     command = [sys.executable, "-c", IMPORTS + code, str(plan_file), str(run_dir)]
     # A file, for a process that stays behind would hold a pipe open.
     with open(run_dir.parent / "output", "w") as output:
@@ -66,10 +73,6 @@ def run_script(code: str, plan_file: Path, run_dir: Path) -> int:
                 child.kill()
             process.kill()
             return process.wait(timeout=10)
-
-
-def history(run_dir: Path) -> list[dict[str, Any]]:
-    return [record["history"]["item"] for record in records(run_dir) if record["type"] == "history"]
 
 
 def test_metrics_stand_on_the_step_axis_under_the_plans_id(make_plan: PlanMaker, run_dir: Path) -> None:
@@ -107,10 +110,13 @@ def test_alerts_reach_those_who_have_asked_for_them(make_plan: PlanMaker, run_di
     trackers.log(7, {"train/loss": 2.0})
     trackers.event("alert", "the loss jumped", step=7)
     trackers.event("info", "nothing to wake anyone for", step=7)
+    trackers.log(8, {"train/loss": 2.0})
+    trackers.event("alert", "the machine was asked to stop")
     trackers.finish("completed")
     alerts = [record["alert"] for record in records(run_dir) if record["type"] == "alert"]
     assert [(alert["title"], alert["text"], alert["level"]) for alert in alerts] == [
-        ("demo-run at step 7", "the loss jumped", "WARN")
+        ("demo-run at step 7", "the loss jumped", "WARN"),
+        ("demo-run at step 8", "the machine was asked to stop", "WARN"),
     ]
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from rank_tools import QUICK_S, alerts, infos, rank, wait_for
+from rank_tools import QUICK_S, alerts, has_steps, infos, rank, wait_for
+from wandb_files import history
 from wandb_server import KEY, FakeWandb, fake_wandb
 
 from launcher.plan.launch_plan import LaunchPlan
@@ -47,7 +50,7 @@ def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWan
     plan = make_plan()
     with rank(plan, base_url=server.address) as it:
         it.limits(**LIMITS)
-        it.start()
+        it.start_and_wait()
         it.steps(1, 3)
         it.event("checkpoint", "saved", 3, path=str(run_dir), saved_step=3, eval_loss=None)
         server.fault = fault
@@ -68,11 +71,26 @@ def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWan
 
 
 @pytest.mark.parametrize(("entity", "words"), [(None, "not logged in"), ("taem", "entity taem not found")])
-def test_a_servers_no_fails_the_start(make_plan: PlanMaker, server: FakeWandb, entity: str | None, words: str) -> None:
+def test_a_servers_no_at_the_start(
+    make_plan: PlanMaker, server: FakeWandb, run_dir: Path, entity: str | None, words: str
+) -> None:
+    plan = make_plan(entity=entity)
     server.fault = None if entity else "refuse"
-    refused = f"errors.ConfigError: Weights & Biases cannot start: CommError: .*{words}"
-    with rank(make_plan(entity=entity), base_url=server.address) as it, pytest.raises(AssertionError, match=refused):
-        it.start()
+    with rank(plan, base_url=server.address) as it:
+        it.limits(**LIMITS)
+        assert it.start()["seconds"] < QUICK_S
+        it.steps(1, 20)
+        assert it.slowest_s < QUICK_S
+        it.finish("completed")
+    (warning,) = alerts(plan)
+    assert re.match(f"this attempt goes on offline: Weights & Biases cannot start: CommError: .*{words}", warning)
+    assert infos(plan)[-1].startswith("Weights & Biases was offline; upload with: wandb sync ")
+    assert server.runs == {}
+    server.fault = None
+    if entity is None:
+        upload(run_dir, server)
+        assert server.run().steps == list(range(1, 21))
+    assert [item["_step"] for item in history(run_dir)] == list(range(1, 21))
 
 
 @pytest.mark.parametrize("fault", ["error", "hang"])
@@ -80,7 +98,7 @@ def test_a_server_that_never_answers(make_plan: PlanMaker, server: FakeWandb, ru
     plan, server.fault = make_plan(), fault
     with rank(plan, base_url=server.address) as it:
         it.limits(**LIMITS)
-        assert it.start()["seconds"] < 10
+        assert it.start()["seconds"] < QUICK_S
         it.steps(1, 20)
         it.event("alert", "the loss jumped", 20)
         assert it.slowest_s < QUICK_S
@@ -95,6 +113,32 @@ def test_a_server_that_never_answers(make_plan: PlanMaker, server: FakeWandb, ru
     assert "the loss jumped" in [alert["text"] for alert in server.alerts]
 
 
+@pytest.mark.parametrize("trained", [0, 3], ids=["at the start", "in the middle"])
+def test_a_server_whose_port_is_closed(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, trained: int) -> None:
+    """`server` is there again, as another one, when the files are uploaded."""
+    plan = make_plan()
+    with ExitStack() as others:
+        gone = others.enter_context(fake_wandb())
+        it = others.enter_context(rank(plan, base_url=gone.address))
+        it.limits(**LIMITS)
+        if trained:
+            it.start_and_wait()
+            it.steps(1, trained)
+            # A step is sent when the next one begins.
+            wait_for("W&B to have some steps", has_steps(gone, trained - 1))
+        gone.close()
+        if not trained:
+            assert it.start()["seconds"] < QUICK_S
+        it.steps(trained + 1, 60)
+        assert it.slowest_s < QUICK_S
+        assert it.finish("completed")["seconds"] < LONGEST_FINISH_S
+    assert len(alerts(plan)) == 1
+    assert any("Weights & Biases has not got everything" in text for text in alerts(plan) + infos(plan))
+    upload(run_dir, server)
+    assert server.run().steps == list(range(1, 61))
+    assert server.run().exits == [0]
+
+
 def test_a_server_that_is_back_gets_everything(make_plan: PlanMaker, server: FakeWandb) -> None:
     plan, server.fault = make_plan(), "error"
     with rank(plan, base_url=server.address) as it:
@@ -102,6 +146,7 @@ def test_a_server_that_is_back_gets_everything(make_plan: PlanMaker, server: Fak
         it.start()
         it.steps(1, 20)
         it.event("alert", "the loss jumped", 20)
+        wait_for("the warning", lambda: it.event("note", "still here") and len(alerts(plan)) == 2)
         server.fault = None
         wait_for("W&B to have come back", lambda: it.steps(21, 21) or server.alerts)
         server.fault = "error"
@@ -118,7 +163,7 @@ def test_a_killed_process_is_replaced(make_plan: PlanMaker, server: FakeWandb, r
     plan = make_plan()
     with rank(plan, key=KEY if online else None, base_url=server.address) as it:
         it.limits(**{**LIMITS, "FINISH_TIMEOUT_S": 30.0, "RETRY_S": 0.1})
-        it.start()
+        it.start_and_wait()
         it.steps(1, 9)
         if not online:
             files = run_dir.glob("wandb/offline-run-*/*.wandb")
@@ -169,7 +214,7 @@ def test_a_stopped_process_is_told_while_training_goes_on(make_plan: PlanMaker, 
     plan = make_plan()
     with rank(plan, key=None, base_url=server.address) as it:
         it.limits(**LIMITS, PATIENCE_S=1.0)
-        it.start()
+        it.start_and_wait()
         it.steps(1, 2)
         os.kill(it.core()["answer"], signal.SIGSTOP)
         # What lies between the processes is full after some hundred steps.

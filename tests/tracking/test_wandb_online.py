@@ -77,7 +77,7 @@ def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_d
 def test_after_a_crash_no_step_is_missing_and_none_is_there_twice(make_plan: PlanMaker, server: FakeWandb, reached: bool) -> None:
     plan = make_plan()
     with rank(plan, base_url=server.address) as it:
-        it.start()
+        it.start_and_wait()
         it.steps(1, 3)
         it.log(3, {"eval/held_out/loss": 1.0})
         if not reached:

@@ -11,8 +11,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -53,7 +53,9 @@ class Run:
 class FakeWandb:
     """`fault` None answers, "error" answers 500 to everything, "hang" accepts and never answers, "refuse" answers 401.
 
-    "proxy" answers 403. A file of an artifact takes `upload_s` seconds. `others` are entities that the user sees, and no more.
+    "proxy" answers 403. After `close()` nobody listens any more. A file of an artifact takes `upload_s` seconds. `others` are
+    entities that the user sees, and no more. `projects` are those of ENTITY; `read_only` tells of other projects, by
+    ENTITY/PROJECT, whether the user may only read them.
     """
 
     fault: str | None = None
@@ -61,6 +63,7 @@ class FakeWandb:
     address: str = ""
     projects: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
+    read_only: dict[str, bool] = field(default_factory=dict)
     upload_s: float = 0.0
     runs: dict[str, Run] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
@@ -69,6 +72,7 @@ class FakeWandb:
     unknown: list[str] = field(default_factory=list)
     received: list[str] = field(default_factory=list)
     freed: threading.Event = field(default_factory=threading.Event)
+    close: Callable[[], None] = lambda: None
 
     def run(self, name: str = "abcd1234") -> Run:
         return self.runs[name]
@@ -134,6 +138,11 @@ class FakeWandb:
 
     def _entity(self, asked: dict[str, Any]) -> Any:
         return {"entity": {"id": "e", "isTeam": True} if asked["entity"] in (ENTITY, *self.others) else None}
+
+    def _project(self, asked: dict[str, Any]) -> Any:
+        known = False if self._model(asked) else None
+        found = self.read_only.get(f"{asked['entity']}/{asked['project']}", known)
+        return {"project": None if found is None else {"readOnly": found}}
 
     def _features(self, asked: dict[str, Any]) -> Any:
         return {"serverInfo": {"features": []}}
@@ -237,6 +246,7 @@ class FakeWandb:
 _OPERATIONS = {
     "Viewer": FakeWandb._viewer,
     "EntityIsTeam": FakeWandb._entity,
+    "IsProjectReadOnly": FakeWandb._project,
     "ServerFeaturesQuery": FakeWandb._features,
     "RunResumeStatus": FakeWandb._resume_status,
     "UpsertBucket": FakeWandb._upsert,
@@ -284,7 +294,9 @@ def fake_wandb(**settings: Any) -> Iterator[FakeWandb]:
         def log_message(self, format: str, *arguments: Any) -> None:
             """Nothing: tests read `received`."""
 
-    with serving(Handler) as server.address:
+    with ExitStack() as port:
+        server.address = port.enter_context(serving(Handler))
+        server.close = port.close
         try:
             yield server
         finally:

@@ -2,21 +2,27 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from plan_fixtures import H100
+from torch import nn
 
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan, Limits
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking.alerts import RateLimit
 from launcher.tracking.goodput import Breakdown, cost, spent_limit
 from launcher.tracking.jsonl import read_events
+from launcher.tracking.tracker import Composite
 from launcher.train.engine import Place
-from launcher.train.monitor import record_fault, spent_before
+from launcher.train.monitor import Monitor, record_fault, spent_before
 
 PlanOf = Callable[..., LaunchPlan]
 SPENT = Breakdown(wall_s=9000, held_s=7200, gpu_s=8 * 7200)
@@ -87,14 +93,52 @@ def test_what_cannot_be_read_of_the_run_before_ends_no_training(tmp_path: Path) 
     assert said[0].startswith("what the run has done before cannot be read, so it counts from here: ")
 
 
-def test_an_xid_is_an_alert_and_a_full_disk_does_not_end_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, place = RunDir(tmp_path), Place(0, 0, 1, 2, 0)
-    record_fault(run, place, "n1", "Xid 79 on GPU 3")
+class Heard:
+    """A tracker that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, str, int | None]] = []
+
+    def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
+        self.said.append((kind, text, step))
+
+
+@pytest.fixture
+def heard() -> Heard:
+    return Heard()
+
+
+@pytest.fixture
+def monitor(plan_of: PlanOf, tmp_path: Path, heard: Heard) -> Iterator[Monitor]:
+    """That of the only rank of a run in `tmp_path`."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
+    plan = plan_of().model_copy(update={"run_dir": str(tmp_path)})
+    tracker = Composite([heard])  # type: ignore[list-item]
+    made = Monitor(plan, Place(0, 0, 1, 2, 0), torch.device("cpu"), nn.Module(), tracker, lambda phase, step: None)
+    yield made
+    made.stop()
+    dist.destroy_process_group()
+
+
+def test_what_lasts_is_told_once_with_the_step(monitor: Monitor, heard: Heard) -> None:
+    monitor.heard(monitor.own())
+    for step in range(60):
+        monitor.alert(step, loss=2.0, tokens_per_sec=1000.0)
+    for step in range(60, 90):
+        monitor.alert(step, loss=9.0, tokens_per_sec=100.0)
+    told = [(kind, text.partition(":")[0], step) for kind, text, step in heard.said]
+    assert told == [("alert", "the loss jumped", 60), ("alert", "training has become slow", 64)]
+
+
+def test_an_xid_is_an_alert_once_and_a_full_disk_does_not_end_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, place, limit = RunDir(tmp_path), Place(0, 0, 1, 2, 0), RateLimit()
+    for number in (79, 79, 48):
+        record_fault(run, place, "n1", limit, f"Xid {number} on GPU 3: it means something")
     told = [(event["kind"], event["attempt"], event["text"]) for event in read_events(run.events)]
-    assert told == [("alert", 2, "Xid 79 on GPU 3 (rank 0 on n1)")]
+    assert told == [("alert", 2, f"Xid {number} on GPU 3: it means something (rank 0 on n1)") for number in (79, 48)]
 
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("launcher.train.monitor.append_event", full)
-    record_fault(run, place, "n1", "Xid 79 on GPU 3")
+    record_fault(run, place, "n1", limit, "Xid 31 on GPU 3: it means something")

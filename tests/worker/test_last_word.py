@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import hand_made
 import pytest
+from fake_slurm import FakeSlurm
+from job_tools import Job
 from rank_tools import rank
 from wandb_server import KEY, fake_wandb
 
@@ -42,7 +45,7 @@ def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb() as server:
         with rank(plan, base_url=server.address) as it:
-            it.start()
+            it.start_and_wait()
             it.steps(1, 9)
             os.kill(it.core()["answer"], signal.SIGKILL)
             it.kill()
@@ -68,6 +71,25 @@ def test_a_run_that_failed_before_any_rank_began_is_told(tmp_path: Path, monkeyp
         last_word.tell_wandb(plan, run.plan, run, 1)
         assert server.run().exits == [1]
         assert "the run has failed: rank 1: killed by SIGKILL" in server.alerts[0]["text"]
+
+
+def test_a_slurm_job_that_ends_for_good_has_the_last_word(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = submitted()
+    with fake_wandb() as server:
+        use(monkeypatch, server.address)
+        of.begun()
+        of.outcome("preempted")
+        of.conclude()
+        assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+        assert not server.received, "it runs again"
+        of.begun(2, automatic=True)
+        of.failed("DataError")
+        of.conclude(2)
+        (run,) = server.runs.values()
+        assert (run.exits, run.summary["state"]) == ([1], "failed")
+        assert [alert["text"] for alert in server.alerts] == ["the run has failed: rank 3: what it said (log: /log)"]
 
 
 def test_a_server_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

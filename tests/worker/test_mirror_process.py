@@ -105,6 +105,15 @@ def test_a_failure_is_said_once_and_the_next_checkpoint_tries_again(tmp_path: Pa
         commit(run, 10)
         wait_for("both", lambda: record(run)["steps"] == [5, 10])
         assert record(run)["failure"] is None
+        # Storage that comes and goes wakes nobody each time.
+        (tmp_path / "mirror").rename(tmp_path / "away")
+        (tmp_path / "mirror").write_text("in the way again")
+        commit(run, 15)
+        wait_for("another failure", lambda: record(run)["failure"])
+        (tmp_path / "mirror").unlink()
+        (tmp_path / "away").rename(tmp_path / "mirror")
+        commit(run, 20)
+        wait_for("the last", lambda: record(run)["last_step"] == 20)
         assert end(process) == 0
     assert len(said(run, "alert")) == 1
 
@@ -183,15 +192,16 @@ def test_a_run_that_was_stopped_waits_as_long_as_its_grace(tmp_path: Path) -> No
 
 def test_one_that_is_damaged_here_does_not_keep_back_the_next(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
-    broken = commit(run, 5)
-    file = broken.path / "rank-00001.safetensors"
-    file.write_bytes(file.read_bytes()[::-1])
+    for step in (5, 7):
+        file = commit(run, step).path / "rank-00001.safetensors"
+        file.write_bytes(file.read_bytes()[::-1])
     commit(run, 10)
     with sending(run) as process:
         wait_for("step 10", lambda: record(run)["steps"] == [10])
         assert end(process) == 0
     (alert,) = said(run, "alert")
     assert alert.startswith("step 5 is not sent to the mirror")
+    assert any(text.startswith("step 7 is not sent to the mirror") for text in said(run, "mirror"))
 
 
 def test_it_stops_where_another_attempt_has_taken_over(tmp_path: Path) -> None:

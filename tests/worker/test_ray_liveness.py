@@ -216,13 +216,15 @@ def test_what_a_run_writes_is_not_cut_off_for_more_workers(
 def test_ray_trains_controller_is_held_while_the_run_writes_and_a_while_longer(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
+
     from launcher.worker.ray import resizing
 
     answers = ["busy"] * 100 + [None] * 100
     began = clock[0]
     monkeypatch.setattr(time, "sleep", lambda _: clock.__setitem__(0, clock[0] + 1))
     monkeypatch.setattr(resizing.SaveBeforeResize, "_ask", lambda _: answers.pop(0))
-    state = object.__new__(resizing.ResizingState)
+    state = resizing.ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
     resizing.SaveBeforeResize(None, 10).after_controller_state_update(None, state)
     assert clock[0] - began == 99 + 10, "from the last word that it writes"
 
