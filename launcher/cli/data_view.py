@@ -33,8 +33,10 @@ def show(report: dict[str, Any]) -> None:
         console = Console(highlight=False, width=_PIPE_WIDTH)
     console.print(_summary(report), soft_wrap=True)
     console.print()
-    for table in sources_tables(report):
-        console.print(table)
+    documents, tokens = sources_tables(report)
+    console.print(documents)
+    console.print()
+    console.print(tokens)
     for line in [*parts_taken(report), *left_out(report)]:
         console.print(escape(line), soft_wrap=True)
     console.print()
@@ -115,20 +117,21 @@ def _summary(report: dict[str, Any]) -> str:
     return "\n".join(f"{label:<13}{escape(value)}" for label, value in summary_rows(report))
 
 
-def sources_tables(report: dict[str, Any]) -> list[Table]:
+def sources_tables(report: dict[str, Any]) -> tuple[Table, Table]:
     """The numbers of documents, and below them those of tokens and rows: side by side they are wider than most terminals."""
     header, *lines = number_rows(report)
     border = header.index("epochs")
-    tables = []
-    for columns in (slice(1, border), slice(border, None)):
-        table = Table(box=None, pad_edge=False, header_style="bold")
+
+    def table(columns: slice) -> Table:
+        made = Table(box=None, pad_edge=False, header_style="bold")
         for i, name in enumerate([header[0], *header[columns]]):
-            table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+            made.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
         for line in lines:
             cells = [line[0], *line[columns]]
-            table.add_row(*(escape(cell) for cell in cells), style="bold" if line[0] == "mixture" else "")
-        tables.append(table)
-    return tables
+            made.add_row(*(escape(cell) for cell in cells), style="bold" if line[0] == "mixture" else "")
+        return made
+
+    return table(slice(1, border)), table(slice(border, None))
 
 
 def parts_taken(report: dict[str, Any]) -> list[str]:

@@ -109,8 +109,8 @@ def _of_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[dict
 def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, padded_rows: int) -> np.ndarray:
     """Padding of each row, int64 [rows]: up to the longest row of all, which packing fills, or of its `padded_rows` rows.
 
-    Those are a micro-batch where its size is set. Where it is found at the start, they are a whole global batch: no
-    micro-batch has more.
+    Those are a micro-batch where its size is set. Where the plan chooses it, they are a whole global batch: no micro-batch
+    has more.
     """
     lengths = np.diff(split.rows)
     if not padded_rows:

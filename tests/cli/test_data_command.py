@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.cli import text
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = ("model=tiny", "data=jsonl", "data.max_length=128", "data.workers=1", "tracking=none")
 EVIL = "<script>alert(1)</script> [bold]not markup[/bold]"
@@ -61,6 +63,13 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert html.count("<svg") >= 4
+    # One file: nothing is loaded from elsewhere, whatever the rows hold.
+    assert not re.search(r"<(link|img|iframe|object|script|image|use)\b|\b(src|href|srcset)\s*=|url\(|@import", html)
+    folder, size = re.findall(r"^cache +(/\S+/data/[0-9a-f]{32}) \((.+)\)$", shown, re.MULTILINE)[0]
+    files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name != "meta.json"]
+    assert size == text.size(sum(file.stat().st_size for file in files))
+    assert re.search(r"^source +epochs +rows +tokens +share +trained +filled +padding", shown, re.MULTILINE)
+    assert re.search(r"^ *tokens, up to +documents", shown, re.MULTILINE)
 
 
 def test_the_report_for_programs(launch: Run, rows: Path, tmp_path: Path) -> None:
@@ -73,15 +82,11 @@ def test_the_report_for_programs(launch: Run, rows: Path, tmp_path: Path) -> Non
     assert [one["whole"] for one in report["shown"]] == [True]
 
 
-@pytest.mark.parametrize("no_color", [False, True])
-def test_a_terminal_gets_colours_unless_they_are_not_wanted(
-    launcher_env: Mapping[str, str], rows: Path, tmp_path: Path, no_color: bool
-) -> None:
-    environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", **({"NO_COLOR": "1"} if no_color else {})}
-    command = [sys.executable, "-m", "launcher", "data", *SETTINGS, f"data.path={rows}", "data.eval_fraction=0"]
+def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None = None) -> str:
+    """What a command writes to a terminal, to its end; its errors too, unless they go elsewhere."""
     parent, child = pty.openpty()
     try:
-        process = subprocess.Popen(command, stdout=child, stderr=subprocess.PIPE, env=environment, cwd=tmp_path)
+        process = subprocess.Popen(command, stdout=child, stderr=child if stderr is None else stderr, env=environment, cwd=cwd)
         os.close(child)
         written = bytearray()
         while True:
@@ -95,7 +100,25 @@ def test_a_terminal_gets_colours_unless_they_are_not_wanted(
         assert process.wait(timeout=120) == 0
     finally:
         os.close(parent)
-    shown = written.decode()
+    return written.decode()
+
+
+def test_a_person_who_looks_on_sees_a_bar(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
+    environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", "LAUNCHER_CACHE": str(tmp_path / "cache")}
+    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
+    shown = on_a_terminal([sys.executable, "-m", "launcher", "data", *settings], environment, tmp_path)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert re.search(r"tokenise ━+ *123/123", plain)
+    assert "tokenise: 123 of 123" not in plain, "the line is for logs"
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_a_terminal_gets_colours_unless_they_are_not_wanted(
+    launcher_env: Mapping[str, str], rows: Path, tmp_path: Path, no_color: bool
+) -> None:
+    environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", **({"NO_COLOR": "1"} if no_color else {})}
+    command = [sys.executable, "-m", "launcher", "data", *SETTINGS, f"data.path={rows}", "data.eval_fraction=0"]
+    shown = on_a_terminal(command, environment, tmp_path, stderr=subprocess.PIPE)
     assert ("⟦" in shown) is no_color
     assert ("\x1b[1;32m" in shown) is not no_color
     assert ESCAPE not in shown, "the text of a row gives no orders to the terminal"
@@ -117,6 +140,49 @@ def test_held_out_rows_in_training_refuse_report_and_run(launch: Run, leaking: t
     assert "a run is refused for that" in planned.stdout
     for setting in ("held_out_in_train=keep", "max_held_out_in_train=0.5", "held_out_in_train=drop"):
         assert launch("data", *leaking, f"data.checks.{setting}", cwd=tmp_path).returncode == 0
+
+
+def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, tmp_path: Path) -> None:
+    template, chats, runs = tmp_path / "no_end.jinja", tmp_path / "chats.jsonl", tmp_path / "runs"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [[{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(40)]
+    chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    settings = (*SETTINGS, f"data.path={chats}", f"data.chat_template={template}", "data.eval_fraction=0")
+    run = (*settings, f"run.root={runs}", "run.name=x", "train.max_steps=1", "train.export=false")
+    for done in (launch("data", *settings, cwd=tmp_path), launch(*run, cwd=tmp_path)):
+        assert done.returncode == 2, done.stdout
+        assert "40 of 40 (100.0%): documents that train no end of turn" in done.stderr
+        assert "to train on it as it is: data.checks.no_turn_end=keep" in done.stderr
+    assert not runs.exists(), "refused before anything is submitted"
+    accepted = launch(*run, "data.checks.no_turn_end=keep", "cluster.ranks_per_node=1", cwd=tmp_path)
+    assert accepted.returncode == 0, accepted.stdout + accepted.stderr
+    assert json.loads((runs / "x/status.json").read_text())["step"] == 1
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_build_one_cache(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
+    environment = {**launcher_env, "LAUNCHER_CACHE": str(tmp_path / "cache")}
+    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "train.max_steps=1", "train.export=false")
+    command = [sys.executable, "-m", "launcher", *settings, "cluster.ranks_per_node=1", f"run.root={tmp_path / 'runs'}"]
+    both = [
+        subprocess.Popen(
+            [*command, f"run.name={name}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True
+        )
+        for name in "ab"
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+            process.wait(30)
+    assert [process.returncode for process in both] == [0, 0], said
+    folders = {json.loads((tmp_path / "runs" / name / "plan.json").read_text())["data"]["cache_dir"] for name in "ab"}
+    (folder,) = folders
+    assert sorted(path.name for path in Path(folder).parent.iterdir() if path.is_dir()) == [Path(folder).name]
+    assert sum("tokenise: 123 of 123" in words for words in said) == 1, "one of them builds"
 
 
 @pytest.mark.parametrize(

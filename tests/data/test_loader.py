@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -97,6 +98,31 @@ def test_rows_and_counts_are_the_same_for_every_world_size(split: Split) -> None
                 assert part.num_slots == sum(m.input_ids.numel() for other in parts for m in other.micro)
                 assert part.doc_lengths == tuple(n for row in part.row_ids for n in documents(split, row))
                 assert part.source_tokens == (part.num_tokens,)
+
+
+class Untouched:
+    """Tokens of which nothing may be read."""
+
+    def __getitem__(self, place: object) -> np.ndarray:
+        raise AssertionError(f"tokens are read: {place}")
+
+    __array__ = __len__ = __getitem__
+
+
+def test_lengths_and_order_are_known_without_the_tokens(split: Split) -> None:
+    blind = replace(split, tokens=Untouched(), trained=Untouched())
+    for grouped in (False, True):
+        wanted, batches = (
+            TrainBatches(one, batch(1), seed=5, rank=0, world_size=1, pad_id=PAD, group_by_length=grouped)
+            for one in (split, blind)
+        )
+        stop = 2 * split.num_rows
+        rows = batches.order.at(0, stop)
+        assert rows.tolist() == wanted.order.at(0, stop).tolist()
+        assert blind.row_lengths(rows).tolist() == split.row_lengths(rows).tolist()
+        assert [blind.doc_borders(row).tolist() for row in rows] == [split.doc_borders(row).tolist() for row in rows]
+        with pytest.raises(AssertionError, match="tokens are read"):
+            batches.step(0)
 
 
 def test_each_epoch_is_a_permutation_of_its_own() -> None:

@@ -26,6 +26,7 @@ SPECIAL = {
     "qwen3": (None, "<|im_end|>", ("<|im_start|>",)),
     "llama3": ("<|begin_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>")),
     "mistral": ("<s>", "</s>", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]")),
+    "mistral_v7": ("<s>", "</s>", ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
     "gemma": ("<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>")),
     "chatml_marked": (None, "<|im_end|>", ("<|im_start|>",)),
 }
@@ -87,6 +88,7 @@ LLAMA = (
 )
 LLAMA_USER = "<|start_header_id|>user<|end_header_id|>\n\n"
 LLAMA_ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+V7 = "<s>[SYSTEM_PROMPT]"
 NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 EXPECTED = {
@@ -132,6 +134,11 @@ EXPECTED = {
         '⟦[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "call00001"}]</s>⟧'
         '[TOOL_RESULTS] {"content": "2", "call_id": "call00001"}[/TOOL_RESULTS]⟦ It is 2.</s>⟧'
     ),
+    ("mistral_v7", "single"): f"{V7}You are Mistral Small 3.[/SYSTEM_PROMPT][INST]Hi[/INST]⟦Hello.</s>⟧",
+    ("mistral_v7", "multi"): (
+        f"{V7}You are Mistral Small 3.[/SYSTEM_PROMPT][INST]1+1?[/INST]⟦2</s>⟧[INST]And 2+2?[/INST]⟦4</s>⟧"
+    ),
+    ("mistral_v7", "system"): f"{V7}Be brief.[/SYSTEM_PROMPT][INST]Hi[/INST]⟦Hello.</s>⟧",
     ("gemma", "single"): "<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n⟦Hello.<end_of_turn>⟧\n",
     ("gemma", "multi"): (
         "<bos><start_of_turn>user\n1+1?<end_of_turn>\n<start_of_turn>model\n⟦2<end_of_turn>⟧\n"
@@ -186,12 +193,13 @@ def test_the_mask_is_what_a_person_expects(family: Family, name: str, kind: str)
     assert all(encoded.trained[list(encoded.turn_ends)])
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral", "gemma"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "mistral", "mistral_v7", "gemma"])
 def test_the_text_is_what_the_tokenizer_itself_makes_of_the_chat(
     family: Family, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = family(name)
-    messages = (user("1+1?"), said("", tool_calls=(CALL,), reasoning_content="Add."), *TOOLS[2:]) if name != "gemma" else MULTI
+    messages = (user("1+1?"), said("", tool_calls=(CALL,), reasoning_content="Add."), *TOOLS[2:])
+    messages = MULTI if name == "gemma" else (system("Be brief."), *MULTI) if name == "mistral_v7" else messages
     document = chat(*messages)
     rows = [
         {"role": m.role, "content": m.content}
@@ -207,10 +215,10 @@ def test_the_text_is_what_the_tokenizer_itself_makes_of_the_chat(
         assert Template(tokenizer, ()).render(document, generation_prompt=bool(settings)) == expected
 
 
-@pytest.mark.parametrize("name", ["smollm2", "qwen3", "llama3", "mistral", "gemma", "chatml_marked"])
-def test_a_cut_takes_the_end_of_text_and_mask_and_nothing_else(family: Family, name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), EXPECTED)
+def test_a_cut_takes_the_end_of_text_and_mask_and_nothing_else(family: Family, name: str, kind: str) -> None:
     tokenizer = family(name)
-    encoded = encode(tokenizer, chat(*MULTI))
+    encoded = encode(tokenizer, chat(*CHATS[kind]))
     for length in range(1, len(encoded.ids) + 1):
         (piece,) = pieces_of(encoded, length, "truncate")
         assert piece.ids.tolist() == encoded.ids[:length].tolist()
@@ -218,9 +226,9 @@ def test_a_cut_takes_the_end_of_text_and_mask_and_nothing_else(family: Family, n
     cut = encoded.turn_ends[-1]
     (piece,) = pieces_of(encoded, cut, "truncate")
     shown = marked(tokenizer, Encoded(piece.ids, piece.trained, ()))
-    expected = EXPECTED[name, "multi"]
+    expected = EXPECTED[name, kind]
     assert shown == expected[: expected.rindex(tokenizer.decode([encoded.ids[cut]]))] + "⟧"
-    assert shown.endswith("4⟧")
+    assert shown.endswith(f"{CHATS[kind][-1].content}⟧")
 
 
 def test_the_last_turn_alone(family: Family) -> None:

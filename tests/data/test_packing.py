@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from launcher.data.chat import Encoded
+from launcher.data.encode import pieces_of
 from launcher.data.packing import Packing, one_per_row, pack
+from launcher.data.rows import _gathered as gathered
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
@@ -45,6 +48,36 @@ def test_every_document_once_and_no_row_over_its_length(data: st.DataObject) -> 
     assert_sound(packing, lengths, capacity)
     # Best-fit-decreasing needs at most 11/9 of the fewest rows and 6/9 of one (Dosa 2007).
     assert packing.num_rows <= 11 / 9 * best_fit_decreasing(lengths, capacity) + 2 / 3
+
+
+@given(st.data())
+def test_every_token_once_and_in_order_where_long_documents_are_split(data: st.DataObject) -> None:
+    capacity = data.draw(st.integers(16, 64))
+    lengths = data.draw(st.lists(st.integers(1, 4 * capacity), min_size=1, max_size=20))
+    ends = np.cumsum(lengths)
+    documents = [np.arange(end - length, end, dtype=np.uint32) for length, end in zip(lengths, ends, strict=True)]
+    masks = [np.asarray(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)), dtype=np.uint8) for n in lengths]
+    pieces = []
+    for ids, mask in zip(documents, masks, strict=True):
+        mask[0] = 0
+        cut = pieces_of(Encoded(ids, mask, ()), capacity, "split")
+        trained = {int(token) for piece in cut for token in piece.ids[piece.trained == 1]}
+        # A piece's first token has nothing before it to be predicted from.
+        assert trained == {int(token) for i, token in enumerate(ids) if mask[i] and i % capacity}
+        left_out = set(ids.tolist()) - {token for piece in cut for token in piece.ids.tolist()}
+        assert not any(mask[token - ids[0]] and (token - ids[0]) % capacity for token in left_out)
+        pieces += cut
+    sizes = np.asarray([len(piece.ids) for piece in pieces])
+    packed = pack(sizes, capacity)
+    assert_sound(packed, sizes, capacity)
+    spilled = np.concatenate([piece.ids for piece in pieces])
+    begins = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    written = np.concatenate([*gathered(spilled, begins, sizes, packed.order)])
+    assert sorted(written.tolist()) == sorted(spilled.tolist())
+    assert len(set(written.tolist())) == len(written)
+    borders = np.cumsum(sizes[packed.order])[:-1]
+    for number, piece in zip(packed.order, np.split(written, borders), strict=True):
+        assert piece.tolist() == pieces[number].ids.tolist()
 
 
 @pytest.mark.parametrize("seed", range(20))

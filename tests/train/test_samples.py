@@ -1,0 +1,37 @@
+"""The questions and answers that a run shows at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from plan_fixtures import DATA
+
+from launcher.data import cache
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import JsonlTracker
+from launcher.tracking.tracker import Composite
+from launcher.train import finish
+
+KEY = "sk-proj-" + "aB3" * 12
+
+
+def test_keys_in_samples_and_answers_are_not_told(
+    plan_of: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = {"prompt": f"Is it {KEY}?", "prompt_ids": [1], "answer": f"Mail eve@corp.com,\nkey {KEY}."}
+    cache.write_json(tmp_path / "samples.json", [sample])
+    # What the model makes of a prompt takes a whole model; that it repeats a key is what is feared.
+    monkeypatch.setattr(finish, "_answer", lambda *inputs: f"Yes, {KEY}.")
+    plan = plan_of("model=tiny").model_copy(update={"data": DATA.model_copy(update={"cache_dir": str(tmp_path)})})
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    finish._answer_before_and_after(plan, tmp_path, "cpu", Composite([JsonlTracker(run, 1)]))
+    told = "\n".join(json.loads(line)["text"] for line in run.events.read_text().splitlines())
+    assert KEY[:12] not in told
+    assert "eve@" not in told
+    for words in ("held-out question: Is it [API key: s…, 44 characters]?", "answer after:      Yes, [API key"):
+        assert words in told
