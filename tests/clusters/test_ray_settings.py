@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from plan_fixtures import H100
 from pydantic import ValidationError
 
 from launcher import run_store
@@ -44,7 +45,28 @@ def test_the_request_is_shown_with_rays_defaults(ray_plan: Callable[..., LaunchP
     }
     labelled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}, "placement_strategy": "STRICT_SPREAD"}
     shown = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labelled)]
+    shown.append(RayCluster().preview(ray_plan(device=H100, workers=4, storage_path="s3://bucket/ray", stop_grace_seconds=120.0)))
     golden("ray_requests.txt", "\n".join(text or "" for text in shown))
+
+
+@pytest.mark.parametrize("path", ["/shared/ray", "s3://bucket/ray?endpoint_override=10.0.0.9%3A9000", "abfs://box@account/ray"])
+def test_storage_is_an_absolute_path_or_a_url(path: str) -> None:
+    assert section(storage_path=path).storage_path == path
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("ray", "neither an absolute path nor a URL"),
+        ("~/ray", "neither an absolute path nor a URL"),
+        ("s3:/bucket/ray", "neither an absolute path nor a URL"),
+        ("s3://key:word@bucket/ray", "a user or a password"),
+        ("s3://bucket/ray?secret_key=abc", "a key or a signature"),
+    ],
+)
+def test_storage_of_another_form_or_with_a_key_is_refused(path: str, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        section(storage_path=path)
 
 
 @pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.local:6379", "[fd00::1]:6379", "http://127.0.0.1:8265"])

@@ -288,7 +288,7 @@ class _Worker:
         environment = {
             **os.environ,
             **orders["environment"],
-            # Ray sets the threads of an actor to its CPUs, of which it has one.
+            # Ray sets the threads of an actor to the CPUs that it asked for, which are few or none.
             "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
             "PYTHONPATH": process.with_code(run.code, os.environ),
             "PYTHONSAFEPATH": "1",
