@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from plan_fixtures import CPU, H100
 
+from launcher import run_store
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
 from launcher.worker.ray import driver
 
 
@@ -54,3 +58,30 @@ def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., Launc
     trainer = driver._trainer(spot, RunDir(tmp_path), "attempt-001", None)
     assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot"}
     assert trainer.run_config.storage_path == str(tmp_path / "ray")
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """What the driver does to its own process is taken back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("own_signals")
+def test_a_signal_to_the_driver_asks_for_a_save_and_a_second_one_for_an_end(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, number: signal.Signals
+) -> None:
+    run = run_store.create(ray_plan(working_dir=str(tmp_path)))
+    asked = run.cancel(run_store.next_attempt(run, Attempt(resume_step=None)))
+    wishes = driver._Wishes(run)
+    wishes.install()
+    wishes.write()
+    assert not asked.exists()
+    for saves in (True, False):
+        os.kill(os.getpid(), number)
+        wishes.write()
+        assert run_store.read_json(asked)["save"] is saves
