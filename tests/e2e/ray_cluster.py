@@ -46,8 +46,8 @@ class RayCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a person has in the environment to use the cluster."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+        """What a person has in the environment to use the cluster; among several of this machine, `auto` means it."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "RAY_TMPDIR": str(self.folder / "ray")}
 
     def start(self, name: str, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
         """Start the head first, then other nodes; `prefix` is a command that runs `ray start`."""
@@ -76,6 +76,11 @@ class RayCluster:
         """Every process of a node at once, as when its machine is lost; nothing where that has happened already."""
         if (process := self._nodes.pop(name, None)) is not None:
             _kill(process)
+
+    def kill_raylet(self, name: str) -> None:
+        """The process through which Ray has a node, and nothing else."""
+        (raylet,) = [p for p in psutil.Process(self._nodes[name].pid).children(recursive=True) if p.name() == "raylet"]
+        raylet.kill()
 
     def drain(self, name: str, seconds: int = 60) -> None:
         """Tell Ray that a node is about to be taken away."""
