@@ -46,8 +46,8 @@ class RayCluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a person has in the environment to use the cluster; among several of this machine, `auto` means it."""
-        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token), "RAY_TMPDIR": str(self.folder / "ray")}
+        """What a person has in the environment to use the cluster."""
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
 
     def start(self, name: str, *options: str, prefix: Sequence[str] = (), env: Mapping[str, str] | None = None) -> None:
         """Start the head first, then other nodes; `prefix` is a command that runs `ray start`."""

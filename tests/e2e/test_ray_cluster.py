@@ -270,7 +270,8 @@ def test_a_run_of_fixed_size_survives_the_kill_of_a_worker_and_of_a_raylet(
     node("n2")
     run = root / "killed"
     settings = ("cluster.address=auto", "cluster.workers=2", "--follow")
-    with start(*ray(cluster, root, "killed", *settings), **cluster.env) as process:
+    # Ray leaves the address of the newest cluster there, of which this machine may have several.
+    with start(*ray(cluster, root, "killed", *settings), **cluster.env, RAY_TMPDIR=str(cluster.folder)) as process:
         await_training(run, num_ranks=2)
         wait_for("a checkpoint", lambda: store.newest_step(run / "checkpoints") is not None)
         before = ranks_of(run)
