@@ -49,11 +49,12 @@ check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 docs: .venv/.installed-dev  ## regenerate docs/config.md from the settings' descriptions
 	$(BIN)/python -m launcher.config.reference docs/config.md
 
-bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop (and TRL where installed)
+bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop, a bare TorchTrainer (and TRL where installed)
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 	$(BIN)/python benchmarks/startup.py $(ARGS)
 	$(BIN)/python benchmarks/saving.py $(ARGS)
 	$(BIN)/python benchmarks/export.py $(ARGS)
+	$(BIN)/python benchmarks/on_ray.py $(ARGS)
 
 clean:  ## remove caches of the tools (runs and .venv stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

@@ -96,12 +96,12 @@ def slurm_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]
 
 @pytest.fixture
 def ray_plan(config_of: Callable[..., RunConfig]) -> Callable[..., LaunchPlan]:
-    """The plan of a small run on Ray with these settings of the cluster."""
+    """The plan of a small run on Ray with these settings of the cluster; `device` is what one node has."""
 
-    def planned(working_dir: str = WORKING_DIR, **settings: Any) -> LaunchPlan:
+    def planned(working_dir: str = WORKING_DIR, device: DeviceFacts = CPU, **settings: Any) -> LaunchPlan:
         config = config_of("cluster=ray", "run.name=tried", "train.global_batch_size=4", "train.micro_batch_size=1")
         config = config.model_copy(update={"cluster": RaySection.model_validate({"kind": "ray", **settings})})
-        return plan(config, facts_for(config, working_dir=working_dir))
+        return plan(config, facts_for(config, device, working_dir=working_dir))
 
     return planned
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -102,4 +104,35 @@ def test_the_image_runs_as_nobody_special_and_holds_no_host_or_key() -> None:
     commands = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert commands[0].startswith("ARG BASE_IMAGE=")
     assert [line for line in commands if line.startswith("USER ")] == ["USER launcher"]
+    assert re.search(r"^ +useradd .*--uid \"\$\{USER_ID\}\" .* launcher$", text, re.MULTILINE)
+    (user_id,) = re.findall(r"^ARG USER_ID=(\d+)$", text, re.MULTILINE)
+    assert int(user_id) >= 1000
+    assert load("rayjob.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["securityContext"][
+        "runAsUser"
+    ] == int(user_id)
     assert not re.search(r"https?://|TOKEN=|API_KEY=", text)
+
+
+def test_the_image_installs_the_wheel_and_begins_with_the_launcher() -> None:
+    """What the file copies is where the README's commands put it, and the entry point is the script that stands beside it."""
+    text = re.sub(r"\\\n\s*", " ", (DOCKER / "Dockerfile").read_text())
+    instructions = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    copied = [rest.split() for name, rest in instructions if name == "COPY"]
+    assert copied == [
+        ["dist/*.whl", "/tmp/dist/"],
+        ["--chmod=0755", "entrypoint.sh", "/usr/local/bin/launcher-entrypoint"],
+    ]
+    assert "pip wheel --no-deps -w docker/dist ." in (DOCKER / "README.md").read_text()
+    (install,) = [rest for name, rest in instructions if name == "RUN" and "/tmp/dist" in rest]
+    assert (
+        'for wheel in /tmp/dist/*.whl; do /opt/launcher/bin/pip install --no-cache-dir "${TORCH}" "${wheel}[${EXTRAS}]"'
+        in install
+    )
+    (extras,) = [rest.removeprefix("EXTRAS=").split(",") for name, rest in instructions if rest.startswith("EXTRAS=")]
+    known = tomllib.loads((DOCKER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras) <= known.keys()
+    named = dict(instructions)
+    assert (json.loads(named["ENTRYPOINT"]), json.loads(named["CMD"])) == (["launcher-entrypoint"], ["--help"])
+    assert named["ENV"].startswith("PATH=/opt/launcher/bin:")
+    # What needs root comes before its user.
+    assert max(i for i, (name, _) in enumerate(instructions) if name == "RUN") < [name for name, _ in instructions].index("USER")

@@ -6,9 +6,10 @@ import ipaddress
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from launcher.config.cluster import ManagedSection
+from launcher.config.data import without_credentials
 from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching, number_as_text
 from launcher.errors import Problem
 
@@ -34,8 +35,11 @@ VariableName = Annotated[
     matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
     matching(rf"(?!({_OWN_VARIABLE})$).*", "is a variable that Ray or the launcher set themselves; take it out"),
 ]
-
-
+StoragePath = Annotated[
+    str,
+    matching(r"/.*|[a-z][a-z0-9+.-]*://.+", "is neither an absolute path nor a URL; write /shared/ray or s3://bucket/ray"),
+    AfterValidator(without_credentials),
+]
 VariableValue = Annotated[str, BeforeValidator(number_as_text), Text]
 
 
@@ -66,7 +70,8 @@ class RaySection(ManagedSection):
         None, description="GPUs of each rank, 0 or 1. Unset: 1 where the plan is for GPUs."
     )
     resources_per_worker: dict[Resource, Positive] = Field(
-        default_factory=dict, description="Further resources of each rank, such as {CPU: 8}. Unset: Ray's default, one CPU."
+        default_factory=dict,
+        description="Further resources of each rank, such as {CPU: 8}. Unset: Ray's default, the GPU alone or one CPU.",
     )
     accelerator_type: Name | None = Field(None, description="Ray's name of the GPU model that nodes must have, such as H100.")
     label_selector: dict[Label, LabelValue] = Field(
@@ -78,7 +83,7 @@ class RaySection(ManagedSection):
     placement_minutes: Positive = Field(
         30.0, description="Minutes that the cluster may take to provide the workers, at the start and after a loss."
     )
-    storage_path: Text | None = Field(
+    storage_path: StoragePath | None = Field(
         None, description="Shared folder or URL for Ray Train's own state. Unset: ray/ in the run directory."
     )
     env: dict[VariableName, VariableValue] = Field(
@@ -110,9 +115,9 @@ class RaySection(ManagedSection):
         return self.min_workers is not None and (not workers or self.min_workers < workers)
 
     def resources(self, device: str) -> dict[str, float]:
-        """What each worker asks for, on a plan for `device` (cuda or cpu)."""
+        """What each worker asks for, on a plan for `device` (cuda or cpu), as Ray Train's ScalingConfig fills it in."""
         gpus = self.gpus_per_worker if self.gpus_per_worker is not None else int(device == "cuda")
-        return {"CPU": 1.0, **({"GPU": float(gpus)} if gpus else {}), **self.resources_per_worker}
+        return {**({"GPU": 1.0} if gpus else {}), **self.resources_per_worker} or {"CPU": 1.0}
 
     @property
     def is_http(self) -> bool:

@@ -51,11 +51,13 @@ class Decision:
     exclude: tuple[str, ...] = ()
 
 
-# Preemptions without a newer checkpoint between them that a run survives: its machines are never left to it for long enough.
+# Preemptions and changes of size without a newer checkpoint between them that a run survives: its machines are never left to it
+# for long enough.
 MOST_FRUITLESS_PREEMPTIONS = 20
 _FINAL = {Cause.COMPLETED: "completed", Cause.CANCELLED: "cancelled", Cause.LIMIT: "preempted"}
 _FAILED_MACHINES = (Cause.INFRASTRUCTURE, Cause.BAD_NODE)
-_OF_THE_MACHINES = (Cause.PREEMPTED, Cause.RESIZED, *_FAILED_MACHINES)
+_TAKEN_AWAY = (Cause.PREEMPTED, Cause.RESIZED)
+_OF_THE_MACHINES = (*_TAKEN_AWAY, *_FAILED_MACHINES)
 
 
 def decide(ended: Ended, history: Sequence[Ended], budgets: ManagedSection) -> Decision:
@@ -97,9 +99,13 @@ def _spent(attempts: Sequence[Ended], budgets: ManagedSection) -> str:
         count = sum(attempt.cause in causes for attempt in counted)
         if budget is not None and attempts[-1].cause in causes and count > budget:
             return f"{key}={budget} is used up"
-    fruitless = sum(attempt.cause is Cause.PREEMPTED and not _moved(attempt) for attempt in attempts[since:])
-    if attempts[-1].cause is Cause.PREEMPTED and fruitless >= MOST_FRUITLESS_PREEMPTIONS:
-        return f"{fruitless} preemptions without a newer checkpoint between them; save more often with train.save_every"
+    fruitless = [attempt.cause for attempt in attempts[since:] if attempt.cause in _TAKEN_AWAY and not _moved(attempt)]
+    if attempts[-1].cause in _TAKEN_AWAY and len(fruitless) >= MOST_FRUITLESS_PREEMPTIONS:
+        what = "preemptions and changes of size" if Cause.RESIZED in fruitless else "preemptions"
+        remedy = (
+            "raise cluster.resize_seconds" if attempts[-1].cause is Cause.RESIZED else "save more often with train.save_every"
+        )
+        return f"{len(fruitless)} {what} without a newer checkpoint between them; {remedy}"
     return ""
 
 

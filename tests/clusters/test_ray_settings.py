@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from plan_fixtures import H100
 from pydantic import ValidationError
 
 from launcher import run_store
@@ -44,7 +45,28 @@ def test_the_request_is_shown_with_rays_defaults(ray_plan: Callable[..., LaunchP
     }
     labelled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}, "placement_strategy": "STRICT_SPREAD"}
     shown = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labelled)]
+    shown.append(RayCluster().preview(ray_plan(device=H100, workers=4, storage_path="s3://bucket/ray", stop_grace_seconds=120.0)))
     golden("ray_requests.txt", "\n".join(text or "" for text in shown))
+
+
+@pytest.mark.parametrize("path", ["/shared/ray", "s3://bucket/ray?endpoint_override=10.0.0.9%3A9000", "abfs://box@account/ray"])
+def test_storage_is_an_absolute_path_or_a_url(path: str) -> None:
+    assert section(storage_path=path).storage_path == path
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("ray", "neither an absolute path nor a URL"),
+        ("~/ray", "neither an absolute path nor a URL"),
+        ("s3:/bucket/ray", "neither an absolute path nor a URL"),
+        ("s3://key:word@bucket/ray", "a user or a password"),
+        ("s3://bucket/ray?secret_key=abc", "a key or a signature"),
+    ],
+)
+def test_storage_of_another_form_or_with_a_key_is_refused(path: str, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        section(storage_path=path)
 
 
 @pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.local:6379", "[fd00::1]:6379", "http://127.0.0.1:8265"])
@@ -131,6 +153,22 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
 
 def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
     return {**process.identity(), "pid": driver.pid, "started": psutil.Process(driver.pid).create_time()}
+
+
+def test_where_a_run_was_handed_to_is_told_with_its_log(run: RunDir) -> None:
+    assert RayCluster().started(run, 1) == [("driver", str(run.attempt(1) / "agent.log"))]
+    run_store.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
+    through_the_jobs_api = [
+        ("job", "raysubmit_1"),
+        ("log", "ray job logs --address http://127.0.0.1:8265 -f raysubmit_1"),
+        ("dashboard", "http://127.0.0.1:8265/#/jobs/raysubmit_1"),
+    ]
+    assert RayCluster().started(run, 1) == through_the_jobs_api
+    # A further attempt by itself is the same job's; one that a person starts is another's.
+    assert run_store.next_attempt(run, Attempt(resume_step=5, automatic=True)) == 2
+    assert RayCluster().started(run, 2) == through_the_jobs_api
+    assert run_store.next_attempt(run, Attempt(resume_step=5)) == 3
+    assert RayCluster().started(run, 3) == [("driver", str(run.attempt(3) / "agent.log"))]
 
 
 def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDir) -> None:

@@ -77,6 +77,11 @@ class RayCluster:
         if (process := self._nodes.pop(name, None)) is not None:
             _kill(process)
 
+    def kill_raylet(self, name: str) -> None:
+        """The process through which Ray has a node, and nothing else."""
+        (raylet,) = [p for p in psutil.Process(self._nodes[name].pid).children(recursive=True) if p.name() == "raylet"]
+        raylet.kill()
+
     def drain(self, name: str, seconds: int = 60) -> None:
         """Tell Ray that a node is about to be taken away."""
         said = self._run(

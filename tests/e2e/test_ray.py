@@ -77,12 +77,15 @@ def test_after_the_kill_of_a_worker_and_of_a_rank_the_run_goes_on_by_itself(
     run = root / "killed"
     with start(*RAY, f"run.root={root}", "run.name=killed", TMPDIR=str(temporary)) as process:
         wait_for("step 12", lambda: last_step(run) >= 12)
-        worker = ranks_of(run)[1].parent()
+        before = ranks_of(run)
+        worker = before[1].parent()
         assert "ray::" in " ".join(worker.cmdline())
         worker.kill()
         killed_at = time.time()
-        wait_for("the next attempt to train", lambda: (run / "attempts/002/marker").exists() and len(ranks_of(run)) == 2)
+        wait_for("the next attempt", lambda: (run / "attempts/002/marker").exists())
+        assert not any(rank.is_running() for rank in before.values()), "no rank of the attempt before is left"
         saved = json.loads((run / "attempts/002/attempt.json").read_text())["resume_step"]
+        assert saved == newest_of_attempt(run, 1)
         wait_for("steps of the next attempt", lambda: last_step(run) >= saved + 10)
         ranks_of(run)[0].kill()
         output, _ = process.communicate(timeout=300)
@@ -91,7 +94,7 @@ def test_after_the_kill_of_a_worker_and_of_a_rank_the_run_goes_on_by_itself(
     assert causes(run) == ["infrastructure", "infrastructure", "completed"]
     again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in again if line["attempt"] == 2 and "train/loss" in line)
-    assert first["time"] - killed_at < 60
+    assert first["time"] - killed_at < 60, "meant are 30 s, of a machine that does nothing else"
     assert first["trainer/step"] == saved + 1, "no more is repeated than was done since the last checkpoint"
     assert "rank 0: killed by SIGKILL" in (run / "events.jsonl").read_text()
     await_no_process(run)
@@ -126,6 +129,7 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     run, env = root / "stopped", {"TMPDIR": str(temporary)}
     done = launch(*RAY, f"run.root={root}", "run.name=stopped", "--detach", **env)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert f"driver     {run}/attempts/001/agent.log" in done.stdout
     assert f"python -m launcher cancel {run}" in done.stdout
     wait_for("step 7", lambda: last_step(run) >= 7)
     assert launch("cancel", str(run)).returncode == 0
@@ -135,11 +139,17 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     await_no_process(run)
 
     def signalled(number: signal.Signals) -> None:
-        """Go on for some steps, and send the driver a signal."""
+        """Go on for some steps, of which the terminal sees no more than the first, and send the driver a signal."""
         begun = status(run)["step"]
-        assert launch("resume", str(run), "--detach", **env).returncode == 0
-        wait_for("further steps", lambda: last_step(run) >= begun + 7)
-        os.kill(status(run)["job"]["pid"], number)
+        with start("resume", str(run), **env) as terminal:
+            wait_for("further steps", lambda: last_step(run) >= begun + 5)
+            terminal.send_signal(signal.SIGHUP)
+            assert terminal.wait(30) == -signal.SIGHUP
+        seen = last_step(run)
+        wait_for("steps that nobody follows", lambda: last_step(run) >= seen + 2)
+        driver = status(run)["job"]["pid"]
+        assert os.getsid(driver) == driver, "nor does closing a terminal reach it"
+        os.kill(driver, number)
 
     # As when a pod or a machine is shut down.
     signalled(signal.SIGTERM)
@@ -185,6 +195,12 @@ def test_a_rank_and_a_worker_that_hang_are_named_and_the_run_goes_on(
     assert losses(run) == losses(undisturbed)
     assert causes(run) == ["infrastructure", "infrastructure", "completed"]
     await_no_process(run)
+
+
+def newest_of_attempt(run: Path, attempt: int) -> int:
+    """The step of the newest checkpoint that an attempt has committed."""
+    manifests = [json.loads(file.read_text()) for file in (run / "checkpoints").glob("step-*/manifest.json")]
+    return max(manifest["step"] for manifest in manifests if manifest["attempt"] == attempt)
 
 
 def last_of_attempt(run: Path, attempt: int) -> int:

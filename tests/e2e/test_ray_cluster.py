@@ -264,6 +264,32 @@ def test_a_run_loses_a_node_and_gets_another(
     await_no_launcher(run)
 
 
+def test_a_run_of_fixed_size_survives_the_kill_of_a_worker_and_of_a_raylet(
+    start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
+) -> None:
+    node("n2")
+    run = root / "killed"
+    settings = ("cluster.address=auto", "cluster.workers=2", "--follow")
+    # Ray leaves the address of the newest cluster there, of which this machine may have several.
+    with start(*ray(cluster, root, "killed", *settings), **cluster.env, RAY_TMPDIR=str(cluster.folder)) as process:
+        await_training(run, num_ranks=2)
+        wait_for("a checkpoint", lambda: store.newest_step(run / "checkpoints") is not None)
+        before = ranks_of(run)
+        before[run_store.read_attempt(RunDir(run), 1).nodes.index("n2")].parent().kill()
+        wait_for("the next attempt", lambda: (run / "attempts/002/marker").exists())
+        assert not any(rank.is_running() for rank in before.values())
+        wait_for("a step of it", lambda: any(line["attempt"] == 2 and "train/loss" in line for line in metrics(run)))
+        cluster.kill_raylet("n2")
+        wait_for("all ranks to be gone", lambda: not ranks_of(run))
+        node("n3")
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert causes(run) == ["infrastructure", "infrastructure", "completed"]
+    assert [set(run_store.read_attempt(RunDir(run), number).nodes) for number in (2, 3)] == [{"n1", "n2"}, {"n1", "n3"}]
+    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
+    await_no_launcher(run)
+
+
 def test_a_run_saves_before_a_node_is_taken_away(
     start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
 ) -> None:
@@ -272,9 +298,11 @@ def test_a_run_saves_before_a_node_is_taken_away(
     settings = ("cluster.workers=2", "train.save_every=1000", "--follow")
     with start(*ray(cluster, root, "drained", *settings), **cluster.env) as process:
         await_training(run, num_ranks=2)
+        cluster.drain("n2", seconds=120)
+        wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
+        assert "runs again" in status(run)["message"]
         # In its place.
         node("n3")
-        cluster.drain("n2", seconds=120)
         output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "Ray is about to lose n2: the run saves" in output

@@ -64,6 +64,11 @@ def test_preemptions_that_leave_no_newer_checkpoint_end_the_run_at_last() -> Non
     assert decide(attempts[-1], attempts[:-2], SlurmSection()).again
     moved = [*attempts[:10], Ended(Cause.PREEMPTED, 10, 20), *attempts[10:]]
     assert decide(moved[-1], moved[:-1], SlurmSection()).again
+    resized = [*stuck(Cause.RESIZED), *attempts[1:-1], *stuck(Cause.RESIZED)]
+    refused = decide(resized[-1], resized[:-1], SlurmSection())
+    assert (refused.again, refused.state) == (False, "failed")
+    assert "preemptions and changes of size without a newer checkpoint between them; raise cluster.resize" in refused.reason
+    assert decide(resized[-1], resized[1:-1], SlurmSection()).again
 
 
 def test_a_spent_budget_is_named_and_another_kind_does_not_draw_on_it() -> None:

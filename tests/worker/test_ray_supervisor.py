@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import pytest
 from played_workers import Played
 
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.run_store import Attempt
 from launcher.worker.ray import supervisor
 
+PLACE = {"rank": 0, "world_size": 1, "local_size": 1, "address": "127.0.0.1", "port": 1, "peers": ["127.0.0.1"], "others": []}
 NOTHING = {"signal": None, "stacks": False, "hung": None, "saved": [], "verdict": None}
 
 
@@ -48,8 +52,7 @@ def test_that_a_rank_has_failed_is_told_before_the_mirror_is_waited_for(
     worker = Told(NOTHING)
     monkeypatch.setattr(supervisor.MirrorProcess, "start", lambda *_: Endless(worker))
     monkeypatch.setattr(supervisor.sys, "executable", "/bin/false")
-    place = {"rank": 0, "world_size": 1, "local_size": 1, "address": "127.0.0.1", "port": 1, "peers": ["127.0.0.1"]}
-    orders = {**place, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
+    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
     assert worker._train(orders) == "failed"
     assert worker.told[worker.told.index("failed") :] == ["failed", "mirrors", None]
 
@@ -69,3 +72,51 @@ def test_the_mirror_is_left_where_another_attempt_or_a_person_waits(
     answer: dict[str, Any], failed: bool, others_wait: bool
 ) -> None:
     assert Told({**NOTHING, **answer})._is_wanted_elsewhere(failed) is others_wait
+
+
+def test_a_node_whose_run_directory_is_another_than_the_head_nodes_is_told_so(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path
+) -> None:
+    """The folder is there, with the same attempt in it: only what this start has written tells them apart."""
+    made = ray_plan(working_dir=str(tmp_path), workers=1)
+    assert made.data is not None
+    (tmp_path / "meta.json").touch()
+    played = Played(made.model_copy(update={"data": made.data.model_copy(update={"cache_dir": str(tmp_path)})}))
+    marker, worker = played.run.attempt(1) / "marker", Told(NOTHING)
+    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "marker": "of this start"}
+
+    def said() -> list[str]:
+        return [f"{problem.where}: {problem.what}" for problem in worker._check(orders).problems if "this start" in problem.what]
+
+    wrong = "n1: the run directory is not the one that the head node sees: a file of this start is not in it"
+    assert said() == [wrong]
+    marker.write_text("of an earlier start")
+    assert said() == [wrong]
+    marker.write_text("of this start")
+    assert said() == []
+    shutil.rmtree(played.run.root)
+    (unseen,) = worker._check(orders).problems
+    assert (unseen.where, unseen.what) == ("n1", "the run directory is not visible")
+
+
+@pytest.mark.parametrize("local_rank, is_newest, is_kept", [(0, True, False), (1, True, True), (0, False, True)])
+def test_states_on_a_nodes_disk_go_with_the_attempt_unless_another_uses_them(
+    ray_plan: Callable[..., LaunchPlan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    local_rank: int,
+    is_newest: bool,
+    is_kept: bool,
+) -> None:
+    made, states = ray_plan(working_dir=str(tmp_path), workers=1), tmp_path / "nvme/tried"
+    states.mkdir(parents=True)
+    zero = {**made.deepspeed["zero_optimization"], "offload_optimizer": {"device": "nvme", "nvme_path": str(states)}}
+    played = Played(made.model_copy(update={"deepspeed": {**made.deepspeed, "zero_optimization": zero}}))
+    assert run_store.load_plan(played.run).nvme_folder == states
+    if not is_newest:
+        run_store.next_attempt(played.run, Attempt(resume_step=None, automatic=True))
+    monkeypatch.setattr(supervisor.sys, "executable", "/bin/false")
+    worker = Told(NOTHING)
+    worker.local_rank = local_rank
+    worker._train({**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}})
+    assert states.exists() is is_kept

@@ -164,6 +164,7 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
     sizes = f"{section.min_workers} to {workers}, looked for every " if elastic else str(workers)
     sizes += or_default(section.resize_seconds and f"{section.resize_seconds:g} s", "60 s") if elastic else ""
     resources = ", ".join(f"{name}: {amount:g}" for name, amount in section.resources(plan.topology.device).items())
+    resources += "" if section.resources_per_worker else " (Ray's default)"
     nodes = [f"accelerator {section.accelerator_type}"] if section.accelerator_type else []
     nodes += [f"{label}={value}" for label, value in section.label_selector.items()]
     budgets = {
@@ -177,6 +178,7 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
         ("workers", f"{sizes}, each with {resources}, within {section.placement_minutes:g} minutes"),
         ("nodes", f"{', '.join(nodes) or 'any'}; placement {or_default(section.placement_strategy, 'PACK')}"),
         ("survived", ", ".join(f"{kind} {number}" for kind, number in budgets.items())),
+        ("grace", f"{section.stop_grace_seconds:g} s to save, when stopped or about to lose a node"),
         ("storage", section.storage_path or str(RunDir(Path(plan.run_dir)).root / "ray")),
         ("passed on", ", ".join((*section.env, *section.pass_env)) or "no variables but keys"),
     ]

@@ -311,7 +311,7 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     import ray
 
     cores = os.cpu_count() or 1
-    needed = plan.ray.resources(plan.topology.device).get("CPU", 1.0) * plan.topology.world_size
+    needed = plan.ray.resources(plan.topology.device).get("CPU", 0.0) * plan.topology.world_size
     ray.init(
         num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
         _temp_dir=str(folder),

@@ -271,8 +271,10 @@ class _Worker:
             # The last checkpoint takes the time that it needs, unless another attempt waits or a person has waited enough.
             until = time.time() + AFTER_FAILURE_S if failure or {"TERM", "USR2"} & sent.keys() else float("inf")
             mirror.finish(until, lambda: self._is_wanted_elsewhere(failure is not None))
-        if plan.nvme_folder is not None and self.local_rank == 0:
-            shutil.rmtree(plan.nvme_folder, ignore_errors=True)
+        # States of a whole model would fill the disk of a node that the run does not come back to.
+        with suppress(OSError):
+            if plan.nvme_folder is not None and self.local_rank == 0 and run_store.newest_attempt(run) == attempt:
+                shutil.rmtree(plan.nvme_folder, ignore_errors=True)
         return "failed" if failure is not None else "done"
 
     def _is_wanted_elsewhere(self, failed: bool) -> bool:
@@ -288,7 +290,7 @@ class _Worker:
         environment = {
             **os.environ,
             **orders["environment"],
-            # Ray sets the threads of an actor to its CPUs, of which it has one.
+            # Ray sets the threads of an actor to the CPUs that it asked for, which are few or none.
             "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
             "PYTHONPATH": process.with_code(run.code, os.environ),
             "PYTHONSAFEPATH": "1",
