@@ -25,6 +25,8 @@ from launcher.tracking.jsonl import Tail, read_events
 _POLL_S = 0.15
 # The closing lines say these in their own way.
 _NOT_SHOWN = ("summary", "end")
+# What has to be raised before a run goes on that it has stopped.
+_LIMITS = ("run.max_hours", "run.max_usd")
 
 
 class Watch:
@@ -150,7 +152,8 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
         return EXIT_FAILED
     print(f"{status.state}: {status.message}")
     if store.list_checkpoints(run.checkpoints):
-        print(f"continue it:  python -m launcher resume {name}")
+        limit = next((f" {key}=..." for key in _LIMITS if status.message.startswith(f"{key}=")), "")
+        print(f"continue it:  python -m launcher resume {name}{limit}")
     return EXIT_INTERRUPTED
 
 

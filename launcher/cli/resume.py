@@ -45,6 +45,13 @@ def start_again(
             where=str(run.root),
             remedy="give it more to do with: resume RUN train.max_steps=...",
         )
+    if plan.batch.max_steps is not None and checkpoint.step > plan.batch.max_steps:
+        raise SubmitError(
+            f"the run has come to step {checkpoint.step} already",
+            where="train.max_steps",
+            value=plan.batch.max_steps,
+            remedy="raise it, go back with --step N, or write the model of a step with: python -m launcher export RUN --step N",
+        )
     _require_budget(run, plan)
     check_startable(plan)
     cluster.check(plan)

@@ -24,6 +24,7 @@ LOST = {
     "save_s": "waiting for saves",
     "eval_s": "evaluation",
     "restart_s": "failures and restarts",
+    "idle_s": "ended, until a person resumed it",
     "replay_s": "steps that were lost",
     "other_s": "everything else",
 }
@@ -35,7 +36,8 @@ PHASE, JOINED, LOADED = "phase", "joined", "loaded"
 class Attempt:
     """When an attempt was asked for, when its machines were there, and when it ended; seconds since the epoch.
 
-    `begun_at` None waits for machines, `ended_at` None goes on. `num_ranks` is what its plan says.
+    `begun_at` None waits for machines, `ended_at` None goes on. `num_ranks` is what its plan says. `automatic` where no person
+    asked for it.
     """
 
     number: int
@@ -43,6 +45,7 @@ class Attempt:
     begun_at: float | None
     ended_at: float | None
     num_ranks: int
+    automatic: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Breakdown:
     save_s: float = 0.0
     eval_s: float = 0.0
     restart_s: float = 0.0
+    idle_s: float = 0.0
     replay_s: float = 0.0
     other_s: float = 0.0
     held_s: float = 0.0
@@ -95,7 +99,7 @@ def of_metrics(line: dict[str, Any]) -> Breakdown | None:
     """What a line of metrics.jsonl tells; None where it tells nothing of this."""
     if "perf/goodput" not in line:
         return None
-    lost = {name: line[f"lost/{name}"] for name in LOST}
+    lost = {name: line.get(f"lost/{name}", 0.0) for name in LOST}
     kept = line["time/kept_s"]
     return Breakdown(kept + sum(lost.values()), kept, **lost, lost_steps=int(line["run/lost_steps"]))
 
@@ -133,7 +137,7 @@ def breakdown(
         end = _end(attempts, i, now)
         begun = end if attempt.begun_at is None else min(attempt.begun_at, end)
         asked = min(max(attempt.submitted_at, before), begun)
-        parts["restart_s"] += asked - before
+        parts["restart_s" if attempt.automatic else "idle_s"] += asked - before
         parts["queue_s"] += begun - asked
         own = [session for session in sessions if session.attempt == attempt.number]
         # Machines that never came to train, at least not yet, cost the same.
@@ -224,7 +228,7 @@ def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], eve
             seen = (line["time"] for line in (*lines, *events) if line["attempt"] == number)
             ended = max(seen, default=known.begun_at or known.submitted_at)
         num_ranks = run_store.read_json(plan)["topology"]["world_size"]
-        found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks))
+        found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks, known.automatic))
     return found
 
 

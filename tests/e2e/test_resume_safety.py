@@ -102,6 +102,10 @@ def test_what_differs_is_shown_and_refused(launch: Launch, run: Path) -> None:
     assert "--force" in text
 
 
+def test_an_end_that_lies_behind_the_run_is_refused(launch: Launch, run: Path) -> None:
+    assert "the run has come to step 2 already" in refused(launch, run, "train.max_steps=1")
+
+
 def test_what_cannot_work_is_refused_with_force_too(launch: Launch, run: Path) -> None:
     text = refused(launch, run, "--force", "model.path=./other", "run.seed=1")
     assert "model.path" in text

@@ -70,6 +70,13 @@ def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() 
     assert breakdown(first, events, attempts, now=90).lost_steps == 2
 
 
+def test_a_night_until_a_person_resumes_is_no_restart() -> None:
+    attempts = [Attempt(1, 0, 0, 40, RANKS, automatic=False), Attempt(2, 4000, 4010, None, RANKS, automatic=False)]
+    events = [*start(1, 0, 10), *start(2, 4020, 4030, from_step=3)]
+    found = breakdown([step(n, 1, 10 + 10 * n) for n in range(1, 4)], events, attempts, now=4030)
+    assert parts(found) == {"kept_s": 30, "idle_s": 3960, "queue_s": 10, "start_s": 10, "load_s": 20}
+
+
 def test_ranks_that_are_started_again_within_an_attempt() -> None:
     lines = [*(step(n, 1, 20 + n) for n in range(1, 5)), *(step(n, 1, 50 + n - 2) for n in range(3, 9))]
     events = [*start(1, 10, 20), *start(1, 40, 50, from_step=2)]
