@@ -190,8 +190,10 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     if memory.hpz_ranks(states, planned.topology.ranks_per_node) > 1:
         offload += ", deepspeed.hpz_partition_size=1"
     if too_large := _too_large(planned):
+        topology = planned.topology
         remedy = f"use more ranks, {offload}, or name larger GPUs with cluster.gpu_type"
-        yield Problem(too_large, where="cluster.nodes", value=str(planned.topology.world_size), remedy=remedy)
+        size = f"{topology.nodes} node{'s' * (topology.nodes > 1)} of {topology.ranks_per_node} ranks"
+        yield Problem(too_large, where="cluster", value=size, remedy=remedy)
         return
     smallest = fewest(planned)
     if smallest is not None and (too_large := _too_large(smallest)):
