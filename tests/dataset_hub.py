@@ -30,17 +30,36 @@ class DatasetHub:
         self.revisions.update(dict.fromkeys((sha, *names), sha))
         return sha
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+    def _tree(self, sha: str, folder: str | None, recursive: bool) -> list[dict[str, Any]]:
+        """The files and folders in a folder, or all below it."""
+        root = f"{folder}/" if folder else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for name, content in self.commits[sha].items():
+            parts = name.removeprefix(root).split("/")
+            if not name.startswith(root):
+                continue
+            for depth in range(1, len(parts)):
+                path = root + "/".join(parts[:depth])
+                if recursive or depth == 1:
+                    entries[path] = {"type": "directory", "oid": sha, "size": 0, "path": path}
+            if recursive or len(parts) == 1:
+                entries[name] = {"type": "file", "oid": hashlib.sha1(content).hexdigest(), "size": len(content), "path": name}
+        return list(entries.values())
+
+    def answer(self, path: str, query: str) -> tuple[int, dict[str, str], bytes]:
+        if match := re.fullmatch(r"/api/datasets/owner/name/tree/(\w+)(?:/(.+))?", path):
+            return 200, {}, json.dumps(self._tree(self.revisions[match[1]], match[2], "recursive=true" in query)).encode()
         if match := re.fullmatch(r"/api/datasets/owner/name(?:/revision/(\w+))?", path):
             sha = self.revisions.get(match[1] or "main")
             if sha is not None:
                 siblings = [{"rfilename": name} for name in self.commits[sha]]
                 return 200, {}, json.dumps({"id": "owner/name", "sha": sha, "siblings": siblings}).encode()
             return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
-        if (match := re.fullmatch(r"/datasets/owner/name/resolve/(\w+)/(.+)", path)) and match[1] in self.commits:
-            content = self.commits[match[1]].get(match[2])
+        if (match := re.fullmatch(r"/datasets/owner/name/resolve/(\w+)/(.+)", path)) and match[1] in self.revisions:
+            sha = self.revisions[match[1]]
+            content = self.commits[sha].get(match[2])
             if content is not None:
-                return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": match[1]}, content
+                return 200, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": sha}, content
             return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
         return 401, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
@@ -55,7 +74,7 @@ def running_dataset_hub() -> Iterator[DatasetHub]:
         def _serve(self) -> None:
             path = self.path.partition("?")[0]
             hub.requests.append(path)
-            status, headers, content = hub.answer(path)
+            status, headers, content = hub.answer(path, self.path.partition("?")[2])
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(key, value)

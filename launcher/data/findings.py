@@ -187,8 +187,10 @@ def _accepted_by(finding: Finding) -> str:
 def _problem(finding: Finding) -> Problem:
     trained = "the others" if finding.name in _THE_OTHERS else "it as it is"
     accepted = f"to train on {trained}: {_accepted_by(finding)}"
+    # What is little of all may be the whole of a source.
+    most = f", {share_text(finding.highest_share)} of one source" if finding.highest_share > finding.share else ""
     return Problem(
-        f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}): {finding.title}",
+        f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}{most}): {finding.title}",
         where="; ".join(example.where for example in finding.examples),
         value="; ".join(example.detail for example in finding.examples),
         remedy=f"{REMEDIES[finding.name]}; {accepted}",

@@ -281,7 +281,9 @@ def test_a_whole_source_without_a_trained_token_refuses_a_run() -> None:
         if fatal:
             with pytest.raises(DataError) as caught:
                 findings.refuse((finding["no_trained_token"],), checks)
-            assert caught.value.problems[0].remedy.endswith("to train on the others: data.checks.no_trained_token=keep")
+            (problem,) = caught.value.problems
+            assert f"{num} of 200 ({num / 2:.1f}%, {num}.0% of one source): documents without" in problem.what
+            assert problem.remedy.endswith("to train on the others: data.checks.no_trained_token=keep")
 
 
 def test_few_examples_say_what_is_usual() -> None:

@@ -387,3 +387,18 @@ def test_what_the_hub_does_not_have_is_named(hub: DatasetHub, tmp_path: Path) ->
     said = read_elsewhere(Source(path="owner/name"), environ)[1]
     assert "holds no data file" in said
     assert "Code that builds a dataset is never run" in said
+
+
+def test_rows_by_an_hf_address(hub: DatasetHub, tmp_path: Path) -> None:
+    environ = hub_environment(hub, tmp_path)
+    hub.commit(as_bytes({f"data/{name}": content for name, content in SPLITS.items()}), "main")
+    folder, pattern = (Source(path=f"hf://datasets/owner/name{path}") for path in ("/data", "@main/data/train-*.jsonl"))
+    digest, rows = read_elsewhere(folder, environ)
+    assert rows == [[f"hf://datasets/owner/name/data/train-{i}.jsonl:1", text] for i, text in enumerate("ab")]
+    assert [text for _, text in read_elsewhere(pattern, environ)[1]] == ["a", "b"]
+    assert read_elsewhere(folder, environ)[0] == digest
+    hub.commit(as_bytes({"data/train-0.jsonl": row("c")}), "main")
+    changed, rows = read_elsewhere(folder, environ)
+    assert changed != digest
+    assert [text for _, text in rows] == ["c"]
+    assert "there is no such data file" in read_elsewhere(Source(path="hf://datasets/owner/name/gone.jsonl"), environ)[1]
