@@ -12,11 +12,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
-from ray_tools import await_no_process, causes, kill_all, ranks_of
+from ray_cluster import RAY as RAY_COMMAND
+from ray_tools import await_no_process, causes, kill_all, ranks_of, started_by
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -173,14 +176,19 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
 
 @pytest.mark.slow
 def test_a_rank_and_a_worker_that_hang_are_named_and_the_run_goes_on(
-    start: Callable, root: Path, temporary: Path, undisturbed: Path
+    launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
     run = root / "hung"
-    settings = ("cluster.stall_seconds=10", f"run.root={root}", "run.name=hung")
-    with start(*RAY, *settings, TMPDIR=str(temporary)) as process:
+    settings = ("cluster.stall_seconds=10", "cluster.dashboard=true", f"run.root={root}", "run.name=hung")
+    with ExitStack() as stack:
+        process = stack.enter_context(start(*RAY, *settings, TMPDIR=str(temporary)))
         wait_for("step 12", lambda: last_step(run) >= 12)
+        terminal = stack.enter_context(start("logs", str(run), "-f", "--rank", "1"))
         stopped = ranks_of(run)[1]
         stopped.suspend()
+        # In the time that this takes.
+        assert re.search(r"^hung +running ", launch("ls", "--root", str(root)).stdout, re.MULTILINE)
+        require_closed(run, temporary)
         wait_for("the next attempt to train", lambda: last_of_attempt(run, 2) > 0, 200)
         said = (run / "events.jsonl").read_text()
         assert f"(pid {stopped.pid}) is stopped: no progress for" in said
@@ -190,11 +198,41 @@ def test_a_rank_and_a_worker_that_hang_are_named_and_the_run_goes_on(
         ranks_of(run)[1].suspend()
         wait_for("a third attempt to train", lambda: last_of_attempt(run, 3) > 0, 240)
         output, _ = process.communicate(timeout=300)
+        shown, _ = terminal.communicate(timeout=60)
     assert process.returncode == 0, output
+    logs = [path.read_text(errors="replace") for path in sorted(run.glob("attempts/*/rank-00001.log"))]
+    assert len(logs) == 3
+    assert shown == "".join(logs), "of every attempt, to its end"
     assert re.search(r"the other ranks wait for the worker of rank 1 on \S+: the run goes on", (run / "events.jsonl").read_text())
     assert losses(run) == losses(undisturbed)
     assert causes(run) == ["infrastructure", "infrastructure", "completed"]
     await_no_process(run)
+
+
+def require_closed(run: Path, folder: Path) -> None:
+    """Its own Ray answers nobody without the run's token; this one and its dashboard nobody from elsewhere."""
+    (raylet,) = [process for process in started_by(run) if process.name() == "raylet"]
+    (address,) = set(re.findall(r"--gcs[-_]address=([\d.]+:\d+)", " ".join(raylet.cmdline())))
+    (folder / "wrong").write_text("0" * 64)
+
+    def answers(**variables: str) -> bool:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        # As in the driver: without it Ray replaces loopback by the address of a network, where nobody answers.
+        env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        command = [*RAY_COMMAND, "status", f"--address={address}"]
+        return not subprocess.run(command, env={**env, **variables}, capture_output=True, timeout=60).returncode
+
+    assert answers(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(run / "ray-token"))
+    assert not answers(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(folder / "wrong"))
+    assert not answers()
+    listening: dict[str, set[str]] = {}
+    for process in set(started_by(run)) - set(ranks_of(run).values()):
+        with suppress(psutil.NoSuchProcess):
+            said = " ".join([process.name(), *process.cmdline()])
+            listening[said] = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    assert any(ips for said, ips in listening.items() if "dashboard/dashboard.py" in said)
+    assert any(ips for said, ips in listening.items() if said.startswith("gcs_server"))
+    assert set().union(*listening.values()) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
 
 
 def newest_of_attempt(run: Path, attempt: int) -> int:

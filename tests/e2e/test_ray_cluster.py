@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -196,22 +197,29 @@ def test_a_node_with_another_version_of_a_package_is_named(
 
 
 def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
-    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
+    launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
     node("n2")
-    run = root / "job"
+    run, mirror = root / "job", tmp_path / "mirror"
     canary = "canary-0123456789abcdef"
     env = {**cluster.env, "WANDB_API_KEY": canary}
-    done = launch(*ray(cluster, root, "job", f"cluster.address={cluster.http}", f"cluster.python={sys.executable}"), **env)
+    settings = (f"cluster.address={cluster.http}", f"cluster.python={sys.executable}", f"train.mirror=file://{mirror}")
+    done = launch(*ray(cluster, root, "job", *settings), **env)
     assert done.returncode == 0, done.stdout + done.stderr
     job = run_store.read_json(run / "attempts/001/submitted.json")["job"]
     assert f"job        {job}" in done.stdout
     assert f"{cluster.http}/#/jobs/{job}" in done.stdout
     wait_for("step 7", lambda: last_step(run) >= 7)
     assert json.loads(launch("status", str(run), "--json", **env).stdout)["state"] == "running"
+    assert re.search(r"^job +running ", launch("ls", "--root", str(root), **env).stdout, re.MULTILINE)
     assert launch("cancel", str(run), **env).returncode == 0
     wait_for("its end", lambda: status(run)["state"] == "cancelled")
     step = status(run)["step"]
+
+    def mirrored(number: int) -> bool:
+        return (mirror / f"job/checkpoints/step-{number:08d}/manifest.json").is_file()
+
+    assert mirrored(step), "what was saved last is sent before the run is over"
     listed = subprocess.run(
         [sys.executable, "-m", "ray.scripts.scripts", "job", "list", f"--address={cluster.http}"],
         capture_output=True,
@@ -226,6 +234,8 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert step < STEPS
     assert losses(run) == losses(undisturbed)
+    assert mirrored(STEPS)
+    assert json.loads((mirror / "job/status.json").read_text())["state"] == "completed"
 
 
 def test_a_run_loses_a_node_and_gets_another(
