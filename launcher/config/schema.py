@@ -26,6 +26,7 @@ from launcher.config.fields import (
     Section,
     Text,
     Url,
+    matching,
 )
 from launcher.config.ray import RaySection
 from launcher.config.slurm import SlurmSection
@@ -302,6 +303,10 @@ class DeepSpeedSection(Section):
         return any(bool(self.extra.get(key, {}).get("enabled")) for key in ({"bf16": ("bf16", "bfloat16")}.get(dtype, (dtype,))))
 
 
+# W&B refuses longer ones.
+Tag = Annotated[Name, matching(r".{1,64}", "is longer than the 64 characters that W&B takes; shorten it")]
+
+
 class TrackingSection(Section):
     """Where metrics go besides metrics.jsonl and the terminal."""
 
@@ -312,7 +317,7 @@ class TrackingSection(Section):
         "auto", description="auto: online where WANDB_API_KEY or a W&B login is found, else offline."
     )
     group: Name | None = Field(None, description="W&B group.")
-    tags: tuple[Name, ...] = Field((), description="W&B tags.")
+    tags: tuple[Tag, ...] = Field((), description="W&B tags, of at most 64 characters.")
     log_export: bool = Field(False, description="Upload the exported Hugging Face folder to W&B as an artifact.")
 
 

@@ -129,7 +129,8 @@ class BatchEncoder:
             wheres=[item.document.where for item in items],
             signatures=[one.signature for one in seen],
         )
-        whole = [i for i in np.flatnonzero(docs.held_out).tolist() if not docs.lost_tokens[i]]
+        # Nothing is left of what is dropped before it is rendered.
+        whole = np.flatnonzero(docs.held_out & (docs.num_tokens > 0) & (docs.lost_tokens == 0)).tolist()
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
             docs,

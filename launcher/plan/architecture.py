@@ -174,7 +174,12 @@ class TrainFlops:
 
     def of(self, doc_lengths: Sequence[int], num_labels: int) -> float:
         """FLOPs for documents of these lengths in tokens, `num_labels` of them trained; padding is not looked at."""
-        pairs = sum(per_pair * sum(_pairs(length, window) for length in doc_lengths) for window, per_pair in self.per_pair)
+        # A batch has many documents and few lengths.
+        counts = Counter(doc_lengths)
+        pairs = sum(
+            per_pair * sum(count * _pairs(length, window) for length, count in counts.items())
+            for window, per_pair in self.per_pair
+        )
         return self.per_token * sum(doc_lengths) + self.per_label * num_labels + pairs
 
 

@@ -160,7 +160,7 @@ class WandbTracker:
             self._note_once("alert", "W&B does not take what is sent; metrics.jsonl has it")
 
     def _pass_on(self) -> None:
-        """Tell what the threads have noted; from the thread that trains, as all that is told."""
+        """Tell what the threads have noted, within a call of who tells something."""
         while True:
             try:
                 kind, text, fields = self._notes.popleft()
@@ -216,9 +216,10 @@ class WandbTracker:
         except ConfigError as error:
             what = error.problems[0].what
             if not self._offline:
-                self._note_once("alert", f"this attempt goes on offline: {what}")
                 self._offline = True
-                return self._begin()
+                if (offline := self._begin()) is not None:
+                    self._note_once("alert", f"this attempt goes on offline: {what}")
+                return offline
             self._refused, self._failure = True, what
             self._note_once("alert", f"W&B does not track this attempt, metrics.jsonl does: {what}")
             return None

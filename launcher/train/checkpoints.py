@@ -27,7 +27,7 @@ class Checkpoints:
 
     def __init__(self, saver: Saver, tracker: Composite, is_main: bool, beat: Callable[[str, int], None]) -> None:
         self._saver, self._tracker, self._is_main, self._beat = saver, tracker, is_main, beat
-        self._untold = False
+        self._untold, self._saving = False, 0
         self._eval_loss: float | None = None
         self.stall_s = 0.0
         self.saved_step: int | None = None
@@ -39,7 +39,7 @@ class Checkpoints:
     def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
         """Save in the background; how it ended is told later. Collective."""
         self.conclude(step)
-        self._untold, self._eval_loss = True, eval_loss
+        self._untold, self._eval_loss, self._saving = True, eval_loss, step
         self._saver.save(step, state, eval_loss=eval_loss)
 
     def save_and_wait(
@@ -51,7 +51,7 @@ class Checkpoints:
             CheckpointError: where it could not be saved; what was committed before stays.
         """
         self.conclude(step)
-        self._untold, self._eval_loss = True, eval_loss
+        self._untold, self._eval_loss, self._saving = True, eval_loss, step
         self._saver.save(step, state, eval_loss=eval_loss, probe=probe, wait=True)
         outcome = self.conclude(step)
         if isinstance(outcome, CheckpointError):
@@ -84,7 +84,8 @@ class Checkpoints:
         if isinstance(outcome, LauncherError):
             problems = outcome.problems
             why = "; ".join(f"{p.what} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
-            self._tracker.event("alert", f"a checkpoint was not saved: {why}", step)
+            # Each is told: what stands before the colon is another one.
+            self._tracker.event("alert", f"step {self._saving} was not saved: {why}", step)
             return
         self.stall_s += outcome.stall_s
         free = _free_bytes(outcome.path.parent)

@@ -180,7 +180,7 @@ class _Session:
         meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts, peak), StepTimer(device)
         monitor = Monitor(plan, place, device, model, tracker, beat)
         checkpoints = Checkpoints(saver, tracker, place.is_main, monitor.beat)
-        status = StatusFile(run, partial(tracker.event, "alert"), place.is_main)
+        status = StatusFile(run, place.attempt, partial(tracker.event, "alert"), place.is_main)
         parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, status, max_steps)
         session = cls(plan, place, run, device, tracker, *parts)
         if begin.checkpoint is not None:
@@ -214,9 +214,9 @@ class _Session:
             if stopped != "cancelled":
                 self.tracker.event("alert", outcome.message, self.step)
             return outcome
-        self._evaluate("after training", stop)
+        self._evaluate("after training", stop, is_last=True)
         checkpoint = self._save(wait=True)
-        self.tracker.summary({"last_step": self.step, **self.last_eval})
+        self.tracker.summary({"last_step": self.step, **(self.last_eval if self.eval_step == self.step else {})})
         return Outcome("completed", "completed", self.step, f"{self.step} steps", checkpoint)
 
     def _train_step(self, stop: Stop) -> str | None:
@@ -310,8 +310,11 @@ class _Session:
         )
 
     @torch.no_grad()
-    def _evaluate(self, when: str, stop: Stop) -> None:
-        """Held-out loss over all ranks; the mean over trained tokens, as in training. Given up where a rank is to stop."""
+    def _evaluate(self, when: str, stop: Stop, is_last: bool = False) -> None:
+        """Held-out loss over all ranks; the mean over trained tokens, as in training. Given up where a rank is to stop.
+
+        What the run may spend ends none but the last, which costs little beside what it tells.
+        """
         if not self.held_out:
             return
         began = time.perf_counter()
@@ -319,7 +322,7 @@ class _Session:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
             self.monitor.beat("evaluating", self.step)
-            if self._agree(torch.zeros(()), self._own_reason(stop), [])[1]:
+            if self._agree(torch.zeros(()), stop() if is_last else self._own_reason(stop), [])[1]:
                 self.model.train()
                 self.monitor.eval_s += time.perf_counter() - began
                 return

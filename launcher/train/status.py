@@ -17,11 +17,12 @@ class StatusFile:
     """Written by rank 0 alone, `is_main`, while it trains; that it cannot be written is told and is no reason to stop.
 
     Who else writes it (an agent, a coordinator, the command that cancels) does so before the ranks start, when they have ended,
-    or to name another attempt: only `state`, `step` and `message` are changed here, of what the file says at that moment.
+    or for the next attempt: what they have written beside state, step and message stays, and an attempt that another has
+    followed writes nothing more.
     """
 
-    def __init__(self, run: RunDir, tell: Callable[[str], None], is_main: bool) -> None:
-        self._run, self._tell, self._is_main = run, tell, is_main
+    def __init__(self, run: RunDir, attempt: int, tell: Callable[[str], None], is_main: bool) -> None:
+        self._run, self._attempt, self._tell, self._is_main = run, attempt, tell, is_main
         # One thread, so that what was said last is what stays.
         self._writer = ThreadPoolExecutor(1, "status")
         self._pending: Future[None] | None = None
@@ -46,6 +47,8 @@ class StatusFile:
 
     def _write(self, state: str, step: int) -> None:
         try:
-            run_store.update_status(self._run, state=state, step=step, message="")
+            run_store.require_newest(self._run, self._attempt)
+            # The number as well: it heals what an earlier attempt, in the middle of a write, has put back.
+            run_store.update_status(self._run, attempt=self._attempt, state=state, step=step, message="")
         except (OSError, RunError) as error:
             self._tell(f"status.json could not be written: {error}")

@@ -53,10 +53,7 @@ def read(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: float, 
     """Judge how attempt `number` ended, with a word about memory where that was what it lacked; see `_judged`."""
     found = _judged(run, number, attempt, state, lead_s, exit_code)
     if found.cause is Cause.INFRASTRUCTURE and _OUT_OF_MEMORY.search(_output(run, number, attempt)):
-        return replace(
-            found,
-            message=f"{found.message}; a memory limit was exceeded: raise cluster.mem on Slurm, else what the container may use",
-        )
+        return replace(found, message=f"{found.message}; a memory limit was exceeded: raise cluster.mem")
     return found
 
 

@@ -147,7 +147,7 @@ class Sender:
         return 0
 
     def _round(self) -> None:
-        """Send what is behind, oldest first; a failure is said once and ends the round."""
+        """Send what is behind, oldest first; a failure is said now and then, and ends the round."""
         try:
             if self._mirror is None:
                 mirror = Mirror(Remote(self._url), self._run, self._plan, self._attempt)
@@ -165,8 +165,8 @@ class Sender:
             self._event("alert", f"the mirror is not written any more: {error.problems[0].what}")
         except Exception as error:
             what = error.problems[0].what if isinstance(error, LauncherError) else words(error)
-            # One outage has many words; mirror.json has the last.
-            if not self._said and self._alerts.due("the mirror cannot be written"):
+            # One outage has many words; mirror.json has the last. One that lasts is told again.
+            if self._alerts.due("the mirror cannot be written"):
                 text = f"the mirror cannot be written, training goes on and the next checkpoint tries again: {what}"
                 self._event("alert", text, mirror=self._url)
             self._said = what

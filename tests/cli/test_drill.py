@@ -67,7 +67,7 @@ DISK_FULL = replace(
 SAVED_AGAIN = replace(
     DISK_FULL,
     steps=steps(1, 0, 1, 21, HIT_AT - 8),
-    errors=("a checkpoint was not saved: it could not be written (rank 1, " + f"{CHECKPOINTS}/.saving-x: File too large)",),
+    errors=("step 10 was not saved: it could not be written (rank 1, " + f"{CHECKPOINTS}/.saving-x: File too large)",),
     committed=frozenset({5, 20}),
 )
 WHOLE = frozenset({5})

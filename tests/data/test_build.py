@@ -210,6 +210,15 @@ def test_conversations_out_of_order_are_dropped_before_a_template_refuses_them(j
     assert (found["role_order"], "no_trained_token" in found) == (1, False)
 
 
+def test_what_is_dropped_for_its_order_is_no_held_out_sample(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": [{"role": "user", "content": str(n)}, *turns[1:]]} for n in range(8)]
+    held_out = jsonl([{"messages": turns[::-1]}, {"messages": [*turns[1:], *turns]}], "held_out.jsonl")
+    checks = ChecksSection(role_order="drop")
+    data = DataSection(sources=(Source(path=str(jsonl(rows))),), eval_path=str(held_out), max_length=64, checks=checks)
+    assert build(data, str(tokenizer_dir)).num_docs == 8
+
+
 def test_documents_without_an_end_of_turn_can_be_dropped(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     source = Source(path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in (" word" * 40, " brief")])))
     checks = ChecksSection(no_turn_end="drop")

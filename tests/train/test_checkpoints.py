@@ -91,7 +91,7 @@ def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:
     checkpoints.save(5, {}, None)
     checkpoints.conclude(5)
     checkpoints.conclude(6)
-    assert heard.said == [("alert", "a checkpoint was not saved: the disk is full (/runs)")]
+    assert heard.said == [("alert", "step 5 was not saved: the disk is full (/runs)")]
     assert checkpoints.saved_step is None
 
 

@@ -40,12 +40,12 @@ def no_word(words: str) -> None:
 
 
 def test_a_state_is_on_disk_at_once_and_what_others_have_written_stays(run: RunDir) -> None:
-    file = StatusFile(run, no_word, is_main=True)
+    file = StatusFile(run, 2, no_word, is_main=True)
     file.state("saving", 12)
     found = run_store.read_status(run)
     assert (found.state, found.step, found.message) == ("saving", 12, "")
     assert (found.attempt, found.job, found.max_steps) == (2, {"id": "7"}, 40)
-    StatusFile(run, no_word, is_main=False).state("running", 99)
+    StatusFile(run, 2, no_word, is_main=False).state("running", 99)
     assert run_store.read_status(run) == found
 
 
@@ -59,13 +59,16 @@ def test_steps_are_told_once_in_a_while_and_never_held_up(run: RunDir, monkeypat
         assert through.wait(30)
         fsync(descriptor)
 
-    file = StatusFile(run, no_word, is_main=True)
+    file = StatusFile(run, 2, no_word, is_main=True)
     monkeypatch.setattr(os, "fsync", slow)
     began = time.monotonic()
     for step in range(1, 101):
         file.training(step)
         time.sleep(0.001)
     assert time.monotonic() - began < 10
+    deadline = time.monotonic() + 20
+    while not writes and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert len(writes) == 1
     assert run_store.read_status(run).step == 0
     through.set()
@@ -84,6 +87,16 @@ def test_steps_are_told_once_in_a_while_and_never_held_up(run: RunDir, monkeypat
 def test_what_cannot_be_written_is_told(run: RunDir) -> None:
     run.status.unlink()
     said: list[str] = []
-    StatusFile(run, said.append, is_main=True).state("running", 3)
+    StatusFile(run, 2, said.append, is_main=True).state("running", 3)
     assert len(said) == 1
     assert said[0].startswith("status.json could not be written: a file of the run is missing")
+
+
+def test_an_attempt_that_another_has_followed_writes_nothing(run: RunDir) -> None:
+    file = StatusFile(run, 2, (said := []).append, is_main=True)
+    run.attempt(3).mkdir(parents=True)
+    run_store.update_status(run, attempt=3)
+    file.state("running", 12)
+    assert run_store.read_status(run).attempt == 3
+    assert run_store.read_status(run).step == 0
+    assert "attempt 3 has taken over" in said[0]
