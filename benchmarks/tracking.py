@@ -5,9 +5,12 @@
 Within one run, blocks of steps with all of it (timers, metrics, the watch over all ranks and its part of the all-reduce, the
 probe, metrics.jsonl, events, the terminal's lines, W&B offline, status.json) alternate with blocks in which none of it is done,
 so that what else the machine does falls on both; each block is compared with its neighbours. Of the first SETTLE steps of a
-block no time is taken: W&B may still be at work for the block before. Wall-clock time is that of rank 0; CPU time is hardly
-moved by other programs: of the thread that trains, of rank 0 with all of its threads, and of W&B's process beside it. The thread
-that reads the devices every few seconds runs all the time. Appends a table to RESULTS.md.
+block no time is taken: W&B may still be at work for the block before.
+
+Wall-clock time is that of rank 0. CPU time is moved less by other programs: of the thread that trains, of rank 0 with all of its
+threads, and of W&B's process beside it. What the calls of the tracking take on the thread that trains is measured as well, which
+no noise of the steps reaches; the probe and the all-reduce are not in it. The thread that reads the devices every few seconds
+runs all the time. Appends a table to RESULTS.md.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,7 +55,7 @@ class NoStop:
 
 
 class Recorder:
-    """Times of each step, in seconds by its number from 1: wall-clock, and CPU of the thread that trains.
+    """Times of each step, in seconds by its number from 1: wall-clock, CPU of the thread that trains, and inside the tracking.
 
     `process` and `beside` are the CPU seconds of this process and of those that it has started, before each block and at the end.
     """
@@ -60,6 +64,8 @@ class Recorder:
         self.step, self._num_steps = 0, num_steps
         self.walls: list[float] = []
         self.threads: list[float] = []
+        self.insides: list[float] = []
+        self._inside = 0.0
         self.process: list[float] = []
         self.beside: list[float] = []
 
@@ -67,12 +73,20 @@ class Recorder:
         self.step = step
         if step > WARMUP and (step - WARMUP - 1) % BLOCK == 0:
             self.read()
+        self._inside = 0.0
         wall, thread = time.perf_counter(), time.thread_time()
         result = train()
         self.walls.append(time.perf_counter() - wall)
         self.threads.append(time.thread_time() - thread)
+        self.insides.append(self._inside)
         if step == self._num_steps:
             self.read()
+        return result
+
+    def timed(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        result = call(*arguments, **named)
+        self._inside += time.perf_counter() - began
         return result
 
     def read(self) -> None:
@@ -88,9 +102,10 @@ class Switched:
         self._real, self._recorder, self._idle = real, recorder, idle
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._idle and not is_on(self._recorder.step):
-            return self._idle[name]
-        return getattr(self._real, name)
+        real = getattr(self._real, name)
+        if name not in self._idle:
+            return real
+        return partial(self._recorder.timed, real) if is_on(self._recorder.step) else self._idle[name]
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -119,17 +134,20 @@ def main() -> None:
     sides.record(f"tracking, {steps} steps of 2 ranks, blocks of {BLOCK}", [command_line], table(**found))
 
 
-def table(walls: list[float], threads: list[float], process: list[float], beside: list[float]) -> list[str]:
+def table(walls: list[float], threads: list[float], insides: list[float], process: list[float], beside: list[float]) -> list[str]:
     rows = [
         row("step, wall-clock", blocks(walls)),
         row("CPU of the thread that trains", blocks(threads)),
         row("CPU of rank 0, all threads", [(end - begin) / BLOCK for begin, end in pairwise(process)]),
     ]
+    inside = [insides[step - 1] for step in range(WARMUP + 1, len(insides) + 1) if is_on(step)]
+    share = statistics.median(inside) / statistics.median(blocks(walls)[1::2])
     logged = BLOCK * (len(beside) // 2)
     return [
         "| ms a step, medians | without | with | with / without, neighbours | 95% of the median |",
         "|---|---|---|---|---|",
         *rows,
+        f"| inside the calls of the tracking, wall-clock | | {statistics.median(inside) * 1e3:.3f} | {1 + share:.4f} | |",
         f"| CPU of W&B's process | | {(beside[-1] - beside[0]) / logged * 1e3:.2f} | | |",
     ]
 
@@ -203,7 +221,7 @@ def rank(plan_path: str) -> None:
     switch(recorder)
     loop.train(plan, place, NoStop())
     if place.is_main:
-        names = ("walls", "threads", "process", "beside")
+        names = ("walls", "threads", "insides", "process", "beside")
         print(json.dumps({name: getattr(recorder, name) for name in names}), flush=True)
     os._exit(0)
 
