@@ -73,7 +73,6 @@ def test_a_run_equals_that_on_this_machine_step_by_step(launch: Launch, root: Pa
     assert list(temporary.glob("ray-*")) == [], "a run that is completed leaves nothing of Ray's behind"
 
 
-@pytest.mark.slow
 def test_after_the_kill_of_a_worker_and_of_a_rank_the_run_goes_on_by_itself(
     launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
