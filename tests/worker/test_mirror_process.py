@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -23,7 +24,9 @@ from launcher import run_store
 from launcher.checkpoint import durable
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking.alerts import RateLimit
 from launcher.tracking.jsonl import read_events
+from launcher.worker import mirror
 from launcher.worker.agent import _Stopper
 from launcher.worker.mirror import MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
@@ -116,6 +119,29 @@ def test_a_failure_is_said_once_and_the_next_checkpoint_tries_again(tmp_path: Pa
         wait_for("the last", lambda: record(run)["last_step"] == 20)
         assert end(process) == 0
     assert len(said(run, "alert")) == 1
+
+
+def test_an_outage_that_lasts_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where storage has failed and come back shortly before."""
+    now = [0.0]
+    monkeypatch.setattr(mirror, "RateLimit", lambda: RateLimit(lambda: now[0]))
+    plan, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
+    commit(run, 5)
+    sender = mirror.Sender(run, plan, 1)
+    for at, fails, alerts in ((0, True, 1), (300, False, 1), (600, True, 1), (1200, True, 1), (1900, True, 2), (2000, True, 2)):
+        now[0] = at
+        if fails:
+            commit(run, 10 + at)
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(mirror.Mirror, "send", no_room)
+                patch.setattr(mirror.Mirror, "begin", no_room)
+            sender._round()
+        assert len(said(run, "alert")) == alerts, at
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
