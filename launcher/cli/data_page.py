@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher import page as html
-from launcher.cli.data_view import left_out, length_bins, number_rows, parts_taken, summary_rows, visible
+from launcher.cli.data_view import left_out, length_bins, number_rows, parts_taken, row_width, summary_rows, unused, visible
 from launcher.data.findings import share_text
 from launcher.page import Series
 
@@ -18,7 +18,7 @@ def page(report: dict[str, Any], name: str) -> str:
         html.cards(
             [
                 (f"{report['documents']:,}", "documents"),
-                (f"{report['rows']:,}", f"rows of {report['max_length']:,} tokens"),
+                (f"{report['rows']:,}", f"rows of up to {row_width(report)}"),
                 (f"{report['tokens']:,}", "tokens"),
                 (f"{report['trained_frac']:.1%}", "of them trained"),
                 (f"{report['padding_frac']:.2%}", "padding"),
@@ -28,7 +28,7 @@ def page(report: dict[str, Any], name: str) -> str:
         _verdict(report["findings"]),
         html.heading("Sources"),
         html.table(header, rows, numbers=range(1, len(header))),
-        *(html.paragraph(line) for line in [*parts_taken(report), *left_out(report)]),
+        *(html.paragraph(line) for line in [*parts_taken(report), *unused(report), *left_out(report)]),
         html.table([], [list(row) for row in summary_rows(report)]),
         html.heading("Plots"),
         *_plots(report),

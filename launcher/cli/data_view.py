@@ -37,7 +37,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(documents)
     console.print()
     console.print(tokens)
-    for line in [*parts_taken(report), *left_out(report)]:
+    for line in [*parts_taken(report), *unused(report), *left_out(report)]:
         console.print(escape(line), soft_wrap=True)
     console.print()
     _print_lengths(console, report)
@@ -93,7 +93,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
     too_long = report["too_long_documents"]
     dropped = f"{report['dropped_documents'] - too_long:,} documents by data.checks, {too_long:,} that are longer than a row"
     return [
-        ("rows", f"{report['rows']:,} of up to {report['max_length']:,} tokens, {_filled(report)}"),
+        ("rows", f"{report['rows']:,} of up to {row_width(report)}, {_filled(report)}"),
         (
             "tokens",
             f"{report['tokens']:,}, of which {report['trained_tokens']:,} ({report['trained_frac']:.1%}) are trained{cut}",
@@ -102,6 +102,12 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         *([("dropped", dropped)] if report["dropped_documents"] else []),
         ("cache", f"{report['cache_dir']} ({text.size(report['cache_bytes'])})"),
     ]
+
+
+def row_width(report: dict[str, Any]) -> str:
+    """The length of the longest row, and data.max_length where no row has so much."""
+    most, width = report["max_length"], report["row_tokens"]
+    return f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")
 
 
 def _filled(report: dict[str, Any]) -> str:
@@ -142,6 +148,17 @@ def parts_taken(report: dict[str, Any]) -> list[str]:
         if source["documents"] and _ROUNDING < part < 1 - _ROUNDING:
             taken = f"{source['epochs']:.2f} passes over it in each epoch of the run"
             lines.append(f"{source['name']}: {taken}; the documents of the part of a pass are the same in every epoch")
+    return lines
+
+
+def unused(report: dict[str, Any]) -> list[str]:
+    """A line for each source of which documents are not in the mixture at all."""
+    lines = []
+    for source in report["sources"]:
+        if count := source["unused_documents"]:
+            there = source["read_documents"] - source["dropped_documents"]
+            limits = " and ".join(source["limited_by"])
+            lines.append(f"{source['name']}: {count:,} of {there:,} documents are not in the mixture, for its {limits}")
     return lines
 
 

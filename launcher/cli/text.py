@@ -166,9 +166,12 @@ def _data(plan: LaunchPlan) -> str:
     data = plan.data
     if data is None:
         return f"{plan.config.data.name}: not built yet (python -m launcher data builds it and shows it)"
+    most = plan.config.data.max_length
+    width = min(most, round(data.num_tokens / data.num_rows / (1 - data.padding_frac)))
+    longest = f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")
     share = data.num_trained_tokens / max(1, data.num_tokens)
     return (
-        f"{plan.config.data.name}: {data.num_rows:,} rows of up to {plan.config.data.max_length:,} tokens, "
+        f"{plan.config.data.name}: {data.num_rows:,} rows of up to {longest}, "
         f"{data.num_tokens:,} tokens ({share:.0%} trained), {data.num_eval_rows:,} held-out rows"
     )
 

@@ -15,6 +15,10 @@ COLUMNS = (
     *("instruction", "input", "output", "history"),
     *("prompt", "completion", "text"),
 )
+COLUMNS_EXAMPLE = (
+    "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]' data.path=null, "
+    "with the rows' own names behind the colons"
+)
 
 # What opens an address for whoever holds it: the query of a signed one, or a key in it.
 IN_QUERY = re.compile(
@@ -64,7 +68,10 @@ class Source(Section):
     )
     columns: dict[str, str] = Field(
         default_factory=dict,
-        description=f"The rows' own name for a column, by the name that the formats use ({', '.join(COLUMNS)}).",
+        description=(
+            f"The rows' own name for a column, by the name that the formats use ({', '.join(COLUMNS)}); "
+            f"written whole: {COLUMNS_EXAMPLE}."
+        ),
     )
     split: Text | None = Field(None, description="Split of a hub dataset. Unset: train, or the only one there is.")
     subset: Text | None = Field(
@@ -96,7 +103,9 @@ class Source(Section):
     @classmethod
     def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
         if unknown := [name for name in value if name not in COLUMNS]:
-            raise ValueError(f"has no use for {', '.join(unknown)}; the names to map from are {', '.join(COLUMNS)}")
+            raise ValueError(
+                f"has no use for {', '.join(unknown)}; the names to map from are {', '.join(COLUMNS)}; such as {COLUMNS_EXAMPLE}"
+            )
         return value
 
 
@@ -213,6 +222,14 @@ class DataSection(Section):
         names = [s.name for s in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"data.sources holds a name twice ({', '.join(names)}); give every source its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _path_is_read(self) -> DataSection:
+        if self.path is not None and all(source.path != self.path for source in self.sources):
+            raise ValueError(
+                "data.path is given, and data.sources name other paths; set data.path=null, or data=jsonl without data.sources"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from launcher.config.data import COLUMNS_EXAMPLE
 from launcher.config.origin import Origins
 from launcher.config.secret import redact, shown
 from launcher.config.settings import Setting, settings
@@ -179,6 +180,13 @@ def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     """What Hydra says of settings that it cannot compose, without its own spelling of overrides."""
     from hydra.errors import OverrideParseException
 
+    if named := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
+        return Problem(
+            "data.sources is a list, whose entries have no name in a setting's key; give the list whole",
+            where="command line",
+            value=redact(named.removeprefix("++")),
+            remedy=f"write {COLUMNS_EXAMPLE}",
+        )
     text = redact(str(error)).strip()
     first = text.splitlines()[0].replace("++", "") if text else type(error).__name__
     culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] and t in str(error)), "")

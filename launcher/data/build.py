@@ -170,7 +170,8 @@ def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> Da
         "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
         "or let data.checks keep what it drops"
     )
-    read = f"{np.count_nonzero(~docs.held_out):,} documents to train on were read"
+    num_held_out = np.count_nonzero(docs.held_out)
+    read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"
     dropped = [one.finding for one in findings.judge(found, data.checks) if one.action == "drop"]
     told = [f"{finding.count:,} {finding.title} ({finding.examples[0].where})" for finding in dropped]
     return DataError(Problem(what, where, "; ".join([read, *told]), remedy))
@@ -199,24 +200,28 @@ def _report(
 ) -> dict[str, Any]:
     """What is told of the cache beyond its facts; documents are counted as they were read, `num_docs` in the rows.
 
-    `dropped`: by a check, or for its length. `truncated`: tokens are in no piece. `split`: there are several pieces.
+    `dropped`: by a check, or for its length. `unused`: the mixture takes less of its source. Of the documents in rows,
+    `truncated`: tokens are in no piece; `split`: there are several pieces.
     """
     docs, pieces = corpus.docs, corpus.pieces
     gone = drop | (docs.num_pieces == 0)
     cut = (docs.lost_tokens > 0) & (docs.num_pieces > 0)
+    used = np.bincount(pieces.doc[layout.order], minlength=corpus.num_docs) > 0
+    filled = np.bincount(pieces.doc, pieces.lengths, corpus.num_docs) > 0
     counted = {
         "read": ~docs.held_out,
         "dropped": ~docs.held_out & gone,
         "dropped_long": ~docs.held_out & (docs.num_pieces == 0),
-        "truncated_docs": ~docs.held_out & cut,
-        "split_docs": ~docs.held_out & (docs.num_pieces > 1),
+        "unused": ~docs.held_out & ~gone & filled & ~used,
+        "truncated_docs": used & cut,
+        "split_docs": used & (docs.num_pieces > 1),
         "held_out_read": docs.held_out,
         "held_out_dropped": docs.held_out & gone,
         "held_out_truncated_docs": docs.held_out & cut,
     }
     names = _names(data)
     of_source = {key: np.bincount(docs.source[chosen], minlength=len(names)).tolist() for key, chosen in counted.items()}
-    lost = np.bincount(docs.source, weights=np.where(~docs.held_out & cut, docs.lost_tokens, 0), minlength=len(names))
+    lost = np.bincount(docs.source, weights=np.where(used & cut, docs.lost_tokens, 0), minlength=len(names))
     in_rows = docs.source[pieces.doc[layout.order]]
     of_source["truncated_tokens"] = lost.astype(int).tolist()
     of_source["num_docs"] = np.bincount(in_rows, minlength=len(names)).tolist()

@@ -41,7 +41,7 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
 # Raised whenever the same sources would give other tokens, other rows or another layout.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 LOCK_TIMEOUT_S = 2 * 3600.0
 
 # What AutoTokenizer reads from its folder; config.json because the model type picks the class.

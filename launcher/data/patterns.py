@@ -13,11 +13,12 @@ class Search:
     """A pattern of a kind of text that belongs to the check `finding`; one of `literals` stands in every text that holds it.
 
     The literals are in lower case, with 0 for every digit. Most texts hold none, and looking for them takes a tenth of the time.
+    With a literal goes its gate, a text that stands there, too, and in few texts: b"" where there is none.
     """
 
     finding: str
     kind: str
-    literals: tuple[bytes, ...]
+    literals: tuple[tuple[bytes, bytes], ...]
     pattern: re.Pattern[str]
 
 
@@ -25,13 +26,48 @@ _E_MAIL = r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)(?:[A-Za-z0-9](?:[A-Za-z0-9-]
 # With a country's code, or in groups of three, three and four: numbers in a calculation have neither.
 _ABROAD = r"\+(?<![\w+.-]\+)[1-9]\d{0,2}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\d{2,4}){2,4}(?![\w-])"
 _IN_GROUPS = r"(?<![\w+.-])(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-.]\d{4}(?![\w-])"
-_ASSIGNED = (
-    r"(?i:(?:api_?key|secret(?:_?key)?|access_?token|auth_?token|password|passwd)"
+# With a trunk prefix and an area that is set off by a slash or a hyphen, as in Germany; a time of day has fewer digits.
+_TRUNK = r"0(?<![\w+.,/-]0)(?=[1-9](?:[ /-]{0,3}\d){7})\d{2,4}(?: ?/ ?|-)\d{3,8}(?:[ -]\d{2,5}){0,3}(?![\w/-]|[.,]\d)"
+_CALLED = (
+    r"[TtPpMmFf](?<!\w.)(?i:(?:(?<=t)(?:el(?:ephone|efon)?)|(?<=p)hone|(?<=m)obile?|(?<=f)ax)"
+    rf"(?:(?: number| no)(?: is)?[.:]*|[.:]+|(?=[ \t][0(])))[ \t]?(?!{_IN_GROUPS}|{_TRUNK})"
+    r"(?=[\d ()/.-]{0,16}\d{3})"
+    r"(?=\(?\d(?:[ ()/.-]{0,3}\d){6})\(?\d{2,5}\)?[ /.-]{0,3}\d{2,8}(?:[ -]\d{2,5}){0,3}(?![\w/-]|[.,]\d)"
+)
+# Every number has three digits in a row, and few texts do.
+_CALLED_LITERALS = (b"tel.", b"tel:", b"tel 0", b"tel (", b"phone", b"telefon", b"mobil", b"fax")
+_QUOTED = (
+    r"(?:[Aa](?i:pi_?key|ccess_?token|uth_?token)|[Ss](?i:ecret(?:_?key)?)|[Pp](?i:assword|asswd))(?i:"
     r"[\"']?\s*[:=]\s*[\"'])[^\s\"'<>{}$]{12,128}(?=[\"'])"
 )
-_ASSIGNED_LITERALS = (b"api_key", b"apikey", b"secret", b"access_token", b"accesstoken", b"auth_token", b"authtoken", b"passw")
+# Without quotes, as in a shell, an .env file or a sentence, or short: a value that mixes letters with digits. What code and prose
+# have in this place is a name that may end in a number, a name in a module, a call or an algorithm.
+_BARE = (
+    r"(?:(?:[Aa](?i:pi|ccess|ccount|uth)|[Ss](?i:ecret)|[Pp](?i:rivate))[_ -]?(?i:key)|[Ss](?i:ecret)|[Pp](?i:assword|asswd)"
+    r"|(?:[Aa](?i:ccess|uth|pi)|[Rr](?i:efresh)|[Ss](?i:ession))[_-]?(?i:token))(?i:"
+    r"[\"']?(?:[ \t]{0,2}(?::=|[:=])|[ \t]is)[ \t]{0,2}[\"']?)"
+    r"(?!(?i:sha|md|aes|rsa|base|utf|[bs]crypt|argon|oauth|https?)-?\d)"
+    r"(?![A-Za-z_]+\d{0,2}(?![\w!#%&*+/=?@^~-])|[A-Za-z_]\w*\.[A-Za-z_])"
+    r"(?=\S{0,127}?(?:[A-Za-z]\d|\d[A-Za-z]))"
+    r"[\w!#%&*+/=?@^~][\w!#$%&*+/=?@^~.-]{7,127}+(?![(\[{<$:|\\])"
+)
+_ASSIGNED_LITERALS = (
+    *(b"passw", b"secret", b"_key", b"apikey", b"api key", b"api-key", b"access key", b"accesskey", b"accountkey"),
+    *(b"_token", b"accesstoken", b"authtoken"),
+)
+_BEARER = (
+    r"[Aa](?i:uthorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?(?:bearer|basic|token))[ \t]+"
+    r"(?=[^\s\"']{0,127}?\d)[A-Za-z0-9._~+/-]{16,2000}+=*(?![(\[{<$])"
+)
+_GATES = (b"000", b"key", b"token", b"_")
+
+
+def _gate(literal: bytes) -> bytes:
+    return b"000" if literal in _CALLED_LITERALS else next((gate for gate in _GATES if gate in literal), b"")
+
+
 SEARCHES = tuple(
-    Search(finding, kind, literals, re.compile(pattern))
+    Search(finding, kind, tuple((_gate(literal), literal) for literal in literals), re.compile(pattern))
     for finding, kind, literals, pattern in (
         ("secrets", "private key", (b"private key",), r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[^-]*"),
         ("secrets", "AWS key", (b"akia", b"asia"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
@@ -43,10 +79,13 @@ SEARCHES = tuple(
         ("secrets", "Google key", (b"aiza",), r"\bAIza[\w-]{35}"),
         ("secrets", "JSON web token", (b"eyj",), r"\beyJ[\w-]{10,2000}\.[\w-]{10,2000}\.[\w-]+"),
         ("secrets", "password in an address", (b"://",), r"://[^/\s:@]{1,64}:[^/\s@]{3,128}@(?=[\w.-])"),
-        ("secrets", "assigned secret", _ASSIGNED_LITERALS, _ASSIGNED),
+        ("secrets", "assigned secret", _ASSIGNED_LITERALS, f"{_QUOTED}|{_BARE}"),
+        ("secrets", "credential of a request", (b"authorization",), _BEARER),
         ("personal_data", "e-mail address", (b"@",), _E_MAIL),
         ("personal_data", "telephone number", (b"+0",), _ABROAD),
         ("personal_data", "telephone number", (b"-0000", b".0000"), _IN_GROUPS),
+        ("personal_data", "telephone number", (b"000/", b"000 /", b"000-000"), _TRUNK),
+        ("personal_data", "telephone number", _CALLED_LITERALS, _CALLED),
     )
 )
 # Marks that chat templates of other models write; a tokenizer that does not know them makes plain text of them.
@@ -57,17 +96,14 @@ _FOREIGN_LITERALS = (
     *("<|", "<｜", "<bos>", "<eos>", "<pad>", "<unk>", "<<sys>>", "<</sys>>", "inst]"),
     *("<start_of_turn>", "<end_of_turn>", "</start_of_turn>", "</end_of_turn>"),
 )
-# Many texts hold no underscore at all.
-_LITERALS = [[(literal, s) for s in SEARCHES for literal in s.literals if (b"_" in literal) is with_] for with_ in (False, True)]
+_LITERALS = {gate: [(literal, s) for s in SEARCHES for of, literal in s.literals if of == gate] for gate in (b"", *_GATES)}
 _ALL_DIGITS_0 = bytes.maketrans(b"123456789", b"0" * 9)
 
 
 def worth_while(lower: bytes) -> tuple[Search, ...]:
     """The searches that may find something in a text, given in lower case and UTF-8."""
     data = lower.translate(_ALL_DIGITS_0)
-    found = [search for literal, search in _LITERALS[0] if literal in data]
-    if b"_" in data:
-        found += [search for literal, search in _LITERALS[1] if literal in data]
+    found = [search for gate, literals in _LITERALS.items() if gate in data for literal, search in literals if literal in data]
     return tuple(dict.fromkeys(found)) if found else ()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from launcher.config.data import DataSection
+from launcher.config.data import DataSection, Source
 from launcher.config.schema import TrainSection
 from launcher.data import cache, findings, patterns
 from launcher.data.cache import Split
@@ -30,8 +30,10 @@ def report(
     Fractions are 0 to 1, lengths are tokens; `length_histogram` counts documents per bin of up to `max_tokens` tokens,
     `length_quantiles` stand at even steps from the shortest to the longest. `padding_frac` is padding's share of the first
     epoch's micro-batches in the order of `seed`, see `_padding`; a source has its part of the padding of each row that it
-    is in. `epochs` of a source are its passes in one epoch of the run. `shown` holds `num_shown` evenly spaced rows, or
-    three documents of middling length where it is 0; keys, passwords, e-mail addresses and telephone numbers are left out.
+    is in. `row_tokens` is the longest row. `epochs` of a source are its passes in one epoch of the run,
+    `unused_documents` those that the mixture leaves out for the settings in `limited_by`. `shown` holds `num_shown`
+    evenly spaced rows, or three documents of middling length where it is 0; keys, passwords, e-mail addresses and telephone
+    numbers are left out.
     """
     split, held_out = Split.open(facts.cache_dir), Split.open(facts.cache_dir, held_out=True)
     counted = cache.read_report(facts.cache_dir)["sources"]
@@ -47,6 +49,7 @@ def report(
         "cache_dir": facts.cache_dir,
         "cache_bytes": cache.num_bytes(facts.cache_dir),
         "max_length": data.max_length,
+        "row_tokens": int(np.diff(split.rows).max(initial=0)),
         "packing": data.packing,
         "group_by_length": data.group_by_length,
         "padded_rows": padded_rows,
@@ -61,6 +64,8 @@ def report(
                 **_filled(numbers["tokens"], padding_of[i]),
                 "frac": numbers["tokens"] / max(1, facts.num_tokens),
                 "epochs": counts["epochs"],
+                "unused_documents": counts["unused"],
+                "limited_by": _limits(data.sources[i]) if i < len(data.sources) else [],
                 **{key: counts[key] for key in _ORIGIN},
                 **{key: counts[name] for key, name in _COUNTED.items()},
                 "held_out": {
@@ -81,6 +86,12 @@ def report(
         "refused": any(one.fatal for one in judged),
         "shown": _shown(split, names, load_tokenizer(tokenizer_path), num_shown),
     }
+
+
+def _limits(source: Source) -> list[str]:
+    """The settings for which a mixture takes less of a source than there is."""
+    limits = {"weight": source.weight is not None, "max_tokens": source.max_tokens is not None, "epochs": source.epochs % 1 != 0}
+    return [name for name, is_set in limits.items() if is_set]
 
 
 # Where a source's rows come from, as the builder has written it.

@@ -276,3 +276,16 @@ def test_a_kind_of_cluster_that_is_not_there(refused: Refused) -> None:
 def test_a_rule_of_a_cluster_names_its_settings(refused: Refused) -> None:
     (problem,) = refused("+cluster=slurm", "cluster.signal_lead_seconds=100000")
     assert problem.what.startswith("cluster.signal_lead_seconds leaves no time")
+
+
+def test_columns_are_written_in_the_whole_list(shown: Shown) -> None:
+    text = shown("data=jsonl", "data.path=rows.jsonl", "data.sources.columns={prompt: question}")
+    assert "invalid literal" not in text
+    example = "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]' data.path=null"
+    assert example in text.replace("\n", " ")
+
+
+def test_a_path_that_no_source_reads_is_refused(shown: Shown) -> None:
+    text = shown("data=jsonl", "data.path=rows.jsonl", "data.sources=[{name: a, path: other.jsonl}]")
+    assert "data.path is given, and data.sources name other paths" in text
+    assert "data.path=null" in text

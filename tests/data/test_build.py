@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,3 +224,14 @@ def test_documents_without_an_end_of_turn_can_be_dropped(jsonl: Jsonl, tokenizer
     source = Source(path=str(jsonl([{"prompt": "Say:", "completion": answer} for answer in (" word" * 40, " brief")])))
     checks = ChecksSection(no_turn_end="drop")
     assert build(DataSection(sources=(source,), max_length=16, checks=checks), str(tokenizer_dir)).num_docs == 1
+
+
+def test_all_documents_that_were_read_are_told_where_none_is_left(jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:
+    path = jsonl([{"prompt": "a long question " * 40 + str(i), "completion": " yes"} for i in range(40)])
+    data = DataSection(sources=(Source(path=str(path)),), max_length=16, eval_fraction=0.1, workers=1)
+    with pytest.raises(DataError, match="no document with a trained token") as caught:
+        build(data, str(tokenizer_dir))
+    (problem,) = caught.value.problems
+    (training, held_out), *_ = re.findall(r"([\d,]+) documents to train on and ([\d,]+) held-out ones were read", problem.value)
+    assert int(held_out) > 0
+    assert int(training) + int(held_out) == 40

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from launcher.cli.data_view import left_out, number_rows, parts_taken, summary_rows
+from launcher.cli.data_view import left_out, number_rows, parts_taken, summary_rows, unused
 from launcher.config.data import DataSection, Source
 from launcher.config.schema import TrainSection
 from launcher.data import cache, findings
@@ -88,9 +89,11 @@ def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(
     batches = TrainBatches(Split.open(facts.cache_dir), batch, 0, 0, 1, 0, group_by_length)
     micros = [micro for step in range(facts.num_rows // 16) for micro in batches.step(step).micro]
     slots = sum(micro.input_ids.numel() for micro in micros)
+    row_tokens = np.diff(Split.open(facts.cache_dir).rows)
+    num_tokens = sum(int(row_tokens[list(micro.row_ids)].sum()) for micro in micros)
     told = report(facts, data, tokenizer_dir, **size)
     # The last batch of the epoch is not whole.
-    assert told["padding_frac"] == pytest.approx(1 - sum(micro.num_tokens for micro in micros) / slots, abs=0.03)
+    assert told["padding_frac"] == pytest.approx(1 - num_tokens / slots, abs=0.03)
     assert (told["padded_rows"], told["padding_is_most"]) == (4, False)
     most = report(facts, data, tokenizer_dir, global_batch_size=16)
     assert (most["padded_rows"], most["padding_is_most"]) == (16, True)
@@ -112,6 +115,29 @@ def test_a_part_of_a_source_is_told(mixture: DataSection, tokenizer_dir: Path) -
     assert line.startswith(f"long: {passes:.2f} passes over it in each epoch of the run; the documents of the part")
     header, *lines = number_rows(told)
     assert [line[header.index("epochs")] for line in lines] == ["2.00", f"{passes:.2f}", "", ""]
+
+
+def test_documents_that_a_weight_leaves_out_are_told_and_not_counted_as_cut(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    long = jsonl([{"prompt": f"What is {i}?", "completion": " word" * 100} for i in range(20)], "long.jsonl")
+    short = jsonl([{"text": f"A short text, number {i}"} for i in range(10)], "short.jsonl")
+    sources = (Source(name="long", path=str(long), weight=3), Source(name="short", path=str(short), weight=1, max_tokens=50))
+    data = DataSection(sources=sources, max_length=64, eval_fraction=0, workers=1)
+    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    counts = told["sources"][0]
+    assert 0 < counts["documents"] < 20
+    assert counts["truncated_documents"] == counts["documents"]
+    assert counts["unused_documents"] == 20 - counts["documents"]
+    first, second = unused(told)
+    assert first == f"long: {20 - counts['documents']} of 20 documents are not in the mixture, for its weight"
+    assert second.endswith("of 10 documents are not in the mixture, for its weight and max_tokens")
+
+
+def test_the_rows_own_width_is_told(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    path = jsonl([{"text": f"A short text, number {i}"} for i in range(4)], "few.jsonl")
+    data = DataSection(sources=(Source(path=str(path)),), max_length=1024, eval_fraction=0, workers=1)
+    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    ((_, rows), *_) = summary_rows(told)
+    assert rows.startswith(f"1 of up to {told['tokens']} tokens (data.max_length is 1,024), packed, filled to 100.00%")
 
 
 def test_where_the_rows_come_from_is_told(numbers: dict[str, Any], tmp_path: Path) -> None:

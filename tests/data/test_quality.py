@@ -33,6 +33,41 @@ SECRETS = {
     "telephone number": "+49 170 1234567",
 }
 
+# The secret stands between the marks.
+HIDDEN = [
+    "export API_KEY=‹9f8e7d6c5b4a39281706f5e4d3c2b1a0›",
+    "AWS_SECRET_ACCESS_KEY=‹wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY›",
+    "Authorization: Bearer ‹abcdef1234567890abcdef›",
+    "Authorization: Basic ‹dXNlcjpwYXNzd29yZDE=›",
+    "password=‹hunter2hunter2›",
+    "my password: ‹Tr0ub4dor&3zzz›",
+    "db password is ‹s3cretPassw0rd!›",
+    "The API key is ‹9f8e7d6c5b4a3928›",
+    "Tel. ‹089 / 1234 5678›",
+    "Phone: ‹0891234567›",
+    "phone number is ‹5551234567›",
+    "‹555-123-4567›",
+    "‹0171-1234567›",
+]
+NOT_SECRET = [
+    *("password = getpass()", "token: str", "key=lambda x: x", 'api_key=os.environ["X1Y2Z3"]', "password: required"),
+    *(
+        "password: str = Field(min_length=8)",
+        "password = hash_sha256(value)",
+        "password=user_password2",
+        "password: SHA-256-hashed",
+    ),
+    *(
+        "password = form.password1",
+        "The password is at least 12 characters long",
+        "API_KEY=${API_KEY_V1}",
+        "API_KEY=<your_api_key1>",
+    ),
+    *('access_token = response1.json()["a1"]', "secret_key=settings.SECRET_KEY2", "password=abc1234def(x)", "secret: 12345678"),
+    *("Authorization: Bearer YOUR_ACCESS_TOKEN_HERE", "Authorization: Bearer $TOKEN1", "the secret is to add 2x4 boards"),
+    *("from 0900-0130, 100-200 apples, 300/400", "01/02/2020", "phones cost 600-800 in 1999-2000", "her phone 742 / 106 = 7"),
+]
+
 
 def encoded(trained: int = 5, prompt: int = 5, turn_end: bool = True) -> Encoded:
     mask = np.asarray([0] * prompt + [1] * trained, dtype=np.uint8)
@@ -203,6 +238,21 @@ def test_secrets_are_located_and_never_told(kind: str) -> None:
         assert core[:8] not in shown
         assert core[-8:] not in shown
     assert patterns.redacted([text])[0].startswith(("This is it: ", "Take postgres"))
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_secrets_as_people_write_them_are_hidden(text: str) -> None:
+    before, told, _ = text.replace("‹", "›").split("›")
+    (shown,) = patterns.redacted([before + told])
+    assert told not in shown
+    assert told[-6:] not in shown
+    assert len(found(PlainText("x:1", before + told))) == 1
+
+
+@pytest.mark.parametrize("text", NOT_SECRET)
+def test_code_and_numbers_are_no_secrets(text: str) -> None:
+    assert patterns.redacted([text]) == [text]
+    assert found(PlainText("x:1", text)) == {}
 
 
 @pytest.mark.parametrize("document", GOOD)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from launcher.config.data import COLUMNS_EXAMPLE
 from launcher.data.sources.documents import ROLES, Chat, Completion, Document, Message, PlainText
 from launcher.errors import DataError, Problem
 
@@ -30,7 +31,7 @@ _SHAREGPT_ROLES = {
 }
 # Other tools' names for what a message's weight says.
 _OTHER_WEIGHTS = ("train", "loss", "trainable", "masked")
-_REMEDY_KEY = "add the key, set the source's format, or name the row's own key in the source's columns"
+_REMEDY_KEY = f"add the key, set the source's format, or name the row's own key in the source's columns: {COLUMNS_EXAMPLE}"
 
 
 def renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
@@ -42,7 +43,7 @@ def renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
             refuse(
                 f"the row lacks the key {theirs}, which columns.{ours} names ({_found(row)})",
                 where,
-                "name a key that the rows have in the source's columns",
+                f"name a key that the rows have in the source's columns: {COLUMNS_EXAMPLE}",
             )
     # What a mapped name hid is not meant.
     rest = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
@@ -59,7 +60,7 @@ def recognised(row: Row, where: str) -> str:
         refuse(what, where, "set the source's format to one of them")
     remedy = (
         "give rows the key messages, conversations or text, instruction and output, or prompt and completion; "
-        "or name the rows' own keys in the source's columns, such as {prompt: question, completion: answer}"
+        f"or name the rows' own keys in the source's columns: {COLUMNS_EXAMPLE}"
     )
     refuse(f"the row has the keys of no known format ({_found(row)})", where, remedy)
 
