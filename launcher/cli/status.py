@@ -131,12 +131,18 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "losses": list(seen.losses),
         "eval_loss": seen.eval_loss,
         "checkpoints": [checkpoint.step for checkpoint in checkpoints],
+        "device": _device(run),
         "cost": _cost(seen, spent, num_gpus, status),
         "goodput": _goodput(spent or goodput.of_metrics(seen.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": next((e["fields"] for e in reversed(events) if "sync_command" in e["fields"]), {}),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
+
+
+def _device(run: RunDir) -> str:
+    """What the ranks compute on, cuda or cpu; a GPU where no plan tells."""
+    return run_store.read_json(run.plan).get("topology", {}).get("device", "cuda") if run.plan.is_file() else "cuda"
 
 
 def _num_ranks(line: dict[str, Any]) -> int | None:
@@ -201,7 +207,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if found["goodput"] is not None:
         rows.append(("goodput", _lost(found["goodput"])))
     if found["cost"] is not None:
-        rows.append(("cost", _money(found["cost"])))
+        rows.append(("cost", _money(found["cost"], found["device"])))
     if found["eval_loss"] is not None:
         rows.append(("held out", f"loss {found['eval_loss']:.4f}"))
     if found["checkpoints"]:
@@ -268,8 +274,8 @@ def _lost(told: dict[str, float]) -> str:
     )
 
 
-def _money(cost: dict[str, float | None]) -> str:
-    hours = f"{cost['gpu_hours']:,.2f} GPU hours"
+def _money(cost: dict[str, float | None], device: str) -> str:
+    hours = f"{cost['gpu_hours']:,.2f} {'GPU' if device == 'cuda' else 'rank'} hours"
     if cost["usd"] is None:
         return hours
     end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""

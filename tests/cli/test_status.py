@@ -114,6 +114,17 @@ def test_one_slow_step_is_not_the_pace(launch: Launch, run: RunDir) -> None:
     assert lines["ranks"] == "the slowest works 1.20 times as long as the usual one"
 
 
+def test_on_cpus_ranks_are_paid_for(launch: Launch, run: RunDir) -> None:
+    plan = run_store.read_json(run.plan)
+    run_store.write_json(run.plan, plan | {"topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
+    assert "cost        $3.40 so far (1.70 rank hours)" in launch("status", str(run.root)).stdout
+    assert "$3.40" in launch("ls", "--root", str(run.root.parent)).stdout
+    assert launch("report", str(run.root)).returncode == 0
+    page = (run.root / "report.html").read_text()
+    assert "rank hours" in page
+    assert "GPU hours" not in page
+
+
 def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
     status = run_store.update_status(run, state="running")
     # Two ranks for one more hour at two dollars a GPU hour.
