@@ -33,16 +33,18 @@ def model_card(
     manifest: Manifest,
     metrics: Sequence[Mapping[str, Any]],
     made: Export,
+    plans: Sequence[LaunchPlan] = (),
 ) -> str:
     """The text of README.md.
 
-    `metrics` are the lines of metrics.jsonl; those after the checkpoint's step do not count.
+    `metrics` are the lines of metrics.jsonl; those after the checkpoint's step do not count. `plan` is what the checkpoint was
+    saved by, `plans` those of all attempts up to that one.
     """
     base = base_front_matter(Path(plan.model.path)) if plan.model.path else {}
     sections: list[tuple[str, Rows]] = [
         ("Base model", _base_rows(plan, base)),
         ("Data", _data_rows(plan)),
-        ("Settings", _settings_rows(plan, manifest.step)),
+        ("Settings", [*_settings_rows(plan, manifest.step), *_changed_rows(plan, plans)]),
         ("Losses", _loss_rows(manifest, metrics)),
         ("Weights", _weight_rows(made)),
         ("Lineage", _lineage_rows(plan, manifest)),
@@ -148,6 +150,15 @@ def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
     ]
 
 
+def _changed_rows(plan: LaunchPlan, plans: Sequence[LaunchPlan]) -> Rows:
+    """What resumes have changed, by the sections of the settings."""
+    sections = ("model", "data", "optim", "train", "deepspeed")
+    changed = [name for name in sections if any(getattr(p.config, name) != getattr(plan.config, name) for p in plans)]
+    if not changed:
+        return []
+    return [("changed", f"settings of {', '.join(changed)} differed in earlier attempts; those above are the last ones")]
+
+
 def _length(batch: Batch, step: int) -> str:
     """How long the weights of a step were trained, and how long they were to be."""
     if not batch.max_steps:
@@ -155,7 +166,9 @@ def _length(batch: Batch, step: int) -> str:
     if step >= batch.max_steps:
         return f"{step:,} steps" + (f", {batch.epochs:g} epochs" if batch.epochs else "")
     length = f"{step:,} of {batch.max_steps:,} planned steps"
-    return length + (f", {batch.epochs * step / batch.max_steps:.3g} of {batch.epochs:g} epochs" if batch.epochs else "")
+    if not batch.epochs:
+        return length
+    return f"{length}, {round(batch.epochs * step / batch.max_steps, 2):g} of {round(batch.epochs, 2):g} epochs"
 
 
 def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows:
