@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 720, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 68, 20, 34, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 20, 34, 50
 _COLOURS = 8
 
 _STYLE = """
@@ -189,10 +189,14 @@ def lines(
     shapes = [_text(at, HEIGHT - _BOTTOM + 18, label, "middle") for at, label in places]
     for number, (xs, one) in enumerate(zip(x, series, strict=True)):
         pairs = [(position(math.log2(a) if log_x else a), y(b)) for a, b in zip(xs, one.values, strict=True) if math.isfinite(b)]
+        tip = f"<title>{escape(one.name)}</title>"
+        if len(pairs) == 1:
+            # A line of one point would not be seen.
+            (a, b), colour = pairs[0], _colour(number)
+            shapes.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="4" fill="{colour}">{tip}</circle>')
+            continue
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in pairs)
-        shapes.append(
-            f'<polyline class="line" stroke="{_colour(number)}" points="{path}"><title>{escape(one.name)}</title></polyline>'
-        )
+        shapes.append(f'<polyline class="line" stroke="{_colour(number)}" points="{path}">{tip}</polyline>')
     return _figure(title, _grid(y_ticks, y) + shapes, x_label, y_label, [one.name for one in series])
 
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,15 @@ def changed_plans(run: RunDir) -> list[Path]:
     """The plans of the attempts that a resume changed settings for, oldest first."""
     paths = (run.attempt(number) / "plan.json" for number in attempt_numbers(run))
     return [path for path in paths if path.is_file()]
+
+
+def plans_until(run: RunDir, attempt: int) -> list[LaunchPlan]:
+    """The plans of the attempts up to one, oldest first, so that the last is its own; those that cannot be read are left out."""
+    found = []
+    for path in (run.plan, *(p for p in changed_plans(run) if int(p.parent.name) <= attempt)):
+        with suppress(OSError, ValueError):
+            found.append(LaunchPlan.load(path))
+    return found
 
 
 def load_plan(run: RunDir) -> LaunchPlan:

@@ -17,7 +17,7 @@ EVIL = "<script>alert('x')</script>\"&"
 class Reader(HTMLParser):
     """Tags that are opened and closed in order, and all text outside of the style sheet."""
 
-    VOID = ("meta", "br", "rect", "line", "polyline")
+    VOID = ("meta", "br", "rect", "line", "polyline", "circle")
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         assert not any(name.startswith("on") or name in ("src", "href") for name, _ in attrs)
-        if tag not in self.VOID or tag in ("rect", "polyline"):
+        if tag not in self.VOID or tag in ("rect", "polyline", "circle"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        while self.open and self.open[-1] in ("rect", "polyline") and tag not in ("rect", "polyline"):
+        while self.open and self.open[-1] in ("rect", "polyline", "circle") and tag not in ("rect", "polyline", "circle"):
             self.open.pop()
         assert self.open.pop() == tag
 
@@ -113,3 +113,17 @@ def test_ticks_are_few_and_round_and_enclose(low: float, high: float) -> None:
     assert ticks[-1] >= high
     assert 2 <= len(ticks) <= 8
     assert len({page._number(tick) for tick in ticks}) == len(ticks)
+
+
+def test_one_point_is_a_dot() -> None:
+    html = page.lines("t", [[3], [1, 2]], [Series("one", [1.5e-5]), Series("two", [1e-5, 2e-5])], "x", "y")
+    assert re.search(r'<circle cx="[\d.]+" cy="[\d.]+" r="4" fill="var\(--c0\)"><title>one</title>', html)
+    assert html.count("<polyline") == 1
+
+
+def test_labels_of_small_numbers_have_room() -> None:
+    html = page.lines("t", [[1, 2]], [Series("rate", [1.25e-5, 2.25e-5])], "x", "y")
+    labels = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([^<]*)<', html)
+    assert "1.25e-05" in [label for _, label in labels]
+    # A digit is about 0.56 of the 15 pixels of a line high wide.
+    assert all(float(x) >= 0.56 * 15 * len(label) for x, label in labels)

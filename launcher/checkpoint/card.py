@@ -18,7 +18,7 @@ from launcher.checkpoint.store import Manifest
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.config.schema import is_local_path
 from launcher.config.secret import redact
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import Batch, LaunchPlan
 
 Rows = Sequence[tuple[str, str]]
 
@@ -33,16 +33,18 @@ def model_card(
     manifest: Manifest,
     metrics: Sequence[Mapping[str, Any]],
     made: Export,
+    plans: Sequence[LaunchPlan] = (),
 ) -> str:
     """The text of README.md.
 
-    `metrics` are the lines of metrics.jsonl; those after the checkpoint's step do not count.
+    `metrics` are the lines of metrics.jsonl; those after the checkpoint's step do not count. `plan` is what the checkpoint was
+    saved by, `plans` those of all attempts up to that one.
     """
     base = base_front_matter(Path(plan.model.path)) if plan.model.path else {}
     sections: list[tuple[str, Rows]] = [
         ("Base model", _base_rows(plan, base)),
         ("Data", _data_rows(plan)),
-        ("Settings", _settings_rows(plan)),
+        ("Settings", [*_settings_rows(plan, manifest.step), *_changed_rows(plan, plans)]),
         ("Losses", _loss_rows(manifest, metrics)),
         ("Weights", _weight_rows(made)),
         ("Lineage", _lineage_rows(plan, manifest)),
@@ -99,7 +101,10 @@ def _hub_origin(plan: LaunchPlan, base: Mapping[str, Any]) -> str | None:
 
 def _base_rows(plan: LaunchPlan, base: Mapping[str, Any]) -> Rows:
     model = plan.config.model
-    rows = [("model", _public(model.path) if model.path else "none: the architecture below")]
+    architecture = f"{plan.model.config.get('model_type', 'unknown')}, {plan.model.num_params:,} parameters"
+    if not model.path:
+        return [("model", "none: training began from random weights"), ("architecture", architecture)]
+    rows = [("model", _public(model.path))]
     if model.revision:
         rows.append(("revision", model.revision))
     if origin := _hub_origin(plan, base):
@@ -107,8 +112,7 @@ def _base_rows(plan: LaunchPlan, base: Mapping[str, Any]) -> Rows:
     license_ = base.get("license")
     named = ", ".join(base[key] for key in _LICENSE_KEYS if isinstance(base.get(key), str))
     rows.append(("licence", named if license_ and named else "unknown: see the base model"))
-    rows.append(("architecture", f"{plan.model.config.get('model_type', 'unknown')}, {plan.model.num_params:,} parameters"))
-    return rows
+    return [*rows, ("architecture", architecture)]
 
 
 def _data_rows(plan: LaunchPlan) -> Rows:
@@ -124,27 +128,47 @@ def _data_rows(plan: LaunchPlan) -> Rows:
     return rows
 
 
-def _settings_rows(plan: LaunchPlan) -> Rows:
+def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
+    """Of the plan that the checkpoint of `step` was saved by."""
     config, batch, topology = plan.config, plan.batch, plan.topology
     optim, zero = config.optim, config.deepspeed
     decay = f"weight decay {optim.weight_decay:g}, betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}"
     clip = f"gradient norm at most {config.train.grad_clip:g}" if config.train.grad_clip else "gradients not clipped"
     split = f"{batch.micro_batch_size} rows a rank, {batch.accumulation} accumulated"
-    length = f"{batch.max_steps:,} steps" if batch.max_steps else "unknown"
-    length += f", {batch.epochs:g} epochs" if batch.epochs else ""
     nodes = f"{topology.world_size} ranks on {topology.nodes} node{'s' if topology.nodes > 1 else ''} ({topology.device})"
     return [
         ("optimizer", f"{optim.name}, {decay}; {clip}"),
         ("learning rate", f"{optim.lr:g} at its peak"),
         ("schedule", f"{optim.schedule}, {optim.warmup_steps:,} steps of warm-up, down to {optim.min_lr_ratio:g} of the peak"),
         ("batch", f"{batch.global_batch_size} rows a step ({split})"),
-        ("length", length),
+        ("length", _length(batch, step)),
         ("packing", "several documents a row, which do not see each other" if config.data.packing else "one document a row"),
         ("seed", str(config.run.seed)),
         ("dtype", f"{config.model.dtype}; master weights and optimizer states in fp32"),
         ("ZeRO", f"stage {zero.stage}, optimizer offload {zero.offload_optimizer}, parameter offload {zero.offload_params}"),
         ("world size", nodes),
     ]
+
+
+def _changed_rows(plan: LaunchPlan, plans: Sequence[LaunchPlan]) -> Rows:
+    """What resumes have changed, by the sections of the settings."""
+    sections = ("model", "data", "optim", "train", "deepspeed")
+    changed = [name for name in sections if any(getattr(p.config, name) != getattr(plan.config, name) for p in plans)]
+    if not changed:
+        return []
+    return [("changed", f"settings of {', '.join(changed)} differed in earlier attempts; those above are the last ones")]
+
+
+def _length(batch: Batch, step: int) -> str:
+    """How long the weights of a step were trained, and how long they were to be."""
+    if not batch.max_steps:
+        return f"{step:,} steps"
+    if step >= batch.max_steps:
+        return f"{step:,} steps" + (f", {batch.epochs:g} epochs" if batch.epochs else "")
+    length = f"{step:,} of {batch.max_steps:,} planned steps"
+    if not batch.epochs:
+        return length
+    return f"{length}, {round(batch.epochs * step / batch.max_steps, 2):g} of {round(batch.epochs, 2):g} epochs"
 
 
 def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows:

@@ -122,7 +122,7 @@ def _facts(one: _Told) -> dict[str, str]:
     tokens = 0 if last is None else int(last.get("trainer/tokens", 0))
     counted = goodput.cost(one.plan, one.spent, tokens)
     if counted:
-        facts["GPU hours"] = f"{counted['cost/gpu_hours']:,.2f}"
+        facts["GPU hours" if one.plan.topology.device == "cuda" else "rank hours"] = f"{counted['cost/gpu_hours']:,.2f}"
     if "cost/usd" in counted:
         facts["cost"] = f"${counted['cost/usd']:,.2f}"
     if tokens and "cost/usd_per_million_tokens" in counted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,13 +25,15 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
-from launcher.tracking.glance import Glance, glance
+from launcher.tracking.glance import Glance, glance, lines_of_time
+from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
 _ALERTS_SHOWN = 3
 _PARTS_SHOWN = 4
+_VARYING = ("perf/tokens_per_sec", "time/step_s", "perf/mfu", "time/straggler_ratio")
 _COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
 
 
@@ -118,20 +121,28 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
     num_gpus = run_store.kind_and_ranks(run)[1] if run.plan.is_file() else _num_ranks(seen.last)
     checkpoints = store.list_checkpoints(run.checkpoints)
     events = read_events(run.events)
+    spent = _spent(run, status, events)
     return {
         "name": run.root.name,
         "dir": str(run.root),
         **asdict(status),
         "metrics": seen.last,
+        "usual": _usual(seen.recent),
         "losses": list(seen.losses),
         "eval_loss": seen.eval_loss,
         "checkpoints": [checkpoint.step for checkpoint in checkpoints],
-        "cost": _cost(seen, num_gpus, status, _held_since(run, status, seen)),
-        "goodput": _goodput(seen.last),
+        "device": _device(run),
+        "cost": _cost(seen, spent, num_gpus, status),
+        "goodput": _goodput(spent or goodput.of_metrics(seen.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": next((e["fields"] for e in reversed(events) if "sync_command" in e["fields"]), {}),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
+
+
+def _device(run: RunDir) -> str:
+    """What the ranks compute on, cuda or cpu; a GPU where no plan tells."""
+    return run_store.read_json(run.plan).get("topology", {}).get("device", "cuda") if run.plan.is_file() else "cuda"
 
 
 def _num_ranks(line: dict[str, Any]) -> int | None:
@@ -140,36 +151,35 @@ def _num_ranks(line: dict[str, Any]) -> int | None:
     return round(whole / each) if whole and each else None
 
 
-def _goodput(line: dict[str, Any]) -> dict[str, float] | None:
-    """The time since submission up to a line of metrics, and its parts in seconds; None where it does not tell."""
-    told = goodput.of_metrics(line)
-    if told is None:
+def _usual(recent: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Medians over the newest steps, of what varies from step to step."""
+    values = {name: [line[name] for line in recent if name in line] for name in _VARYING}
+    return {name: statistics.median(found) for name, found in values.items() if found}
+
+
+def _spent(run: RunDir, status: Status, events: Sequence[dict[str, Any]]) -> Breakdown | None:
+    """Where the time went until now, or until the run's end; None where its files do not tell."""
+    with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
+        lines = lines_of_time(run.metrics, [e["time"] for e in events if e["fields"].get(goodput.PHASE) == goodput.JOINED])
+        attempts = goodput.attempts_of(run, status.state in RUNNING_STATES, lines, events)
+        return goodput.breakdown(lines, events, attempts, time.time()) if attempts else None
+    return None
+
+
+def _goodput(told: Breakdown | None) -> dict[str, float] | None:
+    """The time since submission and its parts in seconds; None before there is any."""
+    if told is None or not told.kept_s:
         return None
     lost = {name: getattr(told, name) for name in goodput.LOST}
     return {"fraction": told.goodput, "wall_s": told.wall_s, "kept_s": told.kept_s, **lost, "lost_steps": told.lost_steps}
 
 
-def _held_since(run: RunDir, status: Status, seen: Glance) -> float:
-    """Seconds for which the newest attempt has had machines since the cost was counted last: it loads, saves or has ended."""
-    if seen.spent is None or status.state == "pending":
-        return 0.0
-    with suppress(LauncherError, OSError):
-        begun_at, exit_file = run_store.read_attempt(run, status.attempt).begun_at, run.attempt(status.attempt) / "exit.json"
-        ended_at = time.time() if status.state in RUNNING_STATES else run_store.read_json(exit_file).get("ended_at")
-        if begun_at is not None and ended_at is not None:
-            return max(0.0, ended_at - max(begun_at, seen.spent.at))
-    return 0.0
-
-
-def _cost(seen: Glance, num_gpus: int | None, status: Status, since_s: float) -> dict[str, float | None] | None:
-    """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted.
-
-    `since_s` are seconds with machines that the newest line of metrics does not count.
-    """
+def _cost(seen: Glance, spent: Breakdown | None, num_gpus: int | None, status: Status) -> dict[str, float | None] | None:
+    """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted."""
     if seen.spent is None:
         return None
     counted, usd, left_s = seen.spent.gpu_hours, seen.spent.usd, seen.last.get("trainer/eta_s", math.nan)
-    hours = counted + (num_gpus or 0) * since_s / 3600
+    hours = counted if spent is None else spent.gpu_s / 3600
     if usd is None or not counted:
         return {"gpu_hours": hours, "usd": usd, "expected_usd": None}
     price, expected = usd / counted, None
@@ -189,15 +199,15 @@ def _lines(found: dict[str, Any]) -> list[str]:
     ]
     if metrics:
         rows.append(("loss", f"{metrics['train/loss']:.4f}  {sparkline(found['losses'])}"))
-        rows.append(("pace", _pace(metrics)))
+        rows.append(("pace", _pace(found["usual"])))
         rows.append(("memory", _memory(metrics)))
-        rows += [(label, words) for label, words in (("GPUs", _gpus(metrics)), ("ranks", _ranks(metrics))) if words]
+        rows += [(label, words) for label, words in (("GPUs", _gpus(metrics)), ("ranks", _ranks(found["usual"]))) if words]
         if running:
             rows.append(("time left", format_duration(metrics["trainer/eta_s"])))
     if found["goodput"] is not None:
         rows.append(("goodput", _lost(found["goodput"])))
     if found["cost"] is not None:
-        rows.append(("cost", _money(found["cost"])))
+        rows.append(("cost", _money(found["cost"], found["device"])))
     if found["eval_loss"] is not None:
         rows.append(("held out", f"loss {found['eval_loss']:.4f}"))
     if found["checkpoints"]:
@@ -223,9 +233,9 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
 
 
-def _pace(metrics: dict[str, Any]) -> str:
-    pace = f"{metrics['perf/tokens_per_sec']:,.0f} tokens/s, {metrics['time/step_s']:.2f} s a step"
-    return pace + (f", MFU {metrics['perf/mfu']:.1%}" if "perf/mfu" in metrics else "")
+def _pace(usual: dict[str, float]) -> str:
+    pace = f"{usual['perf/tokens_per_sec']:,.0f} tokens/s, {usual['time/step_s']:.2f} s a step"
+    return pace + (f", MFU {usual['perf/mfu']:.1%}" if "perf/mfu" in usual else "")
 
 
 def _memory(metrics: dict[str, Any]) -> str:
@@ -249,10 +259,10 @@ def _gpus(metrics: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _ranks(metrics: dict[str, Any]) -> str:
-    if "time/straggler_ratio" not in metrics:
+def _ranks(usual: dict[str, float]) -> str:
+    if "time/straggler_ratio" not in usual:
         return ""
-    return f"the slowest works {metrics['time/straggler_ratio']:.2f} times as long as the usual one"
+    return f"the slowest works {usual['time/straggler_ratio']:.2f} times as long as the usual one"
 
 
 def _lost(told: dict[str, float]) -> str:
@@ -264,8 +274,8 @@ def _lost(told: dict[str, float]) -> str:
     )
 
 
-def _money(cost: dict[str, float | None]) -> str:
-    hours = f"{cost['gpu_hours']:,.2f} GPU hours"
+def _money(cost: dict[str, float | None], device: str) -> str:
+    hours = f"{cost['gpu_hours']:,.2f} {'GPU' if device == 'cuda' else 'rank'} hours"
     if cost["usd"] is None:
         return hours
     end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""

@@ -17,8 +17,9 @@ from launcher.run_store import Status
 
 # Of the tokens, cut off.
 _WORTH_TELLING = 0.01
-# Of a GPU, taken by model states: activations and buffers are not estimated and need room as well.
-_TIGHT = 0.8
+# What activations, gathered weights and buffers roughly take with 8,192 tokens a forward pass, which is not estimated. Where
+# model states are the smaller part of a GPU, the model is small for it and needs less.
+_LITTLE_GIB, _LARGE_SHARE = 12.0, 0.5
 
 
 def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
@@ -57,7 +58,7 @@ def _limits(plan: LaunchPlan) -> str:
     hours = [f"{limits.max_seconds / 3600:.2f} hours"] if limits.max_seconds is not None else []
     if limits.max_gpu_seconds is not None:
         hours.append(
-            f"${plan.config.run.max_usd:,.2f}, which is {limits.max_gpu_seconds / 3600 / ranks:.2f} hours of {ranks} GPUs"
+            f"${plan.config.run.max_usd:,.2f}, which is {limits.max_gpu_seconds / 3600 / ranks:.2f} hours of {_paid_for(plan)}"
         )
     return " or ".join(hours)
 
@@ -110,7 +111,8 @@ def _memory(plan: LaunchPlan) -> str:
 def _notes(plan: LaunchPlan) -> list[str]:
     """What a person would want to know before paying for it."""
     config, data, steps = plan.config, plan.data, plan.batch.max_steps
-    notes = [plan.saving.note] if plan.saving.note else []
+    # What else is to lie in main memory does not matter where not even the states do.
+    notes = [note for note in (_overfull(plan) or plan.saving.note,) if note]
     smallest, asked = _smallest(plan), config.cluster.fewest_workers
     notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
     if smallest is not None and (least := smallest.topology.world_size) != asked:
@@ -145,21 +147,40 @@ def _smallest(plan: LaunchPlan) -> LaunchPlan | None:
     return None
 
 
+def _overfull(plan: LaunchPlan) -> str:
+    """Said where the model states do not fit into main memory; empty where they do, or that is not known."""
+    memory = plan.memory
+    if memory.node_gib is None or memory.host_per_node_gib <= memory.node_gib:
+        return ""
+    return (
+        f"model states take {memory.host_per_node_gib:.0f} GiB of main memory a node, which has {memory.node_gib:.0f} GiB: they "
+        "do not fit; use more nodes, or a smaller model"
+    )
+
+
 def _tight(plan: LaunchPlan) -> str:
     memory, ranks = plan.memory, plan.topology.world_size
-    if plan.topology.device != "cuda" or memory.device_gib is None or memory.per_rank_gib <= _TIGHT * memory.device_gib:
+    if plan.topology.device != "cuda" or memory.device_gib is None or memory.per_rank_gib <= _LARGE_SHARE * memory.device_gib:
         return ""
-    left = f"{memory.device_gib - memory.per_rank_gib:.0f} GiB of a GPU for activations and buffers"
+    left_gib = memory.device_gib - memory.per_rank_gib
+    if left_gib >= _LITTLE_GIB:
+        return ""
+    left = f"{left_gib:.0f} GiB of a GPU for activations and buffers"
     return f"on {ranks} ranks model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
 
 
 def _cost(plan: LaunchPlan) -> str:
-    price, num_gpus = plan.price, plan.topology.world_size
+    price = plan.price
     if price is None:
         return "not known: set cluster.price_per_gpu_hour to what a GPU costs you"
-    of = f"{num_gpus} {'GPUs' if plan.topology.device == 'cuda' else 'CPU ranks'} x ${price.usd_per_gpu_hour:.2f}"
-    usd = f"${num_gpus * price.usd_per_gpu_hour:,.2f} an hour = {of}"
+    of = f"{_paid_for(plan)} x ${price.usd_per_gpu_hour:.2f}"
+    usd = f"${plan.topology.world_size * price.usd_per_gpu_hour:,.2f} an hour = {of}"
     return usd if price.assumption is None else f"{usd}, assumed ({price.assumption}; cluster.price_per_gpu_hour sets yours)"
+
+
+def _paid_for(plan: LaunchPlan) -> str:
+    ranks = plan.topology.world_size
+    return f"{ranks} {'GPU' if plan.topology.device == 'cuda' else 'CPU rank'}{'s' * (ranks > 1)}"
 
 
 def _data(plan: LaunchPlan) -> str:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from launcher.tracking.jsonl import decode_lines
+
+# Single steps vary: what is usual is told by so many of them.
+_RECENT = 20
+_TRAINED = b'"train/loss"'
+# Lines that tell of a wait between steps.
+_WAITS = (b'"time/eval_s"', b'"ckpt/stall_s"')
 
 
 @dataclass(frozen=True)
@@ -22,27 +29,71 @@ class Spent:
 
 @dataclass(frozen=True)
 class Glance:
-    """`last` is the newest line of a training step, empty without one; `losses` go through the whole run, oldest first."""
+    """`recent` are the newest lines of training steps of one attempt, newest first; `losses` go through the whole run."""
 
-    last: dict[str, Any]
+    recent: tuple[dict[str, Any], ...]
     losses: tuple[float, ...]
     eval_loss: float | None
     spent: Spent | None
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest line of a training step; empty without one."""
+        return self.recent[0] if self.recent else {}
 
 
 def glance(path: str | Path, num_points: int = 40) -> Glance:
     """Look at a run's metrics; `losses` has up to `num_points` values. A missing file is an empty one."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            last = next(_backwards(data, b'"train/loss"'), {})
+            recent = tuple(islice(_backwards(data, _TRAINED), _RECENT))
             evaluated = next(_backwards(data, b'"eval/held_out/loss"'), {})
             losses = tuple(_losses(data, num_points))
             return Glance(
-                last, losses, evaluated.get("eval/held_out/loss"), _spent(next(_backwards(data, b'"cost/gpu_hours"'), None))
+                tuple(line for line in recent if line["attempt"] == recent[0]["attempt"]),
+                losses,
+                evaluated.get("eval/held_out/loss"),
+                _spent(next(_backwards(data, b'"cost/gpu_hours"'), None)),
             )
     except (FileNotFoundError, ValueError):
         # An empty file cannot be mapped.
-        return Glance({}, (), None, None)
+        return Glance((), (), None, None)
+
+
+def lines_of_time(path: str | Path, starts: Sequence[float]) -> list[dict[str, Any]]:
+    """Of a run's metrics the lines by which `goodput.breakdown` tells the same as by all of them, in their order.
+
+    These are the lines of evaluations and saves, and the last training step before each of `starts`, the times in seconds since
+    the epoch at which ranks were started, and before the end. A missing file has none.
+    """
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            ends = [*(_after(data, at) for at in starts), data.rfind(b"\n") + 1]
+            places = {data.rfind(_TRAINED, 0, end) for end in ends} | {at for word in _WAITS for at in _places(data, word)}
+            begins = sorted({data.rfind(b"\n", 0, place) + 1 for place in places - {-1}})
+            return [line for begin in begins for line in decode_lines(_line(data, begin))]
+    except (FileNotFoundError, ValueError):
+        # An empty file cannot be mapped.
+        return []
+
+
+def _after(data: mmap.mmap, at: float) -> int:
+    """Where the first line begins that was written after a time; lines stand in the order of time."""
+    low, high = 0, len(data)
+    while low < high:
+        middle = max(low, data.rfind(b"\n", 0, (low + high) // 2) + 1)
+        if any(line["time"] > at for line in decode_lines(_line(data, middle))):
+            high = middle
+        else:
+            low = data.find(b"\n", middle) + 1 or len(data)
+    return low
+
+
+def _places(data: mmap.mmap, word: bytes) -> Iterator[int]:
+    place = data.find(word)
+    while place >= 0:
+        yield place
+        place = data.find(word, place + 1)
 
 
 def _backwards(data: mmap.mmap, word: bytes) -> Iterator[dict[str, Any]]:
@@ -62,7 +113,7 @@ def _losses(data: mmap.mmap, num_points: int) -> Iterator[float]:
     """Losses of the lines that begin after evenly spaced places."""
     before = -1
     for i in range(num_points):
-        place = data.find(b'"train/loss"', len(data) * i // num_points)
+        place = data.find(_TRAINED, len(data) * i // num_points)
         start = data.rfind(b"\n", 0, place) + 1 if place >= 0 else before
         if start > before:
             before = start

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from launcher import run_store
 from launcher.checkpoint import hub, store
 from launcher.checkpoint.card import model_card
 from launcher.checkpoint.export import Export, Task, begin, complete, write_share
@@ -63,8 +64,9 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
     try:
         device = _device(plan)
         manifest = store.open_checkpoint(checkpoint).manifest
-        metrics = read_metrics(RunDir(Path(plan.run_dir)).metrics)
-        made = complete(task, lambda made: model_card(plan, manifest, metrics, made), device)
+        run = RunDir(Path(plan.run_dir))
+        metrics, plans = read_metrics(run.metrics), run_store.plans_until(run, manifest.attempt)
+        made = complete(task, lambda made: model_card(plan, manifest, metrics, made, plans), device)
         _tell(made, tracker)
         _push(plan, made, tracker)
         if plan.config.train.sample:

@@ -24,6 +24,7 @@ _LEAST_SIGMA = 0.01
 # The pace of the last few steps, against that of many before them.
 _RECENT, _BEFORE, _ENOUGH_BEFORE = 10, 200, 30
 SLOW = 0.7
+_SLOWED_BY = {"cuda": "the GPUs' clocks and temperatures", "cpu": "what else runs on the CPUs, their clocks and temperatures"}
 # A rank whose own work takes so much longer than the usual rank's, in nearly all of so many steps.
 STRAGGLES, _STRAGGLER_STEPS, _NEARLY_ALL = 1.2, 20, 16
 # No step for so many times the median step, and for so long at least; saving has a limit of its own.
@@ -32,9 +33,10 @@ _LOOK_S = 5.0
 
 
 class Health:
-    """Looks at the numbers of each step."""
+    """Looks at the numbers of each step; `device` is what the ranks compute on, cuda or cpu."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self._losses: deque[float] = deque(maxlen=_LOSSES)
         self._paces: deque[float] = deque(maxlen=_RECENT + _BEFORE)
         self._steps, self._late = 0, dict[int, int]()
@@ -89,7 +91,7 @@ class Health:
         if recent < SLOW * usual:
             yield (
                 f"training has become slow: {recent:,.0f} tokens/s over the last {_RECENT} steps, {usual:,.0f} before; "
-                "look at the GPUs' clocks and temperatures, the network and the storage"
+                f"look at {_SLOWED_BY[self._device]}, the network and the storage"
             )
 
 

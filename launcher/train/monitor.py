@@ -44,7 +44,7 @@ class Monitor:
         self._plan, self._place, self._tracker, self._beat = plan, place, tracker, beat
         self._run = RunDir(Path(plan.run_dir))
         self._probe, self._own = Probe(model, device), Told()
-        self._health, self._hosts = Health(), _hosts(place)
+        self._health, self._hosts = Health(plan.topology.device), _hosts(place)
         self._ranks: list[Told] = []
         self._works: list[Work] = []
         self._is_limited = place.is_main and (plan.limits.max_seconds or plan.limits.max_gpu_seconds) is not None

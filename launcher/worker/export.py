@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher import run_store
 from launcher.checkpoint import hub, store, weights
 from launcher.checkpoint.card import model_card
 from launcher.checkpoint.export import Export, Task, export, verify
@@ -26,9 +27,9 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
     run = RunDir(plan_path.absolute().parent)
     first = _load(plan_path)
     checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, step)
-    # A run that was resumed under changed settings has a plan for each attempt.
-    own = run.attempt(checkpoint.manifest.attempt) / run.plan.name
-    plan = _load(own) if own.is_file() else first
+    # A resume may have changed settings; attempts that were started by themselves after it go on with those.
+    plans = run_store.plans_until(run, checkpoint.manifest.attempt)
+    plan = plans[-1] if plans else first
     task = Task(
         checkpoint=checkpoint.path,
         model=Path(plan.model.path) if plan.model.path else plan.model.config,
@@ -39,7 +40,7 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         check=check,
     )
     verify(task)
-    return export(task, lambda made: model_card(plan, checkpoint.manifest, read_metrics(run.metrics), made))
+    return export(task, lambda made: model_card(plan, checkpoint.manifest, read_metrics(run.metrics), made, plans))
 
 
 def _load(plan_path: Path) -> LaunchPlan:

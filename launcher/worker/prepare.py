@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from launcher import facts, warm_start
+from launcher import facts, run_store, warm_start
 from launcher.checkpoint import durable
 from launcher.checkpoint.card import model_card
 from launcher.checkpoint.export import Task, export, verify
@@ -111,9 +111,10 @@ def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> Non
         check=False,
     )
     verify(task)
-    metrics = read_metrics(source.run.metrics)
+    manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics)
+    plans = run_store.plans_until(source.run, manifest.attempt)
     # The next run's card takes the licence and the base model from this one's.
-    export(task, lambda made: model_card(source.plan, source.checkpoint.manifest, metrics, made))
+    export(task, lambda made: model_card(source.plan, manifest, metrics, made, plans))
 
 
 def _tokenizer_of(plan: LaunchPlan) -> Path | None:

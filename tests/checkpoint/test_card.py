@@ -148,3 +148,21 @@ def test_a_card_that_cannot_be_read_says_nothing(tmp_path: Path, text: str) -> N
     (tmp_path / "README.md").write_text(text)
     assert base_front_matter(tmp_path) == {}
     assert base_front_matter(tmp_path / "none") == {}
+
+
+def test_weights_of_a_run_that_has_not_ended_tell_how_far_they_are() -> None:
+    plan = plan_of("train.max_steps=200")
+    batch = plan.batch.model_copy(update={"epochs": 5.0})
+    card = model_card(plan.model_copy(update={"batch": batch}), MANIFEST, METRICS, MADE)
+    assert "| length | 40 of 200 planned steps, 1 of 5 epochs |" in card
+    assert "| model | none: training began from random weights |" in card
+    assert "| licence |" not in card, "there is no base model to see"
+    assert "| changed |" not in card
+
+
+def test_settings_that_a_resume_changed_are_told() -> None:
+    plan, before = plan_of("optim.lr=1e-5"), plan_of("optim.lr=2e-5")
+    card = model_card(plan, MANIFEST, METRICS, MADE, [before, plan])
+    assert "| learning rate | 1e-05 at its peak |" in card
+    assert "| changed | settings of optim differed in earlier attempts; those above are the last ones |" in card
+    assert "| changed |" not in model_card(plan, MANIFEST, METRICS, MADE, [plan, plan])

@@ -75,4 +75,5 @@ def test_the_card_is_that_of_the_attempt_which_saved(run):
     made = command.export_run(run / "plan.json", step=2, dtype="bf16", out=None, check=False)
     card = (made.path / "README.md").read_text()
     assert "7e-06 at its peak" in card
+    assert "settings of optim differed in earlier attempts" in card
     assert "| training, step 2 | 1.0000 |" in card

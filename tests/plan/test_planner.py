@@ -245,3 +245,29 @@ def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: C
     config = planned.config.model_copy(update={"deepspeed": older})
     assert "GiB a rank" in "\n".join(plan_lines(planned.model_copy(update={"config": config})))
     assert fewest(plan_of(*elastic)) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "per_rank_gib", "is_told"),
+    [(79.0, 68.65, True), (24.0, 17.16, True), (79.0, 53.39, False), (24.0, 4.0, False), (8.0, 3.0, False)],
+)
+def test_little_room_beside_the_model_states_is_told(
+    plan_of: Callable[..., LaunchPlan], gpu: float, per_rank_gib: float, is_told: bool
+) -> None:
+    planned = plan_of(device=CUDA)
+    memory = planned.memory.model_copy(update={"device_gib": gpu, "per_rank_gib": per_rank_gib})
+    lines = "\n".join(plan_lines(planned.model_copy(update={"memory": memory})))
+    assert ("which is little" in lines) is is_told
+
+
+def test_states_that_main_memory_does_not_hold_are_told_on_cpus(plan_of: Callable[..., LaunchPlan]) -> None:
+    notes = [line for line in plan_lines(plan_of("model=llama3_1_8b")) if line.startswith("note")]
+    told = [note for note in notes if "GiB of main memory a node, which has 24 GiB: they do not fit" in note]
+    assert len(told) == 1
+    assert not any("a copy of the states" in note for note in notes)
+
+
+def test_a_limit_on_cpus_is_in_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
+    lines = plan_lines(plan_of("run.max_usd=5", "cluster.price_per_gpu_hour=2"))
+    assert "limit      saves and stops after $5.00, which is 1.25 hours of 2 CPU ranks" in lines
+    assert any(line.startswith("cost       $4.00 an hour = 2 CPU ranks x $2.00") for line in lines)

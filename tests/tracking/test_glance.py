@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -7,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.glance import Glance, Spent, glance
-from launcher.tracking.jsonl import JsonlTracker
+from launcher.tracking import goodput
+from launcher.tracking.glance import Glance, Spent, glance, lines_of_time
+from launcher.tracking.goodput import JOINED, LOADED, PHASE, Attempt
+from launcher.tracking.jsonl import JsonlTracker, Tail
 
 
 def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
-    nothing = Glance({}, (), None, None)
+    nothing = Glance((), (), None, None)
     assert glance(tmp_path / "metrics.jsonl") == nothing
     (tmp_path / "metrics.jsonl").touch()
     assert glance(tmp_path / "metrics.jsonl") == nothing
@@ -30,6 +33,11 @@ def test_the_newest_step_and_evaluation_count(tmp_path: Path) -> None:
     assert (seen.last["trainer/step"], seen.last["train/loss"], seen.eval_loss) == (7, 1.0, 1.5)
     assert seen.losses == (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
     assert seen.spent is None
+    assert [line["trainer/step"] for line in seen.recent] == [7, 6, 5, 4, 3, 2, 1]
+    JsonlTracker(RunDir(tmp_path), attempt=2).log(6, {"train/loss": 2.0})
+    assert [line["trainer/step"] for line in glance(tmp_path / "metrics.jsonl").recent] == [6], (
+        "another attempt's pace is another"
+    )
 
 
 @pytest.mark.parametrize("num_points", [1, 7, 40])
@@ -64,3 +72,32 @@ def test_what_the_run_has_cost_stands_in_its_last_count(tmp_path: Path) -> None:
 def test_without_a_price_hours_are_counted(tmp_path: Path) -> None:
     JsonlTracker(RunDir(tmp_path), attempt=1).log(1, {"train/loss": 3.0, "cost/gpu_hours": 0.25})
     assert glance(tmp_path / "metrics.jsonl").spent == Spent(gpu_hours=0.25, usd=None, at=pytest.approx(time.time(), abs=60))
+
+
+def test_a_few_lines_tell_where_the_time_went_as_all_do(tmp_path: Path) -> None:
+    """Two starts in the first attempt, one in each later one, the last of which trains nothing; the file ends in a torn line."""
+    file, at = tmp_path / "metrics.jsonl", 1000.0
+    lines, events, attempts = [], [], []
+    for attempt, first, steps in ((1, 0, 30), (1, 25, 40), (2, 60, 50), (3, 110, 0)):
+        if not attempts or attempts[-1].number < attempt:
+            attempts.append(Attempt(attempt, at, at + 3, None, 2))
+        told = {"attempt": attempt, "step": first}
+        events.append({"time": at + 5, **told, "fields": {PHASE: JOINED, "ranks": 2}})
+        events.append({"time": at + 9, **told, "fields": {PHASE: LOADED}})
+        at += 9
+        for step in range(first + 1, first + steps + 1):
+            at += 1 + step % 3
+            lines.append({"trainer/step": step, "time": at, "attempt": attempt, "train/loss": 1.0})
+            if step % 10 == 0:
+                at += 2
+                lines.append({"trainer/step": step, "time": at, "attempt": attempt, "time/eval_s": 1.5})
+                lines.append({"trainer/step": step, "time": at, "attempt": attempt, "ckpt/stall_s": 0.25})
+        at += 20
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"train/loss": 0.')
+    few = lines_of_time(file, [event["time"] for event in events if event["fields"][PHASE] == JOINED])
+    assert len(few) < len(lines) / 3
+    found = goodput.breakdown(few, events, attempts, at)
+    assert found == goodput.breakdown(Tail(file).poll(), events, attempts, at)
+    assert found.lost_steps == 5 + 5
+    assert min(found.replay_s, found.restart_s, found.save_s, found.eval_s) > 0
+    assert lines_of_time(tmp_path / "none.jsonl", [1.0]) == []

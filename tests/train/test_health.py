@@ -21,7 +21,7 @@ def quiet(health: Health, steps: int, loss: float = 2.0, pace: float = 1000.0) -
 
 
 def test_a_loss_that_jumps_is_told() -> None:
-    health = Health()
+    health = Health("cuda")
     quiet(health, 60)
     (words,) = health.step(4.0, 1000.0)
     assert "the loss jumped: it is 4.0000, the median of the 60 steps before is 2.0" in words
@@ -29,14 +29,14 @@ def test_a_loss_that_jumps_is_told() -> None:
 
 
 def test_a_loss_that_falls_or_drifts_is_none() -> None:
-    health = Health()
+    health = Health("cuda")
     for step in range(400):
         assert health.step(10.0 * 0.99**step, 1000.0) == []
     assert health.step(0.01, 1000.0) == []
 
 
 def test_losses_that_are_all_alike_make_no_spike_of_a_trifle() -> None:
-    health = Health()
+    health = Health("cuda")
     for _ in range(50):
         assert health.step(1.0, 1000.0) == []
     assert health.step(1.05, 1000.0) == []
@@ -44,21 +44,27 @@ def test_losses_that_are_all_alike_make_no_spike_of_a_trifle() -> None:
 
 
 def test_nothing_is_said_before_it_is_known_what_is_usual() -> None:
-    health = Health()
+    health = Health("cuda")
     for loss in (11.0, 9.0, 7.0, 50.0, 6.0):
         assert health.step(loss, 1000.0) == []
 
 
 def test_training_that_has_become_slow_is_told() -> None:
-    health = Health()
+    health = Health("cuda")
     quiet(health, 100)
     said = [health.step(2.0, 500.0) for _ in range(10)]
     assert not any(said[:4])
     assert "training has become slow: 500 tokens/s over the last 10 steps, " in said[-1][0]
+    assert "GPUs" in said[-1][0]
+    on_cpus = Health("cpu")
+    quiet(on_cpus, 100)
+    (words,) = [on_cpus.step(2.0, 500.0) for _ in range(10)][-1]
+    assert "CPUs" in words
+    assert "GPU" not in words
 
 
 def test_one_slow_step_is_none() -> None:
-    health = Health()
+    health = Health("cuda")
     quiet(health, 100)
     assert health.step(2.0, 10.0) == []
     quiet(health, 50)
@@ -74,7 +80,7 @@ def told(slow: int | None = None, **different: float) -> list[Told]:
 
 
 def test_a_straggler_is_named_with_its_host_and_what_is_slow() -> None:
-    health = Health()
+    health = Health("cuda")
     said = [words for _ in range(20) for words in health.stragglers(work(told(2, compute_s=1.5e-6)), HOSTS)]
     assert len(said) == 1
     assert said[0].startswith("a straggler: all ranks have waited 20 steps for rank 2 on n2: it computes 1.50 times as long as ")
@@ -84,7 +90,7 @@ def test_a_straggler_is_named_with_its_host_and_what_is_slow() -> None:
 
 
 def test_a_rank_that_is_slow_now_and_then_is_none() -> None:
-    health = Health()
+    health = Health("cuda")
     for step in range(200):
         assert list(health.stragglers(work(told(step % 4, compute_s=2e-6)), HOSTS)) == []
         assert list(health.stragglers(work(told(0, compute_s=1.1e-6)), HOSTS)) == []
@@ -92,7 +98,7 @@ def test_a_rank_that_is_slow_now_and_then_is_none() -> None:
 
 
 def test_a_fault_of_a_gpu_is_told_once_with_what_it_means() -> None:
-    health = Health()
+    health = Health("cuda")
     for count, number, words in ((0, math.nan, []), (1, 79, ["Xid 79 on GPU 5 of n2: fallen off the bus"]), (1, 79, [])):
         ranks = [Told(), Told(), Told(sample=Sample(gpu_index=5, xids=count, last_xid=number)), Told()]
         assert list(health.faults(ranks, HOSTS)) == words
