@@ -164,7 +164,10 @@ def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.F
 
 
 def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> DataError:
-    what = "no document with a trained token is left to train on, which no setting accepts"
+    dropped = [one.finding for one in findings.judge(found, data.checks) if one.action == "drop"]
+    # Of what the checks have dropped, there may be some to train on.
+    never = all(finding.name == "no_trained_token" for finding in dropped)
+    what = "no document with a trained token is left to train on" + (", which no setting accepts" if never else "")
     where = ", ".join(source.path for source in data.sources)
     remedy = (
         "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
@@ -172,7 +175,6 @@ def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> Da
     )
     num_held_out = np.count_nonzero(docs.held_out)
     read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"
-    dropped = [one.finding for one in findings.judge(found, data.checks) if one.action == "drop"]
     told = [f"{finding.count:,} {finding.title} ({finding.examples[0].where})" for finding in dropped]
     return DataError(Problem(what, where, "; ".join([read, *told]), remedy))
 
