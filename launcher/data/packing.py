@@ -45,7 +45,8 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     total = int(lengths.sum())
     fewest_rows = -(-total // capacity)
     narrowest, slack = max(len(counts) - 1, -(-total // fewest_rows)), capacity // NARROWING
-    for width in (*(width for width in (narrowest, narrowest + slack) if width < capacity), capacity):
+    widths = (narrowest, narrowest + slack, capacity) if narrowest + slack < capacity else (capacity,)
+    for width in widths:
         rows_by_length, num_rows = _fill(counts, width)
         if num_rows == fewest_rows:
             break
