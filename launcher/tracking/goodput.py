@@ -24,7 +24,7 @@ LOST = {
     "save_s": "waiting for saves",
     "eval_s": "evaluation",
     "restart_s": "failures and restarts",
-    "idle_s": "between end and resume",
+    "idle_s": "ended, not resumed",
     "replay_s": "steps that were lost",
     "other_s": "everything else",
 }
