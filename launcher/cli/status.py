@@ -160,8 +160,12 @@ def _usual(recent: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _spent(run: RunDir, status: Status, events: Sequence[dict[str, Any]]) -> Breakdown | None:
     """Where the time went until now, or until the run's end; None where its files do not tell."""
     with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
-        lines = lines_of_time(run.metrics, [e["time"] for e in events if e["fields"].get(goodput.PHASE) == goodput.JOINED])
-        attempts = goodput.attempts_of(run, status.state in RUNNING_STATES, lines, events)
+        goes_on = status.state in RUNNING_STATES
+        joined = [e["time"] for e in events if e["fields"].get(goodput.PHASE) == goodput.JOINED]
+        attempts = goodput.attempts_of(run, goes_on, [], events)
+        borders = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
+        lines = lines_of_time(run.metrics, [*joined, *borders])
+        attempts = goodput.attempts_of(run, goes_on, lines, events)
         return goodput.breakdown(lines, events, attempts, time.time()) if attempts else None
     return None
 

@@ -165,8 +165,8 @@ def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.F
 
 def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> DataError:
     dropped = [one.finding for one in findings.judge(found, data.checks) if one.action == "drop"]
-    # Of what the checks have dropped, there may be some to train on.
-    never = all(finding.name == "no_trained_token" for finding in dropped)
+    # Of what the checks or the length have dropped, there may be some to train on.
+    never = all(finding.name == "no_trained_token" for finding in dropped) and bool((docs.num_pieces > 0).all())
     what = "no document with a trained token is left to train on" + (", which no setting accepts" if never else "")
     where = ", ".join(source.path for source in data.sources)
     remedy = (

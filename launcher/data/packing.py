@@ -46,7 +46,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     fewest_rows = -(-total // capacity)
     narrowest, slack = max(len(counts) - 1, -(-total // fewest_rows)), capacity // NARROWING
     widths = (narrowest, narrowest + slack, capacity) if narrowest + slack < capacity else (capacity,)
-    for width in widths:
+    for width in dict.fromkeys(widths):
         rows_by_length, num_rows = _fill(counts, width)
         if num_rows == fewest_rows:
             break

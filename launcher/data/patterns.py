@@ -26,8 +26,11 @@ _E_MAIL = r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)(?:[A-Za-z0-9](?:[A-Za-z0-9-]
 # With a country's code, or in groups of three, three and four: numbers in a calculation have neither.
 _ABROAD = r"\+(?<![\w+.-]\+)[1-9]\d{0,2}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\d{2,4}){2,4}(?![\w-])"
 _IN_GROUPS = r"(?<![\w+.-])(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-.]\d{4}(?![\w-])"
-# With a trunk prefix and an area that is set off by a slash or a hyphen, as in Germany; a time of day has fewer digits.
-_TRUNK = r"0(?<![\w+.,/-]0)(?=[1-9](?:[ /-]{0,3}\d){7})\d{2,4}(?: ?/ ?|-)\d{3,8}(?:[ -]\d{2,5}){0,3}(?![\w/-]|[.,]\d)"
+# With a trunk prefix and an area that is set off by a slash or a hyphen, as in Germany; hours from and to have four digits each.
+_TRUNK = (
+    r"0(?<![\w+.,/-]0)(?!\d{3}-\d{4}(?!\d))(?=[1-9](?:[ /-]{0,3}\d){7})\d{2,4}"
+    r"(?: ?/ ?|-)\d{3,8}(?:[ -]\d{2,5}){0,3}(?![\w/-]|[.,]\d)"
+)
 _CALLED = (
     r"[TtPpMmFf](?<!\w.)(?i:(?:(?<=t)(?:el(?:ephone|efon)?)|(?<=p)hone|(?<=m)obile?|(?<=f)ax)"
     rf"(?:(?: number| no)(?: is)?[.:]*|[.:]+|(?=[ \t][0(])))[ \t]?(?!{_IN_GROUPS}|{_TRUNK})"
@@ -52,8 +55,10 @@ _BARE = (
     r"[\w!#%&*+/=?@^~][\w!#$%&*+/=?@^~.-]{7,127}+(?![(\[{<$:|\\])"
 )
 _ASSIGNED_LITERALS = (
-    *(b"passw", b"secret", b"_key", b"apikey", b"api key", b"api-key", b"access key", b"accesskey", b"accountkey"),
-    *(b"_token", b"accesstoken", b"authtoken"),
+    *(b"passw", b"secret", b"_key", b"-key", b"_token", b"-token"),
+    *(b"api key", b"access key", b"account key", b"auth key", b"private key"),
+    *(b"apikey", b"accesskey", b"accountkey", b"authkey", b"privatekey"),
+    *(b"apitoken", b"accesstoken", b"authtoken", b"refreshtoken", b"sessiontoken"),
 )
 _BEARER = (
     r"[Aa](?i:uthorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?(?:bearer|basic|token))[ \t]+"

@@ -60,15 +60,15 @@ def glance(path: str | Path, num_points: int = 40) -> Glance:
         return Glance((), (), None, None)
 
 
-def lines_of_time(path: str | Path, starts: Sequence[float]) -> list[dict[str, Any]]:
+def lines_of_time(path: str | Path, borders: Sequence[float]) -> list[dict[str, Any]]:
     """Of a run's metrics the lines by which `goodput.breakdown` tells the same as by all of them, in their order.
 
-    These are the lines of evaluations and saves, and the last training step before each of `starts`, the times in seconds since
-    the epoch at which ranks were started, and before the end. A missing file has none.
+    These are the lines of evaluations and saves, and the last training step before each of `borders` and before the end. Those
+    are the times, in seconds since the epoch, at which ranks were started and attempts began and ended. A missing file has none.
     """
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            ends = [*(_after(data, at) for at in starts), data.rfind(b"\n") + 1]
+            ends = [*(_after(data, at) for at in borders), data.rfind(b"\n") + 1]
             places = {data.rfind(_TRAINED, 0, end) for end in ends} | {at for word in _WAITS for at in _places(data, word)}
             begins = sorted({data.rfind(b"\n", 0, place) + 1 for place in places - {-1}})
             return [line for begin in begins for line in decode_lines(_line(data, begin))]

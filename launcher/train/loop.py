@@ -313,7 +313,7 @@ class _Session:
     def _evaluate(self, when: str, stop: Stop, is_last: bool = False) -> None:
         """Held-out loss over all ranks; the mean over trained tokens, as in training. Given up where a rank is to stop.
 
-        What the run may spend ends none but the last, which costs little beside what it tells.
+        What the run may spend ends any but the last, which costs little beside what it tells.
         """
         if not self.held_out:
             return

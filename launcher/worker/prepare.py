@@ -113,8 +113,9 @@ def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> Non
     verify(task)
     manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics)
     plans = run_store.plans_until(source.run, manifest.attempt)
+    plan = plans[-1] if plans else source.plan
     # The next run's card takes the licence and the base model from this one's.
-    export(task, lambda made: model_card(source.plan, manifest, metrics, made, plans))
+    export(task, lambda made: model_card(plan, manifest, metrics, made, plans))
 
 
 def _tokenizer_of(plan: LaunchPlan) -> Path | None:

@@ -281,3 +281,35 @@ def test_a_check_for_every_title_and_a_title_for_every_finding() -> None:
         == set(findings.REMEDIES)
         == {name for name in checks if checks[name].default in ("keep", "drop", "fail")}
     )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "api key",
+            "api_key",
+            "API-KEY",
+            "apiKey",
+            "access key",
+            "accessKey",
+            "account key",
+            "AccountKey",
+            "auth key",
+            "authKey",
+        ),
+        *("secret", "secret_key", "SECRETKEY", "private key", "PRIVATE_KEY", "privateKey", "password", "PASSWD"),
+        *("access_token", "access-token", "accessToken", "authToken", "auth_token", "api-token", "apiToken", "API_TOKEN"),
+        *("refreshToken", "refresh-token", "sessionToken", "SESSION_TOKEN"),
+    ],
+)
+def test_a_secret_is_looked_for_by_each_name_that_it_may_have(name: str) -> None:
+    """A text is searched only where one of a few words stands in it."""
+    text = f"{name}=abc123def456"
+    (found,) = patterns.find(text, patterns.worth_while(text.lower().encode()))
+    assert found[0].kind == "assigned secret"
+
+
+def test_hours_from_and_to_are_no_telephone_number() -> None:
+    text = "opens 0900-1000 1030-1130"
+    assert patterns.redacted([text]) == [text]

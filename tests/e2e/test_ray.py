@@ -178,7 +178,7 @@ def test_a_rank_and_a_worker_that_hang_are_named_and_the_run_goes_on(
     launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
     run = root / "hung"
-    settings = ("cluster.stall_seconds=10", "cluster.dashboard=true", f"run.root={root}", "run.name=hung")
+    settings = ("cluster.stall_seconds=20", "cluster.dashboard=true", f"run.root={root}", "run.name=hung")
     with ExitStack() as stack:
         process = stack.enter_context(start(*RAY, *settings, TMPDIR=str(temporary)))
         wait_for("step 12", lambda: last_step(run) >= 12)
@@ -225,9 +225,12 @@ def require_closed(run: Path, folder: Path) -> None:
     assert not answers(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(folder / "wrong"))
     assert not answers()
     listening: dict[str, set[str]] = {}
-    for process in set(started_by(run)) - set(ranks_of(run).values()):
+    for process in started_by(run):
         with suppress(psutil.NoSuchProcess):
             said = " ".join([process.name(), *process.cmdline()])
+            # torch's store of rank 0 listens for the ranks of other nodes.
+            if "launcher.worker.entry" in said:
+                continue
             listening[said] = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert any(ips for said, ips in listening.items() if "dashboard/dashboard.py" in said)
     assert any(ips for said, ips in listening.items() if said.startswith("gcs_server"))

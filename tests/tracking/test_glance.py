@@ -101,3 +101,19 @@ def test_a_few_lines_tell_where_the_time_went_as_all_do(tmp_path: Path) -> None:
     assert found.lost_steps == 5 + 5
     assert min(found.replay_s, found.restart_s, found.save_s, found.eval_s) > 0
     assert lines_of_time(tmp_path / "none.jsonl", [1.0]) == []
+
+
+def test_a_step_that_is_logged_after_an_attempt_has_ended_hides_none_before(tmp_path: Path) -> None:
+    """As where the clock of the node that tells of the end is behind."""
+    file = tmp_path / "metrics.jsonl"
+    lines = [{"trainer/step": n, "time": 10.0 + n, "attempt": 1, "train/loss": 1.0} for n in (*range(1, 91), 93)]
+    events = [
+        {"time": 5.0, "attempt": 1, "step": 0, "fields": {PHASE: JOINED, "ranks": 2}},
+        {"time": 10.0, "attempt": 1, "step": 0, "fields": {PHASE: LOADED}},
+        {"time": 120.0, "attempt": 2, "step": 90, "fields": {PHASE: JOINED, "ranks": 2}},
+    ]
+    attempts = [Attempt(1, 0.0, 0.0, 101.0, 2), Attempt(2, 102.0, 102.0, None, 2)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = goodput.breakdown(lines_of_time(file, [5.0, 120.0, 0.0, 101.0, 102.0]), events, attempts, 130.0)
+    assert found == goodput.breakdown(lines, events, attempts, 130.0)
+    assert found.kept_s == 90
