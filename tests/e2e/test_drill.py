@@ -60,6 +60,7 @@ def test_a_full_disk_is_named_and_survived(launch: Launch, runs: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.slurm
+@pytest.mark.variant
 def test_slurm_starts_a_killed_rank_again_in_its_allocation(launch: Launch, slurm: Testbed, runs: Path) -> None:
     report = drill(launch, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert (report["did"], report["host"]) == ("SIGKILL to rank 1", "n2")
@@ -70,6 +71,7 @@ def test_slurm_starts_a_killed_rank_again_in_its_allocation(launch: Launch, slur
 
 @pytest.mark.slow
 @pytest.mark.slurm
+@pytest.mark.variant
 def test_slurm_requeues_a_preempted_run_which_has_lost_nothing(launch: Launch, slurm: Testbed, runs: Path) -> None:
     report = drill(launch, "preempt", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert report["happened"].startswith("preempted: ")

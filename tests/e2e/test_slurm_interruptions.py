@@ -33,6 +33,7 @@ def test_a_signal_to_the_job_saves_and_requeues(begin: Callable[..., SlurmRun], 
     assert steps == list(range(1, STEPS + 1)), "no step was done twice"
 
 
+@pytest.mark.variant
 def test_a_signal_to_one_rank_alone_stops_all_at_one_step(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("onerank")
     run.await_step(25)
@@ -94,6 +95,7 @@ def test_a_killed_rank_is_started_again_inside_the_allocation(begin: Callable[..
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_a_stopped_rank_is_found_killed_and_started_again(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("stopped", "cluster.stall_seconds=6")
     run.await_step(25)
