@@ -128,6 +128,10 @@ class ChecksSection(Section):
         "keep",
         description="A held-out document is nearly the same as one in training, which drop takes out; templated rows often are.",
     )
+    not_compared: Accepted = Field(
+        "keep",
+        description="So many documents are of one template that not all held-out ones were compared with all of training.",
+    )
     max_held_out_in_train: Fraction = Field(
         0.01,
         description="Share of the held-out documents that may stand in training before fail refuses, exactly or nearly.",

@@ -13,6 +13,7 @@ from launcher.data.quality import Hit
 
 # Above every estimate of a similarity.
 _EXACT = 2.0
+_NOT_COMPARED = "it agrees in part with too many others"
 
 
 def across(
@@ -35,8 +36,8 @@ def across(
     hits = [(int(training[i]), Hit("exact_duplicate", _alike(_EXACT), (int(before[i]),))) for i in again.tolist()]
     unique, first, group = np.unique(contents[training], return_index=True, return_inverse=True)
     originals = training[first]
-    earlier, leaks, is_complete = _near(signatures, held_out, np.sort(np.concatenate([originals, inside])), checks)
-    unsaid = "" if is_complete else "; so many rows are of one template that others may stand in training: not all were compared"
+    earlier, leaks, not_compared = _near(signatures, held_out, np.sort(np.concatenate([originals, inside])), checks)
+    hits += [(i, Hit("not_compared", _NOT_COMPARED)) for i in not_compared.tolist()]
     hits += [(i, Hit("near_duplicate", _alike(alike), (other,))) for i, (other, alike) in sorted(earlier.items())]
     # All copies of an original, by its place among the unique ones.
     copies = training[np.argsort(group, kind="stable")]
@@ -54,7 +55,7 @@ def across(
             near.pop(same, None)
             hits.append((document, Hit("held_out_in_train", _alike(_EXACT), copies_of([same]))))
         if near:
-            hits.append((document, Hit("near_held_out_in_train", _alike(max(near.values())), copies_of(near), unsaid)))
+            hits.append((document, Hit("near_held_out_in_train", _alike(max(near.values())), copies_of(near))))
     return hits
 
 
@@ -64,9 +65,9 @@ def _alike(similarity: float) -> str:
 
 def _near(
     signatures: Sequence[np.ndarray | None], held_out: np.ndarray, candidates: np.ndarray, checks: ChecksSection
-) -> tuple[dict[int, tuple[int, float]], dict[int, dict[int, float]], bool]:
+) -> tuple[dict[int, tuple[int, float]], dict[int, dict[int, float]], np.ndarray]:
     """Near pairs of `candidates`: of a training document its earlier one, of a held-out one the training documents found, and
-    whether all that might be alike were compared."""
+    the documents that were not compared with all that might be alike."""
     signed = np.asarray([i for i in candidates.tolist() if signatures[i] is not None], dtype=np.int64)
     training, inside = signed[~held_out[signed]], signed[held_out[signed]]
     slots, apart = (_stacked([signatures[i] for i in some.tolist()]) for some in (training, inside))
@@ -84,18 +85,19 @@ def _near(
         for document, other, share in zip(inside[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
             leaks[document][other] = share
 
-    is_complete = duplicates.near_in(apart, slots, checks.near_duplicate_threshold, duplicates.REACH_ACROSS, note)
+    missed = inside[duplicates.near_in(apart, slots, checks.near_duplicate_threshold, duplicates.REACH_ACROSS, note)]
     if checks.near_held_out_in_train == "drop":
         # A held-out document was compared until some were found that are like it.
         rest = np.flatnonzero(~found)
-        is_complete &= duplicates.near_in(
+        also = duplicates.near_in(
             slots[rest],
             apart,
             checks.near_duplicate_threshold,
             duplicates.REACH,
             lambda a, b, similarity: note(b, rest[a], similarity),
         )
-    return earlier, leaks, is_complete
+        missed = np.concatenate([missed, training[rest[also]]])
+    return earlier, leaks, missed
 
 
 def _stacked(signatures: Sequence[np.ndarray | None]) -> np.ndarray:

@@ -92,12 +92,12 @@ def near_in(
     threshold: float,
     reach: int,
     on_pairs: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
-) -> bool:
+) -> np.ndarray:
     """Call `on_pairs` with pairs (a, b, similarity) as near_pairs gives them, of a row of `left` and a row of `right`.
 
     A row of `left` is compared with `reach` others of a group, and with more of them until one is found that is like it; of
-    a great many about the first `reach` are told. Returns whether each row that is like any was found, as far as its bands
-    tell: False where there were more than MOST_PAIRS_ACROSS pairs to look at.
+    a great many about the first `reach` are told. Returns the rows of `left` that may be like one and were not compared with
+    all: none, unless there were more than MOST_PAIRS_ACROSS pairs to look at.
     """
     num_found = np.zeros(len(left), dtype=np.int64)
     pairs_left = MOST_PAIRS_ACROSS
@@ -114,7 +114,7 @@ def near_in(
                 num, rows = counts[some], asked[some]
                 pairs_left -= int(num.sum())
                 if pairs_left < 0:
-                    return False
+                    return np.flatnonzero(num_found == 0)
                 steps = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
                 near = _alike(left, np.repeat(rows, num), right, order[np.repeat(first[rows], num) + steps], threshold)
                 np.add.at(num_found, near[0], 1)
@@ -122,7 +122,7 @@ def near_in(
             first[asked] += counts
             step = REACH_ACROSS
             asked = asked[(first[asked] < end[asked]) & (num_found[asked] == 0)]
-    return True
+    return np.empty(0, dtype=np.int64)
 
 
 def _bands(threshold: float) -> Iterator[slice]:

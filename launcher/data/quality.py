@@ -40,15 +40,11 @@ _USUAL_TEXT = "continued pre-training usually takes millions of tokens or more"
 
 @dataclass(frozen=True)
 class Hit:
-    """One check that a document has not passed; `detail` shows no secret, `others` are the numbers of documents concerned.
-
-    `note` is told behind them.
-    """
+    """One check that a document has not passed; `detail` shows no secret, `others` are the numbers of documents concerned."""
 
     finding: str
     detail: str
     others: tuple[int, ...] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -299,7 +295,7 @@ def _finding(name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict
         detail, others = hits[i].detail, hits[i].others
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            detail = f"{detail} {corpus.wheres[others[0]]}{more}{hits[i].note}"
+            detail = f"{detail} {corpus.wheres[others[0]]}{more}"
         examples.append(Example(corpus.wheres[i], detail))
     num = len(corpus.names)
     shares = np.bincount(corpus.source[documents], minlength=num) / np.maximum(1, np.bincount(of_source, minlength=num))
