@@ -143,7 +143,13 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     def signalled(number: signal.Signals) -> None:
         """Go on for some steps, of which the terminal sees no more than the first, and send the driver a signal."""
         begun = status(run)["step"]
-        with start("resume", str(run), **env) as terminal:
+        with ExitStack() as stack:
+            # Who runs the tests may ignore it, as nohup does, and processes inherit that.
+            before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            try:
+                terminal = stack.enter_context(start("resume", str(run), **env))
+            finally:
+                signal.signal(signal.SIGHUP, before)
             wait_for("further steps", lambda: last_step(run) >= begun + 5)
             terminal.send_signal(signal.SIGHUP)
             assert terminal.wait(30) == -signal.SIGHUP
