@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import launcher
 from launcher.errors import RunError, SubmitError, Superseded
@@ -256,8 +256,16 @@ def load_plan(run: RunDir) -> LaunchPlan:
         ) from None
 
 
-def kind_and_ranks(run: RunDir) -> tuple[str, int]:
-    """The backend and the number of ranks of the newest attempt's plan; looking at many runs, the whole plans would take long.
+class Placed(NamedTuple):
+    """Where a run computes: the kind of its backend, the number of its ranks, and what they compute on (cuda or cpu)."""
+
+    kind: str
+    num_ranks: int
+    device: str
+
+
+def placed(run: RunDir) -> Placed:
+    """What the newest attempt's plan says of it; looking at many runs, the whole plans would take long.
 
     Raises:
         RunError: where the plan is damaged.
@@ -265,7 +273,8 @@ def kind_and_ranks(run: RunDir) -> tuple[str, int]:
     path = [run.plan, *changed_plans(run)][-1]
     values = read_json(path)
     try:
-        return values["config"]["cluster"]["kind"], values["topology"]["world_size"]
+        topology = values["topology"]
+        return Placed(values["config"]["cluster"]["kind"], topology["world_size"], topology["device"])
     except (KeyError, TypeError):
         raise RunError("the plan of this run cannot be read by this launcher", where=str(path)) from None
 

@@ -10,6 +10,13 @@ from launcher.config.schema import RunConfig
 from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
 from launcher.plan.run_dir import RunDir
 
+# Those that a run must have, and no more.
+SETTINGS = {
+    "model": {"name": "m", "init": "random", "path": None, "config": {"model_type": "llama"}, "tokenizer": "./t"},
+    "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
+    "train": {"max_steps": 40},
+}
+
 
 def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None = None, **parts: Any) -> LaunchPlan:
     """The plan of a run of two CPU ranks in `run_dir`; `model` replaces numbers of the model, `parts` whole parts."""

@@ -92,8 +92,7 @@ def _state_of(run: RunDir) -> Callable[[], Status]:
     """What tells the run's state: where no plan names a backend to ask, as with files that were copied, status.json alone."""
     if not run.plan.is_file():
         return partial(run_store.read_status, run)
-    kind, _ = run_store.kind_and_ranks(run)
-    return Watch(run, cluster_for(kind)).state
+    return Watch(run, cluster_for(run_store.placed(run).kind)).state
 
 
 def _ls(root: Path, as_json: bool) -> int:
@@ -101,8 +100,7 @@ def _ls(root: Path, as_json: bool) -> int:
     summaries = []
     for run in run_store.runs(root):
         try:
-            kind, _ = run_store.kind_and_ranks(run)
-            status = cluster_for(kind).status(run)
+            status = cluster_for(run_store.placed(run).kind).status(run)
             summaries.append(summary(run, status))
         except LauncherError as error:
             print(f"{run.root.name}: {error.problems[0].what}", file=sys.stderr)
@@ -118,7 +116,9 @@ def _ls(root: Path, as_json: bool) -> int:
 def summary(run: RunDir, status: Status) -> dict[str, Any]:
     """For programs: the state, the newest training step's metrics, and what follows from both; files may be missing."""
     seen = glance(run.metrics)
-    num_gpus = run_store.kind_and_ranks(run)[1] if run.plan.is_file() else _num_ranks(seen.last)
+    # Files that were copied may be without a plan.
+    placed = run_store.placed(run) if run.plan.is_file() else None
+    num_gpus = placed.num_ranks if placed is not None else _num_ranks(seen.last)
     checkpoints = store.list_checkpoints(run.checkpoints)
     events = read_events(run.events)
     spent = _spent(run, status, events)
@@ -131,18 +131,13 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "losses": list(seen.losses),
         "eval_loss": seen.eval_loss,
         "checkpoints": [checkpoint.step for checkpoint in checkpoints],
-        "device": _device(run),
+        "device": placed.device if placed is not None else "cuda",
         "cost": _cost(seen, spent, num_gpus, status),
         "goodput": _goodput(spent or goodput.of_metrics(seen.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": next((e["fields"] for e in reversed(events) if "sync_command" in e["fields"]), {}),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
-
-
-def _device(run: RunDir) -> str:
-    """What the ranks compute on, cuda or cpu; a GPU where no plan tells."""
-    return run_store.read_json(run.plan).get("topology", {}).get("device", "cuda") if run.plan.is_file() else "cuda"
 
 
 def _num_ranks(line: dict[str, Any]) -> int | None:

@@ -16,12 +16,6 @@ from launcher.tracking.jsonl import JsonlTracker
 
 __all__ = ["golden", "run"]
 
-SETTINGS = {
-    "model": {"name": "m", "init": "random", "path": None, "config": {"model_type": "llama"}, "tokenizer": "./t"},
-    "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
-    "train": {"max_steps": 40},
-}
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
@@ -31,7 +25,9 @@ def run(tmp_path: Path) -> RunDir:
     """
     topology = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cuda", backend="nccl")
     price = Price(usd_per_gpu_hour=2.0)
-    found = run_store.create(hand_made.plan(tmp_path / "runs/demo", SETTINGS, topology=topology, price=price, data=DATA))
+    found = run_store.create(
+        hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, topology=topology, price=price, data=DATA)
+    )
     begun_at = time.time() - 51 * 60
     for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
         run_store.next_attempt(found, Attempt(resume_step=None))

@@ -13,7 +13,7 @@ import torch
 from launcher.data.cache import Split
 from launcher.data.loader import IGNORED, StepBatch, TrainBatches
 from launcher.plan.architecture import train_flops
-from launcher.plan.launch_plan import Batch, LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.metrics import Meter, StepTimer, perplexity
 
 PlanOf = Callable[..., LaunchPlan]
@@ -89,15 +89,7 @@ def test_the_share_of_the_datas_tokens_that_were_cut_is_told(plan_of: PlanOf) ->
 def test_what_is_told_of_a_step_is_of_all_ranks(plan_of: PlanOf) -> None:
     """Two ranks with unequal rows: MFU counts the documents of both and no padding, whichever rank counts."""
     plan, split = plan_of(), split_of(ROWS)
-    shape = Batch(
-        global_batch_size=8,
-        micro_batch_size=2,
-        accumulation=2,
-        max_tokens_per_step=96,
-        tokens_per_step=53,
-        max_steps=40,
-        epochs=None,
-    )
+    shape = plan.batch.model_copy(update={"global_batch_size": 8, "micro_batch_size": 2, "accumulation": 2})
     batches = [TrainBatches(split, shape, 0, rank, 2, pad_id=0).step(0) for rank in (0, 1)]
     flops = train_flops(plan.model)
     assert flops is not None

@@ -13,17 +13,11 @@ from launcher.plan.run_dir import RunDir
 from launcher.train import status
 from launcher.train.status import StatusFile
 
-SETTINGS = {
-    "model": {"name": "m", "init": "random", "path": None, "config": {"model_type": "llama"}, "tokenizer": "./t"},
-    "data": {"sources": [{"path": "builtin:stdlib_docs"}]},
-    "train": {"max_steps": 40},
-}
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run whose second attempt has just started its ranks."""
-    found = run_store.create(hand_made.plan(tmp_path / "demo", SETTINGS))
+    found = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
     run_store.update_status(found, state="running", attempt=2, job={"id": "7"}, message="starting")
     return found
 
