@@ -43,6 +43,8 @@ _QUOTED = (
     r"(?:[Aa](?i:pi_?key|ccess_?token|uth_?token)|[Ss](?i:ecret(?:_?key)?)|[Pp](?i:assword|asswd))(?i:"
     r"[\"']?\s*[:=]\s*[\"'])[^\s\"'<>{}$]{12,128}(?=[\"'])"
 )
+# What goes on behind a name in code. A template may write the end of a turn in this place: <|im_end|>, </s>, [/INST].
+_CODE = r"[({$]|\[(?!/?[A-Z]+\])"
 # Without quotes, as in a shell, an .env file or a sentence, or short: a value that mixes letters with digits. What code and prose
 # have in this place is a name that may end in a number, a name in a module, a call or an algorithm.
 _BARE = (
@@ -52,7 +54,7 @@ _BARE = (
     r"(?!(?i:sha|md|aes|rsa|base|utf|[bs]crypt|argon|oauth|https?)-?\d)"
     r"(?![A-Za-z_]+\d{0,2}(?![\w!#%&*+/=?@^~-])|[A-Za-z_]\w*\.[A-Za-z_])"
     r"(?=\S{0,127}?(?:[A-Za-z]\d|\d[A-Za-z]))"
-    r"[\w!#%&*+/=?@^~][\w!#$%&*+/=?@^~.-]{7,127}+(?![(\[{<$:|\\])"
+    rf"[\w!#%&*+/=?@^~][\w!#$%&*+/=?@^~.-]{{7,127}}+(?!{_CODE}|[:|\\])"
 )
 _ASSIGNED_LITERALS = (
     *(b"passw", b"secret", b"_key", b"-key", b"_token", b"-token"),
@@ -62,7 +64,7 @@ _ASSIGNED_LITERALS = (
 )
 _BEARER = (
     r"[Aa](?i:uthorization[\"']?\s{0,2}[:=]\s{0,2}[\"']?(?:bearer|basic|token))[ \t]+"
-    r"(?=[^\s\"']{0,127}?\d)[A-Za-z0-9._~+/-]{16,2000}+=*(?![(\[{<$])"
+    rf"(?=[^\s\"']{{0,127}}?\d)[A-Za-z0-9._~+/-]{{16,2000}}+=*(?!{_CODE})"
 )
 _GATES = (b"000", b"key", b"token", b"_")
 

@@ -313,3 +313,26 @@ def test_a_secret_is_looked_for_by_each_name_that_it_may_have(name: str) -> None
 def test_hours_from_and_to_are_no_telephone_number() -> None:
     text = "opens 0900-1000 1030-1130"
     assert patterns.redacted([text]) == [text]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|eot_id|>", "</s>", "[/INST]", "<end_of_turn>\n", "<｜end▁of▁sentence｜>", ""])
+@pytest.mark.parametrize(
+    "before, secret",
+    [
+        ("export ", "API_KEY=9f8e7d6c5b4a39281706f5e4d3c2b1a0"),
+        ("", "Authorization: Bearer abcdef1234567890abcdef"),
+        ("It is ", "hf_abcdefghijklmnopqrstuvwxyz"),
+        ("db ", "password is s3cretPassw0rd!"),
+        ("", "password = 'hunter2hunter2"),
+        ("", "Tel. 089 / 1234 5678"),
+        ("", "555-123-4567"),
+        ("Write to ", "ann@some.org"),
+    ],
+)
+def test_what_a_template_writes_behind_a_secret_does_not_hide_it(before: str, secret: str, end: str) -> None:
+    """As rows are shown: the trained part for itself, between the template's text."""
+    shown = patterns.redacted(["<|im_start|>assistant\n", before + secret, f"{end}<|im_start|>"])
+    assert shown[0] == "<|im_start|>assistant\n"
+    assert shown[1].startswith(before)
+    assert "characters]" in shown[1]
+    assert secret[-6:] not in "".join(shown)
