@@ -227,6 +227,15 @@ class Testbed:
             child.poll()  # reap
         return [pid for pid, owner in self._owners() if owner and name in (None, owner) and pid != os.getpid()]
 
+    def slurmd(self, node: str) -> list[int]:
+        """Process ids, as the host sees them, of a node's slurmd without its jobs' tasks."""
+        found = []
+        for pid in self.processes(node):
+            with suppress(OSError):  # it has ended meanwhile
+                if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"slurmd\0"):
+                    found.append(pid)
+        return found
+
     def _owners(self) -> Iterator[tuple[int, str | None]]:
         """Every process of the machine with the daemon or node of this cluster that it belongs to."""
         run, conf = f"{self.root}/run/", f"{self.root}/conf/slurm.conf".encode()
@@ -330,13 +339,8 @@ class Testbed:
     def crash(self, node: str) -> None:
         """SIGKILL a node's slurmd; it stays away until `revive`, and the tasks live on."""
         (self.root / "run" / node / "hold").touch()
-        for pid in self.processes(node):
-            try:
-                argv = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError:
-                continue
-            if argv.startswith(b"slurmd\0"):
-                _signal(pid, signal.SIGKILL)
+        for pid in self.slurmd(node):
+            _signal(pid, signal.SIGKILL)
 
     def revive(self, node: str) -> None:
         """Let slurmd come back."""

@@ -92,8 +92,7 @@ def killed(run_ranks, tmp_path_factory) -> Path:
     left = {}
     for point, victim in KILLS:
         name = f"{point}-{victim}"
-        codes = {"0": [-9, 1], "1": [1, -9], "all": [-9, -9]}[victim]
-        run_ranks("points", 2, root, name, exit_codes=codes, VICTIM=victim, POINT=point)
+        run_ranks("points", 2, root, name, killed=[0, 1] if victim == "all" else [int(victim)], VICTIM=victim, POINT=point)
         left[name] = sorted(path.name for path in (root / name / "checkpoints").iterdir())
     (root / "left.json").write_text(json.dumps(left))
     run_ranks("after", 2, root, ",".join(left))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,10 +42,27 @@ def agent_of(run: Path) -> psutil.Process:
     return psutil.Process(status(run)["job"]["pid"])
 
 
+def command_line(process: psutil.Process) -> str:
+    """The words of a process, none where it has ended meanwhile."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def ranks_of(run: Path) -> list[psutil.Process]:
     """The rank processes, by rank."""
-    children = [p for p in agent_of(run).children() if "launcher.worker.entry" in " ".join(p.cmdline())]
-    return sorted(children, key=lambda p: int(p.environ()["RANK"]))
+    return [process for _, process in sorted(by_rank(agent_of(run).children()).items())]
+
+
+def by_rank(processes: Iterable[psutil.Process]) -> dict[int, psutil.Process]:
+    """Those that are ranks, without what ends meanwhile."""
+    found = {}
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, KeyError):  # a zombie has no environment
+            if "launcher.worker.entry" in process.cmdline():
+                found[int(process.environ()["RANK"])] = process
+    return found
 
 
 def kill_all_of(root: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from e2e_tools import metrics, wait_for
+from e2e_tools import by_rank, command_line, metrics, wait_for
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
@@ -37,13 +37,12 @@ def kill_all(folder: Path) -> None:
 
 
 def launcher_processes(run: Path) -> list[psutil.Process]:
-    return [process for process in started_by(run) if "launcher" in " ".join(process.cmdline())]
+    return [process for process in started_by(run) if "launcher" in command_line(process)]
 
 
 def ranks_of(run: Path) -> dict[int, psutil.Process]:
     """The rank processes of a run, by rank."""
-    found = [p for p in started_by(run) if "launcher.worker.entry" in " ".join(p.cmdline())]
-    return {int(process.environ()["RANK"]): process for process in found}
+    return by_rank(started_by(run))
 
 
 def await_no_process(run: Path) -> None:

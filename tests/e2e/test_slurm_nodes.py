@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import psutil
 import pytest
-from e2e_tools import losses, metrics, status, wait_for
+from e2e_tools import command_line, losses, metrics, status, wait_for
 from slurm_tools import STEPS, Launch, SlurmRun, assert_same_training, submit
 from testbed_cluster import Testbed
 
@@ -53,7 +52,7 @@ def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch: Launch, slu
     orphan = run.ranks(node)[0]
     slurm.crash(node)
     wait_for("the second attempt", lambda: run.attempt == 2, 60)
-    wait_for("the orphan to end", lambda: not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE, 60)
+    wait_for("the orphan to end", lambda: not command_line(orphan), 60)
     taken_over = (run.path / "attempts/002").stat().st_ctime
     late = [m["trainer/step"] for m in metrics(run.path) if m["attempt"] == 1 and m["time"] > taken_over + 2]
     assert not late
@@ -102,7 +101,7 @@ def test_a_node_with_other_code_is_left_out(launch: Launch, slurm: Testbed, runs
     stale = runs / "stale"
     subprocess.run(["cp", "-r", str(run.path / "code"), str(stale)], check=True)
     (stale / "launcher/errors.py").write_text((stale / "launcher/errors.py").read_text() + "\n# stale\n")
-    pid = next(p for p in slurm.processes("n2") if psutil.Process(p).name() == "slurmd")
+    pid = slurm.slurmd("n2")[0]
     subprocess.run(["nsenter", "-t", str(pid), "--mount", "mount", "--bind", str(stale), str(run.path / "code")], check=True)
     run.await_completed()
     assert run.causes() == ["bad_node", "completed"]

@@ -91,17 +91,12 @@ def test_a_cut_node_runs_on_out_of_reach(nodes: Testbed, tmp_path: Path) -> None
 def test_tasks_outlive_a_crashed_slurmd(slurm: Testbed, tmp_path: Path) -> None:
     job = submit(slurm, "-w", "n2", script=TICKING.replace("$0", str(tmp_path / "tick")))
     until((tmp_path / "tick").exists)
-
-    def daemons() -> int:
-        names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in slurm.processes("n2")]
-        return names.count("slurmd")
-
-    assert daemons() == 1
+    assert slurm.slurmd("n2")
     slurm.crash("n2")
-    until(lambda: daemons() == 0, 2)
+    until(lambda: not slurm.slurmd("n2"), 2)
     assert grows(tmp_path / "tick")
     slurm.revive("n2")
-    until(lambda: daemons() == 1)
+    until(lambda: slurm.slurmd("n2"))
     until(lambda: slurm.output("srun", "--overlap", f"--jobid={job}", "hostname"))
 
 
