@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from played_workers import FIT, Played
@@ -339,17 +340,31 @@ def test_workers_that_were_silent_for_a_while_are_not_given_up(
 def test_workers_that_cannot_even_start_end_the_run_with_their_words(
     play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played = play()
+    clock = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    coordinator = play().coordinator
+
+    def fail_again(seconds: int, every_s: int) -> None:
+        for _ in range(0, seconds, every_s):
+            coordinator.failed_early("n2: no interface ib0")
+            clock[0] += every_s
+
     for _ in range(2 * module._MOST_EARLY_FAILURES):
-        played.coordinator.failed_early("n2: no module named numpy")
-    assert played.coordinator.state()["over"] is None, "the workers of one group fail together"
-    monkeypatch.setattr(module, "_SAME_FAILURE_S", -1.0)
-    for _ in range(module._MOST_EARLY_FAILURES - 1):
-        played.coordinator.failed_early("n2: no module named numpy")
-    assert played.coordinator.state()["over"] is None
-    played.coordinator.failed_early("n2: no module named numpy")
-    assert played.coordinator.state()["over"] == "workers cannot start: n2: no module named numpy"
-    assert run_store.read_status(played.run).state == "failed"
+        coordinator.failed_early("n2: no interface ib0")
+    assert coordinator.state()["over"] is None, "the workers of one group fail together"
+    fail_again(120, every_s=10)
+    assert (coordinator.state()["over"], coordinator.state()["early_words"]) == (None, "n2: no interface ib0")
+    fail_again(480, every_s=10)
+    assert coordinator.state()["over"] == "workers cannot start: n2: no interface ib0"
+    status = run_store.read_status(coordinator._run)
+    assert (status.state, status.message) == ("failed", "workers cannot start: n2: no interface ib0")
+
+
+def test_what_workers_said_that_could_not_start_is_forgotten_when_others_begin(play: Callable[..., Played]) -> None:
+    played = play()
+    played.coordinator.failed_early("n2: no interface ib0")
+    played.begin("a", "n1", "n1")
+    assert played.coordinator.state()["early_words"] == ""
 
 
 def test_an_attempt_that_another_has_followed_writes_no_end(play: Callable[..., Played]) -> None:

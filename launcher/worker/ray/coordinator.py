@@ -71,6 +71,8 @@ class Coordinator:
         self._size = 0
         self._early_failures = 0
         self._early_failure_at = -math.inf
+        # What the last of them said, until workers begin.
+        self._early_words = ""
         self._over: str | None = None
         self._looked = self._looked_at_drains = 0.0
         self._idle_since: float | None = time.monotonic()
@@ -80,7 +82,9 @@ class Coordinator:
         self._environment = environment
 
     def state(self) -> dict[str, Any]:
-        """For the driver: the newest attempt, seconds for which no workers have been there, and why all is over, if it is."""
+        """For the driver: the newest attempt, seconds for which no workers have been there, what the last worker said that could
+        not start, and why all is over, if it is.
+        """
         group = self._group
         if group is not None and self._idle_since is None and time.monotonic() - group.heard_at > SILENT_S:
             # They are gone, and Ray Train looks for others.
@@ -90,7 +94,7 @@ class Coordinator:
                 with suppress(OSError, LauncherError):
                     run_store.update_status(self._run, state="pending", message="its workers are gone; it waits for others")
         idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
-        return {"number": self._number, "idle_s": idle_s, "over": self._over}
+        return {"number": self._number, "idle_s": idle_s, "early_words": self._early_words, "over": self._over}
 
     def enter(self, group: str, size: int, member: Mapping[str, Any]) -> None:
         """A worker has started; a group takes over from the one before when all of its workers have come.
@@ -114,8 +118,10 @@ class Coordinator:
         What all workers of a group say at about the same time is one failure.
         """
         if time.monotonic() - self._early_failure_at > _SAME_FAILURE_S:
+            # Groups may follow each other faster than that: from one that counts to the next, not since the last word.
             self._early_failures += 1
-        self._early_failure_at = time.monotonic()
+            self._early_failure_at = time.monotonic()
+        self._early_words = words
         self._say("alert", f"a worker could not start: {words}")
         if self._early_failures > _MOST_EARLY_FAILURES and self._over is None:
             self._finish(f"workers cannot start: {words}", state="failed")
@@ -295,7 +301,7 @@ class Coordinator:
             run_store.write_text(run.attempt(self._number) / "marker", group.marker)
             # The last that may fail: tried again after it, this attempt would count as one that was lost.
             run_store.write_attempt(run, self._number, begun)
-        self._early_failures = 0
+        self._early_failures, self._early_words = 0, ""
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
         self._say(*group.composition(self._number))
