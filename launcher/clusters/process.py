@@ -120,6 +120,11 @@ def await_end(run: RunDir, deadline_s: float) -> None:
             process.kill()
 
 
+def way_on(run: RunDir) -> str:
+    """How a run that has failed is continued."""
+    return f"continue with: python -m launcher resume {run.root}"
+
+
 def is_here(status: Status) -> bool:
     """True where the process would be among those that are seen from here."""
     job = status.job or {}

@@ -16,6 +16,7 @@ from plan_fixtures import H100
 from pydantic import ValidationError
 
 from launcher import run_store
+from launcher.cli.launch import require_idle
 from launcher.clusters import process
 from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import cluster as module
@@ -329,3 +330,36 @@ def test_a_job_that_waits_in_rays_queue_is_left_to_it(
     monkeypatch.setattr(jobs, "state", lambda *_: ("PENDING", "no node has room"))
     RayCluster().submit(run, 1, run_store.write_plan(run, 1, plan))
     assert (RayCluster().status(run).state, RayCluster().status(run).message) == ("pending", "no node has room")
+
+
+def test_a_job_that_the_cluster_does_not_know_is_lost_only_where_the_run_gives_no_sign(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an ssh tunnel leads to another cluster now."""
+
+    def unknown(*_: str) -> tuple[str, str]:
+        raise jobs.JobUnknown("the cluster knows no such job", where="cluster.address", value="http://127.0.0.1:8265")
+
+    monkeypatch.setattr(jobs, "state", unknown)
+    monkeypatch.setattr(jobs, "stop", unknown)
+    run_store.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
+    elsewhere = {**process.identity(), "host": "another", "space": "another-boot pid:[1]"}
+    run_store.update_status(run, state="running", attempt=1, job=elsewhere)
+    seen = RayCluster().status(run)
+    assert seen.state == "running"
+    said = "the cluster at http://127.0.0.1:8265 does not know the job raysubmit_1; this is the last that is known"
+    assert seen.message == said
+    with pytest.raises(SubmitError, match="the run is running already"):
+        require_idle(run, RayCluster())
+    # The driver looks for it in the run directory, whatever lies between here and the cluster.
+    RayCluster().cancel(run)
+    assert run_store.read_json(run.cancel(1))["save"] is True
+    RayCluster().cancel(run)
+    assert run_store.read_json(run.cancel(1))["save"] is False
+    with pytest.raises(jobs.JobUnknown):
+        RayCluster().cancel(run)
+    old = time.time() - 600
+    os.utime(run.status, (old, old))
+    lost = RayCluster().status(run)
+    assert lost.state == "failed"
+    assert f"python -m launcher resume {run.root}" in lost.message

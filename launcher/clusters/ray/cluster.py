@@ -135,12 +135,14 @@ class RayCluster:
         known = replace(status, job={**(status.job or {}), "id": submitted["job"]})
         try:
             state, message = jobs.state(submitted["address"], submitted["job"])
-        except jobs.JobUnknown:
-            return _lost(run, known)
         except SubmitError as error:
+            # A tunnel may have broken, or lead to another cluster now: the run's own signs of life count.
             if process.silence_s(run) > process.SILENT_S:
                 return _lost(run, known)
-            return replace(known, message=f"Ray does not answer ({error.problems[0].what}); this is the last that is known")
+            said = f"Ray does not answer ({error.problems[0].what})"
+            if isinstance(error, jobs.JobUnknown):
+                said = f"the cluster at {submitted['address']} does not know the job {submitted['job']}"
+            return replace(known, message=f"{said}; this is the last that is known")
         if state in ("PENDING", "RUNNING"):
             return known if status.job is not None else replace(known, message=message or f"Ray's job is {state.lower()}")
         now = run_store.read_status(run)
@@ -185,7 +187,7 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
 
 
 def _lost(run: RunDir, status: Status) -> Status:
-    return replace(status, state="failed", message=f"{_LOST}; continue with: python -m launcher resume {run.root}")
+    return replace(status, state="failed", message=f"{_LOST}; {process.way_on(run)}")
 
 
 def _submission_file(run: RunDir, attempt: int) -> Path:

@@ -108,7 +108,8 @@ def _in_words(address: str, ask: Callable[[], T]) -> T:
         # Ray raises whatever its HTTP client does, and RuntimeError for what the cluster refuses.
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         if "does not exist" in str(error):
-            raise JobUnknown("the cluster knows no such job", where="cluster.address", value=address) from None
+            remedy = "let the address, or the tunnel behind it, lead to the cluster that took the job"
+            raise JobUnknown("the cluster knows no such job", where="cluster.address", value=address, remedy=remedy) from None
         denied = _DENIED.search(str(error)) is not None
         remedy = "check cluster.address and that the head node and its dashboard run"
         if denied:
