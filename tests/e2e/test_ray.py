@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
+from e2e_tools import TINY, command_line, last_step, losses, metrics, status, wait_for
 from ray_cluster import RAY as RAY_COMMAND
 from ray_tools import await_no_process, causes, kill_all, ranks_of, started_by
 
@@ -121,6 +121,30 @@ def test_a_controller_of_rays_that_gives_up_is_replaced(
     assert process.returncode == 0, output
     assert losses(run) == losses(undisturbed)
     assert causes(run) == ["infrastructure", "completed"]
+    await_no_process(run)
+
+
+@pytest.mark.slow
+def test_a_coordinator_that_is_killed_is_replaced_and_the_run_goes_on(
+    start: Callable, root: Path, temporary: Path, undisturbed: Path
+) -> None:
+    """As where memory runs short on the driver's machine."""
+    run = root / "orphaned"
+    with start(*RAY, f"run.root={root}", "run.name=orphaned", TMPDIR=str(temporary)) as process:
+        wait_for("step 12", lambda: last_step(run) >= 12)
+        before = ranks_of(run)
+        raylet = before[0].parent().parent()
+        (coordinator,) = [child for child in raylet.children() if "ray::Coordinator" in command_line(child)]
+        coordinator.kill()
+        wait_for("the next attempt", lambda: (run / "attempts/002/marker").exists())
+        assert not any(rank.is_running() for rank in before.values()), "no rank of the attempt before is left"
+        saved = json.loads((run / "attempts/002/attempt.json").read_text())["resume_step"]
+        assert saved == newest_of_attempt(run, 1)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
+    assert causes(run) == ["infrastructure", "completed"]
+    assert "the coordinator's process is gone, and another takes its place" in (run / "events.jsonl").read_text()
     await_no_process(run)
 
 

@@ -16,10 +16,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launcher import run_store
 from launcher.clusters import process
@@ -29,13 +29,16 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
 from launcher.worker.last_word import tell_wandb
-from launcher.worker.ray.coordinator import Coordinator
+from launcher.worker.ray.actor import CoordinatorActor, in_words
 from launcher.worker.ray.supervisor import supervise
+
+T = TypeVar("T")
 
 _ALIVE_EVERY_S = 5.0
 _LOOK_S = 0.2
 _STATE_EVERY_S = 1.0
-_CALL_S = 30.0
+# How long storage that does not answer now is waited for when there is nothing else to do.
+_STORAGE_S = 600.0
 # What workers get to return in when they know that the run is over.
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
@@ -44,8 +47,6 @@ _MEET_S = 300
 _PLACE_S = 20
 _MOST_CONTROLLERS = 20
 _ANEW_S = 5.0
-# Characters of Ray's own words that a run's state holds; all of them are in the log.
-_MOST_SAID = 400
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
 _OBJECT_STORE_BYTES = 100 * 2**20
 # What programs read keys from; they go to the ranks in memory alone.
@@ -75,8 +76,9 @@ def main(plan_path: str, attempt: int) -> int:
     try:
         return driver.run()
     except Exception as error:
-        # Whatever Ray says while it starts: a cluster that is not there, a token that is not its own, another version.
-        driver.end("failed", f"Ray cannot be used: {_words(error)}")
+        # While it starts: a cluster that is not there, a token that is not its own, another version. Later it was there once.
+        what = "the driver lost Ray" if driver.has_begun else "Ray cannot be used"
+        driver.end("failed", f"{what}: {in_words(error)}")
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
     finally:
@@ -85,8 +87,20 @@ def main(plan_path: str, attempt: int) -> int:
             tell_wandb(plan, plan_path, run, number)
 
 
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
+def _patiently(ask: Callable[[], T]) -> T:
+    """Ask storage, and again for a while where it does not answer now.
+
+    Raises:
+        OSError: what it has said last.
+    """
+    until = time.monotonic() + _STORAGE_S
+    while True:
+        try:
+            return ask()
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_STATE_EVERY_S)
 
 
 class _Wishes:
@@ -117,10 +131,11 @@ class _Driver:
         self._plan, self._plan_path, self._run, self._attempt = plan, plan_path, run, attempt
         self._section = plan.ray
         self._wishes = _Wishes(run)
-        self._coordinator: Any = None
         # The newest attempt that is this driver's.
         self._number = attempt
         self._failure: Exception | None = None
+        # Workers have come since this driver started.
+        self.has_begun = False
 
     def run(self) -> int:
         self._wishes.install()
@@ -134,22 +149,19 @@ class _Driver:
         import ray
 
         try:
-            job = f"{os.uname().nodename}:{os.getpid()}"
-            here = ray.get_runtime_context().get_node_id()
-            actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Coordinator)
-            self._coordinator = actor.remote(self._plan_path, self._attempt, job, draining_nodes)
             passed = (*_SECRETS, *self._section.pass_env)
             environment = {name: os.environ[name] for name in passed if name in os.environ}
+            coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes)
             run_store.update_status(self._run, state="pending", message="waiting for workers")
-            ray.get(self._coordinator.entrust.remote(environment), timeout=_CALL_S)
+            coordinator.start()
             # In a thread of its own Ray Train leaves SIGINT alone.
-            fit = threading.Thread(target=self._fit, name="fit", daemon=True)
+            fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
             fit.start()
-            self._watch(fit)
+            self._watch(fit, coordinator)
         finally:
             ray.shutdown()
 
-    def _fit(self) -> None:
+    def _fit(self, coordinator: CoordinatorActor) -> None:
         """Until the run has ended. Ray Train's controller gives up for much that says nothing of the run, such as a disk that
         is full when it writes its own state: another takes its place, and the workers that it has lost are an attempt that
         counts by the run's own budgets.
@@ -157,28 +169,25 @@ class _Driver:
         for number in range(_MOST_CONTROLLERS):
             name = f"attempt-{self._attempt:03d}" + (f"-{number}" if number else "")
             try:
-                _trainer(self._plan, self._run, name, self._coordinator).fit()
+                _trainer(self._plan, self._run, name, coordinator.name).fit()
                 return
             except Exception as error:
                 self._failure = error
                 traceback.print_exception(error)
-                if self._is_over():
+                try:
+                    state = coordinator.state()
+                except Exception:
+                    # Ray itself is gone, and the coordinator with it.
+                    return
+                if state is not None and state["over"] is not None:
                     return
                 time.sleep(_ANEW_S)
 
-    def _is_over(self) -> bool:
-        try:
-            state = self._state()
-        except Exception:
-            # Ray itself is gone, and the coordinator with it.
-            return True
-        return state is not None and state["over"] is not None
-
-    def _watch(self, fit: threading.Thread) -> None:
+    def _watch(self, fit: threading.Thread, coordinator: CoordinatorActor) -> None:
         """Until the run has ended, or its workers are not to be had, or nobody wants them any more."""
         alive_at = asked_at = 0.0
         over_at: float | None = None
-        state: dict[str, Any] = {"idle_s": 0.0, "over": None, "number": self._number}
+        state: dict[str, Any] = {"idle_s": 0.0, "early_words": "", "over": None, "number": self._number}
         while fit.is_alive():
             now = time.monotonic()
             # A disk that is full or slow is no reason to end what trains.
@@ -187,9 +196,11 @@ class _Driver:
                 if now - alive_at > _ALIVE_EVERY_S:
                     alive_at = now
                     run_store.write_json(self._run.alive, {"at": time.time(), "host": os.uname().nodename})
-            if now - asked_at > _STATE_EVERY_S:
+            if state["over"] is None and now - asked_at > _STATE_EVERY_S:
                 asked_at = now
-                state = self._state() or state
+                if (said := coordinator.state()) is not None:
+                    state = said
+                    self.has_begun |= not said["idle_s"]
                 self._number = state["number"]
             if state["over"] is not None:
                 over_at = over_at or now
@@ -197,39 +208,46 @@ class _Driver:
                     # Every worker has been told; whatever holds one up does not change how the run has ended.
                     return
             elif state["idle_s"]:
-                if self._run.cancel(self._number).is_file():
+                if self._is_cancelled():
                     return self.end("cancelled", "cancelled while it waited for workers")
                 if state["idle_s"] > self._section.placement_minutes * 60:
-                    return self.end("failed", self._not_placed(state["idle_s"]))
+                    return self.end("failed", self._not_placed(state["idle_s"], state["early_words"]))
             fit.join(_LOOK_S)
-        if run_store.read_status(self._run).state in RUNNING_STATES:
-            said = "its workers ended without a word" if self._failure is None else _words(self._failure)
-            self.end("failed", f"Ray Train ended the run: {said}")
+        if _patiently(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
+            why = "its workers ended without a word" if self._failure is None else in_words(self._failure)
+            self.end("failed", f"Ray Train ended the run: {why}")
         return None
 
-    def _state(self) -> dict[str, Any] | None:
-        """What the coordinator says; None where it is busy, as with storage that is slow."""
-        import ray
-        from ray.exceptions import GetTimeoutError
-
-        try:
-            found: dict[str, Any] = ray.get(self._coordinator.state.remote(), timeout=_CALL_S)
-        except GetTimeoutError:
-            return None
-        return found
+    def _is_cancelled(self) -> bool:
+        # Storage that does not answer now is asked again.
+        with suppress(OSError):
+            return self._run.cancel(self._number).is_file()
+        return False
 
     def end(self, state: str, message: str) -> None:
-        """Write how the run has ended, unless that is known or another command has started it again meanwhile."""
-        print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
-        with suppress(OSError, LauncherError):
-            run_store.require_newest(self._run, self._number, certain=True)
-            if run_store.read_status(self._run).state not in RUNNING_STATES:
-                return
-            run_store.update_status(self._run, state=state, message=message)
+        """Write how the run has ended, unless that is known or another command has started it again meanwhile.
 
-    def _not_placed(self, waited_s: float) -> str:
+        Of a run that has failed after it had begun, the way to go on is told too.
+        """
+        if state == "failed" and self.has_begun:
+            message += f"; {process.way_on(self._run)}"
+        print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
+
+        def write() -> None:
+            run_store.require_newest(self._run, self._number, certain=True)
+            if run_store.read_status(self._run).state in RUNNING_STATES:
+                run_store.update_status(self._run, state=state, message=message)
+
+        with suppress(OSError, LauncherError):
+            _patiently(write)
+
+    def _not_placed(self, waited_s: float, early_words: str) -> str:
+        """`early_words` is what the last worker said that came and could not start."""
         import ray
 
+        if early_words:
+            limit = f"within {waited_s / 60:.1f} minutes (cluster.placement_minutes)"
+            return f"the workers that Ray started {limit} could not take part: {early_words}"
         section, wanted = self._section, self._section.resources(self._plan.topology.device)
         asked = f"{self._plan.topology.world_size} workers"
         if section.min_workers is not None:
@@ -239,16 +257,18 @@ class _Driver:
             asked += f" on {section.accelerator_type}"
         if section.label_selector:
             asked += f" on nodes with {section.label_selector}"
-        found = ray.cluster_resources()
+        found, free = ray.cluster_resources(), ray.available_resources()
         there = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(found.items()) if name in wanted)
+        left = ", ".join(f"{name}: {free.get(name, 0):g}" for name in sorted(found) if name in wanted)
         alive = sum(node["Alive"] for node in ray.nodes())
         return (
             f"the cluster did not provide the workers within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
             f"{asked}; it has {there or 'none of these'} on {alive} node{'s' if alive != 1 else ''}"
+            + (f", of these free: {left}" if left else "")
         )
 
     def _exit_code(self) -> int:
-        state = run_store.read_status(self._run).state
+        state = _patiently(lambda: run_store.read_status(self._run)).state
         return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
 
 
@@ -323,7 +343,7 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     )
 
 
-def _trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
+def _trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: str) -> Any:
     from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer

@@ -26,6 +26,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, node_check, record
 from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.ray.actor import find
 from launcher.worker.ray.liveness import Observer
 from launcher.worker.ray.reporter import Reporter
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
@@ -46,8 +47,12 @@ class AttemptEnded(Exception):
     """Tells Ray Train that the workers are to be started again; what happened stands in the run directory."""
 
 
+class CoordinatorLost(Exception):
+    """The coordinator that this worker entered at is gone; the next workers find another."""
+
+
 def supervise(config: dict[str, Any]) -> None:
-    """The training function of Ray Train: take part in one attempt.
+    """The training function of Ray Train: take part in one attempt; `coordinator` is the name of that actor.
 
     Raises:
         AttemptEnded: where another attempt is to follow.
@@ -57,10 +62,11 @@ def supervise(config: dict[str, Any]) -> None:
         raise AttemptEnded(verdict["reason"])
 
 
-def _take_part(coordinator: Any, interface: str | None) -> dict[str, Any]:
+def _take_part(name: str, interface: str | None) -> dict[str, Any]:
     """The verdict on the attempt. What goes wrong before a rank is there is told too, and not only that a word is missing."""
     import ray
 
+    coordinator = find(name)
     try:
         worker = _Worker(coordinator, interface)
         worker.enter()
@@ -162,8 +168,12 @@ class _Worker:
             self._call("beat", self.group, self.rank, "failed")
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Ask the coordinator; one that is slow, because storage is, or out of reach for now, is asked again for a while."""
-        from ray.exceptions import ActorUnavailableError, GetTimeoutError
+        """Ask the coordinator; one that is slow, because storage is, or out of reach for now, is asked again for a while.
+
+        Raises:
+            CoordinatorLost: where its process has ended.
+        """
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
         until = time.monotonic() + _PATIENCE_S
         while True:
@@ -173,6 +183,8 @@ class _Worker:
                 if time.monotonic() > until:
                     raise
                 time.sleep(_ASK_S)
+            except ActorDiedError:
+                raise CoordinatorLost("the process that the workers agree by was killed or has ended") from None
 
     def _next_orders(self) -> dict[str, Any]:
         while (orders := self._call("orders", self.group, self.rank)) is None:
