@@ -63,6 +63,7 @@ def test_the_task_for_skypilot_is_one_that_it_takes() -> None:
     task = load("skypilot.yaml")
     assert task["num_nodes"] == 2
     assert all(value is None for value in task["secrets"].values()), "no key stands in the file"
+    assert task["envs"]["RAY_memory_monitor_refresh_ms"] == "0"
     checked = subprocess.run(["bash", "-n"], input=task["run"], text=True, capture_output=True, timeout=10)
     assert checked.returncode == 0, checked.stderr
     if importlib.util.find_spec("sky") is not None:
@@ -134,5 +135,6 @@ def test_the_image_installs_the_wheel_and_begins_with_the_launcher() -> None:
     named = dict(instructions)
     assert (json.loads(named["ENTRYPOINT"]), json.loads(named["CMD"])) == (["launcher-entrypoint"], ["--help"])
     assert named["ENV"].startswith("PATH=/opt/launcher/bin:")
+    assert "RAY_memory_monitor_refresh_ms=0" in named["ENV"].split()
     # What needs root comes before its user.
     assert max(i for i, (name, _) in enumerate(instructions) if name == "RUN") < [name for name, _ in instructions].index("USER")
