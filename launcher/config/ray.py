@@ -60,8 +60,8 @@ class RaySection(ManagedSection):
     min_workers: PositiveInt | None = Field(
         None,
         description="Fewest workers that the run goes on with when nodes are lost or unfit; of these as many train as the batch "
-        "divides over. It grows again when there are more. "
-        "Not with label_selector or a STRICT_ placement_strategy. Unset: all.",
+        "divides over. It grows again when there are more. The cluster must be the run's own: Ray counts what nodes have and not "
+        "what others hold. Not with label_selector or a STRICT_ placement_strategy. Unset: all.",
     )
     resize_seconds: Positive | None = Field(
         None, description="Seconds between two looks for more workers in an elastic run. Unset: Ray's default, 60."
