@@ -16,6 +16,7 @@ from launcher.errors import UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import checks
 from launcher.worker.ray import coordinator as module
@@ -218,6 +219,7 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
     assert plan.batch.global_batch_size == played.plan.batch.global_batch_size == 4
     assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
     assert plan.deepspeed["gradient_accumulation_steps"] == plan.batch.accumulation
+    assert [attempt.num_workers for attempt in goodput.attempts_of(played.run, True, [], [])] == [num_workers], "idle ones too"
     assert run_store.plan_of_digest(played.run, plan.digest()) == plan
 
 

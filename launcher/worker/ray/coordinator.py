@@ -290,6 +290,7 @@ class Coordinator:
                 address=head.address,
                 port=head.port,
                 begun_at=time.time(),
+                num_workers=group.size,
             )
             group.marker = secrets.token_hex(16)
             run_store.write_text(run.attempt(self._number) / "marker", group.marker)
