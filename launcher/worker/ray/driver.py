@@ -137,7 +137,7 @@ class _Driver:
             job = f"{os.uname().nodename}:{os.getpid()}"
             here = ray.get_runtime_context().get_node_id()
             actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Coordinator)
-            self._coordinator = actor.remote(self._plan_path, self._attempt, job, draining_nodes)
+            self._coordinator = actor.remote(self._plan_path, self._attempt, job, draining_nodes, lost_nodes)
             passed = (*_SECRETS, *self._section.pass_env)
             environment = {name: os.environ[name] for name in passed if name in os.environ}
             run_store.update_status(self._run, state="pending", message="waiting for workers")
@@ -257,6 +257,13 @@ def draining_nodes() -> set[str]:
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
+
+
+def lost_nodes() -> set[str]:
+    """The ids of the nodes that Ray has had and has no longer."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 @contextmanager
