@@ -44,7 +44,7 @@ class Attempt:
     scheduler's starts of that job before. The node agents meet at `address` and `port`, which the first of `nodes` has on
     `interface`. `ends_at` is the end of the job's time, `submitted_at` when the attempt was asked for, `begun_at` when its
     machines were there, in seconds since the epoch. `automatic` where no person started it, `pinned` where one has asked for
-    just this step.
+    just this step. `num_workers` are those that Ray holds for it, idle ones among them.
     """
 
     resume_step: int | None
@@ -59,6 +59,7 @@ class Attempt:
     begun_at: float | None = None
     automatic: bool = False
     pinned: bool = False
+    num_workers: int | None = None
 
 
 def write_json(path: Path, value: Any) -> None:

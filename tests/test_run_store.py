@@ -113,7 +113,7 @@ def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
 
 def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, 1.5, 2.5, True, True)
+    whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, 1.5, 2.5, True, True, 64)
     assert set(whole.__dict__.values()).isdisjoint(Attempt(None).__dict__.values()), "no field has its default"
     for attempt in (whole, Attempt(None)):
         number = run_store.next_attempt(run, attempt)

@@ -183,16 +183,21 @@ def _where_things_lie(run: RunDir) -> list[str]:
 
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
-    file = run.attempt(attempt) / "exit.json"
+    # Attempts that followed by themselves are not the one that was submitted, whose folder holds the agent's log of them all.
+    file = run.attempt(run_store.newest_attempt(run)) / "exit.json"
     failure = json.loads(file.read_text()).get("first_failure") if file.is_file() else None
+    said = ""
     if failure:
         if failure.get("traceback"):
             print(failure["traceback"], file=sys.stderr)
         who = "the node's agent" if failure["rank"] is None else f"rank {failure['rank']}"
         print(f"{who} failed first: {failure['message']}", file=sys.stderr)
         print(f"  log:    {short(failure['log'])}", file=sys.stderr)
-    elif status.message:
+        said = f"{who}: {failure['message']}"
+    # Which budget is spent, what was waited for in vain: the failure alone does not tell why the run does not go on.
+    if status.message not in ("", said):
         print(f"failed: {status.message}", file=sys.stderr)
+    if not failure:
         print(f"  log:    {short(run.attempt(attempt) / 'agent.log')}", file=sys.stderr)
     if store.list_checkpoints(run.checkpoints):
         print(f"  then:   python -m launcher resume {short(run.root)}", file=sys.stderr)

@@ -183,6 +183,7 @@ def _cost(seen: Glance, spent: Breakdown | None, num_gpus: int | None, status: S
         return {"gpu_hours": hours, "usd": usd, "expected_usd": None}
     price, expected = usd / counted, None
     if status.state in RUNNING_STATES and math.isfinite(left_s) and num_gpus is not None:
+        num_gpus = max(num_gpus, 0 if spent is None else spent.num_workers)
         expected = price * max(hours, counted + num_gpus * left_s / 3600)
     return {"gpu_hours": hours, "usd": price * hours, "expected_usd": expected}
 

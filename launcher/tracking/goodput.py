@@ -36,8 +36,8 @@ PHASE, JOINED, LOADED = "phase", "joined", "loaded"
 class Attempt:
     """When an attempt was asked for, when its machines were there, and when it ended; seconds since the epoch.
 
-    `begun_at` None waits for machines, `ended_at` None goes on. `num_ranks` is what its plan says. `automatic` where no person
-    asked for it.
+    `begun_at` None waits for machines, `ended_at` None goes on. `num_ranks` is what its plan says, `num_workers` those that Ray
+    holds for it, 0 elsewhere. `automatic` where no person asked for it.
     """
 
     number: int
@@ -46,14 +46,15 @@ class Attempt:
     ended_at: float | None
     num_ranks: int
     automatic: bool = True
+    num_workers: int = 0
 
 
 @dataclass(frozen=True)
 class Breakdown:
     """Seconds since submission, in parts that add up to `wall_s`: `kept_s`, and those of LOST.
 
-    `held_s` are seconds in which the run had machines, `gpu_s` the same times the number of its ranks. `lost_steps` were
-    trained and thrown away.
+    `held_s` are seconds in which the run had machines, `gpu_s` the same times the number of its ranks, or of its workers on Ray,
+    where some may be idle: `num_workers` are those of the newest attempt. `lost_steps` were trained and thrown away.
     """
 
     wall_s: float = 0.0
@@ -70,6 +71,7 @@ class Breakdown:
     held_s: float = 0.0
     gpu_s: float = 0.0
     lost_steps: int = 0
+    num_workers: int = 0
 
     @property
     def goodput(self) -> float:
@@ -85,7 +87,7 @@ class Breakdown:
             eval_s=self.eval_s + eval_s,
             save_s=self.save_s + save_s,
             held_s=self.held_s + seconds,
-            gpu_s=self.gpu_s + seconds * num_ranks,
+            gpu_s=self.gpu_s + seconds * max(num_ranks, self.num_workers),
         )
 
     def metrics(self) -> dict[str, float]:
@@ -142,14 +144,14 @@ def breakdown(
         own = [session for session in sessions if session.attempt == attempt.number]
         # Machines that never came to train, at least not yet, cost the same.
         num_ranks = own[0].num_ranks if own else attempt.num_ranks
-        held, gpu = held + end - begun, gpu + (end - begun) * num_ranks
+        held, gpu = held + end - begun, gpu + (end - begun) * max(num_ranks, attempt.num_workers)
         parts["start_s"] += (own[0].joined_at if own else end) - begun
         for session in own:
             lost_steps += _count(session, parts, is_last=session is sessions[-1] and attempt is attempts[-1])
         before = max(before, end)
     wall = before - attempts[0].submitted_at
     parts["other_s"] = max(0.0, wall - sum(parts.values()))
-    return Breakdown(wall, **parts, held_s=held, gpu_s=gpu, lost_steps=lost_steps)
+    return Breakdown(wall, **parts, held_s=held, gpu_s=gpu, lost_steps=lost_steps, num_workers=attempts[-1].num_workers)
 
 
 def _count(session: _Session, parts: dict[str, float], is_last: bool) -> int:
@@ -228,7 +230,8 @@ def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], eve
             seen = (line["time"] for line in (*lines, *events) if line["attempt"] == number)
             ended = max(seen, default=known.begun_at or known.submitted_at)
         num_ranks = run_store.read_json(plan)["topology"]["world_size"]
-        found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks, known.automatic))
+        workers = known.num_workers or 0
+        found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks, known.automatic, workers))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,21 +54,42 @@ class Conclusion:
 
 
 def conclude(
-    run: RunDir, number: int, attempt: Attempt, section: ManagedSection, state: str = "", exit_code: int | None = None
+    run: RunDir,
+    number: int,
+    attempt: Attempt,
+    section: ManagedSection,
+    state: str = "",
+    exit_code: int | None = None,
+    gone: Collection[str] | None = None,
 ) -> Conclusion:
-    """Judge attempt `number`; `state` is the scheduler's word for its machines, empty where it is not known."""
-    found = ending.read(run, number, attempt, state, section.lead_s, exit_code)
+    """Judge attempt `number`; `state` is the scheduler's word for its machines, empty where it is not known.
+
+    `gone` are those of its nodes that Ray has lost, None where that is not known.
+    """
+    found = ending.read(run, number, attempt, state, section.lead_s, exit_code, gone)
     ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
     return Conclusion(found, ended, decide(ended, history(run, number), section))
 
 
-def ended_before(run: RunDir, number: int, section: ManagedSection, state: str = "") -> Ended:
-    """How attempt `number` ended; where it left no word, its machines are taken for lost, or as `state` says."""
+def ended_before(
+    run: RunDir,
+    number: int,
+    section: ManagedSection,
+    state: str = "",
+    gone: Collection[str] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Ended:
+    """How attempt `number` ended; where it left no word, its machines are taken for lost, or as `state` and `gone` say.
+
+    Nobody has been told of that yet: `tell` gets the alert where the run goes on. Whoever ends it says so.
+    """
     file = run.attempt(number) / "exit.json"
     if file.is_file():
         return _from_record(run_store.read_json(file))
-    concluded = conclude(run, number, run_store.read_attempt(run, number), section, state)
+    concluded = conclude(run, number, run_store.read_attempt(run, number), section, state, gone=gone)
     concluded.record(run, number, decided=False)
+    if tell is not None and concluded.decision.again and concluded.alert is not None:
+        tell(concluded.alert)
     return concluded.ended
 
 

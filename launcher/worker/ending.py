@@ -1,9 +1,9 @@
-"""Why an attempt on several nodes ended, told from what its nodes left behind and from what Slurm says of the job."""
+"""Why an attempt on several nodes ended, told from what its nodes left behind and from what Slurm or Ray says of them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,16 +49,35 @@ class Ending:
     first_failure: dict[str, Any] | None = None
 
 
-def read(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: float, exit_code: int | None) -> Ending:
+def read(
+    run: RunDir,
+    number: int,
+    attempt: Attempt,
+    state: str,
+    lead_s: float,
+    exit_code: int | None,
+    gone: Collection[str] | None = None,
+) -> Ending:
     """Judge how attempt `number` ended, with a word about memory where that was what it lacked; see `_judged`."""
-    found = _judged(run, number, attempt, state, lead_s, exit_code)
+    found = _judged(run, number, attempt, state, lead_s, exit_code, gone)
     if found.cause is Cause.INFRASTRUCTURE and _OUT_OF_MEMORY.search(_output(run, number, attempt)):
         return replace(found, message=f"{found.message}; a memory limit was exceeded: raise cluster.mem")
     return found
 
 
-def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: float, exit_code: int | None) -> Ending:
-    """`state` is Slurm's word for the job, `exit_code` srun's, None where the job left no word."""
+def _judged(
+    run: RunDir,
+    number: int,
+    attempt: Attempt,
+    state: str,
+    lead_s: float,
+    exit_code: int | None,
+    gone: Collection[str] | None,
+) -> Ending:
+    """`state` is Slurm's word for the job, `exit_code` srun's, None where the job left no word.
+
+    `gone` are those of its nodes that Ray has lost, None where that is not known.
+    """
     step = run_store.read_status(run).step
     outcome = run.attempt(number) / "outcome.json"
     nodes = {node: _record(run, number, node) for node in range(len(attempt.nodes))}
@@ -85,12 +104,12 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
         what = "the workers were gathered anew" if taken is Cause.RESIZED else f"the job ended as {state}"
         return Ending(taken, step, f"{what} at step {step} without saving", first_failure=first)
     if first is not None:
-        return _by_failure(first, dict(failed), lost, attempt, step)
+        return _by_failure(first, dict(failed), _without_word(lost, gone), attempt, step)
     if stopped := [found["ended_at"] for found in left if found["stopped"]]:
         return Ending(_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
     if exit_code is not None and (refused := _refused(run, number, attempt, nodes)):
         return _by_refusals(refused, attempt, step)
-    what = f"no word from {', '.join(lost)}" if lost else "the ranks ended without an outcome"
+    what = _without_word(lost, gone) or "the ranks ended without an outcome"
     code = f" (srun ended with {exit_code})" if exit_code is not None else ""
     return Ending(Cause.INFRASTRUCTURE, step, f"{what}{code}")
 
@@ -98,6 +117,16 @@ def _judged(run: RunDir, number: int, attempt: Attempt, state: str, lead_s: floa
 def _record(run: RunDir, number: int, node: int) -> dict[str, Any] | None:
     file = record.node_file(run, number, node)
     return run_store.read_json(file) if file.is_file() else None
+
+
+def _without_word(nodes: Sequence[str], gone: Collection[str] | None) -> str:
+    """What is said of nodes that left no record; where one is lost, Ray ends the workers of all before they can leave theirs."""
+    if not nodes:
+        return ""
+    if gone is None:
+        return f"no word from {', '.join(nodes)}"
+    lost = [node for node in nodes if node in gone]
+    return f"Ray has lost {', '.join(lost)}" if lost else f"no word from {', '.join(nodes)}, which Ray still has"
 
 
 def _by_outcome(outcome: Mapping[str, Any], interruption: Cause) -> Ending:
@@ -174,12 +203,12 @@ def _words(failure: Mapping[str, Any]) -> str:
 
 
 def _by_failure(
-    first: dict[str, Any], failures: Mapping[str, Mapping[str, Any]], lost: Sequence[str], attempt: Attempt, step: int
+    first: dict[str, Any], failures: Mapping[str, Mapping[str, Any]], lost: str, attempt: Attempt, step: int
 ) -> Ending:
-    """A failure that is no mistake of the user's; `failures` by node, `lost` are the nodes that left no record."""
+    """A failure that is no mistake of the user's; `failures` by node, `lost` tells of the nodes that left no record."""
     words = _words(first)
     if lost:
-        return Ending(Cause.INFRASTRUCTURE, step, f"{words}; no word from {', '.join(lost)}", first_failure=first)
+        return Ending(Cause.INFRASTRUCTURE, step, f"{words}; {lost}", first_failure=first)
     if first["rank"] is None and first["kind"] in _NODE_ERRORS:
         said = {node: f"{node}: {found['message']}" for node, found in failures.items() if found["kind"] in _NODE_ERRORS}
         found = _by_nodes(set(said), list(said.values()), attempt, step)

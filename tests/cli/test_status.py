@@ -129,6 +129,8 @@ def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
     status = run_store.update_status(run, state="running")
     # Two ranks for one more hour at two dollars a GPU hour.
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
+    run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), num_workers=3))
+    assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
 
 
 def test_what_comes_after_the_last_line_counts_as_in_the_report(launch: Launch, run: RunDir) -> None:

@@ -116,6 +116,15 @@ def test_what_is_counted_on_is_what_is_found_afterwards() -> None:
     assert goodput.of_metrics({"train/loss": 1.0}) is None
 
 
+def test_workers_that_are_idle_are_paid_for() -> None:
+    events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
+    attempts = [Attempt(1, 0, 5, 30, RANKS, num_workers=RANKS), Attempt(2, 30, 35, None, RANKS, num_workers=2 * RANKS)]
+    found = breakdown([step(n, 1, 20 + n) for n in range(1, 3)], events, attempts, now=60)
+    assert (found.held_s, found.gpu_s) == (25 + 25, 25 * RANKS + 25 * 2 * RANKS)
+    assert found.later(10, 0, 0, RANKS).gpu_s == found.gpu_s + 10 * 2 * RANKS
+    assert breakdown([], [], attempts, now=60).gpu_s == found.gpu_s, "also those that never came to train"
+
+
 def test_the_files_of_a_run_are_read_in_a_moment(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
     """10,000 steps; the bound is wide, since other programs may run. A machine that died left no word of its end."""
     shutil.rmtree(run_dir)
@@ -147,6 +156,7 @@ def test_ranks_that_never_joined_are_those_of_the_attempts_own_plan(make_plan: C
     run_store.write_plan(run, 2, plan.model_copy(update={"topology": larger}))
     found = goodput.attempts_of(run, False, [], [])
     assert [attempt.num_ranks / plan.topology.world_size for attempt in found] == [1, 2, 2]
+    assert [attempt.num_workers for attempt in found] == [0, 0, 0], "of the workers there is no word where Ray is not"
 
 
 def _submitted(run: RunDir, number: int, at: float) -> None:

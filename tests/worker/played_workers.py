@@ -25,9 +25,10 @@ class Played:
         self.plan = plan
         self.run = run_store.create(plan)
         self.draining: set[str] = set()
+        self.lost: set[str] = set()
         number = run_store.next_attempt(self.run, Attempt(resume_step=None))
         run_store.update_status(self.run, attempt=number)
-        self.coordinator = Coordinator(str(self.run.plan), number, "here:1", lambda: self.draining)
+        self.coordinator = Coordinator(str(self.run.plan), number, "here:1", lambda: self.draining, lambda: self.lost)
 
     def enter(self, group: str, nodes: list[str]) -> None:
         for rank, node in enumerate(nodes):

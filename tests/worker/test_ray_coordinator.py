@@ -17,6 +17,7 @@ from launcher.errors import UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import checks
 from launcher.worker.ray import coordinator as module
@@ -129,6 +130,46 @@ def test_workers_that_leave_no_word_are_counted_until_the_budget_is_spent(play: 
     assert run_store.read_status(played.run).state == "failed"
 
 
+@pytest.mark.parametrize(
+    "lost, words",
+    [
+        (["n2"], "Ray has lost n2"),
+        (["n1", "n3"], "Ray has lost n1, n3"),
+        ([], "no word from n1, n2, n3, n4, which Ray still has"),
+        (None, "no word from n1, n2, n3, n4"),
+    ],
+)
+def test_of_workers_that_all_left_no_word_the_nodes_that_are_lost_are_named(
+    play: Callable[..., Played], lost: list[str] | None, words: str
+) -> None:
+    """Where one is lost, Ray ends the workers on all others too."""
+    played = play(workers=4)
+    nodes = ["n1", "n2", "n3", "n4"]
+    played.begin("a", *nodes)
+    # None is what a Ray that does not answer comes to.
+    played.lost = None if lost is None else {"id-of-another-run", *(f"id-{node}" for node in lost)}  # type: ignore[assignment]
+    orders = played.begin("b", *nodes)
+    assert [found["do"] for found in orders if found] == ["train"] * 4
+    alerts = [event["text"] for event in read_events(played.run.events) if event["kind"] == "alert"]
+    assert alerts == [f"the attempt ended (infrastructure): {words}; runs again"]
+    assert read_events(played.run.events)[-2]["attempt"] == 1
+
+
+def test_how_an_attempt_ended_is_told_once(play: Callable[..., Played]) -> None:
+    played = play(max_infrastructure_failures=1)
+    played.begin("a", "n1", "n2")
+    for rank in range(2):
+        played.end(rank, KILLED if rank else None)
+        played.coordinator.beat("a", rank, "failed" if rank else "done")
+    played.begin("b", "n1", "n2")
+    played.begin("c", "n1", "n2")
+    alerts = [event["text"] for event in read_events(played.run.events) if event["kind"] == "alert"]
+    assert alerts == [
+        "the attempt ended (infrastructure): rank 1: killed by SIGKILL; runs again",
+        "the run ends: no word from n1, n2, which Ray still has; cluster.max_infrastructure_failures=1 is used up",
+    ]
+
+
 def test_a_limit_that_is_reached_ends_the_run_before_its_workers_load(
     play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +260,7 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
     assert plan.batch.global_batch_size == played.plan.batch.global_batch_size == 4
     assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
     assert plan.deepspeed["gradient_accumulation_steps"] == plan.batch.accumulation
+    assert [attempt.num_workers for attempt in goodput.attempts_of(played.run, True, [], [])] == [num_workers], "idle ones too"
     assert run_store.plan_of_digest(played.run, plan.digest()) == plan
 
 
@@ -335,6 +377,11 @@ def test_workers_that_were_silent_for_a_while_are_not_given_up(
     assert "are gone; the run waits for others" in played.run.events.read_text()
     played.coordinator.beat("a", 0, None)
     assert played.coordinator.state()["idle_s"] == 0
+    time.sleep(0.06)
+    played.lost = {"id-n1"}
+    assert played.coordinator.state()["idle_s"] > 0
+    assert run_store.read_status(played.run).message == "its workers are gone; Ray has lost n1; it waits for others"
+    assert "are gone; Ray has lost n1; the run waits for others" in played.run.events.read_text()
 
 
 def test_workers_that_cannot_even_start_end_the_run_with_their_words(

@@ -136,7 +136,7 @@ def test_a_worker_that_says_nothing_any_more_is_named_and_the_others_go_on_witho
     played.end(0)
     verdict = played.coordinator.beat("a", 0, "done")["verdict"]
     assert verdict["again"], "the lost one is not waited for"
-    assert "no word from n2" in verdict["reason"]
+    assert "no word from n2, which Ray still has" in verdict["reason"]
     assert played.causes == ["infrastructure"]
 
 

@@ -33,12 +33,18 @@ class CoordinatorActor:
     """
 
     def __init__(
-        self, plan_path: str, run: RunDir, attempt: int, environment: dict[str, str], draining: Callable[[], set[str]]
+        self,
+        plan_path: str,
+        run: RunDir,
+        attempt: int,
+        environment: dict[str, str],
+        draining: Callable[[], set[str]],
+        lost: Callable[[], set[str]],
     ) -> None:
         # Another driver of the run may use the same Ray.
         self.name = f"coordinator-{secrets.token_hex(8)}"
         self._plan_path, self._run, self._number = plan_path, run, attempt
-        self._environment, self._draining = environment, draining
+        self._environment, self._draining, self._lost = environment, draining, lost
         self._handle: Any = None
         self._num_lost = 0
         # The driver and the thread that waits for Ray Train both ask.
@@ -50,7 +56,7 @@ class CoordinatorActor:
 
         here, job = ray.get_runtime_context().get_node_id(), f"{os.uname().nodename}:{os.getpid()}"
         actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here}, name=self.name)(Coordinator)
-        self._handle = actor.remote(self._plan_path, self._number, job, self._draining)
+        self._handle = actor.remote(self._plan_path, self._number, job, self._draining, self._lost)
         ray.get(self._handle.entrust.remote(self._environment), timeout=_CALL_S)
 
     def state(self) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,20 @@ _LAST_WORDS_S = 30.0
 
 
 class Coordinator:
-    """`number` is the attempt that the submitting side has opened; `draining` tells the ids of the nodes about to be lost."""
+    """`number` is the attempt that the submitting side has opened.
 
-    def __init__(self, plan_path: str, number: int, job: str, draining: Callable[[], set[str]]) -> None:
+    `draining` tells the ids of the nodes about to be lost, `gone` those of the nodes that Ray has lost.
+    """
+
+    def __init__(
+        self, plan_path: str, number: int, job: str, draining: Callable[[], set[str]], gone: Callable[[], set[str]]
+    ) -> None:
         self._plan_path = plan_path
         self._plan = LaunchPlan.load(plan_path)
         self._run = RunDir(Path(self._plan.run_dir))
         self._number = number
         self._job = job
-        self._draining = draining
+        self._draining, self._gone_nodes = draining, gone
         self._environment: dict[str, str] = {}
         cluster = self._plan.config.cluster
         self._limits = Limits(cluster.stall_seconds, cluster.timeout_minutes * 60)
@@ -67,8 +73,9 @@ class Coordinator:
         self._gone: set[str] = set()
         # Nodes that made an attempt of this run fail, and that the next ones do without where they can.
         self._unfit: tuple[str, ...] = ()
-        # Workers of the last group that trained.
+        # Of the last group that trained: its workers, and those of them that do not stay idle.
         self._size = 0
+        self._trained: list[Member] = []
         self._early_failures = 0
         self._early_failure_at = -math.inf
         # What the last of them said, until workers begin.
@@ -90,9 +97,11 @@ class Coordinator:
             # They are gone, and Ray Train looks for others.
             self._idle_since = group.heard_at
             if self._over is None:
-                self._say("alert", f"the workers of attempt {self._number} are gone; the run waits for others")
+                lost = f"; Ray has lost {', '.join(names)}" if (names := self._lost()) else ""
+                self._say("alert", f"the workers of attempt {self._number} are gone{lost}; the run waits for others")
                 with suppress(OSError, LauncherError):
-                    run_store.update_status(self._run, state="pending", message="its workers are gone; it waits for others")
+                    message = f"its workers are gone{lost}; it waits for others"
+                    run_store.update_status(self._run, state="pending", message=message)
         idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
         return {"number": self._number, "idle_s": idle_s, "early_words": self._early_words, "over": self._over}
 
@@ -296,6 +305,7 @@ class Coordinator:
                 address=head.address,
                 port=head.port,
                 begun_at=time.time(),
+                num_workers=group.size,
             )
             group.marker = secrets.token_hex(16)
             run_store.write_text(run.attempt(self._number) / "marker", group.marker)
@@ -305,7 +315,7 @@ class Coordinator:
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
         self._say(*group.composition(self._number))
-        group.opened_at, self._size = time.monotonic(), group.size
+        group.opened_at, self._size, self._trained = time.monotonic(), group.size, group.training
 
     def _after(self, group: Group) -> Decision:
         """What follows the attempt before, whose workers may have left no word: more of them came, or nodes were lost."""
@@ -314,10 +324,19 @@ class Coordinator:
             return Decision(False, "cancelled", "cancelled while it waited for workers")
         grown = not (folder / "exit.json").is_file() and 0 < self._size < group.size
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
-        ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state)
+        tell = partial(self._say, "alert")
+        ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state, self._lost(), tell)
         decision = decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
         reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""
         return Decision(False, "preempted", reached) if reached else decision
+
+    def _lost(self) -> list[str] | None:
+        """The nodes of the last group that trained which Ray has lost since, by name; None where it does not tell."""
+        if self._trained:
+            with suppress(Exception):
+                gone = self._gone_nodes()
+                return sorted({member.node for member in self._trained if member.node_id in gone})
+        return None
 
     def _look(self, group: Group) -> None:
         """At the wishes on disk, at the checkpoints, and at the nodes that Ray is about to lose.
@@ -366,7 +385,7 @@ class Coordinator:
             run_store.require_newest(self._run, self._number, certain=True)
             attempt = run_store.read_attempt(self._run, self._number)
             state = "PREEMPTED" if group.drained else "RESIZED" if group.resizing else ""
-            concluded = conclusion.conclude(self._run, self._number, attempt, self._plan.ray, state)
+            concluded = conclusion.conclude(self._run, self._number, attempt, self._plan.ray, state, gone=self._lost())
         except Superseded as error:
             group.verdict = {"again": False, "reason": error.problems[0].what}
             self._finish(error.problems[0].what, state=None)

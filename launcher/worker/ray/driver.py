@@ -151,7 +151,7 @@ class _Driver:
         try:
             passed = (*_SECRETS, *self._section.pass_env)
             environment = {name: os.environ[name] for name in passed if name in os.environ}
-            coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes)
+            coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
             run_store.update_status(self._run, state="pending", message="waiting for workers")
             coordinator.start()
             # In a thread of its own Ray Train leaves SIGINT alone.
@@ -277,6 +277,13 @@ def draining_nodes() -> set[str]:
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
+
+
+def lost_nodes() -> set[str]:
+    """The ids of the nodes that Ray has had and has no longer."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 @contextmanager
