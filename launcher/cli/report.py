@@ -90,7 +90,7 @@ def _told(found: RunDir) -> _Told:
     lines = Tail(found.metrics).poll()
     status = cluster_for(plan.config.cluster.kind).status(found)
     events = read_events(found.events)
-    attempts = goodput.attempts_of(found, status.state in run_store.RUNNING_STATES, lines, events)
+    attempts = goodput.settled(goodput.recorded(found), status.state, lines, events)
     spent = goodput.breakdown(lines, events, attempts, time.time())
     return _Told(found, plan, status, lines, merged(lines), events, spent)
 
@@ -123,10 +123,11 @@ def _facts(one: _Told) -> dict[str, str]:
     counted = goodput.cost(one.plan, one.spent, tokens)
     if counted:
         facts["GPU hours" if one.plan.topology.device == "cuda" else "rank hours"] = f"{counted['cost/gpu_hours']:,.2f}"
+    of = " at a typical price" if one.spent.assumed_usd else ""
     if "cost/usd" in counted:
-        facts["cost"] = f"${counted['cost/usd']:,.2f}"
+        facts["cost"] = f"${counted['cost/usd']:,.2f}{of}"
     if tokens and "cost/usd_per_million_tokens" in counted:
-        facts["a million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}"
+        facts["a million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}{of}"
     return facts
 
 
