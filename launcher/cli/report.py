@@ -19,7 +19,7 @@ from launcher.errors import ConfigError
 from launcher.page import Series
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Status
+from launcher.run_store import Attempt, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
 from launcher.tracking.goodput import Breakdown
@@ -203,10 +203,20 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
                 ", ".join(dict.fromkeys(attempt.nodes)) or "this machine",
                 f"{max(steps):,.0f}" if steps else "-",
                 _clock(ended["ended_at"]) if ended.get("ended_at") else "-",
-                ": ".join(filter(None, (ended.get("cause") or ended.get("state", ""), ended.get("message", "")))) or "goes on",
+                ": ".join(filter(None, (ended.get("cause") or ended.get("state", ""), ended.get("message", ""))))
+                or _without_word(one, number, attempt),
             ]
         )
     return rows
+
+
+def _without_word(one: _Told, number: int, attempt: Attempt) -> str:
+    """What has become of an attempt that has left no word of its end: it may not have come to one."""
+    runs = one.status.state in run_store.RUNNING_STATES and number == run_store.newest_attempt(one.run)
+    if attempt.begun_at is None:
+        return "waits for machines" if runs else "never begun"
+    # A run that is pending has lost the machines of what has begun.
+    return "goes on" if runs and one.status.state != "pending" else "ended without a word"
 
 
 def _checkpoints(one: _Told) -> str:

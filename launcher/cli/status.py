@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -78,7 +77,7 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
     state = _state_of(run)
     while True:
         found = summary(run, state())
-        block = json.dumps(found, indent=2 if every_s is None else None) if as_json else "\n".join(_lines(found))
+        block = text.as_json(found, 2 if every_s is None else None) if as_json else "\n".join(_lines(found))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
         print(f"{_CLEAR if clear else ''}{block}", flush=True)
         if every_s is None or found["state"] not in RUNNING_STATES:
@@ -105,7 +104,7 @@ def _ls(root: Path, as_json: bool) -> int:
         except LauncherError as error:
             print(f"{run.root.name}: {error.problems[0].what}", file=sys.stderr)
     if as_json:
-        print(json.dumps(summaries, indent=2))
+        print(text.as_json(summaries))
     elif not summaries:
         print(f"no runs under {root}; start one with: python -m launcher")
     else:

@@ -175,6 +175,19 @@ def test_a_typical_price_is_told_as_one(launch: Launch, run: RunDir) -> None:
     assert f"cost        {words}\n" in launch("status", str(run.root)).stdout
 
 
+def test_json_is_what_every_parser_reads(launch: Launch, run: RunDir) -> None:
+    JsonlTracker(run, 2).log(11, {"train/loss": math.nan, "trainer/eta_s": math.inf})
+
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is no JSON")
+
+    for verb in (("status", str(run.root)), ("ls", "--root", str(run.root.parent))):
+        found = json.loads(launch(*verb, "--json").stdout, parse_constant=refuse)
+        one = found[0] if isinstance(found, list) else found
+        assert (one["metrics"]["train/loss"], one["metrics"]["trainer/eta_s"], one["losses"][-1]) == (None, None, None)
+        assert one["metrics"]["trainer/step"] == 11
+
+
 def test_what_comes_after_the_last_line_counts_as_in_the_report(launch: Launch, run: RunDir) -> None:
     """Half an hour on two GPUs after the last step: of a step that is not logged yet, or of the last save and the export."""
     now = time.time()
