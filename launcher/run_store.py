@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import launcher
 from launcher.errors import RunError, SubmitError, Superseded
 from launcher.holder import held
-from launcher.plan.launch_plan import LaunchPlan, digest_of
+from launcher.plan.launch_plan import LaunchPlan, Price, digest_of
 from launcher.plan.run_dir import RunDir
 
 RUNNING_STATES = ("pending", "running", "saving")
@@ -258,11 +258,12 @@ def load_plan(run: RunDir) -> LaunchPlan:
 
 
 class Placed(NamedTuple):
-    """Where a run computes: the kind of its backend, the number of its ranks, and what they compute on (cuda or cpu)."""
+    """Where a run computes: the kind of its backend, the number of its ranks, what they compute on (cuda or cpu) and cost."""
 
     kind: str
     num_ranks: int
     device: str
+    price: Price | None
 
 
 def placed(run: RunDir) -> Placed:
@@ -274,9 +275,10 @@ def placed(run: RunDir) -> Placed:
     path = [run.plan, *changed_plans(run)][-1]
     values = read_json(path)
     try:
-        topology = values["topology"]
-        return Placed(values["config"]["cluster"]["kind"], topology["world_size"], topology["device"])
-    except (KeyError, TypeError):
+        topology, price = values["topology"], values.get("price")
+        known_price = None if price is None else Price.model_validate(price)
+        return Placed(values["config"]["cluster"]["kind"], topology["world_size"], topology["device"], known_price)
+    except (KeyError, TypeError, ValueError):
         raise RunError("the plan of this run cannot be read by this launcher", where=str(path)) from None
 
 

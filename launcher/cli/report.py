@@ -19,7 +19,7 @@ from launcher.errors import ConfigError
 from launcher.page import Series
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Status
+from launcher.run_store import Attempt, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
 from launcher.tracking.goodput import Breakdown
@@ -90,7 +90,7 @@ def _told(found: RunDir) -> _Told:
     lines = Tail(found.metrics).poll()
     status = cluster_for(plan.config.cluster.kind).status(found)
     events = read_events(found.events)
-    attempts = goodput.attempts_of(found, status.state in run_store.RUNNING_STATES, lines, events)
+    attempts = goodput.settled(goodput.recorded(found), status.state, lines, events)
     spent = goodput.breakdown(lines, events, attempts, time.time())
     return _Told(found, plan, status, lines, merged(lines), events, spent)
 
@@ -123,10 +123,11 @@ def _facts(one: _Told) -> dict[str, str]:
     counted = goodput.cost(one.plan, one.spent, tokens)
     if counted:
         facts["GPU hours" if one.plan.topology.device == "cuda" else "rank hours"] = f"{counted['cost/gpu_hours']:,.2f}"
+    of = " at a typical price" if one.spent.assumed_usd else ""
     if "cost/usd" in counted:
-        facts["cost"] = f"${counted['cost/usd']:,.2f}"
+        facts["cost"] = f"${counted['cost/usd']:,.2f}{of}"
     if tokens and "cost/usd_per_million_tokens" in counted:
-        facts["a million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}"
+        facts["a million tokens"] = f"${counted['cost/usd_per_million_tokens']:,.2f}{of}"
     return facts
 
 
@@ -202,10 +203,20 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
                 ", ".join(dict.fromkeys(attempt.nodes)) or "this machine",
                 f"{max(steps):,.0f}" if steps else "-",
                 _clock(ended["ended_at"]) if ended.get("ended_at") else "-",
-                ": ".join(filter(None, (ended.get("cause") or ended.get("state", ""), ended.get("message", "")))) or "goes on",
+                ": ".join(filter(None, (ended.get("cause") or ended.get("state", ""), ended.get("message", ""))))
+                or _without_word(one, number, attempt),
             ]
         )
     return rows
+
+
+def _without_word(one: _Told, number: int, attempt: Attempt) -> str:
+    """What has become of an attempt that has left no word of its end: it may not have come to one."""
+    runs = one.status.state in run_store.RUNNING_STATES and number == run_store.newest_attempt(one.run)
+    if attempt.begun_at is None:
+        return "waits for machines" if runs else "never begun"
+    # A run that is pending has lost the machines of what has begun.
+    return "goes on" if runs and one.status.state != "pending" else "ended without a word"
 
 
 def _checkpoints(one: _Told) -> str:

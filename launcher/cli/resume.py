@@ -79,7 +79,7 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
     if limits.max_seconds is None and limits.max_gpu_seconds is None:
         return
     try:
-        spent = goodput.read(run, time.time(), goes_on=False)
+        spent = goodput.read(run, time.time(), "pending", plan)
     except (OSError, LauncherError, KeyError, TypeError, ValueError) as error:
         line, *_ = str(error).partition("\n")
         print(f"note: what the run has spent cannot be read, so its limits count from here: {line}")
@@ -87,8 +87,10 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
     if limits.max_seconds is not None and spent.held_s >= limits.max_seconds:
         value, remedy = f"it has run for {spent.held_s / 3600:.2f} hours", "raise it: resume RUN run.max_hours=..."
         problems.append(Problem("the run has used up run.max_hours", "run.max_hours", value, remedy))
-    if limits.max_gpu_seconds is not None and spent.gpu_s >= limits.max_gpu_seconds:
-        value, remedy = f"it has taken {spent.gpu_s / 3600:,.2f} GPU hours", "raise it: resume RUN run.max_usd=..."
+    max_usd = plan.config.run.max_usd
+    if max_usd is not None and spent.usd is not None and spent.usd >= max_usd:
+        value = f"it has cost ${spent.usd:,.2f}, for {spent.gpu_s / 3600:,.2f} GPU hours"
+        remedy = "raise it: resume RUN run.max_usd=..."
         problems.append(Problem("the run has used up run.max_usd", "run.max_usd", value, remedy))
     if problems:
         raise SubmitError(problems)

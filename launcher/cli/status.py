@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -22,7 +21,7 @@ from launcher.cli.follow import Watch
 from launcher.clusters.base import cluster_for
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Status
+from launcher.run_store import RUNNING_STATES, Placed, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
 from launcher.tracking.glance import Glance, glance, lines_of_time
@@ -78,7 +77,7 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
     state = _state_of(run)
     while True:
         found = summary(run, state())
-        block = json.dumps(found, indent=2 if every_s is None else None) if as_json else "\n".join(_lines(found))
+        block = text.as_json(found, 2 if every_s is None else None) if as_json else "\n".join(_lines(found))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
         print(f"{_CLEAR if clear else ''}{block}", flush=True)
         if every_s is None or found["state"] not in RUNNING_STATES:
@@ -105,7 +104,7 @@ def _ls(root: Path, as_json: bool) -> int:
         except LauncherError as error:
             print(f"{run.root.name}: {error.problems[0].what}", file=sys.stderr)
     if as_json:
-        print(json.dumps(summaries, indent=2))
+        print(text.as_json(summaries))
     elif not summaries:
         print(f"no runs under {root}; start one with: python -m launcher")
     else:
@@ -118,7 +117,6 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
     seen = glance(run.metrics)
     # Files that were copied may be without a plan.
     placed = run_store.placed(run) if run.plan.is_file() else None
-    num_gpus = placed.num_ranks if placed is not None else _num_ranks(seen.last)
     checkpoints = store.list_checkpoints(run.checkpoints)
     events = read_events(run.events)
     spent = _spent(run, status, events)
@@ -132,7 +130,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "eval_loss": seen.eval_loss,
         "checkpoints": [checkpoint.step for checkpoint in checkpoints],
         "device": placed.device if placed is not None else "cuda",
-        "cost": _cost(seen, spent, num_gpus, status),
+        "cost": _cost(seen, spent, placed, status),
         "goodput": _goodput(spent or goodput.of_metrics(seen.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": next((e["fields"] for e in reversed(events) if "sync_command" in e["fields"]), {}),
@@ -155,12 +153,11 @@ def _usual(recent: Sequence[dict[str, Any]]) -> dict[str, float]:
 def _spent(run: RunDir, status: Status, events: Sequence[dict[str, Any]]) -> Breakdown | None:
     """Where the time went until now, or until the run's end; None where its files do not tell."""
     with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
-        goes_on = status.state in RUNNING_STATES
         joined = [e["time"] for e in events if e["fields"].get(goodput.PHASE) == goodput.JOINED]
-        attempts = goodput.attempts_of(run, goes_on, [], events)
+        attempts = goodput.recorded(run)
         borders = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
         lines = lines_of_time(run.metrics, [*joined, *borders])
-        attempts = goodput.attempts_of(run, goes_on, lines, events)
+        attempts = goodput.settled(attempts, status.state, lines, events)
         return goodput.breakdown(lines, events, attempts, time.time()) if attempts else None
     return None
 
@@ -173,19 +170,38 @@ def _goodput(told: Breakdown | None) -> dict[str, float] | None:
     return {"fraction": told.goodput, "wall_s": told.wall_s, "kept_s": told.kept_s, **lost, "lost_steps": told.lost_steps}
 
 
-def _cost(seen: Glance, spent: Breakdown | None, num_gpus: int | None, status: Status) -> dict[str, float | None] | None:
-    """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted."""
-    if seen.spent is None:
+def _cost(seen: Glance, spent: Breakdown | None, placed: Placed | None, status: Status) -> dict[str, Any] | None:
+    """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted.
+
+    Where the files of the attempts do not tell, the newest line of metrics that counts does. `at_typical_price` is None without a
+    plan.
+    """
+    counted, price = seen.spent, None if placed is None else placed.price
+    typical = None if placed is None else price is not None and price.assumption is not None
+    if spent is not None and spent.gpu_s and placed is not None:
+        if placed.device == "cpu" and price is None:
+            return None
+        hours, usd, typical = spent.gpu_s / 3600, spent.usd, spent.assumed_usd > 0
+    elif counted is not None:
+        hours, usd = counted.gpu_hours, counted.usd
+    else:
         return None
-    counted, usd, left_s = seen.spent.gpu_hours, seen.spent.usd, seen.last.get("trainer/eta_s", math.nan)
-    hours = counted if spent is None else spent.gpu_s / 3600
-    if usd is None or not counted:
-        return {"gpu_hours": hours, "usd": usd, "expected_usd": None}
-    price, expected = usd / counted, None
-    if status.state in RUNNING_STATES and math.isfinite(left_s) and num_gpus is not None:
-        num_gpus = max(num_gpus, 0 if spent is None else spent.num_workers)
-        expected = price * max(hours, counted + num_gpus * left_s / 3600)
-    return {"gpu_hours": hours, "usd": price * hours, "expected_usd": expected}
+    expected = _expected(seen, spent, placed, hours, usd) if status.state in RUNNING_STATES else None
+    return {"gpu_hours": hours, "usd": usd, "expected_usd": expected, "at_typical_price": typical}
+
+
+def _expected(seen: Glance, spent: Breakdown | None, placed: Placed | None, hours: float, usd: float | None) -> float | None:
+    """Dollars at the end, by the newest estimate of the time until then; None where it cannot be told."""
+    left_s = seen.last.get("trainer/eta_s", math.nan)
+    if usd is None or seen.spent is None or not math.isfinite(left_s):
+        return None
+    num_gpus, price = _num_ranks(seen.last), usd / hours if hours else None
+    if placed is not None:
+        num_gpus = max(placed.num_ranks, 0 if spent is None else spent.num_workers)
+        price = None if placed.price is None else placed.price.usd_per_gpu_hour
+    if num_gpus is None or price is None:
+        return None
+    return usd + price * max(0.0, seen.spent.gpu_hours + num_gpus * left_s / 3600 - hours)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -274,12 +290,13 @@ def _lost(told: dict[str, float]) -> str:
     )
 
 
-def _money(cost: dict[str, float | None], device: str) -> str:
+def _money(cost: dict[str, Any], device: str) -> str:
     hours = f"{cost['gpu_hours']:,.2f} {'GPU' if device == 'cuda' else 'rank'} hours"
     if cost["usd"] is None:
         return hours
     end = f", about ${cost['expected_usd']:,.2f} at the end" if cost["expected_usd"] is not None else ""
-    return f"${cost['usd']:,.2f} so far ({hours}){end}"
+    of = "; at a typical price, cluster.price_per_gpu_hour sets yours" if cost["at_typical_price"] else ""
+    return f"${cost['usd']:,.2f} so far ({hours}){end}{of}"
 
 
 def _alert(alert: dict[str, Any]) -> str:
@@ -288,12 +305,13 @@ def _alert(alert: dict[str, Any]) -> str:
 
 
 def _row(found: dict[str, Any]) -> tuple[str, ...]:
-    loss, usd = found["metrics"].get("train/loss"), (found["cost"] or {}).get("usd")
+    loss, cost = found["metrics"].get("train/loss"), found["cost"] or {}
+    about = "~" if cost.get("at_typical_price") else ""
     return (
         found["name"],
         found["state"],
         f"{found['step']}/{found['max_steps'] or '?'}",
         "-" if loss is None else f"{loss:.4f}",
-        "-" if usd is None else f"${usd:,.2f}",
+        "-" if cost.get("usd") is None else f"{about}${cost['usd']:,.2f}",
         f"{format_duration(max(0.0, time.time() - found['updated_at']))} ago",
     )

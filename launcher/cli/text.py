@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from launcher.config.schema import TrainSection
 from launcher.errors import ConfigError
@@ -217,6 +220,19 @@ def _tracking(plan: LaunchPlan) -> str:
         return "metrics.jsonl only"
     project = f"{tracking.entity}/{tracking.project}" if tracking.entity else tracking.project
     return f"W&B project {project}, mode {tracking.mode}, id {plan.wandb_id}"
+
+
+def as_json(value: Any, indent: int | None = 2) -> str:
+    """JSON that every parser reads: a number that it has no word for (NaN, infinity) is null, as in metrics.jsonl."""
+
+    def plain(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {name: plain(of) for name, of in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(of) for of in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
 
 
 def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[str]:

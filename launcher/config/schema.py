@@ -66,8 +66,8 @@ class RunSection(Section):
     max_usd: Positive | None = Field(
         None,
         description=(
-            "US dollars after which the run saves and stops, counted as the GPU hours of all attempts; a resume continues when "
-            "it is raised. Needs cluster.price_per_gpu_hour: a typical price is not enough."
+            "US dollars after which the run saves and stops, counted as the GPU hours of all attempts, each at its own price; a "
+            "resume continues when it is raised. Needs cluster.price_per_gpu_hour: a typical price is not enough."
         ),
     )
 

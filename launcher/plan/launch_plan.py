@@ -165,7 +165,8 @@ class Saving(Record):
 class Limits(Record):
     """When a run must end by itself, over all of its attempts; None where nothing limits it.
 
-    `max_seconds` with machines, whatever their number; `max_gpu_seconds` on all GPUs together.
+    `max_seconds` with machines, whatever their number; `max_gpu_seconds` on all GPUs together, which is what run.max_usd buys
+    where no attempt before had another price than this plan's.
     """
 
     max_seconds: float | None

@@ -250,7 +250,7 @@ def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
 
 
 def _limits(config: RunConfig) -> Limits:
-    """Money is turned into GPU time at the price of now: after a resume at another price, past hours count at that as well."""
+    """Money is turned into GPU time at the price of now; a run that resumes has bought its past hours at their own."""
     hours, usd, price = config.run.max_hours, config.run.max_usd, config.cluster.price_per_gpu_hour
     return Limits(
         max_seconds=None if hours is None else hours * 3600,

@@ -12,7 +12,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.errors import LauncherError
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan, Price
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import Tail, read_events
 
@@ -37,7 +37,8 @@ class Attempt:
     """When an attempt was asked for, when its machines were there, and when it ended; seconds since the epoch.
 
     `begun_at` None waits for machines, `ended_at` None goes on. `num_ranks` is what its plan says, `num_workers` those that Ray
-    holds for it, 0 elsewhere. `automatic` where no person asked for it.
+    holds for it, 0 elsewhere, and `price` what each of them costs, None where that is not known. `automatic` where no person
+    asked for it.
     """
 
     number: int
@@ -47,6 +48,7 @@ class Attempt:
     num_ranks: int
     automatic: bool = True
     num_workers: int = 0
+    price: Price | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Breakdown:
     """Seconds since submission, in parts that add up to `wall_s`: `kept_s`, and those of LOST.
 
     `held_s` are seconds in which the run had machines, `gpu_s` the same times the number of its ranks, or of its workers on Ray,
-    where some may be idle: `num_workers` are those of the newest attempt. `lost_steps` were trained and thrown away.
+    where some may be idle: `num_workers` are those of the newest attempt. These have cost `usd` dollars, None where a price is
+    not known; `assumed_usd` of them by prices that are assumed. `lost_steps` were trained and thrown away.
     """
 
     wall_s: float = 0.0
@@ -70,6 +73,8 @@ class Breakdown:
     other_s: float = 0.0
     held_s: float = 0.0
     gpu_s: float = 0.0
+    usd: float | None = 0.0
+    assumed_usd: float = 0.0
     lost_steps: int = 0
     num_workers: int = 0
 
@@ -78,17 +83,27 @@ class Breakdown:
         """0 to 1."""
         return self.kept_s / self.wall_s if self.wall_s > 0 else 0.0
 
-    def later(self, seconds: float, eval_s: float, save_s: float, num_ranks: int) -> Breakdown:
+    def later(self, seconds: float, eval_s: float, save_s: float, num_ranks: int, price: Price | None) -> Breakdown:
         """After further `seconds` of training on `num_ranks` ranks, with so much of evaluation and waiting for saves in them."""
         return replace(
-            self,
+            self.paid(seconds * max(num_ranks, self.num_workers), price),
             wall_s=self.wall_s + seconds,
             kept_s=self.kept_s + max(0.0, seconds - eval_s - save_s),
             eval_s=self.eval_s + eval_s,
             save_s=self.save_s + save_s,
             held_s=self.held_s + seconds,
-            gpu_s=self.gpu_s + seconds * max(num_ranks, self.num_workers),
         )
+
+    def paid(self, gpu_s: float, price: Price | None) -> Breakdown:
+        """With so many more seconds of one GPU, at a price."""
+        if not gpu_s:
+            return self
+        spent = replace(self, gpu_s=self.gpu_s + gpu_s)
+        if price is None:
+            return replace(spent, usd=None)
+        usd = gpu_s / 3600 * price.usd_per_gpu_hour
+        assumed = usd if price.assumption is not None else 0.0
+        return replace(spent, usd=None if self.usd is None else self.usd + usd, assumed_usd=self.assumed_usd + assumed)
 
     def metrics(self) -> dict[str, float]:
         """Under the names of the design."""
@@ -131,27 +146,28 @@ def breakdown(
     if not attempts:
         return Breakdown()
     parts = dict.fromkeys(("kept_s", *LOST), 0.0)
-    held = gpu = 0.0
-    lost_steps = 0
+    spent, held, lost_steps = Breakdown(), 0.0, 0
     before = attempts[0].submitted_at
     sessions = _sessions(lines, events, attempts, now)
     for i, attempt in enumerate(attempts):
         end = _end(attempts, i, now)
         begun = end if attempt.begun_at is None else min(attempt.begun_at, end)
-        asked = min(max(attempt.submitted_at, before), begun)
-        parts["restart_s" if attempt.automatic else "idle_s"] += asked - before
+        # What goes on without a person waits for machines from the end before; it may be numbered only when they are there.
+        asked = before if attempt.automatic else min(max(attempt.submitted_at, before), begun)
+        parts["idle_s"] += asked - before
         parts["queue_s"] += begun - asked
         own = [session for session in sessions if session.attempt == attempt.number]
         # Machines that never came to train, at least not yet, cost the same.
         num_ranks = own[0].num_ranks if own else attempt.num_ranks
-        held, gpu = held + end - begun, gpu + (end - begun) * max(num_ranks, attempt.num_workers)
+        held = held + end - begun
+        spent = spent.paid((end - begun) * max(num_ranks, attempt.num_workers), attempt.price)
         parts["start_s"] += (own[0].joined_at if own else end) - begun
         for session in own:
             lost_steps += _count(session, parts, is_last=session is sessions[-1] and attempt is attempts[-1])
         before = max(before, end)
     wall = before - attempts[0].submitted_at
     parts["other_s"] = max(0.0, wall - sum(parts.values()))
-    return Breakdown(wall, **parts, held_s=held, gpu_s=gpu, lost_steps=lost_steps, num_workers=attempts[-1].num_workers)
+    return replace(spent, wall_s=wall, **parts, held_s=held, lost_steps=lost_steps, num_workers=attempts[-1].num_workers)
 
 
 def _count(session: _Session, parts: dict[str, float], is_last: bool) -> int:
@@ -212,13 +228,15 @@ def _end(attempts: Sequence[Attempt], i: int, now: float) -> float:
     return min(now, following, now if ended is None else ended)
 
 
-def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]) -> list[Attempt]:
-    """The attempts of a run from its files, the newest of which may go on.
+def recorded(run: RunDir, coming: LaunchPlan | None = None) -> list[Attempt]:
+    """The attempts as they are written down, without an end where none has left word of it; `coming` is the plan of the next.
 
-    One that has left no word of its end ended at its last sign of life.
+    Each costs what its own plan says. Where that plan knows no price, or a typical one and a later plan for the same type of GPU
+    says what it is, the later one counts.
     """
-    found, numbers, plan = [], run_store.attempt_numbers(run), run.plan
-    for number in numbers:
+    found, plan = [], run.plan
+    prices: list[tuple[str | None, Price | None]] = []
+    for number in run_store.attempt_numbers(run):
         own_plan = run.attempt(number) / "plan.json"
         plan = own_plan if own_plan.is_file() else plan
         known = run_store.read_attempt(run, number)
@@ -226,37 +244,67 @@ def attempts_of(run: RunDir, goes_on: bool, lines: Sequence[dict[str, Any]], eve
             continue
         exit_file = run.attempt(number) / "exit.json"
         ended = run_store.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
-        if ended is None and not (goes_on and number == numbers[-1]):
-            seen = (line["time"] for line in (*lines, *events) if line["attempt"] == number)
-            ended = max(seen, default=known.begun_at or known.submitted_at)
-        num_ranks = run_store.read_json(plan)["topology"]["world_size"]
+        values = run_store.read_json(plan)
+        num_ranks, price = values["topology"]["world_size"], values.get("price")
+        prices.append((values["config"]["cluster"].get("gpu_type"), None if price is None else Price.model_validate(price)))
         workers = known.num_workers or 0
         found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks, known.automatic, workers))
+    later_type, later = (None, None) if coming is None else (coming.config.cluster.gpu_type, coming.price)
+    for i in reversed(range(len(found))):
+        gpu_type, price = prices[i]
+        is_known_later = later is not None and later.assumption is None and later_type == gpu_type
+        if price is None or (price.assumption is not None and is_known_later):
+            price = later
+        found[i], later_type, later = replace(found[i], price=price), gpu_type, price
     return found
 
 
-def read(run: RunDir, now: float, goes_on: bool = True) -> Breakdown:
-    """Where the time of the run went until `now`, in seconds since the epoch; all of its metrics are read."""
+def settled(
+    attempts: Sequence[Attempt], state: str, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]
+) -> list[Attempt]:
+    """The recorded attempts of a run in this state, each with its end, and the one that the run waits to begin.
+
+    One that has left no word of its end ended at its last sign of life. Only the newest may go on: in a run that is pending it
+    waits for machines, or has lost its own.
+    """
+    found, runs = list(attempts), state in run_store.RUNNING_STATES
+    for i, attempt in enumerate(found):
+        goes_on = runs and i == len(found) - 1 and (state != "pending" or attempt.begun_at is None)
+        if attempt.ended_at is None and not goes_on:
+            seen = (line["time"] for line in (*lines, *events) if line["attempt"] == attempt.number)
+            found[i] = replace(attempt, ended_at=max(seen, default=attempt.begun_at or attempt.submitted_at))
+    if runs and found and (ended := found[-1].ended_at) is not None:
+        waits = replace(found[-1], submitted_at=ended, begun_at=None, ended_at=None, automatic=True)
+        found.append(replace(waits, number=waits.number + 1))
+    return found
+
+
+def read(run: RunDir, now: float, state: str = "running", coming: LaunchPlan | None = None) -> Breakdown:
+    """Where the time of the run, which is in this state, went until `now`, in seconds since the epoch; all metrics are read.
+
+    `coming` is the plan of an attempt that is to follow.
+    """
     lines, events = Tail(run.metrics).poll(), read_events(run.events)
-    return breakdown(lines, events, attempts_of(run, goes_on, lines, events), now)
+    return breakdown(lines, events, settled(recorded(run, coming), state, lines, events), now)
 
 
 def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
-    """GPU hours (on CPUs those of ranks) and dollars of the whole run at the plan's price, in which `tokens` were trained.
+    """GPU hours (on CPUs those of ranks) and dollars of the whole run, whose plan is now `plan`, in which `tokens` were trained.
 
     Nothing on CPUs without a price.
     """
     hours = spent.gpu_s / 3600
-    if plan.price is None:
-        return {} if plan.topology.device == "cpu" else {"cost/gpu_hours": hours}
-    usd = hours * plan.price.usd_per_gpu_hour
-    return {"cost/gpu_hours": hours, "cost/usd": usd, "cost/usd_per_million_tokens": usd / max(tokens, 1) * 1e6}
+    if plan.price is None and plan.topology.device == "cpu":
+        return {}
+    if plan.price is None or spent.usd is None:
+        return {"cost/gpu_hours": hours}
+    return {"cost/gpu_hours": hours, "cost/usd": spent.usd, "cost/usd_per_million_tokens": spent.usd / max(tokens, 1) * 1e6}
 
 
 def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
     """Which limit of the run is reached, in words; empty where it may go on."""
     limits, config = plan.limits, plan.config.run
-    if spent.gpu_s >= (limits.max_gpu_seconds or math.inf):
+    if config.max_usd is not None and spent.usd is not None and spent.usd >= config.max_usd:
         return f"run.max_usd={config.max_usd:g} is reached after {spent.gpu_s / 3600:,.2f} GPU hours"
     if spent.held_s >= (limits.max_seconds or math.inf):
         return f"run.max_hours={config.max_hours:g} is reached"
@@ -268,7 +316,7 @@ def reached_limit(run: RunDir, plan: LaunchPlan, now: float) -> str:
     if plan.limits.max_seconds is None and plan.limits.max_gpu_seconds is None:
         return ""
     try:
-        return spent_limit(plan, read(run, now, goes_on=False))
+        return spent_limit(plan, read(run, now, "pending"))
     except (OSError, LauncherError, KeyError, TypeError, ValueError):
         # The ranks look again, and tell that they cannot read it.
         return ""

@@ -107,7 +107,7 @@ class Monitor:
         if self._before is None or not self._before.done():
             return None
         seconds = time.monotonic() - self._loaded
-        return self._before.result().later(seconds, self.eval_s, self.save_s, self._place.world_size)
+        return self._before.result().later(seconds, self.eval_s, self.save_s, self._place.world_size, self._plan.price)
 
     def stop(self) -> None:
         if self._pulse is not None:

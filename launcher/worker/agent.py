@@ -62,13 +62,17 @@ def main(plan_path: str, attempt: int) -> int:
     failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt, place, None)
     stopper.disarm()
     outcome = record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
-    ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": time.time()}
-    run_store.write_json(run.attempt(attempt) / "exit.json", ended)
+    exit_file = run.attempt(attempt) / "exit.json"
+    ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": None}
+    run_store.write_json(exit_file, ended)
     if outcome["state"] == "failed":
         with suppress(OSError):
             append_event(run, attempt, "alert", f"the attempt failed: {outcome['message']}", outcome["step"])
     # The run is over for those who follow it when the mirror has what is committed.
     stopper.finish(mirror)
+    # Until then the attempt has held its machines. Where the disk is full, its last sign of life tells.
+    with suppress(OSError):
+        run_store.write_json(exit_file, ended | {"ended_at": time.time()})
     run_store.update_status(run, state=outcome["state"], message=outcome["message"])
     tell_wandb(plan, plan_path, run, attempt)
     return 0 if outcome["state"] == "completed" else 130 if outcome["state"] in ("cancelled", "preempted") else 1

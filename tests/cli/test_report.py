@@ -11,8 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from launcher import run_store
-from launcher.cli.report import thinned
+from launcher.cli.report import _told, page, thinned
+from launcher.clusters.process import identity
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
 
@@ -56,6 +59,24 @@ def test_the_cost_is_of_all_time_with_machines(launch: Launch, run: RunDir) -> N
     # 20 and 30 minutes on two GPUs at two dollars.
     assert "$3.33" in page
     assert "1.67" in page
+
+
+@pytest.mark.parametrize(
+    ("state", "begun", "words"),
+    [
+        ("running", True, "goes on"),
+        ("pending", True, "ended without a word"),
+        ("pending", False, "waits for machines"),
+        ("failed", True, "ended without a word"),
+        ("cancelled", False, "never begun"),
+    ],
+)
+def test_only_the_newest_attempt_of_a_run_that_runs_goes_on(run: RunDir, state: str, begun: bool, words: str) -> None:
+    run_store.update_status(run, state=state, job=identity())
+    begun_at = time.time() if begun else None
+    run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=begun_at))
+    rows = re.findall(r"<td[^>]*>([^<]*)</td></tr>", page([_told(run)]))
+    assert [row for row in rows if row in (words, "ended without a word")] == ["ended without a word", words]
 
 
 def test_several_runs_stand_in_the_same_charts(launch: Launch, run: RunDir, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from plan_fixtures import DATA
 from launcher import run_store
 from launcher.cli.resume import _require_budget, rows_moved
 from launcher.errors import SubmitError
-from launcher.plan.launch_plan import LaunchPlan, Limits
+from launcher.plan.launch_plan import LaunchPlan, Limits, Price
 from launcher.plan.run_dir import RunDir
 
 
@@ -20,6 +20,22 @@ def test_a_limit_that_is_used_up_is_refused(run: RunDir) -> None:
     with pytest.raises(SubmitError, match=r"used up run\.max_hours"):
         _require_budget(run, limited(run, 50 * 60))
     _require_budget(run, limited(run, 60 * 60))
+
+
+def test_money_is_counted_at_the_price_that_it_was_paid_for(run: RunDir) -> None:
+    """Two GPUs for 51 minutes at two dollars; from now on they cost one."""
+    plan = run_store.load_plan(run)
+
+    def allowed(usd: float) -> LaunchPlan:
+        limits = Limits(max_seconds=None, max_gpu_seconds=usd * 3600)
+        config = plan.config.model_copy(update={"run": plan.config.run.model_copy(update={"max_usd": usd})})
+        return plan.model_copy(update={"limits": limits, "config": config, "price": Price(usd_per_gpu_hour=1.0)})
+
+    with pytest.raises(SubmitError, match=r"used up run\.max_usd") as refused:
+        _require_budget(run, allowed(3.3))
+    assert refused.value.problems[0].value == "it has cost $3.40, for 1.70 GPU hours"
+    _require_budget(run, allowed(3.5))
+    _require_budget(run, plan)
 
 
 def test_files_that_cannot_be_read_are_named_and_only_where_there_is_a_limit(

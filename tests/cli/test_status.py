@@ -40,7 +40,8 @@ def test_status_is_told_from_the_files_of_the_run(launch: Launch, run: RunDir) -
     assert "time left" not in done.stdout
     found = json.loads(launch("status", str(run.root), "--json").stdout)
     assert found["metrics"]["trainer/step"] == 10
-    assert found["cost"] == {"gpu_hours": pytest.approx(1.7, abs=0.01), "usd": pytest.approx(3.4, abs=0.02), "expected_usd": None}
+    assert (found["cost"]["gpu_hours"], found["cost"]["usd"]) == (pytest.approx(1.7, abs=0.01), pytest.approx(3.4, abs=0.02))
+    assert (found["cost"]["expected_usd"], found["cost"]["at_typical_price"]) == (None, False)
     assert [alert["step"] for alert in found["alerts"]] == [7, 10]
 
 
@@ -131,6 +132,62 @@ def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 2 * 2.0)
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), num_workers=3))
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
+
+
+def test_what_never_came_to_train_costs_as_well(launch: Launch, run: RunDir) -> None:
+    """Two GPUs for 51 minutes, and nothing logged; what waits for its first machines costs nothing."""
+    run.metrics.unlink()
+    run_store.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
+    for file in run.attempt(2).iterdir():
+        file.unlink()
+    run.attempt(2).rmdir()
+    status = run_store.update_status(run, state="failed", attempt=1, step=0)
+    cost = summary(run, status)["cost"]
+    assert cost == {
+        "gpu_hours": pytest.approx(1.7, abs=0.01),
+        "usd": pytest.approx(3.4, abs=0.02),
+        "expected_usd": None,
+        "at_typical_price": False,
+    }
+    assert "$3.40" in launch("ls", "--root", str(run.root.parent)).stdout
+    plan = run_store.read_json(run.plan)
+    run_store.write_json(run.plan, plan | {"price": None})
+    assert summary(run, status)["cost"] == cost | {"usd": None}
+    run_store.write_json(run.plan, plan | {"price": None, "topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
+    assert summary(run, status)["cost"] is None
+    (run.attempt(1) / "exit.json").unlink()
+    run_store.write_attempt(run, 1, replace(run_store.read_attempt(run, 1), begun_at=None))
+    run_store.write_json(run.plan, plan)
+    assert summary(run, replace(status, state="pending"))["cost"] is None
+
+
+def test_a_typical_price_is_told_as_one(launch: Launch, run: RunDir) -> None:
+    plan = run_store.load_plan(run)
+    assert plan.price is not None
+    typical = plan.price.model_copy(update={"assumption": "typical"})
+    run_store.write_text(run.plan, plan.model_copy(update={"price": typical}).to_json())
+    words = "$3.40 so far (1.70 GPU hours); at a typical price, cluster.price_per_gpu_hour sets yours"
+    assert f"cost        {words}\n" in launch("status", str(run.root)).stdout
+    assert json.loads(launch("status", str(run.root), "--json").stdout)["cost"]["at_typical_price"] is True
+    assert " ~$3.40 " in launch("ls", "--root", str(run.root.parent)).stdout
+    assert launch("report", str(run.root)).returncode == 0
+    assert "$3.40 at a typical price" in (run.root / "report.html").read_text()
+    # Without the attempts' files the plan still tells.
+    shutil.rmtree(run.attempts)
+    assert f"cost        {words}\n" in launch("status", str(run.root)).stdout
+
+
+def test_json_is_what_every_parser_reads(launch: Launch, run: RunDir) -> None:
+    JsonlTracker(run, 2).log(11, {"train/loss": math.nan, "trainer/eta_s": math.inf})
+
+    def refuse(word: str) -> float:
+        raise AssertionError(f"{word} is no JSON")
+
+    for verb in (("status", str(run.root)), ("ls", "--root", str(run.root.parent))):
+        found = json.loads(launch(*verb, "--json").stdout, parse_constant=refuse)
+        one = found[0] if isinstance(found, list) else found
+        assert (one["metrics"]["train/loss"], one["metrics"]["trainer/eta_s"], one["losses"][-1]) == (None, None, None)
+        assert one["metrics"]["trainer/step"] == 11
 
 
 def test_what_comes_after_the_last_line_counts_as_in_the_report(launch: Launch, run: RunDir) -> None:

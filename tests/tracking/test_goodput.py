@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launcher import run_store
-from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.launch_plan import LaunchPlan, Price
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import JOINED, LOADED, LOST, Attempt, Breakdown, breakdown
@@ -61,8 +61,8 @@ def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() 
     attempts = [Attempt(1, 0, 5, 45, RANKS), Attempt(2, 50, 70, None, RANKS)]
     found = breakdown([*first, *second], events, attempts, now=94)
     assert parts(found) == {
-        **{"queue_s": 5 + 20, "start_s": 5 + 10, "load_s": 10 + 10, "kept_s": 6 + 4, "replay_s": 4},
-        "restart_s": (45 - 30) + (50 - 45),
+        **{"queue_s": 5 + (70 - 45), "start_s": 5 + 10, "load_s": 10 + 10, "kept_s": 6 + 4, "replay_s": 4},
+        "restart_s": 45 - 30,
     }
     assert found.lost_steps == 2
     assert (found.held_s, found.gpu_s) == (40 + 24, 40 * 4 + 24 * 2)
@@ -75,6 +75,14 @@ def test_a_night_until_a_person_resumes_is_no_restart() -> None:
     events = [*start(1, 0, 10), *start(2, 4020, 4030, from_step=3)]
     found = breakdown([step(n, 1, 10 + 10 * n) for n in range(1, 4)], events, attempts, now=4030)
     assert parts(found) == {"kept_s": 30, "idle_s": 3960, "queue_s": 10, "start_s": 10, "load_s": 20}
+
+
+def test_a_requeue_waits_for_machines_though_its_attempt_is_numbered_when_they_are_there() -> None:
+    hour = 3600
+    attempts = [Attempt(1, 0, 0, hour, RANKS), Attempt(2, 7 * hour, 7 * hour + 3, None, RANKS)]
+    lines = [step(10, 1, hour)]
+    found = breakdown(lines, start(1, 0, 0), attempts, now=7 * hour + 3)
+    assert parts(found) == {"kept_s": hour, "queue_s": 6 * hour + 3}
 
 
 def test_ranks_that_are_started_again_within_an_attempt() -> None:
@@ -106,7 +114,7 @@ def test_what_is_counted_on_is_what_is_found_afterwards() -> None:
     events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
     attempts = [Attempt(1, 0, 5, 30, RANKS), Attempt(2, 30, 35, None, RANKS)]
     before = breakdown(lines, events, attempts, now=50)
-    live = before.later(12.0, eval_s=2.0, save_s=1.0, num_ranks=4)
+    live = before.later(12.0, eval_s=2.0, save_s=1.0, num_ranks=4, price=None)
     more = [step(3, 2, 55), {"trainer/step": 3, "attempt": 2, "time": 58.0, "time/eval_s": 2.0, "ckpt/stall_s": 1.0}]
     assert breakdown([*lines, *more, step(4, 2, 62)], events, attempts, now=62) == live
     told = goodput.of_metrics({**live.metrics(), "train/loss": 1.0})
@@ -121,7 +129,7 @@ def test_workers_that_are_idle_are_paid_for() -> None:
     attempts = [Attempt(1, 0, 5, 30, RANKS, num_workers=RANKS), Attempt(2, 30, 35, None, RANKS, num_workers=2 * RANKS)]
     found = breakdown([step(n, 1, 20 + n) for n in range(1, 3)], events, attempts, now=60)
     assert (found.held_s, found.gpu_s) == (25 + 25, 25 * RANKS + 25 * 2 * RANKS)
-    assert found.later(10, 0, 0, RANKS).gpu_s == found.gpu_s + 10 * 2 * RANKS
+    assert found.later(10, 0, 0, RANKS, price=None).gpu_s == found.gpu_s + 10 * 2 * RANKS
     assert breakdown([], [], attempts, now=60).gpu_s == found.gpu_s, "also those that never came to train"
 
 
@@ -142,7 +150,7 @@ def test_the_files_of_a_run_are_read_in_a_moment(make_plan: Callable[..., Launch
     took = time.perf_counter() - began
     assert found.kept_s == pytest.approx(10_000, abs=1)
     assert found.held_s == pytest.approx(10_100 + 100, abs=1), "held until the last sign of life"
-    assert goodput.read(run, now, goes_on=False).held_s == pytest.approx(10_100, abs=1)
+    assert goodput.read(run, now, "failed").held_s == pytest.approx(10_100, abs=1)
     assert took < 5
 
 
@@ -154,9 +162,86 @@ def test_ranks_that_never_joined_are_those_of_the_attempts_own_plan(make_plan: C
         run_store.next_attempt(run, run_store.Attempt(resume_step=None))
     larger = plan.topology.model_copy(update={"world_size": 2 * plan.topology.world_size})
     run_store.write_plan(run, 2, plan.model_copy(update={"topology": larger}))
-    found = goodput.attempts_of(run, False, [], [])
+    found = goodput.recorded(run)
     assert [attempt.num_ranks / plan.topology.world_size for attempt in found] == [1, 2, 2]
     assert [attempt.num_workers for attempt in found] == [0, 0, 0], "of the workers there is no word where Ray is not"
+
+
+@pytest.mark.parametrize("word", [True, False])
+def test_while_a_run_waits_for_machines_again_the_clock_goes_on_and_money_does_not(
+    make_plan: Callable[..., LaunchPlan], run_dir: Path, word: bool
+) -> None:
+    """Also where they were lost without a word, and where the attempt was numbered before its job waits."""
+    shutil.rmtree(run_dir)
+    run = run_store.create(make_plan().model_copy(update={"price": Price(usd_per_gpu_hour=3)}))
+    run_store.next_attempt(run, run_store.Attempt(None, begun_at=100.0))
+    _submitted(run, 1, 100.0)
+    run.events.write_text("".join(json.dumps(event) + "\n" for event in start(1, 100, 100, ranks=2)))
+    run.metrics.write_text(json.dumps(step(10, 1, 3700)) + "\n")
+    if word:
+        run_store.write_json(run.attempt(1) / "exit.json", {"ended_at": 3700.0})
+    for now in (3700.0, 3700 + 6 * 3600):
+        found = goodput.read(run, now, "pending")
+        assert parts(found) == ({"kept_s": 3600, "queue_s": now - 3700} if now > 3700 else {"kept_s": 3600})
+        assert (found.held_s, found.usd) == (3600, pytest.approx(6))
+    assert found.goodput == pytest.approx(1 / 7)
+    assert goodput.read(run, now, "failed").wall_s == 3600
+    run_store.next_attempt(run, run_store.Attempt(10, automatic=True))
+    _submitted(run, 2, 3702.0)
+    assert parts(goodput.read(run, now, "pending")) == parts(found)
+    assert len(goodput.settled(goodput.recorded(run), "pending", [], [])) == 2
+
+
+H100, A100 = {"kind": "local", "gpu_type": "H100-80GB"}, {"kind": "local", "gpu_type": "A100-80GB"}
+STATED, TYPICAL = Price(usd_per_gpu_hour=2.0), Price(usd_per_gpu_hour=2.95, assumption="typical")
+
+
+@pytest.mark.parametrize(
+    ("plans", "usd", "assumed"),
+    [
+        ([(H100, TYPICAL), (A100, Price(usd_per_gpu_hour=1.6, assumption="typical"))], 295 + 160, 295 + 160),
+        ([(H100, STATED), (H100, Price(usd_per_gpu_hour=2.5))], 200 + 250, 0),
+        ([(H100, TYPICAL), (A100, Price(usd_per_gpu_hour=1.5))], 295 + 150, 295),
+        ([(H100, TYPICAL), (H100, TYPICAL), (H100, STATED)], 600, 0),
+        ([(H100, None), (H100, STATED)], 400, 0),
+        ([(H100, STATED), (A100, None)], None, 0),
+        ([(H100, None)], None, 0),
+    ],
+)
+def test_each_attempt_costs_what_its_plan_says_until_a_later_one_knows_better(
+    make_plan: Callable[..., LaunchPlan],
+    run_dir: Path,
+    plans: list[tuple[dict[str, Any], Price | None]],
+    usd: float | None,
+    assumed: float,
+) -> None:
+    """Each attempt for a hundred hours of one GPU; the last plan may also be that of an attempt that is still to come."""
+    shutil.rmtree(run_dir)
+    base = make_plan()
+    made = [
+        base.model_copy(
+            update={
+                "config": base.config.model_copy(update={"cluster": base.config.cluster.model_validate(cluster)}),
+                "topology": base.topology.model_copy(update={"world_size": 1}),
+                "price": price,
+            }
+        )
+        for cluster, price in plans
+    ]
+    run = run_store.create(made[0])
+    for i, plan in enumerate(made):
+        coming = goodput.read(run, 1e9, "failed", coming=plan)
+        at = 1000.0 + 360_000 * i
+        number = run_store.next_attempt(run, run_store.Attempt(None, begun_at=at))
+        run_store.write_plan(run, number, plan)
+        _submitted(run, number, at)
+        run_store.write_json(run.attempt(number) / "exit.json", {"ended_at": at + 360_000})
+    found = goodput.read(run, 1e9, "failed")
+    assert found.gpu_s == 360_000 * len(plans)
+    assert found.usd == (None if usd is None else pytest.approx(usd))
+    assert found.assumed_usd == pytest.approx(assumed)
+    if usd is not None and plans[-1][1] is not None:
+        assert coming.usd == pytest.approx(usd - 100 * plans[-1][1].usd_per_gpu_hour)
 
 
 def _submitted(run: RunDir, number: int, at: float) -> None:

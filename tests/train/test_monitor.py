@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from plan_fixtures import H100
 from torch import nn
 
 from launcher import run_store
-from launcher.plan.launch_plan import LaunchPlan, Limits
+from launcher.plan.launch_plan import LaunchPlan, Price
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.alerts import RateLimit
@@ -25,33 +26,35 @@ from launcher.train.engine import Place
 from launcher.train.monitor import Monitor, record_fault, spent_before
 
 PlanOf = Callable[..., LaunchPlan]
-SPENT = Breakdown(wall_s=9000, held_s=7200, gpu_s=8 * 7200)
+SPENT = Breakdown(wall_s=9000, held_s=7200, gpu_s=8 * 7200, usd=48.0)
 
 
-def test_money_follows_the_price_of_the_plan_over_the_whole_run(plan_of: PlanOf) -> None:
-    told = cost(plan_of("cluster.price_per_gpu_hour=3", device=H100), SPENT, tokens=2_000_000)
+def test_money_is_what_was_paid_for_all_hours_so_far(plan_of: PlanOf) -> None:
+    told = cost(plan_of("cluster.price_per_gpu_hour=1", device=H100), SPENT, tokens=2_000_000)
     assert told == pytest.approx({"cost/gpu_hours": 16, "cost/usd": 48, "cost/usd_per_million_tokens": 24})
     assumed = plan_of(device=H100)
-    assert assumed.price is not None
-    assert cost(assumed, SPENT, 1)["cost/usd"] == pytest.approx(16 * assumed.price.usd_per_gpu_hour)
+    assert cost(assumed, SPENT, tokens=2_000_000) == told
     assert cost(assumed.model_copy(update={"price": None}), SPENT, 1) == {"cost/gpu_hours": 16}
+    assert cost(assumed, replace(SPENT, usd=None), 1) == {"cost/gpu_hours": 16}
     assert cost(plan_of(), SPENT, 1) == {}
     on_cpus = cost(plan_of("cluster.price_per_gpu_hour=3"), SPENT, tokens=2_000_000)
     assert on_cpus == told, "who names a price is told what it comes to"
+    later = SPENT.later(3600.0, 0.0, 0.0, 8, Price(usd_per_gpu_hour=1.5, assumption="typical"))
+    assert (later.gpu_s, later.usd, later.assumed_usd) == (8 * 10_800, pytest.approx(48 + 12), pytest.approx(12))
 
 
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
-        (Limits(max_seconds=None), ""),
-        (Limits(max_seconds=7201, max_gpu_seconds=57601), ""),
-        (Limits(max_seconds=7200), "run.max_hours=2 is reached"),
-        (Limits(max_seconds=7201, max_gpu_seconds=57600), "run.max_usd=48 is reached after 16.00 GPU hours"),
+        ((), ""),
+        (("run.max_hours=2.1", "run.max_usd=48.1"), ""),
+        (("run.max_hours=2",), "run.max_hours=2 is reached"),
+        (("run.max_hours=2.1", "run.max_usd=48"), "run.max_usd=48 is reached after 16.00 GPU hours"),
     ],
 )
-def test_what_is_bought_is_gpu_time_and_a_queue_costs_nothing(plan_of: PlanOf, limits: Limits, words: str) -> None:
-    plan = plan_of("run.max_hours=2", "run.max_usd=48", "cluster.price_per_gpu_hour=3")
-    assert spent_limit(plan.model_copy(update={"limits": limits}), SPENT) == words
+def test_what_is_bought_is_gpu_time_and_a_queue_costs_nothing(plan_of: PlanOf, limits: tuple[str, ...], words: str) -> None:
+    """At the price that it had; that of the plan is another."""
+    assert spent_limit(plan_of("cluster.price_per_gpu_hour=1", *limits), SPENT) == words
 
 
 def test_limits_count_all_that_an_attempt_has_held_machines_for(plan_of: PlanOf, tmp_path: Path) -> None:
@@ -72,13 +75,13 @@ def test_limits_count_all_that_an_attempt_has_held_machines_for(plan_of: PlanOf,
     run.metrics.write_text(json.dumps(line) + "\n")
 
     def reached(at_s: float, later_s: float) -> str:
-        return spent_limit(plan, spent_before(run, begun + at_s, pytest.fail).later(later_s, 0.0, 0.0, 2))
+        return spent_limit(plan, spent_before(run, begun + at_s, pytest.fail).later(later_s, 0.0, 0.0, 2, plan.price))
 
     assert reached(7140, 59) == ""
     assert reached(7140, 61).startswith("run.max_usd=12 is reached after 4.00 GPU hours")
-    hours = plan.model_copy(update={"limits": Limits(max_seconds=7200)})
+    hours = plan_of("run.max_hours=2", "cluster.price_per_gpu_hour=3")
     spent = spent_before(run, begun + 7140, pytest.fail)
-    assert spent_limit(hours, spent.later(61, 0.0, 0.0, 2)) == "run.max_hours=2 is reached"
+    assert spent_limit(hours, spent.later(61, 0.0, 0.0, 2, plan.price)) == "run.max_hours=2 is reached"
     assert spent.kept_s == 0, "nothing was saved between the starts"
 
 

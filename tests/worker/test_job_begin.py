@@ -14,6 +14,7 @@ from job_tools import Job
 
 from launcher import run_store
 from launcher.run_store import Attempt
+from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker import job, network
 
@@ -57,6 +58,19 @@ def test_a_requeue_opens_the_next_attempt_from_the_newest_checkpoint(
     assert (again.resume_step, again.job, again.restart, again.automatic, again.nodes) == (40, "41", 1, True, ("n1",))
     assert stat.S_IMODE(of.run.attempt(2).stat().st_mode) == 0o700
     assert of.status.attempt == 2
+
+
+def test_a_requeue_that_waited_for_hours_has_waited_for_machines(
+    submitted: Callable[..., Job], in_slurm: Callable[..., None]
+) -> None:
+    of, now, hour = submitted(), time.time(), 3600
+    of.ended(1, "preempted", None, 20, submitted_at=now - 7 * hour, begun_at=now - 7 * hour)
+    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 6 * hour})
+    in_slurm(SLURM_RESTART_COUNT="1")
+    assert of.begin()[:2] == (0, "2\n")
+    found = goodput.read(of.run, time.time())
+    assert (found.queue_s, found.restart_s, found.idle_s) == (pytest.approx(6 * hour, abs=60), 0, 0)
+    assert found.held_s == pytest.approx(hour, abs=60)
 
 
 def test_a_start_after_machines_were_lost_writes_down_what_was_left(

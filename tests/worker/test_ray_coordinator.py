@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -170,6 +171,23 @@ def test_how_an_attempt_ended_is_told_once(play: Callable[..., Played]) -> None:
     ]
 
 
+def test_a_group_that_came_after_hours_has_waited_for_machines(play: Callable[..., Played]) -> None:
+    played, now, hour = play(), time.time(), 3600
+    played.begin("a", "n1", "n1")
+    times = {"submitted_at": now - 7 * hour, "begun_at": now - 7 * hour}
+    run_store.write_attempt(played.run, 1, replace(run_store.read_attempt(played.run, 1), **times))
+    for rank in range(2):
+        played.end(rank, KILLED)
+        played.coordinator.beat("a", rank, "failed")
+    exit_file = played.run.attempt(1) / "exit.json"
+    run_store.write_json(exit_file, run_store.read_json(exit_file) | {"ended_at": now - 6 * hour})
+    played.begin("b", "n1", "n1")
+    assert played.number == 2
+    found = module.goodput.read(played.run, time.time())
+    assert (found.queue_s, found.restart_s) == (pytest.approx(6 * hour, abs=60), 0)
+    assert found.held_s == pytest.approx(hour, abs=60)
+
+
 def test_a_limit_that_is_reached_ends_the_run_before_its_workers_load(
     play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +278,7 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
     assert plan.batch.global_batch_size == played.plan.batch.global_batch_size == 4
     assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
     assert plan.deepspeed["gradient_accumulation_steps"] == plan.batch.accumulation
-    assert [attempt.num_workers for attempt in goodput.attempts_of(played.run, True, [], [])] == [num_workers], "idle ones too"
+    assert [attempt.num_workers for attempt in goodput.recorded(played.run)] == [num_workers], "idle ones too"
     assert run_store.plan_of_digest(played.run, plan.digest()) == plan
 
 

@@ -4,10 +4,17 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import hand_made
 import pytest
 
+from launcher import run_store
 from launcher.errors import RunError
+from launcher.plan.launch_plan import Price
+from launcher.tracking import goodput
+from launcher.worker import agent
 from launcher.worker.rank import RankEnv
 
 
@@ -34,6 +41,30 @@ def test_a_process_dies_with_its_parent() -> None:
     while _alive(pid):
         assert time.monotonic() < deadline, f"process {pid} outlived its parent"
         time.sleep(0.02)
+
+
+def test_a_local_run_holds_its_machines_until_the_mirror_has_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the run waits for after its last step costs as training does, also where the wait is cut off."""
+    plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, price=Price(usd_per_gpu_hour=2.0))
+    run = run_store.create(plan)
+    run_store.next_attempt(run, run_store.Attempt(None))
+    seen: list[float] = []
+
+    class Mirror:
+        def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+            assert run_store.read_json(run.attempt(1) / "exit.json")["message"] == "the ranks ended without an outcome"
+            spent = goodput.read(run, time.time() + 3600, run_store.read_status(run).state)
+            seen.append(spent.gpu_s)
+
+    monkeypatch.setattr(agent._Stopper, "install", lambda self: self)
+    monkeypatch.setattr(agent.MirrorProcess, "start", lambda *arguments: Mirror())
+    monkeypatch.setattr(agent.process, "give_signs", lambda run: None)
+    monkeypatch.setattr(agent, "_run_ranks", lambda *arguments: None)
+    monkeypatch.setattr(agent, "tell_wandb", lambda *arguments: None)
+    assert agent.main(str(run.plan), 1) == 1
+    assert seen == [pytest.approx(2 * 3600, abs=60)]
+    assert run_store.read_json(run.attempt(1) / "exit.json")["ended_at"] == pytest.approx(time.time(), abs=60)
+    assert run_store.read_status(run).state == "failed"
 
 
 def _alive(pid: int) -> bool:
