@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,23 +126,6 @@ def test_workers_that_leave_no_word_are_counted_until_the_budget_is_spent(play: 
     assert "cluster.max_infrastructure_failures=2 is used up" in played.coordinator.state()["over"]
     assert played.causes == ["infrastructure"] * 3
     assert run_store.read_status(played.run).state == "failed"
-
-
-def test_a_group_that_came_after_hours_has_waited_for_machines(play: Callable[..., Played]) -> None:
-    played, now, hour = play(), time.time(), 3600
-    played.begin("a", "n1", "n1")
-    times = {"submitted_at": now - 7 * hour, "begun_at": now - 7 * hour}
-    run_store.write_attempt(played.run, 1, replace(run_store.read_attempt(played.run, 1), **times))
-    for rank in range(2):
-        played.end(rank, KILLED)
-        played.coordinator.beat("a", rank, "failed")
-    exit_file = played.run.attempt(1) / "exit.json"
-    run_store.write_json(exit_file, run_store.read_json(exit_file) | {"ended_at": now - 6 * hour})
-    played.begin("b", "n1", "n1")
-    assert played.number == 2
-    found = module.goodput.read(played.run, time.time())
-    assert (found.queue_s, found.restart_s) == (pytest.approx(6 * hour, abs=60), 0)
-    assert found.held_s == pytest.approx(hour, abs=60)
 
 
 def test_a_limit_that_is_reached_ends_the_run_before_its_workers_load(
