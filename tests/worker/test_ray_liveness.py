@@ -25,6 +25,7 @@ from launcher.worker.ray.liveness import Liveness, Observer
 from launcher.worker.ray.reporter import Reporter
 from launcher.worker.watchdog import Limits
 
+BAD = ["bad", "bad", "n2", "n2"]
 KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
 
 
@@ -359,6 +360,72 @@ def test_an_elastic_run_goes_on_without_a_node_that_is_unfit(play: Callable[...,
     )
 
 
+def trial(played: Played, group: str, step: int) -> None:
+    """The two ranks of the nodes that are well have saved; where they are asked, they save again and leave."""
+    played.save(step)
+    for rank in (2, 3):
+        # What is found at a look is answered at the next.
+        played.coordinator.beat(group, rank, None)
+    assert played.coordinator.beat(group, 2, None)["signal"] == "USR2"
+    played.save(step + 1)
+    played.outcome("preempted", step + 1)
+    for rank in range(2):
+        played.end(rank, stopped=True)
+        verdict = played.coordinator.beat(group, 2 + rank, "done")["verdict"]
+    assert verdict["again"]
+
+
+def without_the_bad_node(play: Callable[..., Played]) -> Played:
+    """A run of four workers whose group b trains on those two whose node is well."""
+    played = play(workers=4, min_workers=2, max_infrastructure_failures=1, max_preemptions=0)
+    played.enter("a", BAD)
+    played.check("a", BAD, {"bad": "the run directory is not visible"})
+    assert played.coordinator.beat("a", 0, None)["verdict"]["again"]
+    assert [found["do"] for found in played.begin("b", *BAD) if found] == ["wait", "wait", "train", "train"]
+    assert played.coordinator.beat("b", 2, None)["signal"] is None, "what is trained would be lost"
+    return played
+
+
+def test_a_node_that_was_left_out_is_tried_again_after_a_checkpoint(play: Callable[..., Played]) -> None:
+    """What kept it was a mount that came late: nothing else would ever bring it back."""
+    played = without_the_bad_node(play)
+    trial(played, "b", 5)
+    assert "trying bad again, unfit before: the run saves and begins anew" in played.run.events.read_text()
+    assert [found["do"] for found in played.begin("c", *BAD) if found] == ["train"] * 4
+    assert run_store.read_attempt(played.run, 3).resume_step == 6
+    played.save(10)
+    assert played.coordinator.beat("c", 0, None)["signal"] is None
+    assert played.causes == ["bad_node", "resized"]
+
+
+def test_a_node_that_stays_unfit_is_tried_again_hours_later(play: Callable[..., Played], clock: list[float]) -> None:
+    played = without_the_bad_node(play)
+    trial(played, "b", 5)
+    for trained, tried, step in (("d", "c", 10), ("f", "e", 20)):
+        played.enter(tried, BAD)
+        played.check(tried, BAD, {"bad": "the run directory is not visible"})
+        assert played.coordinator.beat(tried, 0, None)["verdict"]["again"]
+        assert [found["do"] for found in played.begin(trained, *BAD) if found] == ["wait", "wait", "train", "train"]
+        for _ in range(2):
+            played.coordinator.beat(trained, 2, None)
+        played.save(step)
+        clock[0] += module._TRIAL_S - 60
+        for _ in range(2):
+            assert played.coordinator.beat(trained, 2, None)["signal"] is None
+        clock[0] += 120
+        trial(played, trained, step + 5)
+    assert played.causes == ["bad_node", "resized"] * 3
+
+
+@pytest.mark.parametrize("phase", ["finishing", "saving"])
+def test_a_run_that_ends_anyway_begins_not_again_for_a_node(play: Callable[..., Played], phase: str) -> None:
+    played = without_the_bad_node(play)
+    played.save(5)
+    for _ in range(2):
+        answer = played.coordinator.beat("b", 2, None, sign(2, 0.0, phase=phase))
+    assert answer["signal"] == (None if phase == "finishing" else "USR2")
+
+
 def test_an_elastic_run_that_has_too_few_workers_without_a_bad_node_tries_it_again(play: Callable[..., Played]) -> None:
     played = play(workers=4, min_workers=3, max_infrastructure_failures=1)
     nodes = ["n1", "n1", "bad", "bad"]
@@ -374,9 +441,10 @@ def test_an_elastic_run_that_has_too_few_workers_without_a_bad_node_tries_it_aga
     assert "cluster.max_infrastructure_failures=1 is used up" in over
 
 
-def test_an_unfit_node_is_not_tried_again_where_as_many_train_without_it(play: Callable[..., Played]) -> None:
+@pytest.mark.parametrize("min_workers", [2, 3])
+def test_an_unfit_node_is_not_tried_again_where_as_many_train_without_it(play: Callable[..., Played], min_workers: int) -> None:
     """Of three workers two train, since the batch of four rows does not divide over three."""
-    played = play(workers=4, min_workers=3)
+    played = play(workers=4, min_workers=min_workers)
     nodes = ["bad", "n1", "n2"]
     played.enter("a", nodes)
     played.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
@@ -384,6 +452,9 @@ def test_an_unfit_node_is_not_tried_again_where_as_many_train_without_it(play: C
     orders = played.begin("b", *nodes)
     assert [found["do"] for found in orders if found] == ["wait", "train", "train"]
     assert "without bad, unfit before" in played.run.events.read_text()
+    played.save(5)
+    for _ in range(2):
+        assert played.coordinator.beat("b", 1, None)["signal"] is None
 
 
 def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt(play: Callable[..., Played]) -> None:

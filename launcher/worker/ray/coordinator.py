@@ -44,6 +44,8 @@ _OPEN_DEADLINE_S = 600.0
 # Groups whose workers could not even say who they are, one after the other: then it is no accident.
 _MOST_EARLY_FAILURES = 10
 _SAME_FAILURE_S = 30.0
+# From the second time on that a node is left out to its next trial, for which the run begins again.
+_TRIAL_S = 6 * 3600.0
 # From the first failure to the end of the others, which are sent away.
 _LAST_WORDS_S = 30.0
 
@@ -73,6 +75,9 @@ class Coordinator:
         self._gone: set[str] = set()
         # Nodes that made an attempt of this run fail, and that the next ones do without where they can.
         self._unfit: tuple[str, ...] = ()
+        # Those that the last group misses, and when each that was ever missed is to be tried again.
+        self._missed: set[str] = set()
+        self._trial_at: dict[str, float] = {}
         # Of the last group that trained: its workers, and those of them that do not stay idle.
         self._size = 0
         self._trained: list[Member] = []
@@ -316,6 +321,10 @@ class Coordinator:
             run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
         self._say(*group.composition(self._number))
         group.opened_at, self._size, self._trained = time.monotonic(), group.size, group.training
+        for node in group.missed - self._missed:
+            # What a check finds may pass within seconds; a node that is broken is not to cost a restart with every checkpoint.
+            self._trial_at[node] = group.opened_at + (_TRIAL_S if node in self._trial_at else 0.0)
+        self._missed = group.missed
 
     def _after(self, group: Group) -> Decision:
         """What follows the attempt before, whose workers may have left no word: more of them came, or nodes were lost."""
@@ -353,6 +362,7 @@ class Coordinator:
                 group.saves = bool(run_store.read_json(asked).get("save", True))
                 group.asked_at = group.asked_at or now
             group.saved += self._committed.look(self._number)
+        self._look_for_trials(group, now)
         # While nodes are checked there is another deadline, and those that are sent away fall silent as they please.
         if group.failed_at is None and not self._unchecked(group):
             for text in group.look_for_hangs():
@@ -368,6 +378,14 @@ class Coordinator:
                 self._say("alert", f"Ray is about to lose {', '.join(names)}: the run saves")
                 with suppress(OSError):
                     run_store.write_json(self._run.attempt(self._number) / _DRAINED, {"nodes": names, "at": time.time()})
+
+    def _look_for_trials(self, group: Group, now: float) -> None:
+        """Begin again with the nodes that are left out, once there is a checkpoint after which they are not any more."""
+        due = sorted(node for node in group.missed if self._trial_at[node] <= now)
+        is_ending = group.failed_at is not None or group.asked_at is not None or group.drained or "finishing" in group.phases
+        if due and group.saved and not group.resizing and not is_ending:
+            group.resizing = True
+            self._say("info", f"trying {', '.join(due)} again, unfit before: the run saves and begins anew")
 
     def _signal(self, group: Group) -> str | None:
         """What the ranks that still run are told."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,9 @@ class Group:
     liveness: Liveness
     members: dict[int, Member] = field(default_factory=dict)
     trains: tuple[int, ...] = ()
-    # Its nodes that failed a check before.
+    # Its nodes that failed a check before, and those of them without which fewer ranks train.
     unfit: set[str] = field(default_factory=set)
+    missed: set[str] = field(default_factory=set)
     plan_path: str = ""
     marker: str = ""
     tried_at: float = -math.inf
@@ -94,10 +95,15 @@ class Group:
         well = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
         enough = len(well) >= (planned.config.cluster.fewest_workers or 1)
         able = well if enough else [*well, *sorted(self.members.keys() - set(well))]
-        per_node = Counter(self.members[rank].node_id for rank in able)
-        plan = fitted(planned, len(able), max(per_node.values()))
+        plan = self._fitted(planned, able)
         self.trains = tuple(sorted(able[: plan.topology.world_size]))
+        if self.unfit and enough and self._fitted(planned, self.members).topology.world_size > len(self.trains):
+            self.missed = self.unfit
         return plan
+
+    def _fitted(self, planned: LaunchPlan, ranks: Iterable[int]) -> LaunchPlan:
+        per_node = Counter(self.members[rank].node_id for rank in ranks)
+        return fitted(planned, per_node.total(), max(per_node.values()))
 
     def look_for_hangs(self) -> list[str]:
         """Find workers that say nothing any more, and ranks that train and do not go on; what there is to be said of them."""
@@ -144,7 +150,11 @@ class Group:
         said += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
         again = self.unfit & {member.node for member in self.training}
         for bad, how in ((self.unfit - again, "without"), (again, "for want of others with")):
-            said += f", {how} {', '.join(sorted(bad))}, unfit before: mend it or take it out of the cluster" if bad else ""
+            said += (
+                f", {how} {', '.join(sorted(bad))}, unfit before: mend it, or take it away with `ray drain-node`" if bad else ""
+            )
+        said += ", for which the run saves first" if self.unfit else ""
+        said += "; it is tried again later" if self.missed else ""
         return "alert" if self.unfit else "info", said
 
     @property
