@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +42,11 @@ _OF_BEST = (*_NO_METRICS, *LOWEST)
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
 _SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-# W&B takes titles of up to 63 characters.
-_MOST_NAMED = 40
+# W&B takes titles of fewer than 64 characters.
+_MOST_TITLE, _MOST_NAMED = 63, 30
+# W&B drops an alert with the title of one before for so long, by default a minute. How often a thing is told is decided here
+# (launcher.tracking.alerts), and two things may begin with the same words. It takes 0 for its default.
+_WAIT = timedelta(milliseconds=1)
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # What wandb-core writes when it gives up on sending for good: the key was revoked, the run deleted.
 _GIVEN_UP = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
@@ -190,8 +194,9 @@ class Session:
         self._caught_up = False
 
     def alert(self, text: str, step: int | None) -> None:
-        at = "" if step is None else f" at step {step}"
-        self._run.alert(f"{str(self._run.name)[:_MOST_NAMED]}{at}", redacted(text, os.environ), level="WARN")
+        at, text = "" if step is None else f" at step {step}", redacted(text, os.environ)
+        title = f"{str(self._run.name)[:_MOST_NAMED]}{at}: {text.partition(':')[0]}"
+        self._run.alert(title[:_MOST_TITLE], text, level="WARN", wait_duration=_WAIT)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))

@@ -115,8 +115,8 @@ def test_alerts_reach_those_who_have_asked_for_them(make_plan: PlanMaker, run_di
     trackers.finish("completed")
     alerts = [record["alert"] for record in records(run_dir) if record["type"] == "alert"]
     assert [(alert["title"], alert["text"], alert["level"]) for alert in alerts] == [
-        ("demo-run at step 7", "the loss jumped", "WARN"),
-        ("demo-run at step 8", "the machine was asked to stop", "WARN"),
+        ("demo-run at step 7: the loss jumped", "the loss jumped", "WARN"),
+        ("demo-run at step 8: the machine was asked to stop", "the machine was asked to stop", "WARN"),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_d
     assert config["plan_digest"] == plan.digest()
     assert config["provenance"]["launcher_version"] == plan.provenance.launcher_version
     assert [(alert["title"], alert["text"], alert["severity"]) for alert in server.alerts] == [
-        ("demo-run at step 2", "the loss jumped", "WARN")
+        ("demo-run at step 2: the loss jumped", "the loss jumped", "WARN")
     ]
     first, second = server.artifacts
     assert (first["artifactTypeName"], first["artifactCollectionName"]) == ("checkpoint", "checkpoint-abcd1234")
@@ -99,6 +100,23 @@ def test_after_a_crash_no_step_is_missing_and_none_is_there_twice(make_plan: Pla
     assert {"best/eval_loss": 1.0, "best/train_loss_step": 14}.items() <= server.run().summary.items()
     assert server.run().exits == [0]
     assert not alerts(plan)
+
+
+def test_all_alerts_of_a_moment_are_sent_on(make_plan: PlanMaker, server: FakeWandb) -> None:
+    """Also those whose titles are the same, as W&B takes only so much of them."""
+    texts = ["attempt 1 ended (failure): what it said", "the checkpoint of step 9 is damaged", *(f"{'w' * 60} {i}" for i in "12")]
+    with rank(make_plan(), base_url=server.address) as it:
+        it.start_and_wait()
+        for text in texts:
+            it.event("alert", text)
+            # The least that W&B waits is a millisecond.
+            time.sleep(0.05)
+        it.finish("completed")
+    assert sorted(alert["text"] for alert in server.alerts) == sorted(texts)
+    titles = {alert["title"] for alert in server.alerts}
+    assert len(titles) == 3
+    assert "demo-run: attempt 1 ended (failure)" in titles
+    assert max(map(len, titles)) == 63
 
 
 # W&B asks every 15 s whether it is to stop.
