@@ -26,7 +26,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.best import LOWEST, Best
 from launcher.tracking.jsonl import lines_of, merged
-from launcher.tracking.wandb_steps import offsets
+from launcher.tracking.wandb_steps import offsets, repeats
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
@@ -258,14 +258,26 @@ class Session:
 
 
 def _returns(run: RunDir) -> dict[int, int]:
-    """The attempts for which a person has asked for the checkpoint of a step, and that step."""
+    """The attempts for which a person has asked for the step of a checkpoint or changed what steps compute; where they began."""
     found = {}
+    before = _plan_at(run.plan)
     for number in run_store.attempt_numbers(run):
         with suppress(OSError, LauncherError):
             attempt = run_store.read_attempt(run, number)
-            if attempt.pinned:
+            # Those that no person has started may have plans of their own, for other numbers of ranks.
+            after = before if attempt.automatic else _plan_at(run.attempt(number) / "plan.json") or before
+            changed = before is not None and after is not None and not repeats(before, after)
+            if attempt.pinned or changed:
                 found[number] = attempt.resume_step or 0
+            before = after
     return found
+
+
+def _plan_at(path: Path) -> LaunchPlan | None:
+    """The plan in a file; None where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        return LaunchPlan.load(path)
+    return None
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:
