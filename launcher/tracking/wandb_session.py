@@ -7,6 +7,7 @@ a crash, a dead network or a killed process has kept from W&B come later, and no
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -89,7 +90,7 @@ class Session:
         except ImportError as error:
             raise _cannot_start(str(error), "install it with: pip install wandb, or set tracking=none") from error
 
-        self._run_dir = run
+        self._plan, self._run_dir = plan, run
         config = plan.config.tracking
         before = folders(run, plan.wandb_id)
         try:
@@ -148,7 +149,7 @@ class Session:
         self._run.define_metric("*", step_metric="trainer/step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send metrics of a step, after those of all steps before it that W&B lacks."""
+        """Send all metrics of a step, after those of all steps before it that W&B lacks."""
         self.catch_up(step)
         self._best.add(step, metrics)
         if step + self._offset > self._known:
@@ -159,7 +160,9 @@ class Session:
     def catch_up(self, before: float) -> None:
         """Send the lines of metrics.jsonl of the steps before `before` that W&B lacks; once for each session.
 
-        Steps that a person has gone back over are shown beside those that were trained before.
+        Steps that a person has gone back over, or that are trained anew with other settings, are shown beside those that were
+        trained before. Of all lines, those of a last step whose evaluation is missing stay out: W&B takes nothing more for a step
+        that it has, and a person may resume the run.
         """
         if self._caught_up:
             return
@@ -181,13 +184,20 @@ class Session:
             if step + offset > self._known and (step < before or offset < self._offset):
                 lacking.setdefault(offset, []).append(line)
         for offset, lines in sorted(lacking.items()):
-            for line in merged(lines):
+            rows = merged(lines)
+            if before == math.inf and offset == self._offset and self._lacks_evaluation(rows[-1]):
+                rows.pop()
+            for line in rows:
                 metrics = {name: value for name, value in line.items() if name not in _NO_METRICS}
                 self._log(line["trainer/step"], metrics, offset)
 
+    def _lacks_evaluation(self, row: Mapping[str, Any]) -> bool:
+        return self._plan.evaluates_at(row["trainer/step"]) and not any(name.startswith("eval/") for name in row)
+
     def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
         # A step among the metrics is a float, as all of them, which W&B does not take for its own step.
-        self._run.log({**metrics, "trainer/step": step}, step=int(step + offset))
+        # Committed: W&B's process would hold it back until the next step.
+        self._run.log({**metrics, "trainer/step": step}, step=int(step + offset), commit=True)
 
     def fall_behind(self) -> None:
         """Something was left out: look at metrics.jsonl again before the next step."""

@@ -9,11 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hand_made
 import pytest
+from plan_fixtures import DATA
 from rank_tools import QUICK_S, alerts, has_steps, infos, rank, wait_for
 from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker.last_word import tell_wandb
 
 PlanMaker = Callable[..., LaunchPlan]
 
@@ -117,6 +122,35 @@ def test_all_alerts_of_a_moment_are_sent_on(make_plan: PlanMaker, server: FakeWa
     assert len(titles) == 3
     assert "demo-run: attempt 1 ended (failure)" in titles
     assert max(map(len, titles)) == 63
+
+
+@pytest.mark.parametrize("for_good", [False, True], ids=["it goes on by itself", "a person resumes it"])
+def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
+    make_plan: PlanMaker, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, for_good: bool
+) -> None:
+    plan = make_plan().model_copy(update={"data": DATA})
+    plan = hand_made.changed(plan, "train.eval_every=2")
+    with rank(plan, base_url=server.address) as it:
+        it.start_and_wait()
+        it.steps(1, 4)
+        wait_for("W&B to have all steps before the last", has_steps(server, 3))
+        it.finish("failed")
+    if for_good:
+        run = RunDir(Path(plan.run_dir))
+        run_store.write_status(run, run_store.Status("failed", 1, 4, 40))
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        tell_wandb(plan, run.plan, run, 1)
+        assert len(server.run().exits) == 2
+    assert server.run().steps == [1, 2, 3]
+    with rank(plan, attempt=2, automatic=not for_good, base_url=server.address) as it:
+        it.start()
+        it.steps(3, 4)
+        it.log(4, {"eval/held_out/loss": 1.0})
+        it.steps(5, 5)
+        it.finish("completed")
+    assert server.run().steps == [1, 2, 3, 4, 5]
+    assert server.run().rows()[3].items() >= {"train/loss": 9.96, "eval/held_out/loss": 1.0}.items()
 
 
 # W&B asks every 15 s whether it is to stop.
