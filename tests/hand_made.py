@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.checkpoint import durable, store
+from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
 from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
 from launcher.plan.run_dir import RunDir
@@ -59,6 +60,11 @@ def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None =
         provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
     )
     return made.model_copy(update=parts)
+
+
+def changed(plan: LaunchPlan, *overrides: str) -> LaunchPlan:
+    """The plan with other settings, and with the same numbers."""
+    return plan.model_copy(update={"config": with_overrides(plan.config, overrides)})
 
 
 def checkpoint(run: RunDir, step: int, loss: float | None, attempt: int) -> Path:

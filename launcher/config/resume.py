@@ -17,11 +17,10 @@ from launcher.config.settings import settings
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
 
-# What may change without changing what the run is: how long, how often, where, and where it is told.
-CHANGEABLE = (
+# What changes nothing that a step computes: how long, how often, where, and where it is told.
+WITHOUT_EFFECT = (
     "train.max_steps",
     "train.epochs",
-    "train.micro_batch_size",
     "train.eval_every",
     "train.save_every",
     "train.keep_last",
@@ -35,18 +34,23 @@ CHANGEABLE = (
     "train.sample",
     "train.sample_max_tokens",
     "train.export",
-    "train.mirror",
-    "train.loss_chunk_tokens",
     "data.workers",
     "run.max_hours",
     "run.max_usd",
-    "model.attention",
     "model.activation_checkpointing",
+    "cluster.",
+    "tracking.",
+)
+
+# What may change without changing what the run is.
+CHANGEABLE = (
+    *WITHOUT_EFFECT,
+    "train.micro_batch_size",
+    "train.loss_chunk_tokens",
+    "model.attention",
     "model.liger",
     "optim.lr",
-    "cluster.",
     "deepspeed.",
-    "tracking.",
 )
 
 # What cannot change: the checkpoint has the parameters of one architecture, and the run lies where it lies. What starts with
@@ -73,6 +77,12 @@ def differences(saved: RunConfig, asked: RunConfig) -> list[Difference]:
     """The settings that may not change freely and differ, key by key in the schema's order."""
     found = differing(saved.model_dump(mode="json"), asked.model_dump(mode="json"))
     return [difference for difference in found if not _is_one_of(difference.key, CHANGEABLE)]
+
+
+def computes_alike(before: RunConfig, after: RunConfig) -> bool:
+    """Whether a step has the same result under both, but for the learning rate of a schedule over another number of steps."""
+    found = differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
+    return all(_is_one_of(difference.key, WITHOUT_EFFECT) for difference in found)
 
 
 def differing(saved: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[Difference]:

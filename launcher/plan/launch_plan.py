@@ -222,6 +222,12 @@ class LaunchPlan(Record):
         parts = (zero.get(key, {}) for key in ("offload_optimizer", "offload_param"))
         return next((Path(part["nvme_path"]) for part in parts if "nvme_path" in part), None)
 
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the held-out loss is measured after a step, unless training stops there before the last one."""
+        every = self.config.train.eval_every
+        due = step == self.batch.max_steps or (every > 0 and step % every == 0)
+        return due and self.data is not None and self.data.num_eval_rows > 0
+
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -50,6 +51,10 @@ class _Call:
 class WandbTracker:
     """Sends metrics, alerts, checkpoints and the summary to the W&B run of the plan's id.
 
+    The metrics of a step are one row, sent when the next step begins: W&B takes nothing more for a step that it has, and a rank
+    may die between training and evaluation. An attempt that fails keeps its last row to itself: the next one comes to that step
+    again, or sends it.
+
     Nothing waits for W&B to start, and no trouble of W&B's is raised. Where it does not answer it is tried again all the while;
     a W&B process that dies is replaced. What W&B lacks then is sent from metrics.jsonl. Where W&B refuses the run, files are
     written that can be uploaded later. The first trouble is told as an alert, others once as information, through `tell` (kind,
@@ -71,6 +76,8 @@ class WandbTracker:
         self._refused = False
         self._failure = ""
         self._last_step = -1
+        # What has been measured at that step, until the next one begins.
+        self._row: dict[str, float] = {}
         # When the call was made that the thread is at.
         self._at: float | None = None
         self._export_s = 0.0
@@ -80,8 +87,11 @@ class WandbTracker:
         self._artifact_thread = _start(self._work_artifacts, "wandb-artifacts")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step != self._last_step:
+            self._send_row()
         self._last_step = step
-        self._put(_Call(lambda session: session.log(step, metrics), step))
+        self._row |= metrics
+        self._pass_on()
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
         """W&B sends alerts to whoever has asked it to; checkpoints are kept by reference, the export where asked for."""
@@ -111,11 +121,13 @@ class WandbTracker:
         """Upload what is pending, in at most FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S seconds; an export has longer, by its size.
 
         With `everything`, the lines of metrics.jsonl that no session has sent go as well, even those of steps that no attempt
-        has gone on from.
+        has gone on from, and the last row of an attempt that has failed, unless its evaluation is missing.
 
         Where it took longer or failed, the files stay, and what is told says how to upload them, and whether all is in them.
         """
-        upto = float("inf") if everything else self._last_step + 1
+        upto = math.inf if everything else self._last_step + (state != "failed")
+        if state != "failed":
+            self._send_row()
         given = threading.Event()
 
         def catch_up(session: Session) -> None:
@@ -146,6 +158,11 @@ class WandbTracker:
             self._tell("info" if self._alerted else "alert", text, sync_command=command)
         elif self._offline:
             self._tell("info", f"Weights & Biases was offline; upload with: {command}", sync_command=command)
+
+    def _send_row(self) -> None:
+        if self._row:
+            step, row, self._row = self._last_step, self._row, {}
+            self._put(_Call(lambda session: session.log(step, row), step))
 
     def _put(self, call: _Call) -> None:
         if (at := self._at) is not None and (late_s := call.at - at) > PATIENCE_S:

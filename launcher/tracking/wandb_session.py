@@ -7,6 +7,7 @@ a crash, a dead network or a killed process has kept from W&B come later, and no
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.best import LOWEST, Best
 from launcher.tracking.jsonl import lines_of, merged
-from launcher.tracking.wandb_steps import offsets
+from launcher.tracking.wandb_steps import offsets, repeats
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
@@ -41,8 +43,11 @@ _OF_BEST = (*_NO_METRICS, *LOWEST)
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
 _SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-# W&B takes titles of up to 63 characters.
-_MOST_NAMED = 40
+# W&B takes titles of fewer than 64 characters.
+_MOST_TITLE, _MOST_NAMED = 63, 30
+# W&B drops an alert with the title of one before for so long, by default a minute. How often a thing is told is decided here
+# (launcher.tracking.alerts), and two things may begin with the same words. It takes 0 for its default.
+_WAIT = timedelta(milliseconds=1)
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # What wandb-core writes when it gives up on sending for good: the key was revoked, the run deleted.
 _GIVEN_UP = re.compile(r"filestream: fatal error: (.{1,200}?)(?: url=|\"|$)")
@@ -85,7 +90,7 @@ class Session:
         except ImportError as error:
             raise _cannot_start(str(error), "install it with: pip install wandb, or set tracking=none") from error
 
-        self._run_dir = run
+        self._plan, self._run_dir = plan, run
         config = plan.config.tracking
         before = folders(run, plan.wandb_id)
         try:
@@ -144,7 +149,7 @@ class Session:
         self._run.define_metric("*", step_metric="trainer/step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Send metrics of a step, after those of all steps before it that W&B lacks."""
+        """Send all metrics of a step, after those of all steps before it that W&B lacks."""
         self.catch_up(step)
         self._best.add(step, metrics)
         if step + self._offset > self._known:
@@ -155,7 +160,9 @@ class Session:
     def catch_up(self, before: float) -> None:
         """Send the lines of metrics.jsonl of the steps before `before` that W&B lacks; once for each session.
 
-        Steps that a person has gone back over are shown beside those that were trained before.
+        Steps that a person has gone back over, or that are trained anew with other settings, are shown beside those that were
+        trained before. Of all lines, those of a last step whose evaluation is missing stay out: W&B takes nothing more for a step
+        that it has, and a person may resume the run.
         """
         if self._caught_up:
             return
@@ -177,21 +184,29 @@ class Session:
             if step + offset > self._known and (step < before or offset < self._offset):
                 lacking.setdefault(offset, []).append(line)
         for offset, lines in sorted(lacking.items()):
-            for line in merged(lines):
+            rows = merged(lines)
+            if before == math.inf and offset == self._offset and self._lacks_evaluation(rows[-1]):
+                rows.pop()
+            for line in rows:
                 metrics = {name: value for name, value in line.items() if name not in _NO_METRICS}
                 self._log(line["trainer/step"], metrics, offset)
 
+    def _lacks_evaluation(self, row: Mapping[str, Any]) -> bool:
+        return self._plan.evaluates_at(row["trainer/step"]) and not any(name.startswith("eval/") for name in row)
+
     def _log(self, step: int, metrics: Mapping[str, float], offset: int) -> None:
         # A step among the metrics is a float, as all of them, which W&B does not take for its own step.
-        self._run.log({**metrics, "trainer/step": step}, step=int(step + offset))
+        # Committed: W&B's process would hold it back until the next step.
+        self._run.log({**metrics, "trainer/step": step}, step=int(step + offset), commit=True)
 
     def fall_behind(self) -> None:
         """Something was left out: look at metrics.jsonl again before the next step."""
         self._caught_up = False
 
     def alert(self, text: str, step: int | None) -> None:
-        at = "" if step is None else f" at step {step}"
-        self._run.alert(f"{str(self._run.name)[:_MOST_NAMED]}{at}", redacted(text, os.environ), level="WARN")
+        at, text = "" if step is None else f" at step {step}", redacted(text, os.environ)
+        title = f"{str(self._run.name)[:_MOST_NAMED]}{at}: {text.partition(':')[0]}"
+        self._run.alert(title[:_MOST_TITLE], text, level="WARN", wait_duration=_WAIT)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
@@ -253,14 +268,26 @@ class Session:
 
 
 def _returns(run: RunDir) -> dict[int, int]:
-    """The attempts for which a person has asked for the checkpoint of a step, and that step."""
+    """The attempts for which a person has asked for the step of a checkpoint or changed what steps compute; where they began."""
     found = {}
+    before = _plan_at(run.plan)
     for number in run_store.attempt_numbers(run):
         with suppress(OSError, LauncherError):
             attempt = run_store.read_attempt(run, number)
-            if attempt.pinned:
+            # Those that no person has started may have plans of their own, for other numbers of ranks.
+            after = before if attempt.automatic else _plan_at(run.attempt(number) / "plan.json") or before
+            changed = before is not None and after is not None and not repeats(before, after)
+            if attempt.pinned or changed:
                 found[number] = attempt.resume_step or 0
+            before = after
     return found
+
+
+def _plan_at(path: Path) -> LaunchPlan | None:
+    """The plan in a file; None where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        return LaunchPlan.load(path)
+    return None
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:

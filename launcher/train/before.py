@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
+from launcher.plan.xids import BROKEN
 from launcher.tracking.jsonl import read_events
 
 # The field, in the alert by which a node's agent tells that it starts its ranks again, of how often it has.
 RESTART = "restart"
+# GPU faults that are named; one of a switch shows on all GPUs.
+_MOST_FAULTS = 3
+_BROKEN = tuple(f"Xid {number} " for number in BROKEN)
 
 
 class Failure(NamedTuple):
@@ -25,13 +30,16 @@ class Failure(NamedTuple):
 def failure_before(run: RunDir, number: int) -> Failure | None:
     """What made the agents start ranks again within attempt `number`, else what ended the attempt that it follows by itself.
 
-    None where the ranks have told it themselves, where there are only more of them now, or where it cannot be read.
+    None where the ranks have told it themselves, where there are only more of them now, or where it cannot be read. The faults of
+    GPUs that they had recorded are named as well: no rank has told those of, if no step came after them.
     """
     with suppress(OSError, LauncherError, KeyError, TypeError):
         alerts = [event for event in read_events(run.events) if event["kind"] == "alert"]
-        restarts = [event["text"] for event in alerts if event["attempt"] == number and RESTART in event["fields"]]
+        own = [event for event in alerts if event["attempt"] == number]
+        restarts = [i for i, event in enumerate(own) if RESTART in event["fields"]]
         if restarts:
-            return Failure(str(restarts[-1]), recorded=True)
+            since = restarts[-2] if len(restarts) > 1 else 0
+            return Failure(f"{own[restarts[-1]]['text']}{gpu_faults(own[since : restarts[-1]])}", recorded=True)
         if number == 1 or not run_store.read_attempt(run, number).automatic:
             return None
         folder = run.attempt(number - 1)
@@ -40,6 +48,20 @@ def failure_before(run: RunDir, number: int) -> Failure | None:
             first = ended["first_failure"]
             log = f" (log: {first['log']})" if first else ""
             how = f"ended ({ended['cause']}): "
-            recorded = any(event["attempt"] == number - 1 and how in event["text"] for event in alerts)
-            return Failure(f"attempt {number - 1} {how}{ended['message']}{log}; this one follows it", recorded)
+            told = [event for event in alerts if event["attempt"] == number - 1]
+            recorded = any(how in event["text"] for event in told)
+            words = f"attempt {number - 1} {how}{ended['message']}{log}; this one follows it{gpu_faults(told)}"
+            return Failure(words, recorded)
     return None
+
+
+def gpu_faults(alerts: Iterable[Mapping[str, Any]]) -> str:
+    """What ranks have recorded among `alerts` of the faults of their GPUs, as the end of a sentence; empty where nothing.
+
+    Those that a GPU has not got over come first: others follow them, on many GPUs.
+    """
+    found = list(dict.fromkeys(str(alert["text"]) for alert in alerts if str(alert["text"]).startswith("Xid ")))
+    found.sort(key=lambda text: not text.startswith(_BROKEN))
+    more = len(found) - _MOST_FAULTS
+    named = [*found[:_MOST_FAULTS], *([f"{more} more"] if more > 0 else [])]
+    return f"; GPU faults: {'; '.join(named)}" if named else ""

@@ -200,7 +200,7 @@ class _Session:
             stopped = self._train_step(stop)
             # What is due at the end, or before stopping, follows below in any case.
             if stopped is None and self.step < self.max_steps:
-                if train.eval_every and self.step % train.eval_every == 0:
+                if self.plan.evaluates_at(self.step):
                     self._evaluate(f"at step {self.step}", stop)
                 # After a skipped step there is nothing to add to the checkpoint before, and good ones would be pruned.
                 if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:

@@ -88,6 +88,7 @@ def test_machines_that_are_about_to_go_are_an_alert(start: Callable, runs: Path,
     assert [(event["step"], event["text"]) for event in read_events(run / "events.jsonl") if event["kind"] == "alert"] == [
         (stopped_at, words)
     ]
-    assert [(alert["title"], alert["text"]) for alert in server.alerts] == [(f"preempted at step {stopped_at}", words)]
+    title = f"preempted at step {stopped_at}: {words}"[:63]
+    assert [(alert["title"], alert["text"]) for alert in server.alerts] == [(title, words)]
     assert tracked(server).preempting
     assert not processes_of(run)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import hand_made
 import psutil
 import pytest
 import wandb
@@ -115,8 +116,8 @@ def test_alerts_reach_those_who_have_asked_for_them(make_plan: PlanMaker, run_di
     trackers.finish("completed")
     alerts = [record["alert"] for record in records(run_dir) if record["type"] == "alert"]
     assert [(alert["title"], alert["text"], alert["level"]) for alert in alerts] == [
-        ("demo-run at step 7", "the loss jumped", "WARN"),
-        ("demo-run at step 8", "the machine was asked to stop", "WARN"),
+        ("demo-run at step 7: the loss jumped", "the loss jumped", "WARN"),
+        ("demo-run at step 8: the machine was asked to stop", "the machine was asked to stop", "WARN"),
     ]
 
 
@@ -195,18 +196,25 @@ def test_a_hung_wandb_ends_with_a_message_and_the_process_exits(make_plan: PlanM
     assert "metrics.jsonl has it all; upload what W&B's files have with: wandb sync" in alerts[0]["text"]
 
 
-def test_steps_that_a_person_has_gone_back_over_are_shown(make_plan: PlanMaker, run_dir: Path) -> None:
-    """As they are for the attempts that follow, which go on after a crash."""
-    run, began = RunDir(run_dir), ((1, None, (1, 6)), (2, 3, (4, 8)), (3, None, (7, 9)))
+@pytest.mark.parametrize("how", ["with --step", "with other settings"])
+def test_steps_that_a_person_has_gone_back_over_are_shown(make_plan: PlanMaker, run_dir: Path, how: str) -> None:
+    """As they are for the attempts that follow, which go on after a crash, or with the same settings."""
+    run, plan, began = RunDir(run_dir), make_plan(), ((1, None, (1, 6)), (2, 3, (4, 8)), (3, 6, (7, 9)))
+    run.plan.write_text(plan.to_json())
     for attempt, back, (first, last) in began:
         run.attempt(attempt).mkdir(exist_ok=True)
-        run_store.write_attempt(run, attempt, run_store.Attempt(back, pinned=back is not None))
-        trackers = start_trackers(make_plan(), run_dir, attempt, on_stop=no_stop)
+        run_store.write_attempt(run, attempt, run_store.Attempt(back, pinned=attempt == 2 and how == "with --step"))
+        if attempt == 2 and how == "with other settings":
+            plan = hand_made.changed(plan, "optim.lr=5e-6")
+        if attempt > 1:
+            run_store.write_plan(run, attempt, plan)
+        trackers = start_trackers(plan, run_dir, attempt, on_stop=no_stop)
         for step in range(first, last + 1):
             trackers.log(step, {"train/loss": float(attempt)})
-        trackers.finish("failed")
+        trackers.finish("completed" if attempt == 3 else "failed")
         time.sleep(1.1)
     shown = [(item["_step"], item["trainer/step"], item["train/loss"]) for item in history(run_dir)]
     before = [(step, step, 1) for step in range(1, 7)]
-    after = [(step + 3, step, 2) for step in range(4, 9)]
-    assert shown == [*before, *after, (12, 9, 3)]
+    after = [(step + 3, step, 2) for step in range(4, 8)]
+    # The last row of an attempt that fails is the next one's.
+    assert shown == [*before, *after, (11, 8, 3), (12, 9, 3)]

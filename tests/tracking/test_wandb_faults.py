@@ -158,6 +158,22 @@ def test_a_server_that_is_back_gets_everything(make_plan: PlanMaker, server: Fak
     assert len(alerts(plan)) == 2
 
 
+def test_a_row_is_whole_where_wandb_comes_back_within_its_step(make_plan: PlanMaker, server: FakeWandb) -> None:
+    plan, server.fault = make_plan(), "error"
+    with rank(plan, base_url=server.address) as it:
+        it.limits(**LIMITS)
+        it.start()
+        it.steps(1, 5)
+        wait_for("the warning", lambda: it.event("note", "still here") and alerts(plan))
+        server.fault = None
+        time.sleep(LIMITS["RETRY_S"])
+        it.log(5, {"eval/held_out/loss": 1.0})
+        it.steps(6, 6)
+        it.finish("completed")
+    assert server.run().steps == [1, 2, 3, 4, 5, 6]
+    assert server.run().rows()[4].items() >= {"train/loss": 9.95, "eval/held_out/loss": 1.0}.items()
+
+
 @pytest.mark.parametrize("online", [True, False], ids=["online", "offline"])
 def test_a_killed_process_is_replaced(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, online: bool) -> None:
     plan = make_plan()

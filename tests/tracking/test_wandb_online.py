@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hand_made
 import pytest
+from plan_fixtures import DATA
 from rank_tools import QUICK_S, alerts, has_steps, infos, rank, wait_for
 from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
+from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker.last_word import tell_wandb
 
 PlanMaker = Callable[..., LaunchPlan]
 
@@ -58,7 +64,7 @@ def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_d
     assert config["plan_digest"] == plan.digest()
     assert config["provenance"]["launcher_version"] == plan.provenance.launcher_version
     assert [(alert["title"], alert["text"], alert["severity"]) for alert in server.alerts] == [
-        ("demo-run at step 2", "the loss jumped", "WARN")
+        ("demo-run at step 2: the loss jumped", "the loss jumped", "WARN")
     ]
     first, second = server.artifacts
     assert (first["artifactTypeName"], first["artifactCollectionName"]) == ("checkpoint", "checkpoint-abcd1234")
@@ -99,6 +105,52 @@ def test_after_a_crash_no_step_is_missing_and_none_is_there_twice(make_plan: Pla
     assert {"best/eval_loss": 1.0, "best/train_loss_step": 14}.items() <= server.run().summary.items()
     assert server.run().exits == [0]
     assert not alerts(plan)
+
+
+def test_all_alerts_of_a_moment_are_sent_on(make_plan: PlanMaker, server: FakeWandb) -> None:
+    """Also those whose titles are the same, as W&B takes only so much of them."""
+    texts = ["attempt 1 ended (failure): what it said", "the checkpoint of step 9 is damaged", *(f"{'w' * 60} {i}" for i in "12")]
+    with rank(make_plan(), base_url=server.address) as it:
+        it.start_and_wait()
+        for text in texts:
+            it.event("alert", text)
+            # The least that W&B waits is a millisecond.
+            time.sleep(0.05)
+        it.finish("completed")
+    assert sorted(alert["text"] for alert in server.alerts) == sorted(texts)
+    titles = {alert["title"] for alert in server.alerts}
+    assert len(titles) == 3
+    assert "demo-run: attempt 1 ended (failure)" in titles
+    assert max(map(len, titles)) == 63
+
+
+@pytest.mark.parametrize("for_good", [False, True], ids=["it goes on by itself", "a person resumes it"])
+def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
+    make_plan: PlanMaker, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, for_good: bool
+) -> None:
+    plan = make_plan().model_copy(update={"data": DATA})
+    plan = hand_made.changed(plan, "train.eval_every=2")
+    with rank(plan, base_url=server.address) as it:
+        it.start_and_wait()
+        it.steps(1, 4)
+        wait_for("W&B to have all steps before the last", has_steps(server, 3))
+        it.finish("failed")
+    if for_good:
+        run = RunDir(Path(plan.run_dir))
+        run_store.write_status(run, run_store.Status("failed", 1, 4, 40))
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", server.address)
+        tell_wandb(plan, run.plan, run, 1)
+        assert len(server.run().exits) == 2
+    assert server.run().steps == [1, 2, 3]
+    with rank(plan, attempt=2, automatic=not for_good, base_url=server.address) as it:
+        it.start()
+        it.steps(3, 4)
+        it.log(4, {"eval/held_out/loss": 1.0})
+        it.steps(5, 5)
+        it.finish("completed")
+    assert server.run().steps == [1, 2, 3, 4, 5]
+    assert server.run().rows()[3].items() >= {"train/loss": 9.96, "eval/held_out/loss": 1.0}.items()
 
 
 # W&B asks every 15 s whether it is to stop.

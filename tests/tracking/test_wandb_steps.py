@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import hand_made
 import pytest
 
-from launcher.tracking.wandb_steps import offsets
+from launcher.tracking.wandb_steps import offsets, repeats
 
 
 @pytest.mark.parametrize(
@@ -21,3 +24,30 @@ def test_what_follows_a_return_comes_after_all_before(
     last_steps: dict[int, int], returns: dict[int, int], expected: dict[int, int]
 ) -> None:
     assert offsets(last_steps, returns) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "same"),
+    [
+        ([], True),
+        (
+            ["cluster.ranks_per_node=1", "tracking.project=x", "train.log_every=5", "model.activation_checkpointing=true"],
+            True,
+        ),
+        (["optim.lr=5e-6"], False),
+        (["model.attention=eager"], False),
+        (["train.micro_batch_size=1"], False),
+        (["deepspeed.quantized_weights=true"], False),
+        (["run.seed=7"], False),
+    ],
+)
+def test_what_decides_the_results_of_a_step_is_told_from_the_rest(tmp_path: Path, overrides: list[str], same: bool) -> None:
+    plan = hand_made.plan(tmp_path, hand_made.SETTINGS)
+    assert repeats(plan, hand_made.changed(plan, *overrides)) == same
+
+
+@pytest.mark.parametrize(("schedule", "same"), [("cosine", False), ("constant", True)])
+def test_a_schedule_looks_at_the_number_of_steps(tmp_path: Path, schedule: str, same: bool) -> None:
+    plan = hand_made.changed(hand_made.plan(tmp_path, hand_made.SETTINGS), f"optim.schedule={schedule}")
+    longer = hand_made.changed(plan, "train.max_steps=80")
+    assert repeats(plan, longer.model_copy(update={"batch": plan.batch.model_copy(update={"max_steps": 80})})) == same

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import threading
 import time
@@ -67,6 +68,7 @@ class FakeWandb:
     upload_s: float = 0.0
     runs: dict[str, Run] = field(default_factory=dict)
     alerts: list[dict[str, Any]] = field(default_factory=list)
+    alerted_at: dict[str, float] = field(default_factory=dict)
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     uploads: dict[str, bytes] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
@@ -189,7 +191,11 @@ class FakeWandb:
         return {"upsertBucket": {"bucket": {"id": run.name, "name": run.name, **known, **counts}, "inserted": inserted}}
 
     def _alert(self, asked: dict[str, Any]) -> Any:
-        self.alerts.append(asked)
+        """One with the title of another within its waitDuration, in milliseconds, is not sent on."""
+        now = time.monotonic()
+        if now - self.alerted_at.get(asked["title"], -math.inf) >= asked["waitDuration"] / 1000:
+            self.alerted_at[asked["title"]] = now
+            self.alerts.append(asked)
         return {"notifyScriptableRunAlert": {"success": True}}
 
     def _run_files(self, asked: dict[str, Any]) -> Any:

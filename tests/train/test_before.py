@@ -75,6 +75,30 @@ def test_ranks_that_are_started_again_tell_the_last_reason(run: RunDir) -> None:
     assert failure_before(run, 2) == Failure("the second", recorded=True)
 
 
+def test_gpu_faults_that_no_rank_could_tell_are_named(run: RunDir) -> None:
+    ended(run, "infrastructure", None)
+    append_event(run, 2, "alert", "Xid 94 on GPU 1: of another attempt")
+    for gpu in range(3):
+        append_event(run, 1, "alert", f"Xid 45 on GPU {gpu}: work was taken off the GPU (rank {gpu} on n1)")
+    for _ in range(2):
+        append_event(run, 1, "alert", "Xid 79 on GPU 3: fallen off the bus (rank 3 on n1)")
+    told = failure_before(run, 2)
+    assert told is not None
+    assert told.words.endswith(
+        "this one follows it; GPU faults: Xid 79 on GPU 3: fallen off the bus (rank 3 on n1); Xid 45 on GPU 0: work was taken "
+        "off the GPU (rank 0 on n1); Xid 45 on GPU 1: work was taken off the GPU (rank 1 on n1); 1 more"
+    )
+
+
+def test_gpu_faults_before_a_restart_are_named_once(run: RunDir) -> None:
+    for count in (1, 2):
+        append_event(run, 2, "alert", f"Xid 48 on GPU {count}: uncorrectable memory error (rank {count} on n1)")
+        append_event(run, 2, "alert", f"restart {count}", **{RESTART: count})
+    append_event(run, 2, "alert", "Xid 31 on GPU 7: of the ranks that run now")
+    words = "restart 2; GPU faults: Xid 48 on GPU 2: uncorrectable memory error (rank 2 on n1)"
+    assert failure_before(run, 2) == Failure(words, recorded=True)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
 def test_what_cannot_be_read_keeps_nobody_from_training(run: RunDir, text: str) -> None:
     (run.attempt(1) / "exit.json").write_text(text)

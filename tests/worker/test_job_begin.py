@@ -21,7 +21,7 @@ from launcher.worker import job, network
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Attempts whose failure W&B is told."""
+    """Attempts of whose end W&B is told."""
     found: list[int] = []
     monkeypatch.setattr(job, "tell_wandb", lambda plan, plan_path, run, attempt: found.append(attempt))
     return found
@@ -198,7 +198,7 @@ def test_a_spent_budget_refuses_the_next_start(
 
 @pytest.mark.parametrize("numbered", [False, True])
 def test_a_limit_that_is_reached_loads_no_model(
-    submitted: Callable[..., Job], in_slurm: Callable[..., None], numbered: bool
+    submitted: Callable[..., Job], in_slurm: Callable[..., None], told: list[int], numbered: bool
 ) -> None:
     """Also where the attempt was numbered before its job waited."""
     of = submitted()
@@ -217,6 +217,7 @@ def test_a_limit_that_is_reached_loads_no_model(
     assert (code, out, err) == (0, "\n", "tried: run.max_hours=2 is reached; nothing is begun\n")
     assert (of.status.state, of.status.message) == ("preempted", "run.max_hours=2 is reached")
     assert alerts(of) == ["the run ends: run.max_hours=2 is reached"]
+    assert told == [1 + numbered]
     assert run_store.newest_attempt(of.run) == 1 + numbered
     run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 100})
     assert of.begin()[:2] == (0, "2\n")

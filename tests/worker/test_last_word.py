@@ -19,6 +19,7 @@ from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
+from launcher.tracking.jsonl import append_event
 from launcher.worker import last_word
 
 REPO = Path(__file__).resolve().parents[2]
@@ -51,14 +52,39 @@ def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.
             it.kill()
         assert server.run().exits == []
         failed(run)
+        append_event(run, 1, "alert", "Xid 79 on GPU 3: fallen off the bus (rank 1 on n1)")
         use(monkeypatch, server.address)
         last_word.tell_wandb(plan, run.plan, run, 1)
         assert server.run().exits == [1]
         assert server.run().steps == list(range(1, 10))
         assert server.run().summary["state"] == "failed"
+        words = "the run has failed: rank 1: killed by SIGKILL (log: rank-00001.log)"
         assert [(alert["title"], alert["text"]) for alert in server.alerts] == [
-            ("demo-run at step 9", "the run has failed: rank 1: killed by SIGKILL (log: rank-00001.log)")
+            (
+                "demo-run at step 9: the run has failed",
+                f"{words}; GPU faults: Xid 79 on GPU 3: fallen off the bus (rank 1 on n1)",
+            )
         ]
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["an attempt was numbered", "none was"])
+def test_a_limit_that_is_found_to_be_reached_between_attempts_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbered: bool
+) -> None:
+    plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
+    with fake_wandb() as server:
+        with rank(plan, base_url=server.address) as it:
+            it.start()
+            it.steps(1, 4)
+            it.finish("preempted")
+        run_store.write_json(run.attempt(1) / "exit.json", {"cause": "preempted", "first_failure": {"log": "rank-00001.log"}})
+        run.attempt(2).mkdir()
+        run_store.write_status(run, Status("preempted", 1, 4, 40, message="run.max_usd=100 is reached"))
+        use(monkeypatch, server.address)
+        last_word.tell_wandb(plan, run.plan, run, 2 if numbered else 1)
+        assert (server.run().exits, server.run().summary["state"]) == ([1, 1], "preempted")
+        assert server.run().steps == [1, 2, 3, 4]
+        assert [alert["text"] for alert in server.alerts] == ["the run ends: run.max_usd=100 is reached"]
 
 
 def test_a_run_that_failed_before_any_rank_began_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,11 +133,24 @@ def test_a_server_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("state", "tracking"), [("completed", {}), ("failed", {"kind": "none"}), ("failed", {"mode": "disabled"})]
+    ("state", "ended", "tracking"),
+    [
+        ("completed", {}, {}),
+        ("failed", {}, {"kind": "none"}),
+        ("failed", {}, {"mode": "disabled"}),
+        # The ranks have told it: of the limit that they have reached, and on this machine, which was asked to stop.
+        ("preempted", {"cause": "limit"}, {}),
+        ("preempted", {}, {}),
+    ],
 )
-def test_nothing_is_said_where_there_is_nothing_to_say(tmp_path: Path, state: str, tracking: dict[str, str]) -> None:
+def test_nothing_is_said_where_there_is_nothing_to_say(
+    tmp_path: Path, state: str, ended: dict[str, str], tracking: dict[str, str]
+) -> None:
     plan, run = plan_in(tmp_path / "run", **tracking), RunDir(tmp_path / "run")
     (run.root / "wandb").mkdir(parents=True)
+    run.attempt(1).mkdir(parents=True)
+    run.plan.write_text(plan.to_json())
+    run_store.write_json(run.attempt(1) / "exit.json", ended)
     run_store.write_status(run, Status(state, 1))
     last_word.tell_wandb(plan, run.plan, run, 1)
     assert not list((run.root / "wandb").iterdir())

@@ -199,6 +199,7 @@ def test_a_limit_that_is_reached_ends_the_run_before_its_workers_load(
     assert played.number == 1
     assert run_store.read_status(played.run).state == "preempted"
     assert read_events(played.run.events)[-1]["text"] == "the run ends: run.max_hours=2 is reached"
+    assert played.causes == ["infrastructure"], "the attempt before was not ended by the limit: W&B has to be told"
 
 
 def test_a_failure_of_the_training_that_repeats_ends_the_run(play: Callable[..., Played]) -> None:
