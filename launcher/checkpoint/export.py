@@ -18,6 +18,7 @@ import psutil
 from launcher.checkpoint import durable, store, weights
 from launcher.checkpoint.tensor_file import ShardSet
 from launcher.errors import CheckpointError
+from launcher.plan.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
     from launcher.checkpoint.parity import Parity
@@ -39,17 +40,17 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece*.model",
     "tekken.json",
-    "chat_template*",
-    "additional_chat_templates",
 )
+_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 
 
 @dataclass(frozen=True)
 class Task:
     """What is exported from where to where.
 
-    `model` is the base model's folder, or its config.json as a mapping; `tokenizer` is a folder; `dtype` is bf16, fp16 or
-    fp32. `check` says whether transformers builds the model from its config before, and loads the folder after, the writing.
+    `model` is the base model's folder, or its config.json as a mapping; `tokenizer` is a folder, and `chat_template` the text
+    of a template that takes the place of its own ones; `dtype` is bf16, fp16 or fp32. `check` says whether transformers builds
+    the model from its config before, and loads the folder after, the writing.
     """
 
     checkpoint: Path
@@ -60,6 +61,7 @@ class Task:
     max_file_bytes: int = weights.MAX_FILE_BYTES
     trust_remote_code: bool = False
     check: bool = True
+    chat_template: str | None = None
 
     @property
     def partial(self) -> Path:
@@ -107,6 +109,28 @@ def export(task: Task, card: Card | None = None) -> Export:
         return complete(task, card)
     finally:
         shutil.rmtree(task.partial, ignore_errors=True)
+
+
+def chat_template_of(plan: LaunchPlan) -> str | None:
+    """The text of the template that the run's data was rendered with; None where it was the tokenizer's own.
+
+    CheckpointError where the plan does not hold it and its file is gone.
+    """
+    if plan.data is not None and plan.data.chat_template is not None:
+        return plan.data.chat_template
+    file = plan.config.data.chat_template
+    if file is None:
+        return None
+    # Earlier versions of the launcher wrote its name alone into a plan.
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            "the chat template that the run was trained with cannot be read, and its plan holds no copy",
+            where="data.chat_template",
+            value=file,
+            remedy="put the file there again: without it the exported folder would make other prompts of a conversation",
+        ) from error
 
 
 def verify(task: Task) -> None:
@@ -215,9 +239,25 @@ def _write_config(task: Task, state: store.State) -> None:
 def _copy_side_files(task: Task) -> None:
     found = [] if isinstance(task.model, Mapping) else [path for pattern in _MODEL_FILES for path in task.model.glob(pattern)]
     if task.tokenizer is not None:
-        found += [path for pattern in _TOKENIZER_FILES for path in task.tokenizer.glob(pattern)]
+        patterns = _TOKENIZER_FILES if task.chat_template is not None else (*_TOKENIZER_FILES, *_TEMPLATE_FILES)
+        found += [path for pattern in patterns for path in task.tokenizer.glob(pattern)]
     for path in found:
         if path.is_dir():
             shutil.copytree(path, task.partial / path.name)
         else:
             shutil.copyfile(path, task.partial / path.name)
+    if task.chat_template is not None:
+        _write_chat_template(task.partial, task.chat_template)
+
+
+def _write_chat_template(folder: Path, text: str) -> None:
+    durable.write_file(folder / "chat_template.jinja", [text.encode()])
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "chat_template" in (content := json.loads(settings.read_bytes())):
+        del content["chat_template"]
+        _rewrite_json(settings, content)
+
+
+def _rewrite_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.unlink(missing_ok=True)
+    weights.write_json(path, content)

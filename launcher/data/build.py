@@ -13,6 +13,7 @@ import numpy as np
 
 from launcher.config.data import DataSection, Source
 from launcher.data import beside, cache, findings, parallel, quality, rows, sources
+from launcher.data.chat import read_template
 from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
@@ -92,7 +93,8 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     cache.write_json(folder / "samples.json", samples)
     findings.write(folder, found)
     report = _report(corpus, drop, layout, held_out, epochs, data)
-    cache.finish(folder, _facts(report, pieces, layout, held_out, digest), report)
+    facts = _facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
+    cache.finish(folder, facts, report)
     on_progress("pack and write", 1, 1)
 
 

@@ -58,7 +58,8 @@ class ModelFacts(Record):
 class DataFacts(Record):
     """Counts of a built data cache. Rows are packed rows; tokens count no padding.
 
-    `digest` is that of the arrays of both splits: tokens, masks, documents and rows.
+    `digest` is that of the arrays of both splits: tokens, masks, documents and rows. `chat_template` is the text of
+    data.chat_template, None where the tokenizer's own template was used.
     """
 
     cache_dir: str
@@ -72,6 +73,11 @@ class DataFacts(Record):
     truncated_tokens: int
     padding_frac: float
     digest: str = ""
+    chat_template: str | None = None
+
+    def contents(self) -> dict[str, Any]:
+        """What tells this data from other data, wherever the cache lies."""
+        return self.model_dump(exclude={"cache_dir", "chat_template"})
 
     @property
     def truncated_frac(self) -> float:

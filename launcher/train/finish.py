@@ -13,7 +13,7 @@ import torch
 from launcher import run_store
 from launcher.checkpoint import hub, store
 from launcher.checkpoint.card import model_card
-from launcher.checkpoint.export import Export, Task, begin, complete, write_share
+from launcher.checkpoint.export import Export, Task, begin, chat_template_of, complete, write_share
 from launcher.checkpoint.together import together
 from launcher.data import cache, patterns
 from launcher.data.chat import load_tokenizer
@@ -93,6 +93,7 @@ def _task(plan: LaunchPlan, checkpoint: Path) -> Task:
         out=RunDir(Path(plan.run_dir)).export,
         dtype=plan.config.model.dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
+        chat_template=chat_template_of(plan),
     )
 
 

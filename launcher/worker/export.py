@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher import run_store
 from launcher.checkpoint import hub, store, weights
 from launcher.checkpoint.card import model_card
-from launcher.checkpoint.export import Export, Task, export, verify
+from launcher.checkpoint.export import Export, Task, chat_template_of, export, verify
 from launcher.errors import CheckpointError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -38,6 +38,7 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         dtype=dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
         check=check,
+        chat_template=chat_template_of(plan),
     )
     verify(task)
     return export(task, lambda made: model_card(plan, checkpoint.manifest, read_metrics(run.metrics), made, plans))

@@ -102,6 +102,20 @@ def test_the_config_and_the_files_beside_it(runs, tmp_path):
     assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))
 
 
+def test_a_template_takes_the_place_of_the_tokenizers_own_ones(runs, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    (tokenizer / "additional_chat_templates").mkdir(parents=True)
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "chat_template": "old"}')
+    for name in ("tokenizer.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"):
+        (tokenizer / name).write_text("old")
+    text = "{% for m in messages %}{{ m.content }} – é{% endfor %}\n"
+    result = exported(runs, "bf16", tmp_path / "export", tokenizer=tokenizer, chat_template=text)
+    assert (result.path / "chat_template.jinja").read_text() == text
+    assert json.loads((result.path / "tokenizer_config.json").read_text()) == {"eos_token": "<|im_end|>"}
+    assert [path.name for path in result.path.iterdir() if "template" in path.name] == ["chat_template.jinja"]
+    assert (result.path / "tokenizer.json").read_text() == "old"
+
+
 def test_architectures_are_added_where_the_config_has_none(runs, tmp_path):
     result = exported(runs, "fp32", tmp_path / "export")
     assert json.loads((result.path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

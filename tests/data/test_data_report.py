@@ -205,6 +205,7 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
     )
     data = DataSection(sources=(Source(path=str(chats)),), max_length=128, chat_template=str(template), workers=1)
     facts = build(data, str(tokenizer_dir))
+    assert facts.chat_template == template.read_text()
     found = findings.read(facts.cache_dir)
     (finding,) = [one for one in found if one.name == "no_turn_end"]
     assert (finding.count, finding.total) == (200, 200)
