@@ -29,7 +29,8 @@ CARD = "README.md"
 
 # What loading takes above the weights themselves.
 _LOADING_FACTOR = 1.2
-_MODEL_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*")
+_GENERATION = "generation_config.json"
+_MODEL_FILES = (_GENERATION, "*.py", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -49,8 +50,9 @@ class Task:
     """What is exported from where to where.
 
     `model` is the base model's folder, or its config.json as a mapping; `tokenizer` is a folder, and `chat_template` the text
-    of a template that takes the place of its own ones; `dtype` is bf16, fp16 or fp32. `check` says whether transformers builds
-    the model from its config before, and loads the folder after, the writing.
+    of a template that takes the place of its own ones. At `turn_end_ids` generations of the folder stop, too. `dtype` is bf16,
+    fp16 or fp32. `check` says whether transformers builds the model from its config before, and loads the folder after, the
+    writing.
     """
 
     checkpoint: Path
@@ -62,6 +64,12 @@ class Task:
     trust_remote_code: bool = False
     check: bool = True
     chat_template: str | None = None
+    turn_end_ids: tuple[int, ...] = ()
+
+    @property
+    def added_stop_ids(self) -> tuple[int, ...]:
+        """Those of `turn_end_ids` at which the base model's generations do not stop."""
+        return tuple(i for i in self.turn_end_ids if i not in stop_ids(self.model))
 
     @property
     def partial(self) -> Path:
@@ -75,7 +83,7 @@ class Export:
 
     `num_compared` tensors were found to be those that the engine computed with, by their digests; 0 where the checkpoint
     has none. `loaded`: transformers loaded the folder; `not_loaded` says why not. `parity` is None where no logits were
-    compared.
+    compared. `added_stop_ids` are tokens at which its generations stop and the base model's did not.
     """
 
     path: Path
@@ -89,6 +97,7 @@ class Export:
     loaded: bool = False
     not_loaded: str = "not asked for"
     parity: Parity | None = None
+    added_stop_ids: tuple[int, ...] = ()
 
 
 Card = Callable[[Export], str]
@@ -131,6 +140,28 @@ def chat_template_of(plan: LaunchPlan) -> str | None:
             value=file,
             remedy="put the file there again: without it the exported folder would make other prompts of a conversation",
         ) from error
+
+
+def stops_said(made: Export) -> str:
+    """What is told of stop tokens that were added."""
+    ids = ", ".join(map(str, made.added_stop_ids))
+    return (
+        f"generations stop at token {ids} too, with which the data ends turns (generation_config.json); the base model's did not"
+    )
+
+
+def stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
+    """The tokens at which generations of a model stop by its own settings; `model` is its folder, or its config.json."""
+    found = _generation_settings(model).get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _generation_settings(model: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The model's generation config; without one transformers takes these settings from config.json."""
+    if isinstance(model, Path) and (model / _GENERATION).is_file():
+        return dict(json.loads((model / _GENERATION).read_bytes()))
+    config = model if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
 
 
 def verify(task: Task) -> None:
@@ -188,6 +219,7 @@ def complete(task: Task, card: Card | None = None, device: str = "cpu") -> Expor
         num_bytes=planned.num_bytes,
         num_tensors=num_tensors,
         num_compared=num_tensors if compared else 0,
+        added_stop_ids=task.added_stop_ids,
     )
     made = _checked(task, made, device) if task.check else made
     marker = {"step": made.step, "plan_digest": manifest.plan_digest, "dtype": made.dtype, "tensors_compared": made.num_compared}
@@ -248,6 +280,9 @@ def _copy_side_files(task: Task) -> None:
             shutil.copyfile(path, task.partial / path.name)
     if task.chat_template is not None:
         _write_chat_template(task.partial, task.chat_template)
+    if task.added_stop_ids:
+        settings = {**_generation_settings(task.model), "eos_token_id": [*stop_ids(task.model), *task.added_stop_ids]}
+        _rewrite_json(task.partial / _GENERATION, settings)
 
 
 def _write_chat_template(folder: Path, text: str) -> None:

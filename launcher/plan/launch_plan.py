@@ -59,7 +59,8 @@ class DataFacts(Record):
     """Counts of a built data cache. Rows are packed rows; tokens count no padding.
 
     `digest` is that of the arrays of both splits: tokens, masks, documents and rows. `chat_template` is the text of
-    data.chat_template, None where the tokenizer's own template was used.
+    data.chat_template, None where the tokenizer's own template was used; `turn_end_ids` are the tokens at which the model learns
+    to stop.
     """
 
     cache_dir: str
@@ -74,10 +75,11 @@ class DataFacts(Record):
     padding_frac: float
     digest: str = ""
     chat_template: str | None = None
+    turn_end_ids: tuple[int, ...] = ()
 
     def contents(self) -> dict[str, Any]:
         """What tells this data from other data, wherever the cache lies."""
-        return self.model_dump(exclude={"cache_dir", "chat_template"})
+        return self.model_dump(exclude={"cache_dir", "chat_template", "turn_end_ids"})
 
     @property
     def truncated_frac(self) -> float:
