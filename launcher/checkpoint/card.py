@@ -201,6 +201,9 @@ def _weight_rows(made: Export) -> Rows:
         ("size", f"{made.num_parameters:,} parameters, {made.num_bytes:,} bytes in {len(made.files)} file(s)"),
         ("weights", compared),
     ]
+    if made.added_stop_ids:
+        ids = ", ".join(map(str, made.added_stop_ids))
+        rows.append(("stop tokens", f"{ids} added to those of the base model, as the data ends turns with them"))
     if made.parity is not None:
         rows.append(("logits", f"mean KL to the engine's {made.parity.mean_kl:.1e} nats over {made.parity.num_tokens} tokens"))
     return rows

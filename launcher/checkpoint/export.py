@@ -18,6 +18,7 @@ import psutil
 from launcher.checkpoint import durable, store, weights
 from launcher.checkpoint.tensor_file import ShardSet
 from launcher.errors import CheckpointError
+from launcher.plan.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
     from launcher.checkpoint.parity import Parity
@@ -28,7 +29,8 @@ CARD = "README.md"
 
 # What loading takes above the weights themselves.
 _LOADING_FACTOR = 1.2
-_MODEL_FILES = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*")
+_GENERATION = "generation_config.json"
+_MODEL_FILES = (_GENERATION, "*.py", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -39,17 +41,18 @@ _TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece*.model",
     "tekken.json",
-    "chat_template*",
-    "additional_chat_templates",
 )
+_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 
 
 @dataclass(frozen=True)
 class Task:
     """What is exported from where to where.
 
-    `model` is the base model's folder, or its config.json as a mapping; `tokenizer` is a folder; `dtype` is bf16, fp16 or
-    fp32. `check` says whether transformers builds the model from its config before, and loads the folder after, the writing.
+    `model` is the base model's folder, or its config.json as a mapping; `tokenizer` is a folder, and `chat_template` the text
+    of a template that takes the place of its own ones. At `turn_end_ids` generations of the folder stop, too. `dtype` is bf16,
+    fp16 or fp32. `check` says whether transformers builds the model from its config before, and loads the folder after, the
+    writing.
     """
 
     checkpoint: Path
@@ -60,6 +63,13 @@ class Task:
     max_file_bytes: int = weights.MAX_FILE_BYTES
     trust_remote_code: bool = False
     check: bool = True
+    chat_template: str | None = None
+    turn_end_ids: tuple[int, ...] = ()
+
+    @property
+    def added_stop_ids(self) -> tuple[int, ...]:
+        """Those of `turn_end_ids` at which the base model's generations do not stop."""
+        return tuple(i for i in self.turn_end_ids if i not in stop_ids(self.model))
 
     @property
     def partial(self) -> Path:
@@ -73,7 +83,7 @@ class Export:
 
     `num_compared` tensors were found to be those that the engine computed with, by their digests; 0 where the checkpoint
     has none. `loaded`: transformers loaded the folder; `not_loaded` says why not. `parity` is None where no logits were
-    compared.
+    compared. `added_stop_ids` are tokens at which its generations stop and the base model's did not.
     """
 
     path: Path
@@ -87,6 +97,7 @@ class Export:
     loaded: bool = False
     not_loaded: str = "not asked for"
     parity: Parity | None = None
+    added_stop_ids: tuple[int, ...] = ()
 
 
 Card = Callable[[Export], str]
@@ -107,6 +118,50 @@ def export(task: Task, card: Card | None = None) -> Export:
         return complete(task, card)
     finally:
         shutil.rmtree(task.partial, ignore_errors=True)
+
+
+def chat_template_of(plan: LaunchPlan) -> str | None:
+    """The text of the template that the run's data was rendered with; None where it was the tokenizer's own.
+
+    CheckpointError where the plan does not hold it and its file is gone.
+    """
+    if plan.data is not None and plan.data.chat_template is not None:
+        return plan.data.chat_template
+    file = plan.config.data.chat_template
+    if file is None:
+        return None
+    # Earlier versions of the launcher wrote its name alone into a plan.
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            "the chat template that the run was trained with cannot be read, and its plan holds no copy",
+            where="data.chat_template",
+            value=file,
+            remedy="put the file there again: without it the exported folder would make other prompts of a conversation",
+        ) from error
+
+
+def stops_said(made: Export) -> str:
+    """What is told of stop tokens that were added."""
+    ids = ", ".join(map(str, made.added_stop_ids))
+    return (
+        f"generations stop at token {ids} too, with which the data ends turns (generation_config.json); the base model's did not"
+    )
+
+
+def stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
+    """The tokens at which generations of a model stop by its own settings; `model` is its folder, or its config.json."""
+    found = _generation_settings(model).get("eos_token_id")
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def _generation_settings(model: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """The model's generation config; without one transformers takes these settings from config.json."""
+    if isinstance(model, Path) and (model / _GENERATION).is_file():
+        return dict(json.loads((model / _GENERATION).read_bytes()))
+    config = model if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
 
 
 def verify(task: Task) -> None:
@@ -164,6 +219,7 @@ def complete(task: Task, card: Card | None = None, device: str = "cpu") -> Expor
         num_bytes=planned.num_bytes,
         num_tensors=num_tensors,
         num_compared=num_tensors if compared else 0,
+        added_stop_ids=task.added_stop_ids,
     )
     made = _checked(task, made, device) if task.check else made
     marker = {"step": made.step, "plan_digest": manifest.plan_digest, "dtype": made.dtype, "tensors_compared": made.num_compared}
@@ -215,9 +271,28 @@ def _write_config(task: Task, state: store.State) -> None:
 def _copy_side_files(task: Task) -> None:
     found = [] if isinstance(task.model, Mapping) else [path for pattern in _MODEL_FILES for path in task.model.glob(pattern)]
     if task.tokenizer is not None:
-        found += [path for pattern in _TOKENIZER_FILES for path in task.tokenizer.glob(pattern)]
+        patterns = _TOKENIZER_FILES if task.chat_template is not None else (*_TOKENIZER_FILES, *_TEMPLATE_FILES)
+        found += [path for pattern in patterns for path in task.tokenizer.glob(pattern)]
     for path in found:
         if path.is_dir():
             shutil.copytree(path, task.partial / path.name)
         else:
             shutil.copyfile(path, task.partial / path.name)
+    if task.chat_template is not None:
+        _write_chat_template(task.partial, task.chat_template)
+    if task.added_stop_ids:
+        settings = {**_generation_settings(task.model), "eos_token_id": [*stop_ids(task.model), *task.added_stop_ids]}
+        _rewrite_json(task.partial / _GENERATION, settings)
+
+
+def _write_chat_template(folder: Path, text: str) -> None:
+    durable.write_file(folder / "chat_template.jinja", [text.encode()])
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and "chat_template" in (content := json.loads(settings.read_bytes())):
+        del content["chat_template"]
+        _rewrite_json(settings, content)
+
+
+def _rewrite_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.unlink(missing_ok=True)
+    weights.write_json(path, content)

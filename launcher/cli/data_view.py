@@ -98,10 +98,16 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
             "tokens",
             f"{report['tokens']:,}, of which {report['trained_tokens']:,} ({report['trained_frac']:.1%}) are trained{cut}",
         ),
-        ("end of turn", f"trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents"),
+        ("end of turn", f"trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents{_ends(report)}"),
         *([("dropped", dropped)] if report["dropped_documents"] else []),
         ("cache", f"{report['cache_dir']} ({text.size(report['cache_bytes'])})"),
     ]
+
+
+def _ends(report: dict[str, Any]) -> str:
+    """Which tokens end turns, and whether the model stops at them."""
+    said = {True: "the model stops there", False: "the model as it is does not stop there, the exported folder's settings do"}
+    return "".join(f"; {end['token']} (token {end['id']}): {said[end['stops']]}" for end in report["turn_ends"])
 
 
 def row_width(report: dict[str, Any]) -> str:

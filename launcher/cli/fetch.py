@@ -148,7 +148,7 @@ def _data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
         raise SubmitError("the plan in the mirror has no data", where=plan.run_name)
     if (here := cache.find(Path(trained.cache_dir).name)) is None:
         here = _built(plan, model)
-    before, now = trained.model_dump(exclude={"cache_dir"}), here.model_dump(exclude={"cache_dir"})
+    before, now = trained.contents(), here.contents()
     # Of a plan without a digest the counts tell.
     if differing := [name for name in before if before[name] != now[name] and before[name] != ""]:
         first = differing[0]

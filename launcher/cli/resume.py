@@ -197,7 +197,7 @@ def _data_differences(saved: DataFacts | None, now: DataFacts | None) -> list[Di
 
 def _counts(data: DataFacts | None) -> dict[str, Any]:
     """What a cache holds, by its key instead of its place."""
-    return {} if data is None else {"key": Path(data.cache_dir).name, **data.model_dump(exclude={"cache_dir"})}
+    return {} if data is None else {"key": Path(data.cache_dir).name, **data.contents()}
 
 
 def _model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:

@@ -199,7 +199,11 @@ class DataSection(Section):
     )
     system: str | None = Field(None, description="System text of every chat, in place of its own. Unset: as the rows have it.")
     chat_template: Text | None = Field(
-        None, description="File with a Jinja chat template, in place of the tokenizer's. Unset: the tokenizer's own."
+        None,
+        description=(
+            "File with a Jinja chat template, in place of the tokenizer's, also in the exported folder. Unset: the "
+            "tokenizer's own."
+        ),
     )
     eval_fraction: Share = Field(
         0.0, description="Share of the documents held out for evaluation; ignored where a source brings its own held-out split."

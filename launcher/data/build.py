@@ -13,10 +13,13 @@ import numpy as np
 
 from launcher.config.data import DataSection, Source
 from launcher.data import beside, cache, findings, parallel, quality, rows, sources
+from launcher.data.chat import read_template
 from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
+# Of the documents; what is rarer is the end of some row's own text.
+_SHARE_OF_TURN_END = 0.01
 # A few of them may yet be dropped.
 _SPARE_SAMPLES = 16 * NUM_SAMPLES
 
@@ -92,7 +95,8 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     cache.write_json(folder / "samples.json", samples)
     findings.write(folder, found)
     report = _report(corpus, drop, layout, held_out, epochs, data)
-    cache.finish(folder, _facts(report, pieces, layout, held_out, digest), report)
+    facts = _facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
+    cache.finish(folder, facts, report)
     on_progress("pack and write", 1, 1)
 
 
@@ -194,7 +198,15 @@ def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out
         truncated_tokens=sum(source["truncated_tokens"] for source in report["sources"]),
         padding_frac=1 - num_tokens / (layout.num_rows * int(row_tokens.max())),
         digest=digest,
+        turn_end_ids=tuple(report["turn_end_ids"]),
     )
+
+
+def _turn_end_ids(turn_ends: np.ndarray) -> list[int]:
+    """The tokens that end the last trained turn of documents, the most frequent first: at an earlier one more may follow."""
+    ids, counts = np.unique(turn_ends[turn_ends >= 0], return_counts=True)
+    common = counts >= _SHARE_OF_TURN_END * counts.sum()
+    return [int(i) for i in ids[common][np.argsort(-counts[common], kind="stable")]]
 
 
 def _report(
@@ -240,6 +252,7 @@ def _report(
         "sources": per_source,
         "dropped_docs": sum(of_source["dropped"]),
         "docs_with_turn_end": sum(of_source["docs_with_turn_end"]),
+        "turn_end_ids": _turn_end_ids(docs.turn_end[used]),
         "num_eval_docs": len(held_out.order),
         "num_eval_trained_tokens": int(pieces.labels[held_out.order].sum()),
         "eval_truncated_docs": sum(of_source["held_out_truncated_docs"]),

@@ -59,6 +59,18 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         raise DataError(Problem(f"the tokenizer cannot be loaded: {error}", "model.tokenizer", folder, remedy)) from error
 
 
+def read_template(data: DataSection) -> str | None:
+    """The text of data.chat_template; None where the tokenizer's own is used. Errors: DataError."""
+    file = data.chat_template
+    if file is None:
+        return None
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = "set data.chat_template to a file with a Jinja template"
+        raise DataError(Problem(f"the template cannot be read: {error}", "data.chat_template", file, remedy)) from error
+
+
 class Encoder:
     """Renders and tokenises documents with one tokenizer; the same settings give the same tokens in every process."""
 
@@ -69,7 +81,7 @@ class Encoder:
         self.special_ids = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         special_texts = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self.special_texts = tuple(sorted(special_texts, key=len, reverse=True))
-        self._template = self._chat_template()
+        self._template = Template(tokenizer, self.special_texts, read_template(data), data.chat_template or "")
         plain = tokenizer("a", add_special_tokens=False).input_ids
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != plain[:1]
         self._begin = np.asarray([tokenizer.bos_token_id] if begins else [], dtype=np.uint32)
@@ -117,17 +129,6 @@ class Encoder:
             ids = self._ids(texts)
         self._cut_where_needed(texts, ids, borders, cuts)
         return list(map(self._encoded, batch, ids, borders, cuts))
-
-    def _chat_template(self) -> Template:
-        file = self.data.chat_template
-        if file is None:
-            return Template(self.tokenizer, self.special_texts)
-        try:
-            text = Path(file).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            remedy = "set data.chat_template to a file with a Jinja template"
-            raise DataError(Problem(f"the template cannot be read: {error}", "data.chat_template", file, remedy)) from error
-        return Template(self.tokenizer, self.special_texts, text, file)
 
     @property
     def _name(self) -> str:

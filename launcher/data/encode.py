@@ -57,13 +57,17 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Docs:
-    """One entry for each document read; `num_tokens` before anything was cut, `lost_tokens` are in no piece."""
+    """One entry for each document read; `num_tokens` before anything was cut, `lost_tokens` are in no piece.
+
+    `turn_end` is the token that ends the last trained turn, -1 where none does.
+    """
 
     source: np.ndarray
     held_out: np.ndarray
     num_tokens: np.ndarray
     lost_tokens: np.ndarray
     num_pieces: np.ndarray
+    turn_end: np.ndarray
     contents: np.ndarray
     tasks: np.ndarray
     is_text: np.ndarray
@@ -123,6 +127,7 @@ class BatchEncoder:
             num_tokens=num_tokens,
             lost_tokens=num_tokens - kept_tokens,
             num_pieces=np.asarray([len(pieces) for pieces in cut], dtype=np.int64),
+            turn_end=np.asarray([one.ids[one.turn_ends[-1]] if one.turn_ends else -1 for one in encoded], dtype=np.int64),
             contents=np.asarray([one.content for one in seen], dtype=np.uint64),
             tasks=np.asarray([one.task for one in seen], dtype=np.uint64),
             is_text=np.asarray([one.is_text for one in seen], dtype=bool),

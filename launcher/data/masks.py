@@ -32,6 +32,10 @@ _NOT_SURE = (
     "use a template with generation marks (data.chat_template=FILE), or train the last turn alone (data.train_on=last_turn), "
     "or change the row"
 )
+_MARK_ALL = (
+    "set data.chat_template to a file with a template whose generation marks stand around all that the assistant says, and "
+    "around nothing else"
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class Template:
         self.name = name or str(tokenizer.name_or_path)
         self._special_texts = [token for token in special_texts if token]
         self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        # Kinds of conversations whose generation marks were found to be right.
+        self._rightly_marked: set[int] = set()
 
     def render(self, chat: Chat, num_messages: int | None = None, generation_prompt: bool = False) -> str:
         """The text of the first `num_messages` messages (None: of all)."""
@@ -85,7 +91,7 @@ class Template:
 
     def _spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
         """The chat's text and the spans of the messages with the numbers `wanted`."""
-        if _MARK.search(self._source(chat)):
+        if wanted and _MARK.search(self._source(chat)):
             return self._marked_spans(chat, wanted)
         full = self.render(chat)
         self._require_all(chat, full)
@@ -96,21 +102,58 @@ class Template:
     def _marked_spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
         text, marks = self._render(chat, chat.messages, generation_prompt=False, marks=True)
         self._require_all(chat, text)
-        turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
-        bounds = list(range(len(turns) + 1))
-        if len(marks) != len(turns):
-            # A message with several marks, or none: how many there are up to each message tells which are whose.
-            bounds = [0, *(len(self._render(chat, chat.messages[: i + 1], False, marks=True)[1]) for i in turns)]
-            if bounds != sorted(bounds) or bounds[-1] != len(marks):
-                self._refuse("marks other parts of a message once a later one follows", chat.where)
         spans = []
-        for number, i in enumerate(turns):
-            own = marks[bounds[number] : bounds[number + 1]]
-            said = "".join(text[start:end] for start, end in own)
-            if own and not all(part in said for part in _said_by(chat.messages[i])):
-                self._refuse("marks other text as generated than what the assistant says", f"{chat.where}, messages[{i}]")
-            spans += [self._with_turn_end(text, start, end) for start, end in own if i in wanted and start < end]
+        for i, own in self._own_marks(chat, text, marks, wanted).items():
+            where = f"{chat.where}, messages[{i}]"
+            if not own and _said_by(chat.messages[i]):
+                self._refuse("does not mark what the assistant says here as generated", where, _MARK_ALL)
+            if own and not _says(chat.messages[i], text, own):
+                self._refuse("marks other text as generated than what the assistant says", where, _MARK_ALL)
+            spans += [self._with_turn_end(text, start, end) for start, end in own if start < end]
+        self._require_right_marks(chat, wanted)
         return text, tuple(spans)
+
+    def _own_marks(
+        self, chat: Chat, text: str, marks: list[tuple[int, int]], wanted: Sequence[int]
+    ) -> dict[int, list[tuple[int, int]]]:
+        """The marks of each message with a number in `wanted`."""
+        turns = [i for i, message in enumerate(chat.messages) if message.role == "assistant"]
+        if len(marks) == len(turns):
+            paired = {i: [mark] for i, mark in zip(turns, marks, strict=True)}
+            if all(_says(chat.messages[i], text, own) for i, own in paired.items()):
+                return {i: paired[i] for i in wanted}
+        # A message with several marks, or none: how many there are before and after each message tells which are whose.
+        counts = {0: 0, len(chat.messages): len(marks)}
+        for end in {border for i in wanted for border in (i, i + 1)} - counts.keys():
+            counts[end] = len(self._render(chat, chat.messages[:end], generation_prompt=False, marks=True)[1])
+        in_order = [counts[end] for end in sorted(counts)]
+        if in_order != sorted(in_order):
+            self._refuse("marks other parts of a message once a later one follows", chat.where)
+        own = {i: marks[counts[i] : counts[i + 1]] for i in wanted}
+        if len(wanted) == len(turns) and sum(map(len, own.values())) < len(marks):
+            self._refuse("marks text as generated that the assistant does not say", chat.where, _MARK_ALL)
+        return own
+
+    def _require_right_marks(self, chat: Chat, wanted: Sequence[int]) -> None:
+        """Refuse marks around what others say, and marks that leave out what the assistant says in the messages `wanted`.
+
+        A text may stand in another message too, so unique ones are rendered in their place: once for all conversations with
+        the same kinds of messages, as that takes as long as rendering the conversation itself.
+        """
+        kinds = tuple((m.role, bool(m.content.strip()), len(m.tool_calls), bool(m.reasoning_content)) for m in chat.messages)
+        if (key := hash((kinds, bool(chat.tools), tuple(wanted)))) in self._rightly_marked:
+            return
+        messages = _with_unique_texts(chat)
+        text, marks = self._render(chat, messages, generation_prompt=False, marks=True)
+        generated = "".join(text[start:end] for start, end in marks)
+        for i, message in enumerate(messages):
+            where = f"{chat.where}, messages[{i}]"
+            if message.role != "assistant" and (said := message.content.strip()) and said in generated:
+                self._refuse(f"marks what the {message.role} says as generated", where, _MARK_ALL)
+            arguments = [value for call in message.tool_calls for value in call["function"]["arguments"].values()]
+            if i in wanted and not all(part in generated for part in (message.content.strip(), *arguments)):
+                self._refuse("marks only a part of what the assistant says as generated", where, _MARK_ALL)
+        self._rightly_marked.add(key)
 
     def _with_turn_end(self, text: str, start: int, end: int) -> Span:
         written = text[start:end].rstrip()
@@ -197,8 +240,6 @@ class Template:
         for i, message in enumerate(chat.messages):
             if message.role in ("system", "user") and message.content.strip() not in text:
                 self._refuse_part(f"leaves out or changes what the {message.role} says", f"{chat.where}, messages[{i}]")
-        for i in self._unread_results(chat):
-            self._refuse_part("leaves out what the tool answers", f"{chat.where}, messages[{i}]")
         for i in answers(chat, "last_turn"):
             thought = (chat.messages[i].reasoning_content or "").strip()
             if i > _last_user(chat) and thought and text.count(thought) <= self._without_reasoning(chat, i).count(thought):
@@ -206,15 +247,22 @@ class Template:
         # The same template without them: a tokenizer may have another one for chats without tools.
         if chat.tools and text == self._render(chat, chat.messages, False, marks=False, with_tools=False)[0]:
             self._refuse_part("leaves out the definitions of the tools", chat.where)
+        self._require_calls_and_results(chat)
 
-    def _unread_results(self, chat: Chat) -> list[int]:
-        """Messages of tools that leave no trace in the text. What they say may be escaped there, or stand elsewhere too."""
-        marks = {i: f"launcher-result-{i}-" for i, message in enumerate(chat.messages) if message.role == "tool"}
-        if not marks:
-            return []
-        messages = [replace(message, content=marks.get(i, message.content)) for i, message in enumerate(chat.messages)]
+    def _require_calls_and_results(self, chat: Chat) -> None:
+        """Refuse where they leave no trace in the text. What they say may be escaped there, or stand elsewhere too."""
+        if not any(message.role == "tool" or message.tool_calls for message in chat.messages):
+            return
+        messages = _with_unique_texts(chat)
         text = self._render(chat, messages, generation_prompt=False, marks=False)[0]
-        return [i for i, mark in marks.items() if mark not in text]
+        for i, message in enumerate(messages):
+            where = f"{chat.where}, messages[{i}]"
+            if message.role == "tool" and message.content.strip() not in text:
+                self._refuse_part("leaves out what the tool answers", where)
+            for function in (call["function"] for call in message.tool_calls):
+                if not all(value in text for value in function["arguments"].values()):
+                    name = function["name"]
+                    self._refuse_part(f"does not write the call of the tool {name} with all of its arguments", where)
 
     def _without_reasoning(self, chat: Chat, i: int) -> str:
         messages = list(chat.messages)
@@ -225,9 +273,9 @@ class Template:
         remedy = "set data.chat_template to a file with a template that writes it, or take it out of the row"
         raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
 
-    def _refuse(self, does: str, where: str) -> NoReturn:
+    def _refuse(self, does: str, where: str, remedy: str = _NOT_SURE) -> NoReturn:
         what = f"the chat template {does}, so the trained tokens cannot be told for certain"
-        raise DataError(Problem(what, where, self.name, _NOT_SURE))
+        raise DataError(Problem(what, where, self.name, remedy))
 
 
 @functools.lru_cache(maxsize=8)
@@ -262,6 +310,30 @@ def _said_by(message: Message) -> list[str]:
 def _calls(message: Message) -> list[str]:
     """The names of the functions that a message calls."""
     return [call["function"]["name"] for call in message.tool_calls]
+
+
+def _says(message: Message, text: str, marks: Sequence[tuple[int, int]]) -> bool:
+    """True where what stands in the `marks` of `text` may be what a template makes of the message."""
+    marked = "".join(text[start:end] for start, end in marks)
+    return all(part in marked for part in _said_by(message))
+
+
+def _with_unique_texts(chat: Chat) -> list[Message]:
+    """The messages with a text in place of each content and of each argument of a call that stands nowhere else."""
+    return [
+        replace(
+            message,
+            content=f"launcher-{i}-end" if message.content.strip() else message.content,
+            tool_calls=tuple(_with_unique_arguments(call, f"{i}-{j}") for j, call in enumerate(message.tool_calls)),
+        )
+        for i, message in enumerate(chat.messages)
+    ]
+
+
+def _with_unique_arguments(call: dict[str, Any], place: str) -> dict[str, Any]:
+    names = call["function"]["arguments"]
+    arguments = {name: f"launcher-{place}-{k}-end" for k, name in enumerate(names)}
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _as_template_reads(message: Message) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,13 @@ _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 
 
 def report(
-    facts: DataFacts, data: DataSection, tokenizer_path: str, train: TrainSection, seed: int, num_shown: int = 0
+    facts: DataFacts,
+    data: DataSection,
+    tokenizer_path: str,
+    train: TrainSection,
+    seed: int,
+    stop_ids: Sequence[int],
+    num_shown: int = 0,
 ) -> dict[str, Any]:
     """JSON-able numbers of a cache, its findings under `data.checks`, and decoded rows of the training split.
 
@@ -33,8 +40,10 @@ def report(
     is in. `row_tokens` is the longest row. `epochs` of a source are its passes in one epoch of the run,
     `unused_documents` those that the mixture leaves out for the settings in `limited_by`. `shown` holds `num_shown`
     evenly spaced rows, or three documents of middling length where it is 0; keys, passwords, e-mail addresses and telephone
-    numbers are left out.
+    numbers are left out. `turn_ends` are the tokens that end trained turns; `stops` where they are among `stop_ids`, at which
+    generations of the model stop as it is.
     """
+    tokenizer = load_tokenizer(tokenizer_path)
     split, held_out = Split.open(facts.cache_dir), Split.open(facts.cache_dir, held_out=True)
     counted = cache.read_report(facts.cache_dir)["sources"]
     names = [source["name"] for source in counted]
@@ -84,7 +93,8 @@ def report(
         },
         "findings": [one.to_json() for one in judged],
         "refused": any(one.fatal for one in judged),
-        "shown": _shown(split, names, load_tokenizer(tokenizer_path), num_shown),
+        "turn_ends": [{"id": i, "token": tokenizer.convert_ids_to_tokens(i), "stops": i in stop_ids} for i in facts.turn_end_ids],
+        "shown": _shown(split, names, tokenizer, num_shown),
     }
 
 

@@ -58,7 +58,9 @@ class ModelFacts(Record):
 class DataFacts(Record):
     """Counts of a built data cache. Rows are packed rows; tokens count no padding.
 
-    `digest` is that of the arrays of both splits: tokens, masks, documents and rows.
+    `digest` is that of the arrays of both splits: tokens, masks, documents and rows. `chat_template` is the text of
+    data.chat_template, None where the tokenizer's own template was used; `turn_end_ids` are the tokens at which the model learns
+    to stop.
     """
 
     cache_dir: str
@@ -72,6 +74,12 @@ class DataFacts(Record):
     truncated_tokens: int
     padding_frac: float
     digest: str = ""
+    chat_template: str | None = None
+    turn_end_ids: tuple[int, ...] = ()
+
+    def contents(self) -> dict[str, Any]:
+        """What tells this data from other data, wherever the cache lies."""
+        return self.model_dump(exclude={"cache_dir", "chat_template", "turn_end_ids"})
 
     @property
     def truncated_frac(self) -> float:

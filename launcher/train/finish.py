@@ -13,7 +13,7 @@ import torch
 from launcher import run_store
 from launcher.checkpoint import hub, store
 from launcher.checkpoint.card import model_card
-from launcher.checkpoint.export import Export, Task, begin, complete, write_share
+from launcher.checkpoint.export import Export, Task, begin, chat_template_of, complete, stops_said, write_share
 from launcher.checkpoint.together import together
 from launcher.data import cache, patterns
 from launcher.data.chat import load_tokenizer
@@ -93,6 +93,8 @@ def _task(plan: LaunchPlan, checkpoint: Path) -> Task:
         out=RunDir(Path(plan.run_dir)).export,
         dtype=plan.config.model.dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
+        chat_template=chat_template_of(plan),
+        turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
 
 
@@ -127,6 +129,8 @@ def _tell(made: Export, tracker: Composite) -> None:
         tensors_compared=made.num_compared,
         mean_kl=made.parity.mean_kl if made.parity else None,
     )
+    if made.added_stop_ids:
+        tracker.event("export", stops_said(made))
 
 
 def _push(plan: LaunchPlan, made: Export, tracker: Composite) -> None:
@@ -174,10 +178,11 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     remote = plan.config.model.trust_remote_code
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.config.model.dtype], trust_remote_code=remote)
     model.to(device).eval()
+    stops = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
     settings = GenerationConfig(
         max_new_tokens=plan.config.train.sample_max_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stops or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )
     prompt = torch.tensor([prompt_ids], device=device)

@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher import run_store
 from launcher.checkpoint import hub, store, weights
 from launcher.checkpoint.card import model_card
-from launcher.checkpoint.export import Export, Task, export, verify
+from launcher.checkpoint.export import Export, Task, chat_template_of, export, stops_said, verify
 from launcher.errors import CheckpointError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -38,6 +38,8 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         dtype=dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
         check=check,
+        chat_template=chat_template_of(plan),
+        turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
     verify(task)
     return export(task, lambda made: model_card(plan, checkpoint.manifest, read_metrics(run.metrics), made, plans))
@@ -54,6 +56,8 @@ def _lines(made: Export) -> list[str]:
     """What a person wants to know of an export."""
     size = f"{made.num_bytes:,} bytes in {len(made.files)} file(s)"
     lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
+    if made.added_stop_ids:
+        lines.append(f"  {stops_said(made)}")
     if made.num_compared:
         lines.append(f"  digests: all {made.num_compared} tensors are those that the engine computed with")
     else:

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from launcher import facts, run_store, warm_start
 from launcher.checkpoint import durable
 from launcher.checkpoint.card import model_card
-from launcher.checkpoint.export import Task, export, verify
+from launcher.checkpoint.export import Task, chat_template_of, export, stop_ids, verify
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
@@ -55,7 +55,13 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
         built = build.build(config.data, str(tokenizer), on_progress)
     if show is None:
         return {}
-    return {"report": report.report(built, config.data, str(tokenizer), config.train, config.run.seed, show)}
+    stops = _stop_ids(config.model)
+    return {"report": report.report(built, config.data, str(tokenizer), config.train, config.run.seed, stops, show)}
+
+
+def _stop_ids(model: ModelSection) -> list[int]:
+    folder = facts.locate(model.path, model).folder if model.path else None
+    return stop_ids(folder if folder is not None else model.config or {})
 
 
 def _fetch(source: str, model: ModelSection) -> None:
@@ -100,6 +106,9 @@ def _take_weights(source: warm_start.Source, model: ModelSection) -> None:
 
 def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> None:
     base = Path(source.plan.model.path or "")
+    manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics)
+    plans = run_store.plans_until(source.run, manifest.attempt)
+    plan = plans[-1] if plans else source.plan
     task = Task(
         checkpoint=source.checkpoint.path,
         model=base if source.plan.model.path and (base / "config.json").is_file() else source.plan.model.config,
@@ -109,11 +118,10 @@ def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> Non
         trust_remote_code=model.trust_remote_code,
         # It would load the whole model here, where there may be no memory for it.
         check=False,
+        chat_template=chat_template_of(plan),
+        turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
     verify(task)
-    manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics)
-    plans = run_store.plans_until(source.run, manifest.attempt)
-    plan = plans[-1] if plans else source.plan
     # The next run's card takes the licence and the base model from this one's.
     export(task, lambda made: model_card(plan, manifest, metrics, made, plans))
 

@@ -26,6 +26,7 @@ MADE = Export(
     num_compared=20,
     loaded=True,
     parity=Parity(0.01, 2e-4, 1.0, 64, 1e-2),
+    added_stop_ids=(3, 5),
 )
 MANIFEST = Manifest(step=40, world_size=2, plan_digest="d1ge57", attempt=2, eval_loss=1.75, files={})
 LINEAGE = Lineage(
@@ -88,6 +89,7 @@ def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Pa
         "| training, step 40 | 2.1250 |",
         "| held_out, step 0 | 3.5000 |",
         "| held_out, step 40 | 1.5000 |",
+        "| stop tokens | 3, 5 added to those of the base model, as the data ends turns with them |",
         "20 of 20 tensors are by their digests those that the engine computed with",
         "| run | tried |",
         "| plan digest | d1ge57 |",

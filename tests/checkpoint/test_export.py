@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from launcher.checkpoint import export as exporting
 from launcher.checkpoint import parity as proving
 from launcher.checkpoint import store
-from launcher.checkpoint.export import Task, export
+from launcher.checkpoint.export import Task, export, stop_ids
 from launcher.checkpoint.parity import check_parity, load_back, read_probe, require_finite, require_parity
 from launcher.errors import CheckpointError
 
@@ -100,6 +100,43 @@ def test_the_config_and_the_files_beside_it(runs, tmp_path):
     for name in kept:
         assert (result.path / name).read_text() == f"content of {name}"
     assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))
+
+
+def test_a_template_takes_the_place_of_the_tokenizers_own_ones(runs, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    (tokenizer / "additional_chat_templates").mkdir(parents=True)
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "chat_template": "old"}')
+    for name in ("tokenizer.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"):
+        (tokenizer / name).write_text("old")
+    text = "{% for m in messages %}{{ m.content }} – é{% endfor %}\n"
+    result = exported(runs, "bf16", tmp_path / "export", tokenizer=tokenizer, chat_template=text)
+    assert (result.path / "chat_template.jinja").read_text() == text
+    assert json.loads((result.path / "tokenizer_config.json").read_text()) == {"eos_token": "<|im_end|>"}
+    assert [path.name for path in result.path.iterdir() if "template" in path.name] == ["chat_template.jinja"]
+    assert (result.path / "tokenizer.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("of_config", "of_generation", "expected"),
+    [
+        (0, None, {"bos_token_id": 1, "eos_token_id": [0, 3, 5]}),
+        (None, None, {"bos_token_id": 1, "eos_token_id": [3, 5]}),
+        (0, {"temperature": 0.6, "eos_token_id": 5}, {"temperature": 0.6, "eos_token_id": [5, 3]}),
+        (0, {"eos_token_id": [7, 3, 5]}, {"eos_token_id": [7, 3, 5]}),
+    ],
+)
+def test_generations_stop_where_the_data_ends_turns(runs, tmp_path, of_config, of_generation, expected):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(llama_config("bf16") | {"bos_token_id": 1, "eos_token_id": of_config}))
+    if of_generation is not None:
+        (base / "generation_config.json").write_text(json.dumps(of_generation))
+    result = exported(runs, "bf16", tmp_path / "export", model=base, turn_end_ids=(3, 5))
+    assert json.loads((result.path / "generation_config.json").read_text()) == expected
+    assert result.added_stop_ids == tuple(i for i in (3, 5) if i not in stop_ids(base))
+    assert stop_ids(result.path) == expected["eos_token_id"]
+    loaded = AutoModelForCausalLM.from_pretrained(result.path).generation_config
+    assert loaded.eos_token_id == expected["eos_token_id"]
 
 
 def test_architectures_are_added_where_the_config_has_none(runs, tmp_path):

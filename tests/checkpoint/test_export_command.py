@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from plan_fixtures import DATA
 from safetensors.torch import load_file
 from shard_tools import engine_metadata, flip_bit, plan_of, with_metadata
 
@@ -62,6 +63,22 @@ def test_damage_is_refused_before_anything_is_written(run, tmp_path, capsys):
     assert command.main([*arguments, "--dtype", "fp32"]) == 1
     assert "digest differs" in capsys.readouterr().err
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_the_template_is_that_which_the_data_was_rendered_with(run, tmp_path, capsys):
+    file = tmp_path / "chat.jinja"
+    file.write_text("of the file")
+    plan = plan_of(run)
+    config = plan.config.model_copy(update={"data": plan.config.data.model_copy(update={"chat_template": str(file)})})
+    data = DATA.model_copy(update={"chat_template": "of the plan"})
+    for known, text in ((data, "of the plan"), (DATA, "of the file"), (None, "of the file")):
+        (run / "plan.json").write_text(plan.model_copy(update={"config": config, "data": known}).to_json())
+        made = command.export_run(run / "plan.json", step=2, dtype="bf16", out=None, check=False)
+        assert (made.path / "chat_template.jinja").read_text() == text
+    file.unlink()
+    assert command.main([str(run / "plan.json"), "--no-check", "--out", str(tmp_path / "out")]) == 1
+    assert "put the file there again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_card_is_that_of_the_attempt_which_saved(run):

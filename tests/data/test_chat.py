@@ -150,6 +150,19 @@ def test_a_template_that_leaves_out_what_a_tool_answers_is_refused(tokenizer: Pr
     assert (problem.where, problem.value) == ("rows.jsonl:1, messages[2]", tokenizer.name_or_path)
 
 
+@pytest.mark.parametrize(
+    "written", ["m.tool_calls[0].function.name", "m.tool_calls[0].function.name ~ m.tool_calls[0].function.arguments.a"]
+)
+def test_a_template_that_leaves_out_arguments_of_a_call_is_refused(tokenizer: PreTrainedTokenizerBase, written: str) -> None:
+    tokenizer.chat_template = LISTS_TOOLS + CHATML.replace("BODY", f"m.content ~ ({written} if m.tool_calls else '')")
+    calling = Message("assistant", "", ({"function": {"name": "add", "arguments": {"a": 1, "b": {"c": 1}}}},))
+    with pytest.raises(DataError, match="does not write the call of the tool add with all of its arguments") as caught:
+        encode(tokenizer, Chat("rows.jsonl:1", (WITH_TOOLS.messages[0], calling), WITH_TOOLS.tools))
+    problem = caught.value.problems[0]
+    assert (problem.where, problem.value) == ("rows.jsonl:1, messages[1]", tokenizer.name_or_path)
+    assert "data.chat_template" in problem.remedy
+
+
 def test_a_template_of_its_own_for_tools_must_write_them(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = {"default": "other" + CALLING, "tool_use": LISTS_TOOLS + CALLING}
     assert len(encode(tokenizer, WITH_TOOLS).turn_ends) == 2

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from launcher.config.schema import TrainSection
 from launcher.data import cache, findings
 from launcher.data.build import build
 from launcher.data.cache import Split
+from launcher.data.chat import load_tokenizer
 from launcher.data.loader import TrainBatches
 from launcher.data.report import report as report_of
 from launcher.errors import DataError
@@ -23,8 +24,11 @@ Jsonl = Callable[..., Path]
 SECRET = "sk-proj-" + "aB3" * 12
 
 
-def report(facts: DataFacts, data: DataSection, tokenizer: Path, num_shown: int = 0, **train: Any) -> dict[str, Any]:
-    return report_of(facts, data, str(tokenizer), TrainSection(**{"epochs": 1, **train}), seed=0, num_shown=num_shown)
+def report(
+    facts: DataFacts, data: DataSection, tokenizer: Path, num_shown: int = 0, stop_ids: Sequence[int] = (), **train: Any
+) -> dict[str, Any]:
+    settings = TrainSection(**{"epochs": 1, **train})
+    return report_of(facts, data, str(tokenizer), settings, seed=0, stop_ids=stop_ids, num_shown=num_shown)
 
 
 @pytest.fixture
@@ -205,6 +209,7 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
     )
     data = DataSection(sources=(Source(path=str(chats)),), max_length=128, chat_template=str(template), workers=1)
     facts = build(data, str(tokenizer_dir))
+    assert facts.chat_template == template.read_text()
     found = findings.read(facts.cache_dir)
     (finding,) = [one for one in found if one.name == "no_turn_end"]
     assert (finding.count, finding.total) == (200, 200)
@@ -212,6 +217,34 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
         findings.refuse(found, data.checks)
     assert "data.checks.no_turn_end=keep" in caught.value.problems[0].remedy
     assert report(facts, data, tokenizer_dir)["documents_with_turn_end"] == 0
+
+
+ENDS = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}{{ m.content }}"
+    "{{ '' if 'bare' in m.content else '<|endoftext|>' if loop.last else '<|im_end|>' }}{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_the_tokens_that_end_turns_are_told(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    end, in_between = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    template = tmp_path / "ends.jinja"
+    template.write_text(ENDS)
+    said = [[f"{i}?", f"{i}.", "And?", f"{i + 1}."] for i in range(200)]
+    # That a row's own text ends with a special token teaches no end.
+    said.append(["What begins a turn?", "It is a bare <|im_start|>"])
+    roles = ("user", "assistant") * 2
+    rows = [{"messages": [{"role": r, "content": text} for r, text in zip(roles, texts, strict=False)]} for texts in said]
+    data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=64, chat_template=str(template), workers=1)
+    facts = build(data, str(tokenizer_dir))
+    assert facts.turn_end_ids == (end,)
+    for stops, words in (([in_between], "does not stop there, the exported folder's settings do"), ([7, end], "stops there")):
+        told = report(facts, data, tokenizer_dir, stop_ids=stops)
+        assert told["turn_ends"] == [{"id": end, "token": "<|endoftext|>", "stops": end in stops}]
+        said_of_end = dict(summary_rows(told))["end of turn"]
+        assert f"<|endoftext|> (token {end})" in said_of_end
+        assert said_of_end.endswith(words)
 
 
 def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path) -> None:

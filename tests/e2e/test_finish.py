@@ -18,6 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 CANARY = "canary-7f3a9c51d2"
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}:\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant:\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +33,14 @@ def hub() -> Iterator[FakeHub]:
 @pytest.fixture(scope="module")
 def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str]:
     settings = [s for s in TINY if s not in ("tracking=none", "train.sample=false")]
+    template = module_runs / "chat.jinja"
+    template.write_text(TEMPLATE)
     done = launch(
         *settings,
         "train.max_steps=3",
         "train.push_to_hub=owner/name",
         "tracking.mode=offline",
+        f"data.chat_template={template}",
         f"run.root={module_runs}",
         "run.name=finished",
         CANARY_TOKEN=CANARY,
@@ -44,6 +51,7 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
         AWS_SECRET_ACCESS_KEY=CANARY,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    template.unlink()
     return module_runs / "finished", done.stdout
 
 
@@ -75,8 +83,9 @@ def test_the_export_is_the_checkpoint_and_loads_in_transformers(finished: tuple[
     model = AutoModelForCausalLM.from_pretrained(run / "export")
     assert model.dtype == torch.bfloat16
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
-    assert "assistant" in tokenizer.apply_chat_template(
-        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    asked = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) == (
+        "<|im_start|>user:\nhi<|im_end|>\n<|im_start|>assistant:\n"
     )
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     told = next(e for e in events if e["kind"] == "export")["fields"]
@@ -133,6 +142,7 @@ def test_export_writes_a_checkpoint_again_in_another_type(launch: Launch, finish
     done = launch("export", str(run), "--step", "3", "--dtype", "fp32", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
     missing = launch("export", str(run), "--step", "2")
     assert missing.returncode == 1
     assert "step" in missing.stderr
