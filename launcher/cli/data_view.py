@@ -155,7 +155,9 @@ def unused(report: dict[str, Any]) -> list[str]:
     """A line for each source of which documents are not in the mixture at all."""
     lines = []
     for source in report["sources"]:
-        if count := source["unused_documents"]:
+        if not source["is_read"]:
+            lines.append(f"{source['name']}: not read, for its weight is 0")
+        elif count := source["unused_documents"]:
             there = source["read_documents"] - source["dropped_documents"]
             limits = " and ".join(source["limited_by"])
             lines.append(f"{source['name']}: {count:,} of {there:,} documents are not in the mixture, for its {limits}")

@@ -31,7 +31,8 @@ def report(
     `length_quantiles` stand at even steps from the shortest to the longest. `padding_frac` is padding's share of the first
     epoch's micro-batches in the order of `seed`, see `_padding`; a source has its part of the padding of each row that it
     is in. `row_tokens` is the longest row. `epochs` of a source are its passes in one epoch of the run,
-    `unused_documents` those that the mixture leaves out for the settings in `limited_by`. `shown` holds `num_shown`
+    `unused_documents` those that the mixture leaves out for the settings in `limited_by`; `is_read` is false for a source of
+    weight 0. `shown` holds `num_shown`
     evenly spaced rows, or three documents of middling length where it is 0; keys, passwords, e-mail addresses and telephone
     numbers are left out.
     """
@@ -66,6 +67,7 @@ def report(
                 "epochs": counts["epochs"],
                 "unused_documents": counts["unused"],
                 "limited_by": _limits(data.sources[i]) if i < len(data.sources) else [],
+                "is_read": i >= len(data.sources) or data.sources[i].is_read,
                 **{key: counts[key] for key in _ORIGIN},
                 **{key: counts[name] for key, name in _COUNTED.items()},
                 "held_out": {

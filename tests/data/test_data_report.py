@@ -130,6 +130,10 @@ def test_documents_that_a_weight_leaves_out_are_told_and_not_counted_as_cut(json
     first, second = unused(told)
     assert first == f"long: {20 - counts['documents']} of 20 documents are not in the mixture, for its weight"
     assert second.endswith("of 10 documents are not in the mixture, for its weight and max_tokens")
+    off = data.model_copy(update={"sources": (sources[0], sources[1].model_copy(update={"weight": 0.0}))})
+    told = report(build(off, str(tokenizer_dir)), off, tokenizer_dir)
+    assert unused(told) == ["short: not read, for its weight is 0"]
+    assert [line[0] for line in number_rows(told)[1:]] == ["long"]
 
 
 def test_the_rows_own_width_is_told(jsonl: Jsonl, tokenizer_dir: Path) -> None:
