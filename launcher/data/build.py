@@ -281,9 +281,11 @@ def _report(
         np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
     )
     of_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
-    origins = [sources.provenance(source) for source in _inputs(data)]
+    inputs = _inputs(data)
+    origins = [sources.provenance(source) for source in inputs]
     per_source = [
-        {"name": name, **origins[i], **{key: values[i] for key, values in of_source.items()}} for i, name in enumerate(names)
+        {"name": source.name, "path": source.path, **origins[i], **{key: values[i] for key, values in of_source.items()}}
+        for i, source in enumerate(inputs)
     ]
     return {
         "sources": per_source,

@@ -39,8 +39,8 @@ from launcher.data.sources import eval_source, source_digest
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
-# Raised whenever the same sources would give other tokens, other rows or another layout.
-FORMAT_VERSION = 7
+# Raised whenever the same sources would give other tokens, rows or findings, or another layout; a test tells.
+FORMAT_VERSION = 8
 
 # What AutoTokenizer reads from its folder; config.json because the model type picks the class.
 TOKENIZER_FILES = (
