@@ -1,4 +1,4 @@
-"""The lock of a run while one of its attempts is started, and who holds it."""
+"""Who holds a lock, and the lock of a run while one of its attempts is started."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from launcher.config.secret import redact
 from launcher.errors import SubmitError
 
 _LOCK = ".lock"
-_IDENTITY = ".lock.json"
 # Between taking the lock and leaving a name beside it.
 _NAMELESS_S = 0.5
 
@@ -40,7 +39,7 @@ def pid_space() -> str:
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that starts an attempt; `space` see `pid_space`, `started` and `since` are seconds since the epoch."""
+    """A process that holds a lock; `space` see `pid_space`, `started` and `since` are seconds since the epoch."""
 
     host: str
     space: str
@@ -90,17 +89,31 @@ def held(folder: Path, wait_s: float) -> Iterator[None]:
             else f"wait until it is done, or end it on {holder.host}: kill {holder.pid}",
         ) from None
     try:
-        _leave_name(folder)
-        yield
+        with named(folder / _LOCK):
+            yield
     finally:
-        (folder / _IDENTITY).unlink(missing_ok=True)
         lock.release()
 
 
-def holder_of(folder: Path) -> Holder | None:
-    """Who holds the lock of the run in `folder`; None where nobody does, or where a process has died while it did."""
+@contextmanager
+def named(lock: Path) -> Iterator[None]:
+    """Have this process's identity beside the file `lock`, which it holds."""
     try:
-        found = Holder(**json.loads((folder / _IDENTITY).read_bytes()))
+        _leave_name(lock)
+        yield
+    finally:
+        _identity(lock).unlink(missing_ok=True)
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """Who holds the lock of the run in `folder`, as `holder_at` tells it."""
+    return holder_at(folder / _LOCK)
+
+
+def holder_at(lock: Path) -> Holder | None:
+    """Who holds the file `lock`; None where nobody does, or where a process has died while it did."""
+    try:
+        found = Holder(**json.loads(_identity(lock).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
     return None if found.is_gone else found
@@ -113,11 +126,15 @@ def _await_name(folder: Path) -> Holder | None:
     return found
 
 
-def _leave_name(folder: Path) -> None:
-    partial = folder / f"{_IDENTITY}.{os.getpid()}"
+def _identity(lock: Path) -> Path:
+    return lock.with_name(f"{lock.name}.json")
+
+
+def _leave_name(lock: Path) -> None:
+    partial = _identity(lock).with_name(f"{_identity(lock).name}.{os.getpid()}")
     try:
         partial.write_text(json.dumps(asdict(Holder.this_process())))
-        os.replace(partial, folder / _IDENTITY)
+        os.replace(partial, _identity(lock))
     except OSError:
         # The lock holds without a name.
         partial.unlink(missing_ok=True)

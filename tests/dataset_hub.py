@@ -16,12 +16,16 @@ from http_server import serving
 
 @dataclass
 class DatasetHub:
-    """The repository owner/name; `revisions` maps branches, tags and commits to commits, `commits` those to files."""
+    """The repository owner/name; `revisions` maps branches, tags and commits to commits, `commits` those to files.
+
+    Where `fails_with` is an HTTP status, all that it answers is that.
+    """
 
     address: str = ""
     revisions: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    fails_with: int | None = None
 
     def commit(self, files: dict[str, bytes], *names: str) -> str:
         """A commit with these files that `names` point to."""
@@ -47,6 +51,8 @@ class DatasetHub:
         return list(entries.values())
 
     def answer(self, path: str, query: str) -> tuple[int, dict[str, str], bytes]:
+        if self.fails_with is not None:
+            return self.fails_with, {}, b"{}"
         if match := re.fullmatch(r"/api/datasets/owner/name/tree/(\w+)(?:/(.+))?", path):
             return 200, {}, json.dumps(self._tree(self.revisions[match[1]], match[2], "recursive=true" in query)).encode()
         if match := re.fullmatch(r"/api/datasets/owner/name(?:/revision/(\w+))?", path):

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from launcher import page as html
-from launcher.cli.data_view import left_out, length_bins, number_rows, parts_taken, row_width, summary_rows, unused, visible
+from launcher.cli.data_view import (
+    left_out,
+    length_bins,
+    moved,
+    number_rows,
+    parts_taken,
+    row_width,
+    summary_rows,
+    unused,
+    visible,
+)
 from launcher.data.findings import share_text
 from launcher.page import Series
 
@@ -28,7 +38,7 @@ def page(report: dict[str, Any], name: str) -> str:
         _verdict(report["findings"]),
         html.heading("Sources"),
         html.table(header, rows, numbers=range(1, len(header))),
-        *(html.paragraph(line) for line in [*parts_taken(report), *unused(report), *left_out(report)]),
+        *(html.paragraph(line) for line in [*parts_taken(report), *unused(report), *moved(report), *left_out(report)]),
         html.table([], [list(row) for row in summary_rows(report)]),
         html.heading("Plots"),
         *_plots(report),

@@ -37,7 +37,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(documents)
     console.print()
     console.print(tokens)
-    for line in [*parts_taken(report), *unused(report), *left_out(report)]:
+    for line in [*parts_taken(report), *unused(report), *moved(report), *left_out(report)]:
         console.print(escape(line), soft_wrap=True)
     console.print()
     _print_lengths(console, report)
@@ -161,11 +161,22 @@ def unused(report: dict[str, Any]) -> list[str]:
     """A line for each source of which documents are not in the mixture at all."""
     lines = []
     for source in report["sources"]:
-        if count := source["unused_documents"]:
+        if not source["is_read"]:
+            lines.append(f"{source['name']}: not read, for its weight is 0")
+        elif count := source["unused_documents"]:
             there = source["read_documents"] - source["dropped_documents"]
             limits = " and ".join(source["limited_by"])
             lines.append(f"{source['name']}: {count:,} of {there:,} documents are not in the mixture, for its {limits}")
     return lines
+
+
+def moved(report: dict[str, Any]) -> list[str]:
+    """A line for each source that lies elsewhere than when the cache was built."""
+    return [
+        visible(f"{source['name']}: files and examples are named as when the cache was built, from {source['built_from']}")
+        for source in report["sources"]
+        if source["path"] != source["built_from"]
+    ]
 
 
 def left_out(report: dict[str, Any]) -> list[str]:

@@ -81,7 +81,11 @@ class Source(Section):
         None, description="Branch, tag or commit of a hub dataset; a 40-digit commit never changes. Unset: the default branch."
     )
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
-        None, description="Share of the mixture's tokens, relative to the other sources' weights. Unset: all that there is."
+        None,
+        description=(
+            "Share of the mixture's tokens, relative to the other sources' weights; a source of weight 0 is not read, and "
+            "nothing of it is held out. Unset: all that there is."
+        ),
     )
     max_tokens: PositiveInt | None = Field(
         None, description="Tokens taken from the source in one epoch, at most: the same documents in every epoch. Unset: all."
@@ -93,6 +97,11 @@ class Source(Section):
             "every epoch."
         ),
     )
+
+    @property
+    def is_read(self) -> bool:
+        """False for a source that the mixture takes nothing of, nor anything for evaluation."""
+        return self.weight != 0
 
     @field_validator("path")
     @classmethod

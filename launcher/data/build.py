@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from launcher.config.data import DataSection, Source
-from launcher.data import beside, cache, findings, parallel, quality, rows, sources
+from launcher.data import beside, cache, findings, mixture, parallel, quality, rows, sources
 from launcher.data.chat import read_template
 from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
 from launcher.errors import DataError, Problem
@@ -40,6 +40,21 @@ class _Corpus:
     @property
     def num_docs(self) -> int:
         return len(self.docs.wheres)
+
+    def kept(self, drop: np.ndarray, held_out: bool) -> np.ndarray:
+        """Numbers of the pieces of one split that are left without the documents in `drop`, bool [documents]."""
+        pieces = self.pieces
+        return np.flatnonzero(~drop[pieces.doc] & (pieces.lengths > 0) & (self.docs.held_out[pieces.doc] == held_out))
+
+
+@dataclass(frozen=True)
+class _Mixed:
+    """Which documents are dropped, bool [documents], the rows of training, passes over each source, and what was found."""
+
+    drop: np.ndarray
+    layout: rows.Layout
+    epochs: list[float]
+    found: findings.Findings
 
 
 def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None = None) -> DataFacts:
@@ -71,18 +86,12 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     corpus = _collected(data, tokenizer_path, spill, on_progress)
     docs, pieces = corpus.docs, corpus.pieces
     on_progress("compare", 0, corpus.num_docs)
-    drop, found = _checked(corpus, data)
+    mixed = _mixed(corpus, data)
+    drop, layout = mixed.drop, mixed.layout
     on_progress("compare", corpus.num_docs, corpus.num_docs)
-    stays = ~drop[pieces.doc] & (pieces.lengths > 0)
-    train = np.flatnonzero(stays & ~docs.held_out[pieces.doc])
-    if not pieces.labels[train].any():
-        raise _nothing_left(docs, data, found)
     on_progress("pack and write", 0, 1)
+    held_out = rows.all_of(pieces.lengths, corpus.kept(drop, held_out=True), data, data.eval_max_rows)
     piece_sources = docs.source[pieces.doc]
-    layout, epochs = rows.mixed(pieces.lengths, piece_sources, train, data)
-    if not pieces.labels[layout.order].any():
-        raise _nothing_left(docs, data, found)
-    held_out = rows.all_of(pieces.lengths, np.flatnonzero(stays & docs.held_out[pieces.doc]), data, data.eval_max_rows)
     spilled = spill.close()
     num_inputs = len(data.sources) + (data.eval_path is not None)
     digest = "-".join(
@@ -93,8 +102,8 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     chosen = heapq.nsmallest(NUM_SAMPLES, (s for s in corpus.samples if not drop[s.doc]), key=lambda sample: sample.rank)
     samples = [{"prompt": s.prompt, "prompt_ids": s.prompt_ids, "answer": s.answer} for s in chosen]
     cache.write_json(folder / "samples.json", samples)
-    findings.write(folder, found)
-    report = _report(corpus, drop, layout, held_out, epochs, data)
+    findings.write(folder, mixed.found)
+    report = _report(corpus, drop, layout, held_out, mixed.epochs, data)
     facts = _facts(report, pieces, layout, held_out, digest).model_copy(update={"chat_template": read_template(data)})
     cache.finish(folder, facts, report)
     on_progress("pack and write", 1, 1)
@@ -104,6 +113,8 @@ def _work(data: DataSection) -> Iterator[Work]:
     """All documents once; where data.eval_path is set, the sources' own held-out documents belong to neither split."""
     held_out = sources.eval_source(data)
     for number, source in enumerate(data.sources):
+        if not source.is_read:
+            continue
         for batch in sources.read_batches(source):
             yield Work(batch, number, None if held_out is None else False)
     if held_out is not None:
@@ -122,9 +133,7 @@ def _names(data: DataSection) -> tuple[str, ...]:
 
 def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_progress: Progress) -> _Corpus:
     """Read and encode all documents; their tokens go to `spill`."""
-    held_out = sources.eval_source(data)
-    inputs = [*data.sources, *([held_out] if held_out is not None else [])]
-    total = sum(sources.count_rows(source) for source in inputs)
+    total = sum(sources.count_rows(source) for source in _inputs(data) if source.is_read)
     on_progress("tokenise", 0, total)
     docs: list[Docs] = []
     pieces: list[Pieces] = []
@@ -159,11 +168,51 @@ def _joined(parts: Sequence[Columns]) -> Columns:
     return type(parts[0])(**columns)
 
 
-def _checked(corpus: _Corpus, data: DataSection) -> tuple[np.ndarray, findings.Findings]:
+def _mixed(corpus: _Corpus, data: DataSection) -> _Mixed:
+    """What is trained on: without what the checks drop, and of each source as much as the mixture takes.
+
+    Errors: DataError where nothing is left to train on.
+    """
+    docs, pieces, checks = corpus.docs, corpus.pieces, data.checks
+    hits = list(corpus.hits)
+    inside, training = np.flatnonzero(docs.held_out), np.flatnonzero(~docs.held_out)
+
+    def left(drop: np.ndarray) -> np.ndarray:
+        kept = corpus.kept(drop, held_out=False)
+        if not pieces.labels[kept].any():
+            raise _nothing_left(docs, data, _concluded(hits, corpus, kept[:0], data))
+        return kept
+
+    def leaks(training: np.ndarray, are_dropped: bool) -> list[tuple[int, quality.Hit]]:
+        found = []
+        if (checks.held_out_in_train == "drop") == are_dropped:
+            found += beside.leaks(docs.contents, training, inside)
+        if (checks.near_held_out_in_train == "drop") == are_dropped:
+            found += beside.near_leaks(docs.contents, docs.signatures, training, inside, checks)
+        return found
+
+    kept = left(quality.dropped(hits, corpus.num_docs, checks))
+    num_tokens = np.bincount(docs.source[pieces.doc[kept]], pieces.lengths[kept], len(data.sources)).astype(int)
+    # Of several copies one is kept, and it should be one that is in the rows.
+    shares = np.asarray(mixture.shares(data.sources, num_tokens.tolist()))
+    training = training[np.argsort(-shares[docs.source[training]], kind="stable")]
+    hits += beside.again(docs.contents, docs.tasks, docs.signatures, training, checks)
+    # In place of what is dropped the mixture takes other documents, which must not be leaks either.
+    hits += leaks(training, are_dropped=True)
+    drop = quality.dropped(hits, corpus.num_docs, checks)
+    layout, epochs = rows.mixed(pieces.lengths, docs.source[pieces.doc], left(drop), data)
+    if not pieces.labels[layout.order].any():
+        raise _nothing_left(docs, data, _concluded(hits, corpus, layout.order, data))
+    hits += leaks(np.unique(pieces.doc[layout.order]), are_dropped=False)
+    return _Mixed(drop, layout, epochs, _concluded(hits, corpus, layout.order, data))
+
+
+def _concluded(hits: list[tuple[int, quality.Hit]], corpus: _Corpus, order: np.ndarray, data: DataSection) -> findings.Findings:
+    """What is found where training has the pieces `order`."""
     docs, pieces = corpus.docs, corpus.pieces
-    hits = [*corpus.hits, *beside.across(docs.contents, docs.tasks, docs.signatures, docs.held_out, data.checks)]
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
-    seen = quality.Corpus(docs.wheres, docs.source, _names(data), docs.held_out, docs.num_tokens, docs.is_text, trained)
+    used = np.bincount(pieces.doc[order], minlength=corpus.num_docs) > 0
+    seen = quality.Corpus(docs.wheres, docs.source, _names(data), docs.held_out, docs.num_tokens, docs.is_text, trained, used)
     return quality.conclude(hits, seen, data.checks)
 
 
@@ -244,9 +293,11 @@ def _report(
         np.bincount(in_rows, pieces.turn_end[layout.order], minlength=len(names)).astype(int).tolist()
     )
     of_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
-    origins = [sources.provenance(source) for source in _inputs(data)]
+    inputs = _inputs(data)
+    origins = [sources.provenance(source) for source in inputs]
     per_source = [
-        {"name": name, **origins[i], **{key: values[i] for key, values in of_source.items()}} for i, name in enumerate(names)
+        {"name": source.name, "path": source.path, **origins[i], **{key: values[i] for key, values in of_source.items()}}
+        for i, source in enumerate(inputs)
     ]
     return {
         "sources": per_source,

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -30,19 +29,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
 import numpy as np
 import xxhash
 
 from launcher.config.data import ChecksSection, DataSection
-from launcher.data.root import cache_root
+from launcher.data.lock import locked
+from launcher.data.root import cache_root, usable
 from launcher.data.sources import eval_source, source_digest
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
-# Raised whenever the same sources would give other tokens, other rows or another layout.
-FORMAT_VERSION = 7
-LOCK_TIMEOUT_S = 2 * 3600.0
+# Raised whenever the same sources would give other tokens, rows or findings, or another layout; a test tells.
+FORMAT_VERSION = 8
 
 # What AutoTokenizer reads from its folder; config.json because the model type picks the class.
 TOKENIZER_FILES = (
@@ -55,8 +53,6 @@ _SPLIT_ARRAYS = ("tokens", "trained", "rows", "docs", "row_labels", "doc_source"
 # Settings that change no token, or that are in the key by what they stand for.
 _NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "checks"}
 _READ_SIZE = 1 << 20
-# Without a handler of its own a warning goes to standard error as it is.
-_LOG = logging.getLogger(__name__)
 
 
 def cache_dir(key: str) -> Path:
@@ -115,14 +111,15 @@ def find(key: str) -> DataFacts | None:
 
 
 def read(folder: Path) -> DataFacts | None:
-    """Counts of the finished cache in `folder`, as `find` gives them."""
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        intact = meta.get("format") == FORMAT_VERSION and all(
-            (folder / name).stat().st_size == size for name, size in meta["files"].items()
-        )
-    except FileNotFoundError:
-        return None
+    """Counts of the finished cache in `folder`, as `find` gives them. Errors: DataError where it cannot be read."""
+    with usable(folder):
+        try:
+            meta = json.loads((folder / "meta.json").read_bytes())
+            intact = meta.get("format") == FORMAT_VERSION and all(
+                (folder / name).stat().st_size == size for name, size in meta["files"].items()
+            )
+        except FileNotFoundError:
+            return None
     return DataFacts(cache_dir=str(folder), **meta["facts"]) if intact else None
 
 
@@ -253,32 +250,25 @@ def building(key: str) -> Iterator[Path | None]:
 
     The folder must hold `meta.json` when the block ends; then it becomes the cache. Where the block raises, it is removed;
     where the process dies, the next builder removes it.
+    Errors: DataError where the folder cannot be written, and where another process takes too long.
     """
     final = cache_dir(key)
-    final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = filelock.FileLock(final.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S, mode=0o600)
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            _LOG.warning("waiting for another process that builds this data cache (%s)", lock.lock_file)
-            lock.acquire()
-    except filelock.Timeout as error:
-        what, remedy = "another process has held this data cache for too long", "wait for it, or end it and try again"
-        raise DataError(Problem(what, lock.lock_file, remedy=remedy)) from error
-    try:
+    partial = final.with_suffix(".partial")
+    with usable(final.parent):
+        final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        with usable(final.parent):
+            stack.enter_context(locked(final.with_suffix(".lock"), "builds this data cache"))
         if find(key) is not None:
             yield None
             return
-        partial = final.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(mode=0o700)
         try:
-            yield partial
-            shutil.rmtree(final, ignore_errors=True)
-            partial.replace(final)
-            _sync_folder(final.parent)
+            with usable(partial):
+                partial.mkdir(mode=0o700)
+                yield partial
+                shutil.rmtree(final, ignore_errors=True)
+                partial.replace(final)
+                _sync_folder(final.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        lock.release()

@@ -35,6 +35,12 @@ def budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[int]:
     return [round(limit if weight is None else weight * scale) for weight, limit in zip(weights, limits, strict=True)]
 
 
+def shares(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[float]:
+    """The share of each source's tokens that is in one epoch, at most 1: see `budgets`."""
+    given = budgets(sources, num_tokens)
+    return [min(1.0, budget / max(1, tokens)) for budget, tokens in zip(given, num_tokens, strict=True)]
+
+
 def passes(lengths: np.ndarray, budget: int, seed: int) -> list[np.ndarray]:
     """Document numbers of each pass over a source: whole passes first, then as many documents as the rest of the budget takes.
 

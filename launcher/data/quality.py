@@ -65,7 +65,7 @@ class Inspection:
 class Corpus:
     """All documents in the order in which they were read, one entry each; `source` points into `names`.
 
-    `trained` is False where no token is trained within a row.
+    `trained` is False where no token is trained within a row, `used` where no row of training holds the document.
     """
 
     wheres: Sequence[str]
@@ -75,6 +75,7 @@ class Corpus:
     num_tokens: np.ndarray
     is_text: np.ndarray
     trained: np.ndarray
+    used: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -250,35 +251,44 @@ def _broken(text: str) -> str | None:
     return "bytes read in the wrong encoding" if _MOJIBAKE.search(text) and is_bad(text) else None
 
 
-def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> tuple[np.ndarray, Findings]:
-    """Which documents are dropped, bool [documents], and what is told of all of them."""
+def dropped(hits: Iterable[tuple[int, Hit]], num_docs: int, checks: ChecksSection) -> np.ndarray:
+    """Which documents `checks` drop, bool [documents]."""
+    by_name = _by_name(hits)
+    drop = np.zeros(num_docs, dtype=bool)
+    for name, of_name in by_name.items():
+        if getattr(checks, name) == "drop" and name != "near_duplicate":
+            # A held-out document stays, and what stands in training goes.
+            drop[[i for one in of_name.values() for i in one.others] if name in LEAKS else list(of_name)] = True
+    if checks.near_duplicate == "drop":
+        drop[_nearly_again(by_name["near_duplicate"], drop)] = True
+    return drop
+
+
+def _by_name(hits: Iterable[tuple[int, Hit]]) -> dict[str, dict[int, Hit]]:
+    """The first hit of each document by each check."""
     by_name: dict[str, dict[int, Hit]] = defaultdict(dict)
     for document, hit in hits:
         by_name[hit.finding].setdefault(document, hit)
+    return by_name
+
+
+def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> Findings:
+    """What is told of all documents."""
+    by_name = _by_name(hits)
     looked_at = {**dict.fromkeys(LEAKS, corpus.held_out), "no_turn_end": corpus.trained}
-    drop = np.zeros(len(corpus.wheres), dtype=bool)
     found = []
     for name in TITLES:
-        of_name = by_name.get(name)
-        if not of_name:
-            continue
-        documents = np.asarray(sorted(of_name))
-        of_source = corpus.source[looked_at[name]] if name in looked_at else corpus.source
-        found.append(_finding(name, documents, of_source, of_name, corpus))
-        if getattr(checks, name) == "drop" and name != "near_duplicate":
-            # A held-out document stays, and what stands in training goes.
-            gone = [i for one in of_name.values() for i in one.others] if name in LEAKS else documents
-            drop[gone] = True
-    if checks.near_duplicate == "drop":
-        drop[_nearly_again(by_name["near_duplicate"], drop)] = True
-    return drop, tuple(found + _few(drop, corpus, checks))
+        if of_name := by_name.get(name):
+            of_source = corpus.source[looked_at[name]] if name in looked_at else corpus.source
+            found.append(_finding(name, np.asarray(sorted(of_name)), of_source, of_name, corpus))
+    return tuple(found + _few(corpus, checks))
 
 
 def _nearly_again(hits: dict[int, Hit], drop: np.ndarray) -> list[int]:
     """Near duplicates of what is left; where a document is dropped for another fault, the first that is like it stays."""
     stays: set[int] = set()
     gone = []
-    for document, hit in sorted(hits.items()):
+    for document, hit in hits.items():
         first = hit.others[0]
         if drop[first] and not drop[document] and first not in stays:
             stays.add(first)
@@ -308,11 +318,10 @@ def _by_source(documents: np.ndarray, corpus: Corpus) -> dict[str, int]:
     return {corpus.names[i]: int(count) for i, count in enumerate(counts) if count}
 
 
-def _few(drop: np.ndarray, corpus: Corpus, checks: ChecksSection) -> list[Finding]:
-    """The finding that what is left to train on is little for its purpose: examples are counted, texts alone by their tokens."""
-    training = ~drop & ~corpus.held_out
-    examples = np.flatnonzero(training & ~corpus.is_text)
-    documents = examples if len(examples) else np.flatnonzero(training)
+def _few(corpus: Corpus, checks: ChecksSection) -> list[Finding]:
+    """The finding that what is trained on is little for its purpose: examples are counted, texts alone by their tokens."""
+    examples = np.flatnonzero(corpus.used & ~corpus.is_text)
+    documents = examples if len(examples) else np.flatnonzero(corpus.used)
     num_tokens = int(corpus.num_tokens[documents].sum())
     if len(examples):
         few, said = len(examples) < checks.few_examples_below, f"{len(examples):,} examples to train on; {_USUAL_EXAMPLES}"
@@ -321,4 +330,4 @@ def _few(drop: np.ndarray, corpus: Corpus, checks: ChecksSection) -> list[Findin
     if not few or not len(documents):
         return []
     example = Example(corpus.wheres[documents[0]], said)
-    return [Finding("few_examples", len(documents), int(training.sum()), _by_source(documents, corpus), (example,))]
+    return [Finding("few_examples", len(documents), int(corpus.used.sum()), _by_source(documents, corpus), (example,))]

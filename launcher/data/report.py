@@ -38,15 +38,17 @@ def report(
     `length_quantiles` stand at even steps from the shortest to the longest. `padding_frac` is padding's share of the first
     epoch's micro-batches in the order of `seed`, see `_padding`; a source has its part of the padding of each row that it
     is in. `row_tokens` is the longest row. `epochs` of a source are its passes in one epoch of the run,
-    `unused_documents` those that the mixture leaves out for the settings in `limited_by`. `shown` holds `num_shown`
-    evenly spaced rows, or three documents of middling length where it is 0; keys, passwords, e-mail addresses and telephone
-    numbers are left out. `turn_ends` are the tokens that end trained turns; `stops` where they are among `stop_ids`, at which
-    generations of the model stop as it is.
+    `unused_documents` those that the mixture leaves out for the settings in `limited_by`; `is_read` is false for a source of
+    weight 0; `built_from` is its path when the cache was built, under which files and examples are told. `shown` holds
+    `num_shown` evenly spaced rows, or three documents of middling length where it is 0; keys, passwords, e-mail addresses and
+    telephone numbers are left out. `turn_ends` are the tokens that end trained turns; `stops` where they are among `stop_ids`, at
+    which generations of the model stop as it is.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     split, held_out = Split.open(facts.cache_dir), Split.open(facts.cache_dir, held_out=True)
     counted = cache.read_report(facts.cache_dir)["sources"]
     names = [source["name"] for source in counted]
+    paths = [source.path for source in data.sources] + [data.eval_path or ""] * (len(names) - len(data.sources))
     mixture, sources = _of_split(split, len(names))
     apart, sources_apart = _of_split(held_out, len(names))
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
@@ -75,6 +77,9 @@ def report(
                 "epochs": counts["epochs"],
                 "unused_documents": counts["unused"],
                 "limited_by": _limits(data.sources[i]) if i < len(data.sources) else [],
+                "path": path,
+                "built_from": counts["path"],
+                "is_read": i >= len(data.sources) or data.sources[i].is_read,
                 **{key: counts[key] for key in _ORIGIN},
                 **{key: counts[name] for key, name in _COUNTED.items()},
                 "held_out": {
@@ -83,7 +88,9 @@ def report(
                     "dropped_documents": counts["held_out_dropped"],
                 },
             }
-            for i, (name, numbers, outside, counts) in enumerate(zip(names, sources, sources_apart, counted, strict=True))
+            for i, (name, path, numbers, outside, counts) in enumerate(
+                zip(names, paths, sources, sources_apart, counted, strict=True)
+            )
         ],
         "held_out": {
             **apart,

@@ -45,7 +45,8 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     if any(facts.locate(name, config.model).folder is None for name in wanted):
         # A row that cannot be read is told at once, not after a model was fetched.
         for source in config.data.sources:
-            deque(sources.read_documents(source), maxlen=0)
+            if source.is_read:
+                deque(sources.read_documents(source), maxlen=0)
     for name in wanted:
         _fetch(name, config.model)
     tokenizer = facts.locate(config.model.tokenizer or config.model.path or "", config.model).folder

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from launcher.config.data import ChecksSection, DataSection, Source
-from launcher.data import duplicates, findings
-from launcher.data.beside import across
+from launcher.data import beside, duplicates, findings
 from launcher.data.chat import Encoded, Rendered
-from launcher.data.quality import Corpus, Hit, Inspection, conclude, inspect
+from launcher.data.quality import Corpus, Hit, Inspection, dropped, inspect
+from launcher.data.quality import conclude as concluded
 from launcher.data.sources import Chat, Document, Message, PlainText
 from launcher.errors import DataError
 
@@ -24,6 +24,24 @@ def inspected(documents: Sequence[Document], checks: ChecksSection = CHECKS) -> 
     tokens = Encoded(np.arange(4, dtype=np.uint32), np.asarray([0, 1, 1, 1], dtype=np.uint8), (3,))
     data, texts = DataSection(sources=(Source(path="rows.jsonl"),), checks=checks), [Rendered("x:1", "", (), raw=False)]
     return inspect(documents, texts * len(documents), [tokens] * len(documents), (), data)
+
+
+def across(
+    contents: np.ndarray, tasks: np.ndarray, signatures: list[np.ndarray | None], held_out: np.ndarray, checks: ChecksSection
+) -> list[tuple[int, Hit]]:
+    """All faults of documents beside others, where all of training is in the rows."""
+    training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    return [
+        *beside.again(contents, tasks, signatures, training, checks),
+        *beside.leaks(contents, training, inside),
+        *beside.near_leaks(contents, signatures, training, inside, checks),
+    ]
+
+
+def conclude(hits: list[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> tuple[np.ndarray, findings.Findings]:
+    """What is dropped, and what is told where all the rest is in the rows."""
+    drop = dropped(hits, len(corpus.wheres), checks)
+    return drop, concluded(hits, replace(corpus, used=~drop & ~corpus.held_out), checks)
 
 
 @dataclass
@@ -219,7 +237,7 @@ def corpus(num: int, sources: list[int] | None = None, held_out: tuple[int, ...]
     marks[1, list(texts)] = True
     source = np.asarray(sources or [0] * num)
     wheres = [f"{'ab'[s]}.jsonl:{i + 1}" for i, s in enumerate(source.tolist())]
-    return Corpus(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1], np.ones(num, dtype=bool))
+    return Corpus(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1], *np.ones((2, num), dtype=bool))
 
 
 def by_name(found: findings.Findings) -> dict[str, findings.Finding]:
@@ -246,7 +264,7 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
         (7, Hit("empty_answer", "x")),
     ]
     everything = corpus(200, held_out=(5,))
-    for settings, dropped in (
+    for settings, gone in (
         ({}, [7]),
         ({"exact_duplicate": "drop"}, [3, 7]),
         ({"held_out_in_train": "drop", "empty_answer": "keep"}, [2, 4]),
@@ -254,7 +272,7 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
         ({"secrets": "drop", "empty_answer": "fail"}, [6]),
     ):
         drop, found = conclude(hits, everything, ChecksSection.model_validate(settings))
-        assert np.flatnonzero(drop).tolist() == dropped
+        assert np.flatnonzero(drop).tolist() == gone
         assert by_name(found)["held_out_in_train"].total == 1
         assert by_name(found)["near_held_out_in_train"].total == 1
         assert by_name(found)["held_out_in_train"].examples[0].detail == "the same as a.jsonl:3 and 1 more"

@@ -63,6 +63,69 @@ def test_weights_are_shares_of_the_tokens(jsonl: Jsonl, tokenizer_dir: Path) -> 
     assert read_report(facts.cache_dir)["sources"][1]["epochs"] == 1
 
 
+def long_texts(first: int, end: int) -> list[str]:
+    return [f"Number {i}: " + " ".join(f"{i * n}" for n in range(40)) for i in range(first, end)]
+
+
+def found_in(cache_dir: str) -> dict[str, findings.Finding]:
+    return {finding.name: finding for finding in findings.read(cache_dir)}
+
+
+def test_a_source_of_weight_0_is_in_nothing(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    words = long_texts(0, 100)
+    new = texts(jsonl, "new", words).model_copy(update={"weight": 1.0})
+    alone = DataSection(sources=(new,), max_length=256, eval_fraction=0.1, checks=ChecksSection(exact_duplicate="drop"))
+    # The same rows, some that stand there alone, and a row that cannot be read.
+    off = texts(jsonl, "off", [*words, *long_texts(100, 130)]).model_copy(update={"weight": 0.0})
+    with Path(off.path).open("a") as file:
+        file.write("no JSON")
+    both = alone.model_copy(update={"sources": (off, new)})
+    first, second = (build(data, str(tokenizer_dir)) for data in (alone, both))
+    for held_out in (False, True):
+        one, other = (Split.open(facts.cache_dir, held_out) for facts in (first, second))
+        assert (one.tokens.tolist(), one.docs.tolist()) == (other.tokens.tolist(), other.docs.tolist())
+        assert set(other.doc_source.tolist()) == {1}
+    assert findings.read(second.cache_dir) == findings.read(first.cache_dir)
+    assert read_report(second.cache_dir)["sources"][0]["read"] == 0
+    # No leak either: what stands in that source alone is seen by no run.
+    held_out = texts(jsonl, "held_out", long_texts(100, 130))
+    data = both.model_copy(update={"eval_fraction": 0.0, "eval_path": held_out.path})
+    assert not {*findings.LEAKS, "no_trained_token"} & found_in(build(data, str(tokenizer_dir)).cache_dir).keys()
+
+
+@pytest.mark.parametrize("check", ["exact_duplicate", "near_duplicate"])
+@pytest.mark.parametrize("limit", [{"max_tokens": 600}, {"epochs": 0.1}, {"weight": 0.05}])
+def test_of_copies_in_two_sources_one_is_kept_that_is_in_the_rows(
+    jsonl: Jsonl, tokenizer_dir: Path, check: str, limit: dict[str, float]
+) -> None:
+    words = long_texts(1, 60)
+    suffix = "" if check == "exact_duplicate" else " and so on"
+    old = texts(jsonl, "old", [*words, *long_texts(60, 70)]).model_copy(update=limit)
+    whole = {"weight": 1.0} if "weight" in limit else {}
+    new = texts(jsonl, "new", [word + suffix for word in words]).model_copy(update=whole)
+    checks = ChecksSection(**{check: "drop"}, near_duplicate_threshold=0.7)
+    facts = build(DataSection(sources=(old, new), max_length=256, checks=checks), str(tokenizer_dir))
+    of_source = {one["name"]: one for one in read_report(facts.cache_dir)["sources"]}
+    assert (of_source["new"]["dropped"], of_source["new"]["num_docs"]) == (0, 59)
+    assert of_source["old"]["dropped"] == 59
+    assert 0 < of_source["old"]["num_docs"] < 10
+
+
+def test_what_is_told_of_training_is_told_of_the_documents_in_rows(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+    rows = [{"prompt": f"{i}:", "completion": text} for i, text in enumerate(long_texts(0, 80))]
+    source = Source(path=str(jsonl(rows)), max_tokens=3000)
+    data = DataSection(sources=(source,), max_length=256, eval_path=str(jsonl(rows, "held_out.jsonl")))
+    facts = build(data, str(tokenizer_dir))
+    found = found_in(facts.cache_dir)
+    assert 0 < facts.num_docs < 40
+    assert found["few_examples"].count == found["held_out_in_train"].count == facts.num_docs
+    assert found["held_out_in_train"].total == 80
+    # What is dropped for that makes no room for others of the kind.
+    dropping = data.model_copy(update={"checks": ChecksSection(held_out_in_train="drop")})
+    with pytest.raises(DataError, match="no document with a trained token"):
+        build(dropping, str(tokenizer_dir))
+
+
 def test_the_eval_file_is_a_source_of_its_own(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     first = texts(jsonl, "first", [f"one {i}" for i in range(30)])
     held_out = texts(jsonl, "eval", [f"other {i}" for i in range(7)])

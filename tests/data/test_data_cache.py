@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -19,7 +20,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.config.data import ChecksSection, DataSection, Source
-from launcher.data import cache
+from launcher.data import cache, lock
 from launcher.data.build import build
 from launcher.data.cache import Split, cache_key, find, read_report, read_samples
 from launcher.errors import DataError
@@ -331,18 +332,48 @@ def test_a_source_that_grows_while_it_is_read_is_no_cache(section: Callable[...,
     assert not list((cache.cache_root() / "data").glob("*/meta.json"))
 
 
-def test_waiting_for_another_builder_is_said(
+def test_waiting_for_another_builder_is_said_again_and_again(
     cache_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(cache, "LOCK_TIMEOUT_S", 0.2)
-    (cache_home / "data").mkdir(parents=True)
-    with (
-        filelock.FileLock(cache_home / "data" / "key.lock"),
-        pytest.raises(DataError, match="for too long"),
-        cache.building("key"),
-    ):
+    monkeypatch.setattr(lock, "SAID_EVERY_S", 0.1)
+    monkeypatch.setattr(lock, "LONGEST_WAIT_S", 0.5)
+    second = cache.building("key")
+    with cache.building("key"), pytest.raises(DataError, match="builds this data cache takes too long") as caught:
+        second.__enter__()
+    holder = f"process {os.getpid()} on {os.uname().nodename}"
+    assert len(caplog.messages) > 2
+    assert all(said.startswith(f"waiting for another process that builds this data cache ({holder}") for said in caplog.messages)
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.value.startswith(holder)) == (str(cache_home / "data" / "key.lock"), True)
+    # Where nobody has said who holds it, the lock is named.
+    caplog.clear()
+    path = cache_home / "data" / "other.lock"
+    with filelock.FileLock(path), pytest.raises(DataError), lock.locked(path, "builds this data cache"):
         pass
-    assert caplog.messages == [f"waiting for another process that builds this data cache ({cache_home / 'data' / 'key.lock'})"]
+    assert caplog.messages[0] == f"waiting for another process that builds this data cache ({path})"
+
+
+def test_a_cache_that_is_full_is_told_and_nothing_is_left_of_it(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)){BUILDER}"
+    command = [sys.executable, "-c", code, section(max_length=512).model_dump_json(), str(tokenizer_dir), ""]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    said = done.stderr.partition("launcher.errors.DataError: ")[2]
+    assert said.startswith("the launcher's cache cannot be used: File too large"), done.stderr
+    assert str(cache_home / "data") in said
+    assert re.search(r"0\.00 GiB were written to this folder, and [\d,.]+ GiB are free on its disk", said)
+    assert "free more space (or raise the quota), or set LAUNCHER_CACHE to" in said
+    assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    section: Section, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(DataError, match="the launcher's cache cannot be used: Not a directory") as caught:
+        build(section(), str(tokenizer_dir))
+    assert "set LAUNCHER_CACHE to a folder on another disk" in caught.value.problems[0].remedy
 
 
 def test_a_template_that_the_system_does_not_give_out_is_named(

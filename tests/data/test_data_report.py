@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from launcher.cli.data_view import left_out, number_rows, parts_taken, summary_rows, unused
+from launcher.cli.data_view import left_out, moved, number_rows, parts_taken, summary_rows, unused
 from launcher.config.data import DataSection, Source
 from launcher.config.schema import TrainSection
 from launcher.data import cache, findings
@@ -134,6 +135,10 @@ def test_documents_that_a_weight_leaves_out_are_told_and_not_counted_as_cut(json
     first, second = unused(told)
     assert first == f"long: {20 - counts['documents']} of 20 documents are not in the mixture, for its weight"
     assert second.endswith("of 10 documents are not in the mixture, for its weight and max_tokens")
+    off = data.model_copy(update={"sources": (sources[0], sources[1].model_copy(update={"weight": 0.0}))})
+    told = report(build(off, str(tokenizer_dir)), off, tokenizer_dir)
+    assert unused(told) == ["short: not read, for its weight is 0"]
+    assert [line[0] for line in number_rows(told)[1:]] == ["long"]
 
 
 def test_the_rows_own_width_is_told(jsonl: Jsonl, tokenizer_dir: Path) -> None:
@@ -142,6 +147,18 @@ def test_the_rows_own_width_is_told(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
     ((_, rows), *_) = summary_rows(told)
     assert rows.startswith(f"1 of up to {told['tokens']} tokens (data.max_length is 1,024), packed, filled to 100.00%")
+
+
+def test_places_of_another_folder_are_told(
+    mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    assert moved(numbers) == []
+    first, second = mixture.sources
+    path = shutil.move(second.path, tmp_path / "moved.jsonl")
+    data = mixture.model_copy(update={"sources": (first, second.model_copy(update={"path": str(path)}))})
+    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    assert told["cache_dir"] == numbers["cache_dir"]
+    assert moved(told) == [f"long: files and examples are named as when the cache was built, from {second.path}"]
 
 
 def test_where_the_rows_come_from_is_told(numbers: dict[str, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import fsspec
 import pytest
 from dataset_hub import DatasetHub, running_dataset_hub
 from mirror_tools import S3, make_bucket, running_s3
 
 from launcher.config.data import DataSection, Source
+from launcher.data import lock
 from launcher.data.sources import check_sources, eval_source, provenance, read_documents, source_digest
 from launcher.errors import DataError, Problem
 
@@ -244,6 +247,29 @@ def test_an_address_is_fetched_once_and_again_where_it_has_changed(memory: Any, 
     assert texts(source) == ["b"]
 
 
+def test_what_another_process_fetches_is_waited_for(memory: Any, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "LONGEST_WAIT_S", 0.1)
+    memory.pipe("/data/train.jsonl", row("a").encode())
+    source = Source(path="memory://data/train.jsonl")
+    assert texts(source) == ["a"]
+    (rows,) = cache_home.rglob("rows")
+    rows.unlink()
+    with filelock.FileLock(rows.with_name(".lock")):
+        assert "that fetches memory:///data/train.jsonl takes too long" in problem_of(source).what
+    assert texts(source) == ["a"]
+
+
+def test_a_full_disk_is_told_where_an_address_is_fetched(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **settings: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    memory.pipe("/data/train.jsonl", row("a").encode())
+    monkeypatch.setattr(type(memory), "get_file", full)
+    problem = problem_of(Source(path="memory://data/train.jsonl"))
+    assert problem.what == "the launcher's cache cannot be used: No space left on device"
+    assert "LAUNCHER_CACHE" in problem.remedy
+
+
 def test_patterns_and_folders_at_an_address(memory: Any) -> None:
     for name, content in SPLITS.items():
         memory.pipe(f"/data/deep/{name}", content.encode())
@@ -374,6 +400,24 @@ def test_without_the_hub_what_was_fetched_is_used_and_nothing_else(hub: DatasetH
     assert refused == "refused"
     assert "the hub cannot be reached" in said
     assert "HF_TOKEN" in said
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_was_fetched_is_used_where_the_hub_is_too_busy(hub: DatasetHub, tmp_path: Path, status: int) -> None:
+    environ = hub_environment(hub, tmp_path)
+    hub.commit(as_bytes(SPLITS), "main")
+    online = read_elsewhere(Source(path="owner/name"), environ)
+    hub.fails_with = status
+    done = run_elsewhere(Source(path="owner/name"), environ)
+    assert json.loads(done.stdout)[:2] == list(online)
+    assert f"({status}); owner/name is read at the last known commit {hub.revisions['main']}" in done.stderr
+    refused, said = read_elsewhere(Source(path="owner/name", split="test"), environ)
+    assert refused == "refused"
+    assert f"the hub answers with HfHubHTTPError ({status})" in said
+    # That the dataset is no longer given out is no answer that passes.
+    hub.fails_with = 403
+    refused, said = read_elsewhere(Source(path="owner/name"), environ)
+    assert (refused, "does not give it to this account" in said) == ("refused", True)
 
 
 def test_what_the_hub_does_not_have_is_named(hub: DatasetHub, tmp_path: Path) -> None:

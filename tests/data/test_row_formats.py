@@ -11,6 +11,7 @@ import pytest
 
 from launcher.config.data import Source
 from launcher.data.sources import Chat, Message, read_documents
+from launcher.data.sources.rows import shown
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
@@ -170,6 +171,43 @@ def test_a_row_that_cannot_be_used_is_named(jsonl: Jsonl, row: dict[str, Any], w
     assert words in problem.what
     assert problem.where == f"{path}:1"
     assert problem.remedy
+
+
+# From and value are swapped, or a table has no line of names.
+SAID = "Here you are - as you have asked me to: hf_" + "aB3" * 11 + " and more" * 500
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": SAID, "value": "gpt"}]},
+        {"messages": [{"role": SAID, "content": "assistant"}]},
+        {"messages": [{"role": "user", "content": [{"type": SAID}]}]},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": SAID, "arguments": "none"}]}]},
+        {SAID: "a"},
+        f"{SAID},{SAID}\na,b\n",
+        f"a,{SAID}\na\n",
+    ],
+)
+def test_what_an_error_says_of_a_value_is_short_and_no_secret(jsonl: Jsonl, tmp_path: Path, row: dict[str, Any] | str) -> None:
+    path = tmp_path / "rows.csv"
+    if isinstance(row, str):
+        path.write_text(row)
+    else:
+        path = jsonl([row])
+    with pytest.raises(DataError) as caught:
+        first(path)
+    (problem,) = caught.value.problems
+    assert "Here you are - as you have asked me to: …" in problem.what
+    assert f"({len(SAID):,} characters)" in problem.what
+    assert "hf_aB3" not in problem.what
+    assert len(problem.what) < 250
+
+
+def test_of_half_a_secret_an_error_says_nothing() -> None:
+    told = shown("It is on line 12: hf_" + "aB3" * 11)
+    assert told.startswith("It is on line 12: [Hugging Face token: h")
+    assert "aB3" not in told
 
 
 def test_a_later_row_of_another_form_is_named(jsonl: Jsonl) -> None:

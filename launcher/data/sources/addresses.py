@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from launcher.config.data import Source
-from launcher.data.root import source_folder
+from launcher.data.lock import locked
+from launcher.data.root import is_full, source_folder, unusable, usable
 from launcher.data.sources.files import DataFile, file_digest, kind_by_name
 from launcher.data.sources.rows import refuse
 from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
 
-_FETCH_TIMEOUT_S = 2 * 3600.0
 # What storages call the property of a file that changes with its content.
 _CHANGES = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
@@ -95,9 +93,11 @@ class Remote:
 
     def _fetch(self, path: str, state: _State) -> DataFile:
         target = self._target(path, state)
-        if not target.exists():
+        with usable(target.parent):
+            if target.exists():
+                return DataFile(target, self._name(path))
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with filelock.FileLock(target.parent / ".lock", timeout=_FETCH_TIMEOUT_S, mode=0o600):
+            with locked(target.parent / ".lock", f"fetches {self._name(path)}"):
                 if not target.exists():
                     self._download(path, state.size, target.parent).replace(target)
         return DataFile(target, self._name(path))
@@ -107,12 +107,13 @@ class Remote:
         name = self._name(path)
         if name not in _fetched:
             folder = source_folder("address", name)
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            partial = self._download(path, size, folder)
-            digest = file_digest(DataFile(partial, name))
-            target = self._target(path, _State(size, digest))
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            partial.replace(target)
+            with usable(folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                partial = self._download(path, size, folder)
+                digest = file_digest(DataFile(partial, name))
+                target = self._target(path, _State(size, digest))
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                partial.replace(target)
             _fetched[name] = digest
         return _fetched[name]
 
@@ -123,8 +124,17 @@ class Remote:
     def _download(self, path: str, size: int | None, folder: Path) -> Path:
         """Fetch the file under a name of its own in `folder`; where that fails, nothing is left of it."""
         partial = folder / f".{secrets.token_hex(4)}"
+
+        def get() -> None:
+            try:
+                self._fs.get_file(path, str(partial))
+            except OSError as error:
+                if is_full(error):
+                    raise unusable(error, folder) from error
+                raise
+
         try:
-            self._try("fetched", lambda: self._fs.get_file(path, str(partial)))
+            self._try("fetched", get)
             found = partial.stat().st_size
             if size is not None and found != size:
                 what = f"the data was not fetched whole: {found:,} of {size:,} bytes"

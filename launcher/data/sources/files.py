@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import xxhash
 
 from launcher.data.sources.arrays import array_rows, beyond
-from launcher.data.sources.rows import Row, json_name, refuse
+from launcher.data.sources.rows import Row, json_name, refuse, shown
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
@@ -236,10 +236,12 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
+                # Of a table without names they are the cells of its first row.
+                names = ", ".join(map(shown, header))
                 if len(set(header)) < len(header):
-                    refuse(f"the first line names a column twice ({', '.join(header)})", place, "give every column its own name")
+                    refuse(f"the first line names a column twice ({names})", place, "give every column its own name")
             elif len(cells) != len(header):
-                what = f"the row has {len(cells)} cells, and the first line names {len(header)} columns ({', '.join(header)})"
+                what = f"the row has {len(cells)} cells, and the first line names {len(header)} columns ({names})"
                 refuse(what, place, 'put text that holds commas, quotes or line breaks between quotes, and write " as ""')
             else:
                 yield dict(zip(header, cells, strict=True)), place, sum(map(len, cells))

@@ -18,7 +18,7 @@ import xxhash
 
 from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
-from launcher.data.root import source_folder
+from launcher.data.root import source_folder, usable
 from launcher.data.sources.addresses import Remote
 from launcher.data.sources.files import DataFile, file_digest, kind_by_name
 from launcher.data.sources.rows import refuse
@@ -27,6 +27,8 @@ from launcher.errors import DataError, Problem
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
+# Too many requests, and errors of the server's own.
+_MAY_PASS = (429, *range(500, 600))
 _NUM_NAMES = 10
 
 
@@ -171,14 +173,15 @@ def _hub_files(source: Source) -> tuple[DataFile, ...]:
         try:
             path = hf_hub_download(source.path, name, repo_type="dataset", revision=commit)
         except Exception as error:
-            raise _unreachable(source, f"{name} cannot be fetched: {type(error).__name__}") from error
+            why = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
+            raise _unreachable(source, f"{name} cannot be fetched: {type(error).__name__}{why}") from error
         made.append(DataFile(Path(path), f"{source.path}/{name}"))
     return tuple(made)
 
 
 def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """The commit, the files of the source's subset and split, and those left out; asks the hub unless the revision is a commit
-    that was asked for before. Where the hub cannot be reached, the answer is that of the last time."""
+    that was asked for before. Where the hub cannot be reached or is too busy, the answer is that of the last time."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -195,22 +198,28 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]
         chosen = choose(names, read, source.subset, source.split, source.path)
     except DataError:
         raise
-    except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        said = {401: "the hub knows no such dataset, or it is private", 403: "the hub does not give it to this account"}
-        raise _unreachable(source, said.get(status, f"the hub answers with {type(error).__name__} ({status})")) from error
     except Exception as error:
-        if known := _known(record):
-            why = f"the hub cannot be reached ({type(error).__name__})"
-            _say_once(f"{why}; {source.path} is read at the last known commit {known[0]}")
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
+        said = _hub_said(error, status)
+        if (not status or status in _MAY_PASS) and (known := _known(record)):
+            _say_once(f"{said}; {source.path} is read at the last known commit {known[0]}")
             return known
-        raise _unreachable(source, f"the hub cannot be reached: {type(error).__name__}") from error
-    record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = record.with_name(f".{secrets.token_hex(4)}")
+        raise _unreachable(source, said) from error
     unread = left_out(names, chosen)
-    partial.write_text(json.dumps({"commit": commit, "files": chosen, "left_out": unread}), encoding="utf-8")
-    partial.replace(record)
+    with usable(record.parent):
+        record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        partial = record.with_name(f".{secrets.token_hex(4)}")
+        partial.write_text(json.dumps({"commit": commit, "files": chosen, "left_out": unread}), encoding="utf-8")
+        partial.replace(record)
     return commit, chosen, unread
+
+
+def _hub_said(error: Exception, status: int) -> str:
+    """What went wrong where the hub has answered with an HTTP status, or not at all (0)."""
+    if not status:
+        return f"the hub cannot be reached ({type(error).__name__})"
+    known = {401: "the hub knows no such dataset, or it is private", 403: "the hub does not give it to this account"}
+    return known.get(status, f"the hub answers with {type(error).__name__} ({status})")
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from launcher.config.data import COLUMNS_EXAMPLE
+from launcher.data import patterns
 from launcher.data.sources.documents import ROLES, Chat, Completion, Document, Message, PlainText
 from launcher.errors import DataError, Problem
 
@@ -31,6 +32,7 @@ _SHAREGPT_ROLES = {
 }
 # Other tools' names for what a message's weight says.
 _OTHER_WEIGHTS = ("train", "loss", "trainable", "masked")
+_SHOWN_CHARS = 40
 _REMEDY_KEY = f"add the key, set the source's format, or name the row's own key in the source's columns: {COLUMNS_EXAMPLE}"
 
 
@@ -87,7 +89,7 @@ def _message(item: Row, at: str, where: str) -> Message:
     given = _value(item, "role", str, where, f"{at}.")
     role = _OTHER_ROLES.get(given, given)
     if role not in ROLES:
-        refuse(f"{at}.role is unknown: {given!r}", where, f"write one of {', '.join((*ROLES, *_OTHER_ROLES))}")
+        refuse(f"{at}.role is unknown: {shown(given)!r}", where, f"write one of {', '.join((*ROLES, *_OTHER_ROLES))}")
     calls = [item["function_call"]] if item.get("function_call") else item.get("tool_calls") or []
     if calls and role != "assistant":
         refuse(f"{at} calls a tool, and is not the assistant's", where, "write tool_calls into assistant messages only")
@@ -113,7 +115,7 @@ def _weight(item: Row, at: str, where: str) -> int | None:
         refuse(f"{at} says by {other} whether it is trained, which is not read here", where, remedy)
     weight = item.get("weight")
     if weight not in (None, 0, 1) or isinstance(weight, bool):
-        given = weight if isinstance(weight, int | float) else f"a {json_name(weight)}"
+        given = shown(weight) if isinstance(weight, int | float) else f"a {json_name(weight)}"
         refuse(f"{at}.weight is {given}, not 0 or 1", where, "write 1 to train the message, 0 to leave it out")
     return None if weight is None else int(weight)
 
@@ -129,7 +131,8 @@ def _content(item: Row, at: str, where: str, may_be_null: bool) -> str:
     for i, part in enumerate(content):
         kind = part.get("type", "text") if isinstance(part, dict) else json_name(part)
         if not isinstance(part, dict) or kind != "text":
-            refuse(f"{at}.content[{i}] is of the type {kind}, not text", where, "leave the row out: only text is trained here")
+            what = f"{at}.content[{i}] is of the type {shown(kind)}, not text"
+            refuse(what, where, "leave the row out: only text is trained here")
         texts.append(_value(part, "text", str, where, f"{at}.content[{i}]."))
     return "".join(texts)
 
@@ -143,7 +146,7 @@ def _tool_call(call: Any, at: str, where: str) -> Row:
     arguments = _from_json(function.get("arguments") if "arguments" in function else function.get("parameters", {}))
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
-        refuse(f"{at}: the arguments of {name} are no JSON object", where, "write an object, or its JSON text")
+        refuse(f"{at}: the arguments of {shown(name)} are no JSON object", where, "write an object, or its JSON text")
     made: Row = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
 
@@ -184,7 +187,7 @@ def _sharegpt(row: Row, where: str) -> Chat:
         sender, value = _value(item, "from", str, where, f"{at}."), _value(item, "value", str, where, f"{at}.")
         role = _SHAREGPT_ROLES.get(sender.lower())
         if role is None:
-            refuse(f"{at}.from is unknown: {sender!r}", where, f"write one of {', '.join(_SHAREGPT_ROLES)}")
+            refuse(f"{at}.from is unknown: {shown(sender)!r}", where, f"write one of {', '.join(_SHAREGPT_ROLES)}")
         weight = _weight(item, at, where)
         weight = weight if role in ("assistant", "function_call") else None
         if role == "function_call":
@@ -268,7 +271,15 @@ def _value(row: Row, key: str, kind: type, where: str, inside: str = "") -> Any:
 
 
 def _found(row: Row) -> str:
-    return f"found: {', '.join(sorted(map(str, row))) or 'none'}"
+    return f"found: {', '.join(sorted(map(shown, row))) or 'none'}"
+
+
+def shown(value: object) -> str:
+    """What an error may say of a value out of the data: its beginning, without keys, passwords and addresses."""
+    text = str(value)
+    # Of half a key nothing tells any more that it is one.
+    safe = " ".join(patterns.redacted([text])[0].split())
+    return safe if len(safe) <= _SHOWN_CHARS else f"{safe[:_SHOWN_CHARS]}… ({len(text):,} characters)"
 
 
 def json_name(value: object) -> str:
