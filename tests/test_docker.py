@@ -72,6 +72,34 @@ def test_the_task_for_skypilot_is_one_that_it_takes() -> None:
         assert sky.Task.from_yaml(str(DOCKER / "skypilot.yaml")).num_nodes == 2
 
 
+@pytest.mark.parametrize(
+    "rank, start, wait_s, words",
+    [
+        ("0", "exit 1", "600", "Ray's head has ended on 10.0.0.1"),
+        ("0", "exec sleep 60", "1", "Ray's head did not answer on 10.0.0.1 within 1 s"),
+        ("1", "exit 1", "1", "10.0.0.2 could not join Ray at 10.0.0.1 within 1 s"),
+    ],
+)
+def test_rented_nodes_do_not_wait_for_ever_for_a_ray_that_does_not_come(
+    tmp_path: Path, rank: str, start: str, wait_s: str, words: str
+) -> None:
+    """A Ray of which `ray start` ends or hangs, and whose state can never be told; the launcher is not reached."""
+    task = load("skypilot.yaml")
+    programs = {
+        "ray": f'if [ "$1" = start ]; then {start}; fi; exit 1',
+        "sleep": 'if [ "$1" != 60 ]; then set -- 0.1; fi; exec /bin/sleep "$1"',
+        "python": "exit 0",
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    place = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": rank, "RAY_WAIT_S": wait_s}
+    env = {**task["envs"], **place, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", task["run"]], env=env, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
 @pytest.mark.parametrize("name", ["rayjob.yaml", "skypilot.yaml"])
 def test_the_commands_in_the_files_are_settings_of_the_launcher(name: str) -> None:
     found = load(name)
