@@ -144,7 +144,7 @@ def test_a_coordinator_that_is_killed_is_replaced_and_the_run_goes_on(
     assert process.returncode == 0, output
     assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
     assert causes(run) == ["infrastructure", "completed"]
-    assert "the coordinator's process is gone, and another takes its place" in (run / "events.jsonl").read_text()
+    assert "the process that the workers agree by was killed or has ended" in (run / "events.jsonl").read_text()
     await_no_process(run)
 
 

@@ -42,7 +42,7 @@ def test_workers_get_what_ray_train_gives_by_default(
     gpus = device is H100 and settings.get("gpus_per_worker") != 0
     by_ray = ScalingConfig(num_workers=4, use_gpu=gpus, resources_per_worker=settings.get("resources_per_worker"))
     wanted = by_ray._resources_per_worker_not_none
-    asked = driver._trainer(plan, RunDir(tmp_path), "attempt-001", "coordinator").scaling_config
+    asked = driver._trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
     assert plan.ray.resources(device.kind) == wanted
     assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
     assert by_ray.placement_strategy == asked.placement_strategy
@@ -51,7 +51,7 @@ def test_workers_get_what_ray_train_gives_by_default(
 def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> None:
     settings = {"accelerator_type": "H100", "placement_strategy": "SPREAD", "resize_seconds": 5.0, "stop_grace_seconds": 90.0}
     elastic = ray_plan(device=H100, workers=4, min_workers=2, storage_path="s3://bucket/ray", **settings)
-    trainer = driver._trainer(elastic, RunDir(tmp_path), "attempt-001", "coordinator")
+    trainer = driver._trainer(elastic, RunDir(tmp_path), "attempt-001", None)
     scaling, running = trainer.scaling_config, trainer.run_config
     assert scaling.num_workers == (2, 4)
     assert (scaling.accelerator_type, scaling.placement_strategy) == ("H100", "SPREAD")
@@ -59,7 +59,7 @@ def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., Launc
     assert running.storage_path == "s3://bucket/ray"
     assert running.failure_config.preemption_grace_s == 90.0
     spot = ray_plan(device=H100, workers=4, label_selector={"ray.io/market-type": "spot"})
-    trainer = driver._trainer(spot, RunDir(tmp_path), "attempt-001", "coordinator")
+    trainer = driver._trainer(spot, RunDir(tmp_path), "attempt-001", None)
     assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot"}
     assert trainer.run_config.storage_path == str(tmp_path / "ray")
 
@@ -104,14 +104,14 @@ class Played(actor.CoordinatorActor):
     """A coordinator in this process, which says what `says` returns; `began_with` are the attempts that each was started for."""
 
     def __init__(self, run: RunDir, says: Callable[[], dict[str, Any]]) -> None:
-        super().__init__(str(run.plan), run, 1, {}, set)
+        super().__init__(str(run.plan), run, 1, {}, set, set)
         self.says = says
         self.began_with = list[int]()
         self.start()
 
     def start(self) -> None:
         self.began_with.append(self._number)
-        self._handle = SimpleNamespace(state=SimpleNamespace(remote=lambda: self.says))
+        self.handle = SimpleNamespace(state=SimpleNamespace(remote=lambda: self.says))
 
 
 @pytest.fixture
@@ -149,17 +149,21 @@ def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driv
     assert run_store.read_status(run).state == "pending"
     (event,) = read_events(run.events)
     assert event["kind"] == "alert"
-    assert "the coordinator's process is gone, and another takes its place: The actor died" in event["text"]
+    assert "the process that the workers agree by was killed or has ended: another takes its place" in event["text"]
+    assert coordinator.is_lost
+    coordinator.says = lambda: state(number=2)
+    assert coordinator.state() == state(number=2)
+    assert not coordinator.is_lost
 
 
 @pytest.mark.usefixtures("rays_answer")
 def test_coordinators_that_die_one_after_the_other_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
 
     monkeypatch.setattr(actor, "_MOST_LOST", 3)
     coordinator = Played(run, state)
-    for _ in range(2):
-        coordinator.says = raising(ActorDiedError())
+    for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
+        coordinator.says = raising(death)
         assert [coordinator.state() for _ in range(3)] == [None] * 3
         coordinator.says = state
         assert coordinator.state() == state(), "workers are there: the run's own budgets count"
@@ -182,6 +186,29 @@ def test_a_coordinator_is_replaced_when_storage_answers_again(run: RunDir, monke
         assert coordinator.began_with == [1]
     assert coordinator.state() is None
     assert coordinator.began_with == [1, 2]
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_ray_train_begins_anew_with_the_coordinator_that_follows(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that have lost theirs return as if all were done."""
+    from ray.exceptions import ActorDiedError
+
+    monkeypatch.setattr(driver, "_ANEW_S", 0.0)
+    monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
+    coordinator = Played(run, state)
+    deaths = iter([ActorDiedError(), None])
+    asked: list[Any] = []
+
+    def fit(handle: Any) -> None:
+        asked.append(handle)
+        death = next(deaths)
+        answers = iter([raising(death)] if death else [])
+        coordinator.says = lambda: next(answers, state)()
+
+    monkeypatch.setattr(driver, "_trainer", lambda *given: SimpleNamespace(fit=lambda: fit(given[-1])))
+    driver_of(run)._fit(coordinator)
+    assert len(asked) == 2
+    assert asked[0] is not asked[1] is coordinator.handle
 
 
 class Fitting:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,3 +121,26 @@ def test_states_on_a_nodes_disk_go_with_the_attempt_unless_another_uses_them(
     worker.local_rank = local_rank
     worker._train({**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}})
     assert states.exists() is is_kept
+
+
+def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
+
+    worker = Told(NOTHING)
+    worker._coordinator = SimpleNamespace(orders=SimpleNamespace(remote=lambda *_: None))
+    for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
+        answers = iter([ActorUnavailableError("it is out of reach", None), death])
+
+        def get(_: object, timeout: float, answers: Iterator[Exception] = answers) -> Any:
+            raise next(answers)
+
+        worker._get = get
+        with pytest.raises(supervisor.CoordinatorLost):
+            worker._call("orders", "a", 0)
+        assert next(answers, None) is None
+
+    def lose(*_: object) -> dict[str, Any]:
+        raise supervisor.CoordinatorLost
+
+    monkeypatch.setattr(supervisor, "_take_part", lose)
+    supervisor.supervise({"coordinator": None, "interface": None})

@@ -1,9 +1,10 @@
-"""The coordinator as an actor of Ray: the driver starts it and replaces it, workers find it by its name."""
+"""The coordinator as an actor of Ray, which the driver starts, asks, and replaces where its process is lost."""
 
 from __future__ import annotations
 
+import math
 import os
-import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from launcher.tracking.jsonl import append_event
 from launcher.worker.ray.coordinator import Coordinator
 
 _CALL_S = 30.0
-_FIND_S, _ASK_S = 60.0, 0.2
+# How long storage that does not answer now is waited for before another is started.
+_STORAGE_S = 600.0
 # Lost one after the other without workers between them: then it is no accident. Where workers come, the run's budgets count.
 _MOST_LOST = 20
 # Characters of Ray's own words that a run's state holds; all of them are in the log.
@@ -26,8 +28,8 @@ _MOST_SAID = 400
 
 
 class CoordinatorActor:
-    """On the driver's node. One that dies, as where memory runs short, is followed by another of the same name: its workers end,
-    Ray Train starts the next ones, and these find the other, which judges the attempt before by what is on disk.
+    """On the driver's node, for workers by its `handle`. One that dies, as where memory runs short, is followed by another, which
+    judges the attempt before by what is on disk; `is_lost` until that has answered.
 
     `attempt` is the one that the driver begins with, `environment` what `Coordinator.entrust` takes.
     """
@@ -41,12 +43,11 @@ class CoordinatorActor:
         draining: Callable[[], set[str]],
         lost: Callable[[], set[str]],
     ) -> None:
-        # Another driver of the run may use the same Ray.
-        self.name = f"coordinator-{secrets.token_hex(8)}"
+        self.handle: Any = None
         self._plan_path, self._run, self._number = plan_path, run, attempt
         self._environment, self._draining, self._lost = environment, draining, lost
-        self._handle: Any = None
         self._num_lost = 0
+        self._lost_at = math.inf
         # The driver and the thread that waits for Ray Train both ask.
         self._lock = threading.Lock()
 
@@ -55,48 +56,56 @@ class CoordinatorActor:
         import ray
 
         here, job = ray.get_runtime_context().get_node_id(), f"{os.uname().nodename}:{os.getpid()}"
-        actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here}, name=self.name)(Coordinator)
-        self._handle = actor.remote(self._plan_path, self._number, job, self._draining, self._lost)
-        ray.get(self._handle.entrust.remote(self._environment), timeout=_CALL_S)
+        actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Coordinator)
+        self.handle = actor.remote(self._plan_path, self._number, job, self._draining, self._lost)
+        ray.get(self.handle.entrust.remote(self._environment), timeout=_CALL_S)
 
     def state(self) -> dict[str, Any] | None:
         """What the coordinator says; None where it is busy, as with storage that is slow, or has just been replaced."""
         import ray
-        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+        from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
         with self._lock:
             try:
-                found: dict[str, Any] = ray.get(self._handle.state.remote(), timeout=_CALL_S)
+                found: dict[str, Any] = ray.get(self.handle.state.remote(), timeout=_CALL_S)
             except (GetTimeoutError, ActorUnavailableError):
                 return None
-            except ActorDiedError as error:
+            except deaths() as error:
                 self._replace(error)
                 return None
-            self._number = found["number"]
+            self._number, self._lost_at = found["number"], math.inf
             if not found["idle_s"]:
                 self._num_lost = 0
             return found
 
+    @property
+    def is_lost(self) -> bool:
+        return self._lost_at < math.inf
+
     def _replace(self, error: Exception) -> None:
         """Start another; what is out of reach for now is tried again at the next look."""
-        from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayActorError
+        from ray.exceptions import RayError
 
+        self._lost_at = min(self._lost_at, time.monotonic())
         if self._num_lost >= _MOST_LOST:
             raise error
         try:
             self._number = self._newest_own()
         except (OSError, LauncherError):
+            if time.monotonic() - self._lost_at > _STORAGE_S:
+                raise error from None
             return
         self._num_lost += 1
-        said = f"the coordinator's process is gone, and another takes its place: {in_words(error)}"
+        print(error, file=sys.stderr, flush=True)
+        said = "the process that the workers agree by was killed or has ended: another takes its place, and the run begins again"
         with suppress(OSError):
             append_event(self._run, self._number, "alert", said)
         with suppress(OSError, LauncherError):
             if run_store.read_status(self._run).state in RUNNING_STATES:
                 message = "its coordinator was lost; it waits for workers"
                 run_store.update_status(self._run, state="pending", message=message)
-        # Of one that has just died Ray may still hold the name.
-        with suppress(ActorAlreadyExistsError, GetTimeoutError, RayActorError):
+        # This one may die too.
+        with suppress(RayError):
             self.start()
 
     def _newest_own(self) -> int:
@@ -107,18 +116,11 @@ class CoordinatorActor:
         return number
 
 
-def find(name: str) -> Any:
-    """The coordinator that has a name now; after the loss of one it takes the driver a moment to start another."""
-    import ray
+def deaths() -> tuple[type[Exception], ...]:
+    """What Ray raises of an actor whose process has ended: the second where Ray's memory monitor has killed it."""
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-    until = time.monotonic() + _FIND_S
-    while True:
-        try:
-            return ray.get_actor(name)
-        except ValueError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(_ASK_S)
+    return ActorDiedError, OutOfMemoryError
 
 
 def in_words(error: Exception) -> str:

@@ -164,24 +164,30 @@ class _Driver:
     def _fit(self, coordinator: CoordinatorActor) -> None:
         """Until the run has ended. Ray Train's controller gives up for much that says nothing of the run, such as a disk that
         is full when it writes its own state: another takes its place, and the workers that it has lost are an attempt that
-        counts by the run's own budgets.
+        counts by the run's own budgets. Workers whose coordinator has died end it too, and begin anew with the one that follows.
         """
         for number in range(_MOST_CONTROLLERS):
             name = f"attempt-{self._attempt:03d}" + (f"-{number}" if number else "")
+            handle = coordinator.handle
             try:
-                _trainer(self._plan, self._run, name, coordinator.name).fit()
-                return
+                _trainer(self._plan, self._run, name, handle).fit()
+                failed = False
             except Exception as error:
-                self._failure = error
+                failed, self._failure = True, error
                 traceback.print_exception(error)
-                try:
-                    state = coordinator.state()
-                except Exception:
-                    # Ray itself is gone, and the coordinator with it.
+            try:
+                state = coordinator.state()
+                if not (failed or coordinator.is_lost or coordinator.handle is not handle):
                     return
                 if state is not None and state["over"] is not None:
                     return
                 time.sleep(_ANEW_S)
+                while coordinator.is_lost:
+                    coordinator.state()
+                    time.sleep(_STATE_EVERY_S)
+            except Exception:
+                # Ray itself is gone, and the coordinator with it.
+                return
 
     def _watch(self, fit: threading.Thread, coordinator: CoordinatorActor) -> None:
         """Until the run has ended, or its workers are not to be had, or nobody wants them any more."""
@@ -350,7 +356,7 @@ def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
     )
 
 
-def _trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: str) -> Any:
+def _trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
     from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer

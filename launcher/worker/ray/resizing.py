@@ -15,12 +15,9 @@ _ASK_S = 0.2
 
 
 class SaveBeforeResize(ControllerCallback):
-    """Holds Ray Train's controller until the ranks have saved and left; while they do not write, for `grace_s` at most.
+    """Holds Ray Train's controller until the ranks have saved and left; while they do not write, for `grace_s` at most."""
 
-    `coordinator` is the name of that actor.
-    """
-
-    def __init__(self, coordinator: str, grace_s: float) -> None:
+    def __init__(self, coordinator: Any, grace_s: float) -> None:
         self._coordinator = coordinator
         self._grace_s = grace_s
 
@@ -37,5 +34,5 @@ class SaveBeforeResize(ControllerCallback):
     def _ask(self) -> str | None:
         # Whatever is raised in here, and be it that storage holds the coordinator up, would end the run.
         with suppress(Exception):
-            return str(ray.get(ray.get_actor(self._coordinator).make_way.remote(), timeout=_CALL_S))
+            return str(ray.get(self._coordinator.make_way.remote(), timeout=_CALL_S))
         return None

@@ -26,7 +26,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, node_check, record
 from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
-from launcher.worker.ray.actor import find
+from launcher.worker.ray.actor import deaths
 from launcher.worker.ray.liveness import Observer
 from launcher.worker.ray.reporter import Reporter
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
@@ -48,25 +48,30 @@ class AttemptEnded(Exception):
 
 
 class CoordinatorLost(Exception):
-    """The coordinator that this worker entered at is gone; the next workers find another."""
+    """The coordinator that this worker asks is gone."""
 
 
 def supervise(config: dict[str, Any]) -> None:
-    """The training function of Ray Train: take part in one attempt; `coordinator` is the name of that actor.
+    """The training function of Ray Train: take part in one attempt.
+
+    Without its coordinator a worker returns as if all were done: Ray Train then ends, and the driver begins it anew with the one
+    that follows.
 
     Raises:
         AttemptEnded: where another attempt is to follow.
     """
-    verdict = _take_part(config["coordinator"], config["interface"])
+    try:
+        verdict = _take_part(config["coordinator"], config["interface"])
+    except CoordinatorLost:
+        return
     if verdict["again"]:
         raise AttemptEnded(verdict["reason"])
 
 
-def _take_part(name: str, interface: str | None) -> dict[str, Any]:
+def _take_part(coordinator: Any, interface: str | None) -> dict[str, Any]:
     """The verdict on the attempt. What goes wrong before a rank is there is told too, and not only that a word is missing."""
     import ray
 
-    coordinator = find(name)
     try:
         worker = _Worker(coordinator, interface)
         worker.enter()
@@ -173,7 +178,7 @@ class _Worker:
         Raises:
             CoordinatorLost: where its process has ended.
         """
-        from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+        from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
         until = time.monotonic() + _PATIENCE_S
         while True:
@@ -183,7 +188,7 @@ class _Worker:
                 if time.monotonic() > until:
                     raise
                 time.sleep(_ASK_S)
-            except ActorDiedError:
+            except deaths():
                 raise CoordinatorLost("the process that the workers agree by was killed or has ended") from None
 
     def _next_orders(self) -> dict[str, Any]:
