@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from launcher import run_store
 from launcher.checkpoint import durable, store
@@ -13,9 +17,11 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_store import Attempt
 from launcher.worker import record
 from launcher.worker.node_check import NodeReport
+from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.coordinator import Coordinator
 
 FIT = NodeReport("n", "code", {"torch": "2"}, "3.11", (), 8.0, ())
+KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
 
 
 class Played:
@@ -75,3 +81,26 @@ class Played:
     @property
     def causes(self) -> list[str]:
         return [json.loads(path.read_text())["cause"] for path in sorted(self.run.attempts.glob("*/exit.json"))]
+
+
+@pytest.fixture
+def play(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Played]:
+    """`play(**settings of the cluster)`; the disk is looked at each time."""
+    monkeypatch.setattr(module, "_LOOK_S", -1.0)
+    monkeypatch.setattr(module, "_DRAIN_LOOK_S", -1.0)
+    return lambda **settings: Played(ray_plan(working_dir=str(tmp_path), **settings))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of all clocks that tell no date, to be set."""
+    found = [10_000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: found[0])
+    return found
+
+
+def sign(
+    rank: int, silent_s: float, count: int = 500, state: str = "sleeping", trained: bool = True, phase: str = "training"
+) -> dict[str, Any]:
+    told = {"count": count, "pid": 4000 + rank, "rank": rank, "phase": phase, "step": 16, "at": silent_s}
+    return told | {"slowest_step_s": 0.1, "trained": trained, "state": state}

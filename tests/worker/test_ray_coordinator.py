@@ -10,28 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from played_workers import FIT, Played
+from played_workers import FIT, KILLED, Played
 
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.errors import UnreadableCheckpoint
-from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import checks
 from launcher.worker.ray import coordinator as module
-
-KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
-
-
-@pytest.fixture
-def play(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Played]:
-    """`play(**settings of the cluster)`; the disk is looked at each time."""
-    monkeypatch.setattr(module, "_LOOK_S", -1.0)
-    monkeypatch.setattr(module, "_DRAIN_LOOK_S", -1.0)
-    return lambda **settings: Played(ray_plan(working_dir=str(tmp_path), **settings))
 
 
 def test_nothing_begins_before_all_have_come_and_all_nodes_are_checked(play: Callable[..., Played]) -> None:
@@ -236,91 +224,6 @@ def test_a_save_that_takes_too_long_is_ended(play: Callable[..., Played]) -> Non
     played.coordinator.beat("a", 0, None)
     time.sleep(0.02)
     assert played.coordinator.beat("a", 0, None)["signal"] == "KILL"
-
-
-def test_before_a_node_is_taken_away_the_run_saves_and_goes_on_elsewhere(play: Callable[..., Played]) -> None:
-    played = play(max_preemptions=1)
-    played.draining = {"id-of-another-run"}
-    played.begin("a", "n1", "n2")
-    assert played.coordinator.beat("a", 0, None)["signal"] is None
-    played.draining = {"id-n2"}
-    assert played.coordinator.beat("a", 0, None)["signal"] == "USR2"
-    assert "about to lose n2" in played.run.events.read_text()
-    played.save(7)
-    played.outcome("preempted", 7)
-    for rank in range(2):
-        played.end(rank, stopped=True)
-        answer = played.coordinator.beat("a", rank, "done")
-    assert answer["verdict"]["again"]
-    assert played.causes == ["preempted"]
-
-
-def test_a_node_that_is_gone_before_the_save_counts_as_taken(play: Callable[..., Played]) -> None:
-    played = play(max_infrastructure_failures=0)
-    played.begin("a", "n1", "n2")
-    played.draining = {"id-n2"}
-    played.coordinator.beat("a", 0, None)
-    orders = played.begin("b", "n1", "n1")
-    assert orders[0] is not None
-    assert orders[0]["do"] == "train"
-    assert played.causes == ["preempted"]
-
-
-@pytest.mark.parametrize("num_workers, active", [(1, 1), (3, 2), (4, 4)])
-def test_on_another_number_of_workers_the_global_batch_is_the_same(
-    play: Callable[..., Played], num_workers: int, active: int
-) -> None:
-    played = play(workers=2, min_workers=1)
-    orders = played.begin("a", *["n1"] * num_workers)
-    assert [found["do"] for found in orders if found] == ["train"] * active + ["wait"] * (num_workers - active)
-    assert orders[0] is not None
-    plan = LaunchPlan.load(orders[0]["plan"])
-    assert plan.topology.world_size == active
-    assert plan.batch.global_batch_size == played.plan.batch.global_batch_size == 4
-    assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
-    assert plan.deepspeed["gradient_accumulation_steps"] == plan.batch.accumulation
-    assert [attempt.num_workers for attempt in goodput.recorded(played.run)] == [num_workers], "idle ones too"
-    assert run_store.plan_of_digest(played.run, plan.digest()) == plan
-
-
-def test_a_run_that_grows_is_not_charged_for_it(play: Callable[..., Played]) -> None:
-    played = play(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
-    played.begin("a", "n1")
-    orders = played.begin("b", "n1", "n2")
-    assert orders[0] is not None
-    assert orders[0]["do"] == "train"
-
-
-def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) -> None:
-    played = play(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
-    assert played.coordinator.make_way() == "gone", "there is nobody yet"
-    played.begin("a", "n1")
-    run_store.update_status(played.run, message="")
-    assert played.coordinator.make_way() == "asked"
-    assert "another number of workers" in played.run.events.read_text()
-    played.save(7)
-    answer = played.coordinator.beat("a", 0, None)
-    assert (answer["signal"], answer["saved"], answer["verdict"]) == ("USR2", [], None)
-    assert played.coordinator.make_way() == "asked"
-    played.outcome("preempted", 7)
-    played.end(0, stopped=True)
-    assert played.coordinator.beat("a", 0, "done")["verdict"]["again"]
-    assert played.coordinator.make_way() == "gone"
-    assert played.causes == ["resized"]
-    assert played.run.events.read_text().count("another number of workers") == 1
-    orders = played.begin("b", "n1", "n2")
-    assert orders[0] is not None
-    assert orders[0]["do"] == "train"
-    assert run_store.read_attempt(played.run, 2).resume_step == 7
-
-
-def test_ranks_that_still_load_make_way_at_once(play: Callable[..., Played]) -> None:
-    played = play(workers=2, min_workers=1)
-    played.begin("a", "n1")
-    assert played.coordinator.make_way() == "gone"
-    answer = played.coordinator.beat("a", 0, None)
-    assert (answer["signal"], answer["verdict"]["again"]) == ("TERM", True)
-    assert played.causes == ["resized"]
 
 
 def test_workers_of_a_run_that_another_command_has_started_again_leave_it_alone(play: Callable[..., Played]) -> None:
