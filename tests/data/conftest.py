@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_families import family
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.data import DataSection, Source
+
+__all__ = ["family"]
 
 
 @pytest.fixture(scope="session")

@@ -2,84 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tokenizers import AddedToken
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from chat_families import (
+    CALL,
+    CHATS,
+    MULTI,
+    REASONED_CALL,
+    SINGLE,
+    SYSTEM,
+    TEMPLATES,
+    TOOL,
+    TOOL_TEXT,
+    TOOLS,
+    Family,
+    chat,
+    encode,
+    marked,
+    said,
+    system,
+    user,
+)
 from transformers.utils import chat_template_utils
 
-from launcher.config.data import DataSection, Source
-from launcher.data.chat import Encoded, Encoder
+from launcher.data.chat import Encoded
 from launcher.data.encode import pieces_of
 from launcher.data.masks import Template
 from launcher.data.sources import Chat, Message
 from launcher.errors import DataError
-
-TEMPLATES = Path(__file__).parent / "templates"
-# Begin token, end token, and the other special tokens of each family.
-SPECIAL = {
-    "smollm2": ("<|im_start|>", "<|im_end|>", ()),
-    "qwen3": (None, "<|im_end|>", ("<|im_start|>",)),
-    "llama3": ("<|begin_of_text|>", "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>")),
-    "mistral": ("<s>", "</s>", ("[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[AVAILABLE_TOOLS]")),
-    "mistral_v7": ("<s>", "</s>", ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")),
-    "gemma": ("<bos>", "<eos>", ("<start_of_turn>", "<end_of_turn>")),
-    "chatml_marked": (None, "<|im_end|>", ("<|im_start|>",)),
-}
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
-TOOL_TEXT = '{"type": "function", "function": {"name": "add", "parameters": {}}}'
-CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-
-Family = Callable[[str], PreTrainedTokenizerBase]
-
-
-@pytest.fixture(scope="session")
-def family(tokenizer_dir: Path) -> Family:
-    made: dict[str, PreTrainedTokenizerBase] = {}
-
-    def load(name: str) -> PreTrainedTokenizerBase:
-        if name not in made:
-            tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
-            begin, end, others = SPECIAL[name]
-            texts = [text for text in (begin, end, *others) if text]
-            tokenizer.add_tokens([AddedToken(text, special=True, normalized=False) for text in texts], special_tokens=True)
-            tokenizer.bos_token, tokenizer.eos_token = begin, end
-            if name != "smollm2":
-                tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
-                tokenizer.name_or_path = f"{name}.jinja"
-            made[name] = tokenizer
-        return made[name]
-
-    return load
-
-
-def system(text: str) -> Message:
-    return Message("system", text)
-
-
-def user(text: str) -> Message:
-    return Message("user", text)
-
-
-def said(text: str, **more: Any) -> Message:
-    return Message("assistant", text, **more)
-
-
-def answered(text: str) -> Message:
-    return Message("tool", text, name="add", tool_call_id="call00001")
-
-
-SINGLE = (user("Hi"), said("Hello."))
-MULTI = (user("1+1?"), said("2"), user("And 2+2?"), said("4"))
-SYSTEM = (system("Be brief."), *SINGLE)
-TOOLS = (user("1+1?"), said("", tool_calls=(CALL,)), answered("2"), said("It is 2."))
-
-REASONED_CALL = said("", tool_calls=(CALL,), reasoning_content="Add.")
-CHATS = {"single": SINGLE, "multi": MULTI, "system": SYSTEM, "tools": TOOLS}
 
 SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 LLAMA = (
@@ -157,27 +109,6 @@ EXPECTED = {
         "<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n⟦It is 2.<|im_end|>\n⟧"
     ),
 }
-
-
-def chat(*messages: Message) -> Chat:
-    return Chat("rows.jsonl:1", messages, (TOOL,) if any(message.tool_calls for message in messages) else ())
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, document: Chat, **settings: Any) -> Encoded:
-    encoder = Encoder(tokenizer, DataSection(sources=(Source(path="rows.jsonl"),), **settings))
-    return encoder.encode([encoder.render(document)])[0]
-
-
-def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> str:
-    """The text, decoded token by token, with ⟦ ⟧ around runs of trained tokens."""
-    parts: list[str] = []
-    start = 0
-    for end in range(1, len(encoded.ids) + 1):
-        if end == len(encoded.ids) or encoded.trained[end] != encoded.trained[start]:
-            text = tokenizer.decode(encoded.ids[start:end])
-            parts.append(f"⟦{text}⟧" if encoded.trained[start] else text)
-            start = end
-    return "".join(parts)
 
 
 @pytest.mark.parametrize(("name", "kind"), EXPECTED)
@@ -359,108 +290,3 @@ def test_what_a_template_does_not_take_is_refused(family: Family, name: str, mes
         encode(family(name), document)
     assert caught.value.problems[0].value == family(name).name_or_path
     assert caught.value.problems[0].where.startswith("rows.jsonl:1")
-
-
-MARKS_NO_END = (
-    "{% for m in messages %}{{ m.role }}:"
-    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"
-    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
-)
-TWO_MARKS = (
-    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }}{% endgeneration %} -> {% generation %}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
-)
-
-
-MARKED = "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
-CALLS = "{% for c in m.tool_calls %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}"
-# Each message as BODY, behind its role and the definitions of the tools.
-EACH = "{{ tools | tojson }}{% for m in messages %}{{ m.role }}:BODY{% endfor %}"
-ONE_MARK = "{% generation %}" + EACH.replace("BODY", "{{ m.content }}") + "{% endgeneration %}"
-CALLS_UNMARKED = (
-    f"{{% if m.tool_calls %}}{CALLS}{{% elif m.role == 'assistant' %}}{MARKED}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
-)
-FIRST = MARKED.replace("m.content", "messages[0].content")
-OTHER = "marks other text as generated"
-OUTSIDE = "marks text as generated that the assistant does not say"
-ECHO = (user("Say yes."), said("yes"), user("Say no."), said("no"))
-
-
-@pytest.mark.parametrize(
-    ("template", "messages", "words", "place"),
-    [
-        (EACH.replace("BODY", MARKED), SINGLE, OUTSIDE, "rows.jsonl:1"),
-        (EACH.replace("BODY", MARKED), MULTI, OUTSIDE, "rows.jsonl:1"),
-        (EACH.replace("BODY", MARKED), (*SINGLE, said("And?")), OUTSIDE, "rows.jsonl:1"),
-        (
-            EACH.replace("BODY", "{{ m.content }}{% if m.role == 'assistant' %}" + FIRST + "{% endif %}"),
-            SINGLE,
-            OTHER,
-            "messages[1]",
-        ),
-        # As many marks as answers, each with the text of one in it.
-        (ONE_MARK, SINGLE, "marks what the user says", "messages[0]"),
-        (
-            EACH.replace("BODY", f"{{% if m.role == 'user' %}}{MARKED}{{% else %}}{{{{ m.content }}}}{{% endif %}}"),
-            ECHO,
-            "marks what the user says",
-            "messages[0]",
-        ),
-        (
-            EACH.replace("BODY", "{{ m.content }}{% generation %}<|im_end|>{% endgeneration %}"),
-            SINGLE,
-            OUTSIDE,
-            "rows.jsonl:1",
-        ),
-        (EACH.replace("BODY", CALLS_UNMARKED), TOOLS, "does not mark what the assistant says here", "messages[1]"),
-        (
-            EACH.replace(
-                "BODY",
-                "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ m.tool_calls[0].function.name if m.tool_calls }}"
-                "<|im_end|>{% endgeneration %}{{ m.tool_calls | tojson if m.tool_calls }}{% else %}{{ m.content }}{% endif %}",
-            ),
-            TOOLS,
-            "marks only a part",
-            "messages[1]",
-        ),
-    ],
-)
-def test_marks_that_are_not_around_the_answer_are_refused(
-    family: Family, tmp_path: Path, template: str, messages: tuple[Message, ...], words: str, place: str
-) -> None:
-    file = tmp_path / "marks.jinja"
-    file.write_text(template)
-    with pytest.raises(DataError, match=words) as caught:
-        encode(family("chatml_marked"), chat(*messages), chat_template=str(file))
-    problem = caught.value.problems[0]
-    assert problem.value == str(file)
-    assert problem.where.endswith(place)
-    assert "generation marks" in problem.remedy
-
-
-def test_a_turn_without_marks_is_no_fault_where_it_is_not_trained(family: Family, tmp_path: Path) -> None:
-    tokenizer = family("chatml_marked")
-    file = tmp_path / "marks.jinja"
-    answer = f"{{% if m.role == 'assistant' and loop.last %}}{MARKED}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
-    file.write_text(EACH.replace("BODY", answer))
-    settings = {"chat_template": str(file)}
-    expected = "nulluser:1+1?assistant:2user:And 2+2?assistant:⟦4<|im_end|>⟧"
-    assert marked(tokenizer, encode(tokenizer, chat(*MULTI), train_on="last_turn", **settings)) == expected
-    first_left_out = (MULTI[0], said("2", weight=0), *MULTI[2:])
-    assert marked(tokenizer, encode(tokenizer, chat(*first_left_out), **settings)) == expected
-    with pytest.raises(DataError, match="marks other parts of a message once a later one follows"):
-        encode(tokenizer, chat(*MULTI), **settings)
-
-
-def test_marks_are_taken_as_they_are(family: Family, tmp_path: Path) -> None:
-    tokenizer = family("chatml_marked")
-    file = tmp_path / "marks.jinja"
-    file.write_text(MARKS_NO_END)
-    encoded = encode(tokenizer, chat(*SINGLE), chat_template=str(file))
-    assert marked(tokenizer, encoded) == "user:Hiassistant:⟦Hello.⟧<|im_end|>"
-    assert encoded.turn_ends == ()
-    file.write_text(TWO_MARKS)
-    encoded = encode(tokenizer, chat(*MULTI), chat_template=str(file), train_on="last_turn")
-    assert marked(tokenizer, encoded) == "user:1+1?assistant:2 -> <|im_end|>user:And 2+2?assistant:⟦4⟧ -> ⟦<|im_end|>⟧"
-    assert len(encoded.turn_ends) == 1
