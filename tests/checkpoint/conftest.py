@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
@@ -82,16 +84,25 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory, run_ranks: RunRanks) -> Runs:
-    """One straight run, a save that is killed, and resumes on 2, 1, 4 and again 2 ranks, all in processes of their own."""
-    folder = tmp_path_factory.mktemp("runs")
-    run_ranks("straight", 2, folder, "fp32,bf16,hpz")
-    run_ranks("killed", 2, folder, "bf16", killed=[0])
-    run_ranks("background", 2, folder, "fp32,bf16")
-    run_ranks("resume", 2, folder, "fp32,bf16,hpz")
-    run_ranks("shrink", 1, folder, "fp32,bf16")
-    run_ranks("grow", 2, folder, "fp32,bf16")
-    run_ranks("double", 4, folder, "fp32,bf16")
-    run_ranks("halve", 2, folder, "fp32,bf16")
+    """One straight run, a save that is killed, and resumes on 2, 1, 4 and again 2 ranks, all in processes of their own.
+
+    Made once for all processes that the tests are spread over, for it takes minutes; who wants to change a file of it copies it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "checkpoint-runs"
+    with FileLock(f"{folder}.lock", timeout=2 * DEADLINE_S):
+        if not (folder / "whole").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            run_ranks("straight", 2, folder, "fp32,bf16,hpz")
+            run_ranks("killed", 2, folder, "bf16", killed=[0])
+            run_ranks("background", 2, folder, "fp32,bf16")
+            run_ranks("resume", 2, folder, "fp32,bf16,hpz")
+            run_ranks("shrink", 1, folder, "fp32,bf16")
+            run_ranks("grow", 2, folder, "fp32,bf16")
+            run_ranks("double", 4, folder, "fp32,bf16")
+            run_ranks("halve", 2, folder, "fp32,bf16")
+            (folder / "whole").touch()
     return Runs(folder)
 
 

@@ -127,6 +127,7 @@ def test_a_mirror_that_cannot_be_written_refuses_the_run(launch: Launch, runs: P
     assert (nothing.returncode, "no run at this address" in nothing.stderr) == (2, True)
 
 
+@pytest.mark.variant
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_on_slurm_the_head_node_sends(begin: Callable, tmp_path: Path) -> None:

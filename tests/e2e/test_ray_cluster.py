@@ -136,7 +136,7 @@ def test_a_request_that_can_never_be_met_fails_at_the_deadline(launch: Launch, c
     await_no_launcher(root / "many")
 
 
-@pytest.mark.parametrize("of_ray", [False, True])
+@pytest.mark.parametrize("of_ray", [False, pytest.param(True, marks=pytest.mark.variant)])
 def test_a_node_that_does_not_share_the_storage_is_named(
     launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path, of_ray: bool
 ) -> None:

@@ -43,6 +43,7 @@ def test_a_signal_to_one_rank_alone_stops_all_at_one_step(begin: Callable[..., S
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_a_job_of_a_higher_partition_takes_the_nodes_and_gives_them_back(
     begin: Callable[..., SlurmRun], undisturbed: Path
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_stopped_rank_is_found_killed_and_started_again(begin: Callable[..., S
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_an_agent_that_is_killed_costs_the_job_and_not_the_run(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("agentkilled")
     run.await_step(25)
@@ -119,6 +121,7 @@ def test_an_agent_that_is_killed_costs_the_job_and_not_the_run(begin: Callable[.
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_the_time_limit_saves_in_time_and_the_run_goes_on(begin: Callable[..., SlurmRun]) -> None:
     run = begin(
         "limited", "cluster.time=2:00", "cluster.signal_lead_seconds=60", "train.max_steps=100000", "cluster.max_no_progress=0"

@@ -35,6 +35,7 @@ def test_a_lost_node_is_replaced(begin: Callable[..., SlurmRun], undisturbed: Pa
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_a_drained_node_ends_what_it_runs(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("drained")
     run.await_step(25)
@@ -44,6 +45,7 @@ def test_a_drained_node_ends_what_it_runs(begin: Callable[..., SlurmRun], undist
     assert_same_training(run.path, undisturbed)
 
 
+@pytest.mark.variant
 def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch: Launch, slurm: Testbed, runs: Path) -> None:
     """One node, whose slurmd dies while its rank trains on: Slurm runs the job elsewhere, and two trainings exist."""
     run = submit(launch, slurm, runs, "orphan", "cluster.nodes=1", "train.max_steps=100000", "train.save_every=10")
@@ -94,6 +96,7 @@ def test_a_run_directory_that_a_node_does_not_see_names_the_node(
     assert run.attempt_record(1, "exit")["bad_nodes"] == ["n2"]
 
 
+@pytest.mark.variant
 def test_a_node_with_other_code_is_left_out(launch: Launch, slurm: Testbed, runs: Path, undisturbed: Path) -> None:
     waiting = "+cluster.additional_parameters.begin=now+6"
     run = submit(launch, slurm, runs, "othercode", "cluster.exclude_bad_nodes=true", waiting)
