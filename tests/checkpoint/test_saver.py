@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from launcher.checkpoint import store
 from launcher.checkpoint.tensor_file import TensorFile, as_bytes, weight_digest
 
+# With the runs that they look at, and beside the compilation of extensions.
+pytestmark = pytest.mark.timeout(900)
+
 # Where a save is cut off, and who is killed there; only rank 0 comes to the last three points.
 KILLS = [
     *(("begun", "1"), ("copied", "0"), ("half-written", "0"), ("half-written", "1"), ("half-written", "all")),
@@ -100,7 +103,6 @@ def killed(run_ranks, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # with a run for each of them
 @pytest.mark.parametrize("point, victim", KILLS)
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint_from_which_training_goes_on(runs, killed, point, victim):
     name = f"{point}-{victim}"
