@@ -4,13 +4,15 @@
 
 Within one run, blocks of steps with all of it (timers, metrics, the watch over all ranks and its part of the all-reduce, the
 probe, metrics.jsonl, events, the terminal's lines, W&B offline, status.json) alternate with blocks in which none of it is done,
-so that what else the machine does falls on both; each block is compared with its neighbours. Of the first SETTLE steps of a
-block no time is taken: W&B may still be at work for the block before.
+so that what else the machine does falls on both; each block is compared with its neighbours. Batches have the size of those of
+the README's first run, and all rows are one document of as many tokens, so that all steps are the same work. Of the first SETTLE
+steps of a block no time is taken: W&B is still at work for the block before.
 
-Wall-clock time is that of rank 0. CPU time is moved less by other programs: of the thread that trains, of rank 0 with all of its
-threads, and of W&B's process beside it. What the calls of the tracking take on the thread that trains is measured as well, which
-no noise of the steps reaches; the probe and the all-reduce are not in it. The thread that reads the devices every few seconds
-runs all the time. Appends a table to RESULTS.md.
+Steps differ by far more than half a percent, as other machines share this one's processors and memory. So what the tracking
+itself takes is measured as well, over LEAD steps with all of it and wherever it runs: the wall-clock time of its calls on the
+thread that trains, the CPU time of rank 0's other Python threads but the one that reads batches, and of W&B's process. Their sum
+is what it would cost if no core were free to run them beside the step. Only the few numbers that it adds to an all-reduce are not
+in it. Appends a table to RESULTS.md.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -32,16 +35,19 @@ from typing import Any
 
 import psutil
 
-BLOCK, SETTLE, WARMUP = 10, 2, 20
+WARMUP, LEAD, BLOCK, SETTLE = 10, 60, 15, 6
+# The first step of the blocks, counted from 0.
+FIRST = WARMUP + LEAD
 SETTINGS = (
-    *("model=tiny", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=4", "cluster.ranks_per_node=2"),
-    *("tracking=wandb", "tracking.mode=offline", "train.eval_at_start=false", "train.sample=false", "train.export=false"),
+    *("model=tiny", "data=jsonl", "data.max_length=256", "data.eval_fraction=0", "data.checks.no_turn_end=keep"),
+    *("train.global_batch_size=8", "train.sample=false", "train.export=false", "train.save_every=0"),
+    *("tracking=wandb", "tracking.mode=offline", "cluster.ranks_per_node=2"),
 )
 
 
 def is_on(step: int) -> bool:
     """Whether all is tracked at a step, counted from 1."""
-    return step <= WARMUP or (step - WARMUP - 1) // BLOCK % 2 == 0
+    return step <= FIRST or (step - FIRST - 1) // BLOCK % 2 == 0
 
 
 class NoStop:
@@ -55,9 +61,10 @@ class NoStop:
 
 
 class Recorder:
-    """Times of each step, in seconds by its number from 1: wall-clock, CPU of the thread that trains, and inside the tracking.
+    """Seconds of each step, by its number from 1: wall-clock, CPU of the thread that trains, and inside the tracking.
 
-    `process` and `beside` are the CPU seconds of this process and of those that it has started, before each block and at the end.
+    `process` has the CPU seconds of this process before each block and at the end, `helpers` and `beside` those of its threads
+    and processes that track, before and after the LEAD steps.
     """
 
     def __init__(self, num_steps: int | None) -> None:
@@ -67,12 +74,17 @@ class Recorder:
         self.insides: list[float] = []
         self._inside = 0.0
         self.process: list[float] = []
+        self.helpers: list[float] = []
         self.beside: list[float] = []
 
     def take(self, step: int, train: Callable[[], Any]) -> Any:
         self.step = step
-        if step > WARMUP and (step - WARMUP - 1) % BLOCK == 0:
-            self.read()
+        if step in (WARMUP + 1, FIRST + 1):
+            self.helpers.append(sum(map(cpu_seconds, threading.enumerate())))
+            times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+            self.beside.append(sum(one.user + one.system for one in times))
+        if step > FIRST and (step - FIRST - 1) % BLOCK == 0:
+            self.process.append(time.process_time())
         self._inside = 0.0
         wall, thread = time.perf_counter(), time.thread_time()
         result = train()
@@ -80,7 +92,7 @@ class Recorder:
         self.threads.append(time.thread_time() - thread)
         self.insides.append(self._inside)
         if step == self._num_steps:
-            self.read()
+            self.process.append(time.process_time())
         return result
 
     def timed(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
@@ -89,10 +101,12 @@ class Recorder:
         self._inside += time.perf_counter() - began
         return result
 
-    def read(self) -> None:
-        self.process.append(time.process_time())
-        times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-        self.beside.append(sum(one.user + one.system for one in times))
+
+def cpu_seconds(thread: threading.Thread) -> float:
+    """CPU seconds of a thread; 0 for the one that trains, the one that reads batches, and those of autograd."""
+    if thread.name in ("MainThread", "batches_0") or isinstance(thread, threading._DummyThread):
+        return 0.0
+    return int(Path(f"/proc/self/task/{thread.native_id}/schedstat").read_text().split()[0]) / 1e9
 
 
 class Switched:
@@ -116,14 +130,17 @@ def main() -> None:
     import sides
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=20, help="blocks of steps with tracking, and as many without")
+    parser.add_argument("--blocks", type=int, default=12, help="blocks of steps with tracking, and as many without")
     args, overrides = parser.parse_known_args()
     if args.blocks < 2:
         parser.error("--blocks: a block is compared with the two around it, so give 2 or more")
-    steps = WARMUP + 2 * BLOCK * args.blocks
+    steps = FIRST + 2 * BLOCK * args.blocks
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
         folder = Path(name)
-        settings = [*SETTINGS, f"train.max_steps={steps}", f"run.root={folder / 'runs'}", "run.name=bench", *overrides]
+        rows = folder / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"text": f"{number} " * 256}) + "\n" for number in range(1000, 1400)))
+        here = (f"data.path={rows}", f"run.root={folder / 'runs'}", "run.name=bench")
+        settings = [*SETTINGS, *here, f"train.max_steps={steps}", *overrides]
         plan_file, launcher = folder / "plan.json", [sys.executable, "-m", "launcher"]
         sides.run([*launcher, "data", *settings], folder / "data.log")
         plan_file.write_text(sides.run([*launcher, "plan", "--json", *settings], folder / "plan.log"))
@@ -134,27 +151,34 @@ def main() -> None:
     sides.record(f"tracking, {steps} steps of 2 ranks, blocks of {BLOCK}", [command_line], table(**found))
 
 
-def table(walls: list[float], threads: list[float], insides: list[float], process: list[float], beside: list[float]) -> list[str]:
-    rows = [
+def table(
+    walls: list[float],
+    threads: list[float],
+    insides: list[float],
+    process: list[float],
+    helpers: list[float],
+    beside: list[float],
+) -> list[str]:
+    step = statistics.median(blocks(walls)[1::2])
+    parts = {
+        "inside the calls of the tracking, wall-clock": statistics.fmean(insides[WARMUP:FIRST]),
+        "CPU of rank 0's other threads that track": (helpers[-1] - helpers[0]) / LEAD,
+        "CPU of W&B's process": (beside[-1] - beside[0]) / LEAD,
+    }
+    parts["these three, one after another"] = sum(parts.values())
+    return [
+        "| ms a step | without | with | with / without | 95% of the median |",
+        "|---|---|---|---|---|",
         row("step, wall-clock", blocks(walls)),
         row("CPU of the thread that trains", blocks(threads)),
         row("CPU of rank 0, all threads", [(end - begin) / BLOCK for begin, end in pairwise(process)]),
-    ]
-    inside = [insides[step - 1] for step in range(WARMUP + 1, len(insides) + 1) if is_on(step)]
-    share = statistics.median(inside) / statistics.median(blocks(walls)[1::2])
-    logged = BLOCK * (len(beside) // 2)
-    return [
-        "| ms a step, medians | without | with | with / without, neighbours | 95% of the median |",
-        "|---|---|---|---|---|",
-        *rows,
-        f"| inside the calls of the tracking, wall-clock | | {statistics.median(inside) * 1e3:.3f} | {1 + share:.4f} | |",
-        f"| CPU of W&B's process | | {(beside[-1] - beside[0]) / logged * 1e3:.2f} | | |",
+        *(f"| {name} | | {seconds * 1e3:.3f} | {1 + seconds / step:.4f} | |" for name, seconds in parts.items()),
     ]
 
 
 def blocks(seconds: Sequence[float]) -> list[float]:
-    """The median step of each block, of which the first has tracking."""
-    return [statistics.median(seconds[b + SETTLE : b + BLOCK]) for b in range(WARMUP, len(seconds), BLOCK)]
+    """The mean step of each block, of which the first has tracking."""
+    return [statistics.fmean(seconds[b + SETTLE : b + BLOCK]) for b in range(FIRST, len(seconds), BLOCK)]
 
 
 def row(what: str, values: Sequence[float]) -> str:
@@ -176,7 +200,10 @@ def switch(recorder: Recorder) -> None:
     class SwitchedProbe(Probe):
         def _begin(self, *arguments: Any) -> None:
             if is_on(recorder.step):
-                super()._begin(*arguments)
+                recorder.timed(super()._begin, *arguments)
+
+        def _end(self, *arguments: Any) -> None:
+            recorder.timed(super()._end, *arguments)
 
     start, train_step, start_trackers = loop._Session.start, loop._Session._train_step, loop.start_trackers
     told = ("beat", "measured", "heard", "alert")
@@ -199,7 +226,7 @@ def switch(recorder: Recorder) -> None:
     monitor.Probe = SwitchedProbe  # type: ignore[misc]
     loop.start_trackers = switched_trackers
     loop._Session.start = staticmethod(switched_start)  # type: ignore[method-assign, assignment]
-    loop._Session._train_step = lambda session, stop: recorder.take(  # type: ignore[method-assign]
+    loop._Session._train_step = lambda session, stop: recorder.take(  # type: ignore[method-assign, assignment]
         session.step + 1, lambda: train_step(session, stop)
     )
 
@@ -221,7 +248,7 @@ def rank(plan_path: str) -> None:
     switch(recorder)
     loop.train(plan, place, NoStop())
     if place.is_main:
-        names = ("walls", "threads", "insides", "process", "beside")
+        names = ("walls", "threads", "insides", "process", "helpers", "beside")
         print(json.dumps({name: getattr(recorder, name) for name in names}), flush=True)
     os._exit(0)
 

@@ -29,6 +29,8 @@ EXPORT_GRACE_S = 60.0
 _EXPORT_BYTES_PER_S = 20e6
 # Between two tries to reach W&B, and between two looks whether it still sends.
 RETRY_S = 60.0
+# How seldom rows are sent where steps are short: one costs W&B half as much among others, and it uploads less often than that.
+SEND_EVERY_S = 5.0
 # How long a call may wait for W&B before that is told.
 PATIENCE_S = 300.0
 # Calls that may wait for W&B: hours of steps, and some ten MiB.
@@ -51,9 +53,9 @@ class _Call:
 class WandbTracker:
     """Sends metrics, alerts, checkpoints and the summary to the W&B run of the plan's id.
 
-    The metrics of a step are one row, sent when the next step begins: W&B takes nothing more for a step that it has, and a rank
-    may die between training and evaluation. An attempt that fails keeps its last row to itself: the next one comes to that step
-    again, or sends it.
+    The metrics of a step are one row, handed on when the next step begins: W&B takes nothing more for a step that it has, and a
+    rank may die between training and evaluation. An attempt that fails keeps its last row to itself: the next one comes to that
+    step again, or sends it. Where steps are short, the rows of SEND_EVERY_S go together; all else goes at once.
 
     Nothing waits for W&B to start, and no trouble of W&B's is raised. Where it does not answer it is tried again all the while;
     a W&B process that dies is replaced. What W&B lacks then is sent from metrics.jsonl. Where W&B refuses the run, files are
@@ -69,6 +71,7 @@ class WandbTracker:
         self._notes: deque[tuple[str, str, dict[str, Any]]] = deque()
         self._told: set[str] = set()
         self._calls: queue.Queue[_Call | None] = queue.Queue(_MOST_PENDING)
+        self._urgent = threading.Event()
         self._artifacts: queue.Queue[Callable[[], None] | None] = queue.Queue(_MOST_ARTIFACTS)
         self._kept: deque[_Call] = deque(maxlen=_MOST_ARTIFACTS)
         self._session: Session | None = None
@@ -140,6 +143,7 @@ class WandbTracker:
             self._calls.put_nowait(None)
         except queue.Full:
             self._failure = "it has not taken what was sent for long"
+        self._urgent.set()
         limit = wandb_session.FINISH_TIMEOUT_S + 2 * FINISH_GRACE_S + self._export_s
         self._thread.join(limit)
         if self._thread.is_alive():
@@ -172,6 +176,8 @@ class WandbTracker:
             return
         try:
             self._calls.put_nowait(call)
+            if call.step is None:
+                self._urgent.set()
         except queue.Full:
             self._overflown = True
             self._note_once("alert", "W&B does not take what is sent; metrics.jsonl has it")
@@ -206,7 +212,7 @@ class WandbTracker:
         # Looking for a login imports the package, which takes a while.
         self._offline = not wandb_session.is_online(self._plan.config.tracking.mode)
         self._begin()
-        while not self._refused and (call := self._calls.get()) is not None:
+        while not self._refused and (call := self._next_call()) is not None:
             self._at = call.at
             session = self._session or self._begin()
             if session is None:
@@ -219,6 +225,12 @@ class WandbTracker:
             self._look_whether_it_sends(session)
         if self._session is None and not self._refused and self._kept:
             self._write_files()
+
+    def _next_call(self) -> _Call | None:
+        if self._calls.empty():
+            self._urgent.wait(SEND_EVERY_S)
+            self._urgent.clear()
+        return self._calls.get()
 
     def _begin(self) -> Session | None:
         """Start a session, unless the last try was just now; None where W&B does not answer, or refuses even to write files."""

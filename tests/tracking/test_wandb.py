@@ -13,14 +13,16 @@ import hand_made
 import psutil
 import pytest
 import wandb
+from rank_tools import times_begun, wait_for
 from wandb_files import history, records
 
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking import wandb as module
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import start_trackers
-from launcher.tracking.wandb_session import is_online, redacted
+from launcher.tracking.wandb_session import Session, is_online, redacted
 
 PlanMaker = Callable[..., LaunchPlan]
 REPO = Path(__file__).resolve().parents[2]
@@ -119,6 +121,28 @@ def test_alerts_reach_those_who_have_asked_for_them(make_plan: PlanMaker, run_di
         ("demo-run at step 7: the loss jumped", "the loss jumped", "WARN"),
         ("demo-run at step 8: the machine was asked to stop", "the machine was asked to stop", "WARN"),
     ]
+
+
+def test_rows_of_short_steps_go_together_and_alerts_and_the_end_at_once(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    log = Session.log
+    monkeypatch.setattr(Session, "log", lambda session, step, row: (sent.append(step), log(session, step, row)))
+    monkeypatch.setattr(module, "SEND_EVERY_S", 120.0)
+    trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
+    wait_for("W&B", lambda: trackers.event("note", "still here") or times_begun(run_dir))
+    for step in range(1, 8):
+        trackers.log(step, {"train/loss": 1.0})
+    time.sleep(1.0)
+    # The first may have come just before the thread went to wait.
+    assert len(sent) <= 1
+    trackers.event("alert", "the loss jumped")
+    wait_for("the rows before the alert", lambda: sent == list(range(1, 7)), 20)
+    began = time.monotonic()
+    trackers.finish("completed")
+    assert time.monotonic() - began < 60
+    assert sent == [row["trainer/step"] for row in history(run_dir)] == list(range(1, 8))
 
 
 def test_offline_tells_how_to_upload(make_plan: PlanMaker, run_dir: Path) -> None:
