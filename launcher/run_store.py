@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -152,11 +153,19 @@ def require_newest(run: RunDir, attempt: int, certain: bool = False) -> None:
 
     Raises:
         Superseded: where there is a later attempt.
+        OSError: where storage cannot tell, and it must be `certain`.
     """
     if certain:
         look_again(run.attempts)
-    # Attempts are numbered without gaps; one look is cheap enough for every logged step.
-    if run.attempt(attempt + 1).exists():
+    try:
+        # Attempts are numbered without gaps; one look is cheap enough for every logged step.
+        followed = run.attempt(attempt + 1).exists()
+    except OSError:
+        # Storage that cannot tell is no reason to lose machines, as long as nothing depends on the answer.
+        if certain:
+            raise
+        followed = False
+    if followed:
         raise Superseded(
             f"attempt {attempt} was given up while it still ran: attempt {attempt + 1} has taken over; nothing more is written",
             where=str(run.attempt(attempt + 1)),
@@ -174,14 +183,26 @@ def look_again(folder: Path) -> float:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(_read_text(path))
     except FileNotFoundError:
         raise RunError("a file of the run is missing", where=str(path)) from None
+    except OSError as error:
+        raise RunError(f"a file of the run cannot be read: {error.strerror}", where=str(path)) from None
     except json.JSONDecodeError as error:
         raise RunError(f"a file of the run is damaged: {error}", where=str(path)) from None
     if not isinstance(value, dict):
         raise RunError("a file of the run is damaged: it holds no JSON object", where=str(path))
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        # On NFS, another machine has put another file in its place since it was opened.
+        return path.read_text(encoding="utf-8")
 
 
 def read_status(run: RunDir) -> Status:
@@ -300,8 +321,15 @@ def find(name: str, root: Path, holding: str = "plan.json") -> RunDir:
         SubmitError: where there is no such run, with those that exist.
     """
     for candidate in (root / name, Path(name).expanduser()):
-        if (candidate / holding).is_file():
-            return RunDir(candidate.resolve())
+        try:
+            if (candidate / holding).is_file():
+                return RunDir(candidate.resolve())
+        except PermissionError as error:
+            raise SubmitError(
+                f"the run {name} cannot be read: {error.strerror}",
+                where=str(candidate),
+                remedy="its folder is open to who started it alone: ask them",
+            ) from None
     names = [run.root.name for run in runs(root)][:10]
     raise SubmitError(
         f"there is no run named {name}",
@@ -313,6 +341,13 @@ def find(name: str, root: Path, holding: str = "plan.json") -> RunDir:
 def runs(root: Path) -> Iterator[RunDir]:
     """The runs under `root`, the most recent first."""
     if root.is_dir():
-        found = [p for p in root.iterdir() if (p / "plan.json").is_file() and (p / "status.json").is_file()]
+        found = [path for path in root.iterdir() if _is_run(path)]
         for path in sorted(found, key=lambda p: (p / "plan.json").stat().st_mtime, reverse=True):
             yield RunDir(path)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether this is a run's folder that this user may look into: others' runs, and the disk's own folders, may be closed."""
+    with suppress(OSError):
+        return (path / "plan.json").is_file() and (path / "status.json").is_file()
+    return False

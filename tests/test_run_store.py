@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +169,17 @@ def test_an_attempt_that_another_has_followed_is_told_so(config: RunConfig, tmp_
     assert problem.where == str(run.attempt(2))
 
 
+def test_storage_that_cannot_tell_of_a_later_attempt_stops_none_but_where_it_must_be_certain(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    run_store.next_attempt(run, Attempt(None))
+    monkeypatch.setattr(Path, "exists", failing(errno.EIO))
+    run_store.require_newest(run, 1)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        run_store.require_newest(run, 1, certain=True)
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "status.json"
     run_store.write_json(file, {"step": 1})
@@ -241,6 +254,49 @@ def test_runs_are_listed_newest_first(config: RunConfig, tmp_path: Path) -> None
     (tmp_path / "runs" / "no_run").mkdir()
     assert [run.root.name for run in run_store.runs(tmp_path / "runs")] == ["latest", "middle", "old"]
     assert list(run_store.runs(tmp_path / "nowhere")) == []
+
+
+def test_folders_that_are_closed_to_this_user_are_no_runs(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("mine", "theirs"):
+        run_store.create(planned(config, tmp_path, name))
+    monkeypatch.setattr(Path, "is_file", failing(errno.EACCES, "theirs"))
+    assert [run.root.name for run in run_store.runs(tmp_path / "runs")] == ["mine"]
+    with pytest.raises(SubmitError, match="there is no run named b"):
+        run_store.find("b", tmp_path / "runs")
+    with pytest.raises(SubmitError, match="the run theirs cannot be read: Permission denied"):
+        run_store.find("theirs", tmp_path / "runs")
+
+
+def test_a_file_that_was_replaced_while_it_was_read_is_read_again(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS tells it; any other failure is told in words."""
+    run = run_store.create(planned(config, tmp_path, "a"))
+    read, failures = Path.read_text, [errno.ESTALE]
+
+    def read_text(path: Path, **how: str) -> str:
+        if failures:
+            raise OSError(failures[0], os.strerror(failures.pop(0)))
+        return read(path, **how)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert run_store.read_status(run).state == "pending"
+    failures.append(errno.EIO)
+    with pytest.raises(RunError, match=f"cannot be read: {os.strerror(errno.EIO)}"):
+        run_store.read_status(run)
+
+
+def failing(number: int, within: str = "") -> Callable[[Path], bool]:
+    """A look at a file that fails with this error within a folder of that name, by default anywhere."""
+
+    def look(path: Path) -> bool:
+        if within and within not in path.parts:
+            return os.path.isfile(path)
+        raise OSError(number, os.strerror(number))
+
+    return look
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", ""])

@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -157,18 +157,35 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
     return EXIT_INTERRUPTED
 
 
+def wandb_page(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Where W&B has the run, its `url`, and the `sync_command` that uploads what it lacks, each as it was told last.
+
+    Either may be None or empty; before W&B has begun there is neither.
+    """
+    page: dict[str, Any] = {}
+    for fields in (event["fields"] for event in events):
+        # Of the two, an address alone may be that of a model on the hub.
+        if "sync_command" in fields:
+            page |= {name: fields[name] for name in ("url", "sync_command") if name in fields}
+    return page
+
+
+def wandb_words(page: Mapping[str, Any]) -> str:
+    """The same for a person; empty where there is nothing to see or to do."""
+    url, command = page.get("url") or "", page.get("sync_command")
+    if not command:
+        return url
+    return f"{url}; upload what it lacks with: {command}" if url else f"offline; upload it with: {command}"
+
+
 def _where_things_lie(run: RunDir) -> list[str]:
     name = short(run.root)
     lines = []
     checkpoints = store.list_checkpoints(run.checkpoints)
     if checkpoints:
         lines.append(f"checkpoint   {short(checkpoints[-1].path)}")
-    fields = next((e["fields"] for e in reversed(read_events(run.events)) if e["fields"].get("sync_command")), None)
-    if fields is not None:
-        lines.append(f"W&B run      offline; upload it with: {fields['sync_command']}")
-    url = next((e["fields"]["url"] for e in reversed(read_events(run.events)) if e["fields"].get("url")), None)
-    if url is not None:
-        lines.append(f"W&B run      {url}")
+    if page := wandb_words(wandb_page(read_events(run.events))):
+        lines.append(f"W&B run      {page}")
     if run.export.is_dir():
         lines.append(f"exported to  {short(run.export)}")
     return [

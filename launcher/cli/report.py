@@ -23,7 +23,7 @@ from launcher.run_store import Attempt, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
 from launcher.tracking.goodput import Breakdown
-from launcher.tracking.jsonl import Tail, merged, read_events
+from launcher.tracking.jsonl import Tail, gone_on_from, merged, read_events
 
 _MOST_POINTS = 600
 _CURVES = (
@@ -92,7 +92,7 @@ def _told(found: RunDir) -> _Told:
     events = read_events(found.events)
     attempts = goodput.settled(goodput.recorded(found), status.state, lines, events)
     spent = goodput.breakdown(lines, events, attempts, time.time())
-    return _Told(found, plan, status, lines, merged(lines), events, spent)
+    return _Told(found, plan, status, lines, merged(gone_on_from(lines)), events, spent)
 
 
 def page(runs: Sequence[_Told]) -> str:

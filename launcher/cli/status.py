@@ -17,14 +17,14 @@ from typing import Any
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli import text
-from launcher.cli.follow import Watch
+from launcher.cli.follow import Watch, wandb_page, wandb_words
 from launcher.clusters.base import cluster_for
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Placed, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
-from launcher.tracking.glance import Glance, glance, lines_of_time
+from launcher.tracking.glance import Glance, glance
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
 
@@ -119,7 +119,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
     placed = run_store.placed(run) if run.plan.is_file() else None
     checkpoints = store.list_checkpoints(run.checkpoints)
     events = read_events(run.events)
-    spent = _spent(run, status, events)
+    spent = _spent(run, status)
     return {
         "name": run.root.name,
         "dir": str(run.root),
@@ -133,7 +133,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "cost": _cost(seen, spent, placed, status),
         "goodput": _goodput(spent or goodput.of_metrics(seen.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
-        "wandb": next((e["fields"] for e in reversed(events) if "sync_command" in e["fields"]), {}),
+        "wandb": wandb_page(events),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
 
@@ -150,15 +150,10 @@ def _usual(recent: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in values.items() if found}
 
 
-def _spent(run: RunDir, status: Status, events: Sequence[dict[str, Any]]) -> Breakdown | None:
+def _spent(run: RunDir, status: Status) -> Breakdown | None:
     """Where the time went until now, or until the run's end; None where its files do not tell."""
     with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
-        joined = [e["time"] for e in events if e["fields"].get(goodput.PHASE) == goodput.JOINED]
-        attempts = goodput.recorded(run)
-        borders = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
-        lines = lines_of_time(run.metrics, [*joined, *borders])
-        attempts = goodput.settled(attempts, status.state, lines, events)
-        return goodput.breakdown(lines, events, attempts, time.time()) if attempts else None
+        return goodput.read(run, time.time(), status.state) if run_store.attempt_numbers(run) else None
     return None
 
 
@@ -228,8 +223,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         rows.append(("held out", f"loss {found['eval_loss']:.4f}"))
     if found["checkpoints"]:
         rows.append(("checkpoints", ", ".join(f"step {step}" for step in found["checkpoints"])))
-    if page := found["wandb"]:
-        rows.append(("W&B", page.get("url") or f"offline; upload it with: {page['sync_command']}"))
+    if page := wandb_words(found["wandb"]):
+        rows.append(("W&B", page))
     if found["mirror"] is not None:
         rows.append(("mirror", found["mirror"]))
     rows += [("alert", _alert(alert)) for alert in found["alerts"][-_ALERTS_SHOWN:]]

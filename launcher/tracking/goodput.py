@@ -14,7 +14,8 @@ from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan, Price
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.jsonl import Tail, read_events
+from launcher.tracking.glance import lines_of_time
+from launcher.tracking.jsonl import read_events
 
 # Kinds of lost time, by what a person calls them.
 LOST = {
@@ -280,12 +281,15 @@ def settled(
 
 
 def read(run: RunDir, now: float, state: str = "running", coming: LaunchPlan | None = None) -> Breakdown:
-    """Where the time of the run, which is in this state, went until `now`, in seconds since the epoch; all metrics are read.
+    """Where the time of the run, which is in this state, went until `now`, in seconds since the epoch.
 
-    `coming` is the plan of an attempt that is to follow.
+    `coming` is the plan of an attempt that is to follow. Of the metrics only those lines are read that are needed.
     """
-    lines, events = Tail(run.metrics).poll(), read_events(run.events)
-    return breakdown(lines, events, settled(recorded(run, coming), state, lines, events), now)
+    events, attempts = read_events(run.events), recorded(run, coming)
+    joined = [event["time"] for event in events if event["fields"].get(PHASE) == JOINED]
+    borders = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
+    lines = lines_of_time(run.metrics, [*joined, *borders])
+    return breakdown(lines, events, settled(attempts, state, lines, events), now)
 
 
 def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:

@@ -134,16 +134,34 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """One dict per step, in order of steps: the last attempt's values where a step was trained more than once.
+    """One dict per step that the newest attempt has trained or gone on from, in order of steps.
 
     Several lines of one attempt for one step (training, evaluation) are one dict, with the time of the first. A line
     that a crash left torn is left out; a missing file is an empty list.
     """
-    return merged(Tail(path).poll())
+    return merged(gone_on_from(Tail(path).poll()))
+
+
+def gone_on_from(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of lines as they were written, those that the newest attempt has written or gone on from.
+
+    What an attempt had trained beyond the step at which the next one began is no part of what the model has become.
+    """
+    kept: list[dict[str, Any]] = []
+    newest = 0
+    for line in lines:
+        if line["attempt"] < newest:
+            continue
+        if line["attempt"] > newest:
+            newest = line["attempt"]
+            while kept and kept[-1]["trainer/step"] >= line["trainer/step"]:
+                kept.pop()
+        kept.append(line)
+    return kept
 
 
 def merged(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines as they were written, made one per step as `read_metrics` does."""
+    """Lines as they were written, made one per step; of several attempts for a step, the last one's."""
     steps: dict[int, dict[str, Any]] = {}
     for line in lines:
         step = line["trainer/step"]

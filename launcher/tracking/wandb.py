@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class _Call:
 
     run: Callable[[Session], None]
     step: int | None = None
+    # Whether calls before this one were left out, as W&B took none.
+    behind: bool = False
     at: float = field(default_factory=time.monotonic)
 
 
@@ -138,7 +140,7 @@ class WandbTracker:
             given.set()
 
         try:
-            self._calls.put_nowait(_Call(catch_up))
+            self._calls.put_nowait(_Call(catch_up, behind=self._overflown))
             self._calls.put(_Call(lambda session: self._finish(session, state)), timeout=FINISH_GRACE_S)
             self._calls.put_nowait(None)
         except queue.Full:
@@ -175,7 +177,8 @@ class WandbTracker:
         if not self._thread.is_alive():
             return
         try:
-            self._calls.put_nowait(call)
+            self._calls.put_nowait(replace(call, behind=self._overflown))
+            self._overflown = False
             if call.step is None:
                 self._urgent.set()
         except queue.Full:
@@ -260,8 +263,7 @@ class WandbTracker:
         return session
 
     def _carry_out(self, session: Session, call: _Call) -> None:
-        if self._overflown:
-            self._overflown = False
+        if call.behind:
             session.fall_behind()
         try:
             call.run(session)
@@ -319,9 +321,15 @@ class WandbTracker:
 
 
 def _best_checkpoint(run: RunDir) -> float:
-    """The lowest held-out loss of the checkpoints that were committed before."""
-    events = (event["fields"].get("eval_loss") for event in read_events(run.events) if event["kind"] == "checkpoint")
-    return min((loss for loss in events if isinstance(loss, float)), default=float("inf"))
+    """The lowest held-out loss of the checkpoints that were committed before and that no person has gone back behind."""
+    returns = wandb_session.returns(run)
+    losses = [
+        event["fields"].get("eval_loss")
+        for event in read_events(run.events)
+        if event["kind"] == "checkpoint"
+        and not any(number > event["attempt"] and event["fields"]["saved_step"] > step for number, step in returns.items())
+    ]
+    return min((loss for loss in losses if isinstance(loss, float)), default=float("inf"))
 
 
 def _start(target: Callable[[], None], name: str) -> threading.Thread:

@@ -26,7 +26,7 @@ from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.best import LOWEST, Best
-from launcher.tracking.jsonl import lines_of, merged
+from launcher.tracking.jsonl import gone_on_from, lines_of, merged
 from launcher.tracking.wandb_steps import offsets, repeats
 
 INIT_TIMEOUT_S = 30.0
@@ -173,10 +173,10 @@ class Session:
         for line in lines_of(self._run_dir.metrics):
             last_steps[line["attempt"]] = max(line["trainer/step"], last_steps.get(line["attempt"], 0))
             losses.append({name: value for name, value in line.items() if name in _OF_BEST})
-        for line in merged(losses):
+        for line in merged(gone_on_from(losses)):
             if line["trainer/step"] < before:
                 self._best.add(line["trainer/step"], line)
-        offset_of = offsets(last_steps, _returns(self._run_dir))
+        offset_of = offsets(last_steps, returns(self._run_dir))
         self._offset = max(offset_of.values(), default=0)
         lacking: dict[int, list[dict[str, Any]]] = {}
         for line in lines_of(self._run_dir.metrics):
@@ -198,6 +198,7 @@ class Session:
         # A step among the metrics is a float, as all of them, which W&B does not take for its own step.
         # Committed: W&B's process would hold it back until the next step.
         self._run.log({**metrics, "trainer/step": step}, step=int(step + offset), commit=True)
+        self._known = int(step + offset)
 
     def fall_behind(self) -> None:
         """Something was left out: look at metrics.jsonl again before the next step."""
@@ -267,7 +268,7 @@ class Session:
         return found[1] if found else ""
 
 
-def _returns(run: RunDir) -> dict[int, int]:
+def returns(run: RunDir) -> dict[int, int]:
     """The attempts for which a person has asked for the step of a checkpoint or changed what steps compute; where they began."""
     found = {}
     before = _plan_at(run.plan)

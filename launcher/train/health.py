@@ -49,12 +49,18 @@ class Health:
         return found
 
     def faults(self, told: Sequence[Told], names: Sequence[str]) -> Iterator[str]:
-        """Alerts of GPUs after a step in which the ranks have told their numbers; `names` say where each rank is."""
+        """Alerts of GPUs after a step in which the ranks have told their numbers; `names` say where each rank is.
+
+        A fault of what lies between GPUs shows on all of them at once, and is one alert.
+        """
+        places: dict[int, list[str]] = {}
         for rank, one in enumerate(told):
             if one.sample.xids > self._xids.get(rank, 0.0):
                 self._xids[rank] = one.sample.xids
-                number = int(one.sample.last_xid)
-                yield f"Xid {number} on GPU {one.sample.gpu_index:.0f} of {names[rank]}: {xids.meaning(number)}"
+                places.setdefault(int(one.sample.last_xid), []).append(f"GPU {one.sample.gpu_index:.0f} of {names[rank]}")
+        for number, (first, *others) in places.items():
+            where = f"{1 + len(others)} GPUs, the first of them {first}" if others else first
+            yield f"Xid {number} on {where}: {xids.meaning(number)}"
 
     def stragglers(self, works: Sequence[Work], names: Sequence[str]) -> Iterator[str]:
         """Alerts of ranks that all others wait for, after a step of these works."""

@@ -75,12 +75,18 @@ def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch: Lau
 
 def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch: Launch, run: RunDir) -> None:
     log = JsonlTracker(run, 2)
-    log.event("info", "Weights & Biases: here", url="https://wandb.example/run", sync_command="wandb sync x")
+    log.event("info", "Weights & Biases: offline", url=None, sync_command="wandb sync x")
+    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    assert lines["W&B"] == "offline; upload it with: wandb sync x"
+    log.event("info", "Weights & Biases: here", url="https://wandb.example/run", sync_command=None)
     log.event("mirror", "step 10 is in the mirror")
     log.event("export", "pushed", url="https://hub.example/model")
     lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "https://wandb.example/run"
     assert lines["mirror"] == "step 10 is in the mirror"
+    log.event("alert", "Weights & Biases has not got everything", sync_command="wandb sync y")
+    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    assert lines["W&B"] == "https://wandb.example/run; upload what it lacks with: wandb sync y"
 
 
 def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch: Launch, run: RunDir) -> None:

@@ -35,7 +35,7 @@ def test_numbers_that_json_lacks_come_back_and_the_file_stays_json(run_dir: Path
     assert "nonfinite" not in line
 
 
-def test_the_last_attempt_wins_a_step_and_its_lines_add_up(run_dir: Path) -> None:
+def test_steps_are_those_that_the_newest_attempt_has_gone_on_from_and_their_lines_add_up(run_dir: Path) -> None:
     run = RunDir(run_dir)
     first = JsonlTracker(run, attempt=1)
     for step in (1, 2, 3, 4):
@@ -49,12 +49,15 @@ def test_the_last_attempt_wins_a_step_and_its_lines_add_up(run_dir: Path) -> Non
         (1, 1, 11.0),
         (2, 1, 12.0),
         (3, 2, 23.0),
-        (4, 1, 14.0),
     ]
     assert lines[2]["data/label_frac"] == 0.5
     # A save or an evaluation afterwards does not move the end of the step.
     assert lines[2]["time"] == next(line["time"] for line in Tail(run.metrics).poll() if line.get("train/loss") == 23.0)
     assert "eval/held_out/loss" not in lines[2]
+    # An attempt that was given up, and still ran, has no say.
+    first.log(5, {"train/loss": 15.0})
+    second.log(4, {"train/loss": 24.0})
+    assert [line["train/loss"] for line in read_metrics(run.metrics)] == [11.0, 12.0, 23.0, 24.0]
 
 
 def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_attempt(run_dir: Path) -> None:

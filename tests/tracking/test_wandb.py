@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,25 @@ def test_rows_of_short_steps_go_together_and_alerts_and_the_end_at_once(
     trackers.finish("completed")
     assert time.monotonic() - began < 60
     assert sent == [row["trainer/step"] for row in history(run_dir)] == list(range(1, 8))
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_what_was_left_out_while_nothing_was_taken_is_sent_in_its_place(
+    make_plan: PlanMaker, run_dir: Path, monkeypatch: pytest.MonkeyPatch, at_the_end: bool
+) -> None:
+    goes_on, log = threading.Event(), Session.log
+    sent: list[int] = []
+    monkeypatch.setattr(Session, "log", lambda session, step, row: (goes_on.wait(60), log(session, step, row), sent.append(step)))
+    monkeypatch.setattr(module, "_MOST_PENDING", 3)
+    trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
+    for step in range(1, 13):
+        trackers.log(step, {"train/loss": 1.0})
+    goes_on.set()
+    wait_for("the rows before the gap", lambda: sent == [1, 2, 3])
+    if not at_the_end:
+        trackers.log(13, {"train/loss": 1.0})
+    trackers.finish("completed")
+    assert [row["trainer/step"] for row in history(run_dir)] == list(range(1, 13 if at_the_end else 14))
 
 
 def test_offline_tells_how_to_upload(make_plan: PlanMaker, run_dir: Path) -> None:

@@ -102,8 +102,15 @@ def test_a_fault_of_a_gpu_is_told_once_with_what_it_means() -> None:
     for count, number, words in ((0, math.nan, []), (1, 79, ["Xid 79 on GPU 5 of n2: fallen off the bus"]), (1, 79, [])):
         ranks = [Told(), Told(), Told(sample=Sample(gpu_index=5, xids=count, last_xid=number)), Told()]
         assert list(health.faults(ranks, HOSTS)) == words
-    words = next(health.faults([Told(sample=Sample(gpu_index=0, xids=1, last_xid=1234))] * 4, HOSTS))
-    assert words.startswith("Xid 1234 on GPU 0 of n1: see NVIDIA")
+    words = next(health.faults([Told(), Told(sample=Sample(gpu_index=0, xids=1, last_xid=1234)), Told(), Told()], HOSTS))
+    assert words.startswith(f"Xid 1234 on GPU 0 of {HOSTS[1]}: see NVIDIA")
+
+
+def test_a_fault_that_shows_on_many_gpus_is_one_alert() -> None:
+    ranks = [Told(sample=Sample(gpu_index=i, xids=1, last_xid=79 if i == 2 else 74)) for i in range(4)]
+    nvlink, lost = Health("cuda").faults(ranks, HOSTS)
+    assert nvlink.startswith(f"Xid 74 on 3 GPUs, the first of them GPU 0 of {HOSTS[0]}: ")
+    assert lost.startswith(f"Xid 79 on GPU 2 of {HOSTS[2]}: ")
 
 
 class Watched:
