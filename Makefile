@@ -33,15 +33,16 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 	$(BIN)/python -m launcher $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
-# What starts whole runs goes alone: two ranks keep two cores busy.
+# Three at a time on two cores: many of them wait. Of those that start whole runs, two, which fit into 24 GiB.
 test: .venv/.installed-dev  ## run the tests, those on Slurm and Ray included
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -m $(TESTED) --ignore tests/e2e -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m $(TESTED) tests/e2e
+	$(BIN)/python -m pytest -m $(TESTED) --ignore tests/e2e -n 3 --dist loadfile
+	$(BIN)/python -m pytest -m $(TESTED) tests/e2e -n 2 --dist loadfile
 else
 	$(BIN)/python -m pytest -m $(TESTED) $(ARGS)
 endif
 
+# Here runs go alone: some fill the memory, and some are timed.
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -m $(SLOW) --ignore tests/e2e -n 2 --dist loadfile

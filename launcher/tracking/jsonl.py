@@ -20,6 +20,8 @@ from typing import Any
 
 from launcher.plan.run_dir import RunDir
 
+# The end of an attempt that was given up while it still ran.
+SUPERSEDED = "superseded"
 # Lines that are kept while storage takes none: hours of steps, and some ten MiB.
 _MOST_PENDING = 10_000
 _CHUNK = 1 << 16
@@ -59,8 +61,9 @@ class JsonlTracker:
 
     def finish(self, state: str) -> None:
         try:
-            self.event("end", f"attempt {self._attempt} ended: {state}", state=state)
-            self._metrics.write()
+            if state != SUPERSEDED:
+                self.event("end", f"attempt {self._attempt} ended: {state}", state=state)
+                self._metrics.write()
         finally:
             self._metrics.close()
             self._events.close()

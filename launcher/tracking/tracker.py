@@ -36,7 +36,10 @@ class Tracker(Protocol):
         """Record what describes the run as a whole, such as its last and best loss."""
 
     def finish(self, state: str) -> None:
-        """Write out what is pending and close; `state` is the run's last state, such as completed or failed."""
+        """Write out what is pending and close; `state` is the run's last state, such as completed or failed.
+
+        SUPERSEDED writes nothing more: another attempt has taken over, and what this one says is not of the run.
+        """
 
 
 class Composite:

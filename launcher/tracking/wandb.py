@@ -19,7 +19,7 @@ from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import wandb_session
-from launcher.tracking.jsonl import read_events
+from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.wandb_session import Checkpoint, Session, Unreachable
 
 # What finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
@@ -130,6 +130,11 @@ class WandbTracker:
 
         Where it took longer or failed, the files stay, and what is told says how to upload them, and whether all is in them.
         """
+        if state == SUPERSEDED:
+            # W&B's process would tell of an end, while the other attempt trains.
+            self._next_try = math.inf
+            _kill_core()
+            return
         upto = math.inf if everything else self._last_step + (state != "failed")
         if state != "failed":
             self._send_row()

@@ -24,10 +24,11 @@ from launcher.checkpoint.saver import Saver
 from launcher.checkpoint.together import together
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batches
-from launcher.errors import CheckpointError, DivergedError, RunError
+from launcher.errors import CheckpointError, DivergedError, RunError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
+from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train import link
 from launcher.train.before import failure_before
@@ -106,6 +107,9 @@ def train(
             finish(plan, outcome.checkpoint, tracker)
         state = outcome.state
         return outcome
+    except Superseded:
+        state = SUPERSEDED
+        raise
     finally:
         if session is not None:
             session.monitor.stop()

@@ -21,7 +21,7 @@ from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import wandb as module
-from launcher.tracking.jsonl import read_events
+from launcher.tracking.jsonl import SUPERSEDED, JsonlTracker, read_events
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb_session import Session, is_online, redacted
 
@@ -153,16 +153,16 @@ def test_what_was_left_out_while_nothing_was_taken_is_sent_in_its_place(
     goes_on, log = threading.Event(), Session.log
     sent: list[int] = []
     monkeypatch.setattr(Session, "log", lambda session, step, row: (goes_on.wait(60), log(session, step, row), sent.append(step)))
-    monkeypatch.setattr(module, "_MOST_PENDING", 3)
+    monkeypatch.setattr(module, "_MOST_PENDING", 8)
     trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
-    for step in range(1, 13):
+    for step in range(1, 21):
         trackers.log(step, {"train/loss": 1.0})
     goes_on.set()
-    wait_for("the rows before the gap", lambda: sent == [1, 2, 3])
+    wait_for("the rows before the gap", lambda: sent == list(range(1, 9)))
     if not at_the_end:
-        trackers.log(13, {"train/loss": 1.0})
+        trackers.log(21, {"train/loss": 1.0})
     trackers.finish("completed")
-    assert [row["trainer/step"] for row in history(run_dir)] == list(range(1, 13 if at_the_end else 14))
+    assert [row["trainer/step"] for row in history(run_dir)] == list(range(1, 21 if at_the_end else 22))
 
 
 def test_offline_tells_how_to_upload(make_plan: PlanMaker, run_dir: Path) -> None:
@@ -205,6 +205,16 @@ def test_no_secret_of_the_environment_reaches_the_run_directory(
     assert [str(file) for file in files if CANARY.encode() in file.read_bytes()] == []
 
 
+def test_the_best_checkpoint_is_none_that_a_person_has_gone_back_behind(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    for attempt, resume, saved in ((1, None, {300: 1.5, 400: 1.2}), (2, 300, {350: 1.4})):
+        run.attempt(attempt).mkdir(exist_ok=True)
+        run_store.write_attempt(run, attempt, run_store.Attempt(resume, pinned=attempt == 2))
+        for step, loss in saved.items():
+            JsonlTracker(run, attempt).event("checkpoint", "saved", step, path="/x", saved_step=step, eval_loss=loss)
+    assert module._best_checkpoint(run) == 1.4
+
+
 def test_only_secrets_are_redacted() -> None:
     value = {"a": ["token is sekret-value", "git@host:x"], "num_tokens": 3, "url": "s3://user:pw@bucket/x", "home": "/home/me"}
     environ = {"MY_API_KEY": "sekret-value", "HOME": "/home/me", "SHORT_KEY": "host"}
@@ -238,6 +248,22 @@ def test_a_hung_wandb_ends_with_a_message_and_the_process_exits(make_plan: PlanM
     assert len(alerts) == 1
     # What was under way to the process that hangs is in no file of W&B's.
     assert "metrics.jsonl has it all; upload what W&B's files have with: wandb sync" in alerts[0]["text"]
+
+
+def test_an_attempt_that_another_has_followed_tells_of_no_end(make_plan: PlanMaker, run_dir: Path, tmp_path: Path) -> None:
+    plan_file = tmp_path / "plan.json"
+    plan_file.write_text(make_plan().to_json())
+    begun = 'while not times_begun(Path(run_dir)):\n    trackers.event("note", "still here")\n    time.sleep(0.05)\n'
+    started = time.monotonic()
+    assert (
+        run_script(
+            TRAIN.replace("trackers.finish", f"{begun}trackers.finish").replace("completed", SUPERSEDED), plan_file, run_dir
+        )
+        == 0
+    )
+    assert time.monotonic() - started < 30
+    assert {record["type"] for record in records(run_dir)}.isdisjoint({"exit"})
+    assert [event for event in read_events(run_dir / "events.jsonl") if event["kind"] in ("end", "alert")] == []
 
 
 @pytest.mark.parametrize("how", ["with --step", "with other settings"])
