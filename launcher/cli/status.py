@@ -128,6 +128,9 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "usual": _usual(seen.recent),
         "losses": list(seen.losses),
         "eval_loss": seen.eval_loss,
+        "eval_step": seen.eval_step,
+        "left_s": _left_s(seen, status),
+        "asked_to_stop": status.state in RUNNING_STATES and run.cancel(status.attempt).is_file(),
         "checkpoints": [checkpoint.step for checkpoint in checkpoints],
         "device": placed.device if placed is not None else "cuda",
         "cost": _cost(seen, spent, placed, status),
@@ -136,6 +139,17 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "wandb": wandb_page(events),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
+
+
+def _left_s(seen: Glance, status: Status) -> float | None:
+    """Seconds until the end of a run that goes on, by its newest training step; None where that cannot be told."""
+    if status.state not in RUNNING_STATES or not seen.last:
+        return None
+    left = seen.last.get("trainer/eta_s", math.nan)
+    if seen.last["attempt"] != status.attempt and status.max_steps:
+        # An attempt that has not trained yet may have more steps to go than the one before.
+        left = (status.max_steps - seen.last["trainer/step"]) * _usual(seen.recent).get("time/step_s", math.nan)
+    return left if math.isfinite(left) else None
 
 
 def _num_ranks(line: dict[str, Any]) -> int | None:
@@ -181,14 +195,20 @@ def _cost(seen: Glance, spent: Breakdown | None, placed: Placed | None, status: 
         hours, usd = counted.gpu_hours, counted.usd
     else:
         return None
-    expected = _expected(seen, spent, placed, hours, usd) if status.state in RUNNING_STATES else None
+    expected = _expected(seen, spent, placed, hours, usd, _left_s(seen, status))
     return {"gpu_hours": hours, "usd": usd, "expected_usd": expected, "at_typical_price": typical}
 
 
-def _expected(seen: Glance, spent: Breakdown | None, placed: Placed | None, hours: float, usd: float | None) -> float | None:
-    """Dollars at the end, by the newest estimate of the time until then; None where it cannot be told."""
-    left_s = seen.last.get("trainer/eta_s", math.nan)
-    if usd is None or seen.spent is None or not math.isfinite(left_s):
+def _expected(
+    seen: Glance,
+    spent: Breakdown | None,
+    placed: Placed | None,
+    hours: float,
+    usd: float | None,
+    left_s: float | None,
+) -> float | None:
+    """Dollars at the end, which is `left_s` away; None where it cannot be told."""
+    if usd is None or seen.spent is None or left_s is None:
         return None
     num_gpus, price = _num_ranks(seen.last), usd / hours if hours else None
     if placed is not None:
@@ -201,10 +221,10 @@ def _expected(seen: Glance, spent: Breakdown | None, placed: Placed | None, hour
 
 def _lines(found: dict[str, Any]) -> list[str]:
     """The state of a run, a label and a value a line."""
-    metrics, running = found["metrics"], found["state"] in RUNNING_STATES
+    metrics, asked = found["metrics"], ", asked to stop" if found["asked_to_stop"] else ""
     rows = [
         ("run", f"{found['name']} in {text.short(Path(found['dir']))}"),
-        ("state", found["state"] + (f": {found['message']}" if found["message"] else "")),
+        ("state", found["state"] + (f": {found['message']}" if found["message"] else "") + asked),
         ("attempt", str(found["attempt"])),
         ("step", _progress(found)),
     ]
@@ -213,14 +233,14 @@ def _lines(found: dict[str, Any]) -> list[str]:
         rows.append(("pace", _pace(found["usual"])))
         rows.append(("memory", _memory(metrics)))
         rows += [(label, words) for label, words in (("GPUs", _gpus(metrics)), ("ranks", _ranks(found["usual"]))) if words]
-        if running:
-            rows.append(("time left", format_duration(metrics["trainer/eta_s"])))
+        if found["left_s"] is not None and not asked:
+            rows.append(("time left", format_duration(found["left_s"])))
     if found["goodput"] is not None:
         rows.append(("goodput", _lost(found["goodput"])))
     if found["cost"] is not None:
         rows.append(("cost", _money(found["cost"], found["device"])))
     if found["eval_loss"] is not None:
-        rows.append(("held out", f"loss {found['eval_loss']:.4f}"))
+        rows.append(("held out", f"loss {found['eval_loss']:.4f} after step {found['eval_step']:,}"))
     if found["checkpoints"]:
         rows.append(("checkpoints", ", ".join(f"step {step}" for step in found["checkpoints"])))
     if page := wandb_words(found["wandb"]):

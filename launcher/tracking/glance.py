@@ -34,6 +34,7 @@ class Glance:
     recent: tuple[dict[str, Any], ...]
     losses: tuple[float, ...]
     eval_loss: float | None
+    eval_step: int | None
     spent: Spent | None
 
     @property
@@ -53,11 +54,12 @@ def glance(path: str | Path, num_points: int = 40) -> Glance:
                 tuple(line for line in recent if line["attempt"] == recent[0]["attempt"]),
                 losses,
                 evaluated.get("eval/held_out/loss"),
+                evaluated.get("trainer/step"),
                 _spent(next(_backwards(data, b'"cost/gpu_hours"'), None)),
             )
     except (FileNotFoundError, ValueError):
         # An empty file cannot be mapped.
-        return Glance((), (), None, None)
+        return Glance((), (), None, None, None)
 
 
 def lines_of_time(path: str | Path, borders: Sequence[float]) -> list[dict[str, Any]]:

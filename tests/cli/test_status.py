@@ -73,6 +73,24 @@ def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch: Lau
     assert launch("status", str(alone)).returncode == 2
 
 
+def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch: Launch, run: RunDir) -> None:
+    run_store.write_json(run.cancel(2), {"save": True})
+    run_store.update_status(run, state="running", job=identity())
+    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    assert lines["state"] == "running, asked to stop"
+    assert "time" not in lines
+
+
+def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(launch: Launch, run: RunDir) -> None:
+    number = run_store.next_attempt(run, run_store.Attempt(resume_step=10))
+    run_store.update_status(run, attempt=number, state="running", max_steps=60, job=identity())
+    JsonlTracker(run, 2).log(10, {"eval/held_out/loss": 2.5})
+    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    assert lines["time"] == "left   1m40s"
+    assert lines["held"] == "out    loss 2.5000 after step 10"
+    assert json.loads(launch("status", str(run.root), "--json").stdout)["left_s"] == 100.0
+
+
 def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch: Launch, run: RunDir) -> None:
     log = JsonlTracker(run, 2)
     log.event("info", "Weights & Biases: offline", url=None, sync_command="wandb sync x")

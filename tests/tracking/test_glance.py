@@ -15,7 +15,7 @@ from launcher.tracking.jsonl import JsonlTracker, Tail
 
 
 def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
-    nothing = Glance((), (), None, None)
+    nothing = Glance((), (), None, None, None)
     assert glance(tmp_path / "metrics.jsonl") == nothing
     (tmp_path / "metrics.jsonl").touch()
     assert glance(tmp_path / "metrics.jsonl") == nothing
