@@ -36,6 +36,13 @@ class Runs:
         return json.loads((self.folder / kind / f"{name}-{rank}.json").read_text())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whichever test comes first has to wait for the runs."""
+    for item in items:
+        if "runs" in getattr(item, "fixturenames", ()) and item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(900))
+
+
 @pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
     """Run a scenario of checkpoint_ranks.py in new processes, none of which outlives the call.

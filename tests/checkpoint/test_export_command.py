@@ -87,7 +87,7 @@ def test_the_card_is_that_of_the_attempt_which_saved(run):
     plan = plan_of(run)
     changed = plan.config.model_copy(update={"optim": plan.config.optim.model_copy(update={"lr": 7e-6})})
     (attempt / "plan.json").write_text(plan.model_copy(update={"config": changed}).to_json())
-    lines = [{"trainer/step": step, "train/loss": 3.0 - step} for step in (1, 2, 3)]
+    lines = [{"trainer/step": step, "attempt": 1, "train/loss": 3.0 - step} for step in (1, 2, 3)]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     made = command.export_run(run / "plan.json", step=2, dtype="bf16", out=None, check=False)
     card = (made.path / "README.md").read_text()

@@ -112,7 +112,7 @@ def test_a_run_that_another_job_runs_is_left_alone(submitted: Callable[..., Job]
 def test_where_it_cannot_be_known_whether_another_job_runs_it_the_job_fails(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_BEGIN_PATIENCE_S", 0.3)
+    monkeypatch.setattr(job, "_BEGIN_PATIENCE_S", 3.0)
     of = submitted()
     of.begun(job="40")
     before = of.attempt(), of.status
