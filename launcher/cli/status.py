@@ -124,6 +124,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "name": run.root.name,
         "dir": str(run.root),
         **asdict(status),
+        "step": _step(seen, status),
         "metrics": seen.last,
         "usual": _usual(seen.recent),
         "losses": list(seen.losses),
@@ -139,6 +140,13 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "wandb": wandb_page(events),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
+
+
+def _step(seen: Glance, status: Status) -> int:
+    """The newest step that is known: the ranks write status.json more seldom than they log."""
+    if status.state in RUNNING_STATES and seen.last and seen.last["attempt"] == status.attempt:
+        return max(status.step, int(seen.last["trainer/step"]))
+    return status.step
 
 
 def _left_s(seen: Glance, status: Status) -> float | None:

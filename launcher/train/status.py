@@ -10,7 +10,9 @@ from launcher import run_store
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 
-_STEPS_EVERY_S = 1.0
+# A write that reaches the disk takes a millisecond of a processor, and on shared storage it is everybody's; metrics.jsonl has
+# every logged step.
+_STEPS_EVERY_S = 5.0
 
 
 class StatusFile:
@@ -35,7 +37,7 @@ class StatusFile:
             self._due = time.monotonic() + _STEPS_EVERY_S
 
     def training(self, step: int) -> None:
-        """Tell how far training is, once a second at most, beside the training: storage may take its time.
+        """Tell how far training is, every few seconds at most, beside the training: storage may take its time.
 
         This is synchronised with the disk as well: a file that was only moved into place may be empty after a loss of power,
         and then no command knows the run any more.
