@@ -17,6 +17,7 @@ from launcher.checkpoint import store
 from launcher.errors import UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import checks
 from launcher.worker.ray import coordinator as module
@@ -171,7 +172,7 @@ def test_a_group_that_came_after_hours_has_waited_for_machines(play: Callable[..
     run_store.write_json(exit_file, run_store.read_json(exit_file) | {"ended_at": now - 6 * hour})
     played.begin("b", "n1", "n1")
     assert played.number == 2
-    found = module.goodput.read(played.run, time.time())
+    found = goodput.read(played.run, time.time())
     assert (found.queue_s, found.restart_s) == (pytest.approx(6 * hour, abs=60), 0)
     assert found.held_s == pytest.approx(hour, abs=60)
 
@@ -182,7 +183,7 @@ def test_a_limit_that_is_reached_ends_the_run_before_its_workers_load(
     played = play()
     played.begin("a", "n1", "n1")
     played.end(1, KILLED)
-    monkeypatch.setattr(module.goodput, "reached_limit", lambda run, plan, now: "run.max_hours=2 is reached")
+    monkeypatch.setattr(goodput, "reached_limit", lambda run, plan, now: "run.max_hours=2 is reached")
     assert played.begin("b", "n1", "n1")[0] == {"do": "leave", "why": "run.max_hours=2 is reached"}
     assert played.number == 1
     assert run_store.read_status(played.run).state == "preempted"

@@ -42,7 +42,7 @@ def test_workers_get_what_ray_train_gives_by_default(
     gpus = device is H100 and settings.get("gpus_per_worker") != 0
     by_ray = ScalingConfig(num_workers=4, use_gpu=gpus, resources_per_worker=settings.get("resources_per_worker"))
     wanted = by_ray._resources_per_worker_not_none
-    asked = driver._trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
+    asked = driver.trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
     assert plan.ray.resources(device.kind) == wanted
     assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
     assert by_ray.placement_strategy == asked.placement_strategy
@@ -51,7 +51,7 @@ def test_workers_get_what_ray_train_gives_by_default(
 def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> None:
     settings = {"accelerator_type": "H100", "placement_strategy": "SPREAD", "resize_seconds": 5.0, "stop_grace_seconds": 90.0}
     elastic = ray_plan(device=H100, workers=4, min_workers=2, storage_path="s3://bucket/ray", **settings)
-    trainer = driver._trainer(elastic, RunDir(tmp_path), "attempt-001", None)
+    trainer = driver.trainer(elastic, RunDir(tmp_path), "attempt-001", None)
     scaling, running = trainer.scaling_config, trainer.run_config
     assert scaling.num_workers == (2, 4)
     assert (scaling.accelerator_type, scaling.placement_strategy) == ("H100", "SPREAD")
@@ -59,7 +59,7 @@ def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., Launc
     assert running.storage_path == "s3://bucket/ray"
     assert running.failure_config.preemption_grace_s == 90.0
     spot = ray_plan(device=H100, workers=4, label_selector={"ray.io/market-type": "spot"})
-    trainer = driver._trainer(spot, RunDir(tmp_path), "attempt-001", None)
+    trainer = driver.trainer(spot, RunDir(tmp_path), "attempt-001", None)
     assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot"}
     assert trainer.run_config.storage_path == str(tmp_path / "ray")
 
@@ -205,7 +205,7 @@ def test_ray_train_begins_anew_with_the_coordinator_that_follows(run: RunDir, mo
         answers = iter([raising(death)] if death else [])
         coordinator.says = lambda: next(answers, state)()
 
-    monkeypatch.setattr(driver, "_trainer", lambda *given: SimpleNamespace(fit=lambda: fit(given[-1])))
+    monkeypatch.setattr(driver, "trainer", lambda *given: SimpleNamespace(fit=lambda: fit(given[-1])))
     driver_of(run)._fit(coordinator)
     assert len(asked) == 2
     assert asked[0] is not asked[1] is coordinator.handle

@@ -10,7 +10,7 @@ from played_workers import KILLED, Played, sign
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking import goodput
-from launcher.worker.ray import coordinator as module
+from launcher.worker.ray import attempts as module
 
 BAD = ["bad", "bad", "n2", "n2"]
 

@@ -7,35 +7,23 @@ are lost and starts the next group; each group of workers is an attempt here. No
 from __future__ import annotations
 
 import math
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.checkpoint import store
-from launcher.errors import ConfigError, LauncherError, Superseded
+from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
-from launcher.tracking import goodput
-from launcher.tracking.jsonl import append_event
-from launcher.worker import conclusion
 from launcher.worker.ray import checks
+from launcher.worker.ray.attempts import Attempts
 from launcher.worker.ray.committed import Committed
-from launcher.worker.ray.group import Group, Member, require_private
+from launcher.worker.ray.group import Group, Member
 from launcher.worker.ray.liveness import SILENT_S, Liveness
 from launcher.worker.watchdog import Limits
 
-_DRAINED = "drained.json"
-# What the run's state says until its ranks speak for themselves.
-_STARTING = "starting"
-_LOCK_WAIT_S = 60.0
 # How often the disk and Ray are looked at, however many workers ask.
 _LOOK_S = 0.5
 _DRAIN_LOOK_S = 2.0
@@ -44,8 +32,6 @@ _OPEN_DEADLINE_S = 600.0
 # Groups whose workers could not even say who they are, one after the other: then it is no accident.
 _MOST_EARLY_FAILURES = 10
 _SAME_FAILURE_S = 30.0
-# From the second time on that a node is left out to its next trial, for which the run begins again.
-_TRIAL_S = 6 * 3600.0
 # From the first failure to the end of the others, which are sent away.
 _LAST_WORDS_S = 30.0
 
@@ -59,12 +45,10 @@ class Coordinator:
     def __init__(
         self, plan_path: str, number: int, job: str, draining: Callable[[], set[str]], gone: Callable[[], set[str]]
     ) -> None:
-        self._plan_path = plan_path
         self._plan = LaunchPlan.load(plan_path)
         self._run = RunDir(Path(self._plan.run_dir))
-        self._number = number
-        self._job = job
-        self._draining, self._gone_nodes = draining, gone
+        self._attempts = Attempts(plan_path, self._plan, number, job, gone)
+        self._draining = draining
         self._environment: dict[str, str] = {}
         cluster = self._plan.config.cluster
         self._limits = Limits(cluster.stall_seconds, cluster.timeout_minutes * 60)
@@ -73,14 +57,6 @@ class Coordinator:
         # Groups whose workers have not all come yet, and the ids of those that another has followed.
         self._coming: dict[str, Group] = {}
         self._gone: set[str] = set()
-        # Nodes that made an attempt of this run fail, and that the next ones do without where they can.
-        self._unfit: tuple[str, ...] = ()
-        # Those that the last group misses, and when each that was ever missed is to be tried again.
-        self._missed: set[str] = set()
-        self._trial_at: dict[str, float] = {}
-        # Of the last group that trained: its workers, and those of them that do not stay idle.
-        self._size = 0
-        self._trained: list[Member] = []
         self._early_failures = 0
         self._early_failure_at = -math.inf
         # What the last of them said, until workers begin.
@@ -102,13 +78,15 @@ class Coordinator:
             # They are gone, and Ray Train looks for others.
             self._idle_since = group.heard_at
             if self._over is None:
-                lost = f"; Ray has lost {', '.join(names)}" if (names := self._lost()) else ""
-                self._say("alert", f"the workers of attempt {self._number} are gone{lost}; the run waits for others")
+                lost = f"; Ray has lost {', '.join(names)}" if (names := self._attempts.lost()) else ""
+                self._attempts.say(
+                    "alert", f"the workers of attempt {self._attempts.number} are gone{lost}; the run waits for others"
+                )
                 with suppress(OSError, LauncherError):
                     message = f"its workers are gone{lost}; it waits for others"
                     run_store.update_status(self._run, state="pending", message=message)
         idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
-        return {"number": self._number, "idle_s": idle_s, "early_words": self._early_words, "over": self._over}
+        return {"number": self._attempts.number, "idle_s": idle_s, "early_words": self._early_words, "over": self._over}
 
     def enter(self, group: str, size: int, member: Mapping[str, Any]) -> None:
         """A worker has started; a group takes over from the one before when all of its workers have come.
@@ -136,7 +114,7 @@ class Coordinator:
             self._early_failures += 1
             self._early_failure_at = time.monotonic()
         self._early_words = words
-        self._say("alert", f"a worker could not start: {words}")
+        self._attempts.say("alert", f"a worker could not start: {words}")
         if self._early_failures > _MOST_EARLY_FAILURES and self._over is None:
             self._finish(f"workers cannot start: {words}", state="failed")
 
@@ -158,7 +136,12 @@ class Coordinator:
             self._end_of_checks(found, waiting)
         if found.verdict is not None:
             return {"do": "wait"}
-        common = {"attempt": self._number, "plan": found.plan_path, "marker": found.marker, "world_size": len(found.trains)}
+        common = {
+            "attempt": self._attempts.number,
+            "plan": found.plan_path,
+            "marker": found.marker,
+            "world_size": len(found.trains),
+        }
         if rank not in found.trains:
             return {"do": "wait", **common}
         head, here = found.training[0], found.members[rank].node_id
@@ -209,7 +192,7 @@ class Coordinator:
             late = found.failed_at is not None and time.monotonic() - found.failed_at > _LAST_WORDS_S
             if late or found.is_over:
                 with suppress(OSError, LauncherError):
-                    found.saved += self._committed.look(self._number)
+                    found.saved += self._committed.look(self._attempts.number)
                 self._conclude(found)
         return {
             "signal": self._signal(found),
@@ -231,9 +214,9 @@ class Coordinator:
         phases = group.phases
         if not group.resizing and "finishing" not in phases:
             group.resizing = True
-            self._say("info", "Ray has room for another number of workers: the run saves and begins again with them")
+            self._attempts.say("info", "Ray has room for another number of workers: the run saves and begins again with them")
             with suppress(OSError, LauncherError):
-                if run_store.read_status(self._run).message == _STARTING:
+                if self._attempts.is_starting():
                     # The ranks still load: they would hear of it after their first step, and there is nothing to save.
                     self._conclude(group)
         return "gone" if group.verdict is not None else "busy" if phases & {"saving", "finishing"} else "asked"
@@ -254,7 +237,11 @@ class Coordinator:
             return
         group.tried_at = now
         try:
-            self._open(group)
+            end = self._attempts.open(group)
+            if end is not None:
+                self._finish(end.why, end.state)
+            else:
+                self._early_failures, self._early_words = 0, ""
         except ConfigError as error:
             self._finish(error.problems[0].what, state="failed")
         except Exception as error:
@@ -277,75 +264,8 @@ class Coordinator:
 
     def _conclude_unfit(self, group: Group) -> None:
         """Nothing is loaded where a node is unfit; the workers' records say why."""
-        group.checks.write(self._run, self._number, [member.node for member in group.training])
+        group.checks.write(self._run, self._attempts.number, [member.node for member in group.training])
         self._conclude(group)
-
-    def _open(self, group: Group) -> None:
-        """Number the attempt of a group that is complete, with a plan for as many ranks as divide the batch."""
-        run = self._run
-        with run_store.starting(run, wait_s=_LOCK_WAIT_S):
-            if run_store.newest_attempt(run) != self._number:
-                self._finish("another command has started the run again", state=None)
-                return
-            attempt = run_store.read_attempt(run, self._number)
-            if attempt.job is not None:
-                decision = self._after(group)
-                if not decision.again:
-                    self._finish(decision.reason, decision.state)
-                    return
-                self._unfit = decision.exclude
-                self._number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
-                attempt = run_store.read_attempt(run, self._number)
-            plan = group.choose(self._plan, self._unfit)
-            head = group.training[0]
-            require_private(head, self._plan.ray.allow_public_address)
-            group.plan_path = self._plan_path
-            if not plan == self._plan == run_store.load_plan(run):
-                # The plan of an attempt without one of its own is that of the attempt before.
-                group.plan_path = str(run_store.write_plan(run, self._number, plan))
-            begun = replace(
-                attempt,
-                job=self._job,
-                nodes=tuple(member.node for member in group.training),
-                address=head.address,
-                port=head.port,
-                begun_at=time.time(),
-                num_workers=group.size,
-            )
-            group.marker = secrets.token_hex(16)
-            run_store.write_text(run.attempt(self._number) / "marker", group.marker)
-            # The last that may fail: tried again after it, this attempt would count as one that was lost.
-            run_store.write_attempt(run, self._number, begun)
-        self._early_failures, self._early_words = 0, ""
-        with suppress(OSError, LauncherError):
-            run_store.update_status(run, state="running", attempt=self._number, message=_STARTING)
-        self._say(*group.composition(self._number))
-        group.opened_at, self._size, self._trained = time.monotonic(), group.size, group.training
-        for node in group.missed - self._missed:
-            # What a check finds may pass within seconds; a node that is broken is not to cost a restart with every checkpoint.
-            self._trial_at[node] = group.opened_at + (_TRIAL_S if node in self._trial_at else 0.0)
-        self._missed = group.missed
-
-    def _after(self, group: Group) -> Decision:
-        """What follows the attempt before, whose workers may have left no word: more of them came, or nodes were lost."""
-        folder = self._run.attempt(self._number)
-        if self._run.cancel(self._number).is_file():
-            return Decision(False, "cancelled", "cancelled while it waited for workers")
-        grown = not (folder / "exit.json").is_file() and 0 < self._size < group.size
-        state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
-        tell = partial(self._say, "alert")
-        ended = conclusion.ended_before(self._run, self._number, self._plan.ray, state, self._lost(), tell)
-        decision = decide(ended, conclusion.history(self._run, self._number), self._plan.ray)
-        reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""
-        return Decision(False, "preempted", reached) if reached else decision
-
-    def _lost(self) -> list[str] | None:
-        """The nodes of the last group that trained which Ray has lost since, by name; None where it does not tell."""
-        if self._trained:
-            with suppress(Exception):
-                gone = self._gone_nodes()
-                return sorted({member.node for member in self._trained if member.node_id in gone})
-        return None
 
     def _look(self, group: Group) -> None:
         """At the wishes on disk, at the checkpoints, and at the nodes that Ray is about to lose.
@@ -357,16 +277,16 @@ class Coordinator:
             return
         self._looked = now
         with suppress(OSError, LauncherError):
-            asked = self._run.cancel(self._number)
+            asked = self._run.cancel(self._attempts.number)
             if asked.is_file():
                 group.saves = bool(run_store.read_json(asked).get("save", True))
                 group.asked_at = group.asked_at or now
-            group.saved += self._committed.look(self._number)
+            group.saved += self._committed.look(self._attempts.number)
         self._look_for_trials(group, now)
         # While nodes are checked there is another deadline, and those that are sent away fall silent as they please.
         if group.failed_at is None and not self._unchecked(group):
             for text in group.look_for_hangs():
-                self._say("alert", text)
+                self._attempts.say("alert", text)
         if not group.drained and now - self._looked_at_drains > _DRAIN_LOOK_S:
             self._looked_at_drains = now
             lost: set[str] = set()
@@ -375,17 +295,15 @@ class Coordinator:
             if lost:
                 group.drained = True
                 names = sorted({m.node for m in group.members.values() if m.node_id in lost})
-                self._say("alert", f"Ray is about to lose {', '.join(names)}: the run saves")
-                with suppress(OSError):
-                    run_store.write_json(self._run.attempt(self._number) / _DRAINED, {"nodes": names, "at": time.time()})
+                self._attempts.note_drain(names)
 
     def _look_for_trials(self, group: Group, now: float) -> None:
         """Begin again with the nodes that are left out, once there is a checkpoint after which they are not any more."""
-        due = sorted(node for node in group.missed if self._trial_at[node] <= now)
+        due = self._attempts.due_for_trial(group, now)
         is_ending = group.failed_at is not None or group.asked_at is not None or group.drained or "finishing" in group.phases
         if due and group.saved and not group.resizing and not is_ending:
             group.resizing = True
-            self._say("info", f"trying {', '.join(due)} again, unfit before: the run saves and begins anew")
+            self._attempts.say("info", f"trying {', '.join(due)} again, unfit before: the run saves and begins anew")
 
     def _signal(self, group: Group) -> str | None:
         """What the ranks that still run are told."""
@@ -398,43 +316,17 @@ class Coordinator:
         return "USR2" if group.drained or group.resizing else None
 
     def _conclude(self, group: Group) -> None:
-        """All has been said: judge the attempt, and decide whether Ray Train is to start the next."""
-        try:
-            run_store.require_newest(self._run, self._number, certain=True)
-            attempt = run_store.read_attempt(self._run, self._number)
-            state = "PREEMPTED" if group.drained else "RESIZED" if group.resizing else ""
-            concluded = conclusion.conclude(self._run, self._number, attempt, self._plan.ray, state, gone=self._lost())
-        except Superseded as error:
-            group.verdict = {"again": False, "reason": error.problems[0].what}
-            self._finish(error.problems[0].what, state=None)
-            return
-        except (OSError, LauncherError) as error:
-            # The next start judges by what the ranks have left.
-            group.verdict = {"again": True, "reason": f"how the attempt ended cannot be read now: {error}"}
-            self._idle_since = time.monotonic()
-            return
-        decision = concluded.decision
-        # A disk that is full must not keep the run from going on.
-        with suppress(OSError, LauncherError):
-            concluded.record(self._run, self._number)
-            run_store.update_status(self._run, state=decision.state, step=concluded.found.step, message=concluded.message)
-        if concluded.alert is not None:
-            self._say("alert", concluded.alert)
-        group.verdict = {"again": decision.again, "reason": concluded.message}
-        if decision.again:
+        """Judge the attempt of a group, and where none follows, be over."""
+        end = self._attempts.conclude(group)
+        if end is None:
             self._idle_since = time.monotonic()
         else:
-            self._over = concluded.message
-
-    def _say(self, kind: str, text: str) -> None:
-        """To those who follow the run; that it cannot be written is no reason to stop."""
-        with suppress(OSError):
-            append_event(self._run, self._number, kind, text)
+            self._over = end.why
 
     def _finish(self, why: str, state: str | None) -> None:
         self._over = why
         if state in ("failed", "preempted"):
-            self._say("alert", f"the run ends: {why}")
+            self._attempts.say("alert", f"the run ends: {why}")
         if state is not None:
             with suppress(OSError, LauncherError):
                 run_store.update_status(self._run, state=state, message=why)

@@ -8,16 +8,13 @@ the coordinator, by the budgets that count on every backend.
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +27,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
 from launcher.worker.last_word import tell_wandb
 from launcher.worker.ray.actor import CoordinatorActor, in_words
-from launcher.worker.ray.supervisor import supervise
+from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
+from launcher.worker.ray.trainer import trainer
 
 T = TypeVar("T")
 
@@ -42,13 +40,8 @@ _STORAGE_S = 600.0
 # What workers get to return in when they know that the run is over.
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
-_LONGEST_FOLDER = 30
-_MEET_S = 300
-_PLACE_S = 20
 _MOST_CONTROLLERS = 20
 _ANEW_S = 5.0
-# Nothing goes through Ray's object store, which would take a third of the machine's memory.
-_OBJECT_STORE_BYTES = 100 * 2**20
 # What programs read keys from; they go to the ranks in memory alone.
 _SECRETS = (
     *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "HF_ENDPOINT"),
@@ -139,27 +132,21 @@ class _Driver:
 
     def run(self) -> int:
         self._wishes.install()
-        with _own_folder(self._run) if self._section.address is None else nullcontext(Path()) as folder:
-            _start_ray(self._plan, self._run, folder)
+        with connected(self._plan, self._run):
             self._wishes.install()
             self._train()
         return self._exit_code()
 
     def _train(self) -> None:
-        import ray
-
-        try:
-            passed = (*_SECRETS, *self._section.pass_env)
-            environment = {name: os.environ[name] for name in passed if name in os.environ}
-            coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
-            run_store.update_status(self._run, state="pending", message="waiting for workers")
-            coordinator.start()
-            # In a thread of its own Ray Train leaves SIGINT alone.
-            fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
-            fit.start()
-            self._watch(fit, coordinator)
-        finally:
-            ray.shutdown()
+        passed = (*_SECRETS, *self._section.pass_env)
+        environment = {name: os.environ[name] for name in passed if name in os.environ}
+        coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
+        run_store.update_status(self._run, state="pending", message="waiting for workers")
+        coordinator.start()
+        # In a thread of its own Ray Train leaves SIGINT alone.
+        fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
+        fit.start()
+        self._watch(fit, coordinator)
 
     def _fit(self, coordinator: CoordinatorActor) -> None:
         """Until the run has ended. Ray Train's controller gives up for much that says nothing of the run, such as a disk that
@@ -170,7 +157,7 @@ class _Driver:
             name = f"attempt-{self._attempt:03d}" + (f"-{number}" if number else "")
             handle = coordinator.handle
             try:
-                _trainer(self._plan, self._run, name, handle).fit()
+                trainer(self._plan, self._run, name, handle).fit()
                 failed = False
             except Exception as error:
                 failed, self._failure = True, error
@@ -276,140 +263,6 @@ class _Driver:
     def _exit_code(self) -> int:
         state = _patiently(lambda: run_store.read_status(self._run)).state
         return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
-
-
-def draining_nodes() -> set[str]:
-    """The ids of the nodes that Ray is about to lose; Ray Train asks in the same way."""
-    from ray._private.state import state
-
-    return set(state.get_draining_nodes())
-
-
-def lost_nodes() -> set[str]:
-    """The ids of the nodes that Ray has had and has no longer."""
-    import ray
-
-    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-
-
-@contextmanager
-def _own_folder(run: RunDir) -> Iterator[Path]:
-    """Where a Ray of the run's own keeps its sockets and logs; it stays where the run has failed."""
-    # The path of a socket may have 107 characters, of which Ray's own names take most.
-    parent = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= _LONGEST_FOLDER else "/tmp"))  # noqa: S108
-    try:
-        yield folder
-    finally:
-        if run_store.read_status(run).state in ("completed", "cancelled", "preempted"):
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            print(f"Ray's own logs are in {folder}", flush=True)
-
-
-def _start_ray(plan: LaunchPlan, run: RunDir, folder: Path) -> None:
-    """Start a Ray of the run's own, which nobody else can use, or join the cluster that the settings name."""
-    section, path = plan.ray, process.with_code(run.code, os.environ)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # Workers that have been placed meet within seconds. One that hangs before would keep the others, and the nodes, for ever.
-    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
-    if section.min_workers is not None:
-        # For some seconds after a node is lost Ray Train counts it still, asks for as many workers as before, and waits in vain.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
-    # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
-    if section.address is not None:
-        import ray
-
-        if section.is_http:
-            # The job's own environment holds for all that it starts.
-            ray.init(address="auto", **common)
-        else:
-            variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-            ray.init(address=section.address, runtime_env={"env_vars": variables}, **common)
-        return
-    token = run.root / "ray-token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    os.environ.pop("RAY_ADDRESS", None)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": path}
-    # In spite of its name, on Linux too: without it Ray replaces loopback by the address of a network.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # Where memory runs short it would kill the workers, and nobody would be told why.
-    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    os.environ.pop("RAY_AUTH_TOKEN", None)
-    import ray
-
-    cores = os.cpu_count() or 1
-    needed = plan.ray.resources(plan.topology.device).get("CPU", 0.0) * plan.topology.world_size
-    ray.init(
-        num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
-        _temp_dir=str(folder),
-        include_dashboard=section.dashboard,
-        dashboard_host="127.0.0.1",
-        object_store_memory=_OBJECT_STORE_BYTES,
-        _node_ip_address="127.0.0.1",
-        **common,
-    )
-
-
-def _trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
-    from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.backend import Backend
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    class OfRanks(Backend):
-        """The ranks set up the process group themselves; of their node's GPUs each sees all."""
-
-        share_cuda_visible_devices = True
-
-    class OfRanksConfig(BackendConfig):
-        @property
-        def backend_cls(self) -> type[Backend]:
-            return OfRanks
-
-    section, workers = plan.ray, plan.topology.world_size
-    elastic = section.min_workers is not None and section.min_workers < workers
-    scaling: dict[str, Any] = {
-        "num_workers": (section.min_workers, workers) if elastic else workers,
-        "use_gpu": "GPU" in plan.ray.resources(plan.topology.device),
-        "resources_per_worker": plan.ray.resources(plan.topology.device),
-        "accelerator_type": section.accelerator_type,
-        "label_selector": section.label_selector or None,
-    }
-    if section.placement_strategy is not None:
-        scaling["placement_strategy"] = section.placement_strategy
-    if section.resize_seconds is not None:
-        scaling["elastic_resize_monitor_interval_s"] = section.resize_seconds
-    grace_s = plan.config.cluster.stop_grace_seconds
-    callbacks: list[Any] = []
-    if elastic:
-        from launcher.worker.ray.resizing import SaveBeforeResize
-
-        callbacks.append(SaveBeforeResize(coordinator, grace_s))
-    return DataParallelTrainer(
-        supervise,
-        train_loop_config={"coordinator": coordinator, "interface": section.interface},
-        backend_config=OfRanksConfig(),
-        scaling_config=ScalingConfig(**scaling),
-        run_config=RunConfig(
-            name=name,
-            callbacks=callbacks,
-            storage_path=section.storage_path or str(run.root / "ray"),
-            # The coordinator ends what is to end: its workers then return as if all were done.
-            failure_config=FailureConfig(
-                max_failures=-1,
-                controller_failure_limit=-1,
-                max_preemption_failures=-1,
-                preemption_grace_s=grace_s,
-            ),
-            # Ray Train removes none; the run's own settings say which are kept.
-            checkpoint_config=CheckpointConfig(num_to_keep=None),
-        ),
-    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""Ray itself: started for a run alone, or joined, and what it tells of its nodes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.clusters import process
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+
+_LONGEST_FOLDER = 30
+_MEET_S = 300
+_PLACE_S = 20
+# Nothing goes through Ray's object store, which would take a third of the machine's memory.
+_OBJECT_STORE_BYTES = 100 * 2**20
+
+
+@contextmanager
+def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
+    """With a Ray of the run's own, which nobody else can use, or the cluster that the settings name; raises what Ray raises."""
+    with _own_folder(run) if plan.ray.address is None else nullcontext(Path()) as folder:
+        _set_variables(plan)
+        # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
+        common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
+        path = process.with_code(run.code, os.environ)
+        if plan.ray.address is not None:
+            _join(plan, path, common)
+        else:
+            _start(plan, run, path, folder, common)
+        try:
+            yield
+        finally:
+            import ray
+
+            ray.shutdown()
+
+
+def draining_nodes() -> set[str]:
+    """The ids of the nodes that Ray is about to lose; Ray Train asks in the same way."""
+    from ray._private.state import state
+
+    return set(state.get_draining_nodes())
+
+
+def lost_nodes() -> set[str]:
+    """The ids of the nodes that Ray has had and has no longer."""
+    import ray
+
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+
+
+@contextmanager
+def _own_folder(run: RunDir) -> Iterator[Path]:
+    """Where a Ray of the run's own keeps its sockets and logs; it stays where the run has failed."""
+    # The path of a socket may have 107 characters, of which Ray's own names take most.
+    parent = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= _LONGEST_FOLDER else "/tmp"))  # noqa: S108
+    try:
+        yield folder
+    finally:
+        if run_store.read_status(run).state in ("completed", "cancelled", "preempted"):
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            print(f"Ray's own logs are in {folder}", flush=True)
+
+
+def _set_variables(plan: LaunchPlan) -> None:
+    """Ray reads them when it is imported."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    # Workers that have been placed meet within seconds. One that hangs before would keep the others, and the nodes, for ever.
+    os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
+    if plan.ray.min_workers is not None:
+        # For some seconds after a node is lost Ray Train counts it still, asks for as many workers as before, and waits in vain.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
+
+
+def _join(plan: LaunchPlan, path: str, common: dict[str, Any]) -> None:
+    import ray
+
+    if plan.ray.is_http:
+        # The job's own environment holds for all that it starts.
+        ray.init(address="auto", **common)
+    else:
+        variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+        ray.init(address=plan.ray.address, runtime_env={"env_vars": variables}, **common)
+
+
+def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[str, Any]) -> None:
+    token = run.root / "ray-token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": path}
+    # In spite of its name, on Linux too: without it Ray replaces loopback by the address of a network.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Where memory runs short it would kill the workers, and nobody would be told why.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    import ray
+
+    cores = os.cpu_count() or 1
+    needed = plan.ray.resources(plan.topology.device).get("CPU", 0.0) * plan.topology.world_size
+    ray.init(
+        num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
+        _temp_dir=str(folder),
+        include_dashboard=plan.ray.dashboard,
+        dashboard_host="127.0.0.1",
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        **common,
+    )
