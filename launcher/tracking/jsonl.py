@@ -148,7 +148,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 def gone_on_from(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of lines as they were written, those that the newest attempt has written or gone on from.
 
-    What an attempt had trained beyond the step at which the next one began is no part of what the model has become.
+    What an attempt had trained beyond the step at which the next one began is no part of what the model has become. One that
+    begins with an evaluation has gone on from the step that it evaluates.
     """
     kept: list[dict[str, Any]] = []
     newest = 0
@@ -157,20 +158,22 @@ def gone_on_from(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         if line["attempt"] > newest:
             newest = line["attempt"]
-            while kept and kept[-1]["trainer/step"] >= line["trainer/step"]:
+            before = line["trainer/step"] - ("train/loss" in line)
+            while kept and kept[-1]["trainer/step"] > before:
                 kept.pop()
         kept.append(line)
     return kept
 
 
 def merged(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines as they were written, made one per step; of several attempts for a step, the last one's."""
+    """Lines as they were written, made one per step; of several attempts that trained a step, the last one's."""
     steps: dict[int, dict[str, Any]] = {}
     for line in lines:
         step = line["trainer/step"]
         known = steps.get(step)
-        same_attempt = known is not None and known["attempt"] == line["attempt"]
-        steps[step] = known | line | {"time": known["time"]} if known is not None and same_attempt else line
+        if known is not None and (known["attempt"] == line["attempt"] or "train/loss" not in line):
+            line = known | line | {"time": known["time"]}
+        steps[step] = line
     return [steps[step] for step in sorted(steps)]
 
 

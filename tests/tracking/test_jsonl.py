@@ -60,6 +60,21 @@ def test_steps_are_those_that_the_newest_attempt_has_gone_on_from_and_their_line
     assert [line["train/loss"] for line in read_metrics(run.metrics)] == [11.0, 12.0, 23.0, 24.0]
 
 
+def test_an_attempt_that_begins_with_an_evaluation_has_gone_on_from_that_step(run_dir: Path) -> None:
+    run = RunDir(run_dir)
+    first, second = JsonlTracker(run, attempt=1), JsonlTracker(run, attempt=2)
+    for step in (1, 2, 3):
+        first.log(step, {"train/loss": 10.0 + step})
+    second.log(2, {"eval/held_out/loss": 7.0})
+    lines = read_metrics(run.metrics)
+    assert [(line["trainer/step"], line["train/loss"], line.get("eval/held_out/loss")) for line in lines] == [
+        (1, 11.0, None),
+        (2, 12.0, 7.0),
+    ]
+    second.log(3, {"train/loss": 23.0})
+    assert [line["train/loss"] for line in read_metrics(run.metrics)] == [11.0, 12.0, 23.0]
+
+
 def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_attempt(run_dir: Path) -> None:
     run = RunDir(run_dir)
     JsonlTracker(run, attempt=1).log(1, {"train/loss": 2.0})
