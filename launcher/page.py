@@ -6,9 +6,13 @@ Every text that is handed in is escaped; what the functions return is HTML and g
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+
+from launcher.errors import ConfigError
 
 WIDTH, HEIGHT = 720, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 20, 34, 50
@@ -68,8 +72,9 @@ pre {
 pre mark { background: var(--trained); color: var(--ink); border-radius: 2px; }
 """
 # Nothing is fetched and nothing runs, whatever a text that is shown may hold.
-_HEAD = """
-<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+_GENERATOR = '<meta name="generator" content="launcher">'
+_HEAD = f"""
+{_GENERATOR}<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 """
 
@@ -82,6 +87,34 @@ class Series:
     values: Sequence[float]
 
 
+def require_place(file: Path) -> Path:
+    """Refuse a file that cannot be written, or that holds something other than such a page, which would be lost.
+
+    Raises:
+        ConfigError: about `--html`.
+    """
+    remedy = "name a file in a folder of yours"
+    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
+        raise ConfigError("the page cannot be written there", where="--html", value=str(file), remedy=remedy)
+    if file.exists() and file.stat().st_size and _GENERATOR not in _beginning(file):
+        what = "the file is no page that the launcher wrote, and stays as it is"
+        raise ConfigError(what, where="--html", value=str(file), remedy="name another file")
+    return file
+
+
+def write(file: Path, content: str) -> None:
+    """Write a page where `require_place` has nothing against it.
+
+    Raises:
+        ConfigError: also where storage takes none.
+    """
+    try:
+        require_place(file).write_text(content, encoding="utf-8")
+    except OSError as error:
+        what = f"the page cannot be written: {error.strerror}"
+        raise ConfigError(what, where="--html", value=str(file), remedy="name a file on another disk") from None
+
+
 def page(title: str, subtitle: str, body: Sequence[str]) -> str:
     """The whole page; `body` are pieces of HTML from the functions below."""
     content = "\n".join(body)
@@ -89,6 +122,11 @@ def page(title: str, subtitle: str, body: Sequence[str]) -> str:
         f'<!doctype html>\n<html lang="en"><head>{_HEAD}<title>{escape(title)}</title><style>{_STYLE}</style></head>\n<body>\n'
         f'<h1>{escape(title)}</h1>\n<p class="soft">{escape(subtitle)}</p>\n{content}\n</body></html>\n'
     )
+
+
+def _beginning(file: Path) -> str:
+    with open(file, encoding="utf-8", errors="replace") as opened:
+        return opened.read(1000)
 
 
 def heading(text: str, level: int = 2) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher import page
 from launcher.config.schema import RunConfig
 from launcher.data import findings
 from launcher.errors import ConfigError
@@ -53,20 +53,11 @@ def options(tokens: Sequence[str]) -> tuple[Options, list[str]]:
         values[name] = value
     as_json = "--json" in rest
     rest = [token for token in rest if token != "--json"]  # noqa: S105
-    html = _writable(Path(values["--html"])) if "--html" in values else None
+    html = page.require_place(Path(values["--html"])) if "--html" in values else None
     return Options(as_json, html, _count(values.get("--show", "0"))), rest
 
 
 _EXAMPLES = {"--html": "--html report.html", "--show": "--show 3"}
-
-
-def _writable(file: Path) -> Path:
-    """Nobody waits for a build whose report has no place."""
-    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        raise ConfigError(
-            "the page cannot be written there", where="--html", value=str(file), remedy="name a file in a folder of yours"
-        )
-    return file
 
 
 def _count(value: str) -> int:
@@ -86,7 +77,7 @@ def present(report: dict[str, Any], config: RunConfig, chosen: Options) -> None:
     if chosen.html is not None:
         from launcher.cli import data_page
 
-        chosen.html.write_text(data_page.page(report, config.data.name), encoding="utf-8")
+        page.write(chosen.html, data_page.page(report, config.data.name))
     if chosen.as_json:
         print(json.dumps(report, indent=2))
     else:

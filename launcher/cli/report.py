@@ -15,7 +15,6 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli import text
 from launcher.clusters.base import cluster_for
-from launcher.errors import ConfigError
 from launcher.page import Series
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -71,16 +70,7 @@ def run(tokens: list[str]) -> int:
     arguments = parser.parse_args(tokens)
     found = [run_store.find(name, Path(arguments.root)) for name in dict.fromkeys(arguments.runs)]
     file = Path(arguments.html) if arguments.html else (found[0].root if len(found) == 1 else Path()) / "report.html"
-    content = page([_told(one) for one in found])
-    try:
-        file.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"the page cannot be written: {error.strerror}",
-            where="--html",
-            value=str(file),
-            remedy="name a file in a folder of yours",
-        ) from None
+    html.write(html.require_place(file), page([_told(one) for one in found]))
     print(f"page: {text.short(file.absolute())}")
     return 0
 

@@ -192,9 +192,11 @@ def test_two_runs_at_once_build_one_cache(launcher_env: Mapping[str, str], rows:
         (["--show", "many"], "--show is a number"),
         (["--show", "--json"], "--show needs a value"),
         (["--html", "nowhere/page.html"], "cannot be written"),
+        (["--html", "notes.html"], "no page that the launcher wrote"),
     ],
 )
 def test_options_that_cannot_be_are_refused_at_once(launch: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "notes.html").write_text("mine")
     done = launch("data", *SETTINGS, "data.path=rows.jsonl", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr

@@ -91,10 +91,20 @@ def test_several_runs_stand_in_the_same_charts(launch: Launch, run: RunDir, tmp_
 
 
 def test_a_page_that_cannot_be_written_is_refused_in_words(launch: Launch, run: RunDir, tmp_path: Path) -> None:
-    done = launch("report", str(run.root), "--html", str(tmp_path / "none/page.html"))
-    assert done.returncode == 2
-    assert "--html" in done.stderr
-    assert "Traceback" not in done.stderr
+    notes = tmp_path / "notes.html"
+    notes.write_text("<p>mine</p>")
+    for file, words in ((tmp_path / "none/page.html", "cannot be written"), (notes, "no page that the launcher wrote")):
+        done = launch("report", str(run.root), "--html", str(file))
+        assert done.returncode == 2
+        assert words in done.stderr
+        assert "--html" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert notes.read_text() == "<p>mine</p>"
+
+
+def test_a_page_takes_the_place_of_an_earlier_one(launch: Launch, run: RunDir) -> None:
+    for _ in range(2):
+        assert launch("report", str(run.root)).returncode == 0
 
 
 def test_a_run_that_has_not_begun_has_a_page_too(launch: Launch, run: RunDir) -> None:
