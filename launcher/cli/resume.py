@@ -39,18 +39,18 @@ def start_again(
     require_idle(run, cluster)
     checkpoint = _to_begin_from(run, step)
     plan = _replanned(plan, run, checkpoint, overrides, cluster, force)
-    if plan.batch.max_steps is not None and checkpoint.step >= plan.batch.max_steps and run.export.is_dir():
-        raise SubmitError(
-            f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
-            where=str(run.root),
-            remedy="give it more to do with: resume RUN train.max_steps=...",
-        )
     if plan.batch.max_steps is not None and checkpoint.step > plan.batch.max_steps:
         raise SubmitError(
             f"the run has come to step {checkpoint.step} already",
             where="train.max_steps",
             value=str(plan.batch.max_steps),
             remedy="raise it, go back with --step N, or write the model of a step with: python -m launcher export RUN --step N",
+        )
+    if checkpoint.step == plan.batch.max_steps and run.export.is_dir():
+        raise SubmitError(
+            f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
+            where=str(run.root),
+            remedy="give it more to do with: resume RUN train.max_steps=...",
         )
     _require_budget(run, plan)
     check_startable(plan)
