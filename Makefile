@@ -42,11 +42,9 @@ else
 	$(BIN)/python -m pytest -m $(TESTED) $(ARGS)
 endif
 
-# Here runs go alone: some fill the memory, and some are timed.
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -m $(SLOW) --ignore tests/e2e -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m $(SLOW) tests/e2e
+	$(BIN)/python -m pytest -m $(SLOW) -n 2 --dist loadfile
 else
 	$(BIN)/python -m pytest -m $(SLOW) $(ARGS)
 endif

@@ -8,11 +8,12 @@ so that what else the machine does falls on both; each block is compared with it
 the README's first run, and all rows are one document of as many tokens, so that all steps are the same work. Of the first SETTLE
 steps of a block no time is taken: W&B is still at work for the block before.
 
-Steps differ by far more than half a percent, as other machines share this one's processors and memory. So what the tracking
-itself takes is measured as well, over LEAD steps with all of it and wherever it runs: the wall-clock time of its calls on the
-thread that trains, the CPU time of rank 0's other Python threads but the one that reads batches, and of W&B's process. Their sum
-is what it would cost if no core were free to run them beside the step. Only the few numbers that it adds to an all-reduce are not
-in it. Appends a table to RESULTS.md.
+Steps differ by far more than half a percent, as other machines share this one's processors and memory. Short steps
+(`--blocks 60 train.global_batch_size=2 data.max_length=64`) differ by fewer milliseconds, so that they show the cost of a
+step's metrics. And what the tracking itself takes is measured as well, over LEAD steps with all of it and wherever it runs:
+the wall-clock time of its calls on the thread that trains, the CPU time of rank 0's other Python threads but the one that
+reads batches, and of W&B's process. Their sum is what it would cost if no core were free to run them beside the step. Only
+the few numbers that it adds to an all-reduce are not in it. Appends a table to RESULTS.md.
 """
 
 from __future__ import annotations
@@ -167,12 +168,12 @@ def table(
     }
     parts["these three, one after another"] = sum(parts.values())
     return [
-        "| ms a step | without | with | with / without | 95% of the median |",
-        "|---|---|---|---|---|",
+        "| ms a step | without | with | with / without | 95% of the median | ms more | 95% of the median |",
+        "|---|---|---|---|---|---|---|",
         row("step, wall-clock", blocks(walls)),
         row("CPU of the thread that trains", blocks(threads)),
         row("CPU of rank 0, all threads", [(end - begin) / BLOCK for begin, end in pairwise(process)]),
-        *(f"| {name} | | {seconds * 1e3:.3f} | {1 + seconds / step:.4f} | |" for name, seconds in parts.items()),
+        *(f"| {name} | | {seconds * 1e3:.3f} | {1 + seconds / step:.4f} | | | |" for name, seconds in parts.items()),
     ]
 
 
@@ -184,12 +185,18 @@ def blocks(seconds: Sequence[float]) -> list[float]:
 def row(what: str, values: Sequence[float]) -> str:
     on, off = values[0::2], values[1::2]
     # Each block with tracking against the mean of the blocks around it.
-    ratios = sorted(2 * on[i] / (off[i - 1] + off[i]) for i in range(1, len(on)))
-    # By the order statistics of the binomial, in its normal approximation.
-    outside = max(0, int((len(ratios) - 1.96 * math.sqrt(len(ratios))) / 2))
-    low, high = ratios[outside], ratios[-1 - outside]
+    around = [(off[i - 1] + off[i]) / 2 for i in range(1, len(on))]
+    ratio, low, high = middle([mine / others for mine, others in zip(on[1:], around, strict=True)])
+    more, least, most = middle([(mine - others) * 1e3 for mine, others in zip(on[1:], around, strict=True)])
     medians = f"{statistics.median(off) * 1e3:.2f} | {statistics.median(on) * 1e3:.2f}"
-    return f"| {what} | {medians} | {statistics.median(ratios):.4f} | {low:.4f} to {high:.4f} |"
+    return f"| {what} | {medians} | {ratio:.4f} | {low:.4f} to {high:.4f} | {more:.2f} | {least:.2f} to {most:.2f} |"
+
+
+def middle(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and the bounds that hold it with 95%: order statistics of the binomial, in its normal approximation."""
+    ordered = sorted(values)
+    outside = max(0, int((len(ordered) - 1.96 * math.sqrt(len(ordered))) / 2))
+    return statistics.median(ordered), ordered[outside], ordered[-1 - outside]
 
 
 def switch(recorder: Recorder) -> None:
