@@ -42,6 +42,7 @@ else
 	$(BIN)/python -m pytest -m $(TESTED) $(ARGS)
 endif
 
+# Two at a time fit into 24 GiB here too.
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -m $(SLOW) -n 2 --dist loadfile

@@ -168,7 +168,7 @@ def table(
     }
     parts["these three, one after another"] = sum(parts.values())
     return [
-        "| ms a step | without | with | with / without | 95% of the median | ms more | 95% of the median |",
+        "| ms a step | without | with | with / without | 95% of that | ms more | 95% of that |",
         "|---|---|---|---|---|---|---|",
         row("step, wall-clock", blocks(walls)),
         row("CPU of the thread that trains", blocks(threads)),

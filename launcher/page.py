@@ -72,9 +72,8 @@ pre {
 pre mark { background: var(--trained); color: var(--ink); border-radius: 2px; }
 """
 # Nothing is fetched and nothing runs, whatever a text that is shown may hold.
-_GENERATOR = '<meta name="generator" content="launcher">'
-_HEAD = f"""
-{_GENERATOR}<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+_HEAD = """
+<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 """
 
@@ -93,10 +92,15 @@ def require_place(file: Path) -> Path:
     Raises:
         ConfigError: about `--html`.
     """
-    remedy = "name a file in a folder of yours"
-    if file.is_dir() or not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        raise ConfigError("the page cannot be written there", where="--html", value=str(file), remedy=remedy)
-    if file.exists() and file.stat().st_size and _GENERATOR not in _beginning(file):
+    try:
+        writable = not file.is_dir() and os.access(file if file.exists() else file.absolute().parent, os.W_OK)
+        foreign = writable and file.exists() and file.stat().st_size > 0 and _HEAD not in _beginning(file)
+    except OSError:
+        writable = foreign = False
+    if not writable:
+        what, remedy = "the page cannot be written there", "name a file in a folder of yours"
+        raise ConfigError(what, where="--html", value=str(file), remedy=remedy)
+    if foreign:
         what = "the file is no page that the launcher wrote, and stays as it is"
         raise ConfigError(what, where="--html", value=str(file), remedy="name another file")
     return file

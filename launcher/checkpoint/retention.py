@@ -31,15 +31,14 @@ class Retention:
 
 
 def reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:
-    """Why each step is kept: any of `newest` or `newest N`, `every N`, `best`; nothing where it would be pruned."""
+    """Why each step is kept: any of `newest`, `every N`, `best`; nothing where it would be pruned."""
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
-    count = max(1, retention.keep_last)
-    newest = set(steps[-count:])
+    newest = set(steps[-max(1, retention.keep_last) :])
     best = _best(checkpoints, retention.keep_best)
     every = retention.keep_every
     return {
         step: (
-            *(["newest" if count == 1 else f"newest {count}"] if step in newest else []),
+            *(["newest"] if step in newest else []),
             *([f"every {every}"] if every and step % every == 0 else []),
             *(["best"] if step in best else []),
         )

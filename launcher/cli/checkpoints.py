@@ -226,6 +226,8 @@ def _show(run: RunDir, plan: LaunchPlan, known: Known, removed: Sequence[Leftove
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
+    num_newest = sum("newest" in row.kept for row in rows)
+    words = {"newest": f"among the newest {num_newest}"} if num_newest > 1 else {}
     table = [(("step", "size", "age", "ranks", "attempt", "held out"), ("kept as", "state"))]
     for row in rows:
         age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
@@ -233,7 +235,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         size = "-" if row.bytes is None else text.size(row.bytes)
         numbers = (str(row.step), size, age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
         state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
-        kept = "-" if row.problems else ", ".join(row.kept) or "would be pruned"
+        kept = "-" if row.problems else ", ".join(words.get(why, why) for why in row.kept) or "would be pruned"
         table.append((numbers, (kept, state)))
     widths = [max(len(numbers[i]) for numbers, _ in table) for i in range(6)]
     kept_width = max(len(words[0]) for _, words in table)

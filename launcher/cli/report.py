@@ -21,6 +21,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
+from launcher.tracking.glance import newest_step
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import Tail, gone_on_from, merged, read_events
 
@@ -100,7 +101,7 @@ def page(runs: Sequence[_Told]) -> str:
 def _facts(one: _Told) -> dict[str, str]:
     """What is seen first, by what it is."""
     last = next((line for line in reversed(one.steps) if "train/loss" in line), None)
-    facts = {"state": one.status.state, "steps": f"{one.status.step:,} of {one.status.max_steps or '?'}"}
+    facts = {"state": one.status.state, "steps": f"{newest_step(one.run, one.status):,} of {one.status.max_steps or '?'}"}
     if last is not None:
         facts |= {"training loss": f"{last['train/loss']:.4f}", "tokens": f"{last.get('trainer/tokens', 0):,.0f}"}
     if evals := [line["eval/held_out/loss"] for line in one.steps if "eval/held_out/loss" in line]:

@@ -24,7 +24,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Placed, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
-from launcher.tracking.glance import Glance, glance
+from launcher.tracking.glance import Glance, glance, newest_step
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
 
@@ -124,7 +124,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "name": run.root.name,
         "dir": str(run.root),
         **asdict(status),
-        "step": _step(seen, status),
+        "step": newest_step(run, status),
         "metrics": seen.last,
         "usual": _usual(seen.recent),
         "losses": list(seen.losses),
@@ -140,13 +140,6 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "wandb": wandb_page(events),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
     }
-
-
-def _step(seen: Glance, status: Status) -> int:
-    """The newest step that is known: the ranks write status.json more seldom than they log."""
-    if status.state in RUNNING_STATES and seen.last and seen.last["attempt"] == status.attempt:
-        return max(status.step, int(seen.last["trainer/step"]))
-    return status.step
 
 
 def _left_s(seen: Glance, status: Status) -> float | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Status
 from launcher.tracking.jsonl import decode_lines
 
 # Single steps vary: what is usual is told by so many of them.
@@ -60,6 +63,15 @@ def glance(path: str | Path, num_points: int = 40) -> Glance:
     except (FileNotFoundError, ValueError):
         # An empty file cannot be mapped.
         return Glance((), (), None, None, None)
+
+
+def newest_step(run: RunDir, status: Status) -> int:
+    """The newest step that is known of a run in this status: the ranks log more often than they write status.json."""
+    with suppress(OSError):
+        last = glance(run.metrics, num_points=0).last
+        if last and last["attempt"] == status.attempt and last["time"] > status.updated_at:
+            return int(last["trainer/step"])
+    return status.step
 
 
 def lines_of_time(path: str | Path, borders: Sequence[float]) -> list[dict[str, Any]]:

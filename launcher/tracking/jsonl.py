@@ -139,8 +139,9 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """One dict per step that the newest attempt has trained or gone on from, in order of steps.
 
-    Several lines of one attempt for one step (training, evaluation) are one dict, with the time of the first. A line
-    that a crash left torn is left out; a missing file is an empty list.
+    Several lines of one attempt for one step (training, evaluation) are one dict, with the time of the first, and so is the
+    evaluation of a step that an earlier attempt has trained. A line that a crash left torn is left out; a missing file is an
+    empty list.
     """
     return merged(gone_on_from(Tail(path).poll()))
 
@@ -158,8 +159,8 @@ def gone_on_from(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         if line["attempt"] > newest:
             newest = line["attempt"]
-            before = line["trainer/step"] - ("train/loss" in line)
-            while kept and kept[-1]["trainer/step"] > before:
+            last = line["trainer/step"] if _is_evaluation(line) else line["trainer/step"] - 1
+            while kept and kept[-1]["trainer/step"] > last:
                 kept.pop()
         kept.append(line)
     return kept
@@ -171,10 +172,14 @@ def merged(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         step = line["trainer/step"]
         known = steps.get(step)
-        if known is not None and (known["attempt"] == line["attempt"] or "train/loss" not in line):
+        if known is not None and (known["attempt"] == line["attempt"] or _is_evaluation(line)):
             line = known | line | {"time": known["time"]}
         steps[step] = line
     return [steps[step] for step in sorted(steps)]
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return any(name.startswith("eval/") for name in line)
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:

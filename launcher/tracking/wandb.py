@@ -89,8 +89,7 @@ class WandbTracker:
         self._export_s = 0.0
         self._overflown = False
         self._alerted = False
-        # W&B's process, written in Go, spends a quarter of its time on keeping many processors busy. Set here, before the thread
-        # that starts it: other threads may read the environment.
+        # W&B's process, written in Go, spends a quarter of its time on keeping many processors busy.
         os.environ.setdefault("GOMAXPROCS", "1")
         self._thread = _start(self._work, "wandb")
         self._artifact_thread = _start(self._work_artifacts, "wandb-artifacts")

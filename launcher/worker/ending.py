@@ -12,6 +12,7 @@ from launcher.errors import WOULD_REPEAT
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
+from launcher.tracking.glance import newest_step
 from launcher.worker import node_check, record
 
 # Slurm sends its signal up to a minute before the lead begins.
@@ -78,7 +79,7 @@ def _judged(
 
     `gone` are those of its nodes that Ray has lost, None where that is not known.
     """
-    step = run_store.read_status(run).step
+    step = newest_step(run, run_store.read_status(run))
     outcome = run.attempt(number) / "outcome.json"
     nodes = {node: _record(run, number, node) for node in range(len(attempt.nodes))}
     left = [found for found in nodes.values() if found is not None]

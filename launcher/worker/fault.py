@@ -20,6 +20,7 @@ from launcher import run_store
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking.glance import newest_step
 
 _HANG_DEADLINE_S = 25.0
 _SETTLE_S = 0.5
@@ -121,18 +122,17 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> Deed:
         RunError: where every try met a save, which may take longer than a step before anybody calls it a hang.
     """
     rank, process = here.last_rank
-    run = RunDir(Path(plan.run_dir))
+    run, every = RunDir(Path(plan.run_dir)), plan.config.train.save_every
     deadline = time.monotonic() + _HANG_DEADLINE_S
     while time.monotonic() < deadline:
         process.suspend()
         deed = _deed(f"SIGSTOP to rank {rank}", process)
-        # The others go on to where they wait for this one, which is within a save if this one stopped in it.
+        # The others go on to where they wait for this one: what they have logged by then is the last step that it finished.
         time.sleep(_SETTLE_S)
-        if run_store.read_status(run).state != "saving":
+        if newest_step(run, run_store.read_status(run)) % every:
             return deed
         process.resume()
         time.sleep(_SETTLE_S)
-    every = plan.config.train.save_every
     raise RunError("every try to stop a rank met a save", where="train.save_every", value=str(every), remedy="raise it")
 
 

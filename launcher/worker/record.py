@@ -14,6 +14,7 @@ from launcher.checkpoint import store
 from launcher.errors import WOULD_REPEAT, CheckpointError, LauncherError, RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Superseded
+from launcher.tracking.glance import newest_step
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
 _TRACEBACK_LINES = 40
@@ -129,7 +130,7 @@ def outcome(run: RunDir, attempt: int, failure: dict[str, Any] | None, requested
     file = run.attempt(attempt) / "outcome.json"
     if failure is None and file.is_file():
         return run_store.read_json(file)
-    step = run_store.read_status(run).step
+    step = newest_step(run, run_store.read_status(run))
     saved = store.list_checkpoints(run.checkpoints)
     kept = f"the newest checkpoint is of step {saved[-1].step}" if saved else "there is no checkpoint"
     if killed:

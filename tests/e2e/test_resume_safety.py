@@ -103,6 +103,7 @@ def test_what_differs_is_shown_and_refused(launch: Launch, run: Path) -> None:
 
 
 def test_an_end_that_lies_behind_the_run_is_refused(launch: Launch, run: Path) -> None:
+    (run / "export").mkdir(exist_ok=True)
     assert "the run has come to step 2 already" in refused(launch, run, "train.max_steps=1")
 
 

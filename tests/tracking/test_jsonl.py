@@ -73,6 +73,11 @@ def test_an_attempt_that_begins_with_an_evaluation_has_gone_on_from_that_step(ru
     ]
     second.log(3, {"train/loss": 23.0})
     assert [line["train/loss"] for line in read_metrics(run.metrics)] == [11.0, 12.0, 23.0]
+    # A save is told at the step that is being trained.
+    third = JsonlTracker(run, attempt=3)
+    third.log(3, {"ckpt/stall_s": 0.5})
+    third.log(3, {"train/loss": 33.0})
+    assert [(line["train/loss"], line["attempt"]) for line in read_metrics(run.metrics)] == [(11.0, 1), (12.0, 2), (33.0, 3)]
 
 
 def test_a_torn_last_line_is_left_out_and_cut_off_by_the_next_attempt(run_dir: Path) -> None:

@@ -21,6 +21,7 @@ from launcher import run_store
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
+from launcher.tracking.jsonl import JsonlTracker
 from launcher.worker import fault
 
 SLEEP = "import time; time.sleep(60)"
@@ -100,13 +101,15 @@ def test_a_full_disk_is_a_limit_that_half_a_shard_fits_under(node: Node) -> None
 
 
 def test_a_rank_is_not_stopped_where_it_may_be_saving(node: Node) -> None:
-    run_store.write_status(node.run, Status(state="saving", attempt=2, step=10))
+    run_store.write_status(node.run, Status(state="running", attempt=2, step=9))
+    log = JsonlTracker(node.run, 2)
+    log.log(10, {"train/loss": 1.0})
     done: list[fault.Deed] = []
     worker = threading.Thread(target=lambda: done.append(fault.hang(fault.find(node.run, 2), node.plan)))
     worker.start()
     time.sleep(1.2)
     assert not done
-    run_store.write_status(node.run, Status(state="running", attempt=2, step=11))
+    log.log(11, {"train/loss": 1.0})
     worker.join(timeout=10)
     assert done[0].did == "SIGSTOP to rank 3"
     assert psutil.Process(node.ranks[1].pid).status() == psutil.STATUS_STOPPED

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,22 +30,16 @@ _LOCK_WAIT_S = 60.0
 _TRIAL_S = 6 * 3600.0
 
 
-@dataclass(frozen=True)
-class End:
-    """Why no other attempt follows, and the state of the run from then on; None where another writes that."""
-
-    why: str
-    state: str | None
-
-
 class Attempts:
-    """`number` is the newest, the first that which the submitting side has opened. `gone` tells the ids of the nodes that Ray has
-    lost.
+    """`number` is the newest, the first that which the submitting side has opened; `over` is why none follows, once that is so.
+
+    `gone` tells the ids of the nodes that Ray has lost.
     """
 
     def __init__(self, plan_path: str, plan: LaunchPlan, number: int, job: str, gone: Callable[[], set[str]]) -> None:
         self._plan_path, self._plan, self._run = plan_path, plan, RunDir(Path(plan.run_dir))
         self.number = number
+        self.over: str | None = None
         self._job = job
         self._gone = gone
         # Nodes that made an attempt of this run fail, and that the next ones do without where they can.
@@ -57,22 +51,25 @@ class Attempts:
         self._size = 0
         self._trained: list[Member] = []
 
-    def open(self, group: Group) -> End | None:
-        """Number the attempt of a group that is complete, with a plan for as many ranks as divide the batch.
+    def open(self, group: Group) -> None:
+        """Number the attempt of a group that is complete, with a plan for as many ranks as divide the batch, or end the run.
 
         Raises:
             ConfigError: where the group cannot train.
-            LauncherError, OSError: where the run cannot be read or written now; nothing has been opened.
+            LauncherError, OSError: where the run cannot be read or written now; to be tried again.
         """
         run = self._run
         with run_store.starting(run, wait_s=_LOCK_WAIT_S):
             if run_store.newest_attempt(run) != self.number:
-                return End("another command has started the run again", state=None)
+                self.end("another command has started the run again", state=None)
+                return
             attempt = run_store.read_attempt(run, self.number)
             if attempt.job is not None:
                 decision = self._after(group)
                 if not decision.again:
-                    return End(decision.reason, decision.state)
+                    # The run is held meanwhile: nobody starts it before that is written.
+                    self.end(decision.reason, decision.state)
+                    return
                 self._unfit = decision.exclude
                 self.number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
                 attempt = run_store.read_attempt(run, self.number)
@@ -104,10 +101,9 @@ class Attempts:
             # What a check finds may pass within seconds; a node that is broken is not to cost a restart with every checkpoint.
             self._trial_at[node] = group.opened_at + (_TRIAL_S if node in self._trial_at else 0.0)
         self._missed = group.missed
-        return None
 
-    def conclude(self, group: Group) -> End | None:
-        """Judge the attempt of a group that has said all, and tell it its `verdict`; None where another attempt follows."""
+    def conclude(self, group: Group) -> None:
+        """Judge the attempt of a group that has said all, and tell it its `verdict`: whether Ray Train is to start the next."""
         try:
             run_store.require_newest(self._run, self.number, certain=True)
             attempt = run_store.read_attempt(self._run, self.number)
@@ -115,11 +111,12 @@ class Attempts:
             concluded = conclusion.conclude(self._run, self.number, attempt, self._plan.ray, state, gone=self.lost())
         except Superseded as error:
             group.verdict = {"again": False, "reason": error.problems[0].what}
-            return End(error.problems[0].what, state=None)
+            self.end(error.problems[0].what, state=None)
+            return
         except (OSError, LauncherError) as error:
             # The next start judges by what the ranks have left.
             group.verdict = {"again": True, "reason": f"how the attempt ended cannot be read now: {error}"}
-            return None
+            return
         decision = concluded.decision
         # A disk that is full must not keep the run from going on.
         with suppress(OSError, LauncherError):
@@ -128,7 +125,17 @@ class Attempts:
         if concluded.alert is not None:
             self.say("alert", concluded.alert)
         group.verdict = {"again": decision.again, "reason": concluded.message}
-        return None if decision.again else End(concluded.message, decision.state)
+        if not decision.again:
+            self.over = concluded.message
+
+    def end(self, why: str, state: str | None) -> None:
+        """No other attempt follows; `state` is the run's from now on, None where another writes that."""
+        self.over = why
+        if state in ("failed", "preempted"):
+            self.say("alert", f"the run ends: {why}")
+        if state is not None:
+            with suppress(OSError, LauncherError):
+                run_store.update_status(self._run, state=state, message=why)
 
     def is_starting(self) -> bool:
         """Whether the ranks of the newest have not spoken for themselves yet; raises what reading the run raises."""

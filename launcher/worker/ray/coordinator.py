@@ -61,7 +61,6 @@ class Coordinator:
         self._early_failure_at = -math.inf
         # What the last of them said, until workers begin.
         self._early_words = ""
-        self._over: str | None = None
         self._looked = self._looked_at_drains = 0.0
         self._idle_since: float | None = time.monotonic()
 
@@ -77,7 +76,7 @@ class Coordinator:
         if group is not None and self._idle_since is None and time.monotonic() - group.heard_at > SILENT_S:
             # They are gone, and Ray Train looks for others.
             self._idle_since = group.heard_at
-            if self._over is None:
+            if self._attempts.over is None:
                 lost = f"; Ray has lost {', '.join(names)}" if (names := self._attempts.lost()) else ""
                 self._attempts.say(
                     "alert", f"the workers of attempt {self._attempts.number} are gone{lost}; the run waits for others"
@@ -86,7 +85,7 @@ class Coordinator:
                     message = f"its workers are gone{lost}; it waits for others"
                     run_store.update_status(self._run, state="pending", message=message)
         idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
-        return {"number": self._attempts.number, "idle_s": idle_s, "early_words": self._early_words, "over": self._over}
+        return {"number": self._attempts.number, "idle_s": idle_s, "early_words": self._early_words, "over": self._attempts.over}
 
     def enter(self, group: str, size: int, member: Mapping[str, Any]) -> None:
         """A worker has started; a group takes over from the one before when all of its workers have come.
@@ -115,18 +114,18 @@ class Coordinator:
             self._early_failure_at = time.monotonic()
         self._early_words = words
         self._attempts.say("alert", f"a worker could not start: {words}")
-        if self._early_failures > _MOST_EARLY_FAILURES and self._over is None:
-            self._finish(f"workers cannot start: {words}", state="failed")
+        if self._early_failures > _MOST_EARLY_FAILURES and self._attempts.over is None:
+            self._attempts.end(f"workers cannot start: {words}", state="failed")
 
     def orders(self, group: str, rank: int) -> dict[str, Any] | None:
         """What a worker does next: None to ask again, else `do` is check, train, wait or leave."""
         found = self._group
-        if self._over is None and group in self._coming:
+        if self._attempts.over is None and group in self._coming:
             return None
-        if found is not None and found.id == group and self._over is None:
+        if found is not None and found.id == group and self._attempts.over is None:
             self._open_if_possible(found)
-        if self._over is not None or found is None or found.id != group:
-            return {"do": "leave", "why": self._over or "other workers have taken over"}
+        if self._attempts.over is not None or found is None or found.id != group:
+            return {"do": "leave", "why": self._attempts.over or "other workers have taken over"}
         self._hear(found, rank)
         if found.opened_at is None:
             return None
@@ -237,17 +236,15 @@ class Coordinator:
             return
         group.tried_at = now
         try:
-            end = self._attempts.open(group)
-            if end is not None:
-                self._finish(end.why, end.state)
-            else:
+            self._attempts.open(group)
+            if group.opened_at is not None:
                 self._early_failures, self._early_words = 0, ""
         except ConfigError as error:
-            self._finish(error.problems[0].what, state="failed")
+            self._attempts.end(error.problems[0].what, state="failed")
         except Exception as error:
             if now - group.came_at > _OPEN_DEADLINE_S:
                 said = error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
-                self._finish(f"the attempt cannot be opened: {said}", state="failed")
+                self._attempts.end(f"the attempt cannot be opened: {said}", state="failed")
 
     def _unchecked(self, group: Group) -> list[int]:
         """The workers whose reports on their nodes are still missing."""
@@ -316,17 +313,6 @@ class Coordinator:
         return "USR2" if group.drained or group.resizing else None
 
     def _conclude(self, group: Group) -> None:
-        """Judge the attempt of a group, and where none follows, be over."""
-        end = self._attempts.conclude(group)
-        if end is None:
+        self._attempts.conclude(group)
+        if group.verdict is not None and group.verdict["again"]:
             self._idle_since = time.monotonic()
-        else:
-            self._over = end.why
-
-    def _finish(self, why: str, state: str | None) -> None:
-        self._over = why
-        if state in ("failed", "preempted"):
-            self._attempts.say("alert", f"the run ends: {why}")
-        if state is not None:
-            with suppress(OSError, LauncherError):
-                run_store.update_status(self._run, state=state, message=why)
