@@ -280,4 +280,7 @@ def test_large_caches_are_counted_in_parts(
     numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("launcher.data.report._DOCS_AT_ONCE", 7)
-    assert report(build(mixture, str(tokenizer_dir)), mixture, tokenizer_dir) == numbers
+    parts = report(build(mixture, str(tokenizer_dir)), mixture, tokenizer_dir)
+    # Sums of fractions depend on the order in which they are added.
+    one, other = (json.loads(json.dumps(each), parse_float=lambda digits: round(float(digits), 12)) for each in (parts, numbers))
+    assert one == other
