@@ -23,6 +23,24 @@ RUN_DEADLINE_S = 240
 BUILD_DEADLINE_S = 900
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    about = "of the tests marked `variant`, every Nth from the Kth on, counted from 0 (default: all)"
+    parser.addoption("--variants", default="0/1", metavar="K/N", help=about)
+
+
+def pytest_configure() -> None:
+    # Of many processes on few cores, those that wait for their threads leave them to the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    first, every = map(int, config.getoption("--variants").split("/"))
+    variants = [item for item in items if item.get_closest_marker("variant") is not None]
+    left_out = {item for number, item in enumerate(variants) if number % every != first}
+    config.hook.pytest_deselected(items=[*left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def launcher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache for converted models and built data; the demonstration model is converted once a session."""
