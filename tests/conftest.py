@@ -5,12 +5,15 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,8 @@ BUILD_DEADLINE_S = 900
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    about = "of the tests marked `variant`, every Nth from the Kth on, counted from 0 (default: all)"
-    parser.addoption("--variants", default="0/1", metavar="K/N", help=about)
+    about = "begin no test later than this, in seconds since the epoch; which are left out changes every day, variants first"
+    parser.addoption("--until", type=float, default=math.inf, metavar="TIME", help=about)
 
 
 def pytest_configure() -> None:
@@ -34,11 +37,16 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    first, every = map(int, config.getoption("--variants").split("/"))
-    variants = [item for item in items if item.get_closest_marker("variant") is not None]
-    left_out = {item for number, item in enumerate(variants) if number % every != first}
-    config.hook.pytest_deselected(items=[*left_out])
-    items[:] = [item for item in items if item not in left_out]
+    if config.getoption("--until") < math.inf:
+        files = list(dict.fromkeys(item.path for item in items))
+        turn = {file: (number + date.today().toordinal()) % len(files) for number, file in enumerate(files)}
+        items.sort(key=lambda item: (item.get_closest_marker("variant") is not None, turn[item.path]))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > item.config.getoption("--until"):
+        pytest.skip("no time is left")
 
 
 @pytest.fixture(scope="session")
