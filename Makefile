@@ -44,7 +44,7 @@ else
 	$(BIN)/python -m pytest -m $(TESTED) $(ARGS)
 endif
 
-# Here whole runs go alone: beside each other, on two cores, each takes more than twice as long.
+# Here whole runs go alone: while they train they keep both cores busy.
 test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -m $(SLOW) --ignore tests/e2e -n 2 --dist loadfile

@@ -71,7 +71,7 @@ def run(tokens: list[str]) -> int:
     arguments = parser.parse_args(tokens)
     found = [run_store.find(name, Path(arguments.root)) for name in dict.fromkeys(arguments.runs)]
     file = Path(arguments.html) if arguments.html else (found[0].root if len(found) == 1 else Path()) / "report.html"
-    html.write(html.require_place(file), page([_told(one) for one in found]))
+    html.write(file, page([_told(one) for one in found]))
     print(f"page: {text.short(file.absolute())}")
     return 0
 

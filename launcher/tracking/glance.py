@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -49,7 +49,7 @@ class Glance:
 def glance(path: str | Path, num_points: int = 40) -> Glance:
     """Look at a run's metrics; `losses` has up to `num_points` values. A missing file is an empty one."""
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with _mapped(path) as data:
             recent = tuple(islice(_backwards(data, _TRAINED), _RECENT))
             evaluated = next(_backwards(data, b'"eval/held_out/loss"'), {})
             losses = tuple(_losses(data, num_points))
@@ -61,15 +61,14 @@ def glance(path: str | Path, num_points: int = 40) -> Glance:
                 _spent(next(_backwards(data, b'"cost/gpu_hours"'), None)),
             )
     except (FileNotFoundError, ValueError):
-        # An empty file cannot be mapped.
         return Glance((), (), None, None, None)
 
 
 def newest_step(run: RunDir, status: Status) -> int:
     """The newest step that is known of a run in this status: the ranks log more often than they write status.json."""
-    with suppress(OSError):
-        last = glance(run.metrics, num_points=0).last
-        if last and last["attempt"] == status.attempt and last["time"] > status.updated_at:
+    with suppress(OSError, ValueError), _mapped(run.metrics) as data:
+        last = next(_backwards(data, _TRAINED), None)
+        if last is not None and last["attempt"] == status.attempt and last["time"] > status.updated_at:
             return int(last["trainer/step"])
     return status.step
 
@@ -81,14 +80,20 @@ def lines_of_time(path: str | Path, borders: Sequence[float]) -> list[dict[str, 
     are the times, in seconds since the epoch, at which ranks were started and attempts began and ended. A missing file has none.
     """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with _mapped(path) as data:
             ends = [*(_after(data, at) for at in borders), data.rfind(b"\n") + 1]
             places = {data.rfind(_TRAINED, 0, end) for end in ends} | {at for word in _WAITS for at in _places(data, word)}
             begins = sorted({data.rfind(b"\n", 0, place) + 1 for place in places - {-1}})
             return [line for begin in begins for line in decode_lines(_line(data, begin))]
     except (FileNotFoundError, ValueError):
-        # An empty file cannot be mapped.
         return []
+
+
+@contextmanager
+def _mapped(path: str | Path) -> Iterator[mmap.mmap]:
+    """Raises ValueError for an empty file, which cannot be mapped."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data
 
 
 def _after(data: mmap.mmap, at: float) -> int:
