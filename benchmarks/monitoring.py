@@ -24,12 +24,12 @@ SAMPLE = Sample(5, 0.97, 0.8, 650, 70, 0, 0, 0.3, 0.4)
 def main() -> None:
     for world_size in (2, 64, 512):
         health, spent = Health(), Breakdown(1e5, 9e4)
-        others = [value for rank in range(world_size) for value in Told(2.0, 1e-4, 1e-6 + rank * 1e-12, SAMPLE).values()]
+        others = [value for rank in range(world_size) for value in Told(2.0, 1e-4, 1e-6 + rank * 1e-12, sample=SAMPLE).values()]
         taken = []
         for step in range(STEPS):
             began = time.thread_time()
             values = [0.0] * (SLOTS * world_size)
-            values[:SLOTS] = Told(2.0, 1e-4, 1e-6, SAMPLE).values()
+            values[:SLOTS] = Told(2.0, 1e-4, 1e-6, sample=SAMPLE).values()
             shared = torch.tensor([0.0] * 4 + values, dtype=torch.float64)
             packed = time.thread_time() - began
             shared[4:] = torch.tensor(others, dtype=torch.float64)

@@ -36,7 +36,8 @@ from typing import Any
 
 import psutil
 
-WARMUP, LEAD, BLOCK, SETTLE = 10, 60, 15, 6
+# W&B is imported and starts beside the first steps; short ones have to be many.
+WARMUP, LEAD, BLOCK, SETTLE = 40, 60, 15, 6
 # The first step of the blocks, counted from 0.
 FIRST = WARMUP + LEAD
 SETTINGS = (

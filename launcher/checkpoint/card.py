@@ -25,6 +25,8 @@ Rows = Sequence[tuple[str, str]]
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _EVAL_LOSS = re.compile(r"eval/(.+)/loss")
+# What the names of those metrics begin with that a card is made of.
+METRICS = ("train/loss", "eval/")
 _COMMIT_DIGITS = 12
 
 
@@ -37,8 +39,8 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
-    `metrics` are the lines of metrics.jsonl; those after the checkpoint's step do not count. `plan` is what the checkpoint was
-    saved by, `plans` those of all attempts up to that one.
+    `metrics` are the lines of metrics.jsonl, of which METRICS serve; those after the checkpoint's step do not count. `plan` is
+    what the checkpoint was saved by, `plans` those of all attempts up to that one.
     """
     base = base_front_matter(Path(plan.model.path)) if plan.model.path else {}
     sections: list[tuple[str, Rows]] = [

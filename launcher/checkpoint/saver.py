@@ -111,6 +111,11 @@ class Saver:
         if job.copy is None:
             self.wait()
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save goes on in the background, the same on every rank; its end is known to `wait`."""
+        return self._job is not None
+
     def settle(self) -> None:
         """Wait until the states may change: call it before each step of the optimizer."""
         if self._job is not None and not self._job.copied.is_set():

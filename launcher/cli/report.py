@@ -23,7 +23,7 @@ from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
 from launcher.tracking.glance import newest_step
 from launcher.tracking.goodput import Breakdown
-from launcher.tracking.jsonl import Tail, gone_on_from, merged, read_events
+from launcher.tracking.jsonl import gone_on_from, lines_of, merged, read_events
 
 _MOST_POINTS = 600
 _CURVES = (
@@ -40,11 +40,13 @@ _CURVES = (
     ("GPU utilisation, mean", "gpu/util_mean", 100.0, "%"),
     ("GPU temperature, highest", "gpu/temp_max", 1.0, "°C"),
 )
+# What the names of those metrics begin with that a page is made of, what tells where the time went included.
+_METRICS = (*(name for _, name, _, _ in _CURVES), "eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens")
 
 
 @dataclass(frozen=True)
 class _Told:
-    """What the files of a run tell; `steps` has one entry a step, `lines` all that were written."""
+    """What the files of a run tell; `steps` has one entry a step, `lines` all that were written, each of them with _METRICS."""
 
     run: RunDir
     plan: LaunchPlan
@@ -78,7 +80,7 @@ def run(tokens: list[str]) -> int:
 
 def _told(found: RunDir) -> _Told:
     plan = run_store.load_plan(found)
-    lines = Tail(found.metrics).poll()
+    lines = list(lines_of(found.metrics, _METRICS))
     status = cluster_for(plan.config.cluster.kind).status(found)
     events = read_events(found.events)
     attempts = goodput.settled(goodput.recorded(found), status.state, lines, events)

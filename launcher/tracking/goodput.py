@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from launcher import run_store
@@ -108,8 +108,7 @@ class Breakdown:
 
     def metrics(self) -> dict[str, float]:
         """Under the names of the design."""
-        values = asdict(self)
-        lost = {f"lost/{name}": values[name] for name in LOST}
+        lost = {f"lost/{name}": getattr(self, name) for name in LOST}
         return {"perf/goodput": self.goodput, "time/kept_s": self.kept_s, **lost, "run/lost_steps": float(self.lost_steps)}
 
 

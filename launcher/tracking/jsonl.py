@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import sys
 import threading
 import time
 from collections import deque
@@ -22,6 +23,8 @@ from launcher.plan.run_dir import RunDir
 
 # The end of an attempt that was given up while it still ran.
 SUPERSEDED = "superseded"
+# Fields of a line of metrics.jsonl that are no metrics.
+NO_METRICS = ("trainer/step", "time", "attempt")
 # Lines that are kept while storage takes none: hours of steps, and some ten MiB.
 _MOST_PENDING = 10_000
 _CHUNK = 1 << 16
@@ -129,21 +132,29 @@ class Tail:
         return decode_lines(complete)
 
 
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines as they were written, one at a time; a line that a crash left torn is left out, a missing file has none."""
+def lines_of(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any]]:
+    """The lines as they were written, one at a time; a line that a crash left torn is left out, a missing file has none.
+
+    Each has those metrics whose names begin with one of `names`: all of a long run are gigabytes.
+    """
     with suppress(FileNotFoundError), open(path, "rb") as file:
-        for line in file:
-            yield from decode_lines(line)
+        for raw in file:
+            for line in decode_lines(raw):
+                # One string for a name, not one in each line.
+                yield {sys.intern(name): line[name] for name in line if name in NO_METRICS or name.startswith(names)}
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+def read_metrics(path: str | Path, names: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
     """One dict per step that the newest attempt has trained or gone on from, in order of steps.
+
+    It has those metrics whose names begin with one of `names`. Without evaluations among them it is not seen where an attempt
+    begins with one.
 
     Several lines of one attempt for one step (training, evaluation) are one dict, with the time of the first, and so is the
     evaluation of a step that an earlier attempt has trained. A line that a crash left torn is left out; a missing file is an
     empty list.
     """
-    return merged(gone_on_from(Tail(path).poll()))
+    return merged(gone_on_from(lines_of(path, names)))
 
 
 def gone_on_from(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,8 +60,10 @@ class Composite:
         self._each(lambda tracker: tracker.log(step, metrics))
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        if kind != "alert" or self._limit.due(text):
-            self._each(lambda tracker: tracker.event(kind, text, step, **fields))
+        if kind == "alert" and not self._limit.due(text):
+            return
+        # The last started first: Weights & Biases only takes note of it, and is heard where storage hangs at the files of others.
+        self._each(lambda tracker: tracker.event(kind, text, step, **fields), reversed(self._trackers))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._each(lambda tracker: tracker.summary(values))
@@ -75,9 +77,9 @@ class Composite:
             except Exception as error:
                 self._report(tracker, error)
 
-    def _each(self, call: Callable[[Tracker], None]) -> None:
+    def _each(self, call: Callable[[Tracker], None], trackers: Iterable[Tracker] | None = None) -> None:
         failed: list[tuple[Tracker, Exception]] = []
-        for tracker in self._trackers:
+        for tracker in self._trackers if trackers is None else trackers:
             try:
                 call(tracker)
             except Exception as error:

@@ -26,7 +26,7 @@ from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.best import LOWEST, Best
-from launcher.tracking.jsonl import gone_on_from, lines_of, merged
+from launcher.tracking.jsonl import NO_METRICS, gone_on_from, lines_of, merged
 from launcher.tracking.wandb_steps import offsets, repeats
 
 INIT_TIMEOUT_S = 30.0
@@ -36,9 +36,6 @@ FLUSH_INTERVAL_S = 2.0
 _READ_DEADLINE_S = 60.0
 # In the folder of a session that has sent everything.
 _UPLOADED = "uploaded"
-# Fields of a line of metrics.jsonl that are no metrics.
-_NO_METRICS = ("trainer/step", "time", "attempt")
-_OF_BEST = (*_NO_METRICS, *LOWEST)
 # How W&B's page tells the ends of a run apart; 255 is what W&B itself gives for Ctrl-C.
 _EXIT_CODES = {"completed": 0, "cancelled": 255}
 
@@ -147,6 +144,8 @@ class Session:
         self._offset = 0
         self._run.define_metric("trainer/step")
         self._run.define_metric("*", step_metric="trainer/step")
+        # Of a run that is resumed it still says how the attempt before has ended.
+        self._run.summary.update({"state": "running"})
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send all metrics of a step, after those of all steps before it that W&B lacks."""
@@ -170,9 +169,9 @@ class Session:
         # Read twice, as all lines of a long run at once are a burden where W&B lacks none.
         last_steps: dict[int, int] = {}
         losses = []
-        for line in lines_of(self._run_dir.metrics):
+        for line in lines_of(self._run_dir.metrics, tuple(LOWEST)):
             last_steps[line["attempt"]] = max(line["trainer/step"], last_steps.get(line["attempt"], 0))
-            losses.append({name: value for name, value in line.items() if name in _OF_BEST})
+            losses.append(line)
         for line in merged(gone_on_from(losses)):
             if line["trainer/step"] < before:
                 self._best.add(line["trainer/step"], line)
@@ -188,7 +187,7 @@ class Session:
             if before == math.inf and offset == self._offset and self._lacks_evaluation(rows[-1]):
                 rows.pop()
             for line in rows:
-                metrics = {name: value for name, value in line.items() if name not in _NO_METRICS}
+                metrics = {name: value for name, value in line.items() if name not in NO_METRICS}
                 self._log(line["trainer/step"], metrics, offset)
 
     def _lacks_evaluation(self, row: Mapping[str, Any]) -> bool:

@@ -37,10 +37,12 @@ class Checkpoints:
         self.close: Callable[[], None] = saver.close
 
     def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
-        """Save in the background; how it ended is told later. Collective."""
+        """Save, in the background where that can be; how it ended is told as soon as it is known. Collective."""
         self.conclude(step)
         self._untold, self._eval_loss, self._saving = True, eval_loss, step
         self._saver.save(step, state, eval_loss=eval_loss)
+        if not self._saver.is_saving:
+            self.conclude(step)
 
     def save_and_wait(
         self, step: int, state: Mapping[str, Any], eval_loss: float | None, probe: Mapping[str, torch.Tensor]

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from launcher import run_store
-from launcher.checkpoint import hub, store
-from launcher.checkpoint.card import model_card
+from launcher.checkpoint import card, hub, store
 from launcher.checkpoint.export import Export, Task, begin, chat_template_of, complete, stops_said, write_share
 from launcher.checkpoint.together import together
 from launcher.data import cache, patterns
@@ -65,8 +64,8 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
         device = _device(plan)
         manifest = store.open_checkpoint(checkpoint).manifest
         run = RunDir(Path(plan.run_dir))
-        metrics, plans = read_metrics(run.metrics), run_store.plans_until(run, manifest.attempt)
-        made = complete(task, lambda made: model_card(plan, manifest, metrics, made, plans), device)
+        metrics, plans = read_metrics(run.metrics, card.METRICS), run_store.plans_until(run, manifest.attempt)
+        made = complete(task, lambda made: card.model_card(plan, manifest, metrics, made, plans), device)
         _tell(made, tracker)
         _push(plan, made, tracker)
         if plan.config.train.sample:

@@ -14,15 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from launcher.plan import xids
 from launcher.train.ranks import Told, Work
 
-# Losses of so many steps tell what is usual, once there are enough of them.
-_LOSSES, _ENOUGH_LOSSES = 100, 20
+# Losses of so many steps tell what is usual, once there are enough of them. So many high ones are no single spike.
+_LOSSES, _ENOUGH_LOSSES, _STAYS_HIGH = 100, 20, 20
 # Robust standard deviations above the median, by the median absolute deviation (Iglewicz and Hoaglin 1993).
 SPIKE = 10.0
 _MAD_TO_SIGMA = 1.4826
 # Where losses hardly differ from each other, a small change is no spike.
 _LEAST_SIGMA = 0.01
-# The pace of the last few steps, against that of many before them.
-_RECENT, _BEFORE, _ENOUGH_BEFORE = 10, 200, 30
+# The pace of the last few steps, against that of many before them. So many slow ones are no passing trouble.
+_RECENT, _BEFORE, _ENOUGH_BEFORE, _STAYS_SLOW = 10, 200, 30, 60
 SLOW = 0.7
 _SLOWED_BY = {"cuda": "the GPUs' clocks and temperatures", "cpu": "what else runs on the CPUs, their clocks and temperatures"}
 # A rank whose own work takes so much longer than the usual rank's, in nearly all of so many steps.
@@ -33,20 +33,24 @@ _LOOK_S = 5.0
 
 
 class Health:
-    """Looks at the numbers of each step; `device` is what the ranks compute on, cuda or cpu."""
+    """Looks at the numbers of each step; `device` is what the ranks compute on, cuda or cpu.
+
+    What is told of does not count as usual, until it has lasted for as many steps as tell what is. A trouble that passes and one
+    that stays are alerts of two kinds, so that the one does not keep the other from being told.
+    """
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._losses: deque[float] = deque(maxlen=_LOSSES)
-        self._paces: deque[float] = deque(maxlen=_RECENT + _BEFORE)
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._paces: deque[float] = deque(maxlen=_BEFORE)
+        self._high = self._slow = 0
         self._steps, self._late = 0, dict[int, int]()
         self._xids: dict[int, float] = {}
 
     def step(self, loss: float, tokens_per_sec: float) -> list[str]:
         """Alerts after a step, in words; none where all is as it was."""
-        found = [*self._spike(loss), *self._slow(tokens_per_sec)]
-        self._losses.append(loss)
-        return found
+        return [*self._spike(loss), *self._slowdown(tokens_per_sec)]
 
     def faults(self, told: Sequence[Told], names: Sequence[str]) -> Iterator[str]:
         """Alerts of GPUs after a step in which the ranks have told their numbers; `names` say where each rank is.
@@ -77,41 +81,63 @@ class Health:
             yield _straggler(max(late, key=lambda rank: works[rank].seconds), works, names)
 
     def _spike(self, loss: float) -> Iterator[str]:
-        if len(self._losses) < _ENOUGH_LOSSES:
+        if not self._is_spike(loss):
+            self._losses.append(loss)
+            # A loss that is out of bounds goes up and down.
+            self._high = max(0, self._high - 1)
             return
+        self._high += 1
+        usual = f"the median of the {len(self._losses)} steps before is {statistics.median(self._losses):.4f}"
+        go_back = "go back to a checkpoint before it with: python -m launcher resume RUN --step N optim.lr=..."
+        if self._high < _STAYS_HIGH:
+            yield f"the loss jumped: it is {loss:.4f}, {usual}; if it does not come back, {go_back}"
+        else:
+            yield f"the loss does not come back: it is {loss:.4f}, after {self._high} steps of high ones, {usual}; {go_back}"
+        if self._high >= _LOSSES:
+            self._losses.clear()
+            self._high = 0
+
+    def _is_spike(self, loss: float) -> bool:
+        if len(self._losses) < _ENOUGH_LOSSES:
+            return False
         median = statistics.median(self._losses)
         spread = statistics.median(abs(value - median) for value in self._losses)
-        sigma = max(_MAD_TO_SIGMA * spread, _LEAST_SIGMA * abs(median))
-        if loss > median + SPIKE * sigma:
-            yield (
-                f"the loss jumped: it is {loss:.4f}, the median of the {len(self._losses)} steps before is {median:.4f}; if it "
-                "does not come back, go back to a checkpoint before it with: python -m launcher resume RUN --step N optim.lr=..."
-            )
+        return loss > median + SPIKE * max(_MAD_TO_SIGMA * spread, _LEAST_SIGMA * abs(median))
 
-    def _slow(self, tokens_per_sec: float) -> Iterator[str]:
-        self._paces.append(tokens_per_sec)
-        if len(self._paces) < _RECENT + _ENOUGH_BEFORE:
+    def _slowdown(self, tokens_per_sec: float) -> Iterator[str]:
+        leaving = self._recent[0] if len(self._recent) == _RECENT else None
+        self._recent.append(tokens_per_sec)
+        recent = statistics.median(self._recent)
+        usual = statistics.median(self._paces) if len(self._paces) >= _ENOUGH_BEFORE else 0.0
+        if recent >= SLOW * usual:
+            self._slow = 0
+            if leaving is not None:
+                self._paces.append(leaving)
             return
-        paces = list(self._paces)
-        recent, usual = statistics.median(paces[-_RECENT:]), statistics.median(paces[:-_RECENT])
-        if recent < SLOW * usual:
-            yield (
-                f"training has become slow: {recent:,.0f} tokens/s over the last {_RECENT} steps, {usual:,.0f} before; "
-                f"look at {_SLOWED_BY[self._device]}, the network and the storage"
-            )
+        self._slow += 1
+        what = "training has become slow" if self._slow < _STAYS_SLOW else "training stays slow"
+        yield (
+            f"{what}: {recent:,.0f} tokens/s over the last {_RECENT} steps, {usual:,.0f} before; "
+            f"look at {_SLOWED_BY[self._device]}, the network and the storage"
+        )
+        if self._slow >= _BEFORE:
+            self._paces.clear()
+            self._slow = 0
 
 
 def _straggler(rank: int, works: Sequence[Work], names: Sequence[str]) -> str:
-    one = works[rank]
-    compute_s = statistics.median_low([other.compute_s for other in works])
-    data_s = statistics.median_low([other.data_s for other in works])
-    if one.data_s - data_s > one.compute_s - compute_s:
-        what = (
-            f"it waits {one.data_s:.2f} s a step for its data, the usual rank {data_s:.2f} s: look at the node's storage and CPUs"
-        )
-    else:
-        times = one.compute_s / compute_s if compute_s else 1.0
-        what = f"it computes {times:.2f} times as long as the usual rank: look at the clock and the temperature of its device"
+    one, usual = works[rank], Work(*(statistics.median_low(parts) for parts in zip(*works, strict=True)))
+    more = {name: part - other for name, part, other in zip(Work._fields, one, usual, strict=True)}
+    match max(more, key=more.__getitem__):
+        case "data_s":
+            what = f"it waits {one.data_s:.2f} s a step for its data, the usual rank {usual.data_s:.2f} s: "
+            what += "look at the node's storage and CPUs"
+        case "optim_s":
+            what = f"its optimizer takes {one.optim_s:.2f} s a step on the CPUs, the usual rank's {usual.optim_s:.2f} s: "
+            what += "look at the clocks of the node's CPUs, and at what else runs there"
+        case _:
+            times = one.compute_s / usual.compute_s if usual.compute_s else 1.0
+            what = f"it computes {times:.2f} times as long as the usual rank: look at the clock and the temperature of its device"
     who = f"rank {rank} on {names[rank]}"
     return f"a straggler: all ranks have waited {_STRAGGLER_STEPS} steps for {who}: {what}, or leave the node out"
 

@@ -136,6 +136,7 @@ class _Session:
     max_steps: int
     step: int = 0
     skipped_in_a_row: int = 0
+    is_save_due: bool = False
     limit: str = ""
     last_eval: dict[str, float] = field(default_factory=dict)
     eval_step: int | None = None
@@ -181,8 +182,9 @@ class _Session:
             split = Split.open(data.cache_dir, held_out=True)
             held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
         begin = agree_on_start(run, place, device)
-        meter, timer = Meter(plan, max_steps, device, place.attempt, begin.restarts, peak), StepTimer(device)
-        monitor = Monitor(plan, place, device, model, tracker, beat)
+        meter, timer = Meter(plan, max_steps, place.attempt, begin.restarts, peak), StepTimer(device)
+        on_cpus = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
+        monitor = Monitor(plan, place, device, model, engine.basic_optimizer if on_cpus else None, tracker, beat)
         checkpoints = Checkpoints(saver, tracker, place.is_main, monitor.beat)
         status = StatusFile(run, place.attempt, partial(tracker.event, "alert"), place.is_main)
         parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, status, max_steps)
@@ -206,8 +208,11 @@ class _Session:
             if stopped is None and self.step < self.max_steps:
                 if self.plan.evaluates_at(self.step):
                     self._evaluate(f"at step {self.step}", stop)
+                if train.save_every and self.step % train.save_every == 0:
+                    self.is_save_due = True
                 # After a skipped step there is nothing to add to the checkpoint before, and good ones would be pruned.
-                if train.save_every and self.step % train.save_every == 0 and not self.skipped_in_a_row:
+                if self.is_save_due and not self.skipped_in_a_row:
+                    self.is_save_due = False
                     self._save()
         if stopped is not None and self.step < self.max_steps:
             self.checkpoints.conclude(self.step)
@@ -291,7 +296,12 @@ class _Session:
             return
         self.meter.skipped_steps += 1
         self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > _MOST_SKIPPED_STEPS[self.plan.config.model.dtype]:
+        dtype = self.plan.config.model.dtype
+        # fp16 looks for its loss scale in this way all the time.
+        if dtype != "fp16":
+            words = f"gradients that are not finite: the step was left out, {self.meter.skipped_steps} have been so far"
+            self.tracker.event("alert", f"{words}; look for a GPU with faults, or lower optim.lr", self.step)
+        if self.skipped_in_a_row > _MOST_SKIPPED_STEPS[dtype]:
             raise DivergedError(
                 f"the gradients of {self.skipped_in_a_row} steps in a row are not finite; training stopped",
                 where=f"step {self.step}",
@@ -360,6 +370,7 @@ class _Session:
             self.checkpoints.save_and_wait(self.step, state, eval_loss, probed)
         if wait:
             self.status.state("running", self.step)
+        self.monitor.save_s = self.checkpoints.stall_s
         self.monitor.beat("training", self.step)
         return self.run_dir.checkpoints / store.step_name(self.step)
 

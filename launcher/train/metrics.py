@@ -67,7 +67,6 @@ class Meter:
         self,
         plan: LaunchPlan,
         max_steps: int,
-        device: torch.device,
         attempt: int,
         restart: int,
         peak_tflops: float | None,
@@ -75,7 +74,6 @@ class Meter:
     ) -> None:
         self._plan = plan
         self._max_steps = max_steps
-        self._device = device
         self._recent: deque[float] = deque(maxlen=20)
         self._process = psutil.Process()
         self._fixed = {"run/attempt": float(attempt), "run/restarts": float(restart), "run/nodes": float(plan.topology.nodes)}
@@ -125,8 +123,7 @@ class Meter:
         if self._plan.data is not None:
             metrics["trainer/epoch"] = samples / self._plan.data.num_rows
             metrics["data/truncated_frac"] = self._plan.data.truncated_frac
-        metrics |= self._utilisation(batch, step_s) | self._device_memory()
-        return metrics
+        return metrics | self._utilisation(batch, step_s)
 
     def _between(self, step_s: float) -> float:
         """Seconds between the end of the step before and the begin of the one that ends now: evaluation, saves, logging."""
@@ -157,16 +154,6 @@ class Meter:
         """Tokens of each source in this batch, as shares of all."""
         names = [source.name for source in self._plan.config.data.sources]
         return {f"data/source/{n}/frac": k / batch.num_tokens for n, k in zip(names, batch.source_tokens, strict=True)}
-
-    def _device_memory(self) -> dict[str, float]:
-        if self._device.type != "cuda":
-            return {}
-        stats = torch.cuda.memory_stats(self._device)
-        return {
-            "memory/peak_active_gib": stats["active_bytes.all.peak"] / 2**30,
-            "memory/peak_reserved_gib": stats["reserved_bytes.all.peak"] / 2**30,
-            "memory/alloc_retries": float(stats["num_alloc_retries"]),
-        }
 
 
 def perplexity(loss: float) -> float:

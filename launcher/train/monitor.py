@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,12 +26,15 @@ from launcher.train import ranks
 from launcher.train.devices import Devices
 from launcher.train.engine import Place
 from launcher.train.health import Health, Pulse
-from launcher.train.probe import Probe
+from launcher.train.probe import OptimizerProbe, Probe
 from launcher.train.ranks import SLOTS, Told, Work
 
 
 class Monitor:
-    """Made when the engine is built; `loaded` when training begins. Collective where it is made."""
+    """Made when the engine is built; `loaded` when training begins. Collective where it is made.
+
+    `optimizer` is the one inside DeepSpeed's, where it steps on the node's CPUs.
+    """
 
     def __init__(
         self,
@@ -38,12 +42,15 @@ class Monitor:
         place: Place,
         device: torch.device,
         model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
         tracker: Composite,
         beat: Callable[[str, int], None],
     ) -> None:
         self._plan, self._place, self._tracker, self._beat = plan, place, tracker, beat
         self._run = RunDir(Path(plan.run_dir))
         self._probe, self._own = Probe(model, device), Told()
+        self._optimizer_probe = None if optimizer is None else OptimizerProbe(optimizer)
+        self._device = device
         self._health, self._hosts = Health(plan.topology.device), _hosts(place)
         self._ranks: list[Told] = []
         self._works: list[Work] = []
@@ -77,7 +84,9 @@ class Monitor:
 
     def measured(self, times: dict[str, float]) -> None:
         """Keep what this rank is to tell with the next step; call it where the device has finished the step."""
-        self._own = Told(times["time/step_s"], times["time/data_s"], self._probe.read(), self._devices.latest)
+        optim_s = math.nan if self._optimizer_probe is None else self._optimizer_probe.read()
+        spent = (times["time/step_s"], times["time/data_s"], self._probe.read(), optim_s)
+        self._own = Told(*spent, *_memory(self._device), self._devices.latest)
 
     def heard(self, values: Sequence[float]) -> None:
         """Take what all ranks have told of the step before."""
@@ -113,6 +122,14 @@ class Monitor:
         if self._pulse is not None:
             self._pulse.stop()
         self._devices.stop()
+
+
+def _memory(device: torch.device) -> tuple[float, float, float]:
+    """The most bytes of a GPU that were in use and that were reserved, and how often an allocation had to be tried again."""
+    if device.type != "cuda":
+        return (math.nan,) * 3
+    stats = torch.cuda.memory_stats(device)
+    return stats["active_bytes.all.peak"], stats["reserved_bytes.all.peak"], stats["num_alloc_retries"]
 
 
 def spent_before(run: RunDir, now: float, tell: Callable[[str], None]) -> Breakdown:

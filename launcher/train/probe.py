@@ -1,7 +1,8 @@
 """How fast this rank itself computes, which a step does not tell: under ZeRO-3 all ranks finish it together.
 
-What is timed is the forward pass of one linear layer, between DeepSpeed's fetch of its weights and their release: no
-collective lies in it, so that a rank which is slow is slow in it, and no rank waits for another.
+What is timed is the forward pass of one linear layer, between DeepSpeed's fetch of its weights and their release, and the
+optimizer where it runs on the node's CPUs: no collective lies in them, so that a rank which is slow is slow in them, and no rank
+waits for another.
 """
 
 from __future__ import annotations
@@ -54,6 +55,28 @@ class Probe:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class OptimizerProbe:
+    """Times the steps of an optimizer whose states lie in main memory; those that a GPU takes end after they return."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._start, self._seconds = 0.0, math.nan
+        optimizer.register_step_pre_hook(self._begin)
+        optimizer.register_step_post_hook(self._end)
+
+    def read(self) -> float:
+        """Seconds since the last call, NaN where it took no step."""
+        seconds, self._seconds = self._seconds, math.nan
+        return seconds
+
+    def _begin(self, *_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def _end(self, *_: Any) -> None:
+        # DeepSpeed has it step once for each group of parameters.
+        spent = time.perf_counter() - self._start
+        self._seconds = spent if math.isnan(self._seconds) else self._seconds + spent
 
 
 def representative(model: nn.Module) -> nn.Linear | None:

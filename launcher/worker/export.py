@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import run_store
-from launcher.checkpoint import hub, store, weights
-from launcher.checkpoint.card import model_card
+from launcher.checkpoint import card, hub, store, weights
 from launcher.checkpoint.export import Export, Task, chat_template_of, export, stops_said, verify
 from launcher.errors import CheckpointError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
@@ -42,7 +41,8 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
     verify(task)
-    return export(task, lambda made: model_card(plan, checkpoint.manifest, read_metrics(run.metrics), made, plans))
+    metrics = read_metrics(run.metrics, card.METRICS)
+    return export(task, lambda made: card.model_card(plan, checkpoint.manifest, metrics, made, plans))
 
 
 def _load(plan_path: Path) -> LaunchPlan:

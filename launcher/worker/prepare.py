@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from launcher import facts, run_store, warm_start
-from launcher.checkpoint import durable
-from launcher.checkpoint.card import model_card
+from launcher.checkpoint import card, durable
 from launcher.checkpoint.export import Task, chat_template_of, export, stop_ids, verify
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
@@ -107,7 +106,7 @@ def _take_weights(source: warm_start.Source, model: ModelSection) -> None:
 
 def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> None:
     base = Path(source.plan.model.path or "")
-    manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics)
+    manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics, card.METRICS)
     plans = run_store.plans_until(source.run, manifest.attempt)
     plan = plans[-1] if plans else source.plan
     task = Task(
@@ -124,7 +123,7 @@ def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> Non
     )
     verify(task)
     # The next run's card takes the licence and the base model from this one's.
-    export(task, lambda made: model_card(plan, manifest, metrics, made, plans))
+    export(task, lambda made: card.model_card(plan, manifest, metrics, made, plans))
 
 
 def _tokenizer_of(plan: LaunchPlan) -> Path | None:

@@ -19,9 +19,10 @@ GIB = 2**30
 
 
 class Saver:
-    """Ends each save as the test says, at once."""
+    """Ends each save as the test says; without `is_saving` before `save` returns."""
 
-    def __init__(self, outcome: Saved | CheckpointError) -> None:
+    def __init__(self, outcome: Saved | CheckpointError, is_saving: bool = True) -> None:
+        self.is_saving = is_saving
         self.outcome: Saved | CheckpointError | None = None
         self._next = outcome
         self.settle = self.close = lambda: None
@@ -93,6 +94,17 @@ def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:
     checkpoints.conclude(6)
     assert heard.said == [("alert", "step 5 was not saved: the disk is full (/runs)")]
     assert checkpoints.saved_step is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_save_that_has_ended_at_once_is_told_at_once(tmp_path: Path, fails: bool) -> None:
+    """There is no room for it, or no memory for a copy to save behind training: the next save may be hours away."""
+    heard = Heard()
+    saver = Saver(CheckpointError("the disk is full", where="/runs") if fails else saved(tmp_path), is_saving=False)
+    checkpoints = Checkpoints(saver, heard, True, no_beat)  # type: ignore[arg-type]
+    checkpoints.save(5, {}, None)
+    assert [kind for kind, _ in heard.said if kind != "alert" or fails] == ["alert" if fails else "checkpoint"]
+    assert checkpoints.stall_s == (0 if fails else 0.1)
 
 
 def test_who_waits_for_a_save_says_so_before(tmp_path: Path) -> None:

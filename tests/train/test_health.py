@@ -4,9 +4,11 @@ import math
 import random
 import statistics
 import threading
+from collections.abc import Iterable
 
 import pytest
 
+from launcher.tracking.alerts import RateLimit
 from launcher.train import health as module
 from launcher.train.devices import Sample
 from launcher.train.health import STANDS, Health, Pulse
@@ -70,6 +72,36 @@ def test_one_slow_step_is_none() -> None:
     quiet(health, 50)
 
 
+def told_of(health: Health, steps: Iterable[tuple[float, float]]) -> list[str]:
+    """What a run tells of these steps, each a loss and a pace, of which 900 take half an hour."""
+    now = 0.0
+    limit = RateLimit(lambda: now)
+    told = []
+    for loss, pace in steps:
+        told += [words.partition(":")[0] for words in health.step(loss, pace) if limit.due(words)]
+        now += 2.0
+    return told
+
+
+def test_a_loss_that_stays_high_after_a_spike_that_passed_is_told() -> None:
+    health = Health("cuda")
+    quiet(health, 100)
+    diverged = [(8.0 + math.sin(step), 1000.0) for step in range(2000)]
+    said = told_of(health, [(4.0, 1000.0), *[(2.0, 1000.0)] * 150, *diverged])
+    assert said == ["the loss jumped", "the loss does not come back"]
+    # What has lasted is what is usual, so that another change is told.
+    (words,) = health.step(80.0, 1000.0)
+    assert "the loss jumped: it is 80.0000, the median of the 100 steps before is " in words
+
+
+def test_training_that_stays_slow_after_a_dip_is_told() -> None:
+    health = Health("cuda")
+    quiet(health, 300)
+    said = told_of(health, [*[(2.0, 400.0)] * 8, *[(2.0, 1000.0)] * 150, *[(2.0, 400.0)] * 2000])
+    assert said == ["training has become slow", "training stays slow"]
+    assert told_of(health, [(2.0, 150.0)] * 20) == ["training has become slow"]
+
+
 HOSTS = ["n1", "n1", "n2", "n2"]
 
 
@@ -87,6 +119,9 @@ def test_a_straggler_is_named_with_its_host_and_what_is_slow() -> None:
     said = [words for _ in range(20) for words in health.stragglers(work(told(1, data_s=0.9)), HOSTS)]
     assert len(said) == 1
     assert "rank 1 on n1: it waits 0.90 s a step for its data, the usual rank 0.00 s" in said[0]
+    said = [words for _ in range(20) for words in health.stragglers(work(told(3, optim_s=0.7)), HOSTS)]
+    assert len(said) == 1
+    assert "rank 3 on n2: its optimizer takes 0.70 s a step on the CPUs, the usual rank's 0.00 s" in said[0]
 
 
 def test_a_rank_that_is_slow_now_and_then_is_none() -> None:

@@ -17,7 +17,6 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.metrics import Meter, StepTimer, perplexity
 
 PlanOf = Callable[..., LaunchPlan]
-CPU = torch.device("cpu")
 TIMES = {"time/step_s": 0.5}
 # Documents by row; a micro-batch of one row has no padding, one of two rows has where they differ.
 ROWS = [[8], [1, 2, 1], [5, 3, 4], [2], [6, 6], [3, 1], [7], [2, 2]]
@@ -44,7 +43,7 @@ def batch_of(num_tokens: int = 24, num_labels: int = 8, sources: tuple[int, ...]
 
 
 def measured(plan: LaunchPlan, batch: StepBatch, peak_tflops: float | None = None) -> dict[str, float]:
-    meter = Meter(plan, 40, CPU, attempt=1, restart=0, peak_tflops=peak_tflops)
+    meter = Meter(plan, 40, attempt=1, restart=0, peak_tflops=peak_tflops)
     return meter.step(1, batch, 1.0, 1.0, 1.0, TIMES)
 
 
@@ -75,7 +74,7 @@ def test_each_source_has_its_share_of_the_tokens(tmp_path: Path) -> None:
         "data": {"sources": [{"name": "chat", "path": "a.jsonl"}, {"name": "code", "path": "b.jsonl"}]},
         "train": {"max_steps": 40},
     }
-    meter = Meter(hand_made.plan(tmp_path, settings), 40, CPU, attempt=1, restart=0, peak_tflops=None)
+    meter = Meter(hand_made.plan(tmp_path, settings), 40, attempt=1, restart=0, peak_tflops=None)
     batch = batch_of(num_tokens=8, num_labels=4, sources=(6, 2))
     metrics = meter.step(1, batch, 1.0, 1.0, 1e-5, {"time/step_s": 1.0})
     assert (metrics["data/source/chat/frac"], metrics["data/source/code/frac"]) == (0.75, 0.25)
@@ -113,7 +112,7 @@ def test_what_is_told_of_a_step_is_of_all_ranks(plan_of: PlanOf) -> None:
 def test_the_time_left_counts_what_comes_between_steps(plan_of: PlanOf) -> None:
     """Steps of half a second, one second from end to end; an evaluation takes its share of all that is left."""
     now = [100.0]
-    meter = Meter(plan_of(), 40, CPU, attempt=1, restart=0, peak_tflops=None, clock=lambda: now[0])
+    meter = Meter(plan_of(), 40, attempt=1, restart=0, peak_tflops=None, clock=lambda: now[0])
     batch = batch_of()
 
     def after(step: int, seconds: float) -> float:

@@ -117,7 +117,7 @@ def monitor(plan_of: PlanOf, tmp_path: Path, heard: Heard) -> Iterator[Monitor]:
     dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
     plan = plan_of().model_copy(update={"run_dir": str(tmp_path)})
     tracker = Composite([heard])  # type: ignore[list-item]
-    made = Monitor(plan, Place(0, 0, 1, 2, 0), torch.device("cpu"), nn.Module(), tracker, lambda phase, step: None)
+    made = Monitor(plan, Place(0, 0, 1, 2, 0), torch.device("cpu"), nn.Module(), None, tracker, lambda phase, step: None)
     yield made
     made.stop()
     dist.destroy_process_group()
@@ -130,7 +130,11 @@ def test_what_lasts_is_told_once_with_the_step(monitor: Monitor, heard: Heard) -
     for step in range(60, 90):
         monitor.alert(step, loss=9.0, tokens_per_sec=100.0)
     told = [(kind, text.partition(":")[0], step) for kind, text, step in heard.said]
-    assert told == [("alert", "the loss jumped", 60), ("alert", "training has become slow", 64)]
+    assert told == [
+        ("alert", "the loss jumped", 60),
+        ("alert", "training has become slow", 64),
+        ("alert", "the loss does not come back", 79),
+    ]
 
 
 def test_an_xid_is_an_alert_once_and_a_full_disk_does_not_end_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

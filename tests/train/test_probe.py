@@ -21,7 +21,7 @@ from datetime import timedelta
 from transformers import AutoModelForCausalLM, LlamaConfig
 from launcher.train.engine import import_muon
 from launcher.train.extensions import lock_builds
-from launcher.train.probe import Probe, representative
+from launcher.train.probe import OptimizerProbe, Probe, representative
 
 rank, meeting = int(sys.argv[1]), sys.argv[2]
 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -38,7 +38,7 @@ with deepspeed.zero.Init(config_dict_or_path=config):
     model = AutoModelForCausalLM.from_config(llama)
 import_muon()
 engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
-probe = Probe(model, torch.device("cpu"))
+probe, optimizer_probe = Probe(model, torch.device("cpu")), OptimizerProbe(engine.basic_optimizer)
 layer, calls = representative(model), []
 plain = layer.forward
 slow_s = 0.0
@@ -63,7 +63,8 @@ def step(checkpointing=False):
     engine.step()
     # As training does: the step is over for all together.
     dist.barrier()
-    return {"step_s": time.perf_counter() - began, "per_token_s": probe.read(), "calls": len(calls)}
+    return {"step_s": time.perf_counter() - began, "per_token_s": probe.read(), "calls": len(calls),
+            "optim_s": optimizer_probe.read()}
 
 step()
 found = {"usual": step()}
@@ -77,6 +78,9 @@ if rank:
         if type(module).__name__ == "LlamaRMSNorm":
             module.register_forward_pre_hook(lambda *_: time.sleep(0.1))
 found["elsewhere"] = step()
+if rank:
+    engine.basic_optimizer.register_step_pre_hook(lambda *_: time.sleep(0.3))
+found["optimizer"] = step()
 engine.eval()
 with torch.no_grad():
     engine(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
@@ -120,6 +124,14 @@ def test_no_collective_lies_in_what_is_timed(ranks: list[dict]) -> None:
     assert all(rank["elsewhere"]["step_s"] > 0.2 for rank in ranks)
     assert all(rank["elsewhere"]["per_token_s"] < 0.1 / 32 for rank in ranks), "nobody waits in the layer"
     assert all(rank["evaluated"] != rank["evaluated"] for rank in ranks), "evaluation is not training"
+
+
+def test_only_the_rank_whose_optimizer_is_slow_shows_it(ranks: list[dict]) -> None:
+    first, second = ranks
+    assert all(rank["optimizer"]["step_s"] > 0.3 for rank in ranks)
+    assert second["optimizer"]["optim_s"] > 0.3
+    assert 0 < first["optimizer"]["optim_s"] < 0.1
+    assert all(0 < rank["elsewhere"]["optim_s"] < 0.1 for rank in ranks)
 
 
 def test_a_layer_that_is_called_by_keyword_is_timed_as_well() -> None:
