@@ -20,6 +20,11 @@ EXIT_INTERRUPTED = 130
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def printable(text: str) -> str:
+    """The text with escape sequences in place of what a terminal would act upon, or could not print."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One mistake: `where` is a key, a file:line or the command line; `value` is as the user wrote it.
@@ -40,7 +45,7 @@ class Problem:
             lines.append(f"  value:  {self.value}")
         if self.remedy:
             lines.append(f"  remedy: {self.remedy}")
-        return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), "\n".join(lines))
+        return printable("\n".join(lines))
 
 
 class LauncherError(Exception):

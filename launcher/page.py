@@ -113,7 +113,8 @@ def write(file: Path, content: str) -> None:
         ConfigError: also where storage takes none.
     """
     try:
-        require_place(file).write_text(content, encoding="utf-8")
+        # What UTF-8 has no place for, as half a surrogate pair of a file's name, is known before the page before is gone.
+        require_place(file).write_bytes(content.encode(errors="xmlcharrefreplace"))
     except OSError as error:
         what = f"the page cannot be written: {error.strerror}"
         raise ConfigError(what, where="--html", value=str(file), remedy="name a file on another disk") from None

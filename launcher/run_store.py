@@ -279,12 +279,17 @@ def load_plan(run: RunDir) -> LaunchPlan:
 
 
 class Placed(NamedTuple):
-    """Where a run computes: the kind of its backend, the number of its ranks, what they compute on (cuda or cpu) and cost."""
+    """Where a run computes: the kind of its backend, the number of its ranks, what they compute on (cuda or cpu) and cost.
+
+    `max_usd` and `max_hours` are the limits of the run, None without one.
+    """
 
     kind: str
     num_ranks: int
     device: str
     price: Price | None
+    max_usd: float | None
+    max_hours: float | None
 
 
 def placed(run: RunDir) -> Placed:
@@ -298,7 +303,9 @@ def placed(run: RunDir) -> Placed:
     try:
         topology, price = values["topology"], values.get("price")
         known_price = None if price is None else Price.model_validate(price)
-        return Placed(values["config"]["cluster"]["kind"], topology["world_size"], topology["device"], known_price)
+        config = values["config"]
+        limits = config["run"].get("max_usd"), config["run"].get("max_hours")
+        return Placed(config["cluster"]["kind"], topology["world_size"], topology["device"], known_price, *limits)
     except (KeyError, TypeError, ValueError):
         raise RunError("the plan of this run cannot be read by this launcher", where=str(path)) from None
 

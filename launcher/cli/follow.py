@@ -16,7 +16,7 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli.text import short
 from launcher.clusters.base import Cluster
-from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
 from launcher.tracking.console import format_step
@@ -69,7 +69,7 @@ def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
 def _show(line: dict[str, Any], status: Status, screen: _Screen) -> None:
     if "kind" in line:
         if line["kind"] not in _NOT_SHOWN:
-            screen.say(line["text"])
+            screen.say(printable(line["text"]))
     elif "train/loss" in line:
         screen.live(format_step(line, status.max_steps))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from launcher.errors import EXIT_INTERRUPTED, EXIT_REFUSED, LauncherError, Problem
+from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_REFUSED, LauncherError, Problem
 
 COMPOSING = ("train", "plan", "data")
 SHOWING = ("ls", "status", "report", "dashboard")
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if argv is None else argv)
     # A reader that closes the pipe early (`| head`) is no error worth a traceback.
     logging.raiseExceptions = False
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal of another encoding shows what it can.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]  # noqa: S105
     if tokens[:1] in (["--help"], ["-h"]):
@@ -68,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if debug:
+            raise
+        what = f"a file cannot be read or written: {error.strerror or error}"
+        remedy = "look at the storage and at who may use it, then try again (--debug shows where it happened)"
+        print(Problem(what, value=str(error.filename or ""), remedy=remedy), file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

@@ -48,6 +48,7 @@ _METRICS = (*(name for _, name, _, _ in _CURVES), "eval/", "time/eval_s", "ckpt/
 class _Told:
     """What the files of a run tell; `steps` has one entry a step, `lines` all that were written, each of them with _METRICS."""
 
+    name: str
     run: RunDir
     plan: LaunchPlan
     status: Status
@@ -55,10 +56,6 @@ class _Told:
     steps: list[dict[str, Any]]
     events: list[dict[str, Any]]
     spent: Breakdown
-
-    @property
-    def name(self) -> str:
-        return self.run.root.name
 
 
 def run(tokens: list[str]) -> int:
@@ -71,21 +68,31 @@ def run(tokens: list[str]) -> int:
         "--html", metavar="FILE", help="the page (default: report.html in the run directory, or here for several)"
     )
     arguments = parser.parse_args(tokens)
-    found = [run_store.find(name, Path(arguments.root)) for name in dict.fromkeys(arguments.runs)]
+    named = [run_store.find(name, Path(arguments.root)) for name in arguments.runs]
+    found = list({one.root: one for one in named}.values())
     file = Path(arguments.html) if arguments.html else (found[0].root if len(found) == 1 else Path()) / "report.html"
-    html.write(file, page([_told(one) for one in found]))
+    html.write(file, page([_told(one, name) for one, name in zip(found, _names(found), strict=True)]))
     print(f"page: {text.short(file.absolute())}")
     return 0
 
 
-def _told(found: RunDir) -> _Told:
+def _names(runs: Sequence[RunDir]) -> list[str]:
+    """The name of each run, with as much of its path as tells it from the others."""
+    for depth in range(1, max(len(run.root.parts) for run in runs)):
+        names = [str(Path(*run.root.parts[-depth:])) for run in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [str(run.root) for run in runs]
+
+
+def _told(found: RunDir, name: str) -> _Told:
     plan = run_store.load_plan(found)
     lines = list(lines_of(found.metrics, _METRICS))
     status = cluster_for(plan.config.cluster.kind).status(found)
     events = read_events(found.events)
     attempts = goodput.settled(goodput.recorded(found), status.state, lines, events)
     spent = goodput.breakdown(lines, events, attempts, time.time())
-    return _Told(found, plan, status, lines, merged(gone_on_from(lines)), events, spent)
+    return _Told(name, found, plan, status, lines, merged(gone_on_from(lines)), events, spent)
 
 
 def page(runs: Sequence[_Told]) -> str:
@@ -184,7 +191,7 @@ def _sections(one: _Told) -> list[str]:
 
 
 def _attempt_rows(one: _Told) -> list[list[str]]:
-    rows = []
+    rows, is_local = [], one.plan.config.cluster.kind == "local"
     for number in run_store.attempt_numbers(one.run):
         attempt, exit_file = run_store.read_attempt(one.run, number), one.run.attempt(number) / "exit.json"
         ended = run_store.read_json(exit_file) if exit_file.is_file() else {}
@@ -193,7 +200,7 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
             [
                 str(number),
                 str(attempt.resume_step or 0),
-                ", ".join(dict.fromkeys(attempt.nodes)) or "this machine",
+                ", ".join(dict.fromkeys(attempt.nodes)) or ("this machine" if is_local else "-"),
                 f"{max(steps):,.0f}" if steps else "-",
                 _clock(ended["ended_at"]) if ended.get("ended_at") else "-",
                 ": ".join(filter(None, (ended.get("cause") or ended.get("state", ""), ended.get("message", ""))))

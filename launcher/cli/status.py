@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.checkpoint import store
 from launcher.cli import text
-from launcher.cli.follow import Watch, wandb_page, wandb_words
+from launcher.cli.follow import Watch, wandb_words
+from launcher.cli.summary import summary
 from launcher.clusters.base import cluster_for
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, printable
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Placed, Status
+from launcher.run_store import RUNNING_STATES, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
-from launcher.tracking.glance import Glance, glance, newest_step
-from launcher.tracking.goodput import Breakdown
-from launcher.tracking.jsonl import read_events
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
 _ALERTS_SHOWN = 3
+_CHECKPOINTS_SHOWN = 5
+_ASKED_AT_ONCE = 16
 _PARTS_SHOWN = 4
-_VARYING = ("perf/tokens_per_sec", "time/step_s", "perf/mfu", "time/straggler_ratio")
+# A newest step that is older is told with its age.
+_OLD_S = 60.0
 _COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
 
 
@@ -47,6 +46,21 @@ def run(verb: str, tokens: list[str]) -> int:
 
         return fetch.ls(arguments.mirror, arguments.json)
     return _ls(Path(arguments.root), arguments.json)
+
+
+def _kind(run: RunDir) -> str | None:
+    """The backend of a run; None where its plan cannot be read, which is said."""
+    try:
+        return run_store.placed(run).kind
+    except LauncherError as error:
+        _say_unread(run, error.problems[0].what)
+    except OSError as error:
+        _say_unread(run, str(error))
+    return None
+
+
+def _say_unread(run: RunDir, why: str) -> None:
+    print(printable(f"{run.root.name}: {why}"), file=sys.stderr)
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
@@ -67,16 +81,25 @@ def _parser(verb: str) -> argparse.ArgumentParser:
 
 
 def _seconds(value: str) -> float:
-    if not 0.1 <= (seconds := float(value)) < 1e6:
-        raise ValueError
-    return seconds
+    with suppress(ValueError):
+        if 0.1 <= (seconds := float(value)) < 1e6:
+            return seconds
+    raise argparse.ArgumentTypeError(f"{value} is no number of seconds from 0.1 to a million")
 
 
 def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
     """Print the state of a run, once or every `every_s` seconds until it ends."""
     state = _state_of(run)
     while True:
-        found = summary(run, state())
+        try:
+            found = summary(run, state())
+        except OSError as error:
+            if every_s is None:
+                raise
+            # Storage that hiccups is back at the next look.
+            print(f"the run cannot be read now: {error}", file=sys.stderr)
+            time.sleep(every_s)
+            continue
         block = text.as_json(found, 2 if every_s is None else None) if as_json else "\n".join(_lines(found))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
         print(f"{_CLEAR if clear else ''}{block}", flush=True)
@@ -96,13 +119,18 @@ def _state_of(run: RunDir) -> Callable[[], Status]:
 
 def _ls(root: Path, as_json: bool) -> int:
     """Print the runs under `root`, newest first; one that cannot be read is named on standard error."""
-    summaries = []
-    for run in run_store.runs(root):
+    runs, summaries = list(run_store.runs(root)), []
+    # Backends that do not answer are waited for together.
+    with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+        asked = [pool.submit(cluster_for(kind).status, run) if (kind := _kind(run)) else None for run in runs]
+    for run, status in zip(runs, asked, strict=True):
         try:
-            status = cluster_for(run_store.placed(run).kind).status(run)
-            summaries.append(summary(run, status))
+            if status is not None:
+                summaries.append(summary(run, status.result()))
         except LauncherError as error:
-            print(f"{run.root.name}: {error.problems[0].what}", file=sys.stderr)
+            _say_unread(run, error.problems[0].what)
+        except OSError as error:
+            _say_unread(run, str(error))
     if as_json:
         print(text.as_json(summaries))
     elif not summaries:
@@ -110,114 +138,6 @@ def _ls(root: Path, as_json: bool) -> int:
     else:
         print("\n".join(text.table(_COLUMNS, [_row(found) for found in summaries])))
     return 0
-
-
-def summary(run: RunDir, status: Status) -> dict[str, Any]:
-    """For programs: the state, the newest training step's metrics, and what follows from both; files may be missing."""
-    seen = glance(run.metrics)
-    # Files that were copied may be without a plan.
-    placed = run_store.placed(run) if run.plan.is_file() else None
-    checkpoints = store.list_checkpoints(run.checkpoints)
-    events = read_events(run.events)
-    spent = _spent(run, status)
-    return {
-        "name": run.root.name,
-        "dir": str(run.root),
-        **asdict(status),
-        "step": newest_step(run, status),
-        "metrics": seen.last,
-        "usual": _usual(seen.recent),
-        "losses": list(seen.losses),
-        "eval_loss": seen.eval_loss,
-        "eval_step": seen.eval_step,
-        "left_s": _left_s(seen, status),
-        "asked_to_stop": status.state in RUNNING_STATES and run.cancel(status.attempt).is_file(),
-        "checkpoints": [checkpoint.step for checkpoint in checkpoints],
-        "device": placed.device if placed is not None else "cuda",
-        "cost": _cost(seen, spent, placed, status),
-        "goodput": _goodput(spent or goodput.of_metrics(seen.last)),
-        "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
-        "wandb": wandb_page(events),
-        "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
-    }
-
-
-def _left_s(seen: Glance, status: Status) -> float | None:
-    """Seconds until the end of a run that goes on, by its newest training step; None where that cannot be told."""
-    if status.state not in RUNNING_STATES or not seen.last:
-        return None
-    left = seen.last.get("trainer/eta_s", math.nan)
-    if seen.last["attempt"] != status.attempt and status.max_steps:
-        # An attempt that has not trained yet may have more steps to go than the one before.
-        left = (status.max_steps - seen.last["trainer/step"]) * _usual(seen.recent).get("time/step_s", math.nan)
-    return left if math.isfinite(left) else None
-
-
-def _num_ranks(line: dict[str, Any]) -> int | None:
-    """The ranks that a line of metrics is of; None where it does not tell."""
-    whole, each = line.get("perf/tokens_per_sec"), line.get("perf/tokens_per_sec_per_gpu")
-    return round(whole / each) if whole and each else None
-
-
-def _usual(recent: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the newest steps, of what varies from step to step."""
-    values = {name: [line[name] for line in recent if name in line] for name in _VARYING}
-    return {name: statistics.median(found) for name, found in values.items() if found}
-
-
-def _spent(run: RunDir, status: Status) -> Breakdown | None:
-    """Where the time went until now, or until the run's end; None where its files do not tell."""
-    with suppress(LauncherError, OSError, KeyError, TypeError, ValueError):
-        return goodput.read(run, time.time(), status.state) if run_store.attempt_numbers(run) else None
-    return None
-
-
-def _goodput(told: Breakdown | None) -> dict[str, float] | None:
-    """The time since submission and its parts in seconds; None before there is any."""
-    if told is None or not told.kept_s:
-        return None
-    lost = {name: getattr(told, name) for name in goodput.LOST}
-    return {"fraction": told.goodput, "wall_s": told.wall_s, "kept_s": told.kept_s, **lost, "lost_steps": told.lost_steps}
-
-
-def _cost(seen: Glance, spent: Breakdown | None, placed: Placed | None, status: Status) -> dict[str, Any] | None:
-    """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted.
-
-    Where the files of the attempts do not tell, the newest line of metrics that counts does. `at_typical_price` is None without a
-    plan.
-    """
-    counted, price = seen.spent, None if placed is None else placed.price
-    typical = None if placed is None else price is not None and price.assumption is not None
-    if spent is not None and spent.gpu_s and placed is not None:
-        if placed.device == "cpu" and price is None:
-            return None
-        hours, usd, typical = spent.gpu_s / 3600, spent.usd, spent.assumed_usd > 0
-    elif counted is not None:
-        hours, usd = counted.gpu_hours, counted.usd
-    else:
-        return None
-    expected = _expected(seen, spent, placed, hours, usd, _left_s(seen, status))
-    return {"gpu_hours": hours, "usd": usd, "expected_usd": expected, "at_typical_price": typical}
-
-
-def _expected(
-    seen: Glance,
-    spent: Breakdown | None,
-    placed: Placed | None,
-    hours: float,
-    usd: float | None,
-    left_s: float | None,
-) -> float | None:
-    """Dollars at the end, which is `left_s` away; None where it cannot be told."""
-    if usd is None or seen.spent is None or left_s is None:
-        return None
-    num_gpus, price = _num_ranks(seen.last), usd / hours if hours else None
-    if placed is not None:
-        num_gpus = max(placed.num_ranks, 0 if spent is None else spent.num_workers)
-        price = None if placed.price is None else placed.price.usd_per_gpu_hour
-    if num_gpus is None or price is None:
-        return None
-    return usd + price * max(0.0, seen.spent.gpu_hours + num_gpus * left_s / 3600 - hours)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -235,7 +155,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
         rows.append(("memory", _memory(metrics)))
         rows += [(label, words) for label, words in (("GPUs", _gpus(metrics)), ("ranks", _ranks(found["usual"]))) if words]
         if found["left_s"] is not None and not asked:
-            rows.append(("time left", format_duration(found["left_s"])))
+            after = " of training, once it has its machines" if found["state"] == "pending" else ""
+            limit = f", until {found['limit']} ends it before its last step" if found["limit"] else ""
+            rows.append(("time left", f"{format_duration(found['left_s'])}{after}{limit}"))
     if found["goodput"] is not None:
         rows.append(("goodput", _lost(found["goodput"])))
     if found["cost"] is not None:
@@ -243,18 +165,27 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if found["eval_loss"] is not None:
         rows.append(("held out", f"loss {found['eval_loss']:.4f} after step {found['eval_step']:,}"))
     if found["checkpoints"]:
-        rows.append(("checkpoints", ", ".join(f"step {step}" for step in found["checkpoints"])))
+        rows.append(("checkpoints", _checkpoints(found["checkpoints"])))
     if page := wandb_words(found["wandb"]):
         rows.append(("W&B", page))
     if found["mirror"] is not None:
         rows.append(("mirror", found["mirror"]))
     rows += [("alert", _alert(alert)) for alert in found["alerts"][-_ALERTS_SHOWN:]]
-    return [f"{label:<12}{value}" for label, value in rows]
+    # What others have written may be of many lines, and hold what a terminal acts upon.
+    return [f"{label:<12}{printable(value).replace(chr(10), chr(10) + ' ' * 12)}" for label, value in rows]
 
 
 def _progress(found: dict[str, Any]) -> str:
     done, total = found["step"], found["max_steps"]
-    return f"{done:,} of {total:,} ({done / total:.0%})" if total else f"{done:,} of ?"
+    is_old = found["state"] in RUNNING_STATES and found["age_s"] is not None and found["age_s"] >= _OLD_S
+    age = f", {format_duration(found['age_s'])} ago" if is_old else ""
+    return (f"{done:,} of {total:,} ({done / total:.0%})" if total else f"{done:,} of ?") + age
+
+
+def _checkpoints(steps: Sequence[int]) -> str:
+    shown = ", ".join(f"step {step}" for step in steps[-_CHECKPOINTS_SHOWN:])
+    more = len(steps) - _CHECKPOINTS_SHOWN
+    return f"{shown}, and {more} before" if more > 0 else shown
 
 
 def sparkline(values: Sequence[float]) -> str:

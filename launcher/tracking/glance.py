@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -46,13 +47,23 @@ class Glance:
         return self.recent[0] if self.recent else {}
 
 
-def glance(path: str | Path, num_points: int = 40) -> Glance:
-    """Look at a run's metrics; `losses` has up to `num_points` values. A missing file is an empty one."""
+def glance(path: str | Path, num_points: int = 40, resumed: Mapping[int, int] | None = None) -> Glance:
+    """Look at a run's metrics; `losses` has up to `num_points` values. A missing file is an empty one.
+
+    `resumed` are the steps from which attempts have gone on: what was measured of later ones before is of another model.
+    """
     try:
         with _mapped(path) as data:
             recent = tuple(islice(_backwards(data, _TRAINED), _RECENT))
-            evaluated = next(_backwards(data, b'"eval/held_out/loss"'), {})
-            losses = tuple(_losses(data, num_points))
+            newest = recent[0]["attempt"] if recent else 0
+            begins = {number: step for number, step in (resumed or {}).items() if number <= newest}
+
+            def counts(line: dict[str, Any]) -> bool:
+                later = (step for number, step in begins.items() if number > line["attempt"])
+                return bool(line["trainer/step"] <= min(later, default=math.inf))
+
+            evaluated = next(filter(counts, _backwards(data, b'"eval/held_out/loss"')), {})
+            losses = tuple(line["train/loss"] for line in filter(counts, _sampled(data, num_points)))
             return Glance(
                 tuple(line for line in recent if line["attempt"] == recent[0]["attempt"]),
                 losses,
@@ -128,15 +139,15 @@ def _line(data: mmap.mmap, start: int) -> bytes:
     return data[start : end if end >= 0 else len(data)]
 
 
-def _losses(data: mmap.mmap, num_points: int) -> Iterator[float]:
-    """Losses of the lines that begin after evenly spaced places."""
+def _sampled(data: mmap.mmap, num_points: int) -> Iterator[dict[str, Any]]:
+    """The lines of training steps that begin after evenly spaced places."""
     before = -1
     for i in range(num_points):
         place = data.find(_TRAINED, len(data) * i // num_points)
         start = data.rfind(b"\n", 0, place) + 1 if place >= 0 else before
         if start > before:
             before = start
-            yield from (line["train/loss"] for line in decode_lines(_line(data, start)))
+            yield from decode_lines(_line(data, start))
 
 
 def _spent(line: dict[str, Any] | None) -> Spent | None:

@@ -150,8 +150,9 @@ def breakdown(
     before = attempts[0].submitted_at
     sessions = _sessions(lines, events, attempts, now)
     for i, attempt in enumerate(attempts):
-        end = _end(attempts, i, now)
-        begun = end if attempt.begun_at is None else min(attempt.begun_at, end)
+        # The clocks of nodes differ: nothing ends before what came before it.
+        end = max(_end(attempts, i, now), before)
+        begun = end if attempt.begun_at is None else min(max(attempt.begun_at, before), end)
         # What goes on without a person waits for machines from the end before; it may be numbered only when they are there.
         asked = before if attempt.automatic else min(max(attempt.submitted_at, before), begun)
         parts["idle_s"] += asked - before
@@ -161,7 +162,7 @@ def breakdown(
         num_ranks = own[0].num_ranks if own else attempt.num_ranks
         held = held + end - begun
         spent = spent.paid((end - begun) * max(num_ranks, attempt.num_workers), attempt.price)
-        parts["start_s"] += (own[0].joined_at if own else end) - begun
+        parts["start_s"] += max(0.0, (own[0].joined_at if own else end) - begun)
         for session in own:
             lost_steps += _count(session, parts, is_last=session is sessions[-1] and attempt is attempts[-1])
         before = max(before, end)

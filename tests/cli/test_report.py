@@ -75,7 +75,7 @@ def test_only_the_newest_attempt_of_a_run_that_runs_goes_on(run: RunDir, state: 
     run_store.update_status(run, state=state, job=identity())
     begun_at = time.time() if begun else None
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=begun_at))
-    rows = re.findall(r"<td[^>]*>([^<]*)</td></tr>", page([_told(run)]))
+    rows = re.findall(r"<td[^>]*>([^<]*)</td></tr>", page([_told(run, "demo")]))
     assert [row for row in rows if row in (words, "ended without a word")] == ["ended without a word", words]
 
 
@@ -88,6 +88,26 @@ def test_several_runs_stand_in_the_same_charts(launch: Launch, run: RunDir, tmp_
     assert "2 runs" in page
     assert page.count("<title>other</title></polyline>") == page.count("<title>demo</title></polyline>") == 6
     assert not (run.root / "report.html").exists()
+
+
+def test_runs_of_one_name_are_told_apart_and_a_run_is_drawn_once(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(run.root, tmp_path / "elsewhere/demo")
+    file = tmp_path / "both.html"
+    again, other = str(run.root / "../demo"), str(tmp_path / "elsewhere/demo")
+    done = launch("report", "demo", again, other, "--root", str(run.root.parent), "--html", str(file))
+    assert done.returncode == 0, done.stderr
+    page = file.read_text()
+    assert "2 runs" in page
+    for name in ("runs/demo", "elsewhere/demo"):
+        assert page.count(f"<title>{name}</title></polyline>") == 6
+        assert f"<h2>{name}</h2>" in page
+
+
+def test_what_no_file_can_hold_stands_as_what_it_is(launch: Launch, run: RunDir) -> None:
+    """Half a surrogate pair, as in the name of a file that is no UTF-8."""
+    JsonlTracker(run, 2).event("alert", "the file \udcff.jsonl is damaged")
+    assert launch("report", str(run.root)).returncode == 0
+    assert "the file &#56575;.jsonl is damaged" in (run.root / "report.html").read_text()
 
 
 def test_a_page_that_cannot_be_written_is_refused_in_words(launch: Launch, run: RunDir, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -11,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import hand_made
 import pytest
 
 from launcher import run_store
-from launcher.cli.status import sparkline, summary
+from launcher.cli.status import sparkline
+from launcher.cli.summary import summary
 from launcher.cli.text import short
 from launcher.clusters.process import identity
 from launcher.plan.run_dir import RunDir
@@ -98,6 +101,109 @@ def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(la
     assert lines["time"] == "left   1m40s"
     assert lines["held"] == "out    loss 2.5000 after step 10"
     assert json.loads(launch("status", str(run.root), "--json").stdout)["left_s"] == 100.0
+
+
+def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
+    """The attempt before was; status.json has its number until the job of the next begins."""
+    run_store.write_json(run.cancel(2), {"save": True})
+    number = run_store.next_attempt(run, run_store.Attempt(resume_step=5))
+    found = summary(run, run_store.update_status(run, state="pending", max_steps=60))
+    assert (found["attempt"], found["asked_to_stop"], found["left_s"]) == (number, False, 55 * 2.0)
+    assert found["cost"]["expected_usd"] == pytest.approx(found["cost"]["usd"] + 2 * 2.0 * 110 / 3600)
+    run_store.write_json(run.cancel(number), {"save": True})
+    assert summary(run, run_store.update_status(run, state="pending"))["asked_to_stop"]
+
+
+def test_a_job_that_waits_again_goes_on_from_what_is_saved(run: RunDir) -> None:
+    run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=None))
+    JsonlTracker(run, 2).log(17, {"train/loss": 2.0, "time/step_s": 2.0, "trainer/eta_s": 46.0})
+    found = summary(run, run_store.update_status(run, state="pending"))
+    assert found["left_s"] == pytest.approx(30 * 2.0), "from step 10 of 40"
+
+
+def test_a_limit_that_comes_before_the_last_step_is_told(launch: Launch, run: RunDir) -> None:
+    plan = run_store.read_json(run.plan)
+    run_store.update_status(run, state="running", job=identity())
+
+    def told(**limits: float) -> dict[str, str]:
+        config = plan["config"] | {"run": plan["config"]["run"] | limits}
+        run_store.write_json(run.plan, plan | {"config": config})
+        return dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+
+    # Two GPUs at two dollars an hour have cost $3.40, and half an hour more is two dollars more.
+    lines = told(max_usd=5.4)
+    assert re.fullmatch(r"left   (29m5\ds|30m00s), until run.max_usd=5.4 ends it before its last step", lines["time"])
+    assert "about $5.40 at the end" in lines["cost"]
+    assert lines["time"] != told(max_usd=4.4, max_hours=10)["time"]
+    assert "run.max_hours=1 ends it" in told(max_usd=100, max_hours=1)["time"], "51 minutes have gone"
+    assert told(max_usd=100, max_hours=10)["time"] == "left   1h00m"
+
+
+def test_a_run_without_a_word_for_long_is_not_said_to_be_near_its_end(launch: Launch, run: RunDir) -> None:
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    run.metrics.write_text("".join(json.dumps(line | {"time": line["time"] - 1800}) + "\n" for line in lines))
+    run_store.update_status(run, state="running", job=identity())
+    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    assert lines["step"] == "10 of 40 (25%), 30m00s ago"
+    assert "time" not in lines
+    # Where few steps are logged, status.json has newer ones.
+    status = run_store.update_status(run, step=12)
+    found = summary(run, status)
+    assert (found["step"], found["left_s"]) == (12, 3600)
+    assert found["age_s"] < 60
+
+
+def test_what_a_run_went_back_behind_is_not_shown(run: RunDir) -> None:
+    log = JsonlTracker(run, 2)
+    log.log(30, {"train/loss": 77.0, "time/step_s": 2.0})
+    log.log(30, {"eval/held_out/loss": 77.0})
+    log.log(10, {"eval/held_out/loss": 2.5})
+    number = run_store.next_attempt(run, run_store.Attempt(resume_step=10, pinned=True))
+    status = run_store.update_status(run, attempt=number, state="running")
+    assert summary(run, status)["eval_loss"] == 2.5, "the newest line of all"
+    JsonlTracker(run, number).log(11, {"train/loss": 2.4, "time/step_s": 2.0})
+    found = summary(run, status)
+    assert (found["eval_loss"], found["eval_step"]) == (2.5, 10)
+    assert max(found["losses"]) < 5
+
+
+def test_many_checkpoints_are_told_in_a_line(launch: Launch, run: RunDir) -> None:
+    for step in range(11, 15):
+        hand_made.checkpoint(run, step, None, attempt=2)
+    assert "checkpoints step 10, step 11, step 12, step 13, step 14, and 1 before\n" in launch("status", str(run.root)).stdout
+
+
+def test_what_others_have_written_is_shown_and_not_acted_upon(launch: Launch, run: RunDir) -> None:
+    run_store.update_status(run, state="failed", message="CUDA error: assert\nCompile with TORCH_USE_CUDA_DSA")
+    JsonlTracker(run, 2).event("alert", "x\nstate       completed\x1b[2J \udcff")
+    done = launch("status", str(run.root))
+    assert "\n            Compile with TORCH_USE_CUDA_DSA\n" in done.stdout
+    assert "\n            state       completed\\x1b[2J \\udcff (" in done.stdout
+
+
+def test_a_slurm_run_whose_submission_was_interrupted_can_be_asked_for(launch: Launch, run: RunDir) -> None:
+    plan = run_store.read_json(run.plan)
+    run_store.write_json(run.plan, plan | {"config": plan["config"] | {"cluster": {"kind": "slurm"}}})
+    shutil.rmtree(run.attempts)
+    run_store.update_status(run, state="pending", attempt=0, step=0)
+    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    assert lines["state"].startswith("pending")
+    assert "demo" in launch("ls", "--root", str(run.root.parent)).stdout
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(launch: Launch, run: RunDir) -> None:
+    shutil.copytree(run.root, run.root.with_name("broken"))
+    metrics = run.root.with_name("broken") / "metrics.jsonl"
+    metrics.unlink()
+    metrics.mkdir()
+    done = launch("ls", "--root", str(run.root.parent))
+    assert "demo" in done.stdout
+    assert done.stderr.startswith("broken: ")
+    assert done.returncode == 0
+    alone = launch("status", "broken", "--root", str(run.root.parent))
+    assert alone.returncode == 1
+    assert alone.stderr.startswith("a file cannot be read or written: Is a directory\n  value:  ")
+    assert "Traceback" not in alone.stderr
 
 
 def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch: Launch, run: RunDir) -> None:

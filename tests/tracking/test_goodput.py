@@ -85,6 +85,14 @@ def test_a_requeue_waits_for_machines_though_its_attempt_is_numbered_when_they_a
     assert parts(found) == {"kept_s": hour, "queue_s": 6 * hour + 3}
 
 
+def test_a_node_whose_clock_is_behind_takes_no_time_back() -> None:
+    """It tells of what came before it was asked for."""
+    lines, events = [step(1, 1, 830), step(2, 1, 890)], start(1, 770, 780)
+    found = breakdown(lines, events, [Attempt(1, 1000, 760, None, RANKS, automatic=False)], now=1150)
+    assert all(asdict(found)[name] >= 0 for name in ("kept_s", *LOST))
+    assert (found.wall_s, found.held_s, found.kept_s) == (150, 150, 110)
+
+
 def test_ranks_that_are_started_again_within_an_attempt() -> None:
     lines = [*(step(n, 1, 20 + n) for n in range(1, 5)), *(step(n, 1, 50 + n - 2) for n in range(3, 9))]
     events = [*start(1, 10, 20), *start(1, 40, 50, from_step=2)]

@@ -179,7 +179,9 @@ def submission_file(run: RunDir, attempt: int) -> Path:
 
 
 def _job_of(run: RunDir, attempt: int) -> tuple[str | None, float]:
-    """The job of an attempt and when it was submitted."""
+    """The job of an attempt and when it was submitted; none of attempt 0, as while the first is being made."""
+    if not attempt:
+        return None, run_store.read_status(run).created_at
     file = submission_file(run, attempt)
     submitted = run_store.read_json(file) if file.is_file() else {}
     begun = run_store.read_attempt(run, attempt).job
