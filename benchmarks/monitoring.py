@@ -23,7 +23,7 @@ SAMPLE = Sample(5, 0.97, 0.8, 650, 70, 0, 0, 0.3, 0.4)
 
 def main() -> None:
     for world_size in (2, 64, 512):
-        health, spent = Health(), Breakdown(1e5, 9e4)
+        health, spent = Health("cuda"), Breakdown(1e5, 9e4)
         others = [value for rank in range(world_size) for value in Told(2.0, 1e-4, 1e-6 + rank * 1e-12, sample=SAMPLE).values()]
         taken = []
         for step in range(STEPS):
@@ -40,7 +40,7 @@ def main() -> None:
             list(health.faults(told, ["n"] * world_size))
             list(health.stragglers(works, ["n"] * world_size))
             health.step(2.0 - step * 1e-6, 1000.0)
-            spent.later(step, 0.0, 0.0, world_size).metrics()
+            spent.later(step, 0.0, 0.0, world_size, None).metrics()
             taken.append(packed + time.thread_time() - began)
         taken.sort()
         print(f"{world_size:4} ranks: {taken[STEPS // 2] * 1e6:6.0f} us a step (the slowest of 100: {taken[-3] * 1e6:.0f} us)")

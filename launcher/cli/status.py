@@ -32,6 +32,8 @@ _ASKED_AT_ONCE = 16
 _PARTS_SHOWN = 4
 # A newest step that is older is told with its age.
 _OLD_S = 60.0
+# For so long storage may fail while a run is watched.
+_UNREAD_S = 60.0
 _COLUMNS = ("run", "state", ">step", ">loss", ">cost", "updated")
 
 
@@ -89,17 +91,18 @@ def _seconds(value: str) -> float:
 
 def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
     """Print the state of a run, once or every `every_s` seconds until it ends."""
-    state = _state_of(run)
+    state, read_at = _state_of(run), time.monotonic()
     while True:
         try:
             found = summary(run, state())
-        except OSError as error:
-            if every_s is None:
-                raise
+        except (OSError, LauncherError) as error:
             # Storage that hiccups is back at the next look.
-            print(f"the run cannot be read now: {error}", file=sys.stderr)
+            if every_s is None or time.monotonic() - read_at > _UNREAD_S:
+                raise
+            print(printable(f"the run cannot be read now: {error}"), file=sys.stderr)
             time.sleep(every_s)
             continue
+        read_at = time.monotonic()
         block = text.as_json(found, 2 if every_s is None else None) if as_json else "\n".join(_lines(found))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
         print(f"{_CLEAR if clear else ''}{block}", flush=True)

@@ -22,8 +22,8 @@ from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
 
 _VARYING = ("perf/tokens_per_sec", "time/step_s", "perf/mfu", "time/straggler_ratio")
-# Without a word for longer than that, and for so many steps, nobody knows when the run will end.
-_SILENT_S, _SILENT_STEPS = 60.0, 10
+# Without a word for longer than that, and for so many steps, nobody knows when the run will end. An evaluation takes minutes.
+_SILENT_S, _SILENT_STEPS = 600.0, 10
 
 
 def summary(run: RunDir, status: Status) -> dict[str, Any]:
@@ -43,7 +43,9 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
     age_s = _age_s(seen, status, step)
     rest = None
     if status.state in RUNNING_STATES:
-        begin = _begin(seen, status, number, resumed.get(number, 0), checkpoints)
+        # Where the attempts' files are missing, it goes on where the one before was.
+        resumed_from = resumed.get(number, int(seen.last.get("trainer/step", 0)))
+        begin = _begin(seen, status, number, resumed_from, checkpoints)
         rest = _rest(seen, status, usual, begin, age_s, _Paid.of(seen, spent, placed))
     return {
         "name": run.root.name,
@@ -74,7 +76,7 @@ def _resumed(run: RunDir) -> dict[int, int]:
     """The step from which each attempt has gone on; those that cannot be read are left out."""
     found = {}
     for number in run_store.attempt_numbers(run):
-        with suppress(LauncherError, OSError):
+        with suppress(LauncherError, OSError, TypeError, ValueError):
             found[number] = run_store.read_attempt(run, number).resume_step or 0
     return found
 
@@ -83,7 +85,7 @@ def _age_s(seen: Glance, status: Status, step: int) -> float | None:
     """Seconds since the newest step was told; None before the first."""
     if not seen.last:
         return None
-    # Where few steps are logged, status.json is ahead.
+    # status.json has the steps between those that are logged.
     at = status.updated_at if step > seen.last["trainer/step"] else seen.last["time"]
     return max(0.0, time.time() - float(at))
 
@@ -152,7 +154,7 @@ def _rest(seen: Glance, status: Status, usual: dict[str, float], begin: int | No
     else:
         left_s = (status.max_steps - begin) * step_s if status.max_steps else math.nan
         from_usd, is_silent = paid.usd, False
-    if not math.isfinite(left_s):
+    if is_silent or not math.isfinite(left_s):
         return _Rest(None, None, None)
     limit, by_limit = None, paid.limit()
     if by_limit is not None and by_limit[1] < left_s:
@@ -160,7 +162,7 @@ def _rest(seen: Glance, status: Status, usual: dict[str, float], begin: int | No
     usd = None
     if paid.usd is not None and from_usd is not None and paid.usd_per_s is not None:
         usd = max(paid.usd, from_usd + paid.usd_per_s * left_s)
-    return _Rest(None if is_silent else left_s, usd, limit)
+    return _Rest(left_s, usd, limit)
 
 
 def _num_ranks(line: dict[str, Any]) -> int | None:

@@ -103,7 +103,6 @@ class WandbTracker:
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
         """W&B sends alerts to whoever has asked it to; checkpoints are kept by reference, the export where asked for."""
-        self._pass_on()
         if kind == "alert":
             at = self._last_step if step is None and self._last_step >= 0 else step
             self._put(_Call(lambda session: session.alert(text, at)))
@@ -121,6 +120,7 @@ class WandbTracker:
             self._put(_Call(lambda session: self._later(lambda: session.log_export(folder, limit_s))))
             wait = f"the end waits for that for up to {limit_s / 60:.0f} minutes"
             self._tell("info", f"the exported model ({size / 2**30:.1f} GiB) is handed to Weights & Biases; {wait}")
+        self._pass_on()
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._put(_Call(lambda session: session.summary(values)))
@@ -179,19 +179,19 @@ class WandbTracker:
             self._put(_Call(lambda session: session.log(step, row), step))
 
     def _put(self, call: _Call) -> None:
+        """Hand a call to the thread. What is told of W&B comes after that: other trackers may hang with their storage."""
         if (at := self._at) is not None and (late_s := call.at - at) > PATIENCE_S:
             self._note_once("alert", f"W&B takes nothing: its process is {late_s:.0f} s behind; metrics.jsonl has it all")
+        if self._thread.is_alive():
+            try:
+                self._calls.put_nowait(replace(call, behind=self._overflown))
+                self._overflown = False
+                if call.step is None:
+                    self._urgent.set()
+            except queue.Full:
+                self._overflown = True
+                self._note_once("alert", "W&B does not take what is sent; metrics.jsonl has it")
         self._pass_on()
-        if not self._thread.is_alive():
-            return
-        try:
-            self._calls.put_nowait(replace(call, behind=self._overflown))
-            self._overflown = False
-            if call.step is None:
-                self._urgent.set()
-        except queue.Full:
-            self._overflown = True
-            self._note_once("alert", "W&B does not take what is sent; metrics.jsonl has it")
 
     def _pass_on(self) -> None:
         """Tell what the threads have noted, within a call of who tells something."""

@@ -266,7 +266,7 @@ class _Session:
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
                 run_store.require_newest(self.run_dir, self.place.attempt)
                 self.tracker.log(self.step, metrics | self.monitor.metrics(self.meter.tokens))
-                self.status.training(self.step)
+            self.status.training(self.step)
             self.monitor.alert(self.step, loss, self.meter.overall_tokens_per_sec)
         return stopped
 

@@ -7,6 +7,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from launcher.clusters.process import with_code
@@ -97,7 +98,9 @@ def _client(address: str) -> Any:
         return Client(address)
 
     # Where a variable names another cluster, the address of the settings counts.
-    os.environ.pop("RAY_ADDRESS", None)
+    with suppress(KeyError):
+        # Not pop(): it looks first, and another thread may ask for another run.
+        del os.environ["RAY_ADDRESS"]
     return _in_words(address, connect)
 
 
