@@ -152,7 +152,7 @@ def _rest(seen: Glance, status: Status, usual: dict[str, float], begin: int | No
         from_usd = paid.usd if paid.usd is None or paid.logged_usd is None else min(paid.usd, paid.logged_usd)
         is_silent = age_s is not None and age_s > max(_SILENT_S, _SILENT_STEPS * (step_s if step_s > 0 else 0.0))
     else:
-        left_s = (status.max_steps - begin) * step_s if status.max_steps else math.nan
+        left_s = max(0, status.max_steps - begin) * step_s if status.max_steps else math.nan
         from_usd, is_silent = paid.usd, False
     if is_silent or not math.isfinite(left_s):
         return _Rest(None, None, None)
