@@ -50,21 +50,6 @@ def run(verb: str, tokens: list[str]) -> int:
     return _ls(Path(arguments.root), arguments.json)
 
 
-def _kind(run: RunDir) -> str | None:
-    """The backend of a run; None where its plan cannot be read, which is said."""
-    try:
-        return run_store.placed(run).kind
-    except LauncherError as error:
-        _say_unread(run, error.problems[0].what)
-    except OSError as error:
-        _say_unread(run, str(error))
-    return None
-
-
-def _say_unread(run: RunDir, why: str) -> None:
-    print(printable(f"{run.root.name}: {why}"), file=sys.stderr)
-
-
 def _parser(verb: str) -> argparse.ArgumentParser:
     about = {
         "ls": "List the runs, newest first, or those in a mirror.",
@@ -99,7 +84,7 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
             # Storage that hiccups is back at the next look.
             if every_s is None or time.monotonic() - read_at > _UNREAD_S:
                 raise
-            print(printable(f"the run cannot be read now: {error}"), file=sys.stderr)
+            print(printable(f"the run cannot be read now: {_why(error)}"), file=sys.stderr)
             time.sleep(every_s)
             continue
         read_at = time.monotonic()
@@ -111,6 +96,14 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
         time.sleep(every_s)
         if not as_json and not clear:
             print()
+
+
+def _why(error: OSError | LauncherError) -> str:
+    return error.problems[0].what if isinstance(error, LauncherError) else str(error)
+
+
+def _ask(run: RunDir) -> Status:
+    return cluster_for(run_store.placed(run).kind).status(run)
 
 
 def _state_of(run: RunDir) -> Callable[[], Status]:
@@ -125,15 +118,12 @@ def _ls(root: Path, as_json: bool) -> int:
     runs, summaries = list(run_store.runs(root)), []
     # Backends that do not answer are waited for together.
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
-        asked = [pool.submit(cluster_for(kind).status, run) if (kind := _kind(run)) else None for run in runs]
+        asked = [pool.submit(_ask, run) for run in runs]
     for run, status in zip(runs, asked, strict=True):
         try:
-            if status is not None:
-                summaries.append(summary(run, status.result()))
-        except LauncherError as error:
-            _say_unread(run, error.problems[0].what)
-        except OSError as error:
-            _say_unread(run, str(error))
+            summaries.append(summary(run, status.result()))
+        except (OSError, LauncherError) as error:
+            print(printable(f"{run.root.name}: {_why(error)}"), file=sys.stderr)
     if as_json:
         print(text.as_json(summaries))
     elif not summaries:
