@@ -26,6 +26,7 @@ from pathlib import Path
 import sides
 
 from launcher.checkpoint import store
+from launcher.checkpoint.state import read_state
 from launcher.plan.run_dir import RunDir
 
 SETTINGS = ("model=demo", "data=stdlib_docs", "train.global_batch_size=2", "train.micro_batch_size=1", "tracking=none")
@@ -91,7 +92,7 @@ def prepare(folder: Path, overrides: list[str]) -> tuple[dict[str, list[str]], l
         ZERO_TO_FP32: [sys.executable, str(deepspeed / ZERO_TO_FP32), str(deepspeed), out],
         **{side: [*export, "--dtype", side.split()[-1]] for side in LAUNCHER},
     }
-    elements = [math.prod(shape) for shape in store.read_state(store.latest(run.checkpoints).path).parameters.values()]
+    elements = [math.prod(shape) for shape in read_state(store.latest(run.checkpoints).path).parameters.values()]
     return commands, [sys.executable, "-c", "import launcher.worker.export"], max(elements) * 4 / 2**20
 
 

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from launcher.config.secret import redact
 from launcher.errors import SubmitError
 
@@ -75,6 +73,9 @@ def held(folder: Path, wait_s: float) -> Iterator[None]:
     Raises:
         SubmitError: where another process still holds it after `wait_s`, with who that is.
     """
+    # Those who only look at runs take no lock, and it takes a while to load.
+    from filelock import FileLock, Timeout
+
     lock = FileLock(folder / _LOCK, timeout=wait_s)
     try:
         lock.acquire()

@@ -8,15 +8,19 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-from launcher.plan.launch_plan import DeviceFacts
+if TYPE_CHECKING:
+    from launcher.plan.launch_plan import DeviceFacts
 
 
 @functools.cache
 def device() -> DeviceFacts:
     """This machine's accelerators as nvidia-smi sees them, or its CPU."""
+    from launcher.plan.launch_plan import DeviceFacts
+
     host = round(psutil.virtual_memory().total / 2**30, 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") and visible != "":

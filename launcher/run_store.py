@@ -12,13 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import launcher
 from launcher.errors import RunError, SubmitError, Superseded
 from launcher.holder import held
-from launcher.plan.launch_plan import LaunchPlan, Price, digest_of
+from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from launcher.plan.launch_plan import LaunchPlan
 
 RUNNING_STATES = ("pending", "running", "saving")
 
@@ -237,6 +240,8 @@ def _keep_plan(run: RunDir, plan: LaunchPlan) -> None:
 
 def plan_of_digest(run: RunDir, digest: str) -> LaunchPlan | None:
     """The plan that checkpoints with this digest were saved by; None where no file of the run holds it unchanged."""
+    from launcher.plan.launch_plan import LaunchPlan, digest_of
+
     for path in (run.plan, *changed_plans(run), *sorted(run.plans.glob("*.json"))):
         try:
             text = path.read_text(encoding="utf-8")
@@ -256,6 +261,8 @@ def changed_plans(run: RunDir) -> list[Path]:
 
 def plans_until(run: RunDir, attempt: int) -> list[LaunchPlan]:
     """The plans of the attempts up to one, oldest first, so that the last is its own; those that cannot be read are left out."""
+    from launcher.plan.launch_plan import LaunchPlan
+
     found = []
     for path in (run.plan, *(p for p in changed_plans(run) if int(p.parent.name) <= attempt)):
         with suppress(OSError, ValueError):
@@ -269,6 +276,9 @@ def load_plan(run: RunDir) -> LaunchPlan:
     Raises:
         RunError: where it is damaged or of another schema.
     """
+    # The models of plans take longer to load than all that a look at runs does.
+    from launcher.plan.launch_plan import LaunchPlan
+
     path = [run.plan, *changed_plans(run)][-1]
     try:
         return LaunchPlan.load(path)
@@ -281,9 +291,10 @@ def load_plan(run: RunDir) -> LaunchPlan:
 class Placed(NamedTuple):
     """Where a run computes: the kind of its backend, the number of its ranks, what they compute on (cuda or cpu) and cost.
 
-    `max_usd` and `max_hours` are the limits of the run, None without one.
+    `name` is the run's, `max_usd` and `max_hours` are its limits, None without one.
     """
 
+    name: str
     kind: str
     num_ranks: int
     device: str
@@ -301,11 +312,11 @@ def placed(run: RunDir) -> Placed:
     path = [run.plan, *changed_plans(run)][-1]
     values = read_json(path)
     try:
-        topology, price = values["topology"], values.get("price")
-        known_price = None if price is None else Price.model_validate(price)
+        topology, price = values["topology"], Price.of(values)
         config = values["config"]
         limits = config["run"].get("max_usd"), config["run"].get("max_hours")
-        return Placed(config["cluster"]["kind"], topology["world_size"], topology["device"], known_price, *limits)
+        name, kind = values["run_name"], config["cluster"]["kind"]
+        return Placed(name, kind, topology["world_size"], topology["device"], price, *limits)
     except (KeyError, TypeError, ValueError):
         raise RunError("the plan of this run cannot be read by this launcher", where=str(path)) from None
 

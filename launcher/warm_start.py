@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher import run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.state import read_state
 from launcher.config.schema import RUN_PATTERN, RUN_PREFIX, RunConfig
 from launcher.data.root import cache_root
 from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
@@ -101,7 +102,7 @@ def exported(source: Source, dtype: str) -> Path | None:
 def num_params(source: Source) -> int:
     """Elements of all parameters of the checkpoint; tied ones count once."""
     total = 0
-    for shape in store.read_state(source.checkpoint.path).parameters.values():
+    for shape in read_state(source.checkpoint.path).parameters.values():
         count = 1
         for size in shape:
             count *= size

@@ -52,6 +52,14 @@ def test_a_backend_that_is_used_loads_nothing_heavy() -> None:
     assert loaded.isdisjoint(HEAVY)
 
 
+def test_looking_at_runs_loads_no_models_of_plans() -> None:
+    """Half of the time that `status` and `ls` take would go into loading pydantic."""
+    backends = "".join(f"\ncluster_for({kind!r})" for kind in ("local", "slurm", "ray"))
+    loaded = loaded_after(f"import launcher.cli.status\nfrom launcher.clusters.base import cluster_for{backends}")
+    assert "launcher" in loaded
+    assert loaded.isdisjoint(("pydantic", "hydra", "filelock", "asyncio"))
+
+
 def test_the_import_contracts_hold() -> None:
     linter = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run([linter, "--no-cache"], capture_output=True, text=True, cwd=REPO, timeout=120)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from launcher import facts, run_store, warm_start
 from launcher.checkpoint import durable, store
+from launcher.checkpoint.state import State
 from launcher.cli.main import main
 from launcher.config.schema import ModelSection, RunConfig
 from launcher.errors import ConfigError, Problem
@@ -49,7 +50,7 @@ def make_run(config_of: Callable[..., RunConfig], tmp_path: Path) -> MakeRun:
 
 def add_checkpoint(run: RunDir, step: int, content: bytes = b"weights") -> Path:
     saving = store.begin(run.checkpoints, step=step, attempt=1, needed_bytes=1)
-    state = store.State(parameters=SHAPES, optimizer_step=step, loss_scaler={}, engine={}, extra={})
+    state = State(parameters=SHAPES, optimizer_step=step, loss_scaler={}, engine={}, extra={})
     files = {
         store.STATE: durable.write_file(saving / store.STATE, [state.to_json().encode()]),
         store.shard_name(0): durable.write_file(saving / store.shard_name(0), [content]),

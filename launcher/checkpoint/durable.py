@@ -7,13 +7,11 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import xxhash
-from pydantic import Field
-
-from launcher.plan.launch_plan import Record
 
 _READ_BYTES = 8 * 2**20
 _BEGIN_BYTES = 32 * 2**20
@@ -29,11 +27,25 @@ def passing(point: str) -> None:
     """
 
 
-class FileEntry(Record):
+@dataclass(frozen=True)
+class FileEntry:
     """One file: bytes, and the hex XXH3-128 digest of its content."""
 
-    size: Annotated[int, Field(ge=0)]
+    size: int
     xxh3_128: str
+
+    @classmethod
+    def of(cls, values: Any) -> FileEntry:
+        """An entry as JSON has it.
+
+        Raises:
+            ValueError: where it is none.
+        """
+        if not isinstance(values, dict) or values.keys() != {"size", "xxh3_128"}:
+            raise ValueError("is not a size and a digest")
+        if type(values["size"]) is not int or values["size"] < 0 or not isinstance(values["xxh3_128"], str):
+            raise ValueError("is not a number of bytes and the text of a digest")
+        return cls(**values)
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:

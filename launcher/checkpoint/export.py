@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from launcher.checkpoint import durable, store, weights
+from launcher.checkpoint.state import State, read_state
 from launcher.checkpoint.tensor_file import ShardSet
 from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import LaunchPlan
@@ -182,7 +183,7 @@ def verify(task: Task) -> None:
 
 def begin(task: Task) -> None:
     """Make the folder with everything but weights in it, beside its later place."""
-    state = store.read_state(task.checkpoint)
+    state = read_state(task.checkpoint)
     if task.out.exists() and not (task.out / MARKER).exists() and any(task.out.iterdir()):
         raise CheckpointError(
             "the folder to export to holds something else than an export",
@@ -248,10 +249,10 @@ def _checked(task: Task, made: Export, device: str) -> Export:
 
 
 def _layout(task: Task) -> weights.Layout:
-    return weights.layout(store.read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes)
+    return weights.layout(read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes)
 
 
-def _write_config(task: Task, state: store.State) -> None:
+def _write_config(task: Task, state: State) -> None:
     """config.json; checked against the checkpoint's parameters."""
     config = dict(task.model) if isinstance(task.model, Mapping) else json.loads((task.model / "config.json").read_bytes())
     # The base may have been quantized; these weights are not.

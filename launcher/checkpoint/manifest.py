@@ -1,54 +1,80 @@
-"""The files of a checkpoint that say what it is: manifest.json and state.json."""
+"""manifest.json, which says what a checkpoint is and commits it. Read at every look at a run, so it loads fast."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import Field, StringConstraints, ValidationError
+from typing import Any
 
 from launcher.checkpoint import durable
 from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
-from launcher.plan.launch_plan import Record
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PROBE = "probe.safetensors"
 
-FileName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# Never a path to elsewhere, whoever wrote the file.
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-class Manifest(Record):
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
     """What commits a checkpoint. `files` names every file of the directory but the manifest itself.
 
     `eval_loss` is the held-out loss at that very step, where it was evaluated.
     """
 
     format_version: int = FORMAT_VERSION
-    step: Annotated[int, Field(ge=0)]
-    world_size: Annotated[int, Field(ge=1)]
+    step: int
+    world_size: int
     plan_digest: str
-    attempt: Annotated[int, Field(ge=0)]
+    attempt: int
     eval_loss: float | None = None
-    files: dict[FileName, durable.FileEntry]
+    files: dict[str, durable.FileEntry]
+
+    def __post_init__(self) -> None:
+        """ValueError for what no save has written."""
+        least = {"step": 0, "world_size": 1, "attempt": 0, "format_version": 0}
+        for name, lowest in least.items():
+            if type(value := getattr(self, name)) is not int or value < lowest:
+                raise ValueError(f"{name}: is not a whole number of at least {lowest}")
+        if not isinstance(self.plan_digest, str):
+            raise ValueError("plan_digest: is not text")
+        if not isinstance(self.eval_loss, int | float | None):
+            raise ValueError("eval_loss: is not a number")
+        for name in self.files:
+            if not _FILE_NAME.fullmatch(name):
+                raise ValueError(f"files: {name!r} is not the name of a file")
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
+        # JSON has no word for a loss that is not finite.
+        is_finite = self.eval_loss is not None and math.isfinite(self.eval_loss)
+        return json.dumps(asdict(self if is_finite else replace(self, eval_loss=None)), indent=2) + "\n"
 
+    @classmethod
+    def from_json(cls, content: bytes) -> Manifest:
+        """What `to_json` has written.
 
-class State(Record):
-    """state.json: `parameters` maps each name to its full shape; `extra` is the training loop's own."""
-
-    parameters: dict[str, tuple[int, ...]]
-    optimizer_step: int
-    loss_scaler: dict[str, float]
-    engine: dict[str, int]
-    extra: dict[str, Any]
-
-    def to_json(self) -> str:
-        return json.dumps(self.model_dump(), indent=2) + "\n"
+        Raises:
+            ValueError: where it is something else, with what is wrong.
+        """
+        values: Any = json.loads(content)
+        known = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
+            raise ValueError("it has no list of files")
+        if wrong := (known - {"eval_loss", "format_version"} - values.keys()) | (values.keys() - known):
+            raise ValueError(f"{min(wrong)}: is {'unknown' if min(wrong) in values else 'missing'}")
+        files = {}
+        for name, entry in values["files"].items():
+            try:
+                files[name] = durable.FileEntry.of(entry)
+            except ValueError as error:
+                raise ValueError(f"files.{name}: {error}") from None
+        return cls(**{**values, "files": files})
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -61,13 +87,13 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(file.read_bytes())
+        manifest = Manifest.from_json(file.read_bytes())
     except FileNotFoundError as error:
         raise DamagedCheckpoint("a checkpoint has no readable manifest", where=str(file), value=str(error.strerror)) from error
     except OSError as error:
         raise unreadable(file, error) from error
-    except ValidationError as error:
-        raise DamagedCheckpoint("a checkpoint's manifest is damaged", where=str(file), value=_first_error(error)) from error
+    except ValueError as error:
+        raise DamagedCheckpoint("a checkpoint's manifest is damaged", where=str(file), value=str(error)) from error
     if manifest.format_version != FORMAT_VERSION:
         raise CheckpointError(
             "this checkpoint has a format that this launcher does not read",
@@ -78,23 +104,8 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def read_state(path: Path) -> State:
-    """The state.json of a checkpoint directory; CheckpointError when it is missing or damaged."""
-    file = path / STATE
-    try:
-        return State.model_validate(json.loads(file.read_bytes()))
-    except (OSError, ValueError) as error:
-        text = _first_error(error) if isinstance(error, ValidationError) else str(error)
-        raise CheckpointError("a checkpoint's state cannot be read", where=str(file), value=text) from error
-
-
 def unreadable(file: Path, error: OSError) -> UnreadableCheckpoint:
     """Of a file that may be whole: a storage server that is down gives EIO or ESTALE, wrong rights give EACCES."""
     remedy = "try again; where it stays so, look at the storage and at who owns the file, or resume RUN --step an earlier one"
     what = "a checkpoint file cannot be read now"
     return UnreadableCheckpoint(what, where=str(file), value=error.strerror or str(error), remedy=remedy)
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")

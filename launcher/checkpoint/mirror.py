@@ -350,11 +350,11 @@ def _entry(content: bytes) -> FileEntry:
 
 
 def _to_json(files: dict[str, FileEntry]) -> bytes:
-    return json.dumps({name: entry.model_dump() for name, entry in files.items()}).encode()
+    return json.dumps({name: asdict(entry) for name, entry in files.items()}).encode()
 
 
 def _from_json(content: bytes | None) -> dict[str, FileEntry]:
     try:
-        return {name: FileEntry.model_validate(entry) for name, entry in json.loads(content or b"{}").items()}
+        return {name: FileEntry.of(entry) for name, entry in json.loads(content or b"{}").items()}
     except (ValueError, AttributeError):
         return {}

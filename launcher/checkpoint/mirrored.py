@@ -61,8 +61,8 @@ def complete_checkpoints(remote: Remote) -> dict[int, Manifest]:
         if step is None or content is None:
             continue
         try:
-            manifest = Manifest.model_validate_json(content)
-        except ValidationError:
+            manifest = Manifest.from_json(content)
+        except ValueError:
             continue
         if manifest.step == step and manifest.format_version == FORMAT_VERSION:
             found[step] = manifest

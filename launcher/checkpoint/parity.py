@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from launcher.checkpoint import store
+from launcher.checkpoint.state import State
 from launcher.errors import CheckpointError
 
 # The exported weights are the very numbers that the engine computes with, so that only kernels and the order of sums differ.
@@ -40,7 +41,7 @@ class Parity:
     max_mean_kl: float
 
 
-def check_config(folder: Path, state: store.State, trust_remote_code: bool = False) -> str:
+def check_config(folder: Path, state: State, trust_remote_code: bool = False) -> str:
     """Build the model of `folder`'s config without memory and return its class's name.
 
     CheckpointError where it has other parameters than the checkpoint.

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.config.schema import TrainSection
-
 if TYPE_CHECKING:
     from launcher.checkpoint.store import Checkpoint
+    from launcher.config.schema import TrainSection
 
 
 @dataclass(frozen=True)

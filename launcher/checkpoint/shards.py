@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from launcher.checkpoint import durable, store, tensor_file, zero3
+from launcher.checkpoint.state import State, read_state
 from launcher.checkpoint.tensor_file import ShardSet, TensorSpec, as_bytes, tensor_key, weight_digest
 from launcher.checkpoint.together import together
 from launcher.errors import CheckpointError, DamagedCheckpoint
@@ -77,9 +78,9 @@ def weight_digests(named_parameters: Mapping[str, Parameter]) -> dict[str, str]:
     return {name: weight_digest(as_bytes(part.cpu())) for name, part in zero3.local_weights(named_parameters)}
 
 
-def state_of(engine: Any, named_parameters: Mapping[str, Parameter], extra_state: Mapping[str, Any]) -> store.State:
+def state_of(engine: Any, named_parameters: Mapping[str, Parameter], extra_state: Mapping[str, Any]) -> State:
     """state.json, on rank 0 or any other: all hold the same."""
-    return store.State(
+    return State(
         parameters={name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()},
         optimizer_step=zero3.optimizer_step(engine),
         loss_scaler=zero3.loss_scale_state(engine),
@@ -106,7 +107,7 @@ def load(
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def check() -> tuple[store.Manifest, store.State]:
+    def check() -> tuple[store.Manifest, State]:
         zero3.require_served(engine, named_parameters)
         manifest = store.open_checkpoint(checkpoint).manifest
         if plan_digest is not None and manifest.plan_digest != plan_digest:
@@ -122,7 +123,7 @@ def load(
             raise CheckpointError(problems)
         if problems := store.verify_files(checkpoint, manifest, own_share):
             raise DamagedCheckpoint(problems)
-        state = store.read_state(checkpoint)
+        state = read_state(checkpoint)
         _require_same_parameters(state, named_parameters, checkpoint)
         return manifest, state
 
@@ -153,7 +154,7 @@ def _restore_random_states(shard: tensor_file.TensorFile) -> None:
             restore(state)
 
 
-def _require_same_parameters(state: store.State, named_parameters: Mapping[str, Parameter], checkpoint: Path) -> None:
+def _require_same_parameters(state: State, named_parameters: Mapping[str, Parameter], checkpoint: Path) -> None:
     saved, model = state.parameters, {name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()}
     if differing := sorted(name for name in model.keys() | saved.keys() if model.get(name) != saved.get(name)):
         first = differing[0]

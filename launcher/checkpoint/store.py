@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.checkpoint import durable
-from launcher.checkpoint.manifest import MANIFEST, PROBE, STATE, Manifest, State, read_manifest, read_state, unreadable  # noqa: F401
+from launcher.checkpoint.manifest import MANIFEST, PROBE, STATE, Manifest, read_manifest, unreadable  # noqa: F401
 from launcher.checkpoint.retention import Retention, outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 

@@ -23,6 +23,7 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli import drill_report, launch, text
 from launcher.cli.drill_report import Hit, Records, Step
+from launcher.cli.plan_text import plan_lines
 from launcher.cli.resume import start_again
 from launcher.clusters.base import Cluster, check_startable, cluster_for
 from launcher.clusters.slurm.commands import slurm
@@ -71,7 +72,7 @@ def run(tokens: list[str]) -> int:
         )
     cluster = cluster_for(plan.config.cluster.kind)
     if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
-        print("\n".join([*text.plan_lines(plan), "", cluster.preview(plan) or ""]))
+        print("\n".join([*plan_lines(plan), "", cluster.preview(plan) or ""]))
         return 0
     _say(f"{arguments.fault} on {plan.config.cluster.kind}: a run of its own in {text.short(plan.run_dir)}")
     deadline = time.monotonic() + arguments.timeout * 60

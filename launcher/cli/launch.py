@@ -14,6 +14,7 @@ from typing import Any
 from launcher import facts, run_store
 from launcher.cli import account, data, text
 from launcher.cli.follow import follow
+from launcher.cli.plan_text import plan_lines, started_lines, sweep_lines
 from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
@@ -60,7 +61,7 @@ def _plan(composed: Composed, as_json: bool) -> int:
         if as_json:
             print(plan.to_json())
             return 0
-        print("\n".join(text.plan_lines(plan, disk_note(plan), data.refusal(plan.config, plan.data))))
+        print("\n".join(plan_lines(plan, disk_note(plan), data.refusal(plan.config, plan.data))))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -92,7 +93,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     started = []
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
-        print("\n".join(text.plan_lines(plan, disk_note(plan), data.accepted(plan.config, plan.data))), flush=True)
+        print("\n".join(plan_lines(plan, disk_note(plan), data.accepted(plan.config, plan.data))), flush=True)
         if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
@@ -101,9 +102,9 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
         if following if following is not None else plan.config.cluster.is_followed:
             codes.append(follow(run_dir, attempt, cluster))
         else:
-            print("\n".join(text.started_lines(plan, cluster.started(run_dir, attempt))), flush=True)
+            print("\n".join(started_lines(plan, cluster.started(run_dir, attempt))), flush=True)
     if len(started) > 1:
-        print("\n".join(text.sweep_lines(started)))
+        print("\n".join(sweep_lines(started)))
     return max(codes, default=0)
 
 

@@ -14,6 +14,7 @@ from launcher import page as html
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.cli import text
+from launcher.cli.plan_text import plan_lines
 from launcher.clusters.base import cluster_for
 from launcher.page import Series
 from launcher.plan.launch_plan import LaunchPlan
@@ -172,7 +173,7 @@ def _sections(one: _Told) -> list[str]:
     spent = one.spent
     shares = [("steps that were kept", spent.kept_s), *((words, getattr(spent, name)) for name, words in goodput.LOST.items())]
     bars = [(label, seconds, f"{seconds / max(spent.wall_s, 1e-9):.1%}, {format_duration(seconds)}") for label, seconds in shares]
-    plan_rows = [(line[:11].strip(), line[11:]) for line in text.plan_lines(one.plan)]
+    plan_rows = [(line[:11].strip(), line[11:]) for line in plan_lines(one.plan)]
     pieces = [
         html.heading("Where the time went", 2),
         html.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),

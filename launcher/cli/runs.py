@@ -13,6 +13,7 @@ from launcher.checkpoint import hub
 from launcher.cli import text
 from launcher.cli.follow import Watch, follow
 from launcher.cli.launch import worker_environment
+from launcher.cli.plan_text import started_lines
 from launcher.cli.resume import start_again
 from launcher.clusters.base import cluster_for
 from launcher.config.fields import HUB_ID_PATTERN
@@ -122,7 +123,7 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
         attempt = start_again(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
     if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
         return follow(run, attempt, cluster)
-    print("\n".join(text.started_lines(plan, cluster.started(run, attempt))))
+    print("\n".join(started_lines(plan, cluster.started(run, attempt))))
     return 0
 
 

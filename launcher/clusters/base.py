@@ -1,18 +1,23 @@
-"""What every backend can do with a run: start an attempt, tell its state, stop it."""
+"""What every backend can do with a run: start an attempt, tell its state, stop it.
+
+Who only asks for states waits for none of the models of settings and plans: backends import those where they start runs.
+"""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from launcher.checkpoint import hub, store
-from launcher.config.cluster import ClusterSection
 from launcher.errors import SubmitError
 from launcher.plan import disk
-from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
+
+if TYPE_CHECKING:
+    from launcher.config.cluster import ClusterSection
+    from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 
 class Cluster(Protocol):

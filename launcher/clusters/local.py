@@ -6,15 +6,18 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher import run_store
 from launcher.clusters import process
-from launcher.config.cluster import ClusterSection
 from launcher.errors import SubmitError
 from launcher.machine import device
-from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
+
+if TYPE_CHECKING:
+    from launcher.config.cluster import ClusterSection
+    from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 _END_DEADLINE_S = 30.0
 _APART_S = 0.3

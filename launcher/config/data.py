@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from launcher.config.fields import Flag, Fraction, Name, Positive, PositiveInt, Section, Text
+from launcher.config.secret import IN_QUERY
 
 # What a column mapping may name: the keys that the formats read.
 COLUMNS = (
@@ -20,12 +21,6 @@ COLUMNS_EXAMPLE = (
     "with the rows' own names behind the colons"
 )
 
-# What opens an address for whoever holds it: the query of a signed one, or a key in it.
-IN_QUERY = re.compile(
-    r"(?<=[?&])(?P<name>x-(?:amz|goog|ms)-[\w-]+|sig|(?:[\w-]*[_-])?(?:signature|token|key|secret|password)|apikey|AWSAccessKeyId|GoogleAccessId)"
-    r"=[^&\s'\"]*",
-    re.IGNORECASE,
-)
 _USER = re.compile(r"(\w+)://([^/?]*)@")
 # These write container@account.
 _AZURE = ("abfs", "abfss", "wasb", "wasbs", "az")

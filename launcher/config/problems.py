@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from launcher.config.data import COLUMNS_EXAMPLE
 from launcher.config.origin import Origins
-from launcher.config.secret import redact, shown
-from launcher.config.settings import Setting, settings
+from launcher.config.secret import redact
+from launcher.config.settings import Setting, settings, shown
 from launcher.config.suggest import did_you_mean
 from launcher.errors import Problem
 

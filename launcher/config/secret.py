@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from launcher.config.data import IN_QUERY
-from launcher.config.settings import as_yaml
-
 # A value of one of these forms is a credential, wherever it stands.
 _SECRET = re.compile(
     r"(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|AKIA[0-9A-Z]{16}|xox[abprs]-[\w-]{10,}"
@@ -17,6 +14,12 @@ _SECRET = re.compile(
 _HEX_KEY = re.compile(r"[0-9a-f]{40}")
 # A user with a password before the host of an address; on the web a user alone may be a token.
 _IN_ADDRESS = re.compile(r"(?<=://)[^/\s]*:[^/\s]*@|(?:(?<=http://)|(?<=https://))[^/?\s]+@")
+# What opens an address for whoever holds it: the query of a signed one, or a key in it.
+IN_QUERY = re.compile(
+    r"(?<=[?&])(?P<name>x-(?:amz|goog|ms)-[\w-]+|sig|(?:[\w-]*[_-])?(?:signature|token|key|secret|password)|apikey|AWSAccessKeyId|GoogleAccessId)"
+    r"=[^&\s'\"]*",
+    re.IGNORECASE,
+)
 # bos_token, pad_token and the like are tokens of another kind.
 _SECRET_NAME = r"(?:\w+_)?(?:api_?key|secret|password|passwd|credentials?)|(?:(?:hf|hub|auth|access|api|bearer|wandb)_)?token"  # noqa: S105
 # Among the variables of a job every name of this kind is meant.
@@ -40,9 +43,3 @@ def redact(text: str) -> str:
     text = IN_QUERY.sub(r"\g<name>=<redacted>", _IN_ADDRESS.sub("<redacted>@", _SECRET.sub("<redacted>", text)))
     text = _ASSIGNED.sub(r"\g<key><redacted>", text)
     return re.sub(rf"(?<!revision=)\b{_HEX_KEY.pattern}\b", "<redacted>", text)
-
-
-def shown(key: str, value: Any) -> str:
-    """A value as an error may show it."""
-    text = repr(value) if isinstance(value, str) else as_yaml(value)
-    return "<redacted>" if looks_secret(key, value) else redact(text)[:200]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from launcher.errors import Problem
-from launcher.plan.launch_plan import LaunchPlan
+
+if TYPE_CHECKING:
+    from launcher.plan.launch_plan import LaunchPlan
 
 _REMEDY = "free space on this disk, or put run.root on a larger one"
 

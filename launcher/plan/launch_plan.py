@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from launcher.config.ray import RaySection
 from launcher.config.schema import RunConfig
 from launcher.config.slurm import SlurmSection
+from launcher.plan.prices import Price
 
 SCHEMA_VERSION = 1
 
@@ -179,13 +180,6 @@ class Limits(Record):
 
     max_seconds: float | None
     max_gpu_seconds: float | None = None
-
-
-class Price(Record):
-    """US dollars for one GPU for one hour; `assumption` says what it is where the settings have none."""
-
-    usd_per_gpu_hour: float
-    assumption: str | None = None
 
 
 class LaunchPlan(Record):

@@ -15,7 +15,7 @@ from launcher.errors import ConfigError, Problem
 from launcher.plan import batch, deepspeed, memory, prices
 from launcher.plan.architecture import problems_of
 from launcher.plan.gpus import GPUS, lookup
-from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Price, Topology
+from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.run_dir import default_name
 
 CPU_RANKS = 2
@@ -239,14 +239,14 @@ def _device_gib(config: RunConfig, facts: Facts) -> float | None:
     return gpu.memory_gib if gpu is not None else facts.device.memory_gib
 
 
-def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
+def _price(config: RunConfig, facts: Facts, topology: Topology) -> prices.Price | None:
     """What the settings say a GPU costs, or a rank on CPUs, else what its type typically does; CPUs have no typical price."""
     if config.cluster.price_per_gpu_hour is not None:
-        return Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
+        return prices.Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
     if topology.device == "cpu":
         return None
     usd = prices.typical(config.cluster.gpu_type or facts.device.name)
-    return None if usd is None else Price(usd_per_gpu_hour=usd, assumption=prices.ASSUMPTION)
+    return None if usd is None else prices.Price(usd_per_gpu_hour=usd, assumption=prices.ASSUMPTION)
 
 
 def _limits(config: RunConfig) -> Limits:

@@ -12,6 +12,10 @@ rented one by one, have no entry.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
 from launcher.plan.gpus import kind_of
 
 DATE = "2026-05"
@@ -37,6 +41,27 @@ USD_PER_GPU_HOUR = {
     "MI325X": 2.15,
 }
 ASSUMPTION = f"typical, on demand, {DATE}"
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars for one GPU for one hour; `assumption` says what it is where the settings have none."""
+
+    # As part of a plan, which pydantic validates. Whoever looks at runs alone need not load that.
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
+
+    usd_per_gpu_hour: float
+    assumption: str | None = None
+
+    @classmethod
+    def of(cls, plan: Mapping[str, Any]) -> Price | None:
+        """That of a plan's JSON; None where it has none.
+
+        Raises:
+            TypeError, ValueError, KeyError: where it is damaged.
+        """
+        price = plan.get("price")
+        return None if price is None else cls(float(price["usd_per_gpu_hour"]), price.get("assumption"))
 
 
 def typical(gpu: str) -> float | None:

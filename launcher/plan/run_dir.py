@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.config.schema import RunConfig
+if TYPE_CHECKING:
+    from launcher.config.schema import RunConfig
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import run_store
 from launcher.errors import LauncherError
-from launcher.plan.launch_plan import LaunchPlan, Price
+from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.glance import lines_of_time
 from launcher.tracking.jsonl import read_events
+
+if TYPE_CHECKING:
+    from launcher.plan.launch_plan import LaunchPlan
 
 # Kinds of lost time, by what a person calls them.
 LOST = {
@@ -246,8 +249,8 @@ def recorded(run: RunDir, coming: LaunchPlan | None = None) -> list[Attempt]:
         exit_file = run.attempt(number) / "exit.json"
         ended = run_store.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
         values = run_store.read_json(plan)
-        num_ranks, price = values["topology"]["world_size"], values.get("price")
-        prices.append((values["config"]["cluster"].get("gpu_type"), None if price is None else Price.model_validate(price)))
+        num_ranks = values["topology"]["world_size"]
+        prices.append((values["config"]["cluster"].get("gpu_type"), Price.of(values)))
         workers = known.num_workers or 0
         found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks, known.automatic, workers))
     later_type, later = (None, None) if coming is None else (coming.config.cluster.gpu_type, coming.price)

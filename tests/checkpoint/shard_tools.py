@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def with_metadata(checkpoint: Path, folder: Path, metadata: list[dict[str, str]]
         (target / name).unlink()
         said = metadata[rank] if metadata else {}
         files[name] = tensor_file.write(target / name, list(source.specs.values()), contents, said)
-    (target / store.MANIFEST).write_text(manifest.model_copy(update={"files": files}).to_json())
+    (target / store.MANIFEST).write_text(replace(manifest, files=files).to_json())
     return target
 
 

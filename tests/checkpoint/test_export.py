@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,7 +193,7 @@ def without_probe(runs, kind, folder):
     checkpoint = with_metadata(store.latest(runs.checkpoints(kind)).path, folder)
     manifest = store.read_manifest(checkpoint)
     files = {name: entry for name, entry in manifest.files.items() if name != store.PROBE}
-    (checkpoint / store.MANIFEST).write_text(manifest.model_copy(update={"files": files}).to_json())
+    (checkpoint / store.MANIFEST).write_text(replace(manifest, files=files).to_json())
     (checkpoint / store.PROBE).unlink()
     return checkpoint
 

@@ -10,6 +10,7 @@ from deepspeed.runtime.fp16 import loss_scaler
 from safetensors.torch import load_file
 
 from launcher.checkpoint import store, zero3
+from launcher.checkpoint.state import read_state
 
 KINDS = ["fp32", "bf16", "hpz"]
 
@@ -60,7 +61,7 @@ def test_another_world_size_gets_the_same_states(runs, kind):
 
 def test_a_small_weight_is_persistent_and_the_others_are_padded(runs):
     """Guards the setting of these tests: without such weights they would show less than they claim."""
-    shapes = store.read_state(store.at_step(runs.checkpoints("fp32"), 2).path).parameters
+    shapes = read_state(store.at_step(runs.checkpoints("fp32"), 2).path).parameters
     assert shapes["model.norm.weight"] == (27,)
     assert shapes["lm_head.weight"] == (511, 27)
 

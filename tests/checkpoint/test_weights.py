@@ -14,6 +14,7 @@ from shard_tools import engine_metadata, flip_bit, llama_config, with_metadata
 
 from launcher.checkpoint import store, tensor_file, weights
 from launcher.checkpoint.export import Task, export, verify
+from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError
 
 
@@ -35,7 +36,7 @@ def test_every_tensor_is_compared_with_the_engines_in_the_dtype_that_it_computes
     checkpoint = store.latest(runs.checkpoints(kind))
     said = engine_metadata(runs.dump(kind, "saved"), "fp32" if kind == "fp32" else "bf16", 2)
     made = export(task(with_metadata(checkpoint.path, tmp_path, said), kind, tmp_path / "out", dtype=dtype, check=kind != "hpz"))
-    assert made.num_compared == made.num_tensors == len(store.read_state(checkpoint.path).parameters)
+    assert made.num_compared == made.num_tensors == len(read_state(checkpoint.path).parameters)
     assert json.loads((made.path / "export.json").read_text())["tensors_compared"] == made.num_tensors
     for name, tensor in load_file(made.path / "model.safetensors").items():
         master = load_file(runs.dump(kind, "saved"))[f"{name}|fp32"]

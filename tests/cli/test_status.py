@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -303,7 +304,7 @@ def test_what_never_came_to_train_costs_as_well(launch: Launch, run: RunDir) -> 
 def test_a_typical_price_is_told_as_one(launch: Launch, run: RunDir) -> None:
     plan = run_store.load_plan(run)
     assert plan.price is not None
-    typical = plan.price.model_copy(update={"assumption": "typical"})
+    typical = replace(plan.price, assumption="typical")
     run_store.write_text(run.plan, plan.model_copy(update={"price": typical}).to_json())
     words = "$3.40 so far (1.70 GPU hours); at a typical price, cluster.price_per_gpu_hour sets yours"
     assert f"cost        {words}\n" in launch("status", str(run.root)).stdout
@@ -430,3 +431,13 @@ def test_a_long_run_is_shown_as_fast_as_a_short_one(launch: Launch, run: RunDir)
     took = time.monotonic() - began
     assert json.loads(done.stdout)["metrics"]["trainer/step"] == 10_010
     assert took < 3
+
+
+@pytest.mark.parametrize("state", ["completed", "running"])
+def test_it_does_not_wait_for_models_of_plans(launch: Launch, run: RunDir, state: str) -> None:
+    """Loading pydantic takes as long as all else that status does."""
+    run_store.update_status(run, state=state, job={"pid": os.getpid(), "host": "here", "started": 1.0})
+    done = launch("status", str(run.root), PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    assert "launcher.checkpoint.manifest" in done.stderr
+    assert "pydantic" not in done.stderr

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from plan_fixtures import H100
 
-from launcher.cli.text import plan_lines
+from launcher.cli.plan_text import plan_lines
 from launcher.plan.gpus import GPUS
-from launcher.plan.launch_plan import DeviceFacts, LaunchPlan, Price
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.planner import resized
-from launcher.plan.prices import ASSUMPTION, USD_PER_GPU_HOUR, typical
+from launcher.plan.prices import ASSUMPTION, USD_PER_GPU_HOUR, Price, typical
 
 PlanOf = Callable[..., LaunchPlan]
 A100 = DeviceFacts(kind="cuda", name="NVIDIA A100-SXM4-80GB", count=8, memory_gib=79.2)

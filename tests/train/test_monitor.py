@@ -15,7 +15,8 @@ from plan_fixtures import H100
 from torch import nn
 
 from launcher import run_store
-from launcher.plan.launch_plan import LaunchPlan, Price
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.alerts import RateLimit

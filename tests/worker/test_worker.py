@@ -12,7 +12,7 @@ import pytest
 
 from launcher import run_store
 from launcher.errors import RunError
-from launcher.plan.launch_plan import Price
+from launcher.plan.prices import Price
 from launcher.tracking import goodput
 from launcher.worker import agent
 from launcher.worker.rank import RankEnv

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import psutil
@@ -16,14 +17,15 @@ import psutil
 from launcher import run_store
 from launcher.clusters import local, process
 from launcher.clusters.ray import jobs
-from launcher.config.cluster import ClusterSection
-from launcher.config.ray import is_exposed
 from launcher.config.secret import looks_secret
 from launcher.errors import RunError, SubmitError
 from launcher.machine import device
-from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
+
+if TYPE_CHECKING:
+    from launcher.config.cluster import ClusterSection
+    from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 _MODULE = "launcher.worker.ray.driver"
 # The driver says this while it starts or joins Ray, and something else when it has.
@@ -63,6 +65,8 @@ class RayCluster:
         return "\n".join(f"{label:<11}{value}" for label, value in _request(plan)) + "\n"
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
+        from launcher.plan.launch_plan import LaunchPlan
+
         section = LaunchPlan.load(plan_path).ray
         arguments = [str(plan_path), str(attempt)]
         if section.is_http:
@@ -266,6 +270,8 @@ def _require_no_keys(names: Sequence[str]) -> None:
 
 def _require_private(address: str, host: str, allowed: bool) -> None:
     """Refuse a name that resolves to a public address; numbers are refused with the other settings."""
+    from launcher.config.ray import is_exposed
+
     if allowed:
         return
     try:

@@ -8,12 +8,14 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from launcher.clusters.process import with_code
-from launcher.config.ray import RaySection
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from launcher.config.ray import RaySection
 
 T = TypeVar("T")
 

@@ -8,19 +8,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.clusters.slurm import checks, queue, script, site
+from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
-from launcher.config.cluster import ClusterSection
-from launcher.config.slurm import SlurmSection
 from launcher.errors import SubmitError
-from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
-from launcher.plan.retry import Decision
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Attempt, Status
+
+if TYPE_CHECKING:
+    from launcher.config.cluster import ClusterSection
+    from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+    from launcher.plan.retry import Decision
 
 _END_DEADLINE_S = 120.0
 _POLL_S = 1.0
@@ -35,18 +36,28 @@ class SlurmCluster:
     ask_s = 5.0
 
     def device(self, section: ClusterSection) -> DeviceFacts:
+        from launcher.clusters.slurm import site
+        from launcher.config.slurm import SlurmSection
+
         assert isinstance(section, SlurmSection)
         return site.gpus_of(section)
 
     def check(self, plan: LaunchPlan) -> None:
+        from launcher.clusters.slurm import checks
+
         # What no batch script can hold is refused here, before anything of the run is made.
         self.preview(plan)
         checks.check(plan.slurm, plan)
 
     def preview(self, plan: LaunchPlan) -> str | None:
+        from launcher.clusters.slurm import script
+
         return script.render(plan, RunDir(Path(plan.run_dir)).plan)
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
+        from launcher.clusters.slurm import script
+        from launcher.plan.launch_plan import LaunchPlan
+
         plan = LaunchPlan.load(plan_path)
         try:
             job = script.submit(plan, plan_path)
@@ -70,7 +81,7 @@ class SlurmCluster:
             message = "it was never submitted: the command that made it ended before"
             return replace(status, state="failed", message=message) if lost else status
         try:
-            job = queue.job(job_id, since, run_store.load_plan(run).run_name)
+            job = queue.job(job_id, since, run_store.placed(run).name)
         except SlurmError as error:
             return replace(status, message=f"Slurm does not answer ({error.problems[0].what}); this is the last that is known")
         return _corrected(run, status, job, job_id, since)
@@ -80,7 +91,7 @@ class SlurmCluster:
         job_id, since = _job_of(run, run_store.newest_attempt(run))
         while job_id is not None and time.monotonic() < deadline:
             try:
-                job = queue.job(job_id, since, run_store.load_plan(run).run_name)
+                job = queue.job(job_id, since, run_store.placed(run).name)
                 if job is None or not job.queued:
                     return
             except SlurmError:
@@ -93,7 +104,7 @@ class SlurmCluster:
         job_id, since = _job_of(run, number)
         if status.state not in RUNNING_STATES or job_id is None:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
-        job = queue.job(job_id, since, run_store.load_plan(run).run_name)
+        job = queue.job(job_id, since, run_store.placed(run).name)
         asked = run.cancel(number)
         again = asked.is_file()
         run_store.write_json(asked, {"asked_at": time.time(), "save": save})
@@ -156,6 +167,8 @@ def _requeue(job: str, exclude: str, patience_s: float) -> None:
 
 
 def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None:
+    from launcher.clusters.slurm import script
+
     changes: dict[str, Any] = {"exclude": exclude or None, "dependency": f"afterany:{job}"}
     cluster = plan.slurm.model_copy(update=changes)
     again = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})

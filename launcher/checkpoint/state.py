@@ -1,0 +1,41 @@
+"""state.json: what a checkpoint holds besides tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from launcher.checkpoint.manifest import STATE
+from launcher.errors import CheckpointError
+from launcher.plan.launch_plan import Record
+
+
+class State(Record):
+    """`parameters` maps each name to its full shape; `extra` is the training loop's own."""
+
+    parameters: dict[str, tuple[int, ...]]
+    optimizer_step: int
+    loss_scaler: dict[str, float]
+    engine: dict[str, int]
+    extra: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(), indent=2) + "\n"
+
+
+def read_state(path: Path) -> State:
+    """The state.json of a checkpoint directory; CheckpointError when it is missing or damaged."""
+    file = path / STATE
+    try:
+        return State.model_validate(json.loads(file.read_bytes()))
+    except (OSError, ValueError) as error:
+        text = _first_error(error) if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError("a checkpoint's state cannot be read", where=str(file), value=text) from error
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
