@@ -1,0 +1,79 @@
+"""Seconds from the command to the answer of `status`, `ls` and `report`, for a run of many logged steps.
+
+    python benchmarks/watching.py [--rounds N] [--steps N]
+
+The run is a real one with two checkpoints, whose last step is then written as many times as there are to be, within the time
+that it took. Python has its bytecode, as where it has run before, and a bare interpreter is timed in the same rounds. Appends a
+table to RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import sides
+
+SETTINGS = (
+    *("model=tiny", "data=stdlib_docs", "data.max_length=64", "train.global_batch_size=2", "train.max_steps=4"),
+    *("train.epochs=null", "train.save_every=2", "train.keep_last=2", "train.sample=false", "train.export=false"),
+    *("tracking.kind=none", "cluster.ranks_per_node=2", "cluster.price_per_gpu_hour=2"),
+)
+TIMEOUT_S = 60.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="times that each command is given")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps that the run has logged")
+    args = parser.parse_args()
+    took: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
+        run = Path(folder) / "runs" / "bench"
+        launcher = [sys.executable, "-m", "launcher"]
+        sides.run([*launcher, "train", *SETTINGS, f"run.root={run.parent}", "run.name=bench"], Path(folder) / "log")
+        num_metrics = lengthen(run / "metrics.jsonl", args.steps)
+        size = (run / "metrics.jsonl").stat().st_size / 1e6
+        asked = {
+            "a bare interpreter": [sys.executable, "-c", "pass"],
+            "status": [*launcher, "status", str(run)],
+            "ls": [*launcher, "ls", "--root", str(run.parent)],
+            "report": [*launcher, "report", str(run), "--html", str(run.parent / "report.html")],
+        }
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": f"{folder}/bytecode", "PYTHONPATH": str(sides.HERE.parent)}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        for round_number in range(args.rounds + 1):
+            for name, command in asked.items():
+                began = time.perf_counter()
+                subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S, env=environment)
+                # The first round leaves the bytecode.
+                if round_number:
+                    took.setdefault(name, []).append(time.perf_counter() - began)
+    rows = [f"| {name} | {statistics.median(of):.3f} | {min(of):.3f} to {max(of):.3f} |" for name, of in took.items()]
+    sides.record(
+        f"looking at a run of {args.steps:,} steps with {num_metrics} metrics each ({size:.1f} MB)",
+        [f"`python benchmarks/watching.py --rounds {args.rounds} --steps {args.steps}`"],
+        ["| command | s, median | range |", "|---|---|---|", *rows],
+    )
+
+
+def lengthen(metrics: Path, steps: int) -> int:
+    """Write a run's last trained step `steps` times, from when its first was told to its last; returns its number of metrics."""
+    trained = [line for line in map(json.loads, metrics.read_text().splitlines()) if "train/loss" in line]
+    first, last = trained[0], trained[-1]
+    step_s = (last["time"] - first["time"]) / steps
+    with open(metrics, "w", encoding="utf-8") as file:
+        for i in range(steps):
+            file.write(json.dumps({**last, "trainer/step": i + 1, "time": first["time"] + i * step_s}) + "\n")
+    return len(last)
+
+
+if __name__ == "__main__":
+    main()
