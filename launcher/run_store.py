@@ -191,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise RunError("a file of the run is missing", where=str(path)) from None
     except OSError as error:
         raise RunError(f"a file of the run cannot be read: {error.strerror}", where=str(path)) from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RunError(f"a file of the run is damaged: {error}", where=str(path)) from None
     if not isinstance(value, dict):
         raise RunError("a file of the run is damaged: it holds no JSON object", where=str(path))
@@ -312,7 +312,7 @@ def placed(run: RunDir) -> Placed:
     path = [run.plan, *changed_plans(run)][-1]
     values = read_json(path)
     try:
-        topology, price = values["topology"], Price.of(values)
+        topology, price = values["topology"], Price.of_plan(values)
         config = values["config"]
         limits = config["run"].get("max_usd"), config["run"].get("max_hours")
         name, kind = values["run_name"], config["cluster"]["kind"]

@@ -299,7 +299,7 @@ def failing(number: int, within: str = "") -> Callable[[Path], bool]:
     return look
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", ""])
+@pytest.mark.parametrize("content", ["{", "[1]", "", "[" * 100_000], ids=["cut", "list", "empty", "deep"])
 def test_a_damaged_file_is_named(config: RunConfig, tmp_path: Path, content: str) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     run.status.write_text(content)

@@ -34,6 +34,11 @@ class FileEntry:
     size: int
     xxh3_128: str
 
+    def __post_init__(self) -> None:
+        """ValueError for what is no such entry."""
+        if type(self.size) is not int or self.size < 0 or not isinstance(self.xxh3_128, str):
+            raise ValueError("is not a number of bytes and the text of a digest")
+
     @classmethod
     def of(cls, values: Any) -> FileEntry:
         """An entry as JSON has it.
@@ -43,8 +48,6 @@ class FileEntry:
         """
         if not isinstance(values, dict) or values.keys() != {"size", "xxh3_128"}:
             raise ValueError("is not a size and a digest")
-        if type(values["size"]) is not int or values["size"] < 0 or not isinstance(values["xxh3_128"], str):
-            raise ValueError("is not a number of bytes and the text of a digest")
         return cls(**values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,18 @@ class Manifest:
                 raise ValueError(f"{name}: is not a whole number of at least {lowest}")
         if not isinstance(self.plan_digest, str):
             raise ValueError("plan_digest: is not text")
-        if not isinstance(self.eval_loss, int | float | None):
+        if not isinstance(self.eval_loss, float | int | None):
             raise ValueError("eval_loss: is not a number")
         for name in self.files:
             if not _FILE_NAME.fullmatch(name):
                 raise ValueError(f"files: {name!r} is not the name of a file")
 
     def to_json(self) -> str:
-        # JSON has no word for a loss that is not finite.
-        is_finite = self.eval_loss is not None and math.isfinite(self.eval_loss)
-        return json.dumps(asdict(self if is_finite else replace(self, eval_loss=None)), indent=2) + "\n"
+        values = asdict(self)
+        if self.eval_loss is not None and not math.isfinite(self.eval_loss):
+            # JSON has no word for it.
+            values["eval_loss"] = None
+        return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, content: bytes) -> Manifest:
@@ -62,19 +64,33 @@ class Manifest:
         Raises:
             ValueError: where it is something else, with what is wrong.
         """
-        values: Any = json.loads(content)
+        try:
+            values: Any = json.loads(content)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
-            raise ValueError("it has no list of files")
-        if wrong := (known - {"eval_loss", "format_version"} - values.keys()) | (values.keys() - known):
-            raise ValueError(f"{min(wrong)}: is {'unknown' if min(wrong) in values else 'missing'}")
+            raise ValueError("it is no object with files")
+        if missing := known - {"eval_loss", "format_version"} - values.keys():
+            raise ValueError(f"{min(missing)}: is missing")
+        if unknown := values.keys() - known:
+            raise ValueError(f"{min(unknown)!r}: is unknown")
         files = {}
         for name, entry in values["files"].items():
             try:
                 files[name] = durable.FileEntry.of(entry)
             except ValueError as error:
-                raise ValueError(f"files.{name}: {error}") from None
-        return cls(**{**values, "files": files})
+                raise ValueError(f"files: {name!r} {error}") from None
+        loss = values.get("eval_loss")
+        return cls(**{**values, "eval_loss": _as_float(loss), "files": files})
+
+
+def _as_float(loss: Any) -> Any:
+    """JSON may have a loss without a point, and of any length."""
+    try:
+        return float(loss) if type(loss) is int else loss
+    except OverflowError:
+        return math.inf
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -356,5 +356,5 @@ def _to_json(files: dict[str, FileEntry]) -> bytes:
 def _from_json(content: bytes | None) -> dict[str, FileEntry]:
     try:
         return {name: FileEntry.of(entry) for name, entry in json.loads(content or b"{}").items()}
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return {}

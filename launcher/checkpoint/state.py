@@ -31,7 +31,7 @@ def read_state(path: Path) -> State:
     file = path / STATE
     try:
         return State.model_validate(json.loads(file.read_bytes()))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         text = _first_error(error) if isinstance(error, ValidationError) else str(error)
         raise CheckpointError("a checkpoint's state cannot be read", where=str(file), value=text) from error
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from launcher.config.data import COLUMNS_EXAMPLE
 from launcher.config.origin import Origins
-from launcher.config.secret import redact
-from launcher.config.settings import Setting, settings, shown
+from launcher.config.secret import looks_secret, redact
+from launcher.config.settings import Setting, as_yaml, settings
 from launcher.config.suggest import did_you_mean
 from launcher.errors import Problem
 
@@ -135,6 +135,12 @@ def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins
     if kind == "string_type" and isinstance(value, int | float) and "[" not in key:
         remedy = f"quote it twice: '{key}=\"{value}\"'"
     return Problem(f"{key}: {what.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
+
+
+def shown(key: str, value: Any) -> str:
+    """A value as an error may show it."""
+    text = repr(value) if isinstance(value, str) else as_yaml(value)
+    return "<redacted>" if looks_secret(key, value) else redact(text)[:200]
 
 
 def _plain(key: str, value: Any) -> str:

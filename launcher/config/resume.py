@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from launcher.config.compose import leaves
 from launcher.config.origin import Origins
-from launcher.config.problems import schema_problems
+from launcher.config.problems import schema_problems, shown
 from launcher.config.schema import RunConfig
 from launcher.config.secret import looks_secret, redact
-from launcher.config.settings import settings, shown
+from launcher.config.settings import settings
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
 

@@ -10,7 +10,6 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from launcher.config.schema import RunConfig
-from launcher.config.secret import looks_secret, redact
 
 _SCALARS = {"integer": "int", "number": "float", "string": "text", "object": "mapping"}
 _LOWER = (("exclusiveMinimum", ">"), ("minimum", ">="))
@@ -107,9 +106,3 @@ def as_yaml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(as_yaml(item) for item in value)}]"
     return str(value)
-
-
-def shown(key: str, value: Any) -> str:
-    """A value as an error may show it."""
-    text = repr(value) if isinstance(value, str) else as_yaml(value)
-    return "<redacted>" if looks_secret(key, value) else redact(text)[:200]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from launcher.plan.gpus import kind_of
 
@@ -45,23 +45,26 @@ ASSUMPTION = f"typical, on demand, {DATE}"
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars for one GPU for one hour; `assumption` says what it is where the settings have none."""
+    """US dollars for one GPU for one hour; `assumption` says what it is where the settings have none.
 
-    # As part of a plan, which pydantic validates. Whoever looks at runs alone need not load that.
-    __pydantic_config__: ClassVar = {"extra": "forbid"}
+    Part of the plan and no model like its other parts: who looks at runs reads it without loading those.
+    """
 
     usd_per_gpu_hour: float
     assumption: str | None = None
 
     @classmethod
-    def of(cls, plan: Mapping[str, Any]) -> Price | None:
+    def of_plan(cls, values: Mapping[str, Any]) -> Price | None:
         """That of a plan's JSON; None where it has none.
 
         Raises:
             TypeError, ValueError, KeyError: where it is damaged.
         """
-        price = plan.get("price")
-        return None if price is None else cls(float(price["usd_per_gpu_hour"]), price.get("assumption"))
+        price = values.get("price")
+        try:
+            return None if price is None else cls(float(price["usd_per_gpu_hour"]), price.get("assumption"))
+        except OverflowError as error:
+            raise ValueError(str(error)) from error
 
 
 def typical(gpu: str) -> float | None:

@@ -250,7 +250,7 @@ def recorded(run: RunDir, coming: LaunchPlan | None = None) -> list[Attempt]:
         ended = run_store.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
         values = run_store.read_json(plan)
         num_ranks = values["topology"]["world_size"]
-        prices.append((values["config"]["cluster"].get("gpu_type"), Price.of(values)))
+        prices.append((values["config"]["cluster"].get("gpu_type"), Price.of_plan(values)))
         workers = known.num_workers or 0
         found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks, known.automatic, workers))
     later_type, later = (None, None) if coming is None else (coming.config.cluster.gpu_type, coming.price)

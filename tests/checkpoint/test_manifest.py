@@ -46,19 +46,19 @@ def test_a_loss_that_json_has_no_word_for_is_none(loss):
         ("format_version", 1.5, "format_version: is not a whole number"),
         ("plan_digest", 5, "plan_digest: is not text"),
         ("eval_loss", "low", "eval_loss: is not a number"),
-        ("owner", "someone", "owner: is unknown"),
-        ("files", REMOVED, "it has no list of files"),
-        ("files", [], "it has no list of files"),
+        ("owner", "someone", "'owner': is unknown"),
+        ("files", REMOVED, "it is no object with files"),
+        ("files", [], "it is no object with files"),
         ("files", {"../state.json": {"size": 1, "xxh3_128": "ab"}}, "'../state.json' is not the name of a file"),
         ("files", {".hidden": {"size": 1, "xxh3_128": "ab"}}, "'.hidden' is not the name of a file"),
         ("files", {"state.json\n": {"size": 1, "xxh3_128": "ab"}}, "is not the name of a file"),
-        ("files", {"state.json": {"size": 1}}, "files.state.json: is not a size and a digest"),
-        ("files", {"state.json": None}, "files.state.json: is not a size and a digest"),
-        ("files", {"state.json": {"size": -1, "xxh3_128": "ab"}}, "files.state.json: is not a number of bytes"),
+        ("files", {"state.json": {"size": 1}}, "files: 'state.json' is not a size and a digest"),
+        ("files", {"state.json": None}, "files: 'state.json' is not a size and a digest"),
+        ("files", {"state.json": {"size": -1, "xxh3_128": "ab"}}, "files: 'state.json' is not a number of bytes"),
         (
             "files",
             {"state.json": {"size": 1, "xxh3_128": 5}},
-            "files.state.json: is not a number of bytes and the text of a digest",
+            "files: 'state.json' is not a number of bytes and the text of a digest",
         ),
     ],
 )
@@ -69,7 +69,14 @@ def test_what_no_save_has_written_is_refused(key, value, said):
         Manifest.from_json(json.dumps(values).encode())
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff\xfe\x00"])
+@pytest.mark.parametrize(("written", "loss"), [("2", 2.0), ("1" * 400, math.inf)])
+def test_a_loss_may_be_written_without_a_point(written, loss):
+    found = Manifest.from_json(WHOLE.to_json().replace("1.5", written).encode()).eval_loss
+    assert isinstance(found, float)
+    assert found == loss
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff\xfe\x00", b"[" * 100_000])
 def test_what_is_no_object_is_refused(content):
     with pytest.raises(ValueError, match=r"."):
         Manifest.from_json(content)

@@ -17,6 +17,7 @@ import hand_made
 import pytest
 
 from launcher import run_store
+from launcher.cli.main import main
 from launcher.cli.status import sparkline
 from launcher.cli.summary import summary
 from launcher.cli.text import short
@@ -441,3 +442,15 @@ def test_it_does_not_wait_for_models_of_plans(launch: Launch, run: RunDir, state
     assert done.returncode == 0
     assert "launcher.checkpoint.manifest" in done.stderr
     assert "pydantic" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "price", [[], 5, {}, {"usd_per_gpu_hour": None}, {"usd_per_gpu_hour": "much"}, {"usd_per_gpu_hour": 10**400}]
+)
+def test_a_plan_with_a_damaged_price_is_named(run: RunDir, capsys: pytest.CaptureFixture[str], price: object) -> None:
+    plan = json.loads(run.plan.read_text())
+    run_store.write_json(run.plan, plan | {"price": price})
+    assert main(["status", str(run.root)]) == 1
+    said = capsys.readouterr().err
+    assert "the plan of this run cannot be read by this launcher" in said
+    assert str(run.plan) in said
