@@ -19,10 +19,22 @@ class NVMLError_Timeout(NVMLError):
     pass
 
 
+class NVMLError_GpuIsLost(NVMLError):
+    pass
+
+
+class NVMLError_ResetRequired(NVMLError):
+    pass
+
+
 class Nvml(ModuleType):
-    """pynvml as far as it is used; the GPU of this process is the driver's number 5. `faults` are Xids still to come."""
+    """pynvml as far as it is used; the GPU of this process is the driver's number 5. `faults` are Xids still to come.
+
+    What it `lacks` fails with `error`.
+    """
 
     NVMLError, NVMLError_Timeout = NVMLError, NVMLError_Timeout
+    NVMLError_GpuIsLost, NVMLError_ResetRequired = NVMLError_GpuIsLost, NVMLError_ResetRequired
     NVML_TEMPERATURE_GPU, nvmlEventTypeXidCriticalError = 0, 8
 
     def __init__(self) -> None:
@@ -30,10 +42,11 @@ class Nvml(ModuleType):
         self.faults: list[int] = []
         self.handles: list[str] = []
         self.lacks: set[str] = set()
+        self.error: type[NVMLError] = NVMLError
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("nvml") and name in ModuleType.__getattribute__(self, "lacks"):
-            raise NVMLError(f"{name} is not supported")
+            raise ModuleType.__getattribute__(self, "error")(f"{name} is not supported")
         return ModuleType.__getattribute__(self, name)
 
     def nvmlInit(self) -> None:

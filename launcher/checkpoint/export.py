@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from launcher.checkpoint import durable, store, weights
+from launcher.checkpoint.host_copy import available_bytes
 from launcher.checkpoint.state import State, read_state
 from launcher.checkpoint.tensor_file import ShardSet
 from launcher.errors import CheckpointError
@@ -235,7 +234,7 @@ def complete(task: Task, card: Card | None = None, device: str = "cpu") -> Expor
 def _checked(task: Task, made: Export, device: str) -> Export:
     from launcher.checkpoint import parity
 
-    needed, free = made.num_bytes * _LOADING_FACTOR, psutil.virtual_memory().available
+    needed, free = made.num_bytes * _LOADING_FACTOR, available_bytes()
     if needed > free:
         return replace(made, not_loaded=f"that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free")
     model = parity.load_back(task.partial, dtype=task.dtype, device=device, trust_remote_code=task.trust_remote_code)

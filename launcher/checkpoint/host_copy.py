@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from launcher.checkpoint.tensor_file import as_bytes
 
+OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 # What is written or looked at in one piece, which is done without Python's lock. For each piece the thread needs the lock
 # for a moment, and while it has it and is not running, because all cores are at work, training stands still.
 _BLOCK_ELEMENTS = 64 * 2**20
@@ -66,7 +68,7 @@ class HostCopy:
     def _make(self, num_elements: int, sharers: int) -> None:
         try:
             on_device(self._device)
-            if sharers * 4 * num_elements > _available_bytes():
+            if sharers * 4 * num_elements > available_bytes():
                 # The system would promise the memory all the same, and kill a process when it is used.
                 return
             memory = torch.empty(num_elements, dtype=torch.float32)
@@ -90,17 +92,20 @@ def on_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def _available_bytes() -> int:
+def available_bytes() -> int:
     """Main memory that this machine, or the container or job that the process is in, has left."""
     available = [psutil.virtual_memory().available]
     try:
         # Version 2 of control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html
-        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+        group = CGROUPS / OWN_CGROUP.read_text().rpartition("::/")[2].strip()
     except OSError:
         return available[0]
     for folder in (group, *group.parents):
         try:
-            available.append(int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text()))
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+            # Files that were read or written and can be forgotten count as used.
+            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+            available.append(limit - used + (int(cached[1]) if cached else 0))
         except (OSError, ValueError):
             # No limit here.
             continue

@@ -35,6 +35,12 @@ class MicroBatch:
     labels: torch.Tensor
     row_ids: tuple[int, ...]
 
+    @property
+    def borders(self) -> torch.Tensor:
+        """Where documents and padding begin, in the rows one after another, and where these end: int32 [n + 1], on CPU."""
+        starts = (self.position_ids.reshape(-1) == 0).nonzero().squeeze(1)
+        return torch.cat([starts, starts.new_tensor([self.position_ids.numel()])]).to(torch.int32)
+
     def pinned(self) -> MicroBatch:
         """The same in page-locked memory, from where a GPU copies while it computes."""
         names = ("input_ids", "position_ids", "labels")

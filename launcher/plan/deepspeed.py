@@ -69,6 +69,8 @@ def render(
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": train.grad_clip,
         "steps_per_print": 2**31 - 1,
+        # Its own would wait for the GPU twice in each micro-batch, and for the copies of a save that goes on beside it.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
     if model.dtype != "fp32":

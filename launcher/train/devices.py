@@ -38,16 +38,16 @@ class Sample(NamedTuple):
 
 
 class Devices:
-    """Keeps `latest` up to date; `on_xid` is told each fault at once, from the thread.
+    """Keeps `latest` up to date; `on_fault` is told each Xid, and that the GPU is lost, at once, from the thread.
 
     `device` is the rank's, of which only a GPU of NVIDIA is asked; `reads_host` reads CPU and memory of the node as well.
     """
 
     def __init__(
-        self, device: torch.device, reads_host: bool, on_xid: Callable[[str], None], interval_s: float = INTERVAL_S
+        self, device: torch.device, reads_host: bool, on_fault: Callable[[str], None], interval_s: float = INTERVAL_S
     ) -> None:
         self._device, self._reads_host = device, reads_host
-        self._on_xid, self._interval_s = on_xid, interval_s
+        self._on_fault, self._interval_s = on_fault, interval_s
         self._ended = threading.Event()
         self.latest = Sample()
 
@@ -68,7 +68,11 @@ class Devices:
                 readings = gpu.read() if gpu is not None else {}
                 if self._reads_host:
                     readings |= _host()
+                index = self.latest.gpu_index
                 self.latest = self.latest._replace(**readings)
+                if gpu is not None and gpu.is_lost and math.isnan(self.latest.gpu_index) and not math.isnan(index):
+                    # Told once: from now on it has not even a number.
+                    self._on_fault(f"GPU {index:.0f} is lost to the driver; the node must be restarted, or the GPU reset")
                 self._wait(gpu)
         except Exception as error:
             # What cannot be read is missing from the charts; that is all.
@@ -82,7 +86,7 @@ class Devices:
                 self._ended.wait(left)
             elif (number := gpu.next_xid(left)) is not None:
                 self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
-                self._on_xid(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {xids.meaning(number)}")
+                self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {xids.meaning(number)}")
 
 
 class _Gpu:
@@ -91,6 +95,7 @@ class _Gpu:
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
         self._events: Any = None
+        self.is_lost = False
         try:
             self._events = nvml.nvmlEventSetCreate()
             nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
@@ -143,16 +148,21 @@ class _Gpu:
             return int(nvml.nvmlEventSetWait_v2(self._events, max(1, int(within_s * 1000))).eventData)
         except nvml.NVMLError_Timeout:
             return None
-        except nvml.NVMLError:
-            # Such as of a GPU that is lost: asked again and again it would say so at once.
+        except nvml.NVMLError as error:
+            # Asked again and again it would say so at once.
             self._events = None
+            self._look_at(error)
             return None
 
     def _or_nan(self, reader: Callable[[], float]) -> float:
         try:
             return reader()
-        except self._nvml.NVMLError:
+        except self._nvml.NVMLError as error:
+            self._look_at(error)
             return _NAN
+
+    def _look_at(self, error: Exception) -> None:
+        self.is_lost |= isinstance(error, self._nvml.NVMLError_GpuIsLost | self._nvml.NVMLError_ResetRequired)
 
 
 def _host() -> dict[str, float]:

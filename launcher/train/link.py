@@ -8,6 +8,10 @@ import time
 import torch
 import torch.distributed as dist
 
+from launcher.plan.launch_plan import Topology
+
+# Of Ethernet with TCP, or less: gathering the weights of a layer would take longer than computing it.
+_SLOW_GB_PER_S = 5.0
 _BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
 
 
@@ -27,6 +31,16 @@ def measure(device: torch.device, repeats: int = 3) -> float:
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     num_ranks = dist.get_world_size()
     return buffer.nbytes / seconds.item() * 2 * (num_ranks - 1) / num_ranks / 1e9
+
+
+def doubt(topology: Topology, gb_per_s: float) -> str:
+    """What a person should look at where GPUs of several nodes talk so slowly that NCCL cannot have found their fast network."""
+    if topology.device != "cuda" or topology.nodes == 1 or gb_per_s >= _SLOW_GB_PER_S:
+        return ""
+    return (
+        f", below {_SLOW_GB_PER_S:g} GB/s: training will wait for the network; NCCL_DEBUG=INFO shows which one NCCL has chosen, "
+        "look whether InfiniBand or RoCE is there and seen by the container"
+    )
 
 
 def _seconds(buffer: torch.Tensor) -> float:

@@ -36,7 +36,7 @@ from launcher.train.checkpoints import Checkpoints, probe
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
-from launcher.train.model import CausalLMLoss
+from launcher.train.model import CausalLMLoss, attention_kernel
 from launcher.train.monitor import Monitor
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak import peak_tflops
@@ -86,7 +86,9 @@ def train(
             tracker.event("alert", failed.words, recorded=failed.recorded)
         if place.world_size > 1:
             speed = link.measure(device)
-            tracker.event("info", f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s", 0, gb_per_s=speed)
+            words = f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s"
+            slow = link.doubt(plan.topology, speed)
+            tracker.event("alert" if slow else "info", f"{words}{slow}", 0, gb_per_s=speed)
         session = _Session.start(plan, place, run, device, tracker, beat)
         beat("loaded", session.step)
         outcome = session.run(stop)
@@ -159,6 +161,11 @@ class _Session:
         fence = partial(run_store.require_newest, run, place.attempt, certain=True)
         together(device, "this attempt may not train", fence if place.is_main else lambda: None)
         engine, model = build_engine(plan, place)
+        if device.type == "cuda":
+            kernel = attention_kernel(plan.config.model, device.type)
+            is_slow = kernel in ("sdpa", "eager") and plan.config.data.packing
+            slow = ", slow for packed documents, as it computes all of their pairs: install flash-attn" if is_slow else ""
+            tracker.event("alert" if slow else "info", f"attention is computed by {kernel}{slow}", 0)
         # What cannot be saved is refused now, not at the first checkpoint.
         saver = Saver(
             engine,
@@ -272,7 +279,7 @@ class _Session:
 
     def _loss(self, micro: MicroBatch, factor: float) -> torch.Tensor:
         inputs = (tensor.to(self.device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
-        return self.engine(*inputs, micro.labels, factor)
+        return self.engine(*inputs, micro.labels, factor, micro.borders)
 
     def _own_reason(self, stop: Stop) -> str | None:
         # The first rank alone knows what the run has spent.

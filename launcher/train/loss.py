@@ -25,16 +25,25 @@ class LossHead(nn.Linear):
         """Hidden [N, H] and labels [N] to a scalar fp32 sum times `factor`; without labels, plain logits [..., V]."""
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens)
+        # Within the function itself nobody can tell whether gradients are wanted at all.
+        wanted = torch.is_grad_enabled()
+        return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens, wanted)
 
 
 class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, factor: float, chunk_tokens: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        factor: float,
+        chunk_tokens: int,
+        wanted: bool,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        needs_grad = any(ctx.needs_input_grad[:3])
+        needs_grad = wanted and any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
         grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
@@ -67,6 +76,7 @@ class _ChunkedNll(torch.autograd.Function):
             grad_hidden.mul_(scale.to(grad_hidden.dtype)),
             grad_weight.mul_(scale.to(grad_weight.dtype)),
             None if grad_bias is None else grad_bias.mul_(scale.to(grad_bias.dtype)),
+            None,
             None,
             None,
             None,

@@ -6,7 +6,6 @@ no rank ever holds the whole model.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -37,12 +36,20 @@ class CausalLMLoss(nn.Module):
         # FlashAttention recognises packed documents by position ids in a batch of one row only.
         self.flatten = flatten
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, labels: Tensor | None = None, factor: float = 1.0) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
+        factor: float = 1.0,
+        borders: Tensor | None = None,
+    ) -> Tensor:
         """Summed negative log-likelihood over `labels` [B, T] (IGNORED is skipped) times `factor`, a scalar in fp32.
 
-        Without labels: logits. Everything goes through this one method, because ZeRO-3 gathers weights around it.
+        Without labels: logits. Everything goes through this one method, because ZeRO-3 gathers weights around it. `borders`,
+        those of a MicroBatch, spare FlashAttention to look for documents in `position_ids`.
         """
-        hidden = self._hidden(input_ids, position_ids)
+        hidden = self._hidden(input_ids, position_ids, borders)
         if labels is None:
             return self.hf.get_output_embeddings()(hidden)
         flat = labels.reshape(-1)
@@ -52,12 +59,18 @@ class CausalLMLoss(nn.Module):
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         return self.hf.get_output_embeddings()(selected, targets, factor)
 
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, borders: Tensor | None) -> Tensor:
         """Last hidden states [B, T, H] (or [1, B*T, H]) of token ids and restarting positions [B, T]."""
+        documents: dict[str, Any] = {}
         if self.flatten:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+            if borders is not None:
+                # transformers would ask the GPU for these in every layer, and wait for its answer.
+                at, longest = _on(input_ids.device, borders), int(borders.diff().max())
+                documents = {"cu_seq_lens_q": at, "cu_seq_lens_k": at, "max_length_q": longest, "max_length_k": longest}
         # A cache or a mask would switch off the isolation of packed documents.
-        return self.hf.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        decoder = self.hf.get_decoder()
+        return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents).last_hidden_state
 
     def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
         """Trainable parameters under their Hugging Face names; tied weights stand once."""
@@ -72,9 +85,13 @@ def _on(device: torch.device, tensor: Tensor) -> Tensor:
 
 
 def attention_kernel(model: ModelSection, device: str) -> str:
+    """What computes attention; FlashAttention 2 where it is not said and that can be, which takes no fp32."""
+    from transformers.utils import is_flash_attn_2_available
+
     if model.attention != "auto":
         return model.attention
-    return "flash_attention_2" if device == "cuda" and importlib.util.find_spec("flash_attn") else "sdpa"
+    can_flash = device == "cuda" and model.dtype != "fp32" and is_flash_attn_2_available()
+    return "flash_attention_2" if can_flash else "sdpa"
 
 
 def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_tokens: int) -> CausalLMLoss:

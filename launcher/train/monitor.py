@@ -59,8 +59,8 @@ class Monitor:
         self._before: Future[Breakdown] | None = None
         self._loaded = time.monotonic()
         self.eval_s = self.save_s = 0.0
-        on_xid = partial(record_fault, self._run, place, self._hosts[place.rank], RateLimit())
-        self._devices = Devices(device, place.local_rank == 0, on_xid).start()
+        on_fault = partial(record_fault, self._run, place, self._hosts[place.rank], RateLimit())
+        self._devices = Devices(device, place.local_rank == 0, on_fault).start()
         self._pulse = Pulse(partial(tracker.event, "alert")).start() if place.is_main else None
 
     def beat(self, phase: str, step: int) -> None:

@@ -118,7 +118,8 @@ def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
         Problem(
             f"a GPU has a fault, Xid {number}: {BROKEN[number]}",
             value=line,
-            remedy="leave this node out and ask the administrators to reset the GPU, or to replace it",
+            remedy="leave this node out and ask the administrators to reset the GPU, or to replace it, and then to clear the "
+            "kernel's log (dmesg --clear)",
         )
         for (_, number), line in faults.items()
     ]

@@ -31,7 +31,8 @@ from launcher.worker import gpu_check
 from launcher.worker.network import node_name
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-SHARED_MEMORY_BYTES = 64 << 20
+# A container gets 64 MiB if nothing is said, in which NCCL runs out of room where it connects the GPUs of a node.
+SHARED_MEMORY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 OWN_CGROUPS = Path("/proc/self/cgroup")
 # The hierarchy of version 2 names no controllers; https://man7.org/linux/man-pages/man7/cgroups.7.html
 CGROUP_MEMORY = {
@@ -248,11 +249,11 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float) -> list[Probl
         value = f"{memory_gib:.1f} GiB available, {plan.memory.host_per_node_gib:.1f} GiB needed"
         remedy = f"{plan.config.cluster.memory_remedy}, offload less, or use more nodes"
         problems.append(Problem("there is too little main memory for the states that are offloaded to it", "", value, remedy))
-    shared = _free_bytes(SHARED_MEMORY)
-    if shared is None or shared < SHARED_MEMORY_BYTES:
+    shared, least = _free_bytes(SHARED_MEMORY), SHARED_MEMORY_BYTES[plan.topology.device]
+    if shared is None or shared < least:
         what = "the ranks of a node have too little shared memory to talk through"
-        found = "missing" if shared is None else f"{shared >> 20} MiB free, {SHARED_MEMORY_BYTES >> 20} MiB needed"
-        remedy = "remove stale files there; give a container a larger one"
+        found = "missing" if shared is None else f"{shared >> 20} MiB free, {least >> 20} MiB needed"
+        remedy = "remove stale files there; give a container a larger one (--shm-size, or an emptyDir of memory)"
         problems.append(Problem(what, value=f"{SHARED_MEMORY}: {found}", remedy=remedy))
     return problems
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -224,8 +225,8 @@ def test_a_weight_that_is_missing_left_over_or_not_finite_is_found_by_loading(ru
 
 
 def test_a_model_that_does_not_fit_in_memory_is_exported_and_not_loaded(runs, tmp_path, monkeypatch):
-    free = exporting.psutil.virtual_memory()._replace(available=1000)
-    monkeypatch.setattr(exporting.psutil, "virtual_memory", lambda: free)
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     result = exported(runs, "bf16", tmp_path / "export")
     assert not result.loaded
     assert "GiB are free" in result.not_loaded

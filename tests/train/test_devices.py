@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from played_nvml import Nvml
+from played_nvml import Nvml, NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired
 
 from launcher.train import devices
 from launcher.train.devices import Devices, Sample
@@ -81,7 +81,22 @@ def test_a_fault_is_told_at_once_and_counted(nvml: Nvml) -> None:
     ]
 
 
-def test_a_gpu_that_is_lost_is_asked_on_and_makes_no_noise(nvml: Nvml, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("error", [NVMLError_GpuIsLost, NVMLError_ResetRequired])
+def test_a_gpu_that_is_lost_is_told_once(nvml: Nvml, error: type[NVMLError], capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    watch = watched(GPU, told=told)
+    await_that(lambda: watch.latest.gpu_util > 0, "a reading")
+    nvml.lacks, nvml.error = {name for name in dir(Nvml) if name.startswith(("nvmlDeviceGet", "nvmlEventSetWait"))}, error
+    await_that(lambda: bool(told), "the loss")
+    assert math.isnan(watch.latest.gpu_util)
+    nvml.lacks = {"nvmlDeviceGetPowerUsage"}
+    await_that(lambda: watch.latest.gpu_util > 0, "a reading after it")
+    watch.stop()
+    assert told == ["GPU 5 is lost to the driver; the node must be restarted, or the GPU reset"]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_gpu_that_tells_nothing_is_asked_on_and_makes_no_noise(nvml: Nvml, capsys: pytest.CaptureFixture[str]) -> None:
     watch = watched(GPU)
     await_that(lambda: watch.latest.gpu_util > 0, "a reading")
     nvml.lacks = {name for name in dir(Nvml) if name.startswith(("nvmlDeviceGet", "nvmlEventSetWait"))}

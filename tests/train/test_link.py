@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.plan.launch_plan import Topology
+from launcher.train import link
+
 RANK = """
 import json, sys, time
 from datetime import timedelta
@@ -43,3 +46,16 @@ def test_two_ranks_measure_one_bandwidth(tmp_path: Path) -> None:
     assert cost_s < 5
     # The warm-up does not count; of the medians, 2 ms and 4 ms, the slower one does; busbw of two ranks equals algbw.
     assert computed == pytest.approx(2**20 / 4e-3 / 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "gb_per_s", "doubted"),
+    [(2, "cuda", 1.1, True), (2, "cuda", 40.0, False), (1, "cuda", 1.1, False), (2, "cpu", 0.1, False)],
+)
+def test_gpus_of_several_nodes_are_not_to_talk_over_slow_networks(
+    nodes: int, device: str, gb_per_s: float, doubted: bool
+) -> None:
+    topology = Topology(nodes=nodes, ranks_per_node=8, world_size=8 * nodes, device=device, backend="nccl")
+    said = link.doubt(topology, gb_per_s)
+    assert ("NCCL_DEBUG=INFO" in said) == doubted
+    assert bool(said) == doubted

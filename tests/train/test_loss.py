@@ -49,8 +49,12 @@ def test_the_sum_does_not_depend_on_the_chunk() -> None:
     assert max(sums) - min(sums) < 1e-3
 
 
-def test_without_gradients_only_the_value_is_computed() -> None:
+def test_without_gradients_only_the_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     head = head_of(False, 4)
+    # What sums up the gradient of the weights, as large as these.
+    monkeypatch.setattr(torch.Tensor, "addmm_", None)
+    with pytest.raises(TypeError):
+        head(torch.randn(5, 8, dtype=torch.float64), torch.randint(0, 31, (5,)))
     with torch.no_grad():
         loss = head(torch.randn(5, 8, dtype=torch.float64), torch.randint(0, 31, (5,)))
     assert not loss.requires_grad

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from launcher.config.schema import ModelSection
+from launcher.data.loader import MicroBatch
 from launcher.plan.architecture import model_facts
-from launcher.train.model import CausalLMLoss, build_model
+from launcher.train.model import CausalLMLoss, attention_kernel, build_model
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,60 @@ def test_two_rows_flattened_into_one_compute_the_same(real: CausalLMLoss) -> Non
     flat = real(rows, row_positions, labels)
     real.flatten = False
     torch.testing.assert_close(plain, flat, rtol=1e-5, atol=1e-3)
+
+
+def attended_by_borders(module, query, key, value, mask, **given):
+    """As FlashAttention with variable lengths does it: who sees whom is told by the borders alone. Tensors are [1, H, T, D]."""
+    assert mask is None
+    assert given["cu_seq_lens_q"].dtype == torch.int32
+    assert torch.equal(given["cu_seq_lens_q"], given["cu_seq_lens_k"])
+    borders = given["cu_seq_lens_q"].tolist()
+    assert given["max_length_q"] == given["max_length_k"] == max(b - a for a, b in pairwise(borders))
+    parts = []
+    for begin, end in pairwise(borders):
+        q, k, v = (tensor[:, :, begin:end] for tensor in (query, key, value))
+        scale, gqa = given["scaling"], query.shape[1] != key.shape[1]
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa))
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flash_attention_is_told_where_documents_begin(real: CausalLMLoss, recompute: bool) -> None:
+    """Otherwise transformers asks the GPU in every layer. The kernel is played, so that it knows nothing else."""
+    AttentionInterface.register("played", attended_by_borders)
+    ids = torch.cat([packed([9, 1, 14], seed=6)[0], packed([24], seed=7)[0]])
+    positions = torch.stack([packed([9, 1, 14], seed=6)[1][0], packed([10, 14], seed=7)[1][0]])
+    labels = ids.roll(-1, dims=1)
+    batch = MicroBatch(ids, positions, labels, (0, 1))
+    assert batch.borders.tolist() == [0, 9, 10, 24, 34, 48]
+    expected = real(ids, positions, labels).item()
+    before = real.hf.config._attn_implementation
+    try:
+        real.train()
+        if recompute:
+            real.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        real.hf.set_attn_implementation("played")
+        real.flatten = True
+        loss = real(ids, positions, labels, 1.0, batch.borders)
+        loss.backward()
+    finally:
+        real.flatten = False
+        real.hf.set_attn_implementation(before)
+        real.hf.gradient_checkpointing_disable()
+        real.zero_grad(set_to_none=True)
+        real.eval()
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "there", "kernel"), [("bf16", True, "flash_attention_2"), ("fp32", True, "sdpa"), ("bf16", False, "sdpa")]
+)
+def test_flash_attention_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch, dtype: str, there: bool, kernel: str) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: there)
+    section = ModelSection(path="/model", dtype=dtype)
+    assert attention_kernel(section, "cuda") == kernel
+    assert attention_kernel(section, "cpu") == "sdpa"
+    assert attention_kernel(ModelSection(path="/model", attention="eager"), "cuda") == "eager"
 
 
 @torch.no_grad()
