@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -37,8 +36,6 @@ class Place:
 
 def join(plan: LaunchPlan, place: Place) -> torch.device:
     """Join the process group and return this rank's device."""
-    # DeepSpeed would choose by what it sees, and look away from a plan for the CPUs of a machine with GPUs.
-    os.environ["DS_ACCELERATOR"] = plan.topology.device
     import deepspeed
 
     lock_builds()

@@ -37,6 +37,8 @@ def main(plan_path: str, attempt: int) -> None:
     # The watchdog asks a rank that is stuck, wherever it is, for the stacks of all its threads.
     faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
     heartbeat = Heartbeat.from_environ(os.environ, env)
+    # DeepSpeed would choose by what it sees as soon as it is imported, and a plan may be for the CPUs of a machine with GPUs.
+    os.environ["DS_ACCELERATOR"] = plan.topology.device
 
     from torch.distributed.elastic.multiprocessing.errors import record
 
