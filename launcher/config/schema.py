@@ -103,7 +103,11 @@ class ModelSection(Section):
         "bf16", description="Type of weights and activations in compute; optimizer state and master weights are fp32."
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
-        "auto", description="Attention kernel. auto: FlashAttention 2 on a GPU where flash_attn is installed, else SDPA."
+        "auto",
+        description=(
+            "Attention kernel. auto: FlashAttention 2 on a GPU where flash_attn is installed, but for fp32; else SDPA, which is "
+            "slow on GPUs for long rows of packed documents."
+        ),
     )
     activation_checkpointing: Flag = Field(
         False, description="Recompute activations in the backward pass: about a third more compute, far less memory."
