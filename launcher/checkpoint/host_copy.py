@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -103,13 +104,19 @@ def available_bytes() -> int:
     for folder in (group, *group.parents):
         try:
             limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-            # Files that were read or written and can be forgotten count as used.
-            cached = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-            available.append(limit - used + (int(cached[1]) if cached else 0))
+            available.append(max(0, limit - used + _cached_bytes(folder)))
         except (OSError, ValueError):
             # No limit here.
             continue
     return min(available)
+
+
+def _cached_bytes(group: Path) -> int:
+    """Of what counts as used: pages of files that were read or written and can be forgotten."""
+    with suppress(OSError):
+        if found := re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE):
+            return int(found[1])
+    return 0
 
 
 def is_finite(state: torch.Tensor) -> bool:

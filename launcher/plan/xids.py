@@ -28,6 +28,9 @@ PASSING = {
     94: "a memory error that ended one process alone; reset the GPU when the run is over",
 }
 
+# Said of a GPU that the driver does not find any more, with or without an Xid.
+LOST = "a GPU is lost"
+
 
 def meaning(number: int) -> str:
     """What an Xid means, in words; also of numbers that are not in the tables."""

@@ -10,14 +10,14 @@ from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.plan.xids import BROKEN
+from launcher.plan.xids import BROKEN, LOST
 from launcher.tracking.jsonl import read_events
 
 # The field, in the alert by which a node's agent tells that it starts its ranks again, of how often it has.
 RESTART = "restart"
 # GPU faults that are named; one of a switch shows on all GPUs.
 _MOST_FAULTS = 3
-_BROKEN = tuple(f"Xid {number} " for number in BROKEN)
+_BROKEN = (LOST, *(f"Xid {number} " for number in BROKEN))
 
 
 class Failure(NamedTuple):
@@ -60,7 +60,7 @@ def gpu_faults(alerts: Iterable[Mapping[str, Any]]) -> str:
 
     Those that a GPU has not got over come first: others follow them, on many GPUs.
     """
-    found = list(dict.fromkeys(str(alert["text"]) for alert in alerts if str(alert["text"]).startswith("Xid ")))
+    found = list(dict.fromkeys(str(alert["text"]) for alert in alerts if str(alert["text"]).startswith(("Xid ", LOST))))
     found.sort(key=lambda text: not text.startswith(_BROKEN))
     more = len(found) - _MOST_FAULTS
     named = [*found[:_MOST_FAULTS], *([f"{more} more"] if more > 0 else [])]

@@ -64,15 +64,17 @@ class Devices:
             gpu = _Gpu.open(self._device) if self._device.type == "cuda" else None
             if gpu is None and not self._reads_host:
                 return
+            number, is_told = "", False
             while not self._ended.is_set():
                 readings = gpu.read() if gpu is not None else {}
                 if self._reads_host:
                     readings |= _host()
-                index = self.latest.gpu_index
                 self.latest = self.latest._replace(**readings)
-                if gpu is not None and gpu.is_lost and math.isnan(self.latest.gpu_index) and not math.isnan(index):
-                    # Told once: from now on it has not even a number.
-                    self._on_fault(f"GPU {index:.0f} is lost to the driver; the node must be restarted, or the GPU reset")
+                # One that is lost has not even a number any more.
+                number = number if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
+                if gpu is not None and gpu.is_lost and not is_told:
+                    is_told = True
+                    self._on_fault(f"{xids.LOST}{number}; the node must be restarted, or the GPU reset")
                 self._wait(gpu)
         except Exception as error:
             # What cannot be read is missing from the charts; that is all.

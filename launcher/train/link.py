@@ -12,6 +12,8 @@ from launcher.plan.launch_plan import Topology
 
 # Of Ethernet with TCP, or less: gathering the weights of a layer would take longer than computing it.
 _SLOW_GB_PER_S = 5.0
+# Among more of them an all-reduce of this size takes its time on any network.
+_MOST_RANKS = 256
 _BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
 
 
@@ -35,7 +37,7 @@ def measure(device: torch.device, repeats: int = 3) -> float:
 
 def doubt(topology: Topology, gb_per_s: float) -> str:
     """What a person should look at where GPUs of several nodes talk so slowly that NCCL cannot have found their fast network."""
-    if topology.device != "cuda" or topology.nodes == 1 or gb_per_s >= _SLOW_GB_PER_S:
+    if topology.device != "cuda" or topology.nodes == 1 or topology.world_size > _MOST_RANKS or gb_per_s >= _SLOW_GB_PER_S:
         return ""
     return (
         f", below {_SLOW_GB_PER_S:g} GB/s: training will wait for the network; NCCL_DEBUG=INFO shows which one NCCL has chosen, "

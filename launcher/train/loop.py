@@ -36,7 +36,7 @@ from launcher.train.checkpoints import Checkpoints, probe
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
-from launcher.train.model import CausalLMLoss, attention_kernel
+from launcher.train.model import CausalLMLoss, lacks_flash_attention
 from launcher.train.monitor import Monitor
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak import peak_tflops
@@ -162,10 +162,9 @@ class _Session:
         together(device, "this attempt may not train", fence if place.is_main else lambda: None)
         engine, model = build_engine(plan, place)
         if device.type == "cuda":
-            kernel = attention_kernel(plan.config.model, device.type)
-            is_slow = kernel in ("sdpa", "eager") and plan.config.data.packing
+            is_slow = plan.config.data.packing and lacks_flash_attention(plan.config.model, model.hf.config)
             slow = ", slow for packed documents, as it computes all of their pairs: install flash-attn" if is_slow else ""
-            tracker.event("alert" if slow else "info", f"attention is computed by {kernel}{slow}", 0)
+            tracker.event("info", f"attention is computed by {model.hf.config._attn_implementation}{slow}", 0)
         # What cannot be saved is refused now, not at the first checkpoint.
         saver = Saver(
             engine,

@@ -6,6 +6,7 @@ no rank ever holds the whole model.
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import tempfile
@@ -24,7 +25,8 @@ from launcher.plan.launch_plan import ModelFacts
 from launcher.train.loss import LossHead
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Config entries that change logits after the head; the loss would silently be another one.
+# FlashAttention sees whole rows in these: transformers does not pass on where documents begin.
+_FLASH_MIXES = ("gpt_neo",)
 
 
 class CausalLMLoss(nn.Module):
@@ -35,6 +37,9 @@ class CausalLMLoss(nn.Module):
         self.hf = model
         # FlashAttention recognises packed documents by position ids in a batch of one row only.
         self.flatten = flatten
+        # Code that comes with a model may not take what those of transformers do.
+        taken = inspect.signature(model.get_decoder().forward).parameters.values()
+        self._takes_borders = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
 
     def forward(
         self,
@@ -64,7 +69,7 @@ class CausalLMLoss(nn.Module):
         documents: dict[str, Any] = {}
         if self.flatten:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-            if borders is not None:
+            if borders is not None and self._takes_borders:
                 # transformers would ask the GPU for these in every layer, and wait for its answer.
                 at, longest = _on(input_ids.device, borders), int(borders.diff().max())
                 documents = {"cu_seq_lens_q": at, "cu_seq_lens_k": at, "max_length_q": longest, "max_length_k": longest}
@@ -84,14 +89,26 @@ def _on(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device)
 
 
-def attention_kernel(model: ModelSection, device: str) -> str:
-    """What computes attention; FlashAttention 2 where it is not said and that can be, which takes no fp32."""
+def attention_kernel(model: ModelSection, device: str, config: Any) -> str:
+    """What computes attention of a model with this config of transformers; where it is not said, FlashAttention 2 if it can."""
     from transformers.utils import is_flash_attn_2_available
 
     if model.attention != "auto":
         return model.attention
-    can_flash = device == "cuda" and model.dtype != "fp32" and is_flash_attn_2_available()
+    can_flash = device == "cuda" and _can_flash(model, config) and is_flash_attn_2_available()
     return "flash_attention_2" if can_flash else "sdpa"
+
+
+def lacks_flash_attention(model: ModelSection, config: Any) -> bool:
+    """Whether a GPU computes attention as slowly as packed documents are without it, and `flash-attn` would help."""
+    return model.attention == "auto" and config._attn_implementation == "sdpa" and _can_flash(model, config)
+
+
+def _can_flash(model: ModelSection, config: Any) -> bool:
+    from transformers import AutoModelForCausalLM
+
+    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return model.dtype != "fp32" and config.model_type not in _FLASH_MIXES and getattr(known, "_supports_flash_attn", False)
 
 
 def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_tokens: int) -> CausalLMLoss:
@@ -104,17 +121,17 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     import torch._dynamo  # noqa: F401
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kernel = attention_kernel(model, device)
-    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     remote = {"trust_remote_code": model.trust_remote_code}
+    config = AutoConfig.from_pretrained(facts.path, **remote) if facts.path is not None else AutoConfig.for_model(**facts.config)
+    kernel = attention_kernel(model, device, config)
+    if kernel.startswith("flash_attention") and config.model_type in _FLASH_MIXES:
+        what = "documents would see each other in FlashAttention of this architecture"
+        raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
+    options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     if facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
         hf = AutoModelForCausalLM.from_pretrained(facts.path, **options, **remote, **pickled)
     else:
-        if facts.path is not None:
-            config = AutoConfig.from_pretrained(facts.path, **remote)
-        else:
-            config = AutoConfig.for_model(**facts.config)
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
     _with_loss_head(hf, chunk_tokens)
     if model.liger:

@@ -31,8 +31,9 @@ from launcher.worker import gpu_check
 from launcher.worker.network import node_name
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
-# A container gets 64 MiB if nothing is said, in which NCCL runs out of room where it connects the GPUs of a node.
-SHARED_MEMORY_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+SHARED_MEMORY_BYTES = 64 << 20
+# A container gets just that if nothing is said, in which NCCL runs out of room where it connects the GPUs of a node.
+SHARED_MEMORY_OF_GPUS_BYTES = 1 << 30
 OWN_CGROUPS = Path("/proc/self/cgroup")
 # The hierarchy of version 2 names no controllers; https://man7.org/linux/man-pages/man7/cgroups.7.html
 CGROUP_MEMORY = {
@@ -85,14 +86,14 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
 
     Each problem's `where` is the node's name and nothing else.
     """
-    memory_gib = _memory_bytes() / _GIB
+    memory_gib, num_ranks = _memory_bytes() / _GIB, num_ranks or plan.topology.ranks_per_node
     code, problems = _code_digest(run)
     problems += _check_run_directory(run, attempt)
     problems += _check_inputs(plan)
-    problems += _check_space(plan, run, memory_gib)
+    problems += _check_space(plan, run, memory_gib, num_ranks)
     gpus: tuple[str, ...] = ()
     if plan.topology.device == "cuda":
-        gpus, of_gpus = gpu_check.check_gpus(num_ranks or plan.topology.ranks_per_node, plan.config.cluster)
+        gpus, of_gpus = gpu_check.check_gpus(num_ranks, plan.config.cluster)
         problems += of_gpus
     host = node_name()
     return NodeReport(
@@ -237,7 +238,7 @@ def _check_inputs(plan: LaunchPlan) -> list[Problem]:
     ]
 
 
-def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float) -> list[Problem]:
+def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: int) -> list[Problem]:
     """Room for a checkpoint on disk, for offloaded states in main memory, for the ranks' messages in /dev/shm."""
     problems = []
     needed, free = int(_CHECKPOINT_MARGIN * plan.checkpoint_bytes), _free_bytes(run.root)
@@ -249,7 +250,8 @@ def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float) -> list[Probl
         value = f"{memory_gib:.1f} GiB available, {plan.memory.host_per_node_gib:.1f} GiB needed"
         remedy = f"{plan.config.cluster.memory_remedy}, offload less, or use more nodes"
         problems.append(Problem("there is too little main memory for the states that are offloaded to it", "", value, remedy))
-    shared, least = _free_bytes(SHARED_MEMORY), SHARED_MEMORY_BYTES[plan.topology.device]
+    connects_gpus = plan.topology.device == "cuda" and num_ranks > 1
+    shared, least = _free_bytes(SHARED_MEMORY), SHARED_MEMORY_OF_GPUS_BYTES if connects_gpus else SHARED_MEMORY_BYTES
     if shared is None or shared < least:
         what = "the ranks of a node have too little shared memory to talk through"
         found = "missing" if shared is None else f"{shared >> 20} MiB free, {least >> 20} MiB needed"

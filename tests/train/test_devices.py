@@ -92,7 +92,7 @@ def test_a_gpu_that_is_lost_is_told_once(nvml: Nvml, error: type[NVMLError], cap
     nvml.lacks = {"nvmlDeviceGetPowerUsage"}
     await_that(lambda: watch.latest.gpu_util > 0, "a reading after it")
     watch.stop()
-    assert told == ["GPU 5 is lost to the driver; the node must be restarted, or the GPU reset"]
+    assert told == ["a GPU is lost (GPU 5); the node must be restarted, or the GPU reset"]
     assert capsys.readouterr().err == ""
 
 

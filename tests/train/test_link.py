@@ -50,7 +50,7 @@ def test_two_ranks_measure_one_bandwidth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "device", "gb_per_s", "doubted"),
-    [(2, "cuda", 1.1, True), (2, "cuda", 40.0, False), (1, "cuda", 1.1, False), (2, "cpu", 0.1, False)],
+    [(2, "cuda", 1.1, True), (2, "cuda", 40.0, False), (1, "cuda", 1.1, False), (2, "cpu", 0.1, False), (64, "cuda", 4.0, False)],
 )
 def test_gpus_of_several_nodes_are_not_to_talk_over_slow_networks(
     nodes: int, device: str, gb_per_s: float, doubted: bool

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
+from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
-from launcher.train.model import CausalLMLoss, attention_kernel, build_model
+from launcher.train.model import CausalLMLoss, attention_kernel, build_model, lacks_flash_attention
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +112,34 @@ def test_flash_attention_is_told_where_documents_begin(real: CausalLMLoss, recom
 
 
 @pytest.mark.parametrize(
-    ("dtype", "there", "kernel"), [("bf16", True, "flash_attention_2"), ("fp32", True, "sdpa"), ("bf16", False, "sdpa")]
+    ("dtype", "family", "there", "kernel"),
+    [
+        ("bf16", "llama", True, "flash_attention_2"),
+        ("fp32", "llama", True, "sdpa"),
+        ("bf16", "llama", False, "sdpa"),
+        ("bf16", "bloom", True, "sdpa"),
+        ("bf16", "gpt_neo", True, "sdpa"),
+    ],
 )
-def test_flash_attention_is_taken_where_it_can_be(monkeypatch: pytest.MonkeyPatch, dtype: str, there: bool, kernel: str) -> None:
+def test_flash_attention_is_taken_where_it_can_be(
+    monkeypatch: pytest.MonkeyPatch, dtype: Any, family: str, there: bool, kernel: str
+) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: there)
-    section = ModelSection(path="/model", dtype=dtype)
-    assert attention_kernel(section, "cuda") == kernel
-    assert attention_kernel(section, "cpu") == "sdpa"
-    assert attention_kernel(ModelSection(path="/model", attention="eager"), "cuda") == "eager"
+    section, config = ModelSection(path="/model", dtype=dtype), AutoConfig.for_model(family)
+    assert attention_kernel(section, "cuda", config) == kernel
+    assert attention_kernel(section, "cpu", config) == "sdpa"
+    asked = ModelSection(path="/model", dtype=dtype, attention="eager")
+    assert attention_kernel(asked, "cuda", config) == "eager"
+    config._attn_implementation = kernel
+    assert lacks_flash_attention(section, config) == ((dtype, family, there) == ("bf16", "llama", False))
+    assert not lacks_flash_attention(asked, config)
+
+
+def test_documents_do_not_see_each_other_in_flash_attention() -> None:
+    section = ModelSection(init="random", config={"model_type": "gpt_neo"}, tokenizer="/model", attention="flash_attention_2")
+    facts: Any = SimpleNamespace(path=None, config={"model_type": "gpt_neo"})
+    with pytest.raises(ConfigError, match=r"set model\.attention=sdpa"):
+        build_model(section, facts, "cuda", chunk_tokens=64)
 
 
 @torch.no_grad()

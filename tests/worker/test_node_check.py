@@ -191,6 +191,24 @@ def test_shared_memory_that_is_too_small_is_told(planned: Callable[..., tuple[La
     assert problem.value == "/dev/shm: 1 MiB free, 64 MiB needed"
 
 
+@pytest.mark.parametrize(("device", "num_ranks", "is_enough"), [("cuda", 8, False), ("cuda", 1, True), ("cpu", 8, True)])
+def test_gpus_of_one_node_need_more_shared_memory_than_a_container_gets(
+    planned: Callable[..., tuple[LaunchPlan, RunDir]],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    num_ranks: int,
+    is_enough: bool,
+) -> None:
+    made, run = planned()
+    made = made.model_copy(update={"topology": made.topology.model_copy(update={"device": device})})
+    monkeypatch.setattr(node_check, "_free_bytes", lambda folder: 64 << 20 if folder == node_check.SHARED_MEMORY else 1 << 50)
+    monkeypatch.setattr(node_check.gpu_check, "check_gpus", lambda needed, section: ((H100,) * needed, []))
+    report = check_node(made, run, 1, num_ranks)
+    assert is_enough == (not report.problems)
+    if not is_enough:
+        assert only(report).value == "/dev/shm: 64 MiB free, 1024 MiB needed"
+
+
 def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
     made, run = planned()
     file = run.code / "launcher/errors.py"
