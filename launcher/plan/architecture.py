@@ -19,6 +19,13 @@ _UNKNOWN = -1
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 # transformers gives their masks no positions, so that the documents of a row would see each other.
 _DOCUMENTS_MIX = ("gpt_oss",)
+# Their layers carry a state, or look back with a convolution, from one document of a row into the next.
+_CARRY_STATE = (
+    *("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling", "inkling2", "inkling2_loop"),
+    *("jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_next", "qwen4_exp", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2", "zaya"),
+)
+_STATE_LAYERS = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "hybrid", "hybrid_sliding"}
 
 
 @dataclass(frozen=True)
@@ -132,9 +139,15 @@ def problems_of(config: Mapping[str, Any], packing: bool) -> Iterator[Problem]:
         if (value := config.get(name)) not in (None, 1, 1.0):
             what = f"this architecture changes its logits after the head ({name}={value}), which the loss in chunks does not do"
             yield Problem(what, "model.path", model_type, "choose another model")
-    if packing and model_type in _DOCUMENTS_MIX:
+    if packing and (model_type in _DOCUMENTS_MIX or carries_state(config)):
         what = "packed documents would see each other in this architecture"
         yield Problem(what, "model.path", model_type, "set data.packing=false")
+
+
+def carries_state(config: Mapping[str, Any]) -> bool:
+    """Whether what a layer computes for a row depends on the rows or documents that stand before it in one sequence."""
+    layers = config.get("layer_types") or ()
+    return str(config.get("model_type")).removesuffix("_text") in _CARRY_STATE or not _STATE_LAYERS.isdisjoint(layers)
 
 
 def count_params(config: dict[str, Any], facts: dict[str, Any]) -> int:

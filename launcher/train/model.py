@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED
 from launcher.errors import ConfigError
+from launcher.plan.architecture import carries_state
 from launcher.plan.launch_plan import ModelFacts
 from launcher.train.loss import LossHead
 
@@ -141,7 +142,9 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     if model.activation_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hf.train()
-    return CausalLMLoss(hf, flatten=kernel.startswith("flash_attention"))
+    # Rows that stand in one sequence would go on from each other.
+    is_flat = kernel.startswith("flash_attention") and not carries_state(config.to_dict())
+    return CausalLMLoss(hf, flatten=is_flat)
 
 
 def _with_loss_head(hf: Any, chunk_tokens: int) -> None:

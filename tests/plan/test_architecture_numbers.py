@@ -62,6 +62,11 @@ def test_a_config_that_is_no_language_model() -> None:
         ({"model_type": "granite", "logits_scaling": 8.0}, True, "logits_scaling=8.0"),
         ({"model_type": "gpt_oss"}, True, "see each other"),
         ({"model_type": "gpt_oss"}, False, None),
+        ({"model_type": "qwen3_next"}, True, "see each other"),
+        ({"model_type": "qwen3_next"}, False, None),
+        ({"model_type": "qwen3_5_text"}, True, "see each other"),
+        ({"model_type": "unheard_of", "layer_types": ["full_attention", "linear_attention"]}, True, "see each other"),
+        ({"model_type": "gemma3_text", "layer_types": ["full_attention", "sliding_attention"]}, True, None),
         ({"model_type": "llama", "logit_scale": 1.0}, True, None),
     ],
 )

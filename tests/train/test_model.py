@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts
+from launcher.plan.architecture import carries_state, model_facts
 from launcher.train.model import CausalLMLoss, attention_kernel, build_model, lacks_flash_attention
 
 
@@ -140,6 +143,39 @@ def test_documents_do_not_see_each_other_in_flash_attention() -> None:
     facts: Any = SimpleNamespace(path=None, config={"model_type": "gpt_neo"})
     with pytest.raises(ConfigError, match=r"set model\.attention=sdpa"):
         build_model(section, facts, "cuda", chunk_tokens=64)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [
+        ("llama", {}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}),
+    ],
+)
+def test_documents_mix_where_layers_carry_a_state_and_nowhere_else(family: str, own: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **sizes, num_key_value_heads=2, vocab_size=97, **own)
+    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().get_decoder()
+    ids, positions = torch.randint(0, 97, (1, 16)), torch.arange(8).repeat(2)[None]
+    other = ids.clone()
+    other[0, :8] = (ids[0, :8] + 1) % 97
+    one, two = (decoder(input_ids=i, position_ids=positions, use_cache=False).last_hidden_state for i in (ids, other))
+    assert bool((one - two).abs()[0, 8:].max() > 0) == carries_state(config.to_dict())
+
+
+def test_all_families_whose_layers_carry_a_state_are_known() -> None:
+    """By the words that the models of transformers have for such a state, or for the convolution before it."""
+    marks = ("conv_state", "selective_scan", "rwkv", "xlstm", "lightning_attention", "chunk_gated_delta")
+    found = set()
+    for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(family)
+        if any(mark in file.read_text().lower() for file in folder.glob("modeling_*.py") for mark in marks):
+            found.add(family)
+    assert len(found) > 20
+    assert {family for family in found if not carries_state({"model_type": family})} == set()
 
 
 @torch.no_grad()
