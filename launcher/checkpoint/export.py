@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.checkpoint import durable, store, weights
-from launcher.checkpoint.host_copy import available_bytes
 from launcher.checkpoint.state import State, read_state
 from launcher.checkpoint.tensor_file import ShardSet
 from launcher.errors import CheckpointError
@@ -233,6 +232,7 @@ def complete(task: Task, card: Card | None = None, device: str = "cpu") -> Expor
 
 def _checked(task: Task, made: Export, device: str) -> Export:
     from launcher.checkpoint import parity
+    from launcher.checkpoint.host_copy import available_bytes
 
     needed, free = made.num_bytes * _LOADING_FACTOR, available_bytes()
     if needed > free:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -419,29 +418,6 @@ def test_a_sparkline_shows_the_shape() -> None:
     assert sparkline([]) == ""
     assert sparkline([2.0, 2.0]) == "▁▁"
     assert sparkline([0.0, 7.0, math.nan, 3.0]) == "▁█!▄"
-
-
-def test_a_long_run_is_shown_as_fast_as_a_short_one(launch: Launch, run: RunDir) -> None:
-    """10,000 steps; the bound is wide, since other programs may run."""
-    log = JsonlTracker(run, 2)
-    metrics = {f"group/metric_{i}": 0.123456789 * i for i in range(40)}
-    for step in range(11, 10_011):
-        log.log(step, {"train/loss": 3.0, "perf/tokens_per_sec": 1.0, "time/step_s": 1.0, "memory/host_rss_gib": 1.0, **metrics})
-    began = time.monotonic()
-    done = launch("status", str(run.root), "--json")
-    took = time.monotonic() - began
-    assert json.loads(done.stdout)["metrics"]["trainer/step"] == 10_010
-    assert took < 3
-
-
-@pytest.mark.parametrize("state", ["completed", "running"])
-def test_it_does_not_wait_for_models_of_plans(launch: Launch, run: RunDir, state: str) -> None:
-    """Loading pydantic takes as long as all else that status does."""
-    run_store.update_status(run, state=state, job={"pid": os.getpid(), "host": "here", "started": 1.0})
-    done = launch("status", str(run.root), PYTHONPROFILEIMPORTTIME="1")
-    assert done.returncode == 0
-    assert "launcher.checkpoint.manifest" in done.stderr
-    assert "pydantic" not in done.stderr
 
 
 @pytest.mark.parametrize(
