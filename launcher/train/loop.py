@@ -36,13 +36,13 @@ from launcher.train.checkpoints import Checkpoints, probe
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
-from launcher.train.model import CausalLMLoss, lacks_flash_attention
+from launcher.train.model import CausalLMLoss, attention_words
 from launcher.train.monitor import Monitor
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak import peak_tflops
 from launcher.train.start import agree_on_start, load_whole
 from launcher.train.status import StatusFile
-from launcher.train.stop import STOP_REASONS, Outcome, Stop, save_fits
+from launcher.train.stop import Outcome, Stop, agree, save_fits
 
 # Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
 _MOST_SKIPPED_STEPS = {"fp16": 20, "bf16": 3, "fp32": 3}
@@ -86,9 +86,9 @@ def train(
             tracker.event("alert", failed.words, recorded=failed.recorded)
         if place.world_size > 1:
             speed = link.measure(device)
-            words = f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s"
             slow = link.doubt(plan.topology, speed)
-            tracker.event("alert" if slow else "info", f"{words}{slow}", 0, gb_per_s=speed)
+            words = f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s{slow}"
+            tracker.event("alert" if slow else "info", words, 0, gb_per_s=speed)
         session = _Session.start(plan, place, run, device, tracker, beat)
         beat("loaded", session.step)
         outcome = session.run(stop)
@@ -162,9 +162,7 @@ class _Session:
         together(device, "this attempt may not train", fence if place.is_main else lambda: None)
         engine, model = build_engine(plan, place)
         if device.type == "cuda":
-            is_slow = plan.config.data.packing and lacks_flash_attention(plan.config.model, model.hf.config)
-            slow = ", slow for packed documents, as it computes all of their pairs: install flash-attn" if is_slow else ""
-            tracker.event("info", f"attention is computed by {model.hf.config._attn_implementation}{slow}", 0)
+            tracker.event("info", attention_words(plan.config.model, model.hf.config, plan.config.data.packing), 0)
         # What cannot be saved is refused now, not at the first checkpoint.
         saver = Saver(
             engine,
@@ -257,7 +255,7 @@ class _Session:
         self.checkpoints.settle()
         with timer.part("optim"):
             self.engine.step()
-        loss, stopped, told = self._agree(summed / self.place.world_size, self._own_reason(stop), self.monitor.own())
+        loss, stopped, told = agree(summed / self.place.world_size, self._own_reason(stop), self.monitor.own(), self.device)
         times = timer.read()
         self.monitor.measured(times)
         self.step += 1
@@ -284,16 +282,6 @@ class _Session:
         # The first rank alone knows what the run has spent.
         self.limit = self.monitor.limit()
         return "limit" if self.limit else stop()
-
-    def _agree(self, summed: torch.Tensor, reason: str | None, own: list[float]) -> tuple[float, str | None, list[float]]:
-        """One all-reduce per step carries the loss, every rank's wish to stop, and what the ranks tell of themselves."""
-        flags = [float(reason == name) for name in STOP_REASONS]
-        shared = torch.tensor([0.0, *flags, *own], dtype=torch.float64, device=self.device)
-        shared[0] = summed
-        dist.all_reduce(shared)
-        loss, *rest = shared.tolist()
-        votes, told = rest[: len(flags)], rest[len(flags) :]
-        return loss, next((name for name, count in zip(STOP_REASONS, votes, strict=True) if count), None), told
 
     def _count_skipped(self) -> None:
         """DeepSpeed leaves out a step whose gradients are not finite; a run of them goes nowhere."""
@@ -342,7 +330,7 @@ class _Session:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
             self.monitor.beat("evaluating", self.step)
-            if self._agree(torch.zeros(()), stop() if is_last else self._own_reason(stop), [])[1]:
+            if agree(torch.zeros(()), stop() if is_last else self._own_reason(stop), [], self.device)[1]:
                 self.model.train()
                 self.monitor.eval_s += time.perf_counter() - began
                 return

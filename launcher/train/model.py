@@ -100,9 +100,12 @@ def attention_kernel(model: ModelSection, device: str, config: Any) -> str:
     return "flash_attention_2" if can_flash else "sdpa"
 
 
-def lacks_flash_attention(model: ModelSection, config: Any) -> bool:
-    """Whether a GPU computes attention as slowly as packed documents are without it, and `flash-attn` would help."""
-    return model.attention == "auto" and config._attn_implementation == "sdpa" and _can_flash(model, config)
+def attention_words(model: ModelSection, config: Any, packing: bool) -> str:
+    """What computes attention on a GPU, and what to install where that is slow for packed documents and need not be."""
+    kernel = config._attn_implementation
+    lacks_flash = packing and model.attention == "auto" and kernel == "sdpa" and _can_flash(model, config)
+    slow = ", slow for packed documents, as it computes all of their pairs: install flash-attn" if lacks_flash else ""
+    return f"attention is computed by {kernel}{slow}"
 
 
 def _can_flash(model: ModelSection, config: Any) -> bool:

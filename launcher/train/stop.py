@@ -42,6 +42,19 @@ class Stop(Protocol):
         """A person asks to stop, as by a signal; from any thread."""
 
 
+def agree(
+    summed: torch.Tensor, reason: str | None, own: list[float], device: torch.device
+) -> tuple[float, str | None, list[float]]:
+    """One all-reduce per step carries the loss, every rank's wish to stop, and what the ranks tell of themselves."""
+    flags = [float(reason == name) for name in STOP_REASONS]
+    shared = torch.tensor([0.0, *flags, *own], dtype=torch.float64, device=device)
+    shared[0] = summed
+    dist.all_reduce(shared)
+    loss, *rest = shared.tolist()
+    votes, told = rest[: len(flags)], rest[len(flags) :]
+    return loss, next((name for name, count in zip(STOP_REASONS, votes, strict=True) if count), None), told
+
+
 def save_fits(cluster: ClusterSection, reason: str, asked_at: float | None, save_s: float | None, device: torch.device) -> bool:
     """Whether a save as long as the last one ends before the machines go, in the judgement of every rank. Collective.
 

@@ -18,7 +18,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
 from launcher.plan.architecture import carries_state, model_facts
-from launcher.train.model import CausalLMLoss, attention_kernel, build_model, lacks_flash_attention
+from launcher.train.model import CausalLMLoss, attention_kernel, attention_words, build_model
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +134,10 @@ def test_flash_attention_is_taken_where_it_can_be(
     asked = ModelSection(path="/model", dtype=dtype, attention="eager")
     assert attention_kernel(asked, "cuda", config) == "eager"
     config._attn_implementation = kernel
-    assert lacks_flash_attention(section, config) == ((dtype, family, there) == ("bf16", "llama", False))
-    assert not lacks_flash_attention(asked, config)
+    said = attention_words(section, config, packing=True)
+    assert said.startswith(f"attention is computed by {kernel}")
+    assert ("install flash-attn" in said) == ((dtype, family, there) == ("bf16", "llama", False))
+    assert "install" not in attention_words(asked, config, packing=True) + attention_words(section, config, packing=False)
 
 
 def test_documents_do_not_see_each_other_in_flash_attention() -> None:
