@@ -52,6 +52,13 @@ def test_a_backend_that_is_used_loads_nothing_heavy() -> None:
     assert loaded.isdisjoint(HEAVY)
 
 
+def test_the_data_build_loads_no_torch() -> None:
+    """Each of its workers imports the main module again."""
+    loaded = loaded_after("import launcher.worker.prepare")
+    assert "transformers" in loaded
+    assert loaded.isdisjoint(set(HEAVY) - {"transformers"})
+
+
 def test_looking_at_runs_loads_no_models_of_plans() -> None:
     """Half of the time that `status` and `ls` take would go into loading pydantic."""
     backends = "".join(f"\ncluster_for({kind!r})" for kind in ("local", "slurm", "ray"))

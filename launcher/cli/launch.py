@@ -204,7 +204,7 @@ def _unused_name(config: RunConfig, gathered: Facts, taken: set[str]) -> LaunchP
 
 
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
-    """Fetch, convert and build in a process of its own, because that needs torch; with `show`, the report and so many rows.
+    """Fetch, convert and build in a process of its own, which may import torch; with `show`, the report and so many rows.
 
     Raises:
         DataError: with what the process found wrong.
@@ -217,7 +217,8 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
     except (IndexError, ValueError):
         raise RunError(f"preparing the data ended with exit code {done.returncode}; its messages stand above") from None
     if "problems" in answer:
-        raise DataError([Problem(*parts) for parts in answer["problems"]])
+        kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
+        raise kind([Problem(*parts) for parts in answer["problems"]])
     if done.returncode:
         raise RunError(f"preparing the data ended with exit code {done.returncode}")
     return answer

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
 
 from launcher.data.cache import Split
+from launcher.data.row_order import RowOrder
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import Batch
 
 IGNORED = -100
 """Label of a token that is not trained; the default `ignore_index` of torch's cross entropy."""
-
-
-# Batches whose rows are sorted by length together: many enough that each holds rows of one length.
-GROUPED_BATCHES = 64
 
 
 @dataclass(frozen=True)
@@ -63,49 +60,6 @@ class StepBatch:
     doc_lengths: tuple[int, ...]
     source_tokens: tuple[int, ...]
     row_ids: tuple[int, ...]
-
-
-class RowOrder:
-    """The endless stream of row numbers: epoch after epoch, each a permutation of its own.
-
-    With `lengths` of the rows, those of one batch of `batch_size` have about the same length, and stand in its order; the
-    batches themselves come in random order. Rows at the borders of an epoch, whose batch another epoch fills up, are left out
-    of that.
-
-    Raw PCG64 output is sorted instead of calling Generator.permutation: numpy keeps the former stable across releases
-    (NEP 19), so a resumed run sees the same rows under another numpy.
-    """
-
-    def __init__(self, num_rows: int, seed: int, lengths: np.ndarray | None = None, batch_size: int = 1) -> None:
-        self.num_rows = num_rows
-        self.seed = seed
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self._epoch = lru_cache(maxsize=2)(self._permutation)
-
-    def at(self, start: int, stop: int) -> np.ndarray:
-        """Row numbers at stream positions start..stop - 1; position p lies in epoch p // num_rows."""
-        parts = []
-        while start < stop:
-            epoch, offset = divmod(start, self.num_rows)
-            part = self._epoch(epoch)[offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        order = np.argsort(np.random.PCG64([self.seed, epoch]).random_raw(self.num_rows), kind="stable")
-        return order if self.lengths is None else self._grouped(order, self.lengths, epoch)
-
-    def _grouped(self, order: np.ndarray, lengths: np.ndarray, epoch: int) -> np.ndarray:
-        begin = -epoch * self.num_rows % self.batch_size
-        num_batches = max(0, self.num_rows - begin) // self.batch_size
-        inside = slice(begin, begin + num_batches * self.batch_size)
-        rows = order[inside]
-        window = np.arange(len(rows)) // (GROUPED_BATCHES * self.batch_size)
-        batches = rows[np.lexsort((lengths[rows], window))].reshape(num_batches, self.batch_size)
-        shuffled = np.argsort(np.random.PCG64([self.seed, epoch, 1]).random_raw(num_batches), kind="stable")
-        return np.concatenate([order[: inside.start], batches[shuffled].ravel(), order[inside.stop :]])
 
 
 class TrainBatches:

@@ -6,15 +6,17 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 
 from launcher.config.data import DataSection
 from launcher.data.encode import BatchEncoder, EncodedBatch, Work
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError, LauncherError, Problem, RunError
 
 # Processes take a few seconds to start: with so few batches the builder is done by itself as soon.
 MIN_BATCHES = 24
@@ -26,7 +28,12 @@ def num_workers(data: DataSection) -> int:
 
 
 def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> Iterator[EncodedBatch]:
-    """Each batch encoded, in order; errors: DataError, also where a process was killed."""
+    """Each batch encoded, in order.
+
+    Raises:
+        DataError: for a row that cannot be used, and where the system has killed a worker.
+        RunError: where a worker ended otherwise before it could report an exception.
+    """
     first = list(itertools.islice(waiting, MIN_BATCHES))
     workers = num_workers(data)
     waiting = itertools.chain(first, waiting)
@@ -38,23 +45,40 @@ def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> I
     context = multiprocessing.get_context("forkserver")
     # One process pays for the imports; the workers are forks of it, made before it has any thread.
     context.set_forkserver_preload(["launcher.data.preload"])
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    started: set[BaseProcess] = set()
     settings = data.model_dump_json()
     try:
         running: deque[Future[EncodedBatch]] = deque()
         for work in waiting:
             running.append(pool.submit(_encode, settings, tokenizer_path, work))
+            if len(started) < workers:
+                started |= set(multiprocessing.active_children()) - others
             # What is read and not yet encoded lies in memory.
             if len(running) > 2 * workers:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     except BrokenProcessPool as error:
-        what = "a process that builds the data cache was killed, as the system does where memory runs out"
-        remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"
-        raise DataError(Problem(what, "data.workers", str(workers), remedy)) from error
+        # The pool ends the workers that are left before their exit codes are read.
+        pool.shutdown(cancel_futures=True)
+        raise _failure([process.exitcode for process in started], workers) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
+    """Why the workers ended, by their exit codes. The pool sends TERM to those that outlive the first."""
+    causes = [code for code in exit_codes if code not in (None, 0, -signal.SIGTERM)]
+    if -signal.SIGKILL in causes:
+        what = "a process that builds the data cache was killed, as the system does where memory runs out"
+        remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"
+        return DataError(Problem(what, "data.workers", str(workers), remedy))
+    code = causes[0] if causes else None
+    how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with exit code {code}"
+    what = f"a process that builds the data cache {how}; its messages are above"
+    return RunError(Problem(what, remedy="data.workers=1 builds without such processes"))
 
 
 def _start_worker() -> None:

@@ -4,12 +4,21 @@ import os
 import signal
 import sys
 
-# The builder hears Ctrl-C and ends the others, which must not speak of it, not even while they start: forks inherit this.
+# Ctrl-C reaches every process of the terminal; the builder alone handles it and ends the others. Forks inherit this.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-# Tokenizers need no torch, and transformers imports it wherever it finds it: a second, and memory in every process.
-sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-import transformers.models.auto.tokenization_auto  # noqa: E402, F401
+# Tokenizers need no torch, and transformers imports it wherever it is installed: a second, and memory in every process.
+# transformers remembers that torch is missing; for everything else torch is importable again, because each worker
+# also imports the main module of the process that builds, whatever that needs.
+hidden = "torch" not in sys.modules
+if hidden:
+    sys.modules["torch"] = None  # type: ignore[assignment]
+
+import transformers.models.auto.tokenization_auto  # noqa: E402
 
 import launcher.data.encode  # noqa: E402, F401
+
+transformers.utils.is_torch_available()
+if hidden:
+    del sys.modules["torch"]

@@ -14,7 +14,7 @@ from launcher.config.schema import TrainSection
 from launcher.data import cache, findings, patterns
 from launcher.data.cache import Split
 from launcher.data.chat import load_tokenizer
-from launcher.data.loader import RowOrder
+from launcher.data.row_order import RowOrder
 from launcher.plan.launch_plan import DataFacts
 
 NUM_QUANTILES = 41

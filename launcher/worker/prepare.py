@@ -2,6 +2,9 @@
 
 Reads a RunConfig as JSON from standard input; fetches or converts model and tokenizer, builds the data cache.
 Progress goes to standard error, one JSON object with the report (where asked for) to standard output.
+
+Each worker of the data build imports this module again, as multiprocessing does with a main module: at module level it
+imports no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +29,7 @@ from launcher.checkpoint import card, durable
 from launcher.checkpoint.export import Task, chat_template_of, export, stop_ids, verify
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
-from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
+from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
 
@@ -231,8 +235,13 @@ def main(argv: list[str]) -> int:
         print(json.dumps(prepare(config, int(asked[0]) if asked else None)))
     except LauncherError as error:
         problems = [[p.what, p.where, p.value, p.remedy] for p in error.problems]
-        print(json.dumps({"problems": problems}))
+        print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
         return error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        what = f"preparing the data failed: {type(error).__name__}: {error}"
+        print(json.dumps({"problems": [[what]], "exit_code": EXIT_FAILED}))
+        return EXIT_FAILED
     return 0
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import text
+from launcher.data.parallel import MIN_BATCHES
+from launcher.data.sources import BLOCK_ROWS
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = ("model=tiny", "data=jsonl", "data.max_length=128", "data.workers=1", "tracking=none")
@@ -80,6 +82,18 @@ def test_the_report_for_programs(launch: Run, rows: Path, tmp_path: Path) -> Non
     assert not report["refused"]
     assert {one["name"]: one["count"] for one in report["findings"]}["secrets"] == 1
     assert [one["whole"] for one in report["shown"]] == [True]
+
+
+def test_enough_rows_for_several_processes(launch: Run, tmp_path: Path) -> None:
+    """The workers import the main module of the process that builds: only the command shows what that brings."""
+    num_rows = (MIN_BATCHES + 4) * BLOCK_ROWS
+    path = tmp_path / "many.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f" {i * i}"}) + "\n" for i in range(num_rows)))
+    settings = ("model=tiny", "data=jsonl", f"data.path={path}", "data.max_length=128", "data.workers=2", "data.eval_fraction=0")
+    done = launch("data", *settings, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["documents"] == num_rows
+    assert "Traceback" not in done.stderr
 
 
 def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None = None) -> str:

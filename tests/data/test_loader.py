@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from launcher.config.data import DataSection
 from launcher.data.build import build
 from launcher.data.cache import Split
-from launcher.data.loader import IGNORED, MicroBatch, OneAhead, RowOrder, StepBatch, TrainBatches, eval_batches
+from launcher.data.loader import IGNORED, MicroBatch, OneAhead, StepBatch, TrainBatches, eval_batches
+from launcher.data.row_order import RowOrder
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch
 

@@ -20,7 +20,7 @@ from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.parallel import MIN_BATCHES, num_workers
 from launcher.data.sources import BLOCK_ROWS
-from launcher.errors import DataError
+from launcher.errors import DataError, RunError
 
 DEADLINE_S = 120.0
 # Says the numbers of its processes once the first batch is back, and goes on when it is told to.
@@ -43,6 +43,23 @@ try:
 except DataError as error:
     print(error, flush=True)
     sys.exit(error.exit_code)
+"""
+# The main module of a builder, which each worker imports as well: torch works there, and an argument makes it fail.
+MAIN = """
+import sys
+import torch
+from launcher.config.data import DataSection
+from launcher.data.build import build
+from launcher.errors import LauncherError
+assert torch.ones(1).item() == 1
+if __name__ != "__main__" and sys.argv[3:] == ["fail"]:
+    raise ValueError("the main module fails in a worker")
+if __name__ == "__main__":
+    try:
+        print(build(DataSection.model_validate_json(sys.argv[1]), sys.argv[2]).num_docs)
+    except LauncherError as error:
+        print(error)
+        sys.exit(error.exit_code)
 """
 
 
@@ -115,6 +132,38 @@ def test_a_killed_worker_is_told_and_nothing_is_left(
     assert not psutil.wait_procs(children, timeout=DEADLINE_S)[1]
 
 
+def run_main(many: DataSection, tokenizer_dir: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    main = folder / "main.py"
+    main.write_text(MAIN)
+    command = [sys.executable, str(main), many.model_dump_json(), str(tokenizer_dir), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
+
+
+def test_a_main_module_may_use_torch(many: DataSection, tokenizer_dir: Path, cache_home: Path, tmp_path: Path) -> None:
+    done = run_main(many, tokenizer_dir, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > MIN_BATCHES
+
+
+def test_a_worker_that_fails_at_its_start_is_not_called_killed(
+    many: DataSection, tokenizer_dir: Path, cache_home: Path, tmp_path: Path
+) -> None:
+    done = run_main(many, tokenizer_dir, tmp_path, "fail")
+    assert done.returncode == RunError.exit_code
+    assert "ValueError: the main module fails in a worker" in done.stderr
+    assert "a process that builds the data cache ended with exit code 1; its messages are above" in done.stdout
+    assert "memory" not in done.stdout
+
+
+def test_a_worker_reports_its_own_exception(many: DataSection, tokenizer_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tokenizer_dir, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(KeyError, match="added_tokens"):
+        build(many, str(folder))
+
+
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_an_interrupted_builder_takes_its_processes_along(
     builder: tuple[subprocess.Popen, list[psutil.Process]], many: DataSection, tokenizer_dir: Path, by: signal.Signals
@@ -150,11 +199,11 @@ def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokeni
 def test_the_processes_do_without_torch(tokenizer_dir: Path) -> None:
     script = (
         "import json, sys, launcher.data.preload; from launcher.data.chat import load_tokenizer; "
-        "ids = load_tokenizer(sys.argv[1])(sys.argv[2]).input_ids; print(json.dumps([ids, sys.modules['torch']]))"
+        "ids = load_tokenizer(sys.argv[1])(sys.argv[2]).input_ids; print(json.dumps([ids, 'torch' in sys.modules]))"
     )
     command = [sys.executable, "-c", script, str(tokenizer_dir), "It's 1 text, naïve."]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
-    assert json.loads(done.stdout) == [AutoTokenizer.from_pretrained(str(tokenizer_dir))(command[-1]).input_ids, None]
+    assert json.loads(done.stdout) == [AutoTokenizer.from_pretrained(str(tokenizer_dir))(command[-1]).input_ids, False]
     assert "PyTorch was not found" not in done.stderr
 
 
