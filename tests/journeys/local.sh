@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# One machine: 20,000 chats become a cache, a run, a run that is killed and resumed, and a folder that transformers loads.
+. "$(dirname "$0")/common.sh"
+
+step "settings come from the wheel" launcher plan --info searchpath
+says "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/launcher/conf"
+[ -z "$(ls -A | grep -v output)" ] || fail "looking at settings leaves files"
+python "$here/make_chats.py" 20000 >chats.jsonl
+own=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=256 data.workers=2 data.eval_max_rows=4)
+run=("${own[@]}" train.global_batch_size=4 train.max_steps=30 train.save_every=3 train.sample=false tracking.mode=offline)
+
+step "data" python -m launcher data "${own[@]}"
+says "20,000"
+step "data, cached" launcher data "${own[@]}" --show 2 --html data.html
+step "plan" python -m launcher plan "${run[@]}"
+refused "a misspelt name" "did you mean tiny?" launcher plan "${run[@]}" model=tinny
+step "train" python -m launcher "${run[@]}" run.name=first
+step "status" launcher status first
+says completed
+step "report" launcher report first --html report.html
+
+step "train, detached" launcher "${run[@]}" run.name=killed train.export=false --detach
+wait_for 120 has_reached killed 4
+kill -9 "$(pid_of killed 1)"
+wait_for 60 has_state killed failed
+step "status of a killed run" launcher status killed
+says "rank 1: killed by SIGKILL"
+step "resume" python -m launcher resume killed
+step "checkpoints" launcher checkpoints killed --verify
+python "$here/compare_losses.py" runs/first runs/killed
+step "export" launcher export killed --step 27 --dtype bf16 --out my-model
+step "load with transformers" python -c '
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("my-model")
+tokenizer = AutoTokenizer.from_pretrained("my-model")
+model.generate(**tokenizer("The pump", return_tensors="pt"), max_new_tokens=2)'
+step "list" launcher ls

@@ -1,0 +1,19 @@
+"""What the wheel holds."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_the_settings_lie_in_the_wheel(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    shipped = {f"launcher/conf/{file.relative_to(REPO / 'conf')}" for file in (REPO / "conf").rglob("*.yaml")}
+    assert len(shipped) > 15
+    assert shipped <= names
+    assert not [name for name in names if name.startswith(("tests/", "conf/", "runs/", "benchmarks/"))]
