@@ -191,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise RunError("a file of the run is missing", where=str(path)) from None
     except OSError as error:
         raise RunError(f"a file of the run cannot be read: {error.strerror}", where=str(path)) from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"a file of the run is damaged: {error}", where=str(path)) from None
     if not isinstance(value, dict):
         raise RunError("a file of the run is damaged: it holds no JSON object", where=str(path))

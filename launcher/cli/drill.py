@@ -31,6 +31,7 @@ from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import differences, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.config.slurm import SlurmSection
+from launcher.error_record import ErrorRecord
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
@@ -382,12 +383,9 @@ def _kept(run: RunDir) -> frozenset[int]:
 
 
 def _errors(attempt: Path) -> list[str]:
-    """What the ranks of an attempt left as the reason of their end, in the files of torch's elastic agent."""
-    found = []
-    for file in sorted(attempt.glob("elastic/**/error.json"), key=lambda file: file.stat().st_mtime):
-        message = run_store.read_json(file).get("message")
-        found.append(str(message.get("message", "")) if isinstance(message, dict) else str(message))
-    return found
+    """What the ranks of an attempt left as the reason of their end."""
+    files = sorted(attempt.glob("elastic/**/error.json"), key=lambda file: file.stat().st_mtime)
+    return [error.message for error in map(ErrorRecord.read, files) if error is not None]
 
 
 def _say(words: str) -> None:

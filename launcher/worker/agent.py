@@ -113,14 +113,11 @@ def _run_ranks(
     plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, place: NodePlace, store: Any
 ) -> dict[str, Any] | None:
     """Start the ranks and wait for them; returns the first failure or None. `store` is what the nodes share, if they are many."""
-    # Elastic's own handlers kill the ranks on TERM after 30 s; ours let them save. QUIT keeps the quick way.
     from torch.distributed import TCPStore
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError, rendezvous_handler_registry
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
-    from launcher.worker.rendezvous import BACKEND, NodeRendezvous
+    from launcher.worker import elastic
+    from launcher.worker.rendezvous import NodeRendezvous
 
     topology, cluster = plan.topology, plan.config.cluster
     cores = len(os.sched_getaffinity(0))
@@ -131,33 +128,26 @@ def _run_ranks(
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={place.interface}")
     elastic_folder = run.attempt(attempt) / "elastic" / f"node-{place.node:05d}"
     elastic_folder.mkdir(parents=True, exist_ok=True)
-    final = run.attempt(attempt) / "final.json"
     store = store or TCPStore(place.address, 0, None, True, wait_for_workers=False)
     run_id = f"{plan.wandb_id}-{attempt}"
     stalls: list[str] = []
+    exits: list[record.RankExit] = []
+
+    def on_failure(ended: list[record.RankExit]) -> None:
+        exits[:] = ended
 
     def on_restart(count: int) -> None:
-        here, why = place.hosts[place.node], record.of_restart(elastic_folder, stalls)
+        here, why = place.hosts[place.node], record.of_restart(exits, run, attempt, stalls)
         # Later failures have other reasons.
         stalls.clear()
         with suppress(OSError):
             words = f"all ranks are started again (restart {count}), as some failed on {here}: {why}"
             append_event(run, attempt, "alert", words, **{RESTART: count})
 
-    meeting = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, final.is_file, on_restart)
-    rendezvous_handler_registry.register(BACKEND, lambda parameters: meeting)
-    config = LaunchConfig(
-        min_nodes=topology.nodes,
-        max_nodes=topology.nodes,
-        nproc_per_node=topology.ranks_per_node,
-        run_id=run_id,
-        rdzv_backend=BACKEND,
-        local_addr=place.address,
-        max_restarts=cluster.max_restarts,
-        monitor_interval=0.2,
-        logs_specs=DefaultLogsSpecs(log_dir=str(elastic_folder)),
-        signals_to_handle="SIGQUIT",
-    )
+    def is_final() -> bool:
+        return record.read_final(run, attempt) is not None
+
+    rendezvous = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, is_final, on_restart)
     board = heartbeat.Board(topology.ranks_per_node)
     os.environ[heartbeat.VARIABLE] = str(board.path)
 
@@ -167,11 +157,20 @@ def _run_ranks(
 
     watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, on_stall).start()
     try:
-        elastic_launch(config, sys.executable)("-u", "-m", "launcher.worker.entry", plan_path, str(attempt))
-    except ChildFailedError as error:
-        return record.of_ranks(error, run, attempt, stalls)
-    except RendezvousClosedError:
-        return record.of_final(run, attempt, run_store.read_json(final))
+        if elastic.run_ranks(
+            ("-u", "-m", "launcher.worker.entry", plan_path, str(attempt)),
+            rendezvous,
+            num_ranks=topology.ranks_per_node,
+            max_restarts=cluster.max_restarts,
+            address=place.address,
+            folder=elastic_folder,
+            on_failure=on_failure,
+        ):
+            return None
+        return record.of_ranks(exits, run, attempt, stalls)
+    except RendezvousClosedError as error:
+        final = record.read_final(run, attempt)
+        return record.of_agent(error, run.attempt(attempt)) if final is None else record.of_final(run, attempt, final)
     except Exception as error:
         # Rendezvous, resources and the like: no rank is to blame.
         return record.of_agent(error, run.attempt(attempt))
@@ -181,7 +180,6 @@ def _run_ranks(
         if plan.nvme_folder is not None and run_store.newest_attempt(run) == attempt:
             # States of a whole model would fill the disk of a node that the run does not come back to.
             shutil.rmtree(plan.nvme_folder, ignore_errors=True)
-    return None
 
 
 # Passed on to the ranks as a wish to save and stop. On this machine Ctrl-C and TERM are a person's; TERM under Slurm is not.

@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import run_store
+from launcher import error_record, run_store
 from launcher.errors import WOULD_REPEAT
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -30,23 +31,32 @@ def main(plan_path: str, attempt: int) -> None:
     """Train, and leave the outcome where the agent reads it (rank 0)."""
     die_with_parent()
     stop = StopFlag().install()
+    try:
+        _run(plan_path, attempt, stop)
+    except Exception as error:
+        # Another rank's failure may have the agent dismiss this one while it writes.
+        with stop.delay_dismissal():
+            error_record.leave(error, os.environ)
+        raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
+    os._exit(0)
+
+
+def _run(plan_path: str, attempt: int, stop: StopFlag) -> None:
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))
     env = RankEnv.from_environ(os.environ)
     redirect_output(run.rank_log(attempt, env.rank))
+    # The log has the stacks of all threads where one of them crashes, which leaves no record.
+    faulthandler.enable(all_threads=True)
     # The watchdog asks a rank that is stuck, wherever it is, for the stacks of all its threads.
     faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
     heartbeat = Heartbeat.from_environ(os.environ, env)
     # DeepSpeed would choose by what it sees as soon as it is imported, and a plan may be for the CPUs of a machine with GPUs.
     os.environ["DS_ACCELERATOR"] = plan.topology.device
-
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    record(_train)(plan, run, env, attempt, stop, heartbeat)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # All is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
-    os._exit(0)
+    _train(plan, run, env, attempt, stop, heartbeat)
 
 
 def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, heartbeat: Heartbeat) -> None:
@@ -59,7 +69,9 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     except WOULD_REPEAT as error:
         # The agents start ranks again after any other failure.
         final = {"rank": env.rank, "kind": type(error).__name__, "message": str(error), "at": time.time()}
-        run_store.write_json(run.attempt(attempt) / "final.json", final)
+        # Without it the ranks are started again; what they say stays the same.
+        with suppress(OSError):
+            run_store.write_json(run.attempt(attempt) / "final.json", final)
         raise
     if place.is_main and outcome.state == "completed":
         _leave_word(run, attempt, outcome)

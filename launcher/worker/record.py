@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
+from launcher.error_record import ErrorRecord
 from launcher.errors import WOULD_REPEAT, CheckpointError, LauncherError, RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Superseded
@@ -28,78 +29,87 @@ def node_file(run: RunDir, attempt: int, node: int) -> Path:
     return run.attempt(attempt) / f"node-{node:05d}.json"
 
 
-def of_ranks(error: Any, run: RunDir, attempt: int, stalls: Sequence[str] = ()) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RankExit:
+    """How a rank ended that has failed; `at` is in seconds since the epoch, `error` the record that it left."""
+
+    rank: int
+    exit_code: int
+    at: float
+    error: ErrorRecord | None
+
+    @property
+    def is_killed(self) -> bool:
+        """True where a signal other than the agent's own TERM ended the rank; one that left a record ended by its exception."""
+        return self.exit_code < 0 and -self.exit_code not in (signal.SIGTERM, signal.SIGINT) and self.error is None
+
+    @property
+    def words(self) -> str:
+        """What the exit code alone tells."""
+        if self.exit_code >= 0:
+            return f"ended with exit code {self.exit_code} and left no record of an error"
+        return f"killed by {_signal_name(-self.exit_code)}"
+
+
+def of_ranks(exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Sequence[str] = ()) -> dict[str, Any]:
     """Who failed first, and why. A rank that a signal killed comes before those whose connection to it broke.
 
     `stalls` is what the watchdog has said of ranks that it killed.
     """
-    earliest = min(failure.timestamp for failure in error.failures.values())
+    earliest = min(end.at for end in exits)
 
-    def killed(failure: Any) -> bool:
+    def order(end: RankExit) -> tuple[bool, bool, float, int]:
         # After the first failure the agent itself kills the others, 30 s after its TERM.
-        return _killed(failure) and failure.timestamp - earliest < _ELASTIC_KILL_DELAY_S / 2
+        killed = end.is_killed and end.at - earliest < _ELASTIC_KILL_DELAY_S / 2
+        return end.exit_code == DISMISSED, not killed, end.at, end.rank
 
-    def order(item: tuple[int, Any]) -> tuple[bool, bool, float, int]:
-        rank, failure = item
-        return failure.exitcode == DISMISSED, not killed(failure), failure.timestamp, rank
-
-    rank, failure = min(error.failures.items(), key=order)
-    recorded = failure.error_file_data.get("message")
-    return _of_rank(run, attempt, rank, failure.exitcode, failure.timestamp, failure.message, recorded, _killed(failure), stalls)
+    return _of_rank(min(exits, key=order), run, attempt, stalls)
 
 
 def of_exit(run: RunDir, attempt: int, rank: int, exit_code: int, error_file: Path, stalls: Sequence[str] = ()) -> dict[str, Any]:
-    """The failure of one rank, from its exit code and what torch's `record` has left of its exception in `error_file`."""
-    recorded = run_store.read_json(error_file).get("message") if error_file.is_file() else None
-    killed = exit_code < 0 and -exit_code not in (signal.SIGTERM, signal.SIGINT) and recorded is None
-    said = f"ended with exit code {exit_code}"
-    return _of_rank(run, attempt, rank, exit_code, time.time(), said, recorded, killed, stalls)
+    """The failure of one rank, from its exit code and the record that it has left of its exception in `error_file`."""
+    return _of_rank(RankExit(rank, exit_code, time.time(), ErrorRecord.read(error_file)), run, attempt, stalls)
 
 
-def _of_rank(
-    run: RunDir,
-    attempt: int,
-    rank: int,
-    exit_code: int,
-    at: float,
-    message: str,
-    recorded: Any,
-    killed: bool,
-    stalls: Sequence[str],
-) -> dict[str, Any]:
-    trace = ""
-    if isinstance(recorded, dict):
-        message, trace = recorded.get("message", ""), recorded.get("extraInfo", {}).get("py_callstack", "")
-    kind, _, text = str(message).partition(": ")
-    if kind in _EXPECTED:
-        # Plain words say it all; the traceback stands in the rank's log.
-        message, trace = text, ""
-    if killed:
-        kind, message = "killed", f"killed by {signal.Signals(-exit_code).name}"
-        if -exit_code == signal.SIGKILL and stalls:
-            message = stalls[-1]
+def _of_rank(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str]) -> dict[str, Any]:
+    kind, message, trace = "killed" if end.is_killed else "exit", end.words, ""
+    if end.error is not None:
+        message, trace = end.error.message, end.error.traceback
+        kind, _, text = message.partition(": ")
+        if kind in _EXPECTED:
+            # Plain words say it all; the traceback stands in the rank's log.
+            message, trace = text, ""
+    elif end.exit_code == -signal.SIGKILL and stalls:
+        message = stalls[-1]
     return {
-        "rank": rank,
+        "rank": end.rank,
         "kind": kind,
-        "at": at,
-        "exit_code": exit_code,
-        "message": str(message),
-        "traceback": "\n".join(str(trace).splitlines()[-_TRACEBACK_LINES:]),
-        "log": str(run.rank_log(attempt, rank)),
+        "at": end.at,
+        "exit_code": end.exit_code,
+        "message": message,
+        "traceback": "\n".join(trace.splitlines()[-_TRACEBACK_LINES:]),
+        "log": str(run.rank_log(attempt, end.rank)),
     }
 
 
-def of_restart(elastic_folder: Path, stalls: Sequence[str]) -> str:
-    """Why a node's ranks are started again, in words: what the watchdog has said, else the first exception of the last start."""
+def of_restart(exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Sequence[str]) -> str:
+    """Why a node's ranks are started again, in one line: what the watchdog has said, else who failed first."""
     if stalls:
         return stalls[-1]
-    last = max(elastic_folder.glob("*/attempt_*"), key=lambda folder: int(folder.name.rpartition("_")[2]), default=elastic_folder)
-    with suppress(OSError, LauncherError, KeyError, TypeError):
-        first = min(last.glob("*/error.json"), key=lambda file: file.stat().st_mtime, default=None)
-        if first is not None:
-            line, *_ = str(run_store.read_json(first)["message"]["message"]).partition("\n")
-            return f"local rank {first.parent.name}: {line}"
-    return "a rank was killed; the agent's log says by which signal"
+    if not exits:
+        return "torch's elastic agent tells of no rank that failed"
+    first = of_ranks(exits, run, attempt)
+    return f"rank {first['rank']}: {first['message'].partition(chr(10))[0]}"
+
+
+def read_final(run: RunDir, attempt: int) -> dict[str, Any] | None:
+    """What a rank has left of a failure that would repeat itself; None where that cannot be read."""
+    try:
+        final = run_store.read_json(run.attempt(attempt) / "final.json")
+    except LauncherError:
+        return None
+    types = {"rank": int, "kind": str, "message": str, "at": float | int}
+    return final if all(isinstance(final.get(key), kind) for key, kind in types.items()) else None
 
 
 def of_final(run: RunDir, attempt: int, said: dict[str, Any]) -> dict[str, Any]:
@@ -120,9 +130,9 @@ def of_agent(error: Exception, folder: Path) -> dict[str, Any]:
     }
 
 
-def _killed(failure: Any) -> bool:
-    """True where a signal other than the agent's own TERM ended the rank."""
-    return failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT) and failure.error_file == "<N/A>"
+def _signal_name(number: int) -> str:
+    # Most real-time signals have no name.
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
 
 
 def outcome(run: RunDir, attempt: int, failure: dict[str, Any] | None, requested: bool, killed: bool) -> dict[str, Any]:

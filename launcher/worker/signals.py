@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # USR1: a person asks to stop (cancel, Ctrl-C). USR2 and TERM: the machines are about to go.
 CANCEL = signal.SIGUSR1
@@ -13,6 +15,8 @@ PREEMPT = signal.SIGUSR2
 _REASONS = {CANCEL: "cancelled", PREEMPT: "preempted", signal.SIGTERM: "preempted"}
 # How a rank ends that the agent sends away because another one has failed: its end says nothing about the cause.
 DISMISSED = 128 + signal.SIGTERM
+# Storage that hangs must not keep the machines: torch's elastic agent would wait 30 s before it kills the rank.
+_MOST_DELAY_S = 1.0
 
 
 class StopFlag:
@@ -25,12 +29,23 @@ class StopFlag:
     def __init__(self) -> None:
         self.at: float | None = None
         self._reason: str | None = None
+        self._undisturbed = threading.Lock()
+        self._dismissed = False
 
     def __call__(self) -> str | None:
         return self._reason
 
     def cancel(self) -> None:
         self._wish("cancelled")
+
+    @contextmanager
+    def delay_dismissal(self) -> Iterator[None]:
+        """Let a dismissal wait for the end of this block, for a second at most."""
+        with self._undisturbed:
+            yield
+        if self._dismissed:
+            # What follows would race with the thread that listens.
+            os._exit(DISMISSED)
 
     def install(self) -> StopFlag:
         """Start to listen; to be called from the main thread before any other thread exists."""
@@ -48,6 +63,8 @@ class StopFlag:
             if received.si_signo == signal.SIGTERM and received.si_pid == agent_pid:
                 # torch's elastic agent stops all ranks after one has failed: a collective would never end without it.
                 # Nothing is flushed, which could block: the agent starts ranks with unbuffered output.
+                self._dismissed = True
+                self._undisturbed.acquire(timeout=_MOST_DELAY_S)
                 os._exit(DISMISSED)
             self._wish(_REASONS[signal.Signals(received.si_signo)])
 

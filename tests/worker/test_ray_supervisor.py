@@ -15,6 +15,7 @@ from played_workers import Played
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_store import Attempt
+from launcher.worker import record
 from launcher.worker.ray import supervisor
 
 PLACE = {"rank": 0, "world_size": 1, "local_size": 1, "address": "127.0.0.1", "port": 1, "peers": ["127.0.0.1"], "others": []}
@@ -56,6 +57,21 @@ def test_that_a_rank_has_failed_is_told_before_the_mirror_is_waited_for(
     orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
     assert worker._train(orders) == "failed"
     assert worker.told[worker.told.index("failed") :] == ["failed", "mirrors", None]
+
+
+def test_a_damaged_record_of_a_rank_is_no_failure_of_the_worker(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = Played(ray_plan(working_dir=str(tmp_path), workers=1))
+    rank = tmp_path / "rank"
+    rank.write_text('#!/bin/sh\nprintf "{" > $TORCHELASTIC_ERROR_FILE\nprintf "{" > $0.final\nkill -KILL $$\n')
+    rank.chmod(0o700)
+    (played.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
+    monkeypatch.setattr(supervisor.sys, "executable", str(rank))
+    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
+    assert Told(NOTHING)._train(orders) == "failed"
+    failure = run_store.read_json(record.node_file(played.run, 1, 0))["first_failure"]
+    assert (failure["kind"], failure["message"]) == ("killed", "killed by SIGKILL")
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 
 from torch.distributed import HashStore
 
+from launcher.error_record import ErrorRecord
+from launcher.plan.run_dir import RunDir
 from launcher.worker.rank import NodePlace
-from launcher.worker.record import of_restart
+from launcher.worker.record import RankExit, of_restart
 from launcher.worker.rendezvous import NodeRendezvous
 
 
@@ -36,17 +37,11 @@ def test_the_node_whose_ranks_failed_tells_it() -> None:
     assert told == ["n1 1", "n0 2"]
 
 
-def test_the_reason_is_that_of_the_last_start(tmp_path: Path) -> None:
-    assert of_restart(tmp_path, []).startswith("a rank was killed")
-
-    def failed(start: int, local_rank: int, message: str) -> None:
-        folder = tmp_path / f"run_x/attempt_{start}/{local_rank}"
-        folder.mkdir(parents=True)
-        (folder / "error.json").write_text(json.dumps({"message": {"message": message}}))
-
-    failed(9, 0, "OSError: long ago")
-    failed(10, 1, "RuntimeError: CUDA error: an illegal memory access\nmore of it")
-    assert of_restart(tmp_path, []) == "local rank 1: RuntimeError: CUDA error: an illegal memory access"
-    assert of_restart(tmp_path, ["rank 5 is stopped; killed it"]) == "rank 5 is stopped; killed it"
-    (tmp_path / "run_x/attempt_11").mkdir()
-    assert of_restart(tmp_path, []).startswith("a rank was killed")
+def test_the_reason_is_the_watchdogs_else_the_first_failure_in_one_line(tmp_path: Path) -> None:
+    exits = [
+        RankExit(0, 1, 9.0, ErrorRecord("RuntimeError: Connection closed by peer")),
+        RankExit(1, 1, 8.0, ErrorRecord("RuntimeError: CUDA error: an illegal memory access\nmore of it")),
+    ]
+    run = RunDir(tmp_path)
+    assert of_restart(exits, run, 1, []) == "rank 1: RuntimeError: CUDA error: an illegal memory access"
+    assert of_restart(exits, run, 1, ["rank 5 is stopped; killed it"]) == "rank 5 is stopped; killed it"

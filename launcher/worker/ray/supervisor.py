@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import error_record, run_store
 from launcher.clusters import process
 from launcher.errors import LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
@@ -269,15 +269,15 @@ class _Worker:
                 rank.wait()
             board.close()
         code = rank.returncode
-        final = run.attempt(attempt) / "final.json"
         failure = None
         # A rank that is asked before it listens ends by the signal itself.
         asked = {-signal.Signals[f"SIG{wish}"] for wish in sent} | ({-signal.SIGKILL, DISMISSED} if "TERM" in sent else set())
         # One that hung was killed before that, however long it took to end.
         if code and (stalls or code not in asked):
             failure = record.of_exit(run, attempt, number, code, error_file, stalls)
-            if final.is_file() and (said := run_store.read_json(final))["rank"] == number:
-                failure = record.of_final(run, attempt, said)
+            final = record.read_final(run, attempt)
+            if final is not None and final["rank"] == number:
+                failure = record.of_final(run, attempt, final)
         ended = {"node": number, "host": self.node, "started_at": started, "ended_at": time.time(), "stopped": stopped}
         ended |= {"killed": "KILL" in sent, "first_failure": failure}
         run_store.write_json(record.node_file(run, attempt, number), ended)
@@ -317,7 +317,7 @@ class _Worker:
             "LOCAL_WORLD_SIZE": str(orders["local_size"]),
             "MASTER_ADDR": orders["address"],
             "MASTER_PORT": str(orders["port"]),
-            "TORCHELASTIC_ERROR_FILE": str(error_file),
+            error_record.VARIABLE: str(error_file),
             heartbeat.VARIABLE: str(board.path),
         }
         if len(orders["peers"]) > 1:

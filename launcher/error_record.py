@@ -1,0 +1,84 @@
+"""The record that a rank leaves of the exception that ends it.
+
+It has the format and the place of the one that torch's `record` writes. That decorator writes in place, and torch's elastic agent
+parses the file without a guard, so neither of the two handles it here (see launcher.worker.elastic).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import run_store
+from launcher.errors import LauncherError
+
+# Names the file that a rank leaves its record in.
+VARIABLE = "TORCHELASTIC_ERROR_FILE"
+
+
+@dataclass(frozen=True)
+class ErrorRecord:
+    """`message` is the exception's type and text, `at` the time in seconds since the epoch, None where the record has none."""
+
+    message: str
+    traceback: str = ""
+    at: float | None = None
+
+    @classmethod
+    def of(cls, error: BaseException) -> ErrorRecord:
+        """Describe an exception that has just been raised."""
+        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), time.time())
+
+    def write(self, path: Path) -> None:
+        """Put the record at `path` in one move."""
+        details = {"py_callstack": self.traceback, "timestamp": str(self.at)}
+        run_store.write_json(path, {"message": {"message": self.message, "extraInfo": details}})
+
+    @classmethod
+    def read(cls, path: Path) -> ErrorRecord | None:
+        """Return the record at `path`; None where there is none, or none that can be read.
+
+        A damaged record is no record: the exit code still tells how the rank ended.
+        """
+        try:
+            content = run_store.read_json(path)
+        except LauncherError:
+            return None
+        message = content.get("message")
+        if not isinstance(message, dict) or not isinstance(message.get("message"), str):
+            return None
+        extra = message.get("extraInfo")
+        details: dict[str, Any] = extra if isinstance(extra, dict) else {}
+        callstack = details.get("py_callstack")
+        return cls(message["message"], callstack if isinstance(callstack, str) else "", _seconds(details.get("timestamp")))
+
+
+def leave(error: BaseException, environ: Mapping[str, str]) -> None:
+    """Write the record of `error` to where the environment says.
+
+    Raises nothing: on a full disk the rank ends by `error` all the same, and its log has the traceback.
+    """
+    path = environ.get(VARIABLE)
+    if not path:
+        return
+    try:
+        ErrorRecord.of(error).write(Path(path))
+    except Exception as problem:
+        # The log may stand on the same full disk.
+        with suppress(OSError):
+            print(f"no record of this error can be left at {path}: {problem}", file=sys.stderr)
+
+
+def _seconds(value: Any) -> float | None:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return seconds if math.isfinite(seconds) else None

@@ -1,0 +1,87 @@
+"""A node's agent, as it is started, over ranks that train nothing: which ends it survives, and whom it names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from plan_fixtures import facts_for
+
+from launcher import run_store
+from launcher.config.schema import RunConfig
+from launcher.plan.planner import plan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.tracking.jsonl import read_events
+
+REPO = Path(__file__).resolve().parents[2]
+
+# Each start of the ranks ends in another way; a lock tells rank 1 of the death of rank 0, as a connection would.
+HOOK = """
+import fcntl, json, os, signal, sys, time, types
+
+def slow(function):
+    def call(*values, **named):
+        time.sleep(0.3)
+        return function(*values, **named)
+    return call
+
+def train(plan, place, stop, beat, leave_outcome):
+    if place.restart == 0:
+        lock = open(os.environ["LOCK"], "a")
+        if place.rank == 0:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not os.path.getsize(lock.name):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        json.dump, os.fsync = slow(json.dump), slow(os.fsync)
+        try:
+            while True:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                time.sleep(0.01)
+        except BlockingIOError:
+            print("ready", file=lock, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        raise RuntimeError("Connection closed by peer")
+    if place.restart == 1:
+        if place.rank == 0:
+            time.sleep(60)
+        open(os.environ["TORCHELASTIC_ERROR_FILE"], "w").close()
+        os._exit(7)
+    return types.SimpleNamespace(state="completed", reason="completed", step=1, message="trained", checkpoint="")
+
+if "launcher.worker.entry" in sys.orig_argv:
+    engine, loop = types.ModuleType("launcher.train.engine"), types.ModuleType("launcher.train.loop")
+    engine.Place = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
+        rank=rank, restart=restart, is_main=rank == 0
+    )
+    loop.train = train
+    sys.modules.update({"launcher.train.engine": engine, "launcher.train.loop": loop})
+"""
+
+
+@pytest.fixture
+def run(config_of: Callable[..., RunConfig], tmp_path: Path) -> RunDir:
+    """A run on two ranks of this machine, whose attempt 1 is about to begin."""
+    config = config_of("tracking=none", "run.name=tried", "cluster.max_restarts=2", "cluster.ranks_per_node=2")
+    run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
+    run_store.update_status(run, attempt=run_store.next_attempt(run, Attempt(resume_step=None)))
+    return run
+
+
+def test_a_killed_rank_and_damaged_records_cost_a_restart_each(run: RunDir, tmp_path: Path) -> None:
+    """The agent dismisses rank 1 while it writes its record; then a rank leaves an empty one."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook/sitecustomize.py").write_text(HOOK)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path / 'hook'}:{REPO}", "LOCK": str(tmp_path / "lock")}
+    command = [sys.executable, "-m", "launcher.worker.agent", str(run.plan), "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run_store.read_json(run.attempt(1) / "exit.json")["state"] == "completed"
+    restarts = [event["text"].partition(": ")[2] for event in read_events(run.events) if event["kind"] == "alert"]
+    assert restarts == ["rank 0: killed by SIGKILL", "rank 1: ended with exit code 7 and left no record of an error"]

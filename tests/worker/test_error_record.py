@@ -1,0 +1,196 @@
+"""The record of a rank's exception: whole or not there, and never a reason for another end."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from launcher import error_record, run_store
+from launcher.error_record import VARIABLE, ErrorRecord
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import RunError
+from launcher.worker import record
+from launcher.worker.record import RankExit
+from launcher.worker.signals import DISMISSED
+
+# A rank as launcher.worker.entry runs one, whose record takes a while to reach the disk.
+RANK = """
+import os, sys, time
+from launcher.worker import entry
+
+def fsync(descriptor):
+    print("writing", flush=True)
+    time.sleep(float(sys.argv[1]))
+
+def fail(*_):
+    raise ValueError("lost the connection to a peer")
+
+os.fsync, entry._run = fsync, fail
+entry.main("plan.json", 1)
+"""
+
+
+def dismissed_while_writing(path: Path, delay_s: float) -> tuple[int, float]:
+    """The exit code of a rank whose agent, which is this process, sends it away while it writes; and how long it took to go."""
+    command = [sys.executable, "-c", RANK, str(delay_s)]
+    environment = os.environ | {VARIABLE: str(path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as rank:
+        try:
+            assert rank.stdout is not None
+            assert rank.stdout.readline() == "writing\n"
+            rank.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            return rank.wait(timeout=20), time.monotonic() - began
+        finally:
+            rank.kill()
+
+
+def test_a_rank_that_is_dismissed_while_it_writes_leaves_the_whole_record(tmp_path: Path) -> None:
+    path, before = tmp_path / "error.json", time.time()
+    assert dismissed_while_writing(path, 0.3)[0] == DISMISSED
+    error = ErrorRecord.read(path)
+    assert error is not None
+    assert error.message == "ValueError: lost the connection to a peer"
+    assert "in fail" in error.traceback
+    assert error.at is not None
+    assert before < error.at < time.time()
+
+
+def test_a_record_that_storage_holds_up_does_not_hold_up_the_rank(tmp_path: Path) -> None:
+    code, seconds = dismissed_while_writing(tmp_path / "error.json", 60)
+    assert code == DISMISSED
+    assert 0.5 < seconds < 5
+    assert not (tmp_path / "error.json").exists()
+
+
+def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    error = ErrorRecord("OSError: a lone \ud800 and \x00", "Traceback\n  a line", 1700000000.25)
+    error.write(tmp_path / "error.json")
+    assert ErrorRecord.read(tmp_path / "error.json") == error
+    assert [path.name for path in tmp_path.iterdir()] == ["error.json"]
+
+
+def test_a_full_disk_leaves_no_record_and_raises_nothing(
+    tmp_path: Path, storage_fails: Callable[..., AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "error.json"
+    with storage_fails(path.with_name(f".error.json.{os.getpid()}"), errno.ENOSPC):
+        error_record.leave(ValueError("its own"), {VARIABLE: str(path)})
+    assert not path.exists()
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_rank_that_cannot_leave_a_record_ends_as_it_would_with_one(tmp_path: Path) -> None:
+    (tmp_path / "no-folder").touch()
+    environment = os.environ | {VARIABLE: str(tmp_path / "no-folder/error.json")}
+    done = subprocess.run([sys.executable, "-c", RANK, "0"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Not a directory" in done.stderr
+    assert done.stderr.endswith("ValueError: lost the connection to a peer\n")
+
+
+BAD = {
+    "empty": b"",
+    "cut off": b'{"message": {"message": "RuntimeError: Conn',
+    "not JSON": b"<html>",
+    "not text": b"\xff\xfe\x00",
+    "a list": b"[]",
+    "a number": b"1" * 5000,
+    "without a message": b'{"massage": 1}',
+    "a message of another shape": b'{"message": {"message": ["text"]}}',
+    "nested too deep": b"[" * 100_000,
+}
+
+
+@pytest.fixture(params=BAD)
+def bad(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / "error.json"
+    path.write_bytes(BAD[request.param])
+    return path
+
+
+def test_a_bad_record_counts_as_none_and_the_exit_code_tells(bad: Path) -> None:
+    assert ErrorRecord.read(bad) is None
+    run = RunDir(bad.parent)
+    failed = record.of_exit(run, 1, 3, 1, bad)
+    assert (failed["rank"], failed["message"], failed["traceback"]) == (
+        3,
+        "ended with exit code 1 and left no record of an error",
+        "",
+    )
+    killed = record.of_exit(run, 1, 3, -signal.SIGKILL, bad)
+    assert (killed["kind"], killed["message"]) == ("killed", "killed by SIGKILL")
+    assert record.of_exit(run, 1, 3, -50, bad)["message"] == "killed by signal 50", "a signal without a name"
+
+
+def test_what_cannot_be_read_counts_as_no_record(
+    tmp_path: Path, storage_fails: Callable[..., AbstractContextManager[None]]
+) -> None:
+    path = tmp_path / "error.json"
+    assert ErrorRecord.read(path) is None
+    path.mkdir()
+    assert ErrorRecord.read(path) is None
+    path = tmp_path / "other.json"
+    ErrorRecord("ValueError: its own").write(path)
+    with storage_fails(path, errno.EIO):
+        assert ErrorRecord.read(path) is None
+    assert ErrorRecord.read(path) == ErrorRecord("ValueError: its own")
+
+
+@pytest.mark.parametrize("timestamp", ["soon", [], None, "1e999"])
+def test_a_record_without_a_time_keeps_its_message(tmp_path: Path, timestamp: object) -> None:
+    path = tmp_path / "error.json"
+    path.write_text(json.dumps({"message": {"message": "ValueError: x", "extraInfo": {"timestamp": timestamp}}}))
+    assert ErrorRecord.read(path) == ErrorRecord("ValueError: x")
+    path.write_text(json.dumps({"message": {"message": "ValueError: x", "extraInfo": "none"}}))
+    assert ErrorRecord.read(path) == ErrorRecord("ValueError: x")
+
+
+def test_a_bad_note_of_a_failure_that_would_repeat_itself_counts_as_none(bad: Path) -> None:
+    run = RunDir(bad.parent)
+    run.attempt(1).mkdir(parents=True)
+    bad.rename(run.attempt(1) / "final.json")
+    assert record.read_final(run, 1) is None
+    run_store.write_json(
+        run.attempt(1) / "final.json", final := {"rank": 1, "kind": "DataError", "message": "no rows", "at": 1.5}
+    )
+    assert record.read_final(run, 1) == final
+
+
+def test_a_file_of_a_run_that_holds_no_text_is_an_error_of_the_launcher(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_bytes(b"\xff")
+    with pytest.raises(RunError, match="damaged"):
+        run_store.read_json(tmp_path / "status.json")
+
+
+def exits(*ends: tuple[int, int, float, str | None]) -> list[RankExit]:
+    return [RankExit(rank, code, at, error and ErrorRecord(error, at=at)) for rank, code, at, error in ends]
+
+
+@pytest.mark.parametrize(
+    "ends, rank, message",
+    [
+        ([(0, 1, 9.0, "RuntimeError: Connection closed by peer"), (1, -9, 10.0, None)], 1, "killed by SIGKILL"),
+        ([(0, 1, 9.0, "ValueError: later"), (1, 1, 8.9, "ValueError: first")], 1, "ValueError: first"),
+        ([(0, DISMISSED, 9.0, "RuntimeError: Connection closed by peer"), (1, 1, 9.5, "ValueError: own")], 1, "ValueError: own"),
+        # The agent itself kills those that do not go, half a minute later.
+        ([(0, 1, 9.0, "ValueError: own"), (1, -9, 39.0, None)], 0, "ValueError: own"),
+        ([(0, DISMISSED, 9.0, None), (1, 7, 9.0, None)], 1, "ended with exit code 7 and left no record of an error"),
+    ],
+)
+def test_the_cause_comes_before_its_consequences(
+    tmp_path: Path, ends: list[tuple[int, int, float, str | None]], rank: int, message: str
+) -> None:
+    first = record.of_ranks(exits(*ends), RunDir(tmp_path), 1)
+    assert (first["rank"], first["message"]) == (rank, message)
+    assert record.of_restart(exits(*ends), RunDir(tmp_path), 1, []) == f"rank {rank}: {message}"
