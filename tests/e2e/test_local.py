@@ -1,4 +1,7 @@
-"""The main road on this machine: run, fail, stop, resume; compared with a run that was left alone."""
+"""The main road on this machine: run, fail, stop, resume; compared with a run that was left alone.
+
+tests/e2e/test_resume_exact.py kills ranks.
+"""
 
 from __future__ import annotations
 
@@ -84,31 +87,6 @@ def test_loss_falls_and_held_out_is_measured_before_and_after(undisturbed: Path)
     held_out = [m["eval/held_out/loss"] for m in metrics(undisturbed) if "eval/held_out/loss" in m]
     assert len(held_out) == 2
     assert held_out[1] < held_out[0]
-
-
-@pytest.mark.slow
-def test_a_killed_rank_is_named_and_the_resumed_run_equals_the_undisturbed(
-    launch: Launch, start: Callable, runs: Path, undisturbed: Path
-) -> None:
-    run = runs / "killed"
-    with start(*SETTINGS, f"run.root={runs}", "run.name=killed") as process:
-        wait_for("step 8", lambda: last_step(run) >= 8)
-        ranks_of(run)[1].send_signal(signal.SIGKILL)
-        output, _ = process.communicate(timeout=90)
-    assert process.returncode == 1
-    assert "rank 1 failed first: killed by SIGKILL" in output
-    assert "rank-00001.log" in output
-    assert "resume" in output
-    assert status(run)["state"] == "failed"
-    assert json.loads((run / "attempts/001/exit.json").read_text())["first_failure"]["rank"] == 1
-    assert not processes_of(run)
-    assert "the attempt failed: rank 1: killed by SIGKILL" in launch("status", str(run)).stdout
-
-    done = launch("resume", str(run))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing" in done.stdout
-    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
-    assert status(run)["attempt"] == 2
 
 
 @pytest.mark.slow

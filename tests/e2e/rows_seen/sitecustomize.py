@@ -1,7 +1,7 @@
 """On the PYTHONPATH of a run: its ranks write down the rows of each batch that they are given, into the folder ROWS_SEEN.
 
-A file for each attempt and rank, in which line k holds the rank's own rows, and those of the whole batch, of the k-th step after
-the one that the attempt began with.
+A file for each attempt and rank, with a line for each batch that was made: its step, the rank's own rows, and those of the whole
+batch. Where the agent has not started the ranks again, line k is the k-th step after the one that the attempt began with.
 """
 
 from __future__ import annotations
@@ -32,21 +32,22 @@ class _Watched:
 
         def exec_module(module: ModuleType) -> None:
             load(module)
-            module.StepBatch.__init__ = _writing(module.StepBatch.__init__)
+            module.TrainBatches.step = _writing(module.TrainBatches.step)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _writing(make: Callable[..., None]) -> Callable[..., None]:
+def _writing(make: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
     attempt, rank = int(sys.argv[-1]), int(os.environ["RANK"])
     file = os.path.join(os.environ["ROWS_SEEN"], f"{attempt:03d}-{rank}.jsonl")
 
-    def made(batch: Any, *values: Any, **named: Any) -> None:
-        make(batch, *values, **named)
+    def made(batches: Any, step: int) -> Any:
+        batch = make(batches, step)
         own = [row for micro in batch.micro for row in micro.row_ids]
         with open(file, "a") as lines:
-            lines.write(json.dumps({"own": own, "all": list(batch.row_ids)}) + "\n")
+            lines.write(json.dumps({"step": step + 1, "own": own, "all": list(batch.row_ids)}) + "\n")
+        return batch
 
     return made
 

@@ -1,0 +1,184 @@
+"""One run whose ranks are killed at random moments, again and again; it must train exactly what an undisturbed run trains.
+
+    python benchmarks/kills.py [--kills N] [--seed N] [--unrecorded] [overrides of the launcher]
+
+Two ranks on this machine train a tiny model that saves every few steps. A random rank is killed while the ranks start and load,
+while a checkpoint is written, and while they train; now and then the other one as well, while it is being dismissed. Afterwards
+the loss, gradient norm and rows of every step that was ever trained are compared with those of a run with the same settings that
+was left alone. Appends a table to RESULTS.md, unless --unrecorded. Ends with 1 where the run failed or anything differs; its
+folder is kept then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+
+import psutil
+import sides
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "e2e"))
+
+import killed_runs
+from e2e_tools import agent_of, kill_all_of, status
+from killed_runs import Hit, Kill, Killer
+
+REPO = Path(__file__).resolve().parents[1]
+SAVE_EVERY = 4
+RANKS = 2
+# Restarts that no kill explains; each is told.
+SPARE_RESTARTS = 20
+# From the last kill to the end, and for the undisturbed run.
+LOAD_S, STEP_S = 120.0, 2.0
+SETTINGS = (
+    *("model=tiny", "data=jsonl", "data.max_length=64", "data.eval_fraction=0", "data.packing=false"),
+    *("train.global_batch_size=4", "train.micro_batch_size=1", "train.sample=false", "train.export=false", "optim.lr=1e-3"),
+    *("optim.schedule=constant", f"train.save_every={SAVE_EVERY}", "train.keep_last=2", "tracking=none"),
+    f"cluster.ranks_per_node={RANKS}",
+)
+
+
+@dataclass(frozen=True)
+class Killed:
+    """What became of the run: the kills that were carried out, why there were no more, and how its command ended."""
+
+    hits: list[Hit]
+    stopped: str
+    exit_code: int | None
+    num_files: tuple[int, int]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="ranks to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
+    parser.add_argument("--unrecorded", action="store_true", help="leave RESULTS.md as it is")
+    args, overrides = parser.parse_known_args()
+    if args.kills < 1:
+        parser.error("--kills must be at least 1")
+    folder = Path(tempfile.mkdtemp(prefix="launcher-kills-"))
+    kills = killed_runs.draw_kills(args.seed, args.kills, RANKS, SAVE_EVERY)
+    num_steps = killed_runs.steps_for(kills, SAVE_EVERY)
+    write_rows(folder / "rows.jsonl")
+    settings = [*SETTINGS, f"data.path={folder / 'rows.jsonl'}", f"run.root={folder}", f"train.max_steps={num_steps}"]
+    settings += [f"cluster.max_restarts={args.kills + SPARE_RESTARTS}", *overrides]
+    deadline_s = LOAD_S + STEP_S * num_steps
+    try:
+        killed = kill_one_after_another(folder, settings, kills, deadline_s)
+        problems = judge(folder, settings, killed, num_steps, deadline_s)
+    finally:
+        kill_all_of(folder)
+    command = f"`python benchmarks/kills.py --kills {args.kills} --seed {args.seed} {' '.join(overrides)}`".replace(" `", "`")
+    table = report(folder / "killed", killed, num_steps, problems)
+    if args.unrecorded:
+        print("\n".join(table))
+    else:
+        sides.record(f"{len(killed.hits)} kills of ranks of one run", [command], table)
+    if problems:
+        print("\n".join(problems), f"\nlook into {folder}", file=sys.stderr)
+        return 1
+    shutil.rmtree(folder)
+    return 0
+
+
+def write_rows(file: Path) -> None:
+    """61 rows, no two alike, so that batches of four do not repeat from one epoch to the next."""
+    words = ["north", "south", "east", "west", "spring", "summer", "autumn", "winter"]
+    rows = [
+        {"text": f"{row} " + " ".join(words[(row * step + step) % 8] for step in range(1, 30 + row % 5))} for row in range(61)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def start(folder: Path, name: str, settings: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a run whose ranks write the rows that they are given into the folder NAME-rows."""
+    (folder / f"{name}-rows").mkdir()
+    path = f"{REPO / 'tests/e2e/rows_seen'}:{REPO}"
+    environment = {**os.environ, "PYTHONPATH": path, "ROWS_SEEN": str(folder / f"{name}-rows"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "launcher", *settings, f"run.name={name}"]
+    with open(folder / f"{name}.log", "wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=REPO, env=environment)
+
+
+def kill_one_after_another(folder: Path, settings: Sequence[str], kills: Sequence[Kill], deadline_s: float) -> Killed:
+    """Start the run, carry out the kills, and wait for its end."""
+    run, hits, stopped = folder / "killed", list[Hit](), ""
+    process = start(folder, "killed", settings)
+    killer = Killer(run, lambda: process.poll() is not None)
+    first = last = 0
+    try:
+        for kill in kills:
+            hits.append(killer.carry_out(kill))
+            with suppress(psutil.NoSuchProcess):
+                last = agent_of(run).num_fds()
+            first = first or last
+            print(f"kill {len(hits)}: rank {kill.rank}, {kill.moment}, at step {hits[-1].step}", file=sys.stderr, flush=True)
+        process.wait(deadline_s)
+    except AssertionError as error:
+        stopped = str(error)
+    except subprocess.TimeoutExpired:
+        stopped = f"the run did not end within {deadline_s:.0f} s of the last kill"
+    finally:
+        if process.poll() is None and stopped:
+            process.terminate()
+    return Killed(hits, stopped, process.poll(), (first, last))
+
+
+def judge(folder: Path, settings: Sequence[str], killed: Killed, num_steps: int, deadline_s: float) -> list[str]:
+    """What is wrong, in words; nothing where the run trained what an undisturbed one trains."""
+    run = folder / "killed"
+    log = (folder / "killed.log").read_text(errors="replace")[-1500:]
+    if killed.stopped:
+        return [killed.stopped, log]
+    if killed.exit_code or status(run)["state"] != "completed":
+        return [f"the run ended with exit code {killed.exit_code}: {status(run)['message']}", log]
+    if start(folder, "undisturbed", settings).wait(deadline_s):
+        return ["the undisturbed run failed", (folder / "undisturbed.log").read_text(errors="replace")[-1500:]]
+    problems = killed_runs.differences(run, folder / "undisturbed")
+    rows = (folder / "killed-rows", folder / "undisturbed-rows")
+    return problems + killed_runs.row_differences(*rows, RANKS, num_steps)
+
+
+def report(run: Path, killed: Killed, num_steps: int, problems: Sequence[str]) -> list[str]:
+    moments = Counter(hit.kill.moment for hit in killed.hits)
+    reasons = killed_runs.restart_reasons(run)
+    other = Counter(reason for reason in reasons if "killed by SIGKILL" not in reason)
+    both = sum(hit.kill.other_after_s is not None for hit in killed.hits)
+    parts = killed_runs.restart_parts(run, killed.hits)
+    times = [time for time in parts["whole"] if time]
+    rows = [
+        f"| kills | {len(killed.hits)}: {', '.join(f'{moments[name]} {name}' for name in killed_runs.MOMENTS)} |",
+        f"| of these, the other rank as well within 0.5 s | {both} |",
+        f"| restarts | {len(reasons)} |",
+        f"| restarts that name another cause | {sum(other.values())}{''.join(f'; {reason}' for reason in other)} |",
+        f"| steps | {num_steps} |",
+        f"| open files of the agent, after the first and the last kill | {killed.num_files[0]}, {killed.num_files[1]} |",
+    ]
+    if len(times) > 1:
+        low, *_, high = quantiles(times, n=10)
+        rows.append(f"| restarts that came to a step | {len(times)}, 80% of them in {low:.1f} to {high:.1f} s |")
+    rows += [
+        f"| s from the kill to the next step{', median' if name == 'whole' else f': {name}'} | {seconds:.2f} |"
+        for name, seconds in killed_runs.median_parts(parts).items()
+    ]
+    rows.append(f"| loss, gradient norm and rows of every step | {'DIFFERENT or not there' if problems else 'the same'} |")
+    return ["| what | |", "|---|---|", *rows]
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    code = main()
+    print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
+    sys.exit(code)

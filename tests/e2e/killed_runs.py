@@ -1,0 +1,232 @@
+"""Ranks of one run on this machine, killed at random moments; and what the run trained, compared with a run that was left alone.
+
+Used by tests and by benchmarks/kills.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+from e2e_tools import agent_of, by_rank
+
+from launcher.tracking.jsonl import Tail, lines_of, read_events
+from launcher.train.before import RESTART
+
+# When a rank is killed, and how often: while the ranks load; when they have just been started; while a checkpoint is written;
+# after some steps.
+MOMENTS = {"loading": 15, "started": 15, "saving": 20, "training": 50}
+# What must be the same to the last bit in each step, however often it was trained.
+COMPARED = ("train/loss", "train/grad_norm", "train/lr", "trainer/epoch", "trainer/tokens")
+_POLL_S = 0.02
+_LOADING_S = 8.0
+_STARTED_S = 0.5
+_SAVING_S = 0.2
+# Steps that a quick run makes until a kill is carried out.
+_REACTION_STEPS = {"training": 2, "saving": 6}
+_MOST_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A rank to be killed: at its `moment`, after `steps` steps of this start of the ranks (0 before the first of them).
+
+    `fraction` is how far into the moment. `other_after_s` seconds later another rank is killed, if it is still there.
+    """
+
+    moment: str
+    rank: int
+    steps: int
+    fraction: float
+    other_after_s: float | None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A rank that was killed; `at` is in seconds since the epoch, `step` the last that the metrics had."""
+
+    kill: Kill
+    at: float
+    step: int
+
+
+def draw_kills(seed: int, num_kills: int, num_ranks: int, save_every: int) -> list[Kill]:
+    """Random kills; those that wait for steps let the run save in between, more often than not."""
+    draw = random.Random(seed)
+    kills = []
+    for _ in range(num_kills):
+        (moment,) = draw.choices([*MOMENTS], [*MOMENTS.values()])
+        steps = draw.randint(1, 2 * save_every) if moment in ("saving", "training") else 0
+        other = draw.uniform(0, 0.5) if draw.random() < 0.2 else None
+        kills.append(Kill(moment, draw.randrange(num_ranks), steps, draw.random(), other))
+    return kills
+
+
+def steps_for(kills: Sequence[Kill], save_every: int) -> int:
+    """Steps that a run needs to be there for all of the kills, with some to spare; what it loses, it trains again."""
+    saved = reached = 0
+    for kill in kills:
+        reached = max(reached, saved + kill.steps + _REACTION_STEPS.get(kill.moment, 0))
+        saved = max(saved, reached // save_every * save_every)
+    return saved + 2 * save_every
+
+
+class Killer:
+    """Carries out kills on the run at `run`; `is_over` tells that its command has ended."""
+
+    def __init__(self, run: Path, is_over: Callable[[], bool], deadline_s: float = 180.0) -> None:
+        self._run, self._is_over, self._deadline_s = run, is_over, deadline_s
+        self._tail = Tail(run / "metrics.jsonl")
+        self._lines: list[dict[str, Any]] = []
+        self._ended: set[int] = set()
+        self._loading_s = _LOADING_S
+
+    def carry_out(self, kill: Kill) -> Hit:
+        """Wait for the moment and kill.
+
+        Raises:
+            AssertionError: where the run ends before, or the moment does not come.
+        """
+        ranks = self._await(f"ranks that start, to kill one while {kill.moment}", self._new_ranks)
+        began = min(process.create_time() for process in ranks.values())
+        if kill.moment in ("started", "loading"):
+            self._pass(kill.fraction * (_STARTED_S if kill.moment == "started" else self._loading_s))
+        else:
+            self._await(f"{kill.steps} steps", lambda: len(self._trained_since(began)) >= kill.steps)
+            times = [line["time"] for line in self._trained_since(began)]
+            self._loading_s = times[0] - began
+            if kill.moment == "saving":
+                self._await("a save", lambda: any((self._run / "checkpoints").glob(".saving-*")))
+                self._pass(kill.fraction * _SAVING_S)
+            else:
+                self._pass(kill.fraction * (times[-1] - times[-2] if len(times) > 1 else 0.0))
+        steps = [line["trainer/step"] for line in self._trained_since(0)]
+        hit = Hit(kill, time.time(), steps[-1] if steps else 0)
+        self._kill(ranks.pop(kill.rank))
+        if kill.other_after_s is not None:
+            self._pass(kill.other_after_s)
+            for other in ranks.values():
+                self._kill(other)
+        self._ended |= {process.pid for process in ranks.values()}
+        return hit
+
+    def _kill(self, process: psutil.Process) -> None:
+        self._ended.add(process.pid)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+
+    def _new_ranks(self) -> dict[int, psutil.Process] | None:
+        """All ranks of a start of which none has been killed."""
+        with suppress(OSError, KeyError, TypeError, psutil.NoSuchProcess):
+            ranks = by_rank(agent_of(self._run).children())
+            if len(ranks) > 1 and not self._ended & {process.pid for process in ranks.values()}:
+                return ranks
+        return None
+
+    def _trained_since(self, at: float) -> list[dict[str, Any]]:
+        self._lines += [line for line in self._tail.poll() if "train/loss" in line]
+        return [line for line in self._lines if line["time"] > at]
+
+    def _pass(self, seconds: float) -> None:
+        """Let the time go by, unless the run ends."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._is_over():
+            time.sleep(min(_POLL_S, max(0.0, until - time.monotonic())))
+
+    def _await(self, what: str, condition: Callable[[], Any]) -> Any:
+        until = time.monotonic() + self._deadline_s
+        while not (value := condition()):
+            assert not self._is_over(), f"the run ended before there were {what}"
+            assert time.monotonic() < until, f"waited {self._deadline_s:.0f} s for {what}"
+            time.sleep(_POLL_S)
+        return value
+
+
+def differences(run: Path, undisturbed: Path) -> list[str]:
+    """How the metrics of a run differ from those of one that was left alone, in words; every line that it ever wrote counts."""
+    (expected, _), (trained, times) = (_trained(path) for path in (undisturbed, run))
+    different = [
+        f"step {step}: {name} was {value!r}, undisturbed {expected.get((step, name))!r}"
+        for (step, name), values in sorted(trained.items())
+        for value in values - expected.get((step, name), set())
+    ]
+    missing = sorted({step for step, _ in expected} - times.keys())
+    return [*different[:_MOST_SHOWN], *([f"steps that were never trained: {missing[:_MOST_SHOWN]}"] if missing else [])]
+
+
+def _trained(run: Path) -> tuple[dict[tuple[int, str], set[float]], dict[int, int]]:
+    """All values of each step and metric, and how often each step was trained."""
+    values: dict[tuple[int, str], set[float]] = {}
+    times: dict[int, int] = {}
+    for line in lines_of(run / "metrics.jsonl"):
+        if "train/loss" in line:
+            step = line["trainer/step"]
+            times[step] = times.get(step, 0) + 1
+            for name in COMPARED:
+                values.setdefault((step, name), set()).add(line[name])
+    return values, times
+
+
+def row_differences(rows: Path, undisturbed_rows: Path, num_ranks: int, num_steps: int) -> list[str]:
+    """How the rows that the ranks were given differ, see rows_seen/; a batch that was made ready for a step counts as well."""
+    seen, expected = (_rows(folder) for folder in (rows, undisturbed_rows))
+    keys = [(step, rank) for step in range(1, num_steps + 1) for rank in range(num_ranks)]
+    different = [
+        f"step {step}, rank {rank}: rows {sorted(seen.get((step, rank), set()))}, undisturbed {sorted(expected[step, rank])}"
+        for step, rank in keys
+        if seen.get((step, rank)) != expected[step, rank]
+    ]
+    return different[:_MOST_SHOWN]
+
+
+def _rows(folder: Path) -> dict[tuple[int, int], set[tuple[int, ...]]]:
+    """All different rows that each step was made of, by step and rank."""
+    rows: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    for file in folder.glob("*.jsonl"):
+        rank = int(file.stem.rpartition("-")[2])
+        for line in file.read_text().splitlines():
+            # A rank that is killed while it writes leaves a part of a line.
+            with suppress(json.JSONDecodeError):
+                batch = json.loads(line)
+                rows.setdefault((batch["step"], rank), set()).add((*batch["own"], -1, *batch["all"]))
+    return rows
+
+
+def restart_reasons(run: Path) -> list[str]:
+    """Why the ranks were started again, in the words of the alerts."""
+    alerts = [event for event in read_events(run / "events.jsonl") if RESTART in event["fields"]]
+    return [str(event["text"]).partition(" failed on ")[2].partition(": ")[2] for event in alerts]
+
+
+def restart_parts(run: Path, hits: Sequence[Hit]) -> dict[str, list[float]]:
+    """Seconds of each restart that came to a step, from the kill to its first step, and the parts of them."""
+    events = read_events(run / "events.jsonl")
+    steps = [line["time"] for line in lines_of(run / "metrics.jsonl") if "train/loss" in line]
+    again = [event["time"] for event in events if RESTART in event["fields"]]
+    phases = {
+        phase: [event["time"] for event in events if event["fields"].get("phase") == phase] for phase in ("joined", "loaded")
+    }
+    names = ("the agent notices and ends the others", "imports, joining", "model, checkpoint, engine", "first step")
+    parts: dict[str, list[float]] = {name: [] for name in ("whole", *names)}
+    for hit, following in zip(hits, [*(hit.at for hit in hits[1:]), float("inf")], strict=True):
+        times = [hit.at]
+        for moments in (again, phases["joined"], phases["loaded"], steps):
+            times += [moment for moment in moments if times[-1] < moment < following][:1]
+        if len(times) == len(names) + 1:
+            for name, begin, end in zip(names, times, times[1:], strict=False):
+                parts[name].append(end - begin)
+            parts["whole"].append(times[-1] - times[0])
+    return parts
+
+
+def median_parts(parts: dict[str, list[float]]) -> dict[str, float]:
+    return {name: median(seconds) for name, seconds in parts.items() if seconds}
