@@ -44,7 +44,7 @@ class RankExit:
         return self.exit_code < 0 and -self.exit_code not in (signal.SIGTERM, signal.SIGINT) and self.error is None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What the exit code alone tells."""
         if self.exit_code >= 0:
             return f"ended with exit code {self.exit_code} and left no record of an error"
@@ -72,7 +72,7 @@ def of_exit(run: RunDir, attempt: int, rank: int, exit_code: int, error_file: Pa
 
 
 def _of_rank(end: RankExit, run: RunDir, attempt: int, stalls: Sequence[str]) -> dict[str, Any]:
-    kind, message, trace = "killed" if end.is_killed else "exit", end.words, ""
+    kind, message, trace = "killed" if end.is_killed else "exit", end.description, ""
     if end.error is not None:
         message, trace = end.error.message, end.error.traceback
         kind, _, text = message.partition(": ")
@@ -99,7 +99,8 @@ def of_restart(exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Seq
     if not exits:
         return "torch's elastic agent tells of no rank that failed"
     first = of_ranks(exits, run, attempt)
-    return f"rank {first['rank']}: {first['message'].partition(chr(10))[0]}"
+    line, *_ = first["message"].split("\n", 1)
+    return f"rank {first['rank']}: {line}"
 
 
 def read_final(run: RunDir, attempt: int) -> dict[str, Any] | None:
