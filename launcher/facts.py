@@ -10,9 +10,9 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import platform
-import struct
 import subprocess
 import time
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher import warm_start
+from launcher import warm_start, weight_files
 from launcher.config.schema import ModelSection, RunConfig, is_local_path, is_run
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError, Problem
@@ -78,8 +78,16 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
 
 
 def check(config: RunConfig) -> None:
-    """Raise ConfigError with every path that is missing, empty or of the wrong kind."""
-    if problems := [*check_model(config.model), *sources.check_sources(config.data)]:
+    """Check that what the settings name is there, and that known weights cover the model.
+
+    Raises:
+        ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors that weights lack.
+    """
+    problems = check_model(config.model)
+    if not problems and (folder := pretrained_folder(config.model)) is not None:
+        report = weight_files.load_report(folder, config.model)
+        problems = report.problems(folder, config.model) if report is not None else []
+    if problems := [*problems, *sources.check_sources(config.data)]:
         raise ConfigError(problems)
 
 
@@ -89,11 +97,24 @@ def is_known(model: ModelSection) -> bool:
 
 
 def is_prepared(config: RunConfig, facts: Facts) -> bool:
-    """True where nothing has to be downloaded, converted or built before workers can start."""
-    needs_weights = config.model.path is not None
-    return (
-        facts.data is not None and facts.model.tokenizer_path is not None and (not needs_weights or facts.model.path is not None)
-    )
+    """True where nothing has to be downloaded, converted, compared or built before workers can start."""
+    model = config.model
+    if facts.data is None or facts.model.tokenizer_path is None or (model.path is not None and facts.model.path is None):
+        return False
+    folder = pretrained_folder(model)
+    return folder is None or weight_files.load_report(folder, model) is not None
+
+
+def pretrained_folder(model: ModelSection) -> Path | None:
+    """The folder whose weights a run begins with; None for random weights, and for what is not fetched or converted yet."""
+    return None if model.path is None or model.init == "random" else locate(model.path, model).folder
+
+
+def weights_note(model: ModelSection) -> str | None:
+    """One line about tensors in the weight files that the model does not have, where the two have been compared."""
+    folder = pretrained_folder(model)
+    report = weight_files.load_report(folder, model) if folder is not None else None
+    return report.note if report is not None else None
 
 
 def check_model(model: ModelSection) -> list[Problem]:
@@ -142,7 +163,17 @@ def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
                 remedy="use a Hugging Face model folder",
             )
         ]
-    if model.init == "random" or any(folder.glob("*.safetensors")):
+    if model.init == "random":
+        return []
+    try:
+        files = weight_files.weight_files(folder, model.allow_pickled_weights)
+    except ConfigError as error:
+        return list(error.problems)
+    if missing := [file.name for file in files if not file.is_file()]:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        what = f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: {names}"
+        return [Problem(what, where="model.path", value=str(folder), remedy="copy or fetch the missing files again")]
+    if files:
         return []
     if any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
         return [
@@ -153,16 +184,14 @@ def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
                 remedy="convert them to safetensors, or set model.allow_pickled_weights=true if you trust their source",
             )
         ]
-    if not any(folder.glob("pytorch_model*.bin")):
-        return [
-            Problem(
-                "model.path: the folder holds no weights",
-                where="model.path",
-                value=str(folder),
-                remedy="use a folder with *.safetensors, or set model.init=random",
-            )
-        ]
-    return []
+    return [
+        Problem(
+            "model.path: the folder holds no weights",
+            where="model.path",
+            value=str(folder),
+            remedy="use a folder with model.safetensors, or its shards and their index, or set model.init=random",
+        )
+    ]
 
 
 def package_file(value: str) -> Path | None:
@@ -223,11 +252,8 @@ def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
 
 def _has_all_weights(folder: Path, model: ModelSection) -> bool:
     """False where a download was interrupted, or brought weights in another form."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
-    forms = ["*.safetensors", *(["pytorch_model*.bin"] if model.allow_pickled_weights else [])]
-    return any(any(folder.glob(form)) for form in forms)
+    files = weight_files.weight_files(folder, model.allow_pickled_weights)
+    return bool(files) and all(file.is_file() for file in files)
 
 
 def _model(model: ModelSection) -> ModelFacts:
@@ -276,25 +302,9 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
 
 
 def _count_in_safetensors(folder: Path) -> int | None:
-    """Elements in the weight files, from their headers alone; files that the index does not name are other copies."""
-    total = 0
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-    else:
-        single = folder / "model.safetensors"
-        files = {single} if single.is_file() else set(folder.glob("*.safetensors"))
-    for file in files:
-        with open(file, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                count = 1
-                for size in entry["shape"]:
-                    count *= size
-                total += count
-    return total or None
+    """Elements in the weight files that are loaded, from their headers alone."""
+    files = [file for file in weight_files.weight_files(folder, with_pickled=False) if file.suffix == ".safetensors"]
+    return sum(math.prod(tensor.shape) for file in files for tensor in weight_files.read_header(file).values()) or None
 
 
 def data_facts(config: RunConfig, tokenizer_path: str | None) -> DataFacts | None:

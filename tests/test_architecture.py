@@ -20,7 +20,8 @@ def modules(*folders: str) -> list[str]:
 
 SUBMIT_SIDE = [
     *modules("cli", "config", "plan", "clusters"),
-    *("launcher.errors", "launcher.facts", "launcher.warm_start", "launcher.run_store", "launcher.holder", "launcher.machine"),
+    *("launcher.errors", "launcher.facts", "launcher.warm_start", "launcher.weight_files", "launcher.run_store"),
+    *("launcher.holder", "launcher.machine"),
     *("launcher.data.cache", "launcher.data.sources"),
     *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),
 ]

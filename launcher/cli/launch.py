@@ -61,7 +61,8 @@ def _plan(composed: Composed, as_json: bool) -> int:
         if as_json:
             print(plan.to_json())
             return 0
-        print("\n".join(plan_lines(plan, disk_note(plan), data.refusal(plan.config, plan.data))))
+        notes = (disk_note(plan), facts.weights_note(config.model), data.refusal(plan.config, plan.data))
+        print("\n".join(plan_lines(plan, *notes)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
     return 0
@@ -78,6 +79,8 @@ def _data(tokens: list[str]) -> int:
             config = facts.settled(composed.config)
             facts.check(config)
         answer = prepare(config, show=chosen.num_shown)
+        if note := facts.weights_note(config.model):
+            print(f"note: {note}", file=sys.stderr, flush=True)
         data.present(answer["report"], config, chosen)
     return 0
 
@@ -93,7 +96,8 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     started = []
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
-        print("\n".join(plan_lines(plan, disk_note(plan), data.accepted(plan.config, plan.data))), flush=True)
+        notes = (disk_note(plan), facts.weights_note(plan.config.model), data.accepted(plan.config, plan.data))
+        print("\n".join(plan_lines(plan, *notes)), flush=True)
         if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue

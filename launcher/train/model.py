@@ -24,10 +24,13 @@ from launcher.errors import ConfigError
 from launcher.plan.architecture import carries_state
 from launcher.plan.launch_plan import ModelFacts
 from launcher.train.loss import LossHead
+from launcher.weight_files import WeightReport
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # FlashAttention sees whole rows in these: transformers does not pass on where documents begin.
 _FLASH_MIXES = ("gpt_neo",)
+# How errors of transformers begin where weights have another shape than the model, or cannot be fused.
+_UNFIT = ("Error(s) in loading state_dict", "Failed to apply weight conversion")
 
 
 class CausalLMLoss(nn.Module):
@@ -119,7 +122,7 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     """Build the model that the plan names; call it while an HfDeepSpeedConfig is alive.
 
     Raises:
-        ConfigError: where the architecture is not a causal language model that this loop can train.
+        ConfigError: where the architecture is not a causal language model that this loop can train, or weights are missing.
     """
     # A lazy import of dynamo inside zero.Init dies on patched tensor constructors.
     import torch._dynamo  # noqa: F401
@@ -134,7 +137,7 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     if facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
-        hf = AutoModelForCausalLM.from_pretrained(facts.path, **options, **remote, **pickled)
+        hf = _load(facts.path, model, **options, **remote, **pickled)
     else:
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
     _with_loss_head(hf, chunk_tokens)
@@ -148,6 +151,29 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     # Rows that stand in one sequence would go on from each other.
     is_flat = kernel.startswith("flash_attention") and not carries_state(config.to_dict())
     return CausalLMLoss(hf, flatten=is_flat)
+
+
+def _load(path: str, model: ModelSection, **options: Any) -> Any:
+    """The model with all of its weights from a folder.
+
+    Raises:
+        ConfigError: where weights are missing or have another shape: random ones would be trained in their place.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        hf, loading = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+    except RuntimeError as error:
+        # A GPU that is out of memory raises a RuntimeError as well.
+        if not str(error).startswith(_UNFIT):
+            raise
+        lines = [line.strip() for line in str(error).splitlines()]
+        what = f"the weight files do not fit the model: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
+        remedy = "compare them before a GPU is asked for: python -m launcher data"
+        raise ConfigError(what, where="model.path", value=path, remedy=remedy) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise ConfigError(WeightReport(missing=tuple(missing)).problems(Path(path), model))
+    return hf
 
 
 def _with_loss_head(hf: Any, chunk_tokens: int) -> None:

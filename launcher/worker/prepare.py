@@ -1,6 +1,7 @@
 """What is done once, on CPU, before any GPU is asked for: `python -m launcher.worker.prepare`.
 
-Reads a RunConfig as JSON from standard input; fetches or converts model and tokenizer, builds the data cache.
+Reads a RunConfig as JSON from standard input; fetches or converts model and tokenizer, compares
+the weight files with the model, builds the data cache.
 Progress goes to standard error, one JSON object with the report (where asked for) to standard output.
 
 Each worker of the data build imports this module again, as multiprocessing does with a main module: at module level it
@@ -32,6 +33,7 @@ from launcher.data import build, report, sources
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
+from launcher.worker.weight_check import require_weights
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -52,6 +54,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
                 deque(sources.read_documents(source), maxlen=0)
     for name in wanted:
         _fetch(name, config.model)
+    require_weights(config.model, _say)
     tokenizer = facts.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if tokenizer is None:
         raise ConfigError("the tokenizer is not there after it was fetched", where="model.tokenizer")

@@ -1,0 +1,222 @@
+"""The weight files of a model folder, read by their headers alone, and the result of comparing them with the model.
+
+The comparison needs transformers and runs in `launcher.worker.weight_check`. Its result is kept in the launcher's cache under a
+key of everything that it depends on, so that the submit side reads it without starting a process. The format of the headers
+is documented at https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from launcher import run_store
+from launcher.config.schema import ModelSection
+from launcher.data import root
+from launcher.errors import ConfigError, Problem
+
+# Raised whenever the comparison changes: results of an earlier one are not read any more.
+_FORMAT = 1
+# In the order in which transformers looks for them.
+_SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
+_PICKLED_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor of a file: its safetensors dtype and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShapeMismatch:
+    """A tensor whose shape in the files is not the one that the model needs."""
+
+    name: str
+    in_files: tuple[int, ...]
+    in_model: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} is {list(self.in_files)} in the files and {list(self.in_model)} in the model"
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """Tensors in which the weight files and the model differ; those that are only `unexpected` are not loaded."""
+
+    missing: tuple[str, ...] = ()
+    mismatched: tuple[ShapeMismatch, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> WeightReport:
+        """A report as `asdict` and JSON have it."""
+        mismatched = (ShapeMismatch(m["name"], tuple(m["in_files"]), tuple(m["in_model"])) for m in values["mismatched"])
+        return cls(tuple(values["missing"]), tuple(mismatched), tuple(values["unexpected"]))
+
+    def problems(self, folder: Path, model: ModelSection) -> list[Problem]:
+        """Why a run cannot start from these weights: transformers would draw the rest at random."""
+        problems = []
+        again = _fetch_again(folder, model)
+        if self.missing:
+            what = f"the weight files lack {_number(self.missing)} of the model: {_first(self.missing)}"
+            remedy = f"{again}; model.init=random trains the whole model from random weights"
+            problems.append(_problem(what, folder, remedy))
+        if self.mismatched:
+            what = f"the weight files hold {_number(self.mismatched)} in another shape than the model: {_first(self.mismatched)}"
+            problems.append(_problem(what, folder, f"use the config.json that belongs to these weights, or {again}"))
+        return problems
+
+    @property
+    def note(self) -> str | None:
+        """One line about tensors that are not trained because the model does not have them."""
+        if not self.unexpected:
+            return None
+        number = _number(self.unexpected)
+        return f"the weight files hold {number} that the model does not have, not trained: {_first(self.unexpected)}"
+
+
+def _number(items: Sequence[object]) -> str:
+    return f"{len(items):,} tensor" if len(items) == 1 else f"{len(items):,} tensors"
+
+
+def _first(items: Sequence[object]) -> str:
+    separator = "; " if isinstance(items[0], ShapeMismatch) else ", "
+    more = f" and {len(items) - _NUM_NAMED:,} more" if len(items) > _NUM_NAMED else ""
+    return separator.join(map(str, items[:_NUM_NAMED])) + more
+
+
+def _fetch_again(folder: Path, model: ModelSection) -> str:
+    path = model.path or ""
+    if path.startswith("package:"):
+        return f"remove {folder} (it is converted again from {path})"
+    if path.startswith("run:"):
+        return f"remove {folder} (it is written again from the checkpoint) or take another step (model.path=run:NAME@STEP)"
+    if folder.parent.name == "snapshots":
+        return f"remove {folder.parent.parent} (it is fetched again) or choose another model.revision"
+    return "copy or fetch the model folder again"
+
+
+def _problem(what: str, folder: Path, remedy: str) -> Problem:
+    return Problem(f"model.path: {what}", where="model.path", value=str(folder), remedy=remedy)
+
+
+def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
+    """The files that transformers loads from a folder, shards that are not there included; empty where it finds none.
+
+    Raises:
+        ConfigError: where config.json or the index cannot be read.
+    """
+    chosen = _read_json(folder / "config.json").get("transformers_weights")
+    names = [chosen] if isinstance(chosen, str) else [*_SAFE_NAMES, *(_PICKLED_NAMES if with_pickled else ())]
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
+    if file is None:
+        return []
+    if not file.name.endswith(".index.json"):
+        return [file]
+    shards = _read_json(file).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ConfigError(_problem(f"{file.name} has no weight_map", folder, "copy or fetch this file again"))
+    return sorted({folder / str(name) for name in shards.values()})
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+        if isinstance(content, dict):
+            return content
+    except ValueError:
+        pass
+    raise ConfigError(_problem(f"{file.name} does not hold a JSON object", file.parent, "copy or fetch this file again"))
+
+
+def read_header(file: Path) -> Mapping[str, TensorHeader]:
+    """The tensors of a safetensors file by name; their data is not read.
+
+    Raises:
+        ConfigError: where it is not a whole safetensors file.
+    """
+    return _header(file)[0]
+
+
+def _header(file: Path) -> tuple[Mapping[str, TensorHeader], str]:
+    stat = file.stat()
+    return _parse_header(file, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[str, TensorHeader], str]:
+    """The tensors of a file of `num_bytes`, and a digest of its header."""
+    remedy = "copy or fetch this file again (in a git clone: git lfs pull)"
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        raw = stream.read(length) if 0 < length <= num_bytes - 8 else b""
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        tensors = {name: TensorHeader(entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
+        described = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(_problem(f"{file.name} is not a safetensors file", file, remedy)) from error
+    if described != num_bytes:
+        what = f"{file.name} is not whole: it holds {num_bytes:,} bytes, and its header describes {described:,}"
+        raise ConfigError(_problem(what, file, remedy))
+    return tensors, xxhash.xxh3_64_hexdigest(raw)
+
+
+def load_report(folder: Path, model: ModelSection) -> WeightReport | None:
+    """The kept result of comparing the folder's weights with its model; None where they have not been compared.
+
+    Raises:
+        ConfigError: where a weight file is damaged.
+    """
+    file = _report_file(folder, model)
+    try:
+        return WeightReport.of(json.loads(file.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save_report(folder: Path, model: ModelSection, report: WeightReport) -> None:
+    """Keep the result of a comparison.
+
+    Raises:
+        DataError: where the launcher's cache cannot be written.
+    """
+    file = _report_file(folder, model)
+    with root.usable(file.parent):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run_store.write_json(file, asdict(report))
+
+
+def _report_file(folder: Path, model: ModelSection) -> Path:
+    """Where the result for a folder lies, by the content of what decides it: not by the folder's path."""
+    described = [folder / "config.json", *sorted(folder.glob("*.index.json"))]
+    if model.trust_remote_code:
+        described += sorted(folder.glob("*.py"))
+    key = [
+        _FORMAT,
+        importlib.metadata.version("transformers"),
+        model.trust_remote_code,
+        [[file.name, xxhash.xxh3_64_hexdigest(file.read_bytes())] for file in described],
+        [[file.name, _content_key(file)] for file in weight_files(folder, model.allow_pickled_weights)],
+    ]
+    return root.cache_root() / "weight-checks" / f"{xxhash.xxh3_128_hexdigest(json.dumps(key).encode())}.json"
+
+
+def _content_key(file: Path) -> str:
+    if file.suffix == ".safetensors":
+        return _header(file)[1]
+    # Nothing in a pickle can be read without loading it.
+    stat = file.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"

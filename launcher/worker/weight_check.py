@@ -1,0 +1,171 @@
+"""Compare a model's weight files with what the model needs, before anything is started.
+
+transformers itself compares: it loads the model onto the meta device from tensors that have names, types and shapes and no
+data. So its own rules hold (renamed and fused tensors, tied weights, prefixes, what a model ignores), and no weight is read.
+Imports neither torch nor transformers before it compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher import facts, weight_files
+from launcher.config.schema import ModelSection
+from launcher.errors import ConfigError, LauncherError, Problem
+from launcher.weight_files import ShapeMismatch, WeightReport
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
+    """Refuse weights that do not cover the model; the result of a comparison is kept. `say` shows a line to the user.
+
+    Raises:
+        ConfigError: where tensors are missing or have another shape, or a file is damaged.
+    """
+    if model.path is None or model.init == "random":
+        return
+    folder = facts.locate(model.path, model).folder
+    if folder is None:
+        what = "model.path: the weights are not complete after they were fetched"
+        remedy = "look at the files of the repository, choose another model.revision, or use a local folder"
+        raise ConfigError(Problem(what, where="model.path", value=model.path, remedy=remedy))
+    report = weight_files.load_report(folder, model)
+    if report is None:
+        say("comparing the weight files with the model (once)")
+        try:
+            report = compare(folder, model)
+        except LauncherError:
+            raise
+        except Exception as error:
+            # What fails here need not fail where the ranks run, and they compare again while they load.
+            say(f"note: the weight files could not be compared with the model: {_first_line(error)}")
+            return
+        weight_files.save_report(folder, model, report)
+    if problems := report.problems(folder, model):
+        raise ConfigError(problems)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+
+
+def compare(folder: Path, model: ModelSection) -> WeightReport:
+    """Load the folder's model without data and report the tensors that are missing, of another shape or unexpected.
+
+    Raises:
+        ConfigError: where a weight file is damaged.
+        RuntimeError: where tensors cannot be fused and no tensor is missing or of another shape.
+    """
+    tensors = _tensors(folder, model)
+    blank = _blank_model(folder, model)
+    try:
+        loaded, info = _load(blank, tensors)
+    except RuntimeError:
+        # transformers names neither what cannot be fused nor what else is wrong then: the rest is loaded without it.
+        unfused = _unfused_parts(blank, tensors)
+        if not unfused:
+            raise
+        loaded, info = blank, _load(blank, {name: tensor for name, tensor in tensors.items() if name not in unfused})[1]
+    shapes = {name: (tuple(in_files), tuple(in_model)) for name, in_files, in_model in info["mismatched_keys"]}
+    missing: set[str] = set()
+    mismatched: set[ShapeMismatch] = set()
+    for name in (*info["missing_keys"], *shapes):
+        absent, misshapen = _differences(loaded, tensors, name)
+        missing |= absent
+        mismatched |= misshapen
+        if not absent and not misshapen:
+            # The difference is in the model's own tensor, and in none of those that it is made of.
+            if name in shapes:
+                mismatched.add(ShapeMismatch(name, *shapes[name]))
+            else:
+                missing.add(name)
+    by_name = sorted(mismatched, key=lambda mismatch: mismatch.name)
+    return WeightReport(tuple(sorted(missing)), tuple(by_name), tuple(sorted(info["unexpected_keys"])))
+
+
+def _tensors(folder: Path, model: ModelSection) -> dict[str, Tensor]:
+    """Tensors on the meta device under the names that they have in the weight files."""
+    import torch
+    from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
+
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files.weight_files(folder, model.allow_pickled_weights):
+        if file.suffix == ".safetensors":
+            for name, header in weight_files.read_header(file).items():
+                tensors[name] = torch.empty(header.shape, dtype=str_to_torch_dtype[header.dtype], device="meta")
+        else:
+            tensors.update(load_state_dict(file, map_location="meta"))
+    return tensors
+
+
+def _blank_model(folder: Path, model: ModelSection) -> Any:
+    """The model that the ranks build, on the meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from launcher.train.model import DTYPES
+
+    remote = {"trust_remote_code": model.trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, **remote)
+    with torch.device("meta"):
+        # The attention kernel decides nothing about weights, and this machine may lack the one that the ranks have.
+        return AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation="eager", **remote)
+
+
+def _load(blank: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
+    """The model loaded from tensors on the meta device, and what transformers says of their names and shapes."""
+    loaded: tuple[Any, dict[str, Any]] = type(blank).from_pretrained(
+        None,
+        config=blank.config,
+        state_dict=dict(tensors),
+        device_map="meta",
+        dtype=blank.dtype,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    return loaded
+
+
+def _unfused_parts(blank: Any, tensors: Mapping[str, Tensor]) -> set[str]:
+    """Tensors in the files that are to be fused with others that are missing or have another shape."""
+    parts: set[str] = set()
+    for name in blank.state_dict():
+        sources = _sources(blank, name)
+        if len(sources) > 1 and any(_differences(blank, tensors, name)):
+            parts |= {part for source in sources if (part := _name_in_files(blank, tensors, source)) is not None}
+    return parts
+
+
+def _differences(hf: Any, tensors: Mapping[str, Tensor], name: str) -> tuple[set[str], set[ShapeMismatch]]:
+    """What of the model's tensor `name` is missing in the files or has another shape there, under the files' own names."""
+    missing: set[str] = set()
+    mismatched: set[ShapeMismatch] = set()
+    for source, shape in _sources(hf, name).items():
+        part = _name_in_files(hf, tensors, source)
+        if part is None:
+            missing.add(source)
+        elif tuple(tensors[part].shape) != shape:
+            mismatched.add(ShapeMismatch(part, tuple(tensors[part].shape), shape))
+    return missing, mismatched
+
+
+def _name_in_files(hf: Any, tensors: Mapping[str, Tensor], name: str) -> str | None:
+    """The name with or without the prefix of the model's body, whichever the files have."""
+    return next((known for known in (name, name.removeprefix(f"{hf.base_model_prefix}.")) if known in tensors), None)
+
+
+def _sources(hf: Any, name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, in the weight files, of what becomes the model's tensor `name`."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensor = hf.get_parameter_or_buffer(name)
+    try:
+        sources = revert_weight_conversion(hf, {name: tensor})
+    except Exception:
+        # A tensor that is made together with others: its own name says where to look.
+        sources = {name: tensor}
+    return {source: tuple(part.shape) for source, part in sources.items()}
