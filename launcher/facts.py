@@ -83,10 +83,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ConfigError: with every path that is missing, empty or of the wrong kind, and with the tensors that weights lack.
     """
-    problems = check_model(config.model)
-    if not problems and (folder := pretrained_folder(config.model)) is not None:
-        report = weight_files.load_report(folder, config.model)
-        problems = report.problems(folder, config.model) if report is not None else []
+    problems = check_model(config.model) or weights_problems(config.model)
     if problems := [*problems, *sources.check_sources(config.data)]:
         raise ConfigError(problems)
 
@@ -108,6 +105,18 @@ def is_prepared(config: RunConfig, facts: Facts) -> bool:
 def pretrained_folder(model: ModelSection) -> Path | None:
     """The folder whose weights a run begins with; None for random weights, and for what is not fetched or converted yet."""
     return None if model.path is None or model.init == "random" else locate(model.path, model).folder
+
+
+def weights_problems(model: ModelSection) -> list[Problem]:
+    """Why a run cannot begin with these weights, as far as their files and a comparison with the model have shown."""
+    folder = pretrained_folder(model)
+    if folder is None:
+        return []
+    try:
+        report = weight_files.load_report(folder, model)
+    except ConfigError as error:
+        return list(error.problems)
+    return report.problems(folder, model) if report is not None else []
 
 
 def weights_note(model: ModelSection) -> str | None:
@@ -172,7 +181,7 @@ def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
     if missing := [file.name for file in files if not file.is_file()]:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         what = f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: {names}"
-        return [Problem(what, where="model.path", value=str(folder), remedy="copy or fetch the missing files again")]
+        return [Problem(what, where="model.path", value=str(folder), remedy="fetch the missing files again")]
     if files:
         return []
     if any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:

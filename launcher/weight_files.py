@@ -104,7 +104,7 @@ def _fetch_again(folder: Path, model: ModelSection) -> str:
         return f"remove {folder} (it is written again from the checkpoint) or take another step (model.path=run:NAME@STEP)"
     if folder.parent.name == "snapshots":
         return f"remove {folder.parent.parent} (it is fetched again) or choose another model.revision"
-    return "copy or fetch the model folder again"
+    return "fetch the model folder again"
 
 
 def _problem(what: str, folder: Path, remedy: str) -> Problem:
@@ -126,7 +126,7 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
         return [file]
     shards = _read_json(file).get("weight_map")
     if not isinstance(shards, dict):
-        raise ConfigError(_problem(f"{file.name} has no weight_map", folder, "copy or fetch this file again"))
+        raise ConfigError(_problem(f"{file.name} has no weight_map", folder, "fetch this file again"))
     return sorted({folder / str(name) for name in shards.values()})
 
 
@@ -137,7 +137,7 @@ def _read_json(file: Path) -> dict[str, Any]:
             return content
     except ValueError:
         pass
-    raise ConfigError(_problem(f"{file.name} does not hold a JSON object", file.parent, "copy or fetch this file again"))
+    raise ConfigError(_problem(f"{file.name} does not hold a JSON object", file.parent, "fetch this file again"))
 
 
 def read_header(file: Path) -> Mapping[str, TensorHeader]:
@@ -157,7 +157,7 @@ def _header(file: Path) -> tuple[Mapping[str, TensorHeader], str]:
 @functools.lru_cache(maxsize=4096)
 def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[str, TensorHeader], str]:
     """The tensors of a file of `num_bytes`, and a digest of its header."""
-    remedy = "copy or fetch this file again (in a git clone: git lfs pull)"
+    remedy = "fetch this file again (in a git clone: git lfs pull)"
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         raw = stream.read(length) if 0 < length <= num_bytes - 8 else b""

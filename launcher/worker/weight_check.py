@@ -7,7 +7,8 @@ Imports neither torch nor transformers before it compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,20 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
     """
     if model.path is None or model.init == "random":
         return
-    folder = facts.locate(model.path, model).folder
+    folder = facts.pretrained_folder(model)
     if folder is None:
         what = "model.path: the weights are not complete after they were fetched"
         remedy = "look at the files of the repository, choose another model.revision, or use a local folder"
         raise ConfigError(Problem(what, where="model.path", value=model.path, remedy=remedy))
+    if not (folder / "config.json").is_file():
+        # A run that was fetched from a mirror has its weights in its checkpoints, and its base model need not be here.
+        return
     report = weight_files.load_report(folder, model)
     if report is None:
         say("comparing the weight files with the model (once)")
         try:
-            report = compare(folder, model)
+            with _quiet():
+                report = compare(folder, model)
         except LauncherError:
             raise
         except Exception as error:
@@ -47,6 +52,22 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
         weight_files.save_report(folder, model, report)
     if problems := report.problems(folder, model):
         raise ConfigError(problems)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the table and the progress bar with which transformers reports what it loads."""
+    from transformers.utils import logging
+
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

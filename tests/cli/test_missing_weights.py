@@ -1,0 +1,39 @@
+"""A model folder that lacks weights, as a user meets it: a real command, which starts nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+from weight_tools import change_weights, save_model, without
+
+
+def test_a_run_on_a_folder_that_lacks_weights_is_refused_and_not_made(
+    launch: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    folder = save_model(tmp_path / "model", {"model_type": "llama"})
+    change_weights(folder, without("model.layers.1.mlp.up_proj.weight", "lm_head.weight"))
+    # It comes after the weights, so it need be no more than there.
+    (folder / "tokenizer.json").write_text("{}")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f" {i + 1}"}) + "\n" for i in range(8)))
+    settings = [f"model.path={folder}", "model.name=mine", "data=jsonl", f"data.path={rows}", "tracking=none"]
+    settings += [f"run.root={tmp_path / 'runs'}", "train.max_steps=2"]
+    cache = tmp_path / "cache"
+    refusal = (
+        "model.path: the weight files lack 2 tensors of the model: lm_head.weight, model.layers.1.mlp.up_proj.weight\n"
+        "  where:  model.path (command line)\n"
+        f"  value:  {folder}\n"
+        "  remedy: fetch the model folder again; model.init=random trains the whole model from random weights\n"
+    )
+    first = launch("train", *settings, LAUNCHER_CACHE=str(cache))
+    assert (first.returncode, first.stdout) == (2, "")
+    assert first.stderr == f"comparing the weight files with the model (once)\n{refusal}"
+    # The result is kept: nothing is compared again, and `plan` knows it.
+    for verb in ("train", "plan"):
+        again = launch(verb, *settings, LAUNCHER_CACHE=str(cache))
+        assert (again.returncode, again.stderr) == (2, refusal)
+    assert not (tmp_path / "runs").exists()
+    assert [path.name for path in cache.iterdir()] == ["weight-checks"], "no data was built"

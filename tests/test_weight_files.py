@@ -1,0 +1,121 @@
+"""What is read of weight files without torch: their headers, which of them count, and a kept comparison."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from launcher import facts, weight_files
+from launcher.config.schema import ModelSection
+from launcher.errors import ConfigError
+from launcher.weight_files import ShapeMismatch, TensorHeader, WeightReport
+
+REPORT = WeightReport(("a", "b"), (ShapeMismatch("c", (1, 2), (2, 1)),), ("d",))
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+
+
+def model_folder(folder: Path, **tensors: torch.Tensor) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    save_file(tensors or {"a": torch.zeros(2, 3)}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_header_has_names_types_and_shapes(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m", a=torch.zeros(2, 3, dtype=torch.bfloat16), b=torch.tensor(1.0))
+    header = weight_files.read_header(folder / "model.safetensors")
+    assert header == {"a": TensorHeader("BF16", (2, 3)), "b": TensorHeader("F32", ())}
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is not a safetensors file"),
+        (b"", "is not a safetensors file"),
+        (b"\x03\0\0\0\0\0\0\0[1]", "is not a safetensors file"),
+        (None, "is not whole: it holds 95 bytes, and its header describes 96"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    folder = model_folder(tmp_path / "m")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] if content is None else content)
+    with pytest.raises(ConfigError, match=reason) as error:
+        weight_files.load_report(folder, ModelSection(path=str(folder)))
+    assert error.value.problems[0].value == str(file)
+
+
+def test_files_are_those_that_transformers_loads(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / "consolidated.safetensors").write_bytes(b"another form of the same weights")
+    (folder / "pytorch_model.bin").touch()
+    index = {"weight_map": {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name, expected in {
+        "model.safetensors": ["model.safetensors"],
+        "model.safetensors.index.json": ["1.safetensors", "2.safetensors"],
+        "pytorch_model.bin": ["pytorch_model.bin"],
+    }.items():
+        assert [file.name for file in weight_files.weight_files(folder, with_pickled=True)] == expected
+        (folder / name).unlink()
+    assert weight_files.weight_files(folder, with_pickled=True) == []
+
+
+def test_a_kept_report_is_found_by_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = model_folder(tmp_path / "first"), model_folder(tmp_path / "second")
+    model = ModelSection(path=str(first))
+    assert weight_files.load_report(first, model) is None
+    weight_files.save_report(first, model, REPORT)
+    assert weight_files.load_report(second, ModelSection(path=str(second))) == REPORT
+    save_file({"a": torch.ones(2, 3)}, second / "model.safetensors")
+    assert weight_files.load_report(second, model) == REPORT, "values are not compared"
+    save_file({"a": torch.zeros(3, 2)}, second / "model.safetensors")
+    assert weight_files.load_report(second, model) is None
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda package: "another")
+        assert weight_files.load_report(first, model) is None
+    (first / "config.json").write_text("{}")
+    assert weight_files.load_report(first, model) is None
+
+
+def test_a_refusal_counts_and_names_a_few(tmp_path: Path) -> None:
+    folder, model = tmp_path / "m", ModelSection(path="./m")
+    missing, mismatched = REPORT.problems(folder, model)
+    assert missing.what == "model.path: the weight files lack 2 tensors of the model: a, b"
+    assert "hold 1 tensor in another shape than the model: c is [1, 2] in the files and [2, 1] in the model" in mismatched.what
+    many = WeightReport(missing=tuple(f"layers.{i}" for i in range(1234)))
+    assert "lack 1,234 tensors of the model: layers.0, layers.1, layers.2, layers.3, layers.4 and 1,229 more" in str(
+        many.problems(folder, model)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    "path, folder, remedy",
+    [
+        ("./m", "/m", "fetch the model folder again"),
+        ("owner/name", "/hub/models--owner--name/snapshots/0123", "remove /hub/models--owner--name (it is fetched again)"),
+        ("run:a@3", "/cache/models/a", "remove /cache/models/a (it is written again from the checkpoint)"),
+        ("package:p/f.gguf", "/cache/models/f", "remove /cache/models/f (it is converted again from package:p/f.gguf)"),
+    ],
+)
+def test_the_remedy_fits_where_the_weights_come_from(path: str, folder: str, remedy: str) -> None:
+    for problem in REPORT.problems(Path(folder), ModelSection(path=path)):
+        assert remedy in problem.remedy
+
+
+def test_the_submit_side_refuses_by_a_kept_report(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    model = ModelSection(path=str(folder))
+    assert facts.weights_problems(model) == []
+    weight_files.save_report(folder, model, REPORT)
+    assert len(facts.weights_problems(model)) == 2
+    assert "not trained: d" in str(facts.weights_note(model))
+    assert facts.weights_problems(model.model_copy(update={"init": "random"})) == []

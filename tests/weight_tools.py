@@ -1,0 +1,47 @@
+"""Tiny models with random weights on disk, whole and broken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+Tensors = dict[str, torch.Tensor]
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "vocab_size": 48,
+    "max_position_embeddings": 64,
+}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+}
+
+
+def save_model(folder: Path, config: Mapping[str, Any], **saving: Any) -> Path:
+    """A folder with a random model of this architecture, in tiny sizes."""
+    sizes = {**SIZES, **EXPERTS.get(config["model_type"], {}), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, **sizes}))
+    hf.save_pretrained(folder, **saving)
+    return folder
+
+
+def change_weights(folder: Path, change: Callable[[Tensors], object], name: str = "model.safetensors") -> Path:
+    """Write a weight file again after `change` of its tensors."""
+    tensors = load_file(folder / name)
+    change(tensors)
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    return folder
+
+
+def without(*names: str) -> Callable[[Tensors], object]:
+    return lambda tensors: [tensors.pop(name) for name in names]
