@@ -131,7 +131,7 @@ def _blank_model(folder: Path, model: ModelSection) -> Any:
     from launcher.train.model import DTYPES
 
     remote = {"trust_remote_code": model.trust_remote_code}
-    config = AutoConfig.from_pretrained(folder, **remote)
+    config = AutoConfig.from_pretrained(str(folder), **remote)
     with torch.device("meta"):
         # The attention kernel decides nothing about weights, and this machine may lack the one that the ranks have.
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation="eager", **remote)
