@@ -13,6 +13,7 @@ from launcher.cli.data_view import (
     parts_taken,
     row_width,
     summary_rows,
+    unread_keys,
     unused,
     visible,
 )
@@ -38,7 +39,7 @@ def page(report: dict[str, Any], name: str) -> str:
         _verdict(report["findings"]),
         html.heading("Sources"),
         html.table(header, rows, numbers=range(1, len(header))),
-        *(html.paragraph(line) for line in [*parts_taken(report), *unused(report), *moved(report), *left_out(report)]),
+        *(html.paragraph(line) for line in _lines_of_sources(report)),
         html.table([], [list(row) for row in summary_rows(report)]),
         html.heading("Plots"),
         *_plots(report),
@@ -51,6 +52,10 @@ def page(report: dict[str, Any], name: str) -> str:
         *_shown(report["shown"]),
     ]
     return html.page(f"Data: {name}", f"cache {report['cache_dir']}", body)
+
+
+def _lines_of_sources(report: dict[str, Any]) -> list[str]:
+    return [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report)]
 
 
 def _verdict(found: list[dict[str, Any]]) -> str:

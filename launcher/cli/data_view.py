@@ -37,7 +37,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(documents)
     console.print()
     console.print(tokens)
-    for line in [*parts_taken(report), *unused(report), *moved(report), *left_out(report)]:
+    for line in [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report)]:
         console.print(escape(line), soft_wrap=True)
     console.print()
     _print_lengths(console, report)
@@ -186,6 +186,17 @@ def left_out(report: dict[str, Any]) -> list[str]:
         if more := source["num_left_out"]:
             names = ", ".join(source["left_out"]) + (", ..." if more > len(source["left_out"]) else "")
             lines.append(visible(f"{source['name']}: files read: {source['num_files']:,}, left out: {more:,} ({names})"))
+    return lines
+
+
+def unread_keys(report: dict[str, Any]) -> list[str]:
+    """A line for each source whose rows have keys that are not read, the most frequent first."""
+    lines = []
+    for source in report["sources"]:
+        if counts := source["unread_keys"]:
+            keys = ", ".join(f"{key} ({count:,})" for key, count in counts.items())
+            others = f", and {source['num_other_unread_keys']:,} more" if source["num_other_unread_keys"] else ""
+            lines.append(visible(f"{source['name']}: keys that are not read, with their numbers of rows: {keys}{others}"))
     return lines
 
 

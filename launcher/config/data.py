@@ -68,6 +68,13 @@ class Source(Section):
             f"written whole: {COLUMNS_EXAMPLE}."
         ),
     )
+    ignored_keys: tuple[Text, ...] = Field(
+        (),
+        description=(
+            "Keys of the rows that are left unread on purpose, such as images or label: rows are refused for them otherwise, as "
+            "they mean another kind of training."
+        ),
+    )
     split: Text | None = Field(None, description="Split of a hub dataset. Unset: train, or the only one there is.")
     subset: Text | None = Field(
         None, description="Configuration of a hub dataset that has several, such as main. Unset: its default one."

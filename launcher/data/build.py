@@ -15,6 +15,7 @@ from launcher.config.data import DataSection, Source
 from launcher.data import beside, cache, findings, mixture, parallel, quality, rows, sources
 from launcher.data.chat import read_template
 from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
+from launcher.data.sources.keys import KeyCounts
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
@@ -36,6 +37,7 @@ class _Corpus:
     hits: list[tuple[int, quality.Hit]]
     samples: list[Sample]
     max_token_id: int
+    unread_keys: list[KeyCounts]
 
     @property
     def num_docs(self) -> int:
@@ -140,9 +142,11 @@ def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_pro
     hits: list[tuple[int, quality.Hit]] = []
     samples: list[Sample] = []
     num_docs = max_token_id = 0
+    unread_keys = [KeyCounts() for _ in _inputs(data)]
     for batch in parallel.encode(_work(data), data, tokenizer_path):
         spill.add(batch.tokens, batch.trained)
         max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
+        unread_keys[batch.source].add(batch.unread_keys)
         hits += [(num_docs + i, hit) for i, hit in batch.hits]
         samples += [replace(sample, doc=num_docs + sample.doc) for sample in batch.samples]
         samples = heapq.nsmallest(_SPARE_SAMPLES, samples, key=lambda sample: sample.rank)
@@ -152,7 +156,7 @@ def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_pro
         num_docs += len(batch.docs.wheres)
         on_progress("tokenise", num_docs, max(total, num_docs))
     on_progress("tokenise", num_docs, num_docs)
-    return _Corpus(_joined(docs), _joined(pieces), hits, samples, max_token_id)
+    return _Corpus(_joined(docs), _joined(pieces), hits, samples, max_token_id, unread_keys)
 
 
 def _shifted(pieces: Pieces, num_docs: int) -> Pieces:
@@ -296,7 +300,13 @@ def _report(
     inputs = _inputs(data)
     origins = [sources.provenance(source) for source in inputs]
     per_source = [
-        {"name": source.name, "path": source.path, **origins[i], **{key: values[i] for key, values in of_source.items()}}
+        {
+            "name": source.name,
+            "path": source.path,
+            **origins[i],
+            **{key: values[i] for key, values in of_source.items()},
+            **corpus.unread_keys[i].to_json(),
+        }
         for i, source in enumerate(inputs)
     ]
     return {

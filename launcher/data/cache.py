@@ -40,7 +40,7 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 
 # Raised whenever the same sources would give other tokens, rows or findings, or another layout; a test tells.
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 
 # What AutoTokenizer reads from its folder; config.json because the model type picks the class.
 TOKENIZER_FILES = (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from launcher.config.data import DataSection
 from launcher.data import quality
 from launcher.data.chat import Encoded, Encoder, Rendered, load_tokenizer
 from launcher.data.sources import Batch, Chat, Document
+from launcher.data.sources.keys import named
 
 NUM_SAMPLES = 4
 
@@ -34,12 +36,12 @@ class Work:
     source: int
     held_out: bool | None
 
-    def items(self) -> list[Item]:
-        """The documents, parsed. Errors: DataError with the place."""
-        found = self.batch.documents()
+    def items(self, unread_keys: Counter[str]) -> list[Item]:
+        """The documents, parsed; counts of their rows' unread keys go to `unread_keys`. Errors: DataError with the place."""
+        documents = self.batch.documents(unread_keys)
         if self.held_out is not None:
-            return [Item(document, self.source, self.held_out) for document, apart in found if not apart]
-        return [Item(document, self.source, apart if self.batch.brings_split else None) for document, apart in found]
+            return [Item(document, self.source, self.held_out) for document, apart in documents if not apart]
+        return [Item(document, self.source, apart if self.batch.brings_split else None) for document, apart in documents]
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch of documents, whose numbers count within it; `tokens` and `trained` of its pieces stand one after the other."""
+    """A batch of documents, whose numbers count within it; `tokens` and `trained` of its pieces stand one after the other.
 
+    `unread_keys` are keys that are not read of the rows of the source with the number `source`, each with its number of rows.
+    """
+
+    source: int
+    unread_keys: Mapping[str, int]
     docs: Docs
     pieces: Pieces
     tokens: np.ndarray
@@ -107,7 +114,8 @@ class BatchEncoder:
 
     def encode(self, work: Work) -> EncodedBatch:
         """Tokens, faults and counts of some documents; errors: DataError naming the document."""
-        items = work.items()
+        unread_keys: Counter[str] = Counter()
+        items = work.items(unread_keys)
         documents = [item.document for item in items]
         rendered = [self._rendered(document) for document in documents]
         encoded = self.encoder.encode(rendered)
@@ -138,6 +146,8 @@ class BatchEncoder:
         whole = np.flatnonzero(docs.held_out & (docs.num_tokens > 0) & (docs.lost_tokens == 0)).tolist()
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
+            work.source,
+            named(unread_keys),
             docs,
             _counts(cut),
             tokens=np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in pieces)]),

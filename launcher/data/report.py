@@ -80,7 +80,7 @@ def report(
                 "path": path,
                 "built_from": counts["path"],
                 "is_read": i >= len(data.sources) or data.sources[i].is_read,
-                **{key: counts[key] for key in _ORIGIN},
+                **{key: counts[key] for key in (*_ORIGIN, *_UNREAD)},
                 **{key: counts[name] for key, name in _COUNTED.items()},
                 "held_out": {
                     "documents": outside["documents"],
@@ -113,6 +113,8 @@ def _limits(source: Source) -> list[str]:
 
 # Where a source's rows come from, as the builder has written it.
 _ORIGIN = ("digest", "commit", "files", "num_files", "left_out", "num_left_out")
+# Keys of its rows that are not read, each with the number of rows that have it, and how many more such keys there are.
+_UNREAD = ("unread_keys", "num_other_unread_keys")
 # Names in the report, and those under which the builder has counted them.
 _COUNTED = {
     "read_documents": "read",

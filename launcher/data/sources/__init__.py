@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from launcher.data.sources import places
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, blocks, rows_of
 from launcher.data.sources.files import count_rows as _count_rows
-from launcher.data.sources.rows import PARSERS, recognised, refuse, renamed
+from launcher.data.sources.keys import RowKeys
+from launcher.data.sources.rows import PARSERS, Row, recognised, refuse, renamed
 from launcher.data.sources.splits import HELD_OUT
 from launcher.errors import Problem
 
@@ -49,20 +51,21 @@ HELD_OUT_NAME = "held_out"
 def eval_source(data: DataSection) -> Source | None:
     """data.eval_path as a source; None where it is unset.
 
-    What a source of the same path says of subset, revision, format and columns holds here too; format and columns also where
-    all sources have the same.
+    What a source of the same path says of subset, revision, format, columns and ignored keys holds here too; the last three
+    also where all sources have the same.
     """
     if data.eval_path is None:
         return None
     read = [source for source in data.sources if source.path != STDLIB_DOCS]
     same = next((source for source in read if source.path == data.eval_path), None)
-    alike = len({(source.format, *sorted(source.columns.items())) for source in read}) == 1
+    alike = len({(source.format, source.ignored_keys, *sorted(source.columns.items())) for source in read}) == 1
     like = same or (read[0] if alike else None)
     return Source(
         name=HELD_OUT_NAME,
         path=data.eval_path,
         format=like.format if like else "auto",
         columns=like.columns if like else {},
+        ignored_keys=like.ignored_keys if like else (),
         subset=same.subset if same else None,
         revision=same.revision if same else None,
         split=data.eval_split or (HELD_OUT if places.has_splits(data.eval_path) else None),
@@ -123,18 +126,24 @@ class Batch:
     rows: Block | tuple[tuple[Document, bool], ...]
     format: str = ""
     columns: Mapping[str, str] = field(default_factory=dict)
+    ignored_keys: tuple[str, ...] = ()
 
     @property
     def brings_split(self) -> bool:
         return not isinstance(self.rows, Block)
 
-    def documents(self) -> Iterator[tuple[Document, bool]]:
-        """Each document with True where the source itself holds it out. Errors: DataError with the place."""
+    def documents(self, unread_keys: Counter[str]) -> Iterator[tuple[Document, bool]]:
+        """Each document with True where the source itself holds it out; counts of unread keys go to `unread_keys`.
+
+        Errors: DataError with the place.
+        """
         if not isinstance(self.rows, Block):
             yield from self.rows
             return
         parse = PARSERS[self.format]
+        keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
         for row, where in rows_of(self.rows):
+            keys.check(row, where, unread_keys)
             yield parse(renamed(row, self.columns, where), where), False
 
 
@@ -154,11 +163,16 @@ def read_batches(source: Source) -> Iterator[Batch]:
             if not format:
                 if (first := next(rows_of(block), None)) is None:
                     continue
-                row, where = first
-                format = recognised(renamed(row, source.columns, where), where) if source.format == "auto" else source.format
-            yield Batch(block, format, source.columns)
+                format = _recognised(*first, source) if source.format == "auto" else source.format
+            yield Batch(block, format, source.columns, source.ignored_keys)
     if not format:
         refuse("the source holds no rows", source.path, "write rows into it, or take the source out")
+
+
+def _recognised(row: Row, where: str, source: Source) -> str:
+    """The format of a row; what rows of another kind of training lack says less than that they are such."""
+    RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
+    return recognised(renamed(row, source.columns, where), where)
 
 
 def _stdlib_document(pair: stdlib_docs.Pair) -> tuple[Document, bool]:
@@ -172,4 +186,4 @@ def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
     Errors: DataError with the place of what cannot be read or used.
     """
     for batch in read_batches(source):
-        yield from batch.documents()
+        yield from batch.documents(Counter())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, NoReturn
 
 from launcher.config.data import COLUMNS_EXAMPLE
@@ -30,8 +30,16 @@ _SHAREGPT_ROLES = {
     **{"function_call": "function_call", "tool_call": "function_call"},
     **{"observation": "tool", "tool": "tool", "function_response": "tool", "tool_response": "tool"},
 }
-# Other tools' names for what a message's weight says.
-_OTHER_WEIGHTS = ("train", "loss", "trainable", "masked")
+# Keys by which a message says whether it is trained: 1 and true train the message, 0 and false leave it out.
+# weight: OpenAI and Mistral. loss_weight: LLaMA-Factory (v1). train, training: what axolotl's message_field_training names.
+# loss: ms-swift, and the ShareGPT rows of AgentInstruct. loss_mask: verl.
+_TRAINED_KEYS = ("weight", "loss_weight", "train", "training", "loss", "loss_mask")
+# torchtune's Message: true leaves the message out.
+_MASKED_KEY = "masked"
+# Weights of parts of a message (axolotl), and keys whose meaning differs from tool to tool.
+_UNREAD_WEIGHT_KEYS = ("train_detail", "training_detail", "trainable", "mask")
+WEIGHT_KEYS = frozenset((*_TRAINED_KEYS, _MASKED_KEY, *_UNREAD_WEIGHT_KEYS))
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _SHOWN_CHARS = 40
 _REMEDY_KEY = f"add the key, set the source's format, or name the row's own key in the source's columns: {COLUMNS_EXAMPLE}"
 
@@ -70,15 +78,21 @@ def recognised(row: Row, where: str) -> str:
 def _by_items(row: Row, format: str) -> str:
     """Files hold both kinds of messages under either key."""
     key = {"messages": "messages", "sharegpt": "conversations"}.get(format)
-    items = _from_json(row[key]) if key else None
+    items = from_json(row[key]) if key else None
     first = items[0] if isinstance(items, list) and items and isinstance(items[0], dict) else {}
     if {"from", "value"} <= first.keys():
         return "sharegpt"
     return "messages" if {"role", "content"} <= first.keys() else format
 
 
+def chat_key(keys: Container[str], format: str) -> str:
+    """The key of a row whose messages the format messages or sharegpt reads."""
+    own, other = ("messages", "conversations") if format == "messages" else ("conversations", "messages")
+    return other if other in keys and own not in keys else own
+
+
 def _messages(row: Row, where: str) -> Chat:
-    key = "messages" if "messages" in row or "conversations" not in row else "conversations"
+    key = chat_key(row, "messages")
     items = _items(row, key, where)
     messages = tuple(_message(item, f"{key}[{i}]", where) for i, item in enumerate(items))
     tools = row.get("tools") if row.get("tools") is not None else row.get("functions")
@@ -93,31 +107,54 @@ def _message(item: Row, at: str, where: str) -> Message:
     calls = [item["function_call"]] if item.get("function_call") else item.get("tool_calls") or []
     if calls and role != "assistant":
         refuse(f"{at} calls a tool, and is not the assistant's", where, "write tool_calls into assistant messages only")
-    weight = _weight(item, at, where)
-    if weight == 1 and role != "assistant":
-        refuse(f"{at}.weight is 1 in a message of the role {given}", where, "only assistant messages are trained; take it out")
-    reasoning = next((k for k in ("reasoning_content", "reasoning", "thinking") if item.get(k) is not None), None)
+    reasoning = next((k for k in REASONING_KEYS if item.get(k) is not None), None)
     return Message(
         role,
         _content(item, at, where, may_be_null=bool(calls)),
         tool_calls=tuple(_tool_call(call, f"{at}.tool_calls[{i}]", where) for i, call in enumerate(_listed(calls, at, where))),
         name=_optional(item, "name", where, f"{at}."),
         tool_call_id=_optional(item, "tool_call_id", where, f"{at}."),
-        weight=weight if role == "assistant" else None,
+        weight=_weight(item, given, role == "assistant", at, where),
         reasoning_content=None if reasoning is None else _value(item, reasoning, str, where, f"{at}."),
     )
 
 
-def _weight(item: Row, at: str, where: str) -> int | None:
-    """Whether a message is trained; None where it does not say."""
-    if other := next((key for key in _OTHER_WEIGHTS if item.get(key) is not None), None):
-        remedy = f"write weight in place of {other}: 1 to train the message, 0 to leave it out"
-        refuse(f"{at} says by {other} whether it is trained, which is not read here", where, remedy)
-    weight = item.get("weight")
-    if weight not in (None, 0, 1) or isinstance(weight, bool):
-        given = shown(weight) if isinstance(weight, int | float) else f"a {json_name(weight)}"
-        refuse(f"{at}.weight is {given}, not 0 or 1", where, "write 1 to train the message, 0 to leave it out")
-    return None if weight is None else int(weight)
+def _weight(item: Row, sender: str, is_assistant: bool, at: str, where: str) -> int | None:
+    """Whether an assistant's message is trained, by any of WEIGHT_KEYS; None where the message does not say.
+
+    Errors: DataError for a weight between 0 and 1, keys that contradict each other, and other messages that are to be trained.
+    """
+    if item.keys().isdisjoint(WEIGHT_KEYS):
+        return None
+    if unread := next((key for key in _UNREAD_WEIGHT_KEYS if item.get(key) not in (None, [])), None):
+        remedy = f"write weight in place of {unread}: 1 to train the whole message, 0 to leave it out"
+        refuse(f"{at} says by {unread} whether it is trained, which is not read here", where, remedy)
+    weights = {key: _zero_or_one(item[key], f"{at}.{key}", where) for key in _TRAINED_KEYS if item.get(key) is not None}
+    if item.get(_MASKED_KEY) is not None:
+        weights[_MASKED_KEY] = 1 - _zero_or_one(item[_MASKED_KEY], f"{at}.{_MASKED_KEY}", where)
+    if not weights:
+        return None
+    if len(set(weights.values())) > 1:
+        keys = " and ".join(f"{key}: {_number(item[key])}" for key in weights)
+        refuse(f"{at} says that it is trained and that it is not ({keys})", where, "leave one of the keys")
+    key, weight = next(iter(weights.items()))
+    if weight and not is_assistant:
+        what = f"{at}.{key} is {_number(item[key])} in a message of the role {shown(sender)}"
+        refuse(what, where, "only assistant messages are trained; take it out")
+    return weight if is_assistant else None
+
+
+def _zero_or_one(value: Any, at: str, where: str) -> int:
+    if not isinstance(value, int | float) or value not in (0, 1):
+        given = _number(value) if isinstance(value, int | float) else f"a {json_name(value)}"
+        remedy = "write 1 to train the message, 0 to leave it out"
+        refuse(f"{at} is {given}, not 0 or 1", where, remedy)
+    return int(value)
+
+
+def _number(value: float | bool) -> str:
+    """A number or boolean as JSON writes it."""
+    return shown(json.dumps(value))
 
 
 def _content(item: Row, at: str, where: str, may_be_null: bool) -> str:
@@ -143,7 +180,7 @@ def _tool_call(call: Any, at: str, where: str) -> Row:
     inner = call.get("function")
     function: Row = inner if isinstance(inner, dict) else call
     name = _value(function, "name", str, where, f"{at}.")
-    arguments = _from_json(function.get("arguments") if "arguments" in function else function.get("parameters", {}))
+    arguments = from_json(function.get("arguments") if "arguments" in function else function.get("parameters", {}))
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
         refuse(f"{at}: the arguments of {shown(name)} are no JSON object", where, "write an object, or its JSON text")
@@ -163,7 +200,7 @@ def _tools(tools: Any, where: str) -> tuple[Row, ...]:
 
 
 def _listed(value: Any, at: str, where: str) -> list[Any]:
-    value = _from_json(value)
+    value = from_json(value)
     if not isinstance(value, list):
         refuse(f"{at} is a {json_name(value)}, not a list", where, f"write {at} as a list")
     return value
@@ -180,7 +217,7 @@ def _with_system(row: Row, messages: tuple[Message, ...], where: str) -> tuple[M
 
 
 def _sharegpt(row: Row, where: str) -> Chat:
-    key = "conversations" if "conversations" in row or "messages" not in row else "messages"
+    key = chat_key(row, "sharegpt")
     messages = []
     for i, item in enumerate(_items(row, key, where)):
         at = f"{key}[{i}]"
@@ -188,10 +225,9 @@ def _sharegpt(row: Row, where: str) -> Chat:
         role = _SHAREGPT_ROLES.get(sender.lower())
         if role is None:
             refuse(f"{at}.from is unknown: {shown(sender)!r}", where, f"write one of {', '.join(_SHAREGPT_ROLES)}")
-        weight = _weight(item, at, where)
-        weight = weight if role in ("assistant", "function_call") else None
+        weight = _weight(item, sender, role in ("assistant", "function_call"), at, where)
         if role == "function_call":
-            calls = _from_json(value)
+            calls = from_json(value)
             calls = calls if isinstance(calls, list) else [calls]
             made = tuple(_tool_call(call, f"{at}.value", where) for call in calls)
             messages.append(Message("assistant", "", tool_calls=made, weight=weight))
@@ -231,7 +267,7 @@ PARSERS: dict[str, Parser] = {
 
 
 def _items(row: Row, key: str, where: str) -> list[Row]:
-    row = {**row, key: _from_json(row[key])} if key in row else row
+    row = {**row, key: from_json(row[key])} if key in row else row
     items = _value(row, key, list, where)
     if not items:
         refuse(f"{key} is empty", where, "remove the row, or write at least one message")
@@ -241,7 +277,7 @@ def _items(row: Row, key: str, where: str) -> list[Row]:
     return list(items)
 
 
-def _from_json(value: Any) -> Any:
+def from_json(value: Any) -> Any:
     """Tables keep lists and objects as JSON text; any other text is returned as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:

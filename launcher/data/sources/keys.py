@@ -1,0 +1,241 @@
+"""Keys of rows that no format reads: counted for the report, or refused where they say that the row is for other training. Pure.
+
+The names are those of TRL (dataset types), OpenAI (preference files), LLaMA-Factory, ms-swift and axolotl (dataset formats).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from launcher.data.sources.rows import REASONING_KEYS, WEIGHT_KEYS, Row, from_json, refuse, shown
+
+NUM_KEYS_SHOWN = 20
+# Distinct keys that are counted at a time: rows may hold any number of them.
+_MAX_KEYS_COUNTED = 1000
+
+_FORMAT_KEYS = {
+    "messages": ("messages", "conversations", "system", "tools", "functions"),
+    "sharegpt": ("messages", "conversations", "system", "tools"),
+    "alpaca": ("instruction", "input", "output", "history", "system", "tools"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+_MESSAGE_KEYS = {
+    "messages": {"role", "content", "name", "tool_calls", "function_call", "tool_call_id", *REASONING_KEYS} | WEIGHT_KEYS,
+    "sharegpt": {"from", "value"} | WEIGHT_KEYS,
+}
+_PART_KEYS = {"type", "text"}
+
+# The better and the worse answer. TRL, axolotl, LLaMA-Factory, torchtune; OpenAI.
+_PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+# The worse answer to the better one in messages: ms-swift.
+_WORSE_KEYS = ("rejected_response", "rejected_messages")
+# Whether the answer is a good one. TRL and ms-swift; LLaMA-Factory.
+_VERDICT_KEYS = ("label", "kto_tag")
+_MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+# Which tokens of input_ids are trained: axolotl and transformers, TRL, verl.
+_TOKEN_MASK_KEYS = ("labels", "completion_mask", "assistant_masks", "loss_mask")
+_ROW_WEIGHT_KEYS = ("weight", "loss_weight", "sample_weight")
+_OTHER_TRAINING = frozenset(
+    (*(key for pair in _PAIRS for key in pair), *_WORSE_KEYS, *_VERDICT_KEYS, *_MEDIA_KEYS, "input_ids", *_ROW_WEIGHT_KEYS)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RowKeys:
+    """Which keys are read of the rows of a source, by their own names; `format` is "" where it is not known yet."""
+
+    format: str
+    read: frozenset[str]
+    ignored: frozenset[str]
+    chat_keys: tuple[str, ...]
+
+    @classmethod
+    def of(cls, format: str, columns: Mapping[str, str], ignored: tuple[str, ...]) -> RowKeys:
+        """The keys of rows in which `columns` names those that the format reads, and `ignored` those that are left unread."""
+        own_names = [columns.get(key, key) for key in _FORMAT_KEYS[format]] if format else columns.values()
+        chat_keys = {"messages": ("messages", "conversations"), "sharegpt": ("conversations", "messages")}.get(format, ())
+        return cls(format, frozenset(own_names), frozenset(ignored), tuple(columns.get(key, key) for key in chat_keys))
+
+    def check(self, row: Row, where: str, counts: Counter[str]) -> None:
+        """Add 1 to the count of each key that is not read, and is not empty, in the row and within its messages.
+
+        Errors: DataError for keys of another kind of training, unless they are ignored on purpose.
+        """
+        unread: Set[str] = row.keys() - self.read
+        present = [key for key in self.chat_keys if key in row]
+        if len(present) > 1:
+            unread = unread | {present[1]}
+        if unread:
+            self._refuse_other_training(row, unread - self.ignored, where)
+            counts.update(key for key in unread if not _is_empty(row[key]))
+        if present:
+            self._check_messages(from_json(row[present[0]]), present[0], where, counts)
+
+    def _check_messages(self, items: Any, key: str, where: str, counts: Counter[str]) -> None:
+        """As `check`; what is no list of objects is left to the format."""
+        known = _MESSAGE_KEYS[self.format]
+        unread = set()
+        for i, item in enumerate(items if isinstance(items, list) else ()):
+            if not isinstance(item, dict):
+                continue
+            if not item.keys() <= known:
+                others = {other for other in item.keys() - known if not _is_empty(item[other])}
+                _refuse_media(item, others - self.ignored, f"{key}[{i}]", where)
+                unread |= {f"{key}[].{other}" for other in others}
+            content = item.get("content")
+            for part in content if isinstance(content, list) else ():
+                if isinstance(part, dict):
+                    unread |= {f"{key}[].content[].{other}" for other in part.keys() - _PART_KEYS if not _is_empty(part[other])}
+        counts.update(unread)
+
+    def _refuse_other_training(self, row: Row, keys: Set[str], where: str) -> None:
+        if keys.isdisjoint(_OTHER_TRAINING):
+            return
+        for better, worse in _PAIRS:
+            if {better, worse} <= keys and _is_answer(row[better]) and _is_answer(row[worse]):
+                _refuse_pair(f"{better} and {worse}", _remedy_of_pair(row, better, worse), where)
+        for key in _WORSE_KEYS:
+            if key in keys and _is_answer(row[key]):
+                _refuse_pair(key, f"to train on the messages alone: {_ignoring(key)}", where)
+        if self.format not in ("", "text"):
+            for key in _VERDICT_KEYS:
+                if key in keys and _is_false(row[key]):
+                    _refuse_bad_answer(key, where)
+        _refuse_media(row, keys, "the row", where)
+        _refuse_token_ids(row, keys, where)
+        for key in _ROW_WEIGHT_KEYS:
+            if key in keys and _is_other_weight(row[key]):
+                _refuse_row_weight(key, row[key], where)
+
+
+def _refuse_pair(keys: str, remedy: str, where: str) -> NoReturn:
+    what = f"the row holds a better and a worse answer ({keys}), as for DPO, and one answer is trained on here"
+    refuse(what, where, remedy)
+
+
+def _remedy_of_pair(row: Row, better: str, worse: str) -> str:
+    """How to train on the better answer alone."""
+    if "messages" in row or "conversations" in row:
+        return f"to train on the row's messages as they are: {_ignoring(better, worse)}"
+    answer = from_json(row[better])
+    alone = f"to train on {better} alone: "
+    if isinstance(answer, str):
+        question = next((key for key in ("prompt", "instruction") if isinstance(row.get(key), str)), None)
+        if question is None:
+            columns = f"prompt: QUESTION, completion: {better}"
+            return f"{alone}{_source(f'columns: {{{columns}}}')}, with the key of the question in place of QUESTION"
+        return alone + _source(f"columns: {{{'completion' if question == 'prompt' else 'output'}: {better}}}")
+    messages = [item for item in answer if isinstance(item, dict)] if isinstance(answer, list) else []
+    if any(message.get("role", message.get("from")) in ("user", "human") for message in messages):
+        return alone + _source(f"columns: {{messages: {better}}}")
+    return f"{alone}write the messages of the question and those of {better} into one list under the key messages"
+
+
+def _refuse_bad_answer(key: str, where: str) -> NoReturn:
+    what = f"the row says by {key} that its answer is a bad one, as for KTO, and every answer is trained as a good one here"
+    remedy = (
+        f"leave out the rows whose {key} is false; where {key} means something else, or they are to be trained: {_ignoring(key)}"
+    )
+    refuse(what, where, remedy, value=f"{key}: false")
+
+
+def _refuse_media(holder: Row, keys: Set[str], at: str, where: str) -> None:
+    if media := [key for key in _MEDIA_KEYS if key in keys and _is_media(holder[key])]:
+        what = f"{at} comes with {' and '.join(media)}, and only text is trained here"
+        refuse(what, where, f"leave such rows out, or train on their text alone: {_ignoring(*media)}")
+
+
+def _refuse_token_ids(row: Row, keys: Set[str], where: str) -> None:
+    masks = [key for key in _TOKEN_MASK_KEYS if key in keys and _is_filled_list(row[key])]
+    if "input_ids" in keys and masks and _is_filled_list(row["input_ids"]):
+        listed = ("input_ids", *masks)
+        what = f"the row holds token ids and which of them are trained ({', '.join(listed)}), and only text is read here"
+        refuse(what, where, f"write rows of text; where the text in the row is to be trained: {_ignoring(*listed)}")
+
+
+def _refuse_row_weight(key: str, value: Any, where: str) -> NoReturn:
+    what = "the row asks for a weight in the loss that is not 1, and all rows count the same here"
+    remedy = (
+        "leave out rows of weight 0, and put rows that are to count more into a source with more epochs (data.sources[].epochs); "
+        f"where {key} means something else: {_ignoring(key)}"
+    )
+    refuse(what, where, remedy, value=f"{key}: {shown(value)}")
+
+
+def _source(setting: str) -> str:
+    return f"'data.sources=[{{name: train, path: PATH, {setting}}}]' data.path=null"
+
+
+def _ignoring(*keys: str) -> str:
+    return _source(f"ignored_keys: [{', '.join(keys)}]")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str | bytes | list | dict) and not value)
+
+
+def _is_answer(value: Any) -> bool:
+    return isinstance(value, str | list | dict) and bool(from_json(value))
+
+
+def _is_false(value: Any) -> bool:
+    """Whether a value is false, which tables of text write out; 0 may be a class."""
+    return value is False or (isinstance(value, str) and value.lower() == "false")
+
+
+def _is_media(value: Any) -> bool:
+    """Whether a value holds bytes, paths or addresses: numbers and flags only tell of media."""
+    value = from_json(value)
+    if isinstance(value, list | dict):
+        return any(map(_is_media, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str | bytes) and bool(value)
+
+
+def _is_filled_list(value: Any) -> bool:
+    value = from_json(value)
+    return isinstance(value, list) and bool(value)
+
+
+def _is_other_weight(value: Any) -> bool:
+    """Whether a value is a number other than 1; tables may write a missing one as NaN."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 1.0
+    except (ValueError, OverflowError):
+        return False
+    return number == number and number != 1
+
+
+def named(counts: Counter[str]) -> dict[str, int]:
+    """The counts by what the report may say of each key."""
+    safe: Counter[str] = Counter()
+    for key, count in counts.items():
+        safe[shown(key)] += count
+    return dict(safe)
+
+
+class KeyCounts:
+    """The sum of counts of keys, in bounded memory: of more than 2,000 distinct keys the rarer half is forgotten."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._num_forgotten = 0
+
+    def add(self, counts: Mapping[str, int]) -> None:
+        self._counts.update(counts)
+        if len(self._counts) > 2 * _MAX_KEYS_COUNTED:
+            self._num_forgotten += len(self._counts) - _MAX_KEYS_COUNTED
+            self._counts = Counter(dict(self._ranked()[:_MAX_KEYS_COUNTED]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The most frequent keys with their counts, and the number of other keys: about that, where some were forgotten."""
+        ranked = self._ranked()
+        num_others = len(ranked[NUM_KEYS_SHOWN:]) + self._num_forgotten
+        return {"unread_keys": dict(ranked[:NUM_KEYS_SHOWN]), "num_other_unread_keys": num_others}
+
+    def _ranked(self) -> list[tuple[str, int]]:
+        """The most frequent first, equal ones by name, so that a cache does not depend on the order of sets."""
+        return sorted(self._counts.items(), key=lambda pair: (-pair[1], pair[0]))
