@@ -71,8 +71,8 @@ class Source(Section):
     ignored_keys: tuple[Text, ...] = Field(
         (),
         description=(
-            "Keys of the rows that are left unread on purpose, such as images or label: rows are refused for them otherwise, as "
-            "they mean another kind of training."
+            "Keys of the rows that are left unread on purpose: rows with images, or with label: false, are refused otherwise, as "
+            "they are for another kind of training."
         ),
     )
     split: Text | None = Field(None, description="Split of a hub dataset. Unset: train, or the only one there is.")

@@ -30,6 +30,7 @@ def rows(tmp_path: Path) -> Path:
     words = "apple river stone cloud light music paper green window garden".split()  # noqa: SIM905
     texts = [" ".join(words[(i * 7 + j * j) % 10] for j in range(12)) + f" {i}" for i in range(120)]
     lines = [{"prompt": f"{text}?", "completion": f" {i} {EVIL}{ESCAPE}"} for i, text in enumerate(texts)]
+    lines[0][f"{EVIL}{ESCAPE}"] = "not read"
     lines += [lines[0], {"prompt": "key?", "completion": f" {KEY}"}, {"prompt": "empty?", "completion": " "}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -60,6 +61,9 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert f"{rows}:121: the same as {rows}:1" in shown
     assert f"{rows}:122: completion, character 1: [API key: s…, 44 characters]" in shown
     assert "data.checks.empty_answer=drop" in shown
+    unread = "train: keys that are not read, with their numbers of rows: {key}[bold]not mark… (54 characters) (2)"
+    assert unread.format(key="<script>alert(1)</script> ") in shown
+    assert unread.format(key="&lt;script&gt;alert(1)&lt;/script&gt; ") in page.read_text()
     assert KEY not in shown + done.stderr + page.read_text()
     html = page.read_text()
     assert "<script" not in html
@@ -82,6 +86,26 @@ def test_the_report_for_programs(launch: Run, rows: Path, tmp_path: Path) -> Non
     assert not report["refused"]
     assert {one["name"]: one["count"] for one in report["findings"]}["secrets"] == 1
     assert [one["whole"] for one in report["shown"]] == [True]
+    assert list(report["sources"][0]["unread_keys"].values()) == [2]
+
+
+def test_rows_for_other_training_are_refused_before_anything_is_submitted(launch: Run, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} + {i} =", "chosen": f" {2 * i}", "rejected": f" {2 * i + 1}"} for i in range(120)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = ("data.path=pairs.jsonl", "data.eval_fraction=0", f"run.root={tmp_path / 'runs'}", "run.name=x", "train.max_steps=1")
+    refused = launch(*SETTINGS, *runs, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "pairs.jsonl:1" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    # The remedy as it stands, with the file in place of PATH.
+    overrides = re.findall(r"remedy: to train on chosen alone: '(.*)' (data.path=null)", refused.stderr)[0]
+    accepted = [override.replace("PATH", "pairs.jsonl") for override in overrides]
+    done = launch("data", *SETTINGS, "data.eval_fraction=0", *accepted, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["documents"] == 120
+    assert report["sources"][0]["unread_keys"] == {"rejected": 120}
 
 
 def test_enough_rows_for_several_processes(launch: Run, tmp_path: Path) -> None:

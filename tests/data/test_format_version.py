@@ -113,7 +113,7 @@ def chats() -> list[dict[str, Any]]:
 
 def sections(jsonl: Jsonl) -> dict[str, DataSection]:
     """The settings, each with chats, prompts with completions, and texts, of which the mixture takes parts."""
-    pairs = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40))} for i in range(80)]
+    pairs = [{"prompt": f"Count to {i}:", "completion": "".join(f" {n}" for n in range(i % 40)), "id": i} for i in range(80)]
     texts = [{"text": prose(i, 20 + 13 * i % 300)} for i in range(40)]
     texts += [{"text": texts[5]["text"].upper()}, {"text": f"{texts[39]['text']} and on"}]
     sources = (

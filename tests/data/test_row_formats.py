@@ -111,6 +111,28 @@ def test_messages_are_told_by_their_items_whatever_the_key(jsonl: Jsonl) -> None
 
 
 @pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ({"loss_weight": 0}, 0),
+        ({"loss_weight": 1.0}, 1),
+        ({"train": False}, 0),
+        ({"training": True}, 1),
+        ({"loss": False}, 0),
+        ({"loss_mask": 1}, 1),
+        ({"masked": True}, 0),
+        ({"masked": False, "weight": 1, "loss": True}, 1),
+        ({"weight": None, "loss": None, "mask": None, "train_detail": []}, None),
+    ],
+)
+def test_weights_as_other_tools_write_them(jsonl: Jsonl, flags: dict[str, Any], weight: int | None) -> None:
+    question = {"role": "user", "content": "a", **dict.fromkeys(flags)}
+    openai = jsonl([{"messages": [question, {"role": "assistant", "content": "b", **flags}]}], "a.jsonl")
+    sharegpt = jsonl([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **flags}]}], "b.jsonl")
+    for path in (openai, sharegpt):
+        assert [message.weight for message in first(path).messages] == [None, weight]
+
+
+@pytest.mark.parametrize(
     ("messages", "words"),
     [
         ([], "messages is empty"),
@@ -126,9 +148,17 @@ def test_messages_are_told_by_their_items_whatever_the_key(jsonl: Jsonl) -> None
         ([{"role": "assistant", "content": "a", "weight": ["no"]}], "messages[0].weight is a list, not 0 or 1"),
         *(
             ([{"role": "assistant", "content": "a", flag: value}], f"messages[0] says by {flag} whether it is trained")
-            for flag, value in (("train", False), ("loss", 0), ("trainable", True), ("masked", "no"))
+            for flag, value in (("trainable", True), ("mask", 0), ("train_detail", [{"begin_offset": 0}]))
         ),
+        ([{"role": "assistant", "content": "a", "loss_weight": 0.5}], "messages[0].loss_weight is 0.5, not 0 or 1"),
+        ([{"role": "assistant", "content": "a", "masked": "no"}], "messages[0].masked is a string, not 0 or 1"),
+        (
+            [{"role": "assistant", "content": "a", "weight": 0, "train": True}],
+            "messages[0] says that it is trained and that it is not (weight: 0 and train: true)",
+        ),
+        ([{"role": "assistant", "content": "a", "loss_mask": 1, "masked": True}], "(loss_mask: 1 and masked: true)"),
         ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight is 1 in a message of the role user"),
+        ([{"role": "user", "content": "a", "train": True}], "messages[0].train is true in a message of the role user"),
         ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0] calls a tool, and is not the assistant's"),
         (
             [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "1, 2"}}]}],
@@ -153,7 +183,7 @@ def test_a_message_that_cannot_be_used_is_named(jsonl: Jsonl, messages: list[Any
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0].from is unknown: 'narrator'"),
         ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is a null, not text"),
         ({"conversations": [{"from": "gpt", "value": "a", "weight": 2}]}, "conversations[0].weight is 2"),
-        ({"conversations": [{"from": "gpt", "value": "a", "train": False}]}, "conversations[0] says by train whether"),
+        ({"conversations": [{"from": "human", "value": "a", "loss": True}]}, "loss is true in a message of the role human"),
         ({"instruction": "a", "output": None}, "output is a null, not text"),
         ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] is no pair of texts"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [3]}, "tools[0] describes no function"),

@@ -143,8 +143,8 @@ class Batch:
         parse = PARSERS[self.format]
         keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
         for row, where in rows_of(self.rows):
-            keys.check(row, where, unread_keys)
-            yield parse(renamed(row, self.columns, where), where), False
+            checked = keys.check(row, where, unread_keys)
+            yield parse(renamed(checked, self.columns, where), where), False
 
 
 def read_batches(source: Source) -> Iterator[Batch]:
@@ -171,8 +171,8 @@ def read_batches(source: Source) -> Iterator[Batch]:
 
 def _recognised(row: Row, where: str, source: Source) -> str:
     """The format of a row; what rows of another kind of training lack says less than that they are such."""
-    RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
-    return recognised(renamed(row, source.columns, where), where)
+    checked = RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
+    return recognised(renamed(checked, source.columns, where), where)
 
 
 def _stdlib_document(pair: stdlib_docs.Pair) -> tuple[Document, bool]:

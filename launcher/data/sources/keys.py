@@ -57,11 +57,15 @@ class RowKeys:
     def of(cls, format: str, columns: Mapping[str, str], ignored: tuple[str, ...]) -> RowKeys:
         """The keys of rows in which `columns` names those that the format reads, and `ignored` those that are left unread."""
         own_names = [columns.get(key, key) for key in _FORMAT_KEYS[format]] if format else columns.values()
-        chat_keys = {"messages": ("messages", "conversations"), "sharegpt": ("conversations", "messages")}.get(format, ())
-        return cls(format, frozenset(own_names), frozenset(ignored), tuple(columns.get(key, key) for key in chat_keys))
+        read = frozenset(own_names) - frozenset(ignored)
+        keys = {"messages": ("messages", "conversations"), "sharegpt": ("conversations", "messages")}.get(format, ())
+        chat_keys = tuple(own for key in keys if (own := columns.get(key, key)) in read)
+        return cls(format, read, frozenset(ignored), chat_keys)
 
-    def check(self, row: Row, where: str, counts: Counter[str]) -> None:
+    def check(self, row: Row, where: str, counts: Counter[str]) -> Row:
         """Add 1 to the count of each key that is not read, and is not empty, in the row and within its messages.
+
+        Gives the row without the ignored keys, and with its messages as a list where they are the list's JSON text.
 
         Errors: DataError for keys of another kind of training, unless they are ignored on purpose.
         """
@@ -73,7 +77,10 @@ class RowKeys:
             self._refuse_other_training(row, unread - self.ignored, where)
             counts.update(key for key in unread if not _is_empty(row[key]))
         if present:
-            self._check_messages(from_json(row[present[0]]), present[0], where, counts)
+            items = from_json(row[present[0]])
+            self._check_messages(items, present[0], where, counts)
+            row = row if items is row[present[0]] else {**row, present[0]: items}
+        return {key: value for key, value in row.items() if key not in self.ignored} if self.ignored else row
 
     def _check_messages(self, items: Any, key: str, where: str, counts: Counter[str]) -> None:
         """As `check`; what is no list of objects is left to the format."""
@@ -175,7 +182,8 @@ def _ignoring(*keys: str) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str | bytes | list | dict) and not value)
+    """Whether a value says nothing; tables of text write empty lists and objects as their JSON text."""
+    return value is None or value in ("[]", "{}") or (isinstance(value, str | bytes | list | dict) and not value)
 
 
 def _is_answer(value: Any) -> bool:
