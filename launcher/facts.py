@@ -7,6 +7,7 @@ Reads disk and asks nvidia-smi; downloads and converts nothing and imports no to
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -124,6 +125,18 @@ def weights_note(model: ModelSection) -> str | None:
     folder = pretrained_folder(model)
     report = weight_files.load_report(folder, model) if folder is not None else None
     return report.note if report is not None else None
+
+
+def is_extra_accepted(config: RunConfig) -> bool:
+    """True where `deepspeed.extra` is empty, or the installed DeepSpeed has accepted it on this machine."""
+    return not config.deepspeed.extra or accepted_extra(config).is_file()
+
+
+def accepted_extra(config: RunConfig) -> Path:
+    """The file that stands for DeepSpeed's verdict on these settings; launcher.worker.deepspeed_check makes it."""
+    checked = [_version("deepspeed"), launcher.__version__, config.model.dtype, config.deepspeed.model_dump(mode="json")]
+    digest = hashlib.blake2b(json.dumps(checked, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return cache.cache_root() / "deepspeed_extra" / digest
 
 
 def check_model(model: ModelSection) -> list[Problem]:

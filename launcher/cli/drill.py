@@ -149,6 +149,7 @@ def _like(run: RunDir, overrides: list[str], arguments: argparse.Namespace) -> L
             remedy="take it out, or drill without a RUN",
         )
     config = _short(asked, overrides, arguments)
+    launch.check_extra(config)
     values = config.model_dump(mode="json")
     values["run"]["root"] = str(run.root.parent)
     if plan.config.cluster.kind == "slurm":

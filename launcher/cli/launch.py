@@ -78,6 +78,7 @@ def _data(tokens: list[str]) -> int:
         with composed.located():
             config = facts.settled(composed.config)
             facts.check(config)
+            check_extra(config)
         answer = prepare(config, show=chosen.num_shown)
         if note := facts.weights_note(config.model):
             print(f"note: {note}", file=sys.stderr, flush=True)
@@ -175,6 +176,7 @@ def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
     """The plan of a job whose model and data are ready, checked against the cluster; nothing is started."""
     config = facts.settled(composed.config)
     facts.check(config)
+    check_extra(config)
     if not facts.is_known(config.model):
         prepare(config)
     cluster = cluster_for(config.cluster.kind)
@@ -214,17 +216,40 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
         DataError: with what the process found wrong.
         RunError: where it ended otherwise.
     """
-    command = [sys.executable, "-m", "launcher.worker.prepare", *([f"--report={show}"] if show is not None else [])]
+    answer = _ask("launcher.worker.prepare", config, *([f"--report={show}"] if show is not None else []))
+    if "problems" in answer:
+        kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
+        raise kind([Problem(*parts) for parts in answer["problems"]])
+    return answer
+
+
+def check_extra(config: RunConfig) -> None:
+    """Have DeepSpeed check `deepspeed.extra` in a process of its own, unless it has accepted the same before.
+
+    Raises:
+        ConfigError: with every key that DeepSpeed refuses or does not know.
+    """
+    if facts.is_extra_accepted(config):
+        return
+    answer = _ask("launcher.worker.deepspeed_check", config)
+    if answer["problems"]:
+        raise ConfigError([Problem(*parts) for parts in answer["problems"]])
+
+
+def _ask(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
+    """The JSON object that a module of the worker side prints last, given `config`.
+
+    Raises:
+        RunError: where it prints none, or ends with another exit code than 0 and no problems.
+    """
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True, env=worker_environment())
     try:
         answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        raise RunError(f"preparing the data ended with exit code {done.returncode}; its messages stand above") from None
-    if "problems" in answer:
-        kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
-        raise kind([Problem(*parts) for parts in answer["problems"]])
-    if done.returncode:
-        raise RunError(f"preparing the data ended with exit code {done.returncode}")
+        raise RunError(f"preparing the run ended with exit code {done.returncode}; its messages are above") from None
+    if done.returncode and "problems" not in answer:
+        raise RunError(f"preparing the run ended with exit code {done.returncode}")
     return answer
 
 

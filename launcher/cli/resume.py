@@ -11,7 +11,7 @@ from typing import Any
 from launcher import facts, run_store
 from launcher.checkpoint import store
 from launcher.cli import account, checking, text
-from launcher.cli.launch import prepare, require_idle, worker_environment
+from launcher.cli.launch import check_extra, prepare, require_idle, worker_environment
 from launcher.clusters.base import Cluster, check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
@@ -122,6 +122,7 @@ def _replanned(
 ) -> LaunchPlan:
     """The same run under changed settings and where its directory lies now; model, data and identity stay."""
     config = with_overrides(plan.config, overrides)
+    check_extra(config)
     saved = _plan_of(run, checkpoint, force) or plan
     where = text.short(checkpoint.path)
     # What was asked for, and what somebody has written into plan.json.

@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.origin import Origins
 from launcher.config.problems import hydra_problem, missing, no_such_option, schema_problems
 from launcher.config.schema import RunConfig
@@ -218,10 +219,12 @@ def _checked(cfg: Any) -> Composed:
         Problem(f"{key}: settings never name code to run; nothing was called", where=origins.of(key), remedy=f"take {key} out")
         for key in targets
     ]
+    reported = {*absent, *secrets, *targets}
+    problems += extra_problems(values, origins, skip=reported)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        problems += schema_problems(error, origins, values, skip={*absent, *secrets, *targets})
+        problems += schema_problems(error, origins, values, skip=reported)
     if problems:
         raise ConfigError(problems)
     return Composed(config, overrides, origins)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.config.compose import leaves
+from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.origin import Origins
 from launcher.config.problems import schema_problems, shown
 from launcher.config.schema import RunConfig
@@ -165,10 +166,12 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
                 values[section][name] = value
             if key in ("train.max_steps", "train.epochs"):
                 values["train"]["epochs" if key == "train.max_steps" else "max_steps"] = None
+    origins = Origins(overrides=tuple(overrides), choices={}, folders=())
+    if any(override.lstrip("+").startswith("deepspeed.") for override in overrides):
+        problems += extra_problems(values, origins)
     try:
         changed = RunConfig.model_validate(values)
     except ValidationError as error:
-        origins = Origins(overrides=tuple(overrides), choices={}, folders=())
         problems += schema_problems(error, origins, values, skip=set())
     if problems:
         raise ConfigError(problems)

@@ -37,16 +37,6 @@ COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 RUN_PREFIX = "run:"
 RUN_PATTERN = re.compile(rf"{RUN_PREFIX}(?P<run>{NAME_PATTERN.pattern}|(?:/|\./|\.\./|~).*?)(?:@(?P<step>[0-9]+))?")
 
-# Values that the plan computes; a raw DeepSpeed key must not contradict them.
-PLANNED_DEEPSPEED_KEYS = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "optimizer",
-    "scheduler",
-)
-
 
 class RunSection(Section):
     """Who the run is, where it lives, and when it must end."""
@@ -265,7 +255,11 @@ class DeepSpeedSection(Section):
         None, description="Weights with fewer elements are never partitioned. Unset: ten times the hidden size."
     )
     extra: dict[str, Any] = Field(
-        default_factory=dict, description="Raw DeepSpeed keys, merged last. Keys that the plan computes are refused."
+        default_factory=dict,
+        description=(
+            "Raw DeepSpeed keys, merged last. Refused are keys that DeepSpeed does not know, those that a setting of the "
+            "launcher decides, and features that the launcher does not support."
+        ),
     )
 
     @field_validator("stage")
@@ -289,22 +283,7 @@ class DeepSpeedSection(Section):
             raise ValueError(
                 "deepspeed.prefetch_bucket_size: DeepSpeed fails where it fetches weights from NVMe ahead of use; take it out"
             )
-        planned = [key for key in PLANNED_DEEPSPEED_KEYS if key in self.extra]
-        if planned:
-            raise ValueError(f"deepspeed.extra must not set {', '.join(planned)}; the plan computes it from train.* and optim.*")
-        for key in ("zero_optimization", "bf16", "bfloat16", "fp16"):
-            if not isinstance(self.extra.get(key, {}), dict):
-                raise ValueError(f"deepspeed.extra.{key} is not a mapping; write its keys one by one")
-        zero = self.extra.get("zero_optimization", {})
-        if any("nvme_path" in part for part in zero.values() if isinstance(part, dict)):
-            raise ValueError("deepspeed.extra must not set nvme_path; the plan gives each run a folder in deepspeed.nvme_path")
-        if zero.get("stage", 3) != 3:
-            raise ValueError("deepspeed.extra must not change the ZeRO stage; take it out: only stage 3 is served")
         return self
-
-    def enabled_in_extra(self, dtype: str) -> bool:
-        """True where the raw keys switch on `dtype` (bf16 or fp16)."""
-        return any(bool(self.extra.get(key, {}).get("enabled")) for key in ({"bf16": ("bf16", "bfloat16")}.get(dtype, (dtype,))))
 
 
 # W&B refuses longer ones.
@@ -339,12 +318,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        bf16 = self.model.dtype == "bf16" or self.deepspeed.enabled_in_extra("bf16")
-        fp16 = self.model.dtype == "fp16" or self.deepspeed.enabled_in_extra("fp16")
-        if bf16 and fp16:
-            raise ValueError(
-                "bf16 and fp16 are both on; set model.dtype to one of them and take the other out of deepspeed.extra"
-            )
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
             raise ValueError("run.max_usd cannot be turned into GPU hours; set cluster.price_per_gpu_hour")
         return self

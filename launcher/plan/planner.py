@@ -182,9 +182,7 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     cluster, states = planned.config.cluster, planned.config.deepspeed
     # The GPUs of a Ray cluster need not be those of the machine that submits to it.
     elsewhere = isinstance(cluster, RaySection) and cluster.address is not None and cluster.gpu_type is None
-    # DeepSpeed's own settings may move the states, which the estimate does not know.
-    moved = "data_types" in states.extra or any("offload" in key for key in states.extra.get("zero_optimization", {}))
-    if planned.topology.device != "cuda" or elsewhere or moved:
+    if planned.topology.device != "cuda" or elsewhere:
         return
     offload = "deepspeed.offload_params=cpu" if states.offload_optimizer != "none" else "deepspeed=zero3_offload"
     if memory.hpz_ranks(states, planned.topology.ranks_per_node) > 1:

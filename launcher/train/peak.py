@@ -20,7 +20,7 @@ def peak_tflops(config: RunConfig, device: torch.device) -> float | None:
 
     A GPU's is its vendor's figure. A CPU's is measured with the threads that this rank has, within 0.3 s.
     """
-    dtype = compute_dtype(config)
+    dtype = config.model.dtype
     if device.type == "cpu":
         return measured_tflops(DTYPES[dtype])
     gpu = lookup(torch.cuda.get_device_name(device))
@@ -28,12 +28,6 @@ def peak_tflops(config: RunConfig, device: torch.device) -> float | None:
         return None
     rounded = dtype == "fp32" and torch.get_float32_matmul_precision() != "highest"
     return gpu.peak_tflops("tf32" if rounded else dtype)
-
-
-def compute_dtype(config: RunConfig) -> str:
-    """bf16, fp16 or fp32: that of the weights, unless DeepSpeed's raw settings make it half precision."""
-    half = (dtype for dtype in ("bf16", "fp16") if config.deepspeed.enabled_in_extra(dtype))
-    return next(half, config.model.dtype)
 
 
 def measured_tflops(dtype: torch.dtype) -> float:

@@ -146,21 +146,8 @@ def test_a_length_on_the_command_line_unsets_the_files(
 
 
 @pytest.mark.parametrize(
-    "tokens", [["deepspeed.extra.fp16.enabled=true"], ["model.dtype=fp16", "deepspeed.extra.bfloat16.enabled=true"]]
-)
-def test_two_half_precisions(refused: Refused, tokens: list[str]) -> None:
-    (problem,) = refused(*tokens)
-    assert problem.what == "bf16 and fp16 are both on"
-    assert "deepspeed.extra (command line)" in problem.where
-
-
-@pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("deepspeed.extra.zero_optimization.stage=2", "deepspeed.extra must not change the ZeRO stage"),
-        ("deepspeed.extra.zero_optimization=2", "deepspeed.extra.zero_optimization is not a mapping"),
-        ("deepspeed.extra.fp16=true", "deepspeed.extra.fp16 is not a mapping"),
-        ("deepspeed.extra.train_batch_size=4", "deepspeed.extra must not set train_batch_size"),
         ("deepspeed.offload_params=nvme", "deepspeed.offload_params: nvme needs a place"),
         ("run.max_usd=3", "run.max_usd cannot be turned into GPU hours"),
         ("model.trust_remote_code=true", "model.trust_remote_code runs whatever the revision holds"),
@@ -177,8 +164,6 @@ def test_settings_that_states_on_nvme_do_not_go_with(refused: Refused) -> None:
     assert problem.what.startswith("deepspeed.prefetch_bucket_size: DeepSpeed fails")
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.nvme_path=disk")
     assert problem.what.startswith("deepspeed.nvme_path: is meant on every node")
-    (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.extra.zero_optimization.offload_optimizer.nvme_path=/disk")
-    assert problem.what.startswith("deepspeed.extra must not set nvme_path")
 
 
 def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Path) -> None:

@@ -8,23 +8,10 @@ import torch
 
 from launcher.config.schema import RunConfig
 from launcher.plan.gpus import GPUS
-from launcher.train.peak import compute_dtype, measured_tflops, peak_tflops
+from launcher.train.peak import measured_tflops, peak_tflops
 
 ConfigOf = Callable[..., RunConfig]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "dtype"),
-    [
-        ((), "bf16"),
-        (("model.dtype=fp16",), "fp16"),
-        (("model.dtype=fp32",), "fp32"),
-        (("model.dtype=fp32", "deepspeed.extra.bf16.enabled=true"), "bf16"),
-    ],
-)
-def test_the_type_that_a_run_computes_in(config_of: ConfigOf, tokens: tuple[str, ...], dtype: str) -> None:
-    assert compute_dtype(config_of(*tokens)) == dtype
 
 
 @pytest.mark.parametrize(
