@@ -150,11 +150,11 @@ def opening(folder: Path, rounds: int) -> list[str]:
     def parts(dtype: type) -> Iterator[np.ndarray]:
         return (np.full(1000 * length, 1, dtype) for _ in range(num_rows // 1000))
 
-    cache.write_split(
+    digest = cache.write_split(
         made, parts(np.uint32), parts(np.uint8), rows=starts, docs=docs, row_labels=np.full(num_rows, length),
         doc_source=np.zeros(4 * num_rows, np.uint16), row_sources=np.full((num_rows, 2), length // 2, np.int32),
     )  # fmt: skip
-    found = [measured(folder, "open", str(made)) for _ in range(max(rounds, 5))]
+    found = [measured(folder, "open", str(made), digest) for _ in range(max(rounds, 5))]
     names = {
         "open_ms": "open, ms",
         "added_mb": "added memory by that, MB",

@@ -68,7 +68,7 @@ def with_launcher(chats: str, tokenizer: str, max_length: str, folder: str):
     data = DataSection(sources=(source,), max_length=int(max_length), workers=PROCESSES)
 
     def digest(facts) -> str:
-        split = Split.open(facts.cache_dir)
+        split = Split.open(facts)
         return _digest(split.tokens[a:b].tolist() for a, b in zip(split.docs[:-1], split.docs[1:], strict=True))
 
     return lambda: build(data, tokenizer), digest
@@ -113,7 +113,7 @@ def _digest(documents: Iterable[list[int]]) -> str:
     return f"{len(each)} {hashlib.blake2b(''.join(each).encode(), digest_size=8).hexdigest()}"
 
 
-def open_cache(folder: str) -> dict[str, float]:
+def open_cache(folder: str, digest: str) -> dict[str, float]:
     """Milliseconds and MB of added memory for opening the cache, and for batches far apart in it.
 
     `added_mb` is all that opening has added; `own_mb` what lies in this process's own memory after all batches, without the
@@ -123,7 +123,7 @@ def open_cache(folder: str) -> dict[str, float]:
 
     from launcher.data.cache import Split
     from launcher.data.loader import TrainBatches
-    from launcher.plan.launch_plan import Batch
+    from launcher.plan.launch_plan import Batch, DataFacts
 
     batch = Batch(
         global_batch_size=64,
@@ -139,7 +139,7 @@ def open_cache(folder: str) -> dict[str, float]:
     rss, own = resident_mb()
     times = {}
     began = time.perf_counter()
-    split = Split.open(folder)
+    split = Split.open(DataFacts.model_construct(cache_dir=folder, digest=digest))
     batches = TrainBatches(split, batch, seed=1, rank=0, world_size=2, pad_id=0)
     times["open_ms"] = (time.perf_counter() - began) * 1000
     times["added_mb"] = resident_mb()[0] - rss

@@ -54,9 +54,7 @@ class Trainer:
     def __init__(self, plan: LaunchPlan, place: Place) -> None:
         self.engine, self.model = build_engine(plan, place)
         assert plan.data is not None
-        self.batches = TrainBatches(
-            Split.open(plan.data.cache_dir), plan.batch, plan.config.run.seed, place.rank, place.world_size, 0
-        )
+        self.batches = TrainBatches(Split.open(plan.data), plan.batch, plan.config.run.seed, place.rank, place.world_size, 0)
         self.world_size, self.done = place.world_size, 0
 
     def step(self, settle: Callable[[], None] = lambda: None) -> float:

@@ -144,7 +144,7 @@ def run(command: list[str], log: Path) -> str:
 def _write_rows(plan: LaunchPlan, steps: int, file: Path) -> None:
     """The rows of the first `steps` global batches in the launcher's order, for the bare loop."""
     assert plan.data is not None
-    split, batch = Split.open(plan.data.cache_dir), plan.batch
+    split, batch = Split.open(plan.data), plan.batch
     # One rank and one micro-batch: whole global batches, in order.
     whole = batch.model_copy(update={"micro_batch_size": batch.global_batch_size, "accumulation": 1})
     order = TrainBatches(split, whole, plan.config.run.seed, rank=0, world_size=1, pad_id=0)

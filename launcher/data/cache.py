@@ -8,10 +8,13 @@
       row_labels.npy  int64     trained tokens of each row
       doc_source.npy  uint16    source of each document, by its place in data.sources; after the last: data.eval_path
       row_sources.npy int32     [rows, sources] tokens of each source in each row
-      eval/                     the same seven for the held-out split
+      digests.bin               sizes and block digests of these seven
+      eval/                     the same eight for the held-out split
       samples.json              a few held-out examples: prompt, prompt_ids, answer
       findings.json             faults of the documents: counts and places
-      meta.json                 written last: counts, and the size of every file
+      meta.json                 written last: counts, the size of every file, digests of the JSON files, and its own digest
+
+A chain of digests reaches every byte that is trained on: the plan has that of digests.bin, which has those of the blocks.
 
 The folder is built as <key>.partial under a file lock and renamed when it is complete.
 No torch, no transformers: the submit side imports this module.
@@ -33,6 +36,8 @@ import numpy as np
 import xxhash
 
 from launcher.config.data import ChecksSection, DataSection
+from launcher.data import digests
+from launcher.data.digests import CheckedArray, DigestingWriter
 from launcher.data.lock import locked
 from launcher.data.root import cache_root, usable
 from launcher.data.sources import eval_source, source_digest
@@ -49,7 +54,9 @@ TOKENIZER_FILES = (
 )
 # What makes tokens of text, or tells which documents are nearly the same.
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
-_SPLIT_ARRAYS = ("tokens", "trained", "rows", "docs", "row_labels", "doc_source", "row_sources")
+# As large as the data; the index arrays are small beside these, and read whole at once.
+_LARGE_ARRAYS = ("tokens", "trained")
+_INDEX_ARRAYS = ("rows", "docs", "row_labels", "doc_source", "row_sources")
 # Settings that change no token, or that are in the key by what they stand for.
 _NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "checks"}
 _READ_SIZE = 1 << 20
@@ -106,21 +113,40 @@ def _file_digest(path: Path) -> str:
 
 
 def find(key: str) -> DataFacts | None:
-    """Counts of the finished cache of `key`; None where there is none, or where one of its files is missing or cut."""
+    """Counts of the finished cache of `key`; None where there is none, or where `read` finds one of its files damaged."""
     return read(cache_dir(key))
 
 
 def read(folder: Path) -> DataFacts | None:
-    """Counts of the finished cache in `folder`, as `find` gives them. Errors: DataError where it cannot be read."""
+    """Counts of the finished cache in `folder`, as `find` gives them.
+
+    The JSON files are compared with their digests, the arrays with their sizes alone: whoever uses an array verifies it.
+    Errors: DataError where the cache cannot be read.
+    """
     with usable(folder):
         try:
-            meta = json.loads((folder / "meta.json").read_bytes())
-            intact = meta.get("format") == FORMAT_VERSION and all(
-                (folder / name).stat().st_size == size for name, size in meta["files"].items()
-            )
+            meta = _verified_meta((folder / "meta.json").read_bytes())
+            if meta is None or meta["format"] != FORMAT_VERSION:
+                return None
+            sizes = all((folder / name).stat().st_size == size for name, size in meta["files"].items())
+            intact = sizes and all(_file_digest(folder / name) == digest for name, digest in meta["digests"].items())
         except FileNotFoundError:
             return None
     return DataFacts(cache_dir=str(folder), **meta["facts"]) if intact else None
+
+
+def _verified_meta(content: bytes) -> dict[str, Any] | None:
+    """The values in a meta.json; None where they are not those that were written."""
+    try:
+        meta = json.loads(content)
+    except ValueError:
+        return None
+    written = isinstance(meta, dict) and meta.pop("digest", None) == _meta_digest(meta)
+    return meta if written else None
+
+
+def _meta_digest(meta: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(meta, sort_keys=True).encode())
 
 
 def num_bytes(folder: str | Path) -> int:
@@ -144,8 +170,8 @@ def read_samples(folder: str | Path) -> list[dict[str, Any]]:
 class Split:
     """One split of a cache, as memory maps; see the module's docstring for types and meaning."""
 
-    tokens: np.ndarray
-    trained: np.ndarray
+    tokens: np.ndarray | CheckedArray
+    trained: np.ndarray | CheckedArray
     rows: np.ndarray
     docs: np.ndarray
     row_labels: np.ndarray
@@ -153,14 +179,35 @@ class Split:
     row_sources: np.ndarray
 
     @classmethod
-    def open(cls, folder: str | Path, held_out: bool = False) -> Split:
-        """Map the training or the held-out split of the finished cache in `folder`; takes the same time for every size."""
-        base = Path(folder) / "eval" if held_out else Path(folder)
+    def open(cls, facts: DataFacts, held_out: bool = False) -> Split:
+        """Map the training or the held-out split of the finished cache that `facts` describe.
+
+        Tokens and trained are verified block by block, each before its first use; their first blocks and all other arrays here.
+        Errors: DataError where the cache cannot be read, is another one than `facts` describe, or is damaged.
+        """
+        cache = Path(facts.cache_dir)
+        folder = cache / "eval" if held_out else cache
+        digest = facts.digest.split("-")[-1 if held_out else 0]
+        names = (*_LARGE_ARRAYS, *_INDEX_ARRAYS)
+        arrays: dict[str, Any] = {}
         try:
-            return cls(**{name: np.load(base / f"{name}.npy", mmap_mode="r") for name in _SPLIT_ARRAYS})
+            files = digests.open_files(folder, cache, [f"{name}.npy" for name in names], digest)
+            for name, file in zip(names, files, strict=True):
+                is_large = name in _LARGE_ARRAYS
+                # The first block has the header, by which the file is mapped.
+                file.verify(0, 1 if is_large else None)
+                values = np.load(file.path, mmap_mode="r")
+                arrays[name] = CheckedArray(values, file) if is_large else values
         except (OSError, ValueError) as error:
-            remedy = "run `python -m launcher data` to build it again"
-            raise DataError(Problem(f"the data cache cannot be read: {error}", str(base), remedy=remedy)) from error
+            remedy = "run `python -m launcher data ...` with the same settings to build it again"
+            raise DataError(Problem(f"the data cache cannot be read: {error}", str(folder), remedy=remedy)) from error
+        return cls(**arrays)
+
+    def verify(self) -> None:
+        """Verify what no use has verified so far. Errors: DataError where a block is damaged."""
+        for array in (self.tokens, self.trained):
+            if isinstance(array, CheckedArray):
+                array.verify()
 
     @property
     def num_rows(self) -> int:
@@ -189,31 +236,30 @@ class Split:
 
 
 def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], **others: np.ndarray) -> str:
-    """Write the arrays of a split into `folder`, and give the hex digest of them all.
+    """Write the arrays of a split and their digests into `folder`, and return the hex digest of them all.
 
     Tokens and trained come in parts, since all at once may not fit in memory.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     num_tokens = int(others["rows"][-1])
-    digest = xxhash.xxh3_128()
-    _write_array(folder / "tokens.npy", np.dtype(np.uint32), (num_tokens,), tokens, digest)
-    _write_array(folder / "trained.npy", np.dtype(np.uint8), (num_tokens,), trained, digest)
-    for name, array in sorted(others.items()):
-        _write_array(folder / f"{name}.npy", array.dtype, array.shape, [array], digest)
-    return digest.hexdigest()
+    of_arrays = [
+        _write_array(folder / "tokens.npy", np.dtype(np.uint32), (num_tokens,), tokens),
+        _write_array(folder / "trained.npy", np.dtype(np.uint8), (num_tokens,), trained),
+        *(_write_array(folder / f"{n}.npy", others[n].dtype, others[n].shape, [others[n]]) for n in _INDEX_ARRAYS),
+    ]
+    return digests.write(folder, of_arrays)
 
 
-def _write_array(
-    path: Path, dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray], digest: xxhash.xxh3_128
-) -> None:
+def _write_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> list[int]:
+    """Write an array in parts; returns its size in bytes and the digests of its blocks."""
     with path.open("wb") as file:
+        writer = DigestingWriter(file)
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+        np.lib.format.write_array_header_1_0(writer, header)
         for part in parts:
-            content = np.ascontiguousarray(part)
-            file.write(content.data)
-            digest.update(content.data)
+            writer.write(np.ascontiguousarray(part).data)
         _flush_to_disk(file)
+    return writer.digests()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -227,7 +273,15 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in (folder, folder / "eval"):
         _sync_folder(path)
-    meta = {"format": FORMAT_VERSION, "facts": facts.model_dump(exclude={"cache_dir"}), "report": report, "files": files}
+    meta = {
+        "format": FORMAT_VERSION,
+        "facts": facts.model_dump(mode="json", exclude={"cache_dir"}),
+        "report": report,
+        "files": files,
+        "digests": {name: _file_digest(folder / name) for name in files if name.endswith(".json")},
+    }
+    # Of the values as they are read back.
+    meta["digest"] = _meta_digest(json.loads(json.dumps(meta)))
     write_json(folder / "meta.json", meta)
 
 

@@ -43,9 +43,12 @@ def report(
     `num_shown` evenly spaced rows, or three documents of middling length where it is 0; keys, passwords, e-mail addresses and
     telephone numbers are left out. `turn_ends` are the tokens that end trained turns; `stops` where they are among `stop_ids`, at
     which generations of the model stop as it is.
+    Errors: DataError where any block of the cache is damaged.
     """
     tokenizer = load_tokenizer(tokenizer_path)
-    split, held_out = Split.open(facts.cache_dir), Split.open(facts.cache_dir, held_out=True)
+    split, held_out = Split.open(facts), Split.open(facts, held_out=True)
+    for opened in (split, held_out):
+        opened.verify()
     counted = cache.read_report(facts.cache_dir)["sources"]
     names = [source["name"] for source in counted]
     paths = [source.path for source in data.sources] + [data.eval_path or ""] * (len(names) - len(data.sources))

@@ -59,9 +59,9 @@ class ModelFacts(Record):
 class DataFacts(Record):
     """Counts of a built data cache. Rows are packed rows; tokens count no padding.
 
-    `digest` is that of the arrays of both splits: tokens, masks, documents and rows. `chat_template` is the text of
-    data.chat_template, None where the tokenizer's own template was used; `turn_end_ids` are the tokens at which the model learns
-    to stop.
+    `digest` is that of the arrays (tokens, masks, documents and rows) of the training split, "-", and that of the held-out split.
+    `chat_template` is the text of data.chat_template, None where the tokenizer's own template was used; `turn_end_ids` are the
+    tokens at which the model learns to stop.
     """
 
     cache_dir: str

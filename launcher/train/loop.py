@@ -178,12 +178,10 @@ class _Session:
         # Padding is never looked at nor trained; any id in the vocabulary serves.
         grouped = plan.config.data.group_by_length and not plan.config.data.packing
         order = (plan.config.run.seed, place.rank, place.world_size)
-        batches = OneAhead(
-            TrainBatches(Split.open(data.cache_dir), plan.batch, *order, pad_id=0, group_by_length=grouped), device
-        )
+        batches = OneAhead(TrainBatches(Split.open(data), plan.batch, *order, pad_id=0, group_by_length=grouped), device)
         held_out: list[MicroBatch] = []
         if data.num_eval_rows:
-            split = Split.open(data.cache_dir, held_out=True)
+            split = Split.open(data, held_out=True)
             held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
         begin = agree_on_start(run, place, device)
         meter, timer = Meter(plan, max_steps, place.attempt, begin.restarts, peak), StepTimer(device)

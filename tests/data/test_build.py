@@ -34,7 +34,7 @@ def test_the_sources_of_rows_and_documents_are_known(jsonl: Jsonl, tokenizer_dir
     second = texts(jsonl, "second", [f"two {i} " * (1 + i % 5) for i in range(40)]).model_copy(update={"epochs": 2.5})
     data = DataSection(sources=(first, second), max_length=64)
     facts = build(data, str(tokenizer_dir))
-    split = Split.open(facts.cache_dir)
+    split = Split.open(facts)
     lengths = np.diff(split.docs)
     assert split.row_sources.shape == (facts.num_rows, 2)
     assert split.row_sources.sum(axis=1).tolist() == np.diff(split.rows).tolist()
@@ -58,7 +58,7 @@ def test_weights_are_shares_of_the_tokens(jsonl: Jsonl, tokenizer_dir: Path) -> 
     big = texts(jsonl, "big", [f"big {i} " * 4 for i in range(300)]).model_copy(update={"weight": 1.0})
     small = texts(jsonl, "small", [f"small {i} " * 4 for i in range(60)]).model_copy(update={"weight": 3.0})
     facts = build(DataSection(sources=(big, small), max_length=64), str(tokenizer_dir))
-    tokens = Split.open(facts.cache_dir).row_sources.sum(axis=0)
+    tokens = Split.open(facts).row_sources.sum(axis=0)
     assert tokens[1] / tokens.sum() == pytest.approx(0.75, abs=0.01)
     assert read_report(facts.cache_dir)["sources"][1]["epochs"] == 1
 
@@ -82,8 +82,8 @@ def test_a_source_of_weight_0_is_in_nothing(jsonl: Jsonl, tokenizer_dir: Path) -
     both = alone.model_copy(update={"sources": (off, new)})
     first, second = (build(data, str(tokenizer_dir)) for data in (alone, both))
     for held_out in (False, True):
-        one, other = (Split.open(facts.cache_dir, held_out) for facts in (first, second))
-        assert (one.tokens.tolist(), one.docs.tolist()) == (other.tokens.tolist(), other.docs.tolist())
+        one, other = (Split.open(facts, held_out) for facts in (first, second))
+        assert (one.tokens[:].tolist(), one.docs.tolist()) == (other.tokens[:].tolist(), other.docs.tolist())
         assert set(other.doc_source.tolist()) == {1}
     assert findings.read(second.cache_dir) == findings.read(first.cache_dir)
     assert read_report(second.cache_dir)["sources"][0]["read"] == 0
@@ -130,7 +130,7 @@ def test_the_eval_file_is_a_source_of_its_own(jsonl: Jsonl, tokenizer_dir: Path)
     first = texts(jsonl, "first", [f"one {i}" for i in range(30)])
     held_out = texts(jsonl, "eval", [f"other {i}" for i in range(7)])
     facts = build(DataSection(sources=(first,), eval_path=held_out.path, max_length=64), str(tokenizer_dir))
-    split = Split.open(facts.cache_dir, held_out=True)
+    split = Split.open(facts, held_out=True)
     assert set(split.doc_source.tolist()) == {1}
     assert split.row_sources.sum(axis=0).tolist() == [0, facts.num_eval_tokens]
     assert [one["held_out_read"] for one in read_report(facts.cache_dir)["sources"]] == [0, 7]
@@ -152,7 +152,7 @@ def test_documents_longer_than_a_row(
     assert facts.num_docs == num_docs
     report = read_report(facts.cache_dir)["sources"][0]
     assert {name: report[name] for name in counts} == counts
-    split = Split.open(facts.cache_dir)
+    split = Split.open(facts)
     assert not split.trained[np.asarray(split.docs[:-1])].any(), "nothing stands before a piece's first token"
     found = {finding.name for finding in findings.read(facts.cache_dir)}
     assert "no_trained_token" not in found
@@ -205,7 +205,7 @@ def test_what_a_check_drops_is_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> N
     assert (kept.num_docs, read_report(kept.cache_dir)["dropped_docs"]) == (31, 1)
     fewer = build(DataSection(sources=(source,), max_length=64, checks=ChecksSection(exact_duplicate="drop")), str(tokenizer_dir))
     assert (fewer.num_docs, read_report(fewer.cache_dir)["dropped_docs"]) == (30, 2)
-    assert len(set(contents(Split.open(fewer.cache_dir)))) == 30
+    assert len(set(contents(Split.open(fewer)))) == 30
 
 
 def test_rows_whose_mask_cannot_be_told_are_refused_or_dropped_and_located(

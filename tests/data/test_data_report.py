@@ -91,10 +91,10 @@ def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(
     facts = build(data, str(tokenizer_dir))
     size = {"global_batch_size": 16, "micro_batch_size": 4}
     batch = Batch(**size, accumulation=4, max_tokens_per_step=0, tokens_per_step=None, max_steps=1, epochs=None)
-    batches = TrainBatches(Split.open(facts.cache_dir), batch, 0, 0, 1, 0, group_by_length)
+    batches = TrainBatches(Split.open(facts), batch, 0, 0, 1, 0, group_by_length)
     micros = [micro for step in range(facts.num_rows // 16) for micro in batches.step(step).micro]
     slots = sum(micro.input_ids.numel() for micro in micros)
-    row_tokens = np.diff(Split.open(facts.cache_dir).rows)
+    row_tokens = np.diff(Split.open(facts).rows)
     num_tokens = sum(int(row_tokens[list(micro.row_ids)].sum()) for micro in micros)
     told = report(facts, data, tokenizer_dir, **size)
     # The last batch of the epoch is not whole.

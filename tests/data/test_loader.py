@@ -27,7 +27,7 @@ ORDER_OF_SEED_42 = [4, 1, 3, 6, 0, 7, 2, 5, 1, 2, 5, 3, 6, 0, 4, 7]
 
 @pytest.fixture
 def split(section: Callable[..., DataSection], tokenizer_dir: Path) -> Split:
-    return Split.open(build(section(), str(tokenizer_dir)).cache_dir)
+    return Split.open(build(section(), str(tokenizer_dir)))
 
 
 def batch(world_size: int, micro: int = 2) -> Batch:
@@ -173,7 +173,7 @@ def test_grouping_leaves_little_padding_and_keeps_batches_in_random_order() -> N
 
 
 def test_grouped_batches_are_the_same_for_every_world_size(section: Callable[..., DataSection], tokenizer_dir: Path) -> None:
-    single = Split.open(build(section(packing=False), str(tokenizer_dir)).cache_dir)
+    single = Split.open(build(section(packing=False), str(tokenizer_dir)))
     seen = []
     for world_size in (1, 2, 4):
         ranks = [
@@ -268,6 +268,6 @@ def test_evaluation_sees_every_row_once_and_keeps_the_ranks_in_step(split: Split
 
 
 def test_an_empty_held_out_split_has_no_batches(section: Callable[..., DataSection], tokenizer_dir: Path) -> None:
-    held_out = Split.open(build(section(), str(tokenizer_dir)).cache_dir, held_out=True)
+    held_out = Split.open(build(section(), str(tokenizer_dir)), held_out=True)
     assert held_out.num_rows == 0
     assert eval_batches(held_out, 2, 0, 2, PAD) == []

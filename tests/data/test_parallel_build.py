@@ -214,9 +214,9 @@ def test_the_number_of_processes(many: DataSection) -> None:
 
 def test_every_token_of_every_document_is_in_the_cache_once(many: DataSection, tokenizer_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
-    folder = build(many, str(tokenizer_dir)).cache_dir
+    facts = build(many, str(tokenizer_dir))
     found = []
-    for split in (cache.Split.open(folder), cache.Split.open(folder, held_out=True)):
+    for split in (cache.Split.open(facts), cache.Split.open(facts, held_out=True)):
         assert np.diff(split.rows).max() <= many.max_length
         found += [tuple(split.tokens[a:b].tolist()) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)]
     rows = [json.loads(line) for line in Path(many.sources[0].path).read_text().splitlines()]

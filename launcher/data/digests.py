@@ -1,0 +1,194 @@
+"""Digests of the blocks of a data cache's arrays: written with the arrays, compared before a block is used for the first time.
+
+The digests of one split are one file of little-endian uint64: for each array its size in bytes and one digest per block. The
+digest of that file is part of DataFacts.digest, which is in the plan: a rank refuses a cache that its run was not planned with.
+No torch, no transformers: the submit side imports this module.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from launcher.errors import DataError, Problem
+
+# Rows are read in random order: a larger block would bring in far more than the row at first, a smaller one saves no reading,
+# since the kernel reads ahead by 128 KiB and more.
+BLOCK_BYTES = 1 << 16
+FILE = "digests.bin"
+_DTYPE = np.dtype("<u8")
+
+
+class DigestingWriter:
+    """A file open for writing that takes the digest of each block on the way."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digests: list[int] = []
+        self._block = xxhash.xxh3_64()
+        self._room = BLOCK_BYTES
+        self._size = 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        view = memoryview(content)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
+        start = 0
+        while start < len(view):
+            piece = view[start : start + self._room]
+            if len(piece) == BLOCK_BYTES:
+                self._digests.append(xxhash.xxh3_64_intdigest(piece))
+            else:
+                self._block.update(piece)
+                self._room -= len(piece)
+                if self._room == 0:
+                    self._end_block()
+            start += len(piece)
+        self._file.write(view)
+        self._size += len(view)
+        return len(view)
+
+    def digests(self) -> list[int]:
+        """The size in bytes of what was written, and the digest of each block. Nothing is written after this."""
+        if self._room < BLOCK_BYTES:
+            self._end_block()
+        return [self._size, *self._digests]
+
+    def _end_block(self) -> None:
+        self._digests.append(self._block.intdigest())
+        self._block.reset()
+        self._room = BLOCK_BYTES
+
+
+class CheckedFile:
+    """A file of the cache in the folder `cache`, whose blocks are compared with their digests, each one once."""
+
+    def __init__(self, path: Path, cache: Path, num_bytes: int, digests: np.ndarray) -> None:
+        """Open the file.
+
+        Raises:
+            DataError: where its size is not `num_bytes`.
+        """
+        self.path = path
+        self._cache = cache
+        self.num_bytes = num_bytes
+        self._digests = digests
+        # One byte per block, searched in a fraction of a microsecond: most rows are in blocks that are verified already.
+        self._verified = bytearray(len(digests))
+        self._file = path.open("rb", buffering=0)
+        if (size := os.fstat(self._file.fileno()).st_size) != num_bytes:
+            raise damaged(cache, "a file does not have the size that was written", path, f"{size:,} bytes, not {num_bytes:,}")
+
+    def verify(self, start: int = 0, stop: int | None = None) -> None:
+        """Compare the blocks that hold the bytes start..stop - 1, all by default; threads may do so at the same time.
+
+        Raises:
+            DataError: for a block that does not match its digest.
+        """
+        stop = self.num_bytes if stop is None else stop
+        first, end = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
+        block = first
+        while (block := self._verified.find(0, block, end)) >= 0:
+            self._verify_block(block)
+            self._verified[block] = 1
+
+    def _verify_block(self, block: int) -> None:
+        start = block * BLOCK_BYTES
+        stop = min(start + BLOCK_BYTES, self.num_bytes)
+        digest, expected = xxhash.xxh3_64_intdigest(self._read(start, stop)), int(self._digests[block])
+        if digest != expected:
+            raise damaged(
+                self._cache,
+                "a block does not match the digest that was written with it",
+                f"{self.path}, bytes {start} to {stop - 1} (block {block} of 0 to {len(self._digests) - 1})",
+                f"digest {digest:016x}, not {expected:016x}",
+            )
+
+    def _read(self, start: int, stop: int) -> bytes:
+        # Read rather than mapped: what storage does not give out is an error here, where a memory map would end the process.
+        parts: list[bytes] = []
+        try:
+            while start < stop and (part := os.pread(self._file.fileno(), stop - start, start)):
+                parts.append(part)
+                start += len(part)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class CheckedArray:
+    """A one-dimensional array on disk whose slices are verified before they are returned; any other index verifies all of it."""
+
+    def __init__(self, values: np.ndarray, file: CheckedFile) -> None:
+        self._values = values
+        self._file = file
+        self._offset = file.num_bytes - values.nbytes
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._values.dtype
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                size = self._values.itemsize
+                self._file.verify(self._offset + start * size, self._offset + max(start, stop) * size)
+                return self._values[start:stop]
+        self._file.verify()
+        return self._values[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self[:], dtype=dtype, copy=copy)
+
+    def verify(self) -> None:
+        """Verify all of it, as `CheckedFile.verify`."""
+        self._file.verify()
+
+
+def write(folder: Path, of_arrays: Iterable[list[int]]) -> str:
+    """Write the digests of a split, for each array what `DigestingWriter.digests` returned; return the digest of them all."""
+    content = np.concatenate([np.asarray(digests, dtype=_DTYPE) for digests in of_arrays]).tobytes()
+    with (folder / FILE).open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def open_files(folder: Path, cache: Path, names: Iterable[str], digest: str) -> list[CheckedFile]:
+    """Open the files `names` of the split in `folder`, in the order in which their digests were written.
+
+    Raises:
+        DataError: where the digests are not those for which `write` returned `digest`, or a file does not have its size.
+        OSError: where a file cannot be opened.
+    """
+    content = (folder / FILE).read_bytes()
+    if (actual := xxhash.xxh3_128_hexdigest(content)) != digest:
+        what = "its digests are not those in the plan, so it may hold other data"
+        raise damaged(cache, what, folder / FILE, f"digest {actual}, not {digest or 'recorded'}")
+    table = np.frombuffer(content, _DTYPE)
+    files = []
+    for name in names:
+        end = 1 + -(-int(table[0]) // BLOCK_BYTES)
+        files.append(CheckedFile(folder / name, cache, int(table[0]), table[1:end]))
+        table = table[end:]
+    return files
+
+
+def damaged(cache: Path, what: str, where: str | Path, value: str) -> DataError:
+    """The refusal of a data cache whose files are not as they were written, with how to build it again."""
+    remedy = (
+        f"delete it and build it again: `rm -r {shlex.quote(str(cache))}`, then `python -m launcher data ...` with the same "
+        "settings, or `python -m launcher resume RUN` for a run that exists; if it is damaged again, check the disk, and the "
+        "memory of this node"
+    )
+    return DataError(Problem(f"the data cache is damaged: {what}", str(where), value, remedy))

@@ -1,0 +1,289 @@
+"""A data cache whose files are not as they were written is refused before a damaged block is trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.config.data import DataSection
+from launcher.config.schema import TrainSection
+from launcher.data import cache, digests
+from launcher.data.build import build
+from launcher.data.cache import Split
+from launcher.data.digests import BLOCK_BYTES
+from launcher.data.loader import OneAhead, TrainBatches, eval_batches
+from launcher.data.report import report
+from launcher.errors import DataError
+from launcher.plan.launch_plan import Batch, DataFacts
+
+Section = Callable[..., DataSection]
+
+ROW_TOKENS = 1024
+NUM_ROWS = 256
+HEADER_BYTES = 128
+# A row of tokens is 4 KiB, so 16 rows share a block.
+ROWS_PER_BLOCK = BLOCK_BYTES // (4 * ROW_TOKENS)
+BATCH = Batch(
+    global_batch_size=2,
+    micro_batch_size=1,
+    accumulation=2,
+    max_tokens_per_step=0,
+    tokens_per_step=None,
+    max_steps=NUM_ROWS // 2,
+    epochs=None,
+)
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> DataFacts:
+    """A cache of 16 blocks of tokens and 4 blocks of marks, written in parts that end within blocks."""
+    num_tokens = NUM_ROWS * ROW_TOKENS
+    folder = tmp_path / "cache of a key"
+    written = [_write(folder, num_tokens), _write(folder / "eval", num_tokens)]
+    counts = {name: 1 for name, field in DataFacts.model_fields.items() if field.annotation is int}
+    return DataFacts(cache_dir=str(folder), padding_frac=0.0, digest="-".join(written), **counts)
+
+
+def _write(folder: Path, num_tokens: int) -> str:
+    starts = np.arange(0, num_tokens + 1, ROW_TOKENS)
+    tokens, trained = np.arange(num_tokens, dtype=np.uint32), np.arange(num_tokens) % 3 == 1
+    return cache.write_split(
+        folder,
+        _parts(tokens),
+        _parts(trained.astype(np.uint8)),
+        rows=starts,
+        docs=starts,
+        row_labels=np.add.reduceat(trained, starts[:-1], dtype=np.int64),
+        doc_source=np.zeros(NUM_ROWS, np.uint16),
+        row_sources=np.full((NUM_ROWS, 1), ROW_TOKENS, np.int32),
+    )
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    yield from np.split(array, [0, 1, 1000, 70_000, 70_001, 200_000])
+
+
+def permute(file: Path, block: int = 1) -> None:
+    """Exchange two tokens within a block."""
+    with file.open("r+b") as opened:
+        opened.seek(block * BLOCK_BYTES + 400)
+        first, second = opened.read(4), opened.read(4)
+        opened.seek(-8, os.SEEK_CUR)
+        opened.write(second + first)
+
+
+def set_ones(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[HEADER_BYTES:] = b"\1" * (len(content) - HEADER_BYTES)
+    file.write_bytes(content)
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def batches(split: Split) -> TrainBatches:
+    return TrainBatches(split, BATCH, seed=0, rank=0, world_size=1, pad_id=0)
+
+
+def test_what_was_written_is_read_and_passes(facts: DataFacts) -> None:
+    split, held_out = Split.open(facts), Split.open(facts, held_out=True)
+    split.verify()
+    held_out.verify()
+    assert np.array_equal(split.tokens, np.arange(NUM_ROWS * ROW_TOKENS))
+    assert (split.tokens.dtype, split.trained.dtype, len(split.trained)) == (np.uint32, np.uint8, NUM_ROWS * ROW_TOKENS)
+    made = batches(split).step(3)
+    for micro in made.micro:
+        assert micro.input_ids[0, 0] == micro.row_ids[0] * ROW_TOKENS
+    sizes = [path.stat().st_size for path in sorted(Path(facts.cache_dir).glob("*.npy"))]
+    assert (Path(facts.cache_dir) / digests.FILE).stat().st_size == 8 * sum(1 + -(-size // BLOCK_BYTES) for size in sizes)
+
+
+def test_permuted_tokens_are_refused_at_the_step_that_reads_them_and_not_before(facts: DataFacts) -> None:
+    block = 7
+    permute(Path(facts.cache_dir) / "tokens.npy", block)
+    split = Split.open(facts)
+    ahead = OneAhead(batches(split), torch.device("cpu"))
+    order = batches(split).order.at(0, NUM_ROWS).reshape(-1, 2)
+    starts, stops = (HEADER_BYTES + 4 * ROW_TOKENS * order + offset for offset in (0, 4 * ROW_TOKENS - 1))
+    first = int(np.flatnonzero(((starts // BLOCK_BYTES <= block) & (block <= stops // BLOCK_BYTES)).any(axis=1))[0])
+    assert first > 1, "the steps before are not damaged"
+    for step in range(first):
+        assert ahead.step(step).row_ids == tuple(order[step].tolist())
+    with pytest.raises(DataError) as caught:
+        ahead.step(first)
+    (problem,) = caught.value.problems
+    assert problem.what == "the data cache is damaged: a block does not match the digest that was written with it"
+    file = Path(facts.cache_dir) / "tokens.npy"
+    assert problem.where == f"{file}, bytes {7 * BLOCK_BYTES} to {8 * BLOCK_BYTES - 1} (block 7 of 0 to 16)"
+    assert re.fullmatch("digest [0-9a-f]{16}, not [0-9a-f]{16}", problem.value)
+    assert f"`rm -r '{facts.cache_dir}'`, then `python -m launcher data ...`" in problem.remedy
+    with pytest.raises(DataError):
+        ahead.step(first)
+
+
+def test_a_mask_of_ones_is_refused(facts: DataFacts) -> None:
+    file = Path(facts.cache_dir) / "trained.npy"
+    set_ones(file)
+    with pytest.raises(DataError, match=re.escape(f"{file}, bytes 0 to {BLOCK_BYTES - 1}")):
+        Split.open(facts)
+
+
+def test_marks_are_verified_where_the_tokens_are_sound(facts: DataFacts) -> None:
+    file = Path(facts.cache_dir) / "trained.npy"
+    flip(file, 3 * BLOCK_BYTES - 1)
+    made = batches(Split.open(facts))
+    with pytest.raises(DataError, match=f"trained.npy, bytes {2 * BLOCK_BYTES} to "):
+        [made.step(step) for step in range(NUM_ROWS // 2)]
+
+
+def test_the_held_out_split_is_verified(facts: DataFacts) -> None:
+    permute(Path(facts.cache_dir) / "eval" / "tokens.npy", block=15)
+    split = Split.open(facts, held_out=True)
+    assert split.tokens[: ROW_TOKENS * (NUM_ROWS - 2 * ROWS_PER_BLOCK)][-1] == ROW_TOKENS * (NUM_ROWS - 2 * ROWS_PER_BLOCK) - 1
+    with pytest.raises(DataError, match=r"eval/tokens.npy, bytes \d+ to \d+ \(block 15 of"):
+        eval_batches(split, 1, rank=0, world_size=1, pad_id=0)
+    Split.open(facts).verify()
+
+
+@pytest.mark.parametrize("name", ["rows", "docs", "row_labels", "doc_source", "row_sources"])
+def test_index_arrays_are_verified_when_the_split_is_opened(facts: DataFacts, name: str) -> None:
+    file = Path(facts.cache_dir) / f"{name}.npy"
+    flip(file, file.stat().st_size - 1)
+    with pytest.raises(DataError, match=f"{name}.npy, bytes 0 to"):
+        Split.open(facts)
+
+
+def test_a_file_of_another_size_and_another_header_are_refused(facts: DataFacts) -> None:
+    tokens = Path(facts.cache_dir) / "tokens.npy"
+    content = tokens.read_bytes()
+    for size in (len(content) - 4, len(content) + 4):
+        tokens.write_bytes(content[:size].ljust(size))
+        with pytest.raises(DataError, match=f"{size:,} bytes, not {len(content):,}"):
+            Split.open(facts)
+    tokens.write_bytes(content.replace(b"<u4", b"<f4", 1))
+    with pytest.raises(DataError, match=r"tokens\.npy, bytes 0 to"):
+        Split.open(facts)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(facts: DataFacts) -> None:
+    split = Split.open(facts)
+    os.truncate(Path(facts.cache_dir) / "tokens.npy", 5 * BLOCK_BYTES + 1)
+    with pytest.raises(DataError, match="block 5 of"):
+        split.tokens[-ROW_TOKENS * ROWS_PER_BLOCK * 11 :]
+
+
+def test_other_arrays_with_digests_of_their_own_are_not_those_of_the_plan(facts: DataFacts, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(facts.cache_dir, other)
+    set_ones(other / "trained.npy")
+    array = np.load(other / "trained.npy")
+    others = {name: np.load(other / f"{name}.npy") for name in ("rows", "docs", "row_labels", "doc_source", "row_sources")}
+    digest = cache.write_split(other, [np.load(other / "tokens.npy")], [array], **others)
+    swapped = facts.model_copy(update={"cache_dir": str(other)})
+    with pytest.raises(DataError, match="its digests are not those in the plan") as caught:
+        Split.open(swapped)
+    assert digest in caught.value.problems[0].value
+    Split.open(swapped, held_out=True)
+    flip(Path(facts.cache_dir) / digests.FILE, 9)
+    with pytest.raises(DataError, match="its digests are not those in the plan"):
+        Split.open(facts)
+
+
+def test_each_block_is_read_once(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, int]] = []
+    of_block = digests.CheckedFile._verify_block
+
+    def counted(file: digests.CheckedFile, block: int) -> None:
+        read.append((file.path.name, block))
+        of_block(file, block)
+
+    monkeypatch.setattr(digests.CheckedFile, "_verify_block", counted)
+    made = batches(Split.open(facts))
+    opened = len(read)
+    made.step(0)
+    assert len(read) - opened <= 2 * 2 * 2, "two rows, each within two blocks of two arrays"
+    for step in range(NUM_ROWS):
+        made.step(step)
+    assert len(read) == len(set(read))
+    assert {block for name, block in read if name == "tokens.npy"} == set(range(17))
+
+
+def test_damage_that_no_row_reaches_is_not_looked_for(facts: DataFacts) -> None:
+    permute(Path(facts.cache_dir) / "tokens.npy", block=8)
+    split = Split.open(facts)
+    assert split.tokens[: 4 * BLOCK_BYTES // 4][-1] == BLOCK_BYTES - 1
+    assert len(split.tokens[9 * BLOCK_BYTES // 4 :]) > 0
+    for whole in (lambda: split.tokens[::2], lambda: np.asarray(split.tokens), split.verify):
+        with pytest.raises(DataError, match="block 8 of"):
+            whole()
+
+
+def test_storage_that_fails_is_no_damage(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = Split.open(facts)
+
+    def fails(*arguments: int) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(OSError, match=r"Input/output error: .*/tokens\.npy"):
+        split.tokens[BLOCK_BYTES:]
+
+
+def test_reads_may_be_short(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: whole(file, min(size, 5000), offset))
+    Split.open(facts).verify()
+
+
+def test_the_report_verifies_every_block(section: Section, tokenizer_dir: Path) -> None:
+    data = section(eval_fraction=0.2)
+    facts = build(data, str(tokenizer_dir))
+    inputs = (data, str(tokenizer_dir), TrainSection(max_steps=1), 0, [])
+    report(facts, *inputs)
+    for name in ("tokens.npy", "eval/tokens.npy"):
+        file = Path(facts.cache_dir) / name
+        flip(file, file.stat().st_size - 1)
+        with pytest.raises(DataError, match=f"/{name}, bytes 0 to") as caught:
+            report(facts, *inputs)
+        assert f"`rm -r {facts.cache_dir}`" in caught.value.problems[0].remedy
+        flip(file, file.stat().st_size - 1)
+
+
+def test_json_files_that_were_edited_make_the_cache_be_built_again(section: Section, tokenizer_dir: Path) -> None:
+    data = section(eval_fraction=0.2)
+    facts = build(data, str(tokenizer_dir))
+    folder, key = Path(facts.cache_dir), Path(facts.cache_dir).name
+    meta = (folder / "meta.json").read_text()
+    values = json.loads(meta)
+    values["facts"]["num_rows"] += 1
+    for edited in (json.dumps(values), meta[:-20], "[]", meta.replace(facts.digest, facts.digest[::-1])):
+        (folder / "meta.json").write_text(edited)
+        assert cache.find(key) is None
+    (folder / "meta.json").write_text(meta)
+    assert cache.find(key) == facts
+    for name in ("findings.json", "samples.json"):
+        sound = (folder / name).read_bytes()
+        (folder / name).write_bytes(sound.replace(b"0", b"1"))
+        assert sound != (folder / name).read_bytes()
+        assert cache.find(key) is None
+        assert build(data, str(tokenizer_dir)) == facts
+        assert (folder / name).read_bytes() == sound
+
+
+def test_a_split_of_plain_arrays_needs_no_digests(facts: DataFacts) -> None:
+    split = Split.open(facts)
+    plain = replace(split, tokens=np.asarray(split.tokens), trained=np.asarray(split.trained))
+    plain.verify()
+    assert batches(plain).step(0).num_labels == batches(split).step(0).num_labels
