@@ -199,7 +199,7 @@ class Split:
                 values = np.load(file.path, mmap_mode="r")
                 arrays[name] = CheckedArray(values, file) if is_large else values
         except (OSError, ValueError) as error:
-            remedy = "run `python -m launcher data ...` with the same settings to build it again"
+            remedy = "`python -m launcher data ...` with the same settings builds it again"
             raise DataError(Problem(f"the data cache cannot be read: {error}", str(folder), remedy=remedy)) from error
         return cls(**arrays)
 

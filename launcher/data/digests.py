@@ -173,7 +173,7 @@ def open_files(folder: Path, cache: Path, names: Iterable[str], digest: str) -> 
     """
     content = (folder / FILE).read_bytes()
     if (actual := xxhash.xxh3_128_hexdigest(content)) != digest:
-        what = "its digests are not those in the plan, so it may hold other data"
+        what = "its block digests are not those that were recorded, so it may hold other data"
         raise damaged(cache, what, folder / FILE, f"digest {actual}, not {digest or 'recorded'}")
     table = np.frombuffer(content, _DTYPE)
     files = []
@@ -188,7 +188,6 @@ def damaged(cache: Path, what: str, where: str | Path, value: str) -> DataError:
     """The refusal of a data cache whose files are not as they were written, with how to build it again."""
     remedy = (
         f"delete it and build it again: `rm -r {shlex.quote(str(cache))}`, then `python -m launcher data ...` with the same "
-        "settings, or `python -m launcher resume RUN` for a run that exists; if it is damaged again, check the disk, and the "
-        "memory of this node"
+        "settings (starting or resuming a run builds it as well); if it is damaged again, check the disk and this node's memory"
     )
     return DataError(Problem(f"the data cache is damaged: {what}", str(where), value, remedy))

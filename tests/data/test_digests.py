@@ -192,12 +192,12 @@ def test_other_arrays_with_digests_of_their_own_are_not_those_of_the_plan(facts:
     others = {name: np.load(other / f"{name}.npy") for name in ("rows", "docs", "row_labels", "doc_source", "row_sources")}
     digest = cache.write_split(other, [np.load(other / "tokens.npy")], [array], **others)
     swapped = facts.model_copy(update={"cache_dir": str(other)})
-    with pytest.raises(DataError, match="its digests are not those in the plan") as caught:
+    with pytest.raises(DataError, match="its block digests are not those that were recorded") as caught:
         Split.open(swapped)
     assert digest in caught.value.problems[0].value
     Split.open(swapped, held_out=True)
     flip(Path(facts.cache_dir) / digests.FILE, 9)
-    with pytest.raises(DataError, match="its digests are not those in the plan"):
+    with pytest.raises(DataError, match="its block digests are not those that were recorded"):
         Split.open(facts)
 
 

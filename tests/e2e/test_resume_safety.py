@@ -153,19 +153,30 @@ def test_other_data_behind_the_same_settings_is_refused(
 
 
 @pytest.mark.slow
-def test_a_cache_that_is_gone_is_built_again_and_what_may_change_passes(
+def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
     launch: Launch, run: Path, own_cache: dict[str, str]
 ) -> None:
     folder = Path(plan(run)["data"]["cache_dir"])
-    shutil.rmtree(folder)
+    marks = folder / "trained.npy"
+    content = marks.read_bytes()
+    marks.write_bytes(content[:128] + b"\1" * (len(content) - 128))
     same = ("run.seed=42", "train.global_batch_size=4", "model.dtype=bf16")
-    free = ("train.max_steps=3", "cluster.ranks_per_node=1", "train.log_every=1", "train.save_every=0")
+    free = ("train.max_steps=3", "cluster.ranks_per_node=1", "train.log_every=1", "train.save_every=0", "cluster.max_restarts=2")
+    done = launch("resume", str(run), *same, *free, **own_cache)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the data cache is damaged: a block does not match the digest that was written with it" in done.stderr
+    assert f"where:  {marks}, bytes 0 to {len(content) - 1}" in done.stderr
+    assert f"`rm -r {folder}`, then `python -m launcher data ...`" in done.stderr
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert sum(event["attempt"] == 2 and event.get("fields", {}).get("phase") == "joined" for event in events) == 1, "no restart"
+    assert (status(run)["attempt"], last_step(run)) == (2, 2)
+    shutil.rmtree(folder)
     done = launch("resume", str(run), *same, *free, **own_cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the data cache is not what the plan recorded; it is built from the sources" in done.stdout
     assert "differs from the checkpoint" not in done.stdout
     assert (folder / "meta.json").is_file()
-    assert plan(run, 2)["data"] == plan(run)["data"]
+    assert plan(run, 3)["data"] == plan(run)["data"]
     assert (status(run)["state"], last_step(run)) == ("completed", 3)
 
 
