@@ -29,12 +29,12 @@ def journey(installed: Path, launcher_env: Mapping[str, str], tmp_path: Path) ->
     temporary = Path(tempfile.mkdtemp(prefix="j-", dir="/tmp"))
 
     def run(script: str, **variables: str) -> None:
-        own = {"PATH": f"{installed}:{os.environ['PATH']}", "TMPDIR": str(temporary), "COLUMNS": "200"}
+        path = f"{installed}:{variables.get('PATH', os.environ['PATH'])}"
         environment = {name: value for name, value in launcher_env.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
         with subprocess.Popen(
             ["bash", str(HERE / script)],
             cwd=tmp_path,
-            env=environment | own | variables,
+            env={**environment, **variables, "PATH": path, "TMPDIR": str(temporary), "COLUMNS": "200"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
