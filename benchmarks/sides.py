@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import psutil
+import results
 from steps import summarize
 
 from launcher.config.data import DataSection
@@ -33,6 +35,8 @@ from launcher.tracking.jsonl import read_metrics
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
 RUN_TIMEOUT_S = 1200.0
+# Where the launcher's figures come from, for `record`.
+FROM_TRAIN = "From `python -m launcher train` (its metrics.jsonl)."
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "trl", "wandb")
 
 
@@ -121,20 +125,57 @@ def _measured(prepared: Prepared, start: list[str], script: str, *options: str) 
     return summarize(started, found["times"], found["tokens"], prepared.warmup)
 
 
-def run(command: list[str], log: Path) -> str:
-    """Run to the end and return standard output; standard error goes to `log`.
+@dataclass(frozen=True)
+class Cost:
+    """What a command took, with all processes that it started; see process_tree.py."""
+
+    seconds: float
+    cpu_s: float
+    peak_mib: float
+    largest_mib: float
+
+
+def measure(command: list[str], log: Path, environment: dict[str, str]) -> tuple[Cost, str]:
+    """Run a command as a user types it, and return what it took and its standard output; standard error goes to `log`.
 
     Raises:
-        SystemExit: where it failed or took longer than RUN_TIMEOUT_S; no process of it is left.
+        SystemExit: if it fails or takes longer than RUN_TIMEOUT_S.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    figures = log.with_suffix(".figures.json")
+    output = run([sys.executable, str(HERE / "process_tree.py"), str(figures), *command], log, environment)
+    return Cost(**json.loads(figures.read_text())), output
+
+
+def user_environment(folder: Path, **variables: str) -> dict[str, str]:
+    """The environment of a command on a machine where it has run before: Python finds its bytecode, in `folder`."""
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "bytecode"), **variables}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
+
+
+def one_thread_environment() -> dict[str, str]:
+    """The environment of ranks that share this machine's cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> str:
+    """Run to the end and return standard output; standard error goes to `log`. `environment`: default of one thread a rank.
+
+    Raises:
+        SystemExit: if it fails or takes longer than RUN_TIMEOUT_S; no process of it is left.
+    """
+    variables = {**(environment or one_thread_environment()), "PYTHONPATH": str(HERE.parent)}
     with open(log, "w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=HERE.parent)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables, cwd=HERE.parent)
         try:
             output, _ = process.communicate(timeout=RUN_TIMEOUT_S)
-        except BaseException:
+        except BaseException as error:
             for child in [*psutil.Process(process.pid).children(recursive=True), process]:
                 child.kill()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise SystemExit(
+                    f"{' '.join(command)}\nran longer than {RUN_TIMEOUT_S:.0f} s:\n{log.read_text()[-4000:]}"
+                ) from None
             raise
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{output[-2000:]}\n{log.read_text()[-4000:]}")
@@ -178,16 +219,36 @@ def hardware() -> str:
     return f"{name}, {psutil.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
-def record(title: str, commands: list[str], table: list[str]) -> None:
-    """Print the table and append it to RESULTS.md as a dated section."""
+def parser(doc: str | None, rounds: int | None, rounds_help: str = "runs of each side") -> argparse.ArgumentParser:
+    """The options of every benchmark; without `--rounds` where that is None."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=_positive, default=rounds, help=f"{rounds_help} (default: {rounds})")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="FILE", help="file of the results (default: benchmarks/RESULTS.md)"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
+def typed(script: str, *arguments: object) -> str:
+    """A benchmark's command line as it is shown in the results."""
+    return f"`python benchmarks/{' '.join(map(str, (script, *arguments)))}`"
+
+
+def record(file: Path, key: str, title: str, source: str, command: str, table: list[str]) -> None:
+    """Print the table and write it into `file` as the current section of the benchmark `key`.
+
+    `source` says what the launcher's figures come from: a command, or functions that were called.
+    """
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES if importlib.util.find_spec(name))
-    head = [
-        f"## {datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {title}",
-        "",
-        f"{hardware()}. Python {platform.python_version()}, {packages}.",
-        "",
-    ]
-    section = "\n".join([*head, *table, "", *commands, ""])
-    print(section)
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write(("" if file.tell() else "# Results\n") + "\n" + section)
+    body = "\n".join([source, "", f"{hardware()}. Python {platform.python_version()}, {packages}.", "", *table, "", command])
+    dated = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC: {title}"
+    print(f"{key}: {dated}\n\n{body}")
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    file.write_text(results.with_section(text, key, dated, body), encoding="utf-8")

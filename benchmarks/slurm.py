@@ -3,12 +3,11 @@
     python benchmarks/slurm.py [--rounds N]        # as root; starts a cluster of its own (slurm/testbed.py)
 
 Every round runs the same tiny model on this machine and on two nodes of the cluster, with two ranks of one thread: all nodes
-share this machine's cores. Appends a table to RESULTS.md.
+share this machine's cores. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -36,9 +35,7 @@ SLOT = 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
-    args = parser.parse_args()
+    args = sides.parser(__doc__, rounds=3, rounds_help="runs of each kind").parse_args()
     rows: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         bed = Testbed(Path(folder) / "slurm")
@@ -54,7 +51,9 @@ def main() -> None:
     ratio = statistics.median(a / b for a, b in zip(rows["start, two nodes"], rows["start, local"], strict=True))
     table = [f"| {name} | {statistics.median(v):.2f} | {min(v):.2f} to {max(v):.2f} |" for name, v in rows.items()]
     table = ["| what | s | range |", "|---|---|---|", *table, "", f"start on two nodes / local: {ratio:.2f}"]
-    sides.record("Slurm, two nodes x 1 rank", [f"`python benchmarks/slurm.py --rounds {args.rounds}`"], table)
+    command = sides.typed("slurm.py", "--rounds", args.rounds)
+    source = "From `python -m launcher` on a Slurm of the benchmark's own (metrics.jsonl of the runs)."
+    sides.record(args.results, "Slurm", "Slurm, two nodes x 1 rank", source, command, table)
 
 
 def one_round(bed: Testbed, root: Path) -> dict[str, float]:

@@ -3,12 +3,11 @@
     python benchmarks/startup.py [--rounds N] [overrides of the launcher]
 
 Both load the same model and do the same step; the data cache and the converted model exist already. The launcher's time
-spans composing, planning, the run directory, its agent and W&B's offline start. Appends a table to RESULTS.md.
+spans composing, planning, the run directory, its agent and W&B's offline start. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
@@ -22,9 +21,7 @@ SETTINGS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
-    args, overrides = parser.parse_known_args()
+    args, overrides = sides.parser(__doc__, rounds=3).parse_known_args()
     bare, launcher = [], []
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         prepared = sides.prepare(Path(folder), [*SETTINGS, *overrides], steps=2, warmup=1)
@@ -38,9 +35,8 @@ def main() -> None:
         for name, times in (("bare torchrun", bare), ("launcher", launcher))
     ]
     table = ["| side | s to the first step's end | range |", "|---|---|---|", *rows, "", f"launcher / bare: {ratio:.2f}"]
-    sides.record(
-        "start-up", [f"`python benchmarks/startup.py --rounds {args.rounds} {' '.join(overrides)}`".replace(" `", "`")], table
-    )
+    command = sides.typed("startup.py", "--rounds", args.rounds, *overrides)
+    sides.record(args.results, "start-up", "start-up", sides.FROM_TRAIN, command, table)
 
 
 if __name__ == "__main__":

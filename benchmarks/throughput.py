@@ -3,12 +3,11 @@
     python benchmarks/throughput.py [--steps N] [--rounds N] [overrides of the launcher]
 
 The sides run one after the other, in several rounds, so that what else the machine does falls on all of them. Tokens
-are real ones, without padding; the rate spans all steps after the warm-up. Prints a table and appends it to RESULTS.md.
+are real ones, without padding; the rate spans all steps after the warm-up. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -27,10 +26,9 @@ BARE, LAUNCHER = "bare loop", "launcher"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sides.parser(__doc__, rounds=3)
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each run")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side")
     parser.add_argument(
         "--only", nargs="+", metavar="SIDE", help="leave out the sides whose names do not start with one of these"
     )
@@ -53,10 +51,8 @@ def main() -> None:
                 print(f"round {round_number + 1}: {name}: {found[name][-1]['tokens_per_sec']:.1f} tokens/s", flush=True)
         batch, ranks = prepared.plan.batch, prepared.plan.topology.world_size
     title = f"throughput, {ranks} ranks, {batch.micro_batch_size} rows x {batch.accumulation} micro-batches, {args.steps} steps"
-    command = f"`python benchmarks/throughput.py --steps {args.steps} --rounds {args.rounds} {' '.join(overrides)}`".replace(
-        " `", "`"
-    )
-    sides.record(title, [command], table(found))
+    command = sides.typed("throughput.py", "--steps", args.steps, "--rounds", args.rounds, *overrides)
+    sides.record(args.results, "throughput", title, sides.FROM_TRAIN, command, table(found))
 
 
 def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:

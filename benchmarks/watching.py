@@ -3,15 +3,13 @@
     python benchmarks/watching.py [--rounds N] [--steps N]
 
 The run is a real one with two checkpoints, whose last step is then written as many times as there are to be, within the time
-that it took. Python has its bytecode, as where it has run before, and a bare interpreter is timed in the same rounds. Appends a
-table to RESULTS.md.
+that it took. Python has its bytecode, as where it has run before, and a bare interpreter is timed in the same rounds. Writes a
+table into RESULTS.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,8 +28,7 @@ TIMEOUT_S = 60.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="times that each command is given")
+    parser = sides.parser(__doc__, rounds=15, rounds_help="times that each command is given")
     parser.add_argument("--steps", type=int, default=10_000, help="steps that the run has logged")
     args = parser.parse_args()
     took: dict[str, list[float]] = {}
@@ -47,8 +44,7 @@ def main() -> None:
             "ls": [*launcher, "ls", "--root", str(run.parent)],
             "report": [*launcher, "report", str(run), "--html", str(run.parent / "report.html")],
         }
-        environment = {**os.environ, "PYTHONPYCACHEPREFIX": f"{folder}/bytecode", "PYTHONPATH": str(sides.HERE.parent)}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
+        environment = {**sides.user_environment(Path(folder)), "PYTHONPATH": str(sides.HERE.parent)}
         for round_number in range(args.rounds + 1):
             for name, command in asked.items():
                 began = time.perf_counter()
@@ -58,8 +54,11 @@ def main() -> None:
                     took.setdefault(name, []).append(time.perf_counter() - began)
     rows = [f"| {name} | {statistics.median(of):.3f} | {min(of):.3f} to {max(of):.3f} |" for name, of in took.items()]
     sides.record(
+        args.results,
+        "status, ls and report",
         f"looking at a run of {args.steps:,} steps with {num_metrics} metrics each ({size:.1f} MB)",
-        [f"`python benchmarks/watching.py --rounds {args.rounds} --steps {args.steps}`"],
+        "From `python -m launcher status`, `ls` and `report`.",
+        sides.typed("watching.py", "--rounds", args.rounds, "--steps", args.steps),
         ["| command | s, median | range |", "|---|---|---|", *rows],
     )
 
