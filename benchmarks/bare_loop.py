@@ -4,13 +4,15 @@
 
 ROWS.npz holds input_ids, position_ids and labels [rows, T] (labels as Hugging Face takes them, unshifted) and
 lengths [rows] (tokens without padding). Step s takes rows s * G to (s + 1) * G; rank r of micro-batch m takes the
-(m * world + r)-th group of them. Rank 0 prints one JSON object.
+(m * world + r)-th group of them. Rank 0 prints one JSON object. With --save-to, DeepSpeed's own save_checkpoint is called and
+timed; with --load-universal, training begins from what ds_to_universal made of such a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -25,6 +27,8 @@ import torch.distributed as dist
 from steps import summarize
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
+
+TAG = "saved"
 
 
 def main() -> None:
@@ -42,11 +46,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     with open(args.deepspeed) as file:
         config = json.load(file)
+    if args.load_universal:
+        config["checkpoint"] = {"load_universal": True}
     engine = _engine(args.model, config, args.lr)
+    if args.load_universal:
+        engine.load_checkpoint(args.load_universal, tag=TAG)
     rows = dict(np.load(args.rows))
     micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
     size = micro * accumulation * world
-    times, tokens = [], []
+    times, tokens, saves = [], [], []
     for step in range(args.steps):
         batch = np.arange(step * size, (step + 1) * size).reshape(accumulation, world, micro)
         for mine in batch[:, rank]:
@@ -61,8 +69,20 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
         times.append(time.time())
         tokens.append(int(rows["lengths"][batch].sum()))
+        if args.save_to and (step + 1) % args.save_every == 0:
+            saves.append(_save(engine, args.save_to))
     started = psutil.Process().create_time()
-    return {"times": times, "tokens": tokens, **summarize(started, times, tokens, args.warmup)}
+    return {"times": times, "tokens": tokens, "saves": saves, **summarize(started, times, tokens, args.warmup)}
+
+
+def _save(engine: Any, folder: str) -> float:
+    """Seconds that training waits for DeepSpeed's own checkpoint, with nothing left to be written when it begins."""
+    os.sync()
+    dist.barrier()
+    began = time.perf_counter()
+    engine.save_checkpoint(folder, tag=TAG)
+    dist.barrier()
+    return time.perf_counter() - began
 
 
 def _engine(model_dir: str, config: dict[str, Any], lr: float) -> Any:
@@ -83,6 +103,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
     parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--save-to", metavar="DIR", help="save with DeepSpeed's save_checkpoint, each time under the same tag")
+    parser.add_argument("--save-every", type=int, default=1, metavar="STEPS")
+    parser.add_argument("--load-universal", metavar="DIR", help="folder that ds_to_universal has written, under the same tag")
     return parser.parse_args(argv)
 
 

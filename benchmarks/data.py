@@ -15,7 +15,6 @@ figures are medians, ratios those of pairs. Without TRL the launcher is measured
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics

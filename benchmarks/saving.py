@@ -1,80 +1,190 @@
-"""What a checkpoint costs: the stall of a save, steps during the write, bandwidth, and a resume on another number of ranks.
+"""What a checkpoint costs: the stall of a save, steps beside the write, bandwidth, and a resume on another number of ranks.
 
     python benchmarks/saving.py [--rounds N] [overrides of the launcher]
 
-Two ranks train the demonstration model. DeepSpeed's own save_checkpoint of the same engine, a bare write of the same bytes, and
-ds_to_universal with the load that follows are measured beside the launcher's, in turn. Appends tables to RESULTS.md.
+`launcher train` trains the demonstration model on two ranks and saves in the background; its own metrics (ckpt/*, time/step_s)
+tell what that took. Beside it, the bare DeepSpeed loop calls save_checkpoint, and as many bytes are written and flushed plainly.
+The checkpoints of both are then resumed on one rank, from the command to the end of the first step: `launcher resume`, and
+ds_to_universal with the bare loop. Writes two tables into RESULTS.md.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import sides
 
+from launcher.tracking.jsonl import read_metrics
+
 SETTINGS = (
     *("model=demo", "data=stdlib_docs", "data.max_length=512", "train.global_batch_size=4", "train.micro_batch_size=1"),
-    *("tracking=none", "cluster.ranks_per_node=2"),
+    *("tracking=none", "train.eval_at_start=false", "train.sample=false", "train.export=false"),
 )
+RANKS = 2
+# The first save of a run takes its buffer; the last one, at the end, is waited for.
+SAVES, SAVE_EVERY = 4, 4
+STEPS = SAVES * SAVE_EVERY + 2
+# Steps of a start, which are not measured.
+WARMUP = 2
+SAVING = "From `python -m launcher train` (ckpt/* and time/step_s in its metrics.jsonl)."
+RESUMING = "From `python -m launcher resume RUN cluster.ranks_per_node=1` (its metrics.jsonl)."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="resumes of each kind")
-    args, overrides = parser.parse_known_args()
-    with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
-        folder = Path(name)
-        prepared = sides.prepare(folder, [*SETTINGS, *overrides], steps=8, warmup=1)
-        two, one = folder / "two.json", folder / "one.json"
-        two.write_text(prepared.plan.to_json())
-        alone = sides.prepare(folder, [*SETTINGS, *overrides, "cluster.ranks_per_node=1"], steps=8, warmup=1)
-        one.write_text(alone.plan.to_json())
-        saved = ranks(2, "save", two, folder)
-        loads = [resumes(one, folder) for _ in range(args.rounds)]
-    rows = saved["rows"]
-    table = [f"| {name} | {median(v):.3f} | {min(v):.3f} to {max(v):.3f} |" for name, v in rows.items()]
+    args, overrides = sides.parser(__doc__, rounds=2).parse_known_args()
+    saves: dict[str, list[float]] = {}
+    resumes: dict[str, list[float]] = {"launcher resume": [], "ds_to_universal and the bare loop": []}
+    command = sides.typed("saving.py", "--rounds", args.rounds, *overrides)
+    for number in range(args.rounds):
+        with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
+            folder = Path(name)
+            two, one = (_prepared(folder / f"{ranks}", ranks, overrides) for ranks in (RANKS, 1))
+            figures, num_bytes = one_round(two)
+            for name, values in figures.items():
+                saves.setdefault(name, []).extend(values)
+            resumes["launcher resume"].append(resume(one, two.folder / "runs" / "bench"))
+            resumes["ds_to_universal and the bare loop"].append(resume_universal(one, two.folder / "deepspeed"))
+        shown = {name: round(values[-1], 2) for name, values in {**saves, **resumes}.items()}
+        print(f"round {number + 1}: {shown}", flush=True)
     head = ["| what | s, or a ratio | range |", "|---|---|---|"]
-    size = f"{saved['bytes'] / 2**30:.2f} GiB a checkpoint, 2 ranks"
-    command = f"`python benchmarks/saving.py --rounds {args.rounds} {' '.join(overrides)}`".replace(" `", "`")
-    sides.record(f"saving, {size}", [command], [*head, *table])
-    ours, theirs = [o for o, _, _ in loads], [c + u for _, c, u in loads]
+    title = f"saving, {num_bytes / 2**30:.2f} GiB a checkpoint, {RANKS} ranks"
+    sides.record(args.results, "saving", title, SAVING, command, [*head, *rows(saves, 3)])
+    ours, theirs = resumes.values()
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     table = [
-        f"| launcher, load | {median(ours):.2f} | {min(ours):.2f} to {max(ours):.2f} |",
-        f"| ds_to_universal and load | {median(theirs):.2f} | {min(theirs):.2f} to {max(theirs):.2f} |",
+        "| side | s to the first step's end | range |",
+        "|---|---|---|",
+        *rows(resumes, 2),
         "",
-        f"launcher / ds_to_universal and load: {median([a / b for a, b in zip(ours, theirs, strict=True)]):.2f}",
+        f"launcher / ds_to_universal: {ratio:.2f}",
     ]
-    sides.record("resume on 1 rank of a checkpoint of 2", [command], ["| side | s | range |", "|---|---|---|", *table])
+    title = f"resume on 1 rank of a checkpoint of {RANKS}"
+    sides.record(args.results, "resume on another number of ranks", title, RESUMING, command, table)
 
 
-def resumes(plan: Path, folder: Path) -> tuple[float, float, float]:
-    """Seconds of the launcher's load, of the conversion, and of DeepSpeed's load of what was converted."""
-    ours = ranks(1, "load-ours", plan, folder)["seconds"]
+def rows(figures: dict[str, list[float]], digits: int) -> list[str]:
+    return [
+        f"| {name} | {statistics.median(v):.{digits}f} | {min(v):.{digits}f} to {max(v):.{digits}f} |"
+        for name, v in figures.items()
+    ]
+
+
+def _prepared(folder: Path, num_ranks: int, overrides: list[str]) -> sides.Prepared:
+    folder.mkdir()
+    return sides.prepare(folder, [*SETTINGS, f"cluster.ranks_per_node={num_ranks}", *overrides], STEPS, warmup=1)
+
+
+def one_round(prepared: sides.Prepared) -> tuple[dict[str, list[float]], int]:
+    """Seconds of each save and step of one run of both sides, with the ratios, and the bytes of a checkpoint."""
+    folder = prepared.folder
+    settings = [*prepared.overrides, f"train.save_every={SAVE_EVERY}", "train.keep_last=1", f"run.root={folder / 'runs'}"]
+    os.sync()
+    sides.run([sys.executable, "-m", "launcher", "train", *settings, "run.name=bench"], folder / "train.log")
+    measured = measured_saves(read_metrics(folder / "runs" / "bench" / "metrics.jsonl"))
+    # DeepSpeed's saves need no steps between them.
+    options = (f"--save-to={folder / 'deepspeed'}", "--save-every=1")
+    deepspeed = sides.bare_side(replace(prepared, steps=SAVES), *options)["saves"][1:]
+    bare = bare_write(folder / "plain", measured.num_bytes, RANKS)
+    alone, beside = statistics.median(measured.alone), statistics.median(measured.beside)
+    figures = {
+        "step": measured.alone,
+        "step beside a write": measured.beside,
+        "stall of a save": measured.stalls,
+        "stall of DeepSpeed's save_checkpoint": deepspeed,
+        "save in the background": measured.background,
+        "save that is waited for": [measured.waited],
+        "plain write and fsync": [bare],
+        "stall / DeepSpeed's": [statistics.median(measured.stalls) / statistics.median(deepspeed)],
+        "step beside a write / step": [beside / alone],
+        "bandwidth / plain write's": [bare / measured.waited],
+    }
+    return figures, measured.num_bytes
+
+
+@dataclass(frozen=True)
+class Saves:
+    """Seconds from a run's metrics: of steps alone and beside a write, of background saves but the first, and of the last save."""
+
+    alone: list[float]
+    beside: list[float]
+    stalls: list[float]
+    background: list[float]
+    waited: float
+    num_bytes: int
+
+
+def measured_saves(lines: list[dict[str, Any]]) -> Saves:
+    """Read what saving took from the lines of metrics.jsonl of a run that saved in the background and at its end."""
+    steps = [line for line in lines if "train/loss" in line]
+    saves = [line for line in lines if "ckpt/save_s" in line]
+    ended = {line["trainer/step"]: line["time"] for line in steps}
+    *background, last = saves
+    # A save begins when its step has ended.
+    writing = [(ended[save["ckpt/last_step"]], ended[save["ckpt/last_step"]] + save["ckpt/save_s"]) for save in background]
+    alone, beside = [], []
+    for line in steps[WARMUP:]:
+        begin, end = line["time"] - line["time/step_s"], line["time"]
+        overlapping = [number for number, (begun, written) in enumerate(writing) if begin < written and end > begun]
+        if not overlapping:
+            alone.append(line["time/step_s"])
+        elif overlapping != [0]:
+            beside.append(line["time/step_s"])
+    stalls, seconds = ([save[name] for save in background[1:]] for name in ("ckpt/stall_s", "ckpt/save_s"))
+    return Saves(alone, beside, stalls, seconds, last["ckpt/save_s"], int(last["ckpt/bytes"]))
+
+
+def bare_write(folder: Path, num_bytes: int, num_files: int) -> float:
+    """Seconds to write and flush as many bytes, in as many files at a time as there are ranks."""
+    folder.mkdir()
+    block = memoryview(bytearray(os.urandom(2**20)) * 16)
+
+    def write(number: int) -> None:
+        with open(folder / f"{number}", "wb", buffering=0) as file:
+            left = num_bytes // num_files
+            while left:
+                left -= file.write(block[: min(left, len(block))])
+            os.fsync(file.fileno())
+
+    os.sync()
+    began = time.perf_counter()
+    with ThreadPoolExecutor(num_files) as pool:
+        list(pool.map(write, range(num_files)))
+    seconds = time.perf_counter() - began
+    shutil.rmtree(folder)
+    return seconds
+
+
+def resume(one: sides.Prepared, run: Path) -> float:
+    """Seconds from `launcher resume` on one rank to the end of its first step."""
+    os.sync()
+    started = time.time()
+    command = [sys.executable, "-m", "launcher", "resume", str(run), "cluster.ranks_per_node=1", f"train.max_steps={STEPS + 1}"]
+    sides.run(command, one.folder / "resume.log")
+    return (
+        next(line["time"] for line in read_metrics(run / "metrics.jsonl") if line["time"] > started and "train/loss" in line)
+        - started
+    )
+
+
+def resume_universal(one: sides.Prepared, saved: Path) -> float:
+    """Seconds from ds_to_universal to the end of the first step that the bare loop does with what it made."""
+    universal = one.folder / "universal"
     convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers=2", "--num_merge_workers=2"]
-    convert += [f"--input_folder={folder / 'deepspeed' / 'saved'}", f"--output_folder={folder / 'universal' / 'saved'}"]
+    convert += [f"--input_folder={saved / 'saved'}", f"--output_folder={universal / 'saved'}"]
     os.sync()
     began = time.monotonic()
-    sides.run(convert, folder / "convert.log")
+    sides.run(convert, one.folder / "convert.log")
     converted = time.monotonic() - began
-    return ours, converted, ranks(1, "load-universal", plan, folder)["seconds"]
-
-
-def ranks(world_size: int, action: str, plan: Path, folder: Path) -> dict[str, object]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
-    command += [str(sides.HERE / "saving_ranks.py"), action, str(plan), str(folder)]
-    output = sides.run(command, folder / f"{action}.log")
-    return json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+    return converted + sides.bare_side(replace(one, steps=2), f"--load-universal={universal}")["first_step_s"]
 
 
 if __name__ == "__main__":

@@ -57,8 +57,10 @@ def prepare(folder: Path, overrides: list[str], steps: int, warmup: int) -> Prep
     command = [sys.executable, "-m", "launcher"]
     run([*command, "data", *settings], folder / "data.log")
     plan = LaunchPlan.model_validate_json(run([*command, "plan", "--json", *settings], folder / "plan.log"))
-    if plan.data is None or plan.model.path is None:
-        raise SystemExit("the data or the model is not prepared; look into " + str(folder / "data.log"))
+    if plan.data is None:
+        raise SystemExit(f"launcher data has not built the cache:\n{(folder / 'data.log').read_text()}")
+    if plan.model.path is None:
+        raise SystemExit(f"the model {plan.config.model.name} has no weights for the other sides to load; use model=demo")
     (folder / "deepspeed.json").write_text(json.dumps(plan.deepspeed))
     _write_rows(plan, steps, folder / "rows.npz")
     _write_chats(plan.config.data, folder / "chats.jsonl")
@@ -80,9 +82,9 @@ def launcher_side(prepared: Prepared, extra: tuple[str, ...] = ()) -> dict[str, 
     return summarize(started, [line["time"] for line in lines], np.diff(total).tolist(), prepared.warmup)
 
 
-def bare_side(prepared: Prepared) -> dict[str, Any]:
-    """benchmarks/bare_loop.py on the rows that the launcher's plan would train, in its order."""
-    return _torchrun(prepared, "bare_loop.py", "--rows", str(prepared.folder / "rows.npz"))
+def bare_side(prepared: Prepared, *options: str) -> dict[str, Any]:
+    """benchmarks/bare_loop.py on the rows that the launcher's plan would train, in its order; its figures, and `saves`."""
+    return _torchrun(prepared, "bare_loop.py", "--rows", str(prepared.folder / "rows.npz"), *options)
 
 
 def trl_side(prepared: Prepared, recompute: bool) -> dict[str, Any]:
@@ -121,8 +123,8 @@ def _measured(prepared: Prepared, start: list[str], script: str, *options: str) 
     started = time.time()
     output = run(command, prepared.folder / f"{script}.log")
     # Libraries print to standard output too.
-    found = json.loads(next(line for line in output.splitlines() if line.startswith('{"times"')))
-    return summarize(started, found["times"], found["tokens"], prepared.warmup)
+    measured = json.loads(next(line for line in output.splitlines() if line.startswith('{"times"')))
+    return {**summarize(started, measured["times"], measured["tokens"], prepared.warmup), "saves": measured.get("saves", [])}
 
 
 @dataclass(frozen=True)
