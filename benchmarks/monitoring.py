@@ -2,13 +2,15 @@
 
     python benchmarks/monitoring.py
 
-One process and no communication, in CPU time: packing this rank's numbers, unpacking those of all, metrics, alerts, goodput.
+Calls of the loop's functions in one process, since so many ranks are not to be had here; no communication, in CPU time: packing
+this rank's numbers, unpacking those of all, metrics, alerts, goodput. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
 
 import time
 
+import sides
 import torch
 
 from launcher.tracking.goodput import Breakdown
@@ -22,6 +24,8 @@ SAMPLE = Sample(5, 0.97, 0.8, 650, 70, 0, 0, 0.3, 0.4)
 
 
 def main() -> None:
+    args = sides.parser(__doc__, rounds=None).parse_args()
+    lines = ["| ranks | rank 0's CPU time for each step that is logged, us | the slowest of 100, us |", "|---|---|---|"]
     for world_size in (2, 64, 512):
         health, spent = Health("cuda"), Breakdown(1e5, 9e4)
         others = [value for rank in range(world_size) for value in Told(2.0, 1e-4, 1e-6 + rank * 1e-12, sample=SAMPLE).values()]
@@ -43,7 +47,9 @@ def main() -> None:
             spent.later(step, 0.0, 0.0, world_size, None).metrics()
             taken.append(packed + time.thread_time() - began)
         taken.sort()
-        print(f"{world_size:4} ranks: {taken[STEPS // 2] * 1e6:6.0f} us a step (the slowest of 100: {taken[-3] * 1e6:.0f} us)")
+        lines.append(f"| {world_size} | {taken[STEPS // 2] * 1e6:.0f} | {taken[-3] * 1e6:.0f} |")
+    source = "From calls of the loop's functions in one process: so many ranks are not to be had."
+    sides.record(args.results, "watching all ranks", "watching all ranks", source, sides.typed("monitoring.py"), lines)
 
 
 if __name__ == "__main__":

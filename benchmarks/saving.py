@@ -112,7 +112,7 @@ def one_round(prepared: sides.Prepared) -> tuple[dict[str, list[float]], int]:
 
 @dataclass(frozen=True)
 class Saves:
-    """Seconds from a run's metrics: of steps alone and beside a write, of background saves but the first, and of the last save."""
+    """Seconds from a run's metrics: steps alone and beside a write, background saves without the first, and the last save."""
 
     alone: list[float]
     beside: list[float]

@@ -1,9 +1,12 @@
 """What tracking costs a step: all that is measured, watched, logged and told, one log a step, with the tiny model.
 
-    python benchmarks/tracking.py [--blocks N] [overrides of the launcher]
+    python benchmarks/tracking.py [--only runs blocks] [--rounds N] [--blocks N] [overrides of the launcher]
 
-Within one run, blocks of steps with all of it (timers, metrics, the watch over all ranks and its part of the all-reduce, the
-probe, metrics.jsonl, events, the terminal's lines, W&B offline, status.json) alternate with blocks in which none of it is done,
+runs: `launcher train` with tracking=none and with W&B offline, as whole processes in turn. That is what a user can choose; most
+of the tracking is always there.
+
+blocks: within one run, blocks of steps with all of it (timers, metrics, the watch over all ranks and its part of the all-reduce,
+the probe, metrics.jsonl, events, the terminal, W&B offline, status.json) alternate with blocks in which none of it is done,
 so that what else the machine does falls on both; each block is compared with its neighbours. Batches have the size of those of
 the README's first run, and all rows are one document of as many tokens, so that all steps are the same work. Of the first SETTLE
 steps of a block no time is taken: W&B is still at work for the block before.
@@ -13,15 +16,15 @@ Steps differ by far more than half a percent, as other machines share this one's
 step's metrics. And what the tracking itself takes is measured as well, over LEAD steps with all of it and wherever it runs:
 the wall-clock time of its calls on the thread that trains, the CPU time of rank 0's other Python threads but the one that
 reads batches, and of W&B's process. Their sum is what it would cost if no core were free to run them beside the step. Only
-the few numbers that it adds to an all-reduce are not in it. Appends a table to RESULTS.md.
+the few numbers that it adds to an all-reduce are not in it. Writes tables into RESULTS.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -43,8 +46,12 @@ FIRST = WARMUP + LEAD
 SETTINGS = (
     *("model=tiny", "data=jsonl", "data.max_length=256", "data.eval_fraction=0", "data.checks.no_turn_end=keep"),
     *("train.global_batch_size=8", "train.sample=false", "train.export=false", "train.save_every=0"),
-    *("tracking=wandb", "tracking.mode=offline", "cluster.ranks_per_node=2"),
+    "cluster.ranks_per_node=2",
 )
+TRACKING = {"without": ("tracking=none",), "with W&B": ("tracking=wandb", "tracking.mode=offline")}
+PARTS = ("runs", "blocks")
+FROM_RUNS = "From `python -m launcher train`, with `tracking=none` and with `tracking=wandb tracking.mode=offline`."
+FROM_LOOP = "From the training loop, called in ranks of the benchmark's own: no setting turns all of the tracking off."
 
 
 def is_on(step: int) -> bool:
@@ -131,29 +138,74 @@ def nothing(*_: Any, **__: Any) -> None:
 def main() -> None:
     import sides
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sides.parser(__doc__, rounds=3, rounds_help="runs with and without tracking")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--blocks", type=int, default=12, help="blocks of steps with tracking, and as many without")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each run")
     args, overrides = parser.parse_known_args()
     if args.blocks < 2:
         parser.error("--blocks: a block is compared with the two around it, so give 2 or more")
-    steps = FIRST + 2 * BLOCK * args.blocks
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
         folder = Path(name)
         rows = folder / "rows.jsonl"
         rows.write_text("".join(json.dumps({"text": f"{number} " * 256}) + "\n" for number in range(1000, 1400)))
-        here = (f"data.path={rows}", f"run.root={folder / 'runs'}", "run.name=bench")
-        settings = [*SETTINGS, *here, f"train.max_steps={steps}", *overrides]
-        plan_file, launcher = folder / "plan.json", [sys.executable, "-m", "launcher"]
-        sides.run([*launcher, "data", *settings], folder / "data.log")
-        plan_file.write_text(sides.run([*launcher, "plan", "--json", *settings], folder / "plan.log"))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        output = sides.run([*command, str(Path(__file__).resolve()), "--rank", str(plan_file)], folder / "log")
-        found = json.loads(next(line for line in output.splitlines() if line.startswith('{"walls"')))
-    command_line = f"`python benchmarks/tracking.py --blocks {args.blocks} {' '.join(overrides)}`".replace(" `", "`")
-    sides.record(f"tracking, {steps} steps of 2 ranks, blocks of {BLOCK}", [command_line], table(**found))
+        settings = [*SETTINGS, f"data.path={rows}", f"run.root={folder / 'runs'}", "run.name=bench", *overrides]
+        sides.run([sys.executable, "-m", "launcher", "data", *settings], folder / "data.log")
+        if "runs" in args.only:
+            table = whole_runs(folder, [*settings, f"train.max_steps={args.steps}"], args.rounds)
+            command = sides.typed("tracking.py", "--only", "runs", "--rounds", args.rounds, "--steps", args.steps, *overrides)
+            sides.record(
+                args.results, "tracking, whole runs", f"tracking, whole runs of {args.steps} steps", FROM_RUNS, command, table
+            )
+        if "blocks" in args.only:
+            steps = FIRST + 2 * BLOCK * args.blocks
+            table = block_table(**switched_run(folder, [*settings, *TRACKING["with W&B"], f"train.max_steps={steps}"]))
+            command = sides.typed("tracking.py", "--only", "blocks", "--blocks", args.blocks, *overrides)
+            title = f"tracking, {steps} steps of 2 ranks, blocks of {BLOCK}"
+            sides.record(args.results, "tracking", title, FROM_LOOP, command, table)
 
 
-def table(
+def whole_runs(folder: Path, settings: list[str], rounds: int) -> list[str]:
+    """A table of commands that differ in their tracking alone; without it, metrics.jsonl and status.json are written too."""
+    import sides
+
+    from launcher.tracking.jsonl import read_metrics
+
+    environment = sides.user_environment(folder, OMP_NUM_THREADS="1")
+    figures: dict[str, list[tuple[float, ...]]] = {name: [] for name in TRACKING}
+    # The first round leaves Python's bytecode.
+    for number in range(rounds + 1):
+        for name, chosen in TRACKING.items():
+            command = [sys.executable, "-m", "launcher", "train", *settings, *chosen]
+            cost, _ = sides.measure(command, folder / "run.log", environment)
+            steps = [line["time/step_s"] for line in read_metrics(folder / "runs/bench/metrics.jsonl") if "train/loss" in line]
+            shutil.rmtree(folder / "runs")
+            if number:
+                figures[name].append((statistics.median(steps), cost.seconds, cost.cpu_s, cost.peak_mib))
+                print(f"round {number}: {name}: {cost.seconds:.1f} s, {cost.cpu_s:.1f} s of CPU", flush=True)
+    columns = "run | s per step | s | CPU s of all processes | peak MiB of all processes"
+    lines = [f"| {columns} |", "|---" * 5 + "|"]
+    for name, taken in figures.items():
+        medians = [statistics.median(values) for values in zip(*taken, strict=True)]
+        lines.append(f"| {name} | {medians[0]:.4f} | {medians[1]:.2f} | {medians[2]:.2f} | {medians[3]:.0f} |")
+    without, tracked = figures.values()
+    pairs = [[a / b for a, b in zip(*both, strict=True)] for both in zip(tracked, without, strict=True)]
+    ratios = [f"{statistics.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in zip(*pairs, strict=True)]
+    return [*lines, f"| with / without, pairs | {' | '.join(ratios)} |"]
+
+
+def switched_run(folder: Path, settings: list[str]) -> dict[str, list[float]]:
+    """What the ranks have measured in one run whose tracking is switched on and off."""
+    import sides
+
+    plan_file = folder / "plan.json"
+    plan_file.write_text(sides.run([sys.executable, "-m", "launcher", "plan", "--json", *settings], folder / "plan.log"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    output = sides.run([*command, str(Path(__file__).resolve()), "--rank", str(plan_file)], folder / "log")
+    return json.loads(next(line for line in output.splitlines() if line.startswith('{"walls"')))
+
+
+def block_table(
     walls: list[float],
     threads: list[float],
     insides: list[float],
