@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help=f"folder of the data sets (default: {DATA})")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--copies", type=int, default=data_inputs.COPIES, help="copies of gsm8k in build (default: %(default)s)")
+    parser.add_argument("--row-lengths", type=int, nargs="+", default=ROW_LENGTHS, metavar="N", help="row lengths of packing")
     parser.add_argument("--short-documents", type=int, default=200_000, help="documents of short (default: %(default)s)")
     args = parser.parse_args()
     if not args.data.is_dir() and {"build", "packing"} & {*args.only}:
@@ -70,7 +71,7 @@ def main() -> None:
             options = ("--short-documents", args.short_documents)
             record("short documents", title, FROM_DATA, typed("short", *options), table)
         if "packing" in args.only:
-            record("packing waste", "packing waste", FROM_DATA, typed("packing"), packing(bench, args.data))
+            record("packing waste", "packing waste", FROM_DATA, typed("packing"), packing(bench, args.data, args.row_lengths))
         if "loader" in args.only:
             record(
                 "the loader's share of a step",
@@ -196,7 +197,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} | {min(values):.{digits}f} to {max(values):.{digits}f}"
 
 
-def packing(bench: Bench, data: Path) -> list[str]:
+def packing(bench: Bench, data: Path, row_lengths: Sequence[int]) -> list[str]:
     """Rows and waste of both sides on the same documents; the same in every round."""
     columns = (
         "data, row length | documents | rows, launcher | TRL | fewest | waste, launcher | TRL | by longest row, launcher | TRL"
@@ -204,7 +205,7 @@ def packing(bench: Bench, data: Path) -> list[str]:
     lines = [f"| {columns} |", "|---" * 9 + "|"]
     for name, pairs in data_inputs.chats(data).items():
         file = data_inputs.write_chats(bench.folder / f"{name}.jsonl", pairs)
-        lines += [_packed(bench, f"{name}, {length}", file, length) for length in ROW_LENGTHS]
+        lines += [_packed(bench, f"{name}, {length}", file, length) for length in row_lengths]
     return [
         *lines,
         "",

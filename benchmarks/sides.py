@@ -27,7 +27,6 @@ from steps import summarize
 
 from launcher.config.data import DataSection
 from launcher.data.cache import Split
-from launcher.data.loader import TrainBatches
 from launcher.data.sources import Chat, read_documents
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
@@ -186,6 +185,9 @@ def run(command: list[str], log: Path, environment: dict[str, str] | None = None
 
 def _write_rows(plan: LaunchPlan, steps: int, file: Path) -> None:
     """The rows of the first `steps` global batches in the launcher's order, for the bare loop."""
+    # Brings torch, which most benchmarks do without.
+    from launcher.data.loader import TrainBatches
+
     assert plan.data is not None
     split, batch = Split.open(plan.data), plan.batch
     # One rank and one micro-batch: whole global batches, in order.
