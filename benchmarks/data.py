@@ -71,7 +71,9 @@ def main() -> None:
             options = ("--short-documents", args.short_documents)
             record("short documents", title, FROM_DATA, typed("short", *options), table)
         if "packing" in args.only:
-            record("packing waste", "packing waste", FROM_DATA, typed("packing"), packing(bench, args.data, args.row_lengths))
+            options = () if args.row_lengths == ROW_LENGTHS else ("--row-lengths", *args.row_lengths)
+            table = packing(bench, args.data, args.row_lengths)
+            record("packing waste", "packing waste", FROM_DATA, typed("packing", *options), table)
         if "loader" in args.only:
             record(
                 "the loader's share of a step",
