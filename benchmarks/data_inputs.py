@@ -73,12 +73,14 @@ def write_short(file: Path, num_documents: int, seed: int = 0) -> Path:
 
 def launcher_documents(report: dict[str, Any]) -> Iterator[np.ndarray]:
     """Token ids of all documents in the cache that `launcher data --json` reports on, held-out ones as well."""
-    from launcher.data.cache import Split
+    from launcher.data import cache
 
+    facts = cache.read(Path(report["cache_dir"]))
+    assert facts is not None
     for held_out in (False, True):
         if held_out and not (report["held_out"] or {}).get("documents"):
             continue
-        split = Split.open(report["cache_dir"], held_out=held_out)
+        split = cache.Split.open(facts, held_out=held_out)
         for document in range(split.num_docs):
             yield split.tokens[split.docs[document] : split.docs[document + 1]]
 

@@ -1,17 +1,16 @@
 """One run whose ranks are killed at random moments, again and again; it must train exactly what an undisturbed run trains.
 
-    python benchmarks/kills.py [--kills N] [--seed N] [--unrecorded] [overrides of the launcher]
+    python benchmarks/kills.py [--kills N] [--seed N] [overrides of the launcher]
 
 Two ranks on this machine train a tiny model that saves every few steps. A random rank is killed while the ranks start and load,
 while a checkpoint is written, and while they train; now and then the other one as well, while it is being dismissed. Afterwards
 the loss, gradient norm and rows of every step that was ever trained are compared with those of a run with the same settings that
-was left alone. Appends a table to RESULTS.md, unless --unrecorded. Ends with 1 where the run failed or anything differs; its
+was left alone. Writes a table into RESULTS.md. Ends with 1 where the run failed or anything differs; its
 folder is kept then.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -61,10 +60,9 @@ class Killed:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sides.parser(__doc__, rounds=None)
     parser.add_argument("--kills", type=int, default=200, help="ranks to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and ranks")
-    parser.add_argument("--unrecorded", action="store_true", help="leave RESULTS.md as it is")
     args, overrides = parser.parse_known_args()
     if args.kills < 1:
         parser.error("--kills must be at least 1")
@@ -80,12 +78,10 @@ def main() -> int:
         problems = judge(folder, settings, killed, num_steps, deadline_s)
     finally:
         kill_all_of(folder)
-    command = f"`python benchmarks/kills.py --kills {args.kills} --seed {args.seed} {' '.join(overrides)}`".replace(" `", "`")
+    command = sides.typed("kills.py", "--kills", args.kills, "--seed", args.seed, *overrides)
     table = report(folder / "killed", killed, num_steps, problems)
-    if args.unrecorded:
-        print("\n".join(table))
-    else:
-        sides.record(f"{len(killed.hits)} kills of ranks of one run", [command], table)
+    title = f"{len(killed.hits)} kills of ranks of one run"
+    sides.record(args.results, "kills", title, "From one `python -m launcher train` (its metrics.jsonl).", command, table)
     if problems:
         print("\n".join(problems), f"\nlook into {folder}", file=sys.stderr)
         return 1

@@ -1,6 +1,6 @@
 """What a rank does with a data cache at its start, in a process of its own: benchmarks/data.py runs it.
 
-python benchmarks/open_cache.py CACHE
+python benchmarks/open_cache.py CACHE DIGEST
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 
-def open_cache(folder: str) -> dict[str, float]:
+def open_cache(folder: str, digest: str) -> dict[str, float]:
     """Milliseconds and MB of added memory for opening the cache, and for batches far apart in it.
 
     `added_mb` is all that opening has added; `own_mb` what lies in this process's own memory after all batches, without the
@@ -21,7 +21,7 @@ def open_cache(folder: str) -> dict[str, float]:
 
     from launcher.data.cache import Split
     from launcher.data.loader import TrainBatches
-    from launcher.plan.launch_plan import Batch
+    from launcher.plan.launch_plan import Batch, DataFacts
 
     batch = Batch(
         global_batch_size=64,
@@ -32,12 +32,13 @@ def open_cache(folder: str) -> dict[str, float]:
         max_steps=1,
         epochs=None,
     )
+    facts = DataFacts.model_construct(cache_dir=folder, digest=digest)
     # What torch takes when it is first used belongs to no cache.
     torch.zeros(8).sum()
     rss, own = resident_mb()
     times = {}
     began = time.perf_counter()
-    split = Split.open(folder)
+    split = Split.open(facts)
     batches = TrainBatches(split, batch, seed=1, rank=0, world_size=2, pad_id=0)
     times["open_ms"] = (time.perf_counter() - began) * 1000
     times["added_mb"] = resident_mb()[0] - rss
@@ -56,4 +57,4 @@ def resident_mb() -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(open_cache(sys.argv[1])))
+    print(json.dumps(open_cache(*sys.argv[1:])))
