@@ -23,6 +23,7 @@ SETTINGS = (
     *("train.eval_at_start=false", "train.sample=false", "train.export=false"),
 )
 BARE, LAUNCHER = "bare loop", "launcher"
+TRL_KEPT, TRL_DEFAULT = "TRL, activations kept", "TRL, its default (recompute)"
 
 
 def main() -> None:
@@ -30,9 +31,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each run")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not measured")
     parser.add_argument(
-        "--only", nargs="+", metavar="SIDE", help="leave out the sides whose names do not start with one of these"
+        "--only", nargs="+", metavar="SIDE", help="leave out the sides whose names do not begin with one of these"
     )
     args, overrides = parser.parse_known_args()
+    names = (BARE, LAUNCHER, TRL_KEPT, TRL_DEFAULT)
+    # It would take overrides that follow it for sides.
+    if unknown := [side for side in args.only or () if not any(name.startswith(side) for name in names)]:
+        parser.error(
+            f"--only: no side begins with {unknown[0]!r}; the sides are {'; '.join(names)}; write overrides before --only"
+        )
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as folder:
         prepared = sides.prepare(Path(folder), [*SETTINGS, *overrides], args.steps, args.warmup)
         runs: dict[str, Callable[[], dict[str, Any]]] = {
@@ -40,8 +47,8 @@ def main() -> None:
             LAUNCHER: partial(sides.launcher_side, prepared),
         }
         if sides.has_trl():
-            runs["TRL, activations kept"] = partial(sides.trl_side, prepared, recompute=False)
-            runs["TRL, its default (recompute)"] = partial(sides.trl_side, prepared, recompute=True)
+            runs[TRL_KEPT] = partial(sides.trl_side, prepared, recompute=False)
+            runs[TRL_DEFAULT] = partial(sides.trl_side, prepared, recompute=True)
         if args.only:
             runs = {name: side for name, side in runs.items() if name.startswith(tuple(args.only))}
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
