@@ -17,6 +17,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from testbed_cluster import SlotTaken, Testbed
 from testbed_config import NUM_SLOTS, Settings, missing_commands
@@ -34,6 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     # Of many processes on few cores, those that wait for their threads leave them to the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How long an example takes says how busy the machine is.
+    hypothesis.settings.register_profile("launcher", deadline=None)
+    hypothesis.settings.load_profile("launcher")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,25 @@ class Encoded:
     trained: np.ndarray
     turn_ends: tuple[int, ...]
     is_unsure: bool = False
+
+
+def import_tokenizers_without_torch() -> None:
+    """Import what loads tokenizers as if torch were not installed; without effect in a process that has imported torch.
+
+    Tokenizers need no torch, and transformers imports it wherever it is installed: seconds, and memory in every process.
+    transformers keeps the answer that there is no torch; everything else can still import it.
+    """
+    if "torch" in sys.modules:
+        return
+    from transformers.utils import is_torch_available
+
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        is_torch_available.cache_clear()
+        is_torch_available()
+        import transformers.models.auto.tokenization_auto  # noqa: F401
+    finally:
+        del sys.modules["torch"]
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:

@@ -30,6 +30,7 @@ from launcher.checkpoint import card, durable
 from launcher.checkpoint.export import Task, chat_template_of, export, stop_ids, verify
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
+from launcher.data.chat import import_tokenizers_without_torch
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
@@ -58,6 +59,8 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     tokenizer = facts.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if tokenizer is None:
         raise ConfigError("the tokenizer is not there after it was fetched", where="model.tokenizer")
+    # What needed torch is done.
+    import_tokenizers_without_torch()
     with _progress() as on_progress:
         built = build.build(config.data, str(tokenizer), on_progress)
     if show is None:

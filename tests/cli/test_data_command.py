@@ -118,6 +118,10 @@ def test_enough_rows_for_several_processes(launch: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["documents"] == num_rows
     assert "Traceback" not in done.stderr
+    again = launch("data", *settings, "--json", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    assert json.loads(again.stdout) == json.loads(done.stdout)
+    assert re.search(r"\| +transformers$", again.stderr, re.MULTILINE)
+    assert not re.search(r"\| +torch$", again.stderr, re.MULTILINE), "its import takes longer than the rest"
 
 
 def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None = None) -> str:
