@@ -114,7 +114,7 @@ class Bench:
         settings = ["data=jsonl", f"data.path={rows}", f"model.path={self.model}", f"data.workers={PROCESSES}"]
         command = [sys.executable, "-m", "launcher", "data", *settings, f"data.max_length={max_length}", *overrides, "--json"]
         cost, output = sides.measure(
-            command, self.folder / "launcher.log", self._environment(LAUNCHER_CACHE=self._emptied("launcher"))
+            command, self.folder / "launcher.log", self._environment(LAUNCHER_CACHE=self._without_data("launcher"))
         )
         return cost, json.loads(output)
 
@@ -129,6 +129,11 @@ class Bench:
 
     def _environment(self, **variables: str) -> dict[str, str]:
         return sides.user_environment(self.folder, HF_HUB_OFFLINE="1", **variables)
+
+    def _without_data(self, name: str) -> str:
+        """A launcher cache that has compared the model's weights and holds no data."""
+        shutil.rmtree(self.folder / name / "data", ignore_errors=True)
+        return str(self.folder / name)
 
     def _emptied(self, name: str) -> str:
         folder = self.folder / f"{name}-cache"
