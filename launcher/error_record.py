@@ -73,7 +73,9 @@ def leave(error: BaseException, environ: Mapping[str, str]) -> None:
     except Exception as problem:
         # The log may stand on the same full disk.
         with suppress(OSError):
-            print(f"no record of this error can be left at {path}: {problem}", file=sys.stderr)
+            print(f"cannot write the error record to {path}: {problem}", file=sys.stderr)
+            # A rank that is dismissed now ends before Python prints it.
+            traceback.print_exception(error)
 
 
 def _seconds(value: Any) -> float | None:

@@ -83,7 +83,7 @@ class WeightReport:
         if not self.unexpected:
             return None
         number = _number(self.unexpected)
-        return f"the weight files hold {number} that the model does not have, not trained: {_first(self.unexpected)}"
+        return f"the model has no place for {number} in the weight files; they are not loaded: {_first(self.unexpected)}"
 
 
 def _number(items: Sequence[object]) -> str:

@@ -6,15 +6,11 @@ from typing import Any
 
 from launcher import page as html
 from launcher.cli.data_view import (
-    left_out,
     length_bins,
-    moved,
     number_rows,
-    parts_taken,
     row_width,
+    source_notes,
     summary_rows,
-    unread_keys,
-    unused,
     visible,
 )
 from launcher.data.findings import share_text
@@ -39,7 +35,7 @@ def page(report: dict[str, Any], name: str) -> str:
         _verdict(report["findings"]),
         html.heading("Sources"),
         html.table(header, rows, numbers=range(1, len(header))),
-        *(html.paragraph(line) for line in _lines_of_sources(report)),
+        *(html.paragraph(line) for line in source_notes(report)),
         html.table([], [list(row) for row in summary_rows(report)]),
         html.heading("Plots"),
         *_plots(report),
@@ -52,10 +48,6 @@ def page(report: dict[str, Any], name: str) -> str:
         *_shown(report["shown"]),
     ]
     return html.page(f"Data: {name}", f"cache {report['cache_dir']}", body)
-
-
-def _lines_of_sources(report: dict[str, Any]) -> list[str]:
-    return [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report)]
 
 
 def _verdict(found: list[dict[str, Any]]) -> str:

@@ -37,7 +37,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(documents)
     console.print()
     console.print(tokens)
-    for line in [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report)]:
+    for line in source_notes(report):
         console.print(escape(line), soft_wrap=True)
     console.print()
     _print_lengths(console, report)
@@ -146,6 +146,11 @@ def sources_tables(report: dict[str, Any]) -> tuple[Table, Table]:
     return table(slice(1, border)), table(slice(border, None))
 
 
+def source_notes(report: dict[str, Any]) -> list[str]:
+    """Lines about the sources that the tables have no column for."""
+    return [*parts_taken(report), *unused(report), *moved(report), *left_out(report), *unread_keys(report)]
+
+
 def parts_taken(report: dict[str, Any]) -> list[str]:
     """A line for each source of which an epoch takes other than whole passes."""
     lines = []
@@ -196,7 +201,7 @@ def unread_keys(report: dict[str, Any]) -> list[str]:
         if counts := source["unread_keys"]:
             keys = ", ".join(f"{key} ({count:,})" for key, count in counts.items())
             others = f", and {source['num_other_unread_keys']:,} more" if source["num_other_unread_keys"] else ""
-            lines.append(visible(f"{source['name']}: keys that are not read, with their numbers of rows: {keys}{others}"))
+            lines.append(visible(f"{source['name']}: unread keys (rows): {keys}{others}"))
     return lines
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from launcher.config.fields import Flag, Fraction, Name, Positive, PositiveInt, Section, Text
 from launcher.config.secret import IN_QUERY
@@ -71,8 +71,7 @@ class Source(Section):
     ignored_keys: tuple[Text, ...] = Field(
         (),
         description=(
-            "Keys of the rows that are left unread on purpose: rows with images, or with label: false, are refused otherwise, as "
-            "they are for another kind of training."
+            "Row keys to leave unread. Without it, rows made for another kind of training (images, label: false) are refused."
         ),
     )
     split: Text | None = Field(None, description="Split of a hub dataset. Unset: train, or the only one there is.")
@@ -99,6 +98,14 @@ class Source(Section):
             "every epoch."
         ),
     )
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A resumed run reads its plan with the code that it was submitted with, which may not know this key yet."""
+        values: dict[str, Any] = handler(self)
+        if not self.ignored_keys:
+            values.pop("ignored_keys", None)
+        return values
 
     @property
     def is_read(self) -> bool:

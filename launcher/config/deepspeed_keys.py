@@ -199,6 +199,8 @@ def _refusals(name: str, value: Any, deepspeed: Mapping[str, Any], model: Mappin
 
 
 def _inside(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[_Refusal]:
+    if _agrees(key, value, model):
+        return
     if key in SET_BY:
         yield _Refusal(key, value, f"the launcher sets this from {SET_BY[key]}", f"take it out, and set {SET_BY[key]}")
     elif key in REFUSED:
@@ -206,13 +208,20 @@ def _inside(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[s
     elif key in _SET_FOR_NVME and deepspeed.get(_SET_FOR_NVME[key]) == "nvme":
         yield _Refusal(key, value, f"the plan sets this with deepspeed.{_SET_FOR_NVME[key]}=nvme")
     elif value == "auto":
-        what = "auto is filled in by Hugging Face's Trainer, and by nothing here"
+        what = "only Hugging Face's Trainer fills in auto"
         yield _Refusal(key, value, what, "write the value, or take it out")
     elif key in SECTIONS and not isinstance(value, dict):
         yield _Refusal(key, value, "is not a mapping", "write its keys one by one")
     elif isinstance(value, dict):
         refusals = [refusal for name in value for refusal in _inside(f"{key}.{name}", value[name], deepspeed, model)]
         yield from refusals or _without_effect(key, value, deepspeed, model)
+
+
+def _agrees(key: str, value: Any, model: Mapping[str, Any]) -> bool:
+    """Whether a key only repeats what the launcher sets, as in a complete DeepSpeed file."""
+    if key == "zero_optimization.stage":
+        return value == 3
+    return value is True and key == f"{model.get('dtype', 'bf16')}.enabled"
 
 
 def _without_effect(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[_Refusal]:

@@ -257,8 +257,8 @@ class DeepSpeedSection(Section):
     extra: dict[str, Any] = Field(
         default_factory=dict,
         description=(
-            "Raw DeepSpeed keys, merged last. Refused are keys that DeepSpeed does not know, those that a setting of the "
-            "launcher decides, and features that the launcher does not support."
+            "Raw DeepSpeed keys, merged last. Keys that DeepSpeed does not know, keys that a launcher setting decides, and "
+            "unsupported features are refused."
         ),
     )
 

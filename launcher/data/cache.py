@@ -198,7 +198,8 @@ class Split:
                 file.verify(0, 1 if is_large else None)
                 values = np.load(file.path, mmap_mode="r")
                 arrays[name] = CheckedArray(values, file) if is_large else values
-        except (OSError, ValueError) as error:
+        # Any other error of storage may pass: the ranks are started again.
+        except (FileNotFoundError, ValueError) as error:
             remedy = "`python -m launcher data ...` with the same settings builds it again"
             raise DataError(Problem(f"the data cache cannot be read: {error}", str(folder), remedy=remedy)) from error
         return cls(**arrays)

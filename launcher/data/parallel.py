@@ -70,13 +70,14 @@ def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> I
 
 def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
     """Why the workers ended, by their exit codes. The pool sends TERM to those that outlive the first."""
-    causes = [code for code in exit_codes if code not in (None, 0, -signal.SIGTERM)]
+    failures = [code for code in exit_codes if code]
+    causes = [code for code in failures if code != -signal.SIGTERM] or failures
     if -signal.SIGKILL in causes:
         what = "a process that builds the data cache was killed, as the system does where memory runs out"
         remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"
         return DataError(Problem(what, "data.workers", str(workers), remedy))
-    code = causes[0] if causes else None
-    how = f"was ended by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with exit code {code}"
+    code = causes[0] if causes else 0
+    how = f"was ended by {signal.strsignal(-code) or f'signal {-code}'}" if code < 0 else f"ended with exit code {code}"
     what = f"a process that builds the data cache {how}; its messages are above"
     return RunError(Problem(what, remedy="data.workers=1 builds without such processes"))
 

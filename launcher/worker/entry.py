@@ -69,7 +69,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     except WOULD_REPEAT as error:
         # The agents start ranks again after any other failure.
         final = {"rank": env.rank, "kind": type(error).__name__, "message": str(error), "at": time.time()}
-        # Without it the ranks are started again; what they say stays the same.
+        # If this fails, the agents restart the ranks; the exception is still recorded.
         with suppress(OSError):
             run_store.write_json(run.attempt(attempt) / "final.json", final)
         raise

@@ -97,7 +97,7 @@ def of_restart(exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Seq
     if stalls:
         return stalls[-1]
     if not exits:
-        return "torch's elastic agent tells of no rank that failed"
+        return "torch's elastic agent reported no failed rank"
     first = of_ranks(exits, run, attempt)
     line, *_ = first["message"].split("\n", 1)
     return f"rank {first['rank']}: {line}"

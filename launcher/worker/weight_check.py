@@ -31,7 +31,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
         return
     folder = facts.pretrained_folder(model)
     if folder is None:
-        what = "model.path: the weights are not complete after they were fetched"
+        what = "model.path: the weights are incomplete after the download"
         remedy = "look at the files of the repository, choose another model.revision, or use a local folder"
         raise ConfigError(Problem(what, where="model.path", value=model.path, remedy=remedy))
     if not (folder / "config.json").is_file():

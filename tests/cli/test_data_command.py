@@ -61,7 +61,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert f"{rows}:121: the same as {rows}:1" in shown
     assert f"{rows}:122: completion, character 1: [API key: s…, 44 characters]" in shown
     assert "data.checks.empty_answer=drop" in shown
-    unread = "train: keys that are not read, with their numbers of rows: {key}[bold]not mark… (54 characters) (2)"
+    unread = "train: unread keys (rows): {key}[bold]not mark… (54 characters) (2)"
     assert unread.format(key="<script>alert(1)</script> ") in shown
     assert unread.format(key="&lt;script&gt;alert(1)&lt;/script&gt; ") in page.read_text()
     assert KEY not in shown + done.stderr + page.read_text()

@@ -90,7 +90,7 @@ def test_every_setting_that_is_named_exists() -> None:
         ),
         (
             "zero_optimization.overlap_comm=auto",
-            "zero_optimization.overlap_comm: auto is filled in by",
+            "zero_optimization.overlap_comm: only Hugging Face's Trainer fills in auto",
             "'auto'",
             "write the value",
         ),

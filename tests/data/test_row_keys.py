@@ -63,16 +63,16 @@ def counts_of(path: Path, **settings: Any) -> dict[str, int]:
             "preferred_output and non_preferred_output",
             "into one list under the key messages",
         ),
-        ({**PAIR, "label": False}, "by label that its answer is a bad one", "ignored_keys: [label]"),
-        ({**CHAT, "label": False}, "by label that its answer is a bad one", "ignored_keys: [label]"),
-        ({"instruction": "1+1?", "output": "3", "kto_tag": False}, "by kto_tag", "ignored_keys: [kto_tag]"),
-        ({**CHAT, "images": ["a.png"]}, "the row comes with images", "ignored_keys: [images]"),
-        ({**PAIR, "image": {"bytes": None, "path": "a.png"}}, "the row comes with image", "ignored_keys: [image]"),
-        ({"messages": [{**ASKED, "images": ["aGk="]}, TWO]}, "messages[0] comes with images", "ignored_keys: [images]"),
+        ({**PAIR, "label": False}, "label marks the answer as bad", "ignored_keys: [label]"),
+        ({**CHAT, "label": False}, "label marks the answer as bad", "ignored_keys: [label]"),
+        ({"instruction": "1+1?", "output": "3", "kto_tag": False}, "kto_tag marks the answer as bad", "ignored_keys: [kto_tag]"),
+        ({**CHAT, "images": ["a.png"]}, "the row has images", "ignored_keys: [images]"),
+        ({**PAIR, "image": {"bytes": None, "path": "a.png"}}, "the row has image", "ignored_keys: [image]"),
+        ({"messages": [{**ASKED, "images": ["aGk="]}, TWO]}, "messages[0] has images", "ignored_keys: [images]"),
         ({"text": "1+1=2", "input_ids": [1, 2], "labels": [-100, 2]}, "input_ids, labels", "ignored_keys: [input_ids, labels]"),
         ({"input_ids": [1, 2], "labels": [-100, 2]}, "input_ids, labels", "write rows of text"),
-        ({**PAIR, "weight": 0}, "a weight in the loss", "ignored_keys: [weight]"),
-        ({**CHAT, "sample_weight": 0.5}, "a weight in the loss", "ignored_keys: [sample_weight]"),
+        ({**PAIR, "weight": 0}, "a loss weight other than 1", "ignored_keys: [weight]"),
+        ({**CHAT, "sample_weight": 0.5}, "a loss weight other than 1", "ignored_keys: [sample_weight]"),
     ],
 )
 def test_rows_for_other_training_are_refused(jsonl: Jsonl, row: dict[str, Any], words: str, remedy: str) -> None:
@@ -179,7 +179,7 @@ def test_keys_of_tables_are_counted(tmp_path: Path) -> None:
     assert counts_of(text) == {"messages[].mood": 2, "id": 1}
     assert counts_of(plain) == {}
     text.write_text("prompt,completion,label\na,b,True\na,b,False\n")
-    assert "that its answer is a bad one" in problem_of(text).what
+    assert "label marks the answer as bad" in problem_of(text).what
 
 
 def test_the_report_lists_the_most_frequent_keys(jsonl: Jsonl, tokenizer_dir: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_report_lists_the_most_frequent_keys(jsonl: Jsonl, tokenizer_dir: Pa
     assert (len(first["unread_keys"]), first["num_other_unread_keys"]) == (NUM_KEYS_SHOWN, 302 - NUM_KEYS_SHOWN)
     assert (second["unread_keys"], second["num_other_unread_keys"]) == ({}, 0)
     (line,) = unread_keys({"sources": [first, second]})
-    assert line.startswith("a: keys that are not read, with their numbers of rows: id (300), [Hugging Face token")
+    assert line.startswith("a: unread keys (rows): id (300), [Hugging Face token")
     assert line.endswith(f" (1), and {302 - NUM_KEYS_SHOWN} more")
 
 

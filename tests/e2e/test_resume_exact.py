@@ -13,7 +13,7 @@ from killed_runs import MOMENTS, Killer, differences, draw_kills, restart_reason
 from ray_tools import rows_environment
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
-STEPS = 32
+STEPS = 40
 SAVE_EVERY = 4
 # Where the run on other numbers of ranks ends.
 LAST_PART = 12

@@ -55,11 +55,6 @@ has_state() {
   [ "$(field "$1" state)" = "$2" ]
 }
 
-# pid_of RUN RANK: the process of a rank on this machine.
-pid_of() {
-  python "$here/rank_pid.py" "runs/$1" "$2"
-}
-
 fail() {
   echo "FAILED: $*"
   [ ! -f output ] || tail -60 output

@@ -20,8 +20,7 @@ says completed
 step "report" launcher report first --html report.html
 
 step "train, detached" launcher "${run[@]}" run.name=killed train.export=false --detach
-wait_for 120 has_reached killed 4
-kill -9 "$(pid_of killed 1)"
+step "kill rank 1" python "$here/kill_rank.py" runs/killed 1 4
 wait_for 60 has_state killed failed
 step "status of a killed run" launcher status killed
 says "rank 1: killed by SIGKILL"

@@ -28,14 +28,24 @@ RANK = """
 import os, sys, time
 from launcher.worker import entry
 
+class Flag(entry.StopFlag):
+    def __init__(self):
+        super().__init__()
+        global flag
+        flag = self
+
 def fsync(descriptor):
     print("writing", flush=True)
+    # However late the signal comes, it comes in the middle.
+    until = time.monotonic() + (20 if float(sys.argv[1]) else 0)
+    while not flag._dismissed and time.monotonic() < until:
+        time.sleep(0.01)
     time.sleep(float(sys.argv[1]))
 
 def fail(*_):
     raise ValueError("lost the connection to a peer")
 
-os.fsync, entry._run = fsync, fail
+os.fsync, entry._run, entry.StopFlag = fsync, fail, Flag
 entry.main("plan.json", 1)
 """
 

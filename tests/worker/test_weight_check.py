@@ -124,7 +124,7 @@ def test_unexpected_tensors_are_listed_and_accepted(tmp_path: Path) -> None:
     report = weight_files.load_report(folder, model)
     assert report is not None
     assert report.problems(folder, model) == []
-    assert "7 tensors that the model does not have, not trained: vision.0, vision.1" in str(report.note)
+    assert "no place for 7 tensors in the weight files; they are not loaded: vision.0, vision.1" in str(report.note)
     assert str(report.note).endswith("vision.4 and 2 more")
 
 
@@ -184,5 +184,5 @@ def test_random_weights_need_no_files(tmp_path: Path) -> None:
 
 def test_a_hub_model_that_stays_incomplete_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(ConfigError, match="not complete after they were fetched"):
+    with pytest.raises(ConfigError, match="incomplete after the download"):
         weight_check.require_weights(ModelSection(path="owner/name"), pytest.fail)
