@@ -117,5 +117,5 @@ def test_the_submit_side_refuses_by_a_kept_report(tmp_path: Path) -> None:
     assert facts.weights_problems(model) == []
     weight_files.save_report(folder, model, REPORT)
     assert len(facts.weights_problems(model)) == 2
-    assert "not trained: d" in str(facts.weights_note(model))
+    assert "they are not loaded: d" in str(facts.weights_note(model))
     assert facts.weights_problems(model.model_copy(update={"init": "random"})) == []
