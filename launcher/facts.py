@@ -136,7 +136,7 @@ def accepted_extra(config: RunConfig) -> Path:
     """The file that stands for DeepSpeed's verdict on these settings; launcher.worker.deepspeed_check makes it."""
     checked = [_version("deepspeed"), launcher.__version__, config.model.dtype, config.deepspeed.model_dump(mode="json")]
     digest = hashlib.blake2b(json.dumps(checked, sort_keys=True).encode(), digest_size=16).hexdigest()
-    return cache.cache_root() / "deepspeed_extra" / digest
+    return cache.cache_root() / "deepspeed-checks" / digest
 
 
 def check_model(model: ModelSection) -> list[Problem]:

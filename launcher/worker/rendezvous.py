@@ -21,8 +21,6 @@ from torch.distributed.elastic.rendezvous import (
 
 from launcher.worker.rank import NodePlace
 
-BACKEND = "nodes"
-
 
 class NodeRendezvous(RendezvousHandler):
     """`store` lives on the head node. `is_final` tells whether ranks failed in a way that would repeat itself.
@@ -46,7 +44,7 @@ class NodeRendezvous(RendezvousHandler):
         self._round = 0
 
     def get_backend(self) -> str:
-        return BACKEND
+        return "nodes"
 
     def get_run_id(self) -> str:
         return self._run_id
