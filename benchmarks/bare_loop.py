@@ -55,6 +55,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
     size = micro * accumulation * world
     times, tokens, saves = [], [], []
+    began = time.time()
     for step in range(args.steps):
         batch = np.arange(step * size, (step + 1) * size).reshape(accumulation, world, micro)
         for mine in batch[:, rank]:
@@ -72,7 +73,8 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         if args.save_to and (step + 1) % args.save_every == 0:
             saves.append(_save(engine, args.save_to))
     started = psutil.Process().create_time()
-    return {"times": times, "tokens": tokens, "saves": saves, **summarize(started, times, tokens, args.warmup)}
+    figures = summarize(started, began, times, tokens, args.warmup)
+    return {"began": began, "times": times, "tokens": tokens, "saves": saves, **figures}
 
 
 def _save(engine: Any, folder: str) -> float:

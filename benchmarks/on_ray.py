@@ -2,8 +2,8 @@
 
     python benchmarks/on_ray.py [--rounds N]
 
-Both sides start Ray on this machine, train the same model with the same rows and are measured from the command to the end of the
-first optimizer step. Then a worker of Ray Train is killed with SIGKILL. Writes a table into RESULTS.md.
+Both sides start Ray on this machine, train the same model with the same rows and are measured from the command to the
+beginning of the first optimizer step. Then a worker of Ray Train is killed with SIGKILL. Writes a table into RESULTS.md.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 import sides
+
+from launcher.worker.rank import RankTitle
 
 SETTINGS = (
     *("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "tracking=none"),
@@ -38,8 +40,8 @@ def main() -> None:
         prepared = sides.prepare(Path(folder), [*SETTINGS], steps=2, warmup=1)
         sides.run([sys.executable, "-m", "launcher", "data", *TINY], Path(folder) / "tiny.log")
         for number in range(args.rounds):
-            trainer.append(sides.ray_side(prepared)["first_step_s"])
-            launcher.append(sides.launcher_side(prepared, ("+cluster=ray",))["first_step_s"])
+            trainer.append(sides.ray_side(prepared)["to_first_step_s"])
+            launcher.append(sides.launcher_side(prepared, ("+cluster=ray",))["to_first_step_s"])
             again.append(killed_worker(Path(folder) / f"runs{number}"))
             row = f"TorchTrainer {trainer[-1]:.1f} s, launcher {launcher[-1]:.1f} s, after a kill {again[-1]:.1f} s"
             print(f"round {number + 1}: {row}", flush=True)
@@ -71,9 +73,9 @@ def killed_worker(root: Path) -> float:
 
 def worker(run: Path) -> psutil.Process:
     """The worker of rank 1."""
-    for process in psutil.process_iter(["cmdline"]):
-        said = " ".join(process.info["cmdline"] or ())
-        if "launcher.worker.entry" in said and str(run) in said and process.environ()["RANK"] == "1":
+    for process in psutil.process_iter():
+        title = RankTitle.of(process)
+        if title is not None and title.rank == 1 and str(run) in title.plan_path:
             parent = process.parent()
             assert parent is not None
             return parent

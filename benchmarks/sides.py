@@ -78,7 +78,8 @@ def launcher_side(prepared: Prepared, extra: tuple[str, ...] = ()) -> dict[str, 
     lines = [line for line in read_metrics(root / "bench" / "metrics.jsonl") if "trainer/tokens" in line]
     total = [0, *(int(line["trainer/tokens"]) for line in lines)]
     shutil.rmtree(root)
-    return summarize(started, [line["time"] for line in lines], np.diff(total).tolist(), prepared.warmup)
+    began = lines[0]["time"] - lines[0]["time/step_s"]
+    return summarize(started, began, [line["time"] for line in lines], np.diff(total).tolist(), prepared.warmup)
 
 
 def bare_side(prepared: Prepared, *options: str) -> dict[str, Any]:
@@ -122,8 +123,9 @@ def _measured(prepared: Prepared, start: list[str], script: str, *options: str) 
     started = time.time()
     output = run(command, prepared.folder / f"{script}.log")
     # Libraries print to standard output too.
-    measured = json.loads(next(line for line in output.splitlines() if line.startswith('{"times"')))
-    return {**summarize(started, measured["times"], measured["tokens"], prepared.warmup), "saves": measured.get("saves", [])}
+    measured = json.loads(next(line for line in output.splitlines() if line.startswith('{"began"')))
+    figures = summarize(started, measured["began"], measured["times"], measured["tokens"], prepared.warmup)
+    return {**figures, "saves": measured.get("saves", [])}
 
 
 @dataclass(frozen=True)

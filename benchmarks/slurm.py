@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "slurm"))
 from testbed_cluster import Testbed
 from testbed_config import Settings
 
+from launcher.worker.rank import RankTitle
+
 SETTINGS = (
     *("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none"),
     *("train.export=false", "train.eval_at_start=false", "train.max_steps=100000", "train.save_every=20"),
@@ -138,7 +140,7 @@ def await_value(value: Callable[[], float | bool | None]) -> float:
 
 def ranks(bed: Testbed, run: Path, node: str) -> list[psutil.Process]:
     processes = [psutil.Process(pid) for pid in bed.processes(node)]
-    return [p for p in processes if "launcher.worker.entry" in p.cmdline() and str(run) in " ".join(p.cmdline())]
+    return [p for p in processes if (title := RankTitle.of(p)) is not None and str(run) in title.plan_path]
 
 
 if __name__ == "__main__":

@@ -68,11 +68,8 @@ def main() -> None:
     dist.all_reduce(tokens)
     if dist.get_rank() == 0:
         started = psutil.Process().create_time()
-        print(
-            json.dumps(
-                {"times": clock.times, "tokens": tokens.tolist(), **summarize(started, clock.times, tokens.tolist(), args.warmup)}
-            )
-        )
+        figures = summarize(started, clock.began, clock.times, tokens.tolist(), args.warmup)
+        print(json.dumps({"began": clock.began, "times": clock.times, "tokens": tokens.tolist(), **figures}))
     dist.barrier()
     dist.destroy_process_group()
 

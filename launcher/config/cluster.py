@@ -28,6 +28,11 @@ class ClusterSection(Section):
     max_restarts: Count = Field(
         0, description="Times that the node agents restart all ranks, without leaving the machines, after one of them failed."
     )
+    fork_ranks: Flag = Field(
+        True,
+        description="Import torch, transformers and DeepSpeed once per node and fork the ranks from that process, at each start "
+        "and restart. false starts every rank as a new Python process.",
+    )
     timeout_minutes: Positive = Field(30.0, description="Minutes after which a collective that does not complete fails the run.")
     stall_seconds: Count = Field(
         600,

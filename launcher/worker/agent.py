@@ -15,13 +15,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from launcher import run_store
 from launcher.clusters import process
@@ -33,6 +32,7 @@ from launcher.worker import heartbeat, network, record
 from launcher.worker.last_word import tell_wandb
 from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.rank import NodePlace
+from launcher.worker.rank_process import RankProcesses, StartRank
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.watchdog import Watchdog
 
@@ -51,16 +51,23 @@ def main(plan_path: str, attempt: int) -> int:
     run = RunDir(Path(plan.run_dir))
     started = time.time()
     on_slurm = plan.config.cluster.kind == "slurm"
-    stopper = _Stopper(plan.config.cluster.stop_grace_seconds, _SLURM_SIGNALS if on_slurm else _LOCAL_SIGNALS).install()
+    ranks = RankProcesses()
+    signals = _SLURM_SIGNALS if on_slurm else _LOCAL_SIGNALS
+    stopper = _Stopper(plan.config.cluster.stop_grace_seconds, signals, ranks.send_signal).install()
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.topology.ranks_per_node)))
+    if plan.config.cluster.fork_ranks:
+        ranks.warm_up(plan_path, os.environ)
     if on_slurm:
-        return _slurm_node(plan, plan_path, run, attempt, stopper, started)
+        return _slurm_node(plan, plan_path, run, attempt, stopper, ranks, started)
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=started))
     run_store.update_status(run, state="running", attempt=attempt, job=process.identity(), message="")
     process.give_signs(run)
-    mirror = stopper.spare(MirrorProcess.start(plan, plan_path, run, attempt))
+    mirror = MirrorProcess.start(plan, plan_path, run, attempt)
     place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
-    failure = None if stopper.requested else _run_ranks(plan, plan_path, run, attempt, place, None)
+    failure = None if stopper.requested else _run_ranks(plan, run, attempt, partial(ranks.start, plan_path, attempt), place, None)
     stopper.disarm()
+    ranks.close()
     outcome = record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
     exit_file = run.attempt(attempt) / "exit.json"
     ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": None}
@@ -78,7 +85,9 @@ def main(plan_path: str, attempt: int) -> int:
     return 0 if outcome["state"] == "completed" else 130 if outcome["state"] in ("cancelled", "preempted") else 1
 
 
-def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, stopper: _Stopper, started: float) -> int:
+def _slurm_node(
+    plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, stopper: _Stopper, ranks: RankProcesses, started: float
+) -> int:
     from launcher.worker import slurm_node
 
     begun = run_store.read_attempt(run, attempt)
@@ -98,11 +107,13 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
             ended["problems"] = problems
         elif not stopper.requested:
             if place.is_head:
-                mirror = stopper.spare(MirrorProcess.start(plan, plan_path, run, attempt))
-            ended["first_failure"] = _run_ranks(plan, plan_path, run, attempt, place, store)
+                mirror = MirrorProcess.start(plan, plan_path, run, attempt)
+            start = partial(ranks.start, plan_path, attempt)
+            ended["first_failure"] = _run_ranks(plan, run, attempt, start, place, store)
     except Exception as error:
         ended["first_failure"] = record.of_agent(error, run.attempt(attempt))
     stopper.disarm()
+    ranks.close()
     ended |= {"stopped": stopper.requested, "killed": stopper.killed, "ended_at": time.time()}
     run_store.write_json(record.node_file(run, attempt, node), ended)
     stopper.finish(mirror, math.inf if ended["first_failure"] is None else AFTER_FAILURE_S)
@@ -110,7 +121,7 @@ def _slurm_node(plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, sto
 
 
 def _run_ranks(
-    plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, place: NodePlace, store: Any
+    plan: LaunchPlan, run: RunDir, attempt: int, start: StartRank, place: NodePlace, store: Any
 ) -> dict[str, Any] | None:
     """Start the ranks and wait for them; returns the first failure or None. `store` is what the nodes share, if they are many."""
     from torch.distributed import TCPStore
@@ -120,8 +131,6 @@ def _run_ranks(
     from launcher.worker.rendezvous import NodeRendezvous
 
     topology, cluster = plan.topology, plan.config.cluster
-    cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // topology.ranks_per_node)))
     if place.interface:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", place.interface)
         # NCCL takes a bare name for a prefix.
@@ -158,7 +167,7 @@ def _run_ranks(
     watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, on_stall).start()
     try:
         if elastic.run_ranks(
-            ("-u", "-m", "launcher.worker.entry", plan_path, str(attempt)),
+            start,
             rendezvous,
             num_ranks=topology.ranks_per_node,
             max_restarts=cluster.max_restarts,
@@ -196,15 +205,17 @@ class _Stopper:
     heard it ignores the repetition.
     """
 
-    def __init__(self, grace_s: float, signals: Mapping[signal.Signals, signal.Signals]) -> None:
+    def __init__(
+        self, grace_s: float, signals: Mapping[signal.Signals, signal.Signals], signal_ranks: Callable[[int], None]
+    ) -> None:
         self._grace_s = grace_s
         self._signals = signals
+        self._signal_ranks = signal_ranks
         self._wish: int | None = None
         self._ended = threading.Event()
         self._cancelled = False
         self._asked_at: float | None = None
         self._times_cancelled = 0
-        self._spared: MirrorProcess | None = None
         self.kill_at: float | None = None
         self.requested = False
         self.killed = False
@@ -221,11 +232,6 @@ class _Stopper:
 
     def disarm(self) -> None:
         self._ended.set()
-
-    def spare(self, mirror: MirrorProcess | None) -> MirrorProcess | None:
-        """The mirror's process is no rank: no wish is meant for it."""
-        self._spared = mirror
-        return mirror
 
     def finish(self, mirror: MirrorProcess | None, most_s: float = math.inf) -> None:
         """Give the mirror what is left of the time to stop in, or `most_s`; a person who asks again has waited enough.
@@ -265,17 +271,8 @@ class _Stopper:
             if time.monotonic() > deadline or (self.kill_at is not None and time.time() > self.kill_at):
                 self._wish, self.killed = signal.SIGKILL, True
             if self._wish is not None:
-                _signal_ranks(self._wish, self._spared)
+                self._signal_ranks(self._wish)
             self._ended.wait(_RESEND_S)
-
-
-def _signal_ranks(number: int, spared: MirrorProcess | None) -> None:
-    for child in psutil.Process().children():
-        try:
-            if spared is None or child.pid != spared.pid:
-                child.send_signal(number)
-        except psutil.NoSuchProcess:
-            pass
 
 
 if __name__ == "__main__":

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, LogsDest
+from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent, Worker
+from torch.distributed.elastic.multiprocessing import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousHandler
 
+from launcher import error_record
 from launcher.error_record import ErrorRecord
+from launcher.worker.rank_process import RankProcess, StartRank
 from launcher.worker.record import RankExit
 
-_POLL_S = 0.2
+_POLL_S = 0.05
+# From TERM to KILL, where ranks are stopped.
+_STOP_S = 30
 
 
 def run_ranks(
-    arguments: Sequence[str],
+    start: StartRank,
     rendezvous: RendezvousHandler,
     *,
     num_ranks: int,
@@ -30,7 +35,7 @@ def run_ranks(
     folder: Path,
     on_failure: Callable[[list[RankExit]], None],
 ) -> bool:
-    """Run `num_ranks` processes of Python with these arguments until all have succeeded; returns whether they have.
+    """Run `num_ranks` processes until all have succeeded; returns whether they have. `start` is given the variables of a rank.
 
     `on_failure` is told how ranks of this node have ended, each time that some have failed. What ranks leave is in `folder`.
 
@@ -38,51 +43,103 @@ def run_ranks(
         RendezvousClosedError: where ranks need not be started again.
         Exception: whatever else keeps the agent from its work.
     """
-    # Elastic's own handlers kill the ranks on TERM after 30 s; the agent's let them save. QUIT keeps the quick way.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     spec = WorkerSpec(
         role="default_role",
         local_world_size=num_ranks,
         rdzv_handler=rendezvous,
-        entrypoint=sys.executable,
-        args=tuple(arguments),
+        entrypoint="launcher.worker.entry",
         max_restarts=max_restarts,
         monitor_interval=_POLL_S,
         local_addr=address,
     )
-    return not _Agent(spec, _Records(str(folder)), on_failure).run().is_failed()
+    return not _Agent(spec, start, folder, on_failure).run().is_failed()
 
 
-class _Records(DefaultLogsSpecs):
-    """Knows where the ranks of the newest start leave their records (`files`, by local rank), and keeps that from torch.
+class _Agent(SimpleElasticAgent):
+    """Starts ranks with `start`, and tells of every failure; torch's own agent tells of the last one only.
 
-    The agent reads the record of every failed rank before it decides on a restart, and parses it without a guard: one that is
-    empty, or no record, would leave the agent as an exception and end a run that has restarts left. There is no hook around
-    that reading, but a rank whose file is the null device is one without a record.
+    That one also reads the record of every failed rank before it decides on a restart, and parses it without a guard: one that
+    is empty would end a run that has restarts left.
     """
 
-    files: dict[int, Path]
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        start: StartRank,
+        folder: Path,
+        on_failure: Callable[[list[RankExit]], None],
+    ) -> None:
+        super().__init__(spec)
+        self._start, self._folder, self._on_failure = start, folder, on_failure
+        self._processes: dict[int, RankProcess] = {}
+        self._num_starts = 0
 
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        destinations = super().reify(envs)
-        self.files = {local_rank: Path(file) for local_rank, file in destinations.error_files.items()}
-        return replace(destinations, error_files=dict.fromkeys(self.files, os.devnull))
-
-
-class _Agent(LocalElasticAgent):
-    """Tells of every failure; torch tells of the last one only."""
-
-    def __init__(self, spec: WorkerSpec, records: _Records, on_failure: Callable[[list[RankExit]], None]) -> None:
-        super().__init__(spec, records)
-        self._records, self._on_failure = records, on_failure
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
+        self._num_starts += 1
+        self._processes = {}
+        for worker in worker_group.workers:
+            self._processes[worker.local_rank] = self._start(self._environment(worker_group, worker))
+        return {local_rank: process.pid for local_rank, process in self._processes.items()}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result: RunResult = super()._monitor_workers(worker_group)
-        if result.is_failed():
-            self._on_failure([self._exit(rank, failure) for rank, failure in result.failures.items()])
-        return result
+        codes = {worker: self._processes[worker.local_rank].poll() for worker in worker_group.workers}
+        failed = {worker: code for worker, code in codes.items() if code}
+        if failed:
+            now = time.time()
+            self._on_failure([self._exit(worker, code, now) for worker, code in failed.items()])
+            failures = {
+                worker.global_rank: ProcessFailure(worker.local_rank, worker.id, code, os.devnull)
+                for worker, code in failed.items()
+            }
+            return RunResult(WorkerState.FAILED, failures=failures)
+        if all(code == 0 for code in codes.values()):
+            return RunResult(WorkerState.SUCCEEDED, return_values={worker.global_rank: None for worker in codes})
+        return RunResult(WorkerState.HEALTHY)
 
-    def _exit(self, rank: int, failure: Any) -> RankExit:
-        error = ErrorRecord.read(self._records.files[failure.local_rank])
-        at = failure.timestamp if error is None or error.at is None else error.at
-        return RankExit(rank, failure.exitcode, at, error)
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _STOP_S) -> None:
+        for process in self._processes.values():
+            process.send_signal(death_sig)
+        until = time.monotonic() + timeout
+        for process in self._processes.values():
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+        for process in self._processes.values():
+            process.wait()
+
+    def _environment(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
+        """The variables that torch documents for its workers (torchrun, "Environment Variables"), and where to leave a record."""
+        spec, record = worker_group.spec, self._record(worker)
+        with suppress(FileNotFoundError):
+            record.unlink()
+        return {
+            **os.environ,
+            "RANK": str(worker.global_rank),
+            "LOCAL_RANK": str(worker.local_rank),
+            "GROUP_RANK": str(worker_group.group_rank),
+            "ROLE_RANK": str(worker.role_rank),
+            "ROLE_NAME": spec.role,
+            "WORLD_SIZE": str(worker.world_size),
+            "LOCAL_WORLD_SIZE": str(spec.local_world_size),
+            "GROUP_WORLD_SIZE": str(worker_group.group_world_size),
+            "ROLE_WORLD_SIZE": str(worker.role_world_size),
+            "MASTER_ADDR": str(worker_group.master_addr),
+            "MASTER_PORT": str(worker_group.master_port),
+            "TORCHELASTIC_RESTART_COUNT": str(spec.max_restarts - self._remaining_restarts),
+            "TORCHELASTIC_MAX_RESTARTS": str(spec.max_restarts),
+            "TORCHELASTIC_RUN_ID": spec.rdzv_handler.get_run_id(),
+            "TORCHELASTIC_USE_AGENT_STORE": str(spec.rdzv_handler.use_agent_store),
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+            error_record.VARIABLE: str(record),
+        }
+
+    def _exit(self, worker: Worker, code: int, now: float) -> RankExit:
+        error = ErrorRecord.read(self._record(worker))
+        return RankExit(worker.global_rank, code, now if error is None or error.at is None else error.at, error)
+
+    def _record(self, worker: Worker) -> Path:
+        return self._folder / f"start-{self._num_starts:03d}-rank-{worker.global_rank:05d}.json"

@@ -1,4 +1,4 @@
-"""One rank: `python -m launcher.worker.entry PLAN ATTEMPT`, started by the node's agent.
+"""One rank, forked or started as `python -m launcher.worker.entry PLAN ATTEMPT` by the node's agent.
 
 The path of the plan is all that crosses from the submit side.
 """
@@ -20,7 +20,7 @@ from launcher.errors import WOULD_REPEAT
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.heartbeat import Heartbeat
-from launcher.worker.rank import RankEnv, die_with_parent, redirect_output
+from launcher.worker.rank import RankEnv, die_with_parent, redirect_output, set_title
 from launcher.worker.signals import StopFlag
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def _run(plan_path: str, attempt: int, stop: StopFlag) -> None:
     plan = LaunchPlan.load(plan_path)
     run = RunDir(Path(plan.run_dir))
     env = RankEnv.from_environ(os.environ)
+    set_title(env.rank, plan_path, attempt)
     redirect_output(run.rank_log(attempt, env.rank))
     # The log has the stacks of all threads where one of them crashes, which leaves no record.
     faulthandler.enable(all_threads=True)

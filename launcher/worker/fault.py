@@ -21,6 +21,7 @@ from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.glance import newest_step
+from launcher.worker.rank import RankTitle
 
 _HANG_DEADLINE_S = 25.0
 _SETTLE_S = 0.5
@@ -57,14 +58,14 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
     agents, ranks = [], {}
     for process in psutil.process_iter():
         try:
-            module, path, number = process.cmdline()[-3:]
-            if number != str(attempt) or not Path(path).is_relative_to(run.root):
+            if (title := RankTitle.of(process)) is not None:
+                if title.attempt == attempt and Path(title.plan_path).is_relative_to(run.root):
+                    ranks[title.rank] = process
                 continue
-            if module == "launcher.worker.agent":
+            module, path, number = process.cmdline()[-3:]
+            if module == "launcher.worker.agent" and number == str(attempt) and Path(path).is_relative_to(run.root):
                 agents.append(process)
-            elif module == "launcher.worker.entry":
-                ranks[int(process.environ()["RANK"])] = process
-        except (psutil.Error, ValueError, KeyError):
+        except (psutil.Error, ValueError):
             # Somebody else's, or just ended.
             continue
     if not agents or not ranks:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+from setproctitle import setproctitle
+
 from launcher.errors import RunError
+
+_TITLE = re.compile(r"launcher rank (\d+): (.+) (\d+)")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,30 @@ class NodePlace:
     @property
     def is_head(self) -> bool:
         return self.node == 0
+
+
+@dataclass(frozen=True)
+class RankTitle:
+    """What `ps` shows of a rank: it was not started by a command line of its own where it was forked."""
+
+    rank: int
+    plan_path: str
+    attempt: int
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> RankTitle | None:
+        """The title of a process, or None where that is no rank.
+
+        Raises:
+            psutil.Error: where the process has ended or cannot be looked at.
+        """
+        match = _TITLE.fullmatch(" ".join(process.cmdline()).strip())
+        return cls(int(match[1]), match[2], int(match[3])) if match else None
+
+
+def set_title(rank: int, plan_path: str, attempt: int) -> None:
+    """Name this process in `ps`, `top` and `nvidia-smi`."""
+    setproctitle(f"launcher rank {rank}: {plan_path} {attempt}")
 
 
 def redirect_output(log: Path) -> None:

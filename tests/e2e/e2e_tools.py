@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from launcher.worker.rank import RankTitle
+
 TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none")
 
 
@@ -59,9 +61,9 @@ def by_rank(processes: Iterable[psutil.Process]) -> dict[int, psutil.Process]:
     """Those that are ranks, without what ends meanwhile."""
     found = {}
     for process in processes:
-        with suppress(psutil.NoSuchProcess, KeyError):  # a zombie has no environment
-            if "launcher.worker.entry" in process.cmdline():
-                found[int(process.environ()["RANK"])] = process
+        with suppress(psutil.NoSuchProcess):
+            if (title := RankTitle.of(process)) is not None:
+                found[title.rank] = process
     return found
 
 

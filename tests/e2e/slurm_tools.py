@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
+from e2e_tools import TINY, command_line, last_step, losses, metrics, status, wait_for
 from testbed_cluster import Testbed
 
 from launcher import run_store
@@ -32,6 +32,14 @@ SETTINGS = (
     f"train.max_steps={STEPS}",
 )
 ENDED = ("completed", "failed", "cancelled", "preempted")
+
+
+def process_of(pid: int) -> psutil.Process | None:
+    """The process with this id, None where it has ended meanwhile."""
+    try:
+        return psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
 
 
 @dataclass(frozen=True)
@@ -73,22 +81,14 @@ class SlurmRun:
         return self.bed.output("squeue", "-h", "-j", job or self.job, "-o", "%T").strip()
 
     def ranks(self, node: str) -> list[psutil.Process]:
-        return self._processes(node, "launcher.worker.entry")
+        return self._processes(node, "launcher rank ")
 
     def agents(self, node: str) -> list[psutil.Process]:
-        return self._processes(node, "launcher.worker.agent")
+        return self._processes(node, "launcher.worker.agent ")
 
-    def _processes(self, node: str, module: str) -> list[psutil.Process]:
-        found = []
-        for pid in self.bed.processes(node):
-            try:
-                process = psutil.Process(pid)
-                words = process.cmdline()
-            except psutil.NoSuchProcess:
-                continue
-            if module in words and any(str(self.path) in word for word in words):
-                found.append(process)
-        return found
+    def _processes(self, node: str, words: str) -> list[psutil.Process]:
+        every = [process for process in map(process_of, self.bed.processes(node)) if process is not None]
+        return [process for process in every if words in (line := command_line(process)) and str(self.path) in line]
 
     def await_step(self, step: int, attempt: int = 1, deadline_s: float = 90) -> None:
         def there() -> bool:

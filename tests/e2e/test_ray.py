@@ -259,7 +259,7 @@ def require_closed(run: Path, folder: Path) -> None:
         with suppress(psutil.NoSuchProcess):
             said = " ".join([process.name(), *process.cmdline()])
             # torch's store of rank 0 listens for the ranks of other nodes.
-            if "launcher.worker.entry" in said:
+            if "launcher rank " in said:
                 continue
             listening[said] = {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
     assert any(ips for said, ips in listening.items() if "dashboard/dashboard.py" in said)

@@ -16,8 +16,7 @@ run, rank, step = Path(sys.argv[1]).resolve(), sys.argv[2], int(sys.argv[3])
 def process_id() -> int | None:
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            command = process.cmdline()
-            if "launcher.worker.entry" in command and str(run / "plan.json") in command and process.environ().get("RANK") == rank:
+            if " ".join(process.cmdline()).startswith(f"launcher rank {rank}: {run / 'plan.json'} "):
                 return process.pid
     return None
 

@@ -55,20 +55,24 @@ def train(plan, place, stop, beat, leave_outcome):
         os._exit(7)
     return types.SimpleNamespace(state="completed", reason="completed", step=1, message="trained", checkpoint="")
 
-if "launcher.worker.entry" in sys.orig_argv:
+if {"launcher.worker.entry", "launcher.worker.fork_server"} & {*sys.orig_argv}:
+    preload = types.ModuleType("launcher.train.preload")
+    preload.import_stack = lambda plan: None
     engine, loop = types.ModuleType("launcher.train.engine"), types.ModuleType("launcher.train.loop")
     engine.Place = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
         rank=rank, restart=restart, is_main=rank == 0
     )
     loop.train = train
-    sys.modules.update({"launcher.train.engine": engine, "launcher.train.loop": loop})
+    names = ("launcher.train.engine", "launcher.train.loop", "launcher.train.preload")
+    sys.modules.update(zip(names, (engine, loop, preload), strict=True))
 """
 
 
-@pytest.fixture
-def run(config_of: Callable[..., RunConfig], tmp_path: Path) -> RunDir:
+@pytest.fixture(params=["true", "false"], ids=["forked", "new processes"])
+def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.FixtureRequest) -> RunDir:
     """A run on two ranks of this machine, whose attempt 1 is about to begin."""
-    config = config_of("tracking=none", "run.name=tried", "cluster.max_restarts=2", "cluster.ranks_per_node=2")
+    cluster = ("cluster.max_restarts=2", "cluster.ranks_per_node=2", f"cluster.fork_ranks={request.param}")
+    config = config_of("tracking=none", "run.name=tried", *cluster)
     run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
     run_store.update_status(run, attempt=run_store.next_attempt(run, Attempt(resume_step=None)))
     return run

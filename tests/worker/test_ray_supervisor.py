@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_store import Attempt
 from launcher.worker import record
+from launcher.worker.rank_process import RankProcesses
 from launcher.worker.ray import supervisor
 
 PLACE = {"rank": 0, "world_size": 1, "local_size": 1, "address": "127.0.0.1", "port": 1, "peers": ["127.0.0.1"], "others": []}
@@ -28,6 +30,7 @@ class Told(supervisor._Worker):
     def __init__(self, answer: dict[str, Any]) -> None:
         self.rank = self.local_rank = 0
         self.node = "n1"
+        self.ranks = RankProcesses()
         self.answer, self.told = answer, list[str | None]()
 
     def _beat(self, ended: str | None, sign: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def test_that_a_rank_has_failed_is_told_before_the_mirror_is_waited_for(
     played = Played(ray_plan(working_dir=str(tmp_path), workers=1))
     worker = Told(NOTHING)
     monkeypatch.setattr(supervisor.MirrorProcess, "start", lambda *_: Endless(worker))
-    monkeypatch.setattr(supervisor.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
     assert worker._train(orders) == "failed"
     assert worker.told[worker.told.index("failed") :] == ["failed", "mirrors", None]
@@ -67,7 +70,7 @@ def test_a_damaged_record_of_a_rank_is_no_failure_of_the_worker(
     rank.write_text('#!/bin/sh\nprintf "{" > $TORCHELASTIC_ERROR_FILE\nprintf "{" > $0.final\nkill -KILL $$\n')
     rank.chmod(0o700)
     (played.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
-    monkeypatch.setattr(supervisor.sys, "executable", str(rank))
+    monkeypatch.setattr(sys, "executable", str(rank))
     orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
     assert Told(NOTHING)._train(orders) == "failed"
     failure = run_store.read_json(record.node_file(played.run, 1, 0))["first_failure"]
@@ -132,7 +135,7 @@ def test_states_on_a_nodes_disk_go_with_the_attempt_unless_another_uses_them(
     assert run_store.load_plan(played.run).nvme_folder == states
     if not is_newest:
         run_store.next_attempt(played.run, Attempt(resume_step=None, automatic=True))
-    monkeypatch.setattr(supervisor.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     worker = Told(NOTHING)
     worker.local_rank = local_rank
     worker._train({**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}})

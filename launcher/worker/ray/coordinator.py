@@ -45,6 +45,7 @@ class Coordinator:
     def __init__(
         self, plan_path: str, number: int, job: str, draining: Callable[[], set[str]], gone: Callable[[], set[str]]
     ) -> None:
+        self._plan_path = plan_path
         self._plan = LaunchPlan.load(plan_path)
         self._run = RunDir(Path(self._plan.run_dir))
         self._attempts = Attempts(plan_path, self._plan, number, job, gone)
@@ -87,14 +88,16 @@ class Coordinator:
         idle_s = 0.0 if self._idle_since is None else time.monotonic() - self._idle_since
         return {"number": self._attempts.number, "idle_s": idle_s, "early_words": self._early_words, "over": self._attempts.over}
 
-    def enter(self, group: str, size: int, member: Mapping[str, Any]) -> None:
+    def enter(self, group: str, size: int, member: Mapping[str, Any]) -> dict[str, Any]:
         """A worker has started; a group takes over from the one before when all of its workers have come.
 
-        A worker that was cut off may come back late: its group is gone, or never gets complete.
+        Returns the run's plan and the variables of its ranks, so that a worker can import before it has orders. One that was cut
+        off may come back late: its group is gone, or never gets complete.
         """
         current = self._group
+        entrusted = {"plan": self._plan_path, "environment": self._environment}
         if group in self._gone or (current is not None and current.id == group):
-            return
+            return entrusted
         found = self._coming.setdefault(group, Group(group, size, Liveness(self._limits)))
         found.members[member["rank"]] = Member(**member)
         if found.is_complete:
@@ -102,6 +105,7 @@ class Coordinator:
             self._coming.clear()
             self._group = found
             self._hear(found, member["rank"])
+        return entrusted
 
     def failed_early(self, words: str) -> None:
         """A worker could not come so far as to enter; Ray Train would start others for ever.

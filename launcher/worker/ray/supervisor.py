@@ -10,10 +10,9 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import heartbeat, network, node_check, record
 from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.rank_process import RankProcesses
 from launcher.worker.ray.actor import deaths
 from launcher.worker.ray.liveness import Observer
 from launcher.worker.ray.reporter import Reporter
@@ -84,6 +84,8 @@ def _take_part(coordinator: Any, interface: str | None) -> dict[str, Any]:
     except Exception as error:
         worker.give_up(error)
         raise
+    finally:
+        worker.ranks.close()
 
 
 def _words(error: Exception) -> str:
@@ -120,6 +122,7 @@ class _Worker:
         # Which worker the ranks meet at is known when it is known who trains.
         self.listener = _Listener(self.address, self.port)
         self.reporter = Reporter(self.rank)
+        self.ranks = RankProcesses()
         # The attempt, once it is known.
         self.orders: dict[str, Any] = {}
 
@@ -132,7 +135,7 @@ class _Worker:
             "address": self.address,
             "port": self.port,
         }
-        self._call("enter", self.group, self.size, member)
+        self._warm_up(**self._call("enter", self.group, self.size, member))
 
     def run(self) -> dict[str, Any]:
         """The verdict on the attempt."""
@@ -241,11 +244,12 @@ class _Worker:
         keys = {**os.environ, **orders["environment"], **plan.ray.env}
         mirror = MirrorProcess.start(plan, plan_path, run, attempt, keys) if number == 0 else None
         observer = Observer(board, self.local_rank, plan.config.cluster.stall_seconds)
-        command = [sys.executable, "-u", "-m", "launcher.worker.entry", plan_path, str(attempt)]
-        environment = self._environment(plan, run, orders, error_file, board)
+        environment = self._rank_environment(plan, run, orders, error_file, board)
         # Blocked from its first instruction on: what comes while it imports waits until it listens.
         with _blocked_signals():
-            rank = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=run.root)
+            rank = self.ranks.start(plan_path, attempt, environment)
+        # Another attempt has other workers.
+        self.ranks.close()
         sent: dict[str, float] = {}
         try:
             while rank.poll() is None:
@@ -300,17 +304,24 @@ class _Worker:
         again = answer["verdict"] is not None and answer["verdict"]["again"]
         return again or answer["signal"] == "KILL" or (answer["signal"] == "TERM" and not failed)
 
-    def _environment(
+    def _warm_up(self, plan: str, environment: Mapping[str, str]) -> None:
+        """Have a fork server import what a rank of `plan` needs, while the workers come together and the nodes are checked."""
+        try:
+            planned = LaunchPlan.load(plan)
+        except OSError:
+            # The check tells that this node does not see it.
+            return
+        self.ranks = RankProcesses(Path(planned.run_dir))
+        if planned.config.cluster.fork_ranks:
+            with _blocked_signals():
+                self.ranks.warm_up(plan, _node_environment(planned, environment))
+
+    def _rank_environment(
         self, plan: LaunchPlan, run: RunDir, orders: dict[str, Any], error_file: Path, board: heartbeat.Board
     ) -> dict[str, str]:
-        section, cores = plan.ray, len(os.sched_getaffinity(0))
+        section = plan.ray
         environment = {
-            **os.environ,
-            **orders["environment"],
-            # Ray sets the threads of an actor to the CPUs that it asked for, which are few or none.
-            "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
-            "PYTHONPATH": process.with_code(run.code, os.environ),
-            "PYTHONSAFEPATH": "1",
+            **_node_environment(plan, orders["environment"]),
             "RANK": str(orders["rank"]),
             "LOCAL_RANK": str(self.local_rank),
             "WORLD_SIZE": str(orders["world_size"]),
@@ -326,6 +337,20 @@ class _Worker:
             # NCCL takes a bare name for a prefix.
             environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
         return {**environment, **section.env}
+
+
+def _node_environment(plan: LaunchPlan, entrusted: Mapping[str, str]) -> dict[str, str]:
+    """The variables that are the same for all ranks of this node, those that the driver has entrusted to them among these."""
+    cores = len(os.sched_getaffinity(0))
+    return {
+        **os.environ,
+        **entrusted,
+        # Ray sets the threads of an actor to the CPUs that it asked for, which are few or none.
+        "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
+        "PYTHONPATH": process.with_code(RunDir(Path(plan.run_dir)).code, os.environ),
+        "PYTHONSAFEPATH": "1",
+        **plan.ray.env,
+    }
 
 
 def unreachable(node: str, others: Sequence[tuple[str, str, int]], most_s: float) -> list[Problem]:

@@ -39,10 +39,10 @@ class _Watched:
 
 
 def _writing(make: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
-    attempt, rank = int(sys.argv[-1]), int(os.environ["RANK"])
-    file = os.path.join(os.environ["ROWS_SEEN"], f"{attempt:03d}-{rank}.jsonl")
-
     def made(batches: Any, step: int) -> Any:
+        # A rank may be a fork of the process that has loaded this.
+        attempt, rank = int(sys.argv[-1]), int(os.environ["RANK"])
+        file = os.path.join(os.environ["ROWS_SEEN"], f"{attempt:03d}-{rank}.jsonl")
         batch = make(batches, step)
         own = [row for micro in batch.micro for row in micro.row_ids]
         with open(file, "a") as lines:
@@ -52,5 +52,5 @@ def _writing(make: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
     return made
 
 
-if os.environ.get("ROWS_SEEN") and "launcher.worker.entry" in sys.orig_argv:
+if os.environ.get("ROWS_SEEN") and {"launcher.worker.entry", "launcher.worker.fork_server"} & {*sys.orig_argv}:
     sys.meta_path.insert(0, _Watched())  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""The process that ranks are forked from: `python -m launcher.worker.fork_server SOCKET PLAN`.
+
+Importing torch, transformers and DeepSpeed takes seconds at every start and restart. The server imports them once per node
+and then forks a rank in milliseconds. It forks twice, and the process in between exits: the kernel then gives the rank to the
+node's agent, which has made itself the reaper of orphans for that moment (launcher.worker.rank_process). So the rank is a
+child of the agent, as if the agent had started it: it is signalled, waited for and killed in the same way.
+
+A fork copies only the thread that forks. A server that has more threads than its main one, or that has opened a CUDA
+context, refuses, and the agent starts ranks as new processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from setproctitle import setproctitle
+
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.worker import entry
+from launcher.worker.rank import die_with_parent
+
+_CUDA_NOT_INITIALIZED = 3
+# From the fork of a rank until the kernel has given it to the agent.
+_ADOPTION_S = 30.0
+
+# How variables begin that are read after the fork. What libraries may read while they are imported must be the same in the
+# server and in the rank.
+_READ_LATER = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "NCCL_", "GLOO_"),
+    *("LAUNCHER_", "WANDB_", "HF_TOKEN", "AWS_", "GOOGLE_"),
+)
+
+
+def differing(environment: Mapping[str, str], imported_with: Mapping[str, str]) -> list[str]:
+    """Names of variables of a rank that libraries may have read with another value while the server imported them."""
+    names = environment.keys() | imported_with.keys()
+    changed = (name for name in names if environment.get(name) != imported_with.get(name))
+    return sorted(name for name in changed if not name.startswith(_READ_LATER))
+
+
+def main(descriptor: int, plan_path: str) -> None:
+    """Import what ranks need, then fork one for each request until the agent closes the socket. Ranks return from here too."""
+    die_with_parent()
+    setproctitle(f"launcher fork server: {plan_path}")
+    # Ctrl-C reaches the whole terminal group; what it means to a rank is the agent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    agent_pid = os.getppid()
+    _import_stack(LaunchPlan.load(Path(plan_path)))
+    # What lives for good is left out of every later collection, which would also make copies of its pages.
+    gc.freeze()
+    gc.enable()
+    arguments = _serve(socket.socket(fileno=descriptor), agent_pid)
+    if arguments is not None:
+        entry.main(arguments[0], int(arguments[1]))
+
+
+def _import_stack(plan: LaunchPlan) -> None:
+    # Read while DeepSpeed is imported.
+    os.environ["DS_ACCELERATOR"] = plan.topology.device
+    from launcher.train.preload import import_stack
+
+    import_stack(plan)
+
+
+def _serve(connection: socket.socket, agent_pid: int) -> Sequence[str] | None:
+    """Fork a rank per request. Returns the rank's arguments in the rank, and None in the server when the agent has gone."""
+    refusal = why_unsafe()
+    requests = connection.makefile("r", encoding="utf-8")
+    while line := requests.readline():
+        request: dict[str, Any] = json.loads(line)
+        answer: dict[str, Any] = {"refusal": refusal}
+        if refusal is None:
+            try:
+                pid = _fork_orphan()
+            except OSError as error:
+                answer = {"refusal": f"it cannot fork: {error.strerror or error}"}
+            else:
+                if pid == 0:
+                    requests.close()
+                    connection.close()
+                    _await_adoption(agent_pid)
+                    os.environ.clear()
+                    os.environ.update(request["environment"])
+                    arguments: Sequence[str] = request["arguments"]
+                    sys.argv[1:] = arguments
+                    return arguments
+                answer = {"pid": pid}
+        try:
+            connection.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:
+            break
+    return None
+
+
+def _fork_orphan() -> int:
+    """Fork a process whose parent ends at once; returns its process id in the caller and 0 in the process itself.
+
+    Raises:
+        OSError: where no process can be made.
+    """
+    reader, writer = os.pipe()
+    between = os.fork()
+    if between == 0:
+        os.close(reader)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.write(writer, f"-{error.errno}".encode())
+            os._exit(1)
+        if pid == 0:
+            os.close(writer)
+            return 0
+        os.write(writer, str(pid).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        pid = int(answer.read() or 0)
+    os.waitpid(between, 0)
+    if pid <= 0:
+        raise OSError(-pid, os.strerror(-pid))
+    return pid
+
+
+def _await_adoption(agent_pid: int) -> None:
+    until = time.monotonic() + _ADOPTION_S
+    while os.getppid() != agent_pid:
+        if time.monotonic() > until:
+            # The agent has gone.
+            os._exit(1)
+        time.sleep(0.0005)
+
+
+def why_unsafe() -> str | None:
+    """Why this process must not be forked, or None."""
+    threads = []
+    for task in Path("/proc/self/task").iterdir():
+        if task.name != str(os.getpid()):
+            with suppress(OSError):
+                threads.append((task / "comm").read_text().strip())
+    if threads:
+        return f"importing has started threads ({', '.join(sorted(threads))}), which a forked process lacks"
+    if _has_initialized_cuda():
+        return "importing has initialized CUDA, which a forked process cannot use"
+    return None
+
+
+def _has_initialized_cuda() -> bool:
+    """Whether cuInit was called, by whichever library; asking does not call it."""
+    if not hasattr(os, "RTLD_NOLOAD"):
+        return False
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)
+    except OSError:
+        # Nothing has loaded the driver.
+        return False
+    context = ctypes.c_void_p()
+    return bool(driver.cuCtxGetCurrent(ctypes.byref(context)) != _CUDA_NOT_INITIALIZED)
+
+
+if __name__ == "__main__":
+    # Thousands of modules make many objects and leave no garbage: looking for some takes a fifth of the time.
+    gc.disable()
+    main(int(sys.argv[1]), sys.argv[2])

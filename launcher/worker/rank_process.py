@@ -1,0 +1,221 @@
+"""Ranks as the processes of their agent: forked from the node's fork server, or started as new Python processes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from launcher.worker.fork_server import differing
+
+_PR_SET_CHILD_SUBREAPER = 36
+_ADOPTION_S = 10.0
+_POLL_S = 0.01
+# Of the server and of the ranks that it forks.
+_VARIABLES = {
+    # OpenBLAS starts its threads when numpy is imported; ranks compute with torch.
+    "OPENBLAS_NUM_THREADS": "1",
+    # Otherwise torch initializes CUDA as soon as something asks how many GPUs there are.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+
+
+class RankProcess(Protocol):
+    """What subprocess.Popen and ForkedProcess have in common."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+# Starts a rank with these variables.
+StartRank = Callable[[Mapping[str, str]], RankProcess]
+
+
+class ForkedProcess:
+    """A child of this process that it has not started itself."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        # A process id is another process's as soon as the end of the first has been collected.
+        self._lock = threading.Lock()
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal, or None while the process runs."""
+        with self._lock:
+            return self._poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: where it has not ended after `timeout` seconds.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if until is not None and time.monotonic() > until:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+            time.sleep(_POLL_S)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, or do nothing where the process has ended."""
+        with self._lock:
+            if self._poll() is None:
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def _poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+class ForkFailed(Exception):
+    """No rank can be forked; the text says why."""
+
+
+class ForkServer:
+    """The agent's end of `python -m launcher.worker.fork_server`."""
+
+    def __init__(self, plan_path: str, environment: Mapping[str, str], folder: Path | None = None) -> None:
+        """Start the server in `folder`, with the variables that are read while it imports, and do not wait for it."""
+        self._environment = {**environment, **_VARIABLES}
+        self._connection, theirs = socket.socketpair()
+        self._answers = self._connection.makefile("r", encoding="utf-8")
+        with theirs:
+            command = [sys.executable, "-u", "-m", "launcher.worker.fork_server", str(theirs.fileno()), plan_path]
+            self._process = subprocess.Popen(
+                command, env=self._environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=folder
+            )
+
+    def fork(self, arguments: Sequence[str], environment: Mapping[str, str]) -> ForkedProcess:
+        """Fork a rank with these arguments of launcher.worker.entry; waits until the server has imported everything.
+
+        Raises:
+            ForkFailed: where it cannot be forked safely, or at all.
+        """
+        environment = {**environment, **_VARIABLES}
+        if names := differing(environment, self._environment):
+            raise ForkFailed(f"{', '.join(names)} must be set before anything is imported")
+        request = json.dumps({"arguments": [*arguments], "environment": environment})
+        with _adopting_orphans():
+            try:
+                self._connection.sendall(request.encode() + b"\n")
+                answer: dict[str, Any] = json.loads(self._answers.readline())
+            except (OSError, ValueError):
+                raise ForkFailed(f"the fork server has ended with exit code {self._end()}") from None
+            if "pid" not in answer:
+                raise ForkFailed(answer["refusal"])
+            return ForkedProcess(_await_child(answer["pid"]))
+
+    def close(self) -> None:
+        """End the server; ranks stay."""
+        self._answers.close()
+        self._connection.close()
+        self._end()
+
+    def _end(self) -> int:
+        with suppress(subprocess.TimeoutExpired):
+            return self._process.wait(1.0)
+        self._process.kill()
+        return self._process.wait()
+
+
+@contextmanager
+def _adopting_orphans() -> Iterator[None]:
+    """Become the parent of descendants whose own parent ends (Linux).
+
+    Only meanwhile: what killed ranks leave behind is to go to the system, as it does without a fork server.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise ForkFailed(f"the kernel does not let a process adopt orphans: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield
+    finally:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+def _await_child(pid: int) -> int:
+    until = time.monotonic() + _ADOPTION_S
+    while True:
+        try:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            if time.monotonic() > until:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                raise ForkFailed("the forked process did not become a child of the agent") from None
+            time.sleep(0.0005)
+        else:
+            return pid
+
+
+class RankProcesses:
+    """Starts the ranks of one node, or of one worker of Ray, in `folder`, and sends signals to those that run."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._server: ForkServer | None = None
+        self._lock = threading.Lock()
+        self._started: list[RankProcess] = []
+
+    def warm_up(self, plan_path: str, environment: Mapping[str, str]) -> None:
+        """Have a fork server import what ranks of this plan need, while this process goes on."""
+        self._server = ForkServer(plan_path, environment, self._folder)
+
+    def start(self, plan_path: str, attempt: int, environment: Mapping[str, str]) -> RankProcess:
+        """Start a rank with these variables; a forked one also has those that a fork server needs."""
+        arguments = (plan_path, str(attempt))
+        process = self._fork(arguments, environment) if self._server is not None else None
+        if process is None:
+            command = [sys.executable, "-u", "-m", "launcher.worker.entry", *arguments]
+            process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=self._folder)
+        with self._lock:
+            self._started = [*(other for other in self._started if other.returncode is None), process]
+        return process
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to every rank that runs."""
+        with self._lock:
+            started = self._started
+        for process in started:
+            process.send_signal(number)
+
+    def close(self) -> None:
+        """End the fork server."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _fork(self, arguments: Sequence[str], environment: Mapping[str, str]) -> RankProcess | None:
+        assert self._server is not None
+        try:
+            return self._server.fork(arguments, environment)
+        except ForkFailed as error:
+            print(f"ranks are started as new processes: {error}", flush=True)
+            self.close()
+            return None
