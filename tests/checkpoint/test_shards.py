@@ -139,7 +139,7 @@ def test_the_dynamic_loss_scale_of_fp16_is_carried_over(monkeypatch):
         assert vars(loaded.optimizer.loss_scaler) == vars(saved.optimizer.loss_scaler)
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 def test_the_compiled_cpu_adam_continues_bit_for_bit(offload_runs):
     assert_same_bits(offload_runs.dump("offload", "straight"), offload_runs.dump("offload", "resumed"))
@@ -150,7 +150,7 @@ def test_the_compiled_cpu_adam_continues_bit_for_bit(offload_runs):
 NVME_KINDS = ["nvme", "nvme_params"]
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_these_states_really_lie_on_nvme(nvme_runs, kind):
@@ -161,7 +161,7 @@ def test_these_states_really_lie_on_nvme(nvme_runs, kind):
         assert found["weights"] == (3 if kind == "nvme_params" else 0)
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_states_on_nvme_continue_bit_for_bit_in_new_processes_and_in_one_that_goes_back(nvme_runs, kind):
@@ -175,7 +175,7 @@ def test_states_on_nvme_continue_bit_for_bit_in_new_processes_and_in_one_that_go
         assert nvme_runs.report(kind, "losses-again", rank) == losses[:2]
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_states_on_nvme_go_to_another_world_size_and_back(nvme_runs, kind):
@@ -183,7 +183,7 @@ def test_states_on_nvme_go_to_another_world_size_and_back(nvme_runs, kind):
     assert_same_bits(nvme_runs.dump(kind, "saved"), nvme_runs.dump(kind, "two"), at_least=30)
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_a_save_from_nvme_that_fails_half_way_leaves_training_as_it_was(nvme_runs, kind):
@@ -193,7 +193,7 @@ def test_a_save_from_nvme_that_fails_half_way_leaves_training_as_it_was(nvme_run
         assert nvme_runs.report(kind, "losses-last", rank) == nvme_runs.report(kind, "losses", rank)[3:]
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
 def test_training_waits_for_a_save_from_nvme_even_where_one_in_the_background_was_asked_for(nvme_runs, kind):

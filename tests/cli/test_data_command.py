@@ -203,7 +203,7 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, t
     assert json.loads((runs / "x/status.json").read_text())["step"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_two_runs_at_once_build_one_cache(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
     environment = {**launcher_env, "LAUNCHER_CACHE": str(tmp_path / "cache")}
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "train.max_steps=1", "train.export=false")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from e2e_tools import TINY, last_step, losses, metrics, processes_of, status
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 # Starting and loading alone cost more than the limits here: the run stops after the first steps.
@@ -36,7 +38,6 @@ def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: st
     assert not processes_of(run)
 
 
-@pytest.mark.slow
 def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: Launch, runs: Path) -> None:
     run, price = runs / "bounded", f"cluster.price_per_gpu_hour={PRICE}"
     done = launch(*SETTINGS, price, "run.max_usd=0.001", f"run.root={runs}", "run.name=bounded")
@@ -62,13 +63,11 @@ def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: La
     assert lost["lost/idle_s"] > 0, "the time between the two"
 
 
-@pytest.mark.slow
 def test_hours_that_are_over_stop_a_run(launch: Launch, runs: Path) -> None:
     done = launch(*SETTINGS, "run.max_hours=0.001", f"run.root={runs}", "run.name=hours")
     require_stopped(runs / "hours", done, r"run\.max_hours=0\.001 is reached; saved at step")
 
 
-@pytest.mark.slow
 def test_an_evaluation_ends_where_the_hours_do(launch: Launch, runs: Path) -> None:
     """Half of the data is held out, which takes far longer than what is left of the limit."""
     settings = (*TINY, "train.max_steps=100000", "train.export=false", "data.eval_fraction=0.5", "run.max_hours=0.001")

@@ -16,6 +16,8 @@ from e2e_tools import TINY, losses, processes_of, status, wait_for
 
 from launcher.checkpoint import store
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 20
@@ -81,7 +83,6 @@ def alerts(run: Path) -> list[str]:
     return [line["text"] for line in lines if line["kind"] == "alert"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "what"), [(flip, "its digest differs"), (truncate, "has the wrong size (4,096 bytes")])
 def test_the_checkpoint_before_a_damaged_one_is_used_and_the_user_told(
     launch: Launch, run: Path, undisturbed: Path, damage: Callable[[Path], None], what: str
@@ -103,7 +104,6 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_user_told(
     assert json.loads((run / "attempts/002/attempt.json").read_text())["resume_step"] == 15
 
 
-@pytest.mark.slow
 def test_where_all_are_damaged_the_run_fails_and_names_all(launch: Launch, run: Path) -> None:
     lies = committed(run)
     for name in lies:
@@ -147,7 +147,6 @@ def assert_kept_and_whole(run: Path) -> None:
     assert status(run)["state"] == "failed"
 
 
-@pytest.mark.slow
 def test_a_full_disk_fails_the_save_with_both_numbers_and_keeps_the_checkpoint_before(
     launch: Launch, start: Callable, runs: Path, undisturbed: Path, mount: Callable[[Path, str], None]
 ) -> None:
@@ -173,7 +172,6 @@ def test_a_full_disk_fails_the_save_with_both_numbers_and_keeps_the_checkpoint_b
     assert losses(run) == losses(undisturbed)
 
 
-@pytest.mark.slow
 def test_a_disk_that_becomes_read_only_fails_the_save_and_resume_goes_on_when_it_is_mended(
     launch: Launch, start: Callable, runs: Path, undisturbed: Path, mount: Callable[[Path, str], None]
 ) -> None:

@@ -13,6 +13,8 @@ import pytest
 from e2e_tools import TINY, processes_of, status
 from testbed_cluster import Testbed
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 ON_SLURM = ("+cluster=slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.exclusive=false")
@@ -32,7 +34,6 @@ def drill(launch: Launch, fault: str, *settings: str, **env: str) -> dict:
     return report
 
 
-@pytest.mark.slow
 def test_this_machine_loses_a_rank_and_then_all_of_itself(launch: Launch, runs: Path) -> None:
     killed = drill(launch, "kill-rank", *TINY, f"run.root={runs}")
     assert killed["did"] == "SIGKILL to rank 1"
@@ -50,7 +51,6 @@ def test_this_machine_loses_a_rank_and_then_all_of_itself(launch: Launch, runs: 
     assert sorted((file, file.stat().st_mtime_ns) for file in Path(killed["run"]).rglob("*")) == before
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_named_and_survived(launch: Launch, runs: Path) -> None:
     report = drill(launch, "fill-disk", *TINY, f"run.root={runs}")
     assert os.strerror(errno.EFBIG) in report["happened"]
@@ -58,9 +58,7 @@ def test_a_full_disk_is_named_and_survived(launch: Launch, runs: Path) -> None:
     assert "saved when there was room again" in report["continued"]
 
 
-@pytest.mark.slow
 @pytest.mark.slurm
-@pytest.mark.variant
 def test_slurm_starts_a_killed_rank_again_in_its_allocation(launch: Launch, slurm: Testbed, runs: Path) -> None:
     report = drill(launch, "kill-rank", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert (report["did"], report["host"]) == ("SIGKILL to rank 1", "n2")
@@ -69,9 +67,7 @@ def test_slurm_starts_a_killed_rank_again_in_its_allocation(launch: Launch, slur
     assert slurm.output("squeue", "-h") == ""
 
 
-@pytest.mark.slow
 @pytest.mark.slurm
-@pytest.mark.variant
 def test_slurm_requeues_a_preempted_run_which_has_lost_nothing(launch: Launch, slurm: Testbed, runs: Path) -> None:
     report = drill(launch, "preempt", *TINY, *ON_SLURM, f"run.root={runs}", **slurm.variables)
     assert report["happened"].startswith("preempted: ")

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from test_gradient_invariance import assembled
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 CANARY = "canary-7f3a9c51d2"
 TEMPLATE = (

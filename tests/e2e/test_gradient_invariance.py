@@ -11,6 +11,8 @@ import torch
 from e2e_tools import TINY, losses
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.rest
+
 SPLITS = {"1x4": (1, "false"), "2x2": (2, "false"), "4x1": (4, "false"), "recomputed": (2, "true")}
 
 
@@ -22,7 +24,6 @@ def assembled(run: Path) -> dict[str, torch.Tensor]:
     return {name: torch.cat([shard[name].reshape(-1) for shard in shards if name in shard]) for name in names}
 
 
-@pytest.mark.slow
 def test_loss_and_parameters_do_not_depend_on_how_they_are_computed(
     launch: Callable[..., subprocess.CompletedProcess[str]], module_runs: Path
 ) -> None:

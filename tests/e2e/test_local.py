@@ -22,6 +22,8 @@ from launcher.run_store import RUNNING_STATES, Attempt
 from launcher.tracking.dashboard import SECTIONS
 from launcher.tracking.jsonl import read_events
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 30
@@ -89,7 +91,6 @@ def test_loss_falls_and_held_out_is_measured_before_and_after(undisturbed: Path)
     assert held_out[1] < held_out[0]
 
 
-@pytest.mark.slow
 def test_an_attempt_that_another_has_followed_ends_and_is_not_restarted(start: Callable, runs: Path) -> None:
     run = runs / "followed"
     with start(*SETTINGS, "cluster.max_restarts=2", f"run.root={runs}", "run.name=followed") as process:
@@ -103,7 +104,6 @@ def test_an_attempt_that_another_has_followed_ends_and_is_not_restarted(start: C
     assert not processes_of(run)
 
 
-@pytest.mark.slow
 def test_one_ctrl_c_saves_and_stops_and_resume_goes_on(launch: Launch, start: Callable, runs: Path, undisturbed: Path) -> None:
     run = runs / "stopped"
     with start(*SETTINGS, f"run.root={runs}", "run.name=stopped") as process:
@@ -122,7 +122,6 @@ def test_one_ctrl_c_saves_and_stops_and_resume_goes_on(launch: Launch, start: Ca
     assert losses(run) == losses(undisturbed)
 
 
-@pytest.mark.slow
 def test_two_ctrl_c_kill_at_once(start: Callable, runs: Path) -> None:
     run = runs / "impatient"
     settings = [s for s in SETTINGS if not s.startswith("train.max_steps")]
@@ -139,7 +138,6 @@ def test_two_ctrl_c_kill_at_once(start: Callable, runs: Path) -> None:
     assert not processes_of(run)
 
 
-@pytest.mark.slow
 def test_term_and_cancel_save_and_leave_nothing_behind(launch: Launch, start: Callable, runs: Path) -> None:
     settings = [s for s in SETTINGS if not s.startswith("train.max_steps")]
     run = runs / "terminated"
@@ -164,7 +162,6 @@ def test_term_and_cancel_save_and_leave_nothing_behind(launch: Launch, start: Ca
     assert "not running" in refused.stderr
 
 
-@pytest.mark.slow
 def test_ranks_do_not_outlive_a_killed_agent(launch: Launch, start: Callable, runs: Path) -> None:
     run = runs / "orphaned"
     with start(*SETTINGS, f"run.root={runs}", "run.name=orphaned") as process:
@@ -177,7 +174,6 @@ def test_ranks_do_not_outlive_a_killed_agent(launch: Launch, start: Callable, ru
     assert "failed" in launch("status", str(run)).stdout
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(launch: Launch, runs: Path) -> None:
     run = runs / "diverged"
     settings = [s for s in SETTINGS if not s.startswith(("train.save_every", "train.max_steps"))]
@@ -198,7 +194,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert losses(run)[5] < 10.8
 
 
-@pytest.mark.slow
 def test_what_a_resume_changed_stays_changed(launch: Launch, start: Callable, runs: Path) -> None:
     run = runs / "longer"
     settings = [s for s in SETTINGS if not s.startswith("train.max_steps")]

@@ -13,6 +13,8 @@ import pytest
 from e2e_tools import TINY, agent_of, last_step, losses, processes_of, ranks_of, status, wait_for
 from mirror_tools import S3, make_bucket, running_s3
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 20
@@ -35,7 +37,6 @@ def mirrored(run: Path, attempt: int = 1) -> dict:
     return json.loads(file.read_text()) if file.is_file() else {"steps": []}
 
 
-@pytest.mark.slow
 def test_a_machine_that_is_lost_with_its_disk(launch: Launch, start: Callable, runs: Path, s3: S3, tmp_path: Path) -> None:
     undisturbed = launch(*SETTINGS, f"run.root={runs}", "run.name=undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr
@@ -77,7 +78,6 @@ def test_a_machine_that_is_lost_with_its_disk(launch: Launch, start: Callable, r
     assert json.loads(launch("ls", f"s3://{s3.bucket}/runs", "--json", **other).stdout)[0]["state"] == "completed"
 
 
-@pytest.mark.slow
 def test_a_mirror_that_is_lost_does_not_stop_training(start: Callable, runs: Path, tmp_path: Path) -> None:
     mirror, run = tmp_path / "mirror", runs / "alone"
     settings = (*SETTINGS, f"train.mirror=file://{mirror}", f"run.root={runs}", "run.name=alone")
@@ -100,7 +100,6 @@ def test_a_mirror_that_is_lost_does_not_stop_training(start: Callable, runs: Pat
     assert not processes_of(run)
 
 
-@pytest.mark.slow
 def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(launch: Launch, start: Callable, runs: Path, tmp_path: Path) -> None:
     run, address = runs / "stopped", f"file://{tmp_path}/mirror"
     settings = [s for s in SETTINGS if not s.startswith(("train.max_steps", "train.save_every"))]
@@ -127,9 +126,7 @@ def test_a_mirror_that_cannot_be_written_refuses_the_run(launch: Launch, runs: P
     assert (nothing.returncode, "no run at this address" in nothing.stderr) == (2, True)
 
 
-@pytest.mark.variant
 @pytest.mark.slurm
-@pytest.mark.slow
 def test_on_slurm_the_head_node_sends(begin: Callable, tmp_path: Path) -> None:
     run = begin("mirrored", f"train.mirror=file://{tmp_path}/mirror")
     run.await_completed()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from e2e_tools import TINY, last_step, losses, ranks_of, status, wait_for
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_run_on_nvme_is_saved_resumed_and_exported(
     launch: Launch, start: Callable, runs: Path, tmp_path: Path, extensions: None

@@ -27,7 +27,7 @@ STEPS = 90
 SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
 RAY = (*SETTINGS, "+cluster=ray")
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,6 @@ def test_after_the_kill_of_a_worker_and_of_a_rank_the_run_goes_on_by_itself(
     await_no_process(run)
 
 
-@pytest.mark.slow
 def test_a_controller_of_rays_that_gives_up_is_replaced(
     start: Callable, root: Path, temporary: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -124,7 +123,6 @@ def test_a_controller_of_rays_that_gives_up_is_replaced(
     await_no_process(run)
 
 
-@pytest.mark.slow
 def test_a_coordinator_that_is_killed_is_replaced_and_the_run_goes_on(
     start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
@@ -148,7 +146,6 @@ def test_a_coordinator_that_is_killed_is_replaced_and_the_run_goes_on(
     await_no_process(run)
 
 
-@pytest.mark.slow
 def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
@@ -203,7 +200,6 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     assert launch("logs", str(run), "--rank", "1").returncode == 0
 
 
-@pytest.mark.slow
 def test_a_rank_and_a_worker_that_hang_are_named_and_the_run_goes_on(
     launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
@@ -277,7 +273,6 @@ def last_of_attempt(run: Path, attempt: int) -> int:
     return max((line["trainer/step"] for line in metrics(run) if line["attempt"] == attempt and "train/loss" in line), default=0)
 
 
-@pytest.mark.slow
 def test_what_would_repeat_itself_is_not_tried_again(launch: Launch, root: Path, temporary: Path) -> None:
     run = root / "diverged"
     done = launch(*RAY, "optim.lr=1e30", "optim.warmup_steps=0", f"run.root={root}", "run.name=diverged", TMPDIR=str(temporary))

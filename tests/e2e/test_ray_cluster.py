@@ -30,7 +30,7 @@ SETTINGS = (*TINY, "train.global_batch_size=32", f"train.max_steps={STEPS}", "tr
 # Of the same global batch on other numbers of ranks, sums are made in another order.
 CLOSE = 2e-3
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_request_that_can_never_be_met_fails_at_the_deadline(launch: Launch, c
     await_no_launcher(root / "many")
 
 
-@pytest.mark.parametrize("of_ray", [False, pytest.param(True, marks=pytest.mark.variant)])
+@pytest.mark.parametrize("of_ray", [False, pytest.param(True)])
 def test_a_node_that_does_not_share_the_storage_is_named(
     launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path, of_ray: bool
 ) -> None:
@@ -152,7 +152,6 @@ def test_a_node_that_does_not_share_the_storage_is_named(
     assert "n1:" not in message
 
 
-@pytest.mark.slow
 def test_an_elastic_run_does_without_a_node_that_is_unfit(
     launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path
 ) -> None:
@@ -197,7 +196,6 @@ def test_a_node_with_another_version_of_a_package_is_named(
     assert said in status(root / "versions")["message"] or other_way in status(root / "versions")["message"]
 
 
-@pytest.mark.slow
 def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
     launch: Launch, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -240,7 +238,6 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
     assert json.loads((mirror / "job/status.json").read_text())["state"] == "completed"
 
 
-@pytest.mark.slow
 def test_a_run_loses_a_node_and_gets_another(
     start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
@@ -277,7 +274,6 @@ def test_a_run_loses_a_node_and_gets_another(
     await_no_launcher(run)
 
 
-@pytest.mark.slow
 def test_a_run_of_fixed_size_survives_the_kill_of_a_worker_and_of_a_raylet(
     start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
 ) -> None:
@@ -304,7 +300,6 @@ def test_a_run_of_fixed_size_survives_the_kill_of_a_worker_and_of_a_raylet(
     await_no_launcher(run)
 
 
-@pytest.mark.slow
 def test_a_run_saves_before_a_node_is_taken_away(
     start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path, undisturbed: Path
 ) -> None:
@@ -328,7 +323,6 @@ def test_a_run_saves_before_a_node_is_taken_away(
     assert steps == list(range(1, STEPS + 1)), "no step was repeated"
 
 
-@pytest.mark.slow
 def test_keys_reach_the_ranks_and_nothing_else(
     launch: Launch, start: Callable, cluster: RayCluster, node: Callable[..., str], root: Path
 ) -> None:
@@ -360,7 +354,6 @@ def test_keys_reach_the_ranks_and_nothing_else(
     await_no_launcher(run)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("by_job", [False, True])
 def test_a_head_that_is_lost_is_told_with_the_way_to_go_on(launch: Launch, root: Path, by_job: bool) -> None:
     alone = RayCluster()

@@ -19,7 +19,7 @@ SAVE_EVERY = 4
 LAST_PART = 12
 NUM_KILLS = 10
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from e2e_tools import TINY, last_step, losses, status, wait_for
 
 from launcher.plan.launch_plan import LaunchPlan
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 SETTINGS = (*(s for s in TINY if s != "model=tiny"), "model=tiny", "data=jsonl", "data.eval_fraction=0", "train.export=false")
@@ -152,7 +154,6 @@ def test_other_data_behind_the_same_settings_is_refused(
     assert {"plan.data.key", "plan.data.num_rows", "plan.data.num_tokens"} <= shown.keys()
 
 
-@pytest.mark.slow
 def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
     launch: Launch, run: Path, own_cache: dict[str, str]
 ) -> None:
@@ -180,7 +181,6 @@ def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
     assert (status(run)["state"], last_step(run)) == ("completed", 3)
 
 
-@pytest.mark.slow
 def test_with_force_other_data_is_trained_on_and_recorded(launch: Launch, run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     write_rows(other, 500, 60)
@@ -209,7 +209,6 @@ def test_with_force_other_data_is_trained_on_and_recorded(launch: Launch, run: P
     assert "data.path" in back.stderr
 
 
-@pytest.mark.slow
 def test_a_second_command_is_told_what_runs(launch: Launch, start: Callable, runs: Path) -> None:
     run = runs / "busy"
     asked = (*TINY, "train.export=false", "train.max_steps=100000", f"run.root={runs}", "run.name=busy")

@@ -11,7 +11,7 @@ import pytest
 from e2e_tools import losses, metrics, status, wait_for
 from slurm_tools import STEPS, SlurmRun, assert_same_training
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 
 def test_a_signal_to_the_job_saves_and_requeues(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
@@ -33,7 +33,6 @@ def test_a_signal_to_the_job_saves_and_requeues(begin: Callable[..., SlurmRun], 
     assert steps == list(range(1, STEPS + 1)), "no step was done twice"
 
 
-@pytest.mark.variant
 def test_a_signal_to_one_rank_alone_stops_all_at_one_step(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("onerank")
     run.await_step(25)
@@ -43,7 +42,6 @@ def test_a_signal_to_one_rank_alone_stops_all_at_one_step(begin: Callable[..., S
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_a_job_of_a_higher_partition_takes_the_nodes_and_gives_them_back(
     begin: Callable[..., SlurmRun], undisturbed: Path
 ) -> None:
@@ -59,7 +57,6 @@ def test_a_job_of_a_higher_partition_takes_the_nodes_and_gives_them_back(
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_an_operator_requeues_the_job(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("requeued")
     run.await_step(25)
@@ -69,7 +66,6 @@ def test_an_operator_requeues_the_job(begin: Callable[..., SlurmRun], undisturbe
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_where_a_requeue_is_forbidden_the_run_is_submitted_again(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("norequeue", "cluster.requeue=false")
     run.await_step(25)
@@ -96,7 +92,6 @@ def test_a_killed_rank_is_started_again_inside_the_allocation(begin: Callable[..
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_a_stopped_rank_is_found_killed_and_started_again(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("stopped", "cluster.stall_seconds=6")
     run.await_step(25)
@@ -111,7 +106,6 @@ def test_a_stopped_rank_is_found_killed_and_started_again(begin: Callable[..., S
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_an_agent_that_is_killed_costs_the_job_and_not_the_run(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("agentkilled")
     run.await_step(25)
@@ -121,7 +115,6 @@ def test_an_agent_that_is_killed_costs_the_job_and_not_the_run(begin: Callable[.
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_the_time_limit_saves_in_time_and_the_run_goes_on(begin: Callable[..., SlurmRun]) -> None:
     run = begin(
         "limited", "cluster.time=2:00", "cluster.signal_lead_seconds=60", "train.max_steps=100000", "cluster.max_no_progress=0"

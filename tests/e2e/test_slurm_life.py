@@ -13,12 +13,11 @@ from e2e_tools import losses, metrics, wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 ENDLESS = "train.max_steps=100000"
 
 
-@pytest.mark.variant
 def test_two_ranks_on_each_node_resume_on_one_and_further(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("grid", "cluster.ranks_per_node=2", "train.max_steps=40")
     run.await_completed()
@@ -87,7 +86,6 @@ def test_a_running_run_is_cancelled_with_and_without_a_checkpoint(begin: Callabl
     assert run.attempt == 2
 
 
-@pytest.mark.variant
 def test_a_job_that_a_person_cancels_with_scancel_does_not_come_back(begin: Callable[..., SlurmRun]) -> None:
     run = begin("scancelled", ENDLESS)
     run.await_step(5)

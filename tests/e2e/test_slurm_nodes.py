@@ -15,10 +15,10 @@ from e2e_tools import command_line, losses, metrics, status, wait_for
 from slurm_tools import STEPS, Launch, SlurmRun, assert_same_training, submit
 from testbed_cluster import Testbed
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
 
-@pytest.mark.parametrize("how", ["kill", pytest.param("cut", marks=pytest.mark.variant)])
+@pytest.mark.parametrize("how", ["kill", pytest.param("cut")])
 def test_a_lost_node_is_replaced(begin: Callable[..., SlurmRun], undisturbed: Path, how: str) -> None:
     run = begin(how)
     run.await_step(25)
@@ -35,7 +35,6 @@ def test_a_lost_node_is_replaced(begin: Callable[..., SlurmRun], undisturbed: Pa
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_a_drained_node_ends_what_it_runs(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("drained")
     run.await_step(25)
@@ -45,7 +44,6 @@ def test_a_drained_node_ends_what_it_runs(begin: Callable[..., SlurmRun], undist
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch: Launch, slurm: Testbed, runs: Path) -> None:
     """One node, whose slurmd dies while its rank trains on: Slurm runs the job elsewhere, and two trainings exist."""
     run = submit(launch, slurm, runs, "orphan", "cluster.nodes=1", "train.max_steps=100000", "train.save_every=10")
@@ -68,7 +66,6 @@ def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch: Launch, slu
     assert launch("cancel", str(run.path), "--no-save", **slurm.variables).returncode == 0
 
 
-@pytest.mark.variant
 def test_a_controller_that_restarts_changes_nothing(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
     run = begin("controller")
     run.await_step(25)
@@ -96,7 +93,6 @@ def test_a_run_directory_that_a_node_does_not_see_names_the_node(
     assert run.attempt_record(1, "exit")["bad_nodes"] == ["n2"]
 
 
-@pytest.mark.variant
 def test_a_node_with_other_code_is_left_out(launch: Launch, slurm: Testbed, runs: Path, undisturbed: Path) -> None:
     waiting = "+cluster.additional_parameters.begin=now+6"
     run = submit(launch, slurm, runs, "othercode", "cluster.exclude_bad_nodes=true", waiting)
@@ -113,7 +109,6 @@ def test_a_node_with_other_code_is_left_out(launch: Launch, slurm: Testbed, runs
     assert_same_training(run.path, undisturbed)
 
 
-@pytest.mark.variant
 def test_names_that_resolve_to_loopback_and_a_taken_master_port_do_no_harm(
     begin: Callable[..., SlurmRun], slurm: Testbed, undisturbed: Path
 ) -> None:
@@ -133,7 +128,6 @@ def bare(other_slurm: Callable[..., AbstractContextManager[Testbed]]) -> Iterato
         yield bed
 
 
-@pytest.mark.variant
 def test_a_site_without_accounting_is_enough(launch: Launch, bare: Testbed, runs: Path, undisturbed: Path) -> None:
     run = submit(launch, bare, runs, "bare")
     run.await_step(25)

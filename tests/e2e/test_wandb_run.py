@@ -17,7 +17,7 @@ from launcher.tracking.jsonl import read_events
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = (*TINY, "tracking=wandb", "train.save_every=5", "train.eval_at_start=false", "train.export=false")
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.rest
 
 
 @pytest.fixture

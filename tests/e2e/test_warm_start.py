@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from e2e_tools import TINY, metrics, status
 
+pytestmark = pytest.mark.rest
+
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 SETTINGS = tuple(s for s in TINY if s != "tracking=none")
@@ -97,7 +99,6 @@ def test_the_weights_are_the_plans_own(source: Path, warm: tuple[Path, str]) -> 
     assert not list(folder.parent.glob(f".{folder.name}-*")), "nothing half made is left"
 
 
-@pytest.mark.slow
 def test_a_second_generation_from_a_chosen_step_and_a_path(launch: Launch, source: Path, warm: tuple[Path, str]) -> None:
     """`warm` has no export: the weights come from its checkpoint, in fp32 here."""
     settings = ("train.max_steps=1", "tracking=none", "train.export=false", "model.dtype=fp32")

@@ -17,7 +17,7 @@ from testbed_cluster import Testbed
 HERE = Path(__file__).resolve().parent
 DEADLINE_S = 540
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(DEADLINE_S + 60)]
+pytestmark = [pytest.mark.rest, pytest.mark.timeout(DEADLINE_S + 60)]
 
 Journey = Callable[..., None]
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.rest
+
 REPO = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
 def test_the_settings_lie_in_the_wheel(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {f"launcher/conf/{file.relative_to(REPO / 'conf')}" for file in (REPO / "conf").rglob("*.yaml")}

@@ -154,7 +154,7 @@ def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
 
 
 # W&B asks every 15 s whether it is to stop.
-@pytest.mark.slow
+@pytest.mark.rest
 def test_a_stop_in_the_page_is_a_wish_and_interrupts_nothing(make_plan: PlanMaker, server: FakeWandb) -> None:
     with rank(make_plan(), base_url=server.address) as it:
         it.start()

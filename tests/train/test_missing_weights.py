@@ -61,7 +61,7 @@ def built(tmp_path: Path, *folders: Path) -> list[list[str | None]]:
     return [[json.loads(line) for line in output.splitlines() if line.startswith(('"', "null"))] for output in outputs]
 
 
-@pytest.mark.slow
+@pytest.mark.rest
 def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(tmp_path: Path) -> None:
     whole = save_model(tmp_path / "whole", {"model_type": "llama", "tie_word_embeddings": True})
     assert "lm_head.weight" not in load_file(whole / "model.safetensors")
