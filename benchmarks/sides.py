@@ -157,8 +157,10 @@ def user_environment(folder: Path, **variables: str) -> dict[str, str]:
 
 
 def one_thread_environment() -> dict[str, str]:
-    """The environment of ranks that share this machine's cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """The environment of ranks that share this machine's cores; Python keeps its bytecode, as it does for users."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    return environment
 
 
 def run(command: list[str], log: Path, environment: dict[str, str] | None = None) -> str:

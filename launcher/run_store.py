@@ -112,9 +112,12 @@ def create(plan: LaunchPlan) -> RunDir:
 
 
 def snapshot_code(run: RunDir) -> None:
-    """Copy the package, so that a queued or resumed job runs what was submitted."""
+    """Copy the package, so that a queued or resumed job runs what was submitted.
+
+    Bytecode goes with it, which Python uses where it belongs to the source beside it: no node compiles the package again.
+    """
     source = Path(launcher.__file__).resolve().parent
-    shutil.copytree(source, run.code / "launcher", ignore=shutil.ignore_patterns("__pycache__", "*.pyc", "conf"))
+    shutil.copytree(source, run.code / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
 
 
 def attempt_numbers(run: RunDir) -> list[int]:

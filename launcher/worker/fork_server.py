@@ -12,7 +12,6 @@ context, refuses, and the agent starts ranks as new processes.
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import os
 import signal
@@ -57,9 +56,6 @@ def main(descriptor: int, plan_path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     agent_pid = os.getppid()
     _import_stack(LaunchPlan.load(Path(plan_path)))
-    # What lives for good is left out of every later collection, which would also make copies of its pages.
-    gc.freeze()
-    gc.enable()
     arguments = _serve(socket.socket(fileno=descriptor), agent_pid)
     if arguments is not None:
         entry.main(arguments[0], int(arguments[1]))
@@ -70,7 +66,7 @@ def _import_stack(plan: LaunchPlan) -> None:
     os.environ["DS_ACCELERATOR"] = plan.topology.device
     from launcher.train.preload import import_stack
 
-    import_stack(plan)
+    import_stack(plan, tracks=True)
 
 
 def _serve(connection: socket.socket, agent_pid: int) -> Sequence[str] | None:
@@ -169,6 +165,4 @@ def _has_initialized_cuda() -> bool:
 
 
 if __name__ == "__main__":
-    # Thousands of modules make many objects and leave no garbage: looking for some takes a fifth of the time.
-    gc.disable()
     main(int(sys.argv[1]), sys.argv[2])

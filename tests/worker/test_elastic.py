@@ -57,7 +57,7 @@ def train(plan, place, stop, beat, leave_outcome):
 
 if {"launcher.worker.entry", "launcher.worker.fork_server"} & {*sys.orig_argv}:
     preload = types.ModuleType("launcher.train.preload")
-    preload.import_stack = lambda plan: None
+    preload.import_stack = lambda plan, tracks: None
     engine, loop = types.ModuleType("launcher.train.engine"), types.ModuleType("launcher.train.loop")
     engine.Place = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
         rank=rank, restart=restart, is_main=rank == 0

@@ -1,0 +1,234 @@
+"""Processes forked from a server, as an agent has them: real ones, whose server imports nothing heavy."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from plan_fixtures import facts_for
+
+from launcher.config.schema import RunConfig
+from launcher.plan.planner import plan
+from launcher.worker import fork_server
+from launcher.worker.rank_process import ForkedProcess, ForkFailed, ForkServer, RankProcesses
+
+REPO = Path(__file__).resolve().parents[2]
+PR_GET_CHILD_SUBREAPER = 37
+DEADLINE_S = 30.0
+
+# The server imports what LAUNCHER_STACK says, and a rank runs what LAUNCHER_SCRIPT says.
+HOOK = """
+import os, sys, types
+
+if {"launcher.worker.entry", "launcher.worker.fork_server"} & {*sys.orig_argv}:
+    entry, preload = types.ModuleType("launcher.worker.entry"), types.ModuleType("launcher.train.preload")
+    entry.main = lambda plan_path, attempt: exec(os.environ["LAUNCHER_SCRIPT"], {"plan_path": plan_path, "attempt": attempt})
+    preload.import_stack = lambda plan, tracks: exec(os.environ.get("LAUNCHER_STACK", ""), {})
+    sys.modules |= {"launcher.worker.entry": entry, "launcher.train.preload": preload}
+"""
+
+
+TELL = """
+import json, os, sys
+seen = {"env": dict(os.environ), "argv": sys.argv, "parent": os.getppid(), "cwd": os.getcwd(), "input": sys.stdin.read()}
+json.dump(seen | {"arguments": [plan_path, attempt]}, open("seen" + os.environ["RANK"], "w"))
+"""
+LEAVE_AN_ORPHAN = """
+import os, time
+if pid := os.fork():
+    open("orphan", "w").write(str(pid))
+else:
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    hook = tmp_path_factory.mktemp("hook")
+    (hook / "sitecustomize.py").write_text(HOOK)
+    return {**os.environ, "PYTHONPATH": f"{hook}:{REPO}", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def plan_path(config_of: Callable[..., RunConfig], tmp_path: Path) -> str:
+    config = config_of("tracking=none", "run.name=tried")
+    (tmp_path / "plan.json").write_text(plan(config, facts_for(config, working_dir=str(tmp_path))).to_json())
+    return str(tmp_path / "plan.json")
+
+
+@pytest.fixture
+def server(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> Iterator[ForkServer]:
+    server = ForkServer(plan_path, environment, tmp_path)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def fork(server: ForkServer, plan_path: str, environment: Mapping[str, str]) -> Callable[..., ForkedProcess]:
+    return lambda script, **variables: server.fork((plan_path, "3"), {**environment, "LAUNCHER_SCRIPT": script, **variables})
+
+
+def test_a_rank_is_a_child_that_has_what_it_was_given(fork: Callable[..., ForkedProcess], plan_path: str, tmp_path: Path) -> None:
+    ranks = [fork(TELL, RANK=str(rank), MASTER_PORT=f"400{rank}", TORCHELASTIC_RESTART_COUNT="2") for rank in (0, 1)]
+    assert [rank.wait(DEADLINE_S) for rank in ranks] == [0, 0]
+    for number in (0, 1):
+        seen = json.loads((tmp_path / f"seen{number}").read_text())
+        assert seen["parent"] == os.getpid()
+        assert (seen["cwd"], seen["input"], seen["arguments"]) == (str(tmp_path), "", [plan_path, 3])
+        assert seen["argv"][1:] == [plan_path, "3"]
+        variables = {name: seen["env"][name] for name in ("RANK", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")}
+        assert variables == {"RANK": str(number), "MASTER_PORT": f"400{number}", "TORCHELASTIC_RESTART_COUNT": "2"}
+    assert ranks[0].pid != ranks[1].pid
+
+
+@pytest.mark.parametrize(
+    "script, code",
+    [
+        ("import sys; sys.exit(7)", 7),
+        ("import os; os._exit(0)", 0),
+        ("raise ValueError('unforeseen')", 1),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", -signal.SIGSEGV),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    ],
+)
+def test_a_rank_ends_as_a_process_of_its_own_does(
+    fork: Callable[..., ForkedProcess], tmp_path: Path, script: str, code: int
+) -> None:
+    output = (
+        "import atexit, sys; sys.stderr = open('output', 'w', buffering=1); atexit.register(print, 'at exit', file=sys.stderr); "
+    )
+    rank = fork(output + script)
+    assert rank.wait(DEADLINE_S) == code
+    assert rank.poll() == rank.returncode == code
+    # A process id belongs to another process from here on.
+    rank.send_signal(signal.SIGKILL)
+    text = (tmp_path / "output").read_text()
+    assert ("at exit" in text) == (code in (1, 7))
+    assert ("ValueError: unforeseen" in text) == (code == 1)
+
+
+def test_a_signal_reaches_the_rank_and_a_wait_has_its_time(fork: Callable[..., ForkedProcess]) -> None:
+    rank = fork("import time; time.sleep(60)")
+    with pytest.raises(subprocess.TimeoutExpired):
+        rank.wait(0.05)
+    assert rank.poll() is None
+    rank.send_signal(signal.SIGTERM)
+    assert rank.wait(DEADLINE_S) == -signal.SIGTERM
+
+
+def test_signals_that_are_blocked_here_wait_in_the_rank_from_its_first_instruction(
+    plan_path: str, environment: Mapping[str, str], tmp_path: Path
+) -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
+    try:
+        server = ForkServer(plan_path, environment, tmp_path)
+        script = "import signal, sys; sys.exit(signal.sigwait({signal.SIGUSR2}) == signal.SIGUSR2 and 5)"
+        rank = server.fork((plan_path, "1"), {**environment, "LAUNCHER_SCRIPT": script})
+        rank.send_signal(signal.SIGTERM)
+        rank.send_signal(signal.SIGUSR2)
+        assert rank.wait(DEADLINE_S) == 5
+        server.close()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_orphans_of_ranks_do_not_become_children_of_the_agent(fork: Callable[..., ForkedProcess], tmp_path: Path) -> None:
+    assert fork(LEAVE_AN_ORPHAN).wait(DEADLINE_S) == 0
+    orphan = psutil.Process(int((tmp_path / "orphan").read_text()))
+    assert orphan.ppid() != os.getpid()
+    orphan.kill()
+    adopts = ctypes.c_int(-1)
+    ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(adopts), 0, 0, 0)
+    assert adopts.value == 0
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "HF_HOME", "LD_PRELOAD"])
+def test_a_variable_that_imports_may_have_read_is_not_changed_afterwards(fork: Callable[..., ForkedProcess], name: str) -> None:
+    with pytest.raises(ForkFailed, match=f"^{name} must be set before"):
+        fork("pass", **{name: "17"})
+    assert fork("pass", NCCL_SOCKET_IFNAME="=lo", GLOO_SOCKET_IFNAME="lo").wait(DEADLINE_S) == 0
+
+
+@pytest.mark.parametrize(
+    "stack, reason",
+    [
+        ("import threading, time; threading.Thread(target=time.sleep, args=(60,), daemon=True).start()", "has started threads"),
+        ("raise ImportError('no torch')", "the fork server has ended with exit code 1"),
+        ("import os; os._exit(3)", "the fork server has ended with exit code 3"),
+    ],
+)
+def test_where_nothing_can_be_forked_a_rank_is_a_new_process(
+    plan_path: str, environment: Mapping[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], stack: str, reason: str
+) -> None:
+    ranks = RankProcesses(tmp_path)
+    ranks.warm_up(plan_path, {**environment, "LAUNCHER_STACK": stack})
+    script = "import os, sys; sys.exit(11 + int('fork_server' in ' '.join(sys.orig_argv)))"
+    rank = ranks.start(plan_path, 1, {**environment, "LAUNCHER_STACK": stack, "LAUNCHER_SCRIPT": script})
+    try:
+        # The hook stands in for launcher.worker.entry, whose main is not run where that is the main module.
+        assert isinstance(rank, subprocess.Popen)
+        assert rank.args[1:4] == ["-u", "-m", "launcher.worker.entry"]
+        assert f"ranks are started as new processes: {reason}" in capfd.readouterr().out.replace("importing ", "")
+    finally:
+        rank.kill()
+        rank.wait(DEADLINE_S)
+        ranks.close()
+
+
+def test_a_server_that_was_killed_costs_no_start(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> None:
+    ranks = RankProcesses(tmp_path)
+    ranks.warm_up(plan_path, environment)
+    variables = {**environment, "LAUNCHER_SCRIPT": "import time; time.sleep(60)"}
+    first = ranks.start(plan_path, 1, variables)
+    assert isinstance(first, ForkedProcess)
+    others = [child for child in psutil.Process().children() if child.pid != first.pid]
+    (server,) = [child for child in others if plan_path in " ".join(child.cmdline())]
+    server.kill()
+    second = ranks.start(plan_path, 1, variables)
+    try:
+        assert isinstance(second, subprocess.Popen)
+        assert first.poll() is None
+    finally:
+        ranks.send_signal(signal.SIGKILL)
+        assert first.wait(DEADLINE_S) == -signal.SIGKILL
+        second.wait(DEADLINE_S)
+
+
+def test_server_and_ranks_do_not_outlive_the_agent(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> None:
+    agent = """
+import os, sys
+from launcher.worker.rank_process import RankProcesses
+ranks = RankProcesses()
+ranks.warm_up(sys.argv[1], os.environ)
+script = "import os, time; from launcher.worker.rank import die_with_parent; die_with_parent(); "
+script += "print(os.getpid(), flush=True); time.sleep(60)"
+ranks.start(sys.argv[1], 1, {**os.environ, "LAUNCHER_SCRIPT": script}).wait()
+"""
+    command = [sys.executable, "-c", agent, plan_path]
+    with subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        rank = psutil.Process(int(process.stdout.readline()))
+        everyone = [rank, *psutil.Process(process.pid).children()]
+        assert len({each.pid for each in everyone}) == 2
+        process.kill()
+        _, alive = psutil.wait_procs(everyone, timeout=DEADLINE_S)
+        assert not alive
+
+
+@pytest.mark.parametrize("result, is_unsafe", [(3, False), (0, True), (201, True)])
+def test_a_cuda_context_forbids_forks(monkeypatch: pytest.MonkeyPatch, result: int, is_unsafe: bool) -> None:
+    """cuCtxGetCurrent tells CUDA_ERROR_NOT_INITIALIZED (3) until somebody has called cuInit."""
+    driver = SimpleNamespace(cuCtxGetCurrent=lambda context: result)
+    monkeypatch.setattr(fork_server.ctypes, "CDLL", lambda name, mode: driver)
+    monkeypatch.setattr(fork_server.Path, "iterdir", lambda folder: [])
+    refusal = fork_server.why_unsafe()
+    assert (refusal is not None and "CUDA" in refusal) is is_unsafe
