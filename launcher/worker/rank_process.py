@@ -20,7 +20,10 @@ from launcher.worker.fork_server import differing
 
 _PR_SET_CHILD_SUBREAPER = 36
 _ADOPTION_S = 10.0
+# Storage that does not answer: the same imports may succeed in new processes, each with deadlines of its own.
+_IMPORT_S = 900.0
 _POLL_S = 0.01
+_END_S = 5.0
 # Of the server and of the ranks that it forks.
 _VARIABLES = {
     # OpenBLAS starts its threads when numpy is imported; ranks compute with torch.
@@ -104,6 +107,7 @@ class ForkServer:
         """Start the server in `folder`, with the variables that are read while it imports, and do not wait for it."""
         self._environment = {**environment, **_VARIABLES}
         self._connection, theirs = socket.socketpair()
+        self._connection.settimeout(_IMPORT_S)
         self._answers = self._connection.makefile("r", encoding="utf-8")
         with theirs:
             command = [sys.executable, "-u", "-m", "launcher.worker.fork_server", str(theirs.fileno()), plan_path]
@@ -125,23 +129,26 @@ class ForkServer:
             try:
                 self._connection.sendall(request.encode() + b"\n")
                 answer: dict[str, Any] = json.loads(self._answers.readline())
+            except TimeoutError:
+                raise ForkFailed(f"importing has taken longer than {_IMPORT_S:.0f} s") from None
             except (OSError, ValueError):
-                raise ForkFailed(f"the fork server has ended with exit code {self._end()}") from None
+                raise ForkFailed(f"the fork server has ended with exit code {self._process.wait()}") from None
             if "pid" not in answer:
                 raise ForkFailed(answer["refusal"])
             return ForkedProcess(_await_child(answer["pid"]))
 
+    def kill(self) -> None:
+        """End the server at once; ranks stay."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the server; ranks stay."""
+        self.kill()
+        # One that hangs in the kernel is left to it.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_S)
         self._answers.close()
         self._connection.close()
-        self._end()
-
-    def _end(self) -> int:
-        with suppress(subprocess.TimeoutExpired):
-            return self._process.wait(1.0)
-        self._process.kill()
-        return self._process.wait()
 
 
 @contextmanager
@@ -199,11 +206,13 @@ class RankProcesses:
         return process
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to every rank that runs."""
+        """Send a signal to every rank that runs; SIGKILL also ends the server, which may still be importing."""
         with self._lock:
             started = self._started
         for process in started:
             process.send_signal(number)
+        if number == signal.SIGKILL and self._server is not None:
+            self._server.kill()
 
     def close(self) -> None:
         """End the fork server."""
