@@ -42,6 +42,7 @@ class RayCluster:
         self.address = f"127.0.0.2:{self.port}"
         self.http = f"http://127.0.0.1:{self.dashboard_port}"
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._num_cpus: dict[str, int] = {}
         self._num_started = 0
 
     @property
@@ -72,6 +73,23 @@ class RayCluster:
             )
         self._await(name)
 
+    def have_only(self, **num_cpus: int) -> None:
+        """Beside the head exactly these nodes, each with so many CPUs; what is there already stays."""
+        for name in [*self._nodes][1:]:
+            if name not in num_cpus or self._num_cpus.get(name) != num_cpus[name] or not self._has_raylet(name):
+                self.remove(name)
+        for name, number in num_cpus.items():
+            if name not in self._nodes:
+                self.start(name, f"--num-cpus={number}")
+                self._num_cpus[name] = number
+
+    def remove(self, name: str) -> None:
+        """End a node as `ray stop` does, so that Ray knows of it at once."""
+        for raylet in self._raylets(name):
+            raylet.terminate()
+            psutil.wait_procs([raylet], timeout=_END_S)
+        self.kill(name)
+
     def kill(self, name: str) -> None:
         """Every process of a node at once, as when its machine is lost; nothing where that has happened already."""
         if (process := self._nodes.pop(name, None)) is not None:
@@ -79,15 +97,15 @@ class RayCluster:
 
     def kill_raylet(self, name: str) -> None:
         """The process through which Ray has a node, and nothing else."""
-        (raylet,) = [p for p in psutil.Process(self._nodes[name].pid).children(recursive=True) if p.name() == "raylet"]
+        (raylet,) = self._raylets(name)
         raylet.kill()
 
-    def drain(self, name: str, seconds: int = 60) -> None:
+    def drain(self, node_id: str, seconds: int = 60) -> None:
         """Tell Ray that a node is about to be taken away."""
         said = self._run(
             "drain-node",
             f"--address={self.address}",
-            f"--node-id={self.node_ids()[name]}",
+            f"--node-id={node_id}",
             "--reason=DRAIN_NODE_REASON_PREEMPTION",
             "--reason-message=taken",
             f"--deadline-remaining-seconds={seconds}",
@@ -114,6 +132,15 @@ class RayCluster:
         self._nodes.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def _raylets(self, name: str) -> list[psutil.Process]:
+        try:
+            return [p for p in psutil.Process(self._nodes[name].pid).children(recursive=True) if p.name() == "raylet"]
+        except psutil.NoSuchProcess:
+            return []
+
+    def _has_raylet(self, name: str) -> bool:
+        return any(raylet.status() != psutil.STATUS_ZOMBIE for raylet in self._raylets(name))
+
     def _next_ip(self) -> str:
         self._num_started += 1
         return f"127.0.0.{1 + self._num_started}"
@@ -127,6 +154,13 @@ class RayCluster:
             assert self._nodes[name].poll() is None, log.read_text(errors="replace")[-3000:]
             assert time.monotonic() < end, log.read_text(errors="replace")[-3000:]
             time.sleep(0.1)
+
+
+def hiding(*folders: Path, replaced: Mapping[Path, Path] | None = None) -> list[str]:
+    """A prefix for a node that sees these folders empty and some files replaced by others, whatever is in them elsewhere."""
+    mounts = [f"mount -t tmpfs tmpfs {folder}" for folder in folders]
+    mounts += [f"mount --bind {other} {file}" for file, other in (replaced or {}).items()]
+    return ["unshare", "--mount", "sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

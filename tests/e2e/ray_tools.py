@@ -17,7 +17,7 @@ _REPO = Path(__file__).resolve().parents[2]
 
 
 def started_by(run: Path) -> list[psutil.Process]:
-    """Every process that has the run's folder in its environment or on its command line: Ray's own and the ranks."""
+    """Every process that has the run's folder in its environment, as Ray's own, or on its command line, as the title of ranks."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -62,6 +62,28 @@ def rows_environment(folder: Path) -> dict[str, str]:
     """Variables with which the ranks of a run write the rows that they are given into `folder`, see rows_seen/."""
     folder.mkdir(exist_ok=True)
     return {"ROWS_SEEN": str(folder), "PYTHONPATH": f"{_ROWS_HOOK}:{_REPO}"}
+
+
+def environments_of(folder: Path, attempt: int) -> list[dict[str, str | None]]:
+    """Some variables of each rank of an attempt, see rows_seen/."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob(f"{attempt:03d}-*.environ"))]
+
+
+def alerts(run: Path, attempt: int) -> str:
+    """What followers of the run were told of an attempt, a line each."""
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return "\n".join(line["text"] for line in lines if line["attempt"] == attempt)
+
+
+def newest_saved(run: Path, attempt: int) -> int:
+    """The step of the newest checkpoint that an attempt has committed, 0 without any."""
+    manifests = [json.loads(file.read_text()) for file in (run / "checkpoints").glob("step-*/manifest.json")]
+    return max((manifest["step"] for manifest in manifests if manifest["attempt"] == attempt), default=0)
+
+
+def trained(run: Path, attempt: int) -> list[int]:
+    """The steps that an attempt has logged."""
+    return [line["trainer/step"] for line in metrics(run) if line["attempt"] == attempt and "train/loss" in line]
 
 
 def rows_of(run: Path, folder: Path) -> dict[int, list[tuple[int, list[int]]]]:

@@ -1,13 +1,13 @@
-"""Runs on a Ray of their own on this machine: the main road, kills, cancels; compared with the same run on `cluster=local`."""
+"""Runs on a Ray of their own on this machine: faults, kills, cancels; compared with the same run on `cluster=local`."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 import time
@@ -19,13 +19,16 @@ import psutil
 import pytest
 from e2e_tools import TINY, command_line, last_step, losses, metrics, status, wait_for
 from ray_cluster import RAY as RAY_COMMAND
-from ray_tools import await_no_process, causes, kill_all, ranks_of, started_by
+from ray_tools import alerts, await_no_process, causes, kill_all, newest_saved, ranks_of, started_by, trained
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-STEPS = 90
-SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
+STEPS = 300
+SAVE_EVERY = 10
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", f"train.save_every={SAVE_EVERY}", "train.keep_last=3", "train.export=false")
 RAY = (*SETTINGS, "+cluster=ray")
+# Of the order of the faults and of the steps at which they come.
+SEED = 1
 
 pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(600)]
 
@@ -54,100 +57,112 @@ def root(tmp_path: Path) -> Iterator[Path]:
     kill_all(folder)
 
 
-def test_a_run_equals_that_on_this_machine_step_by_step(launch: Launch, root: Path, temporary: Path, undisturbed: Path) -> None:
-    run = root / "alone"
-    done = launch(*RAY, f"run.root={root}", "run.name=alone", TMPDIR=str(temporary))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert status(run)["state"] == "completed"
-    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
-    assert causes(run) == ["completed"]
-    # Ray knows of each checkpoint, by a pointer alone.
-    known = {path.parent.name: json.loads(path.read_text()) for path in (run / "ray").glob("*/*/checkpoint.json")}
-    assert known["step-00000090"] == {"step": 90, "path": str(run / "checkpoints/step-00000090")}
-    assert not list((run / "ray").rglob("*.safetensors"))
-    assert stat.S_IMODE((run / "ray-token").stat().st_mode) == 0o600
-    assert (run / "ray-token").read_text() not in "".join(
-        path.read_text(errors="replace") for path in (run / "attempts").rglob("*") if path.is_file()
-    )
-    await_no_process(run)
-    assert list(temporary.glob("ray-*")) == [], "a run that is completed leaves nothing of Ray's behind"
-
-
-def test_after_the_kill_of_a_worker_and_of_a_rank_the_run_goes_on_by_itself(
-    launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
+def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
+    launch_here: Launch, start: Callable, root: Path, temporary: Path, tmp_path: Path, undisturbed: Path
 ) -> None:
-    run = root / "killed"
-    with start(*RAY, f"run.root={root}", "run.name=killed", TMPDIR=str(temporary)) as process:
-        wait_for("step 12", lambda: last_step(run) >= 12)
-        before = ranks_of(run)
-        worker = before[1].parent()
-        assert "ray::" in " ".join(worker.cmdline())
-        worker.kill()
-        killed_at = time.time()
-        wait_for("the next attempt", lambda: (run / "attempts/002/marker").exists())
-        assert not any(rank.is_running() for rank in before.values()), "no rank of the attempt before is left"
-        saved = json.loads((run / "attempts/002/attempt.json").read_text())["resume_step"]
-        assert saved == newest_of_attempt(run, 1)
-        wait_for("steps of the next attempt", lambda: last_step(run) >= saved + 10)
-        ranks_of(run)[0].kill()
+    """Kills, hangs and a controller of Ray's that gives up, one after the other, each in an attempt that has saved."""
+    run, storage, chance = root / "faulty", tmp_path / "storage", random.Random(SEED)
+    faults = [kill_worker, kill_rank, kill_coordinator, end_controller, hang_rank, hang_worker]
+    chance.shuffle(faults)
+    settings = ("cluster.stall_seconds=20", "cluster.dashboard=true", f"cluster.storage_path={storage}")
+    with ExitStack() as stack:
+        process = stack.enter_context(start(*RAY, *settings, f"run.root={root}", "run.name=faulty", TMPDIR=str(temporary)))
+        for attempt, fault in enumerate(faults, 1):
+            await_progress(run, attempt, chance.randrange(2, SAVE_EVERY))
+            if attempt == 1:
+                terminal = stack.enter_context(start("logs", str(run), "-f", "--rank", "1"))
+                assert re.search(r"^faulty +running ", launch_here("ls", "--root", str(root)).stdout, re.MULTILINE)
+                require_closed(run, temporary)
+            before, at = ranks_of(run), time.time()
+            said = fault(run, before)
+            wait_for(
+                f"the attempt after {fault.__name__}", lambda n=attempt + 1: (run / f"attempts/{n:03d}/marker").exists(), 200
+            )
+            assert not any(rank.is_running() for rank in before.values()), "no rank of the attempt before is left"
+            saved = json.loads((run / f"attempts/{attempt + 1:03d}/attempt.json").read_text())["resume_step"]
+            assert saved == newest_saved(run, attempt)
+            assert saved > 0
+            wait_for(f"a step after {fault.__name__}", lambda n=attempt + 1: trained(run, n), 200)
+            assert trained(run, attempt + 1)[0] == saved + 1, "no more is repeated than was done since the last checkpoint"
+            assert re.search(said, alerts(run, attempt)), f"{fault.__name__}: {alerts(run, attempt)}"
+            if fault is kill_worker:
+                first = next(line for line in metrics(run) if line["attempt"] == attempt + 1 and "train/loss" in line)
+                assert first["time"] - at < 60, "meant are 30 s, of a machine that does nothing else"
         output, _ = process.communicate(timeout=300)
+        shown, _ = terminal.communicate(timeout=60)
     assert process.returncode == 0, output
     assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
-    assert causes(run) == ["infrastructure", "infrastructure", "completed"]
-    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in again if line["attempt"] == 2 and "train/loss" in line)
-    assert first["time"] - killed_at < 60, "meant are 30 s, of a machine that does nothing else"
-    assert first["trainer/step"] == saved + 1, "no more is repeated than was done since the last checkpoint"
-    assert "rank 0: killed by SIGKILL" in (run / "events.jsonl").read_text()
+    assert causes(run) == [*["infrastructure"] * len(faults), "completed"]
+    logs = [path.read_text(errors="replace") for path in sorted(run.glob("attempts/*/rank-00001.log"))]
+    assert len(logs) == len(faults) + 1
+    assert shown == "".join(logs), "of every attempt, to its end"
     await_no_process(run)
 
 
-def test_a_controller_of_rays_that_gives_up_is_replaced(
-    start: Callable, root: Path, temporary: Path, tmp_path: Path, undisturbed: Path
-) -> None:
-    """Ray Train ends itself where it cannot write its own state, which says nothing of the run."""
-    run, storage = root / "replaced", tmp_path / "storage"
-    settings = (f"cluster.storage_path={storage}", "train.max_steps=90")
-    with start(*RAY, *settings, f"run.root={root}", "run.name=replaced", TMPDIR=str(temporary)) as process:
-        wait_for("step 12", lambda: last_step(run) >= 12)
-        storage.rename(tmp_path / "away")
-        storage.touch()
-        log = run / "attempts/001/agent.log"
-        wait_for("Ray's controller to give up", lambda: "Traceback" in log.read_text())
-        storage.unlink()
-        (tmp_path / "away").rename(storage)
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert losses(run) == losses(undisturbed)
-    assert causes(run) == ["infrastructure", "completed"]
-    await_no_process(run)
+Ranks = dict[int, psutil.Process]
 
 
-def test_a_coordinator_that_is_killed_is_replaced_and_the_run_goes_on(
-    start: Callable, root: Path, temporary: Path, undisturbed: Path
-) -> None:
+def kill_worker(run: Path, ranks: Ranks) -> str:
+    worker = ranks[1].parent()
+    assert "ray::" in " ".join(worker.cmdline())
+    worker.kill()
+    return ""
+
+
+def kill_rank(run: Path, ranks: Ranks) -> str:
+    ranks[0].kill()
+    return "rank 0: killed by SIGKILL"
+
+
+def kill_coordinator(run: Path, ranks: Ranks) -> str:
     """As where memory runs short on the driver's machine."""
-    run = root / "orphaned"
-    with start(*RAY, f"run.root={root}", "run.name=orphaned", TMPDIR=str(temporary)) as process:
-        wait_for("step 12", lambda: last_step(run) >= 12)
-        before = ranks_of(run)
-        raylet = before[0].parent().parent()
-        (coordinator,) = [child for child in raylet.children() if "ray::Coordinator" in command_line(child)]
-        coordinator.kill()
-        wait_for("the next attempt", lambda: (run / "attempts/002/marker").exists())
-        assert not any(rank.is_running() for rank in before.values()), "no rank of the attempt before is left"
-        saved = json.loads((run / "attempts/002/attempt.json").read_text())["resume_step"]
-        assert saved == newest_of_attempt(run, 1)
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
-    assert causes(run) == ["infrastructure", "completed"]
-    assert "the process that the workers agree by was killed or has ended" in (run / "events.jsonl").read_text()
-    await_no_process(run)
+    raylet = ranks[0].parent().parent()
+    (coordinator,) = [child for child in raylet.children() if "ray::Coordinator" in command_line(child)]
+    coordinator.kill()
+    return "the process that the workers agree by was killed or has ended"
+
+
+def end_controller(run: Path, ranks: Ranks) -> str:
+    """Ray Train ends itself where it cannot write its own state, which says nothing of the run."""
+    storage, log = Path(json.loads((run / "plan.json").read_text())["config"]["cluster"]["storage_path"]), agent_log(run)
+    num_before = log.read_text().count("Traceback")
+    away = storage.with_name("away")
+    storage.rename(away)
+    storage.touch()
+    wait_for("Ray's controller to give up", lambda: log.read_text().count("Traceback") > num_before)
+    storage.unlink()
+    away.rename(storage)
+    return ""
+
+
+def hang_rank(run: Path, ranks: Ranks) -> str:
+    ranks[1].suspend()
+    return rf"\(pid {ranks[1].pid}\) is stopped: no progress for"
+
+
+def hang_worker(run: Path, ranks: Ranks) -> str:
+    """As when its machine hangs: nobody says anything of the rank any more."""
+    ranks[1].parent().suspend()
+    ranks[1].suspend()
+    return r"the other ranks wait for the worker of rank 1 on \S+: the run goes on"
+
+
+def agent_log(run: Path) -> Path:
+    return run / "attempts/001/agent.log"
+
+
+def await_progress(run: Path, attempt: int, num_steps: int) -> None:
+    """Until an attempt has saved and has gone on from there."""
+
+    def is_there() -> bool:
+        saved = newest_saved(run, attempt)
+        return saved > 0 and max(trained(run, attempt), default=0) >= saved + num_steps
+
+    wait_for(f"a checkpoint of attempt {attempt} and some more steps", is_there, 240)
 
 
 def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
-    launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
+    launch: Launch, launch_here: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
 ) -> None:
     run, env = root / "stopped", {"TMPDIR": str(temporary)}
     done = launch(*RAY, f"run.root={root}", "run.name=stopped", "--detach", **env)
@@ -155,8 +170,8 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     assert f"driver     {run}/attempts/001/agent.log" in done.stdout
     assert f"python -m launcher cancel {run}" in done.stdout
     wait_for("step 7", lambda: last_step(run) >= 7)
-    assert launch("cancel", str(run)).returncode == 0
-    wait_for("its end", lambda: json.loads(launch("status", str(run), "--json").stdout)["state"] == "cancelled")
+    assert launch_here("cancel", str(run)).returncode == 0
+    wait_for("its end", lambda: json.loads(launch_here("status", str(run), "--json").stdout)["state"] == "cancelled")
     step = status(run)["step"]
     assert (run / f"checkpoints/step-{step:08d}/manifest.json").is_file()
     await_no_process(run)
@@ -189,7 +204,7 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
 
     signalled(signal.SIGKILL)
     await_no_process(run)
-    seen = json.loads(launch("status", str(run), "--json").stdout)
+    seen = json.loads(launch_here("status", str(run), "--json").stdout)
     assert seen["state"] == "failed"
     assert f"python -m launcher resume {run}" in seen["message"]
 
@@ -197,41 +212,7 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(undisturbed)
     assert "rank-00001.log" in {path.name for path in (run / "attempts/004").iterdir()}
-    assert launch("logs", str(run), "--rank", "1").returncode == 0
-
-
-def test_a_rank_and_a_worker_that_hang_are_named_and_the_run_goes_on(
-    launch: Launch, start: Callable, root: Path, temporary: Path, undisturbed: Path
-) -> None:
-    run = root / "hung"
-    settings = ("cluster.stall_seconds=20", "cluster.dashboard=true", f"run.root={root}", "run.name=hung")
-    with ExitStack() as stack:
-        process = stack.enter_context(start(*RAY, *settings, TMPDIR=str(temporary)))
-        wait_for("step 12", lambda: last_step(run) >= 12)
-        terminal = stack.enter_context(start("logs", str(run), "-f", "--rank", "1"))
-        stopped = ranks_of(run)[1]
-        stopped.suspend()
-        # In the time that this takes.
-        assert re.search(r"^hung +running ", launch("ls", "--root", str(root)).stdout, re.MULTILINE)
-        require_closed(run, temporary)
-        wait_for("the next attempt to train", lambda: last_of_attempt(run, 2) > 0, 200)
-        said = (run / "events.jsonl").read_text()
-        assert f"(pid {stopped.pid}) is stopped: no progress for" in said
-        # As when its machine hangs: nobody says anything of the rank any more.
-        worker = ranks_of(run)[1].parent()
-        worker.suspend()
-        ranks_of(run)[1].suspend()
-        wait_for("a third attempt to train", lambda: last_of_attempt(run, 3) > 0, 240)
-        output, _ = process.communicate(timeout=300)
-        shown, _ = terminal.communicate(timeout=60)
-    assert process.returncode == 0, output
-    logs = [path.read_text(errors="replace") for path in sorted(run.glob("attempts/*/rank-00001.log"))]
-    assert len(logs) == 3
-    assert shown == "".join(logs), "of every attempt, to its end"
-    assert re.search(r"the other ranks wait for the worker of rank 1 on \S+: the run goes on", (run / "events.jsonl").read_text())
-    assert losses(run) == losses(undisturbed)
-    assert causes(run) == ["infrastructure", "infrastructure", "completed"]
-    await_no_process(run)
+    assert launch_here("logs", str(run), "--rank", "1").returncode == 0
 
 
 def require_closed(run: Path, folder: Path) -> None:
@@ -261,23 +242,3 @@ def require_closed(run: Path, folder: Path) -> None:
     assert any(ips for said, ips in listening.items() if "dashboard/dashboard.py" in said)
     assert any(ips for said, ips in listening.items() if said.startswith("gcs_server"))
     assert set().union(*listening.values()) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, listening
-
-
-def newest_of_attempt(run: Path, attempt: int) -> int:
-    """The step of the newest checkpoint that an attempt has committed."""
-    manifests = [json.loads(file.read_text()) for file in (run / "checkpoints").glob("step-*/manifest.json")]
-    return max(manifest["step"] for manifest in manifests if manifest["attempt"] == attempt)
-
-
-def last_of_attempt(run: Path, attempt: int) -> int:
-    return max((line["trainer/step"] for line in metrics(run) if line["attempt"] == attempt and "train/loss" in line), default=0)
-
-
-def test_what_would_repeat_itself_is_not_tried_again(launch: Launch, root: Path, temporary: Path) -> None:
-    run = root / "diverged"
-    done = launch(*RAY, "optim.lr=1e30", "optim.warmup_steps=0", f"run.root={root}", "run.name=diverged", TMPDIR=str(temporary))
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert causes(run) == ["user_error"]
-    assert status(run)["state"] == "failed"
-    assert "not finite" in status(run)["message"] or "the loss is" in status(run)["message"]
-    await_no_process(run)

@@ -12,7 +12,8 @@ import psutil
 from launcher.worker.heartbeat import Beat, Board
 from launcher.worker.watchdog import Limits, stalled
 
-# Workers ask several times a second. Whoever says nothing for so long is cut off, or its machine hangs.
+# Workers ask several times a second. Whoever says nothing for so long is cut off, or its machine hangs; where a rank counts as
+# stalled sooner, its worker does so too.
 SILENT_S = 60.0
 # What a worker told of its rank is evidence for so long, and for this share of the limit where that is less.
 _FRESH_S, _FRESH_SHARE = 10.0, 0.2
@@ -50,7 +51,8 @@ class Liveness:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._gap_s = min(limits.stall_s or SILENT_S, SILENT_S) / 2
+        self._silent_s = min(limits.stall_s or SILENT_S, SILENT_S)
+        self._gap_s = self._silent_s / 2
         self._heard: dict[int, float] = {}
         self._beats: dict[int, Beat] = {}
         self._states: dict[int, str] = {}
@@ -72,7 +74,7 @@ class Liveness:
         """Those of `ranks` that have said nothing for too long, with the seconds; one that never said anything counts as well."""
         now = time.monotonic()
         seconds = {rank: now - max(self._heard.get(rank, self._since), self._since) for rank in ranks}
-        return {rank: silence for rank, silence in seconds.items() if silence > SILENT_S}
+        return {rank: silence for rank, silence in seconds.items() if silence > self._silent_s}
 
     def are_still(self, ranks: Collection[int]) -> bool:
         """True where all of `ranks` have trained and none has gone on within its limit: they wait for another one, or hang.

@@ -1,4 +1,5 @@
-"""On the PYTHONPATH of a run: its ranks write down the rows of each batch that they are given, into the folder ROWS_SEEN.
+"""On the PYTHONPATH of a run: its ranks write down the rows of each batch that they are given, into the folder ROWS_SEEN, and
+some variables of their environment, which is not to be seen from outside.
 
 A file for each attempt and rank, with a line for each batch that was made: its step, the rank's own rows, and those of the whole
 batch. Where the agent has not started the ranks again, line k is the k-th step after the one that the attempt began with.
@@ -16,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 LOADER = "launcher.data.loader"
+VARIABLES = ("WANDB_API_KEY", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class _Watched:
@@ -43,6 +45,9 @@ def _writing(make: Callable[[Any, int], Any]) -> Callable[[Any, int], Any]:
         # A rank may be a fork of the process that has loaded this.
         attempt, rank = int(sys.argv[-1]), int(os.environ["RANK"])
         file = os.path.join(os.environ["ROWS_SEEN"], f"{attempt:03d}-{rank}.jsonl")
+        if not os.path.exists(file):
+            with open(file.removesuffix(".jsonl") + ".environ", "w") as variables:
+                json.dump({name: os.environ.get(name) for name in VARIABLES}, variables)
         batch = make(batches, step)
         own = [row for micro in batch.micro for row in micro.row_ids]
         with open(file, "a") as lines:

@@ -1,0 +1,59 @@
+"""The main road on Ray: `+cluster=ray`, a Ray of the run's own on this machine, compared with the same run on `cluster=local`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from e2e_tools import TINY, losses, status
+from ray_tools import await_no_process, causes, kill_all
+
+STEPS = 10
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.export=false", "train.eval_at_start=false")
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Iterator[Path]:
+    """A folder for runs, none of whose processes is left."""
+    folder = tmp_path / "runs"
+    yield folder
+    kill_all(folder)
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """The folder for temporary files, with a path short enough for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_run_equals_that_on_this_machine_step_by_step(
+    launch: Callable[..., subprocess.CompletedProcess[str]], root: Path, temporary: Path
+) -> None:
+    for name, *more in (("local",), ("alone", "+cluster=ray", "cluster.workers=2")):
+        done = launch(*SETTINGS, *more, f"run.root={root}", f"run.name={name}", TMPDIR=str(temporary))
+        assert done.returncode == 0, done.stdout + done.stderr
+    run = root / "alone"
+    assert status(run)["state"] == "completed"
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert losses(run) == losses(root / "local"), "the same rows and bitwise the same losses"
+    assert causes(run) == ["completed"]
+    # Ray knows of each checkpoint, by a pointer alone.
+    known = {path.parent.name: json.loads(path.read_text()) for path in (run / "ray").glob("*/*/checkpoint.json")}
+    assert known == {f"step-{step:08d}": {"step": step, "path": str(run / f"checkpoints/step-{step:08d}")} for step in (5, 10)}
+    assert not list((run / "ray").rglob("*.safetensors"))
+    assert stat.S_IMODE((run / "ray-token").stat().st_mode) == 0o600
+    assert (run / "ray-token").read_text() not in "".join(
+        path.read_text(errors="replace") for path in (run / "attempts").rglob("*") if path.is_file()
+    )
+    await_no_process(run)
+    assert list(temporary.glob("ray-*")) == [], "a run that is completed leaves nothing of Ray's behind"
