@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -74,7 +75,10 @@ def killed_worker(root: Path) -> float:
 def worker(run: Path) -> psutil.Process:
     """The worker of rank 1."""
     for process in psutil.process_iter():
-        title = RankTitle.of(process)
+        title = None
+        # Others end meanwhile.
+        with suppress(psutil.NoSuchProcess):
+            title = RankTitle.of(process)
         if title is not None and title.rank == 1 and str(run) in title.plan_path:
             parent = process.parent()
             assert parent is not None

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import e2e_tools
 import psutil
-from e2e_tools import by_rank, command_line, metrics, wait_for
+from e2e_tools import by_rank, command_line, metrics
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
 
 _ROWS_HOOK = Path(__file__).with_name("rows_seen")
 _REPO = Path(__file__).resolve().parents[2]
+# Of a run, and of what is waited for in it, on a machine that is busy with other tests: a start of Ray's processes alone then
+# takes minutes.
+DEADLINE_S = 500.0
+
+
+def wait_for(what: str, condition: Callable[[], object]) -> None:
+    e2e_tools.wait_for(what, condition, DEADLINE_S)
 
 
 def started_by(run: Path) -> list[psutil.Process]:
@@ -46,12 +55,12 @@ def ranks_of(run: Path) -> dict[int, psutil.Process]:
 
 
 def await_no_process(run: Path) -> None:
-    wait_for("every process of the run to end", lambda: not started_by(run), 60)
+    wait_for("every process of the run to end", lambda: not started_by(run))
 
 
 def await_no_launcher(run: Path) -> None:
     """On a cluster that goes on, Ray keeps idle processes for whoever comes next."""
-    wait_for("driver and ranks to end", lambda: not launcher_processes(run), 60)
+    wait_for("driver and ranks to end", lambda: not launcher_processes(run))
 
 
 def causes(run: Path) -> list[str]:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import TINY, losses, status
-from ray_tools import await_no_process, causes, kill_all
+from ray_tools import DEADLINE_S, await_no_process, causes, kill_all
 
 STEPS = 10
 SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.export=false", "train.eval_at_start=false")
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_a_run_equals_that_on_this_machine_step_by_step(
     launch: Callable[..., subprocess.CompletedProcess[str]], root: Path, temporary: Path
 ) -> None:
     for name, *more in (("local",), ("alone", "+cluster=ray", "cluster.workers=2")):
-        done = launch(*SETTINGS, *more, f"run.root={root}", f"run.name={name}", TMPDIR=str(temporary))
+        done = launch(*SETTINGS, *more, f"run.root={root}", f"run.name={name}", timeout=DEADLINE_S, TMPDIR=str(temporary))
         assert done.returncode == 0, done.stdout + done.stderr
     run = root / "alone"
     assert status(run)["state"] == "completed"

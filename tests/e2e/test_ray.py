@@ -17,9 +17,20 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e_tools import TINY, command_line, last_step, losses, metrics, status, wait_for
+from e2e_tools import TINY, command_line, last_step, losses, metrics, status
 from ray_cluster import RAY as RAY_COMMAND
-from ray_tools import alerts, await_no_process, causes, kill_all, newest_saved, ranks_of, started_by, trained
+from ray_tools import (
+    DEADLINE_S,
+    alerts,
+    await_no_process,
+    causes,
+    kill_all,
+    newest_saved,
+    ranks_of,
+    started_by,
+    trained,
+    wait_for,
+)
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -30,13 +41,13 @@ RAY = (*SETTINGS, "+cluster=ray")
 # Of the order of the faults and of the steps at which they come.
 SEED = 1
 
-pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, module_runs: Path) -> Path:
     """The run on cluster=local that every run on Ray must equal."""
-    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed")
+    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed", timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "undisturbed"
 
@@ -64,6 +75,7 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
     run, storage, chance = root / "faulty", tmp_path / "storage", random.Random(SEED)
     faults = [kill_worker, kill_rank, kill_coordinator, end_controller, hang_rank, hang_worker]
     chance.shuffle(faults)
+    began = time.time()
     settings = ("cluster.stall_seconds=20", "cluster.dashboard=true", f"cluster.storage_path={storage}")
     with ExitStack() as stack:
         process = stack.enter_context(start(*RAY, *settings, f"run.root={root}", "run.name=faulty", TMPDIR=str(temporary)))
@@ -82,14 +94,15 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
             saved = json.loads((run / f"attempts/{attempt + 1:03d}/attempt.json").read_text())["resume_step"]
             assert saved == newest_saved(run, attempt)
             assert saved > 0
-            wait_for(f"a step after {fault.__name__}", lambda n=attempt + 1: trained(run, n), 200)
+            wait_for(f"a step after {fault.__name__}", lambda n=attempt + 1: trained(run, n))
             assert trained(run, attempt + 1)[0] == saved + 1, "no more is repeated than was done since the last checkpoint"
             assert re.search(said, alerts(run, attempt)), f"{fault.__name__}: {alerts(run, attempt)}"
             if fault is kill_worker:
-                first = next(line for line in metrics(run) if line["attempt"] == attempt + 1 and "train/loss" in line)
-                assert first["time"] - at < 60, "meant are 30 s, of a machine that does nothing else"
-        output, _ = process.communicate(timeout=300)
-        shown, _ = terminal.communicate(timeout=60)
+                firsts = {line["attempt"]: line["time"] for line in reversed(metrics(run)) if "train/loss" in line}
+                # Meant are 30 s, of a machine that does nothing else.
+                assert firsts[attempt + 1] - at < max(60, firsts[1] - began)
+        output, _ = process.communicate(timeout=DEADLINE_S)
+        shown, _ = terminal.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
     assert losses(run) == losses(undisturbed), "the same rows and bitwise the same losses"
     assert causes(run) == [*["infrastructure"] * len(faults), "completed"]
@@ -158,7 +171,7 @@ def await_progress(run: Path, attempt: int, num_steps: int) -> None:
         saved = newest_saved(run, attempt)
         return saved > 0 and max(trained(run, attempt), default=0) >= saved + num_steps
 
-    wait_for(f"a checkpoint of attempt {attempt} and some more steps", is_there, 240)
+    wait_for(f"a checkpoint of attempt {attempt} and some more steps", is_there)
 
 
 def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
@@ -188,7 +201,7 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
                 signal.signal(signal.SIGHUP, before)
             wait_for("further steps", lambda: last_step(run) >= begun + 5)
             terminal.send_signal(signal.SIGHUP)
-            assert terminal.wait(30) == -signal.SIGHUP
+            assert terminal.wait(DEADLINE_S) == -signal.SIGHUP
         seen = last_step(run)
         wait_for("steps that nobody follows", lambda: last_step(run) >= seen + 2)
         driver = status(run)["job"]["pid"]
@@ -208,7 +221,7 @@ def test_cancel_saves_a_killed_driver_is_told_and_resume_goes_on(
     assert seen["state"] == "failed"
     assert f"python -m launcher resume {run}" in seen["message"]
 
-    done = launch("resume", str(run), **env)
+    done = launch("resume", str(run), timeout=DEADLINE_S, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(run) == losses(undisturbed)
     assert "rank-00001.log" in {path.name for path in (run / "attempts/004").iterdir()}

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from e2e_tools import TINY, last_step, losses, metrics, status, wait_for
+from e2e_tools import TINY, last_step, losses, metrics, status
 from ray_cluster import RayCluster, hiding
 from ray_tools import (
+    DEADLINE_S,
     alerts,
     await_no_launcher,
     causes,
@@ -27,6 +28,7 @@ from ray_tools import (
     rows_environment,
     rows_of,
     trained,
+    wait_for,
 )
 
 from launcher import run_store
@@ -40,14 +42,14 @@ SETTINGS = (*TINY, "train.global_batch_size=32", f"train.max_steps={STEPS}", "tr
 # Of the same global batch on other numbers of ranks, sums are made in another order.
 CLOSE = 2e-3
 
-pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.rest, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, module_runs: Path) -> Path:
     """Its rows are in the folder `rows` beside it."""
     rows = rows_environment(module_runs / "rows")
-    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed", **rows)
+    done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed", timeout=DEADLINE_S, **rows)
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "undisturbed"
 
@@ -216,7 +218,7 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
         assert json.loads(launch("status", str(run), "--json", **env).stdout)["state"] == "running"
         assert re.search(r"^job +running ", launch("ls", "--root", str(root), **env).stdout, re.MULTILINE)
         assert launch("cancel", str(run), **env).returncode == 0
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
     job = run_store.read_json(run / "attempts/001/submitted.json")["job"]
     assert f"job        {job}" in output
@@ -238,7 +240,7 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
     assert job in listed.stdout + listed.stderr
     assert canary not in listed.stdout + listed.stderr
     assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
-    resumed = launch("resume", str(run), "--follow", **env)
+    resumed = launch("resume", str(run), "--follow", timeout=DEADLINE_S, **env)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert step < STEPS
     assert losses(run) == losses(undisturbed)
@@ -268,13 +270,13 @@ def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_s
         cluster.have_only(n3=1)
         n3 = cluster.node_ids()["n3"]
 
-        wait_for("a step of the third attempt", lambda: trained(run, 3), 240)
+        wait_for("a step of the third attempt", lambda: trained(run, 3))
         cluster.drain(n3, seconds=120)
         wait_for("it waits for workers", lambda: status(run)["state"] == "pending")
         assert "runs again" in status(run)["message"]
         # In its place.
         cluster.start("n4")
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
     assert causes(run) == ["infrastructure", "infrastructure", "preempted", "completed"]
     attempts = [run_store.read_attempt(RunDir(run), number) for number in (1, 2, 3, 4)]
@@ -321,7 +323,7 @@ def test_an_elastic_run_loses_a_node_and_gets_another_and_its_keys_reach_the_ran
         await_training(run, num_ranks=2)
         cluster.start("n7", "--num-cpus=2")
         await_training(run, num_ranks=4)
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, output
     assert_close(losses(run), losses(undisturbed))
     wanted = {step: {tuple(batch)} for step, ((_, batch),) in rows_of(undisturbed, undisturbed.parent / "rows").items()}
@@ -382,4 +384,4 @@ def await_training(run: Path, num_ranks: int) -> None:
         newest = max(attempts, default=0)
         return newest > 0 and len(run_store.read_attempt(RunDir(run), newest).nodes) == num_ranks
 
-    wait_for(f"training on {num_ranks} ranks", training, 240)
+    wait_for(f"training on {num_ranks} ranks", training)

@@ -28,7 +28,7 @@ from launcher.run_store import RUNNING_STATES
 from launcher.worker.last_word import tell_wandb
 from launcher.worker.ray.actor import CoordinatorActor, in_words
 from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
-from launcher.worker.ray.trainer import trainer
+from launcher.worker.ray.trainer import import_ray_train, trainer
 
 T = TypeVar("T")
 
@@ -41,7 +41,8 @@ _STORAGE_S = 600.0
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
 _MOST_CONTROLLERS = 20
-_ANEW_S = 5.0
+# Until Ray Train begins anew: what made it give up, such as a full disk, may last.
+_ANEW_S, _MOST_ANEW_S = 0.5, 10.0
 # What programs read keys from; they go to the ranks in memory alone.
 _SECRETS = (
     *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "HF_ENDPOINT"),
@@ -142,6 +143,8 @@ class _Driver:
         environment = {name: os.environ[name] for name in passed if name in os.environ}
         coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
         run_store.update_status(self._run, state="pending", message="waiting for workers")
+        # Takes as long as the coordinator does to start.
+        threading.Thread(target=import_ray_train, name="import", daemon=True).start()
         coordinator.start()
         # In a thread of its own Ray Train leaves SIGINT alone.
         fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
@@ -168,7 +171,7 @@ class _Driver:
                     return
                 if state is not None and state["over"] is not None:
                     return
-                time.sleep(_ANEW_S)
+                time.sleep(min(_ANEW_S * 2**number, _MOST_ANEW_S))
                 while coordinator.is_lost:
                     coordinator.state()
                     time.sleep(_STATE_EVERY_S)

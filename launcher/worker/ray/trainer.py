@@ -9,6 +9,12 @@ from launcher.plan.run_dir import RunDir
 from launcher.worker.ray.supervisor import supervise
 
 
+def import_ray_train() -> None:
+    """Import what `trainer` needs."""
+    import ray.train
+    import ray.train.v2.api.data_parallel_trainer  # noqa: F401
+
+
 def trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
     """Whose `fit` places the workers and starts others for those that are lost, until `coordinator` has them end."""
     from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
