@@ -87,11 +87,10 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
                 require_closed(run, temporary)
             before, at = ranks_of(run), time.time()
             said = fault(run, before)
-            wait_for(
-                f"the attempt after {fault.__name__}", lambda n=attempt + 1: (run / f"attempts/{n:03d}/marker").exists(), 200
-            )
+            following = run / f"attempts/{attempt + 1:03d}"
+            wait_for(f"the attempt after {fault.__name__}", (following / "marker").exists)
             assert not any(rank.is_running() for rank in before.values()), "no rank of the attempt before is left"
-            saved = json.loads((run / f"attempts/{attempt + 1:03d}/attempt.json").read_text())["resume_step"]
+            saved = json.loads((following / "attempt.json").read_text())["resume_step"]
             assert saved == newest_saved(run, attempt)
             assert saved > 0
             wait_for(f"a step after {fault.__name__}", lambda n=attempt + 1: trained(run, n))

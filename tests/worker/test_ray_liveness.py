@@ -227,6 +227,18 @@ def test_a_coordinator_that_was_held_up_itself_blames_nobody(clock: list[float])
     assert found.silent({0, 1}) == {1: 70}
 
 
+def test_a_worker_is_missed_as_soon_as_a_rank_would_count_as_stalled(clock: list[float]) -> None:
+    found = Liveness(Limits(20, 1800))
+    found.hear(0)
+    found.hear(1)
+    seen = []
+    for _ in range(3):
+        clock[0] += 9
+        found.hear(0)
+        seen.append(found.silent({0, 1}))
+    assert seen == [{}, {}, {1: 27}]
+
+
 @pytest.fixture
 def board() -> Iterator[Board]:
     found = Board(2)
