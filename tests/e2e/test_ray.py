@@ -34,7 +34,7 @@ from ray_tools import (
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-STEPS = 300
+STEPS = 240
 SAVE_EVERY = 10
 SETTINGS = (*TINY, f"train.max_steps={STEPS}", f"train.save_every={SAVE_EVERY}", "train.keep_last=3", "train.export=false")
 RAY = (*SETTINGS, "+cluster=ray")
