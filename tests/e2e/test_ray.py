@@ -83,10 +83,12 @@ def test_a_run_survives_every_fault_of_its_processes_and_has_the_same_losses(
             await_progress(run, attempt, chance.randrange(2, SAVE_EVERY))
             if attempt == 1:
                 terminal = stack.enter_context(start("logs", str(run), "-f", "--rank", "1"))
-                assert re.search(r"^faulty +running ", launch_here("ls", "--root", str(root)).stdout, re.MULTILINE)
-                require_closed(run, temporary)
             before, at = ranks_of(run), time.time()
             said = fault(run, before)
+            if fault is hang_rank:
+                # In the time that this takes.
+                assert re.search(r"^faulty +running ", launch_here("ls", "--root", str(root)).stdout, re.MULTILINE)
+                require_closed(run, temporary)
             following = run / f"attempts/{attempt + 1:03d}"
             wait_for(f"the attempt after {fault.__name__}", (following / "marker").exists)
             assert not any(rank.is_running() for rank in before.values()), "no rank of the attempt before is left"
