@@ -238,22 +238,40 @@ class Testbed:
 
     def _owners(self) -> Iterator[tuple[int, str | None]]:
         """Every process of the machine with the daemon or node of this cluster that it belongs to."""
-        run, conf = f"{self.root}/run/", f"{self.root}/conf/slurm.conf".encode()
+        own: dict[int, str | None] = {}
+        parents: dict[int, int] = {}
         for proc in Path("/proc").glob("[0-9]*"):
             try:
-                cwd, program = os.readlink(proc / "cwd"), os.readlink(proc / "exe")
-                environ = (proc / "environ").read_bytes()
+                owner = self._own_mark(proc)
+                # The name in parentheses may hold spaces.
+                parents[int(proc.name)] = int((proc / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            env = dict(entry.partition(b"=")[::2] for entry in environ.split(b"\0"))
-            task, mark = env.get(b"SLURMD_NODENAME", b"").decode(), env.get(b"SLURM_TESTBED", b"").decode()
-            # In the middle of an exec there is no environment, and slurmstepd overwrites its own; both keep slurmd's folder.
-            if not environ or (not mark and Path(program).name.startswith("slurm")):
-                mark = cwd
-            if task and env.get(b"SLURM_CONF") == conf:
-                yield int(proc.name), task
-            else:
-                yield int(proc.name), mark.removeprefix(run) if mark.startswith(run) else None
+            own[int(proc.name)] = owner
+        for pid in own:
+            # A process that sets its own title overwrites its environment; it belongs where its parent does.
+            of, seen = pid, {pid}
+            while own.get(of) is None and (of := parents.get(of, 0)) in own and of not in seen:
+                seen.add(of)
+            yield pid, own.get(of)
+
+    def _own_mark(self, proc: Path) -> str | None:
+        """The daemon or node that a process itself names in its environment or by its folder.
+
+        Raises:
+            OSError: it has ended meanwhile.
+        """
+        run, conf = f"{self.root}/run/", f"{self.root}/conf/slurm.conf".encode()
+        cwd, program = os.readlink(proc / "cwd"), os.readlink(proc / "exe")
+        environ = (proc / "environ").read_bytes()
+        env = dict(entry.partition(b"=")[::2] for entry in environ.split(b"\0"))
+        task, mark = env.get(b"SLURMD_NODENAME", b"").decode(), env.get(b"SLURM_TESTBED", b"").decode()
+        # In the middle of an exec there is no environment, and slurmstepd overwrites its own; both keep slurmd's folder.
+        if not environ or (not mark and Path(program).name.startswith("slurm")):
+            mark = cwd
+        if task and env.get(b"SLURM_CONF") == conf:
+            return task
+        return mark.removeprefix(run) if mark.startswith(run) else None
 
     def _kill_all(self, name: str | None) -> None:
         end = time.monotonic() + READY_DEADLINE_S

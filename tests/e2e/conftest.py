@@ -26,16 +26,7 @@ def module_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     kill_all_of(root)
 
 
-@pytest.fixture(scope="session")
-def undisturbed(launch: Launch, slurm_cluster: Testbed, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on two Slurm nodes that was left alone."""
-    run = submit(launch, slurm_cluster, tmp_path_factory.mktemp("runs"), "undisturbed")
-    run.await_completed()
-    assert run.causes() == ["completed"]
-    return run.path
-
-
 @pytest.fixture
-def begin(launch: Launch, slurm: Testbed, runs: Path) -> Callable[..., SlurmRun]:
+def begin(launch_here: Launch, slurm: Testbed, runs: Path) -> Callable[..., SlurmRun]:
     """Submit a short run on two nodes: `begin(NAME, *overrides, **environment)`."""
-    return lambda name, *overrides, **env: submit(launch, slurm, runs, name, *overrides, **env)
+    return lambda name, *overrides, **env: submit(launch_here, slurm, runs, name, *overrides, **env)

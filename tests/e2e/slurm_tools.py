@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,10 +107,21 @@ class SlurmRun:
         """Wait for the end of the run and of its job."""
         ended = self.await_state("completed", "failed", "cancelled", deadline_s=deadline_s)
         assert ended["state"] == "completed", f"{ended}\n{self.output()}"
-        wait_for("the job to leave the queue", lambda: not self.queued(), 30)
+        self.await_end_of_job()
+
+    def await_end_of_job(self, deadline_s: float = 60) -> None:
+        """Wait until the job is over for good: what Slurm runs again is pending as soon as it has left its nodes."""
+        wait_for("the job to leave the queue", lambda: not self.queued(), deadline_s)
+        state = re.search(r"JobState=(\w+)", self.bed.output("scontrol", "show", "job", self.job))
+        assert state is not None
+        assert state[1] in ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL"), state[1]
 
     def output(self) -> str:
         return "\n".join(file.read_text(errors="replace") for file in sorted(self.path.glob("jobs/*/*_log.out")))
+
+
+def events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
 def submit(launch: Launch, bed: Testbed, root: Path, name: str, *overrides: str, **env: str) -> SlurmRun:

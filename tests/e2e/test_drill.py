@@ -77,8 +77,9 @@ def test_slurm_requeues_a_preempted_run_which_has_lost_nothing(launch: Launch, s
 
 
 @pytest.mark.slurm
-def test_a_drill_in_dry_run_shows_the_batch_script(launch: Launch, slurm: Testbed, runs: Path) -> None:
-    done = launch("drill", "--fault", "hang", *TINY, *ON_SLURM, "cluster.dry_run=true", f"run.root={runs}", **slurm.variables)
+def test_a_drill_in_dry_run_shows_the_batch_script(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+    dry = ("cluster.dry_run=true", f"run.root={runs}")
+    done = launch_here("drill", "--fault", "hang", *TINY, *ON_SLURM, *dry, **slurm.variables)
     assert done.returncode == 0, done.stderr
     assert "#SBATCH --nodes=2" in done.stdout
     assert not runs.exists()

@@ -124,13 +124,3 @@ def test_a_mirror_that_cannot_be_written_refuses_the_run(launch: Launch, runs: P
     assert not runs.exists()
     nothing = launch("resume", f"s3://{s3.bucket}/nowhere", **s3.environment)
     assert (nothing.returncode, "no run at this address" in nothing.stderr) == (2, True)
-
-
-@pytest.mark.slurm
-def test_on_slurm_the_head_node_sends(begin: Callable, tmp_path: Path) -> None:
-    run = begin("mirrored", f"train.mirror=file://{tmp_path}/mirror")
-    run.await_completed()
-    newest = max(int(p.name.removeprefix("step-")) for p in (run.path / "checkpoints").iterdir())
-    assert (tmp_path / f"mirror/mirrored/checkpoints/step-{newest:08d}/manifest.json").is_file()
-    assert mirrored(run.path)["last_step"] == newest
-    assert json.loads((tmp_path / "mirror/mirrored/status.json").read_text())["state"] == "completed"

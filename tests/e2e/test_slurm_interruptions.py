@@ -1,140 +1,276 @@
-"""A run on two Slurm nodes that is interrupted in every way; compared with one that was left alone."""
+"""A run on two of three Slurm nodes that is interrupted in every way, one after the other: the same losses as one left alone."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
+import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import losses, metrics, status, wait_for
-from slurm_tools import STEPS, SlurmRun, assert_same_training
+from e2e_tools import last_step, losses, metrics, status, wait_for
+from slurm_tools import SETTINGS, Launch, SlurmRun, events, submit
+from testbed_cluster import Testbed
 
 pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 
-
-def test_a_signal_to_the_job_saves_and_requeues(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
-    run = begin("signalled")
-    run.await_step(25)
-    job = run.job
-    run.bed.run("scancel", "--signal=USR2", job)
-    # Again, while it saves.
-    time.sleep(0.3)
-    run.bed.run("scancel", "--signal=USR2", job)
-    run.await_step(40, attempt=2)
-    assert run.job == job
-    run.await_completed()
-    assert run.causes() == ["preempted", "completed"]
-    first = run.attempt_record(1, "exit")
-    assert run.attempt_record(2)["resume_step"] == first["step"] == first["saved_step"]
-    assert_same_training(run.path, undisturbed)
-    steps = [m["trainer/step"] for m in metrics(run.path) if "train/loss" in m]
-    assert steps == list(range(1, STEPS + 1)), "no step was done twice"
+SAVE_EVERY = 10
+SOAK = (
+    "train.max_steps=100000",
+    # The rate of a step depends on no number of steps, so that a shorter run has the same losses.
+    "optim.schedule=constant",
+    f"train.save_every={SAVE_EVERY}",
+    "cluster.time=20:00",
+    "cluster.signal_lead_seconds=10",
+    "cluster.stall_seconds=6",
+    "cluster.max_restarts=3",
+    "cluster.exclude_bad_nodes=true",
+)
+LATE = 300
 
 
-def test_a_signal_to_one_rank_alone_stops_all_at_one_step(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
-    run = begin("onerank")
-    run.await_step(25)
-    run.ranks("n2")[0].send_signal(signal.SIGUSR2)
-    run.await_completed()
-    assert run.causes() == ["preempted", "completed"]
-    assert_same_training(run.path, undisturbed)
+class Soak:
+    """The run, with what is done to it; `attempt` is the one that runs now."""
+
+    def __init__(self, run: SlurmRun) -> None:
+        self.run = run
+        self.bed = run.bed
+        self.attempt = 1
+        self.causes: list[str] = []
+
+    @property
+    def nodes(self) -> list[str]:
+        nodes: list[str] = self.run.attempt_record(self.attempt)["nodes"]
+        return nodes
+
+    def ended(self, cause: str) -> dict:
+        """Wait for the end of the attempt, and for the record of why it ended."""
+        file = self.run.path / f"attempts/{self.attempt:03d}/exit.json"
+        wait_for(f"the end of attempt {self.attempt}", file.is_file, LATE)
+        found = json.loads(file.read_text())
+        assert found["cause"] == cause, f"{found}\n{self.run.output()}"
+        self.causes.append(cause)
+        assert self.run.causes() == self.causes
+        if cause != "completed":
+            assert self.alert(f"the attempt ended ({cause})")
+        return found
+
+    def trains_in_next_attempt(self) -> None:
+        """Past a new checkpoint, by the same job."""
+        job = self.run.job_of(self.attempt)
+        self.attempt += 1
+        self.await_steps(2)
+        resumed = self.run.attempt_record(self.attempt)["resume_step"] or 0
+        wait_for("a new checkpoint", lambda: self.newest_checkpoint() > resumed, LATE)
+        assert self.run.attempt == self.attempt
+        assert self.run.job_of(self.attempt) == job
+
+    def goes_on_from_its_last_step(self, ended: dict) -> None:
+        """No step was done twice."""
+        assert self.run.attempt_record(self.attempt)["resume_step"] == ended["step"] == ended["saved_step"]
+        before = [m["trainer/step"] for m in self.steps(self.attempt - 1)]
+        after = [m["trainer/step"] for m in self.steps(self.attempt)]
+        assert (before[-1], after[0]) == (ended["step"], ended["step"] + 1)
+
+    def steps(self, attempt: int, restarts: int = 0) -> list[dict]:
+        every = [m for m in metrics(self.run.path) if "train/loss" in m]
+        return [m for m in every if m["attempt"] == attempt and m["run/restarts"] >= restarts]
+
+    def await_steps(self, count: int, restarts: int = 0) -> None:
+        """Wait until the attempt has done so many steps from now on."""
+        before = len(self.steps(self.attempt, restarts))
+        wait_for(
+            f"{count} steps of attempt {self.attempt}",
+            lambda: len(self.steps(self.attempt, restarts)) >= before + count or self.require_unended(),
+            LATE,
+        )
+
+    def require_unended(self) -> None:
+        assert status(self.run.path)["state"] not in ("completed", "failed", "cancelled"), self.run.output()
+
+    def newest_checkpoint(self) -> int:
+        steps = [path.parent.name for path in self.run.path.glob("checkpoints/step-*/manifest.json")]
+        return max((int(step.removeprefix("step-")) for step in steps), default=0)
+
+    def alert(self, *words: str) -> str:
+        """The alert of this attempt that holds all these words, empty where there is none."""
+        texts = [e["text"] for e in events(self.run.path) if e["kind"] == "alert" and e["attempt"] >= self.attempt]
+        return next((text for text in texts if all(word in text for word in words)), "")
+
+    def signal_rank(self, number: int, restarts: int, *words: str) -> None:
+        """Signal the rank on the second node: all ranks are started again within the allocation, from the newest checkpoint."""
+        node, sent, saved = self.nodes[1], time.time(), self.newest_checkpoint()
+        (rank,) = self.run.ranks(node)
+        rank.send_signal(number)
+        self.await_steps(1, restarts)
+        again = self.steps(self.attempt, restarts)[0]
+        every = [m for m in metrics(self.run.path) if "train/loss" in m]
+        reached = max(m["trainer/step"] for m in every if (m["attempt"], m["run/restarts"]) < (self.attempt, restarts))
+        assert saved < again["trainer/step"] <= reached + 1
+        assert again["time"] - sent < 60
+        assert self.alert("all ranks are started again", f"restart {restarts}", f"on {node}", *words), events(self.run.path)[-3:]
+        assert self.run.attempt == self.attempt
+
+    def lose_node(self, how: str) -> None:
+        """The second node is switched off or cut off: the run goes on without it as soon as Slurm gives nodes again."""
+        lost = self.nodes[1]
+        getattr(self.bed, how)(lost)
+        wait_for("Slurm to notice", lambda: "RUNNING" not in self.run.queued(), LATE)
+        wait_for("Slurm to give nodes again", lambda: self.run.queued() == "RUNNING", LATE)
+        given = time.time()
+        self.trains_in_next_attempt()
+        assert self.steps(self.attempt)[0]["time"] - given < 60
+        assert lost not in self.nodes
+        self.causes.append("infrastructure")
+        assert self.run.causes() == self.causes
+        getattr(self.bed, {"kill": "boot", "cut": "heal"}[how])(lost)
+        wait_for(f"{lost} to be back", lambda: self.bed.states()[lost] in ("idle", "mix"), LATE)
 
 
-def test_a_job_of_a_higher_partition_takes_the_nodes_and_gives_them_back(
-    begin: Callable[..., SlurmRun], undisturbed: Path
+@pytest.mark.timeout(1200)
+def test_a_run_that_is_interrupted_in_every_way_trains_as_one_that_was_left_alone(
+    launch: Launch, launch_here: Launch, slurm: Testbed, runs: Path
 ) -> None:
-    run = begin("preempted", "cluster.exclusive=true", "cluster.nodelist='n[1-2]'")
-    run.await_step(25)
-    run.bed.run("sbatch", "-p", "high", "-w", "n[1-2]", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
-    wait_for("the run to be preempted", lambda: run.causes() == ["preempted"], 40)
-    wait_for("the run to wait", lambda: run.shown()["state"] == "pending", 30)
-    run.await_completed()
+    with socket.create_server(("", 0)) as taken:
+        # Names that resolve to the loopback, a master that is elsewhere and whose port is taken: no harm is done.
+        misleading = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(taken.getsockname()[1])}
+        for node in slurm.names:
+            slurm.own_loopback_name(node)
+        run = submit(launch_here, slurm, runs, "soak", *SOAK, "+cluster.additional_parameters.hold=''", **misleading)
+        soak = Soak(run)
+        a_node_with_other_code_is_left_out(soak)
+        assert run.attempt_record(2)["address"] == slurm.layout.addresses["n1"]
+        a_controller_that_restarts_changes_nothing(soak)
+        soak.signal_rank(signal.SIGKILL, 1, "killed by SIGKILL")
+        soak.signal_rank(signal.SIGSTOP, 2, "is stopped")
+        assert "is stopped" in run.output()
+        soak.signal_rank(signal.SIGSEGV, 3, "killed by SIGSEGV")
+        a_drained_node_ends_what_it_runs_and_a_signal_to_the_job_saves_and_requeues(soak)
+        a_signal_to_one_rank_alone_stops_all_at_one_step(soak)
+        a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time(soak)
+        an_agent_that_is_killed_costs_the_attempt(soak)
+        an_operator_requeues_the_job(soak)
+        soak.lose_node("kill")
+        soak.lose_node("cut")
+        assert launch_here("cancel", str(run.path), **slurm.variables).returncode == 0
+        steps = run.await_state("cancelled", deadline_s=LATE)["step"]
+        wait_for("the job to leave the queue", lambda: not run.queued(), LATE)
+    assert run.causes() == [*soak.causes, "cancelled"]
+    assert sorted(losses(run.path)) == list(range(1, steps + 1))
+    here = [s for s in SETTINGS if not s.startswith(("+cluster", "cluster.", "train.max_steps", "train.save_every"))]
+    alone = launch(
+        *here,
+        "cluster.ranks_per_node=2",
+        "optim.schedule=constant",
+        f"train.max_steps={steps}",
+        "train.save_every=0",
+        f"run.root={runs}",
+        "run.name=alone",
+        timeout=600,
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert last_step(runs / "alone") == steps
+    assert losses(run.path) == losses(runs / "alone")
+    # Each step that was done twice had the same loss both times.
+    expected = losses(runs / "alone")
+    assert all(m["train/loss"] == expected[m["trainer/step"]] for m in metrics(run.path) if "train/loss" in m)
+
+
+def a_node_with_other_code_is_left_out(soak: Soak) -> None:
+    run, bed = soak.run, soak.bed
+    # n2 is given a stale copy of the code, as a node with a broken cache has, before its agent looks.
+    stale = run.path.parent / "stale"
+    shutil.copytree(run.path / "code", stale)
+    (stale / "launcher/errors.py").write_text((stale / "launcher/errors.py").read_text() + "\n# stale\n")
+    bed.exec("n2", "mount", "--bind", stale, run.path / "code")
+    bed.run("scontrol", "release", run.job)
+    ended = soak.ended("bad_node")
+    assert soak.nodes == ["n1", "n2"]
+    assert ended["bad_nodes"] == ["n2"]
+    bed.exec("n2", "umount", "--lazy", run.path / "code")
+    soak.trains_in_next_attempt()
+    assert soak.nodes == ["n1", "n3"]
+
+
+def a_controller_that_restarts_changes_nothing(soak: Soak) -> None:
+    soak.bed.stop_controller()
+    shown = soak.run.shown()
+    assert shown["state"] in ("running", "saving")
+    assert "does not answer" in shown["message"]
+    soak.bed.start_controller()
+    soak.await_steps(5)
+    assert soak.run.attempt == soak.attempt
+    wait_for("Slurm to know the job again", lambda: soak.run.queued() == "RUNNING", LATE)
+
+
+def a_drained_node_ends_what_it_runs_and_a_signal_to_the_job_saves_and_requeues(soak: Soak) -> None:
+    run, bed, drained = soak.run, soak.bed, soak.nodes[1]
+    bed.run("scontrol", "update", f"NodeName={drained}", "State=DRAIN", "Reason=test")
+    wait_for("the node to drain", lambda: bed.states()[drained].startswith("drng"), LATE)
+    soak.await_steps(2 * SAVE_EVERY)
+    assert run.attempt == soak.attempt
+    assert run.queued() == "RUNNING"
+    bed.run("scancel", "--signal=USR2", run.job)
+    # Again, while it saves or just before.
+    bed.run("scancel", "--signal=USR2", run.job)
+    ended = soak.ended("preempted")
+    soak.trains_in_next_attempt()
+    soak.goes_on_from_its_last_step(ended)
+    assert drained not in soak.nodes
+    bed.run("scontrol", "update", f"NodeName={drained}", "State=RESUME")
+
+
+def a_signal_to_one_rank_alone_stops_all_at_one_step(soak: Soak) -> None:
+    (rank,) = soak.run.ranks(soak.nodes[1])
+    rank.send_signal(signal.SIGUSR2)
+    ended = soak.ended("preempted")
+    soak.trains_in_next_attempt()
+    soak.goes_on_from_its_last_step(ended)
+
+
+def a_job_of_a_higher_partition_takes_the_nodes_and_the_time_limit_saves_in_time(soak: Soak) -> None:
+    """Slurm runs the job again with a shorter limit. On a busy machine that may end before the first step: then a longer one."""
+    run, bed = soak.run, soak.bed
+    options = ("-p", "high", "-w", ",".join(soak.nodes), "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 600")
+    other = bed.output("sbatch", "--parsable", *options).strip()
+    before = soak.ended("preempted")
+    assert before["saved_step"] == before["step"]
+    wait_for("the other job to have the nodes", lambda: run.queued(other) == "RUNNING", LATE)
+    assert run.queued() == "PENDING"
+    assert run.shown()["state"] == "pending"
+    limit_min = 1
+    bed.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit_min}")
+    bed.run("scancel", other)
+    soak.attempt += 1
     # Slurm itself requeues what it preempts: requeued here as well it would run once too often.
-    assert run.causes() == ["preempted", "completed"]
-    assert run.attempt == 2
-    assert_same_training(run.path, undisturbed)
-
-
-def test_an_operator_requeues_the_job(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
-    run = begin("requeued")
-    run.await_step(25)
-    run.bed.run("scontrol", "requeue", run.job)
-    run.await_completed()
-    assert run.attempt == 2
-    assert_same_training(run.path, undisturbed)
-
-
-def test_where_a_requeue_is_forbidden_the_run_is_submitted_again(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
-    run = begin("norequeue", "cluster.requeue=false")
-    run.await_step(25)
-    job = run.job
-    run.bed.run("scancel", "--signal=USR2", job)
-    wait_for("another job", lambda: run.attempt == 2 and run.job not in ("", job), 60)
-    run.await_completed()
-    assert run.causes() == ["preempted", "completed"]
-    assert_same_training(run.path, undisturbed)
-
-
-def test_a_killed_rank_is_started_again_inside_the_allocation(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
-    run = begin("rankkilled")
-    run.await_step(45)
-    killed = time.time()
-    reached = max(losses(run.path))
-    run.ranks("n2")[0].send_signal(signal.SIGKILL)
-    wait_for("a step after the restart", lambda: any(m["time"] > killed and m.get("run/restarts") for m in metrics(run.path)), 60)
-    again = next(m for m in metrics(run.path) if m["time"] > killed and m.get("run/restarts"))
-    assert again["time"] - killed < 30
-    assert 40 < again["trainer/step"] <= reached + 1
-    run.await_completed()
-    assert run.attempt == 1
-    assert_same_training(run.path, undisturbed)
-
-
-def test_a_stopped_rank_is_found_killed_and_started_again(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
-    run = begin("stopped", "cluster.stall_seconds=6")
-    run.await_step(25)
-    stopped = time.time()
-    run.ranks("n2")[0].send_signal(signal.SIGSTOP)
-    wait_for(
-        "a step after the restart", lambda: any(m["time"] > stopped and m.get("run/restarts") for m in metrics(run.path)), 90
+    wait_for("the next attempt", lambda: run.attempt == soak.attempt, LATE)
+    while True:
+        ended = soak.ended("time_limit")
+        assert ended["saved_step"] == ended["step"]
+        wait_for("the job to wait", lambda: run.queued() == "PENDING" or run.attempt > soak.attempt, LATE)
+        done = ended["step"] > before["step"]
+        limit_min = 20 if done else limit_min + 1
+        bed.run("scontrol", "update", f"JobId={run.job}", f"TimeLimit={limit_min}")
+        if done and run.attempt == soak.attempt:
+            break
+        soak.attempt += 1
+    assert (
+        min(m["trainer/step"] for m in metrics(run.path) if m["attempt"] > soak.causes.index("time_limit")) == before["step"] + 1
     )
-    assert "is stopped" in run.output()
-    run.await_completed()
-    assert run.attempt == 1
-    assert_same_training(run.path, undisturbed)
+    soak.trains_in_next_attempt()
+    soak.goes_on_from_its_last_step(ended)
 
 
-def test_an_agent_that_is_killed_costs_the_job_and_not_the_run(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
-    run = begin("agentkilled")
-    run.await_step(25)
-    run.agents("n2")[0].send_signal(signal.SIGKILL)
-    run.await_completed()
-    assert run.causes() == ["infrastructure", "completed"]
-    assert_same_training(run.path, undisturbed)
+def an_agent_that_is_killed_costs_the_attempt(soak: Soak) -> None:
+    (agent,) = soak.run.agents(soak.nodes[1])
+    agent.send_signal(signal.SIGKILL)
+    soak.ended("infrastructure")
+    soak.trains_in_next_attempt()
 
 
-def test_the_time_limit_saves_in_time_and_the_run_goes_on(begin: Callable[..., SlurmRun]) -> None:
-    run = begin(
-        "limited", "cluster.time=2:00", "cluster.signal_lead_seconds=60", "train.max_steps=100000", "cluster.max_no_progress=0"
-    )
-    wait_for("the end of the first attempt", lambda: run.causes() == ["time_limit"], 110)
-    first = run.attempt_record(1, "exit")
-    assert first["saved_step"] == first["step"] > 1
-    run.await_step(int(first["step"]) + 5, attempt=2)
-    assert run.launch("cancel", str(run.path), **run.bed.variables).returncode == 0
-    assert run.await_state("cancelled")["step"] > first["step"]
-    assert run.causes() == ["time_limit", "cancelled"]
-    steps = [m["trainer/step"] for m in metrics(run.path) if "train/loss" in m]
-    assert steps == list(range(1, len(steps) + 1))
-
-
-def test_a_mistake_of_the_user_is_not_repeated(begin: Callable[..., SlurmRun]) -> None:
-    run = begin("diverged", "optim.lr=1e38")
-    ended = run.await_state("failed")
-    assert "not finite" in ended["message"] or "the loss is" in ended["message"]
-    assert run.causes() == ["user_error"]
-    wait_for("the job to end", lambda: not run.queued(), 40)
-    assert run.attempt == 1
-    assert status(run.path)["state"] == "failed"
+def an_operator_requeues_the_job(soak: Soak) -> None:
+    soak.bed.run("scontrol", "requeue", soak.run.job)
+    soak.ended("preempted")
+    soak.trains_in_next_attempt()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,87 +16,67 @@ pytestmark = [pytest.mark.slurm, pytest.mark.rest]
 ENDLESS = "train.max_steps=100000"
 
 
-def test_two_ranks_on_each_node_resume_on_one_and_further(begin: Callable[..., SlurmRun], undisturbed: Path) -> None:
-    run = begin("grid", "cluster.ranks_per_node=2", "train.max_steps=40")
+def test_four_ranks_are_submitted_again_where_a_requeue_is_forbidden_and_resume_on_one_node(
+    begin: Callable[..., SlurmRun], tmp_path: Path
+) -> None:
+    mirror = f"train.mirror=file://{tmp_path}/mirror"
+    run = begin("grid", "cluster.ranks_per_node=2", "train.max_steps=400", "cluster.requeue=false", mirror)
+    run.await_step(5)
+    first = run.job
+    run.bed.run("scancel", "--signal=USR2", first)
+    wait_for("another job", lambda: run.attempt == 2 and run.job not in ("", first), 90)
     run.await_completed()
+    assert run.causes() == ["preempted", "completed"]
     assert len(list(run.path.glob("attempts/001/rank-*.log"))) == 4
-    again = ("train.max_steps=60", "cluster.nodes=1", "cluster.ranks_per_node=2")
+    steps = [m["trainer/step"] for m in metrics(run.path) if "train/loss" in m]
+    assert steps == list(range(1, 401)), "no step was done twice"
+    # The head node sends.
+    newest = max(int(p.name.removeprefix("step-")) for p in (run.path / "checkpoints").iterdir())
+    assert (tmp_path / f"mirror/grid/checkpoints/step-{newest:08d}/manifest.json").is_file()
+    assert run.attempt_record(2, "mirror")["last_step"] == newest
+    assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "completed"
+
+    again = ("train.max_steps=410", "cluster.nodes=1", "cluster.ranks_per_node=2", "train.mirror=null")
     done = run.launch("resume", str(run.path), *again, "--follow", **run.bed.variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step-00000060" in done.stdout
-    assert sorted(losses(run.path)) == list(range(1, 61))
+    assert "step-00000410" in done.stdout
+    assert sorted(losses(run.path)) == list(range(1, 411))
     nodes = {m["trainer/step"]: m["run/nodes"] for m in metrics(run.path) if "run/nodes" in m}
-    assert (nodes[1], nodes[40], nodes[41]) == (2, 2, 1)
+    assert (nodes[1], nodes[400], nodes[401]) == (2, 2, 1)
 
 
-def test_what_is_printed_leads_to_the_job_and_following_ends_with_its_result(launch: Launch, slurm: Testbed, runs: Path) -> None:
-    began = time.monotonic()
-    done = launch(*SETTINGS, f"run.root={runs}", "run.name=shown", "train.max_steps=10", **slurm.variables)
-    assert time.monotonic() - began < 30
-    assert done.returncode == 0, done.stderr
-    job = re.search(r"^job +(\d+)$", done.stdout, re.MULTILINE)
-    assert job is not None
-    assert slurm.output("squeue", "-h", "-j", job[1], "-o", "%j").strip() == "shown"
-    for command in ("logs", "status", "cancel"):
-        assert f"python -m launcher {command} " in done.stdout
-    followed = launch("logs", "shown", "-f", "--root", str(runs), **slurm.variables)
-    assert followed.returncode == 0
-    assert "step 10" in followed.stdout or "step-00000010" in followed.stdout
-    assert launch("status", "shown", "--root", str(runs), "--json", **slurm.variables).stdout.count("completed")
-    bad = launch(*SETTINGS, f"run.root={runs}", "run.name=bad", "optim.lr=1e38", "follow=true", **slurm.variables)
+def test_a_mistake_of_the_user_is_told_to_who_follows_and_not_repeated(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+    bad = launch_here(*SETTINGS, f"run.root={runs}", "run.name=bad", "optim.lr=1e38", "follow=true", **slurm.variables)
     assert bad.returncode == 1
     assert "resume" in bad.stderr or "start it again" in bad.stderr
+    run = SlurmRun(runs / "bad", slurm, launch_here)
+    ended = run.await_state("failed")
+    assert "not finite" in ended["message"] or "the loss is" in ended["message"]
+    assert run.causes() == ["user_error"]
+    run.await_end_of_job()
+    assert run.attempt == 1
+    assert run.shown()["state"] == "failed"
 
 
-def test_a_waiting_run_says_why_and_can_be_cancelled(launch: Launch, slurm: Testbed, runs: Path) -> None:
-    held = submit(launch, slurm, runs, "held", "+cluster.additional_parameters.begin=now+3600")
+def test_a_waiting_run_says_why_and_can_be_cancelled(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+    held = submit(launch_here, slurm, runs, "held", "+cluster.additional_parameters.begin=now+3600")
     shown = held.shown()
     assert shown["state"] == "pending"
     assert "BeginTime" in shown["message"]
     slurm.run("scontrol", "hold", held.job)
     assert "held" in held.shown()["message"].lower()
-    cancelled = launch("cancel", str(held.path), **slurm.variables)
+    cancelled = launch_here("cancel", str(held.path), **slurm.variables)
     assert cancelled.returncode == 0, cancelled.stderr
     assert held.shown()["state"] == "cancelled"
     assert not held.queued()
     first = slurm.run("sbatch", "--parsable", "-o", "/dev/null", "--wrap", "exit 1", capture_output=True).stdout.strip()
-    never = submit(launch, slurm, runs, "never", f"cluster.dependency='afterok:{first}'")
+    never = submit(launch_here, slurm, runs, "never", f"cluster.dependency='afterok:{first}'")
     wait_for("the dependency to fail", lambda: "DependencyNeverSatisfied" in never.shown()["message"], 40)
-    assert launch("cancel", str(never.path), **slurm.variables).returncode == 0
+    assert launch_here("cancel", str(never.path), **slurm.variables).returncode == 0
 
 
-def test_a_running_run_is_cancelled_with_and_without_a_checkpoint(begin: Callable[..., SlurmRun]) -> None:
-    run = begin("saved", ENDLESS, "train.save_every=0")
-    run.await_step(5)
-    assert run.launch("cancel", str(run.path), **run.bed.variables).returncode == 0
-    ended = run.await_state("cancelled")
-    assert ended["step"] >= 5
-    assert (run.path / "checkpoints" / f"step-{ended['step']:08d}" / "manifest.json").is_file()
-    wait_for("the job to end", lambda: not run.queued(), 40)
-    done = run.launch("resume", str(run.path), **run.bed.variables)
-    assert done.returncode == 0, done.stderr
-    run.await_step(ended["step"] + 2, attempt=2)
-    assert run.launch("cancel", str(run.path), "--no-save", **run.bed.variables).returncode == 0
-    wait_for("the job to end", lambda: not run.queued(), 40)
-    assert run.await_state("cancelled")["state"] == "cancelled"
-    time.sleep(7)
-    assert not run.queued(), "a cancelled job never comes back"
-    assert run.attempt == 2
-
-
-def test_a_job_that_a_person_cancels_with_scancel_does_not_come_back(begin: Callable[..., SlurmRun]) -> None:
-    run = begin("scancelled", ENDLESS)
-    run.await_step(5)
-    run.bed.run("scancel", run.job)
-    wait_for("the job to end", lambda: not run.queued(), 40)
-    assert run.shown()["state"] == "cancelled"
-    time.sleep(7)
-    assert not run.queued()
-    assert run.attempt == 1
-
-
-def test_a_run_never_runs_twice_at_once(begin: Callable[..., SlurmRun]) -> None:
-    run = begin("single", ENDLESS)
+def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Callable[..., SlurmRun]) -> None:
+    run = begin("single", ENDLESS, "train.save_every=0")
     run.await_step(3)
     refused = run.launch("resume", str(run.path), **run.bed.variables)
     assert refused.returncode == 2
@@ -111,12 +89,38 @@ def test_a_run_never_runs_twice_at_once(begin: Callable[..., SlurmRun]) -> None:
     assert f"job {run.job} runs single already" in (run.path / "jobs" / other / f"{other}_0_log.out").read_text()
     assert run.attempt == 1
     assert run.shown()["state"] in ("running", "saving")
+
+    # With a checkpoint.
+    assert run.launch("cancel", str(run.path), **run.bed.variables).returncode == 0
+    ended = run.await_state("cancelled")
+    assert ended["step"] >= 5
+    assert (run.path / "checkpoints" / f"step-{ended['step']:08d}" / "manifest.json").is_file()
+    run.await_end_of_job()
+    done = run.launch("resume", str(run.path), **run.bed.variables)
+    assert done.returncode == 0, done.stderr
+
+    # Without.
+    run.await_step(ended["step"] + 2, attempt=2)
     assert run.launch("cancel", str(run.path), "--no-save", **run.bed.variables).returncode == 0
+    run.await_end_of_job()
+    assert run.await_state("cancelled")["state"] == "cancelled"
+    assert run.attempt == 2
+    assert [p.name for p in (run.path / "checkpoints").glob("step-*")] == [f"step-{ended['step']:08d}"]
+
+    # By a person's scancel.
+    done = run.launch("resume", str(run.path), **run.bed.variables)
+    assert done.returncode == 0, done.stderr
+    run.await_step(ended["step"] + 2, attempt=3)
+    run.bed.run("scancel", run.job)
+    run.await_end_of_job()
+    assert run.shown()["state"] == "cancelled"
+    assert run.attempt == 3
 
 
-def test_a_sweep_submits_a_job_for_each_point_and_returns(launch: Launch, slurm: Testbed, runs: Path) -> None:
-    sweep = (*SETTINGS, "cluster.nodes=1", "train.max_steps=3", f"run.root={runs}")
-    done = launch(*sweep, "-m", "optim.lr=1e-5,2e-5", **slurm.variables)
+def test_a_sweep_submits_a_job_for_each_point_and_returns(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
+    waiting = "+cluster.additional_parameters.begin=now+3600"
+    sweep = (*SETTINGS, "cluster.nodes=1", "train.max_steps=3", waiting, f"run.root={runs}")
+    done = launch_here(*sweep, "-m", "optim.lr=1e-5,2e-5", **slurm.variables)
     assert done.returncode == 0, done.stderr
     names = [p.name for p in runs.iterdir()]
     assert len(names) == 2
@@ -124,12 +128,15 @@ def test_a_sweep_submits_a_job_for_each_point_and_returns(launch: Launch, slurm:
     assert "optim.lr=1e-05" in table
     assert "optim.lr=2e-05" in table
     plans = [json.loads((runs / name / "plan.json").read_text()) for name in names]
+    assert {plan["config"]["optim"]["lr"] for plan in plans} == {1e-5, 2e-5}
     groups = {plan["config"]["tracking"]["group"] for plan in plans}
     assert len(groups) == 1
     assert None not in groups
     for name in names:
-        SlurmRun(runs / name, slurm, launch).await_state("completed")
-    refused = launch(*sweep, "-m", "optim.lr=1e-5,2e-5", "cluster.partition=main,nowhere", **slurm.variables)
+        run = SlurmRun(runs / name, slurm, launch_here)
+        assert run.queued() == "PENDING"
+        assert run.shown()["state"] == "pending"
+    refused = launch_here(*sweep, "-m", "optim.lr=1e-5,2e-5", "cluster.partition=main,nowhere", **slurm.variables)
     assert refused.returncode == 2
     assert "nowhere" in refused.stderr
     assert len(list(runs.iterdir())) == 2, "nothing is started where one of them is refused"

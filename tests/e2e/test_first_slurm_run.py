@@ -1,0 +1,41 @@
+"""The first run on Slurm: submitted on two nodes, followed, finished."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from e2e_tools import losses
+from slurm_tools import SETTINGS, Launch, SlurmRun
+from testbed_cluster import Testbed
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 20
+
+
+def test_what_is_printed_leads_to_the_job_and_following_ends_with_its_result(
+    launch_here: Launch, slurm: Testbed, runs: Path
+) -> None:
+    limits = (f"train.max_steps={STEPS}", "optim.lr=1e-3", "optim.schedule=constant")
+    done = launch_here(*SETTINGS, *limits, f"run.root={runs}", "run.name=shown", **slurm.variables)
+    assert done.returncode == 0, done.stderr
+    job = re.search(r"^job +(\d+)$", done.stdout, re.MULTILINE)
+    assert job is not None
+    assert slurm.output("squeue", "-h", "-j", job[1], "-o", "%j").strip() == "shown"
+    for command in ("logs", "status", "cancel"):
+        assert f"python -m launcher {command} " in done.stdout
+    followed = launch_here("logs", "shown", "-f", "--root", str(runs), **slurm.variables)
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert f"step {STEPS}" in followed.stdout or f"step-{STEPS:08d}" in followed.stdout
+    run = SlurmRun(runs / "shown", slurm, launch_here)
+    assert run.shown()["state"] == "completed"
+    assert run.causes() == ["completed"]
+    assert len(run.attempt_record(1)["nodes"]) == 2
+    assert len(list(run.path.glob("attempts/001/rank-*.log"))) == 2
+    assert (run.path / f"checkpoints/step-{STEPS:08d}/manifest.json").is_file()
+    by_step = losses(run.path)
+    assert sorted(by_step) == list(range(1, STEPS + 1))
+    first, last = (sum(by_step[step] for step in steps) / 5 for steps in (range(1, 6), range(STEPS - 4, STEPS + 1)))
+    assert last < first
