@@ -104,6 +104,23 @@ def test_a_bad_node_is_left_out_of_the_next_start(
     assert (of.exit()["cause"], of.exit()["bad_nodes"]) == ("bad_node", ["n2"])
 
 
+@pytest.mark.parametrize("exclude", [None, "n9"])
+def test_a_bad_node_is_no_longer_left_out_after_a_newer_checkpoint(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
+) -> None:
+    of = submitted(exclude_bad_nodes=True, exclude=exclude)
+    of.begun()
+    of.outcome("preempted")
+    details = slurm_said.job().replace("ExcNodeList=(null)", "ExcNodeList=n[2,9]")
+    fake_slurm.answer("scontrol", "show", "job", "41", out=details)
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [
+        ["scontrol", "requeuehold", "41"],
+        ["scontrol", "update", "JobId=41", f"ExcNodeList={exclude or ''}"],
+        ["scontrol", "release", "41"],
+    ]
+
+
 def test_a_bad_node_ends_the_run_where_nobody_wants_it_left_out(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()

@@ -20,9 +20,12 @@ from launcher.run_store import RUNNING_STATES, Attempt, Status
 
 if TYPE_CHECKING:
     from launcher.config.cluster import ClusterSection
+    from launcher.config.slurm import SlurmSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
     from launcher.plan.retry import Decision
 
+# What `scontrol show job` says where a list of nodes is empty.
+_NO_NODES = "(null)"
 _END_DEADLINE_S = 120.0
 _POLL_S = 1.0
 _LOCK_WAIT_S = 60.0
@@ -131,7 +134,8 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     exclude = ",".join(filter(None, (section.exclude, *decision.exclude)))
     if section.requeue:
         try:
-            _requeue(job, exclude if decision.exclude else "", patience_s)
+            changes = decision.exclude or _excludes_others(job, section, patience_s)
+            _requeue(job, exclude if changes else None, patience_s)
             return
         except SlurmError as error:
             problem = error.problems[0]
@@ -141,7 +145,19 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     _submit_again(plan, run, job, exclude)
 
 
-def _requeue(job: str, exclude: str, patience_s: float) -> None:
+def _excludes_others(job: str, section: SlurmSection, patience_s: float) -> bool:
+    """True where an earlier start left a bad node out: the job keeps that, until it would find too few nodes."""
+    if not section.leaves_out_bad_nodes:
+        return False
+    try:
+        excluded = queue.details(job, patience_s).get("ExcNodeList", _NO_NODES)
+    except SlurmError:
+        return False
+    return excluded not in (_NO_NODES, section.exclude)
+
+
+def _requeue(job: str, exclude: str | None, patience_s: float) -> None:
+    """Requeue the job, without the nodes in `exclude`, or with what it excludes now where that is None."""
     restarts, until = int(os.environ.get("SLURM_RESTART_COUNT") or 0), time.monotonic() + patience_s
 
     def ask(*argv: str, done: Callable[[], bool] | None = None) -> None:
@@ -151,7 +167,7 @@ def _requeue(job: str, exclude: str, patience_s: float) -> None:
         # A second requeue, of a job that already waits, could be refused, and then the run were submitted as well.
         return queue.state_beneath(job, restarts, None) == "PENDING"
 
-    if not exclude:
+    if exclude is None:
         ask("scontrol", "requeue", job, done=requeued)
         return
     ask("scontrol", "requeuehold", job, done=requeued)
