@@ -131,6 +131,8 @@ class Testbed:
         """Cancel all jobs and mend all nodes, hosts files and mounts; returns when every node is idle."""
         if not self.processes("slurmctld"):
             self.start_controller()
+        # What runs is killed at once: scancel alone would wait KillWait for what ignores TERM, or saves.
+        self.output("scancel", "--full", "--signal=KILL", "--state=RUNNING", "-u", "root")
         self.output("scancel", "--full", "-u", "root")
         for node in self.names:
             if self.layout.isolated:
