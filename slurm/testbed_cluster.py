@@ -178,7 +178,10 @@ class Testbed:
     def _start_database(self) -> None:
         db, commands = self.root / "db", daemon_commands(self.root)
         db.chmod(0o700)  # the only lock: there are no passwords inside
-        self.run(*commands["mariadb-install-db"], stdout=subprocess.DEVNULL)
+        log = self.root / "log/mariadb-install-db.out"
+        with log.open("w") as out:
+            if self.run(*commands["mariadb-install-db"], stdout=out, stderr=out, check=False).returncode != 0:
+                raise TestbedError(f"mariadb-install-db failed: {log.read_text()[-1000:]}")
         # Made here, not by slurmdbd: with libmariadb3 11.8.9 a handle whose first connect met an unknown database
         # fails every query after ("maximum allowed number of columns (=0)"), and slurmdbd dies.
         (db / "init.sql").write_text("CREATE DATABASE IF NOT EXISTS slurm;\n")
