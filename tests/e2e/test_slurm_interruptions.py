@@ -29,6 +29,8 @@ SOAK = (
     "cluster.exclude_bad_nodes=true",
 )
 LATE = 300
+# Less than the 300 s that the nodes wait for each other, and for a collective; about 15 s where the machine is not busy.
+AGAIN_WITHIN_S = 180
 
 
 class Soak:
@@ -109,7 +111,7 @@ class Soak:
         every = [m for m in metrics(self.run.path) if "train/loss" in m]
         reached = max(m["trainer/step"] for m in every if (m["attempt"], m["run/restarts"]) < (self.attempt, restarts))
         assert saved < again["trainer/step"] <= reached + 1
-        assert again["time"] - sent < 60
+        assert again["time"] - sent < AGAIN_WITHIN_S
         assert self.alert("all ranks are started again", f"restart {restarts}", f"on {node}", *words), events(self.run.path)[-3:]
         assert self.run.attempt == self.attempt
 
@@ -121,7 +123,7 @@ class Soak:
         wait_for("Slurm to give nodes again", lambda: self.run.queued() == "RUNNING", LATE)
         given = time.time()
         self.trains_in_next_attempt()
-        assert self.steps(self.attempt)[0]["time"] - given < 60
+        assert self.steps(self.attempt)[0]["time"] - given < AGAIN_WITHIN_S
         assert lost not in self.nodes
         self.causes.append("infrastructure")
         assert self.run.causes() == self.causes
