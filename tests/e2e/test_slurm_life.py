@@ -11,7 +11,8 @@ from e2e_tools import losses, metrics, wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 
-pytestmark = [pytest.mark.slurm, pytest.mark.rest]
+# A busy machine takes many times as long to start ranks.
+pytestmark = [pytest.mark.slurm, pytest.mark.rest, pytest.mark.timeout(900)]
 
 ENDLESS = "train.max_steps=100000"
 

@@ -12,7 +12,8 @@ from e2e_tools import command_line, losses, metrics, status, wait_for
 from slurm_tools import STEPS, Launch, submit
 from testbed_cluster import Testbed
 
-pytestmark = [pytest.mark.slurm, pytest.mark.rest]
+# A busy machine takes many times as long to start ranks.
+pytestmark = [pytest.mark.slurm, pytest.mark.rest, pytest.mark.timeout(900)]
 
 ENDLESS = "train.max_steps=100000"
 
