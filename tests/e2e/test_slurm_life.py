@@ -21,29 +21,37 @@ def test_four_ranks_are_submitted_again_where_a_requeue_is_forbidden_and_resume_
     begin: Callable[..., SlurmRun], tmp_path: Path
 ) -> None:
     mirror = f"train.mirror=file://{tmp_path}/mirror"
-    run = begin("grid", "cluster.ranks_per_node=2", "train.max_steps=400", "cluster.requeue=false", mirror)
+    run = begin("grid", ENDLESS, "cluster.ranks_per_node=2", "cluster.requeue=false", mirror)
     run.await_step(5)
     first = run.job
     run.bed.run("scancel", "--signal=USR2", first)
     wait_for("another job", lambda: run.attempt == 2 and run.job not in ("", first), 90)
-    run.await_completed()
-    assert run.causes() == ["preempted", "completed"]
+    saved = run.attempt_record(1, "exit")["step"]
+    run.await_step(saved + 2, attempt=2)
+    assert run.launch("cancel", str(run.path), **run.bed.variables).returncode == 0
+    cancelled = run.await_state("cancelled")["step"]
+    run.await_end_of_job()
+    assert run.causes() == ["preempted", "cancelled"]
+    assert run.attempt_record(2)["resume_step"] == saved
     assert len(list(run.path.glob("attempts/001/rank-*.log"))) == 4
     steps = [m["trainer/step"] for m in metrics(run.path) if "train/loss" in m]
-    assert steps == list(range(1, 401)), "no step was done twice"
+    assert steps == list(range(1, cancelled + 1)), "no step was done twice"
     # The head node sends.
-    newest = max(int(p.name.removeprefix("step-")) for p in (run.path / "checkpoints").iterdir())
-    assert (tmp_path / f"mirror/grid/checkpoints/step-{newest:08d}/manifest.json").is_file()
-    assert run.attempt_record(2, "mirror")["last_step"] == newest
-    assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "completed"
+    assert run.attempt_record(2, "mirror")["last_step"] == cancelled
+    assert (tmp_path / f"mirror/grid/checkpoints/step-{cancelled:08d}/manifest.json").is_file()
 
-    again = ("train.max_steps=410", "cluster.nodes=1", "cluster.ranks_per_node=2", "train.mirror=null")
+    end = cancelled + 10
+    again = (f"train.max_steps={end}", "cluster.nodes=1", "cluster.ranks_per_node=2")
     done = run.launch("resume", str(run.path), *again, "--follow", **run.bed.variables)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "step-00000410" in done.stdout
-    assert sorted(losses(run.path)) == list(range(1, 411))
+    assert f"step-{end:08d}" in done.stdout
+    assert sorted(losses(run.path)) == list(range(1, end + 1))
     nodes = {m["trainer/step"]: m["run/nodes"] for m in metrics(run.path) if "run/nodes" in m}
-    assert (nodes[1], nodes[400], nodes[401]) == (2, 2, 1)
+    assert (nodes[1], nodes[cancelled], nodes[cancelled + 1]) == (2, 2, 1)
+    run.await_end_of_job()
+    assert run.causes() == ["preempted", "cancelled", "completed"]
+    assert run.attempt_record(3, "mirror")["last_step"] == end
+    assert json.loads((tmp_path / "mirror/grid/status.json").read_text())["state"] == "completed"
 
 
 def test_a_mistake_of_the_user_is_told_to_who_follows_and_not_repeated(launch_here: Launch, slurm: Testbed, runs: Path) -> None:

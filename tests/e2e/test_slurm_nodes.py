@@ -60,7 +60,7 @@ def test_a_site_without_accounting_is_enough(
         run.await_step(5)
         bare.run("scancel", run.job)
         wait_for("the job to end", lambda: run.shown()["state"] == "cancelled", 60)
-        again = ("train.max_steps=400", "train.save_every=50")
+        again = ("train.max_steps=200", "train.save_every=50")
         done = launch_here("resume", str(run.path), *again, **bare.variables)
         assert done.returncode == 0, done.stderr
         run.await_step(10, attempt=2)
@@ -69,7 +69,7 @@ def test_a_site_without_accounting_is_enough(
         assert run.causes()[-2:] == ["preempted", "completed"]
         assert run.attempt == 3
         assert run.shown()["state"] == "completed"
-    assert sorted(losses(run.path)) == list(range(1, 401))
+    assert sorted(losses(run.path)) == list(range(1, 201))
 
 
 def test_a_rank_that_takes_too_much_memory_is_killed_and_started_again(
