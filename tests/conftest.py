@@ -17,6 +17,8 @@ from typing import Any
 
 import hypothesis
 import pytest
+from filelock import FileLock
+from forked_ranks import RankServer
 from testbed_cluster import SlotTaken, Testbed
 from testbed_config import NUM_SLOTS, Settings, missing_commands
 
@@ -33,11 +35,16 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("launcher")
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of this session that all processes of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+
 @pytest.fixture(scope="session")
 def launcher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache for converted models and built data, one for all processes of pytest-xdist."""
-    base = tmp_path_factory.getbasetemp()
-    cache = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "launcher-cache"
+    cache = shared_folder(tmp_path_factory) / "launcher-cache"
     cache.mkdir(exist_ok=True)
     return cache
 
@@ -138,15 +145,31 @@ def storage_fails(monkeypatch: pytest.MonkeyPatch) -> StorageFails:
 
 
 @pytest.fixture(scope="session")
-def extensions() -> None:
-    """DeepSpeed's C++ extensions for offloaded states, compiled: that takes minutes, which no deadline of a run allows for."""
-    names = ("ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder")
-    build = "; ".join(f"get_accelerator().create_op_builder({name!r}).load()" for name in names)
-    lock = "from launcher.train.extensions import lock_builds; lock_builds()"
-    script = f"{lock}; from deepspeed.accelerator import get_accelerator; {build}"
-    env = {**os.environ, "PYTHONPATH": str(REPO)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=BUILD_DEADLINE_S, env=env)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def rank_server() -> Iterator[RankServer]:
+    """Runs a function on several ranks, forked from a process that has imported DeepSpeed: tests/forked_ranks.py."""
+    server = RankServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """DeepSpeed's C++ extensions for offloaded states, compiled: that takes minutes, which no deadline of a run allows for.
+
+    One process of pytest-xdist compiles; all processes share the user's cache (TORCH_EXTENSIONS_DIR where it is set).
+    """
+    folder = shared_folder(tmp_path_factory)
+    with FileLock(folder / "extensions.lock", timeout=BUILD_DEADLINE_S):
+        if (folder / "extensions-are-compiled").exists():
+            return
+        names = ("ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder")
+        build = "; ".join(f"get_accelerator().create_op_builder({name!r}).load()" for name in names)
+        lock = "from launcher.train.extensions import lock_builds; lock_builds()"
+        script = f"{lock}; from deepspeed.accelerator import get_accelerator; {build}"
+        env = {**os.environ, "PYTHONPATH": str(REPO)}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=BUILD_DEADLINE_S, env=env)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        (folder / "extensions-are-compiled").touch()
 
 
 @pytest.fixture(scope="session")

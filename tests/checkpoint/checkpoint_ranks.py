@@ -1,4 +1,4 @@
-"""One rank of the checkpoint tests: a real ZeRO-3 engine over gloo. Run as `python checkpoint_ranks.py SCENARIO FOLDER`."""
+"""Ranks of the checkpoint tests: real ZeRO-3 engines over gloo, run by tests/forked_ranks.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -28,7 +27,6 @@ from launcher.errors import CheckpointError
 from launcher.train.engine import import_muon
 from launcher.train.extensions import lock_builds
 
-RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 PLAN = "digest-of-the-plan"
 VOCAB = 511
 # Odd sizes: on two ranks almost every parameter is padded. The norms (27) are persistent, the rest is partitioned.
@@ -79,7 +77,7 @@ def build(kind: str):
 
     nvme: as offload, with the optimizer's states on disk; nvme_params: the weights that the engine computes with too.
     """
-    torch.manual_seed(7 + RANK)
+    torch.manual_seed(7 + dist.get_rank())
     config = deepspeed_config(kind)
     # DeepSpeed refuses a second engine with hpZ in one process while this is set.
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
@@ -104,7 +102,7 @@ def names(engine) -> dict[str, torch.nn.Parameter]:
 
 
 def tokens(step: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1000 * step + RANK)
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
     return torch.randint(0, VOCAB, (2, 16), generator=generator)
 
 
@@ -141,12 +139,12 @@ def dump(engine, path: Path) -> None:
             tensors[f"{name}|{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
         with deepspeed.zero.GatheredParameters([parameter]):
             tensors[f"{name}|compute"] = parameter.detach().clone()
-    if RANK == 0:
+    if dist.get_rank() == 0:
         save_file(tensors, path)
 
 
 def report(folder: Path, name: str, content: object) -> None:
-    (folder / f"{name}-{RANK}.json").write_text(json.dumps(content))
+    (folder / f"{name}-{dist.get_rank()}.json").write_text(json.dumps(content))
 
 
 def saver_of(engine, root: Path, *, attempt: int = 1, background: bool = False, named=None) -> Saver:
@@ -240,7 +238,7 @@ def with_small_files(action) -> None:
     """Rank 1 cannot write files of more than 4 KiB, like a disk that fills up."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if RANK == 1:
+    if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         action()
@@ -278,7 +276,7 @@ def background(kind: str, folder: Path) -> None:
     stall_s = saver._job.stall_s
     durable.passing = passing
     # Nobody asks for a while, on one rank longer than on the other.
-    time.sleep(1.5 + RANK)
+    time.sleep(1.5 + dist.get_rank())
     first = committed(saver)
     failures = failing(lambda: with_small_files(lambda: (saver.save(3, {}), train(engine, 4, 4, saver), committed(saver))))
     report(folder, "behind", {"losses": losses, "seconds": first.seconds, "stall_s": stall_s, "failures": failures})
@@ -313,7 +311,7 @@ def slow_writes(saver: Saver) -> None:
 
 def poison(engine) -> None:
     """One weight of the last rank is not a number."""
-    if RANK == WORLD_SIZE - 1:
+    if dist.get_rank() == dist.get_world_size() - 1:
         engine.optimizer.fp32_partitioned_groups_flat[0].data[0] = float("nan")
 
 
@@ -326,7 +324,7 @@ def points(kind: str, folder: Path) -> None:
     saver.save(2, {"seen": 2}, wait=True)
     committed(saver)
     train(engine, 3, 3)
-    if victim in (str(RANK), "all"):
+    if victim in (str(dist.get_rank()), "all"):
         durable.passing = lambda passed: os.kill(os.getpid(), signal.SIGKILL) if passed == point else None
     saver.save(3, {"seen": 3})
     train(engine, 4, 4, saver)
@@ -353,7 +351,7 @@ def resume(kind: str, folder: Path) -> None:
     dump(engine, folder / "loaded.safetensors")
     logits = probe_of(engine)["logits"]
     report(folder, "resumed", {"extra": extra, "refused": refused, "step": engine.global_steps, "losses": train(engine, 3, 4)})
-    if RANK == 0:
+    if dist.get_rank() == 0:
         save_file({"logits": logits}, folder / "logits.safetensors")
     dump(engine, folder / "resumed.safetensors")
     before = held_bytes(engine)
@@ -372,7 +370,7 @@ def held_bytes(engine) -> int:
 
 def damaged_copy(checkpoint: Path, target: Path) -> Path:
     """A copy with one flipped bit in the shard of rank 1."""
-    if RANK == 0:
+    if dist.get_rank() == 0:
         shutil.copytree(checkpoint, target)
         shard = target / store.shard_name(1)
         content = bytearray(shard.read_bytes())
@@ -396,28 +394,22 @@ def move(kind: str, folder: Path, source: str, target: str) -> None:
 MOVES = {"shrink": ("checkpoints", "one"), "grow": ("one", "two"), "double": ("checkpoints", "four"), "halve": ("four", "half")}
 
 
-def main(scenario: str, folder: Path) -> None:
+def main(scenario: str, root: str, kinds: list[str]) -> None:
+    """Run a scenario for each kind of engine, in a folder of its own under `root`."""
     lock_builds()
     deepspeed.init_distributed(
         dist_backend="gloo",
         auto_mpi_discovery=False,
         init_method=f"file://{os.environ['RENDEZVOUS']}",
-        rank=RANK,
-        world_size=WORLD_SIZE,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
         timeout=timedelta(seconds=60),
     )
-    for kind in os.environ["KINDS"].split(","):
-        of_kind = folder / kind
+    for kind in kinds:
+        folder = Path(root) / kind
         if scenario in MOVES:
-            move(kind, of_kind, *MOVES[scenario])
+            move(kind, folder, *MOVES[scenario])
         else:
-            of_kind.mkdir(exist_ok=True)
-            globals()[scenario](kind, of_kind)
+            folder.mkdir(exist_ok=True)
+            globals()[scenario](kind, folder)
     dist.barrier()
-    sys.stdout.flush()
-    # Threads of destroyed engines are still alive in C++ and would abort an orderly exit now and then.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

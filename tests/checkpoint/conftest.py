@@ -4,18 +4,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from forked_ranks import RankServer
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).with_name("checkpoint_ranks.py")
 DEADLINE_S = 150
 RunRanks = Callable[..., None]
 
@@ -44,47 +40,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
+def run_ranks(tmp_path_factory: pytest.TempPathFactory, rank_server: RankServer) -> RunRanks:
     """Run a scenario of checkpoint_ranks.py in new processes, none of which outlives the call.
 
     `killed` names the ranks that are to end by SIGKILL; those that miss them then end as they may, by an error or an abort.
     """
 
     def run(scenario: str, world_size: int, folder: Path, kinds: str, *, killed: Sequence[int] = (), **environment: str) -> None:
+        arguments = [(scenario, str(folder), kinds.split(","))] * world_size
         work = tmp_path_factory.mktemp(scenario)
-        common = {
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_WORLD_SIZE": str(world_size),
-            "RENDEZVOUS": str(work / "rendezvous"),
-            "KINDS": kinds,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "ignore",
-        }
-        logs = [work / f"rank-{rank}.log" for rank in range(world_size)]
-        ranks = []
-        try:
-            for rank, log in enumerate(logs):
-                environ = os.environ | common | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                with log.open("w") as output:
-                    ranks.append(
-                        subprocess.Popen(
-                            [sys.executable, str(SCRIPT), scenario, str(folder)],
-                            env=environ,
-                            stdout=output,
-                            stderr=subprocess.STDOUT,
-                        )
-                    )
-            deadline = time.monotonic() + DEADLINE_S
-            codes = [rank.wait(timeout=max(0.0, deadline - time.monotonic())) for rank in ranks]
-        finally:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.kill()
-                    rank.wait(timeout=10)
-        tails = "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in logs)
-        assert [rank for rank, code in enumerate(codes) if code == -signal.SIGKILL] == list(killed), tails
-        assert all(codes) if killed else not any(codes), f"{codes}\n{tails}"
+        ended = rank_server.run("checkpoint_ranks:main", arguments, work, environment=environment, deadline_s=DEADLINE_S)
+        tails = "\n".join(f"rank {i}, exit code {rank.code}:\n{rank.output[-3000:]}" for i, rank in enumerate(ended))
+        assert [i for i, rank in enumerate(ended) if rank.code == -signal.SIGKILL] == list(killed), tails
+        assert all(rank.code for rank in ended) if killed else not any(rank.code for rank in ended), tails
 
     return run
 

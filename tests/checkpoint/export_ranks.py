@@ -1,8 +1,4 @@
-"""One rank of the end of a run: `python export_ranks.py PLAN CHECKPOINT LIMITED_RANK` writes its share of an export over gloo.
-
-The rank LIMITED_RANK cannot write files of more than 16 KiB, like a disk that fills up; -1 limits nobody. Rank 0 completes
-the folder and prints each event; a failure is printed by every rank, and the process ends with 3.
-"""
+"""One rank of the end of a run, which writes its share of an export over gloo; run by tests/forked_ranks.py."""
 
 from __future__ import annotations
 
@@ -29,7 +25,11 @@ class Printer:
         print(f"{kind}: {text}", flush=True)
 
 
-def main(plan_path: str, checkpoint: str, limited: str) -> None:
+def main(plan_path: str, checkpoint: str, limited: int) -> None:
+    """Export `checkpoint`. The rank `limited` cannot write files of more than 16 KiB, like a disk that fills up; -1 is no rank.
+
+    Rank 0 completes the folder and prints each event. A failure is printed by every rank, and the process ends with 3.
+    """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
@@ -37,7 +37,7 @@ def main(plan_path: str, checkpoint: str, limited: str) -> None:
     plan = LaunchPlan.load(plan_path)
     task_of = finish._task
     finish._task = lambda *parts: replace(task_of(*parts), max_file_bytes=20_000)
-    if rank == int(limited):
+    if rank == limited:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
     try:
@@ -50,7 +50,3 @@ def main(plan_path: str, checkpoint: str, limited: str) -> None:
         print(error, flush=True)
         assert not dist.is_initialized()
         sys.exit(3)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

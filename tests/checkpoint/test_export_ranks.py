@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from forked_ranks import RankServer
 from safetensors.torch import load_file
 from shard_tools import engine_metadata, flip_bit, plan_of, with_metadata
 
 from launcher.checkpoint import store
-
-SCRIPT = Path(__file__).with_name("export_ranks.py")
-DEADLINE_S = 120
 
 
 @pytest.fixture
@@ -25,31 +19,19 @@ def checkpoint(runs, tmp_path: Path) -> Path:
     return with_metadata(newest, tmp_path / "checkpoints", engine_metadata(runs.dump("bf16", "saved"), "bf16", 2))
 
 
-def exported(run: Path, checkpoint: Path, limited: int = -1, push_to_hub: str | None = None) -> list[tuple[int, str]]:
+def exported(
+    rank_server: RankServer, run: Path, checkpoint: Path, limited: int = -1, push_to_hub: str | None = None
+) -> list[tuple[int, str]]:
     """Exit code and output of two ranks that export the checkpoint of `run`."""
     plan = plan_of(run)
     train = plan.config.train.model_copy(update={"push_to_hub": push_to_hub})
     (run / "plan.json").write_text(plan.model_copy(update={"config": plan.config.model_copy(update={"train": train})}).to_json())
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    common = {**kept, "WORLD_SIZE": "2", "RENDEZVOUS": str(run / "rendezvous"), "PYTHONPATH": str(SCRIPT.parents[2])}
-    command = [sys.executable, str(SCRIPT), str(run / "plan.json"), str(checkpoint), str(limited)]
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
-    deadline = time.monotonic() + DEADLINE_S
-    try:
-        outputs = [rank.communicate(timeout=max(0.0, deadline - time.monotonic()))[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait(timeout=10)
-    return [(rank.returncode, output) for rank, output in zip(ranks, outputs, strict=True)]
+    arguments = [(str(run / "plan.json"), str(checkpoint), limited)] * 2
+    return [(rank.code, rank.output) for rank in rank_server.run("export_ranks:main", arguments, run / "ranks")]
 
 
-def test_two_ranks_write_one_folder(runs, checkpoint, tmp_path):
-    (code, output), other = exported(tmp_path, checkpoint)
+def test_two_ranks_write_one_folder(rank_server, runs, checkpoint, tmp_path):
+    (code, output), other = exported(rank_server, tmp_path, checkpoint)
     assert (code, *other) == (0, 0, ""), output + other[1]
     index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
@@ -64,8 +46,8 @@ def test_two_ranks_write_one_folder(runs, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("limited", [0, 1])
-def test_a_rank_that_cannot_write_ends_the_export_on_all_ranks(checkpoint, tmp_path, limited):
-    for code, output in exported(tmp_path, checkpoint, limited=limited):
+def test_a_rank_that_cannot_write_ends_the_export_on_all_ranks(rank_server, checkpoint, tmp_path, limited):
+    for code, output in exported(rank_server, tmp_path, checkpoint, limited=limited):
         assert code == 3, output
         assert "training is complete and saved, but the Hugging Face folder could not be written" in output
         assert f"rank {limited}, {tmp_path}" in output
@@ -75,17 +57,17 @@ def test_a_rank_that_cannot_write_ends_the_export_on_all_ranks(checkpoint, tmp_p
     assert store.verify(checkpoint) == []
 
 
-def test_a_wrong_weight_is_told_on_all_ranks(checkpoint, tmp_path):
+def test_a_wrong_weight_is_told_on_all_ranks(rank_server, checkpoint, tmp_path):
     flip_bit(checkpoint, 1, "model.layers.0.mlp.up_proj.weight|fp32", bit=30)
-    for code, output in exported(tmp_path, checkpoint):
+    for code, output in exported(rank_server, tmp_path, checkpoint):
         assert code == 3, output
         assert "not the one that the engine computed with" in output
         assert "model.layers.0.mlp.up_proj.weight, part of rank 1" in output
     assert not (tmp_path / "export").exists()
 
 
-def test_a_push_that_fails_is_an_alert_and_the_folder_stays(checkpoint, tmp_path):
-    (code, output), _ = exported(tmp_path, checkpoint, push_to_hub="owner/name")
+def test_a_push_that_fails_is_an_alert_and_the_folder_stays(rank_server, checkpoint, tmp_path):
+    (code, output), _ = exported(rank_server, tmp_path, checkpoint, push_to_hub="owner/name")
     assert code == 0, output
     assert "alert: a push to the Hub needs HF_TOKEN" in output
     assert f"python -m launcher export {tmp_path} --push owner/name" in output

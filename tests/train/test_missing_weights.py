@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import RankServer
 from safetensors.torch import load_file
 from weight_tools import change_weights, save_model, without
 
@@ -18,9 +15,6 @@ from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import model_facts
 from launcher.train.model import build_model
-
-SCRIPT = Path(__file__).with_name("weight_ranks.py")
-DEADLINE_S = 120
 
 
 def test_a_model_is_not_built_from_a_part_of_its_weights(tmp_path: Path) -> None:
@@ -34,35 +28,8 @@ def test_a_model_is_not_built_from_a_part_of_its_weights(tmp_path: Path) -> None
     build_model(ModelSection(path=str(folder)), facts, "cpu", chunk_tokens=64)
 
 
-def built(tmp_path: Path, *folders: Path) -> list[list[str | None]]:
-    """What each of two ranks says of each folder."""
-    common = {
-        **os.environ,
-        "WORLD_SIZE": "2",
-        "RENDEZVOUS": str(tmp_path / "rendezvous"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(SCRIPT.parents[2]),
-    }
-    ranks = []
-    try:
-        for rank in range(2):
-            env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with open(tmp_path / f"{rank}.err", "w") as errors:
-                command = [sys.executable, str(SCRIPT), *map(str, folders)]
-                ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True))
-        deadline = time.monotonic() + DEADLINE_S
-        outputs = [rank.communicate(timeout=max(0.0, deadline - time.monotonic()))[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.wait(timeout=10)
-    assert [rank.returncode for rank in ranks] == [0, 0], (tmp_path / "0.err").read_text()[-3000:]
-    return [[json.loads(line) for line in output.splitlines() if line.startswith(('"', "null"))] for output in outputs]
-
-
 @pytest.mark.rest
-def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(tmp_path: Path) -> None:
+def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_server: RankServer, tmp_path: Path) -> None:
     whole = save_model(tmp_path / "whole", {"model_type": "llama", "tie_word_embeddings": True})
     assert "lm_head.weight" not in load_file(whole / "model.safetensors")
     fused = save_model(tmp_path / "fused", {"model_type": "mixtral"})
@@ -72,7 +39,8 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(tmp_path: 
     change_weights(expert, without("model.layers.1.block_sparse_moe.experts.1.w1.weight"))
     shape = save_model(tmp_path / "shape", {"model_type": "llama"})
     change_weights(shape, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
-    first, second = built(tmp_path, whole, fused, lacking, expert, shape)
+    folders = [str(folder) for folder in (whole, fused, lacking, expert, shape)]
+    first, second = rank_server.values("train_ranks:build_models", [[folders], [folders]], tmp_path / "ranks")
     for said in (first, second):
         assert said[:3] == [None, None, "model.path: the weight files lack 1 tensor of the model: model.norm.weight"]
         assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(said[3])

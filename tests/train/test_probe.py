@@ -2,107 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
+from forked_ranks import RankServer
 from torch import nn
 
 from launcher.train.probe import Probe, representative
 
-RANK = """
-import json, math, os, sys, time
-import deepspeed, torch
-import torch._dynamo
-import torch.distributed as dist
-from datetime import timedelta
-from transformers import AutoModelForCausalLM, LlamaConfig
-from launcher.train.engine import import_muon
-from launcher.train.extensions import lock_builds
-from launcher.train.probe import OptimizerProbe, Probe, representative
-
-rank, meeting = int(sys.argv[1]), sys.argv[2]
-os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-torch.set_num_threads(1)
-lock_builds()
-dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-deepspeed.init_distributed("gloo", verbose=False)
-zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}
-config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "steps_per_print": 2**31 - 1,
-          "zero_optimization": {**zero, "stage3_max_reuse_distance": 0}}
-llama = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-                    vocab_size=128, max_position_embeddings=64)
-with deepspeed.zero.Init(config_dict_or_path=config):
-    model = AutoModelForCausalLM.from_config(llama)
-import_muon()
-engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
-probe, optimizer_probe = Probe(model, torch.device("cpu")), OptimizerProbe(engine.basic_optimizer)
-layer, calls = representative(model), []
-plain = layer.forward
-slow_s = 0.0
-
-def forward(inputs):
-    assert layer.weight.numel() == 64 * 96, "the weights are gathered"
-    calls.append(inputs.shape)
-    time.sleep(slow_s)
-    return plain(inputs)
-
-layer.forward = forward
-
-def step(checkpointing=False):
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-    engine.train()
-    calls.clear()
-    ids = torch.randint(0, 128, (2, 16))
-    began = time.perf_counter()
-    loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
-    engine.backward(loss)
-    engine.step()
-    # As training does: the step is over for all together.
-    dist.barrier()
-    return {"step_s": time.perf_counter() - began, "per_token_s": probe.read(), "calls": len(calls),
-            "optim_s": optimizer_probe.read()}
-
-step()
-found = {"usual": step()}
-slow_s = 0.3 if rank else 0.0
-found["slow"] = step()
-found["recomputed"] = step(checkpointing=True)
-slow_s = 0.0
-# What one rank does outside of the layer makes the other wait, though not in the layer.
-if rank:
-    for module in model.model.layers[1].modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.register_forward_pre_hook(lambda *_: time.sleep(0.1))
-found["elsewhere"] = step()
-if rank:
-    engine.basic_optimizer.register_step_pre_hook(lambda *_: time.sleep(0.3))
-found["optimizer"] = step()
-engine.eval()
-with torch.no_grad():
-    engine(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
-found["evaluated"] = probe.read()
-print("FOUND" + json.dumps(found))
-sys.stdout.flush()
-dist.barrier()
-os._exit(0)
-"""
-
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    meeting = tmp_path_factory.mktemp("probe") / "meeting"
-    command = [sys.executable, "-c", RANK]
-    started = [subprocess.Popen([*command, str(rank), str(meeting)], stdout=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        said = [rank.communicate(timeout=120)[0] for rank in started]
-    finally:
-        for rank in started:
-            rank.kill()
-    return [json.loads(text.partition("FOUND")[2]) for text in said]
+def ranks(rank_server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return rank_server.values("train_ranks:probe_engine", [[], []], tmp_path_factory.mktemp("probe"))
 
 
 def test_only_the_rank_that_is_slow_shows_it(ranks: list[dict]) -> None:

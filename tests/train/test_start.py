@@ -2,58 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from forked_ranks import RankServer
 
 from launcher import run_store
 from launcher.checkpoint import durable, store
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-
-# Argument 3 is a list: for each case the run directory that this rank sees, its agent's count of restarts, and whether the
-# checkpoint is loaded: read by both ranks against its digests, as `shards.load` does.
-RANK = """
-import json, sys
-from datetime import timedelta
-from pathlib import Path
-import torch
-import torch.distributed as dist
-from launcher.checkpoint import store
-from launcher.errors import DamagedCheckpoint, LauncherError
-from launcher.plan.run_dir import RunDir
-from launcher.train.engine import Place
-from launcher.train.start import agree_on_start, load_whole
-
-rank, meeting, cases = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-dist.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-
-def load(path):
-    found = [None, None]
-    dist.all_gather_object(found, store.verify(path))
-    if problems := list(dict.fromkeys([*found[0], *found[1]])):
-        raise DamagedCheckpoint(problems)
-    return path.name
-
-for root, restart, loads in cases:
-    run, place, told = RunDir(Path(root)), Place(rank, rank, 2, 2, restart), []
-    try:
-        start = agree_on_start(run, place, torch.device("cpu"))
-        at = start.checkpoint
-        if loads:
-            at, name = load_whole(run, place, at, load, told.append)
-            assert name == at.path.name
-            print(json.dumps([at.step, told]))
-        else:
-            print(json.dumps([at and at.step, at and str(at.path), start.restarts]))
-    except LauncherError as error:
-        print(json.dumps(f"{type(error).__name__}: {error}"))
-dist.destroy_process_group()
-"""
 
 
 def run_with(
@@ -77,30 +36,21 @@ def run_with(
 
 
 def on_two_ranks(
-    folder: Path, first: list[tuple[RunDir, int]], second: list[tuple[RunDir, int]], loads: bool = False
+    rank_server: RankServer, folder: Path, first: list[tuple[RunDir, int]], second: list[tuple[RunDir, int]], loads: bool = False
 ) -> list[list[Any]]:
     """What each rank says of each case: where it starts, or where `loads`, which it has loaded and what a person is told."""
-    seen = [json.dumps([(str(run.root), restart, loads) for run, restart in cases]) for cases in (first, second)]
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(folder / "meeting"), cases], stdout=subprocess.PIPE, text=True)
-        for rank, cases in enumerate(seen)
-    ]
-    try:
-        return [[json.loads(line) for line in rank.communicate(timeout=90)[0].splitlines()] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    seen = [[[(str(run.root), restart, loads) for run, restart in cases]] for cases in (first, second)]
+    return rank_server.values("train_ranks:begin", seen, folder / "ranks")
 
 
-def test_the_first_ranks_choice_holds_for_all(tmp_path: Path) -> None:
+def test_the_first_ranks_choice_holds_for_all(rank_server: RankServer, tmp_path: Path) -> None:
     named = run_with(tmp_path / "named", 10, before=[10, 20])
     own = run_with(tmp_path / "own", 10, own=[30, 40], before=[10, 20, 50])
     ahead = run_with(tmp_path / "ahead", 10, own=[30, 40, 60], before=[10])
     nothing = run_with(tmp_path / "nothing", None)
     first = [(named, 0), (own, 0), (own, 1), (nothing, 2), (own, 0)]
     second = [(named, 0), (own, 3), (ahead, 0), (ahead, 0), (named, 0)]
-    said, others = on_two_ranks(tmp_path, first, second)
+    said, others = on_two_ranks(rank_server, tmp_path, first, second)
 
     def at(run: RunDir, step: int) -> list[Any]:
         return [step, str(run.checkpoints / store.step_name(step))]
@@ -118,7 +68,7 @@ def test_the_first_ranks_choice_holds_for_all(tmp_path: Path) -> None:
     assert "40" in others[4]
 
 
-def test_what_was_not_seen_when_the_attempt_was_numbered_is_not_passed_over(tmp_path: Path) -> None:
+def test_what_was_not_seen_when_the_attempt_was_numbered_is_not_passed_over(rank_server: RankServer, tmp_path: Path) -> None:
     unnamed = run_with(tmp_path / "unnamed", None, before=[10, 20], automatic=True)
     lower = run_with(tmp_path / "lower", 10, before=[10, 20], automatic=True)
     damaged = run_with(tmp_path / "damaged", None, before=[10, 20], automatic=True)
@@ -128,7 +78,7 @@ def test_what_was_not_seen_when_the_attempt_was_numbered_is_not_passed_over(tmp_
     person = run_with(tmp_path / "person", 10, before=[10, 20])
     anew = run_with(tmp_path / "anew", None, before=[10, 20])
     runs = (unnamed, lower, damaged, own, pinned, person, anew)
-    *begun, refused = loaded_on_two_ranks(tmp_path, *runs)
+    *begun, refused = loaded_on_two_ranks(rank_server, tmp_path, *runs)
     assert [step for step, _ in begun] == [20, 20, 10, 20, 10, 10]
     assert [run_store.read_attempt(run, 2).resume_step for run in runs] == [20, 20, 10, 10, 10, 10, None]
     assert lying(damaged) == ["damaged-step-00000020", "step-00000010"]
@@ -136,17 +86,17 @@ def test_what_was_not_seen_when_the_attempt_was_numbered_is_not_passed_over(tmp_
     assert "the newest is of step 20" in refused
 
 
-def test_an_attempt_that_another_has_followed_names_no_other_step(tmp_path: Path) -> None:
+def test_an_attempt_that_another_has_followed_names_no_other_step(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", None, before=[10], automatic=True)
     run_store.next_attempt(run, Attempt(resume_step=10))
-    (words,) = loaded_on_two_ranks(tmp_path, run)
+    (words,) = loaded_on_two_ranks(rank_server, tmp_path, run)
     assert words.startswith("Superseded: attempt 2 was given up")
     assert run_store.read_attempt(run, 2).resume_step is None
 
 
-def loaded_on_two_ranks(folder: Path, *runs: RunDir) -> list[Any]:
+def loaded_on_two_ranks(rank_server: RankServer, folder: Path, *runs: RunDir) -> list[Any]:
     """What both ranks say alike of each run."""
-    said, others = on_two_ranks(folder, [(run, 0) for run in runs], [(run, 0) for run in runs], loads=True)
+    said, others = on_two_ranks(rank_server, folder, [(run, 0) for run in runs], [(run, 0) for run in runs], loads=True)
     assert said == others
     assert len(said) == len(runs)
     return said
@@ -168,14 +118,14 @@ def lying(run: RunDir) -> list[str]:
     return sorted(path.name for path in run.checkpoints.iterdir())
 
 
-def test_a_checkpoint_that_is_named_must_be_there(tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_named_must_be_there(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", 30, before=[10, 20])
-    for said in on_two_ranks(tmp_path, [(run, 0)], [(run, 0)]):
+    for said in on_two_ranks(rank_server, tmp_path, [(run, 0)], [(run, 0)]):
         assert said[0].startswith("CheckpointError: there is no committed checkpoint of step 30")
         assert "choose one of: 10, 20" in said[0]
 
 
-def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(rank_server: RankServer, tmp_path: Path) -> None:
     flipped = run_with(tmp_path / "flipped", 30, before=[10, 20, 30])
     flip(flipped, 30)
     twice = run_with(tmp_path / "twice", 30, before=[10, 20, 30])
@@ -194,7 +144,7 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_p
     other = run_with(tmp_path / "other", 30, before=[10, 20, 30])
     manifest = (other.checkpoints / store.step_name(10) / store.MANIFEST).read_bytes()
     (other.checkpoints / store.step_name(30) / store.MANIFEST).write_bytes(manifest)
-    said = loaded_on_two_ranks(tmp_path, flipped, twice, truncated, since, own, whole, empty, other)
+    said = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, truncated, since, own, whole, empty, other)
     assert [step for step, _ in said] == [20, 10, 20, 20, 20, 20, 20, 20]
 
     def words(step: int, what: str, used: int) -> str:
@@ -218,7 +168,8 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(tmp_p
     assert lying(own) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
     # Ranks that are started again within the attempt find what it names.
     assert [run_store.read_attempt(run, 2).resume_step for run in (flipped, twice, truncated, since, own)] == [20, 10, 20, 20, 10]
-    assert [step for step, told in loaded_on_two_ranks(tmp_path / "own", flipped, twice, since) if not told] == [20, 10, 20]
+    again = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, since)
+    assert again == [[20, []], [10, []], [20, []]]
 
 
 def withhold(run: RunDir, step: int, name: str = store.MANIFEST) -> None:
@@ -228,7 +179,7 @@ def withhold(run: RunDir, step: int, name: str = store.MANIFEST) -> None:
     file.symlink_to(name)
 
 
-def test_what_cannot_be_read_now_is_neither_set_aside_nor_passed_over(tmp_path: Path) -> None:
+def test_what_cannot_be_read_now_is_neither_set_aside_nor_passed_over(rank_server: RankServer, tmp_path: Path) -> None:
     named = run_with(tmp_path / "named", 30, before=[10, 20, 30])
     withhold(named, 30)
     shard = run_with(tmp_path / "shard", 30, before=[10, 20, 30])
@@ -249,7 +200,7 @@ def test_what_cannot_be_read_now_is_neither_set_aside_nor_passed_over(tmp_path: 
     before = run_with(tmp_path / "before", 30, before=[10, 20, 30])
     withhold(before, 20)
     stood = [lying(run) for run in refused]
-    *said, asked, newest = loaded_on_two_ranks(tmp_path, *refused, pinned, before)
+    *said, asked, newest = loaded_on_two_ranks(rank_server, tmp_path, *refused, pinned, before)
     for words in said:
         assert words.startswith("UnreadableCheckpoint: ")
         assert "cannot be read now" in words
@@ -257,7 +208,7 @@ def test_what_cannot_be_read_now_is_neither_set_aside_nor_passed_over(tmp_path: 
     assert (asked, newest) == ([20, []], [30, []])
 
 
-def test_where_none_is_whole_nothing_starts_and_nothing_is_set_aside(tmp_path: Path) -> None:
+def test_where_none_is_whole_nothing_starts_and_nothing_is_set_aside(rank_server: RankServer, tmp_path: Path) -> None:
     flipped = run_with(tmp_path / "flipped", 20, before=[10, 20])
     flip(flipped, 10)
     flip(flipped, 20)
@@ -268,21 +219,22 @@ def test_where_none_is_whole_nothing_starts_and_nothing_is_set_aside(tmp_path: P
     unnamed = run_with(tmp_path / "unnamed", None, before=[10, 20])
     truncate(unnamed, 10)
     truncate(unnamed, 20)
-    for run, words in zip((flipped, unopened, unnamed), loaded_on_two_ranks(tmp_path, flipped, unopened, unnamed), strict=True):
+    runs = (flipped, unopened, unnamed)
+    for run, words in zip(runs, loaded_on_two_ranks(rank_server, tmp_path, *runs), strict=True):
         assert words.startswith("DamagedCheckpoint: no checkpoint of this run is whole")
         assert "step 10: rank-00000.safetensors" in words
         assert "step 20: rank-00000.safetensors" in words
         assert lying(run) == ["step-00000010", "step-00000020"]
 
 
-def test_a_step_that_a_person_asked_for_is_used_or_refused(tmp_path: Path) -> None:
+def test_a_step_that_a_person_asked_for_is_used_or_refused(rank_server: RankServer, tmp_path: Path) -> None:
     flipped = run_with(tmp_path / "flipped", 20, before=[10, 20], pinned=True)
     flip(flipped, 20)
     unopened = run_with(tmp_path / "unopened", 20, before=[10, 20], pinned=True)
     truncate(unopened, 20)
     whole = run_with(tmp_path / "whole", 20, before=[10, 20], own=[30], pinned=True)
     flip(whole, 30)
-    *refused, used = loaded_on_two_ranks(tmp_path, flipped, unopened, whole)
+    *refused, used = loaded_on_two_ranks(rank_server, tmp_path, flipped, unopened, whole)
     for words in refused:
         assert words.startswith("DamagedCheckpoint: the checkpoint of step 20 is damaged")
         assert "choose one of the other steps: 10" in words
@@ -292,21 +244,21 @@ def test_a_step_that_a_person_asked_for_is_used_or_refused(tmp_path: Path) -> No
     assert lying(whole) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
 
 
-def test_an_attempt_that_another_has_followed_sets_nothing_aside(tmp_path: Path) -> None:
+def test_an_attempt_that_another_has_followed_sets_nothing_aside(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", 20, before=[10, 20])
     flip(run, 20)
     run_store.next_attempt(run, Attempt(resume_step=20))
-    (words,) = loaded_on_two_ranks(tmp_path, run)
+    (words,) = loaded_on_two_ranks(rank_server, tmp_path, run)
     assert words.startswith("Superseded: attempt 2 was given up")
     assert lying(run) == ["step-00000010", "step-00000020"]
     assert run_store.read_attempt(run, 2).resume_step == 20
 
 
-def test_what_one_node_alone_calls_damaged_stays(tmp_path: Path) -> None:
+def test_what_one_node_alone_calls_damaged_stays(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", 20, before=[10, 20])
     seen = run_with(tmp_path / "seen", 20, before=[10, 20])
     flip(seen, 20)
-    said, others = on_two_ranks(tmp_path, [(run, 0)], [(seen, 0)], loads=True)
+    said, others = on_two_ranks(rank_server, tmp_path, [(run, 0)], [(seen, 0)], loads=True)
     assert said == others
     assert said[0].startswith("CheckpointError: some ranks read a checkpoint otherwise than rank 0")
     assert str(run.checkpoints / "step-00000020") in said[0]

@@ -1,0 +1,212 @@
+"""Ranks of the tests in this folder, over gloo; run by tests/forked_ranks.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch._dynamo  # a lazy import of it inside zero.Init fails
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.integrations import HfDeepSpeedConfig
+
+from launcher.checkpoint import store
+from launcher.config.cluster import LocalSection
+from launcher.config.schema import ModelSection
+from launcher.config.slurm import SlurmSection
+from launcher.errors import ConfigError, DamagedCheckpoint, LauncherError
+from launcher.plan.architecture import model_facts
+from launcher.plan.run_dir import RunDir
+from launcher.train import link
+from launcher.train.engine import Place, import_muon
+from launcher.train.extensions import lock_builds
+from launcher.train.model import build_model
+from launcher.train.probe import OptimizerProbe, Probe, representative
+from launcher.train.start import agree_on_start, load_whole
+from launcher.train.stop import save_fits
+
+CPU = torch.device("cpu")
+
+
+def meet() -> int:
+    """Join the other ranks; returns the number of this one."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = f"file://{os.environ['RENDEZVOUS']}"
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    return rank
+
+
+def build_models(folders: list[str]) -> list[str | None]:
+    """Build the model of each folder under ZeRO-3. Returns what each refusal says, or None where the model was built."""
+    meet()
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    partitioned = HfDeepSpeedConfig(settings)
+    refusals: list[str | None] = []
+    for folder in folders:
+        facts = model_facts(json.loads((Path(folder) / "config.json").read_text()), folder, folder, None)
+        try:
+            build_model(ModelSection(path=folder, dtype="fp32"), facts, "cpu", chunk_tokens=64)
+        except ConfigError as error:
+            refusals.append(error.problems[0].what)
+        else:
+            refusals.append(None)
+    del partitioned
+    return refusals
+
+
+def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
+    """Agree on where to begin, for each case (run directory that this rank sees, its agent's count of restarts, whether to load).
+
+    Loading is played: both ranks verify the checkpoint's digests, as `shards.load` does. Returns for each case the step, the
+    path and the count of restarts, or the step that was loaded and what a person is told, or the error.
+    """
+    rank = meet()
+
+    def load(path: Path) -> str:
+        found: list[Any] = [None, None]
+        dist.all_gather_object(found, store.verify(path))
+        if problems := list(dict.fromkeys([*found[0], *found[1]])):
+            raise DamagedCheckpoint(problems)
+        return path.name
+
+    outcomes: list[Any] = []
+    for root, restart, loads in cases:
+        run, place, told = RunDir(Path(root)), Place(rank, rank, 2, 2, restart), []
+        try:
+            start = agree_on_start(run, place, CPU)
+            at = start.checkpoint
+            if loads:
+                at, name = load_whole(run, place, at, load, told.append)
+                assert name == at.path.name
+                outcomes.append([at.step, told])
+            else:
+                outcomes.append([at and at.step, at and str(at.path), start.restarts])
+        except LauncherError as error:
+            outcomes.append(f"{type(error).__name__}: {error}")
+    return outcomes
+
+
+def measure_link() -> tuple[float, float, float]:
+    """The measured bandwidth, the seconds that this took, and the bandwidth of times that differ between the ranks."""
+    rank = meet()
+    started = time.perf_counter()
+    measured = link.measure(CPU)
+    cost_s = time.perf_counter() - started
+    times = iter([9.0, *([1e-3, 9.0, 2e-3] if rank == 0 else [1e-3, 4e-3, 5e-3])])
+    link._seconds = lambda buffer: next(times)
+    return measured, cost_s, link.measure(CPU)
+
+
+def judge_saves() -> dict[str, bool]:
+    """Whether a save fits, for cases in which the ranks know different things."""
+    rank = meet()
+    slurm, local = SlurmSection(signal_lead_seconds=60), LocalSection()
+    cases = {
+        "short": (slurm, "preempted", 0, 50.0),
+        "long": (slurm, "preempted", 0, 70.0),
+        "waited": (slurm, "preempted", 20, 50.0),
+        "waited and short": (slurm, "preempted", 20, 30.0),
+        "one is slow": (slurm, "preempted", 0, 70.0 if rank else 1.0),
+        "one has waited": (slurm, "preempted", 0 if rank else 40, 30.0),
+        "one was not asked": (slurm, "preempted", None if rank else 40, 30.0),
+        "nobody was asked": (slurm, "preempted", None, 50.0),
+        "never saved": (slurm, "preempted", 50, None),
+        "cancelled": (slurm, "cancelled", 1000, 1000.0),
+        "limit": (slurm, "limit", 1000, 1000.0),
+        "local": (local, "preempted", 1000, 1000.0),
+    }
+    fits = {}
+    for name, (cluster, reason, ago, save_s) in cases.items():
+        asked_at = None if ago is None else time.monotonic() - ago
+        fits[name] = save_fits(cluster, reason, asked_at, save_s, CPU)
+    return fits
+
+
+def probe_engine() -> dict[str, Any]:
+    """What the probes measure on each rank of a ZeRO-3 engine while rank 1 is slow, here or there."""
+    rank = meet()
+    lock_builds()
+    deepspeed.init_distributed("gloo", verbose=False)
+    zero = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 0,
+    }
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": {**zero, "stage3_max_reuse_distance": 0},
+    }
+    llama = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+    )
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = AutoModelForCausalLM.from_config(llama)
+    import_muon()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
+    probe, optimizer_probe = Probe(model, torch.device("cpu")), OptimizerProbe(engine.basic_optimizer)
+    layer, calls = representative(model), []
+    plain = layer.forward
+    slow_s = 0.0
+
+    def forward(inputs):
+        assert layer.weight.numel() == 64 * 96, "the weights are gathered"
+        calls.append(inputs.shape)
+        time.sleep(slow_s)
+        return plain(inputs)
+
+    layer.forward = forward
+
+    def step(checkpointing=False):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        engine.train()
+        calls.clear()
+        ids = torch.randint(0, 128, (2, 16))
+        began = time.perf_counter()
+        loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+        engine.backward(loss)
+        engine.step()
+        # As training does: the step is over for all together.
+        dist.barrier()
+        return {
+            "step_s": time.perf_counter() - began,
+            "per_token_s": probe.read(),
+            "calls": len(calls),
+            "optim_s": optimizer_probe.read(),
+        }
+
+    step()
+    found = {"usual": step()}
+    slow_s = 0.3 if rank else 0.0
+    found["slow"] = step()
+    found["recomputed"] = step(checkpointing=True)
+    slow_s = 0.0
+    # What one rank does outside of the layer makes the other wait, though not in the layer.
+    if rank:
+        for module in model.model.layers[1].modules():
+            if type(module).__name__ == "LlamaRMSNorm":
+                module.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    found["elsewhere"] = step()
+    if rank:
+        engine.basic_optimizer.register_step_pre_hook(lambda *_: time.sleep(0.3))
+    found["optimizer"] = step()
+    engine.eval()
+    with torch.no_grad():
+        engine(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
+    found["evaluated"] = probe.read()
+    return found
