@@ -29,7 +29,7 @@ from dataclasses import fields
 from typing import Any
 
 from testbed_cluster import DEFAULT_ROOT, Testbed, TestbedError
-from testbed_config import Settings, missing_commands
+from testbed_config import Settings, install_command, missing_commands
 
 
 def main() -> int:
@@ -72,8 +72,10 @@ def _do(bed: Testbed, verb: str, arguments: dict[str, Any]) -> int:
     if verb == "start":
         settings = Settings(**arguments)
         missing = missing_commands(settings.accounting)
-        if missing or os.geteuid() != 0:
-            raise TestbedError(f"missing: {', '.join(missing)}" if missing else "only root may start a testbed")
+        if missing:
+            raise TestbedError(f"missing: {', '.join(missing)}; {install_command(missing)}")
+        if os.geteuid() != 0:
+            raise TestbedError("only root may start a testbed")
         bed.start(settings)
         print(f'nodes {", ".join(bed.names)} are idle; now: eval "$(python {sys.argv[0]} --root {bed.root} env)"')
         return 0

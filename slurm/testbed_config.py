@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,15 @@ from typing import Any, Literal
 GPU_FILES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx")
 NUM_SLOTS = 100
 SEARCH_PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
-BASIC = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "ip", "unshare", "nsenter")
-FOR_ACCOUNTING = ("slurmdbd", "sacct", "mariadbd", "mariadb-install-db")
+# Programs and the Debian packages that they come with.
+BASIC = {
+    **{"slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "sbatch": "slurm-client", "munged": "munge"},
+    **{"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"},
+}
+FOR_ACCOUNTING = {
+    **{"slurmdbd": "slurmdbd", "sacct": "slurm-client", "mariadbd": "mariadb-server-core"},
+    **{"mariadb-install-db": "mariadb-server-core", "my_print_defaults": "mariadb-client-core"},
+}
 
 SLURM_CONF = """\
 ClusterName=testbed
@@ -172,8 +180,14 @@ class Layout:
 
 def missing_commands(accounting: bool = True) -> list[str]:
     """Programs that a testbed needs and this machine lacks."""
-    needed = BASIC + (FOR_ACCOUNTING if accounting else ())
+    needed = [*BASIC, *(FOR_ACCOUNTING if accounting else ())]
     return [name for name in needed if not shutil.which(name, path=SEARCH_PATH)]
+
+
+def install_command(missing: Sequence[str]) -> str:
+    """What installs these programs on Debian and Ubuntu."""
+    packages = sorted({(BASIC | FOR_ACCOUNTING)[name] for name in missing})
+    return f"apt-get install --no-install-recommends {' '.join(packages)}"
 
 
 def layout(settings: Settings, isolated: bool) -> Layout:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from missing_program import skip_or_fail
 
 _DEADLINE_S = 90
 # What is drawn, in pixels of the page: read from the laid out page, because the source alone does not say what is seen.
@@ -55,7 +54,7 @@ def show(page: Path, folder: Path) -> Shown:
     """Open a page in a browser of its own, whose files lie in `folder`."""
     program = shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("Chromium is not installed")
+        skip_or_fail("no page can be shown without Chromium: apt-get install --no-install-recommends chromium")
     console = [line for line in _run(program, page, folder).stderr.splitlines() if "CONSOLE" in line]
     # The policy of the page forbids scripts, ours too.
     source = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(encoding="utf-8"))

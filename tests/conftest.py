@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import progress
 import pytest
 from filelock import FileLock
 from forked_ranks import RankServer
+from missing_program import skip_or_fail
 from testbed_cluster import SlotTaken, Testbed
-from testbed_config import NUM_SLOTS, Settings, missing_commands
+from testbed_config import NUM_SLOTS, Settings, install_command, missing_commands
 
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
 BUILD_DEADLINE_S = 900
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    progress.register(config)
     # Of many processes on few cores, those that wait for their threads leave them to the others.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # How long an example takes says how busy the machine is.
@@ -210,10 +213,10 @@ def start(launcher_env: Mapping[str, str]) -> Callable[..., object]:
 @contextmanager
 def running_slurm(**settings: Any) -> Iterator[Testbed]:
     """A Slurm cluster of the testbed (slurm/testbed_config.py: Settings) in the first slot that nobody uses."""
-    missing = missing_commands() or ([] if os.geteuid() == 0 else ["root"])
-    if missing:
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say(f"no Slurm testbed without {', '.join(missing)}; slurm/testbed.py names the packages")
+    if missing := missing_commands():
+        skip_or_fail(f"the Slurm testbed needs {', '.join(missing)}: {install_command(missing)}")
+    if os.geteuid() != 0:
+        skip_or_fail("only root can start the Slurm testbed: run pytest as root")
     for slot in range(1, NUM_SLOTS):
         # An abstract socket is a lock that leaves no file and goes with its process, however that ends. Who holds it may
         # clear away what a killed test run left in the slot.

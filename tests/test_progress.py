@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from progress import Estimate
+
+PLUGIN = """
+import progress
+progress.INTERVAL_S = 0.3
+pytest_configure = progress.register
+"""
+TESTS = """
+import time
+import pytest
+
+@pytest.mark.parametrize("seconds", [0.4, 0.1, 0.5])
+def test_waits(seconds):
+    time.sleep(seconds)
+"""
+
+
+def test_the_time_that_is_left_is_weighed_by_the_last_durations() -> None:
+    estimate = Estimate({"long": 90.0, "short": 10.0, "gone": 500.0})
+    estimate.expect(["short", "long"])
+    assert estimate.line(0.0) == "0:00 passed, 0%"
+    estimate.finish("short")
+    assert estimate.line(20.0) == "0:20 passed, 10%, about 3:00 left"
+    estimate.finish("long")
+    assert estimate.line(190.4) == "3:10 passed, 100%, about 0:00 left"
+
+
+def test_a_test_that_is_not_known_weighs_the_mean_and_without_durations_tests_are_counted() -> None:
+    estimate = Estimate({"a": 10.0, "b": 30.0})
+    estimate.expect(["a", "b", "other"])
+    estimate.finish("other")
+    estimate.finish("unexpected")
+    assert estimate.line(60.0) == "1:00 passed, 33%, about 2:00 left"
+    counted = Estimate({})
+    counted.expect(map(str, range(4)))
+    counted.finish("0")
+    assert counted.line(5.0) == "0:05 passed, 25%, about 0:15 left"
+
+
+@pytest.mark.parametrize("nodes", [[], ["-n", "1"]], ids=["in-one-process", "xdist"])
+def test_lines_are_printed_and_durations_kept(tmp_path: Path, nodes: list[str]) -> None:
+    (tmp_path / "conftest.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{PLUGIN}")
+    (tmp_path / "test_it.py").write_text(TESTS)
+    command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), "-c", "/dev/null", *nodes, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"^\d:\d\d passed, \d+%", done.stdout, re.MULTILINE)) >= 2, done.stdout
+    (file,) = tmp_path.glob(".pytest_cache/v/progress/durations")
+    durations = json.loads(file.read_text())
+    assert [took > seconds for took, seconds in zip(durations.values(), (0.4, 0.1, 0.5), strict=True)] == [True] * 3
+    assert next(iter(durations)).endswith("test_it.py::test_waits[0.4]")
