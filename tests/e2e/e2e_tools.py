@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from launcher.worker.rank import RankTitle
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none")
 
@@ -38,6 +43,52 @@ def last_step(run: Path) -> int:
 
 def status(run: Path) -> dict:
     return json.loads((run / "status.json").read_text())
+
+
+def alerts(run: Path) -> list[str]:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line["text"] for line in lines if line["kind"] == "alert"]
+
+
+def committed(run: Path) -> list[str]:
+    """The names in the folder of the checkpoints."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def flip(checkpoint: Path) -> None:
+    """Damage a checkpoint: another bit in the middle of a shard."""
+    shard = checkpoint / "rank-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+
+def truncate(checkpoint: Path) -> None:
+    """Damage a checkpoint: most of a shard is missing."""
+    os.truncate(checkpoint / "rank-00001.safetensors", 4096)
+
+
+def assembled(checkpoint: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, put together from its shards."""
+    import torch
+    from safetensors.torch import load_file
+
+    shards = [load_file(file) for file in sorted(checkpoint.glob("rank-*.safetensors"))]
+    names = [name for name in shards[0] if "|" in name and not name.startswith("rng")]
+    return {name: torch.cat([shard[name].reshape(-1) for shard in shards if name in shard]) for name in names}
+
+
+@contextmanager
+def held(run: Path, step: int) -> Iterator[None]:
+    """Wait until the run has made `step` and stop a rank, so that no further step is made until the block is left."""
+    wait_for(f"step {step}", lambda: last_step(run) >= step)
+    rank = ranks_of(run)[1]
+    rank.suspend()
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            rank.resume()
 
 
 def agent_of(run: Path) -> psutil.Process:

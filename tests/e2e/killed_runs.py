@@ -40,7 +40,8 @@ _MOST_SHOWN = 5
 class Kill:
     """A rank to be killed: at its `moment`, after `steps` steps of this start of the ranks (0 before the first of them).
 
-    `fraction` is how far into the moment. `other_after_s` seconds later another rank is killed, if it is still there.
+    `fraction` is how far into the moment. `other_after_s` seconds later another rank is killed, if it is still there. `signal` is
+    what the rank ends by.
     """
 
     moment: str
@@ -48,6 +49,7 @@ class Kill:
     steps: int
     fraction: float
     other_after_s: float | None
+    signal: signal.Signals = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Killer:
                 self._pass(kill.fraction * (times[-1] - times[-2] if len(times) > 1 else 0.0))
         steps = [line["trainer/step"] for line in self._trained_since(0)]
         hit = Hit(kill, time.time(), steps[-1] if steps else 0)
-        self._kill(ranks.pop(kill.rank))
+        self._kill(ranks.pop(kill.rank), kill.signal)
         if kill.other_after_s is not None:
             self._pass(kill.other_after_s)
             for other in ranks.values():
@@ -119,10 +121,10 @@ class Killer:
         self._ended |= {process.pid for process in ranks.values()}
         return hit
 
-    def _kill(self, process: psutil.Process) -> None:
+    def _kill(self, process: psutil.Process, number: signal.Signals = signal.SIGKILL) -> None:
         self._ended.add(process.pid)
         with suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGKILL)
+            process.send_signal(number)
 
     def _new_ranks(self) -> dict[int, psutil.Process] | None:
         """All ranks of a start of which none has been killed."""

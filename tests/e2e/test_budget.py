@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, last_step, losses, metrics, processes_of, status
+from e2e_tools import TINY, alerts, last_step, losses, metrics, processes_of, status
 
 pytestmark = pytest.mark.rest
 
@@ -18,11 +17,6 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 # Starting and loading alone cost more than the limits here: the run stops after the first steps.
 PRICE = 0.6
 SETTINGS = (*TINY, "train.max_steps=100000", "train.eval_at_start=false", "train.export=false")
-
-
-def alerts(run: Path) -> list[str]:
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [line["text"] for line in lines if line["kind"] == "alert"]
 
 
 def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: str) -> None:
@@ -38,14 +32,14 @@ def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: st
     assert not processes_of(run)
 
 
-def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: Launch, runs: Path) -> None:
+def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: Launch, launch_here: Launch, runs: Path) -> None:
     run, price = runs / "bounded", f"cluster.price_per_gpu_hour={PRICE}"
     done = launch(*SETTINGS, price, "run.max_usd=0.001", f"run.root={runs}", "run.name=bounded")
     require_stopped(run, done, r"run\.max_usd=0\.001 is reached after \d+\.\d\d GPU hours; saved")
     assert re.search(r"continue it: .* resume \S+ run\.max_usd=\.\.\.$", done.stdout, re.MULTILINE)
     stopped_at = status(run)["step"]
 
-    refused = launch("resume", str(run))
+    refused = launch_here("resume", str(run))
     assert refused.returncode == 2
     assert "the run has used up run.max_usd" in refused.stderr
     assert "raise it: resume RUN run.max_usd=..." in refused.stderr
@@ -63,12 +57,7 @@ def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: La
     assert lost["lost/idle_s"] > 0, "the time between the two"
 
 
-def test_hours_that_are_over_stop_a_run(launch: Launch, runs: Path) -> None:
-    done = launch(*SETTINGS, "run.max_hours=0.001", f"run.root={runs}", "run.name=hours")
-    require_stopped(runs / "hours", done, r"run\.max_hours=0\.001 is reached; saved at step")
-
-
-def test_an_evaluation_ends_where_the_hours_do(launch: Launch, runs: Path) -> None:
+def test_hours_that_are_over_stop_a_run_in_the_middle_of_an_evaluation(launch: Launch, runs: Path) -> None:
     """Half of the data is held out, which takes far longer than what is left of the limit."""
     settings = (*TINY, "train.max_steps=100000", "train.export=false", "data.eval_fraction=0.5", "run.max_hours=0.001")
     done = launch(*settings, f"run.root={runs}", "run.name=evaluating")

@@ -1,4 +1,4 @@
-"""What a finished run leaves: an export that is the trained model, W&B's files, and no secret anywhere."""
+"""What a finished run leaves: checkpoints, metrics, an export that is the trained model, W&B's files, and no secret anywhere."""
 
 from __future__ import annotations
 
@@ -9,17 +9,38 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e_tools import TINY, status
+from e2e_tools import TINY, assembled, committed, losses, metrics, processes_of, status
 from fake_hub import FakeHub, running_hub
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_gradient_invariance import assembled
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from wandb_files import records
+
+from launcher.tracking.dashboard import SECTIONS
 
 pytestmark = pytest.mark.rest
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+STEPS = 12
 CANARY = "canary-7f3a9c51d2"
+# What the design promises of a run without GPUs; tests/train/test_gpu_metrics.py has the rest.
+METRICS = {
+    *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
+    *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),
+    *(f"eval/held_out/{name}" for name in ("loss", "ppl")),
+    *(
+        f"perf/{name}"
+        for name in ("tokens_per_sec", "tokens_per_sec_per_gpu", "tflops_per_gpu", "mfu", "padding_frac", "goodput")
+    ),
+    *(f"time/{name}" for name in ("step_s", "data_s", "fwd_bwd_s", "optim_s", "eval_s", "ckpt_s")),
+    *(f"time/{name}" for name in ("step_max_rank_s", "straggler_ratio", "kept_s")),
+    *(f"lost/{name}_s" for name in ("queue", "start", "load", "save", "eval", "restart", "replay")),
+    *(f"data/{name}" for name in ("label_frac", "truncated_frac", "source/stdlib_docs/frac")),
+    *(f"ckpt/{name}" for name in ("last_step", "save_s", "stall_s", "bytes", "disk_free_gib")),
+    *(f"cost/{name}" for name in ("gpu_hours", "usd", "usd_per_million_tokens")),
+    *(f"run/{name}" for name in ("attempt", "restarts", "nodes", "lost_steps")),
+    *("host/cpu_util_mean", "host/ram_used_max_frac", "memory/host_rss_gib"),
+}
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}:\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant:\n{% endif %}"
@@ -39,9 +60,14 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
     template.write_text(TEMPLATE)
     done = launch(
         *settings,
-        "train.max_steps=3",
+        f"train.max_steps={STEPS}",
+        "train.save_every=2",
+        "train.keep_last=3",
         "train.push_to_hub=owner/name",
+        "optim.lr=1e-3",
         "tracking.mode=offline",
+        "tracking.tags=[quiet]",
+        "cluster.price_per_gpu_hour=3",
         f"data.chat_template={template}",
         f"run.root={module_runs}",
         "run.name=finished",
@@ -57,12 +83,45 @@ def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str
     return module_runs / "finished", done.stdout
 
 
+def test_a_finished_run_leaves_what_the_design_promises(finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    assert (status(run)["state"], status(run)["step"]) == ("completed", STEPS)
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    assert committed(run) == [f"step-{step:08d}" for step in (8, 10, 12)]
+    assert json.loads((run / "attempts/001/exit.json").read_text())["state"] == "completed"
+    assert (run / "code/launcher/train/loop.py").is_file()
+    assert (run.stat().st_mode & 0o777) == 0o700
+    assert not processes_of(run)
+
+
+def test_every_metric_is_in_the_file_in_wandb_and_on_the_dashboard(finished: tuple[Path, str]) -> None:
+    run, _ = finished
+    logged = {name for line in metrics(run) for name in line} - {"time", "attempt"}
+    assert logged >= METRICS
+    sent = records(run)
+    history = [record["history"]["item"] for record in sent if record["type"] == "history"]
+    assert [row["_step"] for row in history] == list(range(STEPS + 1))
+    assert {name for row in history for name in row if not name.startswith("_")} == logged
+    assert [row["train/loss"] for row in history[1:]] == pytest.approx([loss for _, loss in sorted(losses(run).items())])
+    (first,) = (record["run"] for record in sent if record["type"] == "run")
+    assert (first["tags"], first["config"]["update"]["config"]["train"]["max_steps"]) == (["quiet"], STEPS)
+    shown = {name for charts in SECTIONS.values() for chart in charts for name in chart.metrics if not name.startswith("/")}
+    only_on_gpus = ("gpu/", "memory/peak_", "memory/alloc_retries")
+    assert {name for name in shown - logged if not name.startswith(only_on_gpus)} == set()
+
+
+def test_loss_falls_and_held_out_is_measured_before_and_after(finished: tuple[Path, str]) -> None:
+    held_out = [line["eval/held_out/loss"] for line in metrics(finished[0]) if "eval/held_out/loss" in line]
+    assert len(held_out) == 2
+    assert held_out[1] < held_out[0]
+
+
 def test_the_user_sees_losses_answers_and_places(finished: tuple[Path, str]) -> None:
     run, output = finished
     for expected in (
         "parameters",
         "held-out loss before",
-        "step   3/3",
+        "step  12/12",
         "held-out loss after",
         "held-out question",
         "answer after",
@@ -76,7 +135,7 @@ def test_the_user_sees_losses_answers_and_places(finished: tuple[Path, str]) -> 
 
 def test_the_export_is_the_checkpoint_and_loads_in_transformers(finished: tuple[Path, str]) -> None:
     run, _ = finished
-    tensors = assembled(run)
+    tensors = assembled(run / f"checkpoints/step-{STEPS:08d}")
     exported = load_file(run / "export/model.safetensors")
     names = {name.removesuffix("|fp32") for name in tensors if name.endswith("|fp32")}
     assert exported.keys() == names
@@ -100,9 +159,9 @@ def test_the_folder_has_a_card_and_is_on_the_hub(finished: tuple[Path, str], hub
     card = ModelCard.load(run / "export/README.md")
     assert card.data.license == "unknown"
     assert "| run | finished |" in card.text
-    assert "| training, step 3 |" in card.text
+    assert "| training, step 12 |" in card.text
     assert "| held_out, step 0 |" in card.text
-    assert "| held_out, step 3 |" in card.text
+    assert "| held_out, step 12 |" in card.text
     assert str(run.parent) not in card.content
     assert f"pushed to {hub.address}/owner/name" in output
     assert hub.files == {path.name: path.read_bytes() for path in (run / "export").iterdir()}
@@ -110,27 +169,27 @@ def test_the_folder_has_a_card_and_is_on_the_hub(finished: tuple[Path, str], hub
 
 
 def test_a_push_that_cannot_succeed_is_refused_before_anything_is_made(
-    launch: Launch, finished: tuple[Path, str], tmp_path: Path
+    launch_here: Launch, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run, _ = finished
     for repo_id, said in (("owner/name", "HF_TOKEN"), ("owner/name/more", "owner/name")):
-        refused = launch("export", str(run), "--push", repo_id, "--out", str(tmp_path / "out"))
+        refused = launch_here("export", str(run), "--push", repo_id, "--out", str(tmp_path / "out"))
         assert refused.returncode == 2
         assert said in refused.stderr
         assert "--push" in refused.stderr
         assert not (tmp_path / "out").exists()
-    refused = launch(*TINY, "train.max_steps=3", "train.push_to_hub=owner/name", f"run.root={tmp_path}", "run.name=refused")
+    refused = launch_here(*TINY, "train.push_to_hub=owner/name", f"run.root={tmp_path}", "run.name=refused")
     assert refused.returncode == 2
     assert "HF_TOKEN" in refused.stderr
     assert not (tmp_path / "refused").exists()
 
 
 def test_a_push_that_fails_leaves_the_folder_and_says_how_to_repeat_it(
-    launch: Launch, finished: tuple[Path, str], tmp_path: Path
+    launch_here: Launch, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run, _ = finished
     nowhere = {"HF_TOKEN": CANARY, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    failed = launch("export", str(run), "--push", "owner/name", "--out", str(tmp_path / "out"), **nowhere)
+    failed = launch_here("export", str(run), "--push", "owner/name", "--out", str(tmp_path / "out"), **nowhere)
     assert failed.returncode == 1
     assert "could not be pushed" in failed.stderr
     assert f"python -m launcher export {run} --dtype bf16 --out {tmp_path / 'out'} --push owner/name" in failed.stderr
@@ -138,14 +197,16 @@ def test_a_push_that_fails_leaves_the_folder_and_says_how_to_repeat_it(
     assert CANARY not in failed.stdout + failed.stderr
 
 
-def test_export_writes_a_checkpoint_again_in_another_type(launch: Launch, finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_export_writes_a_checkpoint_again_in_another_type(
+    launch_here: Launch, finished: tuple[Path, str], tmp_path: Path
+) -> None:
     run, _ = finished
     out = tmp_path / "again"
-    done = launch("export", str(run), "--step", "3", "--dtype", "fp32", "--out", str(out))
+    done = launch_here("export", str(run), "--step", "12", "--dtype", "fp32", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
     assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
-    missing = launch("export", str(run), "--step", "2")
+    missing = launch_here("export", str(run), "--step", "2")
     assert missing.returncode == 1
     assert "step" in missing.stderr
 
@@ -165,11 +226,11 @@ def test_no_secret_of_the_environment_is_in_any_file(finished: tuple[Path, str])
         assert CANARY.encode() not in path.read_bytes(), path
 
 
-def test_a_complete_run_is_not_resumed_but_can_be_given_more_to_do(launch: Launch, finished: tuple[Path, str]) -> None:
+def test_a_complete_run_is_not_resumed_but_can_be_given_more_to_do(launch_here: Launch, finished: tuple[Path, str]) -> None:
     run, _ = finished
-    refused = launch("resume", str(run))
+    refused = launch_here("resume", str(run))
     assert refused.returncode == 2
     assert "train.max_steps" in refused.stderr
-    other = launch("resume", str(run), "run.seed=1")
+    other = launch_here("resume", str(run), "run.seed=1")
     assert other.returncode == 2
     assert "run.seed" in other.stderr

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, agent_of, last_step, losses, processes_of, ranks_of, status, wait_for
+from e2e_tools import TINY, agent_of, alerts, last_step, losses, processes_of, ranks_of, status, wait_for
 from mirror_tools import S3, make_bucket, running_s3
 
 pytestmark = pytest.mark.rest
@@ -37,9 +37,27 @@ def mirrored(run: Path, attempt: int = 1) -> dict:
     return json.loads(file.read_text()) if file.is_file() else {"steps": []}
 
 
-def test_a_machine_that_is_lost_with_its_disk(launch: Launch, start: Callable, runs: Path, s3: S3, tmp_path: Path) -> None:
-    undisturbed = launch(*SETTINGS, f"run.root={runs}", "run.name=undisturbed")
-    assert undisturbed.returncode == 0, undisturbed.stderr
+@pytest.fixture(scope="module")
+def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose mirror is lost before its first step: nothing else disturbs it."""
+    folder = tmp_path_factory.mktemp("mirror")
+    mirror, run = folder / "mirror", module_runs / "alone"
+    with start(*SETTINGS, f"train.mirror=file://{mirror}", f"run.root={module_runs}", "run.name=alone") as process:
+        wait_for("the first look", lambda: (run / "attempts/001/mirror.json").is_file())
+        assert (mirror / "alone/run.json").is_file()
+        mirror.rename(folder / "gone")
+        mirror.write_text("in the way")
+        wait_for("a step", lambda: last_step(run) > 0)
+        # The mirror's process is no rank.
+        assert len(ranks_of(run)) == 2
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return run
+
+
+def test_a_machine_that_is_lost_with_its_disk(
+    launch: Launch, launch_here: Launch, start: Callable, runs: Path, alone: Path, s3: S3, tmp_path: Path, launcher_cache: Path
+) -> None:
     run, mirror = runs / "lost", f"train.mirror=s3://{s3.bucket}/runs"
     with start(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment) as process:
         wait_for("step 9", lambda: last_step(run) >= 9)
@@ -56,56 +74,47 @@ def test_a_machine_that_is_lost_with_its_disk(launch: Launch, start: Callable, r
     reached = losses(run)
     shutil.rmtree(run)
 
-    # Another machine: other folders, no data cache.
+    # Another machine: other folders, no data cache. The demonstration tokenizer is there, which takes long to convert.
     elsewhere, address = tmp_path / "elsewhere", f"s3://{s3.bucket}/runs/lost"
     other = {**s3.environment, "LAUNCHER_CACHE": str(tmp_path / "cache")}
-    listed = launch("ls", f"s3://{s3.bucket}/runs", "--json", **other)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/models").symlink_to(launcher_cache / "models")
+    listed = launch_here("ls", f"s3://{s3.bucket}/runs", "--json", **other)
     assert [found["name"] for found in json.loads(listed.stdout)] == ["lost"], listed.stderr
     done = launch("resume", address, "--root", str(elsewhere), **other)
     assert done.returncode == 0, done.stdout + done.stderr
     found = elsewhere / "lost"
     began = next(e for e in events(found) if e["attempt"] == 2 and e["text"].startswith("continuing from"))
     assert int(began["text"].rpartition("-")[2]) >= 8
-    assert losses(found) == losses(runs / "undisturbed")
+    assert losses(found) == losses(alone)
     assert {step: losses(found)[step] for step in reached} == reached
     assert status(found)["state"] == "completed"
     resumed = json.loads((found / "attempts/002/plan.json").read_text())
     assert (resumed["wandb_id"], resumed["run_dir"]) == (plan["wandb_id"], str(found))
     assert mirrored(found, 2)["last_step"] == STEPS
     assert f"python -m launcher resume {address}" in done.stdout
-    again = launch("resume", address, "--root", str(elsewhere), **other)
+    again = launch_here("resume", address, "--root", str(elsewhere), **other)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
-    assert json.loads(launch("ls", f"s3://{s3.bucket}/runs", "--json", **other).stdout)[0]["state"] == "completed"
+    assert json.loads(launch_here("ls", f"s3://{s3.bucket}/runs", "--json", **other).stdout)[0]["state"] == "completed"
 
 
-def test_a_mirror_that_is_lost_does_not_stop_training(start: Callable, runs: Path, tmp_path: Path) -> None:
-    mirror, run = tmp_path / "mirror", runs / "alone"
-    settings = (*SETTINGS, f"train.mirror=file://{mirror}", f"run.root={runs}", "run.name=alone")
-    with start(*settings) as process:
-        wait_for("the first look", lambda: (run / "attempts/001/mirror.json").is_file())
-        assert (mirror / "alone/run.json").is_file()
-        mirror.rename(tmp_path / "gone")
-        mirror.write_text("in the way")
-        wait_for("a step", lambda: last_step(run) > 0)
-        # The mirror's process is no rank.
-        assert len(ranks_of(run)) == 2
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert sorted(losses(run)) == list(range(1, STEPS + 1))
-    alerts = [e["text"] for e in events(run) if e["kind"] == "alert"]
-    assert [text.partition(":")[0] for text in alerts] == [
+def test_a_mirror_that_is_lost_does_not_stop_training(alone: Path) -> None:
+    assert sorted(losses(alone)) == list(range(1, STEPS + 1))
+    assert [text.partition(":")[0] for text in alerts(alone)] == [
         "the mirror cannot be written, training goes on and the next checkpoint tries again",
         "not in the mirror",
     ]
-    assert not processes_of(run)
+    assert not processes_of(alone)
 
 
-def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(launch: Launch, start: Callable, runs: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(
+    launch_here: Launch, start: Callable, runs: Path, tmp_path: Path
+) -> None:
     run, address = runs / "stopped", f"file://{tmp_path}/mirror"
     settings = [s for s in SETTINGS if not s.startswith(("train.max_steps", "train.save_every"))]
     with start(*settings, "train.max_steps=100000", f"train.mirror={address}", f"run.root={runs}", "run.name=stopped") as process:
         wait_for("the first step", lambda: last_step(run) >= 1)
-        assert launch("cancel", str(run)).returncode == 0
+        assert launch_here("cancel", str(run)).returncode == 0
         process.communicate(timeout=90)
     assert process.returncode == 130
     step = status(run)["step"]
@@ -114,13 +123,13 @@ def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(launch: Launch, start:
     assert not processes_of(run)
 
 
-def test_a_mirror_that_cannot_be_written_refuses_the_run(launch: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
+def test_a_mirror_that_cannot_be_written_refuses_the_run(launch_here: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
     (tmp_path / "file").write_text("")
     for address in (f"file://{tmp_path}/file/runs", "s3://no-such-bucket/runs", "gs://bucket/runs"):
-        done = launch(*SETTINGS, f"train.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
+        done = launch_here(*SETTINGS, f"train.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert "remedy: " in done.stderr
     assert not runs.exists()
-    nothing = launch("resume", f"s3://{s3.bucket}/nowhere", **s3.environment)
+    nothing = launch_here("resume", f"s3://{s3.bucket}/nowhere", **s3.environment)
     assert (nothing.returncode, "no run at this address" in nothing.stderr) == (2, True)

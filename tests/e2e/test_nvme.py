@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, last_step, losses, ranks_of, status, wait_for
+from e2e_tools import TINY, held, last_step, losses, ranks_of, status
 
 pytestmark = pytest.mark.rest
 
@@ -17,41 +17,41 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.mark.timeout(1500)
 def test_a_run_on_nvme_is_saved_resumed_and_exported(
-    launch: Launch, start: Callable, runs: Path, tmp_path: Path, extensions: None
+    launch: Launch, launch_here: Launch, start: Callable, runs: Path, tmp_path: Path, extensions: None
 ) -> None:
     disk = tmp_path / "disk"
-    settings = (*TINY, "deepspeed=zero3_nvme", f"deepspeed.nvme_path={disk}", "train.save_every=2", f"run.root={runs}")
-    refused = launch(*settings, "run.name=early", "train.max_steps=2")
+    asked = ("deepspeed=zero3_nvme", f"deepspeed.nvme_path={disk}", "train.save_every=2", "train.max_steps=8", f"run.root={runs}")
+    settings = (*TINY, *asked)
+    refused = launch_here(*settings, "run.name=early")
     assert refused.returncode == 2
     assert "no such folder for states on NVMe" in refused.stdout + refused.stderr
     assert not runs.exists()
     disk.mkdir()
 
-    done = launch(*settings, "run.name=undisturbed", "train.max_steps=4")
+    undisturbed = runs / "undisturbed"
+    done = launch(*settings, "run.name=undisturbed")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "training waits while a checkpoint is written" in done.stdout
-    assert (runs / "undisturbed/export/model.safetensors").is_file()
-    assert sorted(losses(runs / "undisturbed")) == [1, 2, 3, 4]
-
-    constant = "optim.schedule=constant"
-    whole = launch(*settings, constant, "run.name=whole", "train.max_steps=4", "train.export=false")
-    assert whole.returncode == 0, whole.stdout + whole.stderr
-    halves = launch(*settings, constant, "run.name=halves", "train.max_steps=2", "train.export=false")
-    assert halves.returncode == 0, halves.stdout + halves.stderr
-    resumed = launch("resume", str(runs / "halves"), "train.max_steps=4")
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert status(runs / "halves")["step"] == 4
-    assert losses(runs / "halves") == losses(runs / "whole")
-    for attempt in ("001", "002"):
-        log = (runs / "halves/attempts" / attempt / "rank-00001.log").read_text()
-        assert "Offloading to NVMe" in log, "DeepSpeed says so at its first write; tensors of less than 1 MiB stay in memory"
+    assert (undisturbed / "export/model.safetensors").is_file()
+    assert sorted(losses(undisturbed)) == list(range(1, 9))
     assert list(disk.iterdir()) == [], "a run leaves nothing on the disk"
 
     run = runs / "killed"
-    with start(*settings, constant, "run.name=killed", "train.max_steps=400", "train.export=false") as process:
-        wait_for("step 1", lambda: last_step(run) >= 1)
-        assert list(disk.iterdir()) != []
-        ranks_of(run)[1].send_signal(signal.SIGKILL)
+    with start(*settings, "run.name=killed", "train.export=false") as process:
+        with held(run, 3):
+            assert list(disk.iterdir()) != []
+            ranks_of(run)[1].send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
     assert list(disk.iterdir()) == [], "nor does one that fails"
+    assert last_step(run) < 8
+
+    resumed = launch("resume", str(run))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "continuing" in resumed.stdout
+    assert (status(run)["state"], status(run)["step"]) == ("completed", 8)
+    assert losses(run) == losses(undisturbed)
+    for attempt in ("001", "002"):
+        log = (run / "attempts" / attempt / "rank-00001.log").read_text()
+        assert "Offloading to NVMe" in log, "DeepSpeed says so at its first write; tensors of less than 1 MiB stay in memory"
+    assert list(disk.iterdir()) == []

@@ -1,9 +1,8 @@
-"""A run is continued with what its checkpoint was trained on, or the difference is shown; and by one command at a time."""
+"""A run is continued with what its checkpoint was trained on, or the difference is shown."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from e2e_tools import TINY, last_step, losses, status, wait_for
+from e2e_tools import TINY, committed, last_step, losses, status
 
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -64,13 +63,15 @@ def plan(run: Path, attempt: int | None = None) -> dict[str, Any]:
     return json.loads(file.read_text())
 
 
-def refused(launch: Launch, run: Path, *arguments: str, **environ: str) -> str:
-    done = launch("resume", str(run), *arguments, **environ)
+def refused(
+    launch_here: Launch, run: Path, *arguments: str, attempts: int = 1, steps: tuple[int, ...] = (1, 2), **environ: str
+) -> str:
+    done = launch_here("resume", str(run), *arguments, **environ)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert "remedy: " in done.stderr
-    assert not (run / "attempts/002").exists()
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-00000001", "step-00000002"}
+    assert len(list((run / "attempts").iterdir())) == attempts
+    assert committed(run) == [f"step-{step:08d}" for step in steps]
     return done.stderr
 
 
@@ -83,9 +84,9 @@ def edit_plan(run: Path, **changes: Any) -> None:
     (run / "plan.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def test_what_differs_is_shown_and_refused(launch: Launch, run: Path) -> None:
+def test_what_differs_is_shown_and_refused(launch_here: Launch, run: Path) -> None:
     text = refused(
-        launch,
+        launch_here,
         run,
         "data.max_length=32",
         "run.seed=1",
@@ -104,13 +105,13 @@ def test_what_differs_is_shown_and_refused(launch: Launch, run: Path) -> None:
     assert "--force" in text
 
 
-def test_an_end_that_lies_behind_the_run_is_refused(launch: Launch, run: Path) -> None:
+def test_an_end_that_lies_behind_the_run_is_refused(launch_here: Launch, run: Path) -> None:
     (run / "export").mkdir(exist_ok=True)
-    assert "the run has come to step 2 already" in refused(launch, run, "train.max_steps=1")
+    assert "the run has come to step 2 already" in refused(launch_here, run, "train.max_steps=1")
 
 
-def test_what_cannot_work_is_refused_with_force_too(launch: Launch, run: Path) -> None:
-    text = refused(launch, run, "--force", "model.path=./other", "run.seed=1")
+def test_what_cannot_work_is_refused_with_force_too(launch_here: Launch, run: Path) -> None:
+    text = refused(launch_here, run, "--force", "model.path=./other", "run.seed=1")
     assert "model.path" in text
     assert "run.seed" not in text
     assert "model.path=run:trained" in text
@@ -124,29 +125,31 @@ def test_what_cannot_work_is_refused_with_force_too(launch: Launch, run: Path) -
         ({"plan_model__hidden_size": 24}, ["plan.model.hidden_size", "20", "24"]),
     ],
 )
-def test_a_plan_that_was_edited_by_hand_is_told(launch: Launch, run: Path, changes: dict[str, Any], shown: list[str]) -> None:
+def test_a_plan_that_was_edited_by_hand_is_told(
+    launch_here: Launch, run: Path, changes: dict[str, Any], shown: list[str]
+) -> None:
     rows = str(plan(run)["data"]["num_rows"])
     edit_plan(run, **changes)
-    text = refused(launch, run, "train.max_steps=3")
+    text = refused(launch_here, run, "train.max_steps=3")
     wanted = [rows if word == "ROWS" else word for word in shown]
     assert wanted in [line.split() for line in text.splitlines()]
 
 
-def test_a_plan_that_is_nowhere_is_told(launch: Launch, run: Path) -> None:
+def test_a_plan_that_is_nowhere_is_told(launch_here: Launch, run: Path) -> None:
     edit_plan(run, optim__weight_decay=0.5)
     shutil.rmtree(run / "plans")
-    assert "the plan that saved this checkpoint is not in the run directory" in refused(launch, run, "train.max_steps=3")
+    assert "the plan that saved this checkpoint is not in the run directory" in refused(launch_here, run, "train.max_steps=3")
 
 
 def test_other_data_behind_the_same_settings_is_refused(
-    launch: Launch, run: Path, own_cache: dict[str, str], trained: Path
+    launch_here: Launch, run: Path, own_cache: dict[str, str], trained: Path
 ) -> None:
     shutil.rmtree(Path(own_cache["LAUNCHER_CACHE"]) / "data")
     source = trained.parent.parent / "rows.jsonl"
     before = source.read_bytes()
     write_rows(source, 100, 30)
     try:
-        text = refused(launch, run, "train.max_steps=3", **own_cache)
+        text = refused(launch_here, run, "train.max_steps=3", **own_cache)
     finally:
         source.write_bytes(before)
     shown = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith("  plan.data.")}
@@ -181,50 +184,32 @@ def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
     assert (status(run)["state"], last_step(run)) == ("completed", 3)
 
 
-def test_with_force_other_data_is_trained_on_and_recorded(launch: Launch, run: Path, tmp_path: Path) -> None:
+def test_with_force_other_data_and_another_type_are_trained_with_and_recorded(
+    launch: Launch, launch_here: Launch, run: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other.jsonl"
     write_rows(other, 500, 60)
     more = ("train.max_steps=3", "train.keep_last=9")
-    text = refused(launch, run, f"data.path={other}", *more)
+    text = refused(launch_here, run, f"data.path={other}", *more)
     assert "data.sources[0].path" in text
-    done = launch("resume", str(run), "--force", f"data.path={other}", "optim.weight_decay=0.1", *more)
+    changes = (f"data.path={other}", "optim.weight_decay=0.1", "model.dtype=fp32")
+    done = launch("resume", str(run), "--force", *changes, *more)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "continuing with what differs from the checkpoint:" in done.stdout
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  ")}
     assert shown["data.path"][1] == f"'{other}'"
     assert shown["plan.data.num_docs"] == ["40", "60"]
+    assert shown["model.dtype"] == ["'bf16'", "'fp32'"]
     recorded = plan(run, 2)
     assert recorded["data"]["num_docs"] == 60
     assert recorded["data"]["cache_dir"] != plan(run)["data"]["cache_dir"]
     assert {f"data.path={other}", "optim.weight_decay=0.1"} <= set(recorded["provenance"]["overrides"])
     assert sorted(losses(run)) == [1, 2, 3]
     # The checkpoint of step 3 was saved by that plan: nothing of this differs from it any more.
-    again = launch("resume", str(run), "--force", "model.dtype=fp32", "train.max_steps=4")
-    assert again.returncode == 0, again.stdout + again.stderr
-    shown = [line.split() for line in again.stdout.splitlines() if line.startswith("  ")]
-    assert shown[:2] == [["checkpoint", "asked", "for"], ["model.dtype", "'bf16'", "'fp32'"]]
-    assert str(other) not in again.stdout
-    back = launch("resume", str(run), "--step", "2")
+    text = refused(launch_here, run, "run.seed=1", "train.max_steps=4", attempts=2, steps=(1, 2, 3))
+    shown = [line.split() for line in text.splitlines() if line.startswith("  ")]
+    assert shown[:2] == [["checkpoint", "asked", "for"], ["run.seed", "42", "1"]]
+    assert str(other) not in text
+    back = launch_here("resume", str(run), "--step", "2")
     assert back.returncode == 2
     assert "data.path" in back.stderr
-
-
-def test_a_second_command_is_told_what_runs(launch: Launch, start: Callable, runs: Path) -> None:
-    run = runs / "busy"
-    asked = (*TINY, "train.export=false", "train.max_steps=100000", f"run.root={runs}", "run.name=busy")
-    with start(*asked):
-        wait_for("the first step", lambda: last_step(run) >= 1)
-        agent = status(run)["job"]["pid"]
-        for second in (asked, ("resume", str(run))):
-            done = launch(*second)
-            assert done.returncode == 2, done.stdout + done.stderr
-            assert f"attempt 1, process {agent} on {os.uname().nodename}, of user {run.owner()}, since 2" in done.stderr
-            assert f"python -m launcher logs {run} -f" in done.stderr
-            assert f"python -m launcher cancel {run}" in done.stderr
-        assert status(run)["state"] == "running"
-        assert launch("cancel", str(run), "--no-save").returncode == 0
-        wait_for("the run to end", lambda: status(run)["state"] == "cancelled", 60)
-    # Nobody runs it any more: the directory itself is what stands in the way.
-    done = launch(*asked)
-    assert done.returncode == 2
-    assert "exists already" in done.stderr

@@ -31,11 +31,18 @@ def tracked(server: FakeWandb) -> Run:
     return run
 
 
-def test_stop_in_the_page_saves_and_ends_all_ranks_and_the_run_can_be_resumed(
+def require_all_rows(server: FakeWandb, run: Path) -> None:
+    """W&B has each step once, with the last value of its loss."""
+    assert tracked(server).steps == list(range(1, int(last_step(run)) + 1))
+    assert [row["train/loss"] for row in tracked(server).rows()] == [loss for _, loss in sorted(losses(run).items())]
+
+
+def test_a_run_that_is_stopped_in_the_page_preempted_killed_and_completed(
     launch: Launch, start: Callable, runs: Path, server: FakeWandb
 ) -> None:
-    run, variables = runs / "stopped", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
-    with start(*SETTINGS, "train.max_steps=2000", f"run.root={runs}", "run.name=stopped", **variables) as process:
+    """Four attempts of one run, each of which ends in another way."""
+    run, variables = runs / "watched", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
+    with start(*SETTINGS, "train.max_steps=1000", f"run.root={runs}", "run.name=watched", **variables) as process:
         wait_for("W&B to have a step", lambda: server.runs and tracked(server).steps)
         server.stopped = True
         output, _ = process.communicate(timeout=120)
@@ -48,38 +55,12 @@ def test_stop_in_the_page_saves_and_ends_all_ranks_and_the_run_can_be_resumed(
     assert outcome.stat().st_mtime < trackers_end - 0.1
     assert not processes_of(run)
     assert tracked(server).exits == [255]
+    assert server.alerts == []
 
+    # The run can be resumed; machines that are about to go are an alert.
     server.stopped = False
-    done = launch("resume", str(run), f"train.max_steps={stopped_at + 3}", **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert tracked(server).steps == list(range(1, stopped_at + 4))
-    assert [row["train/loss"] for row in tracked(server).rows()] == [loss for _, loss in sorted(losses(run).items())]
-    assert tracked(server).exits == [255, 0]
-    assert {artifact["artifactTypeName"] for artifact in server.artifacts} == {"checkpoint"}
-    assert tracked(server).config["config"]["value"]["train"]["max_steps"] == stopped_at + 3
-
-
-def test_a_rank_that_is_killed_is_named_in_wandb(start: Callable, runs: Path, server: FakeWandb) -> None:
-    run, variables = runs / "killed", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
-    with start(*SETTINGS, "train.max_steps=2000", f"run.root={runs}", "run.name=killed", **variables) as process:
-        wait_for("step 8", lambda: last_step(run) >= 8)
-        ranks_of(run)[1].send_signal(signal.SIGKILL)
-        process.communicate(timeout=120)
-    assert status(run)["state"] == "failed"
-    # The first is that of wandb-core, when rank 0 was gone.
-    assert set(tracked(server).exits) == {1}
-    assert tracked(server).steps == list(range(1, int(last_step(run)) + 1))
-    assert tracked(server).summary["state"] == "failed"
-    (alert,) = server.alerts
-    assert "the run has failed: rank 1: killed by SIGKILL" in alert["text"]
-    assert "rank-00001.log" in alert["text"]
-    assert not processes_of(run)
-
-
-def test_machines_that_are_about_to_go_are_an_alert(start: Callable, runs: Path, server: FakeWandb) -> None:
-    run, variables = runs / "preempted", {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
-    with start(*SETTINGS, "train.max_steps=2000", f"run.root={runs}", "run.name=preempted", **variables) as process:
-        wait_for("step 3", lambda: last_step(run) >= 3)
+    with start("resume", str(run), "train.max_steps=2000", **variables) as process:
+        wait_for("three more steps", lambda: last_step(run) >= stopped_at + 3)
         ranks_of(run)[1].send_signal(signal.SIGUSR2)
         output, _ = process.communicate(timeout=120)
     stopped_at = status(run)["step"]
@@ -91,4 +72,28 @@ def test_machines_that_are_about_to_go_are_an_alert(start: Callable, runs: Path,
     title = f"preempted at step {stopped_at}: {words}"[:63]
     assert [(alert["title"], alert["text"]) for alert in server.alerts] == [(title, words)]
     assert tracked(server).preempting
+    assert tracked(server).config["config"]["value"]["train"]["max_steps"] == 2000
+    require_all_rows(server, run)
     assert not processes_of(run)
+    num_exits = len(tracked(server).exits)
+
+    # A rank that is killed is named.
+    with start("resume", str(run), **variables) as process:
+        wait_for("eight more steps", lambda: last_step(run) >= stopped_at + 8)
+        ranks_of(run)[1].send_signal(signal.SIGKILL)
+        process.communicate(timeout=120)
+    assert status(run)["state"] == "failed"
+    # The first is that of wandb-core, when rank 0 was gone.
+    assert set(tracked(server).exits[num_exits:]) == {1}
+    require_all_rows(server, run)
+    assert tracked(server).summary["state"] == "failed"
+    _, alert = server.alerts
+    assert "the run has failed: rank 1: killed by SIGKILL" in alert["text"]
+    assert "rank-00001.log" in alert["text"]
+    assert not processes_of(run)
+
+    done = launch("resume", str(run), f"train.max_steps={last_step(run) + 3}", **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+    require_all_rows(server, run)
+    assert tracked(server).exits[-1] == 0
+    assert {artifact["artifactTypeName"] for artifact in server.artifacts} == {"checkpoint"}

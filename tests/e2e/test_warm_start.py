@@ -115,19 +115,19 @@ def test_a_second_generation_from_a_chosen_step_and_a_path(launch: Launch, sourc
     assert json.loads((third / "attempts/002/plan.json").read_text())["lineage"] == recorded
 
 
-def test_an_earlier_step_is_made_from_its_checkpoint_once(launch: Launch, source: Path) -> None:
+def test_an_earlier_step_is_made_from_its_checkpoint_once(launch_here: Launch, source: Path) -> None:
     asked = ("data", *SETTINGS, *WARM, "model.path=run:source@2", f"run.root={source.parent}")
-    first = launch(*asked)
+    first = launch_here(*asked)
     assert first.returncode == 0, first.stderr
     assert "taking the weights of run source at step 2 (once)" in first.stderr
-    assert "taking the weights" not in launch(*asked).stderr
-    planned = json.loads(launch("plan", "--json", *asked[1:]).stdout)
+    assert "taking the weights" not in launch_here(*asked).stderr
+    planned = json.loads(launch_here("plan", "--json", *asked[1:]).stdout)
     folder = Path(planned["model"]["path"])
     assert json.loads((folder / "export.json").read_text())["step"] == 2
     assert (folder / "model.safetensors").read_bytes() != (source / "export/model.safetensors").read_bytes()
 
 
-def test_a_damaged_checkpoint_is_named_before_anything_starts(launch: Launch, source: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_before_anything_starts(launch_here: Launch, source: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "runs/damaged"
     shutil.copytree(source, damaged)
     shard = damaged / "checkpoints/step-00000002/rank-00001.safetensors"
@@ -138,7 +138,7 @@ def test_a_damaged_checkpoint_is_named_before_anything_starts(launch: Launch, so
     # Another id, or the weights of the whole checkpoint would be found in the cache.
     (damaged / "plan.json").write_text((source / "plan.json").read_text().replace(plan(source)["wandb_id"], "abcdef012345"))
     asked = (*SETTINGS, *WARM, "tracking=none", f"run.root={damaged.parent}", "run.name=never")
-    done = launch(*asked, "model.path=run:damaged@2")
+    done = launch_here(*asked, "model.path=run:damaged@2")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "the weights of run source at step 2 cannot be used: a weight of the checkpoint is not the one" in done.stderr
     assert str(shard) in done.stderr
