@@ -185,11 +185,12 @@ def test_a_push_that_cannot_succeed_is_refused_before_anything_is_made(
 
 
 def test_a_push_that_fails_leaves_the_folder_and_says_how_to_repeat_it(
-    launch_here: Launch, finished: tuple[Path, str], tmp_path: Path
+    launch: Launch, finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     run, _ = finished
+    # A process of its own: the Hub's library reads these variables when it is imported.
     nowhere = {"HF_TOKEN": CANARY, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
-    failed = launch_here("export", str(run), "--push", "owner/name", "--out", str(tmp_path / "out"), **nowhere)
+    failed = launch("export", str(run), "--push", "owner/name", "--out", str(tmp_path / "out"), **nowhere)
     assert failed.returncode == 1
     assert "could not be pushed" in failed.stderr
     assert f"python -m launcher export {run} --dtype bf16 --out {tmp_path / 'out'} --push owner/name" in failed.stderr

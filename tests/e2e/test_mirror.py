@@ -56,7 +56,7 @@ def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_a_machine_that_is_lost_with_its_disk(
-    launch: Launch, launch_here: Launch, start: Callable, runs: Path, alone: Path, s3: S3, tmp_path: Path, launcher_cache: Path
+    launch: Launch, start: Callable, runs: Path, alone: Path, s3: S3, tmp_path: Path, launcher_cache: Path
 ) -> None:
     run, mirror = runs / "lost", f"train.mirror=s3://{s3.bucket}/runs"
     with start(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment) as process:
@@ -74,12 +74,12 @@ def test_a_machine_that_is_lost_with_its_disk(
     reached = losses(run)
     shutil.rmtree(run)
 
-    # Another machine: other folders, no data cache. The demonstration tokenizer is there, which takes long to convert.
+    # Another machine, so other processes: other folders, no data cache. The demonstration tokenizer is there, which takes long to convert.
     elsewhere, address = tmp_path / "elsewhere", f"s3://{s3.bucket}/runs/lost"
     other = {**s3.environment, "LAUNCHER_CACHE": str(tmp_path / "cache")}
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/models").symlink_to(launcher_cache / "models")
-    listed = launch_here("ls", f"s3://{s3.bucket}/runs", "--json", **other)
+    listed = launch("ls", f"s3://{s3.bucket}/runs", "--json", **other)
     assert [found["name"] for found in json.loads(listed.stdout)] == ["lost"], listed.stderr
     done = launch("resume", address, "--root", str(elsewhere), **other)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -93,9 +93,9 @@ def test_a_machine_that_is_lost_with_its_disk(
     assert (resumed["wandb_id"], resumed["run_dir"]) == (plan["wandb_id"], str(found))
     assert mirrored(found, 2)["last_step"] == STEPS
     assert f"python -m launcher resume {address}" in done.stdout
-    again = launch_here("resume", address, "--root", str(elsewhere), **other)
+    again = launch("resume", address, "--root", str(elsewhere), **other)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
-    assert json.loads(launch_here("ls", f"s3://{s3.bucket}/runs", "--json", **other).stdout)[0]["state"] == "completed"
+    assert json.loads(launch("ls", f"s3://{s3.bucket}/runs", "--json", **other).stdout)[0]["state"] == "completed"
 
 
 def test_a_mirror_that_is_lost_does_not_stop_training(alone: Path) -> None:
@@ -123,13 +123,13 @@ def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(
     assert not processes_of(run)
 
 
-def test_a_mirror_that_cannot_be_written_refuses_the_run(launch_here: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
+def test_a_mirror_that_cannot_be_written_refuses_the_run(launch: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
     (tmp_path / "file").write_text("")
     for address in (f"file://{tmp_path}/file/runs", "s3://no-such-bucket/runs", "gs://bucket/runs"):
-        done = launch_here(*SETTINGS, f"train.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
+        done = launch(*SETTINGS, f"train.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert "remedy: " in done.stderr
     assert not runs.exists()
-    nothing = launch_here("resume", f"s3://{s3.bucket}/nowhere", **s3.environment)
+    nothing = launch("resume", f"s3://{s3.bucket}/nowhere", **s3.environment)
     assert (nothing.returncode, "no run at this address" in nothing.stderr) == (2, True)
