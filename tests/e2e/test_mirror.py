@@ -74,7 +74,7 @@ def test_a_machine_that_is_lost_with_its_disk(
     reached = losses(run)
     shutil.rmtree(run)
 
-    # Another machine, so other processes: other folders, no data cache. The demonstration tokenizer is there, which takes long to convert.
+    # Another machine: other folders, no data cache. It has the tokenizer, whose conversion takes long.
     elsewhere, address = tmp_path / "elsewhere", f"s3://{s3.bucket}/runs/lost"
     other = {**s3.environment, "LAUNCHER_CACHE": str(tmp_path / "cache")}
     (tmp_path / "cache").mkdir()

@@ -143,8 +143,10 @@ def test_a_run_that_is_killed_stopped_and_damaged_trains_the_same_to_the_last_bi
     # 1. benchmarks/kills.py in small. The last kill finds no restart left: it ends the run, is named, and a resume goes on.
     kills = draw_kills(seed=340, num_kills=NUM_KILLS, num_ranks=2, save_every=SAVE_EVERY)
     assert {kill.moment for kill in kills} == set(MOMENTS)
-    assert steps_for(kills, SAVE_EVERY) <= 36
     kills[SEGFAULT] = replace(kills[SEGFAULT], signal=signal.SIGSEGV)
+    # What follows needs two checkpoints.
+    kills[-1] = replace(kills[-1], moment="training", steps=2 * SAVE_EVERY + 2)
+    assert steps_for(kills, SAVE_EVERY) <= 44
     with start(*asked, f"train.max_steps={ASKED_AT_FIRST}", f"cluster.max_restarts={NUM_KILLS - 1}", **env) as process:
         killer = Killer(run, lambda: process.poll() is not None)
         for kill in kills:
@@ -163,6 +165,7 @@ def test_a_run_that_is_killed_stopped_and_damaged_trains_the_same_to_the_last_bi
     assert f"the attempt failed: rank {last}: killed by SIGKILL" in launch_here("status", str(run)).stdout
 
     # 2. The newest checkpoint is damaged; one Ctrl-C.
+    assert len([name for name in committed(run) if name.startswith("step-")]) >= 2
     damaged = newest(run)
     flip(damaged)
     with start("resume", str(run), f"train.max_steps={STEPS}", **env) as process:
