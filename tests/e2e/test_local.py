@@ -32,7 +32,7 @@ def test_two_ctrl_c_a_loss_that_is_not_finite_and_a_killed_agent(
 ) -> None:
     """Three attempts of one run, each of which ends in another way."""
     run = runs / "disturbed"
-    with start(*SETTINGS, "train.save_every=1", f"run.root={runs}", "run.name=disturbed") as process:
+    with start(*SETTINGS, "train.save_every=1", "train.keep_last=3", f"run.root={runs}", "run.name=disturbed") as process:
         wait_for("three checkpoints", lambda: last_step(run) >= 4)
         # A stopped rank can never reach the end of its step, so only the kill ends this run.
         ranks_of(run)[1].send_signal(signal.SIGSTOP)
