@@ -19,7 +19,7 @@ pytestmark = pytest.mark.rest
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-STEPS = 20
+STEPS = 30
 SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
 NEWEST = f"step-{STEPS:08d}"
 
@@ -28,7 +28,7 @@ NEWEST = f"step-{STEPS:08d}"
 def undisturbed(launch: Launch, module_runs: Path) -> Path:
     done = launch(*SETTINGS, f"run.root={module_runs}", "run.name=undisturbed")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert committed(module_runs / "undisturbed") == ["step-00000010", "step-00000015", NEWEST]
+    assert committed(module_runs / "undisturbed") == ["step-00000020", "step-00000025", NEWEST]
     return module_runs / "undisturbed"
 
 
@@ -70,7 +70,7 @@ def test_where_all_are_damaged_the_run_fails_and_names_all(launch: Launch, run: 
     assert done.returncode == 1
     assert "no checkpoint of this run is whole" in done.stderr
     assert "Traceback" not in done.stderr
-    for step in (10, 15, STEPS):
+    for step in (20, 25, STEPS):
         assert f"step {step}: rank-00001.safetensors" in done.stderr
     assert status(run)["state"] == "failed"
     assert committed(run) == lies
@@ -81,12 +81,12 @@ def test_where_all_are_damaged_the_run_fails_and_names_all(launch: Launch, run: 
 @pytest.mark.parametrize("damage", [flip, truncate])
 def test_a_damaged_step_that_is_asked_for_is_refused(launch_here: Launch, run: Path, damage: Callable[[Path], None]) -> None:
     lies = committed(run)
-    damage(run / "checkpoints/step-00000015")
-    done = launch_here("resume", str(run), "--step", "15")
+    damage(run / "checkpoints/step-00000025")
+    done = launch_here("resume", str(run), "--step", "25")
     assert done.returncode == 2
-    assert "the checkpoint of step 15 is damaged" in done.stderr
+    assert "the checkpoint of step 25 is damaged" in done.stderr
     assert "rank-00001.safetensors" in done.stderr
-    assert f"choose one of the other steps: 10, {STEPS}" in done.stderr
+    assert f"choose one of the other steps: 20, {STEPS}" in done.stderr
     assert committed(run) == lies, "the later ones are not set aside for nothing"
     assert not (run / "attempts/002").exists()
 
