@@ -23,6 +23,7 @@ from typing import Any
 
 import launcher
 from launcher import warm_start, weight_files
+from launcher.checkpoint import generation
 from launcher.config.schema import ModelSection, RunConfig, is_local_path, is_run
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError, Problem
@@ -101,6 +102,24 @@ def is_prepared(config: RunConfig, facts: Facts) -> bool:
         return False
     folder = pretrained_folder(model)
     return folder is None or weight_files.load_report(folder, model) is not None
+
+
+def prepared_data(config: RunConfig) -> DataFacts | None:
+    """The data cache of these settings; None where `launcher.worker.prepare` has anything to do before workers can start."""
+    model = config.model
+    folders = [locate(name, model).folder for name in (model.path, model.tokenizer) if name]
+    if not folders or None in folders:
+        return None
+    pretrained = pretrained_folder(model)
+    if pretrained is not None and weight_files.load_report(pretrained, model) is None:
+        return None
+    return data_facts(config, str(folders[-1]))
+
+
+def stop_ids(model: ModelSection) -> list[int]:
+    """The tokens at which generations of the model stop as it is."""
+    folder = locate(model.path, model).folder if model.path else None
+    return generation.stop_ids(folder if folder is not None else model.config or {})
 
 
 def pretrained_folder(model: ModelSection) -> Path | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.checkpoint import durable, store, weights
+from launcher.checkpoint import durable, generation, store, weights
 from launcher.checkpoint.state import State, read_state
 from launcher.checkpoint.tensor_file import ShardSet
 from launcher.errors import CheckpointError
@@ -28,8 +28,7 @@ CARD = "README.md"
 
 # What loading takes above the weights themselves.
 _LOADING_FACTOR = 1.2
-_GENERATION = "generation_config.json"
-_MODEL_FILES = (_GENERATION, "*.py", "LICENSE*", "NOTICE*")
+_MODEL_FILES = (generation.FILE, "*.py", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -68,7 +67,7 @@ class Task:
     @property
     def added_stop_ids(self) -> tuple[int, ...]:
         """Those of `turn_end_ids` at which the base model's generations do not stop."""
-        return tuple(i for i in self.turn_end_ids if i not in stop_ids(self.model))
+        return tuple(i for i in self.turn_end_ids if i not in generation.stop_ids(self.model))
 
     @property
     def partial(self) -> Path:
@@ -147,20 +146,6 @@ def stops_said(made: Export) -> str:
     return (
         f"generations stop at token {ids} too, with which the data ends turns (generation_config.json); the base model's did not"
     )
-
-
-def stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
-    """The tokens at which generations of a model stop by its own settings; `model` is its folder, or its config.json."""
-    found = _generation_settings(model).get("eos_token_id")
-    return found if isinstance(found, list) else [] if found is None else [found]
-
-
-def _generation_settings(model: Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The model's generation config; without one transformers takes these settings from config.json."""
-    if isinstance(model, Path) and (model / _GENERATION).is_file():
-        return dict(json.loads((model / _GENERATION).read_bytes()))
-    config = model if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())
-    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
 
 
 def verify(task: Task) -> None:
@@ -281,8 +266,8 @@ def _copy_side_files(task: Task) -> None:
     if task.chat_template is not None:
         _write_chat_template(task.partial, task.chat_template)
     if task.added_stop_ids:
-        settings = {**_generation_settings(task.model), "eos_token_id": [*stop_ids(task.model), *task.added_stop_ids]}
-        _rewrite_json(task.partial / _GENERATION, settings)
+        settings = {**generation.settings(task.model), "eos_token_id": [*generation.stop_ids(task.model), *task.added_stop_ids]}
+        _rewrite_json(task.partial / generation.FILE, settings)
 
 
 def _write_chat_template(folder: Path, text: str) -> None:

@@ -19,6 +19,8 @@ from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_n
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.config.slurm import SlurmSection
+from launcher.data import report as data_report
+from launcher.data.texts import Texts, TextsMissing
 from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError
 from launcher.holder import holder_of
 from launcher.plan.launch_plan import Facts, LaunchPlan
@@ -79,11 +81,27 @@ def _data(tokens: list[str]) -> int:
             config = facts.settled(composed.config)
             facts.check(config)
             check_extra(config)
-        answer = prepare(config, show=chosen.num_shown)
+        report = _kept_report(config, chosen.num_shown) or prepare(config, show=chosen.num_shown)["report"]
         if note := facts.weights_note(config.model):
             print(f"note: {note}", file=sys.stderr, flush=True)
-        data.present(answer["report"], config, chosen)
+        data.present(report, config, chosen)
     return 0
+
+
+def _kept_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
+    """The report of a finished cache; None where something has to be prepared, or a text that is shown to be decoded.
+
+    Raises:
+        DataError: where any block of the cache is damaged.
+    """
+    built = facts.prepared_data(config)
+    if built is None:
+        return None
+    stops = facts.stop_ids(config.model)
+    try:
+        return data_report.report(built, config.data, Texts(built), config.train, config.run.seed, stops, num_shown)
+    except TextsMissing:
+        return None
 
 
 def _train(jobs: list[Composed], following: bool | None) -> int:

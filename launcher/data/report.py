@@ -1,20 +1,21 @@
-"""What is in a data cache: numbers for the mixture and each source, findings, and rows whose trained parts a person can see."""
+"""What is in a data cache: numbers for the mixture and each source, findings, and rows whose trained parts a person can see.
+
+No torch, no transformers: the submit side imports this module.
+"""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from launcher.config.data import DataSection, Source
 from launcher.config.schema import TrainSection
 from launcher.data import cache, findings, patterns
 from launcher.data.cache import Split
-from launcher.data.chat import load_tokenizer
 from launcher.data.row_order import RowOrder
+from launcher.data.texts import Texts
 from launcher.plan.launch_plan import DataFacts
 
 NUM_QUANTILES = 41
@@ -26,13 +27,13 @@ _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 def report(
     facts: DataFacts,
     data: DataSection,
-    tokenizer_path: str,
+    texts: Texts,
     train: TrainSection,
     seed: int,
     stop_ids: Sequence[int],
     num_shown: int = 0,
 ) -> dict[str, Any]:
-    """JSON-able numbers of a cache, its findings under `data.checks`, and decoded rows of the training split.
+    """JSON-able numbers of a cache, its findings under `data.checks`, and rows of the training split, decoded by `texts`.
 
     Fractions are 0 to 1, lengths are tokens; `length_histogram` counts documents per bin of up to `max_tokens` tokens,
     `length_quantiles` stand at even steps from the shortest to the longest. `padding_frac` is padding's share of the first
@@ -43,9 +44,8 @@ def report(
     `num_shown` evenly spaced rows, or three documents of middling length where it is 0; keys, passwords, e-mail addresses and
     telephone numbers are left out. `turn_ends` are the tokens that end trained turns; `stops` where they are among `stop_ids`, at
     which generations of the model stop as it is.
-    Errors: DataError where any block of the cache is damaged.
+    Errors: DataError where any block of the cache is damaged; TextsMissing where `texts` cannot decode a row.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
     split, held_out = Split.open(facts), Split.open(facts, held_out=True)
     for opened in (split, held_out):
         opened.verify()
@@ -103,8 +103,8 @@ def report(
         },
         "findings": [one.to_json() for one in judged],
         "refused": any(one.fatal for one in judged),
-        "turn_ends": [{"id": i, "token": tokenizer.convert_ids_to_tokens(i), "stops": i in stop_ids} for i in facts.turn_end_ids],
-        "shown": _shown(split, names, tokenizer, num_shown),
+        "turn_ends": [{"id": i, "token": texts.token(i), "stops": i in stop_ids} for i in facts.turn_end_ids],
+        "shown": _shown(split, names, texts, num_shown),
     }
 
 
@@ -210,7 +210,7 @@ def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     return [{"max_tokens": 1 << e, "documents": int(counts[e])} for e in range(exponents.min(), len(counts))]
 
 
-def _shown(split: Split, names: list[str], tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[dict[str, Any]]:
+def _shown(split: Split, names: list[str], texts: Texts, num_rows: int) -> list[dict[str, Any]]:
     """Rows, or single documents, each as documents of trained and untrained parts."""
     if num_rows:
         rows = np.unique(np.linspace(0, split.num_rows - 1, num_rows).round().astype(int)).tolist()
@@ -223,23 +223,16 @@ def _shown(split: Split, names: list[str], tokenizer: PreTrainedTokenizerBase, n
         {
             "row": row,
             "whole": bool(num_rows),
-            "documents": [_document(split, doc, names, tokenizer) for doc in range(first, last)],
+            "documents": [_document(split, doc, names, texts) for doc in range(first, last)],
         }
         for row, first, last in spans
     ]
 
 
-def _document(split: Split, doc: int, names: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _document(split: Split, doc: int, names: list[str], texts: Texts) -> dict[str, Any]:
     span = slice(split.docs[doc], split.docs[doc + 1])
     tokens, trained = split.tokens[span], split.trained[span]
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
-    texts = patterns.redacted([_decoded(tokenizer, tokens, a, b) for a, b in itertools.pairwise(borders)])
-    parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(borders, texts, strict=False)]
+    redacted = patterns.redacted(texts.document(doc, tokens, borders))
+    parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(borders, redacted, strict=False)]
     return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}
-
-
-def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, first: int, end: int) -> str:
-    """The text of tokens first:end as it stands behind the token before: some tokenizers leave out a text's first space."""
-    before = max(0, first - 1)
-    whole, own = (tokenizer.decode(tokens[before:until].tolist(), clean_up_tokenization_spaces=False) for until in (end, first))
-    return str(whole[len(own) :])

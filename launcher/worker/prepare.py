@@ -27,10 +27,11 @@ from filelock import FileLock, Timeout
 
 from launcher import facts, run_store, warm_start
 from launcher.checkpoint import card, durable
-from launcher.checkpoint.export import Task, chat_template_of, export, stop_ids, verify
+from launcher.checkpoint.export import Task, chat_template_of, export, verify
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
-from launcher.data.chat import import_tokenizers_without_torch
+from launcher.data.chat import import_tokenizers_without_torch, load_tokenizer
+from launcher.data.texts import Texts
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
@@ -65,13 +66,10 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
         built = build.build(config.data, str(tokenizer), on_progress)
     if show is None:
         return {}
-    stops = _stop_ids(config.model)
-    return {"report": report.report(built, config.data, str(tokenizer), config.train, config.run.seed, stops, show)}
-
-
-def _stop_ids(model: ModelSection) -> list[int]:
-    folder = facts.locate(model.path, model).folder if model.path else None
-    return stop_ids(folder if folder is not None else model.config or {})
+    texts = Texts(built, lambda: load_tokenizer(str(tokenizer)))
+    answer = report.report(built, config.data, texts, config.train, config.run.seed, facts.stop_ids(config.model), show)
+    texts.keep()
+    return {"report": answer}
 
 
 def _fetch(source: str, model: ModelSection) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from launcher.checkpoint import export as exporting
 from launcher.checkpoint import parity as proving
 from launcher.checkpoint import store
-from launcher.checkpoint.export import Task, export, stop_ids
+from launcher.checkpoint.export import Task, export
+from launcher.checkpoint.generation import stop_ids
 from launcher.checkpoint.parity import check_parity, load_back, read_probe, require_finite, require_parity
 from launcher.errors import CheckpointError
 
