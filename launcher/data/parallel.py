@@ -6,6 +6,7 @@ import functools
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -18,8 +19,11 @@ from launcher.config.data import DataSection
 from launcher.data.encode import BatchEncoder, EncodedBatch, Work
 from launcher.errors import DataError, LauncherError, Problem, RunError
 
-# Processes take a few seconds to start: with so few batches the builder is done by itself as soon.
-MIN_BATCHES = 24
+# Processes start 1.7 s later than the builder itself could encode, since they import what it has imported. Two of them are done
+# as soon as the builder alone where that takes 3.4 s: for about this size.
+MIN_BYTES = 12 << 20
+# Parsing and checking the rows of a batch takes as long as encoding this much text.
+_BATCH_BYTES = 50_000
 
 
 def num_workers(data: DataSection) -> int:
@@ -34,10 +38,10 @@ def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> I
         DataError: for a row that cannot be used, and where the system has killed a worker.
         RunError: where a worker ended otherwise before it could report an exception.
     """
-    first = list(itertools.islice(waiting, MIN_BATCHES))
     workers = num_workers(data)
+    first, is_small = ([], True) if workers == 1 else _read_ahead(waiting)
     waiting = itertools.chain(first, waiting)
-    if workers == 1 or len(first) < MIN_BATCHES:
+    if is_small:
         encoder = BatchEncoder(data, tokenizer_path)
         for work in waiting:
             yield encoder.encode(work)
@@ -66,6 +70,18 @@ def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> I
         raise _failure([process.exitcode for process in started], workers) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _read_ahead(waiting: Iterator[Work]) -> tuple[list[Work], bool]:
+    """The first batches, and True where there are no more and they are too few for several processes."""
+    first: list[Work] = []
+    num_bytes = 0
+    for work in waiting:
+        first.append(work)
+        num_bytes += len(pickle.dumps(work)) + _BATCH_BYTES
+        if num_bytes >= MIN_BYTES:
+            return first, False
+    return first, True
 
 
 def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from launcher.cli import text
-from launcher.data.parallel import MIN_BATCHES
-from launcher.data.sources import BLOCK_ROWS
+from launcher.data.parallel import MIN_BYTES
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = ("model=tiny", "data=jsonl", "data.max_length=128", "data.workers=1", "tracking=none")
@@ -108,20 +107,80 @@ def test_rows_for_other_training_are_refused_before_anything_is_submitted(launch
     assert report["sources"][0]["unread_keys"] == {"rejected": 120}
 
 
-def test_enough_rows_for_several_processes(launch: Run, tmp_path: Path) -> None:
+def imported(stderr: str) -> set[str]:
+    """Modules that a command has imported itself, with PYTHONPROFILEIMPORTTIME."""
+    return set(re.findall(r"^import time:.*\| +(\S+)$", stderr, re.MULTILINE))
+
+
+def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path: Path) -> None:
     """The workers import the main module of the process that builds: only the command shows what that brings."""
-    num_rows = (MIN_BATCHES + 4) * BLOCK_ROWS
+    filler = "one word after another " * 40
+    line = len(json.dumps({"prompt": "", "completion": filler}))
+    num_rows = -(-MIN_BYTES // line)
     path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f" {i * i}"}) + "\n" for i in range(num_rows)))
-    settings = ("model=tiny", "data=jsonl", f"data.path={path}", "data.max_length=128", "data.workers=2", "data.eval_fraction=0")
-    done = launch("data", *settings, "--json", cwd=tmp_path)
+    path.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f"{filler}{i}"}) + "\n" for i in range(num_rows)))
+    settings = ("model=tiny", "data=jsonl", f"data.path={path}", "data.max_length=256", "data.workers=2", "data.eval_fraction=0")
+    done = launch("data", *settings, "--json", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["documents"] == num_rows
+    assert json.loads(done.stdout)["read_documents"] == num_rows
     assert "Traceback" not in done.stderr
-    again = launch("data", *settings, "--json", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
-    assert json.loads(again.stdout) == json.loads(done.stdout)
-    assert re.search(r"\| +transformers$", again.stderr, re.MULTILINE)
-    assert not re.search(r"\| +torch$", again.stderr, re.MULTILINE), "its import takes longer than the rest"
+    assert {"concurrent.futures.process", "transformers"} <= imported(done.stderr)
+    assert "torch" not in imported(done.stderr), "its import takes longer than the rest"
+
+
+def test_a_finished_cache_is_reported_without_a_second_process(
+    launch: Run, launch_here: Run, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
+
+    def answers(run: Run, **env: str) -> list[subprocess.CompletedProcess[str]]:
+        """As text, for programs and as a page."""
+        page = tmp_path / "page.html"
+        return [
+            run("data", *settings, cwd=tmp_path, **env),
+            run("data", *settings, "--json", cwd=tmp_path, **env),
+            run("data", *settings, "--show=2", "--json", "--html", str(page), cwd=tmp_path, **env),
+            subprocess.CompletedProcess([], 0, page.read_text(), ""),
+        ]
+
+    built = answers(launch_here)
+    assert [done.returncode for done in built] == [0] * 4, built[0].stderr
+    kept = Path(json.loads(built[1].stdout)["cache_dir"] + ".texts.json")
+    assert kept.stat().st_mode & 0o077 == 0, "rows may hold secrets"
+    with monkeypatch.context() as patch:
+        patch.setattr("launcher.cli.launch.prepare", lambda *_, **__: pytest.fail("a second process"))
+        again = answers(launch_here)
+    assert [done.stdout for done in again] == [done.stdout for done in built]
+    # What is kept is damaged, lost, or of another cache: the tokenizer decodes again.
+    content = kept.read_text()
+    for damaged in (content.replace("<|im_end|>", "<|im_start|>"), content[:-9], '{"texts": {}}', None):
+        assert damaged != content
+        kept.unlink() if damaged is None else kept.write_text(damaged)
+        assert launch_here("data", *settings, "--json", cwd=tmp_path).stdout == built[1].stdout
+    done = launch("data", *settings, "--json", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
+    assert done.stdout == built[1].stdout
+    assert "numpy" in imported(done.stderr)
+    assert imported(done.stderr).isdisjoint({"torch", "transformers", "tokenizers", "launcher.worker.prepare"})
+
+
+def test_a_finished_cache_that_is_damaged_is_not_reported(launch_here: Run, rows: Path, tmp_path: Path) -> None:
+    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
+    own = {"LAUNCHER_CACHE": str(tmp_path / "cache")}
+    reported = launch_here("data", *settings, "--json", cwd=tmp_path, **own)
+    folder = Path(json.loads(reported.stdout)["cache_dir"])
+    tokens = folder / "tokens.npy"
+    content = bytearray(tokens.read_bytes())
+    content[-1] ^= 1
+    tokens.write_bytes(content)
+    refused = launch_here("data", *settings, cwd=tmp_path, **own)
+    assert refused.returncode == 2
+    assert "the data cache is damaged" in refused.stderr
+    assert f"rm -r {folder}" in refused.stderr
+    # A file of another size is no finished cache: it is built again.
+    tokens.write_bytes(content[:-1])
+    rebuilt = launch_here("data", *settings, "--json", cwd=tmp_path, **own)
+    assert rebuilt.stdout == reported.stdout
+    assert "tokenise: 123 of 123 documents" in rebuilt.stderr
 
 
 def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path, stderr: int | None = None) -> str:

@@ -16,21 +16,27 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.config.data import DataSection, Source
-from launcher.data import cache
+from launcher.data import cache, parallel
 from launcher.data.build import build
-from launcher.data.parallel import MIN_BATCHES, num_workers
-from launcher.data.sources import BLOCK_ROWS
+from launcher.data.encode import Work
+from launcher.data.parallel import num_workers
+from launcher.data.sources import BLOCK_ROWS, Block, read_batches
 from launcher.errors import DataError, RunError
 
 DEADLINE_S = 120.0
+# So many batches go out before the first comes back, and some after.
+NUM_BATCHES = 7
+NUM_ROWS = NUM_BATCHES * BLOCK_ROWS
 # Says the numbers of its processes once the first batch is back, and goes on when it is told to.
 BUILDER = """
 import signal, sys, psutil
 from launcher.config.data import DataSection
+from launcher.data import parallel
 from launcher.data.build import build
 from launcher.errors import DataError
 # Whatever started the tests may have them ignore Ctrl-C, as shells do in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+parallel.MIN_BYTES = 1
 waited = False
 def progress(stage, done, total):
     global waited
@@ -49,12 +55,14 @@ MAIN = """
 import sys
 import torch
 from launcher.config.data import DataSection
+from launcher.data import parallel
 from launcher.data.build import build
 from launcher.errors import LauncherError
 assert torch.ones(1).item() == 1
 if __name__ != "__main__" and sys.argv[3:] == ["fail"]:
     raise ValueError("the main module fails in a worker")
 if __name__ == "__main__":
+    parallel.MIN_BYTES = 1
     try:
         print(build(DataSection.model_validate_json(sys.argv[1]), sys.argv[2]).num_docs)
     except LauncherError as error:
@@ -64,9 +72,10 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def many(jsonl: Callable[..., Path]) -> DataSection:
-    """Enough documents for several processes."""
-    rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range((MIN_BATCHES + 4) * BLOCK_ROWS)]
+def many(jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> DataSection:
+    """Some batches, for which several processes are started: tests/cli/test_data_command.py shows how many it takes."""
+    monkeypatch.setattr(parallel, "MIN_BYTES", 1)
+    rows = [{"prompt": f"{i}:", "completion": f" {i * i}" * (1 + i % 5)} for i in range(NUM_ROWS)]
     return DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=128, eval_fraction=0.1, workers=2)
 
 
@@ -113,8 +122,8 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
     tokenised = [done for stage, done, _ in progress if stage == "tokenise"]
     assert tokenised == sorted(tokenised)
-    assert len(tokenised) > MIN_BATCHES
-    assert tokenised[-1] == (MIN_BATCHES + 4) * BLOCK_ROWS
+    assert len(tokenised) > NUM_BATCHES
+    assert tokenised[-1] == NUM_ROWS
 
 
 def test_a_killed_worker_is_told_and_nothing_is_left(
@@ -143,7 +152,7 @@ def run_main(many: DataSection, tokenizer_dir: Path, folder: Path, *arguments: s
 def test_a_main_module_may_use_torch(many: DataSection, tokenizer_dir: Path, cache_home: Path, tmp_path: Path) -> None:
     done = run_main(many, tokenizer_dir, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > MIN_BATCHES
+    assert NUM_ROWS / 2 < int(done.stdout) < NUM_ROWS
 
 
 def test_a_worker_that_fails_at_its_start_is_not_called_killed(
@@ -185,7 +194,7 @@ def test_an_interrupted_builder_takes_its_processes_along(
 
 def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokenizer_dir: Path) -> None:
     path = Path(many.sources[0].path)
-    broken = (MIN_BATCHES + 2) * BLOCK_ROWS
+    broken = (NUM_BATCHES - 1) * BLOCK_ROWS
     lines = path.read_text().splitlines()
     lines[broken] = json.dumps({"prompt": "1:", "completion": None})
     path.write_text("\n".join(lines))
@@ -205,6 +214,46 @@ def test_the_processes_do_without_torch(tokenizer_dir: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
     assert json.loads(done.stdout) == [AutoTokenizer.from_pretrained(str(tokenizer_dir))(command[-1]).input_ids, False]
     assert "PyTorch was not found" not in done.stderr
+
+
+class PoolStartedError(Exception):
+    pass
+
+
+def start_pool(*_: object, **__: object) -> None:
+    raise PoolStartedError
+
+
+def test_a_small_file_starts_no_process(jsonl: Callable[..., Path], tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", start_pool)
+    rows = [{"prompt": f"{i}:", "completion": f" {i * i}"} for i in range(2000)]
+    data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=128, eval_fraction=0, workers=2)
+    assert build(data, str(tokenizer_dir)).num_docs == 2000
+
+
+@pytest.mark.parametrize("length", [10, 1000, 20_000])
+def test_processes_are_started_for_enough_text_or_rows(
+    length: int, jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short rows take longer for their bytes: every batch counts."""
+    monkeypatch.setattr(parallel, "ProcessPoolExecutor", start_pool)
+    path = jsonl([{"text": f"{i} {'x' * length}"} for i in range(2 * BLOCK_ROWS)])
+    batch, *_ = read_batches(Source(path=str(path)))
+    work = Work(batch, 0, None)
+    asked = 0
+
+    def endless() -> Iterator[Work]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield work
+
+    data = DataSection(sources=(Source(path=str(path)),), workers=2)
+    with pytest.raises(PoolStartedError):
+        next(parallel.encode(endless(), data, "tokenizer"))
+    assert isinstance(batch.rows, Block)
+    size = len(batch.rows.data) + 50_000
+    assert asked == pytest.approx((12 << 20) / size, rel=0.1, abs=1)
 
 
 def test_the_number_of_processes(many: DataSection) -> None:
