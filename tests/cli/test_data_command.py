@@ -1,4 +1,4 @@
-"""The verb data as a person meets it, in a process of its own."""
+"""The verb data as a person meets it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -77,8 +78,8 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert re.search(r"^ *tokens, up to +documents", shown, re.MULTILINE)
 
 
-def test_the_report_for_programs(launch: Run, rows: Path, tmp_path: Path) -> None:
-    done = launch("data", *SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "--json", "--show=1", cwd=tmp_path)
+def test_the_report_for_programs(launch_here: Run, rows: Path, tmp_path: Path) -> None:
+    done = launch_here("data", *SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "--json", "--show=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["documents"] == 122
@@ -88,11 +89,11 @@ def test_the_report_for_programs(launch: Run, rows: Path, tmp_path: Path) -> Non
     assert list(report["sources"][0]["unread_keys"].values()) == [2]
 
 
-def test_rows_for_other_training_are_refused_before_anything_is_submitted(launch: Run, tmp_path: Path) -> None:
+def test_rows_for_other_training_are_refused_before_anything_is_submitted(launch_here: Run, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} + {i} =", "chosen": f" {2 * i}", "rejected": f" {2 * i + 1}"} for i in range(120)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = ("data.path=pairs.jsonl", "data.eval_fraction=0", f"run.root={tmp_path / 'runs'}", "run.name=x", "train.max_steps=1")
-    refused = launch(*SETTINGS, *runs, cwd=tmp_path)
+    refused = launch_here(*SETTINGS, *runs, cwd=tmp_path)
     assert refused.returncode == 2
     assert "pairs.jsonl:1" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -100,7 +101,7 @@ def test_rows_for_other_training_are_refused_before_anything_is_submitted(launch
     # The remedy as it stands, with the file in place of PATH.
     overrides = re.findall(r"remedy: to train on chosen alone: '(.*)' (data.path=null)", refused.stderr)[0]
     accepted = [override.replace("PATH", "pairs.jsonl") for override in overrides]
-    done = launch("data", *SETTINGS, "data.eval_fraction=0", *accepted, "--json", cwd=tmp_path)
+    done = launch_here("data", *SETTINGS, "data.eval_fraction=0", *accepted, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["documents"] == 120
@@ -114,11 +115,12 @@ def imported(stderr: str) -> set[str]:
 
 def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path: Path) -> None:
     """The workers import the main module of the process that builds: only the command shows what that brings."""
-    filler = "one word after another " * 40
-    line = len(json.dumps({"prompt": "", "completion": filler}))
-    num_rows = -(-MIN_BYTES // line)
+    random, words = Random(0), "apple river stone cloud light music paper green window garden".split()  # noqa: SIM905
+    num_rows = 1000
+    length = MIN_BYTES // num_rows
+    texts = (" ".join(random.choices(words, k=length // 4))[:length] for _ in range(num_rows))
     path = tmp_path / "many.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f"{filler}{i}"}) + "\n" for i in range(num_rows)))
+    path.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": text}) + "\n" for i, text in enumerate(texts)))
     settings = ("model=tiny", "data=jsonl", f"data.path={path}", "data.max_length=256", "data.workers=2", "data.eval_fraction=0")
     done = launch("data", *settings, "--json", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
@@ -225,25 +227,25 @@ def test_a_terminal_gets_colours_unless_they_are_not_wanted(
     assert ESCAPE not in shown, "the text of a row gives no orders to the terminal"
 
 
-def test_held_out_rows_in_training_refuse_report_and_run(launch: Run, leaking: tuple[str, ...], tmp_path: Path) -> None:
+def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Run, leaking: tuple[str, ...], tmp_path: Path) -> None:
     runs = f"run.root={tmp_path / 'runs'}"
-    reported = launch("data", *leaking, cwd=tmp_path)
+    reported = launch_here("data", *leaking, cwd=tmp_path)
     assert reported.returncode == 2
     assert "1 of 2 (50.0%)  held-out documents" in reported.stdout
-    for done in (reported, launch(*leaking, runs, "run.name=x", "train.max_steps=1", cwd=tmp_path)):
+    for done in (reported, launch_here(*leaking, runs, "run.name=x", "train.max_steps=1", cwd=tmp_path)):
         assert done.returncode == 2, done.stdout
         assert "held_out.jsonl:1" in done.stderr
         assert "data.checks.held_out_in_train=keep" in done.stderr
         assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists(), "refused before anything is submitted"
-    planned = launch("plan", *leaking, cwd=tmp_path)
+    planned = launch_here("plan", *leaking, cwd=tmp_path)
     assert planned.returncode == 0
     assert "a run is refused for that" in planned.stdout
     for setting in ("held_out_in_train=keep", "max_held_out_in_train=0.5", "held_out_in_train=drop"):
-        assert launch("data", *leaking, f"data.checks.{setting}", cwd=tmp_path).returncode == 0
+        assert launch_here("data", *leaking, f"data.checks.{setting}", cwd=tmp_path).returncode == 0
 
 
-def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, tmp_path: Path) -> None:
+def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, launch_here: Run, tmp_path: Path) -> None:
     template, chats, runs = tmp_path / "no_end.jinja", tmp_path / "chats.jsonl", tmp_path / "runs"
     template.write_text(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
@@ -252,7 +254,7 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, t
     chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     settings = (*SETTINGS, f"data.path={chats}", f"data.chat_template={template}", "data.eval_fraction=0")
     run = (*settings, f"run.root={runs}", "run.name=x", "train.max_steps=1", "train.export=false")
-    for done in (launch("data", *settings, cwd=tmp_path), launch(*run, cwd=tmp_path)):
+    for done in (launch_here("data", *settings, cwd=tmp_path), launch_here(*run, cwd=tmp_path)):
         assert done.returncode == 2, done.stdout
         assert "40 of 40 (100.0%): documents that train no end of turn" in done.stderr
         assert "to train on it as it is: data.checks.no_turn_end=keep" in done.stderr
@@ -296,9 +298,9 @@ def test_two_runs_at_once_build_one_cache(launcher_env: Mapping[str, str], rows:
         (["--html", "notes.html"], "no page that the launcher wrote"),
     ],
 )
-def test_options_that_cannot_be_are_refused_at_once(launch: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_options_that_cannot_be_are_refused_at_once(launch_here: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
     (tmp_path / "notes.html").write_text("mine")
-    done = launch("data", *SETTINGS, "data.path=rows.jsonl", *arguments, cwd=tmp_path)
+    done = launch_here("data", *SETTINGS, "data.path=rows.jsonl", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr
     assert "remedy: " in done.stderr

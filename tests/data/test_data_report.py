@@ -12,7 +12,7 @@ import pytest
 from launcher.cli.data_view import left_out, moved, number_rows, parts_taken, summary_rows, unused
 from launcher.config.data import DataSection, Source
 from launcher.config.schema import TrainSection
-from launcher.data import cache, findings
+from launcher.data import cache, encode, findings
 from launcher.data.build import build
 from launcher.data.cache import Split
 from launcher.data.chat import load_tokenizer
@@ -30,7 +30,7 @@ def report(
     facts: DataFacts, data: DataSection, tokenizer: Path, num_shown: int = 0, stop_ids: Sequence[int] = (), **train: Any
 ) -> dict[str, Any]:
     settings = TrainSection(**{"epochs": 1, **train})
-    texts = Texts(facts, lambda: load_tokenizer(str(tokenizer)))
+    texts = Texts(facts, lambda: encode.load_tokenizer(str(tokenizer)))
     return report_of(facts, data, texts, settings, seed=0, stop_ids=stop_ids, num_shown=num_shown)
 
 

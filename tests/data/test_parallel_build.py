@@ -33,10 +33,13 @@ import signal, sys, psutil
 from launcher.config.data import DataSection
 from launcher.data import parallel
 from launcher.data.build import build
+from launcher.data.chat import import_tokenizers_without_torch
 from launcher.errors import DataError
 # Whatever started the tests may have them ignore Ctrl-C, as shells do in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 parallel.MIN_BYTES = 1
+# As launcher.worker.prepare does.
+import_tokenizers_without_torch()
 waited = False
 def progress(stage, done, total):
     global waited
