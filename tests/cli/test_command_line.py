@@ -1,4 +1,4 @@
-"""The command line as a person meets it, in a process of its own."""
+"""The command line as a person meets it, in a process of its own: a new one, or one forked from another that has the same wall."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import preloaded
 
 from launcher.cli.main import COMPOSING, ON_RUNS, SHOWING
 from launcher.plan.launch_plan import LaunchPlan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+REPO = Path(__file__).resolve().parents[2]
 
 # Run before anything else in a process: an import of one of these ends it.
 WALL = """\
@@ -29,18 +31,34 @@ class Wall:
 sys.meta_path.insert(0, Wall())
 """
 TORCH = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
+# What commands import, none of which may import what is behind the wall.
+IMPORTED = (
+    *(f"launcher.cli.{name}" for name in ("main", "launch", "status", "report", "checkpoints", "dashboard", "runs", "drill")),
+    *("hydra", "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "launcher.plan.planner"),
+)
 
 
 @pytest.fixture
 def walled(launch: Run, tmp_path: Path) -> Run:
-    """Run the launcher in a process that dies of importing one of `forbidden`."""
+    """Run the launcher in a new process that dies of importing one of `forbidden`."""
 
     def run(*arguments: str, forbidden: tuple[str, ...] = TORCH, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         folder = tmp_path / "wall"
         folder.mkdir(exist_ok=True)
         (folder / "sitecustomize.py").write_text(WALL.format(forbidden=forbidden))
-        path = os.pathsep.join([str(folder), str(Path(__file__).resolve().parents[2])])
+        path = os.pathsep.join([str(folder), str(REPO)])
         return launch(*arguments, cwd=cwd, PYTHONPATH=path, timeout=60)
+
+    return run
+
+
+@pytest.fixture
+def forked(launcher_env: dict[str, str]) -> Run:
+    """Run the launcher in a process that dies of importing something of TORCH, forked from one that has the same wall."""
+
+    def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+        server = preloaded(*IMPORTED, forbidden=TORCH)
+        return server.run("launcher", *arguments, cwd=cwd or REPO, env={**launcher_env, **env})
 
     return run
 
@@ -61,6 +79,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_wall_works(walled: Run) -> None:
     assert walled("plan", "model=tiny", forbidden=("pydantic",)).returncode == 77
+    assert preloaded(*IMPORTED, forbidden=TORCH).run("torch").returncode == 77
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
@@ -75,8 +94,8 @@ def test_help_needs_next_to_nothing(walled: Run, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("verb", [*COMPOSING, *SHOWING, *ON_RUNS])
-def test_every_verb_explains_itself(walled: Run, verb: str) -> None:
-    done = walled(verb, "--help")
+def test_every_verb_explains_itself(forked: Run, verb: str) -> None:
+    done = forked(verb, "--help")
     assert done.returncode == 0, done.stderr
     assert f"python -m launcher {verb}" in done.stdout.replace("[train]", "train")
 
@@ -90,8 +109,8 @@ def test_a_plan_needs_no_torch_and_works_from_anywhere(walled: Run, empty: Path)
     assert list(empty.iterdir()) == []
 
 
-def test_a_plan_as_json_is_a_plan(walled: Run, empty: Path) -> None:
-    done = walled("plan", "--json", "model=tiny", "optim.lr=0.5", cwd=empty)
+def test_a_plan_as_json_is_a_plan(forked: Run, empty: Path) -> None:
+    done = forked("plan", "--json", "model=tiny", "optim.lr=0.5", cwd=empty)
     assert done.returncode == 0, done.stderr
     planned = LaunchPlan.model_validate_json(done.stdout)
     assert planned.config.optim.lr == 0.5
@@ -100,8 +119,8 @@ def test_a_plan_as_json_is_a_plan(walled: Run, empty: Path) -> None:
     assert {"torch", "deepspeed"} <= planned.provenance.packages.keys()
 
 
-def test_jobs_of_a_multirun_are_plans_one_after_the_other(launch: Run, empty: Path) -> None:
-    done = launch("plan", "--json", "-m", "model=tiny,qwen3_8b", cwd=empty)
+def test_jobs_of_a_multirun_are_plans_one_after_the_other(forked: Run, empty: Path) -> None:
+    done = forked("plan", "--json", "-m", "model=tiny,qwen3_8b", cwd=empty)
     assert done.returncode == 0, done.stderr
     decoder, text, names = json.JSONDecoder(), done.stdout.strip(), []
     while text:
@@ -111,8 +130,8 @@ def test_jobs_of_a_multirun_are_plans_one_after_the_other(launch: Run, empty: Pa
     assert names == ["tiny", "qwen3_8b"]
 
 
-def test_a_verb_that_does_not_exist(walled: Run) -> None:
-    text = refused(walled("paln", "model=tiny"))
+def test_a_verb_that_does_not_exist(forked: Run) -> None:
+    text = refused(forked("paln", "model=tiny"))
     assert text.startswith("there is no verb paln\n")
     assert "did you mean plan?" in text
 
@@ -128,34 +147,34 @@ def test_a_verb_that_does_not_exist(walled: Run) -> None:
         ["plan", "a b"],
     ],
 )
-def test_what_is_refused_is_refused_in_plain_words(walled: Run, arguments: list[str], empty: Path) -> None:
-    done = walled(*arguments, cwd=empty)
+def test_what_is_refused_is_refused_in_plain_words(forked: Run, arguments: list[str], empty: Path) -> None:
+    done = forked(*arguments, cwd=empty)
     refused(done)
     assert done.stdout == ""
     assert list(empty.iterdir()) == []
 
 
-def test_a_traceback_only_where_it_is_asked_for(walled: Run) -> None:
-    assert "Traceback" in walled("plan", "model=tyni", "--debug").stderr
+def test_a_traceback_only_where_it_is_asked_for(forked: Run) -> None:
+    assert "Traceback" in forked("plan", "model=tyni", "--debug").stderr
 
 
-def test_a_row_that_does_not_parse_names_file_line_and_column(launch: Run, tmp_path: Path) -> None:
+def test_a_row_that_does_not_parse_names_file_line_and_column(forked: Run, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"text": "good"}\n{"text": bad}\n')
-    done = launch("data", "model=tiny", "data=jsonl", f"data.path={rows}", cwd=tmp_path)
+    done = forked("data", "model=tiny", "data=jsonl", f"data.path={rows}", cwd=tmp_path)
     assert f"{rows}:2:10" in refused(done)
 
 
-def test_an_empty_root_lists_nothing(walled: Run, empty: Path) -> None:
-    done = walled("ls", cwd=empty)
+def test_an_empty_root_lists_nothing(forked: Run, empty: Path) -> None:
+    done = forked("ls", cwd=empty)
     assert (done.returncode, done.stdout) == (0, "no runs under runs; start one with: python -m launcher\n")
-    done = walled("ls", "--json", cwd=empty)
+    done = forked("ls", "--json", cwd=empty)
     assert (done.returncode, json.loads(done.stdout)) == (0, [])
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume", "export"])
-def test_a_run_that_does_not_exist(walled: Run, verb: str, empty: Path) -> None:
-    text = refused(walled(verb, "nothing", cwd=empty))
+def test_a_run_that_does_not_exist(forked: Run, verb: str, empty: Path) -> None:
+    text = refused(forked(verb, "nothing", cwd=empty))
     assert text.startswith("there is no run named nothing\n")
     assert "remedy: start one with: python -m launcher" in text
 
@@ -163,8 +182,8 @@ def test_a_run_that_does_not_exist(walled: Run, verb: str, empty: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["status"], ["logs", "a", "--rank", "x"], ["export", "a", "--dtype", "int4"], ["ls", "--jsn"]]
 )
-def test_flags_that_do_not_exist(walled: Run, arguments: list[str]) -> None:
-    done = walled(*arguments)
+def test_flags_that_do_not_exist(forked: Run, arguments: list[str]) -> None:
+    done = forked(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"usage: python -m launcher {arguments[0]}")
 
@@ -175,17 +194,17 @@ def test_a_reader_that_leaves_early_is_no_error(launcher_env: dict[str, str], em
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
 
 
-def test_no_secret_of_the_environment_reaches_the_plan(launch: Run, empty: Path) -> None:
+def test_no_secret_of_the_environment_reaches_the_plan(forked: Run, empty: Path) -> None:
     canaries = {"HF_TOKEN": "hf_" + "Canary" * 5, "WANDB_API_KEY": "cafe" * 10, "MY_PASSWORD": "canary-canary-canary"}
-    done = launch("plan", "--json", "model=tiny", cwd=empty, **canaries)
+    done = forked("plan", "--json", "model=tiny", cwd=empty, **canaries)
     assert done.returncode == 0, done.stderr
     assert not [name for name, value in canaries.items() if value in done.stdout + done.stderr]
 
 
 @pytest.mark.parametrize("verb", ["resume", "ls"])
-def test_a_password_in_an_address_is_refused_and_never_shown(launch: Run, tmp_path: Path, verb: str) -> None:
+def test_a_password_in_an_address_is_refused_and_never_shown(forked: Run, tmp_path: Path, verb: str) -> None:
     secret = "hunter2" * 2
-    done = launch(verb, f"ftp://user:{secret}@127.0.0.1:1/runs/a", "--root", str(tmp_path / "runs"))
+    done = forked(verb, f"ftp://user:{secret}@127.0.0.1:1/runs/a", "--root", str(tmp_path / "runs"))
     assert done.returncode == 2, done.stdout + done.stderr
     assert secret not in done.stdout + done.stderr
     assert "without keys or passwords" in done.stderr

@@ -35,9 +35,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "--lazy", folder], check=False, capture_output=True, timeout=10)
 
 
-def test_a_disk_without_room_for_one_checkpoint_is_refused(launch: Run, disk: Callable[[str], Path]) -> None:
+def test_a_disk_without_room_for_one_checkpoint_is_refused(launch_here: Run, disk: Callable[[str], Path]) -> None:
     root = disk("8m") / "not" / "there"
-    done = launch("train", *SETTINGS, f"run.root={root}")
+    done = launch_here("train", *SETTINGS, f"run.root={root}")
     assert done.returncode == 2
     assert "no room for a single checkpoint" in done.stderr
     assert "bytes, available 8,388,608 bytes" in done.stderr
@@ -45,26 +45,28 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(launch: Run, disk: Ca
     assert not root.parent.exists()
 
 
-def test_a_disk_without_room_for_all_that_are_kept_is_noted(launch: Run, disk: Callable[[str], Path]) -> None:
+def test_a_disk_without_room_for_all_that_are_kept_is_noted(launch_here: Run, disk: Callable[[str], Path]) -> None:
     root = disk("30m")
-    done = launch("plan", *SETTINGS, f"run.root={root}")
+    done = launch_here("plan", *SETTINGS, f"run.root={root}")
     assert done.returncode == 0, done.stderr
     (note,) = [line for line in done.stdout.splitlines() if line.startswith("note")]
     assert "has 31,457,280 bytes free, and it takes 35,755,920 for 3 checkpoints" in note
-    assert "note" not in launch("plan", *SETTINGS, "train.keep_last=1", f"run.root={root}").stdout
+    assert "note" not in launch_here("plan", *SETTINGS, "train.keep_last=1", f"run.root={root}").stdout
 
 
-def test_a_run_is_not_resumed_where_the_next_save_would_fail(launch: Run, disk: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_where_the_next_save_would_fail(
+    launch_here: Run, disk: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Its checkpoints lie on a disk of their own, which is nearly full."""
-    assert launch("data", *SETTINGS).returncode == 0  # what `train` prepares before it plans
-    plan = LaunchPlan.model_validate_json(launch("plan", "--json", *SETTINGS, f"run.root={tmp_path}").stdout)
+    assert launch_here("data", *SETTINGS).returncode == 0  # what `train` prepares before it plans
+    plan = LaunchPlan.model_validate_json(launch_here("plan", "--json", *SETTINGS, f"run.root={tmp_path}").stdout)
     run = run_store.create(plan)
     run_store.update_status(run, state="failed")
     run.checkpoints.symlink_to(disk("9m"))
     saving = store.begin(run.checkpoints, step=5, attempt=1, needed_bytes=1)
     files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [b"x" * 2**20])}
     store.commit(saving, store.Manifest(step=5, world_size=1, plan_digest=plan.digest(), attempt=1, files=files))
-    done = launch("resume", str(run.root))
+    done = launch_here("resume", str(run.root))
     assert done.returncode == 2
     assert "no room for a single checkpoint" in done.stderr
     assert run_store.newest_attempt(run) == 0

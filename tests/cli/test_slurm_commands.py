@@ -15,14 +15,14 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def site(launch: Run, slurm_cluster: Testbed, tmp_path: Path) -> Run:
+def site(launch_here: Run, slurm_cluster: Testbed, tmp_path: Path) -> Run:
     """Run the launcher for a small model and three rows, in a folder of its own, on a login node of three nodes."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
     (tmp_path / "empty").mkdir()
     tokens = ("model=tiny", "data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_fraction=0", "tracking=none")
 
     def run(verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return launch(verb, *tokens, "+cluster=slurm", *arguments, cwd=tmp_path / "empty", **slurm_cluster.variables)
+        return launch_here(verb, *tokens, "+cluster=slurm", *arguments, cwd=tmp_path / "empty", **slurm_cluster.variables)
 
     return run
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from forked import ForkedProcess, preloaded
 from wandb_server import KEY, FakeWandb
 
 from launcher import run_store
@@ -24,12 +25,14 @@ from launcher.tracking.jsonl import read_events
 REPO = Path(__file__).resolve().parents[2]
 # A loop that trains must not notice that a step was logged.
 QUICK_S = 0.5
+# What takes the time of a start.
+IMPORTED = ("wandb", "wandb.sdk.wandb_run", "psutil", "launcher.tracking.tracker", "launcher.worker.last_word")
 
 
 class Rank:
     """`RANK.log(1, {...})` and the like; `slowest_s` is the longest that a call took besides start and finish."""
 
-    def __init__(self, process: subprocess.Popen[str], output: Path) -> None:
+    def __init__(self, process: subprocess.Popen[str] | ForkedProcess, output: Path) -> None:
         self.process, self.output, self.slowest_s = process, output, 0.0
 
     def order(self, method: str, *arguments: Any, deadline_s: float = 120, **fields: Any) -> dict[str, Any]:
@@ -75,8 +78,10 @@ class Rank:
 
 
 @contextmanager
-def rank(plan: LaunchPlan, attempt: int = 1, *, automatic: bool = False, key: str | None = KEY, base_url: str) -> Iterator[Rank]:
-    """A rank in a process of its own, whose trackers are not yet started."""
+def rank(
+    plan: LaunchPlan, attempt: int = 1, *, automatic: bool = False, key: str | None = KEY, base_url: str, imports: bool = False
+) -> Iterator[Rank]:
+    """A rank in a process of its own, whose trackers are not yet started; where it `imports`, W&B's package as well."""
     run = RunDir(Path(plan.run_dir))
     if not run.attempt(attempt).exists():
         run.attempt(attempt).mkdir(parents=True)
@@ -86,9 +91,14 @@ def rank(plan: LaunchPlan, attempt: int = 1, *, automatic: bool = False, key: st
     environ |= {"WANDB_BASE_URL": base_url, "PYTHONPATH": str(REPO)}
     environ |= {"WANDB_API_KEY": key} if key else {}
     output = run.root / "output"
-    command = [sys.executable, str(Path(__file__).with_name("rank_in_small.py")), str(run.plan), str(run.root), str(attempt)]
+    arguments = (str(run.plan), str(run.root), str(attempt))
     with open(output, "a") as file:
-        process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=file, text=True, env=environ)
+        if imports:
+            command = [sys.executable, str(Path(__file__).with_name("rank_in_small.py")), *arguments]
+            process: Any = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=file, text=True, env=environ)
+        else:
+            server = preloaded(*IMPORTED)
+            process = server.popen("rank_in_small", *arguments, stdin=-1, stdout=-1, stderr=file.fileno(), text=True, env=environ)
     children: list[psutil.Process] = []
     try:
         yield Rank(process, output)
@@ -101,7 +111,7 @@ def rank(plan: LaunchPlan, attempt: int = 1, *, automatic: bool = False, key: st
         process.wait(timeout=20)
         for stream in (process.stdin, process.stdout):
             with suppress(OSError):
-                stream.close()  # type: ignore[union-attr]
+                stream.close()
 
 
 def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60) -> None:

@@ -35,7 +35,7 @@ def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_d
     plan = make_plan(project="demo", entity=ENTITY, group="sweep", tags=["tagged"])
     (run_dir / "step-2").mkdir()
     (run_dir / "step-2" / "shard").write_bytes(b"weights of a shard")
-    with rank(plan, base_url=server.address) as it:
+    with rank(plan, base_url=server.address, imports=True) as it:
         it.start()
         it.steps(1, 2)
         it.log(2, {"eval/held_out/loss": 1.5})

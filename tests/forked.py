@@ -1,0 +1,258 @@
+"""Processes of Python that are forked from one which has imported what they need, as `python -m` starts them.
+
+A new process takes a second to import W&B or the launcher; a forked one begins in milliseconds. All else is a process's own:
+environment, working directory, standard streams, exit code, and waiting for threads and exit functions at the end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import importlib
+import io
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+REPO = Path(__file__).resolve().parents[1]
+_LONGEST_MESSAGE = 2**20
+
+
+class ForkServer:
+    """A process that has imported `modules` and forks others. An import of one of `forbidden` ends them with exit code 77."""
+
+    def __init__(self, *modules: str, forbidden: Sequence[str] = ()) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lock = threading.Lock()
+        folders = (REPO, REPO / "tests", REPO / "tests/tracking", *([path] if (path := os.environ.get("PYTHONPATH")) else []))
+        arguments = json.dumps({"descriptor": theirs.fileno(), "modules": modules, "forbidden": forbidden})
+        # Ends when this end of the socket is closed, as it is when this process ends.
+        subprocess.Popen(
+            [sys.executable, "-c", "import sys, forked; forked.serve(sys.argv[1])", arguments],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+
+    def popen(
+        self,
+        module: str,
+        *arguments: str,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.DEVNULL,
+        stderr: int = subprocess.DEVNULL,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        text: bool = False,
+    ) -> ForkedProcess:
+        """Start `python -m MODULE ARGUMENTS`; the streams are file descriptors, subprocess.PIPE or subprocess.DEVNULL."""
+        ours: list[Any] = []
+        passed: list[int] = []
+        for number, stream in enumerate((stdin, stdout, stderr)):
+            if stream == subprocess.PIPE:
+                reader, writer = os.pipe()
+                own, other = (writer, reader) if number == 0 else (reader, writer)
+                file: Any = open(own, "wb" if number == 0 else "rb", buffering=-1 if number else 0)  # noqa: SIM115
+                ours.append(io.TextIOWrapper(file, write_through=True) if text else file)
+                passed.append(other)
+            else:
+                ours.append(None)
+                passed.append(os.open(os.devnull, os.O_RDWR) if stream == subprocess.DEVNULL else os.dup(stream))
+        request = {"module": module, "arguments": arguments, "environ": dict(env or os.environ), "cwd": str(cwd or os.getcwd())}
+        with self._lock:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], passed)
+            pid = int(self._answer())
+        for descriptor in passed:
+            os.close(descriptor)
+        return ForkedProcess(self, pid, *ours)
+
+    def run(
+        self, module: str, *arguments: str, input: str | None = None, timeout: float = 60, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run such a process to its end, with the text that it writes; one that takes too long is killed."""
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = self.popen(module, *arguments, **streams, text=True, **options)
+        try:
+            outputs = process.communicate(input or "", timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate("", timeout=10)
+            raise
+        assert process.returncode is not None
+        return subprocess.CompletedProcess([module, *arguments], process.returncode, *outputs)
+
+    def exit_code(self, pid: int) -> int:
+        """That of a process that has ended; may be asked once."""
+        with self._lock:
+            self._socket.send(json.dumps({"ended": pid}).encode())
+            return int(self._answer())
+
+    def _answer(self) -> str:
+        answer = self._socket.recv(_LONGEST_MESSAGE)
+        assert answer, "the process that forks others has ended"
+        return json.loads(answer)
+
+
+class ForkedProcess:
+    """As much of subprocess.Popen as tests need, for a process that is no child of this one."""
+
+    def __init__(self, server: ForkServer, pid: int, stdin: Any, stdout: Any, stderr: Any) -> None:
+        self.pid, self.stdin, self.stdout, self.stderr = pid, stdin, stdout, stderr
+        self.returncode: int | None = None
+        self._server, self._descriptor = server, os.pidfd_open(pid)
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(timeout=0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._descriptor], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+            self.returncode = self._server.exit_code(self.pid)
+            os.close(self._descriptor)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, input: Any = None, timeout: float | None = None) -> tuple[Any, Any]:
+        """Write `input`, close the standard input, and wait; what it has written."""
+        outputs: dict[str, Any] = {}
+
+        def read(name: str, stream: Any) -> None:
+            outputs[name] = stream.read()
+
+        streams = {name: stream for name in ("stdout", "stderr") if (stream := getattr(self, name)) is not None}
+        readers = [threading.Thread(target=read, args=item, daemon=True) for item in streams.items()]
+        for reader in readers:
+            reader.start()
+        if self.stdin is not None:
+            with suppress(BrokenPipeError, ValueError):
+                if input:
+                    self.stdin.write(input)
+                self.stdin.close()
+        self.wait(timeout)
+        for reader in readers:
+            reader.join(timeout)
+        return outputs.get("stdout"), outputs.get("stderr")
+
+
+@functools.cache
+def preloaded(*modules: str, forbidden: tuple[str, ...] = ()) -> ForkServer:
+    """The server for these modules, one per process of tests."""
+    return ForkServer(*modules, forbidden=forbidden)
+
+
+class ForkingSubprocess:
+    """For `monkeypatch.setattr(MODULE, "subprocess", ...)`: the module's `python -m` commands are forked from `server`."""
+
+    DEVNULL, PIPE, STDOUT = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
+    SubprocessError, TimeoutExpired = subprocess.SubprocessError, subprocess.TimeoutExpired
+
+    def __init__(self, server: ForkServer) -> None:
+        self._server = server
+
+    def run(
+        self, command: Sequence[str], *, timeout: float, input: str | None = None, env: Mapping[str, str] | None = None, **_: Any
+    ) -> subprocess.CompletedProcess[str]:
+        python, flag, module, *arguments = command
+        assert (python, flag) == (sys.executable, "-m"), command
+        return self._server.run(module, *arguments, input=input, timeout=timeout, env=env)
+
+
+class _Wall:
+    """Ends the process that imports one of `names`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = frozenset(names)
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] in self._names:
+            sys.stderr.write(f"import of {name}\n")
+            sys.stderr.flush()
+            os._exit(77)
+
+
+def serve(arguments: str) -> None:
+    """Import, then fork a process for each request until nobody is left to ask."""
+    settings = json.loads(arguments)
+    if settings["forbidden"]:
+        sys.meta_path.insert(0, _Wall(settings["forbidden"]))
+    for name in settings["modules"]:
+        importlib.import_module(name)
+    connection = socket.socket(fileno=settings["descriptor"])
+    # The children do not copy what is never collected.
+    gc.collect()
+    gc.freeze()
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 3)
+        if not message:
+            return
+        request = json.loads(message)
+        if "ended" in request:
+            _, status = os.waitpid(request["ended"], 0)
+            connection.send(json.dumps(os.waitstatus_to_exitcode(status)).encode())
+            continue
+        pid = os.fork()
+        if pid == 0:
+            connection.close()
+            _become(request, descriptors)
+            _run(request["module"])
+        for descriptor in descriptors:
+            os.close(descriptor)
+        connection.send(json.dumps(pid).encode())
+
+
+def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    # Those there are know what kind of file they were made for.
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    os.environ.clear()
+    os.environ.update(request["environ"])
+    os.chdir(request["cwd"])
+    sys.argv[1:] = request["arguments"]
+    # Modules that are imported are run once more, as the main one.
+    warnings.filterwarnings("ignore", message=".*found in sys.modules")
+
+
+def _run(module: str) -> NoReturn:
+    """As `python -m` does, except that memory is not cleared at the end, which takes longer than most tests."""
+    code = 0
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
