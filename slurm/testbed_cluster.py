@@ -33,6 +33,8 @@ DEFAULT_ROOT = "/tmp/slurm-testbed"
 COMMAND_DEADLINE_S = 60.0
 READY_DEADLINE_S = 30.0
 POLL_S = 0.05
+# Every process of the machine is looked at for that.
+LOOK_FOR_PROCESS_S = 1.0
 DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld")
 HOSTS_MARK = "# slurm-testbed"
 PRIVATE_MOUNT = "slurm-testbed-private"
@@ -129,25 +131,29 @@ class Testbed:
 
     def reset(self) -> None:
         """Cancel all jobs and mend all nodes, hosts files and mounts; returns when every node is idle."""
-        if not self.processes("slurmctld"):
+        there = {owner for _, owner in self._owners()}
+        if "slurmctld" not in there:
             self.start_controller()
         # What runs is killed at once: scancel alone would wait KillWait for what ignores TERM, or saves.
         self.output("scancel", "--full", "--signal=KILL", "--state=RUNNING", "-u", "root")
         self.output("scancel", "--full", "-u", "root")
         for node in self.names:
             if self.layout.isolated:
-                self.heal(node)
+                self.run("ip", "link", "set", f"{self.layout.tag}-{node}", "up")
                 self.own_loopback_name(node, on=False)
             self.revive(node)
-            if not self.processes(node):
+            if node not in there:
                 self.boot(node)
+        # As `heal` does for one node.
+        self.output("scontrol", "update", f"NodeName={','.join(self.names)}", "State=RESUME")
         self._wait_for("slurmctld", lambda: not self.output("squeue", "-h"), COMMAND_DEADLINE_S)
         # Drained nodes; those that are down come back by themselves.
         self.output("scontrol", "update", f"NodeName={','.join(self.names)}", "State=RESUME")
         self._wait_for("slurmctld", self.idle, COMMAND_DEADLINE_S)
-        for node in self.names if self.layout.isolated else ():
-            for path in self._private_mounts(node):
-                self.private_unmount(node, path)
+        if self.layout.isolated:
+            for node, first in self._first_processes().items():
+                for path in _private_mounts(first):
+                    self.private_unmount(node, path)
 
     def _write_files(self, settings: Settings, at: Layout) -> None:
         for name in ("conf", "log", "state", "spool", "db", *(f"run/{part}" for part in (*at.names, *DAEMONS))):
@@ -289,9 +295,12 @@ class Testbed:
 
     def _wait_for(self, name: str, test: Callable[[], object], deadline_s: float = READY_DEADLINE_S) -> None:
         end = time.monotonic() + deadline_s
+        look = time.monotonic() + LOOK_FOR_PROCESS_S
         while not test():
-            if not self.processes(name) or time.monotonic() > end:
+            now = time.monotonic()
+            if now > end or (now > look and not self.processes(name)):
                 raise TestbedError(f"{name} is not ready; nodes are {self.states()}; see {self.root}/log")
+            look = now + LOOK_FOR_PROCESS_S if now > look else look
             time.sleep(POLL_S)
 
     def _listens(self, port: int) -> bool:
@@ -400,26 +409,34 @@ class Testbed:
         # Written in place: the node has this file mounted.
         (self.root / "conf" / f"hosts-{node}").write_text(hosts(self.layout, node if on else ""))
 
-    def _private_mounts(self, node: str) -> list[str]:
-        mounts = [line.split() for line in Path(f"/proc/{self._init(node)}/mounts").read_text().splitlines()]
-        # Spaces and the like are octal there.
-        return [path.encode().decode("unicode_escape") for source, path, *_ in reversed(mounts) if source == PRIVATE_MOUNT]
-
     def _init(self, node: str) -> int:
         """The process of a node that is number 1 there."""
-        for pid in self.processes(node):
-            try:
-                status = Path(f"/proc/{pid}/status").read_text()
-            except OSError:
-                continue
-            numbers = status.partition("NSpid:")[2].partition("\n")[0].split()
-            if numbers[-1:] == ["1"]:
-                return pid
-        raise TestbedError(f"{node} is switched off")
+        try:
+            return self._first_processes()[node]
+        except KeyError:
+            raise TestbedError(f"{node} is switched off") from None
+
+    def _first_processes(self) -> dict[str, int]:
+        """By node, the process that is number 1 there."""
+        found = {}
+        for pid, owner in self._owners():
+            if owner in self.names:
+                with suppress(OSError):
+                    numbers = Path(f"/proc/{pid}/status").read_text().partition("NSpid:")[2].partition("\n")[0].split()
+                    if numbers[-1:] == ["1"]:
+                        found[owner] = pid
+        return found
 
     def _needs_netns(self, what: str) -> None:
         if not self.layout.isolated:
             raise TestbedError(f"{what} needs nodes with a network of their own (mode netns)")
+
+
+def _private_mounts(pid: int) -> list[str]:
+    """What `private_mount` has put over folders where this process is, the last one first."""
+    mounts = [line.split() for line in Path(f"/proc/{pid}/mounts").read_text().splitlines()]
+    # Spaces and the like are octal there.
+    return [path.encode().decode("unicode_escape") for source, path, *_ in reversed(mounts) if source == PRIVATE_MOUNT]
 
 
 def _signal(pid: int, number: int) -> None:

@@ -37,7 +37,7 @@ class ForkServer:
     def __init__(self, *modules: str, forbidden: Sequence[str] = ()) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
-        folders = (REPO, REPO / "tests", REPO / "tests/tracking", *([path] if (path := os.environ.get("PYTHONPATH")) else []))
+        folders = (REPO, *(REPO / "tests" / name for name in ("", "tracking", "worker")))
         arguments = json.dumps({"descriptor": theirs.fileno(), "modules": modules, "forbidden": forbidden})
         # Ends when this end of the socket is closed, as it is when this process ends.
         subprocess.Popen(
@@ -59,7 +59,9 @@ class ForkServer:
         cwd: Path | None = None,
         text: bool = False,
     ) -> ForkedProcess:
-        """Start `python -m MODULE ARGUMENTS`; the streams are file descriptors, subprocess.PIPE or subprocess.DEVNULL."""
+        """Start `python -m MODULE ARGUMENTS`, or with `-c` the code that is the first argument; the streams are file
+        descriptors, subprocess.PIPE or subprocess.DEVNULL.
+        """
         ours: list[Any] = []
         passed: list[int] = []
         for number, stream in enumerate((stdin, stdout, stderr)):
@@ -217,7 +219,7 @@ def serve(arguments: str) -> None:
         if pid == 0:
             connection.close()
             _become(request, descriptors)
-            _run(request["module"])
+            _run(request["module"], request["arguments"])
         for descriptor in descriptors:
             os.close(descriptor)
         connection.send(json.dumps(pid).encode())
@@ -228,21 +230,25 @@ def _become(request: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         os.dup2(descriptor, number)
         os.close(descriptor)
     # Those there are know what kind of file they were made for.
-    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(number, "r" if number == 0 else "w", closefd=False) for number in range(3))
+    sys.stderr.reconfigure(line_buffering=True, errors="backslashreplace")
     os.environ.clear()
     os.environ.update(request["environ"])
     os.chdir(request["cwd"])
-    sys.argv[1:] = request["arguments"]
     # Modules that are imported are run once more, as the main one.
     warnings.filterwarnings("ignore", message=".*found in sys.modules")
 
 
-def _run(module: str) -> NoReturn:
-    """As `python -m` does, except that memory is not cleared at the end, which takes longer than most tests."""
+def _run(module: str, arguments: Sequence[str]) -> NoReturn:
+    """As `python` does, except that memory is not cleared at the end, which takes longer than most tests."""
     code = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module == "-c":
+            sys.argv[1:] = arguments[1:]
+            exec(arguments[0], {"__name__": "__main__"})
+        else:
+            sys.argv[1:] = arguments
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
         if isinstance(end.code, str):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from wandb.util import get_core_path
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """All records of all offline files of a run, oldest file first."""
     found = []
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+        # What `wandb leet inspect` runs, after it has imported W&B's package.
+        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", str(file)]
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
         found += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return found

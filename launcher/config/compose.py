@@ -100,6 +100,9 @@ def _without_secrets(problem: Problem) -> Problem:
 
 
 def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
+    if not any(token.startswith("-") or token.lstrip("+~").startswith("hydra") for token in argv):
+        _compose_once(task, argv)
+        return
     import hydra
 
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
@@ -120,6 +123,24 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
         os.environ.pop("HYDRA_FULL_ERROR", None)
         if before[1] is not None:
             os.environ["HYDRA_FULL_ERROR"] = before[1]
+
+
+def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
+    """Compose as hydra.main does, which composes everything twice: the first time for hydra.mode alone."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
+    try:
+        with hydra.initialize_config_dir(str(conf_dir()), job_name="launcher", version_base="1.3"):
+            cfg = hydra.compose("config", overrides, return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            task(cfg)
+    # The task lets nothing through: whatever arrives here is Hydra's, and not all of it is a HydraException.
+    except Exception as error:
+        raise ConfigError(hydra_problem(error, overrides)) from error
 
 
 def _flags_first(tokens: Sequence[str]) -> list[str]:

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from plan_fixtures import composed
 
 from launcher import run_store
 from launcher.checkpoint import durable, store
-from launcher.config.compose import run_hydra
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
@@ -81,10 +81,9 @@ def make_run(
     settings: Sequence[str] = ("train.keep_last=1",),
 ) -> tuple[LaunchPlan, RunDir]:
     """A run directory as a submission leaves it, in its first attempt, with a small tokenizer."""
-    found: list[Any] = []
-    overrides = ["model=tiny", "train.max_steps=20", f"run.name={name}", f"train.mirror={mirror}", *settings]
-    run_hydra(overrides, lambda d: found.append(d.config))
-    config = found[0]
+    common = composed(("model=tiny", "train.max_steps=20", *settings))
+    sections = {"run": common.run.model_copy(update={"name": name}), "train": common.train.model_copy(update={"mirror": mirror})}
+    config = common.model_copy(update=sections)
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
     for file in ("tokenizer.json", "config.json", "model.safetensors", "model.safetensors.index.json"):

@@ -1,4 +1,4 @@
-"""The command line as a person meets it, in a process of its own: a new one, or one forked from another that has the same wall."""
+"""The command line as a person meets it, in a process of its own, new or forked from one that has the same wall."""
 
 from __future__ import annotations
 

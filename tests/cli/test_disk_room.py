@@ -58,8 +58,10 @@ def test_a_run_is_not_resumed_where_the_next_save_would_fail(
     launch_here: Run, disk: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Its checkpoints lie on a disk of their own, which is nearly full."""
-    assert launch_here("data", *SETTINGS).returncode == 0  # what `train` prepares before it plans
-    plan = LaunchPlan.model_validate_json(launch_here("plan", "--json", *SETTINGS, f"run.root={tmp_path}").stdout)
+    (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
+    settings = (*SETTINGS, "data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.eval_fraction=0")
+    assert launch_here("data", *settings).returncode == 0  # what `train` prepares before it plans
+    plan = LaunchPlan.model_validate_json(launch_here("plan", "--json", *settings, f"run.root={tmp_path}").stdout)
     run = run_store.create(plan)
     run_store.update_status(run, state="failed")
     run.checkpoints.symlink_to(disk("9m"))

@@ -25,6 +25,12 @@ from launcher.tracking.jsonl import read_events
 REPO = Path(__file__).resolve().parents[2]
 # A loop that trains must not notice that a step was logged.
 QUICK_S = 0.5
+# W&B's own names for how often its process uploads, and for how long it waits after a failure.
+AT_ONCE = {
+    "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.1",
+    **{f"WANDB__{of}_RETRY_WAIT_MIN_SECONDS": "0.1" for of in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")},
+    **{f"WANDB__{of}_RETRY_WAIT_MAX_SECONDS": "0.5" for of in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")},
+}
 # What takes the time of a start.
 IMPORTED = ("wandb", "wandb.sdk.wandb_run", "psutil", "launcher.tracking.tracker", "launcher.worker.last_word")
 
@@ -79,9 +85,20 @@ class Rank:
 
 @contextmanager
 def rank(
-    plan: LaunchPlan, attempt: int = 1, *, automatic: bool = False, key: str | None = KEY, base_url: str, imports: bool = False
+    plan: LaunchPlan,
+    attempt: int = 1,
+    *,
+    automatic: bool = False,
+    key: str | None = KEY,
+    base_url: str,
+    imports: bool = False,
+    sends_at_once: bool = True,
 ) -> Iterator[Rank]:
-    """A rank in a process of its own, whose trackers are not yet started; where it `imports`, W&B's package as well."""
+    """A rank in a process of its own, whose trackers are not yet started; where it `imports`, W&B's package as well.
+
+    Where it `sends_at_once`, neither rows nor what W&B's process uploads are gathered for seconds, nor does that process wait
+    for seconds before it tries again.
+    """
     run = RunDir(Path(plan.run_dir))
     if not run.attempt(attempt).exists():
         run.attempt(attempt).mkdir(parents=True)
@@ -90,6 +107,7 @@ def rank(
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environ |= {"WANDB_BASE_URL": base_url, "PYTHONPATH": str(REPO)}
     environ |= {"WANDB_API_KEY": key} if key else {}
+    environ |= AT_ONCE if sends_at_once else {}
     output = run.root / "output"
     arguments = (str(run.plan), str(run.root), str(attempt))
     with open(output, "a") as file:
@@ -101,7 +119,10 @@ def rank(
             process = server.popen("rank_in_small", *arguments, stdin=-1, stdout=-1, stderr=file.fileno(), text=True, env=environ)
     children: list[psutil.Process] = []
     try:
-        yield Rank(process, output)
+        it = Rank(process, output)
+        if sends_at_once:
+            it.limits(SEND_EVERY_S=0.1)
+        yield it
     finally:
         with suppress(psutil.Error):
             children = psutil.Process(process.pid).children(recursive=True)
@@ -119,6 +140,15 @@ def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60)
     while not condition():
         assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
         time.sleep(0.05)
+
+
+def wait_for_another_second(run_dir: Path) -> None:
+    """W&B's folders carry the second of their session in their names, and the order of upload is that of names."""
+
+    def is_now(folder: Path) -> bool:
+        return any(time.strftime("%Y%m%d_%H%M%S", to(time.time())) in folder.name for to in (time.localtime, time.gmtime))
+
+    wait_for("another second", lambda: not any(map(is_now, run_dir.glob("wandb/*run-*"))))
 
 
 def times_begun(run_dir: Path) -> int:

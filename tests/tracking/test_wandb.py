@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hand_made
 import psutil
 import pytest
 import wandb
-from rank_tools import times_begun, wait_for
+from forked import preloaded
+from rank_tools import IMPORTED, times_begun, wait_for, wait_for_another_second
 from wandb_files import history, records
 
 from launcher import run_store
@@ -63,14 +65,18 @@ from launcher.tracking.tracker import start_trackers
 """
 
 
-def run_script(code: str, plan_file: Path, run_dir: Path) -> int:
+def run_script(code: str, plan_file: Path, run_dir: Path, forked: bool = True) -> int:
     """Run in a process of its own, with a W&B process of its own; its exit code, and -9 where it did not end."""
     environ = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
     environ["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests"), str(REPO / "tests/tracking")])
-    command = [sys.executable, "-c", IMPORTS + code, str(plan_file), str(run_dir)]
+    arguments = [IMPORTS + code, str(plan_file), str(run_dir)]
     # A file, for a process that stays behind would hold a pipe open.
     with open(run_dir.parent / "output", "w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environ)
+        if forked:
+            streams: dict[str, Any] = {"stdout": output.fileno(), "stderr": output.fileno(), "env": environ}
+            process: Any = preloaded(*IMPORTED).popen("-c", *arguments, **streams)
+        else:
+            process = subprocess.Popen([sys.executable, "-c", *arguments], stdout=output, stderr=output, env=environ)
         try:
             return process.wait(timeout=40)
         except subprocess.TimeoutExpired:
@@ -181,8 +187,7 @@ def test_the_next_attempt_continues_the_same_run(make_plan: PlanMaker, run_dir: 
         for step in steps:
             trackers.log(step, {"train/loss": float(step)})
         trackers.finish("completed" if attempt == 2 else "preempted")
-        # Folders carry the second in their name, and the order of upload is the order of names.
-        time.sleep(1.1)
+        wait_for_another_second(run_dir)
     runs = [record["run"] for record in records(run_dir) if record["type"] == "run"]
     assert [(run["run_id"], run.get("resume")) for run in runs] == [("abcd1234", True)] * 2
     assert [item["_step"] for item in history(run_dir)] == [1, 2, 3, 4]
@@ -243,7 +248,8 @@ def test_a_hung_wandb_ends_with_a_message_and_the_process_exits(make_plan: PlanM
     plan_file.write_text(make_plan().to_json())
     hang = "session.FINISH_TIMEOUT_S, module.FINISH_GRACE_S = 1.0, 1.0\nhang = True" + TRAIN
     started = time.monotonic()
-    run_script(hang, plan_file, run_dir)
+    # How the interpreter ends is what may hang.
+    run_script(hang, plan_file, run_dir, forked=False)
     assert time.monotonic() - started < 30
     alerts = [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
     assert len(alerts) == 1
@@ -283,7 +289,7 @@ def test_steps_that_a_person_has_gone_back_over_are_shown(make_plan: PlanMaker, 
         for step in range(first, last + 1):
             trackers.log(step, {"train/loss": float(attempt)})
         trackers.finish("completed" if attempt == 3 else "failed")
-        time.sleep(1.1)
+        wait_for_another_second(run_dir)
     shown = [(item["_step"], item["trainer/step"], item["train/loss"]) for item in history(run_dir)]
     before = [(step, step, 1) for step in range(1, 7)]
     after = [(step + 3, step, 2) for step in range(4, 8)]

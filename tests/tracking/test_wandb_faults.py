@@ -6,8 +6,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,7 +13,8 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from rank_tools import QUICK_S, alerts, has_steps, infos, rank, wait_for
+from forked import preloaded
+from rank_tools import AT_ONCE, IMPORTED, QUICK_S, alerts, has_steps, infos, rank, wait_for, wait_for_another_second
 from wandb_files import history
 from wandb_server import KEY, FakeWandb, fake_wandb
 
@@ -23,8 +22,10 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_events, read_metrics
 
 PlanMaker = Callable[..., LaunchPlan]
-LIMITS = {"INIT_TIMEOUT_S": 1.0, "FINISH_TIMEOUT_S": 4.0, "FINISH_GRACE_S": 4.0, "RETRY_S": 2.0}
-LONGEST_FINISH_S = 25
+# Of a server that does not answer at the start, and of one that has taken the run.
+SHORT = {"FINISH_TIMEOUT_S": 2.0, "FINISH_GRACE_S": 1.0, "RETRY_S": 0.3}
+LIMITS = {"INIT_TIMEOUT_S": 1.0, **SHORT}
+LONGEST_FINISH_S = 15
 
 
 @pytest.fixture
@@ -40,9 +41,8 @@ def upload(run_dir: Path, server: FakeWandb) -> None:
     ]
     program, *arguments = shlex.split(told[-1])
     assert program == "wandb"
-    environ = {**os.environ, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY}
-    command = [sys.executable, "-m", "wandb", *arguments]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    environ = {**os.environ, **AT_ONCE, "WANDB_BASE_URL": server.address, "WANDB_API_KEY": KEY}
+    done = preloaded(*IMPORTED).run("wandb", *arguments, env=environ)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -50,7 +50,7 @@ def upload(run_dir: Path, server: FakeWandb) -> None:
 def test_a_server_that_fails_in_the_middle(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, fault: str) -> None:
     plan = make_plan()
     with rank(plan, base_url=server.address) as it:
-        it.limits(**LIMITS)
+        it.limits(**SHORT)
         it.start_and_wait()
         it.steps(1, 3)
         it.event("checkpoint", "saved", 3, path=str(run_dir), saved_step=3, eval_loss=None)
@@ -121,7 +121,7 @@ def test_a_server_whose_port_is_closed(make_plan: PlanMaker, server: FakeWandb, 
     with ExitStack() as others:
         gone = others.enter_context(fake_wandb())
         it = others.enter_context(rank(plan, base_url=gone.address))
-        it.limits(**LIMITS)
+        it.limits(**SHORT if trained else LIMITS)
         if trained:
             it.start_and_wait()
             it.steps(1, trained)
@@ -169,6 +169,7 @@ def test_a_row_is_whole_where_wandb_comes_back_within_its_step(make_plan: PlanMa
         it.steps(1, 5)
         wait_for("the warning", lambda: it.event("note", "still here") and alerts(plan))
         server.fault = None
+        it.limits(INIT_TIMEOUT_S=30.0, FINISH_TIMEOUT_S=30.0, FINISH_GRACE_S=10.0)
         time.sleep(LIMITS["RETRY_S"])
         it.log(5, {"eval/held_out/loss": 1.0})
         it.steps(6, 6)
@@ -181,7 +182,7 @@ def test_a_row_is_whole_where_wandb_comes_back_within_its_step(make_plan: PlanMa
 def test_a_killed_process_is_replaced(make_plan: PlanMaker, server: FakeWandb, run_dir: Path, online: bool) -> None:
     plan = make_plan()
     with rank(plan, key=KEY if online else None, base_url=server.address) as it:
-        it.limits(**{**LIMITS, "FINISH_TIMEOUT_S": 30.0, "RETRY_S": 0.1})
+        it.limits(FINISH_TIMEOUT_S=30.0, RETRY_S=0.1)
         it.start_and_wait()
         it.steps(1, 9)
         if not online:
@@ -190,9 +191,9 @@ def test_a_killed_process_is_replaced(make_plan: PlanMaker, server: FakeWandb, r
             size = first.stat().st_size
             wait_for("W&B to have written", lambda: first.stat().st_size > size)
         os.kill(it.core()["answer"], signal.SIGKILL)
-        for step in range(10, 20):
-            it.steps(step, step)
-            time.sleep(0.2)
+        it.steps(10, 14)
+        wait_for("the alert", lambda: it.event("note", "still here") and alerts(plan))
+        it.steps(15, 19)
         assert it.slowest_s < QUICK_S
         it.finish("completed")
     (warning,) = alerts(plan)
@@ -210,7 +211,7 @@ def test_offline_attempts_are_uploaded_as_one_run(make_plan: PlanMaker, server: 
             it.start()
             it.steps(first, last)
             it.finish("failed" if attempt == 1 else "completed")
-        time.sleep(1)
+        wait_for_another_second(run_dir)
     upload(run_dir, server)
     assert server.run().steps == list(range(1, 10))
 
@@ -224,7 +225,7 @@ def test_an_online_attempt_after_an_offline_one_brings_all(make_plan: PlanMaker,
             it.finish("completed" if attempt == 3 else "preempted")
         if attempt == 2:
             assert server.run().steps == list(range(1, 10))
-        time.sleep(1)
+        wait_for_another_second(run_dir)
     upload(run_dir, server)
     assert server.run().steps == list(range(1, 13))
 
@@ -232,7 +233,7 @@ def test_an_online_attempt_after_an_offline_one_brings_all(make_plan: PlanMaker,
 def test_a_stopped_process_is_told_while_training_goes_on(make_plan: PlanMaker, server: FakeWandb) -> None:
     plan = make_plan()
     with rank(plan, key=None, base_url=server.address) as it:
-        it.limits(**LIMITS, PATIENCE_S=1.0)
+        it.limits(PATIENCE_S=0.5)
         it.start_and_wait()
         it.steps(1, 2)
         os.kill(it.core()["answer"], signal.SIGSTOP)
@@ -245,11 +246,11 @@ def test_a_stopped_process_is_told_while_training_goes_on(make_plan: PlanMaker, 
 
 
 def test_an_export_is_waited_for_longer_than_the_rest(make_plan: PlanMaker, server: FakeWandb, run_dir: Path) -> None:
-    plan, server.upload_s = make_plan(log_export=True), 5.0
+    plan, server.upload_s = make_plan(log_export=True), 2.5
     (run_dir / "export").mkdir()
     (run_dir / "export" / "model.safetensors").write_bytes(b"weights")
     with rank(plan, base_url=server.address) as it:
-        it.limits(**{**LIMITS, "FINISH_GRACE_S": 1.0, "EXPORT_GRACE_S": 40.0})
+        it.limits(FINISH_GRACE_S=0.5, EXPORT_GRACE_S=40.0)
         it.start()
         it.steps(1, 2)
         it.event("export", "written", path=str(run_dir / "export"))

@@ -35,7 +35,7 @@ def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_d
     plan = make_plan(project="demo", entity=ENTITY, group="sweep", tags=["tagged"])
     (run_dir / "step-2").mkdir()
     (run_dir / "step-2" / "shard").write_bytes(b"weights of a shard")
-    with rank(plan, base_url=server.address, imports=True) as it:
+    with rank(plan, base_url=server.address, imports=True, sends_at_once=False) as it:
         it.start()
         it.steps(1, 2)
         it.log(2, {"eval/held_out/loss": 1.5})
@@ -82,7 +82,8 @@ def test_all_that_is_said_arrives(make_plan: PlanMaker, server: FakeWandb, run_d
 @pytest.mark.parametrize("reached", [False, True], ids=["W&B is behind the checkpoint", "W&B is ahead of it"])
 def test_after_a_crash_no_step_is_missing_and_none_is_there_twice(make_plan: PlanMaker, server: FakeWandb, reached: bool) -> None:
     plan = make_plan()
-    with rank(plan, base_url=server.address) as it:
+    # W&B's process dies with what it has gathered.
+    with rank(plan, base_url=server.address, sends_at_once=reached) as it:
         it.start_and_wait()
         it.steps(1, 3)
         it.log(3, {"eval/held_out/loss": 1.0})

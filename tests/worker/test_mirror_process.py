@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+from forked import ForkedProcess, preloaded
 from mirror_tools import commit, make_run, tree
 
 from launcher import run_store
@@ -42,11 +42,11 @@ def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60)
 
 
 @contextmanager
-def sending(run: RunDir, attempt: int = 1) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-m", "launcher.worker.mirror", str(run.plan), str(attempt)]
+def sending(run: RunDir, attempt: int = 1, module: str = "quick_mirror") -> Iterator[ForkedProcess]:
+    """The process beside the ranks, forked; `quick_mirror` looks more often than `launcher.worker.mirror`."""
     with open(run.attempt(attempt) / "mirror.log", "ab") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": str(REPO)}
+        process = preloaded("launcher.worker.mirror", "fsspec.implementations.local").popen(
+            module, str(run.plan), str(attempt), stdin=subprocess.PIPE, stdout=log.fileno(), stderr=log.fileno()
         )
     try:
         yield process
@@ -64,7 +64,7 @@ def record(run: RunDir) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {"steps": None}
 
 
-def end(process: subprocess.Popen[bytes], in_s: float = 60) -> int:
+def end(process: ForkedProcess, in_s: float = 60) -> int:
     process.communicate(f"{time.time() + in_s}\n".encode(), timeout=60)
     return process.returncode
 
@@ -72,7 +72,7 @@ def end(process: subprocess.Popen[bytes], in_s: float = 60) -> int:
 def test_it_sends_what_is_committed_and_says_so(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     commit(run, 5)
-    with sending(run) as process:
+    with sending(run, module="launcher.worker.mirror") as process:
         wait_for("step 5", lambda: record(run)["steps"] == [5])
         assert psutil.Process(process.pid).nice() == 10
         # The agent's wishes are for ranks; Slurm sends its own to every process.
@@ -167,20 +167,23 @@ def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("late_wish", ["a person's", "the scheduler's", "the time is over"])
-def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(tmp_path: Path, late_wish: str) -> None:
+def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_wish: str
+) -> None:
+    monkeypatch.setattr(mirror, "_LAST_WORDS_S", 2.0)
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a/checkpoints/step-00000005"
     folder.mkdir(parents=True)
     # A reader that never comes: the write into it does not end.
     os.mkfifo(folder / ".unfinished-state.json")
     own = commit(run, 5)
-    grace_s = 0.5
-    stopper = _Stopper(grace_s, {})
-    if late_wish == "the time is over":
-        # Time for the first word of what is waited for, and for the last words.
-        stopper.kill_at = time.time() + 20
+    grace_s = 0.2
+    stopper = _Stopper(grace_s, {}, lambda number: None)
     with sending(run) as process:
         wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
+        if late_wish == "the time is over":
+            # Time for the first word of what is waited for, and for the last words.
+            stopper.kill_at = time.time() + 4 + mirror._LAST_WORDS_S
         waiting = threading.Thread(target=stopper.finish, args=(MirrorProcess(process),))
         waiting.start()
         wait_for("the reason", lambda: said(run, "mirror"))
@@ -203,7 +206,7 @@ def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(tmp_path: Pat
 
 
 def test_a_run_that_was_stopped_waits_as_long_as_its_grace(tmp_path: Path) -> None:
-    stopper = _Stopper(1.0, {})
+    stopper = _Stopper(1.0, {}, lambda number: None)
     stopper.disarm()
     stopper.request(CANCEL)
     told: list[float] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
+import multiprocessing
+import multiprocessing.process
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -161,50 +162,53 @@ def test_without_a_board_nobody_is_told_and_one_out_of_reach_is_refused() -> Non
         Heartbeat.from_environ({VARIABLE: "/proc/self/fd/999"}, env)
 
 
-# What a rank does: it beats, and at its second step falls silent in the way it is told to.
-RANK = """
-import faulthandler, os, signal, sys, time
-from pathlib import Path
-from launcher.worker.heartbeat import Heartbeat
-board, local_rank, way = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
-heart = Heartbeat(board, local_rank, 10 + local_rank)
-for step in range(3):
-    heart.beat("training", step)
-if way == "behind":
-    time.sleep(120)
-heart.beat("training", 3)
-if way == "stopped":
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-def waits_for_the_others():
-    time.sleep(120)
-
-while way == "lively":
+def rank(board: Path, local_rank: int, way: str, log: Path) -> None:
+    """What a rank does: it beats, and at its second step falls silent in the way it is told to."""
+    faulthandler.register(signal.SIGQUIT, file=log.open("w"), all_threads=True, chain=False)
+    heart = Heartbeat(board, local_rank, 10 + local_rank)
+    for step in range(3):
+        heart.beat("training", step)
+    if way == "behind":
+        time.sleep(120)
     heart.beat("training", 3)
-    time.sleep(0.05)
-waits_for_the_others()
-"""
+    if way == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while way == "lively":
+        heart.beat("training", 3)
+        time.sleep(0.05)
+    waits_for_the_others()
 
-STALL_S = 2.0
-Start = Callable[..., list[subprocess.Popen]]
+
+def waits_for_the_others() -> None:
+    time.sleep(120)
+
+
+STALL_S = 1.0
+# Forked, for the watchdog watches children, and they need nothing that would have to be imported.
+FORK = multiprocessing.get_context("fork")
+Start = Callable[..., list[multiprocessing.process.BaseProcess]]
 
 
 @pytest.fixture
 def start(board: Board, tmp_path: Path) -> Iterator[Start]:
-    started: list[subprocess.Popen] = []
+    started: list[multiprocessing.process.BaseProcess] = []
 
-    def run(*ways: str) -> list[subprocess.Popen]:
+    def run(*ways: str) -> list[multiprocessing.process.BaseProcess]:
         for local_rank, way in enumerate(ways):
-            with open(tmp_path / f"{local_rank}.log", "w") as log:
-                argv = [sys.executable, "-c", RANK, str(board.path), str(local_rank), way]
-                started.append(subprocess.Popen(argv, stderr=log))
+            process = FORK.Process(target=rank, args=(board.path, local_rank, way, tmp_path / f"{local_rank}.log"))
+            process.start()
+            started.append(process)
         return started
 
     yield run
     for process in started:
         process.kill()
-        process.wait(timeout=10)
+        process.join(10)
+
+
+def exit_code(process: multiprocessing.process.BaseProcess, within_s: float = 5) -> int | None:
+    process.join(within_s)
+    return process.exitcode
 
 
 @pytest.fixture
@@ -231,9 +235,9 @@ def test_a_stopped_rank_is_named_and_killed_and_the_others_only_say_where_they_w
     report = wait_for_report(reports)
     assert report.startswith(f"rank 11 (pid {stopped.pid}) is stopped: no progress for ")
     assert report.endswith(" s in step 4; killed it")
-    assert stopped.wait(timeout=5) == -signal.SIGKILL
+    assert exit_code(stopped) == -signal.SIGKILL
     time.sleep(STALL_S)
-    assert waiting.poll() is None, "elastic ends it"
+    assert waiting.is_alive(), "elastic ends it"
     assert len(reports) == 1
     assert "waits_for_the_others" in (tmp_path / "0.log").read_text()
 
@@ -242,8 +246,8 @@ def test_a_rank_behind_is_killed_with_its_stacks_in_its_log(start: Start, report
     behind, waiting = start("behind", "waits")
     assert "rank 10" in wait_for_report(reports)
     assert "behind" in reports[0]
-    assert behind.wait(timeout=5) == -signal.SIGKILL
-    assert waiting.poll() is None
+    assert exit_code(behind) == -signal.SIGKILL
+    assert waiting.is_alive()
     assert "most recent call first" in (tmp_path / "0.log").read_text()
 
 
@@ -254,36 +258,52 @@ def test_ranks_that_wait_for_nobody_here_are_killed_together_last(start: Start, 
     assert time.monotonic() - began > 1.5 * STALL_S
     assert "rank 10" in report
     assert "rank 11" in report
-    assert [rank.wait(timeout=5) for rank in ranks] == [-signal.SIGKILL] * 2
+    assert [exit_code(rank) for rank in ranks] == [-signal.SIGKILL] * 2
 
 
 def test_the_successor_of_a_killed_rank_is_watched_as_well(start: Start, reports: list[str]) -> None:
-    start("stopped")[0].wait(timeout=20)
+    exit_code(start("stopped")[0], 20)
     wait_for_report(reports)
     reports.clear()
     second = start("stopped")[1]
     assert f"(pid {second.pid}) is stopped" in wait_for_report(reports)
 
 
-def test_who_beats_is_left_alone_and_so_are_processes_of_others(start: Start, board: Board, reports: list[str]) -> None:
+def test_who_beats_is_left_alone_and_so_are_processes_of_others(
+    start: Start, board: Board, reports: list[str], tmp_path: Path
+) -> None:
     lively = start("lively")[0]
-    argv = [sys.executable, "-c", RANK, str(board.path), "1", "waits"]
-    code = f"import subprocess; child = subprocess.Popen({argv!r}); print(child.pid, flush=True); child.wait()"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        grandchild = psutil.Process(int(parent.stdout.readline()))
+    reader, writer = FORK.Pipe()
+
+    def parent() -> None:
+        child = FORK.Process(target=rank, args=(board.path, 1, "waits", tmp_path / "1.log"))
+        child.start()
+        writer.send(child.pid)
+        child.join()
+
+    other = FORK.Process(target=parent)
+    other.start()
+    grandchild = psutil.Process(reader.recv())
+    try:
         time.sleep(2.5 * STALL_S)
         assert grandchild.is_running()
-        assert lively.poll() is None
+        assert lively.is_alive()
         assert reports == []
+    finally:
         grandchild.kill()
+        other.join(10)
 
 
 def test_zero_watches_nothing(board: Board, start: Start) -> None:
     reports: list[str] = []
     watchdog = Watchdog(board, 0, 1800, reports.append).start()
     stopped = start("stopped")[0]
-    time.sleep(1)
+    process, end = psutil.Process(stopped.pid), time.monotonic() + 20
+    while process.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    # A tenth of its limit, which is none, is how often it would look.
+    time.sleep(0.3)
     watchdog.stop()
-    assert stopped.poll() is None
+    assert stopped.is_alive()
     assert reports == []
