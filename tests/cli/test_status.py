@@ -28,8 +28,8 @@ from launcher.tracking.jsonl import JsonlTracker
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_status_is_told_from_the_files_of_the_run(launch: Launch, run: RunDir) -> None:
-    done = launch("status", str(run.root))
+def test_status_is_told_from_the_files_of_the_run(launch_here: Launch, run: RunDir) -> None:
+    done = launch_here("status", str(run.root))
     assert done.returncode == 0, done.stderr
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert lines["state"] == "completed"
@@ -42,7 +42,7 @@ def test_status_is_told_from_the_files_of_the_run(launch: Launch, run: RunDir) -
     assert lines["checkpoints"] == "step 5, step 10"
     assert "something in attempt 2" in lines["alert"]
     assert "time left" not in done.stdout
-    found = json.loads(launch("status", str(run.root), "--json").stdout)
+    found = json.loads(launch_here("status", str(run.root), "--json").stdout)
     assert found["metrics"]["trainer/step"] == 10
     assert (found["cost"]["gpu_hours"], found["cost"]["usd"]) == (pytest.approx(1.7, abs=0.01), pytest.approx(3.4, abs=0.02))
     assert (found["cost"]["expected_usd"], found["cost"]["at_typical_price"]) == (None, False)
@@ -58,14 +58,14 @@ def test_a_run_is_as_far_as_its_newest_word(run: RunDir) -> None:
     assert summary(run, status)["step"] == 8, "as where the ranks have gone back since"
 
 
-def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch: Launch, run: RunDir, tmp_path: Path) -> None:
+def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch_here: Launch, run: RunDir, tmp_path: Path) -> None:
     """As where these two files were copied from a machine that is gone."""
     run_store.update_status(run, state="running")
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(run.metrics, alone)
     shutil.copy(run.status, alone)
-    done = launch("status", str(alone))
+    done = launch_here("status", str(alone))
     assert done.returncode == 0, done.stderr
     assert dict(line.split(maxsplit=1) for line in done.stdout.splitlines()) == {
         "run": f"alone in {short(alone)}",
@@ -78,30 +78,30 @@ def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch: Lau
         "time": "left   1h00m",
         "cost": "$3.40 so far (1.70 GPU hours), about $7.40 at the end",
     }
-    found = json.loads(launch("status", "alone", "--root", str(tmp_path), "--json").stdout)
+    found = json.loads(launch_here("status", "alone", "--root", str(tmp_path), "--json").stdout)
     assert (found["checkpoints"], found["alerts"], found["cost"]["expected_usd"]) == ([], [], pytest.approx(7.4))
     (alone / "metrics.jsonl").unlink()
-    assert "10 of 40" in launch("status", str(alone)).stdout
+    assert "10 of 40" in launch_here("status", str(alone)).stdout
     (alone / "status.json").unlink()
-    assert launch("status", str(alone)).returncode == 2
+    assert launch_here("status", str(alone)).returncode == 2
 
 
-def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch: Launch, run: RunDir) -> None:
+def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch_here: Launch, run: RunDir) -> None:
     run_store.write_json(run.cancel(2), {"save": True})
     run_store.update_status(run, state="running", job=identity())
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["state"] == "running, asked to stop"
     assert "time" not in lines
 
 
-def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(launch: Launch, run: RunDir) -> None:
+def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(launch_here: Launch, run: RunDir) -> None:
     number = run_store.next_attempt(run, run_store.Attempt(resume_step=10))
     run_store.update_status(run, attempt=number, state="running", max_steps=60, job=identity())
     JsonlTracker(run, 2).log(10, {"eval/held_out/loss": 2.5})
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["time"] == "left   1m40s"
     assert lines["held"] == "out    loss 2.5000 after step 10"
-    assert json.loads(launch("status", str(run.root), "--json").stdout)["left_s"] == 100.0
+    assert json.loads(launch_here("status", str(run.root), "--json").stdout)["left_s"] == 100.0
 
 
 def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
@@ -122,14 +122,14 @@ def test_a_job_that_waits_again_goes_on_from_what_is_saved(run: RunDir) -> None:
     assert found["left_s"] == pytest.approx(30 * 2.0), "from step 10 of 40"
 
 
-def test_a_limit_that_comes_before_the_last_step_is_told(launch: Launch, run: RunDir) -> None:
+def test_a_limit_that_comes_before_the_last_step_is_told(launch_here: Launch, run: RunDir) -> None:
     plan = run_store.read_json(run.plan)
     run_store.update_status(run, state="running", job=identity())
 
     def told(**limits: float) -> dict[str, str]:
         config = plan["config"] | {"run": plan["config"]["run"] | limits}
         run_store.write_json(run.plan, plan | {"config": config})
-        return dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+        return dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
 
     # Two GPUs at two dollars an hour have cost $3.40, and half an hour more is two dollars more.
     lines = told(max_usd=5.4)
@@ -140,11 +140,11 @@ def test_a_limit_that_comes_before_the_last_step_is_told(launch: Launch, run: Ru
     assert told(max_usd=100, max_hours=10)["time"] == "left   1h00m"
 
 
-def test_a_run_without_a_word_for_long_is_not_said_to_be_near_its_end(launch: Launch, run: RunDir) -> None:
+def test_a_run_without_a_word_for_long_is_not_said_to_be_near_its_end(launch_here: Launch, run: RunDir) -> None:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     run.metrics.write_text("".join(json.dumps(line | {"time": line["time"] - 1800}) + "\n" for line in lines))
     run_store.update_status(run, state="running", job=identity())
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["step"].startswith("10 of 40 (25%), 30m")
     assert "time" not in lines
     # Where few steps are logged, status.json has newer ones.
@@ -168,62 +168,64 @@ def test_what_a_run_went_back_behind_is_not_shown(run: RunDir) -> None:
     assert max(found["losses"]) < 5
 
 
-def test_many_checkpoints_are_told_in_a_line(launch: Launch, run: RunDir) -> None:
+def test_many_checkpoints_are_told_in_a_line(launch_here: Launch, run: RunDir) -> None:
     for step in range(11, 15):
         hand_made.checkpoint(run, step, None, attempt=2)
-    assert "checkpoints step 10, step 11, step 12, step 13, step 14, and 1 before\n" in launch("status", str(run.root)).stdout
+    assert (
+        "checkpoints step 10, step 11, step 12, step 13, step 14, and 1 before\n" in launch_here("status", str(run.root)).stdout
+    )
 
 
-def test_what_others_have_written_is_shown_and_not_acted_upon(launch: Launch, run: RunDir) -> None:
+def test_what_others_have_written_is_shown_and_not_acted_upon(launch_here: Launch, run: RunDir) -> None:
     run_store.update_status(run, state="failed", message="CUDA error: assert\nCompile with TORCH_USE_CUDA_DSA")
     JsonlTracker(run, 2).event("alert", "x\nstate       completed\x1b[2J \udcff")
-    done = launch("status", str(run.root))
+    done = launch_here("status", str(run.root))
     assert "\n            Compile with TORCH_USE_CUDA_DSA\n" in done.stdout
     assert "\n            state       completed\\x1b[2J \\udcff (" in done.stdout
 
 
-def test_a_slurm_run_whose_submission_was_interrupted_can_be_asked_for(launch: Launch, run: RunDir) -> None:
+def test_a_slurm_run_whose_submission_was_interrupted_can_be_asked_for(launch_here: Launch, run: RunDir) -> None:
     plan = run_store.read_json(run.plan)
     run_store.write_json(run.plan, plan | {"config": plan["config"] | {"cluster": {"kind": "slurm"}}})
     shutil.rmtree(run.attempts)
     run_store.update_status(run, state="pending", attempt=0, step=0)
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["state"].startswith("pending")
-    assert "demo" in launch("ls", "--root", str(run.root.parent)).stdout
+    assert "demo" in launch_here("ls", "--root", str(run.root.parent)).stdout
 
 
-def test_a_run_that_cannot_be_read_does_not_hide_the_others(launch: Launch, run: RunDir) -> None:
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(launch_here: Launch, run: RunDir) -> None:
     shutil.copytree(run.root, run.root.with_name("broken"))
     metrics = run.root.with_name("broken") / "metrics.jsonl"
     metrics.unlink()
     metrics.mkdir()
-    done = launch("ls", "--root", str(run.root.parent))
+    done = launch_here("ls", "--root", str(run.root.parent))
     assert "demo" in done.stdout
     assert done.stderr.startswith("broken: ")
     assert done.returncode == 0
-    alone = launch("status", "broken", "--root", str(run.root.parent))
+    alone = launch_here("status", "broken", "--root", str(run.root.parent))
     assert alone.returncode == 1
     assert alone.stderr.startswith("a file cannot be read or written: Is a directory\n  value:  ")
     assert "Traceback" not in alone.stderr
 
 
-def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch: Launch, run: RunDir) -> None:
+def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch_here: Launch, run: RunDir) -> None:
     log = JsonlTracker(run, 2)
     log.event("info", "Weights & Biases: offline", url=None, sync_command="wandb sync x")
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "offline; upload it with: wandb sync x"
     log.event("info", "Weights & Biases: here", url="https://wandb.example/run", sync_command=None)
     log.event("mirror", "step 10 is in the mirror")
     log.event("export", "pushed", url="https://hub.example/model")
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "https://wandb.example/run"
     assert lines["mirror"] == "step 10 is in the mirror"
     log.event("alert", "Weights & Biases has not got everything", sync_command="wandb sync y")
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["W&B"] == "https://wandb.example/run; upload what it lacks with: wandb sync y"
 
 
-def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch: Launch, run: RunDir) -> None:
+def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch_here: Launch, run: RunDir) -> None:
     spent = Breakdown(wall_s=7200, kept_s=5400, queue_s=900, start_s=0, load_s=600, save_s=0.5, restart_s=299.5, lost_steps=12)
     gpus = {
         "gpu/util_mean": 0.93,
@@ -237,30 +239,30 @@ def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch: Launch, run: R
     JsonlTracker(run, 2).log(11, {"train/loss": 2.0, **more})
     # As it is where the attempts' files are gone: the last line tells.
     shutil.rmtree(run.attempts)
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["GPUs"] == "93% busy (the least 41%), memory up to 88%, 640 W each, up to 77 °C, 2 Xid errors"
     assert lines["ranks"] == "the slowest works 1.31 times as long as the usual one"
     assert lines["goodput"].startswith("75.0% of 2h00m went into steps that count; waiting for machines 15m00s, loading")
-    told = json.loads(launch("status", str(run.root), "--json").stdout)["goodput"]
+    told = json.loads(launch_here("status", str(run.root), "--json").stdout)["goodput"]
     assert (told["fraction"], told["wall_s"], told["queue_s"], told["lost_steps"]) == (0.75, 7200, 900, 12)
 
 
-def test_one_slow_step_is_not_the_pace(launch: Launch, run: RunDir) -> None:
+def test_one_slow_step_is_not_the_pace(launch_here: Launch, run: RunDir) -> None:
     log = JsonlTracker(run, 3)
     for step, ratio in ((11, 1.1), (12, 1.2), (13, 18.67)):
         pace = {"perf/tokens_per_sec": 100 / ratio, "time/step_s": ratio, "time/straggler_ratio": ratio}
         log.log(step, {"train/loss": 2.0, "memory/host_rss_gib": 1.0, **pace})
-    lines = dict(line.split(maxsplit=1) for line in launch("status", str(run.root)).stdout.splitlines())
+    lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["pace"] == "83 tokens/s, 1.20 s a step"
     assert lines["ranks"] == "the slowest works 1.20 times as long as the usual one"
 
 
-def test_on_cpus_ranks_are_paid_for(launch: Launch, run: RunDir) -> None:
+def test_on_cpus_ranks_are_paid_for(launch_here: Launch, run: RunDir) -> None:
     plan = run_store.read_json(run.plan)
     run_store.write_json(run.plan, plan | {"topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
-    assert "cost        $3.40 so far (1.70 rank hours)" in launch("status", str(run.root)).stdout
-    assert "$3.40" in launch("ls", "--root", str(run.root.parent)).stdout
-    assert launch("report", str(run.root)).returncode == 0
+    assert "cost        $3.40 so far (1.70 rank hours)" in launch_here("status", str(run.root)).stdout
+    assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
+    assert launch_here("report", str(run.root)).returncode == 0
     page = (run.root / "report.html").read_text()
     assert "rank hours" in page
     assert "GPU hours" not in page
@@ -274,7 +276,7 @@ def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
     assert summary(run, status)["cost"]["expected_usd"] == pytest.approx(3.4 + 3 * 2.0), "an idle worker is paid for"
 
 
-def test_what_never_came_to_train_costs_as_well(launch: Launch, run: RunDir) -> None:
+def test_what_never_came_to_train_costs_as_well(launch_here: Launch, run: RunDir) -> None:
     """Two GPUs for 51 minutes, and nothing logged; what waits for its first machines costs nothing."""
     run.metrics.unlink()
     run_store.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
@@ -289,7 +291,7 @@ def test_what_never_came_to_train_costs_as_well(launch: Launch, run: RunDir) -> 
         "expected_usd": None,
         "at_typical_price": False,
     }
-    assert "$3.40" in launch("ls", "--root", str(run.root.parent)).stdout
+    assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
     plan = run_store.read_json(run.plan)
     run_store.write_json(run.plan, plan | {"price": None})
     assert summary(run, status)["cost"] == cost | {"usd": None}
@@ -301,36 +303,36 @@ def test_what_never_came_to_train_costs_as_well(launch: Launch, run: RunDir) -> 
     assert summary(run, replace(status, state="pending"))["cost"] is None
 
 
-def test_a_typical_price_is_told_as_one(launch: Launch, run: RunDir) -> None:
+def test_a_typical_price_is_told_as_one(launch_here: Launch, run: RunDir) -> None:
     plan = run_store.load_plan(run)
     assert plan.price is not None
     typical = replace(plan.price, assumption="typical")
     run_store.write_text(run.plan, plan.model_copy(update={"price": typical}).to_json())
     words = "$3.40 so far (1.70 GPU hours); at a typical price, cluster.price_per_gpu_hour sets yours"
-    assert f"cost        {words}\n" in launch("status", str(run.root)).stdout
-    assert json.loads(launch("status", str(run.root), "--json").stdout)["cost"]["at_typical_price"] is True
-    assert " ~$3.40 " in launch("ls", "--root", str(run.root.parent)).stdout
-    assert launch("report", str(run.root)).returncode == 0
+    assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
+    assert json.loads(launch_here("status", str(run.root), "--json").stdout)["cost"]["at_typical_price"] is True
+    assert " ~$3.40 " in launch_here("ls", "--root", str(run.root.parent)).stdout
+    assert launch_here("report", str(run.root)).returncode == 0
     assert "$3.40 at a typical price" in (run.root / "report.html").read_text()
     # Without the attempts' files the plan still tells.
     shutil.rmtree(run.attempts)
-    assert f"cost        {words}\n" in launch("status", str(run.root)).stdout
+    assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
 
 
-def test_json_is_what_every_parser_reads(launch: Launch, run: RunDir) -> None:
+def test_json_is_what_every_parser_reads(launch_here: Launch, run: RunDir) -> None:
     JsonlTracker(run, 2).log(11, {"train/loss": math.nan, "trainer/eta_s": math.inf})
 
     def refuse(word: str) -> float:
         raise AssertionError(f"{word} is no JSON")
 
     for verb in (("status", str(run.root)), ("ls", "--root", str(run.root.parent))):
-        found = json.loads(launch(*verb, "--json").stdout, parse_constant=refuse)
+        found = json.loads(launch_here(*verb, "--json").stdout, parse_constant=refuse)
         one = found[0] if isinstance(found, list) else found
         assert (one["metrics"]["train/loss"], one["metrics"]["trainer/eta_s"], one["losses"][-1]) == (None, None, None)
         assert one["metrics"]["trainer/step"] == 11
 
 
-def test_what_comes_after_the_last_line_counts_as_in_the_report(launch: Launch, run: RunDir) -> None:
+def test_what_comes_after_the_last_line_counts_as_in_the_report(launch_here: Launch, run: RunDir) -> None:
     """Half an hour on two GPUs after the last step: of a step that is not logged yet, or of the last save and the export."""
     now = time.time()
     for attempt, submitted_at, begun_at in ((1, now - 7200, now - 7200), (2, now - 3600, now - 3600)):
@@ -348,7 +350,7 @@ def test_what_comes_after_the_last_line_counts_as_in_the_report(launch: Launch, 
     run_store.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": now - 1800})
     found = summary(run, run_store.update_status(run, state="completed"))
     assert (found["cost"]["gpu_hours"], found["goodput"]["wall_s"]) == (pytest.approx(3.0), pytest.approx(5400))
-    assert launch("report", str(run.root)).returncode == 0
+    assert launch_here("report", str(run.root)).returncode == 0
     page = (run.root / "report.html").read_text()
     for value, label in (
         (f"{found['goodput']['fraction']:.1%}", "goodput"),
@@ -402,11 +404,11 @@ def test_a_watched_run_outlives_a_hiccup_of_its_storage(start: Callable, run: Ru
     assert json.loads(rest.splitlines()[-1])["step"] == 40
 
 
-def test_runs_stand_in_a_table_newest_first(launch: Launch, run: RunDir) -> None:
+def test_runs_stand_in_a_table_newest_first(launch_here: Launch, run: RunDir) -> None:
     time.sleep(0.01)
     plan = run_store.load_plan(run)
     run_store.create(plan.model_copy(update={"run_dir": str(run.root.with_name("later-run"))}))
-    done = launch("ls", "--root", str(run.root.parent))
+    done = launch_here("ls", "--root", str(run.root.parent))
     assert done.returncode == 0, done.stderr
     names, later, demo = (line.split() for line in done.stdout.splitlines())
     assert names == ["run", "state", "step", "loss", "cost", "updated"]

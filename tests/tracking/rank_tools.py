@@ -25,9 +25,8 @@ from launcher.tracking.jsonl import read_events
 REPO = Path(__file__).resolve().parents[2]
 # A loop that trains must not notice that a step was logged.
 QUICK_S = 0.5
-# W&B's own names for how often its process uploads, and for how long it waits after a failure.
+# W&B's own names for how long its process waits after a failure. What it gathers it sends after 15 s, and at its end.
 AT_ONCE = {
-    "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "0.1",
     **{f"WANDB__{of}_RETRY_WAIT_MIN_SECONDS": "0.1" for of in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")},
     **{f"WANDB__{of}_RETRY_WAIT_MAX_SECONDS": "0.5" for of in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")},
 }
@@ -96,8 +95,7 @@ def rank(
 ) -> Iterator[Rank]:
     """A rank in a process of its own, whose trackers are not yet started; where it `imports`, W&B's package as well.
 
-    Where it `sends_at_once`, neither rows nor what W&B's process uploads are gathered for seconds, nor does that process wait
-    for seconds before it tries again.
+    Where it `sends_at_once`, rows are not gathered for seconds, and W&B's process does not wait for seconds before it tries again.
     """
     run = RunDir(Path(plan.run_dir))
     if not run.attempt(attempt).exists():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from forked import preloaded
-from rank_tools import AT_ONCE, IMPORTED, QUICK_S, alerts, has_steps, infos, rank, wait_for, wait_for_another_second
+from rank_tools import AT_ONCE, IMPORTED, QUICK_S, alerts, infos, rank, wait_for, wait_for_another_second
 from wandb_files import history
 from wandb_server import KEY, FakeWandb, fake_wandb
 
@@ -24,8 +24,8 @@ from launcher.tracking.jsonl import read_events, read_metrics
 PlanMaker = Callable[..., LaunchPlan]
 # Of a server that does not answer at the start, and of one that has taken the run.
 SHORT = {"FINISH_TIMEOUT_S": 2.0, "FINISH_GRACE_S": 1.0, "RETRY_S": 0.3}
-LIMITS = {"INIT_TIMEOUT_S": 1.0, **SHORT}
-LONGEST_FINISH_S = 15
+LIMITS = {**SHORT, "INIT_TIMEOUT_S": 1.0, "FINISH_TIMEOUT_S": 10.0, "FINISH_GRACE_S": 4.0}
+LONGEST_FINISH_S = 25
 
 
 @pytest.fixture
@@ -125,8 +125,6 @@ def test_a_server_whose_port_is_closed(make_plan: PlanMaker, server: FakeWandb, 
         if trained:
             it.start_and_wait()
             it.steps(1, trained)
-            # A step is sent when the next one begins.
-            wait_for("W&B to have some steps", has_steps(gone, trained - 1))
         gone.close()
         if not trained:
             assert it.start()["seconds"] < QUICK_S

@@ -1,0 +1,68 @@
+"""The metadata of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+
+The reader of the gguf package makes NumPy arrays of each of the tokenizer's hundred thousand strings, which takes seconds. Every
+command that plans asks for a few numbers.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+from typing import Any
+
+# Formats of struct by the number that stands for a type; 8 is a string and 9 an array.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
+_VERSIONS = (2, 3)
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Read the metadata by key; of an array of strings only its length counts, so its strings are left as bytes.
+
+    Raises:
+        ValueError: where the file is no GGUF file of a version that is known here, or ends too early.
+    """
+    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        magic, version, _, num_fields = struct.unpack_from("<4sIQQ", data)
+        if magic != b"GGUF" or version not in _VERSIONS:
+            raise ValueError(f"{file} is no GGUF file of version 2 or 3")
+        fields, offset = {}, struct.calcsize("<4sIQQ")
+        try:
+            for _ in range(num_fields):
+                key, offset = _read_string(data, offset)
+                (kind,) = struct.unpack_from("<I", data, offset)
+                fields[key.decode()], offset = _read_value(data, offset + 4, kind)
+        except struct.error as error:
+            raise ValueError(f"{file} ends in the middle of its metadata") from error
+        return fields
+
+
+def _read_value(data: mmap.mmap, offset: int, kind: int) -> tuple[Any, int]:
+    if kind == _STRING:
+        text, offset = _read_string(data, offset)
+        return text.decode(), offset
+    if kind == _ARRAY:
+        return _read_array(data, offset)
+    layout = struct.Struct(f"<{_SCALARS[kind]}")
+    return layout.unpack_from(data, offset)[0], offset + layout.size
+
+
+def _read_array(data: mmap.mmap, offset: int) -> tuple[list[Any], int]:
+    kind, count = struct.unpack_from("<IQ", data, offset)
+    offset += struct.calcsize("<IQ")
+    if kind in _SCALARS:
+        layout = struct.Struct(f"<{count}{_SCALARS[kind]}")
+        return [*layout.unpack_from(data, offset)], offset + layout.size
+    values = []
+    for _ in range(count):
+        value, offset = _read_string(data, offset) if kind == _STRING else _read_value(data, offset, kind)
+        values.append(value)
+    return values, offset
+
+
+def _read_string(data: mmap.mmap, offset: int) -> tuple[bytes, int]:
+    (length,) = _LENGTH.unpack_from(data, offset)
+    start = offset + _LENGTH.size
+    return data[start : start + length], start + length

@@ -1,0 +1,45 @@
+"""The metadata of GGUF files, against the package that writes and reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gguf import GGUFReader, GGUFWriter
+
+from launcher import gguf_header
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    for kind, value in (("uint8", 1), ("int16", -2), ("uint32", 3), ("uint64", 2**40), ("float32", 0.5), ("float64", 0.25)):
+        getattr(writer, f"add_{kind}")(f"a.{kind}", value)
+    writer.add_bool("a.bool", True)
+    writer.add_array("a.numbers", [1, 2, 3])
+    writer.add_array("a.scores", [0.5, -1.5])
+    writer.add_token_list(["a", "b", "\u0120longer token"])
+    writer.add_string("a.string", "with \u00e4 in it")
+    writer.add_embedding_length(576)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def test_every_type_of_value_is_read_as_the_package_reads_it(file: Path) -> None:
+    fields = {name: field.contents() for name, field in GGUFReader(file).fields.items() if not name.startswith("GGUF.")}
+    read = gguf_header.read(file)
+    assert read.pop("tokenizer.ggml.tokens") == [token.encode() for token in fields.pop("tokenizer.ggml.tokens")]
+    assert read == fields
+    assert (read["llama.embedding_length"], read["general.architecture"]) == (576, "llama")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:60], lambda data: b"GGML" + data[4:], lambda data: data[:4] + b"\x09" + data[5:]]
+)
+def test_a_damaged_file_is_refused(file: Path, damage) -> None:
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=str(file)):
+        gguf_header.read(file)
