@@ -70,16 +70,16 @@ def test_cfg_job_prints_the_composed_settings(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("tokens", [["--info"], ["--info", "defaults-tree"], ["--info", "searchpath"]])
 def test_info_prints_and_starts_nothing(
-    launch: Callable[..., subprocess.CompletedProcess[str]], tokens: list[str], tmp_path: Path
+    launch_here: Callable[..., subprocess.CompletedProcess[str]], tokens: list[str], tmp_path: Path
 ) -> None:
-    done = launch(f"run.root={tmp_path}/runs", *tokens)
+    done = launch_here(f"run.root={tmp_path}/runs", *tokens)
     assert done.returncode == 0, done.stderr
     assert "conf" in done.stdout
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_multirun_prints_the_plans_alone(launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
-    done = launch("plan", "-m", "model=tiny", "optim.lr=0.5,0.25", cwd=tmp_path)
+def test_a_multirun_prints_the_plans_alone(launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    done = launch_here("plan", "-m", "model=tiny", "optim.lr=0.5,0.25", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line.split()[:1] for line in done.stdout.splitlines()].count(["model"]) == 2
     assert all(line[:11].split()[0] == line[:11].strip() for line in done.stdout.splitlines())

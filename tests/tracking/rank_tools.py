@@ -95,7 +95,7 @@ def rank(
 ) -> Iterator[Rank]:
     """A rank in a process of its own, whose trackers are not yet started; where it `imports`, W&B's package as well.
 
-    Where it `sends_at_once`, rows are not gathered for seconds, and W&B's process does not wait for seconds before it tries again.
+    Where it `sends_at_once`, rows are not gathered for seconds, nor does W&B's process wait for seconds after a failure.
     """
     run = RunDir(Path(plan.run_dir))
     if not run.attempt(attempt).exists():

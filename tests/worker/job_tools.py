@@ -99,8 +99,10 @@ def submitted(
     own_signals: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Job]:
-    """A run as `python -m launcher` leaves it for its job."""
+    """A run as `python -m launcher` leaves it for its job, but without the code."""
+    monkeypatch.setattr(run_store, "snapshot_code", lambda run: (run.code / "launcher").mkdir(parents=True))
 
     def submit(**settings: Any) -> Job:
         run = run_store.create(slurm_plan(str(tmp_path), nodes=3, **settings))

@@ -104,10 +104,10 @@ def test_keys_that_are_accepted_once_need_no_process_again(
 
 
 def test_a_run_with_a_misspelt_key_is_refused_and_leaves_nothing(
-    launch: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     extra = "deepspeed.extra={zero_optimization: {overlap_com: true}}"
-    done = launch("model=tiny", "tracking=none", f"run.root={tmp_path}/runs", extra)
+    done = launch_here("model=tiny", "tracking=none", f"run.root={tmp_path}/runs", extra)
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
         "deepspeed.extra.zero_optimization.overlap_com: DeepSpeed has no such key\n"
