@@ -100,13 +100,14 @@ def test_tasks_outlive_a_crashed_slurmd(slurm: Testbed, tmp_path: Path) -> None:
     until(lambda: slurm.output("srun", "--overlap", f"--jobid={job}", "hostname"))
 
 
-def test_jobs_live_through_a_restart_of_the_controller(slurm: Testbed) -> None:
-    job = submit(slurm, script="sleep 4")
+def test_jobs_live_through_a_restart_of_the_controller(slurm: Testbed, tmp_path: Path) -> None:
+    job = submit(slurm, script=f"until test -e {tmp_path}/end; do sleep 0.1; done")
     until(lambda: state(slurm, job) == "RUNNING")
     before = set(slurm.processes("slurmctld"))
     slurm.restart_controller()
     assert not before & set(slurm.processes("slurmctld"))
     assert state(slurm, job) == "RUNNING"
+    (tmp_path / "end").touch()
     until(lambda: slurm.output("sacct", "-nXPj", job, "-o", "State").strip() == "COMPLETED")
 
 
