@@ -53,6 +53,7 @@ docs: .venv/.installed-dev  ## regenerate docs/config.md from the settings' desc
 bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop, a bare TorchTrainer (and TRL where installed)
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 	$(BIN)/python benchmarks/startup.py $(ARGS)
+	$(BIN)/python benchmarks/commands.py $(ARGS)
 	$(BIN)/python benchmarks/saving.py $(ARGS)
 	$(BIN)/python benchmarks/export.py $(ARGS)
 	$(BIN)/python benchmarks/on_ray.py $(ARGS)

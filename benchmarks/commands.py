@@ -17,7 +17,11 @@ import psutil
 import sides
 
 SETTINGS = ("model=demo", "data=stdlib_docs", "tracking=none")
-RUN = ("model=tiny", "data.max_length=128", "train.max_steps=1", "train.epochs=null", "train.export=false", "run.name=bench")
+# The run whose status is asked for.
+RUN = (
+    *("model=tiny", "data=stdlib_docs", "data.max_length=128", "tracking=none", "cluster.ranks_per_node=1"),
+    *("train.max_steps=1", "train.epochs=null", "train.export=false", "run.name=bench"),
+)
 
 
 def main() -> None:
@@ -29,7 +33,7 @@ def main() -> None:
         environment = sides.user_environment(Path(folder))
         launcher = [sys.executable, "-m", "launcher"]
         sides.run([*launcher, "data", *settings], log, environment)
-        sides.run([*launcher, "train", *settings, *RUN, f"run.root={folder}/runs"], log, environment)
+        sides.run([*launcher, "train", *RUN, f"run.root={folder}/runs"], log, environment)
         commands = {
             "plan": ["plan", *settings],
             "data, finished cache": ["data", *settings],
