@@ -122,6 +122,7 @@ def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": text}) + "\n" for i, text in enumerate(texts)))
     settings = ("model=tiny", "data=jsonl", f"data.path={path}", "data.max_length=256", "data.workers=2", "data.eval_fraction=0")
+    settings = (*settings, "data.checks.no_turn_end=keep")
     done = launch("data", *settings, "--json", cwd=tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["read_documents"] == num_rows
