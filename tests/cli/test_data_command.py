@@ -127,7 +127,7 @@ def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["read_documents"] == num_rows
     assert "Traceback" not in done.stderr
-    assert {"concurrent.futures.process", "transformers"} <= imported(done.stderr)
+    assert {"launcher.data.preload", "transformers"} <= imported(done.stderr)
     assert "torch" not in imported(done.stderr), "its import takes longer than the rest"
 
 
