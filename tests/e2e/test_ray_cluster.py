@@ -244,6 +244,7 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
     assert f"job        {job}" in resumed.stdout
     assert f"{cluster.http}/#/jobs/{job}" in resumed.stdout
     wait_for("its end", lambda: status(run)["state"] == "completed")
+    await_no_launcher(run)
     assert step < STEPS
     assert losses(run) == losses(undisturbed)
     assert mirrored(STEPS)
