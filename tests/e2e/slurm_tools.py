@@ -91,7 +91,7 @@ class SlurmRun:
         every = [process for process in map(process_of, self.bed.processes(node)) if process is not None]
         return [process for process in every if words in (line := command_line(process)) and str(self.path) in line]
 
-    def await_step(self, step: int, attempt: int = 1, deadline_s: float = 90) -> None:
+    def await_step(self, step: int, attempt: int = 1, deadline_s: float = 240) -> None:
         def there() -> bool:
             if status(self.path)["state"] in ENDED:
                 raise AssertionError(f"ended early: {status(self.path)}\n{self.output()}")
@@ -99,11 +99,11 @@ class SlurmRun:
 
         wait_for(f"step {step} of attempt {attempt}", there, deadline_s)
 
-    def await_state(self, *states: str, deadline_s: float = 120) -> dict:
+    def await_state(self, *states: str, deadline_s: float = 240) -> dict:
         wait_for(f"{self.path.name} to be {' or '.join(states)}", lambda: status(self.path)["state"] in states, deadline_s)
         return status(self.path)
 
-    def await_completed(self, deadline_s: float = 150) -> None:
+    def await_completed(self, deadline_s: float = 300) -> None:
         """Wait for the end of the run and of its job."""
         ended = self.await_state("completed", "failed", "cancelled", deadline_s=deadline_s)
         assert ended["state"] == "completed", f"{ended}\n{self.output()}"
