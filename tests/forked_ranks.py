@@ -21,9 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from launcher.worker.fork_server import why_unsafe
-from launcher.worker.rank import die_with_parent
-
 TESTS = Path(__file__).resolve().parent
 _POLL_S = 0.005
 # Importing the stack takes longer on a busy machine; a request waits for it.
@@ -138,6 +135,9 @@ def _read_value(path: Path) -> Any:
 
 def serve(descriptor: int) -> None:
     """Fork the ranks of each request, wait for them, and answer with their exit codes."""
+    from launcher.worker.fork_server import why_unsafe
+    from launcher.worker.rank import die_with_parent
+
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import_stack()
@@ -189,6 +189,8 @@ def _wait(pids: Sequence[int], until: float) -> list[int]:
 
 
 def _be_rank(function: str, rank: Mapping[str, Any]) -> NoReturn:
+    from launcher.worker.rank import die_with_parent
+
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     output = os.open(rank["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 Tensors = dict[str, torch.Tensor]
 SIZES = {
@@ -30,7 +30,7 @@ EXPERTS = {
 def save_model(folder: Path, config: Mapping[str, Any], **saving: Any) -> Path:
     """A folder with a random model of this architecture, in tiny sizes."""
     sizes = {**SIZES, **EXPERTS.get(config["model_type"], {}), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, **sizes}))
+    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**{**config, **sizes}))
     hf.save_pretrained(folder, **saving)
     return folder
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from launcher.checkpoint import store
 from launcher.checkpoint.state import State
@@ -46,10 +46,11 @@ def check_config(folder: Path, state: State, trust_remote_code: bool = False) ->
 
     CheckpointError where it has other parameters than the checkpoint.
     """
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # transformers imports its classes when they are named, which must not happen on the meta device.
+    model_class = transformers.AutoModelForCausalLM
     with torch.device("meta"):
-        built: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code), trust_remote_code=trust_remote_code
-        )
+        built: transformers.PreTrainedModel = model_class.from_config(config, trust_remote_code=trust_remote_code)
     tied = built.all_tied_weights_keys
     expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
     held = state.parameters
@@ -68,10 +69,10 @@ def read_probe(checkpoint: Path) -> dict[str, torch.Tensor] | None:
     return load_file(path) if path.exists() else None
 
 
-def load_back(folder: Path, *, dtype: str, device: str = "cpu", trust_remote_code: bool = False) -> PreTrainedModel:
+def load_back(folder: Path, *, dtype: str, device: str = "cpu", trust_remote_code: bool = False) -> transformers.PreTrainedModel:
     """Load an exported folder with transformers in `dtype`; CheckpointError where any weight is missing or left over."""
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=_DTYPES[dtype],
             attn_implementation="sdpa",
@@ -88,7 +89,7 @@ def load_back(folder: Path, *, dtype: str, device: str = "cpu", trust_remote_cod
 
 
 @torch.no_grad()
-def require_finite(model: PreTrainedModel) -> None:
+def require_finite(model: transformers.PreTrainedModel) -> None:
     """One short forward pass; CheckpointError where its logits are not finite."""
     ids = torch.arange(_FORWARD_TOKENS, device=model.device).unsqueeze(0) % model.get_input_embeddings().num_embeddings
     if not torch.isfinite(model(input_ids=ids, use_cache=False).logits).all():
@@ -98,7 +99,7 @@ def require_finite(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_parity(model: PreTrainedModel, probe: Mapping[str, torch.Tensor], *, dtype: str) -> Parity:
+def check_parity(model: transformers.PreTrainedModel, probe: Mapping[str, torch.Tensor], *, dtype: str) -> Parity:
     """Compare a loaded model's logits with the engine's.
 
     `probe` holds `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V] in the dtype that the engine computed in.

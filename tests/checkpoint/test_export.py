@@ -6,10 +6,10 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shard_tools import llama_config, with_metadata
-from transformers import AutoModelForCausalLM
 
 from launcher.checkpoint import export as exporting
 from launcher.checkpoint import parity as proving
@@ -54,7 +54,7 @@ def test_the_folder_holds_the_engines_weights_bit_for_bit(runs, tmp_path, kind, 
     with safe_open(result.path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
-    model, info = AutoModelForCausalLM.from_pretrained(result.path, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(result.path, output_loading_info=True)
     assert {key: list(value) for key, value in info.items() if value} == {}
     assert model.dtype == DTYPES[kind]
     assert_same({name: p.data for name, p in model.named_parameters()}, weights)
@@ -77,7 +77,7 @@ def test_large_models_are_split_into_several_files(runs, tmp_path):
     assert_same({name: parts[file][name] for name, file in index["weight_map"].items()}, trained(runs, "fp32", "fp32"))
     assert sum(len(part) for part in parts.values()) == len(index["weight_map"])
     assert index["metadata"]["total_size"] == result.num_bytes
-    model = AutoModelForCausalLM.from_pretrained(result.path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(result.path)
     assert_same({name: p.data for name, p in model.named_parameters()}, trained(runs, "fp32", "fp32"))
 
 
@@ -138,7 +138,7 @@ def test_generations_stop_where_the_data_ends_turns(runs, tmp_path, of_config, o
     assert json.loads((result.path / "generation_config.json").read_text()) == expected
     assert result.added_stop_ids == tuple(i for i in (3, 5) if i not in stop_ids(base))
     assert stop_ids(result.path) == expected["eos_token_id"]
-    loaded = AutoModelForCausalLM.from_pretrained(result.path).generation_config
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(result.path).generation_config
     assert loaded.eos_token_id == expected["eos_token_id"]
 
 

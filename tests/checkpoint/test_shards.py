@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from deepspeed.runtime.fp16 import loss_scaler
 from safetensors.torch import load_file
 
-from launcher.checkpoint import store, zero3
+from launcher.checkpoint import store
 from launcher.checkpoint.state import read_state
 
 KINDS = ["fp32", "bf16", "hpz"]
@@ -121,6 +120,10 @@ def test_the_directory_holds_what_the_manifest_names(runs):
 
 
 def test_the_dynamic_loss_scale_of_fp16_is_carried_over(monkeypatch):
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    from launcher.checkpoint import zero3
+
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # asked only for who logs an overflow
 
     def engine():

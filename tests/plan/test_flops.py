@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from launcher.config.schema import ModelSection
 from launcher.plan.architecture import FAMILIES, TrainFlops, model_facts, train_flops
@@ -102,16 +101,16 @@ def pairs_attention(
 
 
 def whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return transformers.masking_utils.sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _pairs_kernel() -> Iterator[None]:
-    AttentionInterface.register("pairs", pairs_attention)
-    AttentionMaskInterface.register("pairs", whole_mask)
+    transformers.AttentionInterface.register("pairs", pairs_attention)
+    transformers.AttentionMaskInterface.register("pairs", whole_mask)
     yield
-    AttentionInterface._global_mapping.pop("pairs")
-    AttentionMaskInterface._global_mapping.pop("pairs")
+    transformers.AttentionInterface._global_mapping.pop("pairs")
+    transformers.AttentionMaskInterface._global_mapping.pop("pairs")
 
 
 def build(config: dict[str, Any]) -> tuple[CausalLMLoss, ModelFacts]:

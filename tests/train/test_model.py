@@ -10,9 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import model_type_to_module_name
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
@@ -23,7 +20,7 @@ from launcher.train.model import CausalLMLoss, attention_kernel, attention_words
 
 @pytest.fixture(scope="module")
 def real(demo_model: Path) -> CausalLMLoss:
-    config = AutoModelForCausalLM.from_pretrained(demo_model).config.to_dict()
+    config = transformers.AutoModelForCausalLM.from_pretrained(demo_model).config.to_dict()
     facts = model_facts(config, str(demo_model), str(demo_model), None)
     section = ModelSection(path=str(demo_model), dtype="fp32")
     return build_model(section, facts, "cpu", chunk_tokens=64).eval()
@@ -89,7 +86,7 @@ def attended_by_borders(module, query, key, value, mask, **given):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_flash_attention_is_told_where_documents_begin(real: CausalLMLoss, recompute: bool) -> None:
     """Otherwise transformers asks the GPU in every layer. The kernel is played, so that it knows nothing else."""
-    AttentionInterface.register("played", attended_by_borders)
+    transformers.AttentionInterface.register("played", attended_by_borders)
     ids = torch.cat([packed([9, 1, 14], seed=6)[0], packed([24], seed=7)[0]])
     positions = torch.stack([packed([9, 1, 14], seed=6)[1][0], packed([10, 14], seed=7)[1][0]])
     labels = ids.roll(-1, dims=1)
@@ -128,7 +125,7 @@ def test_flash_attention_is_taken_where_it_can_be(
     monkeypatch: pytest.MonkeyPatch, dtype: Any, family: str, there: bool, kernel: str
 ) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: there)
-    section, config = ModelSection(path="/model", dtype=dtype), AutoConfig.for_model(family)
+    section, config = ModelSection(path="/model", dtype=dtype), transformers.AutoConfig.for_model(family)
     assert attention_kernel(section, "cuda", config) == kernel
     assert attention_kernel(section, "cpu", config) == "sdpa"
     asked = ModelSection(path="/model", dtype=dtype, attention="eager")
@@ -159,8 +156,8 @@ def test_documents_do_not_see_each_other_in_flash_attention() -> None:
 def test_documents_mix_where_layers_carry_a_state_and_nowhere_else(family: str, own: dict[str, Any]) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(family, **sizes, num_key_value_heads=2, vocab_size=97, **own)
-    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().get_decoder()
+    config = transformers.AutoConfig.for_model(family, **sizes, num_key_value_heads=2, vocab_size=97, **own)
+    decoder = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().get_decoder()
     ids, positions = torch.randint(0, 97, (1, 16)), torch.arange(8).repeat(2)[None]
     other = ids.clone()
     other[0, :8] = (ids[0, :8] + 1) % 97
@@ -170,6 +167,9 @@ def test_documents_mix_where_layers_carry_a_state_and_nowhere_else(family: str, 
 
 def test_all_families_whose_layers_carry_a_state_are_known() -> None:
     """By the words that the models of transformers have for such a state, or for the convolution before it."""
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     marks = ("conv_state", "selective_scan", "rwkv", "xlstm", "lightning_attention", "chunk_gated_delta")
     found = set()
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 from weight_tools import change_weights, save_model, without
 
 from launcher import weight_files
@@ -92,7 +92,7 @@ def test_a_head_may_be_absent_where_it_is_tied_to_the_embedding(absent: str, tmp
 
 def test_names_may_lack_the_prefix_of_the_body(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", {**LLAMA, "tie_word_embeddings": True})
-    AutoModelForCausalLM.from_pretrained(folder).model.save_pretrained(folder)
+    transformers.AutoModelForCausalLM.from_pretrained(folder).model.save_pretrained(folder)
     assert "norm.weight" in load_file(folder / "model.safetensors")
     assert compared(folder) == WeightReport()
     change_weights(folder, lambda tensors: tensors.update({"norm.weight": torch.zeros(3)}))
@@ -139,10 +139,11 @@ def test_pickled_weights_are_compared_where_they_are_allowed(tmp_path: Path) -> 
 
 
 def test_a_model_of_70_billion_parameters_is_compared_without_its_data(tmp_path: Path) -> None:
-    config = AutoConfig.for_model(**PRESETS["llama3_3_70b"])
+    config = transformers.AutoConfig.for_model(**PRESETS["llama3_3_70b"])
     config.save_pretrained(tmp_path)
+    model_class = transformers.AutoModelForCausalLM  # imported when it is named: not on the meta device
     with torch.device("meta"):
-        needed = AutoModelForCausalLM.from_config(config).state_dict()
+        needed = model_class.from_config(config).state_dict()
     entries, end = {}, 0
     for name, tensor in needed.items():
         begin, end = end, end + 2 * tensor.numel()
