@@ -209,4 +209,6 @@ def probe_engine() -> dict[str, Any]:
     with torch.no_grad():
         engine(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
     found["evaluated"] = probe.read()
+    # Who leaves first would cut the other off in its last collective.
+    dist.barrier()
     return found
