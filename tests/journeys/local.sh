@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One machine: 5,000 chats become a cache, a run, a run that is killed and resumed, and a folder that transformers loads.
+# One machine: 20,000 chats become a cache, a run, a run that is killed and resumed, and a folder that transformers loads.
 . "$(dirname "$0")/common.sh"
 
 step "settings come from the wheel" launcher plan --info searchpath
 says "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/launcher/conf"
 [ -z "$(ls -A | grep -v output)" ] || fail "looking at settings leaves files"
-python "$here/make_chats.py" 5000 >chats.jsonl
+python "$here/make_chats.py" 20000 >chats.jsonl
 own=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=256 data.workers=2 data.eval_max_rows=4)
 run=("${own[@]}" train.global_batch_size=4 train.max_steps=12 train.save_every=3 train.sample=false tracking.mode=offline)
 
 step "data" python -m launcher data "${own[@]}"
-says "5,000"
+says "20,000"
 step "data, cached" launcher data "${own[@]}" --show 2 --html data.html
 step "plan" python -m launcher plan "${run[@]}"
 refused "a misspelt name" "did you mean tiny?" launcher plan "${run[@]}" model=tinny
