@@ -93,6 +93,7 @@ def test_everything_is_set_in_one_of_them() -> None:
         name for name in SlurmSection.model_fields if name.startswith("max_")
     }
     of_all = {"ranks_per_node", "gpu_type", "price_per_gpu_hour", "timeout_minutes", "stall_seconds", "stop_grace_seconds"}
+    of_all |= {"fork_ranks"}
     set_somewhere = {name for case in CASES.values() for name in case}
     # Either this or gres; its own test is below.
     assert SlurmSection.model_fields.keys() - no_part - of_all - set_somewhere == {"gpus_per_node"}

@@ -23,8 +23,10 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.worker import fault
+from launcher.worker.rank import RankTitle
 
 SLEEP = "import time; time.sleep(60)"
+RANK = "import sys; from launcher.worker.rank import set_title; set_title(int(sys.argv[1]), *sys.argv[2:]); " + SLEEP
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,12 @@ class Node:
         )
 
 
-def process(run: RunDir, module: str, attempt: int, rank: int = 0) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", SLEEP, module, str(run.plan), str(attempt)], env={"RANK": str(rank)})
+def agent_process(run: RunDir, attempt: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", SLEEP, "launcher.worker.agent", str(run.plan), str(attempt)])
+
+
+def rank_process(run: RunDir, attempt: int, rank: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(run.plan), str(attempt)])
 
 
 @pytest.fixture
@@ -52,13 +58,15 @@ def node(tmp_path: Path) -> Iterator[Node]:
     """Ranks 2 and 3 of attempt 2, beside processes of another attempt and of another run."""
     run, other = RunDir(tmp_path / "run"), RunDir(tmp_path / "run2")
     run.root.mkdir()
-    agent = process(run, "launcher.worker.agent", 2)
-    ranks = tuple(process(run, "launcher.worker.entry", 2, rank) for rank in (2, 3))
-    others = [process(run, "launcher.worker.entry", 1, 4), process(other, "launcher.worker.entry", 2, 5)]
+    agent = agent_process(run, 2)
+    ranks = tuple(rank_process(run, 2, rank) for rank in (2, 3))
+    others = [rank_process(run, 1, 4), rank_process(other, 2, 5)]
     every = [agent, *ranks, *others]
     # A fork that has not become its program yet shows its parent's command line.
-    deadline = time.monotonic() + 10
-    while any(psutil.Process(p.pid).cmdline()[1:2] != ["-c"] for p in every):
+    deadline = time.monotonic() + 30
+    while any(psutil.Process(p.pid).cmdline()[1:2] != ["-c"] for p in every[:1]) or any(
+        RankTitle.of(psutil.Process(p.pid)) is None for p in every[1:]
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     yield Node(run, agent, ranks)
