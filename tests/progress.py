@@ -1,4 +1,4 @@
-"""A line of progress about every 15 seconds, such as `3:10 passed, 61%, about 2:00 left`.
+"""A line of progress about every 15 seconds, such as `3:10 elapsed, 61%, about 2:00 left`.
 
 Each test weighs what it took in the last run, which pytest's cache directory keeps.
 """
@@ -35,13 +35,13 @@ class Estimate:
         if test in self._weights:
             self._done.add(test)
 
-    def line(self, passed_s: float) -> str:
-        """The line to print after `passed_s` seconds."""
+    def line(self, elapsed_s: float) -> str:
+        """The line to print after `elapsed_s` seconds."""
         total = sum(self._weights.values())
         done = sum(self._weights[test] for test in self._done)
         share = done / total if total else 0.0
-        line = f"{_minutes(passed_s)} passed, {share:.0%}"
-        return f"{line}, about {_minutes(passed_s * (1 - share) / share)} left" if share else line
+        line = f"{_minutes(elapsed_s)} elapsed, {share:.0%}"
+        return f"{line}, about {_minutes(elapsed_s * (1 - share) / share)} left" if share else line
 
 
 def _minutes(seconds: float) -> str:
@@ -101,8 +101,8 @@ class Progress:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None and now - self._printed >= INTERVAL_S:
             self._printed = now
-            terminal.ensure_newline()
-            terminal.write_line(self._estimate.line(now - self._began))
+            # The dots of the tests stand in a line without an end.
+            terminal.write(f"\n{self._estimate.line(now - self._began)}\n")
 
 
 def register(config: pytest.Config) -> None:

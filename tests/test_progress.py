@@ -27,11 +27,11 @@ def test_waits(seconds):
 def test_the_time_that_is_left_is_weighed_by_the_last_durations() -> None:
     estimate = Estimate({"long": 90.0, "short": 10.0, "gone": 500.0})
     estimate.expect(["short", "long"])
-    assert estimate.line(0.0) == "0:00 passed, 0%"
+    assert estimate.line(0.0) == "0:00 elapsed, 0%"
     estimate.finish("short")
-    assert estimate.line(20.0) == "0:20 passed, 10%, about 3:00 left"
+    assert estimate.line(20.0) == "0:20 elapsed, 10%, about 3:00 left"
     estimate.finish("long")
-    assert estimate.line(190.4) == "3:10 passed, 100%, about 0:00 left"
+    assert estimate.line(190.4) == "3:10 elapsed, 100%, about 0:00 left"
 
 
 def test_a_test_that_is_not_known_weighs_the_mean_and_without_durations_tests_are_counted() -> None:
@@ -39,11 +39,11 @@ def test_a_test_that_is_not_known_weighs_the_mean_and_without_durations_tests_ar
     estimate.expect(["a", "b", "other"])
     estimate.finish("other")
     estimate.finish("unexpected")
-    assert estimate.line(60.0) == "1:00 passed, 33%, about 2:00 left"
+    assert estimate.line(60.0) == "1:00 elapsed, 33%, about 2:00 left"
     counted = Estimate({})
     counted.expect(map(str, range(4)))
     counted.finish("0")
-    assert counted.line(5.0) == "0:05 passed, 25%, about 0:15 left"
+    assert counted.line(5.0) == "0:05 elapsed, 25%, about 0:15 left"
 
 
 @pytest.mark.parametrize("nodes", [[], ["-n", "1"]], ids=["in-one-process", "xdist"])
@@ -53,7 +53,7 @@ def test_lines_are_printed_and_durations_kept(tmp_path: Path, nodes: list[str]) 
     command = [sys.executable, "-m", "pytest", "--rootdir", str(tmp_path), "-c", "/dev/null", *nodes, str(tmp_path)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(r"^\d:\d\d passed, \d+%", done.stdout, re.MULTILINE)) >= 2, done.stdout
+    assert len(re.findall(r"^\d:\d\d elapsed, \d+%", done.stdout, re.MULTILINE)) >= 2, done.stdout
     (file,) = tmp_path.glob(".pytest_cache/v/progress/durations")
     durations = json.loads(file.read_text())
     assert [took > seconds for took, seconds in zip(durations.values(), (0.4, 0.1, 0.5), strict=True)] == [True] * 3
