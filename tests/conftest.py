@@ -21,6 +21,7 @@ import pytest
 from filelock import FileLock
 from forked_ranks import RankServer
 from missing_program import skip_or_fail
+from pace import slowness
 from testbed_cluster import SlotTaken, Testbed
 from testbed_config import NUM_SLOTS, Settings, install_command, missing_commands
 
@@ -73,7 +74,7 @@ def launch(launcher_env: Mapping[str, str]) -> Callable[..., subprocess.Complete
             text=True,
             cwd=cwd or REPO,
             env={**launcher_env, **env},
-            timeout=timeout,
+            timeout=timeout * slowness(),
         )
 
     return run

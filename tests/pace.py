@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from functools import cache
 
 # What the loop below takes on one quiet core of the machine that the deadlines were chosen on.
@@ -29,3 +30,11 @@ def _measured() -> float:
     for number in range(500_000):
         total += number & 7
     return time.perf_counter() - began
+
+
+def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60.0) -> None:
+    """Wait until the condition holds; fails where that takes longer than `deadline_s`, at the pace of this machine."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < deadline_s * slowness(), f"waited {time.monotonic() - began:.0f} s for {what}"
+        time.sleep(0.05)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+from pace import wait_for
 
 from launcher.worker.rank import RankTitle
 
@@ -18,13 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none")
-
-
-def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 120) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
-        time.sleep(0.05)
 
 
 def metrics(run: Path) -> list[dict]:

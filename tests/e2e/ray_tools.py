@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import e2e_tools
+import pace
 import psutil
 from e2e_tools import by_rank, command_line, metrics
 
@@ -22,7 +22,7 @@ DEADLINE_S = 500.0
 
 
 def wait_for(what: str, condition: Callable[[], object]) -> None:
-    e2e_tools.wait_for(what, condition, DEADLINE_S)
+    pace.wait_for(what, condition, DEADLINE_S)
 
 
 def started_by(run: Path) -> list[psutil.Process]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from e2e_tools import TINY, command_line, last_step, losses, metrics, status, wait_for
+from e2e_tools import TINY, command_line, last_step, losses, metrics, status
+from pace import wait_for
 from testbed_cluster import Testbed
 
 from launcher import run_store

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, committed, flip, losses, metrics, processes_of, status, truncate, wait_for
+from e2e_tools import TINY, committed, flip, losses, metrics, processes_of, status, truncate
+from pace import wait_for
 
 from launcher.checkpoint import store
 

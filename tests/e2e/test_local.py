@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, agent_of, alerts, committed, last_step, metrics, processes_of, ranks_of, status, wait_for
+from e2e_tools import TINY, agent_of, alerts, committed, last_step, metrics, processes_of, ranks_of, status
+from pace import wait_for
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir

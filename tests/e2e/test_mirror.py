@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, agent_of, alerts, last_step, losses, processes_of, ranks_of, status, wait_for
+from e2e_tools import TINY, agent_of, alerts, last_step, losses, processes_of, ranks_of, status
 from mirror_tools import S3, make_bucket, running_s3
+from pace import wait_for
 
 pytestmark = pytest.mark.rest
 

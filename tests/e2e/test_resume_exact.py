@@ -12,22 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from e2e_tools import (
-    TINY,
-    alerts,
-    assembled,
-    committed,
-    flip,
-    held,
-    last_step,
-    losses,
-    metrics,
-    processes_of,
-    status,
-    truncate,
-    wait_for,
-)
+from e2e_tools import TINY, alerts, assembled, committed, flip, held, last_step, losses, metrics, processes_of, status, truncate
 from killed_runs import MOMENTS, Killer, differences, draw_kills, restart_reasons, row_differences, steps_for
+from pace import wait_for
 from ray_tools import rows_environment
 
 from launcher.run_store import RUNNING_STATES

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e_tools import last_step, losses, metrics, status, wait_for
+from e2e_tools import last_step, losses, metrics, status
+from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, events, submit
 from testbed_cluster import Testbed
 

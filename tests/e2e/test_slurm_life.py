@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from e2e_tools import losses, metrics, wait_for
+from e2e_tools import losses, metrics
+from pace import wait_for
 from slurm_tools import SETTINGS, Launch, SlurmRun, submit
 from testbed_cluster import Testbed
 

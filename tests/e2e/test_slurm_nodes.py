@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from e2e_tools import command_line, losses, metrics, status, wait_for
+from e2e_tools import command_line, losses, metrics, status
+from pace import wait_for
 from slurm_tools import STEPS, Launch, submit
 from testbed_cluster import Testbed
 

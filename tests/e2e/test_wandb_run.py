@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_tools import TINY, last_step, losses, processes_of, ranks_of, status, wait_for
+from e2e_tools import TINY, last_step, losses, processes_of, ranks_of, status
+from pace import wait_for
 from wandb_server import KEY, FakeWandb, Run, fake_wandb
 
 from launcher.tracking.jsonl import read_events

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 from forked import ForkedProcess, preloaded
+from pace import wait_for
 from wandb_server import KEY, FakeWandb
 
 from launcher import run_store
@@ -131,13 +132,6 @@ def rank(
         for stream in (process.stdin, process.stdout):
             with suppress(OSError):
                 stream.close()
-
-
-def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
-        time.sleep(0.05)
 
 
 def wait_for_another_second(run_dir: Path) -> None:

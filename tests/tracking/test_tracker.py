@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
-from rank_tools import wait_for
+from pace import wait_for
 from wandb_files import history
 
 from launcher.errors import RunError

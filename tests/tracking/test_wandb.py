@@ -16,7 +16,8 @@ import psutil
 import pytest
 import wandb
 from forked import preloaded
-from rank_tools import IMPORTED, times_begun, wait_for, wait_for_another_second
+from pace import wait_for
+from rank_tools import IMPORTED, times_begun, wait_for_another_second
 from wandb_files import history, records
 
 from launcher import run_store

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from forked import preloaded
-from rank_tools import AT_ONCE, IMPORTED, QUICK_S, alerts, infos, rank, wait_for, wait_for_another_second
+from pace import wait_for
+from rank_tools import AT_ONCE, IMPORTED, QUICK_S, alerts, infos, rank, wait_for_another_second
 from wandb_files import history
 from wandb_server import KEY, FakeWandb, fake_wandb
 

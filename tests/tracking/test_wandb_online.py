@@ -12,8 +12,9 @@ from pathlib import Path
 import hand_made
 import pytest
 from forked import ForkingSubprocess, preloaded
+from pace import wait_for
 from plan_fixtures import DATA
-from rank_tools import IMPORTED, QUICK_S, alerts, has_steps, infos, rank, wait_for
+from rank_tools import IMPORTED, QUICK_S, alerts, has_steps, infos, rank
 from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
 from launcher import run_store

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from forked import ForkedProcess, preloaded
 from mirror_tools import commit, make_run, tree
+from pace import wait_for
 
 from launcher import run_store
 from launcher.checkpoint import durable
@@ -32,13 +33,6 @@ from launcher.worker.mirror import MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
 
 REPO = Path(__file__).resolve().parents[2]
-
-
-def wait_for(what: str, condition: Callable[[], object], deadline_s: float = 60) -> None:
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, f"waited {deadline_s} s for {what}"
-        time.sleep(0.05)
 
 
 @contextmanager
