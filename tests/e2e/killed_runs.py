@@ -217,7 +217,7 @@ def restart_parts(run: Path, hits: Sequence[Hit]) -> dict[str, list[float]]:
     phases = {
         phase: [event["time"] for event in events if event["fields"].get("phase") == phase] for phase in ("joined", "loaded")
     }
-    names = ("the agent notices and ends the others", "imports, joining", "model, checkpoint, engine", "first step")
+    names = ("the agent notices and ends the others", "ranks start and join", "model, checkpoint, engine", "first step")
     parts: dict[str, list[float]] = {name: [] for name in ("whole", *names)}
     for hit, following in zip(hits, [*(hit.at for hit in hits[1:]), float("inf")], strict=True):
         times = [hit.at]
