@@ -70,7 +70,7 @@ def test_a_run_that_is_stopped_in_the_page_preempted_killed_and_completed(
     assert [(event["step"], event["text"]) for event in read_events(run / "events.jsonl") if event["kind"] == "alert"] == [
         (stopped_at, words)
     ]
-    title = f"preempted at step {stopped_at}: {words}"[:63]
+    title = f"watched at step {stopped_at}: {words}"[:63]
     assert [(alert["title"], alert["text"]) for alert in server.alerts] == [(title, words)]
     assert tracked(server).preempting
     assert tracked(server).config["config"]["value"]["train"]["max_steps"] == 2000
