@@ -23,11 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from setproctitle import setproctitle
-
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.worker import entry
-from launcher.worker.rank import die_with_parent
+from launcher.worker.rank import die_with_parent, name_process
 
 _CUDA_NOT_INITIALIZED = 3
 # From the fork of a rank until the kernel has given it to the agent.
@@ -51,7 +49,7 @@ def differing(environment: Mapping[str, str], imported_with: Mapping[str, str]) 
 def main(descriptor: int, plan_path: str) -> None:
     """Import what ranks need, then fork one for each request until the agent closes the socket. Ranks return from here too."""
     die_with_parent()
-    setproctitle(f"launcher fork server: {plan_path}")
+    name_process(f"launcher fork server: {plan_path}", "fork-server")
     # Ctrl-C reaches the whole terminal group; what it means to a rank is the agent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     agent_pid = os.getppid()

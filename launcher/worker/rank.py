@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from setproctitle import setproctitle
+from setproctitle import setproctitle, setthreadtitle
 
 from launcher.errors import RunError
 
@@ -80,7 +80,16 @@ class RankTitle:
 
 def set_title(rank: int, plan_path: str, attempt: int) -> None:
     """Name this process in `ps`, `top` and `nvidia-smi`."""
-    setproctitle(f"launcher rank {rank}: {plan_path} {attempt}")
+    name_process(f"launcher rank {rank}: {plan_path} {attempt}", f"rank-{rank}")
+
+
+def name_process(title: str, name: str) -> None:
+    """Set the command line that is shown, and the name in /proc/PID/stat.
+
+    The name has no spaces: Slurm's proctrack/linuxproc splits that file at spaces, and would lose the process.
+    """
+    setproctitle(title)
+    setthreadtitle(name)
 
 
 def redirect_output(log: Path) -> None:

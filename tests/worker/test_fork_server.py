@@ -14,11 +14,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from pace import wait_for
 from plan_fixtures import facts_for
 
 from launcher.config.schema import RunConfig
 from launcher.plan.planner import plan
 from launcher.worker import fork_server
+from launcher.worker.rank import RankTitle
 from launcher.worker.rank_process import ForkedProcess, ForkFailed, ForkServer, RankProcesses
 
 REPO = Path(__file__).resolve().parents[2]
@@ -206,6 +208,7 @@ def test_a_server_that_was_killed_costs_no_start(plan_path: str, environment: Ma
 def test_server_and_ranks_do_not_outlive_the_agent(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> None:
     agent = """
 import os, sys
+from launcher.worker.rank import RankTitle
 from launcher.worker.rank_process import RankProcesses
 ranks = RankProcesses()
 ranks.warm_up(sys.argv[1], os.environ)
@@ -232,3 +235,18 @@ def test_a_cuda_context_forbids_forks(monkeypatch: pytest.MonkeyPatch, result: i
     monkeypatch.setattr(fork_server.Path, "iterdir", lambda folder: [])
     refusal = fork_server.why_unsafe()
     assert (refusal is not None and "CUDA" in refusal) is is_unsafe
+
+
+def test_the_names_of_processes_have_no_space(server: ForkServer, plan_path: str, environment: Mapping[str, str]) -> None:
+    """Slurm's proctrack/linuxproc reads /proc/PID/stat word by word."""
+    script = "from launcher.worker.rank import set_title; set_title(12, plan_path, attempt); import time; time.sleep(60)"
+    rank = server.fork((plan_path, "3"), {**environment, "LAUNCHER_SCRIPT": script})
+    try:
+        process = psutil.Process(rank.pid)
+        wait_for("the title", lambda: RankTitle.of(process) is not None)
+        assert RankTitle.of(process) == RankTitle(12, plan_path, 3)
+        others = [child for child in psutil.Process().children() if plan_path in " ".join(child.cmdline())]
+        assert {each.name() for each in others} == {"rank-12", "fork-server"}
+    finally:
+        rank.kill()
+        rank.wait(DEADLINE_S)
