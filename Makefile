@@ -36,7 +36,7 @@ test: .venv/.installed-dev  ## run the unit tests and one whole run on this mach
 	$(BIN)/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile)
 
 test-rest: .venv/.installed-dev  ## run all other tests: faults, interruptions, what a user types on the first day
-	$(BIN)/python -m pytest -m "rest and not gpu" $(or $(strip $(ARGS)),-n 2 --dist loadfile)
+	$(BIN)/python -m pytest -m "rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile)
 
 test-all: test test-rest  ## run every test
 
