@@ -27,7 +27,7 @@ from testbed_config import NUM_SLOTS, Settings, install_command, missing_command
 
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
-BUILD_DEADLINE_S = 900
+BUILD_DEADLINE_S = 1700
 
 
 def pytest_configure(config: pytest.Config) -> None:
