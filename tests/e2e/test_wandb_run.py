@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from e2e_tools import TINY, last_step, losses, processes_of, ranks_of, status
@@ -38,6 +39,14 @@ def require_all_rows(server: FakeWandb, run: Path) -> None:
     assert [row["train/loss"] for row in tracked(server).rows()] == [loss for _, loss in sorted(losses(run).items())]
 
 
+# A machine that is busy with other tests.
+SLOW = "training has become slow"
+
+
+def alerts(server: Any) -> list[dict[str, Any]]:
+    return [alert for alert in server.alerts if SLOW not in alert["title"]]
+
+
 def test_a_run_that_is_stopped_in_the_page_preempted_killed_and_completed(
     launch: Launch, start: Callable, runs: Path, server: FakeWandb
 ) -> None:
@@ -56,7 +65,7 @@ def test_a_run_that_is_stopped_in_the_page_preempted_killed_and_completed(
     assert outcome.stat().st_mtime < trackers_end - 0.1
     assert not processes_of(run)
     assert tracked(server).exits == [255]
-    assert server.alerts == []
+    assert alerts(server) == []
 
     # The run can be resumed; machines that are about to go are an alert.
     server.stopped = False
@@ -67,11 +76,13 @@ def test_a_run_that_is_stopped_in_the_page_preempted_killed_and_completed(
     stopped_at = status(run)["step"]
     assert status(run)["state"] == "preempted", output
     words = f"the machine was asked to stop; saved at step {stopped_at} of 2000"
-    assert [(event["step"], event["text"]) for event in read_events(run / "events.jsonl") if event["kind"] == "alert"] == [
-        (stopped_at, words)
-    ]
+    assert [
+        (event["step"], event["text"])
+        for event in read_events(run / "events.jsonl")
+        if event["kind"] == "alert" and SLOW not in event["text"]
+    ] == [(stopped_at, words)]
     title = f"watched at step {stopped_at}: {words}"[:63]
-    assert [(alert["title"], alert["text"]) for alert in server.alerts] == [(title, words)]
+    assert [(alert["title"], alert["text"]) for alert in alerts(server)] == [(title, words)]
     assert tracked(server).preempting
     assert tracked(server).config["config"]["value"]["train"]["max_steps"] == 2000
     require_all_rows(server, run)
@@ -88,7 +99,7 @@ def test_a_run_that_is_stopped_in_the_page_preempted_killed_and_completed(
     assert set(tracked(server).exits[num_exits:]) == {1}
     require_all_rows(server, run)
     assert tracked(server).summary["state"] == "failed"
-    _, alert = server.alerts
+    _, alert = alerts(server)
     assert "the run has failed: rank 1: killed by SIGKILL" in alert["text"]
     assert "rank-00001.log" in alert["text"]
     assert not processes_of(run)
