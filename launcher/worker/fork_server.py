@@ -68,28 +68,31 @@ def _import_stack(plan: LaunchPlan) -> None:
 
 
 def _serve(connection: socket.socket, agent_pid: int) -> Sequence[str] | None:
-    """Fork a rank per request. Returns the rank's arguments in the rank, and None in the server when the agent has gone."""
+    """Say whether ranks can be forked, then fork one per request.
+
+    Returns the rank's arguments in the rank, and None in the server when the agent has gone.
+    """
     refusal = why_unsafe()
     requests = connection.makefile("r", encoding="utf-8")
+    connection.sendall(json.dumps({"refusal": refusal}).encode() + b"\n")
     while line := requests.readline():
         request: dict[str, Any] = json.loads(line)
-        answer: dict[str, Any] = {"refusal": refusal}
-        if refusal is None:
-            try:
-                pid = _fork_orphan()
-            except OSError as error:
-                answer = {"refusal": f"it cannot fork: {error.strerror or error}"}
-            else:
-                if pid == 0:
-                    requests.close()
-                    connection.close()
-                    _await_adoption(agent_pid)
-                    os.environ.clear()
-                    os.environ.update(request["environment"])
-                    arguments: Sequence[str] = request["arguments"]
-                    sys.argv[1:] = arguments
-                    return arguments
-                answer = {"pid": pid}
+        answer: dict[str, Any]
+        try:
+            pid = _fork_orphan()
+        except OSError as error:
+            answer = {"refusal": f"it cannot fork: {error.strerror or error}"}
+        else:
+            if pid == 0:
+                requests.close()
+                connection.close()
+                _await_adoption(agent_pid)
+                os.environ.clear()
+                os.environ.update(request["environment"])
+                arguments: Sequence[str] = request["arguments"]
+                sys.argv[1:] = arguments
+                return arguments
+            answer = {"pid": pid}
         try:
             connection.sendall(json.dumps(answer).encode() + b"\n")
         except OSError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -108,12 +109,17 @@ class ForkServer:
         self._environment = {**environment, **_VARIABLES}
         self._connection, theirs = socket.socketpair()
         self._connection.settimeout(_IMPORT_S)
+        self._has_answered = False
         self._answers = self._connection.makefile("r", encoding="utf-8")
         with theirs:
             command = [sys.executable, "-u", "-m", "launcher.worker.fork_server", str(theirs.fileno()), plan_path]
             self._process = subprocess.Popen(
                 command, env=self._environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], cwd=folder
             )
+
+    def is_importing(self) -> bool:
+        """True while a fork would have to wait."""
+        return not self._has_answered and not select.select([self._connection], [], [], 0)[0]
 
     def fork(self, arguments: Sequence[str], environment: Mapping[str, str]) -> ForkedProcess:
         """Fork a rank with these arguments of launcher.worker.entry; waits until the server has imported everything.
@@ -125,17 +131,24 @@ class ForkServer:
         if names := differing(environment, self._environment):
             raise ForkFailed(f"{', '.join(names)} must be set before anything is imported")
         request = json.dumps({"arguments": [*arguments], "environment": environment})
+        if not self._has_answered:
+            self._answer()
+            self._has_answered = True
         with _adopting_orphans():
-            try:
+            return ForkedProcess(_await_child(self._answer(request)["pid"]))
+
+    def _answer(self, request: str = "") -> dict[str, Any]:
+        try:
+            if request:
                 self._connection.sendall(request.encode() + b"\n")
-                answer: dict[str, Any] = json.loads(self._answers.readline())
-            except TimeoutError:
-                raise ForkFailed(f"importing has taken longer than {_IMPORT_S:.0f} s") from None
-            except (OSError, ValueError):
-                raise ForkFailed(f"the fork server has ended with exit code {self._process.wait()}") from None
-            if "pid" not in answer:
-                raise ForkFailed(answer["refusal"])
-            return ForkedProcess(_await_child(answer["pid"]))
+            answer: dict[str, Any] = json.loads(self._answers.readline())
+        except TimeoutError:
+            raise ForkFailed(f"importing has taken longer than {_IMPORT_S:.0f} s") from None
+        except (OSError, ValueError):
+            raise ForkFailed(f"the fork server has ended with exit code {self._process.wait()}") from None
+        if refusal := answer.get("refusal"):
+            raise ForkFailed(refusal)
+        return answer
 
     def kill(self) -> None:
         """End the server at once; ranks stay."""
@@ -193,6 +206,10 @@ class RankProcesses:
     def warm_up(self, plan_path: str, environment: Mapping[str, str]) -> None:
         """Have a fork server import what ranks of this plan need, while this process goes on."""
         self._server = ForkServer(plan_path, environment, self._folder)
+
+    def is_warming_up(self) -> bool:
+        """True while `start` would have to wait for imports."""
+        return self._server is not None and self._server.is_importing()
 
     def start(self, plan_path: str, attempt: int, environment: Mapping[str, str]) -> RankProcess:
         """Start a rank with these variables; a forked one also has those that a fork server needs."""

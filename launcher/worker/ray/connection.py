@@ -92,8 +92,6 @@ def _join(plan: LaunchPlan, path: str, common: dict[str, Any]) -> None:
         # The job's own environment holds for all that it starts.
         ray.init(address="auto", **common)
     else:
-        # A cluster that listens and does not answer, mostly because of another token: Ray would try for 20 s.
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "5")
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
         ray.init(address=plan.ray.address, runtime_env={"env_vars": variables}, **common)
 

@@ -245,6 +245,10 @@ class _Worker:
         mirror = MirrorProcess.start(plan, plan_path, run, attempt, keys) if number == 0 else None
         observer = Observer(board, self.local_rank, plan.config.cluster.stall_seconds)
         environment = self._rank_environment(plan, run, orders, error_file, board)
+        while self.ranks.is_warming_up():
+            # Where storage is slow imports take minutes, and a worker that says nothing counts as lost.
+            self._beat(None)
+            time.sleep(_ASK_S)
         # Blocked from its first instruction on: what comes while it imports waits until it listens.
         with _blocked_signals():
             rank = self.ranks.start(plan_path, attempt, environment)

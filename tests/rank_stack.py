@@ -1,0 +1,14 @@
+"""Imports what ranks of any test need. Nothing is built."""
+
+import deepspeed  # noqa: F401
+import torch._dynamo  # noqa: F401
+import transformers.models.llama.modeling_llama  # noqa: F401
+
+import launcher.train.finish
+import launcher.train.loop
+import launcher.train.start  # noqa: F401
+from launcher.train.engine import import_muon
+from launcher.worker.fork_server import why_unsafe
+
+import_muon()
+assert (refusal := why_unsafe()) is None, refusal
