@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import uuid
@@ -120,7 +119,7 @@ class _Worker:
         self.address = network.own_endpoint([], interface).address if interface else ray.util.get_node_ip_address()
         self.port = network.free_port(self.address)
         # Which worker the ranks meet at is known when it is known who trains.
-        self.listener = _Listener(self.address, self.port)
+        self.listener = network.Listener(self.address, self.port)
         self.reporter = Reporter(self.rank)
         self.ranks = RankProcesses()
         # The attempt, once it is known.
@@ -388,17 +387,3 @@ def _storage_problem(plan: LaunchPlan) -> Problem | None:
         remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or take it out"
         return Problem(what, value=f"{plan.ray.storage_path}: {_words(error).splitlines()[0]}", remedy=remedy)
     return None
-
-
-class _Listener:
-    """Listens on a port at which ranks may be to meet, so that other nodes can try the way before anything is loaded."""
-
-    def __init__(self, address: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind((address, port))
-        self._socket.listen(128)
-
-    def close(self) -> None:
-        self._socket.close()
