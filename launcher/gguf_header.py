@@ -54,7 +54,7 @@ def read(file: Path) -> dict[str, Any]:
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         magic, version, _, num_fields = struct.unpack_from("<4sIQQ", data)
         if magic != b"GGUF" or version not in _VERSIONS:
-            raise ValueError(f"{file} is no GGUF file of version 2 or 3")
+            raise ValueError(f"{file} is not a GGUF file of version 2 or 3")
         fields, offset = {}, struct.calcsize("<4sIQQ")
         try:
             for _ in range(num_fields):
@@ -62,7 +62,7 @@ def read(file: Path) -> dict[str, Any]:
                 (kind,) = struct.unpack_from("<I", data, offset)
                 fields[key.decode()], offset = _read_value(data, offset + 4, kind)
         except (struct.error, KeyError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} ends in the middle of its metadata, or is damaged") from error
+            raise ValueError(f"{file} has truncated or damaged metadata") from error
         return fields
 
 
