@@ -14,10 +14,10 @@ import sides
 import torch
 
 from launcher.tracking.goodput import Breakdown
-from launcher.train import ranks
-from launcher.train.devices import Sample
-from launcher.train.health import Health
-from launcher.train.ranks import SLOTS, Told
+from launcher.train.monitoring import rank_stats
+from launcher.train.monitoring.anomalies import Health
+from launcher.train.monitoring.gpu_stats import Sample
+from launcher.train.monitoring.rank_stats import SLOTS, Told
 
 STEPS = 300
 SAMPLE = Sample(5, 0.97, 0.8, 650, 70, 0, 0, 0.3, 0.4)
@@ -38,9 +38,9 @@ def main() -> None:
             packed = time.thread_time() - began
             shared[4:] = torch.tensor(others, dtype=torch.float64)
             began = time.thread_time()
-            told = ranks.told(shared.tolist()[4:])
-            works = ranks.work(told)
-            ranks.metrics(told, works)
+            told = rank_stats.told(shared.tolist()[4:])
+            works = rank_stats.work(told)
+            rank_stats.metrics(told, works)
             list(health.faults(told, ["n"] * world_size))
             list(health.stragglers(works, ["n"] * world_size))
             health.step(2.0 - step * 1e-6, 1000.0)

@@ -254,8 +254,9 @@ def middle(values: Sequence[float]) -> tuple[float, float, float]:
 
 def switch(recorder: Recorder) -> None:
     """Make the loop leave out its tracking where `is_on` says so, and have its steps taken by `recorder`."""
-    from launcher.train import loop, monitor
-    from launcher.train.probe import Probe
+    from launcher.train import loop
+    from launcher.train.monitoring import monitor
+    from launcher.train.monitoring.rank_timing import Probe
 
     class SwitchedProbe(Probe):
         def _begin(self, *arguments: Any) -> None:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import launcher
-from launcher import gguf_header, warm_start, weight_files
+from launcher import gguf_header, parent_run, weight_files
 from launcher.checkpoint import generation
 from launcher.config.schema import ModelSection, RunConfig, is_local_path, is_run
 from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError, Problem
-from launcher.machine import device
+from launcher.hardware import device
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, ModelFacts, Provenance
 
@@ -52,7 +52,7 @@ def settled(config: RunConfig) -> RunConfig:
     """
     if not is_run(config.model.path):
         return config
-    model = config.model.model_copy(update={"path": warm_start.settled(config).path})
+    model = config.model.model_copy(update={"path": parent_run.settled(config).path})
     return config.model_copy(update={"model": model})
 
 
@@ -75,7 +75,7 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
         model=model,
         data=data,
         provenance=_provenance(overrides),
-        lineage=warm_start.lineage(warm_start.open_source(config.model.path or "")) if is_run(config.model.path) else None,
+        lineage=parent_run.lineage(parent_run.open_source(config.model.path or "")) if is_run(config.model.path) else None,
     )
 
 
@@ -259,8 +259,8 @@ def locate(source: str, model: ModelSection) -> Located:
         folder = converted_folder(file)
         return Located(folder if (folder / "config.json").is_file() else None, file)
     if is_run(source):
-        origin = warm_start.open_source(source)
-        folder = warm_start.folder(origin, model.dtype)
+        origin = parent_run.open_source(source)
+        folder = parent_run.folder(origin, model.dtype)
         return Located(folder if (folder / "config.json").is_file() else None, origin.checkpoint.path)
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
@@ -306,8 +306,8 @@ def _model(model: ModelSection) -> ModelFacts:
     if weights:
         config = json.loads((weights / "config.json").read_text())
     elif is_run(model.path):
-        origin = warm_start.open_source(model.path or "")
-        config, exact = origin.plan.model.config, warm_start.num_params(origin)
+        origin = parent_run.open_source(model.path or "")
+        config, exact = origin.plan.model.config, parent_run.num_params(origin)
     else:
         # A GGUF file carries the numbers in its header; they are read once, when it is converted.
         config = model.config if model.config is not None else _gguf_config(model)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from launcher.config.secret import redact
+from launcher.config.redaction import redact
 from launcher.errors import SubmitError
 
 _LOCK = ".lock"

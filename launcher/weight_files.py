@@ -19,7 +19,7 @@ import xxhash
 
 from launcher import run_store
 from launcher.config.schema import ModelSection
-from launcher.data import root
+from launcher.data import cache_dir
 from launcher.errors import ConfigError, Problem
 
 # Raised whenever the comparison changes: results of an earlier one are not read any more.
@@ -194,7 +194,7 @@ def save_report(folder: Path, model: ModelSection, report: WeightReport) -> None
         DataError: where the launcher's cache cannot be written.
     """
     file = _report_file(folder, model)
-    with root.usable(file.parent):
+    with cache_dir.usable(file.parent):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         run_store.write_json(file, asdict(report))
 
@@ -211,7 +211,7 @@ def _report_file(folder: Path, model: ModelSection) -> Path:
         [[file.name, xxhash.xxh3_64_hexdigest(file.read_bytes())] for file in described],
         [[file.name, _content_key(file)] for file in weight_files(folder, model.allow_pickled_weights)],
     ]
-    return root.cache_root() / "weight-checks" / f"{xxhash.xxh3_128_hexdigest(json.dumps(key).encode())}.json"
+    return cache_dir.cache_root() / "weight-checks" / f"{xxhash.xxh3_128_hexdigest(json.dumps(key).encode())}.json"
 
 
 def _content_key(file: Path) -> str:

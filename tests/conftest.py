@@ -168,7 +168,7 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
             return
         names = ("ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder")
         build = "; ".join(f"get_accelerator().create_op_builder({name!r}).load()" for name in names)
-        lock = "from launcher.train.extensions import lock_builds; lock_builds()"
+        lock = "from launcher.train.jit_build_lock import lock_builds; lock_builds()"
         script = f"{lock}; from deepspeed.accelerator import get_accelerator; {build}"
         env = {**os.environ, "PYTHONPATH": str(REPO)}
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=BUILD_DEADLINE_S, env=env)

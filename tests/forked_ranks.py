@@ -115,7 +115,7 @@ def _read_value(path: Path) -> Any:
 
 def main(function: str, arguments: str, value: str) -> NoReturn:
     """Be a rank."""
-    from launcher.worker.rank import die_with_parent
+    from launcher.worker.rank_env import die_with_parent
 
     die_with_parent()
     code = 0

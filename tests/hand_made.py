@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint import durable, store
+from launcher import atomic_files
+from launcher.checkpoint import store
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
 from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
@@ -70,7 +71,7 @@ def changed(plan: LaunchPlan, *overrides: str) -> LaunchPlan:
 def checkpoint(run: RunDir, step: int, loss: float | None, attempt: int) -> Path:
     """A committed checkpoint of two ranks, of a thousand bytes each."""
     saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-    files = {name: durable.write_file(saving / name, [b"x" * 1000]) for name in map(store.shard_name, range(2))}
+    files = {name: atomic_files.write_file(saving / name, [b"x" * 1000]) for name in map(store.shard_name, range(2))}
     return store.commit(
         saving,
         store.Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, eval_loss=loss, files=files),

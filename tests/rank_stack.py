@@ -6,7 +6,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 import launcher.train.finish
 import launcher.train.loop
-import launcher.train.start  # noqa: F401
+import launcher.train.resume  # noqa: F401
 from launcher.train.engine import import_muon
 from launcher.worker.fork_server import why_unsafe
 

@@ -20,8 +20,8 @@ def modules(*folders: str) -> list[str]:
 
 SUBMIT_SIDE = [
     *modules("cli", "config", "plan", "clusters"),
-    *("launcher.errors", "launcher.facts", "launcher.warm_start", "launcher.weight_files", "launcher.run_store"),
-    *("launcher.holder", "launcher.machine"),
+    *("launcher.errors", "launcher.facts", "launcher.parent_run", "launcher.weight_files", "launcher.run_store"),
+    *("launcher.holder", "launcher.hardware"),
     *("launcher.data.cache", "launcher.data.sources"),
     *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),
 ]
@@ -48,7 +48,7 @@ def test_the_worker_side_is_where_torch_is() -> None:
 
 def test_a_backend_that_is_used_loads_nothing_heavy() -> None:
     loaded = loaded_after(
-        "from launcher.clusters.base import cluster_for\ncluster_for('local')\nfrom launcher.machine import device\ndevice()"
+        "from launcher.clusters.base import cluster_for\ncluster_for('local')\nfrom launcher.hardware import device\ndevice()"
     )
     assert loaded.isdisjoint(HEAVY)
 

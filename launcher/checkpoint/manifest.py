@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from launcher.checkpoint import durable
+from launcher import atomic_files
 from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 
 FORMAT_VERSION = 1
@@ -34,7 +34,7 @@ class Manifest:
     plan_digest: str
     attempt: int
     eval_loss: float | None = None
-    files: dict[str, durable.FileEntry]
+    files: dict[str, atomic_files.FileEntry]
 
     def __post_init__(self) -> None:
         """ValueError for what no save has written."""
@@ -78,7 +78,7 @@ class Manifest:
         files = {}
         for name, entry in values["files"].items():
             try:
-                files[name] = durable.FileEntry.of(entry)
+                files[name] = atomic_files.FileEntry.of(entry)
             except ValueError as error:
                 raise ValueError(f"files: {name!r} {error}") from None
         loss = values.get("eval_loss")

@@ -23,10 +23,10 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from launcher.checkpoint import store, zero3
-from launcher.checkpoint.host_copy import HostCopy
-from launcher.checkpoint.save_job import Place, SaveJob, probe_bytes
+from launcher.checkpoint.save_thread import Place, SaveJob, probe_bytes
 from launcher.checkpoint.shards import Shard, state_of
-from launcher.checkpoint.together import problems_of, together
+from launcher.checkpoint.staging import HostCopy
+from launcher.distributed import problems_of, together
 from launcher.errors import CheckpointError, LauncherError
 
 

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-from launcher.checkpoint import durable, store, tensor_file, zero3
+from launcher import atomic_files
+from launcher.checkpoint import safetensors_io, store, zero3
+from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, as_bytes, tensor_key, weight_digest
 from launcher.checkpoint.state import State, read_state
-from launcher.checkpoint.tensor_file import ShardSet, TensorSpec, as_bytes, tensor_key, weight_digest
-from launcher.checkpoint.together import together
+from launcher.distributed import together
 from launcher.errors import CheckpointError, DamagedCheckpoint
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -58,11 +59,11 @@ class Shard:
     @property
     def num_bytes(self) -> int:
         """Exact size of the file."""
-        return tensor_file.file_bytes(self.specs, self._metadata(dict.fromkeys(self.names, _NO_DIGEST)))
+        return safetensors_io.file_bytes(self.specs, self._metadata(dict.fromkeys(self.names, _NO_DIGEST)))
 
-    def write(self, path: Path, states: Iterator[memoryview], digests: Mapping[str, str]) -> durable.FileEntry:
+    def write(self, path: Path, states: Iterator[memoryview], digests: Mapping[str, str]) -> atomic_files.FileEntry:
         """Write and fsync the file; `states` are the bytes of all fp32 states, cut anywhere, `digests` those of the weights."""
-        return tensor_file.write(path, self.specs, self._blocks(states), self._metadata(digests))
+        return safetensors_io.write(path, self.specs, self._blocks(states), self._metadata(digests))
 
     def _blocks(self, states: Iterator[memoryview]) -> Iterator[memoryview]:
         yield from states
@@ -70,7 +71,7 @@ class Shard:
             yield as_bytes(state)
 
     def _metadata(self, digests: Mapping[str, str]) -> dict[str, str]:
-        return {tensor_file.DTYPE: self.dtype, tensor_file.WEIGHTS: json.dumps(dict(digests), separators=(",", ":"))}
+        return {safetensors_io.DTYPE: self.dtype, safetensors_io.WEIGHTS: json.dumps(dict(digests), separators=(",", ":"))}
 
 
 def weight_digests(named_parameters: Mapping[str, Parameter]) -> dict[str, str]:
@@ -146,7 +147,7 @@ def load(
     return state.extra
 
 
-def _restore_random_states(shard: tensor_file.TensorFile) -> None:
+def _restore_random_states(shard: safetensors_io.TensorFile) -> None:
     for key, restore in ((_RNG_CPU, torch.set_rng_state), (_RNG_CUDA, torch.cuda.set_rng_state)):
         if key in shard.specs and (key == _RNG_CPU or torch.cuda.is_available()):
             state = torch.empty(shard.specs[key].shape, dtype=torch.uint8)

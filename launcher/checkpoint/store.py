@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.checkpoint import durable
+from launcher import atomic_files
 from launcher.checkpoint.manifest import MANIFEST, PROBE, STATE, Manifest, read_manifest, unreadable  # noqa: F401
 from launcher.checkpoint.retention import Retention, outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
@@ -100,15 +100,15 @@ def commit(saving: Path, manifest: Manifest) -> Path:
     `list_checkpoints` until the new one has taken its name.
     """
     partial = saving / f".{MANIFEST}.partial"
-    durable.write_file(partial, [manifest.to_json().encode()])
+    atomic_files.write_file(partial, [manifest.to_json().encode()])
     os.replace(partial, saving / MANIFEST)
-    durable.fsync_directory(saving)
-    durable.passing("manifest")
+    atomic_files.fsync_directory(saving)
+    atomic_files.passing("manifest")
     target = saving.parent / step_name(manifest.step)
-    if target.exists() and durable.aside_of(target).exists():
+    if target.exists() and atomic_files.aside_of(target).exists():
         # The sweep has left a replaced checkpoint here only where the one in its place is damaged.
-        durable.remove_directory(target)
-    durable.replace_directory(saving, target)
+        atomic_files.remove_directory(target)
+    atomic_files.replace_directory(saving, target)
     return target
 
 
@@ -239,14 +239,14 @@ def set_aside(path: Path, prefix: str) -> Path:
 
     What was set aside before keeps its place: further ones of the same step end in -2, -3 and so on.
     """
-    first = path.with_name(prefix + path.name.removeprefix(durable.REPLACED))
+    first = path.with_name(prefix + path.name.removeprefix(atomic_files.REPLACED))
     target, number = first, 1
     while target.exists():
         number += 1
         target = first.with_name(f"{first.name}-{number}")
     # One rename: it has happened or not, whatever becomes of the machine.
     os.rename(path, target)
-    durable.fsync_directory(path.parent)
+    atomic_files.fsync_directory(path.parent)
     return target
 
 
@@ -309,7 +309,7 @@ def prune(root: Path, retention: Retention, *, keep: Collection[Path] = ()) -> l
     """Remove the committed checkpoints that `retention` does not keep, but for those in `keep`; returns what is gone."""
     removed = [checkpoint.path for checkpoint in outdated(list_checkpoints(root), retention) if checkpoint.path not in keep]
     for path in removed:
-        durable.remove_directory(path)
+        atomic_files.remove_directory(path)
     return removed
 
 
@@ -317,12 +317,12 @@ def _sweep(root: Path, attempt: int) -> None:
     """Remove leftovers of saves, replacements and removals that did not end; a later attempt's save is left alone."""
     for path in list(root.iterdir()):
         saving = _SAVING.fullmatch(path.name)
-        replaced = path.name.startswith(durable.REPLACED) and _is_committed(
-            path.with_name(path.name.removeprefix(durable.REPLACED))
+        replaced = path.name.startswith(atomic_files.REPLACED) and _is_committed(
+            path.with_name(path.name.removeprefix(atomic_files.REPLACED))
         )
         if (saving and int(saving.group(1)) <= attempt) or replaced:
-            durable.remove_directory(path)
-        elif path.name.startswith(durable.REMOVING):
+            atomic_files.remove_directory(path)
+        elif path.name.startswith(atomic_files.REMOVING):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -336,7 +336,7 @@ def _is_committed(path: Path) -> bool:
 
 def _step_directories(root: Path) -> list[Path]:
     try:
-        return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(durable.REPLACED))]
+        return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(atomic_files.REPLACED))]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -356,16 +356,16 @@ def _steps(checkpoints: Iterable[Checkpoint]) -> str:
 
 
 def _step_problem(path: Path, manifest: Manifest) -> Problem | None:
-    if path.name.removeprefix(durable.REPLACED) == step_name(manifest.step):
+    if path.name.removeprefix(atomic_files.REPLACED) == step_name(manifest.step):
         return None
     return Problem("a manifest belongs to another step", where=str(path), value=f"step {manifest.step}")
 
 
-def _file_problem(file: Path, expected: durable.FileEntry, on_read: Callable[[int], None] | None) -> Problem | None:
+def _file_problem(file: Path, expected: atomic_files.FileEntry, on_read: Callable[[int], None] | None) -> Problem | None:
     if problem := _size_problem(file, expected):
         return problem
     try:
-        found = durable.file_entry(file, on_read)
+        found = atomic_files.file_entry(file, on_read)
     except FileNotFoundError as error:
         return _missing(file, error)
     except OSError as error:
@@ -379,7 +379,7 @@ def _file_problem(file: Path, expected: durable.FileEntry, on_read: Callable[[in
     return None
 
 
-def _size_problem(file: Path, expected: durable.FileEntry) -> Problem | None:
+def _size_problem(file: Path, expected: atomic_files.FileEntry) -> Problem | None:
     try:
         size = file.stat().st_size
     except FileNotFoundError as error:

@@ -13,9 +13,9 @@ from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.leftovers import BEING_WRITTEN, Leftover, disk_bytes, leftovers, remove, unfinished_saves
+from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, leftovers, remove, unfinished_saves
 from launcher.checkpoint.retention import Retention, reasons
-from launcher.cli import checking, text
+from launcher.cli import checking, formatting
 from launcher.clusters.base import cluster_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
@@ -80,7 +80,7 @@ def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
         raise SubmitError(
             f"the run is {status.state}: it removes by itself what it does not keep",
             where=str(run.root),
-            remedy=f"stop it first with: python -m launcher cancel {text.short(run.root)}",
+            remedy=f"stop it first with: python -m launcher cancel {formatting.short(run.root)}",
         )
 
 
@@ -213,15 +213,15 @@ def _show(run: RunDir, plan: LaunchPlan, known: Known, removed: Sequence[Leftove
         print(json.dumps(shown, indent=2))
         return EXIT_FAILED if damaged else 0
     for leftover in removed:
-        print(f"removed  {leftover.path.name}: {leftover.what}, {text.size(leftover.bytes)}")
+        print(f"removed  {leftover.path.name}: {leftover.what}, {formatting.size(leftover.bytes)}")
     if removed:
-        print(f"freed    {text.size(freed)} ({freed:,} bytes)\n")
-    print("\n".join(_table(rows)) if rows else f"no checkpoints in {text.short(run.checkpoints)}")
+        print(f"freed    {formatting.size(freed)} ({freed:,} bytes)\n")
+    print("\n".join(_table(rows)) if rows else f"no checkpoints in {formatting.short(run.checkpoints)}")
     begun, ended = ([item for item in left if (item.what == BEING_WRITTEN) is wanted] for wanted in (True, False))
     for items, title in ((begun, "a save in progress:"), (ended, "leftovers, which --prune removes:")):
         if items:
             print(f"\n{title}")
-            print("\n".join(f"  {item.path.name}: {item.what}, {text.size(item.bytes)}" for item in items))
+            print("\n".join(f"  {item.path.name}: {item.what}, {formatting.size(item.bytes)}" for item in items))
     return EXIT_FAILED if damaged else 0
 
 
@@ -232,7 +232,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
         loss = "-" if row.eval_loss is None else f"{row.eval_loss:.4f}"
-        size = "-" if row.bytes is None else text.size(row.bytes)
+        size = "-" if row.bytes is None else formatting.size(row.bytes)
         numbers = (str(row.step), size, age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
         state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
         kept = "-" if row.problems else ", ".join(words.get(why, why) for why in row.kept) or "would be pruned"

@@ -10,7 +10,7 @@ from pathlib import Path
 from launcher import run_store
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.dashboard import Target, as_json, publish
+from launcher.tracking.wandb.workspace import Target, as_json, publish
 
 _PROJECT = re.compile(r"(?:(?P<entity>[\w.-]+)/)?(?P<project>[\w.-]+)")
 

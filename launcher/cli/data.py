@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import page
+from launcher.cli import html_page
 from launcher.config.schema import RunConfig
-from launcher.data import findings
+from launcher.data.checks import findings
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import DataFacts
 
@@ -53,7 +53,7 @@ def options(tokens: Sequence[str]) -> tuple[Options, list[str]]:
         values[name] = value
     as_json = "--json" in rest
     rest = [token for token in rest if token != "--json"]  # noqa: S105
-    html = page.require_place(Path(values["--html"])) if "--html" in values else None
+    html = html_page.require_place(Path(values["--html"])) if "--html" in values else None
     return Options(as_json, html, _count(values.get("--show", "0"))), rest
 
 
@@ -75,9 +75,9 @@ def present(report: dict[str, Any], config: RunConfig, chosen: Options) -> None:
         DataError: with the findings for which a run would be refused.
     """
     if chosen.html is not None:
-        from launcher.cli import data_page
+        from launcher.cli import data_html
 
-        page.write(chosen.html, data_page.page(report, config.data.name))
+        html_page.write(chosen.html, data_html.page(report, config.data.name))
     if chosen.as_json:
         print(json.dumps(report, indent=2))
     else:

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from launcher.cli import text
-from launcher.data.findings import share_text
+from launcher.cli import formatting
+from launcher.data.checks.findings import share_text
 
 # Where there are no colours: a pipe, a file, NO_COLOR.
 TRAINED_MARKS = ("⟦", "⟧")
@@ -100,7 +100,7 @@ def summary_rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("end of turn", f"trained in {report['documents_with_turn_end']:,} of {report['documents']:,} documents{_ends(report)}"),
         *([("dropped", dropped)] if report["dropped_documents"] else []),
-        ("cache", f"{report['cache_dir']} ({text.size(report['cache_bytes'])})"),
+        ("cache", f"{report['cache_dir']} ({formatting.size(report['cache_bytes'])})"),
     ]
 
 

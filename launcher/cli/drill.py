@@ -21,9 +21,9 @@ from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.cli import drill_report, launch, text
+from launcher.cli import drill_report, formatting, launch
 from launcher.cli.drill_report import Hit, Records, Step
-from launcher.cli.plan_text import plan_lines
+from launcher.cli.plan_view import plan_lines
 from launcher.cli.resume import start_again
 from launcher.clusters.base import Cluster, check_startable, cluster_for
 from launcher.clusters.slurm.commands import slurm
@@ -75,7 +75,7 @@ def run(tokens: list[str]) -> int:
     if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
         print("\n".join([*plan_lines(plan), "", cluster.preview(plan) or ""]))
         return 0
-    _say(f"{arguments.fault} on {plan.config.cluster.kind}: a run of its own in {text.short(plan.run_dir)}")
+    _say(f"{arguments.fault} on {plan.config.cluster.kind}: a run of its own in {formatting.short(plan.run_dir)}")
     deadline = time.monotonic() + arguments.timeout * 60
     run_dir, _ = launch.start(plan, cluster)
     watch = _Watch(run_dir, cluster, deadline)
@@ -92,7 +92,8 @@ def run(tokens: list[str]) -> int:
     report = drill_report.judge(records, _kept(run_dir))
     print(report.to_json() if arguments.json else "\n".join(drill_report.lines(report)))
     if not report.came_through:
-        _say(f"look at {text.short(run_dir.attempt(hit.life[0]))} and, for the whole run, python -m launcher status {report.run}")
+        attempt = formatting.short(run_dir.attempt(hit.life[0]))
+        _say(f"look at {attempt} and, for the whole run, python -m launcher status {report.run}")
     return 0 if report.came_through else EXIT_FAILED
 
 
@@ -284,7 +285,7 @@ def _inject(fault: str, plan: LaunchPlan, watch: _Watch, attempt: int) -> tuple[
         slurm("scancel", "--signal=USR2", str(begun.job))
         return f"SIGUSR2 to job {begun.job}", at, ", ".join(begun.nodes)
     path = os.pathsep.join(filter(None, (str(run.code), os.environ.get("PYTHONPATH"))))
-    module = [sys.executable, "-m", "launcher.worker.fault", fault, str(run.plan), str(attempt)]
+    module = [sys.executable, "-m", "launcher.worker.fault_injection", fault, str(run.plan), str(attempt)]
     command = ["env", f"PYTHONPATH={path}", "PYTHONSAFEPATH=1", *module]
     if on_slurm:
         # Beside the run's own step, on its last node: the first is the head.
@@ -331,7 +332,7 @@ def _await_recovery(plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
 def _resume(plan: LaunchPlan, watch: _Watch) -> None:
     """Nothing runs it again by itself: do what a person does who finds it like this."""
     watch.stopped_as = watch.last_word
-    _say(f"{watch.last_word}; continuing it as a person would: python -m launcher resume {text.short(watch.run.root)}")
+    _say(f"{watch.last_word}; continuing it as a person would: python -m launcher resume {formatting.short(watch.run.root)}")
     watch.cluster.await_end(watch.run)
     with run_store.starting(watch.run), redirect_stdout(sys.stderr):
         watch.by_hand = start_again(watch.run, plan, watch.cluster, [], None)
@@ -358,7 +359,7 @@ def _records(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> Records:
     return Records(
         fault=fault,
         device=plan.topology.device,
-        run=text.short(run.root),
+        run=formatting.short(run.root),
         checkpoints=str(run.checkpoints),
         keep_last=plan.config.train.keep_last,
         hit=hit,

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher import facts, run_store
-from launcher.cli import account, data, text
+from launcher.cli import data, formatting, wandb_check
 from launcher.cli.follow import follow
-from launcher.cli.plan_text import plan_lines, started_lines, sweep_lines
+from launcher.cli.plan_view import plan_lines, started_lines, sweep_lines
 from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
@@ -136,7 +136,7 @@ def _check_account(jobs: list[Composed]) -> None:
     asked = {(job.config.tracking, job.config.cluster.kind): job for job in jobs}
     for composed in asked.values():
         with composed.located():
-            for said in account.check(composed.config, worker_environment()):
+            for said in wandb_check.check(composed.config, worker_environment()):
                 print(f"note: {said}", flush=True)
 
 
@@ -165,10 +165,10 @@ def require_idle(run: RunDir, cluster: Cluster) -> None:
     status = cluster.status(run)
     if status.state not in RUNNING_STATES:
         return
-    name = text.short(run.root)
+    name = formatting.short(run.root)
     starting = holder_of(run.root) if status.job is None else None
     number = run_store.newest_attempt(run)
-    where = f"being started by {starting}" if starting is not None else text.whereabouts(run, status, number)
+    where = f"being started by {starting}" if starting is not None else formatting.whereabouts(run, status, number)
     raise SubmitError(
         f"the run is {status.state} already",
         where=str(run.root),

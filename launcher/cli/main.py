@@ -121,7 +121,7 @@ def _run(verb: str, tokens: list[str]) -> int:
         return _print(HELP)
     import difflib
 
-    from launcher.config.secret import redact
+    from launcher.config.redaction import redact
 
     close = difflib.get_close_matches(verb, VERBS, n=1)
     guess = f"did you mean {close[0]}? " if close else ""

@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import page as html
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.cli import text
-from launcher.cli.plan_text import plan_lines
+from launcher.cli import formatting
+from launcher.cli import html_page as html
+from launcher.cli.html_page import Series
+from launcher.cli.plan_view import plan_lines
 from launcher.clusters.base import cluster_for
-from launcher.page import Series
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
-from launcher.tracking.glance import newest_step
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import gone_on_from, lines_of, merged, read_events
+from launcher.tracking.metrics_tail import newest_step
 
 _MOST_POINTS = 600
 _CURVES = (
@@ -73,7 +73,7 @@ def run(tokens: list[str]) -> int:
     found = list({one.root: one for one in named}.values())
     file = Path(arguments.html) if arguments.html else (found[0].root if len(found) == 1 else Path()) / "report.html"
     html.write(file, page([_told(one, name) for one, name in zip(found, _names(found), strict=True)]))
-    print(f"page: {text.short(file.absolute())}")
+    print(f"page: {formatting.short(file.absolute())}")
     return 0
 
 
@@ -224,7 +224,7 @@ def _checkpoints(one: _Told) -> str:
     rows = [
         [
             f"{checkpoint.step:,}",
-            text.size(sum(entry.size for entry in checkpoint.manifest.files.values())),
+            formatting.size(sum(entry.size for entry in checkpoint.manifest.files.values())),
             "-" if checkpoint.manifest.eval_loss is None else f"{checkpoint.manifest.eval_loss:.4f}",
             str(checkpoint.manifest.attempt),
             str(checkpoint.manifest.world_size),

@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher import facts, run_store
 from launcher.checkpoint import store
-from launcher.cli import account, checking, text
+from launcher.cli import checking, formatting, wandb_check
 from launcher.cli.launch import check_extra, prepare, require_idle, worker_environment
 from launcher.clusters.base import Cluster, check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
@@ -55,12 +55,12 @@ def start_again(
     _require_budget(run, plan)
     check_startable(plan)
     cluster.check(plan)
-    for words in account.check(plan.config, worker_environment()):
+    for words in wandb_check.check(plan.config, worker_environment()):
         print(f"note: {words}")
     if said := disk_note(plan):
         print(f"note: {said}")
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):
-        print(f"set aside: {text.short(path)}")
+        print(f"set aside: {formatting.short(path)}")
     attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))
     plan_path = run_store.write_plan(run, attempt, plan)
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
@@ -124,7 +124,7 @@ def _replanned(
     config = with_overrides(plan.config, overrides)
     check_extra(config)
     saved = _plan_of(run, checkpoint, force) or plan
-    where = text.short(checkpoint.path)
+    where = formatting.short(checkpoint.path)
     # What was asked for, and what somebody has written into plan.json.
     found = [*_fixed(saved.model, plan.model), *differences(saved.config, config), *_data_differences(saved.data, plan.data)]
     require_same(found, force, run.root.name, where)
@@ -179,7 +179,7 @@ def _plan_of(run: RunDir, checkpoint: store.Checkpoint, force: bool) -> LaunchPl
     if saved is None and not force:
         raise ConfigError(
             "the plan that saved this checkpoint is not in the run directory, so what has changed since cannot be told",
-            where=text.short(checkpoint.path),
+            where=formatting.short(checkpoint.path),
             value=f"its digest is {digest}",
             remedy="undo what was changed in plan.json, or go on with what it says now: resume RUN --force",
         )

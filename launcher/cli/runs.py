@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 
 from launcher import run_store
-from launcher.checkpoint import hub
-from launcher.cli import text
+from launcher.cli import formatting
 from launcher.cli.follow import Watch, follow
 from launcher.cli.launch import worker_environment
-from launcher.cli.plan_text import started_lines
+from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import start_again
 from launcher.clusters.base import cluster_for
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.errors import SubmitError
+from launcher.export import hub
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
 
@@ -27,9 +27,9 @@ _FOLLOW_S = 0.3
 def run(verb: str, tokens: list[str]) -> int:
     arguments = _parser(verb).parse_intermixed_args(tokens)
     if verb == "resume" and "://" in arguments.run:
-        from launcher.cli import fetch
+        from launcher.cli import mirror
 
-        return _resume(fetch.run_from(arguments.run, Path(arguments.root), arguments.step), arguments)
+        return _resume(mirror.run_from(arguments.run, Path(arguments.root), arguments.step), arguments)
     found = run_store.find(arguments.run, Path(arguments.root))
     return {"logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](found, arguments)
 
@@ -112,7 +112,7 @@ def _print_from(log: Path, offset: int) -> int:
 def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
     cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
     asked = "asked to save and stop" if arguments.save else "asked to stop at once"
-    print(f"{asked}; watch it: python -m launcher status {text.short(run.root)}")
+    print(f"{asked}; watch it: python -m launcher status {formatting.short(run.root)}")
     return 0
 
 

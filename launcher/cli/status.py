@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.cli import text
+from launcher.cli import formatting
 from launcher.cli.follow import Watch, wandb_words
-from launcher.cli.summary import summary
+from launcher.cli.run_summary import summary
 from launcher.clusters.base import cluster_for
 from launcher.errors import LauncherError, printable
 from launcher.plan.run_dir import RunDir
@@ -44,9 +44,9 @@ def run(verb: str, tokens: list[str]) -> int:
         found = run_store.find(arguments.run, Path(arguments.root), holding="status.json")
         return _status(found, arguments.json, arguments.watch)
     if arguments.mirror:
-        from launcher.cli import fetch
+        from launcher.cli import mirror
 
-        return fetch.ls(arguments.mirror, arguments.json)
+        return mirror.ls(arguments.mirror, arguments.json)
     return _ls(Path(arguments.root), arguments.json)
 
 
@@ -88,7 +88,7 @@ def _status(run: RunDir, as_json: bool, every_s: float | None) -> int:
             time.sleep(every_s)
             continue
         read_at = time.monotonic()
-        block = text.as_json(found, 2 if every_s is None else None) if as_json else "\n".join(_lines(found))
+        block = formatting.as_json(found, 2 if every_s is None else None) if as_json else "\n".join(_lines(found))
         clear = every_s is not None and not as_json and sys.stdout.isatty()
         print(f"{_CLEAR if clear else ''}{block}", flush=True)
         if every_s is None or found["state"] not in RUNNING_STATES:
@@ -125,11 +125,11 @@ def _ls(root: Path, as_json: bool) -> int:
         except (OSError, LauncherError) as error:
             print(printable(f"{run.root.name}: {_why(error)}"), file=sys.stderr)
     if as_json:
-        print(text.as_json(summaries))
+        print(formatting.as_json(summaries))
     elif not summaries:
         print(f"no runs under {root}; start one with: python -m launcher")
     else:
-        print("\n".join(text.table(_COLUMNS, [_row(found) for found in summaries])))
+        print("\n".join(formatting.table(_COLUMNS, [_row(found) for found in summaries])))
     return 0
 
 
@@ -137,7 +137,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     """The state of a run, a label and a value a line."""
     metrics, asked = found["metrics"], ", asked to stop" if found["asked_to_stop"] else ""
     rows = [
-        ("run", f"{found['name']} in {text.short(Path(found['dir']))}"),
+        ("run", f"{found['name']} in {formatting.short(Path(found['dir']))}"),
         ("state", found["state"] + (f": {found['message']}" if found["message"] else "") + asked),
         ("attempt", str(found["attempt"])),
         ("step", _progress(found)),

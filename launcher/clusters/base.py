@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from launcher.checkpoint import hub, store
+from launcher.checkpoint import store
 from launcher.errors import SubmitError
+from launcher.export import hub
 from launcher.plan import disk
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
@@ -71,9 +72,9 @@ def check_startable(plan: LaunchPlan) -> None:
     if available is not None and (problem := disk.refusal(plan, available)):
         raise SubmitError(problem)
     if plan.config.train.mirror is not None:
-        from launcher.checkpoint import mirror
+        from launcher.checkpoint.mirror import upload
 
-        mirror.require_usable(plan)
+        upload.require_usable(plan)
 
 
 def disk_note(plan: LaunchPlan) -> str | None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import run_store
-from launcher.clusters import process
+from launcher.clusters import detached_process
 from launcher.errors import SubmitError
-from launcher.machine import device
+from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
 
@@ -37,16 +37,20 @@ class LocalCluster:
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
         log = run.attempt(attempt) / "agent.log"
-        process.start(run, attempt, "launcher.worker.agent", [str(plan_path), str(attempt)], log, "the node's agent")
+        detached_process.start(run, attempt, "launcher.worker.agent", [str(plan_path), str(attempt)], log, "the node's agent")
 
     def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         return []
 
     def status(self, run: RunDir) -> Status:
         status = run_store.read_status(run)
-        if status.state == "pending" and status.job is None and time.time() - status.updated_at > process.START_DEADLINE_S:
+        if (
+            status.state == "pending"
+            and status.job is None
+            and time.time() - status.updated_at > detached_process.START_DEADLINE_S
+        ):
             return replace(status, state="failed", message="it was never started: the command that made it ended before")
-        if status.state not in RUNNING_STATES or status.job is None or process.lives(run, status):
+        if status.state not in RUNNING_STATES or status.job is None or detached_process.lives(run, status):
             return status
         # The agent writes the last state just before it ends: look once more before calling it lost.
         status = run_store.read_status(run)
@@ -57,11 +61,11 @@ class LocalCluster:
         )
 
     def await_end(self, run: RunDir) -> None:
-        process.await_end(run, _END_DEADLINE_S)
+        detached_process.await_end(run, _END_DEADLINE_S)
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
-        agent = process.find(status)
+        agent = detached_process.find(status)
         if status.state in RUNNING_STATES and status.job is not None and agent is None:
             raise SubmitError(
                 "the processes of the run cannot be seen from here",

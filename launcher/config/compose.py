@@ -19,10 +19,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from launcher.config.deepspeed_keys import extra_problems
+from launcher.config.error_messages import hydra_problem, missing, no_such_option, schema_problems
 from launcher.config.origin import Origins
-from launcher.config.problems import hydra_problem, missing, no_such_option, schema_problems
+from launcher.config.redaction import looks_secret, redact
 from launcher.config.schema import RunConfig
-from launcher.config.secret import looks_secret, redact
 from launcher.errors import ConfigError, LauncherError, Problem
 
 GROUPS = ("model", "data", "optim", "deepspeed", "cluster", "tracking", "experiment")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from launcher.config.fields import Flag, Fraction, Name, Positive, PositiveInt, Section, Text
-from launcher.config.secret import IN_QUERY
+from launcher.config.redaction import IN_QUERY
 
 # What a column mapping may name: the keys that the formats read.
 COLUMNS = (

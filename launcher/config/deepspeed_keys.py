@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
+from launcher.config.error_messages import shown
 from launcher.config.origin import Origins
-from launcher.config.problems import shown
 from launcher.config.suggest import did_you_mean
 from launcher.errors import Problem
 

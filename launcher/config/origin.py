@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launcher.config.settings import settings
+from launcher.config.introspect import settings
 from launcher.errors import Problem
 
 

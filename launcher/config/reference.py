@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launcher.config.compose import GROUPS, conf_dir
+from launcher.config.introspect import Setting, sections_of, settings
 from launcher.config.schema import RunConfig
-from launcher.config.settings import Setting, sections_of, settings
 
 # A bar ends a cell of a Markdown table, in code too.
 _BAR = r"\|"

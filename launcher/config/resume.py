@@ -10,11 +10,11 @@ from pydantic import ValidationError
 
 from launcher.config.compose import leaves
 from launcher.config.deepspeed_keys import extra_problems
+from launcher.config.error_messages import schema_problems, shown
+from launcher.config.introspect import settings
 from launcher.config.origin import Origins
-from launcher.config.problems import schema_problems, shown
+from launcher.config.redaction import looks_secret, redact
 from launcher.config.schema import RunConfig
-from launcher.config.secret import looks_secret, redact
-from launcher.config.settings import settings
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
 

@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from launcher.config.data import DataSection, Source
-from launcher.data import beside, cache, findings, mixture, parallel, quality, rows, sources
+from launcher.data import cache, mixture, parallel, row_layout, sources
 from launcher.data.chat import read_template
+from launcher.data.checks import findings, overlap, quality
 from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
 from launcher.data.sources.keys import KeyCounts
 from launcher.errors import DataError, Problem
@@ -54,7 +55,7 @@ class _Mixed:
     """Which documents are dropped, bool [documents], the rows of training, passes over each source, and what was found."""
 
     drop: np.ndarray
-    layout: rows.Layout
+    layout: row_layout.Layout
     epochs: list[float]
     found: findings.Findings
 
@@ -84,7 +85,7 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
 
 
 def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progress: Progress) -> None:
-    spill = rows.Spill(folder)
+    spill = row_layout.Spill(folder)
     corpus = _collected(data, tokenizer_path, spill, on_progress)
     docs, pieces = corpus.docs, corpus.pieces
     on_progress("compare", 0, corpus.num_docs)
@@ -92,12 +93,12 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     drop, layout = mixed.drop, mixed.layout
     on_progress("compare", corpus.num_docs, corpus.num_docs)
     on_progress("pack and write", 0, 1)
-    held_out = rows.all_of(pieces.lengths, corpus.kept(drop, held_out=True), data, data.eval_max_rows)
+    held_out = row_layout.all_of(pieces.lengths, corpus.kept(drop, held_out=True), data, data.eval_max_rows)
     piece_sources = docs.source[pieces.doc]
     spilled = spill.close()
     num_inputs = len(data.sources) + (data.eval_path is not None)
     digest = "-".join(
-        rows.write(place, split, pieces.lengths, piece_sources, pieces.labels, spilled, num_sources)
+        row_layout.write(place, split, pieces.lengths, piece_sources, pieces.labels, spilled, num_sources)
         for place, split, num_sources in ((folder, layout, len(data.sources)), (folder / "eval", held_out, num_inputs))
     )
     spill.remove()
@@ -133,7 +134,7 @@ def _names(data: DataSection) -> tuple[str, ...]:
     return tuple(source.name for source in _inputs(data))
 
 
-def _collected(data: DataSection, tokenizer_path: str, spill: rows.Spill, on_progress: Progress) -> _Corpus:
+def _collected(data: DataSection, tokenizer_path: str, spill: row_layout.Spill, on_progress: Progress) -> _Corpus:
     """Read and encode all documents; their tokens go to `spill`."""
     total = sum(sources.count_rows(source) for source in _inputs(data) if source.is_read)
     on_progress("tokenise", 0, total)
@@ -190,9 +191,9 @@ def _mixed(corpus: _Corpus, data: DataSection) -> _Mixed:
     def leaks(training: np.ndarray, are_dropped: bool) -> list[tuple[int, quality.Hit]]:
         found = []
         if (checks.held_out_in_train == "drop") == are_dropped:
-            found += beside.leaks(docs.contents, training, inside)
+            found += overlap.leaks(docs.contents, training, inside)
         if (checks.near_held_out_in_train == "drop") == are_dropped:
-            found += beside.near_leaks(docs.contents, docs.signatures, training, inside, checks)
+            found += overlap.near_leaks(docs.contents, docs.signatures, training, inside, checks)
         return found
 
     kept = left(quality.dropped(hits, corpus.num_docs, checks))
@@ -200,11 +201,11 @@ def _mixed(corpus: _Corpus, data: DataSection) -> _Mixed:
     # Of several copies one is kept, and it should be one that is in the rows.
     shares = np.asarray(mixture.shares(data.sources, num_tokens.tolist()))
     training = training[np.argsort(-shares[docs.source[training]], kind="stable")]
-    hits += beside.again(docs.contents, docs.tasks, docs.signatures, training, checks)
+    hits += overlap.again(docs.contents, docs.tasks, docs.signatures, training, checks)
     # In place of what is dropped the mixture takes other documents, which must not be leaks either.
     hits += leaks(training, are_dropped=True)
     drop = quality.dropped(hits, corpus.num_docs, checks)
-    layout, epochs = rows.mixed(pieces.lengths, docs.source[pieces.doc], left(drop), data)
+    layout, epochs = row_layout.mixed(pieces.lengths, docs.source[pieces.doc], left(drop), data)
     if not pieces.labels[layout.order].any():
         raise _nothing_left(docs, data, _concluded(hits, corpus, layout.order, data))
     hits += leaks(np.unique(pieces.doc[layout.order]), are_dropped=False)
@@ -236,7 +237,9 @@ def _nothing_left(docs: Docs, data: DataSection, found: findings.Findings) -> Da
     return DataError(Problem(what, where, "; ".join([read, *told]), remedy))
 
 
-def _facts(report: dict[str, Any], pieces: Pieces, layout: rows.Layout, held_out: rows.Layout, digest: str) -> DataFacts:
+def _facts(
+    report: dict[str, Any], pieces: Pieces, layout: row_layout.Layout, held_out: row_layout.Layout, digest: str
+) -> DataFacts:
     row_tokens = np.add.reduceat(pieces.lengths[layout.order], layout.starts[:-1])
     num_tokens = int(row_tokens.sum())
     return DataFacts(
@@ -263,7 +266,12 @@ def _turn_end_ids(turn_ends: np.ndarray) -> list[int]:
 
 
 def _report(
-    corpus: _Corpus, drop: np.ndarray, layout: rows.Layout, held_out: rows.Layout, epochs: Sequence[float], data: DataSection
+    corpus: _Corpus,
+    drop: np.ndarray,
+    layout: row_layout.Layout,
+    held_out: row_layout.Layout,
+    epochs: Sequence[float],
+    data: DataSection,
 ) -> dict[str, Any]:
     """What is told of the cache beyond its facts; documents are counted as they were read, `num_docs` in the rows.
 

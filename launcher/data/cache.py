@@ -37,9 +37,9 @@ import xxhash
 
 from launcher.config.data import ChecksSection, DataSection
 from launcher.data import digests
+from launcher.data.cache_dir import cache_root, usable
 from launcher.data.digests import CheckedArray, DigestingWriter
 from launcher.data.lock import locked
-from launcher.data.root import cache_root, usable
 from launcher.data.sources import eval_source, source_digest
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launcher.config.data import DataSection
-from launcher.data import words
-from launcher.data.masks import Span, Template, with_system
+from launcher.data import fast_tokenizer
+from launcher.data.loss_mask import Span, Template, with_system
 from launcher.data.sources import Chat, Completion, Document, PlainText
 from launcher.errors import DataError, Problem
 
@@ -111,7 +111,7 @@ class Encoder:
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
-            self._words = words.words_of(tokenizer.backend_tokenizer)
+            self._words = fast_tokenizer.words_of(tokenizer.backend_tokenizer)
             if self._words is None:
                 self._continuing = _continuing(tokenizer.backend_tokenizer)
 
@@ -177,7 +177,7 @@ class Encoder:
             if self._words is None or (found := self._words.encode(text)) is None:
                 asked.append(i)
             else:
-                ids[i], cuts[i] = found[0], words.tokens_before(text, borders[i], found[1])
+                ids[i], cuts[i] = found[0], fast_tokenizer.tokens_before(text, borders[i], found[1])
         # As the tokenizer's own call does, which would make Python objects of every token's offsets.
         encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in asked], add_special_tokens=False)
         for i, encoding in zip(asked, encodings, strict=True):

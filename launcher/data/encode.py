@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from launcher.config.data import DataSection
-from launcher.data import quality
 from launcher.data.chat import Encoded, Encoder, Rendered, load_tokenizer
+from launcher.data.checks import quality
 from launcher.data.sources import Batch, Chat, Document
 from launcher.data.sources.keys import named
 

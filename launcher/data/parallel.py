@@ -48,7 +48,7 @@ def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> I
         return
     context = multiprocessing.get_context("forkserver")
     # One process pays for the imports; the workers are forks of it, made before it has any thread.
-    context.set_forkserver_preload(["launcher.data.preload"])
+    context.set_forkserver_preload(["launcher.data.forkserver_preload"])
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     started: set[BaseProcess] = set()

@@ -12,8 +12,9 @@ import numpy as np
 
 from launcher.config.data import DataSection, Source
 from launcher.config.schema import TrainSection
-from launcher.data import cache, findings, patterns
+from launcher.data import cache
 from launcher.data.cache import Split
+from launcher.data.checks import findings, patterns
 from launcher.data.row_order import RowOrder
 from launcher.data.texts import Texts
 from launcher.plan.launch_plan import DataFacts

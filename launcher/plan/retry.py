@@ -1,6 +1,6 @@
 """What happens after an attempt has ended: run it again, and without which nodes, or leave it to a person.
 
-`decide` only returns a value; one place acts on it (launcher.worker.job).
+`decide` only returns a value; one place acts on it (launcher.worker.slurm.job).
 """
 
 from __future__ import annotations

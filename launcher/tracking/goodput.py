@@ -14,8 +14,8 @@ from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.glance import lines_of_time
 from launcher.tracking.jsonl import read_events
+from launcher.tracking.metrics_tail import lines_of_time
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan

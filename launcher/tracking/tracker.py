@@ -13,7 +13,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.alerts import RateLimit
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker
-from launcher.tracking.wandb import WandbTracker
+from launcher.tracking.wandb.tracker import WandbTracker
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.train.extensions import lock_builds
+from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer
 

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from launcher import run_store
-from launcher.checkpoint import card, hub, store
-from launcher.checkpoint.export import Export, Task, begin, chat_template_of, complete, stops_said, write_share
-from launcher.checkpoint.together import together
-from launcher.data import cache, patterns
+from launcher.checkpoint import store
+from launcher.data import cache
 from launcher.data.chat import load_tokenizer
+from launcher.data.checks import patterns
+from launcher.distributed import together
 from launcher.errors import CheckpointError, ExportError, Problem, PushError
+from launcher.export import hub, model_card
+from launcher.export.hf_folder import Export, Task, begin, chat_template_of, complete, stops_said, write_share
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
@@ -64,8 +66,8 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
         device = _device(plan)
         manifest = store.open_checkpoint(checkpoint).manifest
         run = RunDir(Path(plan.run_dir))
-        metrics, plans = read_metrics(run.metrics, card.METRICS), run_store.plans_until(run, manifest.attempt)
-        made = complete(task, lambda made: card.model_card(plan, manifest, metrics, made, plans), device)
+        metrics, plans = read_metrics(run.metrics, model_card.METRICS), run_store.plans_until(run, manifest.attempt)
+        made = complete(task, lambda made: model_card.model_card(plan, manifest, metrics, made, plans), device)
         _tell(made, tracker)
         _push(plan, made, tracker)
         if plan.config.train.sample:

@@ -21,27 +21,27 @@ import torch.distributed as dist
 from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.saver import Saver
-from launcher.checkpoint.together import together
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batches
+from launcher.distributed import together
 from launcher.errors import CheckpointError, DivergedError, RunError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
-from launcher.train import link
-from launcher.train.before import failure_before
-from launcher.train.checkpoints import Checkpoints, probe
+from launcher.train.checkpointer import Checkpoints, probe
 from launcher.train.engine import Place, build_engine, join, leave
 from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss, attention_words
-from launcher.train.monitor import Monitor
+from launcher.train.monitoring import bandwidth
+from launcher.train.monitoring.monitor import Monitor
+from launcher.train.monitoring.status_file import StatusFile
 from launcher.train.optim import learning_rate, set_learning_rate
-from launcher.train.peak import peak_tflops
-from launcher.train.start import agree_on_start, load_whole
-from launcher.train.status import StatusFile
+from launcher.train.peak_flops import peak_tflops
+from launcher.train.previous_failure import failure_before
+from launcher.train.resume import agree_on_start, load_whole
 from launcher.train.stop import Outcome, Stop, agree, save_fits
 
 # Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
@@ -85,8 +85,8 @@ def train(
         if place.is_main and (failed := failure_before(run, place.attempt)):
             tracker.event("alert", failed.words, recorded=failed.recorded)
         if place.world_size > 1:
-            speed = link.measure(device)
-            slow = link.doubt(plan.topology, speed)
+            speed = bandwidth.measure(device)
+            slow = bandwidth.doubt(plan.topology, speed)
             words = f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s{slow}"
             tracker.event("alert" if slow else "info", words, 0, gb_per_s=speed)
         session = _Session.start(plan, place, run, device, tracker, beat)

@@ -3,7 +3,7 @@
 torch's elastic agent does the work: rendezvous, restarts, and which rank failed first. What is added here are
 signals that ask the ranks to save before they stop, the checks of the node, the watch over ranks that hang, and the
 record of the node. On this machine alone the agent concludes the attempt itself; a Slurm job does so when all of its
-nodes have ended (launcher.worker.job).
+nodes have ended (launcher.worker.slurm.job).
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.clusters import process
+from launcher.clusters import detached_process
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event
-from launcher.train.before import RESTART
-from launcher.worker import heartbeat, network, record
-from launcher.worker.last_word import tell_wandb
-from launcher.worker.mirror import AFTER_FAILURE_S, MirrorProcess
-from launcher.worker.rank import NodePlace
+from launcher.train.previous_failure import RESTART
+from launcher.worker import failure_record, heartbeat
+from launcher.worker.checks import network
+from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
+from launcher.worker.rank_env import NodePlace
 from launcher.worker.rank_process import RankProcesses, StartRank
 from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.wandb_closing import tell_wandb
 from launcher.worker.watchdog import Watchdog
 
 _RESEND_S = 0.5
@@ -61,14 +62,14 @@ def main(plan_path: str, attempt: int) -> int:
     if on_slurm:
         return _slurm_node(plan, plan_path, run, attempt, stopper, ranks, started)
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=started))
-    run_store.update_status(run, state="running", attempt=attempt, job=process.identity(), message="")
-    process.give_signs(run)
+    run_store.update_status(run, state="running", attempt=attempt, job=detached_process.identity(), message="")
+    detached_process.give_signs(run)
     mirror = MirrorProcess.start(plan, plan_path, run, attempt)
     place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
     failure = None if stopper.requested else _run_ranks(plan, run, attempt, partial(ranks.start, plan_path, attempt), place, None)
     stopper.disarm()
     ranks.close()
-    outcome = record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
+    outcome = failure_record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
     exit_file = run.attempt(attempt) / "exit.json"
     ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": None}
     run_store.write_json(exit_file, ended)
@@ -88,7 +89,7 @@ def main(plan_path: str, attempt: int) -> int:
 def _slurm_node(
     plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, stopper: _Stopper, ranks: RankProcesses, started: float
 ) -> int:
-    from launcher.worker import slurm_node
+    from launcher.worker.slurm import node as slurm_node
 
     begun = run_store.read_attempt(run, attempt)
     node = int(os.environ["SLURM_NODEID"])
@@ -111,11 +112,11 @@ def _slurm_node(
             start = partial(ranks.start, plan_path, attempt)
             ended["first_failure"] = _run_ranks(plan, run, attempt, start, place, store)
     except Exception as error:
-        ended["first_failure"] = record.of_agent(error, run.attempt(attempt))
+        ended["first_failure"] = failure_record.of_agent(error, run.attempt(attempt))
     stopper.disarm()
     ranks.close()
     ended |= {"stopped": stopper.requested, "killed": stopper.killed, "ended_at": time.time()}
-    run_store.write_json(record.node_file(run, attempt, node), ended)
+    run_store.write_json(failure_record.node_file(run, attempt, node), ended)
     stopper.finish(mirror, math.inf if ended["first_failure"] is None else AFTER_FAILURE_S)
     return 0 if ended["first_failure"] is None and "problems" not in ended else 1
 
@@ -140,13 +141,13 @@ def _run_ranks(
     store = store or TCPStore(place.address, 0, None, True, wait_for_workers=False)
     run_id = f"{plan.wandb_id}-{attempt}"
     stalls: list[str] = []
-    exits: list[record.RankExit] = []
+    exits: list[failure_record.RankExit] = []
 
-    def on_failure(ended: list[record.RankExit]) -> None:
+    def on_failure(ended: list[failure_record.RankExit]) -> None:
         exits[:] = ended
 
     def on_restart(count: int) -> None:
-        here, why = place.hosts[place.node], record.of_restart(exits, run, attempt, stalls)
+        here, why = place.hosts[place.node], failure_record.of_restart(exits, run, attempt, stalls)
         # Later failures have other reasons.
         stalls.clear()
         with suppress(OSError):
@@ -154,7 +155,7 @@ def _run_ranks(
             append_event(run, attempt, "alert", words, **{RESTART: count})
 
     def is_final() -> bool:
-        return record.read_final(run, attempt) is not None
+        return failure_record.read_final(run, attempt) is not None
 
     rendezvous = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, is_final, on_restart)
     board = heartbeat.Board(topology.ranks_per_node)
@@ -176,13 +177,17 @@ def _run_ranks(
             on_failure=on_failure,
         ):
             return None
-        return record.of_ranks(exits, run, attempt, stalls)
+        return failure_record.of_ranks(exits, run, attempt, stalls)
     except RendezvousClosedError as error:
-        final = record.read_final(run, attempt)
-        return record.of_agent(error, run.attempt(attempt)) if final is None else record.of_final(run, attempt, final)
+        final = failure_record.read_final(run, attempt)
+        return (
+            failure_record.of_agent(error, run.attempt(attempt))
+            if final is None
+            else failure_record.of_final(run, attempt, final)
+        )
     except Exception as error:
         # Rendezvous, resources and the like: no rank is to blame.
-        return record.of_agent(error, run.attempt(attempt))
+        return failure_record.of_agent(error, run.attempt(attempt))
     finally:
         watchdog.stop()
         board.close()

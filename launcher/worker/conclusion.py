@@ -13,8 +13,8 @@ from launcher.config.cluster import ManagedSection
 from launcher.plan.retry import Cause, Decision, Ended, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.worker import ending
-from launcher.worker.ending import Ending
+from launcher.worker import postmortem
+from launcher.worker.postmortem import Ending
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def conclude(
 
     `gone` are those of its nodes that Ray has lost, None where that is not known.
     """
-    found = ending.read(run, number, attempt, state, section.lead_s, exit_code, gone)
+    found = postmortem.read(run, number, attempt, state, section.lead_s, exit_code, gone)
     ended = Ended(found.cause, attempt.resume_step, store.newest_step(run.checkpoints), found.message, found.bad_nodes)
     return Conclusion(found, ended, decide(ended, history(run, number), section))
 

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ValidationError
 
 from launcher import facts
 from launcher.config.deepspeed_keys import EXTRA, KEYS_PAGE
-from launcher.config.problems import shown
+from launcher.config.error_messages import shown
 from launcher.config.schema import RunConfig
 from launcher.config.suggest import did_you_mean
-from launcher.data import root
+from launcher.data import cache_dir
 from launcher.errors import DataError, Problem
 from launcher.plan.deepspeed import render
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
@@ -209,7 +209,7 @@ def check(config: RunConfig) -> list[Problem]:
     problems = problems_of(config)
     if not problems:
         accepted = facts.accepted_extra(config)
-        with root.usable(accepted.parent):
+        with cache_dir.usable(accepted.parent):
             accepted.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             accepted.touch()
     return problems

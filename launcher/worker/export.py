@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher import run_store
-from launcher.checkpoint import card, hub, store, weights
-from launcher.checkpoint.export import Export, Task, chat_template_of, export, stops_said, verify
+from launcher.checkpoint import store
 from launcher.errors import CheckpointError, LauncherError, Problem
+from launcher.export import hub, model_card, weights
+from launcher.export.hf_folder import Export, Task, chat_template_of, export, stops_said, verify
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
@@ -41,8 +42,8 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
     verify(task)
-    metrics = read_metrics(run.metrics, card.METRICS)
-    return export(task, lambda made: card.model_card(plan, checkpoint.manifest, metrics, made, plans))
+    metrics = read_metrics(run.metrics, model_card.METRICS)
+    return export(task, lambda made: model_card.model_card(plan, checkpoint.manifest, metrics, made, plans))
 
 
 def _load(plan_path: Path) -> LaunchPlan:

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.worker import entry
-from launcher.worker.rank import die_with_parent, name_process
+from launcher.worker import rank_main
+from launcher.worker.rank_env import die_with_parent, name_process
 
 _CUDA_NOT_INITIALIZED = 3
 # From the fork of a rank until the kernel has given it to the agent.
@@ -56,7 +56,7 @@ def main(descriptor: int, plan_path: str) -> None:
     _import_stack(LaunchPlan.load(Path(plan_path)))
     arguments = _serve(socket.socket(fileno=descriptor), agent_pid)
     if arguments is not None:
-        entry.main(arguments[0], int(arguments[1]))
+        rank_main.main(arguments[0], int(arguments[1]))
 
 
 def _import_stack(plan: LaunchPlan) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import RunError
-from launcher.worker.rank import RankEnv
+from launcher.worker.rank_env import RankEnv
 
 # Set by the agent to `Board.path`. Absent: nobody watches.
 VARIABLE = "LAUNCHER_HEARTBEATS"

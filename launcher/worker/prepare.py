@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from launcher import facts, run_store, warm_start
-from launcher.checkpoint import card, durable
-from launcher.checkpoint.export import Task, chat_template_of, export, verify
+from launcher import atomic_files, facts, parent_run, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
 from launcher.data.chat import import_tokenizers_without_torch, load_tokenizer
 from launcher.data.texts import Texts
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
+from launcher.export import model_card
+from launcher.export.hf_folder import Task, chat_template_of, export, verify
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
 from launcher.worker.weight_check import require_weights
@@ -77,7 +77,7 @@ def _fetch(source: str, model: ModelSection) -> None:
     if located.folder is not None:
         return
     if is_run(source):
-        _take_weights(warm_start.open_source(source), model)
+        _take_weights(parent_run.open_source(source), model)
     elif located.source is not None:
         from launcher.train.model import convert_gguf
 
@@ -87,16 +87,16 @@ def _fetch(source: str, model: ModelSection) -> None:
         _download(source, model)
 
 
-def _take_weights(source: warm_start.Source, model: ModelSection) -> None:
+def _take_weights(source: parent_run.Source, model: ModelSection) -> None:
     """Make the Hugging Face folder of a checkpoint in the launcher's cache; it appears when it is complete."""
-    folder = warm_start.folder(source, model.dtype)
+    folder = parent_run.folder(source, model.dtype)
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_TIMEOUT_S, mode=0o600):
             if (folder / "config.json").is_file():
                 return
             _say(f"taking the weights of run {source.plan.run_name} at step {source.checkpoint.step} (once)")
-            exported = warm_start.exported(source, model.dtype)
+            exported = parent_run.exported(source, model.dtype)
             if exported is not None:
                 _link(exported, folder)
             else:
@@ -112,9 +112,9 @@ def _take_weights(source: warm_start.Source, model: ModelSection) -> None:
         raise _unusable(source, said, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
 
 
-def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> None:
+def _export(source: parent_run.Source, model: ModelSection, folder: Path) -> None:
     base = Path(source.plan.model.path or "")
-    manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics, card.METRICS)
+    manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics, model_card.METRICS)
     plans = run_store.plans_until(source.run, manifest.attempt)
     plan = plans[-1] if plans else source.plan
     task = Task(
@@ -131,7 +131,7 @@ def _export(source: warm_start.Source, model: ModelSection, folder: Path) -> Non
     )
     verify(task)
     # The next run's card takes the licence and the base model from this one's.
-    export(task, lambda made: card.model_card(plan, manifest, metrics, made, plans))
+    export(task, lambda made: model_card.model_card(plan, manifest, metrics, made, plans))
 
 
 def _tokenizer_of(plan: LaunchPlan) -> Path | None:
@@ -148,7 +148,7 @@ def _link(exported: Path, folder: Path) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         shutil.copytree(exported, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
-        durable.replace_directory(partial, folder)
+        atomic_files.replace_directory(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -161,7 +161,7 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _unusable(source: warm_start.Source, why: str, remedy: str) -> ConfigError:
+def _unusable(source: parent_run.Source, why: str, remedy: str) -> ConfigError:
     what = f"model.path: the weights of run {source.plan.run_name} at step {source.checkpoint.step} cannot be used: {why}"
     return ConfigError(Problem(what, where="model.path", value=source.path, remedy=remedy))
 

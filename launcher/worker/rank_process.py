@@ -122,7 +122,7 @@ class ForkServer:
         return not self._has_answered and not select.select([self._connection], [], [], 0)[0]
 
     def fork(self, arguments: Sequence[str], environment: Mapping[str, str]) -> ForkedProcess:
-        """Fork a rank with these arguments of launcher.worker.entry; waits until the server has imported everything.
+        """Fork a rank with these arguments of launcher.worker.rank_main; waits until the server has imported everything.
 
         Raises:
             ForkFailed: where it cannot be forked safely, or at all.
@@ -216,7 +216,7 @@ class RankProcesses:
         arguments = (plan_path, str(attempt))
         process = self._fork(arguments, environment) if self._server is not None else None
         if process is None:
-            command = [sys.executable, "-u", "-m", "launcher.worker.entry", *arguments]
+            command = [sys.executable, "-u", "-m", "launcher.worker.rank_main", *arguments]
             process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, cwd=self._folder)
         with self._lock:
             self._started = [*(other for other in self._started if other.returncode is None), process]

@@ -19,7 +19,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from launcher.worker.rank import NodePlace
+from launcher.worker.rank_env import NodePlace
 
 
 class NodeRendezvous(RendezvousHandler):

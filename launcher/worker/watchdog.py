@@ -1,7 +1,7 @@
 """A rank that makes no progress is found, its stacks are recorded, and it is killed, so that the run can go on without it.
 
 In a hang all ranks of all nodes fall silent, because they wait for one. Each node's agent judges its own ranks; on Ray the
-run's coordinator judges those of all nodes (launcher.worker.ray.liveness). The surer it is of the culprit the sooner a rank is
+run's coordinator judges those of all nodes (launcher.worker.ray.watchdog). The surer it is of the culprit the sooner a rank is
 killed: at once one that cannot run, later one that is behind the others, and last of all ranks that cannot be told apart,
 whose culprit is then most likely on another node and has been killed there.
 """

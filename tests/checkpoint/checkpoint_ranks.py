@@ -21,11 +21,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from launcher.checkpoint import durable, shards, store, zero3
+from launcher import atomic_files
+from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.errors import CheckpointError
 from launcher.train.engine import import_muon
-from launcher.train.extensions import lock_builds
+from launcher.train.jit_build_lock import lock_builds
 
 PLAN = "digest-of-the-plan"
 VOCAB = 511
@@ -274,7 +275,7 @@ def background(kind: str, folder: Path) -> None:
     report(folder, "behind-early", {"is_there": (root / store.step_name(2)).exists(), "known": saver.poll() is not None})
     losses += train(engine, 3, 3, saver)
     stall_s = saver._job.stall_s
-    durable.passing = passing
+    atomic_files.passing = passing
     # Nobody asks for a while, on one rank longer than on the other.
     time.sleep(1.5 + dist.get_rank())
     first = committed(saver)
@@ -289,7 +290,7 @@ def background(kind: str, folder: Path) -> None:
     engine.destroy()
 
 
-passing = durable.passing
+passing = atomic_files.passing
 
 
 def unremovable(engine, folder: Path) -> None:
@@ -306,7 +307,7 @@ def unremovable(engine, folder: Path) -> None:
 
 def slow_writes(saver: Saver) -> None:
     """The shard is on its way for half a second after the copy was taken."""
-    durable.passing = lambda point: time.sleep(0.5) if point == "half-written" else None
+    atomic_files.passing = lambda point: time.sleep(0.5) if point == "half-written" else None
 
 
 def poison(engine) -> None:
@@ -325,7 +326,7 @@ def points(kind: str, folder: Path) -> None:
     committed(saver)
     train(engine, 3, 3)
     if victim in (str(dist.get_rank()), "all"):
-        durable.passing = lambda passed: os.kill(os.getpid(), signal.SIGKILL) if passed == point else None
+        atomic_files.passing = lambda passed: os.kill(os.getpid(), signal.SIGKILL) if passed == point else None
     saver.save(3, {"seen": 3})
     train(engine, 4, 4, saver)
     committed(saver)

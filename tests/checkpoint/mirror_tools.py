@@ -18,8 +18,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from plan_fixtures import composed
 
-from launcher import run_store
-from launcher.checkpoint import durable, store
+from launcher import atomic_files, run_store
+from launcher.checkpoint import store
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
@@ -112,7 +112,7 @@ def commit(
     """A checkpoint of made-up content."""
     saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
     names = [*map(store.shard_name, range(num_ranks)), store.STATE]
-    files = {n: durable.write_file(saving / n, [f"{n} of {step}: ".encode(), content]) for n in names}
+    files = {n: atomic_files.write_file(saving / n, [f"{n} of {step}: ".encode(), content]) for n in names}
     manifest = store.Manifest(step=step, world_size=num_ranks, plan_digest="d", attempt=attempt, eval_loss=loss, files=files)
     return store.open_checkpoint(store.commit(saving, manifest))
 

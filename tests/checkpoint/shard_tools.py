@@ -11,8 +11,8 @@ from typing import Any
 import hand_made
 from safetensors.torch import load_file
 
-from launcher.checkpoint import store, tensor_file
-from launcher.checkpoint.tensor_file import TensorFile, as_bytes, weight_digest
+from launcher.checkpoint import safetensors_io, store
+from launcher.checkpoint.safetensors_io import TensorFile, as_bytes, weight_digest
 from launcher.plan.launch_plan import LaunchPlan
 
 
@@ -43,7 +43,7 @@ def engine_metadata(dump: Path, dtype: str, world_size: int) -> list[dict[str, s
             name: tensor.flatten()[slice(*store.partition(tensor.numel(), world_size, rank))] for name, tensor in weights.items()
         }
         digests = {name: weight_digest(as_bytes(part.contiguous())) for name, part in parts.items()}
-        metadata.append({tensor_file.DTYPE: dtype, tensor_file.WEIGHTS: json.dumps(digests)})
+        metadata.append({safetensors_io.DTYPE: dtype, safetensors_io.WEIGHTS: json.dumps(digests)})
     return metadata
 
 
@@ -62,7 +62,7 @@ def with_metadata(checkpoint: Path, folder: Path, metadata: list[dict[str, str]]
         source.close()
         (target / name).unlink()
         said = metadata[rank] if metadata else {}
-        files[name] = tensor_file.write(target / name, list(source.specs.values()), contents, said)
+        files[name] = safetensors_io.write(target / name, list(source.specs.values()), contents, said)
     (target / store.MANIFEST).write_text(replace(manifest, files=files).to_json())
     return target
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from missing_program import skip_or_fail
 
-from launcher.checkpoint import durable, store
+from launcher import atomic_files
+from launcher.checkpoint import store
 from launcher.errors import CheckpointError
 
 DISK = 2**20
@@ -33,7 +34,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 def save(root: Path, step: int, shard: bytes = SHARD, needed_bytes: int = 1) -> Path:
     saving = store.begin(root, step=step, attempt=1, needed_bytes=needed_bytes)
-    files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [shard])}
+    files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [shard])}
     return store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest="d", attempt=1, files=files))
 
 
@@ -61,7 +62,7 @@ def test_a_shard_that_does_not_fit_names_its_file_and_harms_nothing(root: Path) 
 def test_a_manifest_that_does_not_fit_commits_nothing(root: Path) -> None:
     first = save(root, 1)
     saving = store.begin(root, step=2, attempt=1, needed_bytes=1)
-    files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [SHARD])}
+    files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [SHARD])}
     filler = fill(root)
     with pytest.raises(OSError, match="No space left"):
         store.commit(saving, store.Manifest(step=2, world_size=1, plan_digest="d", attempt=1, files=files))

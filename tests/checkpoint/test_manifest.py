@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from launcher.checkpoint.durable import FileEntry
+from launcher.atomic_files import FileEntry
 from launcher.checkpoint.manifest import Manifest
 
 WHOLE = Manifest(

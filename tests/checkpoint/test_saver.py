@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from launcher.checkpoint import store
-from launcher.checkpoint.tensor_file import TensorFile, as_bytes, weight_digest
+from launcher.checkpoint.safetensors_io import TensorFile, as_bytes, weight_digest
 
 # With the runs that they look at, and beside the compilation of extensions.
 pytestmark = pytest.mark.timeout(900)

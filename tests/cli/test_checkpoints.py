@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from hand_made import checkpoint
 
-from launcher import run_store
-from launcher.checkpoint import durable, store
+from launcher import atomic_files, run_store
+from launcher.checkpoint import store
 from launcher.cli.main import main
-from launcher.clusters.process import identity
+from launcher.clusters.detached_process import identity
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
@@ -234,7 +234,7 @@ def test_what_vanishes_while_it_is_looked_at_is_left_out(
     (run.checkpoints / "aside-step-00000400" / "sub").mkdir()
     listed = store.list_checkpoints(run.checkpoints)
     monkeypatch.setattr(store, "list_checkpoints", lambda root: listed)
-    durable.remove_directory(run.checkpoints / store.step_name(100))
+    atomic_files.remove_directory(run.checkpoints / store.step_name(100))
     with storage_fails(run.checkpoints / "aside-step-00000400" / "file", errno.ENOENT):
         code, out, _ = ask()
     assert code == 0

@@ -14,7 +14,7 @@ from forked import preloaded
 from http_server import serving
 
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.dashboard import SECTIONS, STEP
+from launcher.tracking.wandb.workspace import SECTIONS, STEP
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -70,7 +70,7 @@ def launch(launcher_env: dict[str, str]) -> Launch:
     """The command in a process of its own, for W&B's package reads its environment once; forked from one that has imported it."""
 
     def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-        server = preloaded("launcher.cli.dashboard", "launcher.tracking.dashboard", "wandb_workspaces.workspaces")
+        server = preloaded("launcher.cli.dashboard", "launcher.tracking.wandb.workspace", "wandb_workspaces.workspaces")
         return server.run("launcher", *arguments, env={**launcher_env, **env})
 
     return run
@@ -144,6 +144,7 @@ def test_without_a_login_the_remedy_is_told(launch: Launch) -> None:
 
 def test_asking_for_it_loads_no_torch() -> None:
     code = (
-        "import sys; from launcher.tracking import dashboard as d; d.as_json(d.Target('demo')); sys.exit('torch' in sys.modules)"
+        "import sys; from launcher.tracking.wandb import workspace as w; "
+        "w.as_json(w.Target('demo')); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -14,7 +14,7 @@ from random import Random
 
 import pytest
 
-from launcher.cli import text
+from launcher.cli import formatting
 from launcher.data.parallel import MIN_BYTES
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -73,7 +73,7 @@ def test_the_report_in_a_pipe_has_marks_and_no_colours(launch: Run, rows: Path, 
     assert not re.search(r"<(link|img|iframe|object|script|image|use)\b|\b(src|href|srcset)\s*=|url\(|@import", html)
     folder, size = re.findall(r"^cache +(/\S+/data/[0-9a-f]{32}) \((.+)\)$", shown, re.MULTILINE)[0]
     files = [file for file in Path(folder).rglob("*") if file.is_file() and file.name != "meta.json"]
-    assert size == text.size(sum(file.stat().st_size for file in files))
+    assert size == formatting.size(sum(file.stat().st_size for file in files))
     assert re.search(r"^source +epochs +rows +tokens +share +trained +filled +padding", shown, re.MULTILINE)
     assert re.search(r"^ *tokens, up to +documents", shown, re.MULTILINE)
 
@@ -127,7 +127,7 @@ def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["read_documents"] == num_rows
     assert "Traceback" not in done.stderr
-    assert {"launcher.data.preload", "transformers"} <= imported(done.stderr)
+    assert {"launcher.data.forkserver_preload", "transformers"} <= imported(done.stderr)
     assert "torch" not in imported(done.stderr), "its import takes longer than the rest"
 
 

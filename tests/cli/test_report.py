@@ -15,7 +15,7 @@ import pytest
 
 from launcher import run_store
 from launcher.cli.report import _told, page, thinned
-from launcher.clusters.process import identity
+from launcher.clusters.detached_process import identity
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
 

@@ -49,7 +49,7 @@ def test_the_plan_shows_the_script(site: Run, nothing_made: Callable[[], bool], 
     for line in ("#SBATCH --nodes=2", "#SBATCH --account=research", "#SBATCH --time=1-00:00:00", "module load cuda/12.8"):
         assert f"\n{line}\n" in script
     assert f"#SBATCH --chdir={tmp_path}/empty/runs/shown\n" in script
-    assert "launcher.worker.job begin" in script
+    assert "launcher.worker.slurm.job begin" in script
     assert nothing_made()
 
 

@@ -16,11 +16,11 @@ import hand_made
 import pytest
 
 from launcher import run_store
+from launcher.cli.formatting import short
 from launcher.cli.main import main
+from launcher.cli.run_summary import summary
 from launcher.cli.status import sparkline
-from launcher.cli.summary import summary
-from launcher.cli.text import short
-from launcher.clusters.process import identity
+from launcher.clusters.detached_process import identity
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import JsonlTracker

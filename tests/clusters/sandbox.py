@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher.clusters.slurm import script
+from launcher.clusters.slurm import sbatch
 from launcher.plan.launch_plan import LaunchPlan
 
 
@@ -79,4 +79,4 @@ def rendered(plan: LaunchPlan, folder: Path) -> str:
     """The script of a run whose plan lies in `folder`, where the tasks see it."""
     file = folder / "plan.json"
     file.touch()
-    return script.render(plan, file)
+    return sbatch.render(plan, file)

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from launcher import run_store
 from launcher.cli.launch import require_idle
-from launcher.clusters import process
+from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
 from launcher.clusters.ray import cluster as module
 from launcher.clusters.ray import jobs
@@ -153,7 +153,7 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
 
 
 def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
-    return {**process.identity(), "pid": driver.pid, "started": psutil.Process(driver.pid).create_time()}
+    return {**detached_process.identity(), "pid": driver.pid, "started": psutil.Process(driver.pid).create_time()}
 
 
 def test_where_a_run_was_handed_to_is_told_with_its_log(run: RunDir) -> None:
@@ -184,7 +184,7 @@ def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDi
 
 
 def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = {**process.identity(), "host": "another", "space": "another-boot pid:[1]"}
+    elsewhere = {**detached_process.identity(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     old = time.time() - 600
     os.utime(run.status, (old, old))
@@ -198,8 +198,8 @@ def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunD
 
 def test_a_run_of_another_container_is_believed_and_cannot_be_signalled_from_here(run: RunDir) -> None:
     # A container of this machine, which shares its name and not its processes.
-    boot = process.identity()["space"].split(" ")[0]
-    elsewhere = {**process.identity(), "space": f"{boot} pid:[1]"}
+    boot = detached_process.identity()["space"].split(" ")[0]
+    elsewhere = {**detached_process.identity(), "space": f"{boot} pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     assert LocalCluster().status(run).state == "running"
     with pytest.raises(SubmitError, match="cannot be seen from here") as error:
@@ -208,7 +208,7 @@ def test_a_run_of_another_container_is_believed_and_cannot_be_signalled_from_her
 
 
 def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container_gives_no_sign(run: RunDir) -> None:
-    here = process.identity()
+    here = detached_process.identity()
     boot, namespace = here["space"].split(" ", 1)
     restarted = {**here, "space": f"another-boot {namespace}"}
     run_store.update_status(run, state="running", attempt=1, job=restarted)
@@ -218,7 +218,7 @@ def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container
     old = time.time() - 600
     os.utime(run.status, (old, old))
     assert LocalCluster().status(run).state == "failed"
-    process.give_signs(run)
+    detached_process.give_signs(run)
     deadline = time.monotonic() + 10
     while not run.alive.exists():
         assert time.monotonic() < deadline
@@ -226,7 +226,7 @@ def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container
 
 
 def test_a_status_that_names_the_machine_alone_is_judged_by_it(run: RunDir) -> None:
-    mine = {name: value for name, value in process.identity().items() if name != "space"}
+    mine = {name: value for name, value in detached_process.identity().items() if name != "space"}
     run_store.update_status(run, state="running", attempt=1, job=mine)
     assert LocalCluster().status(run).state == "running"
     run_store.update_status(run, state="running", attempt=1, job={**mine, "started": 1.0})
@@ -343,7 +343,7 @@ def test_a_job_that_the_cluster_does_not_know_is_lost_only_where_the_run_gives_n
     monkeypatch.setattr(jobs, "state", unknown)
     monkeypatch.setattr(jobs, "stop", unknown)
     run_store.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
-    elsewhere = {**process.identity(), "host": "another", "space": "another-boot pid:[1]"}
+    elsewhere = {**detached_process.identity(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     seen = RayCluster().status(run)
     assert seen.state == "running"

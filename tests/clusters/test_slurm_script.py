@@ -13,7 +13,7 @@ import pytest
 from plan_fixtures import H100
 from testbed_cluster import Testbed
 
-from launcher.clusters.slurm import queue, script
+from launcher.clusters.slurm import queue, sbatch
 from launcher.clusters.slurm.cluster import SlurmCluster
 from launcher.clusters.slurm.commands import slurm
 from launcher.config.slurm import SlurmSection
@@ -76,7 +76,7 @@ def python(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rendered(plan: LaunchPlan) -> str:
-    return script.render(plan, RunDir(Path(plan.run_dir)).plan)
+    return sbatch.render(plan, RunDir(Path(plan.run_dir)).plan)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,8 +152,8 @@ def test_it_is_what_submitit_hands_to_sbatch(slurm_plan: SlurmPlan, here: Testbe
 
     plan = slurm_plan(**CASES[name])
     run = RunDir(Path(plan.run_dir))
-    executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=script.python_command(plan, run.plan))
-    executor.update_parameters(**script.parameters(plan, run.plan))
+    executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=sbatch.python_command(plan, run.plan))
+    executor.update_parameters(**sbatch.parameters(plan, run.plan))
     assert rendered(plan) == executor._make_submission_file_text(executor._submitit_command_str, "") + "\n"
 
 

@@ -58,9 +58,9 @@ def test_a_job_begins_runs_its_tasks_and_concludes(slurm_plan: SlurmPlan, sandbo
     for code in ("0", "9", "143"):
         done = sandbox.run(text, SRUN_RC=code)
         begin, task, conclude = sandbox.called("python")
-        assert begin == ["-m", "launcher.worker.job", "begin", plan]
+        assert begin == ["-m", "launcher.worker.slurm.job", "begin", plan]
         assert task[:3] == ["-u", "-m", "submitit.core._submit"]
-        assert conclude == ["-m", "launcher.worker.job", "conclude", plan, "7", code]
+        assert conclude == ["-m", "launcher.worker.slurm.job", "conclude", plan, "7", code]
         assert [call["env"].get("LAUNCHER_ATTEMPT") for call in sandbox.calls] == [None, "7", "7", "7"]
         assert done.returncode == 0, "conclude decides"
 

@@ -16,8 +16,8 @@ from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerC
 
 from launcher.config import deepspeed_keys
 from launcher.config.compose import Composed
+from launcher.config.introspect import settings
 from launcher.config.resume import with_overrides
-from launcher.config.settings import settings
 from launcher.errors import ConfigError, Problem
 from launcher.worker.deepspeed_check import Recorder
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from launcher.config.compose import GROUPS, conf_dir
+from launcher.config.introspect import settings
 from launcher.config.reference import main, render
-from launcher.config.settings import settings
 
 REPO = Path(__file__).resolve().parents[2]
 

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from launcher.config.compose import Composed
+from launcher.config.introspect import settings
 from launcher.config.resume import CHANGEABLE, FIXED, differences, require_same, with_overrides
 from launcher.config.schema import RunConfig
-from launcher.config.settings import settings
 from launcher.errors import ConfigError, Problem
 
 

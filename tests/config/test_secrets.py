@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from launcher.config.data import Source
+from launcher.config.redaction import looks_secret, redact
 from launcher.config.resume import with_overrides
-from launcher.config.secret import looks_secret, redact
 from launcher.errors import ConfigError
 
 Shown = Callable[..., str]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.config.settings import settings
+from launcher.config.introspect import settings
 from launcher.config.suggest import did_you_mean
 
 

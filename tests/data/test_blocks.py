@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.data.sources import BLOCK_ROWS, arrays, files
+from launcher.data.sources import BLOCK_ROWS, files, json_array
 from launcher.data.sources.files import Block, blocks, rows_of
 from launcher.errors import DataError
 
@@ -63,7 +63,7 @@ ROWS = st.lists(
 
 
 def parsed(content: bytes) -> list[Any]:
-    return [row for row, _, _ in arrays.array_rows(io.BufferedReader(io.BytesIO(content)), "a.json")]
+    return [row for row, _, _ in json_array.array_rows(io.BufferedReader(io.BytesIO(content)), "a.json")]
 
 
 @given(rows=ROWS, block=st.integers(1, 40), indent=st.sampled_from([None, 2]), is_ascii=st.booleans())
@@ -72,7 +72,7 @@ def test_an_array_in_small_blocks_is_that_array(
 ) -> None:
     content = json.dumps(rows, indent=indent, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arrays, "_BLOCK_BYTES", block)
+        patch.setattr(json_array, "_BLOCK_BYTES", block)
         assert parsed(b" " + content + b"\n") == rows
         # Whatever is cut off: it is told, at the end of what is there.
         if len(content) > 2:
@@ -98,7 +98,7 @@ def test_an_array_in_small_blocks_is_that_array(
 def test_what_is_wrong_in_an_array_is_said_with_line_and_column(
     monkeypatch: pytest.MonkeyPatch, content: str, what: str, where: str, block: int
 ) -> None:
-    monkeypatch.setattr(arrays, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(json_array, "_BLOCK_BYTES", block)
     with pytest.raises(DataError) as caught:
         parsed(content.encode())
     assert (caught.value.problems[0].what, caught.value.problems[0].where) == (what, f"a.json:{where}")

@@ -11,10 +11,10 @@ from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from launcher.config.data import ChecksSection, DataSection, Source
-from launcher.data import findings
 from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
 from launcher.data.chat import Encoded
+from launcher.data.checks import findings
 from launcher.data.encode import pieces_of
 from launcher.errors import DataError
 

@@ -12,10 +12,11 @@ import pytest
 from launcher.cli.data_view import left_out, moved, number_rows, parts_taken, summary_rows, unused
 from launcher.config.data import DataSection, Source
 from launcher.config.schema import TrainSection
-from launcher.data import cache, encode, findings
+from launcher.data import cache, encode
 from launcher.data.build import build
 from launcher.data.cache import Split
 from launcher.data.chat import load_tokenizer
+from launcher.data.checks import findings
 from launcher.data.loader import TrainBatches
 from launcher.data.report import report as report_of
 from launcher.data.texts import Texts

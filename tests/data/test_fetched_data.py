@@ -8,7 +8,7 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher.cli import fetch
+from launcher.cli import mirror
 from launcher.config.data import DataSection
 from launcher.config.schema import RunConfig
 from launcher.data.build import build
@@ -22,17 +22,17 @@ def test_other_data_with_the_same_counts_is_refused(
         build(config.data, str(tokenizer_dir))
 
     # In place of a process of its own.
-    monkeypatch.setattr(fetch, "prepare", built_here)
+    monkeypatch.setattr(mirror, "prepare", built_here)
     rows = [{"prompt": f"{i}:", "completion": f" {i + 1}"} for i in range(8)]
     source = jsonl(rows)
     settings = {"model": {"path": str(tokenizer_dir)}, "data": {"sources": [{"path": str(source)}], "max_length": 32}}
     made = hand_made.plan(tmp_path / "run", {**settings, "train": {"max_steps": 4}})
     trained = build(DataSection.model_validate(settings["data"]), str(tokenizer_dir))
     plan = made.model_copy(update={"data": trained.model_copy(update={"cache_dir": "/elsewhere/data/0123"})})
-    assert fetch._data(plan, plan.config.model) == trained
+    assert mirror._data(plan, plan.config.model) == trained
     jsonl([{**row, "completion": row["completion"][::-1]} if row["prompt"] == "7:" else row for row in reversed(rows)])
     other = build(plan.config.data, str(tokenizer_dir))
     assert other.model_dump(exclude={"cache_dir", "digest"}) == trained.model_dump(exclude={"cache_dir", "digest"})
     with pytest.raises(DataError, match="not what the run was trained on") as caught:
-        fetch._data(plan, plan.config.model)
+        mirror._data(plan, plan.config.model)
     assert caught.value.problems[0].value == f"digest: {other.digest} here, {trained.digest} there"

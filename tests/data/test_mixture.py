@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from launcher.config.data import DataSection, Source
 from launcher.data.mixture import budgets, passes
-from launcher.data.rows import all_of, mixed
+from launcher.data.row_layout import all_of, mixed
 from launcher.errors import DataError
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from launcher.data.chat import Encoded
 from launcher.data.encode import pieces_of
 from launcher.data.packing import Packing, one_per_row, pack
-from launcher.data.rows import _gathered as gathered
+from launcher.data.row_layout import _gathered as gathered
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:

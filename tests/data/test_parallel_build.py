@@ -210,7 +210,7 @@ def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokeni
 
 def test_the_processes_do_without_torch(tokenizer_dir: Path) -> None:
     script = (
-        "import json, sys, launcher.data.preload; from launcher.data.chat import load_tokenizer; "
+        "import json, sys, launcher.data.forkserver_preload; from launcher.data.chat import load_tokenizer; "
         "ids = load_tokenizer(sys.argv[1])(sys.argv[2]).input_ids; print(json.dumps([ids, 'torch' in sys.modules]))"
     )
     command = [sys.executable, "-c", script, str(tokenizer_dir), "It's 1 text, naïve."]

@@ -20,7 +20,7 @@ import psutil
 from e2e_tools import agent_of, by_rank
 
 from launcher.tracking.jsonl import Tail, lines_of, read_events
-from launcher.train.before import RESTART
+from launcher.train.previous_failure import RESTART
 
 # When a rank is killed, and how often: while the ranks load; when they have just been started; while a checkpoint is written;
 # after some steps.

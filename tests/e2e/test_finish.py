@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_files import records
 
-from launcher.tracking.dashboard import SECTIONS
+from launcher.tracking.wandb.workspace import SECTIONS
 
 pytestmark = pytest.mark.rest
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 12
 CANARY = "canary-7f3a9c51d2"
-# What the design promises of a run without GPUs; tests/train/test_gpu_metrics.py has the rest.
+# What the design promises of a run without GPUs; tests/train/monitoring/test_gpu_metrics.py has the rest.
 METRICS = {
     *(f"trainer/{name}" for name in ("step", "epoch", "tokens", "samples", "progress", "eta_s")),
     *(f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from plan_fixtures import H100
 
-from launcher.cli.plan_text import plan_lines
+from launcher.cli.plan_view import plan_lines
 from launcher.plan.gpus import GPUS
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.planner import resized

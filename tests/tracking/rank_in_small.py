@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.tracking import wandb, wandb_session
 from launcher.tracking.tracker import start_trackers
+from launcher.tracking.wandb import session, tracker
 
 
 def main(plan_file: str, run_dir: str, attempt: int) -> None:
@@ -28,7 +28,7 @@ def main(plan_file: str, run_dir: str, attempt: int) -> None:
         answer: Any = None
         if method == "limits":
             for name, value in fields.items():
-                setattr(wandb if hasattr(wandb, name) else wandb_session, name, value)
+                setattr(tracker if hasattr(tracker, name) else session, name, value)
         elif method == "start":
             trackers = start_trackers(plan, run_dir, attempt, stop.set)
         elif method == "stop":

@@ -32,7 +32,7 @@ AT_ONCE = {
     **{f"WANDB__{of}_RETRY_WAIT_MAX_SECONDS": "0.5" for of in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")},
 }
 # What takes the time of a start.
-IMPORTED = ("wandb", "wandb.sdk.wandb_run", "psutil", "launcher.tracking.tracker", "launcher.worker.last_word")
+IMPORTED = ("wandb", "wandb.sdk.wandb_run", "psutil", "launcher.tracking.tracker", "launcher.worker.wandb_closing")
 
 
 class Rank:

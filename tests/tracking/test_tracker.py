@@ -14,10 +14,10 @@ from wandb_files import history
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking import wandb
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
 from launcher.tracking.tracker import Composite, start_trackers
+from launcher.tracking.wandb import tracker
 
 PlanMaker = Callable[..., LaunchPlan]
 
@@ -161,7 +161,7 @@ def test_a_process_that_does_not_start_is_tried_again(
     import wandb as package
 
     package.teardown()
-    monkeypatch.setattr(wandb, "RETRY_S", 0.0)
+    monkeypatch.setattr(tracker, "RETRY_S", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr("wandb.sdk.lib.service.service_process.get_core_path", lambda: "/bin/false")
         composite = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)

@@ -23,10 +23,10 @@ from wandb_files import history, records
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking import wandb as module
 from launcher.tracking.jsonl import SUPERSEDED, JsonlTracker, read_events
 from launcher.tracking.tracker import start_trackers
-from launcher.tracking.wandb_session import Session, is_online, redacted
+from launcher.tracking.wandb import tracker as module
+from launcher.tracking.wandb.session import Session, is_online, redacted
 
 PlanMaker = Callable[..., LaunchPlan]
 REPO = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ from rank_tools import times_begun
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking import wandb as module, wandb_session as session
+from launcher.tracking.wandb import session, tracker as module
 from launcher.tracking.tracker import start_trackers
 """
 

@@ -20,7 +20,7 @@ from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker import last_word
+from launcher.worker import wandb_closing
 
 PlanMaker = Callable[..., LaunchPlan]
 
@@ -147,8 +147,8 @@ def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
         run_store.write_status(run, run_store.Status("failed", 1, 4, 40))
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
-        monkeypatch.setattr(last_word, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))
-        last_word.tell_wandb(plan, run.plan, run, 1)
+        monkeypatch.setattr(wandb_closing, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))
+        wandb_closing.tell_wandb(plan, run.plan, run, 1)
         assert len(server.run().exits) == 2
     assert server.run().steps == [1, 2, 3]
     with rank(plan, attempt=2, automatic=not for_good, base_url=server.address) as it:

@@ -5,7 +5,7 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher.tracking.wandb_steps import offsets, repeats
+from launcher.tracking.wandb.steps import offsets, repeats
 
 
 @pytest.mark.parametrize(

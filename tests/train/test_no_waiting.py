@@ -16,7 +16,7 @@ from launcher.data.loader import IGNORED
 from launcher.train.loss import LossHead
 from launcher.train.metrics import StepTimer
 from launcher.train.model import CausalLMLoss
-from launcher.train.probe import Probe
+from launcher.train.monitoring.rank_timing import Probe
 
 ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 

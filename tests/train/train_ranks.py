@@ -22,12 +22,12 @@ from launcher.config.slurm import SlurmSection
 from launcher.errors import ConfigError, DamagedCheckpoint, LauncherError
 from launcher.plan.architecture import model_facts
 from launcher.plan.run_dir import RunDir
-from launcher.train import link
 from launcher.train.engine import Place, import_muon
-from launcher.train.extensions import lock_builds
+from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import build_model
-from launcher.train.probe import OptimizerProbe, Probe, representative
-from launcher.train.start import agree_on_start, load_whole
+from launcher.train.monitoring import bandwidth
+from launcher.train.monitoring.rank_timing import OptimizerProbe, Probe, representative
+from launcher.train.resume import agree_on_start, load_whole
 from launcher.train.stop import save_fits
 
 CPU = torch.device("cpu")
@@ -96,11 +96,11 @@ def measure_link() -> tuple[float, float, float]:
     """The measured bandwidth, the seconds that this took, and the bandwidth of times that differ between the ranks."""
     rank = meet()
     started = time.perf_counter()
-    measured = link.measure(CPU)
+    measured = bandwidth.measure(CPU)
     cost_s = time.perf_counter() - started
     times = iter([9.0, *([1e-3, 9.0, 2e-3] if rank == 0 else [1e-3, 4e-3, 5e-3])])
-    link._seconds = lambda buffer: next(times)
-    return measured, cost_s, link.measure(CPU)
+    bandwidth._seconds = lambda buffer: next(times)
+    return measured, cost_s, bandwidth.measure(CPU)
 
 
 def judge_saves() -> dict[str, bool]:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from fake_slurm import FakeSlurm
 
-from launcher import run_store
-from launcher.checkpoint import durable, store
+from launcher import atomic_files, run_store
+from launcher.checkpoint import store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.worker import job, record
+from launcher.worker import failure_record
+from launcher.worker.slurm import job
 
 NODES = ("n1", "n2", "n3")
 
@@ -70,7 +71,7 @@ class Job:
 
     def node(self, node: int, **values: Any) -> None:
         left = {"node": node, "first_failure": None, "stopped": False, "ended_at": time.time(), **values}
-        run_store.write_json(record.node_file(self.run, run_store.newest_attempt(self.run), node), left)
+        run_store.write_json(failure_record.node_file(self.run, run_store.newest_attempt(self.run), node), left)
 
     def failed(self, kind: str) -> None:
         self.node(0, first_failure={"rank": 3, "kind": kind, "at": 1.0, "exit_code": 1, "message": "what it said", "log": "/log"})
@@ -82,7 +83,7 @@ class Job:
 
     def saved(self, step: int, attempt: int = 1) -> None:
         saving = store.begin(self.run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-        files = {name: durable.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
+        files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
         store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files))
 
     def ended(self, number: int, cause: str, began: int | None = None, saved: int | None = None, **values: Any) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from launcher import run_store
-from launcher.checkpoint import durable, store
+from launcher import atomic_files, run_store
+from launcher.checkpoint import store
 from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_store import Attempt
-from launcher.worker import record
-from launcher.worker.node_check import NodeReport
+from launcher.worker import failure_record
+from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.coordinator import Coordinator
 
@@ -60,7 +60,7 @@ class Played:
     def end(self, rank: int, failure: dict[str, Any] | None = None, **said: Any) -> None:
         """A worker leaves its word."""
         ended = {"node": rank, "host": "n", "ended_at": time.time(), "stopped": False, "killed": False, "first_failure": failure}
-        run_store.write_json(record.node_file(self.run, self.number, rank), ended | said)
+        run_store.write_json(failure_record.node_file(self.run, self.number, rank), ended | said)
 
     def outcome(self, reason: str, step: int) -> None:
         """Rank 0's own word."""
@@ -70,7 +70,7 @@ class Played:
 
     def save(self, step: int) -> None:
         saving = store.begin(self.run.checkpoints, step=step, attempt=self.number, needed_bytes=1)
-        files = {store.shard_name(0): durable.write_file(saving / store.shard_name(0), [b"x"])}
+        files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [b"x"])}
         manifest = store.Manifest(step=step, world_size=1, plan_digest=self.plan.digest(), attempt=self.number, files=files)
         store.commit(saving, manifest)
 

@@ -1,11 +1,11 @@
-"""`python -m launcher.worker.mirror` with shorter waits."""
+"""`python -m launcher.worker.mirror_process` with shorter waits."""
 
 from __future__ import annotations
 
 import sys
 
-from launcher.worker import mirror
+from launcher.worker import mirror_process
 
 if __name__ == "__main__":
-    mirror._LOOK_S, mirror._SAY_FIRST_S = 0.1, 0.5
-    sys.exit(mirror.main(sys.argv[1], int(sys.argv[2])))
+    mirror_process._LOOK_S, mirror_process._SAY_FIRST_S = 0.1, 0.5
+    sys.exit(mirror_process.main(sys.argv[1], int(sys.argv[2])))

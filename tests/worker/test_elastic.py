@@ -55,7 +55,7 @@ def train(plan, place, stop, beat, leave_outcome):
         os._exit(7)
     return types.SimpleNamespace(state="completed", reason="completed", step=1, message="trained", checkpoint="")
 
-if {"launcher.worker.entry", "launcher.worker.fork_server"} & {*sys.orig_argv}:
+if {"launcher.worker.rank_main", "launcher.worker.fork_server"} & {*sys.orig_argv}:
     preload = types.ModuleType("launcher.train.preload")
     preload.import_stack = lambda plan, tracks: None
     engine, loop = types.ModuleType("launcher.train.engine"), types.ModuleType("launcher.train.loop")

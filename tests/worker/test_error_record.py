@@ -19,11 +19,11 @@ from launcher import error_record, run_store
 from launcher.error_record import VARIABLE, ErrorRecord
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RunError
-from launcher.worker import record
-from launcher.worker.record import RankExit
+from launcher.worker import failure_record
+from launcher.worker.failure_record import RankExit
 from launcher.worker.signals import DISMISSED
 
-# A rank as launcher.worker.entry runs one, whose record takes a while to reach the disk.
+# A rank as launcher.worker.rank_main runs one, whose record takes a while to reach the disk.
 RANK = """
 import os, sys, time
 from launcher.worker import entry
@@ -132,15 +132,15 @@ def bad(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_bad_record_counts_as_none_and_the_exit_code_tells(bad: Path) -> None:
     assert ErrorRecord.read(bad) is None
     run = RunDir(bad.parent)
-    failed = record.of_exit(run, 1, 3, 1, bad)
+    failed = failure_record.of_exit(run, 1, 3, 1, bad)
     assert (failed["rank"], failed["message"], failed["traceback"]) == (
         3,
         "ended with exit code 1 and left no record of an error",
         "",
     )
-    killed = record.of_exit(run, 1, 3, -signal.SIGKILL, bad)
+    killed = failure_record.of_exit(run, 1, 3, -signal.SIGKILL, bad)
     assert (killed["kind"], killed["message"]) == ("killed", "killed by SIGKILL")
-    assert record.of_exit(run, 1, 3, -50, bad)["message"] == "killed by signal 50", "a signal without a name"
+    assert failure_record.of_exit(run, 1, 3, -50, bad)["message"] == "killed by signal 50", "a signal without a name"
 
 
 def test_what_cannot_be_read_counts_as_no_record(
@@ -170,11 +170,11 @@ def test_a_bad_note_of_a_failure_that_would_repeat_itself_counts_as_none(bad: Pa
     run = RunDir(bad.parent)
     run.attempt(1).mkdir(parents=True)
     bad.rename(run.attempt(1) / "final.json")
-    assert record.read_final(run, 1) is None
+    assert failure_record.read_final(run, 1) is None
     run_store.write_json(
         run.attempt(1) / "final.json", final := {"rank": 1, "kind": "DataError", "message": "no rows", "at": 1.5}
     )
-    assert record.read_final(run, 1) == final
+    assert failure_record.read_final(run, 1) == final
 
 
 def test_a_file_of_a_run_that_holds_no_text_is_an_error_of_the_launcher(tmp_path: Path) -> None:
@@ -201,6 +201,6 @@ def exits(*ends: tuple[int, int, float, str | None]) -> list[RankExit]:
 def test_the_cause_comes_before_its_consequences(
     tmp_path: Path, ends: list[tuple[int, int, float, str | None]], rank: int, message: str
 ) -> None:
-    first = record.of_ranks(exits(*ends), RunDir(tmp_path), 1)
+    first = failure_record.of_ranks(exits(*ends), RunDir(tmp_path), 1)
     assert (first["rank"], first["message"]) == (rank, message)
-    assert record.of_restart(exits(*ends), RunDir(tmp_path), 1, []) == f"rank {rank}: {message}"
+    assert failure_record.of_restart(exits(*ends), RunDir(tmp_path), 1, []) == f"rank {rank}: {message}"

@@ -21,15 +21,14 @@ from forked import ForkedProcess, preloaded
 from mirror_tools import commit, make_run, tree
 from pace import wait_for
 
-from launcher import run_store
-from launcher.checkpoint import durable
+from launcher import atomic_files, run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
 from launcher.tracking.alerts import RateLimit
 from launcher.tracking.jsonl import read_events
-from launcher.worker import mirror
+from launcher.worker import mirror_process
 from launcher.worker.agent import _Stopper
-from launcher.worker.mirror import MirrorProcess
+from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
 
 REPO = Path(__file__).resolve().parents[2]
@@ -37,9 +36,9 @@ REPO = Path(__file__).resolve().parents[2]
 
 @contextmanager
 def sending(run: RunDir, attempt: int = 1, module: str = "quick_mirror") -> Iterator[ForkedProcess]:
-    """The process beside the ranks, forked; `quick_mirror` looks more often than `launcher.worker.mirror`."""
+    """The process beside the ranks, forked; `quick_mirror` looks more often than `launcher.worker.mirror_process`."""
     with open(run.attempt(attempt) / "mirror.log", "ab") as log:
-        process = preloaded("launcher.worker.mirror", "fsspec.implementations.local").popen(
+        process = preloaded("launcher.worker.mirror_process", "fsspec.implementations.local").popen(
             module, str(run.plan), str(attempt), stdin=subprocess.PIPE, stdout=log.fileno(), stderr=log.fileno()
         )
     try:
@@ -66,7 +65,7 @@ def end(process: ForkedProcess, in_s: float = 60) -> int:
 def test_it_sends_what_is_committed_and_says_so(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     commit(run, 5)
-    with sending(run, module="launcher.worker.mirror") as process:
+    with sending(run, module="launcher.worker.mirror_process") as process:
         wait_for("step 5", lambda: record(run)["steps"] == [5])
         assert psutil.Process(process.pid).nice() == 10
         # The agent's wishes are for ranks; Slurm sends its own to every process.
@@ -118,18 +117,18 @@ def test_a_failure_is_said_once_and_the_next_checkpoint_tries_again(tmp_path: Pa
 def test_an_outage_that_lasts_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where storage has failed and come back shortly before."""
     now = [0.0]
-    monkeypatch.setattr(mirror, "RateLimit", lambda: RateLimit(lambda: now[0]))
+    monkeypatch.setattr(mirror_process, "RateLimit", lambda: RateLimit(lambda: now[0]))
     plan, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     commit(run, 5)
-    sender = mirror.Sender(run, plan, 1)
+    sender = mirror_process.Sender(run, plan, 1)
     for at, fails, alerts in ((0, True, 1), (300, False, 1), (600, True, 1), (1200, True, 1), (1900, True, 2), (2000, True, 2)):
         now[0] = at
         if fails:
             commit(run, 10 + at)
         with monkeypatch.context() as patch:
             if fails:
-                patch.setattr(mirror.Mirror, "send", no_room)
-                patch.setattr(mirror.Mirror, "begin", no_room)
+                patch.setattr(mirror_process.Mirror, "send", no_room)
+                patch.setattr(mirror_process.Mirror, "begin", no_room)
             sender._round()
         assert len(said(run, "alert")) == alerts, at
 
@@ -164,7 +163,7 @@ def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
 def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_wish: str
 ) -> None:
-    monkeypatch.setattr(mirror, "_LAST_WORDS_S", 2.0)
+    monkeypatch.setattr(mirror_process, "_LAST_WORDS_S", 2.0)
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a/checkpoints/step-00000005"
     folder.mkdir(parents=True)
@@ -177,7 +176,7 @@ def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
         wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
         if late_wish == "the time is over":
             # Time for the first word of what is waited for, and for the last words.
-            stopper.kill_at = time.time() + 4 + mirror._LAST_WORDS_S
+            stopper.kill_at = time.time() + 4 + mirror_process._LAST_WORDS_S
         waiting = threading.Thread(target=stopper.finish, args=(MirrorProcess(process),))
         waiting.start()
         wait_for("the reason", lambda: said(run, "mirror"))
@@ -259,4 +258,4 @@ def test_a_run_that_was_never_saved_has_nothing_to_send(tmp_path: Path) -> None:
         assert end(process) == 0
     assert record(run)["steps"] == []
     assert said(run, "alert") == []
-    assert durable.file_entry(tmp_path / "mirror/a/plan.json") == durable.file_entry(run.plan)
+    assert atomic_files.file_entry(tmp_path / "mirror/a/plan.json") == atomic_files.file_entry(run.plan)

@@ -9,8 +9,8 @@ from torch.distributed import HashStore
 
 from launcher.error_record import ErrorRecord
 from launcher.plan.run_dir import RunDir
-from launcher.worker.rank import NodePlace
-from launcher.worker.record import RankExit, of_restart
+from launcher.worker.failure_record import RankExit, of_restart
+from launcher.worker.rank_env import NodePlace
 from launcher.worker.rendezvous import NodeRendezvous
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from launcher.errors import RunError
 from launcher.worker.heartbeat import PHASES, VARIABLE, Beat, Board, Heartbeat
-from launcher.worker.rank import RankEnv
+from launcher.worker.rank_env import RankEnv
 from launcher.worker.watchdog import Limits, Verdict, Watchdog, stalled
 
 NOW = 100_000.0

@@ -15,11 +15,11 @@ from urllib.parse import urlsplit
 import psutil
 
 from launcher import run_store
-from launcher.clusters import local, process
+from launcher.clusters import detached_process, local
 from launcher.clusters.ray import jobs
-from launcher.config.secret import looks_secret
+from launcher.config.redaction import looks_secret
 from launcher.errors import RunError, SubmitError
-from launcher.machine import device
+from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES, Status
 
@@ -79,7 +79,7 @@ class RayCluster:
             _await_driver(run, section.address or "", job)
             return
         log = run.attempt(attempt) / "agent.log"
-        process.start(run, attempt, _MODULE, arguments, log, "Ray's driver")
+        detached_process.start(run, attempt, _MODULE, arguments, log, "Ray's driver")
         _await_joined(run, log)
 
     def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
@@ -102,17 +102,17 @@ class RayCluster:
         if file.is_file():
             return self._of_job(run, status, run_store.read_json(file))
         if status.job is None:
-            lost = status.state == "pending" and time.time() - status.updated_at > process.START_DEADLINE_S
+            lost = status.state == "pending" and time.time() - status.updated_at > detached_process.START_DEADLINE_S
             message = "it was never started: the command that made it ended before"
             return replace(status, state="failed", message=message) if lost else status
-        if process.lives(run, status):
+        if detached_process.lives(run, status):
             return status
         # The driver writes the last state just before it ends: look once more before calling it lost.
         status = run_store.read_status(run)
         return status if status.state not in RUNNING_STATES else _lost(run, status)
 
     def await_end(self, run: RunDir) -> None:
-        process.await_end(run, _END_DEADLINE_S)
+        detached_process.await_end(run, _END_DEADLINE_S)
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
@@ -128,7 +128,7 @@ class RayCluster:
         if file.is_file():
             submitted = run_store.read_json(file)
             jobs.stop(submitted["address"], submitted["job"])
-        elif (driver := process.find(status)) is not None:
+        elif (driver := detached_process.find(status)) is not None:
             driver.kill()
         else:
             where = f"process {(status.job or {}).get('pid')} on {(status.job or {}).get('host')}"
@@ -141,7 +141,7 @@ class RayCluster:
             state, message = jobs.state(submitted["address"], submitted["job"])
         except SubmitError as error:
             # A tunnel may have broken, or lead to another cluster now: the run's own signs of life count.
-            if process.silence_s(run) > process.SILENT_S:
+            if detached_process.silence_s(run) > detached_process.SILENT_S:
                 return _lost(run, known)
             said = f"Ray does not answer ({error.problems[0].what})"
             if isinstance(error, jobs.JobUnknown):
@@ -191,7 +191,7 @@ def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
 
 
 def _lost(run: RunDir, status: Status) -> Status:
-    return replace(status, state="failed", message=f"{_LOST}; {process.way_on(run)}")
+    return replace(status, state="failed", message=f"{_LOST}; {detached_process.way_on(run)}")
 
 
 def _submission_file(run: RunDir, attempt: int) -> Path:
@@ -211,14 +211,14 @@ def _await_joined(run: RunDir, log: Path) -> None:
     """
     deadline = time.monotonic() + _JOIN_DEADLINE_S
     while (status := run_store.read_status(run)).message == JOINING and time.monotonic() < deadline:
-        if process.find(status) is None:
+        if detached_process.find(status) is None:
             break
         time.sleep(_POLL_S)
     status = run_store.read_status(run)
     if status.state == "failed":
         raise RunError(status.message, where=str(log), remedy="look at cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH")
     if status.message == JOINING:
-        if (driver := process.find(status)) is not None:
+        if (driver := detached_process.find(status)) is not None:
             driver.kill()
         run_store.update_status(run, state="failed", message="Ray was not joined in time")
         raise RunError("Ray was not joined in time", where=str(log), value=log.read_text(errors="replace")[-2000:])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launcher.clusters.process import with_code
+from launcher.clusters.detached_process import with_code
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 

@@ -53,17 +53,17 @@ class SlurmCluster:
         checks.check(plan.slurm, plan)
 
     def preview(self, plan: LaunchPlan) -> str | None:
-        from launcher.clusters.slurm import script
+        from launcher.clusters.slurm import sbatch
 
-        return script.render(plan, RunDir(Path(plan.run_dir)).plan)
+        return sbatch.render(plan, RunDir(Path(plan.run_dir)).plan)
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
-        from launcher.clusters.slurm import script
+        from launcher.clusters.slurm import sbatch
         from launcher.plan.launch_plan import LaunchPlan
 
         plan = LaunchPlan.load(plan_path)
         try:
-            job = script.submit(plan, plan_path)
+            job = sbatch.submit(plan, plan_path)
         except SubmitError:
             run_store.update_status(run, state="failed", message="the job was not submitted")
             raise
@@ -183,7 +183,7 @@ def _requeue(job: str, exclude: str | None, patience_s: float) -> None:
 
 
 def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None:
-    from launcher.clusters.slurm import script
+    from launcher.clusters.slurm import sbatch
 
     changes: dict[str, Any] = {"exclude": exclude or None, "dependency": f"afterany:{job}"}
     cluster = plan.slurm.model_copy(update=changes)
@@ -194,7 +194,7 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
         number = run_store.next_attempt(run, Attempt(saved, automatic=True))
         path = run_store.write_plan(run, number, again)
     try:
-        submitted = script.submit(again, path)
+        submitted = sbatch.submit(again, path)
     except SubmitError as error:
         message = f"it should run again, but {error.problems[0].what}: {error.problems[0].value}"
         run_store.update_status(run, state="failed", message=message)

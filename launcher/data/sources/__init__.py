@@ -16,13 +16,12 @@ from typing import Any
 import xxhash
 
 from launcher.config.data import DataSection, Source
-from launcher.data import stdlib_docs
-from launcher.data.sources import places
+from launcher.data.sources import locate, stdlib_docs
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, blocks, rows_of
 from launcher.data.sources.files import count_rows as _count_rows
+from launcher.data.sources.formats import PARSERS, Row, recognised, refuse, renamed
 from launcher.data.sources.keys import RowKeys
-from launcher.data.sources.rows import PARSERS, Row, recognised, refuse, renamed
 from launcher.data.sources.splits import HELD_OUT
 from launcher.errors import Problem
 
@@ -68,7 +67,7 @@ def eval_source(data: DataSection) -> Source | None:
         ignored_keys=like.ignored_keys if like else (),
         subset=same.subset if same else None,
         revision=same.revision if same else None,
-        split=data.eval_split or (HELD_OUT if places.has_splits(data.eval_path) else None),
+        split=data.eval_split or (HELD_OUT if locate.has_splits(data.eval_path) else None),
     )
 
 
@@ -91,14 +90,14 @@ def _path_problem(key: str, source: Source) -> Problem | None:
     if value.startswith("builtin:"):
         remedy = f"set {key} to a data file; the only built-in data set is {STDLIB_DOCS}"
         return Problem("there is no such built-in data set", key, value, remedy)
-    if places.is_url(value):
-        return places.url_problem(key, value)
-    return None if places.is_hub(value) else places.local_problem(key, source)
+    if locate.is_url(value):
+        return locate.url_problem(key, value)
+    return None if locate.is_hub(value) else locate.local_problem(key, source)
 
 
 def source_digest(source: Source) -> str:
     """What changes with the source's bytes, and not with its name or place on this machine. Errors: DataError."""
-    return f"{STDLIB_DOCS} of Python {sys.version}" if source.path == STDLIB_DOCS else places.digest(source)
+    return f"{STDLIB_DOCS} of Python {sys.version}" if source.path == STDLIB_DOCS else locate.digest(source)
 
 
 def provenance(source: Source) -> dict[str, Any]:
@@ -106,14 +105,14 @@ def provenance(source: Source) -> dict[str, Any]:
     if source.path == STDLIB_DOCS:
         made = {"digest": xxhash.xxh3_128_hexdigest(source_digest(source).encode()), "commit": None}
         return {**made, "files": [], "num_files": 0, "left_out": [], "num_left_out": 0}
-    return places.provenance(source)
+    return locate.provenance(source)
 
 
 def count_rows(source: Source) -> int:
     """Upper bound of the number of documents in `source`, for progress; blank lines count."""
     if source.path == STDLIB_DOCS:
         return len(stdlib_docs.pairs())
-    return sum(_count_rows(file.path, file.name) for file in places.files_of(source))
+    return sum(_count_rows(file.path, file.name) for file in locate.files_of(source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ def read_batches(source: Source) -> Iterator[Batch]:
             yield Batch(some)
         return
     format = ""
-    for file in places.files_of(source):
+    for file in locate.files_of(source):
         for block in blocks(file.path, file.name):
             if not format:
                 if (first := next(rows_of(block), None)) is None:

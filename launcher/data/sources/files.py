@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import xxhash
 
-from launcher.data.sources.arrays import array_rows, beyond
-from launcher.data.sources.rows import Row, json_name, refuse, shown
+from launcher.data.sources.formats import Row, json_name, refuse, shown
+from launcher.data.sources.json_array import array_rows, beyond
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from launcher.data.sources.rows import REASONING_KEYS, WEIGHT_KEYS, Row, from_json, refuse, shown
+from launcher.data.sources.formats import REASONING_KEYS, WEIGHT_KEYS, Row, from_json, refuse, shown
 
 NUM_KEYS_SHOWN = 20
 # Distinct keys that are counted at a time: rows may hold any number of them.

@@ -20,7 +20,7 @@ from launcher.run_store import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import conclusion
-from launcher.worker.ray.group import Group, Member, require_private
+from launcher.worker.ray.worker_group import Group, Member, require_private
 
 _DRAINED = "drained.json"
 # What the run's state says until its ranks speak for themselves.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_store
-from launcher.clusters import process
+from launcher.clusters import detached_process
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
@@ -30,7 +30,7 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
         _set_variables(plan)
         # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
-        path = process.with_code(run.code, os.environ)
+        path = detached_process.with_code(run.code, os.environ)
         if plan.ray.address is not None:
             _join(plan, path, common)
         else:

@@ -17,11 +17,11 @@ from launcher import run_store
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ray import checks
+from launcher.worker.ray import node_checks
 from launcher.worker.ray.attempts import Attempts
 from launcher.worker.ray.committed import Committed
-from launcher.worker.ray.group import Group, Member
-from launcher.worker.ray.liveness import SILENT_S, Liveness
+from launcher.worker.ray.watchdog import SILENT_S, Liveness
+from launcher.worker.ray.worker_group import Group, Member
 from launcher.worker.watchdog import Limits
 
 # How often the disk and Ray are looked at, however many workers ask.
@@ -259,7 +259,7 @@ class Coordinator:
         assert group.opened_at is not None
         if group.asked_at is not None:
             self._conclude(group)
-        elif time.monotonic() - group.opened_at > checks.DEADLINE_S:
+        elif time.monotonic() - group.opened_at > node_checks.DEADLINE_S:
             group.checks.give_up([group.members[rank].node for rank in waiting])
             self._conclude_unfit(group)
 

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher import run_store
-from launcher.clusters import process
+from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.errors import EXIT_FAILED, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RUNNING_STATES
-from launcher.worker.last_word import tell_wandb
-from launcher.worker.ray.actor import CoordinatorActor, in_words
 from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
+from launcher.worker.ray.coordinator_actor import CoordinatorActor, in_words
 from launcher.worker.ray.trainer import import_ray_train, trainer
+from launcher.worker.wandb_closing import tell_wandb
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ def main(plan_path: str, attempt: int) -> int:
     try:
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
-        run_store.update_status(run, state="pending", attempt=attempt, job=process.identity(), message=JOINING)
+        run_store.update_status(run, state="pending", attempt=attempt, job=detached_process.identity(), message=JOINING)
     except OSError as error:
         # Where it could be told in the run's state there would be nothing to tell.
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
@@ -226,7 +226,7 @@ class _Driver:
         Of a run that has failed after it had begun, the way to go on is told too.
         """
         if state == "failed" and self.has_begun:
-            message += f"; {process.way_on(self._run)}"
+            message += f"; {detached_process.way_on(self._run)}"
         print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
 
         def write() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.worker.ray.supervisor import supervise
+from launcher.worker.ray.rank_supervisor import supervise
 
 
 def import_ray_train() -> None:

@@ -1,0 +1,174 @@
+"""A run comes back from its mirror, into a run directory on a machine that has never seen it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import xxhash
+
+from launcher import atomic_files, run_store
+from launcher.atomic_files import FileEntry
+from launcher.checkpoint import store
+from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, complete_checkpoints
+from launcher.checkpoint.mirror.remote_folder import Remote
+from launcher.checkpoint.mirror.upload import CODE, PARALLEL
+from launcher.checkpoint.store import Manifest
+from launcher.errors import CheckpointError, Problem, SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+
+Say = Callable[[str], None]
+
+# In a run directory that is being filled, with the address that it comes from.
+MARKER = ".fetching.json"
+_UNFINISHED = ".fetching-"
+
+
+def claim(run: RunDir, url: str) -> None:
+    """Make the run directory, or take up one that an interrupted fetch from the same address has left.
+
+    Raises:
+        SubmitError: where it is another one; nothing in it is touched.
+    """
+    marker = run.root / MARKER
+    try:
+        run.root.parent.mkdir(parents=True, exist_ok=True)
+        run.root.mkdir(mode=0o700)
+    except FileExistsError:
+        if marker.is_file() and json.loads(marker.read_text() or "{}").get("url") == url:
+            return
+        raise SubmitError(
+            f"the run directory {run.root.name} exists already; nothing in it was touched",
+            where=str(run.root),
+            remedy=f"continue what is there with: python -m launcher resume {run.root}, or choose another --root",
+        ) from None
+    except OSError as error:
+        raise SubmitError(f"the run directory cannot be made: {error.strerror}", where=str(run.root)) from None
+    run_store.write_json(marker, {"url": url})
+
+
+def fixed_files(remote: Remote, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
+    """Fetch code, model and attempt files into the run directory; returns the plans by their names, which are not written.
+
+    Raises:
+        CheckpointError: where a file is damaged or names a place outside of the run directory.
+    """
+    plans: dict[str, LaunchPlan] = {}
+    for name, entry in mirrored.files.items():
+        target = (run.root / name).resolve()
+        if not target.is_relative_to(run.root.resolve()):
+            raise CheckpointError("the mirror names a file outside of the run directory", where=remote.url, value=name)
+        if target.is_file() and atomic_files.file_entry(target) == entry:
+            continue
+        content = remote.read(name)
+        if content is None or FileEntry(size=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content)) != entry:
+            what = "a file of the mirror is missing" if content is None else "a file of the mirror is damaged"
+            raise CheckpointError(what, where=f"{remote.url}/{name}")
+        if target.name == run.plan.name:
+            plans[name] = _plan(content, f"{remote.url}/{name}")
+        elif name == CODE:
+            _unpack(content, run.code)
+        else:
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            target.write_bytes(content)
+    run.attempts.mkdir(exist_ok=True)
+    return plans
+
+
+def progress(remote: Remote, run: RunDir) -> None:
+    """Fetch metrics, events and status."""
+    for path in (run.metrics, run.events, run.status):
+        if remote.size(path.name) is not None:
+            remote.receive(path.name, path)
+
+
+def checkpoint(remote: Remote, run: RunDir, step: int | None, say: Say) -> int:
+    """Fetch the newest complete checkpoint, or that of `step`, verified by its digests; returns its step.
+
+    A damaged one is named and the one before it is fetched, unless `step` asks for it.
+
+    Raises:
+        CheckpointError: where there is none, or none that is whole.
+    """
+    complete = complete_checkpoints(remote)
+    steps = ", ".join(map(str, complete)) or "none"
+    wanted = [step] if step is not None else sorted(complete, reverse=True)
+    if not wanted or any(w not in complete for w in wanted):
+        what = "there is no complete checkpoint" + (f" of step {step}" if step is not None else "")
+        raise CheckpointError(f"{what} in the mirror", where=remote.url, value=f"complete: {steps}")
+    damaged: list[Problem] = []
+    for candidate in wanted:
+        problems = _fetch(remote, run.checkpoints, complete[candidate], say)
+        if not problems:
+            return candidate
+        damaged += problems
+        say(f"step {candidate} is damaged in the mirror: {problems[0].what} ({problems[0].where})")
+    raise CheckpointError(damaged)
+
+
+def _fetch(remote: Remote, root: Path, manifest: Manifest, say: Say) -> list[Problem]:
+    """Fetch one checkpoint; returns what is wrong with it."""
+    target = root / store.step_name(manifest.step)
+    if target.is_dir() and not store.verify(target):
+        return []
+    num_bytes = sum(entry.size for entry in manifest.files.values())
+    unfinished = root / f"{_UNFINISHED}{target.name}"
+    unfinished.mkdir(mode=0o700, parents=True, exist_ok=True)
+    store.require_free_bytes(root, num_bytes - sum(path.stat().st_size for path in unfinished.iterdir()))
+    say(f"fetching step {manifest.step}: {num_bytes / 2**30:.2f} GiB in {len(manifest.files)} files")
+    source = remote.under(f"{CHECKPOINTS}/{target.name}")
+
+    def receive(name: str) -> Problem | None:
+        path = unfinished / name
+        if path.is_file() and atomic_files.file_entry(path) == manifest.files[name]:
+            return None
+        where = f"{source.url}/{name}"
+        try:
+            entry = source.receive(name, path)
+        except FileNotFoundError:
+            return Problem("a file of the checkpoint is missing in the mirror", where=where)
+        return None if entry == manifest.files[name] else Problem("a file differs from the manifest's digest", where=where)
+
+    with ThreadPoolExecutor(PARALLEL) as pool:
+        problems = [problem for problem in pool.map(receive, manifest.files) if problem is not None]
+    if problems:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        return problems
+    run_store.write_text(unfinished / store.MANIFEST, manifest.to_json())
+    atomic_files.replace_directory(unfinished, target)
+    return []
+
+
+def write_plans(run: RunDir, plans: Mapping[str, LaunchPlan]) -> None:
+    """Write the plans, that of the run last: from then on the directory is a run."""
+    for name in sorted(plans, key=lambda name: name == run.plan.name):
+        path = run.root / name
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        run_store.write_text(path, plans[name].to_json())
+    (run.root / MARKER).unlink()
+
+
+def _plan(content: bytes, where: str) -> LaunchPlan:
+    try:
+        return LaunchPlan.model_validate_json(content)
+    except ValueError as error:
+        what = "the plan in the mirror cannot be read by this launcher"
+        raise CheckpointError(what, where=where, value=str(error).splitlines()[0]) from None
+
+
+def _unpack(content: bytes, folder: Path) -> None:
+    """The code as files; `folder` appears when all is there."""
+    unfinished = folder.with_name(f"{_UNFINISHED}{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        # Python takes `..` and leading slashes out of the names.
+        archive.extractall(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)

@@ -1,0 +1,360 @@
+"""The copy of a run that lies elsewhere: what is committed here is sent there, oldest first.
+
+    <train.mirror>/<run name>/
+      run.json                 written when all of the next lines is there: whose mirror this is, and sizes and digests
+      plan.json                and attempts/NNN/plan.json, where a resume has changed it, attempts/NNN/attempt.json
+      plans/                   every plan under the digest that stands in checkpoints
+      code.zip                 the code as submitted
+      model/ tokenizer/        config.json and the tokenizer's files; the weights are in the checkpoints
+      status.json metrics.jsonl events.jsonl       as of the newest checkpoint
+      checkpoints/step-00000100/    as in the run directory; the manifest comes last
+
+As here, a checkpoint without its manifest does not exist. While one is sent, `sending.json` beside its files tells which of
+them have arrived, so that another process goes on where this one was interrupted.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from threading import Lock
+
+import xxhash
+
+from launcher import atomic_files, run_store
+from launcher.atomic_files import FileEntry
+from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST, Manifest
+from launcher.checkpoint.mirror.layout import CHECKPOINTS, RUN, MirroredRun, Owner, complete_checkpoints, read_run, step_of
+from launcher.checkpoint.mirror.remote_folder import Remote, probe, unreachable
+from launcher.checkpoint.retention import Retention, outdated
+from launcher.checkpoint.store import Checkpoint
+from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+
+CODE = "code.zip"
+SENDING = "sending.json"
+# Files at one time: object storage is fast only in parallel. Each holds two blocks in memory.
+PARALLEL = 4
+# What transformers reads besides weights.
+_MODEL_FILES = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab.*", "chat_template*"),
+    "additional_chat_templates/*",
+)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+
+
+class MirrorTaken(RunError):
+    """Another run has its mirror at this place, or a later attempt of this one."""
+
+
+class CheckpointGone(Exception):
+    """The checkpoint was removed here while it was sent."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A checkpoint that is now in the mirror: bytes that were sent for it."""
+
+    step: int
+    bytes: int
+
+
+class Mirror:
+    """Sends one run to its mirror; only one process at a time may do so."""
+
+    def __init__(self, remote: Remote, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
+        self._remote = remote
+        self._run = run
+        self._plan = plan
+        self._owner = Owner(wandb_id=plan.wandb_id, attempt=attempt, run_dir=str(run.root), host=os.uname().nodename)
+        # The manifest of every checkpoint that is complete in the mirror.
+        self._complete: dict[int, Manifest] = {}
+        self._sent_sizes: dict[str, int] = {}
+        # The checkpoint that is sent now, and what of it has arrived.
+        self._sending: tuple[int, dict[str, FileEntry]] = (-1, {})
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are complete in the mirror."""
+        return sorted(self._complete)
+
+    def begin(self) -> None:
+        """Take the mirror for this attempt, send what does not change, and look what is there.
+
+        Raises:
+            MirrorTaken: where it holds another run, or a later attempt of this one.
+        """
+        known = read_run(self._remote)
+        if known is not None:
+            self._require_ours(known.owner)
+        there = known.files if known is not None else {}
+        files: dict[str, FileEntry] = {}
+        for name, source in self._fixed_files():
+            entry = atomic_files.file_entry(source)
+            if there.get(name) != entry or self._remote.size(name) != entry.size:
+                entry = self._remote.send(name, source, source.stat().st_size)
+            files[name] = entry
+        archive = code_archive(self._run.code)
+        files[CODE] = _entry(archive)
+        if there.get(CODE) != files[CODE]:
+            self._remote.write(CODE, archive)
+        self.send_progress()
+        mine = MirroredRun(run_name=self._plan.run_name, owner=self._owner, files=files)
+        self._remote.write(RUN, mine.model_dump_json(indent=2).encode())
+        for name in sorted(there.keys() - files.keys()):
+            self._remote.remove(name)
+        self._complete = complete_checkpoints(self._remote)
+
+    def behind(self) -> list[Checkpoint]:
+        """What is committed here and not in the mirror, oldest first."""
+        return [c for c in store.list_checkpoints(self._run.checkpoints) if self._complete.get(c.step) != c.manifest]
+
+    def progress(self, missing: list[Checkpoint]) -> tuple[int, int]:
+        """Bytes of `missing` checkpoints: of the files that have arrived, and of all. Another thread may be sending them."""
+        step, arrived = self._sending
+        total = sum(entry.size for c in missing for entry in c.manifest.files.values())
+        files = next((c.manifest.files for c in missing if c.step == step), {})
+        return sum(entry.size for name, entry in files.items() if arrived.get(name) == entry), total
+
+    def send(self, checkpoint: Checkpoint) -> Sent:
+        """Send a checkpoint, its manifest last.
+
+        Raises:
+            CheckpointGone: where it was removed here meanwhile; nothing of it is left in the mirror.
+            CheckpointError: where a file here is not what its manifest says.
+            MirrorTaken, Superseded: where another attempt has taken over.
+        """
+        folder = _folder(checkpoint.step)
+        num_bytes = 0
+        try:
+            num_bytes = self._send_files(checkpoint, folder)
+        except Exception:
+            # Of a file that is removed while it is read, a network file system tells in its own words.
+            if _is_there(checkpoint):
+                raise
+        if not _is_there(checkpoint):
+            self._remote.remove_folder(folder, MANIFEST)
+            raise CheckpointGone(checkpoint.path.name)
+        # A checkpoint that is seen in the mirror has its steps in the metrics there.
+        self.send_progress()
+        self._require_still_ours()
+        self._remote.write(f"{folder}/{MANIFEST}", checkpoint.manifest.to_json().encode())
+        self._complete[checkpoint.step] = checkpoint.manifest
+        self._remote.remove(f"{folder}/{SENDING}")
+        return Sent(checkpoint.step, num_bytes)
+
+    def send_progress(self) -> None:
+        """Send metrics and events, as far as they have grown, and the status."""
+        for source in (self._run.metrics, self._run.events):
+            size = source.stat().st_size if source.is_file() else 0
+            if size and self._sent_sizes.get(source.name) != size:
+                self._remote.send(source.name, source, size)
+                self._sent_sizes[source.name] = size
+        status = run_store.read_status(self._run)
+        outcome = self._run.attempt(self._owner.attempt) / "outcome.json"
+        if status.attempt == self._owner.attempt and outcome.is_file():
+            # The agent writes the last state when the mirror is done.
+            said = run_store.read_json(outcome)
+            status = replace(status, state=said["state"], step=said["step"], message=said["message"])
+        self._remote.write(self._run.status.name, json.dumps(asdict(status), indent=2).encode())
+
+    def prune(self) -> list[int]:
+        """Remove from the mirror what the run's settings do not keep, once a checkpoint that is still here is complete in it.
+
+        The run directory may hold less: a resume from the mirror fetches one checkpoint, and the others are nowhere else. What
+        bears a step's name here stays, be it damaged. A checkpoint after the newest one here may be the copy of one that is
+        damaged here, too: it goes only where the run has gone back.
+        """
+        root = self._run.checkpoints
+        if not (sent := {c.step for c in store.list_checkpoints(root)} & self._complete.keys()):
+            return []
+        newest = max(sent)
+        here = {step for path in root.iterdir() if (step := step_of(path.name)) is not None}
+        abandoned = self._abandoned(newest) - here
+        going_on = [
+            Checkpoint(root / store.step_name(step), manifest)
+            for step, manifest in self._complete.items()
+            if step <= newest and step not in abandoned
+        ]
+        dropped = {c.step for c in outdated(going_on, Retention.of(self._plan.config.train))}
+        needed = here | ({c.step for c in going_on} - dropped)
+        removed = []
+        for name in self._remote.names(CHECKPOINTS):
+            step = step_of(name)
+            if step is None or step in needed or (step > newest and step not in abandoned):
+                continue
+            self._require_still_ours()
+            self._complete.pop(step, None)
+            self._remote.remove_folder(f"{CHECKPOINTS}/{name}", MANIFEST)
+            removed.append(step)
+        return removed
+
+    def _abandoned(self, newest: int) -> set[int]:
+        """The steps that the run has gone back from: set aside here after `newest`, or in the mirror from before."""
+        names = (path.name.removeprefix(store.ASIDE) for path in self._run.checkpoints.glob(f"{store.ASIDE}step-*"))
+        # What was set aside a second time has a number after its step.
+        aside = (step_of("-".join(name.split("-")[:2])) for name in names)
+        found = {step for step in aside if step is not None and step > newest}
+        # On a machine that fetched only the step that was asked for, nothing was there to be set aside.
+        for number in run_store.attempt_numbers(self._run):
+            attempt = run_store.read_attempt(self._run, number)
+            if attempt.pinned and attempt.resume_step is not None:
+                later = {step: manifest for step, manifest in self._complete.items() if step > attempt.resume_step}
+                found |= {step for step, manifest in later.items() if manifest.attempt < number}
+        return found
+
+    def _send_files(self, checkpoint: Checkpoint, folder: str) -> int:
+        """Send what has not arrived yet; returns its bytes."""
+        arrived = self._arrived(checkpoint, folder)
+        self._sending = (checkpoint.step, arrived)
+        files = checkpoint.manifest.files
+        missing = [name for name, entry in files.items() if arrived.get(name) != entry]
+        missing += [n for n in files if n not in missing and self._remote.size(f"{folder}/{n}") != files[n].size]
+        recording = Lock()
+
+        def send(name: str) -> int:
+            entry = self._remote.send(f"{folder}/{name}", checkpoint.path / name, files[name].size)
+            if entry != files[name]:
+                raise CheckpointError("a checkpoint file is not what its manifest says", where=str(checkpoint.path / name))
+            with recording:
+                arrived[name] = entry
+                self._remote.write(f"{folder}/{SENDING}", _to_json(arrived))
+            return entry.size
+
+        # Large ones first, so that the last to end is a small one.
+        missing.sort(key=lambda name: -files[name].size)
+        pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="send")
+        try:
+            return sum(done.result() for done in as_completed([pool.submit(send, name) for name in missing]))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _arrived(self, checkpoint: Checkpoint, folder: str) -> dict[str, FileEntry]:
+        """What an interrupted process has left there, or the checkpoint of this step that is replaced."""
+        replaced = self._complete.get(checkpoint.step)
+        if replaced is None:
+            return _from_json(self._remote.read(f"{folder}/{SENDING}"))
+        arrived = dict(replaced.files)
+        self._remote.write(f"{folder}/{SENDING}", _to_json(arrived))
+        self._remote.remove(f"{folder}/{MANIFEST}")
+        del self._complete[checkpoint.step]
+        return arrived
+
+    def _fixed_files(self) -> Iterator[tuple[str, Path]]:
+        """Names in the mirror and where they lie here."""
+        yield "plan.json", self._run.plan
+        changed = run_store.changed_plans(self._run)
+        newest = self._run.attempt(self._owner.attempt) / "attempt.json"
+        for path in (*changed[-1:], newest, *sorted(self._run.plans.glob("*.json"))):
+            yield str(path.relative_to(self._run.root)), path
+        model = self._plan.model
+        for kind, folder in (("model", model.path), ("tokenizer", model.tokenizer_path)):
+            if folder is not None and not (kind == "tokenizer" and folder == model.path):
+                for path in _small_files(Path(folder), self._plan.config.model.trust_remote_code):
+                    yield f"{kind}/{path.relative_to(folder)}", path
+
+    def _require_still_ours(self) -> None:
+        run_store.require_newest(self._run, self._owner.attempt)
+        known = read_run(self._remote)
+        if known is not None and known.owner != self._owner:
+            self._require_ours(known.owner)
+            raise MirrorTaken(
+                f"attempt {known.owner.attempt} on {known.owner.host} sends to the mirror now: {known.owner.run_dir}"
+            )
+
+    def _require_ours(self, owner: Owner) -> None:
+        if owner.wandb_id != self._owner.wandb_id:
+            raise MirrorTaken(
+                f"the mirror holds another run named {self._plan.run_name}, from {owner.run_dir} on {owner.host}",
+                where="train.mirror",
+                value=self._remote.url,
+                remedy="choose another run.name or another mirror",
+            )
+        if owner.attempt > self._owner.attempt:
+            raise MirrorTaken(f"attempt {owner.attempt} on {owner.host} has taken it: {owner.run_dir}")
+
+
+def address(plan: LaunchPlan) -> str:
+    """Where the mirror of the plan's run is."""
+    return f"{(plan.config.train.mirror or '').rstrip('/')}/{plan.run_name}"
+
+
+def require_usable(plan: LaunchPlan) -> None:
+    """Try the plan's mirror before anything is started.
+
+    Raises:
+        SubmitError: where it cannot be written, its package is missing, or another run of this name has its mirror there.
+    """
+    url = plan.config.train.mirror
+    if url is None:
+        return
+    probe(url)
+    remote = Remote(address(plan))
+    try:
+        known = read_run(remote)
+    except LauncherError:
+        raise
+    except Exception as error:
+        raise unreachable(remote, "read", error) from error
+    if known is not None and known.owner.wandb_id != plan.wandb_id:
+        raise SubmitError(
+            f"the mirror holds another run named {plan.run_name}",
+            where=remote.url,
+            value=f"from {known.owner.run_dir} on {known.owner.host}",
+            remedy="choose another run.name or another train.mirror; or continue that run with: "
+            f"python -m launcher resume {remote.url}",
+        )
+
+
+def code_archive(folder: Path) -> bytes:
+    """A zip file of a folder; the same bytes for the same content, whenever it was copied."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                archive.writestr(zipfile.ZipInfo(str(path.relative_to(folder))), path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+def _small_files(folder: Path, with_code: bool) -> list[Path]:
+    patterns = (*_MODEL_FILES, *(["*.py"] if with_code else []))
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if not path.name.endswith(_WEIGHTS))
+
+
+def _folder(step: int) -> str:
+    return f"{CHECKPOINTS}/{store.step_name(step)}"
+
+
+def _is_there(checkpoint: Checkpoint) -> bool:
+    """True while the checkpoint that is sent still has its place here; a later one of the same step does not count."""
+    try:
+        return store.read_manifest(checkpoint.path) == checkpoint.manifest
+    except UnreadableCheckpoint:
+        # Nobody can tell now; the next file of it will.
+        return True
+    except CheckpointError:
+        return False
+
+
+def _entry(content: bytes) -> FileEntry:
+    return FileEntry(size=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content))
+
+
+def _to_json(files: dict[str, FileEntry]) -> bytes:
+    return json.dumps({name: asdict(entry) for name, entry in files.items()}).encode()
+
+
+def _from_json(content: bytes | None) -> dict[str, FileEntry]:
+    try:
+        return {name: FileEntry.of(entry) for name, entry in json.loads(content or b"{}").items()}
+    except (ValueError, AttributeError, RecursionError):
+        return {}

@@ -1,0 +1,175 @@
+"""Safetensors files written and read as a stream of bytes.
+
+The library's own `save_file` wants every tensor in memory at once and leaves the digest to a second pass over the file;
+`safe_open` maps the file, so every page it has read counts as resident memory. Here a file is digested while it is
+written, block by block, and read by byte range into memory that the caller owns. The format (8 bytes of header length, a
+JSON header, raw little-endian data) is documented at https://huggingface.co/docs/safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import xxhash
+
+from launcher.atomic_files import FileEntry, write_file
+from launcher.checkpoint.store import partition, shard_name
+from launcher.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
+# What a shard's header says of the weights that its rank's engine computes with: their dtype (bf16, fp16 or fp32), and a
+# JSON object of parameter names and the `weight_digest` of this rank's part of each.
+DTYPE = "dtype"
+WEIGHTS = "weights"
+# The digest of a weight that comes in pieces; `hexdigest()` of all of them is `weight_digest` of the whole.
+WeightDigest = xxhash.xxh3_64
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a file: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    # An export reads and writes files without torch, whose import would take longer than the work.
+    import torch
+
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def weight_digest(tensor_bytes: memoryview) -> str:
+    """16 hex digits of the XXH3-64 digest of a tensor's little-endian bytes."""
+    return WeightDigest(tensor_bytes).hexdigest()
+
+
+def tensor_key(parameter: str, state: str) -> str:
+    """The name in a shard of a parameter's `fp32`, `exp_avg` or `exp_avg_sq`."""
+    return f"{parameter}|{state}"
+
+
+def file_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int:
+    """Exact size in bytes of the file that `write` makes."""
+    return len(_header(specs, metadata)) + sum(s.num_bytes for s in specs)
+
+
+def write(path: Path, specs: Sequence[TensorSpec], blocks: Iterable[memoryview], metadata: Mapping[str, str]) -> FileEntry:
+    """Write and fsync a safetensors file; `blocks` are the bytes of all tensors in the order of `specs`, cut anywhere.
+
+    Larger items come first in `specs`, so that every tensor starts at a multiple of its item size.
+    """
+    entry = write_file(path, _header_then(blocks, _header(specs, metadata)))
+    if entry.size != file_bytes(specs, metadata):
+        raise ValueError(f"{path}: {entry.size} bytes were written for tensors of {file_bytes(specs, metadata)}")
+    return entry
+
+
+class TensorFile:
+    """An open safetensors file; `specs` maps each name to its tensor, `metadata` is the text that its header holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            raw = self._header()
+            header = json.loads(raw)
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.specs = {name: TensorSpec(name, h["dtype"], tuple(h["shape"])) for name, h in header.items()}
+            self._starts = {name: 8 + len(raw) + h["data_offsets"][0] for name, h in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.close()
+            raise CheckpointError("the header of a checkpoint file is damaged", where=str(path), value=str(error)) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _header(self) -> bytearray:
+        length = bytearray(8)
+        self._read(0, memoryview(length))
+        num_bytes = int.from_bytes(length, "little")
+        if num_bytes > os.fstat(self._descriptor).st_size:
+            raise ValueError(f"its length would be {num_bytes:,} bytes")
+        raw = bytearray(num_bytes)
+        self._read(8, memoryview(raw))
+        return raw
+
+    def read_into(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes from element `start` of its flattened form."""
+        self._read(self._starts[name] + start * ITEM_BYTES[self.specs[name].dtype], out)
+
+    def _read(self, offset: int, out: memoryview) -> None:
+        while out:
+            count = os.preadv(self._descriptor, [out], offset)
+            if count == 0:
+                raise CheckpointError("a checkpoint file ends early", where=str(self.path))
+            out, offset = out[count:], offset + count
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class ShardSet:
+    """The shards of one checkpoint, read as if each parameter were one flat tensor."""
+
+    def __init__(self, path: Path, world_size: int) -> None:
+        self.world_size = world_size
+        self.path = path
+        self._files: dict[int, TensorFile] = {}
+
+    def shard(self, rank: int) -> TensorFile:
+        if rank not in self._files:
+            self._files[rank] = TensorFile(self.path / shard_name(rank))
+        return self._files[rank]
+
+    def read_into(self, name: str, num_elements: int, start: int, out: memoryview) -> None:
+        """Fill `out` with the fp32 elements from `start` of `name`, a tensor of `num_elements` over all shards."""
+        stop = start + len(out) // ITEM_BYTES["F32"]
+        per_rank = -(-num_elements // self.world_size)
+        while start < stop:
+            rank = start // per_rank
+            first, last = partition(num_elements, self.world_size, rank)
+            end = min(stop, last)
+            num_bytes = (end - start) * ITEM_BYTES["F32"]
+            self.shard(rank).read_into(name, start - first, out[:num_bytes])
+            out, start = out[num_bytes:], end
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for spec in specs:
+        entries[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (offset, offset + spec.num_bytes)}
+        offset += spec.num_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _header_then(blocks: Iterable[memoryview], header: bytes) -> Iterator[bytes | memoryview]:
+    yield header
+    yield from blocks

@@ -1,0 +1,249 @@
+"""What the thread of a save does on its rank: copy, write, leave a note, and on rank 0 commit when all notes are there.
+
+It uses no collective. Ranks tell each other through the folder of the save.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from launcher import atomic_files, run_store
+from launcher.checkpoint import safetensors_io, store, zero3
+from launcher.checkpoint.safetensors_io import TensorSpec, as_bytes
+from launcher.checkpoint.shards import Shard, weight_digests
+from launcher.checkpoint.staging import HostCopy, is_finite, on_device
+from launcher.distributed import problems_of
+from launcher.errors import CheckpointError, Problem
+from launcher.plan.launch_plan import Record
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+_LONGEST_PAUSE_S = 1.0
+_LOWEST_PRIORITY = 19
+
+
+class Note(Record):
+    """What a rank leaves when it has written its shard, or has failed to."""
+
+    entry: atomic_files.FileEntry | None = None
+    problems: tuple[tuple[str, str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whose states are saved, where, and for which attempt; `prune`, `fence` and `deadline_s` are the Saver's."""
+
+    engine: Any
+    parameters: Mapping[str, Parameter]
+    root: Path
+    rank: int
+    world_size: int
+    plan_digest: str
+    attempt: int
+    prune: Callable[[Path], object]
+    fence: Callable[[], None]
+    deadline_s: float
+
+
+@dataclass
+class SaveJob:
+    """One save on one rank. States are taken from `copy` where there is one, else from where they lie.
+
+    `copied`, `written` and `ended` tell how far it is: the states may change; this rank has written its shard or failed to; and
+    on rank 0, the checkpoint is committed or given up. `error` says why it failed.
+    """
+
+    place: Place
+    step: int
+    saving: Path
+    shard: Shard
+    state: bytes
+    probe: Mapping[str, torch.Tensor]
+    eval_loss: float | None
+    num_bytes: int
+    copy: HostCopy | None
+    began: float
+    after: Any = None
+    stall_s: float = 0.0
+    seconds: float = 0.0
+    error: Exception | None = None
+    not_pruned: str = ""
+    copied: threading.Event = field(default_factory=threading.Event)
+    written: threading.Event = field(default_factory=threading.Event)
+    abandoned: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Begin in a thread of its own, which does not keep the process alive."""
+        threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint will lie."""
+        return self.place.root / store.step_name(self.step)
+
+    def _run(self) -> None:
+        on_device(self.place.engine.device)
+        try:
+            note = Note(entry=self._write())
+        except Exception as error:
+            self.error = error
+            # What is left of it may fill the disk that the note needs.
+            (self.saving / store.shard_name(self.place.rank)).unlink(missing_ok=True)
+            problems = problems_of("the checkpoint could not be written", error, self.place.rank)
+            note = Note(problems=tuple((p.what, p.where, p.value, p.remedy) for p in problems))
+        self.copied.set()
+        try:
+            _leave(note, self.saving, self.place.rank)
+            atomic_files.passing("noted")
+        except OSError as error:
+            self.error = self.error or error
+        self.written.set()
+        try:
+            if self.place.rank == 0:
+                self._commit()
+        except Exception as error:
+            self.error = self.error or error
+            shutil.rmtree(self.saving, ignore_errors=True)
+        self.ended.set()
+
+    def _write(self) -> atomic_files.FileEntry:
+        atomic_files.passing("begun")
+        path = self.saving / store.shard_name(self.place.rank)
+        states = zero3.local_states(self.place.engine, self.place.parameters)
+        with _beside(self.place.engine.device, self.after), closing(states):
+            digests = weight_digests(self.place.parameters)
+            if self.copy is None:
+                return self.shard.write(path, _half_way(_finite(states), self.shard.num_bytes), digests)
+            self.copy.fill(states)
+        self.copied.set()
+        atomic_files.passing("copied")
+        # From here on nobody waits, and training comes first. Linux gives each thread a priority of its own.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        if not self.copy.is_finite():
+            raise _not_finite()
+        return self.shard.write(path, _half_way(self.copy.blocks(), self.shard.num_bytes), digests)
+
+    def _commit(self) -> None:
+        """Wait for the notes of all ranks, and move the checkpoint into place."""
+        notes = self._notes()
+        problems = [Problem(*parts) for note in notes for parts in note.problems]
+        if problems:
+            raise CheckpointError(dict.fromkeys(problems))
+        atomic_files.passing("gathered")
+        files = {}
+        for rank, note in enumerate(notes):
+            assert note.entry is not None
+            size = (self.saving / store.shard_name(rank)).stat().st_size
+            if size != note.entry.size:
+                raise CheckpointError(f"rank {rank} wrote {note.entry.size:,} bytes, of which {size:,} are on disk")
+            files[store.shard_name(rank)] = note.entry
+            _note_path(self.saving, rank).unlink()
+        files[store.STATE] = atomic_files.write_file(self.saving / store.STATE, [self.state])
+        if self.probe:
+            files[store.PROBE] = _write_probe(self.saving / store.PROBE, self.probe)
+        self.place.fence()
+        manifest = store.Manifest(
+            step=self.step,
+            world_size=self.place.world_size,
+            plan_digest=self.place.plan_digest,
+            attempt=self.place.attempt,
+            eval_loss=self.eval_loss,
+            files=files,
+        )
+        committed = store.commit(self.saving, manifest)
+        self.seconds = time.monotonic() - self.began
+        atomic_files.passing("committed")
+        try:
+            self.place.prune(committed)
+        except (OSError, CheckpointError) as error:
+            # What is committed stays committed.
+            self.not_pruned = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error.problems[0].what)
+
+    def _notes(self) -> list[Note]:
+        notes: dict[int, Note] = {}
+        until, pause_s = time.monotonic() + self.place.deadline_s, 0.01
+        while True:
+            missing = [rank for rank in range(self.place.world_size) if rank not in notes]
+            found = [rank for rank in missing if _note_path(self.saving, rank).exists()]
+            notes |= {rank: Note.model_validate_json(_note_path(self.saving, rank).read_bytes()) for rank in found}
+            if len(notes) == self.place.world_size:
+                return [notes[rank] for rank in range(self.place.world_size)]
+            if self.abandoned.wait(pause_s) or time.monotonic() > until:
+                raise CheckpointError(
+                    "not all ranks have written their shards",
+                    where=str(self.saving),
+                    value=f"missing: rank {', '.join(map(str, missing))}",
+                )
+            run_store.look_again(self.saving)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+@contextmanager
+def _beside(device: torch.device, after: Any) -> Iterator[None]:
+    """On a GPU, work in a stream of its own from the moment on at which `after` has happened in the others."""
+    if after is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        stream.wait_event(after)
+        yield
+    stream.synchronize()
+
+
+def _finite(states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
+    """The bytes of states that are written from where they lie."""
+    for state in states:
+        if not is_finite(state):
+            raise _not_finite()
+        yield as_bytes(state.cpu())
+
+
+def _half_way(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[memoryview]:
+    done = 0
+    for block in blocks:
+        if done < num_bytes // 2 <= done + len(block):
+            atomic_files.passing("half-written")
+        done += len(block)
+        yield block
+
+
+def _not_finite() -> CheckpointError:
+    return CheckpointError("weights or moments are infinite or not a number; such a checkpoint is of no use and was not written")
+
+
+def _probe_specs(probe: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
+    return [TensorSpec(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in probe.items()]
+
+
+def probe_bytes(probe: Mapping[str, torch.Tensor]) -> int:
+    """Size of the file that holds a probe."""
+    return safetensors_io.file_bytes(_probe_specs(probe), {})
+
+
+def _write_probe(path: Path, probe: Mapping[str, torch.Tensor]) -> atomic_files.FileEntry:
+    blocks = (as_bytes(tensor.cpu().contiguous()) for tensor in probe.values())
+    return safetensors_io.write(path, _probe_specs(probe), blocks, {})
+
+
+def _note_path(saving: Path, rank: int) -> Path:
+    return saving / f"rank-{rank:05d}.json"
+
+
+def _leave(note: Note, saving: Path, rank: int) -> None:
+    """Put the note beside the shard, whole: rank 0 looks for it all the time."""
+    path = _note_path(saving, rank)
+    partial = path.with_name(f".{path.name}.partial")
+    atomic_files.write_file(partial, [note.model_dump_json().encode()])
+    os.replace(partial, path)

@@ -1,0 +1,238 @@
+"""A plan, and what was started by it, as lines for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from launcher.cli.formatting import short, table
+from launcher.config.schema import TrainSection
+from launcher.errors import ConfigError
+from launcher.plan.architecture import train_flops
+from launcher.plan.launch_plan import LaunchPlan, Lineage
+from launcher.plan.planner import fewest
+
+# Of the tokens, cut off.
+_WORTH_TELLING = 0.01
+# What activations, gathered weights and buffers roughly take with 8,192 tokens a forward pass, which is not estimated. Where
+# model states are the smaller part of a GPU, the model is small for it and needs less.
+_LITTLE_GIB, _LARGE_SHARE = 12.0, 0.5
+
+
+def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
+    """The decisions of a plan, a label and a value a line; `notes` are what the machine adds, where there is something."""
+    config, batch = plan.config, plan.batch
+    kinds = "random weights" if config.model.init == "random" else (config.model.path or "")
+    rows = [
+        ("run", f"{plan.run_name} in {short(plan.run_dir)}"),
+        ("model", f"{config.model.name}: {_parameters(plan)} parameters, {config.model.dtype}, from {kinds}"),
+        *([("lineage", _lineage(plan.lineage))] if plan.lineage is not None else []),
+        ("data", _data(plan)),
+        ("ranks", _ranks(plan)),
+        (
+            "batch",
+            f"{batch.global_batch_size} rows = {batch.micro_batch_size} micro-batch x {batch.accumulation} accumulation x "
+            f"{plan.topology.world_size} ranks; {_tokens(plan)} tokens a step",
+        ),
+        ("steps", _steps(plan)),
+        (
+            "optimizer",
+            f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
+        ),
+        ("memory", _memory(plan)),
+        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}; {_saving(plan)}"),
+        ("tracking", _tracking(plan)),
+        *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
+    ]
+    rows += [("note", note) for note in (*_notes(plan), *notes) if note]
+    if limits := _limits(plan):
+        rows.append(("limit", f"saves and stops after {limits}"))
+    return [f"{label:<11}{value}" for label, value in rows]
+
+
+def _limits(plan: LaunchPlan) -> str:
+    limits, ranks = plan.limits, plan.topology.world_size
+    hours = [f"{limits.max_seconds / 3600:.2f} hours"] if limits.max_seconds is not None else []
+    if limits.max_gpu_seconds is not None:
+        hours.append(
+            f"${plan.config.run.max_usd:,.2f}, which is {limits.max_gpu_seconds / 3600 / ranks:.2f} hours of {_paid_for(plan)}"
+        )
+    return " or ".join(hours)
+
+
+def _lineage(lineage: Lineage) -> str:
+    came_from = ", which began with ".join(
+        f"run {origin.run_name} at step {origin.step}" for origin in (lineage, *lineage.ancestors)
+    )
+    return f"begins with {came_from}"
+
+
+def _parameters(plan: LaunchPlan) -> str:
+    count = plan.model.num_params
+    if plan.model.num_params_exact:
+        return f"{count:,}"
+    return f"about {count / 1e9:.1f} billion" if count >= 1e9 else f"about {count / 1e6:.1f} million"
+
+
+def _kept(train: TrainSection) -> str:
+    kept = ["the newest" if train.keep_last == 1 else f"the newest {train.keep_last}"]
+    if train.keep_best:
+        kept.append("the best" if train.keep_best == 1 else f"the best {train.keep_best}")
+    if train.keep_every:
+        kept.append(f"every {train.keep_every} steps")
+    return f"{' and '.join(kept)} {'is' if kept == ['the newest'] else 'are'} kept"
+
+
+def _saving(plan: LaunchPlan) -> str:
+    if not plan.saving.background:
+        return "training waits while one is written"
+    return f"written in the background from {plan.saving.host_gib_per_node:.2f} GiB of main memory a node"
+
+
+def _ranks(plan: LaunchPlan) -> str:
+    topology = plan.topology
+    nodes = f"{topology.nodes} node{'s' if topology.nodes > 1 else ''} x {topology.ranks_per_node}"
+    return f"{topology.world_size} on {topology.device} ({nodes}), {topology.backend}, DeepSpeed {plan.config.deepspeed.name}"
+
+
+def _memory(plan: LaunchPlan) -> str:
+    memory = plan.memory
+    of = f" of {memory.device_gib:.0f} GiB" if memory.device_gib else ""
+    host = f"; {memory.host_per_node_gib:.2f} GiB of main memory a node" if memory.host_per_node_gib else ""
+    parts = f"weights {memory.weights_gib:.2f}, gradients {memory.gradients_gib:.2f}, optimizer {memory.optimizer_gib:.2f}"
+    smallest = _smallest(plan)
+    shrunk = f"; {smallest.memory.per_rank_gib:.2f} GiB a rank on {smallest.topology.world_size}" if smallest is not None else ""
+    return f"model states {memory.per_rank_gib:.2f} GiB a rank{of} ({parts}){host}{shrunk}"
+
+
+def _notes(plan: LaunchPlan) -> list[str]:
+    """What a person would want to know before paying for it."""
+    config, data, steps = plan.config, plan.data, plan.batch.max_steps
+    # What else is to lie in main memory does not matter where not even the states do.
+    notes = [note for note in (_overfull(plan) or plan.saving.note,) if note]
+    smallest, asked = _smallest(plan), config.cluster.fewest_workers
+    notes += [note for sized in (plan, smallest) if sized is not None and (note := _tight(sized))]
+    if smallest is not None and (least := smallest.topology.world_size) != asked:
+        notes.append(
+            f"of cluster.min_workers={asked} workers {least} train{'s' * (least == 1)} and the others are idle: over "
+            f"{least} rank{'s' * (least > 1)} the batch of {plan.batch.global_batch_size} rows divides"
+        )
+    if data is not None and data.num_rows < plan.batch.global_batch_size:
+        notes.append(
+            f"a batch of {plan.batch.global_batch_size} rows is more than all {data.num_rows} rows of the data: "
+            "lower train.global_batch_size"
+        )
+    if steps is not None and config.optim.schedule != "constant" and config.optim.warmup_steps >= steps:
+        notes.append(f"the warm-up of {config.optim.warmup_steps} steps does not end within {steps}: lower optim.warmup_steps")
+    if data is not None and not data.num_eval_rows and (config.data.eval_fraction or config.data.eval_path):
+        notes.append("no document is held out, so nothing is evaluated: raise data.eval_fraction")
+    if data is not None and (lost := data.truncated_frac) > _WORTH_TELLING:
+        notes.append(
+            f"{data.truncated_docs:,} documents are cut, {lost:.0%} of the tokens: raise data.max_length, "
+            "or data.long_documents=split"
+        )
+    if train_flops(plan.model) is None:
+        architecture = plan.model.config.get("model_type", "a model without model_type")
+        notes.append(f"what {architecture} computes is not known here: perf/tflops_per_gpu and perf/mfu are left out")
+    return notes
+
+
+def _smallest(plan: LaunchPlan) -> LaunchPlan | None:
+    """The plan on as few workers as the run goes on with, where that is another; a plan that was made before may have none."""
+    with suppress(ConfigError):
+        return fewest(plan)
+    return None
+
+
+def _overfull(plan: LaunchPlan) -> str:
+    """Said where the model states do not fit into main memory; empty where they do, or that is not known."""
+    memory = plan.memory
+    if memory.node_gib is None or memory.host_per_node_gib <= memory.node_gib:
+        return ""
+    return (
+        f"model states take {memory.host_per_node_gib:.0f} GiB of main memory a node, which has {memory.node_gib:.0f} GiB: they "
+        "do not fit; use more nodes, or a smaller model"
+    )
+
+
+def _tight(plan: LaunchPlan) -> str:
+    memory, ranks = plan.memory, plan.topology.world_size
+    if plan.topology.device != "cuda" or memory.device_gib is None or memory.per_rank_gib <= _LARGE_SHARE * memory.device_gib:
+        return ""
+    left_gib = memory.device_gib - memory.per_rank_gib
+    if left_gib >= _LITTLE_GIB:
+        return ""
+    left = f"{left_gib:.0f} GiB of a GPU for activations and buffers"
+    return f"on {ranks} ranks model states leave {left}, which is little: use more ranks, or deepspeed=zero3_offload"
+
+
+def _cost(plan: LaunchPlan) -> str:
+    price = plan.price
+    if price is None:
+        return "not known: set cluster.price_per_gpu_hour to what a GPU costs you"
+    of = f"{_paid_for(plan)} x ${price.usd_per_gpu_hour:.2f}"
+    usd = f"${plan.topology.world_size * price.usd_per_gpu_hour:,.2f} an hour = {of}"
+    return usd if price.assumption is None else f"{usd}, assumed ({price.assumption}; cluster.price_per_gpu_hour sets yours)"
+
+
+def _paid_for(plan: LaunchPlan) -> str:
+    ranks = plan.topology.world_size
+    return f"{ranks} {'GPU' if plan.topology.device == 'cuda' else 'CPU rank'}{'s' * (ranks > 1)}"
+
+
+def _data(plan: LaunchPlan) -> str:
+    data = plan.data
+    if data is None:
+        return f"{plan.config.data.name}: not built yet (python -m launcher data builds it and shows it)"
+    most = plan.config.data.max_length
+    width = min(most, round(data.num_tokens / data.num_rows / (1 - data.padding_frac)))
+    longest = f"{width:,} tokens" + (f" (data.max_length is {most:,})" if width < most else "")
+    share = data.num_trained_tokens / max(1, data.num_tokens)
+    return (
+        f"{plan.config.data.name}: {data.num_rows:,} rows of up to {longest}, "
+        f"{data.num_tokens:,} tokens ({share:.0%} trained), {data.num_eval_rows:,} held-out rows"
+    )
+
+
+def _tokens(plan: LaunchPlan) -> str:
+    batch = plan.batch
+    return f"about {batch.tokens_per_step:,}" if batch.tokens_per_step else f"up to {batch.max_tokens_per_step:,}"
+
+
+def _steps(plan: LaunchPlan) -> str:
+    train, batch = plan.config.train, plan.batch
+    steps = f"{batch.max_steps:,}" if batch.max_steps is not None else "known when the data is built"
+    epochs = f" ({batch.epochs:g} epochs)" if batch.epochs is not None else ""
+    evaluation = f"every {train.eval_every} and at the end" if train.eval_every else "at the end"
+    saves = f"every {train.save_every} and at the end" if train.save_every else "at the end"
+    return f"{steps}{epochs}; evaluation {evaluation}; checkpoint {saves}"
+
+
+def _tracking(plan: LaunchPlan) -> str:
+    tracking = plan.config.tracking
+    if tracking.kind == "none" or tracking.mode == "disabled":
+        return "metrics.jsonl only"
+    project = f"{tracking.entity}/{tracking.project}" if tracking.entity else tracking.project
+    return f"W&B project {project}, mode {tracking.mode}, id {plan.wandb_id}"
+
+
+def started_lines(plan: LaunchPlan, started: Sequence[tuple[str, str]]) -> list[str]:
+    """What a person is told of a run that goes on by itself: where it is, and how to follow and stop it."""
+    name = short(plan.run_dir)
+    rows = [*started, ("directory", name)]
+    rows += [
+        ("follow it", f"python -m launcher logs {name} -f"),
+        ("its state", f"python -m launcher status {name}"),
+        ("stop it", f"python -m launcher cancel {name}"),
+    ]
+    return ["", *(f"{label:<11}{short(value) if value.startswith('/') else value}" for label, value in rows)]
+
+
+def sweep_lines(started: Sequence[tuple[LaunchPlan, Sequence[tuple[str, str]]]]) -> list[str]:
+    """The runs of a sweep, a line each: name, job, and the overrides in which they differ."""
+    shared = set.intersection(*(set(plan.provenance.overrides) for plan, _ in started))
+    rows = []
+    for plan, facts in started:
+        own = [override for override in plan.provenance.overrides if override not in shared]
+        rows.append((plan.run_name, dict(facts).get("job", "-"), " ".join(own)))
+    return ["", *table(("run", "job", "settings"), rows)]

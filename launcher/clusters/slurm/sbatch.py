@@ -1,0 +1,196 @@
+"""The batch script of a run, rendered through submitit: the job's begin, one task per node, the job's conclusion."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launcher.clusters.slurm.submitit_task import NodeTask
+from launcher.config.slurm import SlurmSection, asks_for_gpus
+from launcher.errors import SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+
+# What sbatch, srun and the containers' mount lists leave as it is: no blanks, no %, which sbatch replaces.
+_PLAIN_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
+# Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to whatever a task
+# is at that moment, and a Python that is just starting would die of it. A node that does not see the plan says so at once.
+_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) does not see $0" >&2; exit 78; }; exec "$@"\' '
+
+
+def render(plan: LaunchPlan, plan_path: Path) -> str:
+    """The text that sbatch gets.
+
+    Raises:
+        SubmitError: for a path that cannot stand in a batch script.
+    """
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    run = RunDir(Path(plan.run_dir))
+    folder = run.jobs / "%j"
+    command = f"{python_command(plan, plan_path)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return _make_sbatch_string(command=command, folder=folder, **parameters(plan, plan_path)) + "\n"
+
+
+def submit(plan: LaunchPlan, plan_path: Path) -> str:
+    """Hand the job to Slurm and return its id; the pickle that submitit writes holds only the plan's path.
+
+    Raises:
+        SubmitError: with sbatch's own words.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    run = RunDir(Path(plan.run_dir))
+    run.jobs.mkdir(mode=0o700, exist_ok=True)
+    executor = submitit.SlurmExecutor(folder=run.jobs / "%j", python=python_command(plan, plan_path))
+    executor.update_parameters(**parameters(plan, plan_path))
+    try:
+        with _clean_environment():
+            job = executor.submit(NodeTask(str(plan_path)))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise SubmitError("sbatch refused the job", where="sbatch", value=_said(error)) from None
+    return str(job.job_id)
+
+
+@contextmanager
+def _clean_environment() -> Iterator[None]:
+    """Without what would override the script (SBATCH_*), or be taken for this job's by the next (SLURM_*)."""
+    kept = dict(os.environ)
+    for name in kept:
+        if name.startswith(("SBATCH_", "SLURM_", "SLURMD_", "SUBMITIT_", "LAUNCHER_ATTEMPT")) and name != "SLURM_CONF":
+            del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
+    """submitit's parameters for the plan."""
+    section = plan.slurm
+    gpus = section.gpus_per_node
+    if gpus is None and plan.topology.device == "cuda" and not asks_for_gpus(section.gres):
+        gpus = plan.topology.ranks_per_node
+    additional = {
+        "time": section.time,
+        "chdir": _plain(plan.run_dir),
+        "requeue" if section.requeue else "no-requeue": True,
+        **({"reservation": section.reservation} if section.reservation else {}),
+        **{name: value or True for name, value in section.additional_parameters.items()},
+    }
+    return {
+        "job_name": plan.run_name,
+        "nodes": plan.topology.nodes,
+        "ntasks_per_node": 1,
+        "account": section.account,
+        "partition": section.partition,
+        "qos": section.qos,
+        "gpus_per_node": gpus or None,
+        "gres": section.gres,
+        "cpus_per_task": section.cpus_per_task,
+        # A whole node is asked for with all of its memory; else the site's default for a CPU would be the limit.
+        "mem": section.mem or ("0" if section.exclusive else None),
+        "constraint": section.constraint,
+        "exclude": section.exclude,
+        "nodelist": section.nodelist,
+        "exclusive": True if section.exclusive else None,
+        "comment": section.comment,
+        "dependency": section.dependency,
+        "signal_delay_s": section.signal_lead_seconds,
+        "stderr_to_stdout": True,
+        "wckey": None,
+        "additional_parameters": additional,
+        "setup": _setup(plan, section, plan_path),
+        "teardown": _teardown(plan_path),
+        "srun_args": _srun_arguments(plan, section),
+    }
+
+
+def python_command(plan: LaunchPlan, plan_path: Path) -> str:
+    """The shell words that start Python in a task, in the container where there is one."""
+    section = plan.slurm
+    words = [_plain(sys.executable)]
+    if section.container_image and section.container_runtime == "apptainer":
+        gpu = ["--nv"] if plan.topology.device == "cuda" else []
+        binds = [word for mount in _mounts(plan, section) for word in ("--bind", mount)]
+        words = ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
+    elif section.container_image:
+        words = [section.container_python]
+    return _SHIELD + shlex.join([_plain(str(plan_path)), *words])
+
+
+def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
+    code = _plain(str(RunDir(Path(plan.run_dir)).code))
+    # Python's -c and -m would put the current folder first; what was submitted is what runs.
+    environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
+    return [
+        "umask 077",
+        "# The shell outlives the signals that its tasks act on, and concludes the job.",
+        "trap : TERM USR1 USR2",
+        *(shlex.join(["module", "load", module]) for module in section.modules),
+        *(shlex.join(command.split()) for command in section.setup),
+        "# The exit codes below are looked at, whatever was set above.",
+        "set +e",
+        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        f'export PYTHONPATH={shlex.quote(code)}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        f"LAUNCHER_ATTEMPT=$({_job_command('begin', plan_path)}) || exit",
+        "# Nothing is left to do, or another job does it.",
+        '[ -n "$LAUNCHER_ATTEMPT" ] || exit 0',
+        "export LAUNCHER_ATTEMPT",
+    ]
+
+
+def _teardown(plan_path: Path) -> list[str]:
+    return ["rc=$?", f'{_job_command("conclude", plan_path)} "$LAUNCHER_ATTEMPT" "$rc"', "exit"]
+
+
+def _job_command(verb: str, plan_path: Path) -> str:
+    return shlex.join([_plain(sys.executable), "-m", "launcher.worker.slurm.job", verb, _plain(str(plan_path))])
+
+
+def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
+    # Unbound: the task starts all ranks of its node, which share the job's CPUs there.
+    arguments = ["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none"]
+    if section.container_image and section.container_runtime == "pyxis":
+        mounts = ",".join(_mounts(plan, section))
+        # What the image sets of these would win otherwise.
+        kept = "--container-env=PYTHONPATH,PYTHONSAFEPATH,LAUNCHER_ATTEMPT"
+        arguments += [f"--container-image={section.container_image}", kept, f"--container-mounts={mounts}"]
+    return [*arguments, *section.srun_args]
+
+
+def _mounts(plan: LaunchPlan, section: SlurmSection) -> list[str]:
+    """What the ranks read and write, under the same names inside, and what the user adds."""
+    own = [plan.run_dir, plan.data.cache_dir if plan.data else None, plan.model.path, plan.model.tokenizer_path]
+    paths = dict.fromkeys(_plain(str(_whole(Path(path)))) for path in own if path is not None)
+    return [*(f"{path}:{path}" for path in paths), *section.container_mounts]
+
+
+def _whole(path: Path) -> Path:
+    """A snapshot of the hub's cache holds links to files beside it."""
+    return path.parents[1] if path.parent.name == "snapshots" else path
+
+
+def _plain(path: str) -> str:
+    if not _PLAIN_PATH.fullmatch(path):
+        raise SubmitError(
+            "this path cannot stand in a batch script",
+            where="the batch script",
+            value=path,
+            remedy="use absolute folders whose names hold only letters, digits and . _ @ + = - /",
+        )
+    return path
+
+
+def _said(error: Exception) -> str:
+    """sbatch's own words out of submitit's report of a failed command."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line.startswith("sbatch:")]
+    return "\n".join(said or lines)

@@ -1,0 +1,213 @@
+"""What pydantic and Hydra found wrong, in the words of the person who wrote it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from launcher.config.data import COLUMNS_EXAMPLE
+from launcher.config.introspect import Setting, as_yaml, settings
+from launcher.config.origin import Origins
+from launcher.config.redaction import looks_secret, redact
+from launcher.config.suggest import did_you_mean
+from launcher.errors import Problem
+
+# The first part of pydantic's error types.
+_WRONG_TYPE = {
+    "int": "is not a whole number",
+    "float": "is not a number",
+    "bool": "is not true or false",
+    "string": "is not text",
+    "tuple": "is not a list",
+    "dict": "is not a mapping",
+    "model": "is a section of settings, not one value",
+    "literal": "is not one of its choices",
+    "finite": "is not a finite number",
+}
+_OUT_OF_BOUNDS = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_short": "holds too few entries",
+    "too_long": "holds too many entries",
+}
+_ABSENT = object()
+_UNIFORM_KEY = re.compile(r"\[\d+\]")
+
+
+def schema_problems(error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]) -> Iterator[Problem]:
+    """One problem for each key; `values` is what was validated, `skip` the keys that are reported already."""
+    seen: set[str] = set()
+    items = [(_key_of(item["loc"]), item) for item in error.errors(include_url=False)]
+    for key, item in items:
+        # A list with a bad item is also "too short", and a union reports each of its branches.
+        if key in skip or key in seen or (item["type"] == "too_short" and any(k.startswith(f"{key}[") for k, _ in items)):
+            continue
+        seen.add(key)
+        setting = settings().get(_UNIFORM_KEY.sub("[]", key))
+        if item["type"] == "extra_forbidden":
+            yield _unknown(key, item["input"], origins)
+        elif item["type"] == "missing":
+            yield missing(key, origins)
+        elif item["type"] == "union_tag_invalid":
+            yield _unknown_kind(f"{key}.kind", item["ctx"]["tag"], origins)
+        elif item["type"] == "value_error":
+            yield _by_rule(key, item["msg"].removeprefix("Value error, "), origins, values)
+        else:
+            yield _by_type(key, setting, item, origins)
+
+
+def missing(key: str, origins: Origins) -> Problem:
+    owner, bracket, rest = key.rpartition("]")
+    if rest and bracket:
+        remedy = f"complete {owner}]: it lacks {rest.lstrip('.')}"
+    else:
+        remedy = _give(key) if bracket else f"add {key}=... to the command line"
+    return Problem(f"{key}: a value is required and none was given", where=origins.of(key), remedy=remedy)
+
+
+def _give(key: str) -> str:
+    uniform = _UNIFORM_KEY.sub("[]", key)
+    parts = [k for k in settings() if k.startswith(f"{uniform}.")]
+    if parts:
+        return f"write its settings one by one: {', '.join(parts)}"
+    # An entry of a list or a mapping is described with the whole.
+    setting = max((s for s in settings().values() if uniform.startswith(s.key)), key=lambda s: len(s.key))
+    return f"set {setting.key} to {setting.type}. {setting.meaning}"
+
+
+def _unknown(key: str, value: Any, origins: Origins) -> Problem:
+    uniform = _UNIFORM_KEY.sub("[]", key)
+    elsewhere = settings().get(uniform)
+    if elsewhere is not None and elsewhere.kind is not None:
+        option = f"{uniform.split('.')[0]}={elsewhere.kind}"
+        return Problem(
+            f"{key}: is a setting of {option} only",
+            where=origins.of(key),
+            value=_plain(key, value),
+            remedy=f"add +{option} to the command line, or take {key} out",
+        )
+    siblings = [k for k in settings() if k.rpartition(".")[0] == uniform.rpartition(".")[0]]
+    remedy = did_you_mean(uniform, list(settings())) or (f"known here: {', '.join(siblings)}" if siblings else "")
+    return Problem(
+        f"{key}: there is no such setting",
+        where=origins.of(key),
+        value=_plain(key, value),
+        remedy=remedy or "docs/config.md lists every setting",
+    )
+
+
+def _unknown_kind(key: str, kind: str, origins: Origins) -> Problem:
+    choices = settings()[key].type.split(" | ")
+    remedy = f"{did_you_mean(kind, choices)} choose one of: {', '.join(choices)}".strip()
+    return Problem(f"{key}: is not one of its choices", where=origins.of(key), value=shown(key, kind), remedy=remedy)
+
+
+def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
+    """A rule of the schema was broken; the text is `what is wrong; the remedy` and may name several settings."""
+    what, _, remedy = text.partition("; ")
+    if "." in key:
+        value = _value_of(key, values)
+        text = "" if value is _ABSENT else _plain(key, value)
+        return Problem(f"{key}: {what}", where=origins.of(key), value=text, remedy=remedy or _give(key))
+    named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
+    origin = {k: origins.of(k) for k in named}
+    given = {k: _plain(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
+    return Problem(
+        what,
+        where=", ".join(f"{k} ({where})" for k, where in origin.items() if where),
+        value=", ".join(f"{k}={value}" for k, value in given.items() if value),
+        remedy=remedy,
+    )
+
+
+def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins: Origins) -> Problem:
+    kind, value = item["type"], item["input"]
+    what = _OUT_OF_BOUNDS.get(kind) or _WRONG_TYPE.get(kind.split("_")[0]) or item["msg"]
+    remedy = _give(key)
+    if setting is not None and kind == "literal_error":
+        guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
+        remedy = f"{guess} {remedy}".strip()
+    if kind == "string_type" and isinstance(value, int | float) and "[" not in key:
+        remedy = f"quote it twice: '{key}=\"{value}\"'"
+    return Problem(f"{key}: {what.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
+
+
+def shown(key: str, value: Any) -> str:
+    """A value as an error may show it."""
+    text = repr(value) if isinstance(value, str) else as_yaml(value)
+    return "<redacted>" if looks_secret(key, value) else redact(text)[:200]
+
+
+def _plain(key: str, value: Any) -> str:
+    return "" if isinstance(value, dict | list) else shown(key, value)
+
+
+def _value_of(key: str, values: Any) -> Any:
+    for part in re.split(r"[.\[]", key.replace("]", "")):
+        if isinstance(values, dict):
+            values = values.get(part, _ABSENT)
+        elif isinstance(values, list) and part.isdigit() and int(part) < len(values):
+            values = values[int(part)]
+        else:
+            return _ABSENT
+    return values
+
+
+def _key_of(location: tuple[int | str, ...]) -> str:
+    if location[:1] == ("cluster",) and len(location) > 1:
+        # The kind of the cluster stands where the section was chosen.
+        location = ("cluster", *location[2:])
+    parts = [f"[{part}]" if isinstance(part, int) else _printable(part) for part in location if part != "[key]"]
+    key = ".".join(parts).replace(".[", "[")
+    # pydantic appends the branch of a union to the location; the user knows only the key.
+    return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+def no_such_option(group: str, option: str, options: Sequence[str], token: str) -> Problem:
+    guess = did_you_mean(option, options)
+    return Problem(
+        f"{group}={option}: there is no such option",
+        where="command line",
+        value=token,
+        remedy=f"{guess} choose one of: {', '.join(options)}".strip(),
+    )
+
+
+def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
+    """What Hydra says of settings that it cannot compose, without its own spelling of overrides."""
+    from hydra.errors import OverrideParseException
+
+    if named := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
+        return Problem(
+            "data.sources is a list, whose entries have no name in a setting's key; give the list whole",
+            where="command line",
+            value=redact(named.removeprefix("++")),
+            remedy=f"write {COLUMNS_EXAMPLE}",
+        )
+    text = redact(str(error)).strip()
+    first = text.splitlines()[0].replace("++", "") if text else type(error).__name__
+    culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] and t in str(error)), "")
+    if redact(culprit) != culprit:
+        first = "this cannot be read"
+    group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
+    if option and (options := getattr(error, "options", None)):
+        return no_such_option(group, option, options, f"{group}={option}")
+    unread = isinstance(error, OverrideParseException)
+    return Problem(
+        f"Hydra cannot compose these settings: {first}",
+        where="command line" if culprit else "",
+        value=culprit.removeprefix("++"),
+        remedy="write key=value or group=option; values that hold spaces, commas, brackets, ~ or = are quoted twice, "
+        "as in 'run.name=\"a b\"'"
+        if unread
+        else "see python -m launcher --help",
+    )

@@ -1,0 +1,121 @@
+"""The objects of a JSON array one by one: of a file of any size, no more is in memory than an object and a block."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from launcher.data.sources.formats import Row, refuse
+
+_BLOCK_BYTES = 1 << 20
+# What is wrong this far before the end of what was read is not wrong for being incomplete, but for a string without its end.
+_LONGEST_WORD = 16
+_UNTERMINATED = "Unterminated string"
+_IS_CUT = "write one JSON array of objects; is the file cut?"
+
+
+class _Text:
+    """The text of a file from the first character that is still needed, in `text` from `at` on."""
+
+    def __init__(self, file: io.BufferedReader, name: str) -> None:
+        self._file, self._name = file, name
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._line, self._column = 1, 1
+        self.text, self.at = "", 0
+        self._is_first = True
+
+    def read(self, num_bytes: int) -> bool:
+        """Read on; False at the end of the file."""
+        self._line, self._column = self._place(self.at)
+        self.text, self.at = self.text[self.at :], 0
+        block = self._file.read(num_bytes)
+        try:
+            text = self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            self.text += error.object[: error.start].decode("utf-8")
+            what = f"the line is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
+            refuse(what, self.place(len(self.text)), "save the file in UTF-8")
+        # The mark that some programs put before a file's first character.
+        self.text += text.removeprefix("\ufeff") if self._is_first else text
+        self._is_first = False
+        return bool(block)
+
+    def next_sign(self) -> str:
+        """The next character that is no white space, at `at`; empty at the end of the file."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.at += 1
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.read(_BLOCK_BYTES):
+                return ""
+
+    def value(self) -> tuple[Any, int]:
+        """The value that begins at `at`, and its characters; `at` moves behind it. JSONDecodeError where it is none."""
+        num_bytes, is_all = _BLOCK_BYTES, False
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                is_wrong = error.pos < len(self.text) - _LONGEST_WORD and not error.msg.startswith(_UNTERMINATED)
+                if is_wrong or is_all:
+                    raise
+                is_all = not self.read(num_bytes)
+                # An object of many blocks is not parsed once for each.
+                num_bytes *= 2
+            else:
+                num_chars, self.at = end - self.at, end
+                return value, num_chars
+
+    def place(self, at: int) -> str:
+        """The place in the file of the character `at`."""
+        line, column = self._place(at)
+        return f"{self._name}:{line}:{column}"
+
+    def _place(self, at: int) -> tuple[int, int]:
+        breaks = self.text.count("\n", 0, at)
+        return (self._line + breaks, at - self.text.rfind("\n", 0, at)) if breaks else (self._line, self._column + at)
+
+
+_DECODER = json.JSONDecoder()
+
+
+def array_rows(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
+    """(object, its place, its characters) of each entry of the array that `file` holds. Errors: DataError with the place."""
+    text = _Text(file, name)
+    text.next_sign()
+    text.at += 1
+    number, sign = 0, text.next_sign()
+    while sign != "]":
+        number += 1
+        row, num_chars = _entry(text, name, number)
+        yield row, f"{name}:row {number}", num_chars
+        sign = text.next_sign()
+        if sign == ",":
+            text.at += 1
+            text.next_sign()
+        elif sign != "]":
+            refuse("the file is not JSON: Expecting ',' delimiter", text.place(text.at), _IS_CUT)
+    text.at += 1
+    if text.next_sign():
+        refuse("the file is not JSON: Extra data", text.place(text.at), "write one JSON array of objects")
+
+
+def _entry(text: _Text, name: str, number: int) -> tuple[Row, int]:
+    try:
+        value, num_chars = text.value()
+    except json.JSONDecodeError as error:
+        refuse(f"the file is not JSON: {error.msg}", text.place(error.pos), _IS_CUT)
+    except (RecursionError, ValueError) as error:
+        refuse(f"the entry {beyond(error)}", f"{name}:row {number}", "take the row out")
+    if not isinstance(value, dict):
+        refuse("an entry of the JSON array is not an object", f"{name}:row {number}", "write an array of objects")
+    return value, num_chars
+
+
+def beyond(error: Exception) -> str:
+    """Why JSON that is well formed cannot be read."""
+    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"

@@ -1,0 +1,176 @@
+"""Files at addresses that fsspec knows, fetched once into the launcher's cache."""
+
+from __future__ import annotations
+
+import glob
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.config.data import Source
+from launcher.data.cache_dir import is_full, source_folder, unusable, usable
+from launcher.data.lock import locked
+from launcher.data.sources.files import DataFile, file_digest, kind_by_name
+from launcher.data.sources.formats import refuse
+from launcher.data.sources.splits import choose, left_out
+from launcher.errors import DataError, Problem
+
+# What storages call the property of a file that changes with its content.
+_CHANGES = (
+    *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
+    *("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created"),
+)
+# By address: the digest of what was fetched from a storage that says of a file neither its version nor its time.
+_fetched: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class _State:
+    """What tells one content of a file from another: its size where the storage says it, and a mark that changes."""
+
+    size: int | None
+    mark: str
+
+
+class Remote:
+    """A file, pattern or folder at an address that fsspec knows; `left_out` are a folder's files that are not read.
+
+    Errors: DataError.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.left_out: tuple[str, ...] = ()
+        self._fs, path = self._try("opened", lambda: _connect(source.path))
+        # Another process may have written since this one looked.
+        self._fs.invalidate_cache()
+        self._paths = self._try("listed", lambda: self._list(path))
+        if not self._paths:
+            refuse("no file matches the pattern", source.path, "check the address")
+        self._states = [self._state(path) for path in self._paths]
+
+    def _list(self, path: str) -> list[str]:
+        before_query = path.partition("?")[0]
+        if path.startswith(("http://", "https://")) and kind_by_name(before_query) and not glob.has_magic(before_query):
+            # To look for a folder would be to read the file for links.
+            return [path]
+        if glob.has_magic(path):
+            return sorted(name for name in self._fs.glob(path) if self._fs.isfile(name))
+        if not self._fs.isdir(path):
+            return [path]
+        root = path.rstrip("/")
+        names = [str(name).removeprefix(f"{root}/") for name in self._fs.find(root)]
+        chosen = choose(
+            names, lambda name: self._fs.cat_file(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
+        )
+        self.left_out = left_out(names, chosen)
+        return [f"{root}/{name}" for name in chosen]
+
+    def _state(self, path: str) -> _State:
+        info: dict[str, Any] = self._try("found", lambda: self._fs.info(path))
+        size = info.get("size")
+        if size == 0:
+            refuse("the data file is empty", self._name(path), "write rows into it")
+        mark = next((f"{key}={info[key]}" for key in _CHANGES if info.get(key) is not None), None)
+        return _State(size, mark or self._fetched_digest(path, size))
+
+    def _name(self, path: str) -> str:
+        return str(self._fs.unstrip_protocol(path))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._name(path) for path in self._paths)
+
+    def digest(self) -> str:
+        states = zip(self._paths, self._states, strict=True)
+        return json.dumps([(self._name(path), state.size, state.mark) for path, state in states])
+
+    def fetch(self) -> tuple[DataFile, ...]:
+        return tuple(self._fetch(path, state) for path, state in zip(self._paths, self._states, strict=True))
+
+    def _fetch(self, path: str, state: _State) -> DataFile:
+        target = self._target(path, state)
+        with usable(target.parent):
+            if target.exists():
+                return DataFile(target, self._name(path))
+            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with locked(target.parent / ".lock", f"fetches {self._name(path)}"):
+                if not target.exists():
+                    self._download(path, state.size, target.parent).replace(target)
+        return DataFile(target, self._name(path))
+
+    def _fetched_digest(self, path: str, size: int | None) -> str:
+        """Fetch a file of which nothing else tells whether it has changed, once in this process."""
+        name = self._name(path)
+        if name not in _fetched:
+            folder = source_folder("address", name)
+            with usable(folder):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                partial = self._download(path, size, folder)
+                digest = file_digest(DataFile(partial, name))
+                target = self._target(path, _State(size, digest))
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                partial.replace(target)
+            _fetched[name] = digest
+        return _fetched[name]
+
+    def _target(self, path: str, state: _State) -> Path:
+        # Addresses may end in more characters than a file's name can have.
+        return source_folder("address", self._name(path), state.size, state.mark) / "rows"
+
+    def _download(self, path: str, size: int | None, folder: Path) -> Path:
+        """Fetch the file under a name of its own in `folder`; where that fails, nothing is left of it."""
+        partial = folder / f".{secrets.token_hex(4)}"
+
+        def get() -> None:
+            try:
+                self._fs.get_file(path, str(partial))
+            except OSError as error:
+                if is_full(error):
+                    raise unusable(error, folder) from error
+                raise
+
+        try:
+            self._try("fetched", get)
+            found = partial.stat().st_size
+            if size is not None and found != size:
+                what = f"the data was not fetched whole: {found:,} of {size:,} bytes"
+                refuse(what, self._name(path), "try again; is the file being written at present?")
+            if found == 0:
+                refuse("the data file is empty", self._name(path), "write rows into it")
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        return partial
+
+    def _try(self, done: str, action: Callable[[], Any]) -> Any:
+        path, remedy = self._source.path, "check the address and the credentials in the environment"
+        try:
+            return action()
+        except DataError:
+            raise
+        except FileNotFoundError as error:
+            raise DataError(Problem("there is no such data file", path, remedy=remedy)) from error
+        except ImportError as error:
+            protocol = path.split("://")[0]
+            what = f"the package that reads {protocol}:// is not installed: {error}"
+            raise DataError(Problem(what, path, remedy=f"pip install {_package(error)}")) from error
+        except Exception as error:
+            what = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
+            raise DataError(Problem(what, path, remedy=remedy)) from error
+
+
+def _package(error: ImportError) -> str:
+    """What is to be installed: fsspec's own error follows on that of the import, which names the module."""
+    missing = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+    return (missing.name or str(missing)).partition(".")[0]
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    fs, path = url_to_fs(url)
+    return fs, str(path)

@@ -1,0 +1,57 @@
+"""An exported folder goes to a repository of the Hugging Face Hub. The token comes from the environment and goes nowhere else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.config.redaction import redact
+from launcher.errors import Problem, PushError
+
+TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105
+
+# What an earlier export may have left in the repository under names that this one has not.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json"]
+
+
+def token_problem(where: str, repo_id: str, environ: Mapping[str, str] = os.environ) -> Problem | None:
+    """What is missing for a push to `repo_id`, which the setting or flag `where` asks for."""
+    if environ.get(TOKEN_VARIABLE):
+        return None
+    return Problem(
+        f"a push to the Hub needs {TOKEN_VARIABLE} in the environment, and it is not set",
+        where=where,
+        value=repo_id,
+        remedy=f"export {TOKEN_VARIABLE} with a token that may write to {repo_id}, or leave the push out",
+    )
+
+
+def push(folder: Path, repo_id: str, *, again: str) -> str:
+    """Upload an exported folder in one commit and return its address; a repository that is made for it is private.
+
+    `again` is the command that repeats the push.
+
+    PushError where the Hub does not take it; the folder stays as it is.
+    """
+    if problem := token_problem("the environment", repo_id):
+        raise PushError(replace(problem, remedy=f"set it, then: {again}"))
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    api = HfApi(token=os.environ[TOKEN_VARIABLE])
+    try:
+        address = api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload an exported checkpoint", delete_patterns=_REPLACED
+        )
+    except Exception as error:  # the Hub, the network, the disk: none of them takes the folder with it
+        raise PushError(
+            "the exported folder could not be pushed to the Hub; it is complete on this machine",
+            where=str(folder),
+            value=redact(f"{repo_id}: {type(error).__name__}: {' '.join(str(error).split())}"),
+            remedy=f"check the network and the token's rights, then: {again}",
+        ) from error
+    return str(address)

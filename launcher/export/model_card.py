@@ -1,0 +1,237 @@
+"""The model card of an exported folder: what the model was made from, how, how well, and by which run.
+
+A card is read by strangers: no path of this machine and no secret is in it; a local folder or file shows its name alone.
+The front matter is that of https://huggingface.co/docs/hub/model-cards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from launcher.checkpoint.store import Manifest
+from launcher.config.fields import HUB_ID_PATTERN
+from launcher.config.redaction import redact
+from launcher.config.schema import is_local_path
+from launcher.export.hf_folder import CARD, Export
+from launcher.plan.launch_plan import Batch, LaunchPlan
+
+Rows = Sequence[tuple[str, str]]
+
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
+_LICENSE_KEYS = ("license", "license_name", "license_link")
+_EVAL_LOSS = re.compile(r"eval/(.+)/loss")
+# What the names of those metrics begin with that a card is made of.
+METRICS = ("train/loss", "eval/")
+_COMMIT_DIGITS = 12
+
+
+def model_card(
+    plan: LaunchPlan,
+    manifest: Manifest,
+    metrics: Sequence[Mapping[str, Any]],
+    made: Export,
+    plans: Sequence[LaunchPlan] = (),
+) -> str:
+    """The text of README.md.
+
+    `metrics` are the lines of metrics.jsonl, of which METRICS serve; those after the checkpoint's step do not count. `plan` is
+    what the checkpoint was saved by, `plans` those of all attempts up to that one.
+    """
+    base = base_front_matter(Path(plan.model.path)) if plan.model.path else {}
+    sections: list[tuple[str, Rows]] = [
+        ("Base model", _base_rows(plan, base)),
+        ("Data", _data_rows(plan)),
+        ("Settings", [*_settings_rows(plan, manifest.step), *_changed_rows(plan, plans)]),
+        ("Losses", _loss_rows(manifest, metrics)),
+        ("Weights", _weight_rows(made)),
+        ("Lineage", _lineage_rows(plan, manifest)),
+        ("Software", _software_rows(plan)),
+    ]
+    body = [f"# {plan.run_name}", "", "All parameters of the base model were fine-tuned with DeepSpeed ZeRO-3.", ""]
+    if plan.config.model.init == "random":
+        body[2] = "All parameters were trained from random weights with DeepSpeed ZeRO-3."
+    for title, rows in sections:
+        body += [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows), ""]
+    head = yaml.safe_dump(_front_matter(plan, base), sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n" + "\n".join(body)
+
+
+def base_front_matter(folder: Path) -> dict[str, Any]:
+    """The front matter of a model folder's card; empty where there is none that can be read."""
+    try:
+        found = _FRONT_MATTER.match((folder / CARD).read_text(encoding="utf-8"))
+        content = yaml.safe_load(found.group(1)) if found else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _lineage_rows(plan: LaunchPlan, manifest: Manifest) -> Rows:
+    """Run, step and plan of the checkpoint, and of the checkpoints that its initial weights came from."""
+    rows = [("run", plan.run_name), ("step", f"{manifest.step:,}"), ("attempt", str(manifest.attempt))]
+    rows.append(("plan digest", manifest.plan_digest))
+    if plan.lineage is not None:
+        for origin in (plan.lineage, *plan.lineage.ancestors):
+            rows.append(("from", f"run {origin.run_name} at step {origin.step:,}, plan digest {origin.plan_digest}"))
+    return rows
+
+
+def _front_matter(plan: LaunchPlan, base: Mapping[str, Any]) -> dict[str, Any]:
+    matter: dict[str, Any] = {key: base[key] for key in _LICENSE_KEYS if isinstance(base.get(key), str)}
+    matter.setdefault("license", "unknown")
+    matter |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["deepspeed", "fine-tuned"]}
+    if origin := _hub_origin(plan, base):
+        matter["base_model"] = origin
+    return matter
+
+
+def _hub_origin(plan: LaunchPlan, base: Mapping[str, Any]) -> str | None:
+    """The hub id of the base model, also where it was fine-tuned from that one into a local folder."""
+    path = plan.config.model.path or ""
+    if plan.config.model.init == "random":
+        return None
+    if HUB_ID_PATTERN.fullmatch(path) and not is_local_path(path):
+        return path
+    named = base.get("base_model")
+    return named if isinstance(named, str) and HUB_ID_PATTERN.fullmatch(named) else None
+
+
+def _base_rows(plan: LaunchPlan, base: Mapping[str, Any]) -> Rows:
+    model = plan.config.model
+    architecture = f"{plan.model.config.get('model_type', 'unknown')}, {plan.model.num_params:,} parameters"
+    if not model.path:
+        return [("model", "none: training began from random weights"), ("architecture", architecture)]
+    rows = [("model", _public(model.path))]
+    if model.revision:
+        rows.append(("revision", model.revision))
+    if origin := _hub_origin(plan, base):
+        rows.append(("on the Hub", origin))
+    license_ = base.get("license")
+    named = ", ".join(base[key] for key in _LICENSE_KEYS if isinstance(base.get(key), str))
+    rows.append(("licence", named if license_ and named else "unknown: see the base model"))
+    return [*rows, ("architecture", architecture)]
+
+
+def _data_rows(plan: LaunchPlan) -> Rows:
+    config, data = plan.config.data, plan.data
+    rows = [("sources", ", ".join(f"{source.name} ({_public(source.path)})" for source in config.sources))]
+    if data is not None:
+        rows += [
+            ("documents", f"{data.num_docs:,}, of which {data.truncated_docs:,} were cut"),
+            ("rows", f"{data.num_rows:,} of at most {config.max_length:,} tokens"),
+            ("tokens", f"{data.num_tokens:,}, of which {data.num_trained_tokens:,} are trained"),
+            ("held out", f"{data.num_eval_rows:,} rows, {data.num_eval_tokens:,} tokens"),
+        ]
+    return rows
+
+
+def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
+    """Of the plan that the checkpoint of `step` was saved by."""
+    config, batch, topology = plan.config, plan.batch, plan.topology
+    optim, zero = config.optim, config.deepspeed
+    decay = f"weight decay {optim.weight_decay:g}, betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}"
+    clip = f"gradient norm at most {config.train.grad_clip:g}" if config.train.grad_clip else "gradients not clipped"
+    split = f"{batch.micro_batch_size} rows a rank, {batch.accumulation} accumulated"
+    nodes = f"{topology.world_size} ranks on {topology.nodes} node{'s' if topology.nodes > 1 else ''} ({topology.device})"
+    return [
+        ("optimizer", f"{optim.name}, {decay}; {clip}"),
+        ("learning rate", f"{optim.lr:g} at its peak"),
+        ("schedule", f"{optim.schedule}, {optim.warmup_steps:,} steps of warm-up, down to {optim.min_lr_ratio:g} of the peak"),
+        ("batch", f"{batch.global_batch_size} rows a step ({split})"),
+        ("length", _length(batch, step)),
+        ("packing", "several documents a row, which do not see each other" if config.data.packing else "one document a row"),
+        ("seed", str(config.run.seed)),
+        ("dtype", f"{config.model.dtype}; master weights and optimizer states in fp32"),
+        ("ZeRO", f"stage {zero.stage}, optimizer offload {zero.offload_optimizer}, parameter offload {zero.offload_params}"),
+        ("world size", nodes),
+    ]
+
+
+def _changed_rows(plan: LaunchPlan, plans: Sequence[LaunchPlan]) -> Rows:
+    """What resumes have changed, by the sections of the settings."""
+    sections = ("model", "data", "optim", "train", "deepspeed")
+    changed = [name for name in sections if any(getattr(p.config, name) != getattr(plan.config, name) for p in plans)]
+    if not changed:
+        return []
+    return [("changed", f"settings of {', '.join(changed)} differed in earlier attempts; those above are the last ones")]
+
+
+def _length(batch: Batch, step: int) -> str:
+    """How long the weights of a step were trained, and how long they were to be."""
+    if not batch.max_steps:
+        return f"{step:,} steps"
+    if step >= batch.max_steps:
+        return f"{step:,} steps" + (f", {batch.epochs:g} epochs" if batch.epochs else "")
+    length = f"{step:,} of {batch.max_steps:,} planned steps"
+    if not batch.epochs:
+        return length
+    return f"{length}, {round(batch.epochs * step / batch.max_steps, 2):g} of {round(batch.epochs, 2):g} epochs"
+
+
+def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows:
+    """The last training loss and, for each held-out set, the first and the last loss, up to the checkpoint's step."""
+    rows = []
+    # An attempt that went back appends the steps that it took anew: the last line of a step is the one that counts.
+    seen = [line for line in metrics if line["trainer/step"] <= manifest.step]
+    trained = [line for line in seen if "train/loss" in line]
+    if trained:
+        rows.append((f"training, step {trained[-1]['trainer/step']:,}", f"{trained[-1]['train/loss']:.4f}"))
+    held_out: dict[str, list[tuple[int, float]]] = {}
+    for line in seen:
+        for key, value in line.items():
+            if found := _EVAL_LOSS.fullmatch(key):
+                held_out.setdefault(found.group(1), []).append((line["trainer/step"], value))
+    for name, losses in held_out.items():
+        for step, loss in dict.fromkeys((losses[0], losses[-1])):
+            rows.append((f"{name}, step {step:,}", f"{loss:.4f}"))
+    if not held_out and manifest.eval_loss is not None:
+        rows.append((f"held out, step {manifest.step:,}", f"{manifest.eval_loss:.4f}"))
+    return rows or [("none", "nothing was logged")]
+
+
+def _weight_rows(made: Export) -> Rows:
+    compared = "not compared with the engine's"
+    if made.num_compared:
+        compared = f"{made.num_compared} of {made.num_tensors} tensors are by their digests those that the engine computed with"
+    rows = [
+        ("dtype", made.dtype),
+        ("size", f"{made.num_parameters:,} parameters, {made.num_bytes:,} bytes in {len(made.files)} file(s)"),
+        ("weights", compared),
+    ]
+    if made.added_stop_ids:
+        ids = ", ".join(map(str, made.added_stop_ids))
+        rows.append(("stop tokens", f"{ids} added to those of the base model, as the data ends turns with them"))
+    if made.parity is not None:
+        rows.append(("logits", f"mean KL to the engine's {made.parity.mean_kl:.1e} nats over {made.parity.num_tokens} tokens"))
+    return rows
+
+
+def _software_rows(plan: LaunchPlan) -> Rows:
+    origin = plan.provenance
+    commit = f" at commit {origin.git_commit[:_COMMIT_DIGITS]}" if origin.git_commit else ""
+    changed = ", with uncommitted changes" if origin.git_dirty else ""
+    versions = {"python": origin.python, **origin.packages}
+    return [
+        ("launcher", f"{origin.launcher_version}{commit}{changed}"),
+        ("packages", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("planned at", origin.created_at),
+    ]
+
+
+def _public(source: str) -> str:
+    """A path, address or hub id without what tells of this machine or opens anything."""
+    if is_local_path(source):
+        return redact(PurePath(source).name) or "a local folder"
+    if HUB_ID_PATTERN.fullmatch(source) or source.startswith(("package:", "builtin:")):
+        return redact(source)
+    return redact(source.rstrip("/").rpartition("/")[2])
+
+
+def _cell(text: str) -> str:
+    """Text that stays inside a cell of a table and is not read as Markdown or HTML."""
+    return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))

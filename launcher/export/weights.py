@@ -1,0 +1,167 @@
+"""A checkpoint's weights, streamed from the shards into Hugging Face's files and compared with the engine's on the way.
+
+Needs numpy alone: to import torch would take longer than the work does, and more memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from launcher import atomic_files
+from launcher.checkpoint import safetensors_io
+from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, WeightDigest, tensor_key
+from launcher.checkpoint.store import partition
+from launcher.errors import CheckpointError
+
+# The launcher's name of a dtype: safetensors' and config.json's.
+DTYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
+# 5 GB per file is what transformers and the hub use.
+MAX_FILE_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+
+# Small enough that a block stays in the processor's cache between its cast, its digest and its write.
+_BLOCK_ELEMENTS = 2**19
+_BF16_NAN = 0x7FC0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tensors stand in which files, in `dtype`."""
+
+    dtype: str
+    files: Mapping[str, Sequence[TensorSpec]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for specs in self.files.values() for spec in specs)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(math.prod(spec.shape) for specs in self.files.values() for spec in specs)
+
+
+@dataclass(frozen=True)
+class EngineWeights:
+    """What the engine that saved said of the weights it computes with: their dtype, and for each rank a digest by name."""
+
+    dtype: str
+    digests: Sequence[Mapping[str, str]]
+
+
+def layout(parameters: Mapping[str, tuple[int, ...]], dtype: str, max_file_bytes: int = MAX_FILE_BYTES) -> Layout:
+    """Distribute tensors over files of at most `max_file_bytes`, unless one tensor alone is larger."""
+    specs = {name: TensorSpec(name, DTYPES[dtype][0], shape) for name, shape in parameters.items()}
+    split = split_state_dict_into_shards_factory(
+        {name: spec.num_bytes for name, spec in specs.items()},
+        get_storage_size=lambda num_bytes: num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
+    return Layout(dtype, {file: [specs[name] for name in names] for file, names in split.filename_to_tensors.items()})
+
+
+def engine_weights(shards: ShardSet) -> EngineWeights | None:
+    """What the shards' headers say of the engine's weights; None where one of them says nothing."""
+    metadata = [shards.shard(rank).metadata for rank in range(shards.world_size)]
+    if any(safetensors_io.WEIGHTS not in one for one in metadata):
+        return None
+    try:
+        (dtype,) = {one[safetensors_io.DTYPE] for one in metadata}
+        digests = [json.loads(one[safetensors_io.WEIGHTS]) for one in metadata]
+        if dtype not in DTYPES or not all(isinstance(one, dict) for one in digests):
+            raise ValueError(f"dtype {dtype}")
+    except (ValueError, KeyError) as error:
+        raise CheckpointError("the digests of a checkpoint's weights cannot be read", where=str(shards.path)) from error
+    return EngineWeights(dtype, digests)
+
+
+def write_files(shards: ShardSet, engine: EngineWeights | None, planned: Layout, names: Sequence[str], folder: Path) -> None:
+    """Write and fsync the files `names` of the layout into `folder`.
+
+    Memory: three blocks of half a million elements, whatever the model's size.
+
+    CheckpointError where a weight is not the one that the engine computed with; `engine` None compares nothing.
+    """
+    for name in names:
+        specs = planned.files[name]
+        safetensors_io.write(folder / name, specs, _blocks(shards, engine, specs, planned.dtype), {"format": "pt"})
+
+
+def write_index(planned: Layout, folder: Path) -> None:
+    """The index of the weight files, where there are several."""
+    if len(planned.files) > 1:
+        weight_map = {spec.name: file for file, specs in planned.files.items() for spec in specs}
+        write_json(folder / INDEX, {"metadata": {"total_size": planned.num_bytes}, "weight_map": weight_map})
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    atomic_files.write_file(path, [(json.dumps(content, indent=2) + "\n").encode()])
+
+
+def _blocks(shards: ShardSet, engine: EngineWeights | None, specs: Sequence[TensorSpec], dtype: str) -> Iterator[memoryview]:
+    """The bytes of all tensors; each rank's part of each is read once, and compared with what its rank said of it."""
+    fp32 = np.empty(_BLOCK_ELEMENTS, np.float32)
+    cast = {name: _Cast(name) for name in {dtype, engine.dtype if engine else dtype}}
+    for spec in specs:
+        num_elements = math.prod(spec.shape)
+        for rank in range(shards.world_size):
+            first, last = partition(num_elements, shards.world_size, rank)
+            digest = WeightDigest()
+            for start in range(first, last, _BLOCK_ELEMENTS):
+                block = fp32[: last - start]
+                shards.shard(rank).read_into(tensor_key(spec.name, "fp32"), start - first, _bytes(block))
+                of_dtype = {name: to(block) for name, to in cast.items()}
+                if engine:
+                    digest.update(of_dtype[engine.dtype])
+                yield of_dtype[dtype]
+            if engine and first < last and digest.hexdigest() != engine.digests[rank].get(spec.name):
+                raise CheckpointError(
+                    "a weight of the checkpoint is not the one that the engine computed with",
+                    where=f"{spec.name}, part of rank {rank}, in {shards.shard(rank).path}",
+                    value=f"digest {digest.hexdigest()}, the engine's is {engine.digests[rank].get(spec.name, 'absent')}",
+                    remedy="export another checkpoint, and check the disk",
+                )
+
+
+class _Cast:
+    """fp32 blocks in another dtype, as bytes that are valid until the next call."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype = dtype
+        self._rounded = np.empty(_BLOCK_ELEMENTS if dtype == "bf16" else 0, np.uint32)
+        self._out = np.empty(0 if dtype == "fp32" else _BLOCK_ELEMENTS, np.uint16 if dtype == "bf16" else np.float16)
+
+    def __call__(self, block: np.ndarray) -> memoryview:
+        if self._dtype == "fp32":
+            return _bytes(block)
+        out = self._out[: len(block)]
+        if self._dtype == "bf16":
+            self._to_bf16(block, out)
+        else:
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, as on a device
+                np.copyto(out, block, casting="same_kind")
+        return _bytes(out)
+
+    def _to_bf16(self, block: np.ndarray, out: np.ndarray) -> None:
+        """The upper half of each float's bits, rounded to the nearest and, where two are as near, to the even one."""
+        bits, rounded = block.view(np.uint32), self._rounded[: len(block)]
+        np.right_shift(bits, 16, out=rounded)
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += bits
+        np.copyto(out, rounded.view("<u2")[1::2])
+        # A NaN may have been rounded up into another number.
+        if np.isnan(block.min()):
+            out[np.isnan(block)] = _BF16_NAN
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return array.data.cast("B")

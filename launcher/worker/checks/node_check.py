@@ -1,0 +1,282 @@
+"""What can be known to be wrong with the nodes of an allocation before the model loads, all of it in one pass.
+
+Every node checks itself and publishes a report; every node reads all reports, so that all of them come to the same
+end and a node that does not answer is known by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+import launcher
+from launcher.errors import Problem, RunError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker.checks import gpu_check
+from launcher.worker.checks.network import node_name
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+SHARED_MEMORY_BYTES = 64 << 20
+# A container gets just that if nothing is said, in which NCCL runs out of room where it connects the GPUs of a node.
+SHARED_MEMORY_OF_GPUS_BYTES = 1 << 30
+OWN_CGROUPS = Path("/proc/self/cgroup")
+# The hierarchy of version 2 names no controllers; https://man7.org/linux/man-pages/man7/cgroups.7.html
+CGROUP_MEMORY = {
+    "": (Path("/sys/fs/cgroup"), "memory.max"),
+    "memory": (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+}
+_PACKAGES = (
+    *("torch", "deepspeed", "transformers", "accelerate", "tokenizers", "numpy", "safetensors", "liger-kernel"),
+    *("huggingface-hub", "ray"),
+)
+_CHECKPOINT_MARGIN = 1.2
+# A problem that begins so is of the disk that all nodes share, whichever of them reports it.
+NO_ROOM = "the disk of the run directory has no room"
+_GIB = 2**30
+# A report that is there is read in a round trip; a wait of zero would have no end.
+_SHORTEST_WAIT_S = 0.1
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """One node; `code` is a digest of the run's code, `gpus` are the driver's names, `memory_gib` is main memory to be had."""
+
+    host: str
+    code: str
+    packages: dict[str, str]
+    python: str
+    gpus: tuple[str, ...]
+    memory_gib: float
+    problems: tuple[Problem, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> NodeReport:
+        problems = tuple(Problem(**problem) for problem in value["problems"])
+        return cls(**{**value, "gpus": tuple(value["gpus"]), "problems": problems})
+
+
+class Store(Protocol):
+    """What is used of torch.distributed.Store."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+    def get(self, key: str, /) -> bytes: ...
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None: ...
+
+
+def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | None = None) -> NodeReport:
+    """Check this node for `num_ranks` ranks, the plan's for each node by default.
+
+    Each problem's `where` is the node's name and nothing else.
+    """
+    memory_gib, num_ranks = _memory_bytes() / _GIB, num_ranks or plan.topology.ranks_per_node
+    code, problems = _code_digest(run)
+    problems += _check_run_directory(run, attempt)
+    problems += _check_inputs(plan)
+    problems += _check_space(plan, run, memory_gib, num_ranks)
+    gpus: tuple[str, ...] = ()
+    if plan.topology.device == "cuda":
+        gpus, of_gpus = gpu_check.check_gpus(num_ranks, plan.config.cluster)
+        problems += of_gpus
+    host = node_name()
+    return NodeReport(
+        host=host,
+        code=code,
+        packages=_packages(),
+        python=platform.python_version(),
+        gpus=gpus,
+        memory_gib=round(memory_gib, 1),
+        problems=tuple(replace(problem, where=host) for problem in problems),
+    )
+
+
+def differences(own: NodeReport, head: NodeReport) -> list[Problem]:
+    """What makes `own` unfit to train together with the head node: other code, packages, Python or GPUs."""
+    problems = []
+
+    def compare(what: str, here: str, there: str, remedy: str) -> None:
+        if here != there:
+            value = f"{own.host}: {here or 'none'}; {head.host}: {there or 'none'}"
+            problems.append(Problem(f"{what} differs from the head node's", where=own.host, value=value, remedy=remedy))
+
+    compare("the code of the run", own.code, head.code, "put run.root on storage that all nodes share")
+    same = "start all nodes from one environment or container on shared storage"
+    for name in sorted(own.packages.keys() | head.packages.keys()):
+        compare(f"the version of {name}", own.packages.get(name, ""), head.packages.get(name, ""), same)
+    compare("the version of Python", own.python, head.python, same)
+    here, there = (", ".join(sorted(set(report.gpus))) for report in (own, head))
+    compare("the GPU model", here, there, "train on nodes of one kind")
+    return problems
+
+
+def exchange(
+    store: Store, report: NodeReport, hosts: Sequence[str], node: int, deadline_s: float, prefix: str = "node-check"
+) -> list[Problem]:
+    """Publish this node's report and read all others': the problems of all nodes, in the order of `hosts`.
+
+    `node` is this node's place in `hosts`; `prefix` sets the keys of one round apart from those of another. Node 0, which
+    is the one that others are compared with, returns last, so that it may hold the store.
+
+    Raises:
+        RunError: where the store itself is lost.
+    """
+    deadline = time.monotonic() + deadline_s
+    try:
+        store.set(f"{prefix}/{node}", json.dumps(report.to_json()))
+        here = [place for place in range(len(hosts)) if _await_key(store, f"{prefix}/{place}", deadline)]
+        reports = {place: NodeReport.from_json(json.loads(store.get(f"{prefix}/{place}"))) for place in here}
+        store.set(f"{prefix}/{node}/done", "")
+        if node == 0:
+            for place in here:
+                _await_key(store, f"{prefix}/{place}/done", deadline)
+    except RuntimeError as error:
+        raise RunError(
+            "the connection to the head node broke while the nodes were checked",
+            where=report.host,
+            value=str(error).splitlines()[0],
+            remedy=f"look at what happened to {hosts[0]}; the network between the nodes may be unstable",
+        ) from None
+    problems: list[Problem] = []
+    for place, host in enumerate(hosts):
+        if place not in reports:
+            remedy = f"leave the node out with cluster.exclude={host}, or look at its log"
+            problems.append(Problem(f"the node did not report within {deadline_s:g} s", where=host, remedy=remedy))
+            continue
+        problems += reports[place].problems
+        if 0 in reports:
+            problems += differences(reports[place], reports[0])
+    return problems
+
+
+def _await_key(store: Store, key: str, deadline: float) -> bool:
+    from torch.distributed import DistStoreError
+
+    try:
+        store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), _SHORTEST_WAIT_S)))
+    except DistStoreError:
+        return False
+    return True
+
+
+def _code_digest(run: RunDir) -> tuple[str, list[Problem]]:
+    """Digest of the names and contents of all Python files under run.code."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for file in sorted(run.code.rglob("*.py")):
+            for part in (str(file.relative_to(run.code)).encode(), file.read_bytes()):
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(part)
+    except OSError as error:
+        problem = Problem(f"the code of the run cannot be read: {error.strerror}", value=str(error.filename))
+        return "", [problem]
+    return digest.hexdigest(), []
+
+
+def _packages() -> dict[str, str]:
+    versions = {"launcher": launcher.__version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return versions
+
+
+def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
+    """This node sees what the head node wrote, and can itself write beside it."""
+    remedy = "set run.root to a folder on storage that all nodes share"
+    folder = run.attempt(attempt)
+    if not os.access(run.root, os.R_OK | os.X_OK):
+        return [Problem("the run directory is not visible", value=str(run.root), remedy=remedy)]
+    if not (folder / "attempt.json").is_file():
+        what = "the run directory is not the one that the other nodes see: the attempt is not in it"
+        return [Problem(what, value=str(folder), remedy=remedy)]
+    probe, content = folder / f".probe-{node_name()}-{os.getpid()}", os.urandom(64)
+    try:
+        with open(probe, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        intact = probe.read_bytes() == content
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = f"{NO_ROOM if full else 'the run directory cannot be written'}: {error.strerror}"
+        return [Problem(what, value=str(folder), remedy="check its permissions, its quota and that it is mounted for writing")]
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return [] if intact else [Problem("the run directory does not give back what was written", value=str(folder), remedy=remedy)]
+
+
+def _check_inputs(plan: LaunchPlan) -> list[Problem]:
+    inputs = (
+        ("the data cache", plan.data and plan.data.cache_dir, "meta.json", "set LAUNCHER_CACHE to a folder on shared storage"),
+        ("the model", plan.model.path, "config.json", "put it on storage that all nodes share"),
+        ("the tokenizer", plan.model.tokenizer_path, ".", "put it on storage that all nodes share"),
+    )
+    return [
+        Problem(f"{what} is not visible", value=folder, remedy=remedy)
+        for what, folder, file, remedy in inputs
+        if folder and not os.access(Path(folder, file), os.R_OK)
+    ]
+
+
+def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: int) -> list[Problem]:
+    """Room for a checkpoint on disk, for offloaded states in main memory, for the ranks' messages in /dev/shm."""
+    problems = []
+    needed, free = int(_CHECKPOINT_MARGIN * plan.checkpoint_bytes), _free_bytes(run.root)
+    if free is not None and free < needed:
+        what = f"{NO_ROOM} for a checkpoint"
+        value = f"{run.root}: {free / _GIB:.1f} GiB free, {needed / _GIB:.1f} GiB needed"
+        problems.append(Problem(what, value=value, remedy="remove what is not needed, or set run.root to another disk"))
+    if memory_gib < plan.memory.host_per_node_gib:
+        value = f"{memory_gib:.1f} GiB available, {plan.memory.host_per_node_gib:.1f} GiB needed"
+        remedy = f"{plan.config.cluster.memory_remedy}, offload less, or use more nodes"
+        problems.append(Problem("there is too little main memory for the states that are offloaded to it", "", value, remedy))
+    connects_gpus = plan.topology.device == "cuda" and num_ranks > 1
+    shared, least = _free_bytes(SHARED_MEMORY), SHARED_MEMORY_OF_GPUS_BYTES if connects_gpus else SHARED_MEMORY_BYTES
+    if shared is None or shared < least:
+        what = "the ranks of a node have too little shared memory to talk through"
+        found = "missing" if shared is None else f"{shared >> 20} MiB free, {least >> 20} MiB needed"
+        remedy = "remove stale files there; give a container a larger one (--shm-size, or an emptyDir of memory)"
+        problems.append(Problem(what, value=f"{SHARED_MEMORY}: {found}", remedy=remedy))
+    return problems
+
+
+def _free_bytes(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _memory_bytes() -> int:
+    """Main memory to be had here: what is available, and no more than the control groups of this process allow."""
+    limits = [psutil.virtual_memory().available]
+    for line in OWN_CGROUPS.read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers not in CGROUP_MEMORY:
+            continue
+        folder, file = CGROUP_MEMORY[controllers]
+        for level in (Path(group), *Path(group).parents):
+            # `max` is no number; the root has no limit, and a container may not see what is above it.
+            with contextlib.suppress(OSError, ValueError):
+                limits.append(int((folder / level.relative_to("/") / file).read_text()))
+    return min(limits)

@@ -1,0 +1,167 @@
+"""Do to this node's part of a run what machines do: `python -m launcher.worker.fault_injection FAULT PLAN ATTEMPT`.
+
+The drill (launcher.cli.drill) runs it on the node. It prints its deed as one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from launcher import run_store
+from launcher.errors import EXIT_FAILED, LauncherError, RunError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.metrics_tail import newest_step
+from launcher.worker.rank_env import RankTitle
+
+_HANG_DEADLINE_S = 25.0
+_SETTLE_S = 0.5
+
+
+@dataclass(frozen=True)
+class NodeProcesses:
+    """The processes of one attempt on this node; `ranks` by their rank."""
+
+    agent: psutil.Process
+    ranks: dict[int, psutil.Process]
+
+    @property
+    def last_rank(self) -> tuple[int, psutil.Process]:
+        return max(self.ranks.items())
+
+
+@dataclass(frozen=True)
+class Deed:
+    """What was done, in words, to which processes, and when, in seconds since the epoch."""
+
+    did: str
+    pids: tuple[int, ...]
+    at: float
+    host: str
+
+
+def find(run: RunDir, attempt: int) -> NodeProcesses:
+    """The agent and the ranks of `attempt` on this node.
+
+    Raises:
+        RunError: where there are none.
+    """
+    agents, ranks = [], {}
+    for process in psutil.process_iter():
+        try:
+            if (title := RankTitle.of(process)) is not None:
+                if title.attempt == attempt and Path(title.plan_path).is_relative_to(run.root):
+                    ranks[title.rank] = process
+                continue
+            module, path, number = process.cmdline()[-3:]
+            if module == "launcher.worker.agent" and number == str(attempt) and Path(path).is_relative_to(run.root):
+                agents.append(process)
+        except (psutil.Error, ValueError):
+            # Somebody else's, or just ended.
+            continue
+    if not agents or not ranks:
+        raise RunError(
+            f"attempt {attempt} has no agent with ranks on {os.uname().nodename}",
+            where=str(run.root),
+            remedy="it has just ended, or has not begun there; start the drill again",
+        )
+    return NodeProcesses(agents[0], ranks)
+
+
+def preempt(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+    """What a scheduler does that wants the machine back."""
+    here.agent.send_signal(signal.SIGUSR2)
+    return _deed("SIGUSR2 to the node's agent", here.agent)
+
+
+def kill_rank(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+    rank, process = here.last_rank
+    process.kill()
+    return _deed(f"SIGKILL to rank {rank}", process)
+
+
+def kill_node(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+    """The ranks die with their agent."""
+    here.agent.kill()
+    return _deed("SIGKILL to the node's agent, and so to its ranks", here.agent)
+
+
+def fill_disk(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+    """The disk is full in the middle of the next shard; what is smaller, as logs are, is still written.
+
+    The limit belongs to the ranks' processes and ends with them. Python ignores SIGXFSZ, so that the write fails (EFBIG).
+    """
+    limit = plan.checkpoint_bytes // plan.topology.world_size // 2
+    for process in here.ranks.values():
+        _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+        process.rlimit(psutil.RLIMIT_FSIZE, (limit, hard))
+    ranks = f"rank{'s' if len(here.ranks) > 1 else ''} {', '.join(map(str, sorted(here.ranks)))}"
+    return _deed(f"no file of {ranks} can grow beyond {limit:,} bytes", *here.ranks.values())
+
+
+def free_disk(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+    """There is room again: the limit of `fill_disk` is taken away."""
+    for process in here.ranks.values():
+        _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+        process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
+    return _deed("there is room again", *here.ranks.values())
+
+
+def hang(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+    """One rank stops in the middle of a step.
+
+    Raises:
+        RunError: where every try met a save, which may take longer than a step before anybody calls it a hang.
+    """
+    rank, process = here.last_rank
+    run, every = RunDir(Path(plan.run_dir)), plan.config.train.save_every
+    deadline = time.monotonic() + _HANG_DEADLINE_S
+    while time.monotonic() < deadline:
+        process.suspend()
+        deed = _deed(f"SIGSTOP to rank {rank}", process)
+        # The others go on to where they wait for this one: what they have logged by then is the last step that it finished.
+        time.sleep(_SETTLE_S)
+        if newest_step(run, run_store.read_status(run)) % every:
+            return deed
+        process.resume()
+        time.sleep(_SETTLE_S)
+    raise RunError("every try to stop a rank met a save", where="train.save_every", value=str(every), remedy="raise it")
+
+
+def _deed(did: str, *processes: psutil.Process) -> Deed:
+    return Deed(did, tuple(process.pid for process in processes), time.time(), os.uname().nodename)
+
+
+_ACTIONS: dict[str, Callable[[NodeProcesses, LaunchPlan], Deed]] = {
+    "preempt": preempt,
+    "kill-rank": kill_rank,
+    "kill-node": kill_node,
+    "fill-disk": fill_disk,
+    "free-disk": free_disk,
+    "hang": hang,
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    fault, plan_path, attempt = argv
+    try:
+        plan = LaunchPlan.load(plan_path)
+        here = find(RunDir(Path(plan.run_dir)), int(attempt))
+        print(json.dumps(asdict(_ACTIONS[fault](here, plan))))
+    except (LauncherError, psutil.Error) as error:
+        print(error, file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""Where a process stands: a node among nodes, a rank among ranks."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from setproctitle import setproctitle, setthreadtitle
+
+from launcher.errors import RunError
+
+_TITLE = re.compile(r"launcher rank (\d+): (.+) (\d+)")
+
+
+@dataclass(frozen=True)
+class RankEnv:
+    """Ranks as torch's elastic agent numbers them; `restart` counts its restarts."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    restart: int
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> RankEnv:
+        """Read RANK, LOCAL_RANK, WORLD_SIZE and TORCHELASTIC_RESTART_COUNT."""
+        try:
+            return cls(
+                rank=int(environ["RANK"]),
+                local_rank=int(environ["LOCAL_RANK"]),
+                world_size=int(environ["WORLD_SIZE"]),
+                restart=int(environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            )
+        except (KeyError, ValueError) as error:
+            raise RunError(
+                f"the environment of a rank is incomplete: {error}",
+                where="launcher.worker.rank_main",
+                remedy="ranks are started by the node's agent; start a run with: python -m launcher",
+            ) from None
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """Where a node stands: its place among the `hosts` of the job, and the address that the others reach it by."""
+
+    node: int
+    hosts: tuple[str, ...]
+    address: str
+    interface: str | None
+
+    @property
+    def is_head(self) -> bool:
+        return self.node == 0
+
+
+@dataclass(frozen=True)
+class RankTitle:
+    """What `ps` shows of a rank: it was not started by a command line of its own where it was forked."""
+
+    rank: int
+    plan_path: str
+    attempt: int
+
+    @classmethod
+    def of(cls, process: psutil.Process) -> RankTitle | None:
+        """The title of a process, or None where that is no rank.
+
+        Raises:
+            psutil.Error: where the process has ended or cannot be looked at.
+        """
+        match = _TITLE.fullmatch(" ".join(process.cmdline()).strip())
+        return cls(int(match[1]), match[2], int(match[3])) if match else None
+
+
+def set_title(rank: int, plan_path: str, attempt: int) -> None:
+    """Name this process in `ps`, `top` and `nvidia-smi`."""
+    name_process(f"launcher rank {rank}: {plan_path} {attempt}", f"rank-{rank}")
+
+
+def name_process(title: str, name: str) -> None:
+    """Set the command line that is shown, and the name in /proc/PID/stat.
+
+    The name has no spaces: Slurm's proctrack/linuxproc splits that file at spaces, and would lose the process.
+    """
+    setproctitle(title)
+    setthreadtitle(name)
+
+
+def redirect_output(log: Path) -> None:
+    """Send standard output and error of this process, and of what it loads, to its log file."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def die_with_parent() -> None:
+    """Be killed when the agent dies, however it dies, so that no rank is left behind (Linux)."""
+    parent = os.getppid()
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # The agent may have died before the call above.
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)

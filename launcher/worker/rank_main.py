@@ -1,0 +1,100 @@
+"""One rank, forked or started as `python -m launcher.worker.rank_main PLAN ATTEMPT` by the node's agent.
+
+The path of the plan is all that crosses from the submit side.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher import error_record, run_store
+from launcher.errors import WOULD_REPEAT
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.worker.heartbeat import Heartbeat
+from launcher.worker.rank_env import RankEnv, die_with_parent, redirect_output, set_title
+from launcher.worker.signals import StopFlag
+
+if TYPE_CHECKING:
+    from launcher.train.stop import Outcome
+
+
+def main(plan_path: str, attempt: int) -> None:
+    """Train, and leave the outcome where the agent reads it (rank 0)."""
+    die_with_parent()
+    stop = StopFlag().install()
+    try:
+        _run(plan_path, attempt, stop)
+    except Exception as error:
+        # Another rank's failure may have the agent dismiss this one while it writes.
+        with stop.delay_dismissal():
+            error_record.leave(error, os.environ)
+        raise
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
+    os._exit(0)
+
+
+def _run(plan_path: str, attempt: int, stop: StopFlag) -> None:
+    plan = LaunchPlan.load(plan_path)
+    run = RunDir(Path(plan.run_dir))
+    env = RankEnv.from_environ(os.environ)
+    set_title(env.rank, plan_path, attempt)
+    redirect_output(run.rank_log(attempt, env.rank))
+    # The log has the stacks of all threads where one of them crashes, which leaves no record.
+    faulthandler.enable(all_threads=True)
+    # The watchdog asks a rank that is stuck, wherever it is, for the stacks of all its threads.
+    faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
+    heartbeat = Heartbeat.from_environ(os.environ, env)
+    # DeepSpeed would choose by what it sees as soon as it is imported, and a plan may be for the CPUs of a machine with GPUs.
+    os.environ["DS_ACCELERATOR"] = plan.topology.device
+    _train(plan, run, env, attempt, stop, heartbeat)
+
+
+def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, heartbeat: Heartbeat) -> None:
+    from launcher.train.preload import import_stack
+
+    # A forked rank has it.
+    if "launcher.train.loop" not in sys.modules:
+        import_stack(plan, tracks=env.rank == 0)
+    from launcher.train.engine import Place
+    from launcher.train.loop import train
+
+    place = Place(env.rank, env.local_rank, env.world_size, attempt, env.restart)
+    try:
+        outcome = train(plan, place, stop, heartbeat.beat, partial(_leave_word, run, attempt))
+    except WOULD_REPEAT as error:
+        # The agents start ranks again after any other failure.
+        final = {"rank": env.rank, "kind": type(error).__name__, "message": str(error), "at": time.time()}
+        # If this fails, the agents restart the ranks; the exception is still recorded.
+        with suppress(OSError):
+            run_store.write_json(run.attempt(attempt) / "final.json", final)
+        raise
+    if place.is_main and outcome.state == "completed":
+        _leave_word(run, attempt, outcome)
+
+
+def _leave_word(run: RunDir, attempt: int, outcome: Outcome) -> None:
+    run_store.write_json(
+        run.attempt(attempt) / "outcome.json",
+        {
+            "state": outcome.state,
+            "reason": outcome.reason,
+            "step": outcome.step,
+            "message": outcome.message,
+            "checkpoint": str(outcome.checkpoint),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,51 @@
+"""What the nodes of a group find out about themselves before anything is loaded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from launcher import run_store
+from launcher.errors import Problem
+from launcher.plan.run_dir import RunDir
+from launcher.worker import failure_record
+from launcher.worker.checks import node_check
+from launcher.worker.checks.node_check import NodeReport
+
+# Checks of GPUs and of a busy file system take seconds; a node that hangs would hold all others for ever.
+DEADLINE_S = 300.0
+
+
+@dataclass
+class Checks:
+    """Reports by the rank, in its group, of the worker that checks its node; the problems of all nodes."""
+
+    reports: dict[int, NodeReport] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def take(self, rank: int, report: Mapping[str, Any], num_nodes: int) -> None:
+        """Keep a report; the last of all nodes' tells what is wrong with any of them, and how they differ."""
+        self.reports[rank] = NodeReport.from_json(report)
+        if len(self.reports) < num_nodes:
+            return
+        reports = [self.reports[reported] for reported in sorted(self.reports)]
+        self.problems = [problem for report in reports for problem in report.problems]
+        # A node that lacks the run directory would differ in everything.
+        sound = [report for report in reports if not report.problems]
+        self.problems += [problem for report in sound for problem in node_check.differences(report, sound[0])]
+
+    def give_up(self, nodes: Sequence[str]) -> None:
+        """These have not reported in time."""
+        what, remedy = f"the node did not report within {DEADLINE_S:g} s", "look at its storage and its GPUs"
+        self.problems += [Problem(what, where=node, remedy=remedy) for node in nodes]
+
+    def write(self, run: RunDir, attempt: int, nodes: Sequence[str]) -> None:
+        """Say why nothing was loaded, in the record of each worker's rank; `nodes` by rank."""
+        problems = [asdict(problem) for problem in self.problems]
+        with suppress(OSError):
+            for rank, node in enumerate(nodes):
+                ended = {"node": rank, "host": node, "first_failure": None, "stopped": False, "ended_at": time.time()}
+                run_store.write_json(failure_record.node_file(run, attempt, rank), ended | {"problems": problems})

@@ -1,0 +1,93 @@
+"""The end of a run that no rank could tell W&B of, because the ranks were killed or not there: said by whoever started them.
+
+`python -m launcher.worker.wandb_closing PLAN ATTEMPT` continues the W&B run for a moment: an alert with the first failure or the
+limit that is reached, the steps that W&B lacks, and exit code 1.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+from launcher import run_store
+from launcher.errors import LauncherError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.retry import Cause
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import append_event, read_events
+from launcher.train.previous_failure import gpu_faults
+
+# Nodes may be held meanwhile, and nobody waits for an answer.
+_DEADLINE_S = 45.0
+
+
+def tell_wandb(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
+    """Have W&B show that the run has failed for good, be it before W&B had heard of it, or has reached a limit while no rank ran.
+
+    Never raises, and ends in time. Offline, that stands in W&B's files, where there are any.
+    """
+    tracking = plan.config.tracking
+    may_show = tracking.mode in ("auto", "online") or (tracking.mode == "offline" and _has_sessions(run))
+    if tracking.kind != "wandb" or not may_show or not _is_to_be_told(run, attempt):
+        return
+    command = [sys.executable, "-m", "launcher.worker.wandb_closing", str(plan_path), str(attempt)]
+    # A process that can be killed: W&B may hang, and is imported nowhere else on this side.
+    with suppress(OSError, subprocess.SubprocessError):
+        subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
+
+
+def main(plan_path: str, attempt: int) -> None:
+    from launcher.tracking.wandb.session import is_online
+    from launcher.tracking.wandb.tracker import WandbTracker
+
+    plan = LaunchPlan.load(plan_path)
+    run = RunDir(Path(plan.run_dir))
+    if not _has_sessions(run) and not is_online(plan.config.tracking.mode):
+        return
+    status = run_store.read_status(run)
+    tell = partial(append_event, run, attempt)
+    tracker = WandbTracker(plan, run.root, tell=tell, on_stop=_no_stop)
+    words = f"the run ends: {status.message}"
+    if status.state == "failed":
+        words = f"the run has failed: {status.message}{_where(run, attempt)}"
+    tracker.event("alert", f"{words}{_gpu_faults(run, attempt)}", status.step)
+    tracker.finish(status.state, everything=True)
+
+
+def _is_to_be_told(run: RunDir, attempt: int) -> bool:
+    """Whether the run has failed, or has been ended between two attempts; ranks that reach a limit tell it themselves."""
+    state = run_store.read_status(run).state
+    if state != "preempted":
+        return state == "failed"
+    with suppress(OSError, LauncherError):
+        # One that has ended without a cause ran on this machine, in the hands of a person.
+        return run_store.read_json(run.attempt(attempt) / "exit.json").get("cause", Cause.LIMIT) != Cause.LIMIT
+    return True
+
+
+def _where(run: RunDir, attempt: int) -> str:
+    """Where the rank that failed first has left its words."""
+    with suppress(OSError, LauncherError, KeyError, TypeError):
+        return f" (log: {run_store.read_json(run.attempt(attempt) / 'exit.json')['first_failure']['log']})"
+    return ""
+
+
+def _gpu_faults(run: RunDir, attempt: int) -> str:
+    with suppress(OSError, KeyError, TypeError):
+        return gpu_faults(e for e in read_events(run.events) if e["kind"] == "alert" and e["attempt"] == attempt)
+    return ""
+
+
+def _has_sessions(run: RunDir) -> bool:
+    return (run.root / "wandb").is_dir()
+
+
+def _no_stop() -> None:
+    """Nothing runs that could be stopped."""
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

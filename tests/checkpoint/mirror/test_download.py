@@ -1,0 +1,201 @@
+"""A run comes back from its mirror, on a disk and on a server that speaks S3."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mirror_tools import S3, commit, hooked, make_bucket, make_run, running_s3, tree
+
+from launcher.checkpoint import store
+from launcher.checkpoint.mirror import download, remote_folder
+from launcher.checkpoint.mirror.layout import MirroredRun, complete_checkpoints, read_run
+from launcher.checkpoint.mirror.remote_folder import Remote
+from launcher.checkpoint.mirror.upload import Mirror
+from launcher.errors import CheckpointError, SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with running_s3(tmp_path_factory.mktemp("s3") / "server.log") as s3:
+        make_bucket(s3)
+        yield s3
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    import s3fs
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    # Clients of an earlier test would talk to its server.
+    s3fs.S3FileSystem.clear_instance_cache()
+    return s3_server
+
+
+def mirrored(url: str, folder: Path, steps: tuple[int, ...] = (5, 10)) -> tuple[LaunchPlan, RunDir, Remote]:
+    plan, run = make_run(folder, url)
+    run.metrics.write_text("".join(f'{{"trainer/step": {step}}}\n' for step in steps))
+    for step in steps:
+        commit(run, step)
+    there = Remote(f"{url}/a")
+    mirror = Mirror(there, run, plan, 1)
+    mirror.begin()
+    for checkpoint in mirror.behind():
+        mirror.send(checkpoint)
+    return plan, run, there
+
+
+def fetched(there: Remote, target: RunDir, step: int | None = None, said: list[str] | None = None) -> int:
+    known = read_run(there)
+    assert known is not None
+    download.claim(target, there.url)
+    plans = download.fixed_files(there, known, target)
+    download.progress(there, target)
+    newest = download.checkpoint(there, target, step, (said if said is not None else []).append)
+    download.write_plans(target, plans)
+    return newest
+
+
+def require_same(run: RunDir, target: RunDir, step: int) -> None:
+    assert target.plan.read_bytes() == run.plan.read_bytes()
+    assert tree(target.code) == tree(run.code)
+    assert target.metrics.read_bytes() == run.metrics.read_bytes()
+    assert (target.attempt(1) / "attempt.json").read_bytes() == (run.attempt(1) / "attempt.json").read_bytes()
+    name = store.step_name(step)
+    assert [p.name for p in target.checkpoints.iterdir()] == [name]
+    assert tree(target.checkpoints / name) == tree(run.checkpoints / name)
+    assert store.verify(target.checkpoints / name) == []
+    assert target.root.stat().st_mode & 0o777 == 0o700
+    assert (target.checkpoints / name).stat().st_mode & 0o777 == 0o700
+
+
+def test_a_run_comes_back_from_a_folder(tmp_path: Path) -> None:
+    _, run, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
+    target = RunDir(tmp_path / "elsewhere" / "a")
+    assert fetched(there, target) == 10
+    require_same(run, target, 10)
+    assert not (target.root / download.MARKER).exists()
+
+
+def test_a_run_comes_back_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small enough for S3 to take files in several parts.
+    monkeypatch.setattr(remote_folder, "_BLOCK_BYTES", 5 * 2**20)
+    plan, run = make_run(tmp_path, f"s3://{s3.bucket}/runs")
+    remote_folder.probe(f"s3://{s3.bucket}/runs")
+    checkpoints = [commit(run, 5, os.urandom(12 * 2**20), num_ranks=1), commit(run, 10)]
+    there = Remote(f"s3://{s3.bucket}/runs/a")
+    mirror = Mirror(there, run, plan, 1)
+    mirror.begin()
+    run.metrics.write_text('{"trainer/step": 10}\n')
+    mirror.send(checkpoints[0])
+
+    def torn() -> Iterator[bytes]:
+        yield bytes(6 * 2**20)
+        raise ConnectionResetError("by peer")
+
+    with pytest.raises(ConnectionResetError):
+        there._write_blocks(there._path("checkpoints/step-00000010/rank-00000.safetensors"), torn(), 1)
+    assert there.names("checkpoints/step-00000010") == [], "an upload that was given up is no object"
+    mirror.send(checkpoints[1])
+    assert list(complete_checkpoints(there)) == [5, 10]
+    require_fetched = RunDir(tmp_path / "elsewhere" / "a")
+    assert fetched(there, require_fetched, step=5) == 5
+    require_same(run, require_fetched, 5)
+    store.prune(run.checkpoints, store.Retention(1))
+    assert mirror.prune() == [5]
+    assert list(complete_checkpoints(there)) == [10]
+
+
+def test_a_bucket_that_is_not_there_is_refused(s3: S3) -> None:
+    with pytest.raises(SubmitError, match="bucket does not exist"):
+        remote_folder.probe("s3://nowhere/runs")
+
+
+def test_no_credentials_are_refused_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    with pytest.raises(SubmitError, match="AWS_ACCESS_KEY_ID"):
+        remote_folder.probe(f"s3://{s3.bucket}/runs")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
+    _, run, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
+    folder = tmp_path / "mirror/a/checkpoints/step-00000010"
+    file = folder / ("manifest.json" if damage == "manifest" else "rank-00001.safetensors")
+    if damage == "flip":
+        file.write_bytes(file.read_bytes()[::-1])
+    elif damage == "remove":
+        file.unlink()
+    else:
+        os.truncate(file, 4)
+    target, said = RunDir(tmp_path / "elsewhere" / "a"), []
+    assert fetched(there, target, said=said) == 5
+    require_same(run, target, 5)
+    # One without a manifest that can be read does not exist.
+    assert ("step 10 is damaged" in " ".join(said)) == (damage != "manifest")
+    with pytest.raises(CheckpointError, match="step 10 in the mirror" if damage == "manifest" else "rank-00001"):
+        download.checkpoint(there, RunDir(tmp_path / "third"), 10, said.append)
+
+
+def test_where_no_checkpoint_is_whole_nothing_becomes_a_run(tmp_path: Path) -> None:
+    _, _, there = mirrored(f"file://{tmp_path}/mirror", tmp_path, steps=(5,))
+    (tmp_path / "mirror/a/checkpoints/step-00000005/state.json").write_text("{}")
+    target = RunDir(tmp_path / "elsewhere" / "a")
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        fetched(there, target)
+    assert not target.plan.exists()
+    assert not list(target.checkpoints.iterdir())
+
+
+def test_an_interrupted_fetch_goes_on(tmp_path: Path) -> None:
+    _, run, _ = mirrored(f"file://{tmp_path}/mirror", tmp_path)
+    there = Remote(f"faulty://{tmp_path}/mirror/a")
+    target = RunDir(tmp_path / "elsewhere" / "a")
+    read: list[str] = []
+
+    def fail(what: str, path: str) -> None:
+        if path.endswith("rank-00002.safetensors"):
+            raise PermissionError(path)
+
+    with hooked(fail), pytest.raises(PermissionError):
+        fetched(there, target)
+    assert not target.plan.exists(), "what is not whole is no run"
+    with hooked(lambda what, path: read.append(path)):
+        assert fetched(there, target) == 10
+    require_same(run, target, 10)
+    shards = [Path(path).name for path in read if path.endswith(".safetensors")]
+    assert shards == ["rank-00002.safetensors"], "what had arrived was not fetched again"
+
+
+def test_a_directory_that_is_there_is_not_touched(tmp_path: Path) -> None:
+    _, run, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
+    before = tree(run.root)
+    with pytest.raises(SubmitError, match="exists already"):
+        fetched(there, run)
+    assert tree(run.root) == before
+    download.claim(RunDir(tmp_path / "elsewhere"), "s3://another/a")
+    with pytest.raises(SubmitError, match="exists already"):
+        fetched(there, RunDir(tmp_path / "elsewhere"))
+
+
+def test_names_that_lead_out_of_the_run_directory_are_refused(tmp_path: Path) -> None:
+    _, _, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
+    known = read_run(there)
+    assert known is not None
+    entry = known.files["plan.json"]
+    evil = known.model_copy(update={"files": {"../../evil.json": entry}})
+    there.write("run.json", evil.model_dump_json().encode())
+    with pytest.raises(CheckpointError, match="outside of the run directory"):
+        fetched(there, RunDir(tmp_path / "elsewhere" / "a"))
+    evil = known.model_copy(update={"run_name": "../a"})
+    with pytest.raises(ValueError, match="run_name"):
+        MirroredRun.model_validate(json.loads(evil.model_dump_json()))

@@ -1,0 +1,405 @@
+"""What reaches a mirror, in which order, and what is left there by what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from mirror_tools import FaultyFileSystem, commit, finished_files, hooked, make_run, tree
+
+from launcher import atomic_files, run_store
+from launcher.checkpoint import store
+from launcher.checkpoint.mirror import remote_folder
+from launcher.checkpoint.mirror.layout import complete_checkpoints, read_run
+from launcher.checkpoint.mirror.remote_folder import Remote
+from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, require_usable
+from launcher.errors import CheckpointError, SubmitError
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt, Superseded
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_folder.time, "sleep", lambda seconds: None)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> tuple[LaunchPlan, RunDir, Path]:
+    """A run, and the folder that is its mirror."""
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
+    return plan, run, tmp_path / "mirror" / "a"
+
+
+def begun(plan: LaunchPlan, run: RunDir, attempt: int = 1) -> Mirror:
+    mirror = Mirror(Remote(f"{plan.config.train.mirror}/a"), run, plan, attempt)
+    mirror.begin()
+    return mirror
+
+
+def send_all(mirror: Mirror) -> int:
+    sent = 0
+    while waiting := mirror.behind():
+        sent += mirror.send(waiting[0]).bytes
+        mirror.prune()
+    return sent
+
+
+def steps_in(folder: Path) -> list[int]:
+    return list(complete_checkpoints(Remote(f"file://{folder}")))
+
+
+def test_the_oldest_comes_first_and_its_manifest_last(place) -> None:
+    plan, run, folder = place
+    for step in (10, 5, 15):
+        commit(run, step)
+    with finished_files() as finished:
+        mirror = begun(plan, run)
+        assert send_all(mirror) == sum(e.size for c in store.list_checkpoints(run.checkpoints) for e in c.manifest.files.values())
+    names = [str(Path(path).relative_to(folder)) for path in finished]
+    assert names.index("run.json") > max(names.index(n) for n in ("code.zip", "plan.json", "attempts/001/attempt.json"))
+    for step in (5, 10, 15):
+        own = [n.rpartition("/")[2] for n in names if f"step-{step:08d}/" in n]
+        assert own[-1] == "manifest.json"
+        assert set(own) == {"sending.json", "manifest.json", *store.list_checkpoints(run.checkpoints)[0].manifest.files}
+    manifests = [n for n in names if n.endswith("manifest.json")]
+    assert manifests == [f"checkpoints/step-{step:08d}/manifest.json" for step in (5, 10, 15)]
+    assert tree(folder / "checkpoints") == tree(run.checkpoints)
+    # A tokenizer's files come along, weights do not.
+    assert sorted(p.name for p in (folder / "tokenizer").iterdir()) == ["config.json", "tokenizer.json"]
+    with finished_files() as finished:
+        assert send_all(begun(plan, run)) == 0
+    assert {Path(path).name for path in finished} == {"status.json", "run.json"}, "nothing that is there is sent again"
+
+
+def test_metrics_are_there_when_the_checkpoint_is(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    run.metrics.write_text('{"trainer/step": 5}\n')
+    commit(run, 5)
+    with finished_files() as finished:
+        send_all(mirror)
+    order = [Path(path).name for path in finished]
+    assert order.index("metrics.jsonl") < order.index("manifest.json")
+    assert (folder / "metrics.jsonl").read_text() == '{"trainer/step": 5}\n'
+
+
+def test_wherever_it_is_killed_another_process_goes_on_from_there(place, tmp_path: Path) -> None:
+    """Every write, rename and removal of a whole round is a point to be killed at."""
+    plan, run, folder = place
+    commit(run, 5)
+    commit(run, 10)
+    wanted = tree(run.checkpoints)
+    total, killed_at, saved = sum(map(len, wanted.values())), 0, 0
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        pid = os.fork()
+        if pid == 0:
+            left = [killed_at]
+
+            def die(what: str, path: str, left: list[int] = left) -> None:
+                left[0] -= what != "read"
+                if left[0] < 0:
+                    os._exit(9)
+
+            with hooked(die):
+                send_all(begun(plan, run))
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        for step in steps_in(folder):
+            name = store.step_name(step)
+            there = {n: c for n, c in tree(folder / "checkpoints" / name).items() if n != "sending.json"}
+            assert there == tree(run.checkpoints / name), "what has a manifest is whole"
+        sent = send_all(begun(plan, run))
+        left_over = {n: c for n, c in tree(folder / "checkpoints").items() if "/.unfinished-" not in n}
+        assert left_over == wanted | {n: c for n, c in left_over.items() if n.endswith("sending.json")}
+        assert steps_in(folder) == [5, 10]
+        saved += 0 < sent < total
+        if code == 0:
+            break
+        assert code == 9
+        killed_at += 1
+    assert killed_at > 20
+    assert saved > 5, "what had arrived was not sent again"
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_sent_leaves_nothing(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    old = commit(run, 5)
+
+    def prune(what: str, path: str) -> None:
+        if what == "finish" and path.endswith("sending.json") and old.path.exists():
+            atomic_files.remove_directory(old.path)
+
+    with hooked(prune), pytest.raises(CheckpointGone):
+        mirror.send(old)
+    assert not (folder / "checkpoints" / old.path.name).exists()
+    commit(run, 10)
+    send_all(mirror)
+    assert steps_in(folder) == [10]
+
+
+def test_the_mirror_keeps_what_is_kept_here_and_never_nothing(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    commit(run, 5)
+    send_all(mirror)
+    commit(run, 10)
+    store.prune(run.checkpoints, store.Retention(1))
+    assert mirror.prune() == []
+    assert steps_in(folder) == [5], "until a later one is there"
+
+    def fail(what: str, path: str) -> None:
+        if path.endswith("manifest.json") and what == "write":
+            raise PermissionError(path)
+
+    with hooked(fail), pytest.raises(PermissionError):
+        send_all(mirror)
+    mirror.prune()
+    assert steps_in(folder) == [5]
+    send_all(mirror)
+    assert steps_in(folder) == [10]
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+def test_one_that_is_damaged_here_stays_in_the_mirror(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    commit(run, 5)
+    newest = commit(run, 10)
+    send_all(mirror)
+    os.truncate(newest.path / "state.json", 1)
+    assert mirror.prune() == []
+    assert steps_in(folder) == [5, 10]
+
+
+def test_one_that_is_damaged_here_stays_when_later_ones_have_followed(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    broken = commit(run, 5)
+    send_all(mirror)
+    os.truncate(broken.path / "state.json", 1)
+    commit(run, 10)
+    send_all(mirror)
+    assert steps_in(folder) == [5, 10]
+
+
+def elsewhere(tmp_path: Path, run: RunDir, step: int, pinned: bool = False) -> RunDir:
+    """The run on a machine that has fetched one checkpoint of it, in its second attempt."""
+    moved = RunDir(tmp_path / "elsewhere")
+    others = [store.step_name(c.step) for c in store.list_checkpoints(run.checkpoints) if c.step != step]
+    shutil.copytree(run.root, moved.root, ignore=shutil.ignore_patterns(*others))
+    run_store.next_attempt(moved, Attempt(resume_step=step, pinned=pinned))
+    return moved
+
+
+def test_what_only_the_mirror_has_is_kept_as_the_settings_say(tmp_path: Path) -> None:
+    settings = ("train.keep_last=2", "train.keep_every=10", "train.keep_best=1")
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=settings)
+    folder = tmp_path / "mirror" / "a"
+    for step, loss in ((5, 1.0), (10, 2.0), (15, 2.0), (22, 3.0), (25, 2.0)):
+        commit(run, step, loss=loss)
+    send_all(begun(plan, run))
+    moved = elsewhere(tmp_path, run, 25)
+    mirror = begun(plan, moved, attempt=2)
+    assert mirror.prune() == [15]
+    assert steps_in(folder) == [5, 10, 22, 25]
+    commit(moved, 30, attempt=2)
+    send_all(mirror)
+    assert steps_in(folder) == [5, 10, 25, 30], "22 is none of the last two any more"
+
+
+def test_going_back_on_another_machine_takes_the_later_ones_out_of_the_mirror(tmp_path: Path) -> None:
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=["train.keep_last=9"])
+    folder = tmp_path / "mirror" / "a"
+    for step in (5, 10, 15):
+        commit(run, step)
+    send_all(begun(plan, run))
+    moved = elsewhere(tmp_path, run, 5, pinned=True)
+    own = commit(moved, 15, b"of attempt 2", attempt=2)
+    assert begun(plan, moved, attempt=2).prune() == [10]
+    mirror = begun(plan, moved, attempt=2)
+    send_all(mirror)
+    commit(moved, 20, attempt=2)
+    send_all(mirror)
+    assert steps_in(folder) == [5, 15, 20]
+    assert tree(folder / "checkpoints" / "step-00000015") == tree(own.path)
+    # What this attempt has saved itself stays, also where it is gone here.
+    shutil.rmtree(own.path)
+    assert begun(plan, moved, attempt=2).prune() == []
+
+
+def test_a_resume_from_the_newest_takes_no_later_one_out(tmp_path: Path) -> None:
+    """It has found the later one damaged, and that may be a matter of its own disk."""
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
+    for step in (5, 10):
+        commit(run, step)
+    send_all(begun(plan, run))
+    assert begun(plan, elsewhere(tmp_path, run, 5), attempt=2).prune() == []
+    assert steps_in(tmp_path / "mirror" / "a") == [5, 10]
+
+
+def test_going_back_takes_the_later_ones_out_of_the_mirror(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    for step in (5, 10):
+        commit(run, step)
+    send_all(mirror)
+    store.set_aside_after(run.checkpoints, 5)
+    mirror = begun(plan, run)
+    assert mirror.prune() == [10]
+    assert steps_in(folder) == [5]
+    other = commit(run, 10, b"other weights")
+    send_all(mirror)
+    assert tree(folder / "checkpoints" / "step-00000010") == tree(other.path)
+    # Gone back to once more, from a step whose first aside has been pruned meanwhile.
+    store.set_aside_after(run.checkpoints, 5)
+    shutil.rmtree(run.checkpoints / "aside-step-00000010")
+    assert [path.name for path in run.checkpoints.glob("aside-*")] == ["aside-step-00000010-2"]
+    assert mirror.prune() == [10]
+    assert steps_in(folder) == [5]
+
+
+def test_another_checkpoint_of_the_same_step_takes_its_place(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    commit(run, 5)
+    send_all(mirror)
+    again = commit(run, 5, attempt=2)
+    assert send_all(mirror) == 0, "only the manifest differs"
+    assert tree(folder / "checkpoints" / "step-00000005") == tree(again.path)
+    other = commit(run, 5, b"other weights", attempt=3)
+
+    def fail(what: str, path: str) -> None:
+        if what == "write" and path.endswith("rank-00001.safetensors"):
+            raise PermissionError(path)
+
+    with hooked(fail), pytest.raises(PermissionError):
+        send_all(mirror)
+    assert steps_in(folder) == [], "files of two checkpoints are none"
+    send_all(begun(plan, run))
+    assert tree(folder / "checkpoints" / "step-00000005") == tree(other.path)
+
+
+def test_what_fails_for_a_moment_is_tried_again(place) -> None:
+    plan, run, folder = place
+    commit(run, 5)
+    failed: dict[tuple[str, str], int] = {}
+
+    def fail(what: str, path: str) -> None:
+        failed[what, path] = failed.get((what, path), 0) + 1
+        if failed[what, path] <= 2:
+            raise ConnectionResetError("by peer")
+
+    with hooked(fail):
+        send_all(begun(plan, run))
+    assert len(failed) > 10
+    assert tree(folder / "checkpoints") == tree(run.checkpoints)
+
+
+def test_what_will_not_change_is_not_tried_again(place) -> None:
+    plan, run, _ = place
+    times = []
+
+    def fail(what: str, path: str) -> None:
+        if what == "write":
+            times.append(path)
+            raise PermissionError(path)
+
+    with hooked(fail), pytest.raises(PermissionError):
+        begun(plan, run)
+    assert len(times) == 1
+
+
+def test_a_file_that_is_damaged_here_does_not_become_a_checkpoint_there(place) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    broken = commit(run, 5)
+    file = broken.path / store.shard_name(1)
+    file.write_bytes(file.read_bytes()[::-1])
+    with pytest.raises(CheckpointError, match="not what its manifest says"):
+        mirror.send(broken)
+    assert steps_in(folder) == []
+
+
+def test_a_mirror_belongs_to_one_run_and_to_its_last_attempt(place, tmp_path: Path) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    other_plan, other = make_run(tmp_path / "other", plan.config.train.mirror or "", created_at="2026-02-01T00:00:00Z")
+    with pytest.raises(MirrorTaken, match="another run named a"):
+        begun(other_plan, other)
+    with pytest.raises(SubmitError, match="another run named a"):
+        require_usable(other_plan)
+    require_usable(plan)
+    # The run goes on elsewhere, while this machine lives on.
+    shutil.copytree(run.root, tmp_path / "elsewhere")
+    moved = RunDir(tmp_path / "elsewhere")
+    run_store.next_attempt(moved, Attempt(resume_step=None))
+    later = begun(plan, moved, attempt=2)
+    with pytest.raises(MirrorTaken, match="attempt 2"):
+        mirror.send(commit(run, 5))
+    with pytest.raises(MirrorTaken, match="attempt 2"):
+        begun(plan, run)
+    commit(moved, 5, b"of attempt 2")
+    send_all(later)
+    assert tree(folder / "checkpoints") == tree(moved.checkpoints)
+    run_store.next_attempt(moved, Attempt(resume_step=None))
+    with pytest.raises(Superseded):
+        later.send(commit(moved, 10))
+
+
+def test_large_files_go_block_by_block(place, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run, folder = place
+    mirror = begun(plan, run)
+    monkeypatch.setattr(remote_folder, "_BLOCK_BYTES", 2**20)
+    large = commit(run, 5, bytes(48 * 2**20), num_ranks=2)
+    tracemalloc.start()
+    mirror.send(large)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+    assert (
+        atomic_files.file_entry(folder / "checkpoints/step-00000005" / store.shard_name(0))
+        == large.manifest.files["rank-00000.safetensors"]
+    )
+
+
+def test_a_file_is_the_old_one_until_the_other_is_whole(tmp_path: Path) -> None:
+    place = Remote(f"faulty://{tmp_path}")
+    place.write("file", b"old")
+    seen = []
+    with hooked(lambda what, path: seen.append(Path(path).read_bytes()) if what == "finish" else None):
+        place.write("file", b"new")
+    assert (seen, place.read("file")) == ([b"old"], b"new")
+    assert place.names() == ["file"]
+
+
+def test_an_address_is_tried_before_anything_is_started(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SubmitError, match="cannot be written: NotADirectoryError") as refused:
+        remote_folder.probe(f"file://{tmp_path}/file/runs")
+    assert "check that the folder can be made" in str(refused.value)
+    with pytest.raises(SubmitError, match="Protocol not known: nowhere"):
+        remote_folder.probe("nowhere://runs")
+    with pytest.raises(SubmitError, match="pip install adlfs"):
+        remote_folder.probe("abfs://container/runs")
+    remote_folder.probe(f"file://{tmp_path}/runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_record_that_cannot_be_read_is_said(place) -> None:
+    plan, run, folder = place
+    begun(plan, run)
+    (folder / "run.json").write_text(json.dumps({"format_version": 1}))
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
+        read_run(Remote(f"file://{folder}"))
+
+
+def test_the_seam_works() -> None:
+    with hooked(lambda what, path: pytest.fail("reached")), pytest.raises(pytest.fail.Exception):
+        FaultyFileSystem().open("/dev/null")

@@ -1,0 +1,157 @@
+"""What is said of W&B before a run is submitted, by a server on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import ForkingSubprocess, preloaded
+from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
+
+from launcher.cli import wandb_check
+from launcher.config.schema import RunConfig
+from launcher.errors import ConfigError
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeWandb]:
+    with fake_wandb(projects=("launcher",)) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's package is imported once, in the process that those which look accounts up are forked from; by a command, anew."""
+    if "launch_here" not in request.fixturenames:
+        monkeypatch.setattr(
+            wandb_check, "subprocess", ForkingSubprocess(preloaded("launcher.tracking.wandb.account", "wandb.sdk.lib.wbauth"))
+        )
+
+
+def config(cluster: dict[str, Any] | None = None, **tracking: Any) -> RunConfig:
+    data = {"sources": [{"path": "train.jsonl"}]}
+    sections = {"model": {"path": "./model"}, "data": data, "train": {"max_steps": 1}, "tracking": {"mode": "online", **tracking}}
+    return RunConfig.model_validate({**sections, **({"cluster": cluster} if cluster else {})})
+
+
+def environ(server: FakeWandb, netrc: Path | str = os.devnull, **variables: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**kept, "WANDB_BASE_URL": server.address, "NETRC": str(netrc), "PYTHONPATH": str(REPO), **variables}
+
+
+@pytest.mark.parametrize("entity", [None, ENTITY])
+def test_a_login_an_entity_and_a_project_of_ones_own_pass(server: FakeWandb, entity: str | None) -> None:
+    assert wandb_check.check(config(entity=entity), environ(server, WANDB_API_KEY=KEY)) == []
+    assert KEY not in "".join(server.received)
+
+
+@pytest.mark.parametrize("entity", [None, ENTITY, ENTITY.upper(), "me"])
+def test_a_project_that_wandb_will_make_is_told(server: FakeWandb, entity: str | None) -> None:
+    (said,) = wandb_check.check(config(entity=entity, project="demoo"), environ(server, WANDB_API_KEY=KEY))
+    assert said == f"W&B makes the project {entity or ENTITY}/demoo: there is none yet, or none that me may see"
+
+
+@pytest.mark.parametrize("entity", [None, "other"])
+def test_a_project_that_may_only_be_read_is_refused(server: FakeWandb, entity: str | None) -> None:
+    path = f"{entity or ENTITY}/demo"
+    server.read_only = {path: True}
+    with pytest.raises(ConfigError, match=f"me may read the project {path}, not write to it") as refused:
+        wandb_check.check(config(entity=entity, project="demo"), environ(server, WANDB_API_KEY=KEY))
+    assert "project=demo" in str(refused.value)
+    assert "tracking.project" in str(refused.value)
+
+
+def test_a_project_of_others_that_is_open_to_all_passes(server: FakeWandb) -> None:
+    server.read_only = {"other/demo": False}
+    assert wandb_check.check(config(entity="other", project="demo"), environ(server, WANDB_API_KEY=KEY)) == []
+
+
+@pytest.mark.parametrize(
+    ("tracking", "key", "words"),
+    [
+        ({}, "f" * 40, "does not accept the key"),
+        ({"entity": "taem"}, KEY, "there is no entity taem that me may see; me is known to write to me, team"),
+        ({}, "", "there is no login for http://127.0.0.1"),
+        ({}, "short", "does not accept the key"),
+    ],
+)
+def test_what_would_fail_on_the_machines_is_refused(server: FakeWandb, tracking: dict[str, str], key: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as refused:
+        wandb_check.check(config(**tracking), environ(server, **({"WANDB_API_KEY": key} if key else {})))
+    assert "tracking.mode=offline" in str(refused.value)
+    assert not key or key not in str(refused.value)
+
+
+def test_the_login_here_refuses_nothing_where_the_nodes_login_counts(server: FakeWandb) -> None:
+    cluster = {"kind": "ray", "address": "http://10.0.0.1:8265"}
+    (said,) = wandb_check.check(config(cluster, entity="taem"), environ(server, WANDB_API_KEY="f" * 40))
+    assert "Jobs API" in said
+
+
+def test_the_entity_of_the_environment_is_looked_at(server: FakeWandb) -> None:
+    with pytest.raises(ConfigError, match="no entity taem") as refused:
+        wandb_check.check(config(), environ(server, WANDB_API_KEY=KEY, WANDB_ENTITY="taem"))
+    assert "entity=taem" in str(refused.value)
+
+
+def test_an_entity_that_others_write_to_is_left_to_wandb(server: FakeWandb) -> None:
+    server.others = ("other",)
+    (said,) = wandb_check.check(config(entity="other"), environ(server, WANDB_API_KEY=KEY))
+    assert "me is no member of other" in said
+
+
+def test_what_is_no_key_in_netrc_is_refused(server: FakeWandb, tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text(f"machine {server.address.removeprefix('http://')} login user password no-key\n")
+    with pytest.raises(ConfigError, match="is no key"):
+        wandb_check.check(config(mode="auto"), environ(server, tmp_path / "netrc"))
+
+
+@pytest.mark.parametrize("fault", ["error", "hang", "proxy"])
+def test_a_server_that_does_not_answer_refuses_nothing(server: FakeWandb, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fault == "hang":
+        monkeypatch.setattr(wandb_check, "_DEADLINE_S", 1.0)
+    server.fault = fault
+    (said,) = wandb_check.check(config(), environ(server, WANDB_API_KEY=KEY))
+    assert said.startswith("whether W&B takes this run is not known: ")
+
+
+@pytest.mark.parametrize("tracking", [{"mode": "auto"}, {"mode": "offline"}, {"mode": "disabled"}, {"kind": "none"}])
+def test_nothing_is_asked_where_nothing_is_sent(server: FakeWandb, tracking: dict[str, str]) -> None:
+    assert wandb_check.check(config(**tracking), environ(server)) == []
+    assert not server.received
+
+
+@pytest.mark.parametrize(
+    ("cluster", "variable", "words"),
+    [
+        ({"kind": "ray", "address": "10.0.0.1:6379"}, False, "does not reach Ray's nodes"),
+        ({"kind": "ray", "address": "10.0.0.1:6379"}, True, ""),
+        ({"kind": "ray", "address": "http://10.0.0.1:8265"}, True, "Jobs API"),
+        ({"kind": "slurm", "container_image": "/images/launcher.sqsh"}, False, "inside the container"),
+        ({"kind": "slurm"}, False, ""),
+        ({"kind": "local"}, False, ""),
+    ],
+)
+def test_a_login_that_the_ranks_would_not_have_is_told(
+    server: FakeWandb, tmp_path: Path, cluster: dict[str, str], variable: bool, words: str
+) -> None:
+    host = server.address.removeprefix("http://")
+    (tmp_path / "netrc").write_text(f"machine {host} login user password {KEY}\n")
+    said = wandb_check.check(config(cluster), environ(server, tmp_path / "netrc", **({"WANDB_API_KEY": KEY} if variable else {})))
+    assert [words in text for text in said] == ([True] if words else [])
+
+
+def test_a_wrong_entity_ends_the_command_before_anything_is_made(
+    launch_here: Callable[..., subprocess.CompletedProcess[str]], server: FakeWandb, tmp_path: Path
+) -> None:
+    settings = ("model=tiny", "tracking.mode=online", "tracking.entity=taem", f"run.root={tmp_path / 'runs'}")
+    done = launch_here(*settings, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)
+    assert done.returncode == 2
+    assert "there is no entity taem" in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.config.data import ChecksSection
+from launcher.data.checks.findings import Example, Finding, judge, read, refuse, share_text, write
+from launcher.errors import DataError
+
+LEAK = Finding("held_out_in_train", 3, 100, {"a": 3}, (Example("a.jsonl:7", "the same as a.jsonl:2"),))
+SECRET = Finding("secrets", 1, 1000, {"a": 1}, (Example("a.jsonl:9", "[API key: s…, 40 characters]"),))
+NO_END = Finding("no_turn_end", 50, 1000, {"a": 50}, (Example("a.jsonl:1", "no end of turn is trained"),), highest_share=0.6)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    write(tmp_path, (SECRET, LEAK))
+    assert read(tmp_path) == (SECRET, LEAK)
+
+
+def test_the_settings_of_the_run_decide_what_is_fatal() -> None:
+    judged = judge((SECRET, LEAK, NO_END), ChecksSection())
+    assert [(one.finding.name, one.action, one.fatal) for one in judged] == [
+        ("held_out_in_train", "fail", True),
+        ("no_turn_end", "fail", True),
+        ("secrets", "keep", False),
+    ]
+    lenient = ChecksSection(max_held_out_in_train=0.03, no_turn_end="keep", secrets="fail")
+    assert [(one.finding.name, one.fatal) for one in judge((LEAK, NO_END, SECRET), lenient)] == [
+        ("secrets", True),
+        ("held_out_in_train", False),
+        ("no_turn_end", False),
+    ]
+
+
+def test_held_out_documents_that_are_nearly_in_training_refuse_where_that_is_asked_for() -> None:
+    near = Finding("near_held_out_in_train", 3, 100, {"a": 3}, LEAK.examples)
+    strict = ChecksSection(near_held_out_in_train="fail")
+    lenient = strict.model_copy(update={"max_held_out_in_train": 0.03})
+    for checks, fatal in ((ChecksSection(), False), (strict, True), (lenient, False)):
+        (judged,) = judge((near,), checks)
+        assert judged.fatal is fatal
+
+
+def test_a_refusal_names_places_and_the_flag_that_accepts_it() -> None:
+    with pytest.raises(DataError) as caught:
+        refuse((SECRET, LEAK, NO_END), ChecksSection())
+    first, second = caught.value.problems
+    assert first.what == "3 of 100 (3.0%): held-out documents that also stand in training, but for case and white space"
+    assert (first.where, first.value) == ("a.jsonl:7", "the same as a.jsonl:2")
+    assert first.remedy.endswith("data.checks.held_out_in_train=keep")
+    assert second.remedy.endswith("data.checks.no_turn_end=keep")
+    refuse((SECRET, LEAK, NO_END), ChecksSection(held_out_in_train="keep", no_turn_end="keep"))
+    refuse((), ChecksSection())
+
+
+def test_a_finding_for_programs_says_what_deals_with_it() -> None:
+    (one,) = judge((LEAK,), ChecksSection(held_out_in_train="drop"))
+    told = one.to_json()
+    assert (told["setting"], told["action"], told["fatal"], told["share"]) == (
+        "data.checks.held_out_in_train",
+        "drop",
+        False,
+        0.03,
+    )
+    assert told["examples"] == [{"where": "a.jsonl:7", "detail": "the same as a.jsonl:2"}]
+
+
+def test_a_small_share_is_not_none() -> None:
+    assert [share_text(share) for share in (0.0001, 0.001, 0.25)] == ["< 0.1%", "0.1%", "25.0%"]

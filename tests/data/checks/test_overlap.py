@@ -1,0 +1,324 @@
+"""Faults of documents beside others, and what is concluded from all faults."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.data.chat import Encoded, Rendered
+from launcher.data.checks import findings, minhash, overlap
+from launcher.data.checks.quality import Corpus, Hit, Inspection, dropped, inspect
+from launcher.data.checks.quality import conclude as concluded
+from launcher.data.sources import Chat, Document, Message, PlainText
+from launcher.errors import DataError
+
+CHECKS = ChecksSection()
+
+
+def inspected(documents: Sequence[Document], checks: ChecksSection = CHECKS) -> list[Inspection]:
+    tokens = Encoded(np.arange(4, dtype=np.uint32), np.asarray([0, 1, 1, 1], dtype=np.uint8), (3,))
+    data, texts = DataSection(sources=(Source(path="rows.jsonl"),), checks=checks), [Rendered("x:1", "", (), raw=False)]
+    return inspect(documents, texts * len(documents), [tokens] * len(documents), (), data)
+
+
+def across(
+    contents: np.ndarray, tasks: np.ndarray, signatures: list[np.ndarray | None], held_out: np.ndarray, checks: ChecksSection
+) -> list[tuple[int, Hit]]:
+    """All faults of documents beside others, where all of training is in the rows."""
+    training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    return [
+        *overlap.again(contents, tasks, signatures, training, checks),
+        *overlap.leaks(contents, training, inside),
+        *overlap.near_leaks(contents, signatures, training, inside, checks),
+    ]
+
+
+def conclude(hits: list[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> tuple[np.ndarray, findings.Findings]:
+    """What is dropped, and what is told where all the rest is in the rows."""
+    drop = dropped(hits, len(corpus.wheres), checks)
+    return drop, concluded(hits, replace(corpus, used=~drop & ~corpus.held_out), checks)
+
+
+@dataclass
+class Collection:
+    """Documents as the builder collects them."""
+
+    texts: list[str] = field(default_factory=list)
+    held_out: list[bool] = field(default_factory=list)
+
+    def add(self, text: str, held_out: bool = False) -> int:
+        self.texts.append(text)
+        self.held_out.append(held_out)
+        return len(self.texts) - 1
+
+    def across(self, checks: ChecksSection = CHECKS) -> list[tuple[int, Hit]]:
+        seen = inspected([PlainText("x", text) for text in self.texts], checks)
+        contents, tasks = np.asarray([(one.content, one.task) for one in seen], dtype=np.uint64).T
+        return across(contents, tasks, [one.signature for one in seen], np.asarray(self.held_out, dtype=bool), checks)
+
+
+def prose(seed: int, words: int = 60) -> str:
+    random_words = random.Random(seed)
+    return " ".join("".join(random_words.choices("abcdefghij", k=random_words.randint(2, 9))) for _ in range(words))
+
+
+def changed(text: str, number: int = 1) -> str:
+    words = text.split()
+    for i in range(number):
+        words[7 + 10 * i] = "CHANGED"
+    return " ".join(words)
+
+
+def test_duplicates_of_both_kinds_name_their_first() -> None:
+    documents = Collection()
+    first = documents.add(prose(0))
+    for seed in range(1, 40):
+        documents.add(prose(seed))
+    same = documents.add("  " + prose(0).upper().replace(" ", "\n"))
+    near = documents.add(changed(prose(0)))
+    documents.add(changed(prose(1), 5))
+    hits = {(i, hit.finding): hit for i, hit in documents.across()}
+    assert set(hits) == {(same, "exact_duplicate"), (near, "near_duplicate")}
+    assert hits[same, "exact_duplicate"].others == hits[near, "near_duplicate"].others == (first,)
+    assert hits[near, "near_duplicate"].detail.endswith("% the same as")
+
+
+def test_rows_that_differ_in_tools_weight_or_roles_are_no_duplicates() -> None:
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    tool = {"type": "function", "function": {"name": "add"}}
+    weightless = (turns[0], Message("assistant", "b", weight=0))
+    same = [Chat("x:1", turns), Chat("x:2", (Message("user", "A "), turns[1]))]
+    others = [Chat("x:3", turns, (tool,)), Chat("x:4", weightless), Chat("x:5", (Message("system", "a"), turns[1]))]
+    rows = [*same, *others]
+    seen = inspected(rows)
+    assert len({one.content for one in seen}) == 1
+    assert [one.task == seen[0].task for one in seen] == [True, True, False, False, False]
+    contents, tasks = np.asarray([(one.content, one.task) for one in seen], dtype=np.uint64).T
+    hits = across(contents, tasks, [None] * 5, np.asarray([False] * 5), CHECKS)
+    assert hits == [(1, Hit("exact_duplicate", "the same as", (0,)))]
+    # What is held out is a leak whatever its tools are.
+    (leak,) = [hit for i, hit in across(contents, tasks, [None] * 5, np.arange(5) == 4, CHECKS) if i == 4]
+    assert leak.others == (0, 1, 2, 3)
+
+
+def test_held_out_documents_in_training_name_every_copy() -> None:
+    documents = Collection()
+    copies = [documents.add(prose(0)), documents.add(prose(1)), documents.add(changed(prose(0))), documents.add(prose(0))]
+    held_out = documents.add(prose(0), held_out=True)
+    near = documents.add(changed(prose(1), 1), held_out=True)
+    documents.add(prose(2), held_out=True)
+    documents.add(prose(2), held_out=True)
+    leaks = {(i, hit.finding): hit for i, hit in documents.across() if hit.finding in findings.LEAKS}
+    exact, alike = leaks.pop((held_out, "held_out_in_train")), leaks.pop((near, "near_held_out_in_train"))
+    assert list(leaks) == [(held_out, "near_held_out_in_train")]
+    assert leaks[held_out, "near_held_out_in_train"].others == (copies[2],)
+    assert (exact.others, exact.detail) == ((copies[0], copies[3]), "the same as")
+    assert alike.others == (copies[1],)
+    assert alike.detail.endswith("% the same as")
+
+
+def test_a_held_out_document_is_found_among_many_of_one_template() -> None:
+    numbers = np.random.default_rng(0)
+    signatures = numbers.integers(0, 2**16, (301, minhash.NUM_SLOTS), dtype=np.uint16)
+    band = minhash._rows_per_band(CHECKS.near_duplicate_threshold)
+    # The pair agrees in no band but those of the template, in which all documents do.
+    signatures[:, : 10 * band] = signatures[0, : 10 * band]
+    signatures[300] = signatures[150]
+    signatures[300, 10 * band :: band] ^= 1
+    contents = np.arange(301, dtype=np.uint64)
+    ((document, hit),) = across(contents, contents, list(signatures), contents == 300, CHECKS)
+    assert (document, hit.finding, hit.others) == (300, "near_held_out_in_train", (150,))
+    assert hit.detail == "91% the same as"
+
+
+def test_a_held_out_document_is_found_among_thousands_that_agree_in_a_band() -> None:
+    numbers = np.random.default_rng(0)
+    num = 5 * minhash.REACH_ACROSS
+    signatures = numbers.integers(0, 2**16, (num + 2, minhash.NUM_SLOTS), dtype=np.uint16)
+    band = minhash._rows_per_band(CHECKS.near_duplicate_threshold)
+    signatures[:, : 10 * band] = signatures[0, : 10 * band]
+    # The first one is like the last of the others alone, the second like all of them.
+    signatures[num] = signatures[num - 1]
+    signatures[num, 10 * band :: band] ^= 1
+    signatures[num + 1] = signatures[0]
+    contents = np.arange(num + 2, dtype=np.uint64)
+    leaks = dict(across(contents, contents, list(signatures), contents >= num, CHECKS))
+    assert leaks[num].others == (num - 1,)
+    assert leaks[num + 1].others == (0,)
+
+
+def alike_in_one_band(num: int, held_out: int) -> np.ndarray:
+    """Signatures of `num` training and `held_out` held-out documents, all the same but for one slot, which differs in all."""
+    signatures = np.zeros((num + held_out, minhash.NUM_SLOTS), dtype=np.uint16)
+    signatures[:, 0] = np.arange(num + held_out)
+    return signatures
+
+
+def test_every_near_copy_is_dropped_from_training_however_many_there_are() -> None:
+    num = 3 * minhash.REACH_ACROSS
+    signatures, contents = list(alike_in_one_band(num, 2)), np.arange(num + 2, dtype=np.uint64)
+    for action, complete in (("keep", False), ("drop", True)):
+        checks = ChecksSection(near_held_out_in_train=action)
+        hits = [(i, hit) for i, hit in across(contents, contents, signatures, contents >= num, checks) if i >= num]
+        assert [i for i, _ in hits] == [num, num + 1]
+        assert ({other for _, hit in hits for other in hit.others} == set(range(num))) is complete
+        drop, _ = conclude(hits, corpus(num + 2, held_out=(num, num + 1)), checks)
+        assert np.flatnonzero(drop).tolist() == (list(range(num)) if complete else [])
+
+
+def test_what_could_not_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minhash, "MOST_PAIRS_ACROSS", 1500)
+    num = 3 * minhash.REACH_ACROSS
+    signatures, contents = list(alike_in_one_band(num, 2)), np.arange(num + 2, dtype=np.uint64)
+    checks = ChecksSection(near_held_out_in_train="drop")
+    hits = across(contents, contents, signatures, contents >= num, checks)
+    found = by_name(conclude(hits, corpus(num + 2, held_out=(num, num + 1)), checks)[1])
+    assert found["near_held_out_in_train"].count == 2
+    left = num - len({other for _, hit in hits if hit.finding == "near_held_out_in_train" for other in hit.others})
+    assert 0 < left == found["not_compared"].count
+
+
+def test_that_nothing_was_compared_is_told_where_nothing_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minhash, "MOST_PAIRS_ACROSS", 10)
+    signatures, contents = list(alike_in_one_band(100, 1)), np.arange(101, dtype=np.uint64)
+    hits = across(contents, contents, signatures, contents >= 100, CHECKS)
+    assert [(i, hit.finding) for i, hit in hits if i == 100] == [(100, "not_compared")]
+
+
+def test_the_estimate_of_similarity_is_near_the_truth() -> None:
+    for number in (1, 3):
+        texts = [minhash.normalised(text).encode() for text in (prose(3, 400), changed(prose(3, 400), number * 12))]
+        first, second = minhash.signatures(texts)
+        assert first is not None
+        assert second is not None
+        sets = [{data[i : i + 16] for i in range(len(data) - 15)} for data in texts]
+        truth = len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+        assert (first == second).mean() == pytest.approx(truth, abs=0.12)
+
+
+def test_a_signature_does_not_depend_on_the_texts_beside_it() -> None:
+    texts = [b"short", prose(0).encode(), prose(1).encode(), b"x" * 79, b"", prose(2, 500).encode()]
+    together = minhash.signatures(texts)
+    assert [one is None for one in together] == [True, False, False, False, True, False]
+    for text, one in zip(texts, together, strict=True):
+        (alone,) = minhash.signatures([text])
+        assert (alone is None) == (one is None)
+        assert alone is None or (alone == one).all()
+    assert minhash.signatures([]) == []
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95, 1.0])
+def test_pairs_above_the_threshold_are_found(threshold: float) -> None:
+    numbers = np.random.default_rng(0)
+    signatures = numbers.integers(0, 2**16, (400, minhash.NUM_SLOTS), dtype=np.uint16)
+    equal = int(np.ceil(threshold * minhash.NUM_SLOTS))
+    for i in range(0, 200, 2):
+        same = numbers.permutation(minhash.NUM_SLOTS)[:equal]
+        signatures[i + 1] = numbers.integers(0, 2**16, minhash.NUM_SLOTS)
+        signatures[i + 1, same] = signatures[i, same]
+    pairs = {
+        (int(min(a, b)), int(max(a, b)))
+        for left, right, similarity in minhash.near_pairs(signatures, threshold)
+        for a, b, alike in zip(left, right, similarity, strict=True)
+        if alike >= threshold
+    }
+    assert pairs <= {(i, i + 1) for i in range(0, 200, 2)}
+    assert len(pairs) >= 95
+
+
+def corpus(num: int, sources: list[int] | None = None, held_out: tuple[int, ...] = (), texts: tuple[int, ...] = ()) -> Corpus:
+    marks = np.zeros((2, num), dtype=bool)
+    marks[0, list(held_out)] = True
+    marks[1, list(texts)] = True
+    source = np.asarray(sources or [0] * num)
+    wheres = [f"{'ab'[s]}.jsonl:{i + 1}" for i, s in enumerate(source.tolist())]
+    return Corpus(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1], *np.ones((2, num), dtype=bool))
+
+
+def by_name(found: findings.Findings) -> dict[str, findings.Finding]:
+    return {finding.name: finding for finding in found}
+
+
+def test_findings_have_counts_sources_and_three_places() -> None:
+    hits = [(i, Hit("secrets", f"detail {i}")) for i in range(0, 200, 2)]
+    drop, found = conclude(hits, corpus(200, [0] * 100 + [1] * 100), CHECKS)
+    (finding,) = found
+    assert (finding.name, finding.count, finding.total, finding.share) == ("secrets", 100, 200, 0.5)
+    assert finding.sources == {"a": 50, "b": 50}
+    assert [example.where for example in finding.examples] == ["a.jsonl:1", "b.jsonl:101", "b.jsonl:199"]
+    assert [example.detail for example in finding.examples] == ["detail 0", "detail 100", "detail 198"]
+    assert not drop.any()
+
+
+def test_drop_takes_the_document_or_what_stands_in_training() -> None:
+    hits = [
+        (3, Hit("exact_duplicate", "the same as", (1,))),
+        (5, Hit("held_out_in_train", "the same as", (2, 4))),
+        (5, Hit("near_held_out_in_train", "90% the same as", (8,))),
+        (6, Hit("secrets", "x")),
+        (7, Hit("empty_answer", "x")),
+    ]
+    everything = corpus(200, held_out=(5,))
+    for settings, gone in (
+        ({}, [7]),
+        ({"exact_duplicate": "drop"}, [3, 7]),
+        ({"held_out_in_train": "drop", "empty_answer": "keep"}, [2, 4]),
+        ({"near_held_out_in_train": "drop"}, [7, 8]),
+        ({"secrets": "drop", "empty_answer": "fail"}, [6]),
+    ):
+        drop, found = conclude(hits, everything, ChecksSection.model_validate(settings))
+        assert np.flatnonzero(drop).tolist() == gone
+        assert by_name(found)["held_out_in_train"].total == 1
+        assert by_name(found)["near_held_out_in_train"].total == 1
+        assert by_name(found)["held_out_in_train"].examples[0].detail == "the same as a.jsonl:3 and 1 more"
+
+
+def test_a_near_duplicate_of_what_is_dropped_stays() -> None:
+    hits = [(i, Hit("near_duplicate", "90% the same as", (first,))) for i, first in ((3, 1), (4, 1), (5, 3), (6, 2))]
+    checks = ChecksSection(near_duplicate="drop", secrets="drop")
+    drop, found = conclude([*hits, (1, Hit("secrets", "x"))], corpus(200), checks)
+    assert np.flatnonzero(drop).tolist() == [1, 4, 5, 6]
+    assert by_name(found)["near_duplicate"].count == 4
+
+
+def test_documents_without_end_of_turn_refuse_a_run_above_half_of_a_source() -> None:
+    everything = corpus(200, [0] * 100 + [1] * 100)
+    everything.trained[90:100] = False
+    for num, fatal in ((1, False), (45, False), (46, True)):
+        finding = by_name(conclude([(i, Hit("no_turn_end", "x")) for i in range(num)], everything, CHECKS)[1])["no_turn_end"]
+        assert (finding.count, finding.total, finding.sources) == (num, 190, {"a": num})
+        assert finding.highest_share == num / 90
+        (judged,) = findings.judge((finding,), CHECKS)
+        assert judged.fatal is fatal
+
+
+def test_a_whole_source_without_a_trained_token_refuses_a_run() -> None:
+    everything = corpus(200, [0] * 100 + [1] * 100)
+    for num, action, fatal in ((99, "drop", False), (100, "drop", True), (100, "keep", False), (1, "fail", True)):
+        checks = ChecksSection(no_trained_token=action)
+        finding = by_name(conclude([(i, Hit("no_trained_token", "x")) for i in range(num)], everything, checks)[1])
+        judged = findings.judge((finding["no_trained_token"],), checks)
+        assert judged[0].fatal is fatal
+        if fatal:
+            with pytest.raises(DataError) as caught:
+                findings.refuse((finding["no_trained_token"],), checks)
+            (problem,) = caught.value.problems
+            assert f"{num} of 200 ({num / 2:.1f}%, {num}.0% of one source): documents without" in problem.what
+            assert problem.remedy.endswith("to train on the others: data.checks.no_trained_token=keep")
+
+
+def test_few_examples_say_what_is_usual() -> None:
+    dropped = [(i, Hit("empty_answer", "x")) for i in range(30)]
+    assert "few_examples" not in by_name(conclude([], corpus(100), CHECKS)[1])
+    (few,) = [f for f in conclude(dropped, corpus(120), CHECKS)[1] if f.name == "few_examples"]
+    assert few.count == 90
+    assert "50 to 100 are usual" in few.examples[0].detail
+    (few,) = conclude([], corpus(500, texts=tuple(range(500))), CHECKS)[1]
+    assert few.examples[0].detail.startswith("50,000 tokens of text")
+    assert conclude([], corpus(500, texts=tuple(range(300))), CHECKS)[1] == ()
+    assert conclude([], corpus(50), ChecksSection(few_examples_below=50))[1] == ()

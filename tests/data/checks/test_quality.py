@@ -1,0 +1,338 @@
+"""Faults are found where they stand, nothing is found in good text, and no secret is told."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from launcher.config.data import ChecksSection, DataSection, Source
+from launcher.data.chat import Encoded, Rendered
+from launcher.data.checks import findings, patterns, quality
+from launcher.data.checks.quality import inspect
+from launcher.data.loss_mask import Span
+from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+
+CHECKS = ChecksSection()
+SPECIAL = ("<|im_start|>", "<|im_end|>")
+SECRETS = {
+    "API key": "sk-proj-" + "aB3" * 12,
+    "Hugging Face token": "hf_" + "aB3" * 11,
+    "GitHub token": "ghp_" + "aB3" * 12,
+    "AWS key": "AKIA" + "ABCD2345" * 2,
+    "Slack token": "xoxb-" + "123456789012-abcdef",
+    "Google key": "AIza" + "aB3_-" * 7,
+    "JSON web token": "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSMeKKF2QT4",
+    "private key": "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA",
+    "password in an address": "://admin:hunter2!@",
+    "assigned secret": 'password = "correct-horse-battery',
+    "e-mail address": "jane.roe+x@company.co.uk",
+    "telephone number": "+49 170 1234567",
+}
+
+# The secret stands between the marks.
+HIDDEN = [
+    "export API_KEY=‹9f8e7d6c5b4a39281706f5e4d3c2b1a0›",
+    "AWS_SECRET_ACCESS_KEY=‹wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY›",
+    "Authorization: Bearer ‹abcdef1234567890abcdef›",
+    "Authorization: Basic ‹dXNlcjpwYXNzd29yZDE=›",
+    "password=‹hunter2hunter2›",
+    "my password: ‹Tr0ub4dor&3zzz›",
+    "db password is ‹s3cretPassw0rd!›",
+    "The API key is ‹9f8e7d6c5b4a3928›",
+    "Tel. ‹089 / 1234 5678›",
+    "Phone: ‹0891234567›",
+    "phone number is ‹5551234567›",
+    "‹555-123-4567›",
+    "‹0171-1234567›",
+]
+NOT_SECRET = [
+    *("password = getpass()", "token: str", "key=lambda x: x", 'api_key=os.environ["X1Y2Z3"]', "password: required"),
+    *(
+        "password: str = Field(min_length=8)",
+        "password = hash_sha256(value)",
+        "password=user_password2",
+        "password: SHA-256-hashed",
+    ),
+    *(
+        "password = form.password1",
+        "The password is at least 12 characters long",
+        "API_KEY=${API_KEY_V1}",
+        "API_KEY=<your_api_key1>",
+    ),
+    *('access_token = response1.json()["a1"]', "secret_key=settings.SECRET_KEY2", "password=abc1234def(x)", "secret: 12345678"),
+    *("Authorization: Bearer YOUR_ACCESS_TOKEN_HERE", "Authorization: Bearer $TOKEN1", "the secret is to add 2x4 boards"),
+    *("from 0900-0130, 100-200 apples, 300/400", "01/02/2020", "phones cost 600-800 in 1999-2000", "her phone 742 / 106 = 7"),
+]
+
+
+def encoded(trained: int = 5, prompt: int = 5, turn_end: bool = True) -> Encoded:
+    mask = np.asarray([0] * prompt + [1] * trained, dtype=np.uint8)
+    return Encoded(np.arange(len(mask), dtype=np.uint32), mask, (len(mask) - 1,) if turn_end and trained else ())
+
+
+def chat(*turns: tuple[str, str], **last: Any) -> Chat:
+    messages = [Message(role, content) for role, content in turns]
+    if last:
+        messages[-1] = Message(*turns[-1], **last)
+    return Chat("rows.jsonl:1", tuple(messages))
+
+
+def system(text: str) -> Message:
+    return Message("system", text)
+
+
+def settings(checks: ChecksSection = CHECKS, **more: Any) -> DataSection:
+    return DataSection(sources=(Source(path="rows.jsonl"),), checks=checks, **more)
+
+
+def trained(text: str) -> Rendered:
+    return Rendered("x:1", text, (Span(0, len(text)),), raw=False)
+
+
+def found(
+    document: Document, tokens: Encoded | None = None, checks: ChecksSection = CHECKS, text: str = "", train_on: str = "assistant"
+) -> dict[str, str]:
+    (seen,) = inspect([document], [trained(text)], [tokens or encoded()], SPECIAL, settings(checks, train_on=train_on))
+    return {hit.finding: hit.detail for hit in seen.hits}
+
+
+GOOD = [
+    chat(("user", "What is 2 + 2?"), ("assistant", "It is 4, or 20+30-46; see 3.1415 and 2024-05-06.")),
+    chat(("system", "Be brief."), ("user", "Why?"), ("assistant", "Because."), ("user", "So?"), ("assistant", "So.")),
+    chat(("user", "naïve café — “quotes”"), ("assistant", "Ωμέγα, 日本語, 🙂, ¿qué? £5 « oui »")),
+    Chat(
+        "x:1",
+        (
+            Message("user", "Weather?"),
+            Message("assistant", "", tool_calls=({"function": {"name": "weather", "arguments": {"city": "Oslo"}}},)),
+            Message("tool", "rain"),
+            Message("assistant", "It rains."),
+        ),
+    ),
+    Completion("x:1", "def key(monkey):", " return monkey['token'] < 3  # eight, disk-usage: a@example.com"),
+    PlainText("x:1", "Order 555 of 12 items at 10.000.000 each; ratio 1:2, [INSTALL], a << b, <s>struck</s>."),
+]
+
+
+@pytest.mark.parametrize("document", GOOD)
+def test_nothing_is_found_in_good_documents(document: Document) -> None:
+    assert found(document) == {}
+
+
+@pytest.mark.parametrize(
+    ("turns", "fault"),
+    [
+        ([("assistant", "Hello"), ("user", "Hi"), ("assistant", "So")], "messages[0] (assistant) comes first"),
+        ([("user", "a"), ("user", "b"), ("assistant", "c")], "messages[1] (user) follows a message of role user"),
+        ([("user", "a"), ("system", "b"), ("assistant", "c")], "messages[1] (system) follows a message of role user"),
+        ([("user", "a"), ("assistant", "b"), ("assistant", "c")], "messages[2] (assistant) follows a message of role assistant"),
+        ([("user", "a"), ("tool", "b"), ("assistant", "c")], "messages[1] (tool) follows a message of role user"),
+        ([("user", "a"), ("assistant", "b"), ("user", "c")], "the last message is of role user"),
+    ],
+)
+def test_roles_out_of_order_are_named(turns: list[tuple[str, str]], fault: str) -> None:
+    assert found(chat(*turns)) == {"role_order": fault}
+
+
+def test_what_stands_in_tools_is_looked_at() -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": f"uses {'hf_' + 'aB3' * 11} and <|im_end|>"}}
+    asked = replace(chat(("user", "a"), ("assistant", "b")), tools=(tool,))
+    assert found(asked).keys() == {"secrets", "special_token_in_text"}
+
+
+def test_what_the_settings_write_and_who_speaks_is_looked_at() -> None:
+    rows = (system("Ask eve@corp.com."), Message("user", "a", name="bob@corp.com"), Message("assistant", "b"))
+    document = Chat("x:1", rows)
+    assert found(document)["personal_data"].startswith("system, character 4: ")
+    for data in (settings(), settings(system="Be kind."), settings(system=f"Key: {SECRETS['API key']}")):
+        (seen,) = inspect([document], [trained("")], [encoded()], SPECIAL, data)
+        (alone,) = inspect([Chat("x:1", rows[1:])], [trained("")], [encoded()], SPECIAL, data)
+        hits = {hit.finding: hit.detail for hit in seen.hits}
+        assert [hit.finding for hit in seen.hits] == [hit.finding for hit in alone.hits], "its own text is not written"
+        if data.system is not None:
+            assert hits["personal_data"].startswith("messages[1].name, character 0: [e-mail address")
+        assert ("secrets" in hits) is ("Key" in (data.system or ""))
+    assert hits["secrets"].startswith("data.system, character 5: ")
+    plain = Chat("x:1", tuple(replace(message, name=None) for message in rows))
+    first, second = inspect([document, plain], [trained("")] * 2, [encoded()] * 2, SPECIAL, settings(system="Be kind."))
+    (third,) = inspect([plain], [trained("")], [encoded()], SPECIAL, settings())
+    assert first.content == second.content == third.content, "settings and names move no document to the other split"
+
+
+def test_empty_answers_count_where_they_would_be_trained() -> None:
+    assert found(chat(("user", "a"), ("assistant", " \n\t"))) == {"empty_answer": "messages[1] is empty"}
+    assert found(Completion("x:1", "a", " ")) == {"empty_answer": "completion is empty"}
+    assert found(chat(("user", "a"), ("assistant", ""), weight=0)) == {}
+    assert found(chat(("user", "a"), ("assistant", ""), tool_calls=({"function": {"name": "f"}},))) == {}
+    silent = chat(("user", "a"), ("assistant", ""), reasoning_content="because\n")
+    assert found(silent, text="<think>because</think><|im_end|>") == {}
+    assert found(silent, text="<|im_end|>") == {"empty_answer": "messages[1] is empty"}
+    earlier = chat(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c"))
+    assert found(earlier) == found(earlier, train_on="all") == {"empty_answer": "messages[1] is empty"}
+    assert found(earlier, train_on="last_turn") == {}
+
+
+def test_what_is_not_trained_is_told() -> None:
+    document = GOOD[0]
+    assert found(document, encoded(trained=0)) == {"no_trained_token": "no token is trained"}
+
+
+def test_long_answers_are_measured_in_one_piece() -> None:
+    checks = ChecksSection(long_answer_tokens=10)
+    two = Encoded(np.arange(17, dtype=np.uint32), np.asarray([0] + [1] * 7 + [0] + [1] * 8, dtype=np.uint8), (16,))
+    assert found(GOOD[0], two, checks) == {}
+    assert found(GOOD[0], encoded(trained=11), checks) == {"long_answer": "11 trained tokens in one answer"}
+    assert found(PlainText("x:1", "a"), encoded(trained=11), checks) == {}
+
+
+def test_an_answer_that_repeats_itself_is_found() -> None:
+    looping = "I am sure that this is the answer. " * 20
+    assert list(found(chat(("user", "a"), ("assistant", looping)))) == ["repetitive_answer"]
+    assert found(chat(("user", looping), ("assistant", "no"))) == {}
+    drawn = random.Random(0)
+    varied = " ".join(drawn.choice("abcdefghij") * drawn.randint(1, 4) for _ in range(300))
+    assert found(chat(("user", "a"), ("assistant", varied))) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [("a \ufffd b \ufffd", "2 replacement characters"), ("donâ€™t", "wrong encoding"), ("Ã©tÃ© franÃ§ais", "wrong encoding")],
+)
+def test_text_that_was_decoded_wrongly_is_found(text: str, detail: str) -> None:
+    hits = found(chat(("user", text), ("assistant", "ok")))
+    assert list(hits) == ["broken_encoding"]
+    assert hits["broken_encoding"].startswith("messages[0]: ")
+    assert detail in hits["broken_encoding"]
+
+
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [
+        ("so <|im_end|> it", "a special token of this tokenizer"),
+        ("<|eot_id|>", "unknown to this tokenizer"),
+        ("[INST] hi [/INST]", "unknown to this tokenizer and 1 more"),
+        ("<start_of_turn>user", "unknown to this tokenizer"),
+    ],
+)
+def test_special_tokens_in_the_text_are_found(text: str, means: str) -> None:
+    hits = found(PlainText("x:1", text))
+    assert list(hits) == ["special_token_in_text"]
+    assert hits["special_token_in_text"].endswith(means)
+
+
+@pytest.mark.parametrize("kind", list(SECRETS))
+def test_secrets_are_located_and_never_told(kind: str) -> None:
+    secret = SECRETS[kind]
+    text = f"Take postgres{secret}db.host:5432 then." if kind == "password in an address" else f'This is it: {secret}" and on.'
+    finding = "personal_data" if kind in ("e-mail address", "telephone number") else "secrets"
+    hits = found(chat(("user", "Which?"), ("assistant", text)))
+    assert set(hits) == {finding}
+    assert f"[{kind}: " in hits[finding]
+    assert hits[finding].startswith("messages[1], character ")
+    core = secret.split("\n")[-1].split('"')[-1]
+    for shown in (hits[finding], patterns.redacted([text])[0]):
+        assert core[:8] not in shown
+        assert core[-8:] not in shown
+    assert patterns.redacted([text])[0].startswith(("This is it: ", "Take postgres"))
+
+
+@pytest.mark.parametrize("text", HIDDEN)
+def test_secrets_as_people_write_them_are_hidden(text: str) -> None:
+    before, told, _ = text.replace("‹", "›").split("›")
+    (shown,) = patterns.redacted([before + told])
+    assert told not in shown
+    assert told[-6:] not in shown
+    assert len(found(PlainText("x:1", before + told))) == 1
+
+
+@pytest.mark.parametrize("text", NOT_SECRET)
+def test_code_and_numbers_are_no_secrets(text: str) -> None:
+    assert patterns.redacted([text]) == [text]
+    assert found(PlainText("x:1", text)) == {}
+
+
+@pytest.mark.parametrize("document", GOOD)
+def test_good_text_is_not_redacted(document: Document) -> None:
+    texts = [part.text for part in quality._parts(document, trained(""), "assistant")]
+    assert patterns.redacted(texts) == texts
+
+
+@pytest.mark.parametrize("kind", list(SECRETS))
+def test_secrets_across_borders_are_found_and_never_told(kind: str) -> None:
+    text = f'postgres{SECRETS[kind]}db.host:5432"' if kind == "password in an address" else f'It is: {SECRETS[kind]}" and on.'
+    for border in range(len(text)):
+        parts = [text[:border], text[border : border + 3], text[border + 3 :]]
+        assert "".join(patterns.redacted(parts)).replace("[…]", "") == patterns.redacted([text])[0]
+    middle = text.index(SECRETS[kind]) + len(SECRETS[kind]) // 2
+    hits = found(Completion("x:1", "a " * 300 + text[:middle], text[middle:]))
+    (detail,) = hits.values()
+    assert detail.startswith(("prompt, character 6", "prompt, character 5"))
+    assert f"[{kind}: " in detail
+
+
+def test_a_check_for_every_title_and_a_title_for_every_finding() -> None:
+    checks = ChecksSection.model_fields
+    assert (
+        set(findings.TITLES)
+        == set(findings.REMEDIES)
+        == {name for name in checks if checks[name].default in ("keep", "drop", "fail")}
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "api key",
+            "api_key",
+            "API-KEY",
+            "apiKey",
+            "access key",
+            "accessKey",
+            "account key",
+            "AccountKey",
+            "auth key",
+            "authKey",
+        ),
+        *("secret", "secret_key", "SECRETKEY", "private key", "PRIVATE_KEY", "privateKey", "password", "PASSWD"),
+        *("access_token", "access-token", "accessToken", "authToken", "auth_token", "api-token", "apiToken", "API_TOKEN"),
+        *("refreshToken", "refresh-token", "sessionToken", "SESSION_TOKEN"),
+    ],
+)
+def test_a_secret_is_looked_for_by_each_name_that_it_may_have(name: str) -> None:
+    """A text is searched only where one of a few words stands in it."""
+    text = f"{name}=abc123def456"
+    (found,) = patterns.find(text, patterns.worth_while(text.lower().encode()))
+    assert found[0].kind == "assigned secret"
+
+
+def test_hours_from_and_to_are_no_telephone_number() -> None:
+    text = "opens 0900-1000 1030-1130"
+    assert patterns.redacted([text]) == [text]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|eot_id|>", "</s>", "[/INST]", "<end_of_turn>\n", "<｜end▁of▁sentence｜>", ""])
+@pytest.mark.parametrize(
+    "before, secret",
+    [
+        ("export ", "API_KEY=9f8e7d6c5b4a39281706f5e4d3c2b1a0"),
+        ("", "Authorization: Bearer abcdef1234567890abcdef"),
+        ("It is ", "hf_abcdefghijklmnopqrstuvwxyz"),
+        ("db ", "password is s3cretPassw0rd!"),
+        ("", "password = 'hunter2hunter2"),
+        ("", "Tel. 089 / 1234 5678"),
+        ("", "555-123-4567"),
+        ("Write to ", "ann@some.org"),
+    ],
+)
+def test_what_a_template_writes_behind_a_secret_does_not_hide_it(before: str, secret: str, end: str) -> None:
+    """As rows are shown: the trained part for itself, between the template's text."""
+    shown = patterns.redacted(["<|im_start|>assistant\n", before + secret, f"{end}<|im_start|>"])
+    assert shown[0] == "<|im_start|>assistant\n"
+    assert shown[1].startswith(before)
+    assert "characters]" in shown[1]
+    assert secret[-6:] not in "".join(shown)

@@ -1,0 +1,249 @@
+"""Rows of the formats that people have, as documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.config.data import Source
+from launcher.data.sources import Chat, Message, read_documents
+from launcher.data.sources.formats import shown
+from launcher.errors import DataError
+
+Jsonl = Callable[..., Path]
+
+ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+
+
+def first(path: Path, **settings: Any) -> Any:
+    return next(document for document, _ in read_documents(Source(path=str(path), **settings)))
+
+
+def test_openais_fine_tuning_rows_are_read_as_they_are(jsonl: Jsonl) -> None:
+    messages = [
+        {"role": "system", "content": "You add."},
+        {"role": "user", "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "+2?"}]},
+        {"role": "assistant", "content": None, "weight": 0, "tool_calls": [{"id": "c1", **CALL}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+        {"role": "assistant", "content": "3.", "weight": 1, "name": "adder"},
+    ]
+    # OpenAI writes arguments as JSON text.
+    messages[2]["tool_calls"][0]["function"] = {"name": "add", "arguments": '{"a": 1, "b": 2}'}  # type: ignore[index]
+    path = jsonl([{"messages": messages, "tools": [ADD], "parallel_tool_calls": False}])
+    assert first(path) == Chat(
+        f"{path}:1",
+        (
+            Message("system", "You add."),
+            Message("user", "1+2?"),
+            Message("assistant", "", tool_calls=({"id": "c1", **CALL},), weight=0),
+            Message("tool", "3", tool_call_id="c1"),
+            Message("assistant", "3.", weight=1, name="adder"),
+        ),
+        (ADD,),
+    )
+
+
+def test_openais_older_function_rows_and_developer_messages(jsonl: Jsonl) -> None:
+    messages = [
+        {"role": "developer", "content": "You add."},
+        {"role": "user", "content": "1+2?"},
+        {"role": "assistant", "function_call": {"name": "add", "arguments": '{"a": 1, "b": 2}'}},
+        {"role": "function", "name": "add", "content": "3"},
+        {"role": "assistant", "content": "3.", "reasoning_content": "Add them."},
+    ]
+    path = jsonl([{"messages": messages, "functions": [ADD["function"]]}])
+    document = first(path)
+    assert [message.role for message in document.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert document.messages[2].tool_calls == (CALL,)
+    assert document.messages[4].reasoning_content == "Add them."
+    assert document.tools == (ADD,)
+
+
+def test_sharegpt_with_tools(jsonl: Jsonl) -> None:
+    turns = [
+        ("human", "1+2?"),
+        ("function_call", json.dumps(CALL["function"])),
+        ("observation", "3"),
+        ("gpt", "3."),
+    ]
+    row = {
+        "conversations": [{"from": sender, "value": value} for sender, value in turns],
+        "system": "You add.",
+        "tools": json.dumps([ADD["function"]]),
+    }
+    path = jsonl([row])
+    assert first(path) == Chat(
+        f"{path}:1",
+        (
+            Message("system", "You add."),
+            Message("user", "1+2?"),
+            Message("assistant", "", tool_calls=(CALL,)),
+            Message("tool", "3"),
+            Message("assistant", "3."),
+        ),
+        (ADD,),
+    )
+
+
+@pytest.mark.parametrize("input", ["", None, "  ", "More."])
+def test_alpaca(jsonl: Jsonl, input: str | None) -> None:
+    path = jsonl([{"instruction": "Do.", "input": input, "output": "Done.", "history": [["Hi", "Hello"]]}])
+    question = "Do.\n\nMore." if input == "More." else "Do."
+    assert [(message.role, message.content) for message in first(path).messages] == [
+        ("user", "Hi"),
+        ("assistant", "Hello"),
+        ("user", question),
+        ("assistant", "Done."),
+    ]
+
+
+def test_messages_are_told_by_their_items_whatever_the_key(jsonl: Jsonl) -> None:
+    expected = (Message("user", "a"), Message("assistant", "b"))
+    sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    openai = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert first(jsonl([{"messages": sharegpt}], "a.jsonl")).messages == expected
+    assert first(jsonl([{"conversations": openai}], "b.jsonl")).messages == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ({"loss_weight": 0}, 0),
+        ({"loss_weight": 1.0}, 1),
+        ({"train": False}, 0),
+        ({"training": True}, 1),
+        ({"loss": False}, 0),
+        ({"loss_mask": 1}, 1),
+        ({"masked": True}, 0),
+        ({"masked": False, "weight": 1, "loss": True}, 1),
+        ({"weight": None, "loss": None, "mask": None, "train_detail": []}, None),
+    ],
+)
+def test_weights_as_other_tools_write_them(jsonl: Jsonl, flags: dict[str, Any], weight: int | None) -> None:
+    question = {"role": "user", "content": "a", **dict.fromkeys(flags)}
+    openai = jsonl([{"messages": [question, {"role": "assistant", "content": "b", **flags}]}], "a.jsonl")
+    sharegpt = jsonl([{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", **flags}]}], "b.jsonl")
+    for path in (openai, sharegpt):
+        assert [message.weight for message in first(path).messages] == [None, weight]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "messages is empty"),
+        (["hi"], "messages[0] is a string, not an object"),
+        ([{"role": "user"}], "lacks the key messages[0].content (found: role)"),
+        ([{"role": "user", "content": None}], "messages[0].content is a null, not text"),
+        ([{"role": "user", "content": 3}], "messages[0].content is a number, not text"),
+        ([{"role": "narrator", "content": "a"}], "messages[0].role is unknown: 'narrator'"),
+        ([{"content": "a"}], "lacks the key messages[0].role"),
+        ([{"role": "assistant", "content": None}], "messages[0].content is a null, not text"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0] is of the type image_url, not text"),
+        ([{"role": "assistant", "content": "a", "weight": 0.5}], "messages[0].weight is 0.5, not 0 or 1"),
+        ([{"role": "assistant", "content": "a", "weight": ["no"]}], "messages[0].weight is a list, not 0 or 1"),
+        *(
+            ([{"role": "assistant", "content": "a", flag: value}], f"messages[0] says by {flag} whether it is trained")
+            for flag, value in (("trainable", True), ("mask", 0), ("train_detail", [{"begin_offset": 0}]))
+        ),
+        ([{"role": "assistant", "content": "a", "loss_weight": 0.5}], "messages[0].loss_weight is 0.5, not 0 or 1"),
+        ([{"role": "assistant", "content": "a", "masked": "no"}], "messages[0].masked is a string, not 0 or 1"),
+        (
+            [{"role": "assistant", "content": "a", "weight": 0, "train": True}],
+            "messages[0] says that it is trained and that it is not (weight: 0 and train: true)",
+        ),
+        ([{"role": "assistant", "content": "a", "loss_mask": 1, "masked": True}], "(loss_mask: 1 and masked: true)"),
+        ([{"role": "user", "content": "a", "weight": 1}], "messages[0].weight is 1 in a message of the role user"),
+        ([{"role": "user", "content": "a", "train": True}], "messages[0].train is true in a message of the role user"),
+        ([{"role": "user", "content": "a", "tool_calls": [CALL]}], "messages[0] calls a tool, and is not the assistant's"),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": "1, 2"}}]}],
+            "messages[0].tool_calls[0]: the arguments of add are no JSON object",
+        ),
+    ],
+)
+def test_a_message_that_cannot_be_used_is_named(jsonl: Jsonl, messages: list[Any], words: str) -> None:
+    path = jsonl([{"messages": messages}])
+    with pytest.raises(DataError) as caught:
+        first(path, format="messages")
+    (problem,) = caught.value.problems
+    assert words in problem.what
+    assert problem.where == f"{path}:1"
+    assert problem.remedy
+    assert "whether" not in words or "write weight in place of" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "conversations[0].from is unknown: 'narrator'"),
+        ({"conversations": [{"from": "gpt", "value": None}]}, "conversations[0].value is a null, not text"),
+        ({"conversations": [{"from": "gpt", "value": "a", "weight": 2}]}, "conversations[0].weight is 2"),
+        ({"conversations": [{"from": "human", "value": "a", "loss": True}]}, "loss is true in a message of the role human"),
+        ({"instruction": "a", "output": None}, "output is a null, not text"),
+        ({"instruction": "a", "output": "b", "history": [["q"]]}, "history[0] is no pair of texts"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [3]}, "tools[0] describes no function"),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": "none"}, "tools is a string, not a list"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "the key system and a system message"),
+        ({"messages": [], "text": "a"}, "fits the formats messages and text"),
+        ({"instruction": "a", "response": "b"}, "no known format (found: instruction, response)"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(jsonl: Jsonl, row: dict[str, Any], words: str) -> None:
+    path = jsonl([row])
+    with pytest.raises(DataError) as caught:
+        first(path)
+    (problem,) = caught.value.problems
+    assert words in problem.what
+    assert problem.where == f"{path}:1"
+    assert problem.remedy
+
+
+# From and value are swapped, or a table has no line of names.
+SAID = "Here you are - as you have asked me to: hf_" + "aB3" * 11 + " and more" * 500
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": SAID, "value": "gpt"}]},
+        {"messages": [{"role": SAID, "content": "assistant"}]},
+        {"messages": [{"role": "user", "content": [{"type": SAID}]}]},
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": SAID, "arguments": "none"}]}]},
+        {SAID: "a"},
+        f"{SAID},{SAID}\na,b\n",
+        f"a,{SAID}\na\n",
+    ],
+)
+def test_what_an_error_says_of_a_value_is_short_and_no_secret(jsonl: Jsonl, tmp_path: Path, row: dict[str, Any] | str) -> None:
+    path = tmp_path / "rows.csv"
+    if isinstance(row, str):
+        path.write_text(row)
+    else:
+        path = jsonl([row])
+    with pytest.raises(DataError) as caught:
+        first(path)
+    (problem,) = caught.value.problems
+    assert "Here you are - as you have asked me to: …" in problem.what
+    assert f"({len(SAID):,} characters)" in problem.what
+    assert "hf_aB3" not in problem.what
+    assert len(problem.what) < 250
+
+
+def test_of_half_a_secret_an_error_says_nothing() -> None:
+    told = shown("It is on line 12: hf_" + "aB3" * 11)
+    assert told.startswith("It is on line 12: [Hugging Face token: h")
+    assert "aB3" not in told
+
+
+def test_a_later_row_of_another_form_is_named(jsonl: Jsonl) -> None:
+    path = jsonl([{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}])
+    with pytest.raises(DataError, match="lacks the key output") as caught:
+        list(read_documents(Source(path=str(path))))
+    (problem,) = caught.value.problems
+    assert "found: instruction, response" in problem.what
+    assert problem.where == f"{path}:2"

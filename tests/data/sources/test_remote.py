@@ -1,0 +1,186 @@
+"""Web servers that say more or less of a file, and downloads that break off."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from http_server import serving
+
+from launcher.config.data import DataSection, Source
+from launcher.data.sources import check_sources, read_documents, remote, source_digest
+from launcher.errors import DataError
+
+# fsspec hides the module behind a mapping of the same name.
+REGISTRY = sys.modules["fsspec.registry"]
+ROW, OTHER = b'{"text": "a"}\n', b'{"text": "b"}\n'
+
+
+class Web:
+    """One file under every path; `headers` are what is said of it, `length` the size that is claimed where it is not its own."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self.content = ROW
+        self.headers: dict[str, str] = {}
+        self.says_length = True
+        self.length: int | None = None
+        self.read: list[str] = []
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    web = Web()
+
+    class Handler(BaseHTTPRequestHandler):
+        def _serve(self) -> None:
+            self.send_response(200)
+            length = {"Content-Length": str(web.length or len(web.content))} if web.says_length else {}
+            for key, value in {**web.headers, **length}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if self.command == "GET":
+                web.read.append(self.path)
+                self.wfile.write(web.content)
+
+        do_GET = do_HEAD = _serve
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    monkeypatch.setattr(remote, "_fetched", {})
+    with serving(Handler) as web.address:
+        yield web
+
+
+def texts(source: Source) -> list[str]:
+    return [document.text for document, _ in read_documents(source)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("header", ["ETag", "Last-Modified", "Content-MD5"])
+def test_a_file_is_fetched_again_where_what_is_said_of_it_changes(web: Web, header: str) -> None:
+    source = Source(path=f"{web.address}/a.jsonl")
+    web.headers = {header: "one"}
+    first = source_digest(source)
+    assert web.read == []
+    assert texts(source) == texts(source) == ["a"]
+    assert len(web.read) == 1
+    web.headers, web.content = {header: "two"}, OTHER
+    assert source_digest(source) != first
+    assert texts(source) == ["b"]
+
+
+@pytest.mark.parametrize("says_length", [True, False])
+def test_a_file_of_which_nothing_is_said_is_known_by_its_bytes(
+    web: Web, says_length: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.says_length = says_length
+    source = Source(path=f"{web.address}/a.jsonl")
+    first = source_digest(source)
+    assert texts(source) == ["a"]
+    if says_length:
+        # Without, its headers are asked for by GET too.
+        assert len(web.read) == 1
+    web.content = OTHER
+    # What this process has read stays what it reads; another one sees the other bytes.
+    assert source_digest(source) == first
+    monkeypatch.setattr(remote, "_fetched", {})
+    assert source_digest(source) != first
+    assert texts(source) == ["b"]
+
+
+def test_an_address_may_be_longer_than_a_files_name(web: Web) -> None:
+    web.headers = {"ETag": "one"}
+    assert texts(Source(path=f"{web.address}/a.jsonl?download=true&note={'a' * 300}")) == ["a"]
+
+
+@pytest.mark.parametrize("says", [{"ETag": "one"}, {}])
+def test_a_download_that_breaks_off_leaves_nothing(web: Web, says: dict[str, str], cache_home: Path) -> None:
+    web.headers, web.length = says, 1000
+    source = Source(path=f"{web.address}/a.jsonl")
+    with pytest.raises(DataError, match="the data cannot be fetched"):
+        texts(source)
+    assert files(cache_home) == []
+
+
+def test_a_file_that_is_not_as_large_as_was_said_is_refused(cache_home: Path, memory_of: Callable[..., None]) -> None:
+    memory_of("/data/a.jsonl", ROW, claimed=1000)
+    with pytest.raises(DataError, match="not fetched whole: 14 of 1,000 bytes"):
+        texts(Source(path="memory://data/a.jsonl"))
+    assert files(cache_home) == []
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+@pytest.fixture
+def memory_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Writes a file whose storage claims another size than it has."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    info = system.info
+
+    def write(path: str, content: bytes, claimed: int) -> None:
+        system.pipe(path, content)
+        monkeypatch.setattr(system, "info", lambda *given, **options: {**info(*given, **options), "size": claimed})
+
+    yield write
+    system.rm("/data", recursive=True)
+
+
+@pytest.mark.parametrize(("address", "package"), [("gs://bucket/rows.jsonl", "gcsfs"), ("s3://bucket/rows.jsonl", "s3fs")])
+def test_the_package_that_an_address_needs_is_named(address: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    # What an earlier test has loaded is found there.
+    monkeypatch.delitem(REGISTRY._registry, address.partition(":")[0], raising=False)
+    assert check_sources(DataSection(sources=(Source(path=address),))) == []
+    with pytest.raises(DataError) as caught:
+        texts(Source(path=address))
+    (problem,) = caught.value.problems
+    assert f"the package that reads {address[:2]}:// is not installed" in problem.what
+    assert (problem.where, problem.remedy) == (address, f"pip install {package}")
+
+
+class Bucket(MemoryFileSystem):
+    """Google Storage as fsspec shows it: of a file it tells a digest, and no time."""
+
+    protocol = "gs"
+    cachable = False
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("gs:/")))
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        told = super().info(path, **options)
+        if told.pop("created", None) is None:
+            return told
+        return {**told, "md5Hash": hashlib.md5(self.cat_file(path)).hexdigest()}
+
+
+def test_rows_from_google_storage(monkeypatch: pytest.MonkeyPatch, cache_home: Path) -> None:
+    monkeypatch.setitem(REGISTRY._registry, "gs", Bucket)
+    for name, content in {"train-0": ROW, "train-1": OTHER, "test": ROW}.items():
+        Bucket().pipe(f"gs://bucket/data/{name}.jsonl", content)
+    address = "gs://bucket/data"
+    assert check_sources(DataSection(sources=(Source(path=address),))) == []
+    first = source_digest(Source(path=address))
+    assert texts(Source(path=address)) == texts(Source(path=f"{address}/train-*.jsonl")) == ["a", "b"]
+    assert texts(Source(path=address, split="test")) == ["a"]
+    with pytest.raises(DataError, match="no such data file"):
+        texts(Source(path=f"{address}/gone.jsonl"))
+    Bucket().pipe(f"{address}/train-0.jsonl", ROW)
+    assert source_digest(Source(path=address)) == first
+    Bucket().pipe(f"{address}/train-0.jsonl", OTHER)
+    assert source_digest(Source(path=address)) != first
+    assert texts(Source(path=address)) == ["b", "b"]

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from launcher.data.sources.stdlib_docs import MAX_WORDS, NUM_PAIRS, pairs
+
+
+def test_there_are_about_3000_pairs_of_sensible_length() -> None:
+    assert 0.9 * NUM_PAIRS <= len(pairs()) <= NUM_PAIRS
+    assert all(pair.symbol in pair.question for pair in pairs())
+    assert all(3 <= len(pair.answer.split()) <= MAX_WORDS + 60 for pair in pairs())
+    assert len({pair.question.replace(pair.symbol, "X") for pair in pairs()}) >= 12
+
+
+def test_the_held_out_pairs_share_nothing_with_the_others() -> None:
+    held_out = [pair for pair in pairs() if pair.held_out]
+    rest = [pair for pair in pairs() if not pair.held_out]
+    assert 0.03 <= len(held_out) / len(pairs()) <= 0.07
+    assert not {pair.symbol for pair in held_out} & {pair.symbol for pair in rest}
+
+    def docstrings(split: list) -> set[str]:
+        return {pair.answer.split("\n\n", 1)[1] if pair.answer.startswith("`") else pair.answer for pair in split}
+
+    assert not docstrings(held_out) & docstrings(rest)
+
+
+def test_the_text_is_the_docstring() -> None:
+    import textwrap
+
+    answers = {pair.symbol: pair.answer for pair in pairs()}
+    own = {f"textwrap.{name}": getattr(textwrap, name).__doc__ for name in ("wrap", "fill", "shorten", "dedent", "indent")}
+    found = [symbol for symbol in own if symbol in answers]
+    assert found
+    for symbol in found:
+        first_line = own[symbol].strip().splitlines()[0]
+        assert first_line in answers[symbol]
+
+
+def test_nothing_is_imported_and_every_process_gets_the_same() -> None:
+    code = (
+        "import sys, hashlib; from launcher.data.sources.stdlib_docs import pairs; got = repr(pairs()).encode();"
+        "odd = {'antigravity', 'this', 'tkinter', 'turtle', 'idlelib', 'smtplib', 'sqlite3'} & set(sys.modules);"
+        "print(hashlib.sha256(got).hexdigest(), sorted(odd))"
+    )
+    command = [sys.executable, "-c", code]
+    outputs = {
+        subprocess.run(
+            command,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+    assert outputs.pop().endswith("[]\n")

@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from shard_tools import llama_config, with_metadata
+
+from launcher.checkpoint import store
+from launcher.checkpoint.generation import stop_ids
+from launcher.errors import CheckpointError
+from launcher.export import hf_folder as exporting
+from launcher.export import parity as proving
+from launcher.export.hf_folder import Task, export
+from launcher.export.parity import check_parity, load_back, read_probe, require_finite, require_parity
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def task(runs, kind, out, **options):
+    checkpoint = store.latest(runs.checkpoints(kind)).path
+    return Task(**{"checkpoint": checkpoint, "model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options)
+
+
+def exported(runs, kind, out, **options):
+    return export(task(runs, kind, out, **options))
+
+
+def trained(runs, kind, state):
+    """What the engine itself gathered when it saved: `fp32`, or `compute` for the weights in its own dtype."""
+    tensors = load_file(runs.dump(kind, "saved"))
+    return {name.removesuffix(f"|{state}"): tensor for name, tensor in tensors.items() if name.endswith(f"|{state}")}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name].dtype != other[name].dtype or not torch.equal(one[name], other[name])] == []
+
+
+@pytest.mark.parametrize(("kind", "state"), [("fp32", "fp32"), ("bf16", "compute")])
+def test_the_folder_holds_the_engines_weights_bit_for_bit(runs, tmp_path, kind, state):
+    result = exported(runs, kind, tmp_path / "export")
+    assert result.files == ("model.safetensors",)
+    weights = load_file(result.path / "model.safetensors")
+    assert_same(weights, trained(runs, kind, state))
+    assert ("lm_head.weight" in weights) == (kind == "fp32")
+    assert result.num_parameters == sum(t.numel() for t in weights.values())
+    assert result.num_bytes == sum(t.nbytes for t in weights.values())
+    with safe_open(result.path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(result.path, output_loading_info=True)
+    assert {key: list(value) for key, value in info.items() if value} == {}
+    assert model.dtype == DTYPES[kind]
+    assert_same({name: p.data for name, p in model.named_parameters()}, weights)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == (kind == "bf16")
+
+
+def test_a_master_copy_can_be_written_of_a_bf16_run(runs, tmp_path):
+    result = exported(runs, "bf16", tmp_path / "export", dtype="fp32")
+    assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "fp32"))
+
+
+def test_large_models_are_split_into_several_files(runs, tmp_path):
+    result = exported(runs, "fp32", tmp_path / "export", max_file_bytes=60_000)
+    count = len(result.files)
+    assert count > 2
+    assert result.files == tuple(f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count))
+    index = json.loads((result.path / "model.safetensors.index.json").read_text())
+    parts = {file: load_file(result.path / file) for file in result.files}
+    assert_same({name: parts[file][name] for name, file in index["weight_map"].items()}, trained(runs, "fp32", "fp32"))
+    assert sum(len(part) for part in parts.values()) == len(index["weight_map"])
+    assert index["metadata"]["total_size"] == result.num_bytes
+    model = transformers.AutoModelForCausalLM.from_pretrained(result.path)
+    assert_same({name: p.data for name, p in model.named_parameters()}, trained(runs, "fp32", "fp32"))
+
+
+def test_the_config_and_the_files_beside_it(runs, tmp_path):
+    base, tokenizer = tmp_path / "base", tmp_path / "tokenizer"
+    for folder in (base, tokenizer / "additional_chat_templates"):
+        folder.mkdir(parents=True)
+    (base / "config.json").write_text(
+        json.dumps(llama_config("bf16") | {"architectures": ["LlamaForCausalLM"], "eos_token_id": 3})
+    )
+    (base / "generation_config.json").write_text('{"temperature": 0.6}')
+    (base / "model.safetensors").write_text("the base model's weights")
+    kept = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates/tool.jinja"]
+    for name in kept:
+        (tokenizer / name).write_text(f"content of {name}")
+    result = exported(runs, "bf16", tmp_path / "export", model=base, tokenizer=tokenizer)
+    config = json.loads((result.path / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["eos_token_id"] == 3
+    assert not {"quantization_config", "torch_dtype"} & config.keys()
+    assert (result.path / "generation_config.json").read_text() == '{"temperature": 0.6}'
+    for name in kept:
+        assert (result.path / name).read_text() == f"content of {name}"
+    assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))
+
+
+def test_a_template_takes_the_place_of_the_tokenizers_own_ones(runs, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    (tokenizer / "additional_chat_templates").mkdir(parents=True)
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "chat_template": "old"}')
+    for name in ("tokenizer.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja"):
+        (tokenizer / name).write_text("old")
+    text = "{% for m in messages %}{{ m.content }} – é{% endfor %}\n"
+    result = exported(runs, "bf16", tmp_path / "export", tokenizer=tokenizer, chat_template=text)
+    assert (result.path / "chat_template.jinja").read_text() == text
+    assert json.loads((result.path / "tokenizer_config.json").read_text()) == {"eos_token": "<|im_end|>"}
+    assert [path.name for path in result.path.iterdir() if "template" in path.name] == ["chat_template.jinja"]
+    assert (result.path / "tokenizer.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("of_config", "of_generation", "expected"),
+    [
+        (0, None, {"bos_token_id": 1, "eos_token_id": [0, 3, 5]}),
+        (None, None, {"bos_token_id": 1, "eos_token_id": [3, 5]}),
+        (0, {"temperature": 0.6, "eos_token_id": 5}, {"temperature": 0.6, "eos_token_id": [5, 3]}),
+        (0, {"eos_token_id": [7, 3, 5]}, {"eos_token_id": [7, 3, 5]}),
+    ],
+)
+def test_generations_stop_where_the_data_ends_turns(runs, tmp_path, of_config, of_generation, expected):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(llama_config("bf16") | {"bos_token_id": 1, "eos_token_id": of_config}))
+    if of_generation is not None:
+        (base / "generation_config.json").write_text(json.dumps(of_generation))
+    result = exported(runs, "bf16", tmp_path / "export", model=base, turn_end_ids=(3, 5))
+    assert json.loads((result.path / "generation_config.json").read_text()) == expected
+    assert result.added_stop_ids == tuple(i for i in (3, 5) if i not in stop_ids(base))
+    assert stop_ids(result.path) == expected["eos_token_id"]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(result.path).generation_config
+    assert loaded.eos_token_id == expected["eos_token_id"]
+
+
+def test_architectures_are_added_where_the_config_has_none(runs, tmp_path):
+    result = exported(runs, "fp32", tmp_path / "export")
+    assert json.loads((result.path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_parity_passes_and_one_wrong_weight_fails(runs, tmp_path, kind):
+    result = exported(runs, kind, tmp_path / "export")
+    parity = result.parity
+    assert parity.num_tokens == 24
+    assert parity.max_mean_kl == {"fp32": 1e-5, "bf16": 1e-2}[kind]
+    assert abs(parity.mean_kl) < parity.max_mean_kl / 5
+    assert parity.top1_agreement >= 0.9
+
+    file = result.path / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    save_file(weights, file, metadata={"format": "pt"})
+    probe = read_probe(store.latest(runs.checkpoints(kind)).path)
+    tampered = check_parity(load_back(result.path, dtype=kind), probe, dtype=kind)
+    with pytest.raises(CheckpointError, match="mean KL"):
+        require_parity(tampered)
+
+
+def test_a_failed_export_leaves_the_earlier_one(runs, tmp_path, monkeypatch):
+    out = tmp_path / "export"
+    exported(runs, "fp32", out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(CheckpointError, match=r"differ in 1 tensors\n.*lm_head.weight: \(511, 27\) in the checkpoint, absent"):
+        exported(runs, "fp32", out, model=llama_config("fp32") | {"tie_word_embeddings": True})
+    monkeypatch.setattr(proving, "MAX_MEAN_KL_FP32", -1.0)
+    with pytest.raises(CheckpointError, match="does not compute what the trained one"):
+        exported(runs, "fp32", out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+    monkeypatch.undo()
+    assert exported(runs, "fp32", out, max_file_bytes=60_000).path == out
+    assert not (out / "model.safetensors").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def test_a_folder_that_is_no_export_is_never_replaced(runs, tmp_path):
+    (tmp_path / "config.json").write_text("the only copy of something")
+    with pytest.raises(CheckpointError, match="something else than an export"):
+        exported(runs, "fp32", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def without_probe(runs, kind, folder):
+    """A copy of a checkpoint that was saved on the way, without logits of the engine."""
+    checkpoint = with_metadata(store.latest(runs.checkpoints(kind)).path, folder)
+    manifest = store.read_manifest(checkpoint)
+    files = {name: entry for name, entry in manifest.files.items() if name != store.PROBE}
+    (checkpoint / store.MANIFEST).write_text(replace(manifest, files=files).to_json())
+    (checkpoint / store.PROBE).unlink()
+    return checkpoint
+
+
+def test_without_the_engines_logits_the_folder_is_loaded_all_the_same(runs, tmp_path):
+    result = exported(runs, "bf16", tmp_path / "export", checkpoint=without_probe(runs, "bf16", tmp_path))
+    assert result.loaded
+    assert result.parity is None
+    assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))
+
+
+def test_a_weight_that_is_missing_left_over_or_not_finite_is_found_by_loading(runs, tmp_path):
+    file = exported(runs, "bf16", tmp_path / "export").path / "model.safetensors"
+    weights = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({k: v for k, v in weights.items() if k != name}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"missing_keys: {name}"):
+        load_back(file.parent, dtype="bf16")
+    save_file(weights | {"model.layers.9.odd": weights[name].clone()}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"unexpected_keys: model\.layers\.9\.odd"):
+        load_back(file.parent, dtype="bf16")
+    save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not finite"):
+        require_finite(load_back(file.parent, dtype="bf16"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        load_back(file.parent, dtype="bf16")
+
+
+def test_a_model_that_does_not_fit_in_memory_is_exported_and_not_loaded(runs, tmp_path, monkeypatch):
+    free = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    result = exported(runs, "bf16", tmp_path / "export")
+    assert not result.loaded
+    assert "GiB are free" in result.not_loaded
+    assert (result.path / "model.safetensors").is_file()
+
+
+def test_shares_of_several_ranks_make_the_same_folder(runs, tmp_path):
+    alone = exported(runs, "fp32", tmp_path / "alone", max_file_bytes=60_000)
+    shared = task(runs, "fp32", tmp_path / "shared", max_file_bytes=60_000)
+    exporting.begin(shared)
+    for rank in (2, 0, 1):
+        before = {p.name for p in shared.partial.glob("*.safetensors")}
+        exporting.write_share(shared, rank, 3)
+        assert {p.name for p in shared.partial.glob("*.safetensors")} - before == set(alone.files[rank::3])
+    result = exporting.complete(shared, lambda made: f"{made.num_tensors} tensors")
+    assert result.loaded
+    assert (result.path / "README.md").read_text() == f"{len(trained(runs, 'fp32', 'fp32'))} tensors"
+    for path in alone.path.iterdir():
+        assert (result.path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_licences_are_copied(runs, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(llama_config("bf16")))
+    for name in ("LICENSE", "NOTICE.txt", "README.md"):
+        (base / name).write_text(name)
+    result = exported(runs, "bf16", tmp_path / "export", model=base)
+    assert (result.path / "LICENSE").read_text() == "LICENSE"
+    assert (result.path / "NOTICE.txt").read_text() == "NOTICE.txt"
+    assert not (result.path / "README.md").exists(), "another model's card"

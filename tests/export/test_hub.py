@@ -1,0 +1,108 @@
+"""A push to the Hub, against as much of one as an upload needs; in a process of its own, as huggingface_hub reads the
+address of the Hub when it is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_hub import FakeHub, running_hub
+
+from launcher.errors import PushError
+from launcher.export import hub as pushing
+
+TOKEN = "canary-of-the-hub-4711"
+CODE = """
+import sys
+from pathlib import Path
+from launcher.export.hub import push
+from launcher.errors import PushError
+try:
+    print(push(Path(sys.argv[1]), "owner/name", again="the same command"))
+except PushError as error:
+    print(error)
+    sys.exit(1)
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with running_hub(TOKEN) as hub:
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    files = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": os.urandom(100_000)}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def push(hub: FakeHub, folder: Path, token: str = TOKEN, address: str | None = None) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    settings = {"HF_ENDPOINT": address or hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder.parent / "hf")}
+    return subprocess.run(
+        [sys.executable, "-c", CODE, str(folder)],
+        env={**environ, **settings, "HF_TOKEN": token},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+def test_the_repository_holds_the_folder_and_nothing_of_an_earlier_export(hub: FakeHub, folder: Path) -> None:
+    hub.files = {
+        ".gitattributes": b"*",
+        "notes.md": b"mine",
+        "model-00001-of-00002.safetensors": b"old",
+        "model.safetensors.index.json": b"{}",
+    }
+    done = push(hub, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == f"{hub.address}/owner/name"
+    assert hub.unknown == []
+    assert hub.private is True
+    assert len(hub.commits) == 1
+    kept = {".gitattributes": b"*", "notes.md": b"mine"}
+    assert hub.files == kept | {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("end", "status"), [("preupload/main", 403), ("commit/main", 500), ("objects/batch", 403)])
+def test_a_hub_that_refuses_is_told_with_the_command_that_repeats_it(hub: FakeHub, folder: Path, end: str, status: int) -> None:
+    hub.refuse = {end: status}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = push(hub, folder)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "could not be pushed to the Hub; it is complete on this machine" in done.stdout
+    assert "then: the same command" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert hub.commits == []
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_wrong_token_and_a_hub_that_is_not_there_are_told_in_words(hub: FakeHub, folder: Path) -> None:
+    wrong = push(hub, folder, token="somebody-elses")
+    assert wrong.returncode == 1
+    assert "401" in wrong.stdout
+    gone = push(hub, folder, address="http://127.0.0.1:9")
+    assert gone.returncode == 1
+    assert "check the network" in gone.stdout
+
+
+def test_without_a_token_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(PushError, match="HF_TOKEN"):
+        pushing.push(tmp_path, "owner/name", again="")
+    assert pushing.token_problem("--push", "owner/name", {"HF_TOKEN": "x"}) is None
+    problem = pushing.token_problem("--push", "owner/name", {"HF_TOKEN": ""})
+    assert problem is not None
+    assert problem.where == "--push"
+    assert "HF_TOKEN" in problem.remedy
+    assert json.dumps(problem.value) == '"owner/name"'

@@ -1,0 +1,170 @@
+"""The model card: complete, accepted by the Hub, and fit to be read by strangers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from plan_fixtures import composed, facts_for
+
+from launcher.checkpoint.store import Manifest
+from launcher.export.hf_folder import Export
+from launcher.export.model_card import base_front_matter, model_card
+from launcher.export.parity import Parity
+from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
+from launcher.plan.planner import plan as make_plan
+
+MADE = Export(
+    path=Path("/home/me/runs/tried/export"),
+    step=40,
+    dtype="bf16",
+    files=("model.safetensors",),
+    num_parameters=1_000_000,
+    num_bytes=2_000_000,
+    num_tensors=20,
+    num_compared=20,
+    loaded=True,
+    parity=Parity(0.01, 2e-4, 1.0, 64, 1e-2),
+    added_stop_ids=(3, 5),
+)
+MANIFEST = Manifest(step=40, world_size=2, plan_digest="d1ge57", attempt=2, eval_loss=1.75, files={})
+LINEAGE = Lineage(
+    run_name="second",
+    run_dir="/home/me/runs/second",
+    step=7,
+    plan_digest="d2",
+    wandb_id="w2",
+    ancestors=(Origin(run_name="first", run_dir="/home/me/runs/first", step=1000, plan_digest="d1", wandb_id="w1"),),
+)
+METRICS = [
+    {"trainer/step": 0, "eval/held_out/loss": 3.5},
+    {"trainer/step": 39, "train/loss": 9.9},
+    {"trainer/step": 40, "train/loss": 2.9},
+    {"trainer/step": 39, "train/loss": 2.25, "time": 1.0},
+    {"trainer/step": 40, "train/loss": 2.125},
+    {"trainer/step": 40, "eval/held_out/loss": 1.5},
+    {"trainer/step": 41, "train/loss": 0.5},
+    {"trainer/step": 41, "eval/held_out/loss": 0.5},
+]
+
+
+def plan_of(*tokens: str, base: Path | None = None) -> LaunchPlan:
+    config = composed(("model=tiny", "run.name=tried", *tokens))
+    facts = facts_for(config)
+    return make_plan(config, facts.model_copy(update={"model": facts.model.model_copy(update={"path": base and str(base)})}))
+
+
+def base_folder(folder: Path, front_matter: str) -> Path:
+    base = folder / "my-base"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text(f"---\n{front_matter}---\n\n# Base\n---\nlicense: another\n---\n")
+    return base
+
+
+def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Path) -> None:
+    base = base_folder(tmp_path, "license: apache-2.0\nbase_model: owner/original\ntags: [x]\n")
+    plan = plan_of(
+        *(f"model.path={base}", "model.init=pretrained", "optim.lr=3e-5", "train.max_steps=40", "train.epochs=null"),
+        *("train.global_batch_size=8", "data=jsonl", "data.max_length=1024", "data.path=/home/me/private/answers.jsonl"),
+        base=base,
+    )
+    plan = plan.model_copy(update={"lineage": LINEAGE})
+    card = model_card(plan, MANIFEST, METRICS, MADE)
+    data = ModelCard(card).data.to_dict()
+    assert data["license"] == "apache-2.0"
+    assert data["base_model"] == "owner/original"
+    assert data["library_name"] == "transformers"
+    for row in (
+        "| model | my-base |",
+        "| licence | apache-2.0 |",
+        "| sources | train (answers.jsonl) |",
+        "| rows | 1,000 of at most 1,024 tokens |",
+        "| tokens | 900,000, of which 450,000 are trained |",
+        "| learning rate | 3e-05 at its peak |",
+        "| length | 40 steps",
+        "| world size | 2 ranks on 1 node (cpu) |",
+        "| seed | 42 |",
+        "| ZeRO | stage 3, optimizer offload none, parameter offload none |",
+        "| training, step 40 | 2.1250 |",
+        "| held_out, step 0 | 3.5000 |",
+        "| held_out, step 40 | 1.5000 |",
+        "| stop tokens | 3, 5 added to those of the base model, as the data ends turns with them |",
+        "20 of 20 tensors are by their digests those that the engine computed with",
+        "| run | tried |",
+        "| plan digest | d1ge57 |",
+        "| from | run second at step 7, plan digest d2 |",
+        "| from | run first at step 1,000, plan digest d1 |",
+        "| launcher | 0.1.0 at commit 000000000000 |",
+        "torch 2.13.0",
+    ):
+        assert row in card, row
+    for private in (str(tmp_path), "/home", "/srv", "/cache", "private", "0.5000"):
+        assert private not in card, private
+
+
+def test_a_base_without_a_licence_is_said_to_have_none_that_is_known(tmp_path: Path) -> None:
+    tmp_path.joinpath("my-base").mkdir()
+    plan = plan_of(f"model.path={tmp_path}/my-base", "model.init=pretrained", base=tmp_path / "my-base")
+    card = model_card(plan, MANIFEST, [], MADE)
+    assert "| licence | unknown: see the base model |" in card
+    assert "| held out, step 40 | 1.7500 |" in card
+    data = ModelCard(card).data.to_dict()
+    assert data["license"] == "unknown"
+    assert "base_model" not in data, "a folder's name is no id of the Hub"
+
+
+def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
+    base = base_folder(tmp_path, "license: other\nlicense_name: house-licence\nlicense_link: LICENSE\n")
+    plan = plan_of("model.path=owner/original", "model.revision=v2", "model.init=pretrained", base=base)
+    card = model_card(plan, MANIFEST, METRICS, MADE)
+    data = ModelCard(card).data.to_dict()
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "house-licence", "LICENSE")
+    assert data["base_model"] == "owner/original"
+    assert "| licence | other, house-licence, LICENSE |" in card
+    assert "| revision | v2 |" in card
+
+
+def test_a_run_that_began_with_another_runs_weights_keeps_licence_and_base(tmp_path: Path) -> None:
+    base = base_folder(tmp_path, "license: apache-2.0\nbase_model: owner/original\n")
+    plan = plan_of("model.path=run:/home/me/runs/second@7", "model.init=pretrained", base=base)
+    card = model_card(plan, MANIFEST, METRICS, MADE)
+    assert "| model | second@7 |" in card
+    assert ModelCard(card).data.to_dict()["base_model"] == "owner/original"
+    assert "/home" not in card
+
+
+def test_random_weights_have_no_base(tmp_path: Path) -> None:
+    card = model_card(plan_of(), MANIFEST, METRICS, MADE)
+    assert "from random weights" in card
+    assert "base_model" not in ModelCard(card).data.to_dict()
+
+
+def test_names_cannot_break_out_of_the_table() -> None:
+    card = model_card(plan_of("data=jsonl", "data.path='./a|b<i>`.jsonl'"), MANIFEST, METRICS, MADE)
+    assert r"| sources | train (a\|b\<i\>\`.jsonl) |" in card
+
+
+@pytest.mark.parametrize("text", ["", "no front matter", "---\n: : [\n---\n", "---\n- a\n---\n", "---\nlicense: mit\n"])
+def test_a_card_that_cannot_be_read_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    assert base_front_matter(tmp_path) == {}
+    assert base_front_matter(tmp_path / "none") == {}
+
+
+def test_weights_of_a_run_that_has_not_ended_tell_how_far_they_are() -> None:
+    plan = plan_of("train.max_steps=200")
+    batch = plan.batch.model_copy(update={"epochs": 5.0})
+    card = model_card(plan.model_copy(update={"batch": batch}), MANIFEST, METRICS, MADE)
+    assert "| length | 40 of 200 planned steps, 1 of 5 epochs |" in card
+    assert "| model | none: training began from random weights |" in card
+    assert "| licence |" not in card, "there is no base model to see"
+    assert "| changed |" not in card
+
+
+def test_settings_that_a_resume_changed_are_told() -> None:
+    plan, before = plan_of("optim.lr=1e-5"), plan_of("optim.lr=2e-5")
+    card = model_card(plan, MANIFEST, METRICS, MADE, [before, plan])
+    assert "| learning rate | 1e-05 at its peak |" in card
+    assert "| changed | settings of optim differed in earlier attempts; those above are the last ones |" in card
+    assert "| changed |" not in model_card(plan, MANIFEST, METRICS, MADE, [plan, plan])

@@ -1,0 +1,136 @@
+"""Weights on their way from shards into Hugging Face's files: cast, compared with what the engine said, and refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from shard_tools import engine_metadata, flip_bit, llama_config, with_metadata
+
+from launcher.checkpoint import safetensors_io, store
+from launcher.checkpoint.state import read_state
+from launcher.errors import CheckpointError
+from launcher.export import weights
+from launcher.export.hf_folder import Task, export, verify
+
+
+def digested(runs, kind, folder):
+    """A checkpoint whose shards say of the weights what the engine itself gathered when it saved."""
+    checkpoint = store.latest(runs.checkpoints(kind))
+    said = engine_metadata(runs.dump(kind, "saved"), kind, checkpoint.manifest.world_size)
+    return with_metadata(checkpoint.path, folder, said)
+
+
+def task(checkpoint, kind, out, **options):
+    return Task(**{"checkpoint": checkpoint, "model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options)
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "hpz"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_tensor_is_compared_with_the_engines_in_the_dtype_that_it_computes_in(runs, tmp_path, kind, dtype, monkeypatch):
+    monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 1000)  # no part of a tensor fits into one block
+    checkpoint = store.latest(runs.checkpoints(kind))
+    said = engine_metadata(runs.dump(kind, "saved"), "fp32" if kind == "fp32" else "bf16", 2)
+    made = export(task(with_metadata(checkpoint.path, tmp_path, said), kind, tmp_path / "out", dtype=dtype, check=kind != "hpz"))
+    assert made.num_compared == made.num_tensors == len(read_state(checkpoint.path).parameters)
+    assert json.loads((made.path / "export.json").read_text())["tensors_compared"] == made.num_tensors
+    for name, tensor in load_file(made.path / "model.safetensors").items():
+        master = load_file(runs.dump(kind, "saved"))[f"{name}|fp32"]
+        assert torch.equal(tensor, master.to(tensor.dtype)), name
+
+
+def test_a_checkpoint_without_digests_is_not_compared(runs, tmp_path):
+    checkpoint = with_metadata(store.latest(runs.checkpoints("bf16")).path, tmp_path)
+    made = export(task(checkpoint, "bf16", tmp_path / "out"))
+    assert made.num_compared == 0
+    assert made.num_tensors > 10
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_wrong_weight_is_named_with_its_rank_and_nothing_is_left(runs, tmp_path, rank):
+    checkpoint = digested(runs, "bf16", tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    flip_bit(checkpoint, rank, f"{name}|fp32", bit=20)
+    with pytest.raises(CheckpointError) as refused:
+        export(task(checkpoint, "bf16", tmp_path / "out"))
+    (problem,) = refused.value.problems
+    assert "not the one that the engine computed with" in problem.what
+    assert f"{name}, part of rank {rank}" in problem.where
+    assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name]
+
+
+def test_a_weight_that_the_engine_said_nothing_of_is_refused(runs, tmp_path):
+    checkpoint = store.latest(runs.checkpoints("bf16")).path
+    said = engine_metadata(runs.dump("bf16", "saved"), "bf16", 2)
+    known = json.loads(said[1]["weights"])
+    del known["model.norm.weight"]
+    said[1]["weights"] = json.dumps(known)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight, part of rank 1(.|\n)*the engine's is absent"):
+        export(task(with_metadata(checkpoint, tmp_path, said), "bf16", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("said", [{"weights": "{"}, {"weights": "[]", "dtype": "bf16"}, {"weights": "{}", "dtype": "int4"}])
+def test_digests_that_cannot_be_read_are_an_error(runs, tmp_path, said):
+    checkpoint = with_metadata(store.latest(runs.checkpoints("bf16")).path, tmp_path, [said, said])
+    with pytest.raises(CheckpointError, match="digests of a checkpoint's weights cannot be read"):
+        export(task(checkpoint, "bf16", tmp_path / "out"))
+
+
+def test_files_that_the_digests_do_not_cover_are_verified(runs, tmp_path):
+    checkpoint = digested(runs, "bf16", tmp_path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    verify(task(checkpoint, "bf16", tmp_path / "out"))
+    flip_bit(checkpoint, 1, f"{name}|exp_avg", bit=20)
+    verify(task(checkpoint, "bf16", tmp_path / "out"))  # a moment: no export holds it
+    # The lowest bit of a master weight is in no bf16 digest.
+    flip_bit(checkpoint, 1, f"{name}|fp32", bit=0)
+    with pytest.raises(CheckpointError, match="digest differs"):
+        verify(task(checkpoint, "bf16", tmp_path / "out", dtype="fp32"))
+    state = checkpoint / store.STATE
+    state.write_text(state.read_text().replace('"seen": 2', '"seen": 3'))
+    with pytest.raises(CheckpointError, match=r"digest differs(.|\n)*state\.json"):
+        verify(task(checkpoint, "bf16", tmp_path / "out"))
+
+
+@pytest.mark.parametrize("at", [3, 7, 9, 400])
+def test_a_damaged_header_is_told_in_words(runs, tmp_path, at):
+    checkpoint = digested(runs, "bf16", tmp_path)
+    shard = checkpoint / store.shard_name(1)
+    content = bytearray(shard.read_bytes())
+    content[at] ^= 0x80
+    shard.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        export(task(checkpoint, "bf16", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
+def test_casts_are_torchs_for_every_kind_of_number(dtype, torch_dtype):
+    bits = np.random.default_rng(0).integers(0, 2**32, weights._BLOCK_ELEMENTS, dtype=np.uint32)
+    # Ties, the largest finite number, infinities, zeros and a NaN whose upper half is that of an infinity.
+    bits[:10] = [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0, 0x80000000, 0x7F800001, 0xFFFFFFFF, 1]
+    block = bits.view(np.float32)
+    ours = torch.frombuffer(bytearray(weights._Cast(dtype)(block)), dtype=torch_dtype)
+    theirs = torch.from_numpy(block).to(torch_dtype)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    signed = torch.int32 if dtype == "fp32" else torch.int16
+    assert torch.equal(ours[~ours.isnan()].view(signed), theirs[~ours.isnan()].view(signed))
+
+
+def test_a_digest_of_pieces_is_that_of_the_whole():
+    content = memoryview(b"0123456789" * 1000)
+    pieces = safetensors_io.WeightDigest()
+    for start in range(0, len(content), 777):
+        pieces.update(content[start : start + 777])
+    assert pieces.hexdigest() == safetensors_io.weight_digest(content)
+    assert len(safetensors_io.weight_digest(memoryview(b""))) == 16
+
+
+def test_weights_are_written_without_torch():
+    code = "import sys, launcher.worker.export; print([m for m in ('torch', 'transformers', 'deepspeed') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"

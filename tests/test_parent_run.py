@@ -1,0 +1,213 @@
+"""What `model.path=run:...` finds, and what it says where it finds nothing; real run directories with real checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from plan_fixtures import config_of, facts_for
+from pydantic import ValidationError
+
+from launcher import atomic_files, facts, parent_run, run_store
+from launcher.checkpoint import store
+from launcher.checkpoint.state import State
+from launcher.cli.main import main
+from launcher.config.schema import ModelSection, RunConfig
+from launcher.errors import ConfigError, Problem
+from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
+from launcher.plan.planner import plan
+from launcher.plan.run_dir import RunDir
+
+__all__ = ["config_of"]
+
+SHAPES = {"embed": (6, 4), "norm": (4,)}
+MakeRun = Callable[..., RunDir]
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def make_run(config_of: Callable[..., RunConfig], tmp_path: Path) -> MakeRun:
+    """A run directory with committed checkpoints of `steps`, whose files hold `content`."""
+
+    def make(name: str, *steps: int, lineage: Lineage | None = None, content: bytes = b"weights") -> RunDir:
+        config = config_of("train.max_steps=20", f"run.name={name}")
+        gathered = facts_for(config, working_dir=str(tmp_path)).model_copy(update={"lineage": lineage})
+        run = run_store.create(plan(config, gathered))
+        for step in steps:
+            add_checkpoint(run, step, content)
+        return run
+
+    return make
+
+
+def add_checkpoint(run: RunDir, step: int, content: bytes = b"weights") -> Path:
+    saving = store.begin(run.checkpoints, step=step, attempt=1, needed_bytes=1)
+    state = State(parameters=SHAPES, optimizer_step=step, loss_scaler={}, engine={}, extra={})
+    files = {
+        store.STATE: atomic_files.write_file(saving / store.STATE, [state.to_json().encode()]),
+        store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [content]),
+    }
+    digest = LaunchPlan.load(run.plan).digest()
+    return store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest=digest, attempt=1, files=files))
+
+
+def settings(config_of: Callable[..., RunConfig], path: str, *more: str) -> RunConfig:
+    return config_of("model=tiny", "model.init=pretrained", "model.config=null", f"model.path='{path}'", *more)
+
+
+def problem_of(config: RunConfig) -> Problem:
+    with pytest.raises(ConfigError) as error:
+        facts.settled(config)
+    (problem,) = error.value.problems
+    assert problem.where == "model.path"
+    assert problem.remedy
+    return problem
+
+
+@pytest.mark.parametrize("path", ["run:a", "run:a@3", "run:/srv/runs/a", "run:./runs/a@12", "run:~/runs/a", "run:../a@b@3"])
+def test_forms_of_a_run(path: str) -> None:
+    assert ModelSection(path=path).path == path
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"path": "run:"}, "is not a run; write run:NAME or run:NAME@STEP"),
+        ({"path": "run:a@x"}, "is not a run; write"),
+        ({"path": "run:runs/a"}, "is not a run; write"),
+        ({"path": "run:a", "init": "random"}, "set model.init=pretrained"),
+        ({"path": "./m", "tokenizer": "run:a"}, "the tokenizer comes with the weights of model.path"),
+    ],
+)
+def test_what_is_no_run_is_told(values: dict[str, str], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        ModelSection(**values)  # type: ignore[arg-type]
+
+
+def test_an_open_step_becomes_the_newest_and_stays(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+    run = make_run("a", 5, 10)
+    config = facts.settled(settings(config_of, "run:a"))
+    assert config.model.path == f"run:{run.root}@10"
+    add_checkpoint(run, 15)
+    assert facts.settled(config) == config, "a later checkpoint changes nothing"
+    for path in ("run:a@5", "run:./runs/a@5", f"run:{run.root}@5"):
+        assert facts.settled(settings(config_of, path)).model.path == f"run:{run.root}@5"
+    # The folder of runs is the one that run.root names.
+    assert facts.settled(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
+
+
+def test_settings_without_a_run_stay_as_they_are(config_of: Callable[..., RunConfig]) -> None:
+    config = config_of("model=tiny")
+    assert facts.settled(config) is config
+
+
+def test_mistakes_are_told_with_what_there_is(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+    make_run("a", 5, 10)
+    make_run("empty")
+    missing = problem_of(settings(config_of, "run:b"))
+    assert (missing.what, missing.value) == ("model.path: there is no run named b", "run:b")
+    assert missing.remedy.startswith("choose one of: ")
+    assert {"a", "empty"} <= set(missing.remedy[15:].split(", "))
+    step = problem_of(settings(config_of, "run:a@7"))
+    assert step.what == "model.path: run a: there is no committed checkpoint of step 7"
+    assert (step.value, step.remedy) == ("run:a@7", "choose one of: 5, 10")
+    unsaved = problem_of(settings(config_of, "run:empty"))
+    assert "run empty: there is no committed checkpoint" in unsaved.what
+    assert "python -m launcher resume" in unsaved.remedy
+    itself = problem_of(settings(config_of, "run:a", "run.name=a"))
+    assert "a run cannot begin with its own weights" in itself.what
+    assert "resume" in itself.remedy
+
+
+def test_a_plan_that_cannot_be_read_is_told(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+    run = make_run("a", 5)
+    run.plan.write_text("{}")
+    assert "cannot be read by this launcher" in problem_of(settings(config_of, "run:a")).what
+
+
+def test_a_person_sees_key_value_and_remedy(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run("a", 5, 10)
+    for verb in ("plan", "data", "train"):
+        tokens = ("model=tiny", "model.init=pretrained", "model.path=run:a@7", "tracking=none")
+        assert main([verb, *tokens]) == 2
+        error = capsys.readouterr().err
+        assert "where:  model.path (command line)" in error
+        assert "value:  run:a@7" in error
+        assert "remedy: choose one of: 5, 10" in error
+
+
+def test_numbers_are_the_sources_before_anything_is_prepared(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+    run = make_run("a", 5)
+    # A preset that describes another model does not count.
+    config = facts.settled(config_of("model=qwen3_8b", "model.path=run:a"))
+    assert config.model.config is not None
+    gathered = facts.gather(config, [])
+    source = LaunchPlan.load(run.plan)
+    assert (gathered.model.path, gathered.model.config) == (None, source.model.config)
+    assert (gathered.model.num_params, gathered.model.num_params_exact) == (28, True)
+    assert gathered.model.num_params == sum(math.prod(shape) for shape in SHAPES.values())
+    assert not facts.is_prepared(config, gathered)
+    assert facts.is_known(config.model)
+
+
+def test_lineage_goes_back_to_the_first_run(make_run: MakeRun) -> None:
+    first = make_run("first", 5)
+    lineage = parent_run.lineage(parent_run.open_source("run:first"))
+    assert lineage == Lineage(
+        run_name="first",
+        run_dir=str(first.root),
+        step=5,
+        plan_digest=LaunchPlan.load(first.plan).digest(),
+        wandb_id=LaunchPlan.load(first.plan).wandb_id,
+    )
+    for name in ("second", "third"):
+        make_run(name, 7, lineage=lineage)
+        lineage = parent_run.lineage(parent_run.open_source(f"run:{name}"))
+    assert (lineage.run_name, lineage.step) == ("third", 7)
+    assert [(a.run_name, a.step) for a in lineage.ancestors] == [("second", 7), ("first", 5)]
+    assert all(type(a) is Origin for a in lineage.ancestors)
+
+
+def test_weights_are_kept_apart_by_what_they_are(make_run: MakeRun) -> None:
+    make_run("a", 5, 10)
+    make_run("b", 5)
+    sources = [parent_run.open_source(path) for path in ("run:a@5", "run:a@10", "run:b@5")]
+    folders = {parent_run.folder(source, dtype) for source in sources for dtype in ("bf16", "fp32")}
+    assert len(folders) == 6
+    assert parent_run.folder(sources[0], "bf16") == parent_run.folder(parent_run.open_source("run:a@5"), "bf16")
+    # The same step, saved again with other weights.
+    store.durable.remove_directory(sources[0].checkpoint.path)
+    add_checkpoint(sources[0].run, 5, b"other")
+    assert parent_run.folder(parent_run.open_source("run:a@5"), "bf16") not in folders
+
+
+def test_the_runs_own_export_serves_where_it_is_this_checkpoint(make_run: MakeRun) -> None:
+    run = make_run("a", 5, 10)
+    newest, earlier = parent_run.open_source("run:a"), parent_run.open_source("run:a@5")
+    digest = newest.checkpoint.manifest.plan_digest
+    assert parent_run.exported(newest, "bf16") is None
+    run.export.mkdir()
+
+    def write(**changes: object) -> None:
+        marker = {"step": 10, "plan_digest": digest, "dtype": "bf16", **changes}
+        (run.export / "export.json").write_text(json.dumps(marker))
+
+    write()
+    assert parent_run.exported(newest, "bf16") == run.export
+    assert parent_run.exported(newest, "fp32") is None, "half of the bits are gone"
+    assert parent_run.exported(newest, "fp16") is None
+    assert parent_run.exported(earlier, "bf16") is None
+    write(dtype="fp32")
+    assert parent_run.exported(newest, "bf16") == parent_run.exported(newest, "fp32") == run.export
+    write(plan_digest="0" * 32)
+    assert parent_run.exported(newest, "bf16") is None
+    (run.export / "export.json").write_text("{")
+    assert parent_run.exported(newest, "bf16") is None

@@ -1,0 +1,90 @@
+"""What only GPUs measure, from the device's own library to W&B's file; the numbers of NVIDIA's library and of CUDA are played."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from plan_fixtures import H100
+from played_nvml import Nvml
+from torch import nn
+from wandb_files import history
+
+from launcher import run_store
+from launcher.data.cache import Split
+from launcher.data.loader import TrainBatches
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.run_store import Attempt
+from launcher.tracking.tracker import start_trackers
+from launcher.train.engine import Place
+from launcher.train.metrics import Meter
+from launcher.train.monitoring.monitor import Monitor
+
+GPU = torch.device("cuda", 0)
+GIB = 2**30
+TIMES = {"time/step_s": 0.5, "time/data_s": 0.1}
+MEMORY = {"active_bytes.all.peak": 30 * GIB, "reserved_bytes.all.peak": 40 * GIB, "num_alloc_retries": 2}
+PLAYED = {
+    "gpu/util_mean": 0.9,
+    "gpu/util_min": 0.9,
+    "gpu/temp_max": 71,
+    "gpu/power_mean": 650,
+    "gpu/memory_max_frac": 0.75,
+    "gpu/xids": 1,
+    "memory/peak_active_gib": 30,
+    "memory/peak_reserved_gib": 40,
+    "memory/alloc_retries": 2,
+}
+COST = {"cost/gpu_hours", "cost/usd", "cost/usd_per_million_tokens"}
+
+
+def rows_of_eight(num_rows: int) -> Split:
+    """One document a row, of which all is trained."""
+    ends = np.arange(0, 8 * num_rows + 1, 8)
+    tokens, trained = np.arange(8 * num_rows, dtype=np.uint32), np.ones(8 * num_rows, dtype=np.uint8)
+    of_rows = np.full(num_rows, 7)
+    return Split(tokens, trained, ends, ends, of_rows, np.zeros(num_rows, dtype=np.uint16), np.full((num_rows, 1), 8))
+
+
+def test_what_gpus_measure_and_cost_is_in_wandb(
+    plan_of: Callable[..., LaunchPlan], nvml: Nvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: MEMORY)
+    nvml.faults = [79]
+    plan = plan_of("tracking=wandb", "tracking.mode=offline", "cluster.price_per_gpu_hour=3", device=H100)
+    plan = plan.model_copy(update={"run_dir": str(tmp_path / "run")})
+    run = run_store.create(plan)
+    run_store.next_attempt(run, Attempt(None))
+    tracker = start_trackers(plan, run.root, 1, on_stop=lambda: None)
+    dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
+    monitor = Monitor(plan, Place(0, 0, 1, 1), GPU, nn.Module(), None, tracker, lambda phase, step: None)
+    meter = Meter(plan, 40, attempt=1, restart=0, peak_tflops=989.0)
+    batches = TrainBatches(rows_of_eight(plan.batch.global_batch_size), plan.batch, 0, 0, plan.topology.world_size, pad_id=0)
+    monitor.loaded(0)
+    found: dict[str, float] = {}
+    end, step = time.monotonic() + 60, 0
+    # The device and what the run has spent are read beside the training.
+    while not (found.keys() >= {*PLAYED, *COST} and found["gpu/xids"]):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+        monitor.measured(TIMES)
+        monitor.heard(monitor.own())
+        step += 1
+        metrics = meter.step(step, batches.step(0), 2.0, 1.0, 1e-5, TIMES)
+        found = metrics | monitor.metrics(meter.tokens)
+        tracker.log(step, found)
+    monitor.stop()
+    dist.destroy_process_group()
+    tracker.finish("completed")
+    told = history(run.root)[-1]
+    assert found.keys() <= told.keys()
+    assert {name: told[name] for name in PLAYED} == pytest.approx(PLAYED)
+    assert told["cost/usd"] == pytest.approx(3 * told["cost/gpu_hours"])
+    assert told["cost/usd_per_million_tokens"] == pytest.approx(told["cost/usd"] / told["trainer/tokens"] * 1e6)
+    assert 0 < told["perf/mfu"] < 1

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import hand_made
+import pytest
+
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+from launcher.train.monitoring import status_file
+from launcher.train.monitoring.status_file import StatusFile
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose second attempt has just started its ranks."""
+    found = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
+    run_store.update_status(found, state="running", attempt=2, job={"id": "7"}, message="starting")
+    return found
+
+
+def step_on_disk(run: RunDir, step: int) -> bool:
+    deadline = time.monotonic() + 20
+    while run_store.read_status(run).step != step and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return run_store.read_status(run).step == step
+
+
+def no_word(words: str) -> None:
+    pytest.fail(words)
+
+
+def test_a_state_is_on_disk_at_once_and_what_others_have_written_stays(run: RunDir) -> None:
+    file = StatusFile(run, 2, no_word, is_main=True)
+    file.state("saving", 12)
+    found = run_store.read_status(run)
+    assert (found.state, found.step, found.message) == ("saving", 12, "")
+    assert (found.attempt, found.job, found.max_steps) == (2, {"id": "7"}, 40)
+    StatusFile(run, 2, no_word, is_main=False).state("running", 99)
+    assert run_store.read_status(run) == found
+
+
+def test_steps_are_told_once_in_a_while_and_never_held_up(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each write to disk waits here until it is let through, as on storage that hangs."""
+    monkeypatch.setattr(status_file, "_STEPS_EVERY_S", 0.05)
+    through, writes, fsync = threading.Event(), [], os.fsync
+
+    def slow(descriptor: int) -> None:
+        writes.append(descriptor)
+        assert through.wait(30)
+        fsync(descriptor)
+
+    file = StatusFile(run, 2, no_word, is_main=True)
+    monkeypatch.setattr(os, "fsync", slow)
+    began = time.monotonic()
+    for step in range(1, 101):
+        file.training(step)
+        time.sleep(0.001)
+    assert time.monotonic() - began < 10
+    deadline = time.monotonic() + 20
+    while not writes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(writes) == 1
+    assert run_store.read_status(run).step == 0
+    through.set()
+    assert step_on_disk(run, 1)
+    time.sleep(0.06)
+    monkeypatch.setattr(status_file, "_STEPS_EVERY_S", 1e6)
+    file.training(101)
+    assert step_on_disk(run, 101)
+    file.training(102)
+    file.state("saving", 103)
+    found = run_store.read_status(run)
+    assert (found.state, found.step) == ("saving", 103)
+    assert len(writes) == 3, "102 came too soon after 101"
+
+
+def test_what_cannot_be_written_is_told(run: RunDir) -> None:
+    run.status.unlink()
+    said: list[str] = []
+    StatusFile(run, 2, said.append, is_main=True).state("running", 3)
+    assert len(said) == 1
+    assert said[0].startswith("status.json could not be written: a file of the run is missing")
+
+
+def test_an_attempt_that_another_has_followed_writes_nothing(run: RunDir) -> None:
+    file = StatusFile(run, 2, (said := []).append, is_main=True)
+    run.attempt(3).mkdir(parents=True)
+    run_store.update_status(run, attempt=3)
+    file.state("running", 12)
+    assert run_store.read_status(run).attempt == 3
+    assert run_store.read_status(run).step == 0
+    assert "attempt 3 has taken over" in said[0]

@@ -1,0 +1,76 @@
+"""Builds of extensions outlive the death of the process that was building."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from launcher.train.jit_build_lock import LockedBaton
+
+HOLDER = """
+import sys, time
+from launcher.train.jit_build_lock import LockedBaton
+print(LockedBaton(sys.argv[1]).try_acquire(), flush=True)
+time.sleep(60)
+"""
+
+
+def holding(lock: Path) -> subprocess.Popen[str]:
+    """A process that builds."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    return process
+
+
+def test_one_builds_and_the_others_wait(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    first, second = LockedBaton(str(lock)), LockedBaton(str(lock), wait_seconds=0.01)
+    assert first.try_acquire()
+    assert not second.try_acquire()
+    waiting = threading.Thread(target=second.wait)
+    waiting.start()
+    time.sleep(0.1)
+    assert waiting.is_alive()
+    first.release()
+    waiting.join(timeout=5)
+    assert not waiting.is_alive()
+    assert not lock.exists()
+
+
+def test_who_is_killed_in_a_build_blocks_nobody(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    process = holding(lock)
+    try:
+        baton = LockedBaton(str(lock), wait_seconds=0.01)
+        assert not baton.try_acquire()
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=10)
+        assert lock.exists()
+        baton.wait()
+        assert LockedBaton(str(lock)).try_acquire()
+    finally:
+        process.kill()
+        process.wait(timeout=10)
+
+
+def test_a_file_that_another_program_has_left_behind_blocks_nobody(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    baton = LockedBaton(str(lock))
+    assert baton.try_acquire()
+    baton.release()
+    assert not lock.exists()
+
+
+def test_torch_builds_with_such_locks_in_a_rank() -> None:
+    script = (
+        "from torch.utils import cpp_extension; from launcher.train.jit_build_lock import LockedBaton, lock_builds; "
+        "lock_builds(); assert cpp_extension.FileBaton is LockedBaton; "
+        "assert cpp_extension._jit_compile.__globals__['FileBaton'] is LockedBaton"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

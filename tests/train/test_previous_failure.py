@@ -1,0 +1,115 @@
+"""What rank 0 tells of the ranks before it, whose own words nobody has heard outside of the run's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+from launcher.plan.xids import LOST
+from launcher.run_store import Attempt
+from launcher.tracking.jsonl import append_event
+from launcher.train.previous_failure import RESTART, Failure, failure_before
+
+KILLED = {"rank": 3, "log": "/run/rank-00003.log"}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose second attempt follows the first by itself."""
+    found = RunDir(tmp_path)
+    found.attempts.mkdir()
+    run_store.next_attempt(found, Attempt(None))
+    run_store.next_attempt(found, Attempt(None, automatic=True))
+    return found
+
+
+def ended(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:
+    said = {"cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
+    run_store.write_json(run.attempt(1) / "exit.json", said)
+
+
+@pytest.mark.parametrize(
+    ("cause", "first_failure", "words"),
+    [
+        ("infrastructure", KILLED, "rank 3: killed by SIGKILL (log: /run/rank-00003.log); this one follows it"),
+        ("bad_node", None, "attempt 1 ended (bad_node): rank 3: killed by SIGKILL; this one follows it"),
+        ("resized", None, ""),
+    ],
+)
+def test_an_end_that_no_rank_has_told_is_told(run: RunDir, cause: str, first_failure: dict[str, Any] | None, words: str) -> None:
+    ended(run, cause, first_failure)
+    told = failure_before(run, 2)
+    assert (told is not None) == bool(words)
+    assert told is None or told.words.endswith(words)
+    assert told is None or not told.recorded
+    assert failure_before(run, 1) is None
+    append_event(run, 1, "alert", f"the attempt ended ({cause}): rank 3: killed by SIGKILL; runs again")
+    again = failure_before(run, 2)
+    assert again is None or again.recorded
+
+
+def test_ranks_that_could_save_have_told_it(run: RunDir) -> None:
+    ended(run, "preempted", None)
+    told = failure_before(run, 2)
+    assert told is not None
+    assert told.words.startswith("attempt 1 ended (preempted)")
+    run_store.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
+    assert failure_before(run, 2) is None
+
+
+def test_who_resumes_a_run_knows_why_it_ended(run: RunDir) -> None:
+    ended(run, "infrastructure", KILLED)
+    run_store.write_attempt(run, 2, Attempt(None))
+    assert failure_before(run, 2) is None
+
+
+def test_ranks_that_are_started_again_tell_the_last_reason(run: RunDir) -> None:
+    ended(run, "infrastructure", KILLED)
+    append_event(run, 1, "alert", "of another attempt", **{RESTART: 1})
+    for count, reason in ((1, "the first"), (2, "the second")):
+        append_event(run, 2, "alert", reason, **{RESTART: count})
+    append_event(run, 2, "alert", "another matter")
+    assert failure_before(run, 2) == Failure("the second", recorded=True)
+
+
+def test_gpu_faults_that_no_rank_could_tell_are_named(run: RunDir) -> None:
+    ended(run, "infrastructure", None)
+    append_event(run, 2, "alert", "Xid 94 on GPU 1: of another attempt")
+    for gpu in range(3):
+        append_event(run, 1, "alert", f"Xid 45 on GPU {gpu}: work was taken off the GPU (rank {gpu} on n1)")
+    for _ in range(2):
+        append_event(run, 1, "alert", "Xid 79 on GPU 3: fallen off the bus (rank 3 on n1)")
+    told = failure_before(run, 2)
+    assert told is not None
+    assert told.words.endswith(
+        "this one follows it; GPU faults: Xid 79 on GPU 3: fallen off the bus (rank 3 on n1); Xid 45 on GPU 0: work was taken "
+        "off the GPU (rank 0 on n1); Xid 45 on GPU 1: work was taken off the GPU (rank 1 on n1); 1 more"
+    )
+
+
+def test_a_gpu_that_was_lost_without_an_xid_is_named(run: RunDir) -> None:
+    ended(run, "infrastructure", None)
+    append_event(run, 1, "alert", "Xid 45 on GPU 0: work was taken off the GPU (rank 0 on n1)")
+    append_event(run, 1, "alert", f"{LOST} (GPU 3); the node must be restarted, or the GPU reset (rank 3 on n1)")
+    told = failure_before(run, 2)
+    assert told is not None
+    assert "; GPU faults: a GPU is lost (GPU 3); the node must be restarted" in told.words
+
+
+def test_gpu_faults_before_a_restart_are_named_once(run: RunDir) -> None:
+    for count in (1, 2):
+        append_event(run, 2, "alert", f"Xid 48 on GPU {count}: uncorrectable memory error (rank {count} on n1)")
+        append_event(run, 2, "alert", f"restart {count}", **{RESTART: count})
+    append_event(run, 2, "alert", "Xid 31 on GPU 7: of the ranks that run now")
+    words = "restart 2; GPU faults: Xid 48 on GPU 2: uncorrectable memory error (rank 2 on n1)"
+    assert failure_before(run, 2) == Failure(words, recorded=True)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_what_cannot_be_read_keeps_nobody_from_training(run: RunDir, text: str) -> None:
+    (run.attempt(1) / "exit.json").write_text(text)
+    assert failure_before(run, 2) is None

@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.errors import RunError
+from launcher.worker.checks import network
+from launcher.worker.checks.network import Endpoint
+
+NODES = {
+    "n1": "NodeName=n1 Arch=x86_64 CPUAlloc=0 NodeAddr=10.0.0.1 NodeHostName=n1 Port=6818 State=IDLE",
+    "n2": "NodeName=n2 Arch=x86_64 CPUAlloc=0 NodeAddr=10.0.0.2 NodeHostName=n2 Port=6818 State=IDLE",
+}
+
+
+@pytest.fixture
+def wired() -> tuple[str, str]:
+    """An interface of this machine that is not loopback, and its first IPv4 address."""
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            if entry.family == socket.AF_INET and not network._is_local(entry.address):
+                return name, entry.address
+    pytest.skip("this machine has no network")
+
+
+@pytest.fixture
+def neighbour(wired: tuple[str, str]) -> str:
+    """An address on the same network as `wired` that this machine does not have."""
+    own = ipaddress.ip_address(wired[1])
+    return str(own + 1 if int(own) % 256 < 254 else own - 1)
+
+
+@pytest.fixture
+def resolves(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], None]:
+    """Make names resolve as given, and no others."""
+
+    def install(names: Mapping[str, str]) -> None:
+        def getaddrinfo(host: str, *_: object, **__: object) -> list[tuple[object, ...]]:
+            try:
+                address = str(ipaddress.ip_address(host))
+            except ValueError:
+                if host not in names:
+                    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known") from None
+                address = names[host]
+            return [(socket.AF_INET6 if ":" in address else socket.AF_INET, 0, 0, "", (address, 0))]
+
+        monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    return install
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A scontrol that knows the nodes given, one line each."""
+
+    def install(**nodes: str) -> None:
+        command = tmp_path / "scontrol"
+        listed, described = "\n".join(nodes), "\n".join(nodes.values())
+        command.write_text(
+            '#!/bin/sh\ncase "$*" in\n'
+            f"'show hostnames n[1-2]') printf '%s\\n' '{listed}' ;;\n"
+            f"'--oneliner show node n[1-2]') printf '%s\\n' '{described}' ;;\n"
+            '*) echo "not asked for: $*" >&2; exit 1 ;;\nesac\n'
+        )
+        command.chmod(0o700)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return install
+
+
+def test_a_chosen_interface_gives_its_address(wired: tuple[str, str]) -> None:
+    name, address = wired
+    assert network.own_endpoint(["203.0.113.9"], name) == Endpoint(address, name)
+
+
+@pytest.mark.parametrize("interface, said", [("nowhere0", "does not exist"), ("lo", "has no address that other nodes can reach")])
+def test_an_interface_that_will_not_do_is_refused_with_those_that_would(
+    wired: tuple[str, str], interface: str, said: str
+) -> None:
+    with pytest.raises(RunError) as caught:
+        network.own_endpoint([], interface)
+    (problem,) = caught.value.problems
+    assert said in problem.what
+    assert (problem.where, problem.value) == ("cluster.interface", interface)
+    assert f"{wired[0]}: {wired[1]}" in problem.remedy
+    assert "127.0.0.1" not in problem.remedy
+
+
+def test_an_ipv4_address_comes_before_ipv6_and_link_local_ones_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    interfaces = {"ib0": ["fe80::1", "fd00::7", "10.1.0.7"], "ib1": ["169.254.3.4", "fe80::2", "fd00::8"], "ib2": ["fe80::3"]}
+    monkeypatch.setattr(network, "_interfaces", lambda: interfaces)
+    assert network.own_endpoint([], "ib0").address == "10.1.0.7"
+    assert network.own_endpoint([], "ib1").address == "fd00::8"
+    with pytest.raises(RunError, match="has no address"):
+        network.own_endpoint([], "ib2")
+
+
+def test_without_an_interface_the_route_to_the_first_other_node_decides(wired: tuple[str, str], neighbour: str) -> None:
+    name, address = wired
+    assert network.own_endpoint([address, os.uname().nodename, neighbour, "203.0.113.9"], None) == Endpoint(address, name)
+
+
+def test_one_node_alone_uses_loopback(wired: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "as-slurm-says")
+    peers = [wired[1], "127.0.0.1", "127.77.3.2", "localhost", os.uname().nodename, "as-slurm-says"]
+    assert network.own_endpoint([], None) == network.own_endpoint(peers, None) == Endpoint("127.0.0.1", "lo")
+
+
+def test_this_node_is_known_by_its_address_under_any_name(wired: tuple[str, str], resolves: Callable[..., None]) -> None:
+    resolves({"n1-ib": wired[1]})
+    assert network.own_endpoint(["n1-ib"], None) == Endpoint("127.0.0.1", "lo")
+
+
+def test_another_node_whose_name_leads_to_loopback_or_nowhere_is_told(resolves: Callable[..., None]) -> None:
+    resolves({"n2": "127.0.1.1"})
+    with pytest.raises(RunError, match="n2 seems to be at a loopback address"):
+        network.own_endpoint(["n2"], None)
+    with pytest.raises(RunError, match="n3 has an unknown name"):
+        network.own_endpoint(["n3"], None)
+
+
+def test_a_route_from_a_link_local_address_is_refused(monkeypatch: pytest.MonkeyPatch, neighbour: str) -> None:
+    monkeypatch.setattr(network, "_is_local", lambda address: True)
+    with pytest.raises(RunError, match="cannot reach it"):
+        network.own_endpoint([neighbour], None)
+
+
+def test_a_node_without_a_route_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel itself refuses a datagram socket the broadcast address.
+    with pytest.raises(RunError, match="no route to the other nodes"):
+        network.own_endpoint(["255.255.255.255"], None)
+
+
+def test_nodes_are_at_the_addresses_by_which_slurm_reaches_them(
+    scontrol: Callable[..., None], resolves: Callable[..., None]
+) -> None:
+    resolves({"n1": "192.168.0.1"})
+    scontrol(n2=NODES["n2"], n1=NODES["n1"])
+    found = network.node_addresses("n[1-2]")
+    assert list(found.items()) == [("n2", "10.0.0.2"), ("n1", "10.0.0.1")]
+
+
+def test_an_address_that_is_a_name_is_resolved_and_one_at_loopback_is_passed_over(
+    scontrol: Callable[..., None], resolves: Callable[..., None]
+) -> None:
+    resolves({"n1-ib": "10.9.0.1", "n2-alias": "127.0.1.1", "n2": "10.9.0.2"})
+    scontrol(n1=NODES["n1"].replace("10.0.0.1", "n1-ib"), n2=NODES["n2"].replace("10.0.0.2", "n2-alias"))
+    assert network.node_addresses("n[1-2]") == {"n1": "10.9.0.1", "n2": "10.9.0.2"}
+
+
+def test_where_slurm_hides_its_nodes_their_names_have_to_do(
+    scontrol: Callable[..., None], resolves: Callable[..., None], tmp_path: Path
+) -> None:
+    resolves({"n1": "10.9.0.1", "n2": "10.9.0.2"})
+    scontrol(**NODES)
+    command = (tmp_path / "scontrol").read_text()
+    refused = "echo 'slurm_load_node error: Access/permission denied' >&2; exit 1"
+    (tmp_path / "scontrol").write_text(command.replace("'--oneliner show node n[1-2]')", f"--oneliner*) {refused} ;; none)"))
+    assert network.node_addresses("n[1-2]", patience_s=60) == {"n1": "10.9.0.1", "n2": "10.9.0.2"}
+
+
+def test_this_node_with_a_loopback_name_is_where_it_routes_to_the_others_from(
+    scontrol: Callable[..., None],
+    resolves: Callable[..., None],
+    wired: tuple[str, str],
+    neighbour: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resolves({"n1": "127.0.1.1"})
+    scontrol(n1=NODES["n1"].replace("10.0.0.1", "n1"), n2=NODES["n2"].replace("10.0.0.2", neighbour))
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert network.node_addresses("n[1-2]") == {"n1": wired[1], "n2": neighbour}
+    monkeypatch.setenv("SLURMD_NODENAME", "n2")
+    with pytest.raises(RunError, match="n1 has no address that other nodes can reach"):
+        network.node_addresses("n[1-2]")
+
+
+@pytest.mark.parametrize(
+    "address, public",
+    [
+        *(("10.0.0.1", False), ("192.168.1.2", False), ("127.0.0.1", False), ("100.64.0.1", False), ("fd00::1", False)),
+        *(("fe80::1", False), ("8.8.8.8", True), ("172.32.0.1", True), ("2606:4700::1111", True)),
+    ],
+)
+def test_an_address_that_the_internet_routes_is_public(address: str, public: bool) -> None:
+    assert network.is_public(address) is public
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_a_free_port_can_be_listened_on(address: str) -> None:
+    port = network.free_port(address)
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as listener:
+        listener.bind((address, port))
+        listener.listen()
+        assert network.await_reachable(address, port, 5) is not None
+
+
+def test_a_listener_that_comes_late_is_awaited() -> None:
+    port = network.free_port("127.0.0.1")
+    with socket.socket() as listener:
+
+        def listen() -> None:
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+
+        timer = threading.Timer(0.3, listen)
+        timer.start()
+        seconds = network.await_reachable("127.0.0.1", port, 20)
+        timer.join()
+    assert seconds is not None
+    assert 0.2 < seconds < 10
+
+
+def test_one_that_never_comes_is_given_up_at_the_deadline(neighbour: str) -> None:
+    for address in ("127.0.0.1", neighbour, "no-such-host.invalid"):
+        started = time.monotonic()
+        assert network.await_reachable(address, network.free_port("127.0.0.1"), 0.3) is None
+        assert time.monotonic() - started < 5

@@ -1,0 +1,302 @@
+"""What the driver of a run on Ray hands to Ray and to Ray Train, and what it does while these go wrong."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from plan_fixtures import CPU, H100
+
+from launcher import run_store
+from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt
+from launcher.tracking.jsonl import read_events
+from launcher.worker.ray import coordinator_actor, driver
+
+
+@pytest.mark.parametrize(
+    "device, settings",
+    [
+        (CPU, {}),
+        (CPU, {"resources_per_worker": {"memory": 1e9}}),
+        (H100, {}),
+        (H100, {"resources_per_worker": {"CPU": 8.0}}),
+        (H100, {"gpus_per_worker": 0}),
+    ],
+)
+def test_workers_get_what_ray_train_gives_by_default(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, device: DeviceFacts, settings: dict[str, Any]
+) -> None:
+    """The plan names in full what each worker gets; Ray Train, told of the settings alone, comes to the same."""
+    from ray.train import ScalingConfig
+
+    plan = ray_plan(device=device, workers=4, **settings)
+    gpus = device is H100 and settings.get("gpus_per_worker") != 0
+    by_ray = ScalingConfig(num_workers=4, use_gpu=gpus, resources_per_worker=settings.get("resources_per_worker"))
+    wanted = by_ray._resources_per_worker_not_none
+    asked = driver.trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
+    assert plan.ray.resources(device.kind) == wanted
+    assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
+    assert by_ray.placement_strategy == asked.placement_strategy
+
+
+def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> None:
+    settings = {"accelerator_type": "H100", "placement_strategy": "SPREAD", "resize_seconds": 5.0, "stop_grace_seconds": 90.0}
+    elastic = ray_plan(device=H100, workers=4, min_workers=2, storage_path="s3://bucket/ray", **settings)
+    trainer = driver.trainer(elastic, RunDir(tmp_path), "attempt-001", None)
+    scaling, running = trainer.scaling_config, trainer.run_config
+    assert scaling.num_workers == (2, 4)
+    assert (scaling.accelerator_type, scaling.placement_strategy) == ("H100", "SPREAD")
+    assert scaling.elastic_resize_monitor_interval_s == 5.0
+    assert running.storage_path == "s3://bucket/ray"
+    assert running.failure_config.preemption_grace_s == 90.0
+    spot = ray_plan(device=H100, workers=4, label_selector={"ray.io/market-type": "spot"})
+    trainer = driver.trainer(spot, RunDir(tmp_path), "attempt-001", None)
+    assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot"}
+    assert trainer.run_config.storage_path == str(tmp_path / "ray")
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """What the driver does to its own process is taken back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("own_signals")
+def test_a_signal_to_the_driver_asks_for_a_save_and_a_second_one_for_an_end(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, number: signal.Signals
+) -> None:
+    run = run_store.create(ray_plan(working_dir=str(tmp_path)))
+    asked = run.cancel(run_store.next_attempt(run, Attempt(resume_step=None)))
+    wishes = driver._Wishes(run)
+    wishes.install()
+    wishes.write()
+    assert not asked.exists()
+    for saves in (True, False):
+        os.kill(os.getpid(), number)
+        wishes.write()
+        assert run_store.read_json(asked)["save"] is saves
+
+
+@pytest.fixture
+def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
+    """A run whose first attempt trains."""
+    made = run_store.create(ray_plan(working_dir=str(tmp_path)))
+    begun = Attempt(resume_step=None, job="here:1", begun_at=time.time())
+    run_store.update_status(made, state="running", attempt=run_store.next_attempt(made, begun))
+    return made
+
+
+class Played(coordinator_actor.CoordinatorActor):
+    """A coordinator in this process, which says what `says` returns; `began_with` are the attempts that each was started for."""
+
+    def __init__(self, run: RunDir, says: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(str(run.plan), run, 1, {}, set, set)
+        self.says = says
+        self.began_with = list[int]()
+        self.start()
+
+    def start(self) -> None:
+        self.began_with.append(self._number)
+        self.handle = SimpleNamespace(state=SimpleNamespace(remote=lambda: self.says))
+
+
+@pytest.fixture
+def rays_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.get", lambda asked, timeout: asked())
+
+
+def state(number: int = 1, idle_s: float = 0.0, early_words: str = "", over: str | None = None) -> dict[str, Any]:
+    return {"number": number, "idle_s": idle_s, "early_words": early_words, "over": over}
+
+
+def raising(error: Exception) -> Callable[[], Any]:
+    def ask() -> Any:
+        raise error
+
+    return ask
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driver(run: RunDir) -> None:
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
+
+    coordinator = Played(run, state)
+    assert coordinator.state() == state()
+    for busy in (GetTimeoutError(), ActorUnavailableError("it is out of reach", None)):
+        coordinator.says = raising(busy)
+        assert coordinator.state() is None
+    assert coordinator.began_with == [1], "it may live, and answer later"
+    # The second is the coordinator's, opened just before it died; the third a person has started elsewhere since.
+    run_store.next_attempt(run, Attempt(resume_step=5, automatic=True))
+    run_store.next_attempt(run, Attempt(resume_step=5))
+    coordinator.says = raising(ActorDiedError())
+    assert coordinator.state() is None
+    assert coordinator.began_with == [1, 2]
+    assert run_store.read_status(run).state == "pending"
+    (event,) = read_events(run.events)
+    assert event["kind"] == "alert"
+    assert "the process that the workers agree by was killed or has ended: another takes its place" in event["text"]
+    assert coordinator.is_lost
+    coordinator.says = lambda: state(number=2)
+    assert coordinator.state() == state(number=2)
+    assert not coordinator.is_lost
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_coordinators_that_die_one_after_the_other_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError, OutOfMemoryError
+
+    monkeypatch.setattr(coordinator_actor, "_MOST_LOST", 3)
+    coordinator = Played(run, state)
+    for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
+        coordinator.says = raising(death)
+        assert [coordinator.state() for _ in range(3)] == [None] * 3
+        coordinator.says = state
+        assert coordinator.state() == state(), "workers are there: the run's own budgets count"
+    coordinator.says = raising(ActorDiedError())
+    assert [coordinator.state() for _ in range(3)] == [None] * 3
+    with pytest.raises(ActorDiedError):
+        coordinator.state()
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_a_coordinator_is_replaced_when_storage_answers_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError
+
+    run_store.next_attempt(run, Attempt(resume_step=5, automatic=True))
+    coordinator = Played(run, raising(ActorDiedError()))
+    with monkeypatch.context() as patched:
+        stale = raising(OSError(errno.ESTALE, "Stale file handle"))
+        patched.setattr(run_store, "read_attempt", lambda *_: stale())
+        assert coordinator.state() is None
+        assert coordinator.began_with == [1]
+    assert coordinator.state() is None
+    assert coordinator.began_with == [1, 2]
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_ray_train_begins_anew_with_the_coordinator_that_follows(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that have lost theirs return as if all were done."""
+    from ray.exceptions import ActorDiedError
+
+    monkeypatch.setattr(driver, "_ANEW_S", 0.0)
+    monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
+    coordinator = Played(run, state)
+    deaths = iter([ActorDiedError(), None])
+    asked: list[Any] = []
+
+    def fit(handle: Any) -> None:
+        asked.append(handle)
+        death = next(deaths)
+        answers = iter([raising(death)] if death else [])
+        coordinator.says = lambda: next(answers, state)()
+
+    monkeypatch.setattr(driver, "trainer", lambda *given: SimpleNamespace(fit=lambda: fit(given[-1])))
+    driver_of(run)._fit(coordinator)
+    assert len(asked) == 2
+    assert asked[0] is not asked[1] is coordinator.handle
+
+
+class Fitting:
+    """The thread that waits for Ray Train, which goes on for so many looks."""
+
+    def __init__(self, looks: float = float("inf")) -> None:
+        self._looks = looks
+
+    def is_alive(self) -> bool:
+        self._looks -= 1
+        return self._looks >= 0
+
+    def join(self, timeout: float) -> None:
+        """As if that time had passed."""
+
+
+def driver_of(run: RunDir) -> Any:
+    return driver._Driver(LaunchPlan.load(run.plan), str(run.plan), run, 1)
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_storage_that_does_not_answer_while_workers_are_waited_for_ends_nothing(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
+    run_store.write_json(run.cancel(1), {"asked_at": time.time(), "save": True})
+    stale = iter(range(6))
+    is_file, read_status = Path.is_file, run_store.read_status
+
+    def asked(path: Path) -> bool:
+        if path == run.cancel(1) and next(stale, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", asked)
+    driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1.0)))
+    assert next(stale, None) is None
+    assert read_status(run).message == "cancelled while it waited for workers"
+    stale = iter(range(3))
+
+    def read(found: RunDir) -> run_store.Status:
+        if next(stale, None) is not None:
+            raise OSError(errno.EIO, "Input/output error")
+        return read_status(found)
+
+    run_store.update_status(run, state="running", message="")
+    monkeypatch.setattr(run_store, "read_status", read)
+    driver_of(run)._watch(Fitting(0), Played(run, state))
+    assert read_status(run).state == "failed", "that Ray Train has ended is told as soon as it can be"
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_a_late_end_tells_what_was_lost_and_the_way_to_go_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "tell_wandb", lambda *_: None)
+    begun = True
+
+    def lose(itself: Any) -> int:
+        itself.has_begun = begun
+        raise RuntimeError("The connection\n to the head is lost")
+
+    monkeypatch.setattr(driver._Driver, "run", lose)
+    way_on = f"continue with: python -m launcher resume {run.root}"
+
+    def said(end: Callable[[], object]) -> str:
+        run_store.update_status(run, state="running")
+        end()
+        status = run_store.read_status(run)
+        assert status.state == "failed"
+        return status.message
+
+    assert said(lambda: driver.main(str(run.plan), 1)) == f"the driver lost Ray: The connection to the head is lost; {way_on}"
+    ended = said(lambda: driver_of(run)._watch(Fitting(1), Played(run, state)))
+    assert ended == f"Ray Train ended the run: its workers ended without a word; {way_on}"
+    begun = False
+    assert said(lambda: driver.main(str(run.plan), 1)) == "Ray cannot be used: The connection to the head is lost"
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_a_cluster_that_others_use_is_told_by_what_is_free(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "memory": 1e9})
+    monkeypatch.setattr("ray.available_resources", lambda: {"memory": 1e9})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
+    driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1900.0)))
+    asked = "asked for 2 workers with CPU: 1 each; it has CPU: 16 on 2 nodes, of these free: CPU: 0"
+    assert run_store.read_status(run).message.endswith(asked)
+
+
+@pytest.mark.usefixtures("rays_answer")
+def test_workers_that_came_and_could_not_start_are_not_told_as_missing(run: RunDir) -> None:
+    driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1900.0, early_words="n2: no interface ib0")))
+    assert run_store.read_status(run).message.endswith("could not take part: n2: no interface ib0")

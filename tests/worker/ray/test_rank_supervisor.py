@@ -1,0 +1,165 @@
+"""What a worker of Ray tells the coordinator about its rank, which is a real process here that fails at once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from played_workers import Played
+
+from launcher import run_store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.run_store import Attempt
+from launcher.worker import failure_record
+from launcher.worker.rank_process import RankProcesses
+from launcher.worker.ray import rank_supervisor
+
+PLACE = {"rank": 0, "world_size": 1, "local_size": 1, "address": "127.0.0.1", "port": 1, "peers": ["127.0.0.1"], "others": []}
+NOTHING = {"signal": None, "stacks": False, "hung": None, "saved": [], "verdict": None}
+
+
+class Told(rank_supervisor._Worker):
+    """A worker without a Ray, whose coordinator gives the `answer`; `told` is what it hears, in this order."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        self.rank = self.local_rank = 0
+        self.node = "n1"
+        self.ranks = RankProcesses()
+        self.answer, self.told = answer, list[str | None]()
+
+    def _beat(self, ended: str | None, sign: dict[str, Any] | None = None) -> dict[str, Any]:
+        self.told.append(ended)
+        return self.answer
+
+
+class Endless:
+    """A mirror that is never done."""
+
+    def __init__(self, worker: Told) -> None:
+        self._worker = worker
+
+    def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
+        self._worker.told.append("mirrors")
+        assert until < time.time() + 60
+        assert not unwanted()
+
+
+def test_that_a_rank_has_failed_is_told_before_the_mirror_is_waited_for(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = Played(ray_plan(working_dir=str(tmp_path), workers=1))
+    worker = Told(NOTHING)
+    monkeypatch.setattr(rank_supervisor.MirrorProcess, "start", lambda *_: Endless(worker))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
+    assert worker._train(orders) == "failed"
+    assert worker.told[worker.told.index("failed") :] == ["failed", "mirrors", None]
+
+
+def test_a_damaged_record_of_a_rank_is_no_failure_of_the_worker(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    played = Played(ray_plan(working_dir=str(tmp_path), workers=1))
+    rank = tmp_path / "rank"
+    rank.write_text('#!/bin/sh\nprintf "{" > $TORCHELASTIC_ERROR_FILE\nprintf "{" > $0.final\nkill -KILL $$\n')
+    rank.chmod(0o700)
+    (played.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
+    monkeypatch.setattr(sys, "executable", str(rank))
+    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
+    assert Told(NOTHING)._train(orders) == "failed"
+    failure = run_store.read_json(failure_record.node_file(played.run, 1, 0))["first_failure"]
+    assert (failure["kind"], failure["message"]) == ("killed", "killed by SIGKILL")
+
+
+@pytest.mark.parametrize(
+    "answer, failed, others_wait",
+    [
+        ({}, False, False),
+        ({"signal": "TERM"}, False, True),
+        ({"signal": "TERM"}, True, False),
+        ({"signal": "TERM", "verdict": {"again": False, "reason": ""}}, True, False),
+        ({"signal": "TERM", "verdict": {"again": True, "reason": ""}}, True, True),
+        ({"signal": "KILL"}, True, True),
+    ],
+)
+def test_the_mirror_is_left_where_another_attempt_or_a_person_waits(
+    answer: dict[str, Any], failed: bool, others_wait: bool
+) -> None:
+    assert Told({**NOTHING, **answer})._is_wanted_elsewhere(failed) is others_wait
+
+
+def test_a_node_whose_run_directory_is_another_than_the_head_nodes_is_told_so(
+    ray_plan: Callable[..., LaunchPlan], tmp_path: Path
+) -> None:
+    """The folder is there, with the same attempt in it: only what this start has written tells them apart."""
+    made = ray_plan(working_dir=str(tmp_path), workers=1)
+    assert made.data is not None
+    (tmp_path / "meta.json").touch()
+    played = Played(made.model_copy(update={"data": made.data.model_copy(update={"cache_dir": str(tmp_path)})}))
+    marker, worker = played.run.attempt(1) / "marker", Told(NOTHING)
+    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "marker": "of this start"}
+
+    def said() -> list[str]:
+        return [f"{problem.where}: {problem.what}" for problem in worker._check(orders).problems if "this start" in problem.what]
+
+    wrong = "n1: the run directory is not the one that the head node sees: a file of this start is not in it"
+    assert said() == [wrong]
+    marker.write_text("of an earlier start")
+    assert said() == [wrong]
+    marker.write_text("of this start")
+    assert said() == []
+    shutil.rmtree(played.run.root)
+    (unseen,) = worker._check(orders).problems
+    assert (unseen.where, unseen.what) == ("n1", "the run directory is not visible")
+
+
+@pytest.mark.parametrize("local_rank, is_newest, is_kept", [(0, True, False), (1, True, True), (0, False, True)])
+def test_states_on_a_nodes_disk_go_with_the_attempt_unless_another_uses_them(
+    ray_plan: Callable[..., LaunchPlan],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    local_rank: int,
+    is_newest: bool,
+    is_kept: bool,
+) -> None:
+    made, states = ray_plan(working_dir=str(tmp_path), workers=1), tmp_path / "nvme/tried"
+    states.mkdir(parents=True)
+    zero = {**made.deepspeed["zero_optimization"], "offload_optimizer": {"device": "nvme", "nvme_path": str(states)}}
+    played = Played(made.model_copy(update={"deepspeed": {**made.deepspeed, "zero_optimization": zero}}))
+    assert run_store.load_plan(played.run).nvme_folder == states
+    if not is_newest:
+        run_store.next_attempt(played.run, Attempt(resume_step=None, automatic=True))
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    worker = Told(NOTHING)
+    worker.local_rank = local_rank
+    worker._train({**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}})
+    assert states.exists() is is_kept
+
+
+def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
+
+    worker = Told(NOTHING)
+    worker._coordinator = SimpleNamespace(orders=SimpleNamespace(remote=lambda *_: None))
+    for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
+        answers = iter([ActorUnavailableError("it is out of reach", None), death])
+
+        def get(_: object, timeout: float, answers: Iterator[Exception] = answers) -> Any:
+            raise next(answers)
+
+        worker._get = get
+        with pytest.raises(rank_supervisor.CoordinatorLost):
+            worker._call("orders", "a", 0)
+        assert next(answers, None) is None
+
+    def lose(*_: object) -> dict[str, Any]:
+        raise rank_supervisor.CoordinatorLost
+
+    monkeypatch.setattr(rank_supervisor, "_take_part", lose)
+    rank_supervisor.supervise({"coordinator": None, "interface": None})

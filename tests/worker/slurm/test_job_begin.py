@@ -1,0 +1,260 @@
+"""How a Slurm job begins: which attempt it opens, and when there is none to open."""
+
+from __future__ import annotations
+
+import stat
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import slurm_said
+from fake_slurm import FakeSlurm
+from job_tools import Job
+
+from launcher import run_store
+from launcher.run_store import Attempt
+from launcher.tracking import goodput
+from launcher.tracking.jsonl import read_events
+from launcher.worker.checks import network
+from launcher.worker.slurm import job
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Attempts of whose end W&B is told."""
+    found: list[int] = []
+    monkeypatch.setattr(job, "tell_wandb", lambda plan, plan_path, run, attempt: found.append(attempt))
+    return found
+
+
+def alerts(of: Job) -> list[str]:
+    return [event["text"] for event in read_events(of.run.events) if event["kind"] == "alert"]
+
+
+def test_the_first_start_claims_the_attempt(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    code, out, err = of.begin()
+    assert (code, out) == (0, "1\n")
+    assert err == "attempt 1 begins on n1\n"
+    claimed = of.attempt()
+    assert (claimed.job, claimed.restart, claimed.nodes, claimed.resume_step) == ("41", 0, ("n1",), None)
+    assert (claimed.address, claimed.interface, claimed.ends_at) == ("127.0.0.1", "lo", 1795554098.0)
+    assert claimed.port
+    assert not claimed.automatic
+    assert (of.status.state, of.status.attempt, of.status.job) == ("running", 1, {"id": "41", "nodes": ["n1"]})
+    assert fake_slurm.told() == []
+
+
+def test_a_requeue_opens_the_next_attempt_from_the_newest_checkpoint(
+    submitted: Callable[..., Job], in_slurm: Callable[..., None]
+) -> None:
+    of = submitted()
+    of.saved(20)
+    of.saved(40)
+    of.ended(1, "preempted", None, 40)
+    in_slurm(SLURM_RESTART_COUNT="1")
+    assert of.begin()[:2] == (0, "2\n")
+    again = of.attempt(2)
+    assert (again.resume_step, again.job, again.restart, again.automatic, again.nodes) == (40, "41", 1, True, ("n1",))
+    assert stat.S_IMODE(of.run.attempt(2).stat().st_mode) == 0o700
+    assert of.status.attempt == 2
+
+
+def test_a_requeue_that_waited_for_hours_has_waited_for_machines(
+    submitted: Callable[..., Job], in_slurm: Callable[..., None]
+) -> None:
+    of, now, hour = submitted(), time.time(), 3600
+    of.ended(1, "preempted", None, 20, submitted_at=now - 7 * hour, begun_at=now - 7 * hour)
+    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 6 * hour})
+    in_slurm(SLURM_RESTART_COUNT="1")
+    assert of.begin()[:2] == (0, "2\n")
+    found = goodput.read(of.run, time.time())
+    assert (found.queue_s, found.restart_s, found.idle_s) == (pytest.approx(6 * hour, abs=60), 0, 0)
+    assert found.held_s == pytest.approx(hour, abs=60)
+
+
+def test_a_start_after_machines_were_lost_writes_down_what_was_left(
+    submitted: Callable[..., Job], in_slurm: Callable[..., None]
+) -> None:
+    of = submitted()
+    of.begun()
+    of.node(1)
+    of.saved(20)
+    in_slurm(SLURM_RESTART_COUNT="1")
+    assert of.begin()[:2] == (0, "2\n")
+    assert of.exit() | {"ended_at": 0} == {
+        "state": "failed",
+        "cause": "infrastructure",
+        "step": 0,
+        "message": "no word from n1, n3",
+        "began_step": None,
+        "saved_step": 20,
+        "bad_nodes": [],
+        "first_failure": None,
+        "ended_at": 0,
+    }
+    assert of.attempt(2).resume_step == 20
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "SUSPENDED"])
+def test_a_run_that_another_job_runs_is_left_alone(submitted: Callable[..., Job], fake_slurm: FakeSlurm, state: str) -> None:
+    of = submitted()
+    of.begun(job="40")
+    before = of.attempt(), of.status
+    fake_slurm.answer("squeue", out=slurm_said.squeue("40", state))
+    code, out, err = of.begin()
+    assert (code, out) == (0, "\n")
+    assert err == "job 40 runs tried already; this one leaves it alone\n"
+    assert (of.attempt(), of.status) == before
+    assert run_store.newest_attempt(of.run) == 1
+
+
+def test_where_it_cannot_be_known_whether_another_job_runs_it_the_job_fails(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "_BEGIN_PATIENCE_S", 3.0)
+    of = submitted()
+    of.begun(job="40")
+    before = of.attempt(), of.status
+    fake_slurm.refuse("squeue", said=slurm_said.UNREACHABLE)
+    code, out, err = of.begin()
+    assert (code, out) == (1, "")
+    assert err.startswith("it cannot be known whether job 40 still runs tried: squeue got no answer\n")
+    assert len(fake_slurm.calls) > 2
+    assert (of.attempt(), of.status) == before
+
+
+def test_a_controller_that_is_restarting_is_waited_for(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun(job="40")
+    fake_slurm.answer("squeue", out=slurm_said.squeue("40", "RUNNING"))
+    fake_slurm.refuse("squeue", said=slurm_said.UNREACHABLE, times=2)
+    code, out, err = of.begin()
+    assert (code, out, err) == (0, "\n", "job 40 runs tried already; this one leaves it alone\n")
+    fake_slurm.answer("squeue", out=slurm_said.squeue("40", "COMPLETED"))
+    fake_slurm.refuse("scontrol", "show", "job", "41", said=slurm_said.UNREACHABLE, times=2)
+    assert of.begin()[:2] == (0, "2\n")
+    assert of.attempt(2).ends_at == 1795554098.0
+
+
+def test_only_the_number_is_printed(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    of = submitted()
+    addresses = network.node_addresses
+
+    def talkative(*argv: Any) -> dict[str, str]:
+        print("a library's greeting")
+        return addresses(*argv)
+
+    monkeypatch.setattr(network, "node_addresses", talkative)
+    code, out, err = of.begin()
+    assert (code, out) == (0, "1\n")
+    assert "a library's greeting\n" in err
+
+
+@pytest.mark.parametrize("known", ["PENDING", "COMPLETED", "another's", "accounted", "unknown"])
+def test_a_job_that_no_longer_runs_is_followed(submitted: Callable[..., Job], fake_slurm: FakeSlurm, known: str) -> None:
+    of = submitted()
+    of.ended(1, "preempted", job="40")
+    fake_slurm.answer("sacct", out=slurm_said.sacct("40", "FAILED") if known == "accounted" else "")
+    if known in ("accounted", "unknown"):
+        fake_slurm.refuse("squeue", said=slurm_said.UNKNOWN_JOB)
+    else:
+        name = "not tried" if known == "another's" else "tried"
+        fake_slurm.answer("squeue", out=slurm_said.squeue("40", "RUNNING" if known == "another's" else known, name))
+    assert of.begin()[:2] == (0, "2\n")
+    assert of.attempt(2).job == "41"
+
+
+@pytest.mark.parametrize("cause", ["completed", "cancelled", "limit"])
+def test_a_run_that_is_done_is_not_begun_again(submitted: Callable[..., Job], cause: str, in_slurm: Callable[..., None]) -> None:
+    of = submitted()
+    of.begun()
+    # Killed before it was concluded, or concluded: the same.
+    of.outcome(cause)
+    in_slurm(SLURM_RESTART_COUNT="1")
+    for _ in range(2):
+        code, out, err = of.begin()
+        assert (code, out, err) == (0, "\n", f"tried is {cause}; nothing is left to do\n")
+        assert of.exit()["cause"] == cause
+    assert run_store.newest_attempt(of.run) == 1
+
+
+def test_a_spent_budget_refuses_the_next_start(
+    submitted: Callable[..., Job], in_slurm: Callable[..., None], told: list[int]
+) -> None:
+    of = submitted(max_failures=1)
+    of.ended(1, "failure", None, 20)
+    of.ended(2, "failure", 20, 20, automatic=True)
+    in_slurm(SLURM_RESTART_COUNT="2")
+    code, out, err = of.begin()
+    reason = "failure it was; cluster.max_failures=1 is used up"
+    assert (code, out) == (1, "")
+    assert err.startswith(reason)
+    assert (of.status.state, of.status.message) == ("failed", reason)
+    assert run_store.newest_attempt(of.run) == 2
+    assert alerts(of) == [f"the run ends: {reason}"]
+    assert told == [2], "W&B hears of it"
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_a_limit_that_is_reached_loads_no_model(
+    submitted: Callable[..., Job], in_slurm: Callable[..., None], told: list[int], numbered: bool
+) -> None:
+    """Also where the attempt was numbered before its job waited."""
+    of = submitted()
+    plan = run_store.load_plan(of.run)
+    settings = plan.config.run.model_copy(update={"max_hours": 2.0})
+    limits = plan.limits.model_copy(update={"max_seconds": 7200.0})
+    limited = plan.model_copy(update={"limits": limits, "config": plan.config.model_copy(update={"run": settings})})
+    run_store.write_text(of.run.plan, limited.to_json())
+    now = time.time()
+    of.ended(1, "preempted", None, 20, submitted_at=now - 7300, begun_at=now - 7250)
+    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 40})
+    if numbered:
+        run_store.next_attempt(of.run, Attempt(20, automatic=True))
+    in_slurm(SLURM_RESTART_COUNT="1")
+    code, out, err = of.begin()
+    assert (code, out, err) == (0, "\n", "tried: run.max_hours=2 is reached; nothing is begun\n")
+    assert (of.status.state, of.status.message) == ("preempted", "run.max_hours=2 is reached")
+    assert alerts(of) == ["the run ends: run.max_hours=2 is reached"]
+    assert told == [1 + numbered]
+    assert run_store.newest_attempt(of.run) == 1 + numbered
+    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 100})
+    assert of.begin()[:2] == (0, "2\n")
+
+
+def test_a_person_who_resumes_gives_the_budgets_back(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
+    of = submitted(max_failures=1)
+    of.ended(1, "failure", None, 20)
+    of.ended(2, "failure", 20, 40, automatic=False)
+    in_slurm(SLURM_RESTART_COUNT="1")
+    assert of.begin()[:2] == (0, "3\n")
+
+
+def test_a_public_address_is_no_place_to_meet(
+    submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, told: list[int]
+) -> None:
+    of = submitted(interface="eth7")
+    monkeypatch.setattr(network, "_interfaces", lambda: {"eth7": ["8.8.8.8"]})
+    before = of.attempt()
+    code, out, err = of.begin()
+    assert (code, out) == (1, "")
+    assert err.startswith("the nodes would meet at an address that the whole internet can reach\n")
+    assert "value:  8.8.8.8" in err
+    assert "cluster.interface" in err
+    assert of.attempt() == before
+    assert of.status.state == "failed"
+    assert "the whole internet can reach; set cluster.interface" in of.status.message
+    assert alerts(of) == [f"the run ends: {of.status.message}"]
+    assert told == [1]
+
+
+def test_two_starts_at_once_do_not_open_two_attempts(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    of = submitted()
+    monkeypatch.setattr(job, "_LOCK_WAIT_S", 0.1)
+    with run_store.starting(of.run):
+        code, out, err = of.begin()
+    assert (code, out) == (1, "")
+    assert "another command is starting this run" in err
+    assert of.attempt().job is None

@@ -1,0 +1,371 @@
+"""How a Slurm job concludes: what it writes down, and what it tells Slurm to do next."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_said
+from fake_slurm import FakeSlurm
+from job_tools import Job
+
+from launcher import run_store
+from launcher.clusters.slurm import cluster, queue
+from launcher.clusters.slurm.commands import SlurmError, SlurmSilent, slurm
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.worker.slurm import job
+
+
+def test_a_completed_run_is_over(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("completed", step=60)
+    of.saved(60)
+    assert of.conclude(code=0) == 0
+    written = of.exit()
+    assert (written["state"], written["cause"], written["step"], written["saved_step"]) == ("completed", "completed", 60, 60)
+    assert (of.status.state, of.status.step, of.status.message) == ("completed", 60, "as the ranks say")
+    assert fake_slurm.told() == []
+
+
+@pytest.mark.parametrize("left_s, cause", [(3600, "preempted"), (30, "time_limit")])
+def test_an_interrupted_run_is_requeued(submitted: Callable[..., Job], fake_slurm: FakeSlurm, left_s: float, cause: str) -> None:
+    of = submitted()
+    of.begun(ends_at=time.time() + left_s)
+    of.outcome("preempted")
+    of.saved(40)
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+    assert (of.exit()["cause"], of.exit()["state"]) == (cause, "pending")
+    assert (of.status.state, of.status.step, of.status.message) == ("pending", 40, "as the ranks say; runs again")
+    assert run_store.newest_attempt(of.run) == 1, "the next start opens the next attempt"
+
+
+@pytest.mark.parametrize("settings", [{}, {"requeue": False}])
+def test_where_a_requeue_is_refused_the_run_is_submitted_again(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = submitted(dependency="afterok:7", exclude="n9", **settings)
+    of.begun()
+    of.outcome("preempted")
+    of.saved(40)
+    fake_slurm.refuse("scontrol", "requeue", said=slurm_said.REQUEUE_DISABLED)
+    # What this job has in its environment must not become the next one's.
+    monkeypatch.setenv("SBATCH_PARTITION", "elsewhere")
+    assert of.conclude() == 0
+    *requeue, sbatch = fake_slurm.told()
+    assert requeue == ([["scontrol", "requeue", "41"]] if not settings else [])
+    again = of.attempt(2)
+    assert (again.resume_step, again.job, again.automatic) == (40, None, True)
+    assert run_store.read_json(of.run.attempt(2) / "submitted.json")["job"] == "4242"
+    script = (of.run.jobs / "4242/4242_submission.sh").read_text()
+    assert sbatch[0] == "sbatch"
+    assert "#SBATCH --dependency=afterany:41\n" in script
+    assert "#SBATCH --exclude=n9\n" in script
+    assert f"begin {of.run.attempt(2)}/plan.json" in script
+    plan = run_store.load_plan(of.run)
+    assert plan == LaunchPlan.load(of.run.attempt(2) / "plan.json")
+    assert plan.config.cluster.dependency == "afterany:41"
+    assert os.environ["SBATCH_PARTITION"] == "elsewhere"
+    assert of.status.state == "pending"
+
+
+def test_what_sbatch_says_against_it_is_in_the_status(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted(requeue=False)
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.refuse("sbatch", said=slurm_said.NOT_AVAILABLE)
+    assert of.conclude() == 1
+    assert of.status.state == "failed"
+    assert of.status.message == f"it should run again, but sbatch refused the job: {slurm_said.NOT_AVAILABLE}"
+
+
+@pytest.mark.parametrize("exclude", [None, "n9"])
+def test_a_bad_node_is_left_out_of_the_next_start(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
+) -> None:
+    of = submitted(exclude_bad_nodes=True, exclude=exclude)
+    of.begun()
+    of.bad_node()
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [
+        ["scontrol", "requeuehold", "41"],
+        ["scontrol", "update", "JobId=41", f"ExcNodeList={'n9,n2' if exclude else 'n2'}"],
+        ["scontrol", "release", "41"],
+    ]
+    assert (of.exit()["cause"], of.exit()["bad_nodes"]) == ("bad_node", ["n2"])
+
+
+@pytest.mark.parametrize("exclude", [None, "n9"])
+def test_a_bad_node_is_no_longer_left_out_after_a_newer_checkpoint(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
+) -> None:
+    of = submitted(exclude_bad_nodes=True, exclude=exclude)
+    of.begun()
+    of.outcome("preempted")
+    details = slurm_said.job().replace("ExcNodeList=(null)", "ExcNodeList=n[2,9]")
+    fake_slurm.answer("scontrol", "show", "job", "41", out=details)
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [
+        ["scontrol", "requeuehold", "41"],
+        ["scontrol", "update", "JobId=41", f"ExcNodeList={exclude or ''}"],
+        ["scontrol", "release", "41"],
+    ]
+
+
+def test_a_bad_node_ends_the_run_where_nobody_wants_it_left_out(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.bad_node()
+    assert of.conclude() == 1
+    assert fake_slurm.told() == []
+    assert of.status.state == "failed"
+    assert "cluster.exclude_bad_nodes=true" in of.status.message
+
+
+def test_a_job_is_not_left_held(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted(exclude_bad_nodes=True)
+    of.begun()
+    of.bad_node()
+    fake_slurm.refuse("scontrol", "update", said="slurm_update error: Invalid node name specified")
+    assert of.conclude() == 0
+    assert [call[:2] for call in fake_slurm.told()[:3]] == [["scontrol", verb] for verb in ("requeuehold", "update", "release")]
+    assert fake_slurm.told()[3][0] == "sbatch"
+
+
+def test_what_slurm_preempts_it_requeues_itself(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(preempted="1795553524"))
+    assert of.conclude() == 0
+    assert fake_slurm.told() == []
+    assert (of.status.state, of.exit()["cause"]) == ("pending", "preempted")
+
+
+@pytest.mark.parametrize("how", [{"requeue": 0}, {"partition": "high"}])
+def test_what_slurm_preempts_and_would_not_run_again_is_run_again_here(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, how: dict[str, Any]
+) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(preempted="1795553524", **how))
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+
+
+@pytest.mark.parametrize("kind", ["preempt/qos", None])
+def test_where_it_is_not_certain_that_slurm_runs_it_again_the_job_does(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, kind: str | None
+) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(preempted="1795553524"))
+    if kind is None:
+        fake_slurm.refuse("scontrol", "show", "config", said="slurm_load_ctl_conf error: Access/permission denied")
+    else:
+        fake_slurm.answer("scontrol", "show", "config", out=slurm_said.CONFIG.replace("preempt/partition_prio", kind))
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+
+
+def test_what_an_operator_requeues_is_not_requeued_twice(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("PENDING", "COMPLETING"))
+    assert of.conclude() == 0
+    assert fake_slurm.told() == []
+    assert of.status.state == "pending"
+
+
+def test_what_a_person_cancels_stays_so(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("CANCELLED", "COMPLETING"))
+    assert of.conclude() == 1
+    assert fake_slurm.told() == []
+    assert (of.status.state, of.exit()["cause"]) == ("cancelled", "cancelled")
+
+
+def test_a_users_mistake_is_not_repeated(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.failed("DataError")
+    assert of.conclude() == 1
+    assert fake_slurm.told() == []
+    assert (of.status.state, of.status.message) == ("failed", "rank 3: what it said")
+    assert of.exit()["first_failure"]["kind"] == "DataError"
+
+
+def test_budgets_count_from_the_start_that_a_person_made(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted(max_failures=2, max_no_progress=100)
+    of.ended(1, "failure")
+    of.ended(2, "failure", automatic=True)
+    of.ended(3, "failure", automatic=False)
+    of.ended(4, "failure", automatic=True)
+    of.begun(5, automatic=True)
+    of.failed("ValueError")
+    assert of.conclude(5) == 1
+    assert of.status.message == "rank 3: what it said; cluster.max_failures=2 is used up"
+    assert fake_slurm.told() == []
+    of.begun(4, automatic=True)
+    of.begun(5, automatic=False)
+    assert of.conclude(5) == 0
+
+
+def test_an_attempt_that_another_has_followed_writes_nothing(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    of.begun(2, automatic=True)
+    before = of.status
+    assert of.conclude(1) == 1
+    assert not (of.run.attempt(1) / "exit.json").exists()
+    assert of.status == before
+    assert fake_slurm.told() == []
+
+
+def test_it_concludes_where_slurm_does_not_answer(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("completed")
+    for verb in (("scontrol", "show", "job", "41"), ("scontrol", "show", "job", "41", "--json")):
+        fake_slurm.refuse(*verb, said=slurm_said.UNREACHABLE)
+    assert of.conclude(code=0) == 0
+    assert of.status.state == "completed"
+    assert len(fake_slurm.calls) == 1, "a run that is over waits for no answer"
+
+
+@pytest.mark.parametrize(
+    ("ends_in_s", "least", "most"), [(None, 900, 900), (3600, 900, 900), (100, 80, 90), (5, 0, 0), (-60, 0, 0)]
+)
+def test_an_answer_is_not_waited_for_beyond_the_jobs_time(ends_in_s: float | None, least: float, most: float) -> None:
+    ends_at = None if ends_in_s is None else time.time() + ends_in_s
+    assert least <= job._patience_s(run_store.Attempt(None, ends_at=ends_at)) <= most
+
+
+def test_a_requeue_that_was_not_heard_is_asked_for_again(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.refuse("scontrol", "requeue", said=slurm_said.UNREACHABLE, times=2)
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]] * 3
+    assert run_store.newest_attempt(of.run) == 1
+
+
+def test_a_requeue_whose_answer_was_lost_is_not_asked_for_twice(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+    fake_slurm.refuse("scontrol", "requeue", said="Requeue: Socket timed out on send/recv operation for job 41")
+    fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("PENDING", "COMPLETING"))
+    fake_slurm.answer("scontrol", "show", "job", "41", "--json", out=slurm_said.job_json("RUNNING"), times=1)
+    assert of.conclude() == 0
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+
+
+def test_a_job_that_cannot_be_released_is_cancelled_before_another_is_submitted(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm
+) -> None:
+    of = submitted(exclude_bad_nodes=True)
+    of.begun()
+    of.bad_node()
+    fake_slurm.refuse("scontrol", "release", said="Access/permission denied for job 41")
+    assert of.conclude() == 0
+    assert [call[:2] for call in fake_slurm.told()[2:4]] == [["scontrol", "release"], ["scancel", "41"]]
+    assert fake_slurm.told()[4][0] == "sbatch"
+
+
+def test_no_two_commands_number_an_attempt_at_once(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = submitted(requeue=False)
+    of.begun()
+    of.outcome("preempted")
+    monkeypatch.setattr(cluster, "_LOCK_WAIT_S", 0.1)
+    with run_store.starting(of.run):
+        assert of.conclude() == 1
+    assert run_store.newest_attempt(of.run) == 1
+    assert fake_slurm.told() == []
+
+
+def test_a_full_disk_does_not_keep_the_run_from_going_on(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = submitted()
+    of.begun()
+    of.outcome("preempted")
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_store, "write_text", full)
+    code, _, err = of._main("conclude", str(of.run.plan), "1", "1")
+    assert code == 0
+    assert err.count("could not be written down: [Errno 28] No space left on device\n") == 2
+    assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+
+
+@pytest.mark.parametrize(
+    ("said", "restart", "ends_in_s", "state"),
+    [
+        ({"state": "CANCELLED"}, 0, 3600, "CANCELLED"),
+        ({"state": "COMPLETING", "ends": "1000"}, 0, 3600, "CANCELLED"),
+        ({"state": "RUNNING", "ends": "1000", "restarts": 1}, 1, None, "CANCELLED"),
+        ({"state": "COMPLETING", "ends": "1000", "restarts": 1}, 0, 3600, "PENDING"),
+        ({"state": "COMPLETING", "ends": "1000"}, 0, 30, ""),
+        ({"state": "COMPLETING", "ends": "1000", "preempted": "990"}, 0, 3600, ""),
+        ({"state": "COMPLETING", "ends": "1000", "reason": "NodeDown"}, 0, 3600, ""),
+        ({"state": "RUNNING", "ends": "9999999999"}, 0, 3600, ""),
+    ],
+)
+def test_without_json_the_end_is_told_from_the_rest(
+    fake_slurm: FakeSlurm, said: dict[str, Any], restart: int, ends_in_s: float | None, state: str
+) -> None:
+    fake_slurm.refuse("scontrol", "show", "job", "41", "--json", said=slurm_said.NO_JSON)
+    fake_slurm.answer("scontrol", "show", "job", "41", out=slurm_said.job(**said))
+    ends_at = None if ends_in_s is None else time.time() + ends_in_s
+    assert queue.state_beneath("41", restart, ends_at) == state
+
+
+def test_a_refusal_is_final_and_silence_is_told_from_it(fake_slurm: FakeSlurm) -> None:
+    fake_slurm.refuse("scancel", "1", said="scancel: error: Kill job error on job id 1: Invalid job id specified")
+    with pytest.raises(SlurmError) as refused:
+        slurm("scancel", "1", patience_s=60)
+    assert not isinstance(refused.value, SlurmSilent)
+    assert len(fake_slurm.calls) == 1
+    fake_slurm.refuse("scancel", "2", said=slurm_said.UNREACHABLE)
+    with pytest.raises(SlurmSilent, match="Unable to contact slurm controller"):
+        slurm("scancel", "2")
+    assert len(fake_slurm.calls) == 2
+    with pytest.raises(SlurmSilent):
+        slurm("scancel", "2", patience_s=0.2)
+    assert len(fake_slurm.calls) > 3
+    (fake_slurm.folder / "sinfo").write_text("#!/bin/sh\nexec sleep 60\n")
+    with pytest.raises(SlurmSilent, match="did not answer"):
+        slurm("sinfo", deadline_s=0.2)
+
+
+def test_the_term_of_its_own_requeue_does_not_stop_it(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+    """Slurm ends the job, and with it this process, as soon as the requeue is accepted."""
+    of = submitted(exclude_bad_nodes=True)
+    of.begun()
+    of.bad_node()
+    fake_slurm.answer("scontrol", "requeuehold", signals=[signal.SIGTERM])
+    command = [sys.executable, "-m", "launcher.worker.slurm.job", "conclude", str(of.run.plan), "1", "1"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path(job.__file__).parents[2])}, timeout=60)
+    assert done.returncode == 0
+    assert [call[1] for call in fake_slurm.told()] == ["requeuehold", "update", "release"]

@@ -1,0 +1,352 @@
+"""Why an attempt ended, judged from the files that its nodes and its job leave."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher import run_store
+from launcher.plan.retry import Cause
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Attempt, Status
+from launcher.worker import failure_record, postmortem
+from launcher.worker.checks import node_check
+from launcher.worker.postmortem import Ending
+
+LEAD_S = 120.0
+STEP = 40
+NODES = ("n1", "n2", "n3")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run on three nodes, at step 40 of its first attempt; nothing has been left of the attempt yet."""
+    run = RunDir(tmp_path)
+    run.attempt(1).mkdir(parents=True)
+    run_store.write_status(run, Status(state="running", attempt=1, step=STEP))
+    return run
+
+
+Judge = Callable[..., Ending]
+
+
+@pytest.fixture
+def judge(run: RunDir) -> Judge:
+    def read(
+        *, left_s: float | None = 3600, state: str = "RUNNING", code: int | None = 0, nodes: tuple[str, ...] = NODES
+    ) -> Ending:
+        ends_at = None if left_s is None else time.time() + left_s
+        return postmortem.read(run, 1, Attempt(None, job="41", nodes=nodes, ends_at=ends_at), state, LEAD_S, code)
+
+    return read
+
+
+def outcome(run: RunDir, reason: str, ago_s: float = 0) -> None:
+    """What rank 0 leaves when training ends as it should."""
+    file = run.attempt(1) / "outcome.json"
+    run_store.write_json(file, {"state": "any", "reason": reason, "step": 77, "message": "as they say", "checkpoint": "/c"})
+    os.utime(file, (time.time() - ago_s,) * 2)
+
+
+def node(run: RunDir, number: int, failure: dict[str, Any] | None = None, **more: Any) -> None:
+    """What a node's agent leaves."""
+    own = {"node": number, "first_failure": failure, "stopped": False, "ended_at": time.time()}
+    run_store.write_json(failure_record.node_file(run, 1, number), {**own, **more})
+
+
+def failure(kind: str, rank: int | None = 3, at: float = 100.0, message: str = "what it said") -> dict[str, Any]:
+    return {"rank": rank, "kind": kind, "at": at, "exit_code": 1, "message": message, "traceback": "", "log": "/log"}
+
+
+def problem(where: str, what: str = "has no GPU", value: str = "0 found") -> dict[str, str]:
+    return {"what": what, "where": where, "value": value, "remedy": "mend it"}
+
+
+def output(run: RunDir, *lines: str) -> None:
+    folder = run.jobs / "41"
+    folder.mkdir(parents=True)
+    (folder / "41_0_log.out").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("reason", "cause"), [("completed", Cause.COMPLETED), ("cancelled", Cause.CANCELLED), ("limit", Cause.LIMIT)]
+)
+@pytest.mark.parametrize("left_s", [3600, 10])
+def test_the_ranks_know_why_they_ended(run: RunDir, judge: Judge, reason: str, cause: Cause, left_s: float) -> None:
+    outcome(run, reason)
+    assert judge(left_s=left_s) == Ending(cause, 77, "as they say")
+
+
+@pytest.mark.parametrize(
+    ("left_s", "cause"),
+    [
+        (None, Cause.PREEMPTED),
+        (3600, Cause.PREEMPTED),
+        # Slurm's signal comes up to a minute and a half before the lead begins.
+        (LEAD_S + 100, Cause.PREEMPTED),
+        (LEAD_S + 80, Cause.TIME_LIMIT),
+        (10, Cause.TIME_LIMIT),
+        (-10, Cause.TIME_LIMIT),
+    ],
+)
+def test_an_interruption_near_the_end_of_the_jobs_time_is_its_time_limit(
+    run: RunDir, judge: Judge, left_s: float | None, cause: Cause
+) -> None:
+    outcome(run, "preempted")
+    assert judge(left_s=left_s) == Ending(cause, 77, "as they say")
+    (run.attempt(1) / "outcome.json").unlink()
+    node(run, 1, stopped=True)
+    assert judge(left_s=left_s) == Ending(cause, STEP, "stopped before training had begun")
+
+
+def test_the_time_that_counts_is_that_of_the_interruption(run: RunDir, judge: Judge) -> None:
+    """The next start judges where the job itself could not: long after the time had run out."""
+    outcome(run, "preempted", ago_s=7200)
+    assert judge(left_s=-3600, code=None).cause is Cause.PREEMPTED
+    outcome(run, "preempted", ago_s=3600)
+    assert judge(left_s=-3600, code=None).cause is Cause.TIME_LIMIT
+
+
+@pytest.mark.parametrize("how", ["marker", "scancel"])
+def test_a_person_cancelled_it(run: RunDir, judge: Judge, how: str) -> None:
+    if how == "marker":
+        run_store.write_json(run.attempt(1) / "cancel.json", {"asked_at": 1.0, "save": True})
+    state = "CANCELLED" if how == "scancel" else "RUNNING"
+    node(run, 0, failure("killed"))
+    assert judge(state=state, code=143) == Ending(Cause.CANCELLED, STEP, "cancelled at step 40 without saving")
+    outcome(run, "preempted")
+    # Slurm's TERM came to the ranks before its KILL, and they have saved.
+    assert judge(state=state).cause is Cause.CANCELLED
+    outcome(run, "completed")
+    assert judge(state=state).cause is Cause.COMPLETED
+
+
+def test_a_nodes_problems_name_it(run: RunDir, judge: Judge) -> None:
+    # All nodes come to the same list.
+    for number in range(3):
+        node(run, number, problems=[problem("n2"), problem("n2", "is slow", "")])
+    said = judge(code=1)
+    assert said == Ending(Cause.BAD_NODE, STEP, "n2: has no GPU 0 found; n2: is slow", bad_nodes=("n2",))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "bad", "cause"),
+    [
+        (1, 1, Cause.BAD_NODE),
+        (2, 1, Cause.BAD_NODE),
+        (2, 2, Cause.USER_ERROR),
+        (3, 1, Cause.BAD_NODE),
+        (3, 2, Cause.USER_ERROR),
+        (8, 4, Cause.BAD_NODE),
+        (8, 5, Cause.USER_ERROR),
+    ],
+)
+def test_where_most_nodes_are_unfit_it_is_not_the_nodes(run: RunDir, judge: Judge, nodes: int, bad: int, cause: Cause) -> None:
+    names = tuple(f"n{i + 1}" for i in range(nodes))
+    node(run, 0, problems=[problem(name) for name in names[:bad]])
+    said = judge(nodes=names)
+    assert (said.cause, said.bad_nodes) == (cause, names[:bad] if cause is Cause.BAD_NODE else ())
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "cause", "who"),
+    [
+        ("killed", 3, Cause.INFRASTRUCTURE, "rank 3"),
+        ("RunError", 3, Cause.FAILURE, "rank 3"),
+        ("DivergedError", 3, Cause.USER_ERROR, "rank 3"),
+        ("ConfigError", 0, Cause.USER_ERROR, "rank 0"),
+        ("DataError", 0, Cause.USER_ERROR, "rank 0"),
+        ("CheckpointError", 0, Cause.FAILURE, "rank 0"),
+        ("ZeroDivisionError", 3, Cause.FAILURE, "rank 3"),
+        ("OutOfMemoryError", 3, Cause.FAILURE, "rank 3"),
+        ("Superseded", 0, Cause.USER_ERROR, "rank 0"),
+        ("RendezvousTimeoutError", None, Cause.INFRASTRUCTURE, "a node's agent"),
+    ],
+)
+def test_what_a_failure_is_put_down_to(run: RunDir, judge: Judge, kind: str, rank: int | None, cause: Cause, who: str) -> None:
+    node(run, 0)
+    node(run, 1, failure(kind, rank))
+    node(run, 2)
+    assert judge(code=1) == Ending(cause, STEP, f"{who}: what it said", first_failure=failure(kind, rank))
+
+
+def test_the_first_failure_is_that_of_a_rank_and_before_all_that_of_a_killed_one(run: RunDir, judge: Judge) -> None:
+    agents = failure("RunError", rank=None, at=1.0, message="the agent of n2 is gone")
+    early, late = failure("ValueError", 1, at=10.0, message="early"), failure("ValueError", 5, at=11.0, message="late")
+    killed = failure("killed", 4, at=12.0, message="killed by SIGKILL")
+    node(run, 0, agents)
+    assert judge(code=1).first_failure == agents
+    node(run, 1, late)
+    assert judge(code=1).first_failure == late
+    node(run, 0, early)
+    assert judge(code=1).first_failure == early
+    node(run, 2, killed)
+    assert judge(code=1) == Ending(Cause.INFRASTRUCTURE, STEP, "rank 4: killed by SIGKILL", first_failure=killed)
+
+
+def test_a_failure_counts_before_a_stop_and_problems_before_both(run: RunDir, judge: Judge) -> None:
+    node(run, 0, failure("ValueError"), stopped=True)
+    node(run, 1)
+    node(run, 2)
+    assert judge(code=1).cause is Cause.FAILURE
+    node(run, 1, problems=[problem("n2")])
+    assert judge(code=1).cause is Cause.BAD_NODE
+
+
+def test_nodes_that_left_no_word_are_named(run: RunDir, judge: Judge) -> None:
+    node(run, 1)
+    assert judge(code=9) == Ending(Cause.INFRASTRUCTURE, STEP, "no word from n1, n3 (srun ended with 9)")
+    assert judge(code=None) == Ending(Cause.INFRASTRUCTURE, STEP, "no word from n1, n3")
+    node(run, 0)
+    node(run, 2)
+    assert judge(code=0).message == "the ranks ended without an outcome (srun ended with 0)"
+
+
+REFUSED = "srun: error: n2: task 1: Exited with exit code 78"
+BEFORE = postmortem.marker(0, NODES)
+NOW = postmortem.marker(1, NODES)
+
+
+def test_a_task_that_ended_by_itself_before_its_agent_began_is_its_nodes_fault(run: RunDir, judge: Judge) -> None:
+    output(run, NOW, "n2 does not see /srv/project/runs/tried/plan.json", REFUSED, "srun: error: n1: task 0: Terminated")
+    said = judge(code=78)
+    assert (said.cause, said.bad_nodes, said.step) == (Cause.BAD_NODE, ("n2",), STEP)
+    assert said.message.startswith("n2: no agent could start there (Exited with exit code 78)")
+    assert "run directory" in said.message
+    # The next start has not seen it end: it may as well have been lost.
+    assert judge(code=None).cause is Cause.INFRASTRUCTURE
+    # Where an agent has left its record, its task is not what failed.
+    node(run, 1)
+    assert judge(code=78).message == "no word from n1, n3 (srun ended with 78)"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [BEFORE, REFUSED, NOW],
+        [NOW, "srun: error: n2: task 1: Killed"],
+        [NOW, "srun: error: n9: task 1: Exited with exit code 1"],
+        [NOW, "srun: error: Node failure on n2"],
+        [],
+    ],
+)
+def test_other_words_of_srun_say_nothing_of_a_node(run: RunDir, judge: Judge, lines: list[str]) -> None:
+    output(run, *lines)
+    assert judge(code=9).message == "no word from n1, n2, n3 (srun ended with 9)"
+
+
+def test_a_run_directory_that_most_nodes_do_not_see_is_no_ones_node(run: RunDir, judge: Judge) -> None:
+    output(run, NOW, REFUSED, "srun: error: n3: task 2: Exited with exit code 78")
+    said = judge(code=78)
+    assert (said.cause, said.bad_nodes) == (Cause.USER_ERROR, ())
+    assert "n2: no agent" in said.message
+    assert "n3: no agent" in said.message
+
+
+def test_tasks_of_one_node_in_a_row_are_read(run: RunDir, judge: Judge) -> None:
+    output(run, NOW, "srun: error: n2: tasks 1-3,5: Exited with exit code 2")
+    assert judge(code=2).bad_nodes == ("n2",)
+
+
+def all_nodes(run: RunDir, *failures: dict[str, Any] | None) -> None:
+    for number in range(3):
+        node(run, number, failures[number] if number < len(failures) else None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "cause"),
+    [
+        ("RuntimeError", "RuntimeError: [../gloo/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:3", Cause.INFRASTRUCTURE),
+        ("RuntimeError", "RuntimeError: Read error: Connection reset by peer", Cause.INFRASTRUCTURE),
+        ("DistBackendError", "DistBackendError: NCCL error: remote process exited or network error", Cause.INFRASTRUCTURE),
+        ("DistBackendError", "DistBackendError: NCCL error in x.cpp:9, unhandled system error", Cause.INFRASTRUCTURE),
+        ("DistBackendError", "DistBackendError: NCCL error in x.cpp:9, invalid usage", Cause.FAILURE),
+        ("AcceleratorError", "AcceleratorError: CUDA error: uncorrectable ECC error encountered", Cause.INFRASTRUCTURE),
+        ("RuntimeError", "CUDA error: unspecified launch failure\nNVRM: Xid (PCI:0000:01:00): 63", Cause.INFRASTRUCTURE),
+        ("RuntimeError", "RuntimeError: CUDA error: unspecified launch failure", Cause.FAILURE),
+        ("RuntimeError", "RuntimeError: GPU has fallen off the bus", Cause.INFRASTRUCTURE),
+        ("OSError", "OSError: [Errno 116] Stale file handle: '/runs/a/status.json'", Cause.INFRASTRUCTURE),
+        ("CheckpointError", "shard-00001 cannot be read: Input/output error", Cause.INFRASTRUCTURE),
+        ("OSError", "OSError: [Errno 28] No space left on device", Cause.FAILURE),
+        ("DataError", "train.jsonl cannot be read: Stale file handle", Cause.USER_ERROR),
+    ],
+)
+def test_machines_that_failed_are_known_by_what_was_said(
+    run: RunDir, judge: Judge, kind: str, message: str, cause: Cause
+) -> None:
+    all_nodes(run, None, failure(kind, message=message))
+    assert judge(code=1).cause is cause
+
+
+def test_a_rank_that_lost_its_peer_comes_after_the_one_that_failed_whatever_the_clocks(run: RunDir, judge: Judge) -> None:
+    own = failure("ValueError", 4, at=12.0, message="ValueError: own")
+    all_nodes(run, failure("RuntimeError", 0, at=10.0, message="Connection closed by peer"), own)
+    assert judge(code=1) == Ending(Cause.FAILURE, STEP, "rank 4: ValueError: own", first_failure=own)
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "RunError", "DistBackendError"])
+def test_failures_beside_a_node_that_left_no_word_are_put_down_to_that_node(run: RunDir, judge: Judge, kind: str) -> None:
+    node(run, 0, failure(kind))
+    node(run, 1)
+    assert judge(code=1) == Ending(
+        Cause.INFRASTRUCTURE, STEP, "rank 3: what it said; no word from n3", first_failure=failure(kind)
+    )
+    node(run, 1, failure("DivergedError", at=1.0))
+    assert judge(code=1).cause is Cause.USER_ERROR
+
+
+@pytest.mark.parametrize(("left_s", "cause"), [(3600, Cause.PREEMPTED), (10, Cause.TIME_LIMIT)])
+def test_ranks_killed_because_they_did_not_stop_in_time_were_interrupted(
+    run: RunDir, judge: Judge, left_s: float, cause: Cause
+) -> None:
+    killed = failure("killed", message="killed by SIGKILL")
+    node(run, 0, killed, stopped=True, killed=True)
+    node(run, 1, stopped=True, killed=False)
+    said = judge(left_s=left_s, code=1)
+    assert (said.cause, said.first_failure) == (cause, killed)
+    # A rank that is killed by something else, with or without a stop that was asked for, is not.
+    node(run, 0, killed, stopped=True, killed=False)
+    assert judge(left_s=left_s, code=1).cause is Cause.INFRASTRUCTURE
+
+
+@pytest.mark.parametrize(("state", "cause"), [("TIMEOUT", Cause.TIME_LIMIT), ("PREEMPTED", Cause.PREEMPTED)])
+def test_slurms_word_counts_where_the_ranks_left_none(run: RunDir, judge: Judge, state: str, cause: Cause) -> None:
+    assert judge(state=state, code=None) == Ending(cause, STEP, f"the job ended as {state} at step 40 without saving")
+    all_nodes(run, failure("killed"))
+    assert judge(state=state).cause is cause
+    all_nodes(run, failure("DataError"))
+    assert judge(state=state).cause is Cause.USER_ERROR
+    outcome(run, "completed")
+    assert judge(state=state).cause is Cause.COMPLETED
+
+
+@pytest.mark.parametrize("kind", ["RunError", "SlurmError"])
+def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge: Judge, kind: str) -> None:
+    own = failure(kind, rank=None, message="eth7 has no address")
+    all_nodes(run, None, own, failure("RendezvousTimeoutError", rank=None, at=200.0))
+    assert judge(code=1) == Ending(Cause.BAD_NODE, STEP, "n2: eth7 has no address", ("n2",), own)
+    # Two that do not meet the first: it may be the first.
+    all_nodes(run, None, own, own)
+    said = judge(code=1)
+    assert (said.cause, said.bad_nodes) == (Cause.INFRASTRUCTURE, ())
+
+
+@pytest.mark.parametrize("nodes", [("n1",), NODES])
+def test_a_full_shared_disk_is_no_nodes_fault(run: RunDir, judge: Judge, nodes: tuple[str, ...]) -> None:
+    full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in nodes]
+    node(run, 0, problems=full)
+    said = judge(nodes=nodes)
+    assert (said.cause, said.bad_nodes) == (Cause.FAILURE, ())
+    assert f"n1: {node_check.NO_ROOM}" in said.message
+
+
+def test_beside_a_full_disk_a_node_is_still_blamed_for_its_own(run: RunDir, judge: Judge) -> None:
+    full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in NODES]
+    node(run, 0, problems=[*full, problem("n2")])
+    said = judge()
+    assert (said.cause, said.bad_nodes) == (Cause.BAD_NODE, ("n2",))

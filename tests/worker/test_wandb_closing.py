@@ -1,0 +1,160 @@
+"""W&B hears of a failure from the process that started the ranks, when no rank is left to tell it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import hand_made
+import pytest
+from fake_slurm import FakeSlurm
+from forked import ForkingSubprocess, preloaded
+from job_tools import Job
+from rank_tools import IMPORTED, rank
+from wandb_server import KEY, fake_wandb
+
+from launcher import run_store
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import Status
+from launcher.tracking.jsonl import append_event
+from launcher.worker import wandb_closing
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def plan_in(folder: Path, **tracking: str) -> LaunchPlan:
+    data = {"sources": [{"path": "train.jsonl"}]}
+    sections = {"model": {"path": "./model"}, "data": data, "train": {"max_steps": 40}, "tracking": tracking}
+    return hand_made.plan(folder, sections)
+
+
+def failed(run: RunDir) -> None:
+    run_store.write_status(run, Status("failed", 1, 9, 40, message="rank 1: killed by SIGKILL"))
+    run_store.write_json(run.attempt(1) / "exit.json", {"first_failure": {"log": "rank-00001.log"}})
+
+
+def use(monkeypatch: pytest.MonkeyPatch, address: str, forked: bool = True) -> None:
+    """Let this process and those that it starts speak to a server; `forked` from one that has imported W&B's package."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    if forked:
+        monkeypatch.setattr(wandb_closing, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))
+
+
+def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
+    with fake_wandb() as server:
+        with rank(plan, base_url=server.address) as it:
+            it.start_and_wait()
+            it.steps(1, 9)
+            os.kill(it.core()["answer"], signal.SIGKILL)
+            it.kill()
+        assert server.run().exits == []
+        failed(run)
+        append_event(run, 1, "alert", "Xid 79 on GPU 3: fallen off the bus (rank 1 on n1)")
+        use(monkeypatch, server.address, forked=False)
+        wandb_closing.tell_wandb(plan, run.plan, run, 1)
+        assert server.run().exits == [1]
+        assert server.run().steps == list(range(1, 10))
+        assert server.run().summary["state"] == "failed"
+        words = "the run has failed: rank 1: killed by SIGKILL (log: rank-00001.log)"
+        assert [(alert["title"], alert["text"]) for alert in server.alerts] == [
+            (
+                "demo-run at step 9: the run has failed",
+                f"{words}; GPU faults: Xid 79 on GPU 3: fallen off the bus (rank 1 on n1)",
+            )
+        ]
+
+
+@pytest.mark.parametrize("numbered", [True, False], ids=["an attempt was numbered", "none was"])
+def test_a_limit_that_is_found_to_be_reached_between_attempts_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbered: bool
+) -> None:
+    plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
+    with fake_wandb() as server:
+        with rank(plan, base_url=server.address) as it:
+            it.start()
+            it.steps(1, 4)
+            it.finish("preempted")
+        run_store.write_json(run.attempt(1) / "exit.json", {"cause": "preempted", "first_failure": {"log": "rank-00001.log"}})
+        run.attempt(2).mkdir()
+        run_store.write_status(run, Status("preempted", 1, 4, 40, message="run.max_usd=100 is reached"))
+        use(monkeypatch, server.address)
+        wandb_closing.tell_wandb(plan, run.plan, run, 2 if numbered else 1)
+        assert (server.run().exits, server.run().summary["state"]) == ([1, 1], "preempted")
+        assert server.run().steps == [1, 2, 3, 4]
+        assert [alert["text"] for alert in server.alerts] == ["the run ends: run.max_usd=100 is reached"]
+
+
+def test_a_run_that_failed_before_any_rank_began_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
+    run.attempt(1).mkdir(parents=True)
+    run.plan.write_text(plan.to_json())
+    failed(run)
+    with fake_wandb() as server:
+        use(monkeypatch, server.address)
+        wandb_closing.tell_wandb(plan, run.plan, run, 1)
+        assert server.run().exits == [1]
+        assert "the run has failed: rank 1: killed by SIGKILL" in server.alerts[0]["text"]
+
+
+def test_a_slurm_job_that_ends_for_good_has_the_last_word(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = submitted()
+    with fake_wandb() as server:
+        use(monkeypatch, server.address)
+        of.begun()
+        of.outcome("preempted")
+        of.conclude()
+        assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
+        assert not server.received, "it runs again"
+        of.begun(2, automatic=True)
+        of.failed("DataError")
+        of.conclude(2)
+        (run,) = server.runs.values()
+        assert (run.exits, run.summary["state"]) == ([1], "failed")
+        assert [alert["text"] for alert in server.alerts] == ["the run has failed: rank 3: what it said (log: /log)"]
+
+
+def test_a_server_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
+    with fake_wandb(fault="hang") as server:
+        (run.root / "wandb").mkdir(parents=True)
+        run.attempt(1).mkdir(parents=True)
+        run.plan.write_text(plan.to_json())
+        failed(run)
+        use(monkeypatch, server.address)
+        monkeypatch.setattr(wandb_closing, "_DEADLINE_S", 1.0)
+        began = time.monotonic()
+        wandb_closing.tell_wandb(plan, run.plan, run, 1)
+        assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(
+    ("state", "ended", "tracking"),
+    [
+        ("completed", {}, {}),
+        ("failed", {}, {"kind": "none"}),
+        ("failed", {}, {"mode": "disabled"}),
+        # The ranks have told it: of the limit that they have reached, and on this machine, which was asked to stop.
+        ("preempted", {"cause": "limit"}, {}),
+        ("preempted", {}, {}),
+    ],
+)
+def test_nothing_is_said_where_there_is_nothing_to_say(
+    tmp_path: Path, state: str, ended: dict[str, str], tracking: dict[str, str]
+) -> None:
+    plan, run = plan_in(tmp_path / "run", **tracking), RunDir(tmp_path / "run")
+    (run.root / "wandb").mkdir(parents=True)
+    run.attempt(1).mkdir(parents=True)
+    run.plan.write_text(plan.to_json())
+    run_store.write_json(run.attempt(1) / "exit.json", ended)
+    run_store.write_status(run, Status(state, 1))
+    wandb_closing.tell_wandb(plan, run.plan, run, 1)
+    assert not list((run.root / "wandb").iterdir())
