@@ -35,14 +35,9 @@ run: install  ## fine-tune the demonstration model (ARGS="train.max_steps=5" add
 test: .venv/.installed-dev  ## run the unit tests and one whole run on this machine, on Slurm and on Ray
 	$(BIN)/python -m pytest -m "not rest and not gpu" $(or $(strip $(ARGS)),-n 3 --dist loadfile)
 
-# Compilers and whole runs keep both cores busy: first the tests that compile DeepSpeed's extensions, then those of whole runs.
+# Whole runs keep both cores busy with two at a time. The order of the files is that of tests/conftest.py.
 test-rest: .venv/.installed-dev  ## run all other tests: faults, interruptions, what a user types on the first day
-ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -m "rest and not gpu" --ignore tests/e2e --ignore tests/journeys -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m "rest and not gpu" tests/e2e tests/journeys -n 2 --dist loadfile
-else
-	$(BIN)/python -m pytest -m "rest and not gpu" $(ARGS)
-endif
+	$(BIN)/python -m pytest -m "rest and not gpu" $(or $(strip $(ARGS)),-n 2 --dist loadfile --no-loadscope-reorder)
 
 test-all: test test-rest  ## run every test
 

@@ -28,6 +28,17 @@ from testbed_config import NUM_SLOTS, Settings, install_command, missing_command
 REPO = Path(__file__).resolve().parents[1]
 RUN_DEADLINE_S = 240
 BUILD_DEADLINE_S = 1700
+# Of the tests of whole runs; `--durations=0` lists what each takes.
+LONGEST_FILES = (
+    "e2e/test_ray_cluster.py",
+    "e2e/test_slurm_life.py",
+    "e2e/test_slurm_interruptions.py",
+    "e2e/test_resume_safety.py",
+    "e2e/test_ray.py",
+    "journeys/test_journeys.py",
+    "e2e/test_resume_exact.py",
+    "e2e/test_finish.py",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,6 +48,18 @@ def pytest_configure(config: pytest.Config) -> None:
     # How long an example takes says how busy the machine is.
     hypothesis.settings.register_profile("launcher", deadline=None)
     hypothesis.settings.load_profile("launcher")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first, so that none is left alone at the end, and those that need compiled extensions last."""
+
+    def position(item: pytest.Item) -> int:
+        if "extensions" in getattr(item, "fixturenames", ()):
+            return len(LONGEST_FILES) + 1
+        name = item.path.relative_to(REPO / "tests").as_posix() if item.path.is_relative_to(REPO / "tests") else ""
+        return LONGEST_FILES.index(name) if name in LONGEST_FILES else len(LONGEST_FILES)
+
+    items.sort(key=position)
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -166,12 +189,9 @@ def extensions(tmp_path_factory: pytest.TempPathFactory) -> None:
     with FileLock(folder / "extensions.lock", timeout=BUILD_DEADLINE_S):
         if (folder / "extensions-are-compiled").exists():
             return
-        names = ("ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder")
-        build = "; ".join(f"get_accelerator().create_op_builder({name!r}).load()" for name in names)
-        lock = "from launcher.train.jit_build_lock import lock_builds; lock_builds()"
-        script = f"{lock}; from deepspeed.accelerator import get_accelerator; {build}"
+        command = [sys.executable, str(REPO / "tests/build_extensions.py")]
         env = {**os.environ, "PYTHONPATH": str(REPO)}
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=BUILD_DEADLINE_S, env=env)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_DEADLINE_S, env=env)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         (folder / "extensions-are-compiled").touch()
 

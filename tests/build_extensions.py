@@ -1,0 +1,24 @@
+"""Compile DeepSpeed's C++ extensions for offloaded states into the user's cache (TORCH_EXTENSIONS_DIR where it is set).
+
+    python tests/build_extensions.py
+
+Takes minutes where the cache is empty, and seconds afterwards. Processes that build the same extension wait for each other.
+"""
+
+from __future__ import annotations
+
+EXTENSIONS = ("ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder")
+
+
+def main() -> None:
+    from launcher.train.jit_build_lock import lock_builds
+
+    lock_builds()
+    from deepspeed.accelerator import get_accelerator
+
+    for name in EXTENSIONS:
+        get_accelerator().create_op_builder(name).load()
+
+
+if __name__ == "__main__":
+    main()
