@@ -1,7 +1,11 @@
-"""Files and directories that are whole or not there, whatever happens to the machine while they are written."""
+"""Atomic files and directories: after a crash each one is complete or absent, never partial.
+
+Content is written under a temporary name in the same directory, fsynced, and renamed; the directory is fsynced after the rename.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -51,6 +55,43 @@ class FileEntry:
         return cls(**values)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by a value as indented JSON; see `write_bytes`.
+
+    Raises:
+        TypeError: if the value is not JSON-serializable; nothing is written.
+        OSError: if the file cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by a text in UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Replace `path` atomically: readers see the previous content or `content`, never a part of it.
+
+    `mode` holds the permissions before the umask. A file that cannot be written leaves the previous content in place.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     """Write a file that does not exist yet, digest it on the way, and fsync it."""
     digest, size = xxhash.xxh3_128(), 0
@@ -95,6 +136,16 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or a complete directory within one directory, durably.
+
+    Raises:
+        OSError: if `target` is a directory that is not empty, or the rename fails.
+    """
+    os.rename(source, target)
+    fsync_directory(target.parent)
+
+
 def replace_directory(source: Path, target: Path) -> None:
     """Move a complete directory to `target`; what was there is removed only after that. Both lie in one folder."""
     aside = aside_of(target)
@@ -102,8 +153,7 @@ def replace_directory(source: Path, target: Path) -> None:
         if aside.exists():
             remove_directory(aside)
         os.rename(target, aside)
-    os.rename(source, target)
-    fsync_directory(target.parent)
+    rename(source, target)
     if aside.exists():
         # The next sweep takes what cannot be removed now.
         with suppress(OSError):

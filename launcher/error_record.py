@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.errors import LauncherError
 
 # Names the file that a rank leaves its record in.
@@ -39,7 +39,7 @@ class ErrorRecord:
     def write(self, path: Path) -> None:
         """Put the record at `path` in one move."""
         details = {"py_callstack": self.traceback, "timestamp": str(self.at)}
-        run_store.write_json(path, {"message": {"message": self.message, "extraInfo": details}})
+        atomic_files.write_json(path, {"message": {"message": self.message, "extraInfo": details}})
 
     @classmethod
     def read(cls, path: Path) -> ErrorRecord | None:

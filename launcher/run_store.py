@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import launcher
+from launcher import atomic_files
 from launcher.errors import RunError, SubmitError, Superseded
 from launcher.holder import held
 from launcher.plan.prices import Price
@@ -66,21 +67,6 @@ class Attempt:
     num_workers: int | None = None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """JSON by way of `write_text`."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` so that a reader sees the old content or the whole of the other, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def create(plan: LaunchPlan) -> RunDir:
     """Make the run directory of a plan, with the plan and the code as it is now.
 
@@ -105,7 +91,7 @@ def create(plan: LaunchPlan) -> RunDir:
         ) from None
     run.attempts.mkdir()
     snapshot_code(run)
-    write_text(run.plan, plan.to_json())
+    atomic_files.write_text(run.plan, plan.to_json())
     _keep_plan(run, plan)
     write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
     return run
@@ -137,8 +123,8 @@ def next_attempt(run: RunDir, attempt: Attempt) -> int:
     unfinished = run.attempts / f".{number:03d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o700)
-    write_json(unfinished / "attempt.json", asdict(replace(attempt, submitted_at=time.time())))
-    unfinished.rename(run.attempt(number))
+    atomic_files.write_json(unfinished / "attempt.json", asdict(replace(attempt, submitted_at=time.time())))
+    atomic_files.rename(unfinished, run.attempt(number))
     return number
 
 
@@ -149,39 +135,39 @@ def read_attempt(run: RunDir, number: int) -> Attempt:
 
 
 def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
-    write_json(run.attempt(number) / "attempt.json", asdict(attempt))
+    atomic_files.write_json(run.attempt(number) / "attempt.json", asdict(attempt))
 
 
-def require_newest(run: RunDir, attempt: int, certain: bool = False) -> None:
-    """Refuse to go on for an attempt that another has followed: a node that was cut off may live on and write late.
+def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
+    """Refuse to go on for a superseded attempt: a node that was cut off may live on and write late.
 
-    A network file system may show a folder as it was up to a minute ago; `certain` makes it look again.
+    A network file system may show a directory as it was up to a minute ago; `refresh` makes it read the directory anew.
 
     Raises:
-        Superseded: where there is a later attempt.
-        OSError: where storage cannot tell, and it must be `certain`.
+        Superseded: if a later attempt exists.
+        OSError: if storage does not answer, with `refresh` only.
     """
-    if certain:
-        look_again(run.attempts)
+    if refresh:
+        refresh_directory(run.attempts)
     try:
-        # Attempts are numbered without gaps; one look is cheap enough for every logged step.
-        followed = run.attempt(attempt + 1).exists()
+        # Attempts are numbered without gaps; one lookup is cheap enough for every logged step.
+        is_superseded = run.attempt(attempt + 1).exists()
     except OSError:
-        # Storage that cannot tell is no reason to lose machines, as long as nothing depends on the answer.
-        if certain:
+        # Without `refresh` nothing depends on the answer: a storage error is then no reason to lose machines.
+        if refresh:
             raise
-        followed = False
-    if followed:
+        is_superseded = False
+    if is_superseded:
         raise Superseded(
             f"attempt {attempt} was given up while it still ran: attempt {attempt + 1} has taken over; nothing more is written",
             where=str(run.attempt(attempt + 1)),
         )
 
 
-def look_again(folder: Path) -> float:
-    """Make a network file system's client forget what it remembers of a folder: what it changes there itself ends that.
+def refresh_directory(folder: Path) -> float:
+    """Make a network file system's client drop its cached view of a directory, by creating a file in it.
 
-    Returns the file system's own time, in seconds since the epoch, to compare those of its files with.
+    Returns the file system's own time in seconds since the epoch, comparable with the times of its files.
     """
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".look-") as file:
         return os.fstat(file.fileno()).st_mtime
@@ -217,7 +203,7 @@ def read_status(run: RunDir) -> Status:
 
 
 def write_status(run: RunDir, status: Status) -> None:
-    write_json(run.status, asdict(replace(status, updated_at=time.time())))
+    atomic_files.write_json(run.status, asdict(replace(status, updated_at=time.time())))
 
 
 def update_status(run: RunDir, **changes: Any) -> Status:
@@ -230,7 +216,7 @@ def update_status(run: RunDir, **changes: Any) -> Status:
 def write_plan(run: RunDir, attempt: int, plan: LaunchPlan) -> Path:
     """Give an attempt a plan of its own; returns where it lies."""
     path = run.attempt(attempt) / "plan.json"
-    write_text(path, plan.to_json())
+    atomic_files.write_text(path, plan.to_json())
     _keep_plan(run, plan)
     return path
 
@@ -238,7 +224,7 @@ def write_plan(run: RunDir, attempt: int, plan: LaunchPlan) -> Path:
 def _keep_plan(run: RunDir, plan: LaunchPlan) -> None:
     """A copy under the digest that stands in checkpoints: whatever becomes of plan.json, what they were trained by is known."""
     run.plans.mkdir(exist_ok=True)
-    write_text(run.plans / f"{plan.digest()}.json", plan.to_json())
+    atomic_files.write_text(run.plans / f"{plan.digest()}.json", plan.to_json())
 
 
 def plan_of_digest(run: RunDir, digest: str) -> LaunchPlan | None:

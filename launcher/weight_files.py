@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from launcher import run_store
+from launcher import atomic_files
 from launcher.config.schema import ModelSection
 from launcher.data import cache_dir
 from launcher.errors import ConfigError, Problem
@@ -196,7 +196,7 @@ def save_report(folder: Path, model: ModelSection, report: WeightReport) -> None
     file = _report_file(folder, model)
     with cache_dir.usable(file.parent):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        run_store.write_json(file, asdict(report))
+        atomic_files.write_json(file, asdict(report))
 
 
 def _report_file(folder: Path, model: ModelSection) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
 import threading
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import RunError, SubmitError
@@ -125,7 +124,7 @@ def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Pa
         assert run_store.read_attempt(run, number) == attempt
     # A later launcher may write more.
     file = run.attempt(1) / "attempt.json"
-    run_store.write_json(file, {**run_store.read_json(file), "more": 1})
+    atomic_files.write_json(file, {**run_store.read_json(file), "more": 1})
     assert run_store.read_attempt(run, 1) == whole
 
 
@@ -146,7 +145,7 @@ def test_an_attempt_is_there_whole_or_not_at_all(config: RunConfig, tmp_path: Pa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_store, "write_json", killed)
+        patched.setattr(atomic_files, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             run_store.next_attempt(run, Attempt(None))
     assert run_store.newest_attempt(run) == 0
@@ -161,11 +160,11 @@ def test_an_attempt_is_there_whole_or_not_at_all(config: RunConfig, tmp_path: Pa
 def test_an_attempt_that_another_has_followed_is_told_so(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     run_store.next_attempt(run, Attempt(None))
-    run_store.require_newest(run, 1)
+    run_store.fence(run, 1)
     run_store.next_attempt(run, Attempt(None))
-    run_store.require_newest(run, 2)
+    run_store.fence(run, 2)
     with pytest.raises(Superseded) as error:
-        run_store.require_newest(run, 1)
+        run_store.fence(run, 1)
     (problem,) = error.value.problems
     assert "attempt 2 has taken over" in problem.what
     assert problem.where == str(run.attempt(2))
@@ -177,28 +176,9 @@ def test_storage_that_cannot_tell_of_a_later_attempt_stops_none_but_where_it_mus
     run = run_store.create(planned(config, tmp_path, "a"))
     run_store.next_attempt(run, Attempt(None))
     monkeypatch.setattr(Path, "exists", failing(errno.EIO))
-    run_store.require_newest(run, 1)
+    run_store.fence(run, 1)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
-        run_store.require_newest(run, 1, certain=True)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "status.json"
-    run_store.write_json(file, {"step": 1})
-
-    def no_space(source: object, target: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", no_space)
-        with pytest.raises(OSError, match="No space"):
-            run_store.write_json(file, {"step": 2})
-    assert json.loads(file.read_text()) == {"step": 1}
-    with pytest.raises(TypeError):
-        run_store.write_json(file, {"step": object()})
-    assert json.loads(file.read_text()) == {"step": 1}
-    run_store.write_json(file, {"step": 3})
-    assert json.loads(file.read_text()) == {"step": 3}
+        run_store.fence(run, 1, refresh=True)
 
 
 def test_a_reader_never_sees_a_part(config: RunConfig, tmp_path: Path) -> None:

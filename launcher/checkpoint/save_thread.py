@@ -185,7 +185,7 @@ class SaveJob:
                     where=str(self.saving),
                     value=f"missing: rank {', '.join(map(str, missing))}",
                 )
-            run_store.look_again(self.saving)
+            run_store.refresh_directory(self.saving)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 

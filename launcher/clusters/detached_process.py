@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.errors import RunError
 from launcher.holder import pid_space
 from launcher.plan.run_dir import RunDir
@@ -72,7 +72,7 @@ def give_signs(run: RunDir) -> None:
         while True:
             # Storage that fails for a while costs a sign, not the thread.
             with suppress(OSError):
-                run_store.write_json(run.alive, {"at": time.time(), "host": os.uname().nodename})
+                atomic_files.write_json(run.alive, {"at": time.time(), "host": os.uname().nodename})
             time.sleep(SIGN_EVERY_S)
 
     threading.Thread(target=give, name="signs-of-life", daemon=True).start()
@@ -82,7 +82,7 @@ def silence_s(run: RunDir) -> float:
     """Seconds since the last sign of life by the file system's clock, for those of two machines may differ by minutes."""
     now = time.time()
     with suppress(OSError):
-        now = run_store.look_again(run.root)
+        now = run_store.refresh_directory(run.root)
     signs = [0.0]
     for file in (run.status, run.alive):
         with suppress(OSError):

@@ -158,7 +158,7 @@ class _Session:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
         # While the other ranks wait for the fence, so that they do not use the CPU that is measured.
         peak = peak_tflops(plan.config, device) if place.is_main else None
-        fence = partial(run_store.require_newest, run, place.attempt, certain=True)
+        fence = partial(run_store.fence, run, place.attempt, refresh=True)
         together(device, "this attempt may not train", fence if place.is_main else lambda: None)
         engine, model = build_engine(plan, place)
         if device.type == "cuda":
@@ -266,7 +266,7 @@ class _Session:
             metrics = self.meter.step(self.step, batch, loss, float(self.engine.get_global_grad_norm() or 0.0), lr, times)
             self.monitor.heard(told)
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
-                run_store.require_newest(self.run_dir, self.place.attempt)
+                run_store.fence(self.run_dir, self.place.attempt)
                 self.tracker.log(self.step, metrics | self.monitor.metrics(self.meter.tokens))
             self.status.training(self.step)
             self.monitor.alert(self.step, loss, self.meter.overall_tokens_per_sec)

@@ -127,7 +127,7 @@ def _naming_the_newest(run: RunDir, number: int) -> Attempt:
     if newest <= named or attempt.pinned or any(c.manifest.attempt == number for c in committed):
         return attempt
     if attempt.automatic:
-        run_store.require_newest(run, number, certain=True)
+        run_store.fence(run, number, refresh=True)
         # Written down: it is what ranks that are started again look for, and what the attempt's progress is measured by.
         attempt = replace(attempt, resume_step=newest)
         run_store.write_attempt(run, number, attempt)
@@ -208,7 +208,7 @@ def _set_aside(run: RunDir, number: int, begun: int, damaged: dict[int, Damage])
     if not doomed:
         return []
     # An attempt that another has followed may see what that one is just writing.
-    run_store.require_newest(run, number, certain=True)
+    run_store.fence(run, number, refresh=True)
     attempt = run_store.read_attempt(run, number)
     if attempt.resume_step in doomed:
         # Before it is gone under its name: ranks that are started again look for what the attempt names.

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.clusters import detached_process
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -72,7 +72,7 @@ def main(plan_path: str, attempt: int) -> int:
     outcome = failure_record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
     exit_file = run.attempt(attempt) / "exit.json"
     ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": started, "ended_at": None}
-    run_store.write_json(exit_file, ended)
+    atomic_files.write_json(exit_file, ended)
     if outcome["state"] == "failed":
         with suppress(OSError):
             append_event(run, attempt, "alert", f"the attempt failed: {outcome['message']}", outcome["step"])
@@ -80,7 +80,7 @@ def main(plan_path: str, attempt: int) -> int:
     stopper.finish(mirror)
     # Until then the attempt has held its machines. Where the disk is full, its last sign of life tells.
     with suppress(OSError):
-        run_store.write_json(exit_file, ended | {"ended_at": time.time()})
+        atomic_files.write_json(exit_file, ended | {"ended_at": time.time()})
     run_store.update_status(run, state=outcome["state"], message=outcome["message"])
     tell_wandb(plan, plan_path, run, attempt)
     return 0 if outcome["state"] == "completed" else 130 if outcome["state"] in ("cancelled", "preempted") else 1
@@ -116,7 +116,7 @@ def _slurm_node(
     stopper.disarm()
     ranks.close()
     ended |= {"stopped": stopper.requested, "killed": stopper.killed, "ended_at": time.time()}
-    run_store.write_json(failure_record.node_file(run, attempt, node), ended)
+    atomic_files.write_json(failure_record.node_file(run, attempt, node), ended)
     stopper.finish(mirror, math.inf if ended["first_failure"] is None else AFTER_FAILURE_S)
     return 0 if ended["first_failure"] is None and "problems" not in ended else 1
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.config.cluster import ManagedSection
 from launcher.plan.retry import Cause, Decision, Ended, decide
@@ -50,7 +50,7 @@ class Conclusion:
             # Who decides later does not know when it was.
             "ended_at": time.time() if decided else None,
         }
-        run_store.write_json(run.attempt(number) / "exit.json", values)
+        atomic_files.write_json(run.attempt(number) / "exit.json", values)
 
 
 def conclude(

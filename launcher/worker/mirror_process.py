@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import atomic_files
 from launcher.checkpoint import store
 from launcher.checkpoint.mirror.remote_folder import Remote, words
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, address
@@ -215,7 +215,7 @@ class Sender:
             "at": time.time(),
         }
         try:
-            run_store.write_json(self._run.attempt(self._attempt) / "mirror.json", values)
+            atomic_files.write_json(self._run.attempt(self._attempt) / "mirror.json", values)
         except OSError as error:
             print(f"mirror.json cannot be written: {error}", file=sys.stderr, flush=True)
 

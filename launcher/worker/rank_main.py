@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import error_record, run_store
+from launcher import atomic_files, error_record
 from launcher.errors import WOULD_REPEAT
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -77,14 +77,14 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
         final = {"rank": env.rank, "kind": type(error).__name__, "message": str(error), "at": time.time()}
         # If this fails, the agents restart the ranks; the exception is still recorded.
         with suppress(OSError):
-            run_store.write_json(run.attempt(attempt) / "final.json", final)
+            atomic_files.write_json(run.attempt(attempt) / "final.json", final)
         raise
     if place.is_main and outcome.state == "completed":
         _leave_word(run, attempt, outcome)
 
 
 def _leave_word(run: RunDir, attempt: int, outcome: Outcome) -> None:
-    run_store.write_json(
+    atomic_files.write_json(
         run.attempt(attempt) / "outcome.json",
         {
             "state": outcome.state,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.cli.follow import follow
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED
@@ -15,7 +15,7 @@ def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1) -> None:
     """An attempt leaves the record of its end; without a rank nobody failed first."""
     log = str(run.rank_log(attempt, rank or 0))
     first = {"rank": rank, "kind": "killed", "message": message, "traceback": "", "log": log}
-    run_store.write_json(run.attempt(attempt) / "exit.json", {"first_failure": None if rank is None else first})
+    atomic_files.write_json(run.attempt(attempt) / "exit.json", {"first_failure": None if rank is None else first})
 
 
 def closing(run: RunDir, message: str, capsys: pytest.CaptureFixture[str]) -> str:

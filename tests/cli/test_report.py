@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.cli.report import _told, page, thinned
 from launcher.clusters.detached_process import identity
 from launcher.plan.run_dir import RunDir
@@ -24,7 +24,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 def test_one_run_is_told_whole(launch: Launch, run: RunDir) -> None:
     ended = {"state": "failed", "cause": "infrastructure", "message": "<b>n1</b> was lost", "ended_at": time.time()}
-    run_store.write_json(run.attempt(1) / "exit.json", ended)
+    atomic_files.write_json(run.attempt(1) / "exit.json", ended)
     done = launch("report", str(run.root))
     assert done.returncode == 0, done.stderr
     file = run.root / "report.html"
@@ -50,10 +50,10 @@ def test_one_run_is_told_whole(launch: Launch, run: RunDir) -> None:
 
 def test_the_cost_is_of_all_time_with_machines(launch: Launch, run: RunDir) -> None:
     """The export, which comes after the last line of metrics, counts as well."""
-    run_store.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": time.time()})
+    atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": time.time()})
     second = run_store.read_attempt(run, 2)
     run_store.write_attempt(run, 2, replace(second, begun_at=time.time() - 30 * 60))
-    run_store.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time() - 31 * 60})
+    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time() - 31 * 60})
     assert launch("report", str(run.root)).returncode == 0
     page = (run.root / "report.html").read_text()
     # 20 and 30 minutes on two GPUs at two dollars.

@@ -15,7 +15,7 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.cli.formatting import short
 from launcher.cli.main import main
 from launcher.cli.run_summary import summary
@@ -87,7 +87,7 @@ def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch_here
 
 
 def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch_here: Launch, run: RunDir) -> None:
-    run_store.write_json(run.cancel(2), {"save": True})
+    atomic_files.write_json(run.cancel(2), {"save": True})
     run_store.update_status(run, state="running", job=identity())
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["state"] == "running, asked to stop"
@@ -106,12 +106,12 @@ def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(la
 
 def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
     """The attempt before was; status.json has its number until the job of the next begins."""
-    run_store.write_json(run.cancel(2), {"save": True})
+    atomic_files.write_json(run.cancel(2), {"save": True})
     number = run_store.next_attempt(run, run_store.Attempt(resume_step=5))
     found = summary(run, run_store.update_status(run, state="pending", max_steps=60))
     assert (found["attempt"], found["asked_to_stop"], found["left_s"]) == (number, False, 55 * 2.0)
     assert found["cost"]["expected_usd"] == pytest.approx(found["cost"]["usd"] + 2 * 2.0 * 110 / 3600)
-    run_store.write_json(run.cancel(number), {"save": True})
+    atomic_files.write_json(run.cancel(number), {"save": True})
     assert summary(run, run_store.update_status(run, state="pending"))["asked_to_stop"]
 
 
@@ -128,7 +128,7 @@ def test_a_limit_that_comes_before_the_last_step_is_told(launch_here: Launch, ru
 
     def told(**limits: float) -> dict[str, str]:
         config = plan["config"] | {"run": plan["config"]["run"] | limits}
-        run_store.write_json(run.plan, plan | {"config": config})
+        atomic_files.write_json(run.plan, plan | {"config": config})
         return dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
 
     # Two GPUs at two dollars an hour have cost $3.40, and half an hour more is two dollars more.
@@ -186,7 +186,7 @@ def test_what_others_have_written_is_shown_and_not_acted_upon(launch_here: Launc
 
 def test_a_slurm_run_whose_submission_was_interrupted_can_be_asked_for(launch_here: Launch, run: RunDir) -> None:
     plan = run_store.read_json(run.plan)
-    run_store.write_json(run.plan, plan | {"config": plan["config"] | {"cluster": {"kind": "slurm"}}})
+    atomic_files.write_json(run.plan, plan | {"config": plan["config"] | {"cluster": {"kind": "slurm"}}})
     shutil.rmtree(run.attempts)
     run_store.update_status(run, state="pending", attempt=0, step=0)
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
@@ -259,7 +259,7 @@ def test_one_slow_step_is_not_the_pace(launch_here: Launch, run: RunDir) -> None
 
 def test_on_cpus_ranks_are_paid_for(launch_here: Launch, run: RunDir) -> None:
     plan = run_store.read_json(run.plan)
-    run_store.write_json(run.plan, plan | {"topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
+    atomic_files.write_json(run.plan, plan | {"topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
     assert "cost        $3.40 so far (1.70 rank hours)" in launch_here("status", str(run.root)).stdout
     assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
     assert launch_here("report", str(run.root)).returncode == 0
@@ -279,7 +279,7 @@ def test_what_a_run_will_cost_follows_from_its_pace(run: RunDir) -> None:
 def test_what_never_came_to_train_costs_as_well(launch_here: Launch, run: RunDir) -> None:
     """Two GPUs for 51 minutes, and nothing logged; what waits for its first machines costs nothing."""
     run.metrics.unlink()
-    run_store.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
+    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": time.time()})
     for file in run.attempt(2).iterdir():
         file.unlink()
     run.attempt(2).rmdir()
@@ -293,13 +293,13 @@ def test_what_never_came_to_train_costs_as_well(launch_here: Launch, run: RunDir
     }
     assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
     plan = run_store.read_json(run.plan)
-    run_store.write_json(run.plan, plan | {"price": None})
+    atomic_files.write_json(run.plan, plan | {"price": None})
     assert summary(run, status)["cost"] == cost | {"usd": None}
-    run_store.write_json(run.plan, plan | {"price": None, "topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
+    atomic_files.write_json(run.plan, plan | {"price": None, "topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
     assert summary(run, status)["cost"] is None
     (run.attempt(1) / "exit.json").unlink()
     run_store.write_attempt(run, 1, replace(run_store.read_attempt(run, 1), begun_at=None))
-    run_store.write_json(run.plan, plan)
+    atomic_files.write_json(run.plan, plan)
     assert summary(run, replace(status, state="pending"))["cost"] is None
 
 
@@ -307,7 +307,7 @@ def test_a_typical_price_is_told_as_one(launch_here: Launch, run: RunDir) -> Non
     plan = run_store.load_plan(run)
     assert plan.price is not None
     typical = replace(plan.price, assumption="typical")
-    run_store.write_text(run.plan, plan.model_copy(update={"price": typical}).to_json())
+    atomic_files.write_text(run.plan, plan.model_copy(update={"price": typical}).to_json())
     words = "$3.40 so far (1.70 GPU hours); at a typical price, cluster.price_per_gpu_hour sets yours"
     assert f"cost        {words}\n" in launch_here("status", str(run.root)).stdout
     assert json.loads(launch_here("status", str(run.root), "--json").stdout)["cost"]["at_typical_price"] is True
@@ -338,7 +338,7 @@ def test_what_comes_after_the_last_line_counts_as_in_the_report(launch_here: Lau
     for attempt, submitted_at, begun_at in ((1, now - 7200, now - 7200), (2, now - 3600, now - 3600)):
         times = {"submitted_at": submitted_at, "begun_at": begun_at}
         run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), **times))
-    run_store.write_json(run.attempt(1) / "exit.json", {"ended_at": now - 3600})
+    atomic_files.write_json(run.attempt(1) / "exit.json", {"ended_at": now - 3600})
     for file in (run.metrics, run.events):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         earlier = {1: now - 7100, 2: now - 2700}
@@ -347,7 +347,7 @@ def test_what_comes_after_the_last_line_counts_as_in_the_report(launch_here: Lau
     found = summary(run, run_store.update_status(run, state="running"))
     assert found["cost"]["gpu_hours"] == pytest.approx(4.0, abs=0.01)
     assert found["cost"]["usd"] == pytest.approx(8.0, abs=0.02)
-    run_store.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": now - 1800})
+    atomic_files.write_json(run.attempt(2) / "exit.json", {"state": "completed", "ended_at": now - 1800})
     found = summary(run, run_store.update_status(run, state="completed"))
     assert (found["cost"]["gpu_hours"], found["goodput"]["wall_s"]) == (pytest.approx(3.0), pytest.approx(5400))
     assert launch_here("report", str(run.root)).returncode == 0
@@ -427,7 +427,7 @@ def test_a_sparkline_shows_the_shape() -> None:
 )
 def test_a_plan_with_a_damaged_price_is_named(run: RunDir, capsys: pytest.CaptureFixture[str], price: object) -> None:
     plan = json.loads(run.plan.read_text())
-    run_store.write_json(run.plan, plan | {"price": price})
+    atomic_files.write_json(run.plan, plan | {"price": price})
     assert main(["status", str(run.root)]) == 1
     said = capsys.readouterr().err
     assert "the plan of this run cannot be read by this launcher" in said

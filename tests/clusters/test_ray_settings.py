@@ -15,7 +15,7 @@ import pytest
 from plan_fixtures import H100
 from pydantic import ValidationError
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.cli.launch import require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
@@ -158,7 +158,7 @@ def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 def test_where_a_run_was_handed_to_is_told_with_its_log(run: RunDir) -> None:
     assert RayCluster().started(run, 1) == [("driver", str(run.attempt(1) / "agent.log"))]
-    run_store.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
+    atomic_files.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
     through_the_jobs_api = [
         ("job", "raysubmit_1"),
         ("log", "ray job logs --address http://127.0.0.1:8265 -f raysubmit_1"),
@@ -342,7 +342,7 @@ def test_a_job_that_the_cluster_does_not_know_is_lost_only_where_the_run_gives_n
 
     monkeypatch.setattr(jobs, "state", unknown)
     monkeypatch.setattr(jobs, "stop", unknown)
-    run_store.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
+    atomic_files.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
     elsewhere = {**detached_process.identity(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     seen = RayCluster().status(run)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.plan.run_dir import RunDir
 from launcher.plan.xids import LOST
 from launcher.run_store import Attempt
@@ -29,7 +29,7 @@ def run(tmp_path: Path) -> RunDir:
 
 def ended(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:
     said = {"cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
-    run_store.write_json(run.attempt(1) / "exit.json", said)
+    atomic_files.write_json(run.attempt(1) / "exit.json", said)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_ranks_that_could_save_have_told_it(run: RunDir) -> None:
     told = failure_before(run, 2)
     assert told is not None
     assert told.words.startswith("attempt 1 ended (preempted)")
-    run_store.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
+    atomic_files.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
     assert failure_before(run, 2) is None
 
 

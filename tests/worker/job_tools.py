@@ -67,11 +67,11 @@ class Job:
 
     def outcome(self, reason: str, step: int = 40) -> None:
         said = {"state": "any", "reason": reason, "step": step, "message": "as the ranks say", "checkpoint": "/c"}
-        run_store.write_json(self.run.attempt(run_store.newest_attempt(self.run)) / "outcome.json", said)
+        atomic_files.write_json(self.run.attempt(run_store.newest_attempt(self.run)) / "outcome.json", said)
 
     def node(self, node: int, **values: Any) -> None:
         left = {"node": node, "first_failure": None, "stopped": False, "ended_at": time.time(), **values}
-        run_store.write_json(failure_record.node_file(self.run, run_store.newest_attempt(self.run), node), left)
+        atomic_files.write_json(failure_record.node_file(self.run, run_store.newest_attempt(self.run), node), left)
 
     def failed(self, kind: str) -> None:
         self.node(0, first_failure={"rank": 3, "kind": kind, "at": 1.0, "exit_code": 1, "message": "what it said", "log": "/log"})
@@ -90,7 +90,7 @@ class Job:
         """As an attempt is that was concluded."""
         self.begun(number, **values)
         said = {"cause": cause, "began_step": began, "saved_step": saved, "message": f"{cause} it was", "bad_nodes": []}
-        run_store.write_json(self.run.attempt(number) / "exit.json", said)
+        atomic_files.write_json(self.run.attempt(number) / "exit.json", said)
 
 
 @pytest.fixture

@@ -60,13 +60,13 @@ class Played:
     def end(self, rank: int, failure: dict[str, Any] | None = None, **said: Any) -> None:
         """A worker leaves its word."""
         ended = {"node": rank, "host": "n", "ended_at": time.time(), "stopped": False, "killed": False, "first_failure": failure}
-        run_store.write_json(failure_record.node_file(self.run, self.number, rank), ended | said)
+        atomic_files.write_json(failure_record.node_file(self.run, self.number, rank), ended | said)
 
     def outcome(self, reason: str, step: int) -> None:
         """Rank 0's own word."""
         state = "completed" if reason == "completed" else "preempted"
         said = {"state": state, "reason": reason, "step": step, "message": reason, "checkpoint": ""}
-        run_store.write_json(self.run.attempt(self.number) / "outcome.json", said)
+        atomic_files.write_json(self.run.attempt(self.number) / "outcome.json", said)
 
     def save(self, step: int) -> None:
         saving = store.begin(self.run.checkpoints, step=step, attempt=self.number, needed_bytes=1)

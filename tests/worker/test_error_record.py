@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import error_record, run_store
+from launcher import atomic_files, error_record, run_store
 from launcher.error_record import VARIABLE, ErrorRecord
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import RunError
@@ -171,7 +171,7 @@ def test_a_bad_note_of_a_failure_that_would_repeat_itself_counts_as_none(bad: Pa
     run.attempt(1).mkdir(parents=True)
     bad.rename(run.attempt(1) / "final.json")
     assert failure_record.read_final(run, 1) is None
-    run_store.write_json(
+    atomic_files.write_json(
         run.attempt(1) / "final.json", final := {"rank": 1, "kind": "DataError", "message": "no rows", "at": 1.5}
     )
     assert failure_record.read_final(run, 1) == final

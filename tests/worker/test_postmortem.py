@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt, Status
@@ -49,14 +49,14 @@ def judge(run: RunDir) -> Judge:
 def outcome(run: RunDir, reason: str, ago_s: float = 0) -> None:
     """What rank 0 leaves when training ends as it should."""
     file = run.attempt(1) / "outcome.json"
-    run_store.write_json(file, {"state": "any", "reason": reason, "step": 77, "message": "as they say", "checkpoint": "/c"})
+    atomic_files.write_json(file, {"state": "any", "reason": reason, "step": 77, "message": "as they say", "checkpoint": "/c"})
     os.utime(file, (time.time() - ago_s,) * 2)
 
 
 def node(run: RunDir, number: int, failure: dict[str, Any] | None = None, **more: Any) -> None:
     """What a node's agent leaves."""
     own = {"node": number, "first_failure": failure, "stopped": False, "ended_at": time.time()}
-    run_store.write_json(failure_record.node_file(run, 1, number), {**own, **more})
+    atomic_files.write_json(failure_record.node_file(run, 1, number), {**own, **more})
 
 
 def failure(kind: str, rank: int | None = 3, at: float = 100.0, message: str = "what it said") -> dict[str, Any]:
@@ -115,7 +115,7 @@ def test_the_time_that_counts_is_that_of_the_interruption(run: RunDir, judge: Ju
 @pytest.mark.parametrize("how", ["marker", "scancel"])
 def test_a_person_cancelled_it(run: RunDir, judge: Judge, how: str) -> None:
     if how == "marker":
-        run_store.write_json(run.attempt(1) / "cancel.json", {"asked_at": 1.0, "save": True})
+        atomic_files.write_json(run.attempt(1) / "cancel.json", {"asked_at": 1.0, "save": True})
     state = "CANCELLED" if how == "scancel" else "RUNNING"
     node(run, 0, failure("killed"))
     assert judge(state=state, code=143) == Ending(Cause.CANCELLED, STEP, "cancelled at step 40 without saving")

@@ -16,7 +16,7 @@ from job_tools import Job
 from rank_tools import IMPORTED, rank
 from wandb_server import KEY, fake_wandb
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Status
@@ -34,7 +34,7 @@ def plan_in(folder: Path, **tracking: str) -> LaunchPlan:
 
 def failed(run: RunDir) -> None:
     run_store.write_status(run, Status("failed", 1, 9, 40, message="rank 1: killed by SIGKILL"))
-    run_store.write_json(run.attempt(1) / "exit.json", {"first_failure": {"log": "rank-00001.log"}})
+    atomic_files.write_json(run.attempt(1) / "exit.json", {"first_failure": {"log": "rank-00001.log"}})
 
 
 def use(monkeypatch: pytest.MonkeyPatch, address: str, forked: bool = True) -> None:
@@ -81,7 +81,7 @@ def test_a_limit_that_is_found_to_be_reached_between_attempts_is_told(
             it.start()
             it.steps(1, 4)
             it.finish("preempted")
-        run_store.write_json(run.attempt(1) / "exit.json", {"cause": "preempted", "first_failure": {"log": "rank-00001.log"}})
+        atomic_files.write_json(run.attempt(1) / "exit.json", {"cause": "preempted", "first_failure": {"log": "rank-00001.log"}})
         run.attempt(2).mkdir()
         run_store.write_status(run, Status("preempted", 1, 4, 40, message="run.max_usd=100 is reached"))
         use(monkeypatch, server.address)
@@ -154,7 +154,7 @@ def test_nothing_is_said_where_there_is_nothing_to_say(
     (run.root / "wandb").mkdir(parents=True)
     run.attempt(1).mkdir(parents=True)
     run.plan.write_text(plan.to_json())
-    run_store.write_json(run.attempt(1) / "exit.json", ended)
+    atomic_files.write_json(run.attempt(1) / "exit.json", ended)
     run_store.write_status(run, Status(state, 1))
     wandb_closing.tell_wandb(plan, run.plan, run, 1)
     assert not list((run.root / "wandb").iterdir())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, complete_checkpoints
@@ -51,7 +51,7 @@ def claim(run: RunDir, url: str) -> None:
         ) from None
     except OSError as error:
         raise SubmitError(f"the run directory cannot be made: {error.strerror}", where=str(run.root)) from None
-    run_store.write_json(marker, {"url": url})
+    atomic_files.write_json(marker, {"url": url})
 
 
 def fixed_files(remote: Remote, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
@@ -141,7 +141,7 @@ def _fetch(remote: Remote, root: Path, manifest: Manifest, say: Say) -> list[Pro
     if problems:
         shutil.rmtree(unfinished, ignore_errors=True)
         return problems
-    run_store.write_text(unfinished / store.MANIFEST, manifest.to_json())
+    atomic_files.write_text(unfinished / store.MANIFEST, manifest.to_json())
     atomic_files.replace_directory(unfinished, target)
     return []
 
@@ -151,7 +151,7 @@ def write_plans(run: RunDir, plans: Mapping[str, LaunchPlan]) -> None:
     for name in sorted(plans, key=lambda name: name == run.plan.name):
         path = run.root / name
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        run_store.write_text(path, plans[name].to_json())
+        atomic_files.write_text(path, plans[name].to_json())
     (run.root / MARKER).unlink()
 
 

@@ -262,7 +262,7 @@ class Mirror:
                     yield f"{kind}/{path.relative_to(folder)}", path
 
     def _require_still_ours(self) -> None:
-        run_store.require_newest(self._run, self._owner.attempt)
+        run_store.fence(self._run, self._owner.attempt)
         known = read_run(self._remote)
         if known is not None and known.owner != self._owner:
             self._require_ours(known.owner)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.clusters import detached_process, local
 from launcher.clusters.ray import jobs
 from launcher.config.redaction import looks_secret
@@ -75,7 +75,7 @@ class RayCluster:
             except SubmitError:
                 run_store.update_status(run, state="failed", message="the job was not submitted")
                 raise
-            run_store.write_json(_submission_file(run, attempt), {"job": job, "address": section.address, "at": time.time()})
+            atomic_files.write_json(_submission_file(run, attempt), {"job": job, "address": section.address, "at": time.time()})
             _await_driver(run, section.address or "", job)
             return
         log = run.attempt(attempt) / "agent.log"
@@ -121,7 +121,7 @@ class RayCluster:
         number = run_store.newest_attempt(run)
         asked, file = run.cancel(number), _submission_file(run, number)
         before = run_store.read_json(asked) if asked.is_file() else None
-        run_store.write_json(asked, {"asked_at": time.time(), "save": save and before is None})
+        atomic_files.write_json(asked, {"asked_at": time.time(), "save": save and before is None})
         if before is None or before.get("save", True):
             return
         # Asked a third time, or a second time for no save: what was to hear it does not.
@@ -240,7 +240,7 @@ def _await_driver(run: RunDir, address: str, job: str) -> None:
     else:
         # It has come, or waits in Ray's queue, which `status` tells.
         return
-    run_store.look_again(run.root)
+    run_store.refresh_directory(run.root)
     if run_store.read_status(run).job is None:
         said, remedy = _last_line(message), _unseen_remedy(run, {"job": job, "address": address})
         run_store.update_status(run, state="failed", message=f"{_UNSEEN}: {said}; {remedy}")

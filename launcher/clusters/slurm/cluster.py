@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
@@ -67,7 +67,7 @@ class SlurmCluster:
         except SubmitError:
             run_store.update_status(run, state="failed", message="the job was not submitted")
             raise
-        run_store.write_json(submission_file(run, attempt), {"job": job, "submitted_at": time.time()})
+        atomic_files.write_json(submission_file(run, attempt), {"job": job, "submitted_at": time.time()})
 
     def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         job = run_store.read_json(submission_file(run, attempt))["job"]
@@ -110,7 +110,7 @@ class SlurmCluster:
         job = queue.job(job_id, since, run_store.placed(run).name)
         asked = run.cancel(number)
         again = asked.is_file()
-        run_store.write_json(asked, {"asked_at": time.time(), "save": save})
+        atomic_files.write_json(asked, {"asked_at": time.time(), "save": save})
         if job is not None and job.state == "RUNNING" and save and not again:
             slurm("scancel", "--signal=USR1", job_id)
             return
@@ -199,7 +199,7 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
         message = f"it should run again, but {error.problems[0].what}: {error.problems[0].value}"
         run_store.update_status(run, state="failed", message=message)
         raise
-    run_store.write_json(submission_file(run, number), {"job": submitted, "submitted_at": time.time()})
+    atomic_files.write_json(submission_file(run, number), {"job": submitted, "submitted_at": time.time()})
 
 
 def submission_file(run: RunDir, attempt: int) -> Path:

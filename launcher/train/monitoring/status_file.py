@@ -49,7 +49,7 @@ class StatusFile:
 
     def _write(self, state: str, step: int) -> None:
         try:
-            run_store.require_newest(self._run, self._attempt)
+            run_store.fence(self._run, self._attempt)
             # The number as well: it heals what an earlier attempt, in the middle of a write, has put back.
             run_store.update_status(self._run, attempt=self._attempt, state=state, step=step, message="")
         except (OSError, RunError) as error:

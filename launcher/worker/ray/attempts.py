@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.errors import LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
@@ -90,7 +90,7 @@ class Attempts:
                 num_workers=group.size,
             )
             group.marker = secrets.token_hex(16)
-            run_store.write_text(run.attempt(self.number) / "marker", group.marker)
+            atomic_files.write_text(run.attempt(self.number) / "marker", group.marker)
             # The last that may fail: tried again after it, this attempt would count as one that was lost.
             run_store.write_attempt(run, self.number, begun)
         with suppress(OSError, LauncherError):
@@ -105,7 +105,7 @@ class Attempts:
     def conclude(self, group: Group) -> None:
         """Judge the attempt of a group that has said all, and tell it its `verdict`: whether Ray Train is to start the next."""
         try:
-            run_store.require_newest(self._run, self.number, certain=True)
+            run_store.fence(self._run, self.number, refresh=True)
             attempt = run_store.read_attempt(self._run, self.number)
             state = "PREEMPTED" if group.drained else "RESIZED" if group.resizing else ""
             concluded = conclusion.conclude(self._run, self.number, attempt, self._plan.ray, state, gone=self.lost())
@@ -145,7 +145,7 @@ class Attempts:
         """Ray is about to lose these nodes: whoever judges the attempt is to know, whatever becomes of its workers."""
         self.say("alert", f"Ray is about to lose {', '.join(nodes)}: the run saves")
         with suppress(OSError):
-            run_store.write_json(self._run.attempt(self.number) / _DRAINED, {"nodes": nodes, "at": time.time()})
+            atomic_files.write_json(self._run.attempt(self.number) / _DRAINED, {"nodes": nodes, "at": time.time()})
 
     def due_for_trial(self, group: Group, now: float) -> list[str]:
         """The nodes that a group does without and that are to be tried again."""

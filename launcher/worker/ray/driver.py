@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.errors import EXIT_FAILED, LauncherError
@@ -113,7 +113,7 @@ class _Wishes:
         """The first asks for a save, further ones for an end at once."""
         if self._num_written < self._num_heard:
             file = self._run.cancel(run_store.newest_attempt(self._run))
-            run_store.write_json(file, {"asked_at": time.time(), "save": self._num_heard == 1 and not file.is_file()})
+            atomic_files.write_json(file, {"asked_at": time.time(), "save": self._num_heard == 1 and not file.is_file()})
             self._num_written = self._num_heard
 
     def _hear(self, *_: object) -> None:
@@ -191,7 +191,7 @@ class _Driver:
                 self._wishes.write()
                 if now - alive_at > _ALIVE_EVERY_S:
                     alive_at = now
-                    run_store.write_json(self._run.alive, {"at": time.time(), "host": os.uname().nodename})
+                    atomic_files.write_json(self._run.alive, {"at": time.time(), "host": os.uname().nodename})
             if state["over"] is None and now - asked_at > _STATE_EVERY_S:
                 asked_at = now
                 if (said := coordinator.state()) is not None:
@@ -230,7 +230,7 @@ class _Driver:
         print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
 
         def write() -> None:
-            run_store.require_newest(self._run, self._number, certain=True)
+            run_store.fence(self._run, self._number, refresh=True)
             if run_store.read_status(self._run).state in RUNNING_STATES:
                 run_store.update_status(self._run, state=state, message=message)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from launcher import run_store
+from launcher import atomic_files
 from launcher.errors import Problem
 from launcher.plan.run_dir import RunDir
 from launcher.worker import failure_record
@@ -48,4 +48,4 @@ class Checks:
         with suppress(OSError):
             for rank, node in enumerate(nodes):
                 ended = {"node": rank, "host": node, "first_failure": None, "stopped": False, "ended_at": time.time()}
-                run_store.write_json(failure_record.node_file(run, attempt, rank), ended | {"problems": problems})
+                atomic_files.write_json(failure_record.node_file(run, attempt, rank), ended | {"problems": problems})

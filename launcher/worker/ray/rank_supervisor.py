@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import error_record, run_store
+from launcher import atomic_files, error_record, run_store
 from launcher.clusters import detached_process
 from launcher.errors import LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
@@ -172,7 +172,7 @@ class _Worker:
                     "stopped": False,
                     "first_failure": failure,
                 }
-                run_store.write_json(file, ended)
+                atomic_files.write_json(file, ended)
             self._call("beat", self.group, self.rank, "failed")
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -288,7 +288,7 @@ class _Worker:
                 failure = failure_record.of_final(run, attempt, final)
         ended = {"node": number, "host": self.node, "started_at": started, "ended_at": time.time(), "stopped": stopped}
         ended |= {"killed": "KILL" in sent, "first_failure": failure}
-        run_store.write_json(failure_record.node_file(run, attempt, number), ended)
+        atomic_files.write_json(failure_record.node_file(run, attempt, number), ended)
         if failure is not None:
             # The others wait for this rank, and are not to wait for the mirror as well.
             self._beat("failed")

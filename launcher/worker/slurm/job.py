@@ -113,7 +113,7 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if concluded.decision.again else 0.0)
     if state:
         concluded = conclusion.conclude(run, number, attempt, section, state, exit_code)
-    run_store.require_newest(run, number)
+    run_store.fence(run, number)
     found, decision = concluded.found, concluded.decision
     _if_possible(lambda: concluded.record(run, number))
     if (alert := concluded.alert) is not None:

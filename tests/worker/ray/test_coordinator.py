@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from played_workers import FIT, KILLED, Played
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.errors import UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
@@ -169,7 +169,7 @@ def test_a_group_that_came_after_hours_has_waited_for_machines(play: Callable[..
         played.end(rank, KILLED)
         played.coordinator.beat("a", rank, "failed")
     exit_file = played.run.attempt(1) / "exit.json"
-    run_store.write_json(exit_file, run_store.read_json(exit_file) | {"ended_at": now - 6 * hour})
+    atomic_files.write_json(exit_file, run_store.read_json(exit_file) | {"ended_at": now - 6 * hour})
     played.begin("b", "n1", "n1")
     assert played.number == 2
     found = goodput.read(played.run, time.time())
@@ -207,9 +207,9 @@ def test_cancel_asks_for_a_save_and_a_second_one_kills(play: Callable[..., Playe
     played = play()
     played.begin("a", "n1", "n1")
     file = played.run.cancel(1)
-    run_store.write_json(file, {"save": True})
+    atomic_files.write_json(file, {"save": True})
     assert played.coordinator.beat("a", 0, None)["signal"] == "USR1"
-    run_store.write_json(file, {"save": False})
+    atomic_files.write_json(file, {"save": False})
     assert played.coordinator.beat("a", 0, None)["signal"] == "KILL"
     for rank in range(2):
         played.end(rank, stopped=True, killed=True)
@@ -221,7 +221,7 @@ def test_cancel_asks_for_a_save_and_a_second_one_kills(play: Callable[..., Playe
 def test_a_save_that_takes_too_long_is_ended(play: Callable[..., Played]) -> None:
     played = play(stop_grace_seconds=0.01)
     played.begin("a", "n1", "n1")
-    run_store.write_json(played.run.cancel(1), {"save": True})
+    atomic_files.write_json(played.run.cancel(1), {"save": True})
     played.coordinator.beat("a", 0, None)
     time.sleep(0.02)
     assert played.coordinator.beat("a", 0, None)["signal"] == "KILL"
@@ -282,7 +282,7 @@ def test_cancel_is_heard_while_nodes_are_checked(play: Callable[..., Played]) ->
     played = play()
     played.enter("a", ["n1", "n2"])
     assert played.coordinator.orders("a", 0) is not None
-    run_store.write_json(played.run.cancel(1), {"save": True})
+    atomic_files.write_json(played.run.cancel(1), {"save": True})
     assert played.coordinator.orders("a", 0) == {"do": "wait"}
     assert played.coordinator.beat("a", 0, None)["verdict"]["again"] is False
     assert run_store.read_status(played.run).state == "cancelled"
@@ -411,7 +411,7 @@ def test_a_wish_to_stop_that_comes_between_two_groups_is_heard(play: Callable[..
     played.end(0)
     played.coordinator.beat("a", 1, "failed")
     assert played.coordinator.beat("a", 0, "done")["verdict"]["again"]
-    run_store.write_json(played.run.cancel(1), {"save": True})
+    atomic_files.write_json(played.run.cancel(1), {"save": True})
     (orders, _) = played.begin("b", "n1", "n1")
     assert orders is not None
     assert orders["do"] == "leave"

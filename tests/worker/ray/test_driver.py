@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from plan_fixtures import CPU, H100
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
@@ -234,7 +234,7 @@ def test_storage_that_does_not_answer_while_workers_are_waited_for_ends_nothing(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
-    run_store.write_json(run.cancel(1), {"asked_at": time.time(), "save": True})
+    atomic_files.write_json(run.cancel(1), {"asked_at": time.time(), "save": True})
     stale = iter(range(6))
     is_file, read_status = Path.is_file, run_store.read_status
 

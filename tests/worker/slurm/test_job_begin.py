@@ -12,7 +12,7 @@ import slurm_said
 from fake_slurm import FakeSlurm
 from job_tools import Job
 
-from launcher import run_store
+from launcher import atomic_files, run_store
 from launcher.run_store import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
@@ -66,7 +66,7 @@ def test_a_requeue_that_waited_for_hours_has_waited_for_machines(
 ) -> None:
     of, now, hour = submitted(), time.time(), 3600
     of.ended(1, "preempted", None, 20, submitted_at=now - 7 * hour, begun_at=now - 7 * hour)
-    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 6 * hour})
+    atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 6 * hour})
     in_slurm(SLURM_RESTART_COUNT="1")
     assert of.begin()[:2] == (0, "2\n")
     found = goodput.read(of.run, time.time())
@@ -207,10 +207,10 @@ def test_a_limit_that_is_reached_loads_no_model(
     settings = plan.config.run.model_copy(update={"max_hours": 2.0})
     limits = plan.limits.model_copy(update={"max_seconds": 7200.0})
     limited = plan.model_copy(update={"limits": limits, "config": plan.config.model_copy(update={"run": settings})})
-    run_store.write_text(of.run.plan, limited.to_json())
+    atomic_files.write_text(of.run.plan, limited.to_json())
     now = time.time()
     of.ended(1, "preempted", None, 20, submitted_at=now - 7300, begun_at=now - 7250)
-    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 40})
+    atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 40})
     if numbered:
         run_store.next_attempt(of.run, Attempt(20, automatic=True))
     in_slurm(SLURM_RESTART_COUNT="1")
@@ -220,7 +220,7 @@ def test_a_limit_that_is_reached_loads_no_model(
     assert alerts(of) == ["the run ends: run.max_hours=2 is reached"]
     assert told == [1 + numbered]
     assert run_store.newest_attempt(of.run) == 1 + numbered
-    run_store.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 100})
+    atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 100})
     assert of.begin()[:2] == (0, "2\n")
 
 
