@@ -63,7 +63,8 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
                     ranks[title.rank] = process
                 continue
             module, path, number = process.cmdline()[-3:]
-            if module == "launcher.worker.agent" and number == str(attempt) and Path(path).is_relative_to(run.root):
+            is_agent = module.startswith("launcher.worker.") and module.endswith(".agent")
+            if is_agent and number == str(attempt) and Path(path).is_relative_to(run.root):
                 agents.append(process)
         except (psutil.Error, ValueError):
             # Somebody else's, or just ended.

@@ -86,7 +86,7 @@ class SlurmRun:
         return self._processes(node, "launcher rank ")
 
     def agents(self, node: str) -> list[psutil.Process]:
-        return self._processes(node, "launcher.worker.agent ")
+        return self._processes(node, "launcher.worker.slurm.agent ")
 
     def _processes(self, node: str, words: str) -> list[psutil.Process]:
         every = [process for process in map(process_of, self.bed.processes(node)) if process is not None]

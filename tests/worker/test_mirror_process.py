@@ -27,9 +27,9 @@ from launcher.run_store import Attempt
 from launcher.tracking.alerts import RateLimit
 from launcher.tracking.jsonl import read_events
 from launcher.worker import mirror_process
-from launcher.worker.agent import _Stopper
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.stopper import Stopper
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -171,7 +171,7 @@ def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
     os.mkfifo(folder / ".unfinished-state.json")
     own = commit(run, 5)
     grace_s = 0.2
-    stopper = _Stopper(grace_s, {}, lambda number: None)
+    stopper = Stopper(grace_s, {}, lambda number: None)
     with sending(run) as process:
         wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
         if late_wish == "the time is over":
@@ -199,7 +199,7 @@ def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
 
 
 def test_a_run_that_was_stopped_waits_as_long_as_its_grace(tmp_path: Path) -> None:
-    stopper = _Stopper(1.0, {}, lambda number: None)
+    stopper = Stopper(1.0, {}, lambda number: None)
     stopper.disarm()
     stopper.request(CANCEL)
     told: list[float] = []

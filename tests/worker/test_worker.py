@@ -56,10 +56,10 @@ def test_a_local_run_holds_its_machines_until_the_mirror_has_all(tmp_path: Path,
             spent = goodput.read(run, time.time() + 3600, run_store.read_status(run).state)
             seen.append(spent.gpu_s)
 
-    monkeypatch.setattr(agent._Stopper, "install", lambda self: self)
+    monkeypatch.setattr(agent.Stopper, "install", lambda self: self)
     monkeypatch.setattr(agent.MirrorProcess, "start", lambda *arguments: Mirror())
-    monkeypatch.setattr(agent.process, "give_signs", lambda run: None)
-    monkeypatch.setattr(agent, "_run_ranks", lambda *arguments: None)
+    monkeypatch.setattr(agent.detached_process, "give_signs", lambda run: None)
+    monkeypatch.setattr(agent.NodeAgent, "run_ranks", lambda *arguments: None)
     monkeypatch.setattr(agent, "tell_wandb", lambda *arguments: None)
     assert agent.main(str(run.plan), 1) == 1
     assert seen == [pytest.approx(2 * 3600, abs=60)]

@@ -17,4 +17,4 @@ class NodeTask:
         # Held back until the agent has handlers for them.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
         attempt = os.environ["LAUNCHER_ATTEMPT"]
-        os.execv(sys.executable, [sys.executable, "-u", "-m", "launcher.worker.agent", self.plan_path, attempt])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-u", "-m", "launcher.worker.slurm.agent", self.plan_path, attempt])  # noqa: S606

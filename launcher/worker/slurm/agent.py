@@ -1,0 +1,62 @@
+"""The agent of one node of a Slurm job: `python -m launcher.worker.slurm.agent PLAN ATTEMPT`.
+
+It meets the agents of the other nodes, has the node checked, runs its ranks and leaves the node's record. The job concludes the
+attempt when all of its nodes have ended (launcher.worker.slurm.job).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from launcher import atomic_files, run_store
+from launcher.worker import failure_record
+from launcher.worker.agent import NodeAgent
+from launcher.worker.mirror_process import AFTER_FAILURE_S
+from launcher.worker.signals import CANCEL, PREEMPT
+from launcher.worker.slurm import node as slurm_node
+
+# TERM comes from Slurm, which wants the nodes back, and not from a person.
+_SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, PREEMPT: PREEMPT}
+
+
+def main(plan_path: str, attempt: int) -> int:
+    """Run this node's part of one attempt and leave its record; returns the exit code."""
+    node = NodeAgent.start(plan_path, attempt, _SIGNALS)
+    if node is None:
+        return 1
+    plan, run, stopper = node.plan, node.run, node.stopper
+    begun = run_store.read_attempt(run, attempt)
+    number = int(os.environ["SLURM_NODEID"])
+    stopper.kill_at = slurm_node.kill_at(begun, plan)
+    if run.cancel(attempt).is_file():
+        # Asked for while there was no process yet to hear it.
+        stopper.request(CANCEL)
+    mirror = None
+    ended: dict[str, Any] = {"node": number, "host": os.uname().nodename, "started_at": node.started_at, "first_failure": None}
+    try:
+        place = slurm_node.place(plan, begun, number)
+        slurm_node.end_before(begun, plan, stopper.request)
+        store = slurm_node.meet(begun, place)
+        problems = slurm_node.check(store, plan, run, attempt, begun, place)
+        if problems:
+            ended["problems"] = problems
+        elif not stopper.requested:
+            if place.is_head:
+                mirror = node.start_mirror()
+            ended["first_failure"] = node.run_ranks(place, store)
+    except Exception as error:
+        ended["first_failure"] = failure_record.of_agent(error, run.attempt(attempt))
+    node.close()
+    ended |= {"stopped": stopper.requested, "killed": stopper.killed, "ended_at": time.time()}
+    atomic_files.write_json(failure_record.node_file(run, attempt, number), ended)
+    stopper.finish(mirror, math.inf if ended["first_failure"] is None else AFTER_FAILURE_S)
+    return 0 if ended["first_failure"] is None and "problems" not in ended else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))
