@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,12 +13,14 @@ from typing import Any, Protocol
 from launcher.errors import LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.alerts import RateLimit
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.wandb.tracker import WandbTracker
 
 logger = logging.getLogger(__name__)
+
+# How long an alert that lasts is held back before it is sent again.
+REPEAT_S = 1800.0
 
 
 class Tracker(Protocol):
@@ -42,6 +47,26 @@ class Tracker(Protocol):
         """
 
 
+class RateLimit:
+    """Lets one alert of a kind through in REPEAT_S seconds, whichever thread it comes from.
+
+    The kind of an alert is its text before the first colon: "status.json could not be written: no space left".
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._lock = clock, threading.Lock()
+        self._sent_at: dict[str, float] = {}
+
+    def admit(self, text: str) -> bool:
+        """Return whether to send this alert, and count it as sent if so."""
+        kind, now = text.partition(":")[0], self._clock()
+        with self._lock:
+            is_due = now - self._sent_at.get(kind, -math.inf) >= REPEAT_S
+            if is_due:
+                self._sent_at[kind] = now
+        return is_due
+
+
 class Composite:
     """Fans out to several trackers and never raises: one that fails is reported once, through the others, and dropped.
 
@@ -60,7 +85,7 @@ class Composite:
         self._each(lambda tracker: tracker.log(step, metrics))
 
     def event(self, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-        if kind == "alert" and not self._limit.due(text):
+        if kind == "alert" and not self._limit.admit(text):
             return
         # The last started first: Weights & Biases only takes note of it, and is heard where storage hangs at the files of others.
         self._each(lambda tracker: tracker.event(kind, text, step, **fields), reversed(self._trackers))

@@ -29,8 +29,8 @@ from launcher.errors import CheckpointError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Superseded
-from launcher.tracking.alerts import RateLimit
 from launcher.tracking.jsonl import append_event
+from launcher.tracking.tracker import RateLimit
 from launcher.worker.rank_env import die_with_parent
 
 # The ranks need the processor more.
@@ -166,7 +166,7 @@ class Sender:
         except Exception as error:
             what = error.problems[0].what if isinstance(error, LauncherError) else words(error)
             # One outage has many words; mirror.json has the last. One that lasts is told again.
-            if self._alerts.due("the mirror cannot be written"):
+            if self._alerts.admit("the mirror cannot be written"):
                 text = f"the mirror cannot be written, training goes on and the next checkpoint tries again: {what}"
                 self._event("alert", text, mirror=self._url)
             self._said = what
@@ -187,7 +187,7 @@ class Sender:
         except CheckpointError as error:
             # Damaged here: it is left alone, so that it does not keep back those after it.
             self._given_up.add(_identity(checkpoint))
-            kind = "alert" if self._alerts.due("a checkpoint is not sent") else "mirror"
+            kind = "alert" if self._alerts.admit("a checkpoint is not sent") else "mirror"
             self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].what}", checkpoint.step)
             return
         seconds, self._lag_s = time.time() - began, time.time() - committed_at

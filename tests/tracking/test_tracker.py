@@ -16,7 +16,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.console import ConsoleTracker
 from launcher.tracking.jsonl import JsonlTracker, read_events, read_metrics
-from launcher.tracking.tracker import Composite, start_trackers
+from launcher.tracking.tracker import REPEAT_S, Composite, RateLimit, start_trackers
 from launcher.tracking.wandb import tracker
 
 PlanMaker = Callable[..., LaunchPlan]
@@ -175,3 +175,15 @@ def test_a_process_that_does_not_start_is_tried_again(
 
 def _alerts(run_dir: Path) -> list[str]:
     return [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
+
+
+def test_an_alert_that_lasts_is_sent_again_after_a_while() -> None:
+    now = [0.0]
+    limit = RateLimit(lambda: now[0])
+    assert limit.admit("the loss jumped: it is 4")
+    assert limit.admit("training has become slow: 7 tokens/s"), "another kind"
+    now[0] = REPEAT_S - 1
+    assert not limit.admit("the loss jumped: it is 5")
+    now[0] = REPEAT_S
+    assert limit.admit("the loss jumped: it is 6")
+    assert not limit.admit("the loss jumped: it is 7")

@@ -222,6 +222,21 @@ def test_the_best_checkpoint_is_none_that_a_person_has_gone_back_behind(run_dir:
     assert module._best_checkpoint(run) == 1.4
 
 
+def test_a_checkpoint_deleted_before_wandb_takes_its_reference_is_skipped_without_an_alert(
+    make_plan: PlanMaker, run_dir: Path
+) -> None:
+    kept = run_dir / "step-2"
+    kept.mkdir()
+    (kept / "manifest.json").write_text("{}")
+    trackers = start_trackers(make_plan(), run_dir, attempt=1, on_stop=no_stop)
+    for step, path in ((1, run_dir / "step-1"), (2, kept)):
+        trackers.event("checkpoint", "saved", step, path=str(path), saved_step=step, eval_loss=None)
+    trackers.finish("completed")
+    artifacts = [record["artifact"]["aliases"] for record in records(run_dir) if record["type"] == "artifact"]
+    assert [sorted(aliases) for aliases in artifacts] == [["latest", "step-2"]]
+    assert [event["text"] for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"] == []
+
+
 def test_only_secrets_are_redacted() -> None:
     value = {"a": ["token is sekret-value", "git@host:x"], "num_tokens": 3, "url": "s3://user:pw@bucket/x", "home": "/home/me"}
     environ = {"MY_API_KEY": "sekret-value", "HOME": "/home/me", "SHORT_KEY": "host"}

@@ -24,8 +24,8 @@ from pace import wait_for
 from launcher import atomic_files, run_store
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.tracking.alerts import RateLimit
 from launcher.tracking.jsonl import read_events
+from launcher.tracking.tracker import RateLimit
 from launcher.worker import mirror_process
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT

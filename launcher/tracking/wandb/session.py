@@ -21,13 +21,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher import run_store
-from launcher.errors import ConfigError, LauncherError
+from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.best import LOWEST, Best
 from launcher.tracking.jsonl import NO_METRICS, gone_on_from, lines_of, merged
-from launcher.tracking.wandb.steps import offsets, repeats
+from launcher.tracking.wandb.steps import offsets, returns
 
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 45.0
@@ -43,7 +41,7 @@ _SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$
 # W&B takes titles of fewer than 64 characters.
 _MOST_TITLE, _MOST_NAMED = 63, 30
 # W&B drops an alert with the title of one before for so long, by default a minute. How often a thing is told is decided here
-# (launcher.tracking.alerts), and two things may begin with the same words. It takes 0 for its default.
+# (launcher.tracking.tracker.RateLimit), and two things may begin with the same words. It takes 0 for its default.
 _WAIT = timedelta(milliseconds=1)
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 # What wandb-core writes when it gives up on sending for good: the key was revoked, the run deleted.
@@ -68,6 +66,23 @@ class Checkpoint:
     step: int
     eval_loss: float | None
     best: bool
+
+
+# Metrics of which the lowest value is the best, and their names in the summary.
+LOWEST = {"train/loss": "best/train_loss", "eval/held_out/loss": "best/eval_loss"}
+
+
+class LowestValues:
+    """The lowest training and held-out loss of a run, each with its step, for the summary."""
+
+    def __init__(self) -> None:
+        self.summary: dict[str, float] = {}
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in the metrics of a step. NaN is never the lowest."""
+        for name, summary_name in LOWEST.items():
+            if name in metrics and metrics[name] < self.summary.get(summary_name, math.inf):
+                self.summary |= {summary_name: metrics[name], f"{summary_name}_step": step}
 
 
 class Session:
@@ -138,7 +153,7 @@ class Session:
         else:
             self._known = int(self._run.summary.get("_step", -1)) if self._run.resumed else -1
         self._internal_log = self.folder / "logs" / "debug-internal.log"
-        self._best = Best()
+        self._lowest = LowestValues()
         self._caught_up = False
         # Of W&B's step to the trainer's; known when metrics.jsonl has been read.
         self._offset = 0
@@ -150,11 +165,11 @@ class Session:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send all metrics of a step, after those of all steps before it that W&B lacks."""
         self.catch_up(step)
-        self._best.add(step, metrics)
+        self._lowest.add(step, metrics)
         if step + self._offset > self._known:
             self._log(step, metrics, self._offset)
         if any(name.startswith("eval/") for name in metrics):
-            self._run.summary.update(self._best.values)
+            self._run.summary.update(self._lowest.summary)
 
     def catch_up(self, before: float) -> None:
         """Send the lines of metrics.jsonl of the steps before `before` that W&B lacks; once for each session.
@@ -174,7 +189,7 @@ class Session:
             losses.append(line)
         for line in merged(gone_on_from(losses)):
             if line["trainer/step"] < before:
-                self._best.add(line["trainer/step"], line)
+                self._lowest.add(line["trainer/step"], line)
         offset_of = offsets(last_steps, returns(self._run_dir))
         self._offset = max(offset_of.values(), default=0)
         lacking: dict[int, list[dict[str, Any]]] = {}
@@ -212,13 +227,19 @@ class Session:
         self._run.summary.update(dict(values))
 
     def log_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Keep a checkpoint as a version of the run's artifact that refers to its folder."""
+        """Log a checkpoint as a version of the run's artifact that refers to its folder; skip one that has been deleted."""
         import wandb
 
         metadata = {"step": checkpoint.step, "eval_loss": checkpoint.eval_loss}
         artifact = wandb.Artifact(f"checkpoint-{self._run.id}", "checkpoint", metadata=metadata)
-        # Without the checksum no file is read.
-        artifact.add_reference(checkpoint.path.as_uri(), checksum=False)
+        try:
+            # Without the checksum no file is read.
+            artifact.add_reference(checkpoint.path.as_uri(), checksum=False)
+        except (OSError, ValueError):
+            if checkpoint.path.is_dir():
+                raise
+            # keep_last deletes checkpoints, and W&B may be far behind. Deletion begins with a rename.
+            return
         aliases = ["latest", f"step-{checkpoint.step}", *(["best"] if checkpoint.best else [])]
         self._run.log_artifact(artifact, aliases=aliases)
 
@@ -243,7 +264,7 @@ class Session:
             TimeoutError: where that takes longer than FINISH_TIMEOUT_S.
             RuntimeError: where W&B has given up on sending.
         """
-        self._run.summary.update({**self._best.values, "state": state})
+        self._run.summary.update({**self._lowest.summary, "state": state})
         if state == "preempted":
             self._run.mark_preempting()
         import wandb
@@ -265,29 +286,6 @@ class Session:
         except OSError:
             return ""
         return found[1] if found else ""
-
-
-def returns(run: RunDir) -> dict[int, int]:
-    """The attempts for which a person has asked for the step of a checkpoint or changed what steps compute; where they began."""
-    found = {}
-    before = _plan_at(run.plan)
-    for number in run_store.attempt_numbers(run):
-        with suppress(OSError, LauncherError):
-            attempt = run_store.read_attempt(run, number)
-            # Those that no person has started may have plans of their own, for other numbers of ranks.
-            after = before if attempt.automatic else _plan_at(run.attempt(number) / "plan.json") or before
-            changed = before is not None and after is not None and not repeats(before, after)
-            if attempt.pinned or changed:
-                found[number] = attempt.resume_step or 0
-            before = after
-    return found
-
-
-def _plan_at(path: Path) -> LaunchPlan | None:
-    """The plan in a file; None where there is none that can be read."""
-    with suppress(OSError, ValueError):
-        return LaunchPlan.load(path)
-    return None
 
 
 def sync_command(run: RunDir, wandb_id: str, session: Session | None) -> str:

@@ -22,6 +22,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, read_events
 from launcher.tracking.wandb import session as wandb_session
 from launcher.tracking.wandb.session import Checkpoint, Session, Unreachable
+from launcher.tracking.wandb.steps import returns
 
 # What finish() waits beyond W&B's own limits, which a hung wandb-core does not keep.
 FINISH_GRACE_S = 10.0
@@ -330,12 +331,12 @@ class WandbTracker:
 
 def _best_checkpoint(run: RunDir) -> float:
     """The lowest held-out loss of the checkpoints that were committed before and that no person has gone back behind."""
-    returns = wandb_session.returns(run)
+    returned = returns(run)
     losses = [
         event["fields"].get("eval_loss")
         for event in read_events(run.events)
         if event["kind"] == "checkpoint"
-        and not any(number > event["attempt"] and event["fields"]["saved_step"] > step for number, step in returns.items())
+        and not any(number > event["attempt"] and event["fields"]["saved_step"] > step for number, step in returned.items())
     ]
     return min((loss for loss in losses if isinstance(loss, float)), default=float("inf"))
 

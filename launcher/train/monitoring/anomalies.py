@@ -1,6 +1,6 @@
-"""What a person would want to be told of at once: a loss that jumps, training that has become slow or stands still, a rank
-that all others wait for, a GPU with a fault. What lasts is said at every look: launcher.tracking.alerts bounds how often it is
-told, by the words before the colon.
+"""Anomalies that a person wants to know of at once: loss spikes, slow or stalled training, stragglers, GPU faults.
+
+What lasts is reported at every step; `launcher.tracking.tracker.RateLimit` bounds how often it becomes an alert.
 """
 
 from __future__ import annotations

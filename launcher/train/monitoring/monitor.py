@@ -18,10 +18,9 @@ from torch import nn
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
-from launcher.tracking.alerts import RateLimit
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import append_event
-from launcher.tracking.tracker import Composite
+from launcher.tracking.tracker import Composite, RateLimit
 from launcher.train.engine import Place
 from launcher.train.monitoring import rank_stats
 from launcher.train.monitoring.anomalies import Health, Pulse
@@ -144,7 +143,7 @@ def spent_before(run: RunDir, now: float, tell: Callable[[str], None]) -> Breakd
 
 def record_fault(run: RunDir, place: Place, host: str, limit: RateLimit, words: str) -> None:
     """A GPU's fault, in this rank's log and among the events at once: it may be the last that this rank tells."""
-    if not limit.due(words):
+    if not limit.admit(words):
         return
     where = f"{words} (rank {place.rank} on {host})"
     print(where, flush=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from launcher.tracking.alerts import RateLimit
+from launcher.tracking.tracker import RateLimit
 from launcher.train.monitoring import anomalies as module
 from launcher.train.monitoring.anomalies import STANDS, Health, Pulse
 from launcher.train.monitoring.gpu_stats import Sample
@@ -78,7 +78,7 @@ def told_of(health: Health, steps: Iterable[tuple[float, float]]) -> list[str]:
     limit = RateLimit(lambda: now)
     told = []
     for loss, pace in steps:
-        told += [words.partition(":")[0] for words in health.step(loss, pace) if limit.due(words)]
+        told += [words.partition(":")[0] for words in health.step(loss, pace) if limit.admit(words)]
         now += 2.0
     return told
 

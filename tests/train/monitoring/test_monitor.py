@@ -19,10 +19,9 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
 from launcher.run_store import Attempt
-from launcher.tracking.alerts import RateLimit
 from launcher.tracking.goodput import Breakdown, cost, spent_limit
 from launcher.tracking.jsonl import read_events
-from launcher.tracking.tracker import Composite
+from launcher.tracking.tracker import Composite, RateLimit
 from launcher.train.engine import Place
 from launcher.train.monitoring.monitor import Monitor, record_fault, spent_before
 
