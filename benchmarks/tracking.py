@@ -293,7 +293,7 @@ def switch(recorder: Recorder) -> None:
 
 
 def rank(plan_path: str) -> None:
-    from launcher import run_store
+    from launcher import run_records, run_store
     from launcher.plan.launch_plan import LaunchPlan
     from launcher.train import loop
     from launcher.train.engine import Place
@@ -301,7 +301,7 @@ def rank(plan_path: str) -> None:
     plan = LaunchPlan.load(plan_path)
     place = Place(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=1)
     if place.is_main:
-        run_store.next_attempt(run_store.create(plan), run_store.Attempt(None))
+        run_store.next_attempt(run_store.create(plan), run_records.Attempt(None))
     else:
         while not (Path(plan.run_dir) / "attempts" / "001" / "attempt.json").exists():
             time.sleep(0.1)

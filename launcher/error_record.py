@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records
 from launcher.errors import LauncherError
 
 # Names the file that a rank leaves its record in.
@@ -48,7 +48,7 @@ class ErrorRecord:
         A damaged record is no record: the exit code still tells how the rank ended.
         """
         try:
-            content = run_store.read_json(path)
+            content = json_records.read_json(path)
         except LauncherError:
             return None
         message = content.get("message")

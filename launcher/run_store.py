@@ -2,69 +2,28 @@
 
 from __future__ import annotations
 
-import errno
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import launcher
-from launcher import atomic_files
+from launcher import atomic_files, json_records
 from launcher.errors import RunError, SubmitError, Superseded
 from launcher.holder import held
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import Attempt, Status
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
-RUNNING_STATES = ("pending", "running", "saving")
-
-
-@dataclass(frozen=True)
-class Status:
-    """status.json. `job` is the backend's own handle; times are seconds since the epoch."""
-
-    state: str
-    attempt: int
-    step: int = 0
-    max_steps: int | None = None
-    job: dict[str, Any] | None = None
-    message: str = ""
-    created_at: float = 0.0
-    updated_at: float = 0.0
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """attempt.json: what an attempt starts from, and for which job of a scheduler.
-
-    `resume_step` None starts from the initial weights. `job` is None until the job has begun; `restart` counts the
-    scheduler's starts of that job before. The node agents meet at `address` and `port`, which the first of `nodes` has on
-    `interface`. `ends_at` is the end of the job's time, `submitted_at` when the attempt was asked for, `begun_at` when its
-    machines were there, in seconds since the epoch. `automatic` where no person started it, `pinned` where one has asked for
-    just this step. `num_workers` are those that Ray holds for it, idle ones among them.
-    """
-
-    resume_step: int | None
-    job: str | None = None
-    restart: int = 0
-    nodes: tuple[str, ...] = ()
-    address: str | None = None
-    interface: str | None = None
-    port: int | None = None
-    ends_at: float | None = None
-    submitted_at: float | None = None
-    begun_at: float | None = None
-    automatic: bool = False
-    pinned: bool = False
-    num_workers: int | None = None
+_DAMAGED_REMEDY = "restore the file from a backup, or start another run from this run's newest checkpoint"
 
 
 def create(plan: LaunchPlan) -> RunDir:
@@ -123,19 +82,17 @@ def next_attempt(run: RunDir, attempt: Attempt) -> int:
     unfinished = run.attempts / f".{number:03d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o700)
-    atomic_files.write_json(unfinished / "attempt.json", asdict(replace(attempt, submitted_at=time.time())))
+    json_records.write(unfinished / "attempt.json", replace(attempt, submitted_at=time.time()))
     atomic_files.rename(unfinished, run.attempt(number))
     return number
 
 
 def read_attempt(run: RunDir, number: int) -> Attempt:
-    values = read_json(run.attempt(number) / "attempt.json")
-    known = {name: value for name, value in values.items() if name in Attempt.__dataclass_fields__}
-    return Attempt(**{**known, "nodes": tuple(known.get("nodes", ()))})
+    return json_records.read(Attempt, run.attempt(number) / "attempt.json", _DAMAGED_REMEDY)
 
 
 def write_attempt(run: RunDir, number: int, attempt: Attempt) -> None:
-    atomic_files.write_json(run.attempt(number) / "attempt.json", asdict(attempt))
+    json_records.write(run.attempt(number) / "attempt.json", attempt)
 
 
 def fence(run: RunDir, attempt: int, refresh: bool = False) -> None:
@@ -173,37 +130,12 @@ def refresh_directory(folder: Path) -> float:
         return os.fstat(file.fileno()).st_mtime
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except FileNotFoundError:
-        raise RunError("a file of the run is missing", where=str(path)) from None
-    except OSError as error:
-        raise RunError(f"a file of the run cannot be read: {error.strerror}", where=str(path)) from None
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"a file of the run is damaged: {error}", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise RunError("a file of the run is damaged: it holds no JSON object", where=str(path))
-    return value
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        if error.errno != errno.ESTALE:
-            raise
-        # On NFS, another machine has put another file in its place since it was opened.
-        return path.read_text(encoding="utf-8")
-
-
 def read_status(run: RunDir) -> Status:
-    known = {name: value for name, value in read_json(run.status).items() if name in Status.__dataclass_fields__}
-    return Status(**known)
+    return json_records.read(Status, run.status, _DAMAGED_REMEDY)
 
 
 def write_status(run: RunDir, status: Status) -> None:
-    atomic_files.write_json(run.status, asdict(replace(status, updated_at=time.time())))
+    json_records.write(run.status, replace(status, updated_at=time.time()))
 
 
 def update_status(run: RunDir, **changes: Any) -> Status:
@@ -299,7 +231,7 @@ def placed(run: RunDir) -> Placed:
         RunError: where the plan is damaged.
     """
     path = [run.plan, *changed_plans(run)][-1]
-    values = read_json(path)
+    values = json_records.read_json(path)
     try:
         topology, price = values["topology"], Price.of_plan(values)
         config = values["config"]

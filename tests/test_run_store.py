@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
-from launcher.errors import RunError, SubmitError
+from launcher.errors import RunError, SubmitError, Superseded
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt, Superseded
+from launcher.run_records import Attempt
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Pa
         assert run_store.read_attempt(run, number) == attempt
     # A later launcher may write more.
     file = run.attempt(1) / "attempt.json"
-    atomic_files.write_json(file, {**run_store.read_json(file), "more": 1})
+    atomic_files.write_json(file, {**json_records.read_json(file), "more": 1})
     assert run_store.read_attempt(run, 1) == whole
 
 

@@ -20,7 +20,7 @@ from launcher.clusters.base import cluster_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES
 from launcher.tracking.console import format_duration
 
 # What reading a checkpoint from end to end has shown, by its path: None where it is whole.

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import drill_report, formatting, launch
 from launcher.cli.drill_report import Hit, Records, Step
@@ -36,7 +36,7 @@ from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, S
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES
 from launcher.tracking.jsonl import Tail, read_events
 
 _FAULTS = {
@@ -365,7 +365,7 @@ def _records(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> Records:
         hit=hit,
         steps=watch.steps,
         attempts={number: run_store.read_attempt(run, number) for number in numbers},
-        endings={number: run_store.read_json(file) for number, file in files.items() if file.is_file()},
+        endings={number: json_records.read_json(file) for number, file in files.items() if file.is_file()},
         errors=[*_errors(run.attempt(hit.life[0])), *_alerts(run, hit.at)],
         committed=frozenset(watch.committed),
         by_hand=watch.by_hand,

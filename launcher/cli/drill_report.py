@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 
 # An attempt and how often the node agents have restarted its ranks: one life of all ranks.
 Life = tuple[int, int]

@@ -18,7 +18,7 @@ from launcher.cli.formatting import short
 from launcher.clusters.base import Cluster
 from launcher.errors import EXIT_FAILED, EXIT_INTERRUPTED, RunError, SubmitError, printable
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Status
+from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking.console import format_step
 from launcher.tracking.jsonl import Tail, read_events
 

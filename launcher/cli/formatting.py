@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Status
+from launcher.run_records import Status
 
 
 def as_json(value: Any, indent: int | None = 2) -> str:

@@ -26,7 +26,7 @@ from launcher.holder import holder_of
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Attempt
+from launcher.run_records import RUNNING_STATES, Attempt
 
 _USAGE = {
     "train": """python -m launcher [train] [--follow | --detach] [overrides]

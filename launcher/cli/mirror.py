@@ -24,7 +24,7 @@ from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES
 from launcher.tracking.console import format_duration
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import formatting
 from launcher.cli import html_page as html
@@ -19,7 +19,7 @@ from launcher.cli.plan_view import plan_lines
 from launcher.clusters.base import cluster_for
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt, Status
+from launcher.run_records import Attempt, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
 from launcher.tracking.goodput import Breakdown
@@ -195,7 +195,7 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
     rows, is_local = [], one.plan.config.cluster.kind == "local"
     for number in run_store.attempt_numbers(one.run):
         attempt, exit_file = run_store.read_attempt(one.run, number), one.run.attempt(number) / "exit.json"
-        ended = run_store.read_json(exit_file) if exit_file.is_file() else {}
+        ended = json_records.read_json(exit_file) if exit_file.is_file() else {}
         steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]
         rows.append(
             [
@@ -213,7 +213,7 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
 
 def _without_word(one: _Told, number: int, attempt: Attempt) -> str:
     """What has become of an attempt that has left no word of its end: it may not have come to one."""
-    runs = one.status.state in run_store.RUNNING_STATES and number == run_store.newest_attempt(one.run)
+    runs = one.status.state in run_records.RUNNING_STATES and number == run_store.newest_attempt(one.run)
     if attempt.begun_at is None:
         return "waits for machines" if runs else "never begun"
     # A run that is pending has lost the machines of what has begun.

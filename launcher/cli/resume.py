@@ -20,7 +20,7 @@ from launcher.errors import CheckpointError, ConfigError, DamagedCheckpoint, Dat
 from launcher.plan.launch_plan import DataFacts, Facts, LaunchPlan, ModelFacts
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking import goodput
 
 # How the plan's own numbers are told apart from settings of the same section.

@@ -15,7 +15,8 @@ from launcher.checkpoint import store
 from launcher.cli.follow import wandb_page
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Placed, Status
+from launcher.run_records import RUNNING_STATES, Status
+from launcher.run_store import Placed
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events

@@ -19,7 +19,7 @@ from launcher.config.fields import HUB_ID_PATTERN
 from launcher.errors import SubmitError
 from launcher.export import hub
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES
 
 _FOLLOW_S = 0.3
 

@@ -20,7 +20,7 @@ from launcher.cli.run_summary import summary
 from launcher.clusters.base import cluster_for
 from launcher.errors import LauncherError, printable
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Status
+from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking import goodput
 from launcher.tracking.console import format_duration
 

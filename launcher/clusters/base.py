@@ -14,7 +14,7 @@ from launcher.errors import SubmitError
 from launcher.export import hub
 from launcher.plan import disk
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Status
+from launcher.run_records import Status
 
 if TYPE_CHECKING:
     from launcher.config.cluster import ClusterSection

@@ -18,7 +18,7 @@ from launcher import atomic_files, run_store
 from launcher.errors import RunError
 from launcher.holder import pid_space
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Status
+from launcher.run_records import Status
 
 START_DEADLINE_S = 60.0
 # Signs of life in the run directory, and without one for how long a process is taken for gone: a network file system shows

@@ -13,7 +13,7 @@ from launcher.clusters import detached_process
 from launcher.errors import SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Status
+from launcher.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
     from launcher.config.cluster import ClusterSection

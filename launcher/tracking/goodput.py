@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher import run_store
+from launcher import json_records, run_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
@@ -247,8 +247,8 @@ def recorded(run: RunDir, coming: LaunchPlan | None = None) -> list[Attempt]:
         if known.submitted_at is None:
             continue
         exit_file = run.attempt(number) / "exit.json"
-        ended = run_store.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
-        values = run_store.read_json(plan)
+        ended = json_records.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
+        values = json_records.read_json(plan)
         num_ranks = values["topology"]["world_size"]
         prices.append((values["config"]["cluster"].get("gpu_type"), Price.of_plan(values)))
         workers = known.num_workers or 0
@@ -271,7 +271,7 @@ def settled(
     One that has left no word of its end ended at its last sign of life. Only the newest may go on: in a run that is pending it
     waits for machines, or has lost its own.
     """
-    found, runs = list(attempts), state in run_store.RUNNING_STATES
+    found, runs = list(attempts), state in run_records.RUNNING_STATES
     for i, attempt in enumerate(found):
         goes_on = runs and i == len(found) - 1 and (state != "pending" or attempt.begun_at is None)
         if attempt.ended_at is None and not goes_on:

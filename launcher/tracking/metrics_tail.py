@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Status
+from launcher.run_records import Status
 from launcher.tracking.jsonl import decode_lines
 
 # Single steps vary: what is usual is told by so many of them.

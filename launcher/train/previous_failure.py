@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
@@ -43,7 +43,7 @@ def failure_before(run: RunDir, number: int) -> Failure | None:
         if number == 1 or not run_store.read_attempt(run, number).automatic:
             return None
         folder = run.attempt(number - 1)
-        ended = run_store.read_json(folder / "exit.json")
+        ended = json_records.read_json(folder / "exit.json")
         if ended["cause"] != Cause.RESIZED and not (folder / "outcome.json").is_file():
             first = ended["first_failure"]
             log = f" (log: {first['log']})" if first else ""

@@ -14,7 +14,7 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem, UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.train.engine import Place
 
 T = TypeVar("T")

@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
 from launcher.config.cluster import ManagedSection
 from launcher.plan.retry import Cause, Decision, Ended, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.worker import postmortem
 from launcher.worker.postmortem import Ending
 
@@ -85,7 +85,7 @@ def ended_before(
     """
     file = run.attempt(number) / "exit.json"
     if file.is_file():
-        return _from_record(run_store.read_json(file))
+        return _from_record(json_records.read_json(file))
     concluded = conclude(run, number, run_store.read_attempt(run, number), section, state, gone=gone)
     concluded.record(run, number, decided=False)
     if tell is not None and concluded.decision.again and concluded.alert is not None:
@@ -100,7 +100,7 @@ def history(run: RunDir, number: int) -> list[Ended]:
         number -= 1
         file = run.attempt(number) / "exit.json"
         if file.is_file():
-            found.insert(0, _from_record(run_store.read_json(file)))
+            found.insert(0, _from_record(json_records.read_json(file)))
     return found
 
 

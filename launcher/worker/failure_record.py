@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.error_record import ErrorRecord
-from launcher.errors import WOULD_REPEAT, CheckpointError, LauncherError, RunError
+from launcher.errors import WOULD_REPEAT, CheckpointError, LauncherError, RunError, Superseded
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Superseded
 from launcher.tracking.metrics_tail import newest_step
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
@@ -106,7 +105,7 @@ def of_restart(exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Seq
 def read_final(run: RunDir, attempt: int) -> dict[str, Any] | None:
     """What a rank has left of a failure that would repeat itself; None where that cannot be read."""
     try:
-        final = run_store.read_json(run.attempt(attempt) / "final.json")
+        final = json_records.read_json(run.attempt(attempt) / "final.json")
     except LauncherError:
         return None
     types = {"rank": int, "kind": str, "message": str, "at": float | int}
@@ -140,7 +139,7 @@ def outcome(run: RunDir, attempt: int, failure: dict[str, Any] | None, requested
     """State, step and message of an attempt: the ranks' own word where they left one, else what can be told from outside."""
     file = run.attempt(attempt) / "outcome.json"
     if failure is None and file.is_file():
-        return run_store.read_json(file)
+        return json_records.read_json(file)
     step = newest_step(run, run_store.read_status(run))
     saved = store.list_checkpoints(run.checkpoints)
     kept = f"the newest checkpoint is of step {saved[-1].step}" if saved else "there is no checkpoint"

@@ -25,10 +25,9 @@ from launcher.checkpoint import store
 from launcher.checkpoint.mirror.remote_folder import Remote, words
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, address
 from launcher.checkpoint.store import MANIFEST, Checkpoint
-from launcher.errors import CheckpointError, LauncherError
+from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Superseded
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import RateLimit
 from launcher.worker.rank_env import die_with_parent

@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.errors import WOULD_REPEAT
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking.metrics_tail import newest_step
 from launcher.worker import failure_record
 from launcher.worker.checks import node_check
@@ -88,7 +88,7 @@ def _judged(
     if outcome.is_file():
         interruption = _interruption(attempt, lead_s, outcome.stat().st_mtime)
         interruption = Cause.CANCELLED if cancelled else Cause.RESIZED if state == "RESIZED" else interruption
-        return _by_outcome(run_store.read_json(outcome), interruption)
+        return _by_outcome(json_records.read_json(outcome), interruption)
     if cancelled:
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
     if problems := [problem for found in left for problem in found.get("problems", ())]:
@@ -118,7 +118,7 @@ def _judged(
 
 def _record(run: RunDir, number: int, node: int) -> dict[str, Any] | None:
     file = failure_record.node_file(run, number, node)
-    return run_store.read_json(file) if file.is_file() else None
+    return json_records.read_json(file) if file.is_file() else None
 
 
 def _without_word(nodes: Sequence[str], gone: Collection[str] | None) -> str:

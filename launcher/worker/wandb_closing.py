@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause
@@ -64,14 +64,14 @@ def _is_to_be_told(run: RunDir, attempt: int) -> bool:
         return state == "failed"
     with suppress(OSError, LauncherError):
         # One that has ended without a cause ran on this machine, in the hands of a person.
-        return run_store.read_json(run.attempt(attempt) / "exit.json").get("cause", Cause.LIMIT) != Cause.LIMIT
+        return json_records.read_json(run.attempt(attempt) / "exit.json").get("cause", Cause.LIMIT) != Cause.LIMIT
     return True
 
 
 def _where(run: RunDir, attempt: int) -> str:
     """Where the rank that failed first has left its words."""
     with suppress(OSError, LauncherError, KeyError, TypeError):
-        return f" (log: {run_store.read_json(run.attempt(attempt) / 'exit.json')['first_failure']['log']})"
+        return f" (log: {json_records.read_json(run.attempt(attempt) / 'exit.json')['first_failure']['log']})"
     return ""
 
 

@@ -24,7 +24,7 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 
 Hook = Callable[[str, str], None]
 

@@ -12,7 +12,7 @@ from launcher import run_store
 from launcher.plan.launch_plan import Topology
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking.jsonl import JsonlTracker
 
 __all__ = ["golden", "run"]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hand_made import checkpoint
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.main import main
 from launcher.clusters.detached_process import identity
@@ -25,7 +25,7 @@ from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, Provenance
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 
 RULES = ("train.keep_last=1", "train.keep_every=100", "train.keep_best=1")
 LOSSES = {100: 3.0, 150: 1.5, 200: None, 250: 2.0, 300: None, 320: 2.5, 330: None}
@@ -199,7 +199,7 @@ def test_what_opens_but_cannot_be_read_through_is_not_pruned(run: RunDir, ask: A
     assert len(steps(run)) == 7
 
 
-@pytest.mark.parametrize("state", run_store.RUNNING_STATES)
+@pytest.mark.parametrize("state", run_records.RUNNING_STATES)
 def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> None:
     run_store.update_status(run, state=state, job=identity())
     code, _, err = ask("--prune")

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.cli.drill_report import Hit, Records, Report, Step, judge, lines
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 
 CHECKPOINTS = "/runs/drill/checkpoints"
 HIT_AT = 1000.0

@@ -15,7 +15,7 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.cli.formatting import short
 from launcher.cli.main import main
 from launcher.cli.run_summary import summary
@@ -95,7 +95,7 @@ def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch_here: Laun
 
 
 def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(launch_here: Launch, run: RunDir) -> None:
-    number = run_store.next_attempt(run, run_store.Attempt(resume_step=10))
+    number = run_store.next_attempt(run, run_records.Attempt(resume_step=10))
     run_store.update_status(run, attempt=number, state="running", max_steps=60, job=identity())
     JsonlTracker(run, 2).log(10, {"eval/held_out/loss": 2.5})
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
@@ -107,7 +107,7 @@ def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(la
 def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
     """The attempt before was; status.json has its number until the job of the next begins."""
     atomic_files.write_json(run.cancel(2), {"save": True})
-    number = run_store.next_attempt(run, run_store.Attempt(resume_step=5))
+    number = run_store.next_attempt(run, run_records.Attempt(resume_step=5))
     found = summary(run, run_store.update_status(run, state="pending", max_steps=60))
     assert (found["attempt"], found["asked_to_stop"], found["left_s"]) == (number, False, 55 * 2.0)
     assert found["cost"]["expected_usd"] == pytest.approx(found["cost"]["usd"] + 2 * 2.0 * 110 / 3600)
@@ -123,7 +123,7 @@ def test_a_job_that_waits_again_goes_on_from_what_is_saved(run: RunDir) -> None:
 
 
 def test_a_limit_that_comes_before_the_last_step_is_told(launch_here: Launch, run: RunDir) -> None:
-    plan = run_store.read_json(run.plan)
+    plan = json_records.read_json(run.plan)
     run_store.update_status(run, state="running", job=identity())
 
     def told(**limits: float) -> dict[str, str]:
@@ -159,7 +159,7 @@ def test_what_a_run_went_back_behind_is_not_shown(run: RunDir) -> None:
     log.log(30, {"train/loss": 77.0, "time/step_s": 2.0})
     log.log(30, {"eval/held_out/loss": 77.0})
     log.log(10, {"eval/held_out/loss": 2.5})
-    number = run_store.next_attempt(run, run_store.Attempt(resume_step=10, pinned=True))
+    number = run_store.next_attempt(run, run_records.Attempt(resume_step=10, pinned=True))
     status = run_store.update_status(run, attempt=number, state="running")
     assert summary(run, status)["eval_loss"] == 2.5, "the newest line of all"
     JsonlTracker(run, number).log(11, {"train/loss": 2.4, "time/step_s": 2.0})
@@ -185,7 +185,7 @@ def test_what_others_have_written_is_shown_and_not_acted_upon(launch_here: Launc
 
 
 def test_a_slurm_run_whose_submission_was_interrupted_can_be_asked_for(launch_here: Launch, run: RunDir) -> None:
-    plan = run_store.read_json(run.plan)
+    plan = json_records.read_json(run.plan)
     atomic_files.write_json(run.plan, plan | {"config": plan["config"] | {"cluster": {"kind": "slurm"}}})
     shutil.rmtree(run.attempts)
     run_store.update_status(run, state="pending", attempt=0, step=0)
@@ -258,7 +258,7 @@ def test_one_slow_step_is_not_the_pace(launch_here: Launch, run: RunDir) -> None
 
 
 def test_on_cpus_ranks_are_paid_for(launch_here: Launch, run: RunDir) -> None:
-    plan = run_store.read_json(run.plan)
+    plan = json_records.read_json(run.plan)
     atomic_files.write_json(run.plan, plan | {"topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})
     assert "cost        $3.40 so far (1.70 rank hours)" in launch_here("status", str(run.root)).stdout
     assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
@@ -292,7 +292,7 @@ def test_what_never_came_to_train_costs_as_well(launch_here: Launch, run: RunDir
         "at_typical_price": False,
     }
     assert "$3.40" in launch_here("ls", "--root", str(run.root.parent)).stdout
-    plan = run_store.read_json(run.plan)
+    plan = json_records.read_json(run.plan)
     atomic_files.write_json(run.plan, plan | {"price": None})
     assert summary(run, status)["cost"] == cost | {"usd": None}
     atomic_files.write_json(run.plan, plan | {"price": None, "topology": plan["topology"] | {"device": "cpu", "backend": "gloo"}})

@@ -15,7 +15,7 @@ import pytest
 from plan_fixtures import H100
 from pydantic import ValidationError
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.cli.launch import require_idle
 from launcher.clusters import detached_process
 from launcher.clusters.local import LocalCluster
@@ -26,7 +26,7 @@ from launcher.config.ray import RaySection
 from launcher.errors import ConfigError, RunError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 
 
 def section(**settings: Any) -> RaySection:
@@ -238,10 +238,10 @@ def test_cancel_is_a_word_in_the_attempt_and_a_second_one_means_no_save(run: Run
         job = identity_of(driver)
         run_store.update_status(run, state="running", attempt=1, job=job)
         RayCluster().cancel(run)
-        assert run_store.read_json(run.attempt(1) / "cancel.json")["save"] is True
+        assert json_records.read_json(run.attempt(1) / "cancel.json")["save"] is True
         assert driver.poll() is None
         RayCluster().cancel(run)
-        assert run_store.read_json(run.attempt(1) / "cancel.json")["save"] is False
+        assert json_records.read_json(run.attempt(1) / "cancel.json")["save"] is False
         assert driver.poll() is None
         RayCluster().cancel(run)
         assert driver.wait(10) == -9
@@ -353,9 +353,9 @@ def test_a_job_that_the_cluster_does_not_know_is_lost_only_where_the_run_gives_n
         require_idle(run, RayCluster())
     # The driver looks for it in the run directory, whatever lies between here and the cluster.
     RayCluster().cancel(run)
-    assert run_store.read_json(run.cancel(1))["save"] is True
+    assert json_records.read_json(run.cancel(1))["save"] is True
     RayCluster().cancel(run)
-    assert run_store.read_json(run.cancel(1))["save"] is False
+    assert json_records.read_json(run.cancel(1))["save"] is False
     with pytest.raises(jobs.JobUnknown):
         RayCluster().cancel(run)
     old = time.time() - 600

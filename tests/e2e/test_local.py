@@ -18,7 +18,7 @@ from pace import wait_for
 
 from launcher import run_store
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 
 pytestmark = pytest.mark.rest
 

@@ -31,7 +31,7 @@ from ray_tools import (
     wait_for,
 )
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.plan.run_dir import RunDir
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -220,7 +220,7 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
         assert launch("cancel", str(run), **env).returncode == 0
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, output
-    job = run_store.read_json(run / "attempts/001/submitted.json")["job"]
+    job = json_records.read_json(run / "attempts/001/submitted.json")["job"]
     assert status(run)["state"] == "cancelled"
     step = status(run)["step"]
 
@@ -240,7 +240,7 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
     assert canary not in "".join(path.read_text(errors="replace") for path in run.rglob("*.json"))
     resumed = launch("resume", str(run), timeout=DEADLINE_S, **env)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    job = run_store.read_json(run / "attempts/002/submitted.json")["job"]
+    job = json_records.read_json(run / "attempts/002/submitted.json")["job"]
     assert f"job        {job}" in resumed.stdout
     assert f"{cluster.http}/#/jobs/{job}" in resumed.stdout
     wait_for("its end", lambda: status(run)["state"] == "completed")

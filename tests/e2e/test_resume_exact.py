@@ -17,7 +17,7 @@ from killed_runs import MOMENTS, Killer, differences, draw_kills, restart_reason
 from pace import wait_for
 from ray_tools import rows_environment
 
-from launcher.run_store import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 64

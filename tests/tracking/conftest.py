@@ -10,7 +10,7 @@ from typing import Any
 import hand_made
 import pytest
 
-from launcher import run_store
+from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
@@ -20,7 +20,7 @@ def run_dir(tmp_path: Path) -> Path:
     """The directory of a run whose first attempt a person has started."""
     run = RunDir(tmp_path / "run")
     run.attempt(1).mkdir(parents=True)
-    run_store.write_attempt(run, 1, run_store.Attempt(None))
+    run_store.write_attempt(run, 1, run_records.Attempt(None))
     return run.root
 
 

@@ -18,7 +18,7 @@ from forked import ForkedProcess, preloaded
 from pace import wait_for
 from wandb_server import KEY, FakeWandb
 
-from launcher import run_store
+from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
@@ -101,7 +101,7 @@ def rank(
     run = RunDir(Path(plan.run_dir))
     if not run.attempt(attempt).exists():
         run.attempt(attempt).mkdir(parents=True)
-        run_store.write_attempt(run, attempt, run_store.Attempt(None, automatic=automatic))
+        run_store.write_attempt(run, attempt, run_records.Attempt(None, automatic=automatic))
     run.plan.write_text(plan.to_json())
     environ = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environ |= {"WANDB_BASE_URL": base_url, "PYTHONPATH": str(REPO)}

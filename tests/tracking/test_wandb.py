@@ -20,7 +20,7 @@ from pace import wait_for
 from rank_tools import IMPORTED, times_begun, wait_for_another_second
 from wandb_files import history, records
 
-from launcher import run_store
+from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, JsonlTracker, read_events
@@ -216,7 +216,7 @@ def test_the_best_checkpoint_is_none_that_a_person_has_gone_back_behind(run_dir:
     run = RunDir(run_dir)
     for attempt, resume, saved in ((1, None, {300: 1.5, 400: 1.2}), (2, 300, {350: 1.4})):
         run.attempt(attempt).mkdir(exist_ok=True)
-        run_store.write_attempt(run, attempt, run_store.Attempt(resume, pinned=attempt == 2))
+        run_store.write_attempt(run, attempt, run_records.Attempt(resume, pinned=attempt == 2))
         for step, loss in saved.items():
             JsonlTracker(run, attempt).event("checkpoint", "saved", step, path="/x", saved_step=step, eval_loss=loss)
     assert module._best_checkpoint(run) == 1.4
@@ -296,7 +296,7 @@ def test_steps_that_a_person_has_gone_back_over_are_shown(make_plan: PlanMaker, 
     run.plan.write_text(plan.to_json())
     for attempt, back, (first, last) in began:
         run.attempt(attempt).mkdir(exist_ok=True)
-        run_store.write_attempt(run, attempt, run_store.Attempt(back, pinned=attempt == 2 and how == "with --step"))
+        run_store.write_attempt(run, attempt, run_records.Attempt(back, pinned=attempt == 2 and how == "with --step"))
         if attempt == 2 and how == "with other settings":
             plan = hand_made.changed(plan, "optim.lr=5e-6")
         if attempt > 1:

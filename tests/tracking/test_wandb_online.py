@@ -17,7 +17,7 @@ from plan_fixtures import DATA
 from rank_tools import IMPORTED, QUICK_S, alerts, has_steps, infos, rank
 from wandb_server import ENTITY, KEY, FakeWandb, fake_wandb
 
-from launcher import run_store
+from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker import wandb_closing
@@ -144,7 +144,7 @@ def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
         it.finish("failed")
     if for_good:
         run = RunDir(Path(plan.run_dir))
-        run_store.write_status(run, run_store.Status("failed", 1, 4, 40))
+        run_store.write_status(run, run_records.Status("failed", 1, 4, 40))
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         monkeypatch.setattr(wandb_closing, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))

@@ -10,7 +10,7 @@ import pytest
 from launcher import atomic_files, run_store
 from launcher.plan.run_dir import RunDir
 from launcher.plan.xids import LOST
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART, Failure, failure_before
 

@@ -12,7 +12,7 @@ from forked_ranks import RankServer
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 
 
 def run_with(

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from fake_slurm import FakeSlurm
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.worker import failure_record
 from launcher.worker.slurm import job
 
@@ -52,10 +52,10 @@ class Job:
         return run_store.read_attempt(self.run, number)
 
     def exit(self, number: int = 1) -> dict[str, Any]:
-        return run_store.read_json(self.run.attempt(number) / "exit.json")
+        return json_records.read_json(self.run.attempt(number) / "exit.json")
 
     @property
-    def status(self) -> run_store.Status:
+    def status(self) -> run_records.Status:
         return run_store.read_status(self.run)
 
     def begun(self, number: int = 1, **values: Any) -> None:

@@ -14,7 +14,7 @@ from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.worker import failure_record
 from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ray import coordinator as module

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from plan_fixtures import facts_for
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.config.schema import RunConfig
 from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 
 REPO = Path(__file__).resolve().parents[2]
@@ -86,6 +86,6 @@ def test_a_killed_rank_and_damaged_records_cost_a_restart_each(run: RunDir, tmp_
     command = [sys.executable, "-m", "launcher.worker.agent", str(run.plan), "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert run_store.read_json(run.attempt(1) / "exit.json")["state"] == "completed"
+    assert json_records.read_json(run.attempt(1) / "exit.json")["state"] == "completed"
     restarts = [event["text"].partition(": ")[2] for event in read_events(run.events) if event["kind"] == "alert"]
     assert restarts == ["rank 0: killed by SIGKILL", "rank 1: ended with exit code 7 and left no record of an error"]

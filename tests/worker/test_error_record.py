@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher import atomic_files, error_record, run_store
+from launcher import atomic_files, error_record, json_records
 from launcher.error_record import VARIABLE, ErrorRecord
+from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RunError
 from launcher.worker import failure_record
 from launcher.worker.failure_record import RankExit
 from launcher.worker.signals import DISMISSED
@@ -26,9 +26,9 @@ from launcher.worker.signals import DISMISSED
 # A rank as launcher.worker.rank_main runs one, whose record takes a while to reach the disk.
 RANK = """
 import os, sys, time
-from launcher.worker import entry
+from launcher.worker import rank_main
 
-class Flag(entry.StopFlag):
+class Flag(rank_main.StopFlag):
     def __init__(self):
         super().__init__()
         global flag
@@ -45,8 +45,8 @@ def fsync(descriptor):
 def fail(*_):
     raise ValueError("lost the connection to a peer")
 
-os.fsync, entry._run, entry.StopFlag = fsync, fail, Flag
-entry.main("plan.json", 1)
+os.fsync, rank_main._run, rank_main.StopFlag = fsync, fail, Flag
+rank_main.main("plan.json", 1)
 """
 
 
@@ -91,10 +91,14 @@ def test_the_record_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_no_record_and_raises_nothing(
-    tmp_path: Path, storage_fails: Callable[..., AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     path = tmp_path / "error.json"
-    with storage_fails(path.with_name(f".error.json.{os.getpid()}"), errno.ENOSPC):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
         error_record.leave(ValueError("its own"), {VARIABLE: str(path)})
     assert not path.exists()
     assert "No space left on device" in capsys.readouterr().err
@@ -180,7 +184,7 @@ def test_a_bad_note_of_a_failure_that_would_repeat_itself_counts_as_none(bad: Pa
 def test_a_file_of_a_run_that_holds_no_text_is_an_error_of_the_launcher(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes(b"\xff")
     with pytest.raises(RunError, match="damaged"):
-        run_store.read_json(tmp_path / "status.json")
+        json_records.read_json(tmp_path / "status.json")
 
 
 def exits(*ends: tuple[int, int, float, str | None]) -> list[RankExit]:

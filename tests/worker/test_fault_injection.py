@@ -20,7 +20,7 @@ import pytest
 from launcher import run_store
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Status
+from launcher.run_records import Status
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.worker import fault_injection
 from launcher.worker.rank_env import RankTitle

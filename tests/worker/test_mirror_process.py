@@ -23,7 +23,7 @@ from pace import wait_for
 
 from launcher import atomic_files, run_store
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import RateLimit
 from launcher.worker import mirror_process

@@ -13,7 +13,7 @@ import pytest
 from launcher import atomic_files, run_store
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt, Status
+from launcher.run_records import Attempt, Status
 from launcher.worker import failure_record, postmortem
 from launcher.worker.checks import node_check
 from launcher.worker.postmortem import Ending

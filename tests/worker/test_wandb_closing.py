@@ -19,7 +19,7 @@ from wandb_server import KEY, fake_wandb
 from launcher import atomic_files, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Status
+from launcher.run_records import Status
 from launcher.tracking.jsonl import append_event
 from launcher.worker import wandb_closing
 

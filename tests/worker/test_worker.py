@@ -10,7 +10,7 @@ from pathlib import Path
 import hand_made
 import pytest
 
-from launcher import run_store
+from launcher import json_records, run_records, run_store
 from launcher.errors import RunError
 from launcher.plan.prices import Price
 from launcher.tracking import goodput
@@ -47,12 +47,12 @@ def test_a_local_run_holds_its_machines_until_the_mirror_has_all(tmp_path: Path,
     """What the run waits for after its last step costs as training does, also where the wait is cut off."""
     plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, price=Price(usd_per_gpu_hour=2.0))
     run = run_store.create(plan)
-    run_store.next_attempt(run, run_store.Attempt(None))
+    run_store.next_attempt(run, run_records.Attempt(None))
     seen: list[float] = []
 
     class Mirror:
         def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-            assert run_store.read_json(run.attempt(1) / "exit.json")["message"] == "the ranks ended without an outcome"
+            assert json_records.read_json(run.attempt(1) / "exit.json")["message"] == "the ranks ended without an outcome"
             spent = goodput.read(run, time.time() + 3600, run_store.read_status(run).state)
             seen.append(spent.gpu_s)
 
@@ -63,7 +63,7 @@ def test_a_local_run_holds_its_machines_until_the_mirror_has_all(tmp_path: Path,
     monkeypatch.setattr(agent, "tell_wandb", lambda *arguments: None)
     assert agent.main(str(run.plan), 1) == 1
     assert seen == [pytest.approx(2 * 3600, abs=60)]
-    assert run_store.read_json(run.attempt(1) / "exit.json")["ended_at"] == pytest.approx(time.time(), abs=60)
+    assert json_records.read_json(run.attempt(1) / "exit.json")["ended_at"] == pytest.approx(time.time(), abs=60)
     assert run_store.read_status(run).state == "failed"
 
 

@@ -27,7 +27,7 @@ from threading import Lock
 
 import xxhash
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Manifest
@@ -162,7 +162,7 @@ class Mirror:
         outcome = self._run.attempt(self._owner.attempt) / "outcome.json"
         if status.attempt == self._owner.attempt and outcome.is_file():
             # The agent writes the last state when the mirror is done.
-            said = run_store.read_json(outcome)
+            said = json_records.read_json(outcome)
             status = replace(status, state=said["state"], step=said["step"], message=said["message"])
         self._remote.write(self._run.status.name, json.dumps(asdict(status), indent=2).encode())
 

@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.clusters import detached_process, local
 from launcher.clusters.ray import jobs
 from launcher.config.redaction import looks_secret
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Status
+from launcher.run_records import RUNNING_STATES, Status
 
 if TYPE_CHECKING:
     from launcher.config.cluster import ClusterSection
@@ -86,7 +86,7 @@ class RayCluster:
         file = _submission_file(run, attempt)
         if not file.is_file():
             return [("driver", str(run.attempt(attempt) / "agent.log"))]
-        submitted = run_store.read_json(file)
+        submitted = json_records.read_json(file)
         return [
             ("job", submitted["job"]),
             ("log", f"ray job logs --address {submitted['address']} -f {submitted['job']}"),
@@ -100,7 +100,7 @@ class RayCluster:
         number = run_store.newest_attempt(run)
         file = _submission_file(run, number)
         if file.is_file():
-            return self._of_job(run, status, run_store.read_json(file))
+            return self._of_job(run, status, json_records.read_json(file))
         if status.job is None:
             lost = status.state == "pending" and time.time() - status.updated_at > detached_process.START_DEADLINE_S
             message = "it was never started: the command that made it ended before"
@@ -120,13 +120,13 @@ class RayCluster:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
         number = run_store.newest_attempt(run)
         asked, file = run.cancel(number), _submission_file(run, number)
-        before = run_store.read_json(asked) if asked.is_file() else None
+        before = json_records.read_json(asked) if asked.is_file() else None
         atomic_files.write_json(asked, {"asked_at": time.time(), "save": save and before is None})
         if before is None or before.get("save", True):
             return
         # Asked a third time, or a second time for no save: what was to hear it does not.
         if file.is_file():
-            submitted = run_store.read_json(file)
+            submitted = json_records.read_json(file)
             jobs.stop(submitted["address"], submitted["job"])
         elif (driver := detached_process.find(status)) is not None:
             driver.kill()

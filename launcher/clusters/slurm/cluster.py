@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES, Attempt, Status
+from launcher.run_records import RUNNING_STATES, Attempt, Status
 
 if TYPE_CHECKING:
     from launcher.config.cluster import ClusterSection
@@ -70,7 +70,7 @@ class SlurmCluster:
         atomic_files.write_json(submission_file(run, attempt), {"job": job, "submitted_at": time.time()})
 
     def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
-        job = run_store.read_json(submission_file(run, attempt))["job"]
+        job = json_records.read_json(submission_file(run, attempt))["job"]
         return [("job", job), ("output", str(run.jobs / job / f"{job}_0_log.out"))]
 
     def status(self, run: RunDir) -> Status:
@@ -212,7 +212,7 @@ def _job_of(run: RunDir, attempt: int) -> tuple[str | None, float]:
     if not attempt:
         return None, run_store.read_status(run).created_at
     file = submission_file(run, attempt)
-    submitted = run_store.read_json(file) if file.is_file() else {}
+    submitted = json_records.read_json(file) if file.is_file() else {}
     begun = run_store.read_attempt(run, attempt).job
     return begun or submitted.get("job"), submitted.get("submitted_at", run_store.read_status(run).created_at)
 

@@ -16,7 +16,7 @@ from launcher.errors import LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import conclusion

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -280,7 +280,7 @@ class Coordinator:
         with suppress(OSError, LauncherError):
             asked = self._run.cancel(self._attempts.number)
             if asked.is_file():
-                group.saves = bool(run_store.read_json(asked).get("save", True))
+                group.saves = bool(json_records.read_json(asked).get("save", True))
                 group.asked_at = group.asked_at or now
             group.saved += self._committed.look(self._attempts.number)
         self._look_for_trials(group, now)

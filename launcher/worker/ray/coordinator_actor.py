@@ -14,7 +14,7 @@ from typing import Any
 from launcher import run_store
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES
 from launcher.tracking.jsonl import append_event
 from launcher.worker.ray.coordinator import Coordinator
 

@@ -24,7 +24,7 @@ from launcher.clusters.ray.cluster import JOINING
 from launcher.errors import EXIT_FAILED, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES
 from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, in_words
 from launcher.worker.ray.trainer import import_ray_train, trainer

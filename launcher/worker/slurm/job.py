@@ -27,7 +27,7 @@ from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import conclusion, postmortem

@@ -15,7 +15,7 @@ import launcher
 from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.worker.checks import network, node_check
 from launcher.worker.rank_env import NodePlace
 from launcher.worker.signals import PREEMPT

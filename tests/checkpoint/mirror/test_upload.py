@@ -17,10 +17,10 @@ from launcher.checkpoint.mirror import remote_folder
 from launcher.checkpoint.mirror.layout import complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import Remote
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, require_usable
-from launcher.errors import CheckpointError, SubmitError
+from launcher.errors import CheckpointError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt, Superseded
+from launcher.run_records import Attempt
 
 
 @pytest.fixture(autouse=True)

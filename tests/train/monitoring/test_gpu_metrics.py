@@ -20,7 +20,7 @@ from launcher import run_store
 from launcher.data.cache import Split
 from launcher.data.loader import TrainBatches
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking.tracker import start_trackers
 from launcher.train.engine import Place
 from launcher.train.metrics import Meter

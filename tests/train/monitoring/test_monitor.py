@@ -18,7 +18,7 @@ from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking.goodput import Breakdown, cost, spent_limit
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import Composite, RateLimit

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from played_workers import FIT, KILLED, Played
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
 from launcher.errors import UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import coordinator as module
@@ -169,7 +169,7 @@ def test_a_group_that_came_after_hours_has_waited_for_machines(play: Callable[..
         played.end(rank, KILLED)
         played.coordinator.beat("a", rank, "failed")
     exit_file = played.run.attempt(1) / "exit.json"
-    atomic_files.write_json(exit_file, run_store.read_json(exit_file) | {"ended_at": now - 6 * hour})
+    atomic_files.write_json(exit_file, json_records.read_json(exit_file) | {"ended_at": now - 6 * hour})
     played.begin("b", "n1", "n1")
     assert played.number == 2
     found = goodput.read(played.run, time.time())

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from plan_fixtures import CPU, H100
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import coordinator_actor, driver
 
@@ -88,7 +88,7 @@ def test_a_signal_to_the_driver_asks_for_a_save_and_a_second_one_for_an_end(
     for saves in (True, False):
         os.kill(os.getpid(), number)
         wishes.write()
-        assert run_store.read_json(asked)["save"] is saves
+        assert json_records.read_json(asked)["save"] is saves
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_storage_that_does_not_answer_while_workers_are_waited_for_ends_nothing(
     assert read_status(run).message == "cancelled while it waited for workers"
     stale = iter(range(3))
 
-    def read(found: RunDir) -> run_store.Status:
+    def read(found: RunDir) -> run_records.Status:
         if next(stale, None) is not None:
             raise OSError(errno.EIO, "Input/output error")
         return read_status(found)

@@ -13,7 +13,7 @@ from fake_slurm import FakeSlurm
 from job_tools import Job
 
 from launcher import atomic_files, run_store
-from launcher.run_store import Attempt
+from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.checks import network

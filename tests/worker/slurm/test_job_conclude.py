@@ -17,7 +17,7 @@ import slurm_said
 from fake_slurm import FakeSlurm
 from job_tools import Job
 
-from launcher import run_store
+from launcher import json_records, run_records, run_store
 from launcher.clusters.slurm import cluster, queue
 from launcher.clusters.slurm.commands import SlurmError, SlurmSilent, slurm
 from launcher.plan.launch_plan import LaunchPlan
@@ -65,7 +65,7 @@ def test_where_a_requeue_is_refused_the_run_is_submitted_again(
     assert requeue == ([["scontrol", "requeue", "41"]] if not settings else [])
     again = of.attempt(2)
     assert (again.resume_step, again.job, again.automatic) == (40, None, True)
-    assert run_store.read_json(of.run.attempt(2) / "submitted.json")["job"] == "4242"
+    assert json_records.read_json(of.run.attempt(2) / "submitted.json")["job"] == "4242"
     script = (of.run.jobs / "4242/4242_submission.sh").read_text()
     assert sbatch[0] == "sbatch"
     assert "#SBATCH --dependency=afterany:41\n" in script
@@ -253,7 +253,7 @@ def test_it_concludes_where_slurm_does_not_answer(submitted: Callable[..., Job],
 )
 def test_an_answer_is_not_waited_for_beyond_the_jobs_time(ends_in_s: float | None, least: float, most: float) -> None:
     ends_at = None if ends_in_s is None else time.time() + ends_in_s
-    assert least <= job._patience_s(run_store.Attempt(None, ends_at=ends_at)) <= most
+    assert least <= job._patience_s(run_records.Attempt(None, ends_at=ends_at)) <= most
 
 
 def test_a_requeue_that_was_not_heard_is_asked_for_again(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:

@@ -1,0 +1,180 @@
+"""JSON objects as dataclasses: the types of the fields say what the decoder accepts.
+
+Supported types: bool, int, float, str, None, Any, enumerations, nested dataclasses, dictionaries with text keys, tuples, and
+unions. An integer is accepted for a float, and a boolean is no number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import json
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from launcher import atomic_files
+from launcher.errors import RunError
+
+T = TypeVar("T")
+
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text", NoneType: "null", dict: "an object"}
+_MAX_VALUE_CHARS = 80
+
+
+class _FieldError(Exception):
+    """A value does not fit the type of its field."""
+
+    def __init__(self, field: str, expected: str, value: str) -> None:
+        super().__init__(expected)
+        self.field, self.expected, self.value = field, expected, value
+
+
+def decode(record_type: type[T], values: Any, where: str, remedy: str = "") -> T:
+    """Build a `record_type` from a decoded JSON value. Unknown keys are ignored; a missing key gets the field's default.
+
+    Raises:
+        RunError: where a key without a default is missing, or a value has another type; with `where`, the field and the value.
+    """
+    try:
+        record: T = _decode_object(record_type, values, "")
+    except _FieldError as error:
+        place = f"{where}: {error.field}" if error.field else where
+        raise RunError(
+            f"a record of the run is damaged: {error.expected}", where=place, value=error.value, remedy=remedy
+        ) from None
+    return record
+
+
+def encode(record: Any) -> dict[str, Any]:
+    """Return the JSON object of a record, with every field."""
+    return dataclasses.asdict(record)
+
+
+def read(record_type: type[T], path: Path, remedy: str = "") -> T:
+    """Read one record.
+
+    Raises:
+        RunError: where the file is missing, cannot be read, or is damaged.
+    """
+    return decode(record_type, read_json(path, remedy), str(path), remedy)
+
+
+def read_if_present(record_type: type[T], path: Path, remedy: str = "") -> T | None:
+    """Read one record; None where there is no such file. Raises what `read` raises."""
+    return read(record_type, path, remedy) if path.is_file() else None
+
+
+def write(path: Path, record: Any) -> None:
+    """Replace the file at `path` by this record, atomically."""
+    atomic_files.write_json(path, encode(record))
+
+
+def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        RunError: where the file is missing, cannot be read, or holds anything else.
+    """
+    try:
+        value = json.loads(_read_text(path))
+    except FileNotFoundError:
+        raise RunError("a file of the run is missing", where=str(path)) from None
+    except OSError as error:
+        raise RunError(f"a file of the run cannot be read: {error.strerror}", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"a file of the run is damaged: {error}", where=str(path), remedy=remedy) from None
+    if not isinstance(value, dict):
+        raise RunError("a file of the run is damaged: it holds no JSON object", where=str(path), remedy=remedy)
+    return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        # On NFS, another machine has replaced the file since it was opened.
+        return path.read_text(encoding="utf-8")
+
+
+@functools.cache
+def _fields(record_type: type) -> tuple[tuple[str, Any, bool], ...]:
+    """Name and type of each field that a constructor takes, and whether the field has a default."""
+    hints = get_type_hints(record_type)
+    missing = dataclasses.MISSING
+    return tuple(
+        (field.name, hints[field.name], field.default is not missing or field.default_factory is not missing)
+        for field in dataclasses.fields(record_type)
+        if field.init
+    )
+
+
+def _decode_object(record_type: Any, values: Any, path: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise _mismatch(path, "an object", values)
+    arguments = {}
+    for name, kind, has_default in _fields(record_type):
+        field = f"{path}.{name}" if path else name
+        if name in values:
+            arguments[name] = _decode_value(kind, values[name], field)
+        elif not has_default:
+            raise _FieldError(field, "this field is missing", "")
+    return record_type(**arguments)
+
+
+def _decode_value(kind: Any, value: Any, path: str) -> Any:
+    if kind is Any:
+        return value
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return _decode_union(arguments, value, path)
+    if origin is tuple:
+        return _decode_tuple(arguments, value, path)
+    if origin in (dict, Mapping):
+        if not isinstance(value, dict):
+            raise _mismatch(path, "an object", value)
+        return {name: _decode_value(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return _decode_object(kind, value, path)
+    if issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            raise _mismatch(path, f"one of {', '.join(str(member.value) for member in kind)}", value) from None
+    if type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise _mismatch(path, _NAMES[kind], value)
+
+
+def _decode_union(options: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and NoneType in options:
+        return None
+    some = [option for option in options if option is not NoneType]
+    for option in some[:-1]:
+        try:
+            return _decode_value(option, value, path)
+        except _FieldError:
+            continue
+    return _decode_value(some[-1], value, path)
+
+
+def _decode_tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _mismatch(path, "a list", value)
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise _mismatch(path, f"a list of {len(kinds)} values", value)
+    return tuple(_decode_value(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+
+
+def _mismatch(path: str, expected: str, value: Any) -> _FieldError:
+    shown = json.dumps(value, default=str)
+    if len(shown) > _MAX_VALUE_CHARS:
+        shown = f"{shown[:_MAX_VALUE_CHARS]}..."
+    return _FieldError(path, f"expected {expected}", shown)
