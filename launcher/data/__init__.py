@@ -1,5 +1,5 @@
-"""From files of text to rows of tokens: sources, masks, faults, mixture, packing, cache, loader, report.
+"""From files of text to rows of tokens: sources, loss masks, checks, mixture, packing, cache, loader, report.
 
-`sources`, `stdlib_docs`, `packing`, `mixture`, `cache` and `findings` need neither torch nor transformers, so the submit side
-may import them; the others belong to the heavy side.
+All modules but `build`, `loader` and the packages `tokenization` and `checks` (without `findings` and `patterns`) import neither
+torch nor transformers, so that the submit side may import them.
 """

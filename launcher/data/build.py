@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from launcher.config.data import DataSection, Source
-from launcher.data import cache, mixture, parallel, row_layout, sources
-from launcher.data.chat import read_template
+from launcher.data import cache, mixture, row_layout, sources
 from launcher.data.checks import findings, overlap, quality
-from launcher.data.encode import NUM_SAMPLES, Docs, Pieces, Sample, Work
 from launcher.data.sources.keys import KeyCounts
+from launcher.data.tokenization import parallel
+from launcher.data.tokenization.batch_encoder import NUM_SAMPLES, Docs, Pieces, Sample, Work
+from launcher.data.tokenization.encoder import read_template
 from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import DataFacts
 

@@ -13,8 +13,8 @@ import torch
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.data import cache
-from launcher.data.chat import load_tokenizer
 from launcher.data.checks import patterns
+from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.distributed import together
 from launcher.errors import CheckpointError, ExportError, Problem, PushError
 from launcher.export import hub, model_card

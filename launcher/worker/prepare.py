@@ -28,8 +28,8 @@ from filelock import FileLock, Timeout
 from launcher import atomic_files, facts, parent_run, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
-from launcher.data.chat import import_tokenizers_without_torch, load_tokenizer
 from launcher.data.texts import Texts
+from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
 from launcher.export import model_card
 from launcher.export.hf_folder import Task, chat_template_of, export, verify

@@ -15,7 +15,7 @@ from random import Random
 import pytest
 
 from launcher.cli import formatting
-from launcher.data.parallel import MIN_BYTES
+from launcher.data.tokenization.parallel import MIN_BYTES
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SETTINGS = ("model=tiny", "data=jsonl", "data.max_length=128", "data.workers=1", "tracking=none")
@@ -127,7 +127,7 @@ def test_a_file_of_real_size_is_built_by_several_processes(launch: Run, tmp_path
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["read_documents"] == num_rows
     assert "Traceback" not in done.stderr
-    assert {"launcher.data.forkserver_preload", "transformers"} <= imported(done.stderr)
+    assert {"launcher.data.tokenization.forkserver_preload", "transformers"} <= imported(done.stderr)
     assert "torch" not in imported(done.stderr), "its import takes longer than the rest"
 
 

@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.data import DataSection, Source
-from launcher.data.chat import Encoded, Encoder
 from launcher.data.sources import Chat, Message
+from launcher.data.tokenization.encoder import Encoded, Encoder
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Begin token, end token, and the other special tokens of each family.

@@ -14,8 +14,8 @@ from filelock import FileLock
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.data import DataSection, Source
-from launcher.data import encode
-from launcher.data.chat import load_tokenizer
+from launcher.data.tokenization import batch_encoder
+from launcher.data.tokenization.encoder import load_tokenizer
 
 __all__ = ["family"]
 
@@ -46,7 +46,11 @@ def tokenizers_loaded_once(request: pytest.FixtureRequest, monkeypatch: pytest.M
     if "tokenizer_dir" not in request.fixturenames:
         return
     folder = str(request.getfixturevalue("tokenizer_dir"))
-    monkeypatch.setattr(encode, "load_tokenizer", lambda path: _loaded(path) if path == folder else load_tokenizer(path))
+
+    def load(path: str) -> PreTrainedTokenizerBase:
+        return _loaded(path) if path == folder else load_tokenizer(path)
+
+    monkeypatch.setattr(batch_encoder, "load_tokenizer", load)
 
 
 @functools.cache

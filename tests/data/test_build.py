@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
-from launcher.data.chat import Encoded
 from launcher.data.checks import findings
-from launcher.data.encode import pieces_of
+from launcher.data.tokenization.batch_encoder import pieces_of
+from launcher.data.tokenization.encoder import Encoded
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]

@@ -262,7 +262,7 @@ BUILDER = """
 import sys
 from launcher.config.data import DataSection
 from launcher.data import build as module
-from launcher.data.chat import import_tokenizers_without_torch
+from launcher.data.tokenization.encoder import import_tokenizers_without_torch
 # As launcher.worker.prepare does.
 import_tokenizers_without_torch()
 data, tokenizer, pause = DataSection.model_validate_json(sys.argv[1]), sys.argv[2], sys.argv[3] == "pause"

@@ -19,11 +19,11 @@ from launcher.config.schema import TrainSection
 from launcher.data import cache, digests
 from launcher.data.build import build
 from launcher.data.cache import Split
-from launcher.data.chat import load_tokenizer
 from launcher.data.digests import BLOCK_BYTES
 from launcher.data.loader import OneAhead, TrainBatches, eval_batches
 from launcher.data.report import report
 from launcher.data.texts import Texts
+from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch, DataFacts
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.data.chat import Encoded
-from launcher.data.encode import pieces_of
 from launcher.data.packing import Packing, one_per_row, pack
 from launcher.data.row_layout import _gathered as gathered
+from launcher.data.tokenization.batch_encoder import pieces_of
+from launcher.data.tokenization.encoder import Encoded
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:

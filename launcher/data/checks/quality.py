@@ -13,11 +13,11 @@ import numpy as np
 from ftfy.badness import is_bad
 
 from launcher.config.data import ChecksSection, DataSection
-from launcher.data.chat import Encoded, Rendered
 from launcher.data.checks import minhash, patterns
 from launcher.data.checks.findings import LEAKS, NUM_EXAMPLES, TITLES, Example, Finding, Findings
-from launcher.data.loss_mask import TrainOn, answers
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.data.tokenization.encoder import Encoded, Rendered
+from launcher.data.tokenization.loss_mask import TrainOn, answers
 
 # zlib makes about a half of usual text and a third of code and tables; a fifth is left where one thing is said again and again.
 REPETITIVE_RATIO = 5.0

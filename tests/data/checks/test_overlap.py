@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from launcher.config.data import ChecksSection, DataSection, Source
-from launcher.data.chat import Encoded, Rendered
 from launcher.data.checks import findings, minhash, overlap
 from launcher.data.checks.quality import Corpus, Hit, Inspection, dropped, inspect
 from launcher.data.checks.quality import conclude as concluded
 from launcher.data.sources import Chat, Document, Message, PlainText
+from launcher.data.tokenization.encoder import Encoded, Rendered
 from launcher.errors import DataError
 
 CHECKS = ChecksSection()

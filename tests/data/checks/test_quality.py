@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from launcher.config.data import ChecksSection, DataSection, Source
-from launcher.data.chat import Encoded, Rendered
 from launcher.data.checks import findings, patterns, quality
 from launcher.data.checks.quality import inspect
-from launcher.data.loss_mask import Span
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.data.tokenization.encoder import Encoded, Rendered
+from launcher.data.tokenization.loss_mask import Span
 
 CHECKS = ChecksSection()
 SPECIAL = ("<|im_start|>", "<|im_end|>")

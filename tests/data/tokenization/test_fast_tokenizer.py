@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
-from launcher.data import fast_tokenizer
-from launcher.data.fast_tokenizer import tokens_before, words_of
+from launcher.data.tokenization import fast_tokenizer
+from launcher.data.tokenization.fast_tokenizer import tokens_before, words_of
 
 CORPUS = [
     "The quick brown fox's den, isn't it? 1234 99 x_y(z)\n\n  def f(a):\n\treturn a  # don't\r\n",

@@ -27,10 +27,10 @@ from chat_families import (
 )
 from transformers.utils import chat_template_utils
 
-from launcher.data.chat import Encoded
-from launcher.data.encode import pieces_of
-from launcher.data.loss_mask import Template
 from launcher.data.sources import Chat, Message
+from launcher.data.tokenization.batch_encoder import pieces_of
+from launcher.data.tokenization.encoder import Encoded
+from launcher.data.tokenization.loss_mask import Template
 from launcher.errors import DataError
 
 SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

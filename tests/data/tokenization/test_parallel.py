@@ -16,11 +16,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from launcher.config.data import DataSection, Source
-from launcher.data import cache, parallel
+from launcher.data import cache
 from launcher.data.build import build
-from launcher.data.encode import Work
-from launcher.data.parallel import num_workers
 from launcher.data.sources import BLOCK_ROWS, Block, read_batches
+from launcher.data.tokenization import parallel
+from launcher.data.tokenization.batch_encoder import Work
+from launcher.data.tokenization.parallel import num_workers
 from launcher.errors import DataError, RunError
 
 DEADLINE_S = 120.0
@@ -31,9 +32,9 @@ NUM_ROWS = NUM_BATCHES * BLOCK_ROWS
 BUILDER = """
 import signal, sys, psutil
 from launcher.config.data import DataSection
-from launcher.data import parallel
+from launcher.data.tokenization import parallel
 from launcher.data.build import build
-from launcher.data.chat import import_tokenizers_without_torch
+from launcher.data.tokenization.encoder import import_tokenizers_without_torch
 from launcher.errors import DataError
 # Whatever started the tests may have them ignore Ctrl-C, as shells do in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,7 +59,7 @@ MAIN = """
 import sys
 import torch
 from launcher.config.data import DataSection
-from launcher.data import parallel
+from launcher.data.tokenization import parallel
 from launcher.data.build import build
 from launcher.errors import LauncherError
 assert torch.ones(1).item() == 1
@@ -86,7 +87,7 @@ def many(jsonl: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> DataSec
 def builder(many: DataSection, tokenizer_dir: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
     """A builder that waits with its processes running; those are ended after the test, if they still are."""
     command = [sys.executable, "-c", BUILDER, many.model_dump_json(), str(tokenizer_dir)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     started = subprocess.Popen(
         command,
         env=environment,
@@ -148,7 +149,7 @@ def run_main(many: DataSection, tokenizer_dir: Path, folder: Path, *arguments: s
     main = folder / "main.py"
     main.write_text(MAIN)
     command = [sys.executable, str(main), many.model_dump_json(), str(tokenizer_dir), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
 
 
@@ -210,7 +211,8 @@ def test_a_row_that_cannot_be_used_stops_all_processes(many: DataSection, tokeni
 
 def test_the_processes_do_without_torch(tokenizer_dir: Path) -> None:
     script = (
-        "import json, sys, launcher.data.forkserver_preload; from launcher.data.chat import load_tokenizer; "
+        "import json, sys, launcher.data.tokenization.forkserver_preload\n"
+        "from launcher.data.tokenization.encoder import load_tokenizer\n"
         "ids = load_tokenizer(sys.argv[1])(sys.argv[2]).input_ids; print(json.dumps([ids, 'torch' in sys.modules]))"
     )
     command = [sys.executable, "-c", script, str(tokenizer_dir), "It's 1 text, naïve."]

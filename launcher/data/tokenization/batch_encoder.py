@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from launcher.config.data import DataSection
-from launcher.data.chat import Encoded, Encoder, Rendered, load_tokenizer
 from launcher.data.checks import quality
 from launcher.data.sources import Batch, Chat, Document
 from launcher.data.sources.keys import named
+from launcher.data.tokenization.encoder import Encoded, Encoder, Rendered, load_tokenizer
 
 NUM_SAMPLES = 4
 

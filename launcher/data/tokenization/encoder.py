@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from launcher.config.data import DataSection
-from launcher.data import fast_tokenizer
-from launcher.data.loss_mask import Span, Template, with_system
 from launcher.data.sources import Chat, Completion, Document, PlainText
+from launcher.data.tokenization import fast_tokenizer
+from launcher.data.tokenization.loss_mask import Span, Template, with_system
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 
 from launcher.config.data import DataSection
-from launcher.data.encode import BatchEncoder, EncodedBatch, Work
+from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedBatch, Work
 from launcher.errors import DataError, LauncherError, Problem, RunError
 
 # Processes start 1.7 s later than the builder itself could encode, since they import what it has imported. Two of them are done
@@ -48,7 +48,7 @@ def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> I
         return
     context = multiprocessing.get_context("forkserver")
     # One process pays for the imports; the workers are forks of it, made before it has any thread.
-    context.set_forkserver_preload(["launcher.data.forkserver_preload"])
+    context.set_forkserver_preload(["launcher.data.tokenization.forkserver_preload"])
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
     started: set[BaseProcess] = set()

@@ -10,7 +10,7 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-import launcher.data.encode  # noqa: E402, F401
-from launcher.data.chat import import_tokenizers_without_torch  # noqa: E402
+import launcher.data.tokenization.batch_encoder  # noqa: E402, F401
+from launcher.data.tokenization.encoder import import_tokenizers_without_torch  # noqa: E402
 
 import_tokenizers_without_torch()

@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from launcher.config.data import DataSection, Source
-from launcher.data.chat import Encoded, Encoder
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.data.tokenization.encoder import Encoded, Encoder
 from launcher.errors import DataError
 
 END = "<|im_end|>"
