@@ -20,7 +20,14 @@ def modules(*folders: str) -> list[str]:
 
 SUBMIT_SIDE = [
     *modules("cli", "config", "plan", "clusters"),
-    *("launcher.errors", "launcher.facts", "launcher.parent_run", "launcher.weight_files", "launcher.run_store"),
+    *(
+        "launcher.errors",
+        "launcher.facts",
+        "launcher.model_source",
+        "launcher.parent_run",
+        "launcher.weight_files",
+        "launcher.run_store",
+    ),
     *("launcher.holder", "launcher.hardware"),
     *("launcher.data.cache", "launcher.data.sources"),
     *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),

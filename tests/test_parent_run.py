@@ -11,7 +11,7 @@ import pytest
 from plan_fixtures import config_of, facts_for
 from pydantic import ValidationError
 
-from launcher import atomic_files, facts, parent_run, run_store
+from launcher import atomic_files, facts, model_source, parent_run, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.state import State
 from launcher.cli.main import main
@@ -65,7 +65,7 @@ def settings(config_of: Callable[..., RunConfig], path: str, *more: str) -> RunC
 
 def problem_of(config: RunConfig) -> Problem:
     with pytest.raises(ConfigError) as error:
-        facts.settled(config)
+        facts.resolve(config)
     (problem,) = error.value.problems
     assert problem.where == "model.path"
     assert problem.remedy
@@ -94,19 +94,19 @@ def test_what_is_no_run_is_told(values: dict[str, str], said: str) -> None:
 
 def test_an_open_step_becomes_the_newest_and_stays(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
     run = make_run("a", 5, 10)
-    config = facts.settled(settings(config_of, "run:a"))
+    config = facts.resolve(settings(config_of, "run:a"))
     assert config.model.path == f"run:{run.root}@10"
     add_checkpoint(run, 15)
-    assert facts.settled(config) == config, "a later checkpoint changes nothing"
+    assert facts.resolve(config) == config, "a later checkpoint changes nothing"
     for path in ("run:a@5", "run:./runs/a@5", f"run:{run.root}@5"):
-        assert facts.settled(settings(config_of, path)).model.path == f"run:{run.root}@5"
+        assert facts.resolve(settings(config_of, path)).model.path == f"run:{run.root}@5"
     # The folder of runs is the one that run.root names.
-    assert facts.settled(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
+    assert facts.resolve(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
 
 
 def test_settings_without_a_run_stay_as_they_are(config_of: Callable[..., RunConfig]) -> None:
     config = config_of("model=tiny")
-    assert facts.settled(config) is config
+    assert facts.resolve(config) is config
 
 
 def test_mistakes_are_told_with_what_there_is(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
@@ -147,7 +147,7 @@ def test_a_person_sees_key_value_and_remedy(make_run: MakeRun, capsys: pytest.Ca
 def test_numbers_are_the_sources_before_anything_is_prepared(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
     run = make_run("a", 5)
     # A preset that describes another model does not count.
-    config = facts.settled(config_of("model=qwen3_8b", "model.path=run:a"))
+    config = facts.resolve(config_of("model=qwen3_8b", "model.path=run:a"))
     assert config.model.config is not None
     gathered = facts.gather(config, [])
     source = LaunchPlan.load(run.plan)
@@ -155,7 +155,7 @@ def test_numbers_are_the_sources_before_anything_is_prepared(make_run: MakeRun, 
     assert (gathered.model.num_params, gathered.model.num_params_exact) == (28, True)
     assert gathered.model.num_params == sum(math.prod(shape) for shape in SHAPES.values())
     assert not facts.is_prepared(config, gathered)
-    assert facts.is_known(config.model)
+    assert model_source.is_config_known(config.model)
 
 
 def test_lineage_goes_back_to_the_first_run(make_run: MakeRun) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher import facts, weight_files
+from launcher import model_source, weight_files
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError
 from launcher.weight_files import ShapeMismatch, TensorHeader, WeightReport
@@ -114,8 +114,8 @@ def test_the_remedy_fits_where_the_weights_come_from(path: str, folder: str, rem
 def test_the_submit_side_refuses_by_a_kept_report(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "m")
     model = ModelSection(path=str(folder))
-    assert facts.weights_problems(model) == []
+    assert model_source.weights_problems(model) == []
     weight_files.save_report(folder, model, REPORT)
-    assert len(facts.weights_problems(model)) == 2
-    assert "they are not loaded: d" in str(facts.weights_note(model))
-    assert facts.weights_problems(model.model_copy(update={"init": "random"})) == []
+    assert len(model_source.weights_problems(model)) == 2
+    assert "they are not loaded: d" in str(model_source.weights_note(model))
+    assert model_source.weights_problems(model.model_copy(update={"init": "random"})) == []

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, run_store
+from launcher import facts, model_source, run_store
 from launcher.cli import data, formatting, wandb_check
 from launcher.cli.follow import follow
 from launcher.cli.plan_view import plan_lines, started_lines, sweep_lines
@@ -58,12 +58,12 @@ def run(verb: str, tokens: list[str]) -> int:
 def _plan(composed: Composed, as_json: bool) -> int:
     with composed.located():
         cluster = cluster_for(composed.config.cluster.kind)
-        config = facts.settled(composed.config)
+        config = facts.resolve(composed.config)
         plan = make_plan(config, _gather(config, composed, cluster))
         if as_json:
             print(plan.to_json())
             return 0
-        notes = (disk_note(plan), facts.weights_note(config.model), data.refusal(plan.config, plan.data))
+        notes = (disk_note(plan), model_source.weights_note(config.model), data.refusal(plan.config, plan.data))
         print("\n".join(plan_lines(plan, *notes)))
         if script := cluster.preview(plan):
             print(f"\n{script}", end="")
@@ -78,11 +78,11 @@ def _data(tokens: list[str]) -> int:
         raise ConfigError("several reports do not go into one page", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:
         with composed.located():
-            config = facts.settled(composed.config)
+            config = facts.resolve(composed.config)
             facts.check(config)
             check_extra(config)
         report = _kept_report(config, chosen.num_shown) or prepare(config, show=chosen.num_shown)["report"]
-        if note := facts.weights_note(config.model):
+        if note := model_source.weights_note(config.model):
             print(f"note: {note}", file=sys.stderr, flush=True)
         data.present(report, config, chosen)
     return 0
@@ -97,7 +97,7 @@ def _kept_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
     built = facts.prepared_data(config)
     if built is None:
         return None
-    stops = facts.stop_ids(config.model)
+    stops = model_source.stop_ids(config.model)
     try:
         return data_report.report(built, config.data, Texts(built), config.train, config.run.seed, stops, num_shown)
     except TextsMissing:
@@ -115,7 +115,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     started = []
     for plan in plans:
         cluster = cluster_for(plan.config.cluster.kind)
-        notes = (disk_note(plan), facts.weights_note(plan.config.model), data.accepted(plan.config, plan.data))
+        notes = (disk_note(plan), model_source.weights_note(plan.config.model), data.accepted(plan.config, plan.data))
         print("\n".join(plan_lines(plan, *notes)), flush=True)
         if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
@@ -192,10 +192,10 @@ def _grouped(jobs: list[Composed]) -> list[Composed]:
 
 def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
     """The plan of a job whose model and data are ready, checked against the cluster; nothing is started."""
-    config = facts.settled(composed.config)
+    config = facts.resolve(composed.config)
     facts.check(config)
     check_extra(config)
-    if not facts.is_known(config.model):
+    if not model_source.is_config_known(config.model):
         prepare(config)
     cluster = cluster_for(config.cluster.kind)
     gathered = _gather(config, composed, cluster)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import facts, run_store
+from launcher import facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.cli import checking, formatting, wandb_check
 from launcher.cli.launch import check_extra, prepare, require_idle, worker_environment
@@ -209,8 +209,8 @@ def _model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
         return model
     print("the model or its tokenizer is not where the plan says; it is fetched", flush=True)
     prepare(config)
-    weights = facts.locate(config.model.path, config.model).folder if config.model.path else None
-    tokenizer = facts.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights
+    weights = model_source.locate(config.model.path, config.model).folder if config.model.path else None
+    tokenizer = model_source.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights
     return model.model_copy(update={"path": weights and str(weights), "tokenizer_path": tokenizer and str(tokenizer)})
 
 

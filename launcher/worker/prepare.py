@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from launcher import atomic_files, facts, parent_run, run_store
+from launcher import atomic_files, model_source, parent_run, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
 from launcher.data.texts import Texts
@@ -49,7 +49,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     """Make everything that the ranks read exist on this machine; returns the data report with `show` rows, or nothing."""
     wanted = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
-    if any(facts.locate(name, config.model).folder is None for name in wanted):
+    if any(model_source.locate(name, config.model).folder is None for name in wanted):
         # A row that cannot be read is told at once, not after a model was fetched.
         for source in config.data.sources:
             if source.is_read:
@@ -57,7 +57,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     for name in wanted:
         _fetch(name, config.model)
     require_weights(config.model, _say)
-    tokenizer = facts.locate(config.model.tokenizer or config.model.path or "", config.model).folder
+    tokenizer = model_source.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if tokenizer is None:
         raise ConfigError("the tokenizer is not there after it was fetched", where="model.tokenizer")
     # What needed torch is done.
@@ -67,13 +67,13 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
     if show is None:
         return {}
     texts = Texts(built, lambda: load_tokenizer(str(tokenizer)))
-    answer = report.report(built, config.data, texts, config.train, config.run.seed, facts.stop_ids(config.model), show)
+    answer = report.report(built, config.data, texts, config.train, config.run.seed, model_source.stop_ids(config.model), show)
     texts.keep()
     return {"report": answer}
 
 
 def _fetch(source: str, model: ModelSection) -> None:
-    located = facts.locate(source, model)
+    located = model_source.locate(source, model)
     if located.folder is not None:
         return
     if is_run(source):
@@ -82,7 +82,7 @@ def _fetch(source: str, model: ModelSection) -> None:
         from launcher.train.model import convert_gguf
 
         _say(f"converting {located.source.name} to a Hugging Face folder (once)")
-        convert_gguf(located.source, facts.converted_folder(located.source))
+        convert_gguf(located.source, model_source.converted_folder(located.source))
     else:
         _download(source, model)
 
@@ -140,7 +140,7 @@ def _tokenizer_of(plan: LaunchPlan) -> Path | None:
         return Path(plan.model.tokenizer_path)
     name = plan.config.model.tokenizer or plan.config.model.path or ""
     _fetch(name, plan.config.model)
-    return facts.locate(name, plan.config.model).folder
+    return model_source.locate(name, plan.config.model).folder
 
 
 def _link(exported: Path, folder: Path) -> None:

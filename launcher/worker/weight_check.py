@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import facts, weight_files
+from launcher import model_source, weight_files
 from launcher.config.schema import ModelSection
 from launcher.errors import ConfigError, LauncherError, Problem
 from launcher.weight_files import ShapeMismatch, WeightReport
@@ -29,7 +29,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
     """
     if model.path is None or model.init == "random":
         return
-    folder = facts.pretrained_folder(model)
+    folder = model_source.pretrained_folder(model)
     if folder is None:
         what = "model.path: the weights are incomplete after the download"
         remedy = "look at the files of the repository, choose another model.revision, or use a local folder"

