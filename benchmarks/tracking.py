@@ -294,21 +294,21 @@ def switch(recorder: Recorder) -> None:
 
 def rank(plan_path: str) -> None:
     from launcher import run_records, run_store
+    from launcher.distributed import RankInfo
     from launcher.plan.launch_plan import LaunchPlan
     from launcher.train import loop
-    from launcher.train.engine import Place
 
     plan = LaunchPlan.load(plan_path)
-    place = Place(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=1)
-    if place.is_main:
+    rank_info = RankInfo(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=1)
+    if rank_info.is_main:
         run_store.next_attempt(run_store.create(plan), run_records.Attempt(None))
     else:
         while not (Path(plan.run_dir) / "attempts" / "001" / "attempt.json").exists():
             time.sleep(0.1)
     recorder = Recorder(plan.batch.max_steps)
     switch(recorder)
-    loop.train(plan, place, NoStop())
-    if place.is_main:
+    loop.train(plan, rank_info, NoStop())
+    if rank_info.is_main:
         names = ("walls", "threads", "insides", "process", "helpers", "beside")
         print(json.dumps({name: getattr(recorder, name) for name in names}), flush=True)
     os._exit(0)

@@ -26,7 +26,7 @@ from launcher.checkpoint import store, zero3
 from launcher.checkpoint.save_thread import Place, SaveJob, probe_bytes
 from launcher.checkpoint.shards import Shard, state_of
 from launcher.checkpoint.staging import HostCopy
-from launcher.distributed import problems_of, together
+from launcher.distributed import problems_of, run_on_all_ranks
 from launcher.errors import CheckpointError, LauncherError
 
 
@@ -96,7 +96,9 @@ class Saver:
         """
         self.wait()
         began = time.monotonic()
-        together(self._engine.device, "the checkpoint may not be written", self._place.fence if self._is_main else _nothing)
+        run_on_all_ranks(
+            self._engine.device, "the checkpoint may not be written", self._place.fence if self._is_main else _nothing
+        )
         try:
             self._job = self._begin(step, extra_state, eval_loss, probe or {}, wait, began)
         except CheckpointError as error:
@@ -138,10 +140,10 @@ class Saver:
         began = time.monotonic()
         job.written.wait()
         try:
-            together(self._engine.device, "the checkpoint could not be written", lambda: _raise(job.error))
+            run_on_all_ranks(self._engine.device, "the checkpoint could not be written", lambda: _raise(job.error))
             if self._is_main:
                 job.ended.wait()
-            together(self._engine.device, "the checkpoint could not be committed", lambda: _raise(job.error))
+            run_on_all_ranks(self._engine.device, "the checkpoint could not be committed", lambda: _raise(job.error))
             # Rank 0's thread alone knows when the commit was: this one may have come to ask much later.
             took = torch.tensor(job.seconds, dtype=torch.float32, device=self._engine.device)
             dist.broadcast(took, 0)
@@ -188,7 +190,7 @@ class Saver:
             copy = self._copy if not wait and self._copy is not None and self._copy.is_there() else None
             return SaveJob(self._place, step, saving, shard, state, kept, eval_loss, num_bytes, copy, began)
 
-        job = together(self._engine.device, "the checkpoint could not be prepared", prepare)
+        job = run_on_all_ranks(self._engine.device, "the checkpoint could not be prepared", prepare)
         shared = torch.tensor([job.num_bytes, job.copy is not None], dtype=torch.int64, device=self._engine.device)
         dist.all_reduce(shared)
         job.num_bytes, num_copies = shared.tolist()
@@ -200,7 +202,7 @@ class Saver:
             if self._is_main:
                 store.begin(root, step=step, attempt=self._place.attempt, needed_bytes=job.num_bytes)
 
-        together(self._engine.device, "the checkpoint could not be started", begin)
+        run_on_all_ranks(self._engine.device, "the checkpoint could not be started", begin)
         return job
 
 

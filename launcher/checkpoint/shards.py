@@ -22,7 +22,7 @@ from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, as_bytes, tensor_key, weight_digest
 from launcher.checkpoint.state import State, read_state
-from launcher.distributed import together
+from launcher.distributed import run_on_all_ranks
 from launcher.errors import CheckpointError, DamagedCheckpoint
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -128,13 +128,13 @@ def load(
         _require_same_parameters(state, named_parameters, checkpoint)
         return manifest, state
 
-    manifest, state = together(engine.device, "the checkpoint cannot be used", check)
+    manifest, state = run_on_all_ranks(engine.device, "the checkpoint cannot be used", check)
     with ShardSet(checkpoint, manifest.world_size) as shards:
 
         def read(parameter: str, key: str, num_elements: int, start: int, out: torch.Tensor) -> None:
             shards.read_into(tensor_key(parameter, key), num_elements, start, as_bytes(out))
 
-        together(
+        run_on_all_ranks(
             engine.device,
             "the checkpoint could not be read",
             lambda: zero3.fill(engine, named_parameters, state.optimizer_step, read),

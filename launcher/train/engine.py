@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from launcher.distributed import RankInfo
 from launcher.errors import RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.train.jit_build_lock import lock_builds
@@ -19,22 +19,7 @@ from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among all ranks; `restart` counts the agent's restarts within an attempt."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    attempt: int
-    restart: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def join(plan: LaunchPlan, place: Place) -> torch.device:
+def join(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
     """Join the process group and return this rank's device."""
     import deepspeed
 
@@ -42,7 +27,7 @@ def join(plan: LaunchPlan, place: Place) -> torch.device:
     warnings.filterwarnings("ignore", message=".*_(all_gather|reduce_scatter)_base.*|.*(all_gather_into|reduce_scatter)_tensor.*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if plan.topology.device == "cuda":
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", rank_info.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -54,7 +39,7 @@ def join(plan: LaunchPlan, place: Place) -> torch.device:
     return device
 
 
-def build_engine(plan: LaunchPlan, place: Place) -> tuple[Any, CausalLMLoss]:
+def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLoss]:
     """A DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
 
     Raises:
@@ -67,7 +52,7 @@ def build_engine(plan: LaunchPlan, place: Place) -> tuple[Any, CausalLMLoss]:
     set_seed(plan.config.run.seed)
     # transformers looks at this object through a weak reference: while it lives, weights are partitioned as they load.
     partitioned = HfDeepSpeedConfig(plan.deepspeed)
-    _clear_nvme(plan, place)
+    _clear_nvme(plan, rank_info)
     model = build_model(plan.config.model, plan.model, plan.topology.device, plan.config.train.loss_chunk_tokens)
     optimizer = build_optimizer(model.parameters_by_name().items(), plan.config.optim, plan.config.deepspeed)
     import_muon()
@@ -94,7 +79,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _clear_nvme(plan: LaunchPlan, place: Place) -> None:
+def _clear_nvme(plan: LaunchPlan, rank_info: RankInfo) -> None:
     """Remove what a killed attempt has left, perhaps of more ranks than there are now."""
     folder = plan.nvme_folder
     if folder is None:
@@ -107,6 +92,6 @@ def _clear_nvme(plan: LaunchPlan, place: Place) -> None:
             value=str(folder.parent),
             remedy="mount a local NVMe disk there, or use deepspeed=zero3_offload",
         )
-    if place.local_rank == 0:
+    if rank_info.local_rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()

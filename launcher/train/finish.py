@@ -15,7 +15,7 @@ from launcher.checkpoint import store
 from launcher.data import cache
 from launcher.data.checks import patterns
 from launcher.data.tokenization.encoder import load_tokenizer
-from launcher.distributed import together
+from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import CheckpointError, ExportError, Problem, PushError
 from launcher.export import hub, model_card
 from launcher.export.hf_folder import Export, Task, begin, chat_template_of, complete, stops_said, write_share
@@ -23,7 +23,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.tracker import Composite
-from launcher.train.engine import Place, leave
+from launcher.train.engine import leave
 from launcher.train.model import DTYPES
 
 # Largest model that one process loads whole for a sample answer.
@@ -31,7 +31,7 @@ _LARGEST_SAMPLED_GIB = 20
 _NOT_WRITTEN = "training is complete and saved, but the Hugging Face folder could not be written"
 
 
-def write_weights(plan: LaunchPlan, place: Place, checkpoint: Path, device: torch.device) -> None:
+def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, device: torch.device) -> None:
     """Write the folder's weight files, each by one of the ranks; `finish` on rank 0 has to follow. Collective.
 
     Raises:
@@ -43,12 +43,12 @@ def write_weights(plan: LaunchPlan, place: Place, checkpoint: Path, device: torc
         return
     task = _task(plan, checkpoint)
     try:
-        together(device, _NOT_WRITTEN, lambda: begin(task) if place.is_main else None)
-        together(device, _NOT_WRITTEN, lambda: write_share(task, place.rank, place.world_size))
+        run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin(task) if rank_info.is_main else None)
+        run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_share(task, rank_info.rank, rank_info.world_size))
     except CheckpointError as error:
         # All ranks have agreed on it: nobody writes any more, and nobody is waited for.
         leave()
-        if place.is_main:
+        if rank_info.is_main:
             shutil.rmtree(task.partial, ignore_errors=True)
         raise _export_error(plan, error.problems) from error
 

@@ -23,7 +23,7 @@ from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.saver import Saver
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batches
-from launcher.distributed import together
+from launcher.distributed import RankInfo, all_reduce_step, run_on_all_ranks
 from launcher.errors import CheckpointError, DivergedError, RunError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -31,7 +31,7 @@ from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import Checkpoints, probe
-from launcher.train.engine import Place, build_engine, join, leave
+from launcher.train.engine import build_engine, join, leave
 from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
 from launcher.train.model import CausalLMLoss, attention_words
@@ -42,7 +42,7 @@ from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.peak_flops import peak_tflops
 from launcher.train.previous_failure import failure_before
 from launcher.train.resume import agree_on_start, load_whole
-from launcher.train.stop import Outcome, Stop, agree, save_fits
+from launcher.train.stop import Outcome, Stop, save_fits
 
 # Steps in a row whose gradients are not finite. fp16 finds its loss scale that way; elsewhere it means trouble.
 _MOST_SKIPPED_STEPS = {"fp16": 20, "bf16": 3, "fp32": 3}
@@ -60,7 +60,7 @@ def _no_word(outcome: Outcome) -> None:
 
 def train(
     plan: LaunchPlan,
-    place: Place,
+    rank_info: RankInfo,
     stop: Stop,
     beat: Callable[[str, int], None] = _no_beat,
     stopped: Callable[[Outcome], None] = _no_word,
@@ -75,37 +75,37 @@ def train(
         RunError: where the loss is not finite; the last committed checkpoint stays.
     """
     run = RunDir(Path(plan.run_dir))
-    device = join(plan, place)
+    device = join(plan, rank_info)
     beat("joined", 0)
-    tracker = start_trackers(plan, run.root, place.attempt, stop.cancel) if place.is_main else Composite([])
+    tracker = start_trackers(plan, run.root, rank_info.attempt, stop.cancel) if rank_info.is_main else Composite([])
     state, session = "failed", None
     try:
-        joined: dict[str, Any] = {PHASE: JOINED, "ranks": place.world_size}
-        tracker.event("info", f"{place.world_size} ranks have joined", 0, **joined)
-        if place.is_main and (failed := failure_before(run, place.attempt)):
+        joined: dict[str, Any] = {PHASE: JOINED, "ranks": rank_info.world_size}
+        tracker.event("info", f"{rank_info.world_size} ranks have joined", 0, **joined)
+        if rank_info.is_main and (failed := failure_before(run, rank_info.attempt)):
             tracker.event("alert", failed.words, recorded=failed.recorded)
-        if place.world_size > 1:
+        if rank_info.world_size > 1:
             speed = bandwidth.measure(device)
             slow = bandwidth.doubt(plan.topology, speed)
-            words = f"all-reduce over {place.world_size} ranks: {speed:.2f} GB/s{slow}"
+            words = f"all-reduce over {rank_info.world_size} ranks: {speed:.2f} GB/s{slow}"
             tracker.event("alert" if slow else "info", words, 0, gb_per_s=speed)
-        session = _Session.start(plan, place, run, device, tracker, beat)
+        session = _Session.start(plan, rank_info, run, device, tracker, beat)
         beat("loaded", session.step)
         outcome = session.run(stop)
         session.monitor.stop()
         beat("finishing", outcome.step)
         completed = outcome.state == "completed"
-        if place.is_main and not completed:
+        if rank_info.is_main and not completed:
             stopped(outcome)
         if completed:
             # The engine's memory goes before anything is exported.
             session.checkpoints.close()
             zero3.release(session.engine)
             session = None
-            write_weights(plan, place, outcome.checkpoint, device)
+            write_weights(plan, rank_info, outcome.checkpoint, device)
         leave()
         session = None
-        if place.is_main and completed:
+        if rank_info.is_main and completed:
             finish(plan, outcome.checkpoint, tracker)
         state = outcome.state
         return outcome
@@ -122,7 +122,7 @@ def train(
 @dataclass
 class _Session:
     plan: LaunchPlan
-    place: Place
+    rank_info: RankInfo
     run_dir: RunDir
     device: torch.device
     tracker: Composite
@@ -147,7 +147,7 @@ class _Session:
     def start(
         cls,
         plan: LaunchPlan,
-        place: Place,
+        rank_info: RankInfo,
         run: RunDir,
         device: torch.device,
         tracker: Composite,
@@ -157,10 +157,10 @@ class _Session:
         if data is None or max_steps is None:
             raise RunError("the plan has no data", where=str(run.plan), remedy="build it with: python -m launcher data")
         # While the other ranks wait for the fence, so that they do not use the CPU that is measured.
-        peak = peak_tflops(plan.config, device) if place.is_main else None
-        fence = partial(run_store.fence, run, place.attempt, refresh=True)
-        together(device, "this attempt may not train", fence if place.is_main else lambda: None)
-        engine, model = build_engine(plan, place)
+        peak = peak_tflops(plan.config, device) if rank_info.is_main else None
+        fence = partial(run_store.fence, run, rank_info.attempt, refresh=True)
+        run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
+        engine, model = build_engine(plan, rank_info)
         if device.type == "cuda":
             tracker.event("info", attention_words(plan.config.model, model.hf.config, plan.config.data.packing), 0)
         # What cannot be saved is refused now, not at the first checkpoint.
@@ -169,7 +169,7 @@ class _Session:
             model.parameters_by_name(),
             run.checkpoints,
             plan_digest=plan.digest(),
-            attempt=place.attempt,
+            attempt=rank_info.attempt,
             prune=lambda committed: store.prune(run.checkpoints, store.Retention.of(plan.config.train), keep=[committed]),
             background=plan.saving.background,
             deadline_s=plan.config.cluster.timeout_minutes * 60,
@@ -177,20 +177,20 @@ class _Session:
         )
         # Padding is never looked at nor trained; any id in the vocabulary serves.
         grouped = plan.config.data.group_by_length and not plan.config.data.packing
-        order = (plan.config.run.seed, place.rank, place.world_size)
+        order = (plan.config.run.seed, rank_info.rank, rank_info.world_size)
         batches = OneAhead(TrainBatches(Split.open(data), plan.batch, *order, pad_id=0, group_by_length=grouped), device)
         held_out: list[MicroBatch] = []
         if data.num_eval_rows:
             split = Split.open(data, held_out=True)
-            held_out = eval_batches(split, plan.batch.micro_batch_size, place.rank, place.world_size, pad_id=0)
-        begin = agree_on_start(run, place, device)
-        meter, timer = Meter(plan, max_steps, place.attempt, begin.restarts, peak), StepTimer(device)
+            held_out = eval_batches(split, plan.batch.micro_batch_size, rank_info.rank, rank_info.world_size, pad_id=0)
+        begin = agree_on_start(run, rank_info, device)
+        meter, timer = Meter(plan, max_steps, rank_info.attempt, begin.restarts, peak), StepTimer(device)
         on_cpus = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
-        monitor = Monitor(plan, place, device, model, engine.basic_optimizer if on_cpus else None, tracker, beat)
-        checkpoints = Checkpoints(saver, tracker, place.is_main, monitor.beat)
-        status = StatusFile(run, place.attempt, partial(tracker.event, "alert"), place.is_main)
+        monitor = Monitor(plan, rank_info, device, model, engine.basic_optimizer if on_cpus else None, tracker, beat)
+        checkpoints = Checkpoints(saver, tracker, rank_info.is_main, monitor.beat)
+        status = StatusFile(run, rank_info.attempt, partial(tracker.event, "alert"), rank_info.is_main)
         parts = (engine, model, checkpoints, batches, held_out, meter, timer, monitor, status, max_steps)
-        session = cls(plan, place, run, device, tracker, *parts)
+        session = cls(plan, rank_info, run, device, tracker, *parts)
         if begin.checkpoint is not None:
             session._restore(begin.checkpoint)
         elif plan.config.model.init == "pretrained" and not plan.model.has_weights:
@@ -237,7 +237,7 @@ class _Session:
         with timer.part("data", on_host=True):
             batch = self.batches.step(self.step)
         # DeepSpeed averages over ranks; the loss is a sum over all of them. A batch may hold no label where such rows are kept.
-        factor = self.place.world_size / max(1, batch.num_labels)
+        factor = self.rank_info.world_size / max(1, batch.num_labels)
         summed = torch.zeros((), dtype=torch.float32, device=self.device)
         lr = learning_rate(self.plan.config.optim, self.step, self.max_steps)
         set_learning_rate(self.engine.optimizer, lr)
@@ -253,7 +253,8 @@ class _Session:
         self.checkpoints.settle()
         with timer.part("optim"):
             self.engine.step()
-        loss, stopped, told = agree(summed / self.place.world_size, self._own_reason(stop), self.monitor.own(), self.device)
+        mean = summed / self.rank_info.world_size
+        loss, stopped, told = all_reduce_step(mean, self._own_reason(stop), self.monitor.own(), self.device)
         times = timer.read()
         self.monitor.measured(times)
         self.step += 1
@@ -262,11 +263,11 @@ class _Session:
         self._count_skipped()
         self.checkpoints.poll(self.step)
         self.monitor.save_s = self.checkpoints.stall_s
-        if self.place.is_main:
+        if self.rank_info.is_main:
             metrics = self.meter.step(self.step, batch, loss, float(self.engine.get_global_grad_norm() or 0.0), lr, times)
             self.monitor.heard(told)
             if self.step % self.plan.config.train.log_every == 0 or self.step == self.max_steps:
-                run_store.fence(self.run_dir, self.place.attempt)
+                run_store.fence(self.run_dir, self.rank_info.attempt)
                 self.tracker.log(self.step, metrics | self.monitor.metrics(self.meter.tokens))
             self.status.training(self.step)
             self.monitor.alert(self.step, loss, self.meter.overall_tokens_per_sec)
@@ -328,7 +329,7 @@ class _Session:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self.held_out:
             self.monitor.beat("evaluating", self.step)
-            if agree(torch.zeros(()), stop() if is_last else self._own_reason(stop), [], self.device)[1]:
+            if all_reduce_step(torch.zeros(()), stop() if is_last else self._own_reason(stop), [], self.device).stop_reason:
                 self.model.train()
                 self.monitor.eval_s += time.perf_counter() - began
                 return
@@ -370,7 +371,7 @@ class _Session:
         parameters = self.model.parameters_by_name()
         checkpoint, state = load_whole(
             self.run_dir,
-            self.place,
+            self.rank_info,
             named,
             lambda path: shards.load(self.engine, parameters, path),
             lambda words: self.tracker.event("alert", words),

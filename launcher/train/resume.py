@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.errors import CheckpointError, DamagedCheckpoint, LauncherError, Problem, UnreadableCheckpoint
+from launcher.distributed import RankInfo, rank0_broadcast
+from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
-from launcher.train.engine import Place
 
 T = TypeVar("T")
 _NONE = -1
+_NOT_USABLE = "the checkpoint folder cannot be read or written"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Damage:
         return store.in_one_line(self.error.problems)
 
 
-def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
+def agree_on_start(run: RunDir, rank_info: RankInfo, device: torch.device) -> Start:
     """The newest checkpoint that this attempt has committed, else the one that it names. Collective.
 
     Where the attempts before have left a later one than an attempt names that no person started, it is that one. Where what
@@ -53,15 +54,15 @@ def agree_on_start(run: RunDir, place: Place, device: torch.device) -> Start:
         UnreadableCheckpoint: where one that would be better cannot be read now.
         CheckpointError: where the checkpoint is not there: never a silent start from step 0.
     """
-    chosen = _on_first_rank(place, lambda: _step_to_begin_from(run, place.attempt))
-    shared = torch.tensor(place.restart, dtype=torch.int64, device=device)
+    chosen = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _step_to_begin_from(run, rank_info.attempt))
+    shared = torch.tensor(rank_info.restart, dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     checkpoint = None if chosen is None else store.at_step(run.checkpoints, chosen)
     return Start(checkpoint, int(shared))
 
 
 def load_whole(
-    run: RunDir, place: Place, first: store.Checkpoint, load: Callable[[Path], T], tell: Callable[[str], None]
+    run: RunDir, rank_info: RankInfo, first: store.Checkpoint, load: Callable[[Path], T], tell: Callable[[str], None]
 ) -> tuple[store.Checkpoint, T]:
     """Load `first`, or where that is damaged the newest before it that is whole, and return which one it was. Collective.
 
@@ -79,9 +80,9 @@ def load_whole(
             break
         except DamagedCheckpoint as error:
             damaged[checkpoint.step] = Damage(checkpoint.path, error)
-            before = _on_first_rank(place, lambda: _before(run, place.attempt, damaged))
+            before = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _before(run, rank_info.attempt, damaged))
             checkpoint = store.at_step(run.checkpoints, before)
-    for words in _on_first_rank(place, lambda: _set_aside(run, place.attempt, checkpoint.step, damaged)):
+    for words in rank0_broadcast(rank_info, _NOT_USABLE, lambda: _set_aside(run, rank_info.attempt, checkpoint.step, damaged)):
         tell(words)
     return checkpoint, loaded
 
@@ -224,22 +225,3 @@ def _set_aside(run: RunDir, number: int, begun: int, damaged: dict[int, Damage])
 def _unusable(run: RunDir) -> dict[int, Damage]:
     unusable = store.unusable(run.checkpoints)
     return {step: Damage(run.checkpoints / store.step_name(step), error) for step, error in unusable.items()}
-
-
-def _on_first_rank(place: Place, action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, on every rank; what it raises there, every rank raises, and none waits for another."""
-    shared: list[Any] = [None, None]
-    if place.is_main:
-        try:
-            shared[0] = action()
-        except LauncherError as error:
-            shared[1] = (type(error), error.problems)
-        except OSError as error:
-            what = "the folder of checkpoints cannot be used"
-            problem = Problem(what, where=error.filename or "", value=error.strerror or str(error))
-            shared[1] = (CheckpointError, (problem,))
-    dist.broadcast_object_list(shared)
-    if shared[1] is not None:
-        kind, problems = shared[1]
-        raise kind(problems)
-    return shared[0]

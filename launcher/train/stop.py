@@ -13,15 +13,12 @@ import torch.distributed as dist
 from launcher.config.cluster import ClusterSection
 from launcher.config.slurm import SlurmSection
 
-# How ranks tell each other why to stop; several at once: the first of these counts.
-STOP_REASONS = ("cancelled", "preempted", "limit")
-
 
 @dataclass(frozen=True)
 class Outcome:
     """How training ended: completed, cancelled (a person) or preempted (the machines, or a limit of the run).
 
-    `reason` is completed or one of STOP_REASONS.
+    `reason` is completed or one of launcher.distributed.STOP_REASONS.
     """
 
     state: str
@@ -40,19 +37,6 @@ class Stop(Protocol):
 
     def cancel(self) -> None:
         """A person asks to stop, as by a signal; from any thread."""
-
-
-def agree(
-    summed: torch.Tensor, reason: str | None, own: list[float], device: torch.device
-) -> tuple[float, str | None, list[float]]:
-    """One all-reduce per step carries the loss, every rank's wish to stop, and what the ranks tell of themselves."""
-    flags = [float(reason == name) for name in STOP_REASONS]
-    shared = torch.tensor([0.0, *flags, *own], dtype=torch.float64, device=device)
-    shared[0] = summed
-    dist.all_reduce(shared)
-    loss, *rest = shared.tolist()
-    votes, told = rest[: len(flags)], rest[len(flags) :]
-    return loss, next((name for name, count in zip(STOP_REASONS, votes, strict=True) if count), None), told
 
 
 def save_fits(cluster: ClusterSection, reason: str, asked_at: float | None, save_s: float | None, device: torch.device) -> bool:

@@ -66,12 +66,12 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     # A forked rank has it.
     if "launcher.train.loop" not in sys.modules:
         import_stack(plan, tracks=env.rank == 0)
-    from launcher.train.engine import Place
+    from launcher.distributed import RankInfo
     from launcher.train.loop import train
 
-    place = Place(env.rank, env.local_rank, env.world_size, attempt, env.restart)
+    rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
-        outcome = train(plan, place, stop, heartbeat.beat, partial(_leave_word, run, attempt))
+        outcome = train(plan, rank_info, stop, heartbeat.beat, partial(_leave_word, run, attempt))
     except WOULD_REPEAT as error:
         # The agents start ranks again after any other failure.
         final = {"rank": env.rank, "kind": type(error).__name__, "message": str(error), "at": time.time()}
@@ -79,7 +79,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
         with suppress(OSError):
             atomic_files.write_json(run.attempt(attempt) / "final.json", final)
         raise
-    if place.is_main and outcome.state == "completed":
+    if rank_info.is_main and outcome.state == "completed":
         _leave_word(run, attempt, outcome)
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launcher.distributed import RankInfo
 from launcher.errors import ExportError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train import finish
-from launcher.train.engine import Place, leave
+from launcher.train.engine import leave
 
 
 class Printer:
@@ -41,8 +42,8 @@ def main(plan_path: str, checkpoint: str, limited: int) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
     try:
-        place = Place(rank, rank, world_size, attempt=1)
-        finish.write_weights(plan, place, Path(checkpoint), torch.device("cpu"))
+        rank_info = RankInfo(rank, rank, world_size, attempt=1)
+        finish.write_weights(plan, rank_info, Path(checkpoint), torch.device("cpu"))
         leave()
         if rank == 0:
             finish.finish(plan, Path(checkpoint), Composite([Printer()]))

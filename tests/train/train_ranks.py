@@ -19,10 +19,11 @@ from launcher.checkpoint import store
 from launcher.config.cluster import LocalSection
 from launcher.config.schema import ModelSection
 from launcher.config.slurm import SlurmSection
+from launcher.distributed import RankInfo
 from launcher.errors import ConfigError, DamagedCheckpoint, LauncherError
 from launcher.plan.architecture import model_facts
 from launcher.plan.run_dir import RunDir
-from launcher.train.engine import Place, import_muon
+from launcher.train.engine import import_muon
 from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import build_model
 from launcher.train.monitoring import bandwidth
@@ -77,12 +78,12 @@ def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
 
     outcomes: list[Any] = []
     for root, restart, loads in cases:
-        run, place, told = RunDir(Path(root)), Place(rank, rank, 2, 2, restart), []
+        run, rank_info, told = RunDir(Path(root)), RankInfo(rank, rank, 2, 2, restart), []
         try:
-            start = agree_on_start(run, place, CPU)
+            start = agree_on_start(run, rank_info, CPU)
             at = start.checkpoint
             if loads:
-                at, name = load_whole(run, place, at, load, told.append)
+                at, name = load_whole(run, rank_info, at, load, told.append)
                 assert name == at.path.name
                 outcomes.append([at.step, told])
             else:

@@ -58,13 +58,13 @@ def train(plan, place, stop, beat, leave_outcome):
 if {"launcher.worker.rank_main", "launcher.worker.fork_server"} & {*sys.orig_argv}:
     preload = types.ModuleType("launcher.train.preload")
     preload.import_stack = lambda plan, tracks: None
-    engine, loop = types.ModuleType("launcher.train.engine"), types.ModuleType("launcher.train.loop")
-    engine.Place = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
+    distributed, loop = types.ModuleType("launcher.distributed"), types.ModuleType("launcher.train.loop")
+    distributed.RankInfo = lambda rank, local_rank, size, attempt, restart: types.SimpleNamespace(
         rank=rank, restart=restart, is_main=rank == 0
     )
     loop.train = train
-    names = ("launcher.train.engine", "launcher.train.loop", "launcher.train.preload")
-    sys.modules.update(zip(names, (engine, loop, preload), strict=True))
+    names = ("launcher.distributed", "launcher.train.loop", "launcher.train.preload")
+    sys.modules.update(zip(names, (distributed, loop, preload), strict=True))
 """
 
 

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite, RateLimit
-from launcher.train.engine import Place
 from launcher.train.monitoring import rank_stats
 from launcher.train.monitoring.anomalies import Health, Pulse
 from launcher.train.monitoring.gpu_stats import Devices
@@ -38,7 +38,7 @@ class Monitor:
     def __init__(
         self,
         plan: LaunchPlan,
-        place: Place,
+        place: RankInfo,
         device: torch.device,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
@@ -141,7 +141,7 @@ def spent_before(run: RunDir, now: float, tell: Callable[[str], None]) -> Breakd
         return Breakdown()
 
 
-def record_fault(run: RunDir, place: Place, host: str, limit: RateLimit, words: str) -> None:
+def record_fault(run: RunDir, place: RankInfo, host: str, limit: RateLimit, words: str) -> None:
     """A GPU's fault, in this rank's log and among the events at once: it may be the last that this rank tells."""
     if not limit.admit(words):
         return
@@ -152,7 +152,7 @@ def record_fault(run: RunDir, place: Place, host: str, limit: RateLimit, words: 
         append_event(run, place.attempt, "alert", where)
 
 
-def _hosts(place: Place) -> list[str]:
+def _hosts(place: RankInfo) -> list[str]:
     """The name of each rank's node."""
     names: list[str] = [""] * place.world_size
     dist.all_gather_object(names, os.uname().nodename)

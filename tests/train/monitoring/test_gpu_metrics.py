@@ -19,10 +19,10 @@ from wandb_files import history
 from launcher import run_store
 from launcher.data.cache import Split
 from launcher.data.loader import TrainBatches
+from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
 from launcher.tracking.tracker import start_trackers
-from launcher.train.engine import Place
 from launcher.train.metrics import Meter
 from launcher.train.monitoring.monitor import Monitor
 
@@ -63,7 +63,7 @@ def test_what_gpus_measure_and_cost_is_in_wandb(
     run_store.next_attempt(run, Attempt(None))
     tracker = start_trackers(plan, run.root, 1, on_stop=lambda: None)
     dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
-    monitor = Monitor(plan, Place(0, 0, 1, 1), GPU, nn.Module(), None, tracker, lambda phase, step: None)
+    monitor = Monitor(plan, RankInfo(0, 0, 1, 1), GPU, nn.Module(), None, tracker, lambda phase, step: None)
     meter = Meter(plan, 40, attempt=1, restart=0, peak_tflops=989.0)
     batches = TrainBatches(rows_of_eight(plan.batch.global_batch_size), plan.batch, 0, 0, plan.topology.world_size, pad_id=0)
     monitor.loaded(0)

@@ -15,6 +15,7 @@ from plan_fixtures import H100
 from torch import nn
 
 from launcher import run_store
+from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
@@ -22,7 +23,6 @@ from launcher.run_records import Attempt
 from launcher.tracking.goodput import Breakdown, cost, spent_limit
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.tracker import Composite, RateLimit
-from launcher.train.engine import Place
 from launcher.train.monitoring.monitor import Monitor, record_fault, spent_before
 
 PlanOf = Callable[..., LaunchPlan]
@@ -117,7 +117,7 @@ def monitor(plan_of: PlanOf, tmp_path: Path, heard: Heard) -> Iterator[Monitor]:
     dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1, timeout=timedelta(seconds=30))
     plan = plan_of().model_copy(update={"run_dir": str(tmp_path)})
     tracker = Composite([heard])  # type: ignore[list-item]
-    made = Monitor(plan, Place(0, 0, 1, 2, 0), torch.device("cpu"), nn.Module(), None, tracker, lambda phase, step: None)
+    made = Monitor(plan, RankInfo(0, 0, 1, 2, 0), torch.device("cpu"), nn.Module(), None, tracker, lambda phase, step: None)
     yield made
     made.stop()
     dist.destroy_process_group()
@@ -138,7 +138,7 @@ def test_what_lasts_is_told_once_with_the_step(monitor: Monitor, heard: Heard) -
 
 
 def test_an_xid_is_an_alert_once_and_a_full_disk_does_not_end_the_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, place, limit = RunDir(tmp_path), Place(0, 0, 1, 2, 0), RateLimit()
+    run, place, limit = RunDir(tmp_path), RankInfo(0, 0, 1, 2, 0), RateLimit()
     for number in (79, 79, 48):
         record_fault(run, place, "n1", limit, f"Xid {number} on GPU 3: it means something")
     told = [(event["kind"], event["attempt"], event["text"]) for event in read_events(run.events)]
