@@ -20,7 +20,7 @@ SETTINGS = ("model=demo", "data=stdlib_docs", "tracking=none")
 # The run whose status is asked for.
 RUN = (
     *("model=tiny", "data=stdlib_docs", "data.max_length=128", "tracking=none", "cluster.ranks_per_node=1"),
-    *("train.max_steps=1", "train.epochs=null", "train.export=false", "run.name=bench"),
+    *("train.max_steps=1", "train.epochs=null", "export.enabled=false", "run.name=bench"),
 )
 
 

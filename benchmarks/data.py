@@ -286,7 +286,7 @@ def loading(folder: Path) -> list[str]:
     """`time/data_s` of a training run of the demonstration model."""
     root = folder / "runs"
     settings = ("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "train.max_steps=4")
-    quiet = ("train.epochs=null", "tracking=none", "train.eval_at_start=false", "train.sample=false", "train.export=false")
+    quiet = ("train.epochs=null", "tracking=none", "eval.at_start=false", "eval.sample=false", "export.enabled=false")
     command = [sys.executable, "-m", "launcher", "train", *settings, *quiet, f"run.root={root}", "run.name=bench"]
     sides.run(command, folder / "train.log")
     steps = [line for line in read_metrics(root / "bench" / "metrics.jsonl") if "time/data_s" in line]

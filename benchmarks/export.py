@@ -21,7 +21,7 @@ from sides import Cost
 
 SETTINGS = (
     *("model=demo", "data=stdlib_docs", "train.global_batch_size=2", "train.micro_batch_size=1", "tracking=none"),
-    *("train.eval_at_start=false", "train.sample=false", "train.export=false", "cluster.ranks_per_node=2"),
+    *("eval.at_start=false", "eval.sample=false", "export.enabled=false", "cluster.ranks_per_node=2"),
 )
 STEPS = 2
 ZERO_TO_FP32 = "zero_to_fp32.py"

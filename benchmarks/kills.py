@@ -43,8 +43,8 @@ SPARE_RESTARTS = 20
 LOAD_S, STEP_S = 120.0, 2.0
 SETTINGS = (
     *("model=tiny", "data=jsonl", "data.max_length=64", "data.eval_fraction=0", "data.packing=false"),
-    *("train.global_batch_size=4", "train.micro_batch_size=1", "train.sample=false", "train.export=false", "optim.lr=1e-3"),
-    *("optim.schedule=constant", f"train.save_every={SAVE_EVERY}", "train.keep_last=2", "tracking=none"),
+    *("train.global_batch_size=4", "train.micro_batch_size=1", "eval.sample=false", "export.enabled=false", "optim.lr=1e-3"),
+    *("optim.schedule=constant", f"checkpoint.save_every={SAVE_EVERY}", "checkpoint.keep_last=2", "tracking=none"),
     f"cluster.ranks_per_node={RANKS}",
 )
 

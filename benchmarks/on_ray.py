@@ -25,11 +25,11 @@ from launcher.worker.rank_env import RankTitle
 
 SETTINGS = (
     *("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "tracking=none"),
-    *("train.eval_at_start=false", "train.sample=false", "train.export=false"),
+    *("eval.at_start=false", "eval.sample=false", "export.enabled=false"),
 )
 TINY = (
-    *("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none"),
-    *("train.export=false", "train.eval_at_start=false", "train.max_steps=100000", "train.save_every=20"),
+    *("model=tiny", "data.max_length=64", "train.global_batch_size=4", "eval.sample=false", "tracking=none"),
+    *("export.enabled=false", "eval.at_start=false", "train.max_steps=100000", "checkpoint.save_every=20"),
 )
 DEADLINE_S = 180.0
 

@@ -27,7 +27,7 @@ from launcher.tracking.jsonl import read_metrics
 
 SETTINGS = (
     *("model=demo", "data=stdlib_docs", "data.max_length=512", "train.global_batch_size=4", "train.micro_batch_size=1"),
-    *("tracking=none", "train.eval_at_start=false", "train.sample=false", "train.export=false"),
+    *("tracking=none", "eval.at_start=false", "eval.sample=false", "export.enabled=false"),
 )
 RANKS = 2
 # The first save of a run takes its buffer; the last one, at the end, is waited for.
@@ -86,7 +86,12 @@ def _prepared(folder: Path, num_ranks: int, overrides: list[str]) -> sides.Prepa
 def one_round(prepared: sides.Prepared) -> tuple[dict[str, list[float]], int]:
     """Seconds of each save and step of one run of both sides, with the ratios, and the bytes of a checkpoint."""
     folder = prepared.folder
-    settings = [*prepared.overrides, f"train.save_every={SAVE_EVERY}", "train.keep_last=1", f"run.root={folder / 'runs'}"]
+    settings = [
+        *prepared.overrides,
+        f"checkpoint.save_every={SAVE_EVERY}",
+        "checkpoint.keep_last=1",
+        f"run.root={folder / 'runs'}",
+    ]
     os.sync()
     sides.run([sys.executable, "-m", "launcher", "train", *settings, "run.name=bench"], folder / "train.log")
     measured = measured_saves(read_metrics(folder / "runs" / "bench" / "metrics.jsonl"))

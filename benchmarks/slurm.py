@@ -28,8 +28,8 @@ from testbed_config import Settings
 from launcher.worker.rank_env import RankTitle
 
 SETTINGS = (
-    *("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none"),
-    *("train.export=false", "train.eval_at_start=false", "train.max_steps=100000", "train.save_every=20"),
+    *("model=tiny", "data.max_length=64", "train.global_batch_size=4", "eval.sample=false", "tracking=none"),
+    *("export.enabled=false", "eval.at_start=false", "train.max_steps=100000", "checkpoint.save_every=20"),
 )
 ON_SLURM = ("+cluster=slurm", "cluster.nodes=2", "cluster.ranks_per_node=1", "cluster.exclusive=false", "cluster.time=20:00")
 DEADLINE_S = 180.0

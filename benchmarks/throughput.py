@@ -20,7 +20,7 @@ import sides
 
 SETTINGS = (
     *("model=demo", "data=stdlib_docs", "data.max_length=256", "train.global_batch_size=8", "tracking=none"),
-    *("train.eval_at_start=false", "train.sample=false", "train.export=false"),
+    *("eval.at_start=false", "eval.sample=false", "export.enabled=false"),
 )
 BARE, LAUNCHER = "bare loop", "launcher"
 TRL_KEPT, TRL_DEFAULT = "TRL, activations kept", "TRL, its default (recompute)"

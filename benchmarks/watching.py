@@ -21,7 +21,7 @@ import sides
 
 SETTINGS = (
     *("model=tiny", "data=stdlib_docs", "data.max_length=64", "train.global_batch_size=2", "train.max_steps=4"),
-    *("train.epochs=null", "train.save_every=2", "train.keep_last=2", "train.sample=false", "train.export=false"),
+    *("train.epochs=null", "checkpoint.save_every=2", "checkpoint.keep_last=2", "eval.sample=false", "export.enabled=false"),
     *("tracking.kind=none", "cluster.ranks_per_node=2", "cluster.price_per_gpu_hour=2"),
 )
 TIMEOUT_S = 60.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launcher.checkpoint.store import Checkpoint
-    from launcher.config.schema import TrainSection
+    from launcher.config.train import CheckpointSection
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Retention:
     keep_best: int = 0
 
     @classmethod
-    def of(cls, train: TrainSection) -> Retention:
+    def of(cls, checkpoint: CheckpointSection) -> Retention:
         """What a run's settings say."""
-        return cls(train.keep_last, train.keep_every, train.keep_best)
+        return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
 
 
 def reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:

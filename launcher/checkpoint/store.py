@@ -79,7 +79,7 @@ def require_free_bytes(root: Path, needed: int) -> None:
             where=str(root),
             value=f"needed {needed:,} bytes, available {available:,} bytes; an older one is removed only after the save",
             remedy=f"free {needed - available:,} bytes (python -m launcher checkpoints {root.parent} --prune shows what lies "
-            "here), keep fewer with train.keep_last, or put run.root on a larger disk",
+            "here), keep fewer with checkpoint.keep_last, or put run.root on a larger disk",
         )
 
 

@@ -58,7 +58,7 @@ def run(tokens: list[str]) -> int:
         _require_ended(found, plan)
         known = _verified(found) if arguments.verify else _verified_down_to_a_whole_one(found)
         with _in_words(found):
-            removed = _prune(found, Retention.of(plan.config.train), known)
+            removed = _prune(found, Retention.of(plan.config.checkpoint), known)
     return _show(found, plan, known, removed, arguments.json)
 
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its digest")
-    prune = "remove what train.keep_last, keep_every and keep_best do not keep, what is damaged, and all leftovers"
+    prune = "remove what checkpoint.keep_last, keep_every and keep_best do not keep, what is damaged, and all leftovers"
     parser.add_argument("--prune", action="store_true", help=prune)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -197,7 +197,7 @@ def _said(error: CheckpointError) -> tuple[str, ...]:
 def _show(run: RunDir, plan: LaunchPlan, known: Known, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; what --prune has removed was damaged all the same."""
     with _in_words(run):
-        rows = _rows(run, Retention.of(plan.config.train), known)
+        rows = _rows(run, Retention.of(plan.config.checkpoint), known)
         left = leftovers(run.checkpoints, _writing(run, plan))
     damaged = any(known.values()) or (bool(known) and any(row.state in ("damaged", "cannot be read") for row in rows))
     freed = sum(leftover.bytes for leftover in removed)

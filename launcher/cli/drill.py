@@ -186,13 +186,13 @@ def _short(config: RunConfig, overrides: Sequence[str], arguments: argparse.Name
         # Should the drill itself be killed, the run ends nevertheless.
         "run.max_hours": arguments.timeout / 60,
         "train.max_steps": arguments.steps,
-        "train.save_every": _SAVE_EVERY,
-        "train.keep_last": 2,
+        "checkpoint.save_every": _SAVE_EVERY,
+        "checkpoint.keep_last": 2,
         "train.log_every": 1,
-        "train.eval_every": 0,
-        "train.eval_at_start": False,
-        "train.export": False,
-        "train.sample": False,
+        "eval.every": 0,
+        "eval.at_start": False,
+        "export.enabled": False,
+        "eval.sample": False,
         "tracking.kind": "none",
         **({"cluster.stall_seconds": _STALL_S} if arguments.fault == "hang" else {}),
     }
@@ -208,11 +208,12 @@ def _short(config: RunConfig, overrides: Sequence[str], arguments: argparse.Name
             values[section][name] = value
             if key == "train.max_steps":
                 values["train"]["epochs"] = None
-    train = values["train"]
-    every, steps = train["save_every"], train["max_steps"]
+    every, steps = values["checkpoint"]["save_every"], values["train"]["max_steps"]
     if every <= _BEYOND:
         remedy = f"set it to {_BEYOND + 1} or more"
-        raise ConfigError("a drill needs some steps between two saves", where="train.save_every", value=str(every), remedy=remedy)
+        raise ConfigError(
+            "a drill needs some steps between two saves", where="checkpoint.save_every", value=str(every), remedy=remedy
+        )
     if steps is not None and steps <= every + _BEYOND:
         remedy = f"raise --steps above {every + _BEYOND}"
         raise ConfigError("the run would be over before its first save", where="--steps", value=str(steps), remedy=remedy)
@@ -361,7 +362,7 @@ def _records(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> Records:
         device=plan.topology.device,
         run=formatting.short(run.root),
         checkpoints=str(run.checkpoints),
-        keep_last=plan.config.train.keep_last,
+        keep_last=plan.config.checkpoint.keep_last,
         hit=hit,
         steps=watch.steps,
         attempts={number: run_store.read_attempt(run, number) for number in numbers},

@@ -81,7 +81,7 @@ def ls(url: str, as_json: bool) -> int:
 
 
 def _require_address(url: str) -> None:
-    """Refuse what train.mirror refuses, unseen: a password in it would be written down, and shown in whatever goes wrong."""
+    """Refuse what checkpoint.mirror refuses, unseen: a password in it would be written down, and shown in whatever goes wrong."""
     try:
         TypeAdapter(Url).validate_python(url)
     except ValidationError as error:

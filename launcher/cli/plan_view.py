@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from launcher.cli.formatting import short, table
-from launcher.config.schema import TrainSection
+from launcher.config.train import CheckpointSection
 from launcher.errors import ConfigError
 from launcher.plan.architecture import train_flops
 from launcher.plan.launch_plan import LaunchPlan, Lineage
@@ -40,7 +40,7 @@ def plan_lines(plan: LaunchPlan, *notes: str | None) -> list[str]:
             f"{config.optim.name}, lr {config.optim.lr:g}, {config.optim.schedule}, {config.optim.warmup_steps} warm-up steps",
         ),
         ("memory", _memory(plan)),
-        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.train)}; {_saving(plan)}"),
+        ("checkpoint", f"{plan.checkpoint_bytes / 2**30:.2f} GiB each, {_kept(config.checkpoint)}; {_saving(plan)}"),
         ("tracking", _tracking(plan)),
         *([("cost", _cost(plan))] if plan.topology.device == "cuda" or plan.price is not None else []),
     ]
@@ -74,12 +74,12 @@ def _parameters(plan: LaunchPlan) -> str:
     return f"about {count / 1e9:.1f} billion" if count >= 1e9 else f"about {count / 1e6:.1f} million"
 
 
-def _kept(train: TrainSection) -> str:
-    kept = ["the newest" if train.keep_last == 1 else f"the newest {train.keep_last}"]
-    if train.keep_best:
-        kept.append("the best" if train.keep_best == 1 else f"the best {train.keep_best}")
-    if train.keep_every:
-        kept.append(f"every {train.keep_every} steps")
+def _kept(checkpoint: CheckpointSection) -> str:
+    kept = ["the newest" if checkpoint.keep_last == 1 else f"the newest {checkpoint.keep_last}"]
+    if checkpoint.keep_best:
+        kept.append("the best" if checkpoint.keep_best == 1 else f"the best {checkpoint.keep_best}")
+    if checkpoint.keep_every:
+        kept.append(f"every {checkpoint.keep_every} steps")
     return f"{' and '.join(kept)} {'is' if kept == ['the newest'] else 'are'} kept"
 
 
@@ -200,11 +200,12 @@ def _tokens(plan: LaunchPlan) -> str:
 
 
 def _steps(plan: LaunchPlan) -> str:
-    train, batch = plan.config.train, plan.batch
+    config, batch = plan.config, plan.batch
     steps = f"{batch.max_steps:,}" if batch.max_steps is not None else "known when the data is built"
     epochs = f" ({batch.epochs:g} epochs)" if batch.epochs is not None else ""
-    evaluation = f"every {train.eval_every} and at the end" if train.eval_every else "at the end"
-    saves = f"every {train.save_every} and at the end" if train.save_every else "at the end"
+    evaluation = f"every {config.eval.every} and at the end" if config.eval.every else "at the end"
+    save_every = config.checkpoint.save_every
+    saves = f"every {save_every} and at the end" if save_every else "at the end"
     return f"{steps}{epochs}; evaluation {evaluation}; checkpoint {saves}"
 
 

@@ -65,13 +65,13 @@ def check_startable(plan: LaunchPlan) -> None:
         SubmitError: for a disk without room for one checkpoint, a push to the Hub without a token, and a mirror that cannot be
             written.
     """
-    repo_id = plan.config.train.push_to_hub
-    if repo_id and (problem := hub.token_problem("train.push_to_hub", repo_id)):
+    repo_id = plan.config.export.push_to_hub
+    if repo_id and (problem := hub.token_problem("export.push_to_hub", repo_id)):
         raise SubmitError(problem)
     available = _free_bytes(plan)
     if available is not None and (problem := disk.refusal(plan, available)):
         raise SubmitError(problem)
-    if plan.config.train.mirror is not None:
+    if plan.config.checkpoint.mirror is not None:
         from launcher.checkpoint.mirror import upload
 
         upload.require_usable(plan)

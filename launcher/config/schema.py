@@ -19,17 +19,16 @@ from launcher.config.fields import (
     Count,
     Flag,
     Fraction,
-    HubId,
     Name,
     Positive,
     PositiveInt,
     Section,
     Text,
-    Url,
     matching,
 )
 from launcher.config.ray import RaySection
 from launcher.config.slurm import SlurmSection
+from launcher.config.train import CheckpointSection, EvalSection, ExportSection, TrainSection
 
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
 AnyCluster = Annotated[LocalSection | SlurmSection | RaySection, Field(discriminator="kind")]
@@ -173,62 +172,6 @@ class OptimSection(Section):
         return value
 
 
-class TrainSection(Section):
-    """How long, in which batches, and what happens every so many steps."""
-
-    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; excludes train.epochs.")
-    epochs: Positive | None = Field(None, description="Passes over the data; excludes train.max_steps.")
-    global_batch_size: PositiveInt = Field(64, description="Rows per optimizer step over all ranks.")
-    micro_batch_size: PositiveInt | None = Field(
-        None, description="Rows per rank in one forward pass. Unset: the plan chooses one that divides the batch."
-    )
-    grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        1.0, description="Largest gradient norm; 0 turns clipping off."
-    )
-    eval_every: Count = Field(0, description="Steps between held-out evaluations; 0: only before and after training.")
-    eval_at_start: Flag = Field(True, description="Evaluate before the first step, so that there is something to compare with.")
-    save_every: Count = Field(0, description="Steps between checkpoints; 0: only at the end and when stopped.")
-    keep_last: PositiveInt = Field(2, description="Newest committed checkpoints to keep; older ones are removed.")
-    keep_every: Count = Field(0, description="Checkpoints at multiples of so many steps are never removed; 0: none.")
-    keep_best: Count = Field(
-        0, description="Checkpoints with the lowest held-out loss to keep besides; they must fall on steps that are evaluated."
-    )
-    async_save: Flag = Field(
-        True,
-        description="Write checkpoints in the background, from a copy in main memory, while training goes on. "
-        "false: training waits, and no memory is needed.",
-    )
-    mirror: Url | None = Field(
-        None,
-        description="Folder to copy every committed checkpoint to in the background: s3://bucket/runs, or any other address "
-        "that fsspec knows. A run is resumed from there with: resume URL/NAME.",
-    )
-    push_to_hub: HubId | None = Field(
-        None, description="Hub repository that gets the exported folder at the end; it is made private. Needs HF_TOKEN."
-    )
-    log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
-    loss_chunk_tokens: PositiveInt = Field(1024, description="Trained tokens whose logits exist at one time.")
-    sample: Flag = Field(
-        False, description="Answer one held-out question before and after training (models that fit on one device)."
-    )
-    sample_max_tokens: PositiveInt = Field(48, description="Length of that answer in tokens.")
-    export: Flag = Field(True, description="Write the Hugging Face folder when training is complete.")
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainSection:
-        if self.max_steps is None and self.epochs is None:
-            raise ValueError("neither train.max_steps nor train.epochs is set; set one of them")
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError("train.max_steps and train.epochs are both set; unset one of them with null")
-        return self
-
-    @model_validator(mode="after")
-    def _something_to_push(self) -> TrainSection:
-        if self.push_to_hub and not self.export:
-            raise ValueError("train.push_to_hub pushes the exported folder, and train.export is off; set train.export=true")
-        return self
-
-
 class DeepSpeedSection(Section):
     """ZeRO stage 3 and where its states live."""
 
@@ -312,6 +255,9 @@ class RunConfig(Section):
     data: DataSection
     optim: OptimSection = Field(default_factory=OptimSection)
     train: TrainSection
+    eval: EvalSection = Field(default_factory=EvalSection)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection)
+    export: ExportSection = Field(default_factory=ExportSection)
     deepspeed: DeepSpeedSection = Field(default_factory=DeepSpeedSection)
     cluster: Annotated[AnyCluster, BeforeValidator(choose_kind)] = Field(default_factory=LocalSection)
     tracking: TrackingSection = Field(default_factory=TrackingSection)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from launcher.config.data import DataSection, Source
-from launcher.config.schema import TrainSection
+from launcher.config.train import TrainSection
 from launcher.data import cache
 from launcher.data.cache import Split
 from launcher.data.checks import findings, patterns

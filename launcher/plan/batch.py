@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from launcher.config.data import DataSection
-from launcher.config.schema import TrainSection
+from launcher.config.train import TrainSection
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import Batch, DataFacts
 

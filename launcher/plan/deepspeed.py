@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.config.schema import DeepSpeedSection, ModelSection, TrainSection
+from launcher.config.schema import DeepSpeedSection, ModelSection
+from launcher.config.train import TrainSection
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.memory import NVME_SUB_GROUP, hpz_ranks, largest_parameter
 

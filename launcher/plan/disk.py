@@ -14,13 +14,13 @@ _REMEDY = "free space on this disk, or put run.root on a larger one"
 
 def checkpoints_at_once(plan: LaunchPlan) -> int:
     """The most checkpoints that lie there at one time: those that are kept, and the one that is being written."""
-    train, max_steps = plan.config.train, plan.batch.max_steps
-    kept = train.keep_last + train.keep_best
+    checkpoint, max_steps = plan.config.checkpoint, plan.batch.max_steps
+    kept = checkpoint.keep_last + checkpoint.keep_best
     if max_steps is None:
         return kept + 1
-    if train.keep_every:
-        kept += max_steps // train.keep_every
-    saves = -(-max_steps // train.save_every) if train.save_every else 1
+    if checkpoint.keep_every:
+        kept += max_steps // checkpoint.keep_every
+    saves = -(-max_steps // checkpoint.save_every) if checkpoint.save_every else 1
     return min(kept + 1, saves)
 
 
@@ -46,5 +46,5 @@ def note(plan: LaunchPlan, available: int, present: int) -> str | None:
     more = f"{count}{' more' if present else ''} checkpoint{'s' if count > 1 else ''}"
     return (
         f"the disk of the run directory has {available:,} bytes free, and it takes {needed:,} for {more}, counting the one that "
-        "is written before an older one is removed: free space, keep fewer (train.keep_last), or move run.root"
+        "is written before an older one is removed: free space, keep fewer (checkpoint.keep_last), or move run.root"
     )

@@ -226,7 +226,7 @@ class LaunchPlan(Record):
 
     def evaluates_at(self, step: int) -> bool:
         """Whether the held-out loss is measured after a step, unless training stops there before the last one."""
-        every = self.config.train.eval_every
+        every = self.config.eval.every
         due = step == self.batch.max_steps or (every > 0 and step % every == 0)
         return due and self.data is not None and self.data.num_eval_rows > 0
 

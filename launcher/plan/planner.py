@@ -122,7 +122,7 @@ def _of_ranks(
     """What of a plan depends on the number of ranks."""
     states = memory.estimate(model.num_params, config.model.dtype, split.accumulation, config.deepspeed, topology, device_gib)
     states = states.model_copy(update={"node_gib": host_memory_gib})
-    saving = memory.saving(model.num_params, config.train.async_save, config.deepspeed, states, topology, host_memory_gib)
+    saving = memory.saving(model.num_params, config.checkpoint.async_save, config.deepspeed, states, topology, host_memory_gib)
     return {
         "topology": topology,
         "batch": split,

@@ -103,7 +103,9 @@ def _spent(attempts: Sequence[Ended], budgets: ManagedSection) -> str:
     if attempts[-1].cause in _TAKEN_AWAY and len(fruitless) >= MOST_FRUITLESS_PREEMPTIONS:
         what = "preemptions and changes of size" if Cause.RESIZED in fruitless else "preemptions"
         remedy = (
-            "raise cluster.resize_seconds" if attempts[-1].cause is Cause.RESIZED else "save more often with train.save_every"
+            "raise cluster.resize_seconds"
+            if attempts[-1].cause is Cause.RESIZED
+            else "save more often with checkpoint.save_every"
         )
         return f"{len(fruitless)} {what} without a newer checkpoint between them; {remedy}"
     return ""

@@ -39,7 +39,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
             engine's.
     """
     _free_memory()
-    if not plan.config.train.export:
+    if not plan.config.export.enabled:
         return
     task = _task(plan, checkpoint)
     try:
@@ -59,7 +59,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
     Raises:
         ExportError: where the folder cannot be written, or does not compute what the trained model computed.
     """
-    if not plan.config.train.export:
+    if not plan.config.export.enabled:
         return
     task = _task(plan, checkpoint)
     try:
@@ -70,7 +70,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
         made = complete(task, lambda made: model_card.model_card(plan, manifest, metrics, made, plans), device)
         _tell(made, tracker)
         _push(plan, made, tracker)
-        if plan.config.train.sample:
+        if plan.config.eval.sample:
             _answer_before_and_after(plan, made.path, device, tracker)
     except CheckpointError as error:
         raise _export_error(plan, error.problems) from error
@@ -136,7 +136,7 @@ def _tell(made: Export, tracker: Composite) -> None:
 
 def _push(plan: LaunchPlan, made: Export, tracker: Composite) -> None:
     """Push the folder to the Hub; that it fails is told and changes nothing: the run is complete and the folder is there."""
-    repo_id = plan.config.train.push_to_hub
+    repo_id = plan.config.export.push_to_hub
     if repo_id is None:
         return
     try:
@@ -181,7 +181,7 @@ def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) 
     model.to(device).eval()
     stops = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
     settings = GenerationConfig(
-        max_new_tokens=plan.config.train.sample_max_tokens,
+        max_new_tokens=plan.config.eval.sample_max_tokens,
         do_sample=False,
         eos_token_id=stops or None,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

@@ -170,7 +170,7 @@ class _Session:
             run.checkpoints,
             plan_digest=plan.digest(),
             attempt=rank_info.attempt,
-            prune=lambda committed: store.prune(run.checkpoints, store.Retention.of(plan.config.train), keep=[committed]),
+            prune=lambda committed: store.prune(run.checkpoints, store.Retention.of(plan.config.checkpoint), keep=[committed]),
             background=plan.saving.background,
             deadline_s=plan.config.cluster.timeout_minutes * 60,
             fence=fence,
@@ -198,10 +198,10 @@ class _Session:
         return session
 
     def run(self, stop: Stop) -> Outcome:
-        train = self.plan.config.train
+        save_every = self.plan.config.checkpoint.save_every
         self.status.state("running", self.step)
         self.monitor.loaded(self.step)
-        if self.step == 0 and train.eval_at_start:
+        if self.step == 0 and self.plan.config.eval.at_start:
             self._evaluate("before training", stop)
         stopped = None
         while self.step < self.max_steps and stopped is None:
@@ -210,7 +210,7 @@ class _Session:
             if stopped is None and self.step < self.max_steps:
                 if self.plan.evaluates_at(self.step):
                     self._evaluate(f"at step {self.step}", stop)
-                if train.save_every and self.step % train.save_every == 0:
+                if save_every and self.step % save_every == 0:
                     self.is_save_due = True
                 # After a skipped step there is nothing to add to the checkpoint before, and good ones would be pruned.
                 if self.is_save_due and not self.skipped_in_a_row:

@@ -124,7 +124,7 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> Deed:
         RunError: where every try met a save, which may take longer than a step before anybody calls it a hang.
     """
     rank, process = here.last_rank
-    run, every = RunDir(Path(plan.run_dir)), plan.config.train.save_every
+    run, every = RunDir(Path(plan.run_dir)), plan.config.checkpoint.save_every
     deadline = time.monotonic() + _HANG_DEADLINE_S
     while time.monotonic() < deadline:
         process.suspend()
@@ -135,7 +135,7 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> Deed:
             return deed
         process.resume()
         time.sleep(_SETTLE_S)
-    raise RunError("every try to stop a rank met a save", where="train.save_every", value=str(every), remedy="raise it")
+    raise RunError("every try to stop a rank met a save", where="checkpoint.save_every", value=str(every), remedy="raise it")
 
 
 def _deed(did: str, *processes: psutil.Process) -> Deed:

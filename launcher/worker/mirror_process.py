@@ -179,7 +179,7 @@ class Sender:
         except CheckpointGone:
             text = (
                 f"step {checkpoint.step} was removed before it was in the mirror; "
-                "raise train.keep_last or train.save_every where the mirror does not keep up"
+                "raise checkpoint.keep_last or checkpoint.save_every where the mirror does not keep up"
             )
             self._event("mirror", text, checkpoint.step)
             return
@@ -241,7 +241,7 @@ class MirrorProcess:
         cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
     ) -> MirrorProcess | None:
         """Start it where the plan has a mirror, in this environment or another; it ends with the thread that starts it."""
-        if plan.config.train.mirror is None:
+        if plan.config.checkpoint.mirror is None:
             return None
         command = [sys.executable, "-m", "launcher.worker.mirror_process", plan_path, str(attempt)]
         with open(run.attempt(attempt) / "mirror.log", "ab") as log:

@@ -78,12 +78,12 @@ def make_run(
     mirror: str,
     name: str = "a",
     created_at: str = "2026-01-31T09:15:00Z",
-    settings: Sequence[str] = ("train.keep_last=1",),
+    settings: Sequence[str] = ("checkpoint.keep_last=1",),
 ) -> tuple[LaunchPlan, RunDir]:
     """A run directory as a submission leaves it, in its first attempt, with a small tokenizer."""
     common = composed(("model=tiny", "train.max_steps=20", *settings))
-    sections = {"run": common.run.model_copy(update={"name": name}), "train": common.train.model_copy(update={"mirror": mirror})}
-    config = common.model_copy(update=sections)
+    checkpoint = common.checkpoint.model_copy(update={"mirror": mirror})
+    config = common.model_copy(update={"run": common.run.model_copy(update={"name": name}), "checkpoint": checkpoint})
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
     for file in ("tokenizer.json", "config.json", "model.safetensors", "model.safetensors.index.json"):

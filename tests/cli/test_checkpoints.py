@@ -27,7 +27,7 @@ from launcher.plan.planner import plan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 
-RULES = ("train.keep_last=1", "train.keep_every=100", "train.keep_best=1")
+RULES = ("checkpoint.keep_last=1", "checkpoint.keep_every=100", "checkpoint.keep_best=1")
 LOSSES = {100: 3.0, 150: 1.5, 200: None, 250: 2.0, 300: None, 320: 2.5, 330: None}
 
 

@@ -254,7 +254,7 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, l
     turns = [[{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": f"It is {i}."}] for i in range(40)]
     chats.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
     settings = (*SETTINGS, f"data.path={chats}", f"data.chat_template={template}", "data.eval_fraction=0")
-    run = (*settings, f"run.root={runs}", "run.name=x", "train.max_steps=1", "train.export=false")
+    run = (*settings, f"run.root={runs}", "run.name=x", "train.max_steps=1", "export.enabled=false")
     for done in (launch_here("data", *settings, cwd=tmp_path), launch_here(*run, cwd=tmp_path)):
         assert done.returncode == 2, done.stdout
         assert "40 of 40 (100.0%): documents that train no end of turn" in done.stderr
@@ -268,7 +268,7 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, l
 @pytest.mark.rest
 def test_two_runs_at_once_build_one_cache(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
     environment = {**launcher_env, "LAUNCHER_CACHE": str(tmp_path / "cache")}
-    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "train.max_steps=1", "train.export=false")
+    settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0", "train.max_steps=1", "export.enabled=false")
     command = [sys.executable, "-m", "launcher", *settings, "cluster.ranks_per_node=1", f"run.root={tmp_path / 'runs'}"]
     both = [
         subprocess.Popen(

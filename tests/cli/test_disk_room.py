@@ -14,7 +14,14 @@ from launcher.checkpoint import store
 from launcher.plan.launch_plan import LaunchPlan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-SETTINGS = ("model=tiny", "tracking=none", "train.max_steps=20", "train.save_every=5", "train.keep_last=2", "run.name=room")
+SETTINGS = (
+    "model=tiny",
+    "tracking=none",
+    "train.max_steps=20",
+    "checkpoint.save_every=5",
+    "checkpoint.keep_last=2",
+    "run.name=room",
+)
 
 
 @pytest.fixture
@@ -51,7 +58,7 @@ def test_a_disk_without_room_for_all_that_are_kept_is_noted(launch_here: Run, di
     assert done.returncode == 0, done.stderr
     (note,) = [line for line in done.stdout.splitlines() if line.startswith("note")]
     assert "has 31,457,280 bytes free, and it takes 35,755,920 for 3 checkpoints" in note
-    assert "note" not in launch_here("plan", *SETTINGS, "train.keep_last=1", f"run.root={root}").stdout
+    assert "note" not in launch_here("plan", *SETTINGS, "checkpoint.keep_last=1", f"run.root={root}").stdout
 
 
 def test_a_run_is_not_resumed_where_the_next_save_would_fail(

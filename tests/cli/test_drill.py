@@ -215,7 +215,7 @@ def test_drill_explains_itself(launch: Callable[..., subprocess.CompletedProcess
         (["--fault", "earthquake", "model=tiny"], "invalid choice"),
         (["model=tiny"], "--fault"),
         (["--fault", "hang", "--timeout", "0"], "--timeout"),
-        (["--fault", "hang", "model=tiny", "train.save_every=1"], "train.save_every"),
+        (["--fault", "hang", "model=tiny", "checkpoint.save_every=1"], "checkpoint.save_every"),
         (["--fault", "hang", "model=tiny", "--steps", "6"], "raise --steps above 7"),
         (["--fault", "hang", "-m", "model=tiny", "optim.lr=1e-5,1e-4"], "a drill is one run"),
         (["--fault", "hang", "model=tyni"], "there is no such option"),

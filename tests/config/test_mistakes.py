@@ -24,7 +24,7 @@ Shown = Callable[..., str]
         ("+clster=local", "clster: there is no such setting", "'local'", "did you mean cluster?"),
         ("run.seed=abc", "run.seed: is not a whole number", "'abc'", "set run.seed to int >= 0. Seeds weight"),
         ("train.max_steps=1.5", "train.max_steps: is not a whole number", "1.5", "set train.max_steps to int > 0 or null."),
-        ("train.sample=yes", "train.sample: is not true or false", "'yes'", "set train.sample to true | false."),
+        ("eval.sample=yes", "eval.sample: is not true or false", "'yes'", "set eval.sample to true | false."),
         ("model.dtype=bf61", "model.dtype: is not one of its choices", "'bf61'", "did you mean bf16? set model.dtype to bf16 |"),
         ("run.name=123", "run.name: is not text", "123", "quote it twice: 'run.name=\"123\"'"),
         ("optim.lr=0", "optim.lr: must be above 0", "0", "set optim.lr to float > 0. Peak learning rate."),
@@ -122,9 +122,9 @@ def test_no_length(refused: Refused) -> None:
 
 
 def test_a_push_of_a_folder_that_is_not_made(refused: Refused) -> None:
-    (problem,) = refused("train.push_to_hub=owner/name", "train.export=false")
-    assert problem.what == "train.push_to_hub pushes the exported folder, and train.export is off"
-    assert problem.remedy == "set train.export=true"
+    (problem,) = refused("export.push_to_hub=owner/name", "export.enabled=false")
+    assert problem.what == "export.push_to_hub pushes the exported folder, and export.enabled is off"
+    assert problem.remedy == "set export.enabled=true"
 
 
 def test_both_lengths_in_files(refused: Refused, tmp_path: Path, rows: Path) -> None:

@@ -49,7 +49,7 @@ def test_every_setting_and_every_option_stands_in_the_page() -> None:
         ("data.sources[].path", "text", None),
         ("deepspeed.hpz_partition_size", "int > 0 | node", "1"),
         ("tracking.tags", "list of name", "[]"),
-        ("train.export", "true | false", "true"),
+        ("export.enabled", "true | false", "true"),
         ("model.config", "mapping or null", "null"),
     ],
 )

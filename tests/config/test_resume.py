@@ -35,14 +35,22 @@ def test_a_changed_length(config: RunConfig) -> None:
 
 
 def test_values_keep_their_types(config: RunConfig) -> None:
-    changed = with_overrides(config, ["optim.lr=1e-3", "tracking.tags=[a, b]", "train.export=false", "cluster.ranks_per_node=4"])
-    assert (changed.optim.lr, changed.tracking.tags, changed.train.export) == (1e-3, ("a", "b"), False)
+    changed = with_overrides(
+        config, ["optim.lr=1e-3", "tracking.tags=[a, b]", "export.enabled=false", "cluster.ranks_per_node=4"]
+    )
+    assert (changed.optim.lr, changed.tracking.tags, changed.export.enabled) == (1e-3, ("a", "b"), False)
     assert changed.cluster.ranks_per_node == 4
 
 
 def test_all_mistakes_in_one_pass(config: RunConfig) -> None:
-    found = problems(config, "train.max_stepz=3", "optim.lr=-1", "cluster.nodes=[", "word", "train.keep_last=0")
-    assert [p.what.split(":")[0] for p in found] == ["train.max_stepz", "cluster.nodes", "word", "optim.lr", "train.keep_last"]
+    found = problems(config, "train.max_stepz=3", "optim.lr=-1", "cluster.nodes=[", "word", "checkpoint.keep_last=0")
+    assert [p.what.split(":")[0] for p in found] == [
+        "train.max_stepz",
+        "cluster.nodes",
+        "word",
+        "optim.lr",
+        "checkpoint.keep_last",
+    ]
     assert found[0].remedy == "did you mean train.max_steps?"
     assert (found[3].what, found[3].value) == ("optim.lr: must be above 0", "-1")
 

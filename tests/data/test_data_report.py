@@ -11,7 +11,7 @@ import pytest
 
 from launcher.cli.data_view import left_out, moved, number_rows, parts_taken, summary_rows, unused
 from launcher.config.data import DataSection, Source
-from launcher.config.schema import TrainSection
+from launcher.config.train import TrainSection
 from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.cache import Split

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from launcher.config.data import DataSection
-from launcher.config.schema import TrainSection
+from launcher.config.train import TrainSection
 from launcher.data import cache, digests
 from launcher.data.build import build
 from launcher.data.cache import Split

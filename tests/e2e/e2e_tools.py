@@ -17,7 +17,7 @@ from launcher.worker.rank_env import RankTitle
 if TYPE_CHECKING:
     from torch import Tensor
 
-TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "train.sample=false", "tracking=none")
+TINY = ("model=tiny", "data.max_length=64", "train.global_batch_size=4", "eval.sample=false", "tracking=none")
 
 
 def metrics(run: Path) -> list[dict]:

@@ -27,10 +27,10 @@ SETTINGS = (
     "cluster.time=10:00",
     "cluster.ranks_per_node=1",
     "cluster.nodes=2",
-    "train.save_every=20",
-    "train.keep_last=3",
-    "train.export=false",
-    "train.eval_at_start=false",
+    "checkpoint.save_every=20",
+    "checkpoint.keep_last=3",
+    "export.enabled=false",
+    "eval.at_start=false",
     f"train.max_steps={STEPS}",
 )
 ENDED = ("completed", "failed", "cancelled", "preempted")

@@ -16,7 +16,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 # Starting and loading alone cost more than the limits here: the run stops after the first steps.
 PRICE = 0.6
-SETTINGS = (*TINY, "train.max_steps=100000", "train.eval_at_start=false", "train.export=false")
+SETTINGS = (*TINY, "train.max_steps=100000", "eval.at_start=false", "export.enabled=false")
 
 
 def require_stopped(run: Path, done: subprocess.CompletedProcess[str], words: str) -> None:
@@ -59,7 +59,7 @@ def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: La
 
 def test_hours_that_are_over_stop_a_run_in_the_middle_of_an_evaluation(launch: Launch, runs: Path) -> None:
     """Half of the data is held out, which takes far longer than what is left of the limit."""
-    settings = (*TINY, "train.max_steps=100000", "train.export=false", "data.eval_fraction=0.5", "run.max_hours=0.001")
+    settings = (*TINY, "train.max_steps=100000", "export.enabled=false", "data.eval_fraction=0.5", "run.max_hours=0.001")
     done = launch(*settings, f"run.root={runs}", "run.name=evaluating")
     require_stopped(runs / "evaluating", done, r"run\.max_hours=0\.001 is reached; saved at step 1 of")
     assert not [line for line in metrics(runs / "evaluating") if "eval/held_out/loss" in line]

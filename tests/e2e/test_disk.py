@@ -21,7 +21,7 @@ pytestmark = pytest.mark.rest
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 30
-SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.keep_last=3", "train.export=false")
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "checkpoint.save_every=5", "checkpoint.keep_last=3", "export.enabled=false")
 NEWEST = f"step-{STEPS:08d}"
 
 
@@ -111,7 +111,7 @@ def test_a_full_disk_and_one_that_becomes_read_only_fail_the_save_and_resume_goe
 ) -> None:
     """Room for one checkpoint and no two: what keep_last=1 removes is not free before the next one is committed."""
     run = runs / "disturbed"
-    with start(*SETTINGS, "train.keep_last=1", f"run.root={runs}", "run.name=disturbed") as process:
+    with start(*SETTINGS, "checkpoint.keep_last=1", f"run.root={runs}", "run.name=disturbed") as process:
         on_a_small_disk(run, mount, "size=20m")
         output, _ = process.communicate(timeout=240)
     assert process.returncode == 1, output

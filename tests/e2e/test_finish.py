@@ -55,15 +55,15 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture(scope="module")
 def finished(launch: Launch, module_runs: Path, hub: FakeHub) -> tuple[Path, str]:
-    settings = [s for s in TINY if s not in ("tracking=none", "train.sample=false")]
+    settings = [s for s in TINY if s not in ("tracking=none", "eval.sample=false")]
     template = module_runs / "chat.jinja"
     template.write_text(TEMPLATE)
     done = launch(
         *settings,
         f"train.max_steps={STEPS}",
-        "train.save_every=2",
-        "train.keep_last=3",
-        "train.push_to_hub=owner/name",
+        "checkpoint.save_every=2",
+        "checkpoint.keep_last=3",
+        "export.push_to_hub=owner/name",
         "optim.lr=1e-3",
         "tracking.mode=offline",
         "tracking.tags=[quiet]",
@@ -178,7 +178,7 @@ def test_a_push_that_cannot_succeed_is_refused_before_anything_is_made(
         assert said in refused.stderr
         assert "--push" in refused.stderr
         assert not (tmp_path / "out").exists()
-    refused = launch_here(*TINY, "train.push_to_hub=owner/name", f"run.root={tmp_path}", "run.name=refused")
+    refused = launch_here(*TINY, "export.push_to_hub=owner/name", f"run.root={tmp_path}", "run.name=refused")
     assert refused.returncode == 2
     assert "HF_TOKEN" in refused.stderr
     assert not (tmp_path / "refused").exists()

@@ -15,7 +15,7 @@ from e2e_tools import TINY, losses, status
 from ray_tools import DEADLINE_S, await_no_process, causes, kill_all
 
 STEPS = 10
-SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=5", "train.export=false", "train.eval_at_start=false")
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "checkpoint.save_every=5", "export.enabled=false", "eval.at_start=false")
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 12
-SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=3", "train.eval_at_start=false")
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "checkpoint.save_every=3", "eval.at_start=false")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_run_that_is_stopped_and_resumed_has_the_same_losses(
     launch: Launch, start: Callable, runs: Path, undisturbed: Path
 ) -> None:
     run = runs / "stopped"
-    with start(*SETTINGS, "train.export=false", f"run.root={runs}", "run.name=stopped") as process:
+    with start(*SETTINGS, "export.enabled=false", f"run.root={runs}", "run.name=stopped") as process:
         with held(run, 4):
             process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=90)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.rest
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-SETTINGS = (*TINY, "train.eval_at_start=false", "train.export=false", "train.max_steps=100000")
+SETTINGS = (*TINY, "eval.at_start=false", "export.enabled=false", "train.max_steps=100000")
 
 
 def test_two_ctrl_c_a_loss_that_is_not_finite_and_a_killed_agent(
@@ -32,7 +32,9 @@ def test_two_ctrl_c_a_loss_that_is_not_finite_and_a_killed_agent(
 ) -> None:
     """Three attempts of one run, each of which ends in another way."""
     run = runs / "disturbed"
-    with start(*SETTINGS, "train.save_every=1", "train.keep_last=3", f"run.root={runs}", "run.name=disturbed") as process:
+    with start(
+        *SETTINGS, "checkpoint.save_every=1", "checkpoint.keep_last=3", f"run.root={runs}", "run.name=disturbed"
+    ) as process:
         wait_for("three checkpoints", lambda: last_step(run) >= 4)
         # A stopped rank can never reach the end of its step, so only the kill ends this run.
         ranks_of(run)[1].send_signal(signal.SIGSTOP)
@@ -44,7 +46,7 @@ def test_two_ctrl_c_a_loss_that_is_not_finite_and_a_killed_agent(
     assert "killed" in status(run)["message"]
     assert not processes_of(run)
 
-    bad = launch("resume", str(run), "train.save_every=0", "optim.lr=1e38")
+    bad = launch("resume", str(run), "checkpoint.save_every=0", "optim.lr=1e38")
     assert bad.returncode == 1
     assert "not finite" in bad.stderr or "the loss is nan" in bad.stderr
     assert "optim.lr" in bad.stderr

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.rest
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 20
-SETTINGS = (*TINY, f"train.max_steps={STEPS}", "train.save_every=4", "train.keep_last=3", "train.export=false")
+SETTINGS = (*TINY, f"train.max_steps={STEPS}", "checkpoint.save_every=4", "checkpoint.keep_last=3", "export.enabled=false")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathF
     """A run whose mirror is lost before its first step: nothing else disturbs it."""
     folder = tmp_path_factory.mktemp("mirror")
     mirror, run = folder / "mirror", module_runs / "alone"
-    with start(*SETTINGS, f"train.mirror=file://{mirror}", f"run.root={module_runs}", "run.name=alone") as process:
+    with start(*SETTINGS, f"checkpoint.mirror=file://{mirror}", f"run.root={module_runs}", "run.name=alone") as process:
         wait_for("the first look", lambda: (run / "attempts/001/mirror.json").is_file())
         assert (mirror / "alone/run.json").is_file()
         mirror.rename(folder / "gone")
@@ -59,7 +59,7 @@ def alone(start: Callable, module_runs: Path, tmp_path_factory: pytest.TempPathF
 def test_a_machine_that_is_lost_with_its_disk(
     launch: Launch, start: Callable, runs: Path, alone: Path, s3: S3, tmp_path: Path, launcher_cache: Path
 ) -> None:
-    run, mirror = runs / "lost", f"train.mirror=s3://{s3.bucket}/runs"
+    run, mirror = runs / "lost", f"checkpoint.mirror=s3://{s3.bucket}/runs"
     with start(*SETTINGS, mirror, f"run.root={runs}", "run.name=lost", **s3.environment) as process:
         wait_for("step 9", lambda: last_step(run) >= 9)
         # A rank that is stopped holds the run, so that it does not end before it is lost.
@@ -112,8 +112,10 @@ def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(
     launch_here: Launch, start: Callable, runs: Path, tmp_path: Path
 ) -> None:
     run, address = runs / "stopped", f"file://{tmp_path}/mirror"
-    settings = [s for s in SETTINGS if not s.startswith(("train.max_steps", "train.save_every"))]
-    with start(*settings, "train.max_steps=100000", f"train.mirror={address}", f"run.root={runs}", "run.name=stopped") as process:
+    settings = [s for s in SETTINGS if not s.startswith(("train.max_steps", "checkpoint.save_every"))]
+    with start(
+        *settings, "train.max_steps=100000", f"checkpoint.mirror={address}", f"run.root={runs}", "run.name=stopped"
+    ) as process:
         wait_for("the first step", lambda: last_step(run) >= 1)
         assert launch_here("cancel", str(run)).returncode == 0
         process.communicate(timeout=90)
@@ -127,7 +129,7 @@ def test_a_stopped_run_is_in_the_mirror_when_it_has_ended(
 def test_a_mirror_that_cannot_be_written_refuses_the_run(launch: Launch, runs: Path, tmp_path: Path, s3: S3) -> None:
     (tmp_path / "file").write_text("")
     for address in (f"file://{tmp_path}/file/runs", "s3://no-such-bucket/runs", "gs://bucket/runs"):
-        done = launch(*SETTINGS, f"train.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
+        done = launch(*SETTINGS, f"checkpoint.mirror={address}", f"run.root={runs}", "run.name=refused", **s3.environment)
         assert done.returncode == 2, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         assert "remedy: " in done.stderr

@@ -20,7 +20,13 @@ def test_a_run_on_nvme_is_saved_resumed_and_exported(
     launch: Launch, launch_here: Launch, start: Callable, runs: Path, tmp_path: Path, extensions: None
 ) -> None:
     disk = tmp_path / "disk"
-    asked = ("deepspeed=zero3_nvme", f"deepspeed.nvme_path={disk}", "train.save_every=2", "train.max_steps=8", f"run.root={runs}")
+    asked = (
+        "deepspeed=zero3_nvme",
+        f"deepspeed.nvme_path={disk}",
+        "checkpoint.save_every=2",
+        "train.max_steps=8",
+        f"run.root={runs}",
+    )
     settings = (*TINY, *asked)
     refused = launch_here(*settings, "run.name=early")
     assert refused.returncode == 2
@@ -37,7 +43,7 @@ def test_a_run_on_nvme_is_saved_resumed_and_exported(
     assert list(disk.iterdir()) == [], "a run leaves nothing on the disk"
 
     run = runs / "killed"
-    with start(*settings, "run.name=killed", "train.export=false") as process:
+    with start(*settings, "run.name=killed", "export.enabled=false") as process:
         with held(run, 3):
             assert list(disk.iterdir()) != []
             ranks_of(run)[1].send_signal(signal.SIGKILL)

@@ -36,7 +36,13 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 240
 SAVE_EVERY = 10
-SETTINGS = (*TINY, f"train.max_steps={STEPS}", f"train.save_every={SAVE_EVERY}", "train.keep_last=3", "train.export=false")
+SETTINGS = (
+    *TINY,
+    f"train.max_steps={STEPS}",
+    f"checkpoint.save_every={SAVE_EVERY}",
+    "checkpoint.keep_last=3",
+    "export.enabled=false",
+)
 RAY = (*SETTINGS, "+cluster=ray")
 # Of the order of the faults and of the steps at which they come.
 SEED = 1

@@ -38,7 +38,7 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 STEPS = 160
 # Steps that are slow enough for nodes to come and go between them.
-SETTINGS = (*TINY, "train.global_batch_size=32", f"train.max_steps={STEPS}", "train.save_every=5", "train.export=false")
+SETTINGS = (*TINY, "train.global_batch_size=32", f"train.max_steps={STEPS}", "checkpoint.save_every=5", "export.enabled=false")
 # Of the same global batch on other numbers of ranks, sums are made in another order.
 CLOSE = 2e-3
 
@@ -212,7 +212,7 @@ def test_the_jobs_api_takes_a_run_and_it_is_followed_cancelled_and_resumed(
     run, mirror = root / "job", tmp_path / "mirror"
     canary = "canary-0123456789abcdef"
     env = {**cluster.env, "WANDB_API_KEY": canary}
-    arguments = ray(cluster, root, "job", *by_job(cluster), f"train.mirror=file://{mirror}", "--follow")
+    arguments = ray(cluster, root, "job", *by_job(cluster), f"checkpoint.mirror=file://{mirror}", "--follow")
     with start(*arguments, **env) as process:
         wait_for("step 7", lambda: last_step(run) >= 7)
         assert json.loads(launch("status", str(run), "--json", **env).stdout)["state"] == "running"
@@ -257,7 +257,7 @@ def test_a_run_of_fixed_size_survives_a_worker_a_raylet_and_a_node_and_has_the_s
     """A worker and a raylet are killed, a node is about to be taken away: each time another attempt goes on."""
     cluster.have_only(n2=1)
     run = root / "killed"
-    settings = ("cluster.address=auto", "cluster.workers=2", "train.save_every=20", "--follow")
+    settings = ("cluster.address=auto", "cluster.workers=2", "checkpoint.save_every=20", "--follow")
     # Ray leaves the address of the newest cluster there, of which this machine may have several.
     with start(*ray(cluster, root, "killed", *settings), **cluster.env, RAY_TMPDIR=str(cluster.folder)) as process:
         await_training(run, num_ranks=2)

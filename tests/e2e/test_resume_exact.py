@@ -43,7 +43,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     words = ["north", "south", "east", "west", "spring", "summer", "autumn", "winter"]
     rows = [{"text": " ".join(words[(row * step + step) % 8] for step in range(1, 40 + row % 5))} for row in range(20)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = ("data=jsonl", f"data.path={data}", "data.packing=false", "data.eval_fraction=0.0", "train.export=false")
+    own = ("data=jsonl", f"data.path={data}", "data.packing=false", "data.eval_fraction=0.0", "export.enabled=false")
     steps = (
         "train.global_batch_size=4",
         "train.micro_batch_size=1",
@@ -52,8 +52,8 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
         "optim.eps=1e-4",
         "optim.lr=1e-3",
         "model.dtype=fp32",
-        f"train.save_every={SAVE_EVERY}",
-        "train.keep_last=2",
+        f"checkpoint.save_every={SAVE_EVERY}",
+        "checkpoint.keep_last=2",
     )
     return (*TINY, *own, *steps)
 
@@ -61,7 +61,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def undisturbed(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
     run = module_runs / "undisturbed"
-    asked = (f"run.root={module_runs}", "run.name=undisturbed", f"train.max_steps={STEPS}", f"train.keep_every={SAVE_EVERY}")
+    asked = (f"run.root={module_runs}", "run.name=undisturbed", f"train.max_steps={STEPS}", f"checkpoint.keep_every={SAVE_EVERY}")
     done = launch(*settings, *asked, **rows_environment(rows_of(module_runs)))
     assert done.returncode == 0, done.stderr
     plan = json.loads((run / "plan.json").read_text())
@@ -76,7 +76,7 @@ def parts(launch: Launch, settings: tuple[str, ...], module_runs: Path) -> Path:
     """A run that is continued to each step in turn, on as many ranks as stand beside it; all checkpoints are kept."""
     (first, ranks), *others = PARTS
     asked = (f"run.root={module_runs}", "run.name=parts", f"train.max_steps={first}", f"cluster.ranks_per_node={ranks}")
-    done = launch(*settings, *asked, "train.keep_last=9")
+    done = launch(*settings, *asked, "checkpoint.keep_last=9")
     assert done.returncode == 0, done.stderr
     for step, ranks in others:
         done = launch("resume", str(module_runs / "parts"), f"train.max_steps={step}", f"cluster.ranks_per_node={ranks}")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.rest
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
-SETTINGS = (*(s for s in TINY if s != "model=tiny"), "model=tiny", "data=jsonl", "data.eval_fraction=0", "train.export=false")
+SETTINGS = (*(s for s in TINY if s != "model=tiny"), "model=tiny", "data=jsonl", "data.eval_fraction=0", "export.enabled=false")
 
 
 def write_rows(file: Path, first: int, count: int) -> None:
@@ -32,7 +32,7 @@ def trained(launch: Launch, module_runs: Path) -> Path:
     module_runs.mkdir(exist_ok=True)
     write_rows(module_runs.parent / "rows.jsonl", 0, 40)
     asked = (f"data.path={module_runs.parent / 'rows.jsonl'}", f"run.root={module_runs}", "run.name=trained")
-    done = launch(*SETTINGS, *asked, "train.max_steps=2", "train.save_every=1", "train.keep_last=2")
+    done = launch(*SETTINGS, *asked, "train.max_steps=2", "checkpoint.save_every=1", "checkpoint.keep_last=2")
     assert done.returncode == 0, done.stdout + done.stderr
     return module_runs / "trained"
 
@@ -165,7 +165,13 @@ def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
     content = marks.read_bytes()
     marks.write_bytes(content[:128] + b"\1" * (len(content) - 128))
     same = ("run.seed=42", "train.global_batch_size=4", "model.dtype=bf16")
-    free = ("train.max_steps=3", "cluster.ranks_per_node=1", "train.log_every=1", "train.save_every=0", "cluster.max_restarts=2")
+    free = (
+        "train.max_steps=3",
+        "cluster.ranks_per_node=1",
+        "train.log_every=1",
+        "checkpoint.save_every=0",
+        "cluster.max_restarts=2",
+    )
     done = launch("resume", str(run), *same, *free, **own_cache)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the data cache is damaged: a block does not match the digest that was written with it" in done.stderr
@@ -189,7 +195,7 @@ def test_with_force_other_data_and_another_type_are_trained_with_and_recorded(
 ) -> None:
     other = tmp_path / "other.jsonl"
     write_rows(other, 500, 60)
-    more = ("train.max_steps=3", "train.keep_last=9")
+    more = ("train.max_steps=3", "checkpoint.keep_last=9")
     text = refused(launch_here, run, f"data.path={other}", *more)
     assert "data.sources[0].path" in text
     changes = (f"data.path={other}", "optim.weight_decay=0.1", "model.dtype=fp32")

@@ -22,7 +22,7 @@ SOAK = (
     "train.max_steps=100000",
     # The rate of a step depends on no number of steps, so that a shorter run has the same losses.
     "optim.schedule=constant",
-    f"train.save_every={SAVE_EVERY}",
+    f"checkpoint.save_every={SAVE_EVERY}",
     "cluster.time=20:00",
     "cluster.signal_lead_seconds=10",
     "cluster.stall_seconds=6",
@@ -162,13 +162,13 @@ def test_a_run_that_is_interrupted_in_every_way_trains_as_one_that_was_left_alon
         wait_for("the job to leave the queue", lambda: not run.queued(), LATE)
     assert run.causes() == [*soak.causes, "cancelled"]
     assert sorted(losses(run.path)) == list(range(1, steps + 1))
-    here = [s for s in SETTINGS if not s.startswith(("+cluster", "cluster.", "train.max_steps", "train.save_every"))]
+    here = [s for s in SETTINGS if not s.startswith(("+cluster", "cluster.", "train.max_steps", "checkpoint.save_every"))]
     alone = launch(
         *here,
         "cluster.ranks_per_node=2",
         "optim.schedule=constant",
         f"train.max_steps={steps}",
-        "train.save_every=0",
+        "checkpoint.save_every=0",
         f"run.root={runs}",
         "run.name=alone",
         timeout=600,

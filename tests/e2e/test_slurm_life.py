@@ -21,7 +21,7 @@ ENDLESS = "train.max_steps=100000"
 def test_four_ranks_are_submitted_again_where_a_requeue_is_forbidden_and_resume_on_one_node(
     begin: Callable[..., SlurmRun], tmp_path: Path
 ) -> None:
-    mirror = f"train.mirror=file://{tmp_path}/mirror"
+    mirror = f"checkpoint.mirror=file://{tmp_path}/mirror"
     run = begin("grid", ENDLESS, "cluster.ranks_per_node=2", "cluster.requeue=false", mirror)
     run.await_step(5)
     first = run.job
@@ -86,7 +86,7 @@ def test_a_waiting_run_says_why_and_can_be_cancelled(launch_here: Launch, slurm:
 
 
 def test_a_run_never_runs_twice_at_once_and_is_cancelled_in_every_way(begin: Callable[..., SlurmRun]) -> None:
-    run = begin("single", ENDLESS, "train.save_every=0")
+    run = begin("single", ENDLESS, "checkpoint.save_every=0")
     run.await_step(3)
     refused = run.launch("resume", str(run.path), **run.bed.variables)
     assert refused.returncode == 2

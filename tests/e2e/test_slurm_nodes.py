@@ -21,7 +21,7 @@ ENDLESS = "train.max_steps=100000"
 
 def test_an_attempt_that_lives_on_unseen_writes_nothing_more(launch_here: Launch, slurm: Testbed, runs: Path) -> None:
     """One node, whose slurmd dies while its rank trains on: Slurm runs the job elsewhere, and two trainings exist."""
-    run = submit(launch_here, slurm, runs, "orphan", "cluster.nodes=1", ENDLESS, "train.save_every=10")
+    run = submit(launch_here, slurm, runs, "orphan", "cluster.nodes=1", ENDLESS, "checkpoint.save_every=10")
     run.await_step(15)
     node = run.attempt_record(1)["nodes"][0]
     orphan = run.ranks(node)[0]
@@ -61,7 +61,7 @@ def test_a_site_without_accounting_is_enough(
         run.await_step(5)
         bare.run("scancel", run.job)
         wait_for("the job to end", lambda: run.shown()["state"] == "cancelled", 60)
-        again = ("train.max_steps=100", "train.save_every=50")
+        again = ("train.max_steps=100", "checkpoint.save_every=50")
         done = launch_here("resume", str(run.path), *again, **bare.variables)
         assert done.returncode == 0, done.stderr
         run.await_step(10, attempt=2)

@@ -17,7 +17,7 @@ from wandb_server import KEY, FakeWandb, Run, fake_wandb
 from launcher.tracking.jsonl import read_events
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
-SETTINGS = (*TINY, "tracking=wandb", "train.save_every=5", "train.eval_at_start=false", "train.export=false")
+SETTINGS = (*TINY, "tracking=wandb", "checkpoint.save_every=5", "eval.at_start=false", "export.enabled=false")
 
 pytestmark = pytest.mark.rest
 

@@ -48,7 +48,7 @@ def wandb_lineage(run: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def source(launch: Launch, module_runs: Path) -> Path:
     """Three steps at a rate that shows, with checkpoints of the steps 2 and 3 and an export."""
-    settings = ("train.max_steps=3", "train.save_every=2", "train.keep_last=2", "optim.lr=1e-2", "tracking=none")
+    settings = ("train.max_steps=3", "checkpoint.save_every=2", "checkpoint.keep_last=2", "optim.lr=1e-2", "tracking=none")
     done = launch(*SETTINGS, *settings, f"run.root={module_runs}", "run.name=source")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(held_out(module_runs / "source")) == 2
@@ -58,7 +58,7 @@ def source(launch: Launch, module_runs: Path) -> Path:
 @pytest.fixture(scope="module")
 def warm(launch: Launch, source: Path) -> tuple[Path, str]:
     """Begun with the newest checkpoint of `source`, on other rows, with W&B's files; its output."""
-    settings = ("train.max_steps=2", "tracking.mode=offline", "train.export=false", "run.seed=7")
+    settings = ("train.max_steps=2", "tracking.mode=offline", "export.enabled=false", "run.seed=7")
     done = launch(*SETTINGS, *WARM, *settings, "model.path=run:source", f"run.root={source.parent}", "run.name=warm")
     assert done.returncode == 0, done.stdout + done.stderr
     return source.parent / "warm", done.stdout
@@ -101,7 +101,7 @@ def test_the_weights_are_the_plans_own(source: Path, warm: tuple[Path, str]) -> 
 
 def test_a_second_generation_from_a_chosen_step_and_a_path(launch: Launch, source: Path, warm: tuple[Path, str]) -> None:
     """`warm` has no export: the weights come from its checkpoint, in fp32 here."""
-    settings = ("train.max_steps=1", "tracking=none", "train.export=false", "model.dtype=fp32")
+    settings = ("train.max_steps=1", "tracking=none", "export.enabled=false", "model.dtype=fp32")
     done = launch(*SETTINGS, *WARM, *settings, f"model.path=run:{warm[0]}@2", f"run.root={source.parent}", "run.name=third")
     assert done.returncode == 0, done.stdout + done.stderr
     third = source.parent / "third"

@@ -24,8 +24,9 @@ def exported(
 ) -> list[tuple[int, str]]:
     """Exit code and output of two ranks that export the checkpoint of `run`."""
     plan = plan_of(run)
-    train = plan.config.train.model_copy(update={"push_to_hub": push_to_hub})
-    (run / "plan.json").write_text(plan.model_copy(update={"config": plan.config.model_copy(update={"train": train})}).to_json())
+    export = plan.config.export.model_copy(update={"push_to_hub": push_to_hub})
+    config = plan.config.model_copy(update={"export": export})
+    (run / "plan.json").write_text(plan.model_copy(update={"config": config}).to_json())
     arguments = [(str(run / "plan.json"), str(checkpoint), limited)] * 2
     return [(rank.code, rank.output) for rank in rank_server.run("export_ranks:main", arguments, run / "ranks")]
 

@@ -7,7 +7,7 @@ says "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/laun
 [ -z "$(ls -A | grep -v output)" ] || fail "looking at settings leaves files"
 python "$here/make_chats.py" 20000 >chats.jsonl
 own=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=256 data.workers=2 data.eval_max_rows=4)
-run=("${own[@]}" train.global_batch_size=4 train.max_steps=12 train.save_every=3 train.sample=false tracking.mode=offline)
+run=("${own[@]}" train.global_batch_size=4 train.max_steps=12 checkpoint.save_every=3 eval.sample=false tracking.mode=offline)
 
 step "data" python -m launcher data "${own[@]}"
 says "20,000"
@@ -19,7 +19,7 @@ step "status" launcher status first
 says completed
 step "report" launcher report first --html report.html
 
-step "train, detached" launcher "${run[@]}" run.name=killed train.export=false --detach
+step "train, detached" launcher "${run[@]}" run.name=killed export.enabled=false --detach
 step "kill rank 1" python "$here/kill_rank.py" runs/killed 1 4
 wait_for 60 has_state killed failed
 step "status of a killed run" launcher status killed

@@ -3,13 +3,13 @@
 . "$(dirname "$0")/common.sh"
 
 python "$here/make_chats.py" 500 >chats.jsonl
-run=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=128 train.global_batch_size=4 train.eval_at_start=false
-  train.sample=false tracking=none)
+run=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=128 train.global_batch_size=4 eval.at_start=false
+  eval.sample=false tracking=none)
 
-step "train" python -m launcher "${run[@]}" +cluster=ray cluster.workers=2 run.name=journey train.max_steps=3 train.export=false
+step "train" python -m launcher "${run[@]}" +cluster=ray cluster.workers=2 run.name=journey train.max_steps=3 export.enabled=false
 step "status" launcher status journey
 says completed
-step "resume" launcher resume journey train.max_steps=5 train.export=true
+step "resume" launcher resume journey train.max_steps=5 export.enabled=true
 step "load with transformers" python -c '
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained("runs/journey/export")'

@@ -7,7 +7,7 @@ step "data" python -m launcher data model=tiny data=jsonl data.path=chats.jsonl 
 python "$here/make_sharded_model.py" my-model
 [ "$(ls my-model/*.safetensors | wc -l)" -gt 2 ] || fail "the model has too few files"
 own=(model.path=./my-model model.name=mine data=jsonl data.path=chats.jsonl data.max_length=128)
-run=("${own[@]}" train.global_batch_size=4 train.max_steps=3 train.sample=false tracking=none)
+run=("${own[@]}" train.global_batch_size=4 train.max_steps=3 eval.sample=false tracking=none)
 
 step "train" python -m launcher "${run[@]}" run.name=sharded
 step "load with transformers" python -c '

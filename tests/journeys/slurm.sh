@@ -3,8 +3,8 @@
 . "$(dirname "$0")/common.sh"
 
 python "$here/make_chats.py" 500 >chats.jsonl
-run=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=128 train.global_batch_size=4 train.save_every=5
-  train.eval_at_start=false train.sample=false train.export=false tracking=none
+run=(model=tiny data=jsonl data.path=chats.jsonl data.max_length=128 train.global_batch_size=4 checkpoint.save_every=5
+  eval.at_start=false eval.sample=false export.enabled=false tracking=none
   +cluster=slurm cluster.nodes=2 cluster.ranks_per_node=1 cluster.exclusive=false cluster.time=10:00)
 
 step "data" python -m launcher data "${run[@]}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from launcher.config.data import DataSection, Source
-from launcher.config.schema import TrainSection
+from launcher.config.train import TrainSection
 from launcher.errors import ConfigError
 from launcher.plan.batch import divisors, split
 from launcher.plan.launch_plan import Batch, DataFacts, LaunchPlan

@@ -16,14 +16,14 @@ PlanOf = Callable[..., LaunchPlan]
 @pytest.mark.parametrize(
     ("tokens", "count"),
     [
-        (["train.max_steps=100", "train.save_every=10", "train.keep_last=2"], 3),
-        (["train.max_steps=100", "train.save_every=10", "train.keep_last=1"], 2),
-        (["train.max_steps=100", "train.save_every=10", "train.keep_last=2", "train.keep_every=50"], 5),
-        (["train.max_steps=100", "train.save_every=10", "train.keep_last=2", "train.keep_best=3"], 6),
+        (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2"], 3),
+        (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=1"], 2),
+        (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2", "checkpoint.keep_every=50"], 5),
+        (["train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2", "checkpoint.keep_best=3"], 6),
         # It saves once, or no more often than that.
         (["train.max_steps=100"], 1),
-        (["train.max_steps=100", "train.save_every=60", "train.keep_last=9"], 2),
-        (["train.max_steps=100", "train.save_every=50", "train.keep_last=9"], 2),
+        (["train.max_steps=100", "checkpoint.save_every=60", "checkpoint.keep_last=9"], 2),
+        (["train.max_steps=100", "checkpoint.save_every=50", "checkpoint.keep_last=9"], 2),
     ],
 )
 def test_what_is_kept_and_the_one_being_written_need_room(plan_of: PlanOf, tokens: list[str], count: int) -> None:
@@ -31,13 +31,13 @@ def test_what_is_kept_and_the_one_being_written_need_room(plan_of: PlanOf, token
 
 
 def test_steps_that_are_not_known_yet_bound_nothing(plan_of: PlanOf) -> None:
-    plan = plan_of("train.epochs=1", "train.max_steps=null", "train.keep_last=2", data=None)
+    plan = plan_of("train.epochs=1", "train.max_steps=null", "checkpoint.keep_last=2", data=None)
     assert plan.batch.max_steps is None
     assert disk.checkpoints_at_once(plan) == 3
 
 
 def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> None:
-    plan = plan_of("train.max_steps=100", "train.save_every=10", "train.keep_last=2")
+    plan = plan_of("train.max_steps=100", "checkpoint.save_every=10", "checkpoint.keep_last=2")
     one = plan.checkpoint_bytes
     refused = disk.refusal(plan, one - 1)
     assert refused is not None
@@ -56,11 +56,11 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [
-        (["train.keep_last=1"], "each, the newest is kept;"),
-        (["train.keep_last=3"], "each, the newest 3 are kept;"),
-        (["train.keep_last=1", "train.keep_every=100"], "each, the newest and every 100 steps are kept;"),
+        (["checkpoint.keep_last=1"], "each, the newest is kept;"),
+        (["checkpoint.keep_last=3"], "each, the newest 3 are kept;"),
+        (["checkpoint.keep_last=1", "checkpoint.keep_every=100"], "each, the newest and every 100 steps are kept;"),
         (
-            ["train.keep_last=2", "train.keep_every=100", "train.keep_best=2"],
+            ["checkpoint.keep_last=2", "checkpoint.keep_every=100", "checkpoint.keep_best=2"],
             "each, the newest 2 and the best 2 and every 100 steps are kept;",
         ),
     ],

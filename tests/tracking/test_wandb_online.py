@@ -137,7 +137,7 @@ def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
     make_plan: PlanMaker, server: FakeWandb, monkeypatch: pytest.MonkeyPatch, for_good: bool
 ) -> None:
     plan = make_plan().model_copy(update={"data": DATA})
-    plan = hand_made.changed(plan, "train.eval_every=2")
+    plan = hand_made.changed(plan, "eval.every=2")
     with rank(plan, base_url=server.address) as it:
         it.start_and_wait()
         it.steps(1, 4)

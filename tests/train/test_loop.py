@@ -51,7 +51,7 @@ def run(plan: LaunchPlan, max_steps: int, skipped: set[int]) -> Played:
 
 
 def test_a_save_that_is_due_at_a_skipped_step_comes_with_the_next_one(plan_of: PlanOf) -> None:
-    session = run(plan_of("train.save_every=5", "model.dtype=bf16"), 20, skipped={10, 11})
+    session = run(plan_of("checkpoint.save_every=5", "model.dtype=bf16"), 20, skipped={10, 11})
     assert session.saved == [5, 12, 15, 20]
 
 

@@ -38,10 +38,10 @@ class Node:
     @property
     def plan(self) -> SimpleNamespace:
         """What the faults read of a plan."""
-        train = SimpleNamespace(save_every=5)
+        checkpoint = SimpleNamespace(save_every=5)
         topology = SimpleNamespace(world_size=4)
         return SimpleNamespace(
-            run_dir=str(self.run.root), checkpoint_bytes=8000, topology=topology, config=SimpleNamespace(train=train)
+            run_dir=str(self.run.root), checkpoint_bytes=8000, topology=topology, config=SimpleNamespace(checkpoint=checkpoint)
         )
 
 

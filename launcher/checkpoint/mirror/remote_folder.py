@@ -200,7 +200,7 @@ def unreachable(remote: Remote, what: str, error: Exception) -> SubmitError:
         remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; another endpoint: AWS_ENDPOINT_URL)"
     elif remote.url.startswith("file:"):
         remedy = "check that the folder can be made and written"
-    return SubmitError(f"the mirror cannot be {what}: {words(error)}", where="train.mirror", value=remote.url, remedy=remedy)
+    return SubmitError(f"the mirror cannot be {what}: {words(error)}", where="checkpoint.mirror", value=remote.url, remedy=remedy)
 
 
 def words(error: Exception) -> str:
@@ -215,14 +215,17 @@ def _connect(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise SubmitError(
             f"addresses that start with {url.partition('://')[0]}:// need a Python package that is not installed",
-            where="train.mirror",
+            where="checkpoint.mirror",
             value=url,
             remedy=f"install it where the launcher is installed, with: pip install {_package(url, error)}",
         ) from None
     except ValueError as error:
         known = ", ".join(name for name in ("s3", "gs", "az", "hf", "sftp", "file"))
         raise SubmitError(
-            f"this is no address of a mirror: {error}", where="train.mirror", value=url, remedy=f"it starts with one of: {known}"
+            f"this is no address of a mirror: {error}",
+            where="checkpoint.mirror",
+            value=url,
+            remedy=f"it starts with one of: {known}",
         ) from None
     return fs, str(path)
 

@@ -1,6 +1,6 @@
 """The copy of a run that lies elsewhere: what is committed here is sent there, oldest first.
 
-    <train.mirror>/<run name>/
+    <checkpoint.mirror>/<run name>/
       run.json                 written when all of the next lines is there: whose mirror this is, and sizes and digests
       plan.json                and attempts/NNN/plan.json, where a resume has changed it, attempts/NNN/attempt.json
       plans/                   every plan under the digest that stands in checkpoints
@@ -184,7 +184,7 @@ class Mirror:
             for step, manifest in self._complete.items()
             if step <= newest and step not in abandoned
         ]
-        dropped = {c.step for c in outdated(going_on, Retention.of(self._plan.config.train))}
+        dropped = {c.step for c in outdated(going_on, Retention.of(self._plan.config.checkpoint))}
         needed = here | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):
@@ -274,7 +274,7 @@ class Mirror:
         if owner.wandb_id != self._owner.wandb_id:
             raise MirrorTaken(
                 f"the mirror holds another run named {self._plan.run_name}, from {owner.run_dir} on {owner.host}",
-                where="train.mirror",
+                where="checkpoint.mirror",
                 value=self._remote.url,
                 remedy="choose another run.name or another mirror",
             )
@@ -284,7 +284,7 @@ class Mirror:
 
 def address(plan: LaunchPlan) -> str:
     """Where the mirror of the plan's run is."""
-    return f"{(plan.config.train.mirror or '').rstrip('/')}/{plan.run_name}"
+    return f"{(plan.config.checkpoint.mirror or '').rstrip('/')}/{plan.run_name}"
 
 
 def require_usable(plan: LaunchPlan) -> None:
@@ -293,7 +293,7 @@ def require_usable(plan: LaunchPlan) -> None:
     Raises:
         SubmitError: where it cannot be written, its package is missing, or another run of this name has its mirror there.
     """
-    url = plan.config.train.mirror
+    url = plan.config.checkpoint.mirror
     if url is None:
         return
     probe(url)
@@ -309,7 +309,7 @@ def require_usable(plan: LaunchPlan) -> None:
             f"the mirror holds another run named {plan.run_name}",
             where=remote.url,
             value=f"from {known.owner.run_dir} on {known.owner.host}",
-            remedy="choose another run.name or another train.mirror; or continue that run with: "
+            remedy="choose another run.name or another checkpoint.mirror; or continue that run with: "
             f"python -m launcher resume {remote.url}",
         )
 

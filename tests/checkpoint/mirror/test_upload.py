@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> tuple[LaunchPlan, RunDir, Path]:
 
 
 def begun(plan: LaunchPlan, run: RunDir, attempt: int = 1) -> Mirror:
-    mirror = Mirror(Remote(f"{plan.config.train.mirror}/a"), run, plan, attempt)
+    mirror = Mirror(Remote(f"{plan.config.checkpoint.mirror}/a"), run, plan, attempt)
     mirror.begin()
     return mirror
 
@@ -199,7 +199,7 @@ def elsewhere(tmp_path: Path, run: RunDir, step: int, pinned: bool = False) -> R
 
 
 def test_what_only_the_mirror_has_is_kept_as_the_settings_say(tmp_path: Path) -> None:
-    settings = ("train.keep_last=2", "train.keep_every=10", "train.keep_best=1")
+    settings = ("checkpoint.keep_last=2", "checkpoint.keep_every=10", "checkpoint.keep_best=1")
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=settings)
     folder = tmp_path / "mirror" / "a"
     for step, loss in ((5, 1.0), (10, 2.0), (15, 2.0), (22, 3.0), (25, 2.0)):
@@ -215,7 +215,7 @@ def test_what_only_the_mirror_has_is_kept_as_the_settings_say(tmp_path: Path) ->
 
 
 def test_going_back_on_another_machine_takes_the_later_ones_out_of_the_mirror(tmp_path: Path) -> None:
-    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=["train.keep_last=9"])
+    plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=["checkpoint.keep_last=9"])
     folder = tmp_path / "mirror" / "a"
     for step in (5, 10, 15):
         commit(run, step)
@@ -330,7 +330,7 @@ def test_a_file_that_is_damaged_here_does_not_become_a_checkpoint_there(place) -
 def test_a_mirror_belongs_to_one_run_and_to_its_last_attempt(place, tmp_path: Path) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
-    other_plan, other = make_run(tmp_path / "other", plan.config.train.mirror or "", created_at="2026-02-01T00:00:00Z")
+    other_plan, other = make_run(tmp_path / "other", plan.config.checkpoint.mirror or "", created_at="2026-02-01T00:00:00Z")
     with pytest.raises(MirrorTaken, match="another run named a"):
         begun(other_plan, other)
     with pytest.raises(SubmitError, match="another run named a"):

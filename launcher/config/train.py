@@ -1,0 +1,80 @@
+"""The sections for what training does: steps and batches, held-out evaluation, checkpoints, export."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from launcher.config.fields import Count, Flag, HubId, Positive, PositiveInt, Section, Url
+
+
+class TrainSection(Section):
+    """How long training lasts, and in which batches."""
+
+    max_steps: PositiveInt | None = Field(None, description="Optimizer steps; excludes train.epochs.")
+    epochs: Positive | None = Field(None, description="Passes over the data; excludes train.max_steps.")
+    global_batch_size: PositiveInt = Field(64, description="Rows per optimizer step over all ranks.")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="Rows per rank in one forward pass. Unset: the plan chooses one that divides the batch."
+    )
+    grad_clip: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        1.0, description="Largest gradient norm; 0 turns clipping off."
+    )
+    log_every: PositiveInt = Field(1, description="Steps between logged metrics.")
+    loss_chunk_tokens: PositiveInt = Field(1024, description="Trained tokens whose logits exist at one time.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if self.max_steps is None and self.epochs is None:
+            raise ValueError("neither train.max_steps nor train.epochs is set; set one of them")
+        if self.max_steps is not None and self.epochs is not None:
+            raise ValueError("train.max_steps and train.epochs are both set; unset one of them with null")
+        return self
+
+
+class EvalSection(Section):
+    """Held-out evaluation while the model trains."""
+
+    every: Count = Field(0, description="Steps between held-out evaluations; 0: only before and after training.")
+    at_start: Flag = Field(True, description="Evaluate before the first step, so that there is something to compare with.")
+    sample: Flag = Field(
+        False, description="Answer one held-out question before and after training (models that fit on one device)."
+    )
+    sample_max_tokens: PositiveInt = Field(48, description="Length of that answer in tokens.")
+
+
+class CheckpointSection(Section):
+    """When checkpoints are written, which of them are kept, and where they are copied to."""
+
+    save_every: Count = Field(0, description="Steps between checkpoints; 0: only at the end and when stopped.")
+    keep_last: PositiveInt = Field(2, description="Newest committed checkpoints to keep; older ones are removed.")
+    keep_every: Count = Field(0, description="Checkpoints at multiples of so many steps are never removed; 0: none.")
+    keep_best: Count = Field(
+        0, description="Checkpoints with the lowest held-out loss to keep besides; they must fall on steps that are evaluated."
+    )
+    async_save: Flag = Field(
+        True,
+        description="Write checkpoints in the background, from a copy in main memory, while training goes on. "
+        "false: training waits, and no memory is needed.",
+    )
+    mirror: Url | None = Field(
+        None,
+        description="Folder to copy every committed checkpoint to in the background: s3://bucket/runs, or any other address "
+        "that fsspec knows. A run is resumed from there with: resume URL/NAME.",
+    )
+
+
+class ExportSection(Section):
+    """The Hugging Face folder that a complete run leaves, and where it is pushed to."""
+
+    enabled: Flag = Field(True, description="Write the Hugging Face folder when training is complete.")
+    push_to_hub: HubId | None = Field(
+        None, description="Hub repository that gets the exported folder at the end; it is made private. Needs HF_TOKEN."
+    )
+
+    @model_validator(mode="after")
+    def _something_to_push(self) -> ExportSection:
+        if self.push_to_hub and not self.enabled:
+            raise ValueError("export.push_to_hub pushes the exported folder, and export.enabled is off; set export.enabled=true")
+        return self
