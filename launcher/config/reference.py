@@ -1,7 +1,7 @@
-"""The page docs/config.md, written from the schema and the files under conf/.
+"""The page docs/settings.md, written from the schema and the files under conf/.
 
-python -m launcher.config.reference docs/config.md            write it
-python -m launcher.config.reference --check docs/config.md    exit 1 where it is not what would be written
+python -m launcher.config.reference docs/settings.md            write it
+python -m launcher.config.reference --check docs/settings.md    exit 1 where it is not what would be written
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BAR = r"\|"
 _HEAD = """\
 # Settings
 
-Written by `make docs` from the descriptions in `launcher/config/schema.py` and the files under `conf/`.
+Written by `make settings` from the descriptions in `launcher/config` and the files under `conf/`.
 
 A setting is given as `key=value` (`train.max_steps=100`), an option of a group as `group=option` (`model=qwen3_8b`).
 The defaults below are the schema's; the options of the groups and `conf/config.yaml` set many of them to something
@@ -83,7 +83,7 @@ def _about(file: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.config.reference", description="Write or check the settings' page.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is not current")
-    parser.add_argument("page", type=Path, help="docs/config.md")
+    parser.add_argument("page", type=Path, help="docs/settings.md")
     arguments = parser.parse_args(argv)
     page: Path = arguments.page
     if not arguments.check:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if page.is_file() and page.read_text(encoding="utf-8") == render():
         return 0
-    print(f"{page} is not what the settings say; write it again with: make docs", file=sys.stderr)
+    print(f"{page} is not what the settings say; write it again with: make settings", file=sys.stderr)
     return 1
 
 

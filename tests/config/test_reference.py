@@ -12,13 +12,13 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def test_the_page_is_current() -> None:
-    assert main(["--check", str(REPO / "docs" / "config.md")]) == 0
+    assert main(["--check", str(REPO / "docs" / "settings.md")]) == 0
 
 
 def test_a_stale_page_is_one_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "docs" / "config.md"
+    page = tmp_path / "docs" / "settings.md"
     assert main(["--check", str(page)]) == 1
-    assert capsys.readouterr().err == f"{page} is not what the settings say; write it again with: make docs\n"
+    assert capsys.readouterr().err == f"{page} is not what the settings say; write it again with: make settings\n"
     assert not page.exists()
     assert main([str(page)]) == 0
     assert main(["--check", str(page)]) == 0
