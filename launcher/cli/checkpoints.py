@@ -21,7 +21,7 @@ from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, Run
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
-from launcher.tracking.console import format_duration
+from launcher.tracking.metrics import format_duration
 
 # What reading a checkpoint from end to end has shown, by its path: None where it is whole.
 Known = Mapping[Path, CheckpointError | None]

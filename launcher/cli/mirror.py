@@ -25,7 +25,7 @@ from launcher.errors import ConfigError, DataError, LauncherError, Problem, Subm
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
-from launcher.tracking.console import format_duration
+from launcher.tracking.metrics import format_duration
 
 
 def run_from(url: str, root: Path, step: int | None) -> RunDir:

@@ -21,33 +21,19 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
 from launcher.tracking import goodput
-from launcher.tracking.console import format_duration
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import gone_on_from, lines_of, merged, read_events
+from launcher.tracking.metrics import curves, format_duration
 from launcher.tracking.metrics_tail import newest_step
 
 _MOST_POINTS = 600
-_CURVES = (
-    ("Training loss", "train/loss", 1.0, ""),
-    ("Held-out loss", "eval/held_out/loss", 1.0, ""),
-    ("Learning rate", "train/lr", 1.0, ""),
-    ("Gradient norm", "train/grad_norm", 1.0, ""),
-    ("Tokens per second", "perf/tokens_per_sec", 1.0, ""),
-    ("MFU", "perf/mfu", 100.0, "%"),
-    ("GPU memory reserved at the peak", "memory/peak_reserved_gib", 1.0, "GiB"),
-    ("Main memory of rank 0", "memory/host_rss_gib", 1.0, "GiB"),
-    ("Goodput", "perf/goodput", 100.0, "%"),
-    ("Slowest rank against the usual one", "time/straggler_ratio", 1.0, ""),
-    ("GPU utilisation, mean", "gpu/util_mean", 100.0, "%"),
-    ("GPU temperature, highest", "gpu/temp_max", 1.0, "°C"),
-)
-# What the names of those metrics begin with that a page is made of, what tells where the time went included.
-_METRICS = (*(name for _, name, _, _ in _CURVES), "eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens")
+# Names, or beginnings of names, of the metrics that the page needs beside those of the charts.
+_OTHER_METRICS = ("eval/", "time/eval_s", "ckpt/stall_s", "trainer/tokens")
 
 
 @dataclass(frozen=True)
 class _Told:
-    """What the files of a run tell; `steps` has one entry a step, `lines` all that were written, each of them with _METRICS."""
+    """Contents of a run's files. `lines` are all lines of metrics.jsonl, `steps` one a step; both hold what the page needs."""
 
     name: str
     run: RunDir
@@ -88,7 +74,7 @@ def _names(runs: Sequence[RunDir]) -> list[str]:
 
 def _told(found: RunDir, name: str) -> _Told:
     plan = run_store.load_plan(found)
-    lines = list(lines_of(found.metrics, _METRICS))
+    lines = list(lines_of(found.metrics, (*curves(), *_OTHER_METRICS)))
     status = cluster_for(plan.config.cluster.kind).status(found)
     events = read_events(found.events)
     attempts = goodput.settled(goodput.recorded(found), status.state, lines, events)
@@ -141,16 +127,16 @@ def _compared(runs: Sequence[_Told]) -> str:
 
 def _curves(runs: Sequence[_Told]) -> list[str]:
     figures = []
-    for title, name, factor, unit in _CURVES:
+    for name, curve in curves().items():
         x, series = [], []
         for one in runs:
-            points = [(line["trainer/step"], line[name] * factor) for line in one.steps if name in line]
+            points = [(line["trainer/step"], line[name] * curve.scale) for line in one.steps if name in line]
             if points:
                 steps, values = zip(*thinned(points, _MOST_POINTS), strict=True)
                 x.append(steps)
                 series.append(Series(one.name, values))
         if series:
-            figures.append(html.lines(title, x, series, "step", unit))
+            figures.append(html.lines(curve.title, x, series, "step", curve.unit))
     return [html.side_by_side(*figures)] if figures else [html.paragraph("nothing was logged yet")]
 
 

@@ -20,9 +20,9 @@ from launcher.run_store import Placed
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
+from launcher.tracking.metrics import median_names
 from launcher.tracking.metrics_tail import Glance, glance, newest_step
 
-_VARYING = ("perf/tokens_per_sec", "time/step_s", "perf/mfu", "time/straggler_ratio")
 # Without a word for longer than that, and for so many steps, nobody knows when the run will end. An evaluation takes minutes.
 _SILENT_S, _SILENT_STEPS = 600.0, 10
 
@@ -174,7 +174,7 @@ def _num_ranks(line: dict[str, Any]) -> int | None:
 
 def _usual(recent: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Medians over the newest steps, of what varies from step to step."""
-    values = {name: [line[name] for line in recent if name in line] for name in _VARYING}
+    values = {name: [line[name] for line in recent if name in line] for name in median_names()}
     return {name: statistics.median(found) for name, found in values.items() if found}
 
 

@@ -22,7 +22,7 @@ from launcher.errors import LauncherError, printable
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking import goodput
-from launcher.tracking.console import format_duration
+from launcher.tracking.metrics import format_duration, status_lines
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\x1b[H\x1b[J"
@@ -143,10 +143,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         ("step", _progress(found)),
     ]
     if metrics:
-        rows.append(("loss", f"{metrics['train/loss']:.4f}  {sparkline(found['losses'])}"))
-        rows.append(("pace", _pace(found["usual"])))
-        rows.append(("memory", _memory(metrics)))
-        rows += [(label, words) for label, words in (("GPUs", _gpus(metrics)), ("ranks", _ranks(found["usual"]))) if words]
+        shown = dict(status_lines(metrics, found["usual"]))
+        if "loss" in shown:
+            shown["loss"] += f"  {sparkline(found['losses'])}"
+        rows += shown.items()
         if found["left_s"] is not None and not asked:
             after = " of training, once it has its machines" if found["state"] == "pending" else ""
             limit = f", until {found['limit']} ends it before its last step" if found["limit"] else ""
@@ -187,38 +187,6 @@ def sparkline(values: Sequence[float]) -> str:
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * scale)] if math.isfinite(value) else "!" for value in values)
-
-
-def _pace(usual: dict[str, float]) -> str:
-    pace = f"{usual['perf/tokens_per_sec']:,.0f} tokens/s, {usual['time/step_s']:.2f} s a step"
-    return pace + (f", MFU {usual['perf/mfu']:.1%}" if "perf/mfu" in usual else "")
-
-
-def _memory(metrics: dict[str, Any]) -> str:
-    host = f"{metrics['memory/host_rss_gib']:.1f} GiB of main memory in rank 0"
-    reserved = metrics.get("memory/peak_reserved_gib")
-    return host if reserved is None else f"{reserved:.1f} GiB of the GPU reserved at the peak, {host}"
-
-
-def _gpus(metrics: dict[str, Any]) -> str:
-    parts = []
-    if "gpu/util_mean" in metrics:
-        parts.append(f"{metrics['gpu/util_mean']:.0%} busy (the least {metrics['gpu/util_min']:.0%})")
-    if "gpu/memory_max_frac" in metrics:
-        parts.append(f"memory up to {metrics['gpu/memory_max_frac']:.0%}")
-    if "gpu/power_mean" in metrics:
-        parts.append(f"{metrics['gpu/power_mean']:,.0f} W each")
-    if "gpu/temp_max" in metrics:
-        parts.append(f"up to {metrics['gpu/temp_max']:.0f} °C")
-    if metrics.get("gpu/xids"):
-        parts.append(f"{metrics['gpu/xids']:.0f} Xid errors")
-    return ", ".join(parts)
-
-
-def _ranks(usual: dict[str, float]) -> str:
-    if "time/straggler_ratio" not in usual:
-        return ""
-    return f"the slowest works {usual['time/straggler_ratio']:.2f} times as long as the usual one"
 
 
 def _lost(told: dict[str, float]) -> str:

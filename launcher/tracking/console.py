@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
+
+from launcher.tracking.metrics import console_text
 
 
 class ConsoleTracker:
@@ -40,31 +41,4 @@ def format_step(metrics: Mapping[str, float], max_steps: int | None) -> str:
         width = max(3, len(str(max_steps or "")))
         total = f"/{max_steps}" if max_steps else ""
         parts.append(f"step {int(metrics['trainer/step']):>{width}}{total}")
-    for name, label in _LABELLED.items():
-        if name in metrics:
-            parts.append(label.format(metrics[name]))
-    if "trainer/eta_s" in metrics:
-        parts.append(f"eta {format_duration(metrics['trainer/eta_s'])}")
-    return "  ".join(parts)
-
-
-_LABELLED = {
-    "train/loss": "loss {:.3f}",
-    "train/lr": "lr {:.1e}",
-    "train/grad_norm": "grad {:.2f}",
-    "perf/tokens_per_sec": "{:,.0f} tok/s",
-}
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds in the two largest units: 45s, 1m40s, 2h05m, 3d04h; `?` where it is not finite."""
-    if not math.isfinite(seconds):
-        return "?"
-    total = round(seconds)
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    if total < 86400:
-        return f"{total // 3600}h{total % 3600 // 60:02d}m"
-    return f"{total // 86400}d{total % 86400 // 3600:02d}h"
+    return "  ".join(filter(None, (*parts, console_text(metrics))))

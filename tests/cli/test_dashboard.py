@@ -14,7 +14,7 @@ from forked import preloaded
 from http_server import serving
 
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.wandb.workspace import SECTIONS, STEP
+from launcher.tracking.metrics import METRICS, SECTIONS, STEP
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -89,7 +89,8 @@ def test_the_workspace_is_what_it_was(launch: Launch, golden: Callable[[str, str
 def test_every_panel_has_a_title_and_the_steps_below_it(launch: Launch) -> None:
     made = json.loads(launch("dashboard", "demo", "--dry-run").stdout)
     panels = [panel for part in made["spec"]["section"]["panelBankConfig"]["sections"] for panel in part["panels"]]
-    assert len(panels) == sum(map(len, SECTIONS.values())) == len({panel["__id__"] for panel in panels})
+    titles = {title for metric in METRICS.values() for title in ((metric.section, metric.title), *metric.more_panels) if title[1]}
+    assert len(panels) == len(titles) == len({panel["__id__"] for panel in panels})
     assert all(panel["config"]["chartTitle"] and panel["config"]["xAxis"] == STEP for panel in panels)
     assert made["spec"]["section"]["settings"]["xAxis"] == STEP
 

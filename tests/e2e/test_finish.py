@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from wandb_files import records
 
-from launcher.tracking.wandb.workspace import SECTIONS
+from launcher.tracking.metrics import panels
 
 pytestmark = pytest.mark.rest
 
@@ -105,7 +105,7 @@ def test_every_metric_is_in_the_file_in_wandb_and_on_the_dashboard(finished: tup
     assert [row["train/loss"] for row in history[1:]] == pytest.approx([loss for _, loss in sorted(losses(run).items())])
     (first,) = (record["run"] for record in sent if record["type"] == "run")
     assert (first["tags"], first["config"]["update"]["config"]["train"]["max_steps"]) == (["quiet"], STEPS)
-    shown = {name for charts in SECTIONS.values() for chart in charts for name in chart.metrics if not name.startswith("/")}
+    shown = {name for section in panels().values() for panel in section for name in panel.metrics if "*" not in name}
     only_on_gpus = ("gpu/", "memory/peak_", "memory/alloc_retries")
     assert {name for name in shown - logged if not name.startswith(only_on_gpus)} == set()
 

@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from launcher.tracking.console import ConsoleTracker, format_duration, format_step
+from launcher.tracking.console import ConsoleTracker, format_step
+from launcher.tracking.metrics import format_duration
 
 FULL = {
     "trainer/step": 12,

@@ -24,6 +24,7 @@ from launcher import run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import SUPERSEDED, JsonlTracker, read_events
+from launcher.tracking.metrics import wandb_names
 from launcher.tracking.tracker import start_trackers
 from launcher.tracking.wandb import tracker as module
 from launcher.tracking.wandb.session import Session, is_online, redacted
@@ -104,10 +105,8 @@ def test_metrics_stand_on_the_step_axis_under_the_plans_id(make_plan: PlanMaker,
     ]
     found = records(run_dir)
     metrics = [record["metric"] for record in found if record["type"] == "metric"]
-    assert [(m.get("name", m.get("glob_name")), m.get("step_metric")) for m in metrics] == [
-        ("trainer/step", None),
-        ("*", "trainer/step"),
-    ]
+    step_metrics = {metric.get("name", metric.get("glob_name")): metric.get("step_metric") for metric in metrics}
+    assert step_metrics == {"trainer/step": None, **dict.fromkeys((*wandb_names(), "*"), "trainer/step")}
     (run,) = (record["run"] for record in found if record["type"] == "run")
     assert (run["run_id"], run["display_name"], run["project"]) == ("abcd1234", "demo-run", "demo")
     assert (run["run_group"], run["tags"]) == ("sweep", ["tagged"])

@@ -24,7 +24,9 @@ from typing import Any, Literal
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.tracking import metrics as metrics_table
 from launcher.tracking.jsonl import NO_METRICS, gone_on_from, lines_of, merged
+from launcher.tracking.metrics import STEP
 from launcher.tracking.wandb.steps import offsets, returns
 
 INIT_TIMEOUT_S = 30.0
@@ -68,10 +70,6 @@ class Checkpoint:
     best: bool
 
 
-# Metrics of which the lowest value is the best, and their names in the summary.
-LOWEST = {"train/loss": "best/train_loss", "eval/held_out/loss": "best/eval_loss"}
-
-
 class LowestValues:
     """The lowest training and held-out loss of a run, each with its step, for the summary."""
 
@@ -80,7 +78,7 @@ class LowestValues:
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take in the metrics of a step. NaN is never the lowest."""
-        for name, summary_name in LOWEST.items():
+        for name, summary_name in metrics_table.lowest_names().items():
             if name in metrics and metrics[name] < self.summary.get(summary_name, math.inf):
                 self.summary |= {summary_name: metrics[name], f"{summary_name}_step": step}
 
@@ -157,8 +155,10 @@ class Session:
         self._caught_up = False
         # Of W&B's step to the trainer's; known when metrics.jsonl has been read.
         self._offset = 0
-        self._run.define_metric("trainer/step")
-        self._run.define_metric("*", step_metric="trainer/step")
+        self._run.define_metric(STEP)
+        # "*" is for what the table of metrics does not name, such as metrics of evaluation sets.
+        for name in (*metrics_table.wandb_names(), "*"):
+            self._run.define_metric(name, step_metric=STEP)
         # Of a run that is resumed it still says how the attempt before has ended.
         self._run.summary.update({"state": "running"})
 
@@ -184,7 +184,7 @@ class Session:
         # Read twice, as all lines of a long run at once are a burden where W&B lacks none.
         last_steps: dict[int, int] = {}
         losses = []
-        for line in lines_of(self._run_dir.metrics, tuple(LOWEST)):
+        for line in lines_of(self._run_dir.metrics, tuple(metrics_table.lowest_names())):
             last_steps[line["attempt"]] = max(line["trainer/step"], last_steps.get(line["attempt"], 0))
             losses.append(line)
         for line in merged(gone_on_from(losses)):

@@ -8,81 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-STEP = "trainer/step"
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Metrics over the steps. `metrics` may be one regular expression, written /like this/; `log_y` draws their logarithm."""
-
-    title: str
-    metrics: tuple[str, ...]
-    unit: str = ""
-    log_y: bool = False
-
-
-SECTIONS: dict[str, tuple[Chart, ...]] = {
-    "Training": (
-        Chart("Loss per trained token", ("train/loss", "eval/held_out/loss")),
-        Chart("Held-out perplexity", ("eval/held_out/ppl",)),
-        Chart("Learning rate", ("train/lr",)),
-        Chart("Tokens seen", ("trainer/tokens",)),
-        Chart("Progress", ("trainer/progress",)),
-        Chart("Time left", ("trainer/eta_s",), "s"),
-    ),
-    "Throughput": (
-        Chart("Tokens per second", ("perf/tokens_per_sec",)),
-        Chart("Tokens per second and GPU", ("perf/tokens_per_sec_per_gpu",)),
-        Chart("MFU", ("perf/mfu",)),
-        Chart("TFLOP/s per GPU", ("perf/tflops_per_gpu",)),
-        Chart("Time of evaluations, and of waiting for saves", ("time/eval_s", "time/ckpt_s"), "s"),
-        Chart("Step time and its parts", ("time/step_s", "time/data_s", "time/fwd_bwd_s", "time/optim_s"), "s"),
-        Chart("Goodput", ("perf/goodput",)),
-    ),
-    "Memory": (
-        Chart("GPU memory at the peak", ("memory/peak_active_gib", "memory/peak_reserved_gib"), "GiB"),
-        Chart("Allocations that had to be tried again", ("memory/alloc_retries",)),
-        Chart("Main memory of rank 0", ("memory/host_rss_gib",), "GiB"),
-    ),
-    "Stability": (
-        Chart("Gradient norm", ("train/grad_norm",), log_y=True),
-        Chart("Skipped steps", ("train/skipped_steps",)),
-        Chart("Slowest rank against the median rank", ("time/straggler_ratio",)),
-        Chart("Longest step of any rank", ("time/step_s", "time/step_max_rank_s"), "s"),
-        Chart("Restarts", ("run/restarts", "run/attempt")),
-        Chart("Steps trained again", ("run/lost_steps",)),
-    ),
-    "Data": (
-        Chart("Share of trained tokens", ("data/label_frac",)),
-        Chart("Padding", ("perf/padding_frac",)),
-        Chart("Tokens cut off", ("data/truncated_frac",)),
-        Chart("Share of each source", (r"/^data\/source\/.+\/frac$/",)),
-        Chart("Epochs", ("trainer/epoch",)),
-        Chart("Wait for data", ("time/data_s",), "s"),
-    ),
-    "Checkpoints": (
-        Chart("Step of the last checkpoint", ("ckpt/last_step",)),
-        Chart("Time to save, and training stood still", ("ckpt/save_s", "ckpt/stall_s"), "s"),
-        Chart("Size", ("ckpt/bytes",), "bytes"),
-        Chart("Free disk", ("ckpt/disk_free_gib",), "GiB"),
-    ),
-    "Cluster": (
-        Chart("GPU utilisation, mean and lowest", ("gpu/util_mean", "gpu/util_min")),
-        Chart("Hottest GPU", ("gpu/temp_max",), "°C"),
-        Chart("Power per GPU", ("gpu/power_mean",), "W"),
-        Chart("Fullest GPU memory", ("gpu/memory_max_frac",)),
-        Chart("GPU faults (Xid)", ("gpu/xids",)),
-        Chart("CPU and main memory of the nodes", ("host/cpu_util_mean", "host/ram_used_max_frac")),
-        Chart("Nodes", ("run/nodes",)),
-    ),
-    "Cost": (
-        Chart("Cost", ("cost/usd",), "US dollars"),
-        Chart("GPU hours", ("cost/gpu_hours",), "h"),
-        Chart("Cost of a million tokens", ("cost/usd_per_million_tokens",), "US dollars"),
-        Chart("Share of time on steps that were kept", ("perf/goodput",)),
-        Chart("Time that was lost, by cause", (r"/^lost\/.+_s$/",), "s"),
-    ),
-}
+from launcher.tracking.metrics import STEP, panels
 
 
 @dataclass(frozen=True)
@@ -155,23 +81,22 @@ def publish(target: Target) -> str:
 
 
 def _sections() -> list[Any]:
-    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.reports.v2 as reports
     import wandb_workspaces.workspaces as ws
 
     sections = []
-    for name, charts in SECTIONS.items():
+    for name, charts in panels().items():
         plots: list[Any] = []
         for chart in charts:
-            regex = chart.metrics[0].strip("/") if chart.metrics[0].startswith("/") else None
-            plot = panels.LinePlot(
+            plot = reports.LinePlot(
                 title=chart.title,
                 x=STEP,
-                y=[] if regex else list(chart.metrics),
-                metric_regex=regex,
+                y=[] if chart.regex else list(chart.metrics),
+                metric_regex=chart.regex,
                 title_y=chart.unit or None,
                 log_y=chart.log_y or None,
             )
-            # What a person sets on a panel is kept under its id, so that must not change from one call to the next.
+            # W&B keeps what a person sets on a panel under its id, so the id must not change between calls.
             plot._id = _panel_id(name, chart.title)
             plots.append(plot)
         sections.append(ws.Section(name=name, panels=plots, is_open=True))

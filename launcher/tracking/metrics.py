@@ -1,0 +1,334 @@
+"""The table of metrics: name, unit, section, and how each is shown in W&B, `status`, the report and the console line.
+
+To add a metric, add a row to METRICS and log it under that name. Everything that shows metrics reads this table.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+STEP = "trainer/step"
+# Sections of the W&B workspace, in order. Sections that only METRICS names follow.
+SECTIONS = ("Training", "Throughput", "Memory", "Stability", "Data", "Checkpoints", "Cluster", "Cost")
+# Lines of `status` that show metrics, in order. Lines that only METRICS names follow.
+STATUS_LINES = ("loss", "pace", "memory", "GPUs", "ranks")
+
+_Formatter = Callable[[float], str]
+_LAST = 99
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds in the two largest units: 45s, 1m40s, 2h05m, 3d04h; `?` where it is not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    total = round(seconds)
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m{total % 60:02d}s"
+    if total < 86400:
+        return f"{total // 3600}h{total % 3600 // 60:02d}m"
+    return f"{total // 86400}d{total % 86400 // 3600:02d}h"
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a metric is shown within a line of text. An empty text leaves it out.
+
+    Attributes:
+        show: formats the value.
+        order: position in the line; rows of equal order keep the order of METRICS.
+        separator: text between this part and the one before.
+    """
+
+    show: _Formatter
+    order: int = _LAST
+    separator: str = ", "
+
+
+@dataclass(frozen=True)
+class StatusPart(Part):
+    """How a metric is shown in `status`.
+
+    Attributes:
+        line: label of the line.
+        is_median: show the median of the last steps instead of the last value.
+    """
+
+    line: str = ""
+    is_median: bool = False
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A chart of the report page.
+
+    Attributes:
+        title: heading of the chart.
+        scale: factor from the metric to the axis, 100 for a percentage.
+        unit: label of the axis.
+    """
+
+    title: str
+    scale: float = 1.0
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric, or all metrics that match a pattern.
+
+    Attributes:
+        unit: axis label of its W&B panels; empty for counts and fractions (0 to 1), and where the panel's title names it.
+        section: section of the W&B workspace.
+        title: title of the W&B panel. Metrics of one section with the same title share a panel. No panel if empty.
+        more_panels: (section, title) of further panels that show the metric; they come last in their section.
+        log_y: the panel has a logarithmic y axis.
+        curve: chart of the report page, in the order of METRICS.
+        status: place in `status`.
+        console: place in the line that each logged step prints.
+        lowest: name in the run's summary of the lowest value; `<name>_step` is its step. None if the lowest is not kept.
+    """
+
+    unit: str = ""
+    section: str = ""
+    title: str = ""
+    more_panels: tuple[tuple[str, str], ...] = ()
+    log_y: bool = False
+    curve: Curve | None = None
+    status: StatusPart | None = None
+    console: Part | None = None
+    lowest: str | None = None
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A line plot of the W&B workspace. `metrics` are names, or one pattern with `*`."""
+
+    title: str
+    metrics: tuple[str, ...]
+    unit: str = ""
+    log_y: bool = False
+
+    @property
+    def regex(self) -> str | None:
+        """The pattern as a regular expression with escaped slashes, as W&B takes it; None for names."""
+        (first, *_) = self.metrics
+        if "*" not in first:
+            return None
+        return "^" + re.escape(first).replace("/", r"\/").replace(r"\*", ".+") + "$"
+
+
+_PARTS_OF_A_STEP = "Step time and its parts"
+
+# Keyed by name. `*` in a name stands for any text, such as the name of a data source.
+METRICS: dict[str, Metric] = {
+    "train/loss": Metric(
+        section="Training",
+        title="Loss per trained token",
+        curve=Curve("Training loss"),
+        status=StatusPart("{:.4f}".format, line="loss"),
+        console=Part("loss {:.3f}".format),
+        lowest="best/train_loss",
+    ),
+    "eval/held_out/loss": Metric(
+        section="Training", title="Loss per trained token", curve=Curve("Held-out loss"), lowest="best/eval_loss"
+    ),
+    "eval/held_out/ppl": Metric(section="Training", title="Held-out perplexity"),
+    "train/lr": Metric(section="Training", title="Learning rate", curve=Curve("Learning rate"), console=Part("lr {:.1e}".format)),
+    "train/grad_norm": Metric(
+        section="Stability",
+        title="Gradient norm",
+        log_y=True,
+        curve=Curve("Gradient norm"),
+        console=Part("grad {:.2f}".format),
+    ),
+    "train/skipped_steps": Metric(section="Stability", title="Skipped steps"),
+    STEP: Metric(),
+    "trainer/tokens": Metric(section="Training", title="Tokens seen"),
+    "trainer/samples": Metric(),
+    "trainer/progress": Metric(section="Training", title="Progress"),
+    "perf/tokens_per_sec": Metric(
+        section="Throughput",
+        title="Tokens per second",
+        curve=Curve("Tokens per second"),
+        status=StatusPart("{:,.0f} tokens/s".format, order=0, line="pace", is_median=True),
+        console=Part("{:,.0f} tok/s".format),
+    ),
+    "trainer/eta_s": Metric("s", "Training", "Time left", console=Part(lambda seconds: f"eta {format_duration(seconds)}")),
+    "perf/tokens_per_sec_per_gpu": Metric(section="Throughput", title="Tokens per second and GPU"),
+    "perf/mfu": Metric(
+        section="Throughput",
+        title="MFU",
+        curve=Curve("MFU", 100.0, "%"),
+        status=StatusPart("MFU {:.1%}".format, line="pace", is_median=True),
+    ),
+    "perf/tflops_per_gpu": Metric(section="Throughput", title="TFLOP/s per GPU"),
+    "time/eval_s": Metric("s", "Throughput", "Time of evaluations, and of waiting for saves"),
+    "time/ckpt_s": Metric("s", "Throughput", "Time of evaluations, and of waiting for saves"),
+    "time/step_s": Metric(
+        "s",
+        "Throughput",
+        _PARTS_OF_A_STEP,
+        more_panels=(("Stability", "Longest step of any rank"),),
+        status=StatusPart("{:.2f} s a step".format, order=1, line="pace", is_median=True),
+    ),
+    "time/data_s": Metric("s", "Throughput", _PARTS_OF_A_STEP, more_panels=(("Data", "Wait for data"),)),
+    "time/fwd_bwd_s": Metric("s", "Throughput", _PARTS_OF_A_STEP),
+    "time/optim_s": Metric("s", "Throughput", _PARTS_OF_A_STEP),
+    "memory/peak_active_gib": Metric("GiB", "Memory", "GPU memory at the peak"),
+    "memory/peak_reserved_gib": Metric(
+        "GiB",
+        "Memory",
+        "GPU memory at the peak",
+        curve=Curve("GPU memory reserved at the peak", unit="GiB"),
+        status=StatusPart("{:.1f} GiB of the GPU reserved at the peak".format, line="memory"),
+    ),
+    "memory/alloc_retries": Metric(section="Memory", title="Allocations that had to be tried again"),
+    "memory/host_rss_gib": Metric(
+        "GiB",
+        "Memory",
+        "Main memory of rank 0",
+        curve=Curve("Main memory of rank 0", unit="GiB"),
+        status=StatusPart("{:.1f} GiB of main memory in rank 0".format, line="memory"),
+    ),
+    "cost/usd": Metric("US dollars", "Cost", "Cost"),
+    "cost/gpu_hours": Metric("h", "Cost", "GPU hours"),
+    "cost/usd_per_million_tokens": Metric("US dollars", "Cost", "Cost of a million tokens"),
+    "perf/goodput": Metric(
+        section="Cost",
+        title="Share of time on steps that were kept",
+        more_panels=(("Throughput", "Goodput"),),
+        curve=Curve("Goodput", 100.0, "%"),
+    ),
+    "time/kept_s": Metric("s"),
+    "lost/*_s": Metric("s", "Cost", "Time that was lost, by cause"),
+    "time/straggler_ratio": Metric(
+        section="Stability",
+        title="Slowest rank against the median rank",
+        curve=Curve("Slowest rank against the usual one"),
+        status=StatusPart("the slowest works {:.2f} times as long as the usual one".format, line="ranks", is_median=True),
+    ),
+    "time/step_max_rank_s": Metric("s", "Stability", "Longest step of any rank"),
+    "run/restarts": Metric(section="Stability", title="Restarts"),
+    "run/attempt": Metric(section="Stability", title="Restarts"),
+    "run/lost_steps": Metric(section="Stability", title="Steps trained again"),
+    "data/label_frac": Metric(section="Data", title="Share of trained tokens"),
+    "perf/padding_frac": Metric(section="Data", title="Padding"),
+    "data/truncated_frac": Metric(section="Data", title="Tokens cut off"),
+    "data/source/*/frac": Metric(section="Data", title="Share of each source"),
+    "trainer/epoch": Metric(section="Data", title="Epochs"),
+    "ckpt/last_step": Metric(section="Checkpoints", title="Step of the last checkpoint"),
+    "ckpt/save_s": Metric("s", "Checkpoints", "Time to save, and training stood still"),
+    "ckpt/stall_s": Metric("s", "Checkpoints", "Time to save, and training stood still"),
+    "ckpt/bytes": Metric("bytes", "Checkpoints", "Size"),
+    "ckpt/disk_free_gib": Metric("GiB", "Checkpoints", "Free disk"),
+    "gpu/util_mean": Metric(
+        section="Cluster",
+        title="GPU utilisation, mean and lowest",
+        curve=Curve("GPU utilisation, mean", 100.0, "%"),
+        status=StatusPart("{:.0%} busy".format, order=0, line="GPUs"),
+    ),
+    "gpu/util_min": Metric(
+        section="Cluster",
+        title="GPU utilisation, mean and lowest",
+        status=StatusPart("(the least {:.0%})".format, order=1, separator=" ", line="GPUs"),
+    ),
+    "gpu/temp_max": Metric(
+        "°C",
+        "Cluster",
+        "Hottest GPU",
+        curve=Curve("GPU temperature, highest", unit="°C"),
+        status=StatusPart("up to {:.0f} °C".format, order=4, line="GPUs"),
+    ),
+    "gpu/power_mean": Metric("W", "Cluster", "Power per GPU", status=StatusPart("{:,.0f} W each".format, order=3, line="GPUs")),
+    "gpu/memory_max_frac": Metric(
+        section="Cluster",
+        title="Fullest GPU memory",
+        status=StatusPart("memory up to {:.0%}".format, order=2, line="GPUs"),
+    ),
+    "gpu/xids": Metric(
+        section="Cluster",
+        title="GPU faults (Xid)",
+        status=StatusPart(lambda count: f"{count:.0f} Xid errors" if count else "", order=5, line="GPUs"),
+    ),
+    "host/cpu_util_mean": Metric(section="Cluster", title="CPU and main memory of the nodes"),
+    "host/ram_used_max_frac": Metric(section="Cluster", title="CPU and main memory of the nodes"),
+    "run/nodes": Metric(section="Cluster", title="Nodes"),
+}
+
+
+def panels() -> dict[str, tuple[Panel, ...]]:
+    """Return the panels of each section of the W&B workspace."""
+    by_section: dict[str, dict[str, list[str]]] = {section: {} for section in SECTIONS}
+    # Panels that only `more_panels` names come after those of the section's own metrics.
+    for metric in METRICS.values():
+        if metric.title:
+            by_section.setdefault(metric.section, {}).setdefault(metric.title, [])
+    for name, metric in METRICS.items():
+        shown_in = [(metric.section, metric.title)] if metric.title else []
+        for section, title in (*shown_in, *metric.more_panels):
+            by_section.setdefault(section, {}).setdefault(title, []).append(name)
+    return {
+        section: tuple(
+            Panel(title, tuple(names), METRICS[names[0]].unit, METRICS[names[0]].log_y) for title, names in titles.items()
+        )
+        for section, titles in by_section.items()
+    }
+
+
+def wandb_names() -> list[str]:
+    """Return what W&B's define_metric takes: each name, and of a pattern the part up to its first `*`."""
+    return list(dict.fromkeys(name.partition("*")[0] + "*" * ("*" in name) for name in METRICS if name != STEP))
+
+
+def curves() -> dict[str, Curve]:
+    """Return the charts of the report page by metric."""
+    return {name: metric.curve for name, metric in METRICS.items() if metric.curve is not None}
+
+
+def lowest_names() -> dict[str, str]:
+    """Return the metrics of which the lowest value is kept, and the name of that in the run's summary."""
+    return {name: metric.lowest for name, metric in METRICS.items() if metric.lowest is not None}
+
+
+def median_names() -> list[str]:
+    """Return the metrics of which `status` shows the median of the last steps."""
+    return [name for name, metric in METRICS.items() if metric.status is not None and metric.status.is_median]
+
+
+def status_lines(last: Mapping[str, Any], medians: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Yield the label and text of each line of `status` that has a metric to show.
+
+    Args:
+        last: metrics of the last step.
+        medians: medians of the last steps, of the metrics in `median_names`.
+    """
+    parts: dict[str, list[tuple[Part, float]]] = {line: [] for line in STATUS_LINES}
+    for name, metric in METRICS.items():
+        if metric.status is not None:
+            values = medians if metric.status.is_median else last
+            if name in values:
+                parts.setdefault(metric.status.line, []).append((metric.status, values[name]))
+    for line, found in parts.items():
+        if text := _joined(found):
+            yield line, text
+
+
+def console_text(metrics: Mapping[str, float]) -> str:
+    """Return the metrics of a step as part of one line; metrics without a place in it are left out."""
+    shown = [(metric.console, metrics[name]) for name, metric in METRICS.items() if metric.console and name in metrics]
+    return _joined(shown, "  ")
+
+
+def _joined(parts: list[tuple[Part, float]], separator: str | None = None) -> str:
+    """Join the formatted parts in their order."""
+    text = ""
+    for part, value in sorted(parts, key=lambda pair: pair[0].order):
+        if piece := part.show(value):
+            text += (part.separator if separator is None else separator) * bool(text) + piece
+    return text
