@@ -184,7 +184,7 @@ def test_weights_are_kept_apart_by_what_they_are(make_run: MakeRun) -> None:
     assert len(folders) == 6
     assert parent_run.folder(sources[0], "bf16") == parent_run.folder(parent_run.open_source("run:a@5"), "bf16")
     # The same step, saved again with other weights.
-    store.durable.remove_directory(sources[0].checkpoint.path)
+    atomic_files.remove_directory(sources[0].checkpoint.path)
     add_checkpoint(sources[0].run, 5, b"other")
     assert parent_run.folder(parent_run.open_source("run:a@5"), "bf16") not in folders
 
