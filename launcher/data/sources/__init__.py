@@ -20,8 +20,9 @@ from launcher.data.sources import locate, stdlib_docs
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
 from launcher.data.sources.files import BLOCK_ROWS, Block, blocks, rows_of
 from launcher.data.sources.files import count_rows as _count_rows
-from launcher.data.sources.formats import PARSERS, Row, recognised, refuse, renamed
+from launcher.data.sources.formats import FORMATS, detect_format, rename_columns
 from launcher.data.sources.keys import RowKeys
+from launcher.data.sources.row_values import Row, refuse
 from launcher.data.sources.splits import HELD_OUT
 from launcher.errors import Problem
 
@@ -139,11 +140,11 @@ class Batch:
         if not isinstance(self.rows, Block):
             yield from self.rows
             return
-        parse = PARSERS[self.format]
+        parse = FORMATS[self.format].parse
         keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
         for row, where in rows_of(self.rows):
             checked = keys.check(row, where, unread_keys)
-            yield parse(renamed(checked, self.columns, where), where), False
+            yield parse(rename_columns(checked, self.columns, where), where), False
 
 
 def read_batches(source: Source) -> Iterator[Batch]:
@@ -162,16 +163,16 @@ def read_batches(source: Source) -> Iterator[Batch]:
             if not format:
                 if (first := next(rows_of(block), None)) is None:
                     continue
-                format = _recognised(*first, source) if source.format == "auto" else source.format
+                format = _detect_format(*first, source) if source.format == "auto" else source.format
             yield Batch(block, format, source.columns, source.ignored_keys)
     if not format:
         refuse("the source holds no rows", source.path, "write rows into it, or take the source out")
 
 
-def _recognised(row: Row, where: str, source: Source) -> str:
+def _detect_format(row: Row, where: str, source: Source) -> str:
     """The format of a row; what rows of another kind of training lack says less than that they are such."""
     checked = RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
-    return recognised(renamed(checked, source.columns, where), where)
+    return detect_format(rename_columns(checked, source.columns, where), where)
 
 
 def _stdlib_document(pair: stdlib_docs.Pair) -> tuple[Document, bool]:

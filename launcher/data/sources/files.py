@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 import xxhash
 
-from launcher.data.sources.formats import Row, json_name, refuse, shown
 from launcher.data.sources.json_array import array_rows, beyond
+from launcher.data.sources.row_values import Row, json_type, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
@@ -214,7 +214,7 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
         if isinstance(row, list):
             refuse("the line holds a JSON array, not an object", f"{name}:{number}", _rename(name))
         if not isinstance(row, dict):
-            refuse(f"the line holds a {json_name(row)}, not an object", f"{name}:{number}", "write one JSON object per line")
+            refuse(f"the line holds a {json_type(row)}, not an object", f"{name}:{number}", "write one JSON object per line")
         yield row, f"{name}:{number}"
 
 
@@ -237,7 +237,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
             if header is None:
                 header = [cell.strip() for cell in cells]
                 # Of a table without names they are the cells of its first row.
-                names = ", ".join(map(shown, header))
+                names = ", ".join(map(safe_excerpt, header))
                 if len(set(header)) < len(header):
                     refuse(f"the first line names a column twice ({names})", place, "give every column its own name")
             elif len(cells) != len(header):

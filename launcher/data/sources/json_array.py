@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from launcher.data.sources.formats import Row, refuse
+from launcher.data.sources.row_values import Row, refuse
 
 _BLOCK_BYTES = 1 << 20
 # What is wrong this far before the end of what was read is not wrong for being incomplete, but for a string without its end.

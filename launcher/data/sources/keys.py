@@ -10,23 +10,13 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from launcher.data.sources.formats import REASONING_KEYS, WEIGHT_KEYS, Row, from_json, refuse, shown
+from launcher.data.sources.formats import FORMATS
+from launcher.data.sources.row_values import Row, from_json, refuse, safe_excerpt
 
 NUM_KEYS_SHOWN = 20
 # Distinct keys that are counted at a time: rows may hold any number of them.
 _MAX_KEYS_COUNTED = 1000
 
-_FORMAT_KEYS = {
-    "messages": ("messages", "conversations", "system", "tools", "functions"),
-    "sharegpt": ("messages", "conversations", "system", "tools"),
-    "alpaca": ("instruction", "input", "output", "history", "system", "tools"),
-    "prompt_completion": ("prompt", "completion"),
-    "text": ("text",),
-}
-_MESSAGE_KEYS = {
-    "messages": {"role", "content", "name", "tool_calls", "function_call", "tool_call_id", *REASONING_KEYS} | WEIGHT_KEYS,
-    "sharegpt": {"from", "value"} | WEIGHT_KEYS,
-}
 _PART_KEYS = {"type", "text"}
 
 # The better and the worse answer. TRL, axolotl, LLaMA-Factory, torchtune; OpenAI.
@@ -56,9 +46,9 @@ class RowKeys:
     @classmethod
     def of(cls, format: str, columns: Mapping[str, str], ignored: tuple[str, ...]) -> RowKeys:
         """The keys of rows in which `columns` names those that the format reads, and `ignored` those that are left unread."""
-        own_names = [columns.get(key, key) for key in _FORMAT_KEYS[format]] if format else columns.values()
+        own_names = [columns.get(key, key) for key in FORMATS[format].keys] if format else columns.values()
         read = frozenset(own_names) - frozenset(ignored)
-        keys = {"messages": ("messages", "conversations"), "sharegpt": ("conversations", "messages")}.get(format, ())
+        keys = FORMATS[format].chat_keys if format else ()
         chat_keys = tuple(own for key in keys if (own := columns.get(key, key)) in read)
         return cls(format, read, frozenset(ignored), chat_keys)
 
@@ -84,7 +74,7 @@ class RowKeys:
 
     def _check_messages(self, items: Any, key: str, where: str, counts: Counter[str]) -> None:
         """As `check`; what is no list of objects is left to the format."""
-        known = _MESSAGE_KEYS[self.format]
+        known = FORMATS[self.format].message_keys
         unread = set()
         for i, item in enumerate(items if isinstance(items, list) else ()):
             if not isinstance(item, dict):
@@ -170,7 +160,7 @@ def _refuse_row_weight(key: str, value: Any, where: str) -> NoReturn:
         "leave out rows of weight 0, and put rows that are to count more into a source with more epochs (data.sources[].epochs); "
         f"where {key} means something else: {_ignoring(key)}"
     )
-    refuse(what, where, remedy, value=f"{key}: {shown(value)}")
+    refuse(what, where, remedy, value=f"{key}: {safe_excerpt(value)}")
 
 
 def _source(setting: str) -> str:
@@ -221,7 +211,7 @@ def named(counts: Counter[str]) -> dict[str, int]:
     """The counts by what the report may say of each key."""
     safe: Counter[str] = Counter()
     for key, count in counts.items():
-        safe[shown(key)] += count
+        safe[safe_excerpt(key)] += count
     return dict(safe)
 
 

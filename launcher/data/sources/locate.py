@@ -20,8 +20,8 @@ from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import source_folder, usable
 from launcher.data.sources.files import DataFile, file_digest, kind_by_name
-from launcher.data.sources.formats import refuse
 from launcher.data.sources.remote import Remote
+from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
 

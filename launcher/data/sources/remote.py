@@ -14,7 +14,7 @@ from launcher.config.data import Source
 from launcher.data.cache_dir import is_full, source_folder, unusable, usable
 from launcher.data.lock import locked
 from launcher.data.sources.files import DataFile, file_digest, kind_by_name
-from launcher.data.sources.formats import refuse
+from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
 

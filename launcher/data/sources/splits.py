@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from launcher.data.sources.files import COMPRESSED, KINDS, kind_by_name, stem_of
-from launcher.data.sources.formats import refuse
+from launcher.data.sources.row_values import refuse
 
 # For held-out documents, where no split is asked for.
 HELD_OUT = "validation or test"

@@ -11,7 +11,7 @@ import pytest
 
 from launcher.config.data import Source
 from launcher.data.sources import Chat, Message, read_documents
-from launcher.data.sources.formats import shown
+from launcher.data.sources.row_values import safe_excerpt
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
@@ -235,7 +235,7 @@ def test_what_an_error_says_of_a_value_is_short_and_no_secret(jsonl: Jsonl, tmp_
 
 
 def test_of_half_a_secret_an_error_says_nothing() -> None:
-    told = shown("It is on line 12: hf_" + "aB3" * 11)
+    told = safe_excerpt("It is on line 12: hf_" + "aB3" * 11)
     assert told.startswith("It is on line 12: [Hugging Face token: h")
     assert "aB3" not in told
 

@@ -1,0 +1,82 @@
+"""Read values from a row and refuse what cannot be used, with the place of the row. Pure."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from launcher.config.data import COLUMNS_EXAMPLE
+from launcher.data.checks import patterns
+from launcher.errors import DataError, Problem
+
+Row = dict[str, Any]
+
+_EXCERPT_CHARS = 40
+_MISSING_REMEDY = f"add the key, set the source's format, or name the row's own key in the source's columns: {COLUMNS_EXAMPLE}"
+
+
+def read_value(row: Row, key: str, kind: type, where: str, prefix: str = "") -> Any:
+    """Return `row[key]`, which must be of the type `kind`; `prefix` is the key path of `row` in the whole row.
+
+    Raises:
+        DataError: if the key is missing, the value has another type, or it is not valid Unicode.
+    """
+    if key not in row:
+        refuse(f"the row lacks the key {prefix}{key} ({list_keys(row)})", where, _MISSING_REMEDY)
+    value = row[key]
+    if not isinstance(value, kind):
+        wanted = "a list" if kind is list else "text"
+        refuse(f"{prefix}{key} is a {json_type(value)}, not {wanted}", where, f"write {prefix}{key} as {wanted}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            refuse(f"{prefix}{key} holds half of a surrogate pair", where, "write the character whole, in UTF-8")
+    return value
+
+
+def read_optional(row: Row, key: str, where: str, prefix: str = "") -> str | None:
+    """Return the text of `row[key]`; None if it is missing or null. Raises: DataError."""
+    return None if row.get(key) is None else str(read_value(row, key, str, where, prefix))
+
+
+def require_list(value: Any, key: str, where: str) -> list[Any]:
+    """Return a list, parsed if it is JSON text. Raises: DataError if it is not a list."""
+    value = from_json(value)
+    if not isinstance(value, list):
+        refuse(f"{key} is a {json_type(value)}, not a list", where, f"write {key} as a list")
+    return value
+
+
+def from_json(value: Any) -> Any:
+    """Parse a list or object that a table has as JSON text; return any other value unchanged."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def list_keys(row: Row) -> str:
+    """Return the row's keys for an error message."""
+    return f"found: {', '.join(sorted(map(safe_excerpt, row))) or 'none'}"
+
+
+def safe_excerpt(value: object) -> str:
+    """Return the first characters of a value for an error message, with secrets and personal data redacted."""
+    text = str(value)
+    # Redacted before it is cut: the patterns do not recognise half a key.
+    safe = " ".join(patterns.redacted([text])[0].split())
+    return safe if len(safe) <= _EXCERPT_CHARS else f"{safe[:_EXCERPT_CHARS]}… ({len(text):,} characters)"
+
+
+def json_type(value: object) -> str:
+    """Return the JSON name of the type of `value`."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)
+
+
+def refuse(what: str, where: str, remedy: str, value: str = "") -> NoReturn:
+    """Raise DataError: `what` is wrong at the place `where` (file:line), and how to fix it."""
+    raise DataError(Problem(what, where=where, value=value, remedy=remedy))
