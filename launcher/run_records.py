@@ -1,9 +1,18 @@
-"""The JSON records of a run directory, one dataclass each. Times are seconds since the epoch."""
+"""The JSON records by which the processes of a run tell each other how it goes, one dataclass each.
+
+Times are seconds since the epoch. Keys are never renamed: runs that older launchers began are read, too.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from launcher import json_records
+from launcher.errors import Problem
+from launcher.plan.retry import Cause
+from launcher.plan.run_dir import RunDir
 
 RUNNING_STATES = ("pending", "running", "saving")
 
@@ -46,3 +55,176 @@ class Attempt:
     automatic: bool = False
     pinned: bool = False
     num_workers: int | None = None
+
+
+@dataclass(frozen=True)
+class CancelRequest:
+    """cancel.json: a request to end the attempt. `save` asks for a checkpoint first."""
+
+    asked_at: float = 0.0
+    save: bool = True
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """driver.json: a sign of life of the process that runs a run, for readers on other machines."""
+
+    at: float
+    host: str
+
+
+@dataclass(frozen=True)
+class FailureRecord:
+    """The failure that an attempt ended by: of a rank, or of a node's agent, whose `rank` and `exit_code` are None.
+
+    `kind` is the name of the exception's class, or `killed` or `exit` for a rank that left no error record. `traceback` is empty
+    where the message says everything.
+    """
+
+    rank: int | None
+    kind: str
+    message: str
+    at: float | None = None
+    exit_code: int | None = None
+    traceback: str = ""
+    log: str = ""
+
+    @property
+    def source(self) -> str:
+        """Name the process that failed: `rank 3`, or `the node's agent`."""
+        return "the node's agent" if self.rank is None else f"rank {self.rank}"
+
+
+@dataclass(frozen=True)
+class FinalFailure:
+    """final.json: the failure of a rank that a restart would repeat, so that no node agent restarts its ranks."""
+
+    rank: int
+    kind: str
+    message: str
+    at: float
+
+
+@dataclass(frozen=True)
+class OutcomeRecord:
+    """outcome.json: how training ended, written by rank 0. See launcher.train.stop.Outcome for the values."""
+
+    state: str
+    reason: str
+    step: int
+    message: str
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """node-NNNNN.json: how the ranks of a node ended, written by its agent; under Ray one per worker, by its rank.
+
+    `stopped` where the ranks were asked to stop, `killed` where they did not stop in time. `problems` are what the node checks
+    found; the ranks were never started then.
+    """
+
+    node: int
+    ended_at: float
+    host: str = ""
+    started_at: float | None = None
+    stopped: bool = False
+    killed: bool = False
+    first_failure: FailureRecord | None = None
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """exit.json: how an attempt ended.
+
+    `cause` is None for a run on this machine, which nothing runs again. `began_step` and `saved_step` are the newest checkpoints
+    at the attempt's start and end. `ended_at` is None where the end was judged later, by the next start of the run. `reason` and
+    `checkpoint` come from outcome.json.
+    """
+
+    state: str
+    step: int = 0
+    message: str = ""
+    cause: Cause | None = None
+    began_step: int | None = None
+    saved_step: int | None = None
+    bad_nodes: tuple[str, ...] = ()
+    first_failure: FailureRecord | None = None
+    host: str = ""
+    started_at: float | None = None
+    ended_at: float | None = None
+    reason: str = ""
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class MirrorRecord:
+    """mirror.json: what the mirror at `url` holds of a run.
+
+    `steps` are the checkpoints that are complete there, `missing_steps` those that are not. `bytes` and `seconds` sum up the
+    uploads of this attempt; `lag_s` is the time from the last checkpoint's commit to its upload. `failure` is the last error,
+    None after a success.
+    """
+
+    url: str
+    last_step: int | None
+    steps: tuple[int, ...]
+    missing_steps: tuple[int, ...]
+    bytes: int
+    seconds: float
+    lag_s: float | None
+    failure: str | None
+    at: float
+
+
+@dataclass(frozen=True)
+class DrainRecord:
+    """drained.json: Ray announced the loss of these nodes, by name, while the attempt ran."""
+
+    nodes: tuple[str, ...]
+    at: float
+
+
+def outcome_file(run: RunDir, attempt: int) -> Path:
+    return run.attempt(attempt) / "outcome.json"
+
+
+def final_file(run: RunDir, attempt: int) -> Path:
+    return run.attempt(attempt) / "final.json"
+
+
+def node_file(run: RunDir, attempt: int, node: int) -> Path:
+    return run.attempt(attempt) / f"node-{node:05d}.json"
+
+
+def exit_file(run: RunDir, attempt: int) -> Path:
+    return run.attempt(attempt) / "exit.json"
+
+
+def read_outcome(run: RunDir, attempt: int) -> OutcomeRecord | None:
+    """Return the record of rank 0; None where it left none.
+
+    Raises:
+        RunError: where it cannot be read or is damaged, as for the other readers here.
+    """
+    return json_records.read_if_present(OutcomeRecord, outcome_file(run, attempt), _remove("the nodes' records"))
+
+
+def read_node(run: RunDir, attempt: int, node: int) -> NodeRecord | None:
+    """Return the record of a node's agent; None where it left none."""
+    return json_records.read_if_present(NodeRecord, node_file(run, attempt, node), _remove("the other nodes' records"))
+
+
+def read_exit(run: RunDir, attempt: int) -> ExitRecord | None:
+    """Return how an attempt ended; None where that is not recorded."""
+    return json_records.read_if_present(ExitRecord, exit_file(run, attempt), _remove("the ranks' and the nodes' records"))
+
+
+def read_cancel(run: RunDir, attempt: int) -> CancelRequest | None:
+    """Return the request to end an attempt; None where there is none."""
+    return json_records.read_if_present(CancelRequest, run.cancel(attempt), "ask again with: python -m launcher cancel")
+
+
+def _remove(others: str) -> str:
+    return f"remove the file; the attempt is then judged by {others}"

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from launcher import json_records, run_store
+from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import drill_report, formatting, launch
 from launcher.cli.drill_report import Hit, Records, Step
@@ -356,7 +356,6 @@ def _end(run: RunDir, cluster: Cluster) -> None:
 def _records(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> Records:
     run = watch.run
     numbers = range(1, run_store.newest_attempt(run) + 1)
-    files = {number: run.attempt(number) / "exit.json" for number in numbers}
     return Records(
         fault=fault,
         device=plan.topology.device,
@@ -366,7 +365,7 @@ def _records(fault: str, plan: LaunchPlan, hit: Hit, watch: _Watch) -> Records:
         hit=hit,
         steps=watch.steps,
         attempts={number: run_store.read_attempt(run, number) for number in numbers},
-        endings={number: json_records.read_json(file) for number, file in files.items() if file.is_file()},
+        exits={number: record for number in numbers if (record := run_records.read_exit(run, number)) is not None},
         errors=[*_errors(run.attempt(hit.life[0])), *_alerts(run, hit.at)],
         committed=frozenset(watch.committed),
         by_hand=watch.by_hand,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, ExitRecord
 
 # An attempt and how often the node agents have restarted its ranks: one life of all ranks.
 Life = tuple[int, int]
@@ -45,7 +45,7 @@ class Hit:
 class Records:
     """What is known of a run that a fault has hit, when there is nothing more to wait for.
 
-    `steps` stand in the order in which they were trained. `endings` are the exit.json of the attempts, `errors` the
+    `steps` stand in the order in which they were trained. `exits` are the exit.json of the attempts, `errors` the
     messages that ranks left in the attempt that was hit. `committed` are the steps of all checkpoints that were ever seen.
     `by_hand` is the attempt that the drill started as a person would, when the run had ended as `stopped_as`. `last_word`
     is the run's state and message.
@@ -59,7 +59,7 @@ class Records:
     hit: Hit
     steps: Sequence[Step]
     attempts: Mapping[int, Attempt]
-    endings: Mapping[int, Mapping[str, Any]]
+    exits: Mapping[int, ExitRecord]
     errors: Sequence[str]
     committed: frozenset[int]
     by_hand: int | None
@@ -136,12 +136,11 @@ def judge(records: Records, kept: frozenset[int]) -> Report:
 
 def _happened(records: Records, again: Sequence[Step]) -> str:
     """Why the life that was hit ended, as the run itself or the cluster tells it."""
-    ending = records.endings.get(records.hit.life[0])
+    record = records.exits.get(records.hit.life[0])
     if records.fault == "fill-disk" and (error := _disk_error(records)):
         return error
-    if ending is not None:
-        cause = ending.get("cause") or ending["state"]
-        return " ".join(f"{cause}: {ending['message']}".split())
+    if record is not None:
+        return " ".join(f"{record.cause or record.state}: {record.message}".split())
     if again and again[0].life[0] == records.hit.life[0]:
         return "the node agents ended all ranks and started them again"
     return records.stopped_as or records.last_word
@@ -149,8 +148,8 @@ def _happened(records: Records, again: Sequence[Step]) -> str:
 
 def _disk_error(records: Records) -> str | None:
     """What a rank said that could not write a checkpoint: one problem of those of all ranks."""
-    ending = records.endings.get(records.hit.life[0], {})
-    said = (*records.errors, ending.get("message", ""))
+    record = records.exits.get(records.hit.life[0])
+    said = (*records.errors, record.message if record is not None else "")
     for words in said:
         if records.checkpoints in words:
             what, *more = words.splitlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from launcher import run_store
+from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli.formatting import short
 from launcher.clusters.base import Cluster
@@ -201,16 +200,15 @@ def _where_things_lie(run: RunDir) -> list[str]:
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
     # Attempts that followed by themselves are not the one that was submitted, whose folder holds the agent's log of them all.
-    file = run.attempt(run_store.newest_attempt(run)) / "exit.json"
-    failure = json.loads(file.read_text()).get("first_failure") if file.is_file() else None
+    record = run_records.read_exit(run, run_store.newest_attempt(run))
+    failure = None if record is None else record.first_failure
     said = ""
-    if failure:
-        if failure.get("traceback"):
-            print(failure["traceback"], file=sys.stderr)
-        who = "the node's agent" if failure["rank"] is None else f"rank {failure['rank']}"
-        print(f"{who} failed first: {failure['message']}", file=sys.stderr)
-        print(f"  log:    {short(failure['log'])}", file=sys.stderr)
-        said = f"{who}: {failure['message']}"
+    if failure is not None:
+        if failure.traceback:
+            print(failure.traceback, file=sys.stderr)
+        print(f"{failure.source} failed first: {failure.message}", file=sys.stderr)
+        print(f"  log:    {short(failure.log)}", file=sys.stderr)
+        said = f"{failure.source}: {failure.message}"
     # Which budget is spent, what was waited for in vain: the failure alone does not tell why the run does not go on.
     if status.message not in ("", said):
         print(f"failed: {status.message}", file=sys.stderr)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import json_records, run_records, run_store
+from launcher import run_records, run_store
 from launcher.checkpoint import store
 from launcher.cli import formatting
 from launcher.cli import html_page as html
@@ -180,8 +180,7 @@ def _sections(one: _Told) -> list[str]:
 def _attempt_rows(one: _Told) -> list[list[str]]:
     rows, is_local = [], one.plan.config.cluster.kind == "local"
     for number in run_store.attempt_numbers(one.run):
-        attempt, exit_file = run_store.read_attempt(one.run, number), one.run.attempt(number) / "exit.json"
-        ended = json_records.read_json(exit_file) if exit_file.is_file() else {}
+        attempt, record = run_store.read_attempt(one.run, number), run_records.read_exit(one.run, number)
         steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]
         rows.append(
             [
@@ -189,9 +188,10 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
                 str(attempt.resume_step or 0),
                 ", ".join(dict.fromkeys(attempt.nodes)) or ("this machine" if is_local else "-"),
                 f"{max(steps):,.0f}" if steps else "-",
-                _clock(ended["ended_at"]) if ended.get("ended_at") else "-",
-                ": ".join(filter(None, (ended.get("cause") or ended.get("state", ""), ended.get("message", ""))))
-                or _without_word(one, number, attempt),
+                _clock(record.ended_at) if record is not None and record.ended_at else "-",
+                _without_word(one, number, attempt)
+                if record is None
+                else ": ".join(filter(None, (record.cause or record.state, record.message))),
             ]
         )
     return rows

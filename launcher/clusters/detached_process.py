@@ -14,11 +14,11 @@ from typing import Any
 
 import psutil
 
-from launcher import atomic_files, run_store
+from launcher import json_records, run_store
 from launcher.errors import RunError
 from launcher.holder import pid_space
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Status
+from launcher.run_records import Liveness, Status
 
 START_DEADLINE_S = 60.0
 # Signs of life in the run directory, and without one for how long a process is taken for gone: a network file system shows
@@ -65,17 +65,22 @@ def identity() -> dict[str, Any]:
     return {"host": os.uname().nodename, "space": pid_space(), "pid": this.pid, "started": this.create_time()}
 
 
-def give_signs(run: RunDir) -> None:
-    """Tell those who cannot see this process that it lives, for as long as it does."""
+def start_liveness_file(run: RunDir) -> None:
+    """Keep the run's liveness file fresh for as long as this process lives, for readers on other machines."""
 
-    def give() -> None:
+    def refresh() -> None:
         while True:
-            # Storage that fails for a while costs a sign, not the thread.
+            # A failed write skips one refresh and must not end the thread.
             with suppress(OSError):
-                atomic_files.write_json(run.alive, {"at": time.time(), "host": os.uname().nodename})
+                write_liveness(run)
             time.sleep(SIGN_EVERY_S)
 
-    threading.Thread(target=give, name="signs-of-life", daemon=True).start()
+    threading.Thread(target=refresh, name="liveness-file", daemon=True).start()
+
+
+def write_liveness(run: RunDir) -> None:
+    """Write a sign of life of this process into the run directory."""
+    json_records.write(run.alive, Liveness(time.time(), os.uname().nodename))
 
 
 def silence_s(run: RunDir) -> float:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
-from launcher.config.cluster import ManagedSection
+if TYPE_CHECKING:
+    from launcher.config.cluster import ManagedSection
 
 
 class Cause(StrEnum):

@@ -246,8 +246,8 @@ def recorded(run: RunDir, coming: LaunchPlan | None = None) -> list[Attempt]:
         known = run_store.read_attempt(run, number)
         if known.submitted_at is None:
             continue
-        exit_file = run.attempt(number) / "exit.json"
-        ended = json_records.read_json(exit_file).get("ended_at") if exit_file.is_file() else None
+        record = run_records.read_exit(run, number)
+        ended = None if record is None else record.ended_at
         values = json_records.read_json(plan)
         num_ranks = values["topology"]["world_size"]
         prices.append((values["config"]["cluster"].get("gpu_type"), Price.of_plan(values)))

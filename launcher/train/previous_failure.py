@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from launcher import json_records, run_store
+from launcher import run_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
@@ -42,15 +42,15 @@ def failure_before(run: RunDir, number: int) -> Failure | None:
             return Failure(f"{own[restarts[-1]]['text']}{gpu_faults(own[since : restarts[-1]])}", recorded=True)
         if number == 1 or not run_store.read_attempt(run, number).automatic:
             return None
-        folder = run.attempt(number - 1)
-        ended = json_records.read_json(folder / "exit.json")
-        if ended["cause"] != Cause.RESIZED and not (folder / "outcome.json").is_file():
-            first = ended["first_failure"]
-            log = f" (log: {first['log']})" if first else ""
-            how = f"ended ({ended['cause']}): "
+        record = run_records.read_exit(run, number - 1)
+        if record is None or record.cause is None:
+            return None
+        if record.cause is not Cause.RESIZED and not run_records.outcome_file(run, number - 1).is_file():
+            log = f" (log: {record.first_failure.log})" if record.first_failure else ""
+            how = f"ended ({record.cause}): "
             told = [event for event in alerts if event["attempt"] == number - 1]
             recorded = any(how in event["text"] for event in told)
-            words = f"attempt {number - 1} {how}{ended['message']}{log}; this one follows it{gpu_faults(told)}"
+            words = f"attempt {number - 1} {how}{record.message}{log}; this one follows it{gpu_faults(told)}"
             return Failure(words, recorded)
     return None
 

@@ -21,13 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files, run_store
+from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import ExitRecord, FailureRecord, exit_file
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART
-from launcher.worker import failure_record, heartbeat
+from launcher.worker import failure_record, heartbeat, postmortem
 from launcher.worker.checks import network
 from launcher.worker.mirror_process import MirrorProcess
 from launcher.worker.rank_env import NodePlace
@@ -84,81 +85,98 @@ class NodeAgent:
         self.stopper.disarm()
         self.ranks.close()
 
-    def run_ranks(self, place: NodePlace, store: Any = None) -> dict[str, Any] | None:
-        """Start the ranks and wait for them; returns the first failure or None.
+    def run_ranks(self, place: NodePlace, store: Any = None) -> FailureRecord | None:
+        """Run the ranks of this node to their end; returns the first failure or None.
 
         `store` is the TCPStore that the nodes of the job share; None where there is one node.
         """
         from torch.distributed import TCPStore
-        from torch.distributed.elastic.rendezvous import RendezvousClosedError
 
         from launcher.worker import elastic
         from launcher.worker.rendezvous import NodeRendezvous
 
-        plan, run, attempt = self.plan, self.run, self.attempt
-        topology, cluster = plan.topology, plan.config.cluster
-        if place.interface:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", place.interface)
-            # NCCL takes a bare name for a prefix.
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={place.interface}")
-        elastic_folder = run.attempt(attempt) / "elastic" / f"node-{place.node:05d}"
-        elastic_folder.mkdir(parents=True, exist_ok=True)
+        topology, cluster = self.plan.topology, self.plan.config.cluster
+        _set_network_interface(place.interface)
+        folder = self.run.attempt(self.attempt) / "elastic" / f"node-{place.node:05d}"
+        folder.mkdir(parents=True, exist_ok=True)
         store = store or TCPStore(place.address, 0, None, True, wait_for_workers=False)
-        run_id = f"{plan.wandb_id}-{attempt}"
-        stalls: list[str] = []
-        exits: list[failure_record.RankExit] = []
-
-        def on_failure(ended: list[failure_record.RankExit]) -> None:
-            exits[:] = ended
-
-        def on_restart(count: int) -> None:
-            here, why = place.hosts[place.node], failure_record.of_restart(exits, run, attempt, stalls)
-            # Later failures have other reasons.
-            stalls.clear()
-            with suppress(OSError):
-                words = f"all ranks are started again (restart {count}), as some failed on {here}: {why}"
-                append_event(run, attempt, "alert", words, **{RESTART: count})
-
-        def is_final() -> bool:
-            return failure_record.read_final(run, attempt) is not None
-
-        rendezvous = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, is_final, on_restart)
-        board = heartbeat.Board(topology.ranks_per_node)
-        os.environ[heartbeat.VARIABLE] = str(board.path)
-
-        def on_stall(text: str) -> None:
-            stalls.append(text)
-            print(text, flush=True)
-
-        watchdog = Watchdog(board, cluster.stall_seconds, cluster.timeout_minutes * 60, on_stall).start()
+        run_id = f"{self.plan.wandb_id}-{self.attempt}"
+        failures = _FailureLog(self.run, self.attempt, place.hosts[place.node])
+        rendezvous = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, failures.is_final, failures.report_restart)
+        heartbeats = heartbeat.HeartbeatTable(topology.ranks_per_node)
+        os.environ[heartbeat.VARIABLE] = str(heartbeats.path)
+        watchdog = Watchdog(heartbeats, cluster.stall_seconds, cluster.timeout_minutes * 60, failures.add_stall).start()
         try:
-            if elastic.run_ranks(
-                partial(self.ranks.start, self.plan_path, attempt),
+            succeeded = elastic.run_ranks(
+                partial(self.ranks.start, self.plan_path, self.attempt),
                 rendezvous,
                 num_ranks=topology.ranks_per_node,
                 max_restarts=cluster.max_restarts,
                 address=place.address,
-                folder=elastic_folder,
-                on_failure=on_failure,
-            ):
-                return None
-            return failure_record.of_ranks(exits, run, attempt, stalls)
-        except RendezvousClosedError as error:
-            final = failure_record.read_final(run, attempt)
-            return (
-                failure_record.of_agent(error, run.attempt(attempt))
-                if final is None
-                else failure_record.of_final(run, attempt, final)
+                folder=folder,
+                on_failure=failures.set_exits,
             )
+            return None if succeeded else failures.first()
         except Exception as error:
-            # Rendezvous, resources and the like: no rank is to blame.
-            return failure_record.of_agent(error, run.attempt(attempt))
+            return failures.from_exception(error)
         finally:
             watchdog.stop()
-            board.close()
-            if plan.nvme_folder is not None and run_store.newest_attempt(run) == attempt:
-                # States of a whole model would fill the disk of a node that the run does not come back to.
-                shutil.rmtree(plan.nvme_folder, ignore_errors=True)
+            heartbeats.close()
+            self._remove_offloaded_states()
+
+    def _remove_offloaded_states(self) -> None:
+        """The states of a whole model would fill the disk of a node that the run does not come back to."""
+        if self.plan.nvme_folder is not None and run_store.newest_attempt(self.run) == self.attempt:
+            shutil.rmtree(self.plan.nvme_folder, ignore_errors=True)
+
+
+class _FailureLog:
+    """The failures of this node's ranks: how they ended last, and the watchdog's messages since the last restart."""
+
+    def __init__(self, run: RunDir, attempt: int, host: str) -> None:
+        self._run, self._attempt, self._host = run, attempt, host
+        self._exits: list[failure_record.RankExit] = []
+        self._stalls: list[str] = []
+
+    def set_exits(self, exits: list[failure_record.RankExit]) -> None:
+        self._exits = exits
+
+    def add_stall(self, message: str) -> None:
+        self._stalls.append(message)
+        print(message, flush=True)
+
+    def report_restart(self, count: int) -> None:
+        """Write an alert that all ranks are restarted for the `count`-th time, and why."""
+        reason = failure_record.describe_restart(self._exits, self._run, self._attempt, self._stalls)
+        # Later failures have other reasons.
+        self._stalls.clear()
+        with suppress(OSError):
+            text = f"all ranks are started again (restart {count}), as some failed on {self._host}: {reason}"
+            append_event(self._run, self._attempt, "alert", text, **{RESTART: count})
+
+    def is_final(self) -> bool:
+        """Return whether a rank recorded a failure that a restart would repeat."""
+        return failure_record.read_final(self._run, self._attempt) is not None
+
+    def first(self) -> FailureRecord:
+        return failure_record.from_rank_exits(self._exits, self._run, self._attempt, self._stalls)
+
+    def from_exception(self, error: Exception) -> FailureRecord:
+        """Return the failure behind an exception of torch's agent: the final one of a rank, or the agent's own."""
+        from torch.distributed.elastic.rendezvous import RendezvousClosedError
+
+        final = failure_record.read_final(self._run, self._attempt) if isinstance(error, RendezvousClosedError) else None
+        if final is not None:
+            return failure_record.from_final(self._run, self._attempt, final)
+        # Rendezvous, resources and the like: no rank is to blame.
+        return failure_record.from_exception(error, self._run.attempt(self._attempt))
+
+
+def _set_network_interface(interface: str | None) -> None:
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        # NCCL takes a bare name for a prefix.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
 
 
 def main(plan_path: str, attempt: int) -> int:
@@ -166,29 +184,33 @@ def main(plan_path: str, attempt: int) -> int:
     node = NodeAgent.start(plan_path, attempt, _SIGNALS)
     if node is None:
         return 1
-    plan, run, stopper = node.plan, node.run, node.stopper
+    run, stopper = node.run, node.stopper
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=node.started_at))
     run_store.update_status(run, state="running", attempt=attempt, job=detached_process.identity(), message="")
-    detached_process.give_signs(run)
+    detached_process.start_liveness_file(run)
     mirror = node.start_mirror()
     place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
     failure = None if stopper.requested else node.run_ranks(place)
     node.close()
-    outcome = failure_record.outcome(run, attempt, failure, stopper.requested, stopper.killed)
-    exit_file = run.attempt(attempt) / "exit.json"
-    ended = {**outcome, "first_failure": failure, "host": os.uname().nodename, "started_at": node.started_at, "ended_at": None}
-    atomic_files.write_json(exit_file, ended)
-    if outcome["state"] == "failed":
+    exit_record = postmortem.judge_local(run, attempt, failure, stopper.requested, stopper.killed)
+    return _conclude(node, mirror, replace(exit_record, host=os.uname().nodename, started_at=node.started_at))
+
+
+def _conclude(node: NodeAgent, mirror: MirrorProcess | None, record: ExitRecord) -> int:
+    """Record the end of the attempt, wait for the mirror, and only then end the run; returns the exit code."""
+    run, attempt = node.run, node.attempt
+    json_records.write(exit_file(run, attempt), record)
+    if record.state == "failed":
         with suppress(OSError):
-            append_event(run, attempt, "alert", f"the attempt failed: {outcome['message']}", outcome["step"])
-    # The run is over for those who follow it when the mirror has what is committed.
-    stopper.finish(mirror)
-    # Until then the attempt has held its machines. Where the disk is full, its last sign of life tells.
+            append_event(run, attempt, "alert", f"the attempt failed: {record.message}", record.step)
+    # The status shows the end only when the mirror has every committed checkpoint.
+    node.stopper.finish(mirror)
+    # The attempt holds its machines until here. On a full disk the liveness file tells the time instead.
     with suppress(OSError):
-        atomic_files.write_json(exit_file, ended | {"ended_at": time.time()})
-    run_store.update_status(run, state=outcome["state"], message=outcome["message"])
-    tell_wandb(plan, plan_path, run, attempt)
-    return 0 if outcome["state"] == "completed" else 130 if outcome["state"] in ("cancelled", "preempted") else 1
+        json_records.write(exit_file(run, attempt), replace(record, ended_at=time.time()))
+    run_store.update_status(run, state=record.state, message=record.message)
+    tell_wandb(node.plan, node.plan_path, run, attempt)
+    return 0 if record.state == "completed" else 130 if record.state in ("cancelled", "preempted") else 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher.errors import RunError
 from launcher.worker.rank_env import RankEnv
 
-# Set by the agent to `Board.path`. Absent: nobody watches.
+# Set by the agent to `HeartbeatTable.path`; without it no one watches the rank.
 VARIABLE = "LAUNCHER_HEARTBEATS"
 PHASES = ("starting", "joined", "loaded", "training", "evaluating", "saving", "finishing")
 _CODES = {phase: code for code, phase in enumerate(PHASES)}
@@ -40,7 +40,7 @@ class Beat:
     trained: bool
 
 
-class Board:
+class HeartbeatTable:
     """The agent's side: a record per local rank in memory that has no name on disk and ends with the agent.
 
     A file would do, but not on storage that can block or be full, nor where logging out removes it, as from /dev/shm.
@@ -72,38 +72,38 @@ class Board:
 class Heartbeat:
     """A rank's side."""
 
-    def __init__(self, board: Path | None, local_rank: int, rank: int) -> None:
-        """Beat on the board at `board`, or for nobody.
+    def __init__(self, table: Path | None, local_rank: int, rank: int) -> None:
+        """Beat on the table at `table`, or for nobody.
 
         Raises:
-            RunError: where the board cannot be reached.
+            RunError: where the table cannot be reached.
         """
-        self._board: mmap.mmap | None = None
+        self._table: mmap.mmap | None = None
         self._offset = local_rank * _RECORD.size
         self._pid, self._rank = os.getpid(), rank
         self._count, self._phase, self._step = 0, "", 0
         self._step_began = self._slowest_step_s = 0.0
         self._trained = False
-        if board is not None:
+        if table is not None:
             try:
-                with open(board, "r+b", buffering=0) as file:
-                    self._board = mmap.mmap(file.fileno(), 0)
+                with open(table, "r+b", buffering=0) as file:
+                    self._table = mmap.mmap(file.fileno(), 0)
             except OSError as error:
                 raise RunError(
                     f"this rank cannot tell its node's agent how far it is: {error.strerror}",
-                    where=str(board),
+                    where=str(table),
                     remedy="run agent and ranks in one container; or do without: cluster.stall_seconds=0",
                 ) from None
             self.beat("starting", 0)
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str], env: RankEnv) -> Heartbeat:
-        board = environ.get(VARIABLE)
-        return cls(Path(board) if board else None, env.local_rank, env.rank)
+        table = environ.get(VARIABLE)
+        return cls(Path(table) if table else None, env.local_rank, env.rank)
 
     def beat(self, phase: str, step: int) -> None:
         """Tell one of PHASES and the number of completed optimizer steps; takes about a microsecond and cannot fail."""
-        if self._board is None:
+        if self._table is None:
             return
         now = time.monotonic()
         if phase == "training":
@@ -115,7 +115,7 @@ class Heartbeat:
         self._phase, self._step = phase, step
         self._count += 1
         _RECORD.pack_into(
-            self._board,
+            self._table,
             self._offset,
             self._count,
             self._pid,

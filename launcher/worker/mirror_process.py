@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files
+from launcher import json_records
 from launcher.checkpoint import store
 from launcher.checkpoint.mirror.remote_folder import Remote, words
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, address
@@ -28,6 +28,7 @@ from launcher.checkpoint.store import MANIFEST, Checkpoint
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import MirrorRecord
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import RateLimit
 from launcher.worker.rank_env import die_with_parent
@@ -202,19 +203,19 @@ class Sender:
 
     def _record(self, missing: list[Checkpoint]) -> None:
         steps = self._mirror.steps if self._mirror is not None else []
-        values: dict[str, Any] = {
-            "url": self._url,
-            "last_step": steps[-1] if steps else None,
-            "steps": steps,
-            "missing_steps": [c.step for c in missing],
-            "bytes": self._bytes,
-            "seconds": self._seconds,
-            "lag_s": self._lag_s,
-            "failure": self._said or None,
-            "at": time.time(),
-        }
+        record = MirrorRecord(
+            url=self._url,
+            last_step=steps[-1] if steps else None,
+            steps=tuple(steps),
+            missing_steps=tuple(c.step for c in missing),
+            bytes=self._bytes,
+            seconds=self._seconds,
+            lag_s=self._lag_s,
+            failure=self._said or None,
+            at=time.time(),
+        )
         try:
-            atomic_files.write_json(self._run.attempt(self._attempt) / "mirror.json", values)
+            json_records.write(self._run.attempt(self._attempt) / "mirror.json", record)
         except OSError as error:
             print(f"mirror.json cannot be written: {error}", file=sys.stderr, flush=True)
 

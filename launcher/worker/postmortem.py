@@ -1,222 +1,333 @@
-"""Why an attempt on several nodes ended, told from what its nodes left behind and from what Slurm or Ray says of them."""
+"""Why an attempt ended and what follows, judged from the records of its ranks and nodes and from the scheduler's job state."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from launcher import json_records, run_store
-from launcher.errors import WOULD_REPEAT
-from launcher.plan.retry import Cause
+from launcher import json_records, run_records, run_store
+from launcher.checkpoint import store
+from launcher.config.cluster import ManagedSection
+from launcher.errors import WOULD_REPEAT, Problem, RunError
+from launcher.plan.retry import Cause, Decision, Ended, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, ExitRecord, FailureRecord, NodeRecord, OutcomeRecord
 from launcher.tracking.metrics_tail import newest_step
-from launcher.worker import failure_record
 from launcher.worker.checks import node_check
+from launcher.worker.signals import CANCEL, PREEMPT
 
 # Slurm sends its signal up to a minute before the lead begins.
 _SIGNAL_SPREAD_S = 90.0
 # As in `srun: error: n1: task 1: Exited with exit code 7`; a task that a signal ended is another matter.
 _SRUN_ERROR = re.compile(r"srun: error: ([\w.-]+): tasks? [\d,-]+: (Exited with exit code \d+)")
-# The words of Slurm's accounting, of its cgroup plugin, and of the kernel.
+# As Slurm's accounting, its cgroup plugin and the kernel name it.
 _OUT_OF_MEMORY = re.compile(r"exceeded memory limit|oom_kill|oom-kill|Out Of Memory", re.IGNORECASE)
 _FINAL = tuple(kind.__name__ for kind in WOULD_REPEAT)
-# An agent says so before it starts its ranks: its node lacks something.
+# What an agent raises before it starts its ranks, because its node lacks something.
 _NODE_ERRORS = ("RunError", "SlurmError")
-# What gloo, NCCL and the kernel say where the other end of a connection is gone: the consequence of another failure.
+# What gloo, NCCL and the kernel report where the other end of a connection is gone: the consequence of another failure.
 _PEER_LOST = re.compile(
     r"connection (closed|reset) by peer|broken pipe|connection timed out|no route to host"
     r"|remote process exited|ncclRemoteError|unhandled system error|ncclSystemError",
     re.IGNORECASE,
 )
-# What CUDA and the driver say of a GPU, and the kernel of shared storage, that has failed. A full disk is none of these.
+# What CUDA and the driver report of a broken GPU, and the kernel of broken shared storage. A full disk is none of these.
 _HARDWARE = re.compile(
     r"uncorrectable ECC|\bXid\b|fallen off the bus|GPU is lost|stale file handle|input/output error|ESTALE|\bEIO\b",
     re.IGNORECASE,
 )
-# Slurm's words for a job whose machines it took, and the word for workers that are gathered anew because there are more.
+# Slurm's states of a job that lost its machines, and the state of Ray workers that are replaced by another number of workers.
 _TAKEN = {"TIMEOUT": Cause.TIME_LIMIT, "PREEMPTED": Cause.PREEMPTED, "RESIZED": Cause.RESIZED}
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Why and at which step an attempt ended, in words; `first_failure` is the record of the rank that failed first."""
+    """Why and at which step an attempt ended."""
 
     cause: Cause
     step: int
     message: str
     bad_nodes: tuple[str, ...] = ()
-    first_failure: dict[str, Any] | None = None
+    first_failure: FailureRecord | None = None
 
 
-def read(
+@dataclass(frozen=True)
+class Conclusion:
+    """How an attempt ended, `ended` the same for the retry budgets, and what plan.retry decides."""
+
+    ending: Ending
+    ended: Ended
+    decision: Decision
+
+    @property
+    def message(self) -> str:
+        return f"{self.decision.reason}; runs again" if self.decision.again else self.decision.reason
+
+    @property
+    def alert(self) -> str | None:
+        """The alert for an attempt that did not end as planned; None for one that did."""
+        if self.decision.state in ("completed", "cancelled") or self.ending.cause is Cause.LIMIT:
+            return None
+        return f"the attempt ended ({self.ending.cause}): {self.message}"
+
+    def record(self, run: RunDir, number: int, decided: bool = True) -> None:
+        """Write exit.json; `decided` is False where the next start of the run makes the decision."""
+        record = ExitRecord(
+            state=self.decision.state if decided else "failed",
+            step=self.ending.step,
+            message=self.ending.message,
+            cause=self.ending.cause,
+            began_step=self.ended.began_step,
+            saved_step=self.ended.saved_step,
+            bad_nodes=self.ending.bad_nodes,
+            first_failure=self.ending.first_failure,
+            # A later start does not know when the attempt ended.
+            ended_at=time.time() if decided else None,
+        )
+        json_records.write(run_records.exit_file(run, number), record)
+
+
+def conclude(
     run: RunDir,
     number: int,
     attempt: Attempt,
-    state: str,
-    lead_s: float,
-    exit_code: int | None,
-    gone: Collection[str] | None = None,
-) -> Ending:
-    """Judge how attempt `number` ended, with a word about memory where that was what it lacked; see `_judged`."""
-    found = _judged(run, number, attempt, state, lead_s, exit_code, gone)
-    if found.cause is Cause.INFRASTRUCTURE and _OUT_OF_MEMORY.search(_output(run, number, attempt)):
-        return replace(found, message=f"{found.message}; a memory limit was exceeded: raise cluster.mem")
-    return found
+    section: ManagedSection,
+    state: str = "",
+    exit_code: int | None = None,
+    lost_nodes: Collection[str] | None = None,
+) -> Conclusion:
+    """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
+    ending = judge(run, number, attempt, state, section.lead_s, exit_code, lost_nodes)
+    ended = Ended(ending.cause, attempt.resume_step, store.newest_step(run.checkpoints), ending.message, ending.bad_nodes)
+    return Conclusion(ending, ended, decide(ended, history(run, number), section))
 
 
-def _judged(
+def end_of_attempt(
     run: RunDir,
     number: int,
-    attempt: Attempt,
-    state: str,
-    lead_s: float,
-    exit_code: int | None,
-    gone: Collection[str] | None,
-) -> Ending:
-    """`state` is Slurm's word for the job, `exit_code` srun's, None where the job left no word.
+    section: ManagedSection,
+    state: str = "",
+    lost_nodes: Collection[str] | None = None,
+    on_alert: Callable[[str], None] | None = None,
+) -> Ended:
+    """Return how attempt `number` ended: as its exit.json says, or else by judging and recording it now.
 
-    `gone` are those of its nodes that Ray has lost, None where that is not known.
+    `state` and `lost_nodes` are those of `judge`. `on_alert` gets the alert of an attempt that is judged now, where the run
+    continues; where it does not, the caller alerts.
     """
+    record = run_records.read_exit(run, number)
+    if record is not None:
+        return _from_record(run, number, record)
+    conclusion = conclude(run, number, run_store.read_attempt(run, number), section, state, lost_nodes=lost_nodes)
+    conclusion.record(run, number, decided=False)
+    if on_alert is not None and conclusion.decision.again and conclusion.alert is not None:
+        on_alert(conclusion.alert)
+    return conclusion.ended
+
+
+def history(run: RunDir, number: int) -> list[Ended]:
+    """Return the ends of the attempts before `number`, back to the one that a person started, oldest first."""
+    ends: list[Ended] = []
+    while number > 1 and run_store.read_attempt(run, number).automatic:
+        number -= 1
+        record = run_records.read_exit(run, number)
+        if record is not None:
+            ends.insert(0, _from_record(run, number, record))
+    return ends
+
+
+def _from_record(run: RunDir, number: int, record: ExitRecord) -> Ended:
+    if record.cause is None:
+        path = str(run_records.exit_file(run, number))
+        raise RunError("a record of the run is damaged: this field is missing", where=f"{path}: cause", remedy="remove the file")
+    return Ended(record.cause, record.began_step, record.saved_step, record.message, record.bad_nodes)
+
+
+def judge(
+    run: RunDir,
+    number: int,
+    attempt: Attempt,
+    state: str,
+    lead_s: float,
+    exit_code: int | None,
+    lost_nodes: Collection[str] | None = None,
+) -> Ending:
+    """Return why attempt `number` of a managed run ended.
+
+    `state` is the scheduler's state of the job, empty where it is unknown. `exit_code` is srun's, None where the job recorded
+    none. `lead_s` is the time before the end of the job at which it is asked to save. `lost_nodes` are the names of the attempt's
+    nodes that Ray has lost, None where that is unknown.
+    """
+    ending = _judge(run, number, attempt, state, lead_s, exit_code, lost_nodes)
+    if ending.cause is Cause.INFRASTRUCTURE and _OUT_OF_MEMORY.search(_job_output(run, number, attempt)):
+        return replace(ending, message=f"{ending.message}; a memory limit was exceeded: raise cluster.mem")
+    return ending
+
+
+def _judge(
+    run: RunDir,
+    number: int,
+    attempt: Attempt,
+    state: str,
+    lead_s: float,
+    exit_code: int | None,
+    lost_nodes: Collection[str] | None,
+) -> Ending:
     step = newest_step(run, run_store.read_status(run))
-    outcome = run.attempt(number) / "outcome.json"
-    nodes = {node: _record(run, number, node) for node in range(len(attempt.nodes))}
-    left = [found for found in nodes.values() if found is not None]
+    outcome = run_records.read_outcome(run, number)
+    by_node = {node: run_records.read_node(run, number, node) for node in range(len(attempt.nodes))}
+    records = [record for record in by_node.values() if record is not None]
     cancelled = run.cancel(number).is_file() or state == "CANCELLED"
-    if outcome.is_file():
-        interruption = _interruption(attempt, lead_s, outcome.stat().st_mtime)
+    if outcome is not None:
+        written_at = run_records.outcome_file(run, number).stat().st_mtime
+        interruption = _interruption(attempt, lead_s, written_at)
         interruption = Cause.CANCELLED if cancelled else Cause.RESIZED if state == "RESIZED" else interruption
-        return _by_outcome(json_records.read_json(outcome), interruption)
+        return _from_outcome(outcome, interruption)
     if cancelled:
         return Ending(Cause.CANCELLED, step, f"cancelled at step {step} without saving")
-    if problems := [problem for found in left for problem in found.get("problems", ())]:
-        return _by_problems(problems, attempt, step)
-    failed = [(attempt.nodes[node], found["first_failure"]) for node, found in nodes.items() if found and found["first_failure"]]
-    lost = list(dict.fromkeys(attempt.nodes[node] for node, found in nodes.items() if found is None))
-    first = _first([failure for _, failure in failed])
-    if first is not None and first["kind"] in _FINAL and first["rank"] is not None:
-        return Ending(Cause.USER_ERROR, step, _words(first), first_failure=first)
+    if problems := [problem for record in records for problem in record.problems]:
+        return _from_problems(problems, attempt, step)
+    failures = {attempt.nodes[node]: record.first_failure for node, record in by_node.items() if record and record.first_failure}
+    silent = list(dict.fromkeys(attempt.nodes[node] for node, record in by_node.items() if record is None))
+    first = _first([record.first_failure for record in records if record.first_failure is not None])
+    if first is not None and first.kind in _FINAL and first.rank is not None:
+        return Ending(Cause.USER_ERROR, step, _describe(first), first_failure=first)
     taken = _TAKEN.get(state)
-    if killed := [found["ended_at"] for found in left if found["stopped"] and found.get("killed")]:
+    if killed := [record.ended_at for record in records if record.stopped and record.killed]:
         cause = taken or _interruption(attempt, lead_s, min(killed))
         return Ending(cause, step, f"killed at step {step}: it had not stopped in the time it was given", first_failure=first)
     if taken is not None:
-        what = "the workers were gathered anew" if taken is Cause.RESIZED else f"the job ended as {state}"
-        return Ending(taken, step, f"{what} at step {step} without saving", first_failure=first)
+        event = "the workers were gathered anew" if taken is Cause.RESIZED else f"the job ended as {state}"
+        return Ending(taken, step, f"{event} at step {step} without saving", first_failure=first)
     if first is not None:
-        return _by_failure(first, dict(failed), _without_word(lost, gone), attempt, step)
-    if stopped := [found["ended_at"] for found in left if found["stopped"]]:
+        return _from_failure(first, failures, _describe_silent(silent, lost_nodes), attempt, step)
+    if stopped := [record.ended_at for record in records if record.stopped]:
         return Ending(_interruption(attempt, lead_s, min(stopped)), step, "stopped before training had begun")
-    if exit_code is not None and (refused := _refused(run, number, attempt, nodes)):
-        return _by_refusals(refused, attempt, step)
-    what = _without_word(lost, gone) or "the ranks ended without an outcome"
+    if exit_code is not None and (refused := _refused(run, number, attempt, by_node)):
+        return _from_refusals(refused, attempt, step)
+    message = _describe_silent(silent, lost_nodes) or "the ranks ended without an outcome"
     code = f" (srun ended with {exit_code})" if exit_code is not None else ""
-    return Ending(Cause.INFRASTRUCTURE, step, f"{what}{code}")
+    return Ending(Cause.INFRASTRUCTURE, step, f"{message}{code}")
 
 
-def _record(run: RunDir, number: int, node: int) -> dict[str, Any] | None:
-    file = failure_record.node_file(run, number, node)
-    return json_records.read_json(file) if file.is_file() else None
-
-
-def _without_word(nodes: Sequence[str], gone: Collection[str] | None) -> str:
-    """What is said of nodes that left no record; where one is lost, Ray ends the workers of all before they can leave theirs."""
+def _describe_silent(nodes: Sequence[str], lost_nodes: Collection[str] | None) -> str:
+    """Describe nodes that left no record. Where Ray loses one, it ends the workers of all before they can leave theirs."""
     if not nodes:
         return ""
-    if gone is None:
+    if lost_nodes is None:
         return f"no word from {', '.join(nodes)}"
-    lost = [node for node in nodes if node in gone]
+    lost = [node for node in nodes if node in lost_nodes]
     return f"Ray has lost {', '.join(lost)}" if lost else f"no word from {', '.join(nodes)}, which Ray still has"
 
 
-def _by_outcome(outcome: Mapping[str, Any], interruption: Cause) -> Ending:
-    """The ranks' own word; why they were interrupted they do not know: scancel's TERM comes as it comes when machines go."""
+def _from_outcome(outcome: OutcomeRecord, interruption: Cause) -> Ending:
+    """Ranks do not know why they were interrupted: scancel sends the same TERM as a preemption."""
     causes = {"completed": Cause.COMPLETED, "cancelled": Cause.CANCELLED, "limit": Cause.LIMIT, "preempted": interruption}
-    return Ending(causes[outcome["reason"]], outcome["step"], outcome["message"])
+    return Ending(causes[outcome.reason], outcome.step, outcome.message)
 
 
 def _interruption(attempt: Attempt, lead_s: float, at: float) -> Cause:
-    """What took the machines away at that time; the judgement itself may be made by the next start, hours later."""
+    """Return what took the machines at that time; the next start may judge it hours later."""
     near = attempt.ends_at is not None and at > attempt.ends_at - lead_s - _SIGNAL_SPREAD_S
     return Cause.TIME_LIMIT if near else Cause.PREEMPTED
 
 
-def _by_problems(problems: Sequence[Mapping[str, str]], attempt: Attempt, step: int) -> Ending:
-    said = [f"{problem['where']}: {problem['what']} {problem['value']}".strip() for problem in problems]
-    named = {problem["where"] for problem in problems if not problem["what"].startswith(node_check.NO_ROOM)}
-    if not named:
-        return Ending(Cause.FAILURE, step, "; ".join(dict.fromkeys(said)))
-    return _by_nodes(named, said, attempt, step)
+def _from_problems(problems: Sequence[Problem], attempt: Attempt, step: int) -> Ending:
+    messages = [f"{problem.where}: {problem.what} {problem.value}".strip() for problem in problems]
+    unfit = {problem.where for problem in problems if not problem.what.startswith(node_check.NO_ROOM)}
+    if not unfit:
+        return Ending(Cause.FAILURE, step, "; ".join(dict.fromkeys(messages)))
+    return _from_unfit_nodes(unfit, messages, attempt, step)
 
 
-def _by_refusals(refused: Mapping[str, str], attempt: Attempt, step: int) -> Ending:
+def _from_refusals(refused: Mapping[str, str], attempt: Attempt, step: int) -> Ending:
     shared = "is the run directory on storage that it shares?"
-    said = [f"{node}: no agent could start there ({what}); {shared}" for node, what in refused.items()]
-    return _by_nodes(set(refused), said, attempt, step)
+    messages = [f"{node}: no agent could start there ({error}); {shared}" for node, error in refused.items()]
+    return _from_unfit_nodes(set(refused), messages, attempt, step)
 
 
-def _by_nodes(named: set[str], said: Sequence[str], attempt: Attempt, step: int) -> Ending:
-    """Nodes that are unfit; where most of them are, it is not the nodes, and leaving them out would not help."""
+def _from_unfit_nodes(unfit: set[str], messages: Sequence[str], attempt: Attempt, step: int) -> Ending:
+    """Where most nodes are unfit, the cause is none of them, and excluding them would not help."""
     nodes = tuple(dict.fromkeys(attempt.nodes))
-    bad = tuple(node for node in nodes if node in named)
-    message = "; ".join(dict.fromkeys(said))
-    if len(bad) > max(1, len(nodes) // 2):
+    bad_nodes = tuple(node for node in nodes if node in unfit)
+    message = "; ".join(dict.fromkeys(messages))
+    if len(bad_nodes) > max(1, len(nodes) // 2):
         return Ending(Cause.USER_ERROR, step, message)
-    return Ending(Cause.BAD_NODE, step, message, bad)
+    return Ending(Cause.BAD_NODE, step, message, bad_nodes)
+
+
+def _from_failure(
+    first: FailureRecord, failures: Mapping[str, FailureRecord], silent: str, attempt: Attempt, step: int
+) -> Ending:
+    """Judge a failure that is no user error; `failures` are by node, `silent` describes the nodes that left no record."""
+    message = _describe(first)
+    if silent:
+        return Ending(Cause.INFRASTRUCTURE, step, f"{message}; {silent}", first_failure=first)
+    if first.rank is None and first.kind in _NODE_ERRORS:
+        messages = {node: f"{node}: {failure.message}" for node, failure in failures.items() if failure.kind in _NODE_ERRORS}
+        ending = _from_unfit_nodes(set(messages), list(messages.values()), attempt, step)
+        # Where most nodes do not meet, the head node's port or network may be at fault; the next attempt may have another head.
+        cause = Cause.INFRASTRUCTURE if ending.cause is Cause.USER_ERROR else ending.cause
+        return replace(ending, cause=cause, first_failure=first)
+    by_machines = first.rank is None or first.kind == "killed"
+    by_machines = by_machines or bool(_PEER_LOST.search(first.message) or _HARDWARE.search(first.message))
+    return Ending(Cause.INFRASTRUCTURE if by_machines else Cause.FAILURE, step, message, first_failure=first)
+
+
+def _first(failures: Sequence[FailureRecord]) -> FailureRecord | None:
+    """Return the failure that caused the others."""
+
+    def order(failure: FailureRecord) -> tuple[bool, bool, bool, float]:
+        # A rank's own record precedes what agents report about each other; clocks of nodes differ, so times come last.
+        is_consequence = _PEER_LOST.search(failure.message) is not None
+        return failure.rank is None, failure.kind != "killed", is_consequence, failure.at or 0.0
+
+    return min(failures, key=order, default=None)
+
+
+def _describe(failure: FailureRecord) -> str:
+    source = "a node's agent" if failure.rank is None else failure.source
+    return f"{source}: {failure.message}"
 
 
 def marker(number: int, nodes: Sequence[str]) -> str:
-    """The line of a job's output with which an attempt begins; the output of all starts of a job is one file."""
+    """Return the line that begins an attempt in its job's output; one file holds the output of all starts of a job."""
     return f"attempt {number} begins on {', '.join(nodes)}"
 
 
-def _refused(run: RunDir, number: int, attempt: Attempt, nodes: Mapping[int, Any]) -> dict[str, str]:
-    """Nodes whose task ended by itself before its agent could leave a record, with srun's words."""
+def _refused(run: RunDir, number: int, attempt: Attempt, by_node: Mapping[int, NodeRecord | None]) -> dict[str, str]:
+    """Return srun's error for each node whose task ended by itself before its agent could leave a record."""
     return {
-        node: what
-        for node, what in _SRUN_ERROR.findall(_output(run, number, attempt))
-        if node in attempt.nodes and nodes.get(attempt.nodes.index(node)) is None
+        node: error
+        for node, error in _SRUN_ERROR.findall(_job_output(run, number, attempt))
+        if node in attempt.nodes and by_node.get(attempt.nodes.index(node)) is None
     }
 
 
-def _output(run: RunDir, number: int, attempt: Attempt) -> str:
-    """What the job has printed since the attempt began."""
+def _job_output(run: RunDir, number: int, attempt: Attempt) -> str:
+    """Return what the job printed since the attempt began."""
     output = run.jobs / str(attempt.job) / f"{attempt.job}_0_log.out"
     text = output.read_text(errors="replace") if output.is_file() else ""
     return text.rpartition(marker(number, attempt.nodes))[2]
 
 
-def _first(failures: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The failure that the others followed from."""
+def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stopped: bool, killed: bool) -> ExitRecord:
+    """Return how an attempt on this machine ended: as rank 0 recorded it, or else as the node's agent saw it.
 
-    def order(failure: Mapping[str, Any]) -> tuple[bool, bool, bool, float]:
-        # A rank's own word comes before the agents' about each other, and clocks of nodes differ: times come last.
-        consequence = _PEER_LOST.search(failure["message"]) is not None
-        return failure["rank"] is None, failure["kind"] != "killed", consequence, failure["at"] or 0.0
-
-    return min(failures, key=order, default=None)
-
-
-def _words(failure: Mapping[str, Any]) -> str:
-    who = "a node's agent" if failure["rank"] is None else f"rank {failure['rank']}"
-    return f"{who}: {failure['message']}"
-
-
-def _by_failure(
-    first: dict[str, Any], failures: Mapping[str, Mapping[str, Any]], lost: str, attempt: Attempt, step: int
-) -> Ending:
-    """A failure that is no mistake of the user's; `failures` by node, `lost` tells of the nodes that left no record."""
-    words = _words(first)
-    if lost:
-        return Ending(Cause.INFRASTRUCTURE, step, f"{words}; {lost}", first_failure=first)
-    if first["rank"] is None and first["kind"] in _NODE_ERRORS:
-        said = {node: f"{node}: {found['message']}" for node, found in failures.items() if found["kind"] in _NODE_ERRORS}
-        found = _by_nodes(set(said), list(said.values()), attempt, step)
-        # Where most nodes do not meet, it may be the head node's port or network at that moment: it may be another one next.
-        cause = Cause.INFRASTRUCTURE if found.cause is Cause.USER_ERROR else found.cause
-        return replace(found, cause=cause, first_failure=first)
-    machines = first["rank"] is None or first["kind"] == "killed"
-    machines = machines or _PEER_LOST.search(first["message"]) or _HARDWARE.search(first["message"])
-    return Ending(Cause.INFRASTRUCTURE if machines else Cause.FAILURE, step, words, first_failure=first)
+    `stopped` where the ranks were asked to stop, `killed` where they did not stop in time.
+    """
+    outcome = run_records.read_outcome(run, attempt) if failure is None else None
+    if outcome is not None:
+        return ExitRecord(outcome.state, outcome.step, outcome.message, reason=outcome.reason, checkpoint=outcome.checkpoint)
+    step = newest_step(run, run_store.read_status(run))
+    checkpoints = store.list_checkpoints(run.checkpoints)
+    newest = f"the newest checkpoint is of step {checkpoints[-1].step}" if checkpoints else "there is no checkpoint"
+    if killed:
+        return ExitRecord("cancelled", step, f"killed at step {step} without saving; {newest}", first_failure=failure)
+    if stopped and (failure is None or failure.exit_code in (-CANCEL, -PREEMPT)):
+        return ExitRecord("cancelled", step, f"stopped before training had begun; {newest}", first_failure=failure)
+    if failure is None:
+        return ExitRecord("failed", step, "the ranks ended without an outcome")
+    return ExitRecord("failed", step, f"{failure.source}: {failure.message}", first_failure=failure)

@@ -15,10 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher import atomic_files, error_record
+from launcher import error_record, json_records
 from launcher.errors import WOULD_REPEAT
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import FinalFailure, OutcomeRecord, final_file, outcome_file
 from launcher.worker.heartbeat import Heartbeat
 from launcher.worker.rank_env import RankEnv, die_with_parent, redirect_output, set_title
 from launcher.worker.signals import StopFlag
@@ -71,29 +72,21 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
 
     rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
-        outcome = train(plan, rank_info, stop, heartbeat.beat, partial(_leave_word, run, attempt))
+        outcome = train(plan, rank_info, stop, heartbeat.beat, partial(write_outcome, run, attempt))
     except WOULD_REPEAT as error:
         # The agents start ranks again after any other failure.
-        final = {"rank": env.rank, "kind": type(error).__name__, "message": str(error), "at": time.time()}
+        final = FinalFailure(env.rank, type(error).__name__, str(error), time.time())
         # If this fails, the agents restart the ranks; the exception is still recorded.
         with suppress(OSError):
-            atomic_files.write_json(run.attempt(attempt) / "final.json", final)
+            json_records.write(final_file(run, attempt), final)
         raise
     if rank_info.is_main and outcome.state == "completed":
-        _leave_word(run, attempt, outcome)
+        write_outcome(run, attempt, outcome)
 
 
-def _leave_word(run: RunDir, attempt: int, outcome: Outcome) -> None:
-    atomic_files.write_json(
-        run.attempt(attempt) / "outcome.json",
-        {
-            "state": outcome.state,
-            "reason": outcome.reason,
-            "step": outcome.step,
-            "message": outcome.message,
-            "checkpoint": str(outcome.checkpoint),
-        },
-    )
+def write_outcome(run: RunDir, attempt: int, outcome: Outcome) -> None:
+    record = OutcomeRecord(outcome.state, outcome.reason, outcome.step, outcome.message, str(outcome.checkpoint))
+    json_records.write(outcome_file(run, attempt), record)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from launcher import json_records, run_store
+from launcher import run_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause
@@ -63,15 +63,18 @@ def _is_to_be_told(run: RunDir, attempt: int) -> bool:
     if state != "preempted":
         return state == "failed"
     with suppress(OSError, LauncherError):
-        # One that has ended without a cause ran on this machine, in the hands of a person.
-        return json_records.read_json(run.attempt(attempt) / "exit.json").get("cause", Cause.LIMIT) != Cause.LIMIT
+        record = run_records.read_exit(run, attempt)
+        # An attempt without a cause ran on this machine, where a person stopped it.
+        return record is None or record.cause not in (None, Cause.LIMIT)
     return True
 
 
 def _where(run: RunDir, attempt: int) -> str:
-    """Where the rank that failed first has left its words."""
-    with suppress(OSError, LauncherError, KeyError, TypeError):
-        return f" (log: {json_records.read_json(run.attempt(attempt) / 'exit.json')['first_failure']['log']})"
+    """Name the log of the rank that failed first."""
+    with suppress(OSError, LauncherError):
+        record = run_records.read_exit(run, attempt)
+        if record is not None and record.first_failure is not None:
+            return f" (log: {record.first_failure.log})"
     return ""
 
 

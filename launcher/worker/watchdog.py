@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import psutil
 
-from launcher.worker.heartbeat import Beat, Board
+from launcher.worker.heartbeat import Beat, HeartbeatTable
 
 _SLOWEST_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
@@ -90,13 +90,13 @@ def stalled(
 
 
 class Watchdog:
-    """Watches the ranks that beat on `board` and are children of this process; tells `on_stall` whom it killed and why.
+    """Watches the ranks that beat on `table` and are children of this process; tells `on_stall` whom it killed and why.
 
     `stall_s` 0 watches nothing. `rare_s` is the limit where beats are rare, see Limits.
     """
 
-    def __init__(self, board: Board, stall_s: float, rare_s: float, on_stall: Callable[[str], None]) -> None:
-        self._board = board
+    def __init__(self, table: HeartbeatTable, stall_s: float, rare_s: float, on_stall: Callable[[str], None]) -> None:
+        self._table = table
         self._limits = Limits(stall_s, rare_s)
         self._on_stall = on_stall
         self._interval_s = min(_LONGEST_INTERVAL_S, stall_s / 10)
@@ -126,7 +126,7 @@ class Watchdog:
             self._look(now)
 
     def _look(self, now: float) -> None:
-        beats = {r: beat for r, beat in self._board.read().items() if beat.pid not in self._done}
+        beats = {r: beat for r, beat in self._table.read().items() if beat.pid not in self._done}
         ranks, states = _processes(beats)
         verdict = stalled(beats, states, now, self._limits, self._since)
         pids = {beats[r].pid for r in verdict.stalled}

@@ -10,7 +10,8 @@ from dataclasses import replace
 import pytest
 
 from launcher.cli.drill_report import Hit, Records, Report, Step, judge, lines
-from launcher.run_records import Attempt
+from launcher.plan.retry import Cause
+from launcher.run_records import Attempt, ExitRecord
 
 CHECKPOINTS = "/runs/drill/checkpoints"
 HIT_AT = 1000.0
@@ -35,7 +36,7 @@ RESTARTED = Records(
     # Step 9 was still being logged when the rank was killed.
     steps=steps(1, 0, 1, 9, HIT_AT - 8) + steps(1, 1, 6, 10, HIT_AT + 20),
     attempts={1: Attempt(None, job="7", nodes=("n1", "n2"))},
-    endings={},
+    exits={},
     errors=(),
     committed=frozenset({5}),
     by_hand=None,
@@ -46,13 +47,13 @@ REQUEUED = replace(
     RESTARTED,
     steps=steps(1, 0, 1, 9, HIT_AT - 8) + steps(2, 0, 6, 10, HIT_AT + 60),
     attempts={**RESTARTED.attempts, 2: Attempt(5, job="7", restart=1, automatic=True)},
-    endings={1: {"cause": "infrastructure", "state": "pending", "message": "no word from n2"}},
+    exits={1: ExitRecord("pending", cause=Cause.INFRASTRUCTURE, message="no word from n2")},
 )
 PREEMPTED = replace(
     REQUEUED,
     fault="preempt",
     steps=steps(1, 0, 1, 9, HIT_AT - 8) + steps(2, 0, 10, 11, HIT_AT + 60),
-    endings={1: {"cause": "preempted", "state": "pending", "message": "saved at step 9"}},
+    exits={1: ExitRecord("pending", cause=Cause.PREEMPTED, message="saved at step 9")},
     committed=frozenset({5, 9}),
 )
 FULL = "the checkpoint could not be written\n  where:  rank 1, {folder}/.saving-step-00000010-001/x\n  value:  {why}"
@@ -130,7 +131,7 @@ def test_a_save_that_failed_for_a_while() -> None:
 
 def test_a_run_that_a_person_has_to_resume() -> None:
     attempts = {1: Attempt(None), 2: Attempt(5)}
-    report = judge(replace(REQUEUED, attempts=attempts, endings={}, by_hand=2, stopped_as="failed: the agent is gone"), WHOLE)
+    report = judge(replace(REQUEUED, attempts=attempts, exits={}, by_hand=2, stopped_as="failed: the agent is gone"), WHOLE)
     assert report.came_through
     assert "as a person would" in report.continued
     assert report.happened == "failed: the agent is gone"
@@ -187,9 +188,7 @@ def test_a_full_disk_must_be_named() -> None:
         "CheckpointError: the checkpoint could not be written where: rank 1, /runs/drill/checkpoints"
     )
     assert report.happened.endswith("value: File too large")
-    in_ending = replace(
-        DISK_FULL, errors=(), endings={1: {"state": "failed", "message": FULL.format(folder=CHECKPOINTS, why="x")}}
-    )
+    in_ending = replace(DISK_FULL, errors=(), exits={1: ExitRecord("failed", message=FULL.format(folder=CHECKPOINTS, why="x"))})
     assert judge(in_ending, WHOLE).came_through
     assert "could not write a checkpoint" in problems(replace(DISK_FULL, errors=DISK_FULL.errors[:1]))
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from launcher import atomic_files, run_store
+from launcher import json_records, run_records, run_store
 from launcher.cli.follow import follow
 from launcher.clusters.local import LocalCluster
 from launcher.errors import EXIT_FAILED
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import ExitRecord, FailureRecord
 
 
 def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1) -> None:
     """An attempt leaves the record of its end; without a rank nobody failed first."""
     log = str(run.rank_log(attempt, rank or 0))
-    first = {"rank": rank, "kind": "killed", "message": message, "traceback": "", "log": log}
-    atomic_files.write_json(run.attempt(attempt) / "exit.json", {"first_failure": None if rank is None else first})
+    first = None if rank is None else FailureRecord(rank, "killed", message, log=log)
+    json_records.write(run_records.exit_file(run, attempt), ExitRecord("failed", first_failure=first))
 
 
 def closing(run: RunDir, message: str, capsys: pytest.CaptureFixture[str]) -> str:

@@ -338,7 +338,7 @@ def test_what_comes_after_the_last_line_counts_as_in_the_report(launch_here: Lau
     for attempt, submitted_at, begun_at in ((1, now - 7200, now - 7200), (2, now - 3600, now - 3600)):
         times = {"submitted_at": submitted_at, "begun_at": begun_at}
         run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), **times))
-    atomic_files.write_json(run.attempt(1) / "exit.json", {"ended_at": now - 3600})
+    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": now - 3600})
     for file in (run.metrics, run.events):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
         earlier = {1: now - 7100, 2: now - 2700}

@@ -218,7 +218,7 @@ def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container
     old = time.time() - 600
     os.utime(run.status, (old, old))
     assert LocalCluster().status(run).state == "failed"
-    detached_process.give_signs(run)
+    detached_process.start_liveness_file(run)
     deadline = time.monotonic() + 10
     while not run.alive.exists():
         assert time.monotonic() < deadline

@@ -188,7 +188,7 @@ def test_while_a_run_waits_for_machines_again_the_clock_goes_on_and_money_does_n
     run.events.write_text("".join(json.dumps(event) + "\n" for event in start(1, 100, 100, ranks=2)))
     run.metrics.write_text(json.dumps(step(10, 1, 3700)) + "\n")
     if word:
-        atomic_files.write_json(run.attempt(1) / "exit.json", {"ended_at": 3700.0})
+        atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": 3700.0})
     for now in (3700.0, 3700 + 6 * 3600):
         found = goodput.read(run, now, "pending")
         assert parts(found) == ({"kept_s": 3600, "queue_s": now - 3700} if now > 3700 else {"kept_s": 3600})
@@ -244,7 +244,7 @@ def test_each_attempt_costs_what_its_plan_says_until_a_later_one_knows_better(
         number = run_store.next_attempt(run, run_records.Attempt(None, begun_at=at))
         run_store.write_plan(run, number, plan)
         _submitted(run, number, at)
-        atomic_files.write_json(run.attempt(number) / "exit.json", {"ended_at": at + 360_000})
+        atomic_files.write_json(run.attempt(number) / "exit.json", {"state": "failed", "ended_at": at + 360_000})
     found = goodput.read(run, 1e9, "failed")
     assert found.gpu_s == 360_000 * len(plans)
     assert found.usd == (None if usd is None else pytest.approx(usd))

@@ -14,7 +14,7 @@ from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
 from launcher.train.previous_failure import RESTART, Failure, failure_before
 
-KILLED = {"rank": 3, "log": "/run/rank-00003.log"}
+KILLED = {"rank": 3, "kind": "killed", "message": "killed by SIGKILL", "log": "/run/rank-00003.log"}
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> RunDir:
 
 
 def ended(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:
-    said = {"cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
+    said = {"state": "pending", "cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
     atomic_files.write_json(run.attempt(1) / "exit.json", said)
 
 

@@ -15,9 +15,9 @@ from fake_slurm import FakeSlurm
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
-from launcher.worker import failure_record
+from launcher.run_records import Attempt, ExitRecord
 from launcher.worker.slurm import job
 
 NODES = ("n1", "n2", "n3")
@@ -71,7 +71,7 @@ class Job:
 
     def node(self, node: int, **values: Any) -> None:
         left = {"node": node, "first_failure": None, "stopped": False, "ended_at": time.time(), **values}
-        atomic_files.write_json(failure_record.node_file(self.run, run_store.newest_attempt(self.run), node), left)
+        atomic_files.write_json(run_records.node_file(self.run, run_store.newest_attempt(self.run), node), left)
 
     def failed(self, kind: str) -> None:
         self.node(0, first_failure={"rank": 3, "kind": kind, "at": 1.0, "exit_code": 1, "message": "what it said", "log": "/log"})
@@ -89,8 +89,8 @@ class Job:
     def ended(self, number: int, cause: str, began: int | None = None, saved: int | None = None, **values: Any) -> None:
         """As an attempt is that was concluded."""
         self.begun(number, **values)
-        said = {"cause": cause, "began_step": began, "saved_step": saved, "message": f"{cause} it was", "bad_nodes": []}
-        atomic_files.write_json(self.run.attempt(number) / "exit.json", said)
+        record = ExitRecord("pending", cause=Cause(cause), message=f"{cause} it was", began_step=began, saved_step=saved)
+        json_records.write(run_records.exit_file(self.run, number), record)
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
 from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
-from launcher.worker import failure_record
 from launcher.worker.checks.node_check import NodeReport
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.coordinator import Coordinator
@@ -60,7 +59,7 @@ class Played:
     def end(self, rank: int, failure: dict[str, Any] | None = None, **said: Any) -> None:
         """A worker leaves its word."""
         ended = {"node": rank, "host": "n", "ended_at": time.time(), "stopped": False, "killed": False, "first_failure": failure}
-        atomic_files.write_json(failure_record.node_file(self.run, self.number, rank), ended | said)
+        atomic_files.write_json(run_records.node_file(self.run, self.number, rank), ended | said)
 
     def outcome(self, reason: str, step: int) -> None:
         """Rank 0's own word."""

@@ -19,6 +19,7 @@ from launcher import atomic_files, error_record, json_records
 from launcher.error_record import VARIABLE, ErrorRecord
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import FinalFailure
 from launcher.worker import failure_record
 from launcher.worker.failure_record import RankExit
 from launcher.worker.signals import DISMISSED
@@ -136,15 +137,11 @@ def bad(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_a_bad_record_counts_as_none_and_the_exit_code_tells(bad: Path) -> None:
     assert ErrorRecord.read(bad) is None
     run = RunDir(bad.parent)
-    failed = failure_record.of_exit(run, 1, 3, 1, bad)
-    assert (failed["rank"], failed["message"], failed["traceback"]) == (
-        3,
-        "ended with exit code 1 and left no record of an error",
-        "",
-    )
-    killed = failure_record.of_exit(run, 1, 3, -signal.SIGKILL, bad)
-    assert (killed["kind"], killed["message"]) == ("killed", "killed by SIGKILL")
-    assert failure_record.of_exit(run, 1, 3, -50, bad)["message"] == "killed by signal 50", "a signal without a name"
+    failed = failure_record.from_exit_code(run, 1, 3, 1, bad)
+    assert (failed.rank, failed.message, failed.traceback) == (3, "ended with exit code 1 and left no record of an error", "")
+    killed = failure_record.from_exit_code(run, 1, 3, -signal.SIGKILL, bad)
+    assert (killed.kind, killed.message) == ("killed", "killed by SIGKILL")
+    assert failure_record.from_exit_code(run, 1, 3, -50, bad).message == "killed by signal 50", "a signal without a name"
 
 
 def test_what_cannot_be_read_counts_as_no_record(
@@ -178,7 +175,7 @@ def test_a_bad_note_of_a_failure_that_would_repeat_itself_counts_as_none(bad: Pa
     atomic_files.write_json(
         run.attempt(1) / "final.json", final := {"rank": 1, "kind": "DataError", "message": "no rows", "at": 1.5}
     )
-    assert failure_record.read_final(run, 1) == final
+    assert failure_record.read_final(run, 1) == FinalFailure(**final)
 
 
 def test_a_file_of_a_run_that_holds_no_text_is_an_error_of_the_launcher(tmp_path: Path) -> None:
@@ -205,6 +202,6 @@ def exits(*ends: tuple[int, int, float, str | None]) -> list[RankExit]:
 def test_the_cause_comes_before_its_consequences(
     tmp_path: Path, ends: list[tuple[int, int, float, str | None]], rank: int, message: str
 ) -> None:
-    first = failure_record.of_ranks(exits(*ends), RunDir(tmp_path), 1)
-    assert (first["rank"], first["message"]) == (rank, message)
-    assert failure_record.of_restart(exits(*ends), RunDir(tmp_path), 1, []) == f"rank {rank}: {message}"
+    first = failure_record.from_rank_exits(exits(*ends), RunDir(tmp_path), 1)
+    assert (first.rank, first.message) == (rank, message)
+    assert failure_record.describe_restart(exits(*ends), RunDir(tmp_path), 1, []) == f"rank {rank}: {message}"

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_records, run_store
+from launcher.errors import Problem
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt, Status
-from launcher.worker import failure_record, postmortem
+from launcher.run_records import Attempt, FailureRecord, NodeRecord, Status
+from launcher.worker import postmortem
 from launcher.worker.checks import node_check
 from launcher.worker.postmortem import Ending
 
@@ -41,7 +42,7 @@ def judge(run: RunDir) -> Judge:
         *, left_s: float | None = 3600, state: str = "RUNNING", code: int | None = 0, nodes: tuple[str, ...] = NODES
     ) -> Ending:
         ends_at = None if left_s is None else time.time() + left_s
-        return postmortem.read(run, 1, Attempt(None, job="41", nodes=nodes, ends_at=ends_at), state, LEAD_S, code)
+        return postmortem.judge(run, 1, Attempt(None, job="41", nodes=nodes, ends_at=ends_at), state, LEAD_S, code)
 
     return read
 
@@ -53,18 +54,18 @@ def outcome(run: RunDir, reason: str, ago_s: float = 0) -> None:
     os.utime(file, (time.time() - ago_s,) * 2)
 
 
-def node(run: RunDir, number: int, failure: dict[str, Any] | None = None, **more: Any) -> None:
-    """What a node's agent leaves."""
-    own = {"node": number, "first_failure": failure, "stopped": False, "ended_at": time.time()}
-    atomic_files.write_json(failure_record.node_file(run, 1, number), {**own, **more})
+def node(run: RunDir, number: int, failure: FailureRecord | None = None, **values: Any) -> None:
+    """Write the record of a node's agent."""
+    record = NodeRecord(number, time.time(), first_failure=failure, **values)
+    json_records.write(run_records.node_file(run, 1, number), record)
 
 
-def failure(kind: str, rank: int | None = 3, at: float = 100.0, message: str = "what it said") -> dict[str, Any]:
-    return {"rank": rank, "kind": kind, "at": at, "exit_code": 1, "message": message, "traceback": "", "log": "/log"}
+def failure(kind: str, rank: int | None = 3, at: float = 100.0, message: str = "what it said") -> FailureRecord:
+    return FailureRecord(rank, kind, message, at=at, exit_code=1, log="/log")
 
 
-def problem(where: str, what: str = "has no GPU", value: str = "0 found") -> dict[str, str]:
-    return {"what": what, "where": where, "value": value, "remedy": "mend it"}
+def problem(where: str, what: str = "has no GPU", value: str = "0 found") -> Problem:
+    return Problem(what, where, value, "repair it")
 
 
 def output(run: RunDir, *lines: str) -> None:
@@ -129,7 +130,14 @@ def test_a_person_cancelled_it(run: RunDir, judge: Judge, how: str) -> None:
 def test_a_nodes_problems_name_it(run: RunDir, judge: Judge) -> None:
     # All nodes come to the same list.
     for number in range(3):
-        node(run, number, problems=[problem("n2"), problem("n2", "is slow", "")])
+        node(
+            run,
+            number,
+            problems=(
+                problem("n2"),
+                problem("n2", "is slow", ""),
+            ),
+        )
     said = judge(code=1)
     assert said == Ending(Cause.BAD_NODE, STEP, "n2: has no GPU 0 found; n2: is slow", bad_nodes=("n2",))
 
@@ -148,7 +156,7 @@ def test_a_nodes_problems_name_it(run: RunDir, judge: Judge) -> None:
 )
 def test_where_most_nodes_are_unfit_it_is_not_the_nodes(run: RunDir, judge: Judge, nodes: int, bad: int, cause: Cause) -> None:
     names = tuple(f"n{i + 1}" for i in range(nodes))
-    node(run, 0, problems=[problem(name) for name in names[:bad]])
+    node(run, 0, problems=tuple(problem(name) for name in names[:bad]))
     said = judge(nodes=names)
     assert (said.cause, said.bad_nodes) == (cause, names[:bad] if cause is Cause.BAD_NODE else ())
 
@@ -194,7 +202,7 @@ def test_a_failure_counts_before_a_stop_and_problems_before_both(run: RunDir, ju
     node(run, 1)
     node(run, 2)
     assert judge(code=1).cause is Cause.FAILURE
-    node(run, 1, problems=[problem("n2")])
+    node(run, 1, problems=(problem("n2"),))
     assert judge(code=1).cause is Cause.BAD_NODE
 
 
@@ -253,7 +261,7 @@ def test_tasks_of_one_node_in_a_row_are_read(run: RunDir, judge: Judge) -> None:
     assert judge(code=2).bad_nodes == ("n2",)
 
 
-def all_nodes(run: RunDir, *failures: dict[str, Any] | None) -> None:
+def all_nodes(run: RunDir, *failures: FailureRecord | None) -> None:
     for number in range(3):
         node(run, number, failures[number] if number < len(failures) else None)
 
@@ -339,7 +347,7 @@ def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge:
 @pytest.mark.parametrize("nodes", [("n1",), NODES])
 def test_a_full_shared_disk_is_no_nodes_fault(run: RunDir, judge: Judge, nodes: tuple[str, ...]) -> None:
     full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in nodes]
-    node(run, 0, problems=full)
+    node(run, 0, problems=tuple(full))
     said = judge(nodes=nodes)
     assert (said.cause, said.bad_nodes) == (Cause.FAILURE, ())
     assert f"n1: {node_check.NO_ROOM}" in said.message
@@ -347,6 +355,13 @@ def test_a_full_shared_disk_is_no_nodes_fault(run: RunDir, judge: Judge, nodes: 
 
 def test_beside_a_full_disk_a_node_is_still_blamed_for_its_own(run: RunDir, judge: Judge) -> None:
     full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in NODES]
-    node(run, 0, problems=[*full, problem("n2")])
+    node(
+        run,
+        0,
+        problems=(
+            *full,
+            problem("n2"),
+        ),
+    )
     said = judge()
     assert (said.cause, said.bad_nodes) == (Cause.BAD_NODE, ("n2",))

@@ -9,7 +9,7 @@ from torch.distributed import HashStore
 
 from launcher.error_record import ErrorRecord
 from launcher.plan.run_dir import RunDir
-from launcher.worker.failure_record import RankExit, of_restart
+from launcher.worker.failure_record import RankExit, describe_restart
 from launcher.worker.rank_env import NodePlace
 from launcher.worker.rendezvous import NodeRendezvous
 
@@ -43,5 +43,5 @@ def test_the_reason_is_the_watchdogs_else_the_first_failure_in_one_line(tmp_path
         RankExit(1, 1, 8.0, ErrorRecord("RuntimeError: CUDA error: an illegal memory access\nmore of it")),
     ]
     run = RunDir(tmp_path)
-    assert of_restart(exits, run, 1, []) == "rank 1: RuntimeError: CUDA error: an illegal memory access"
-    assert of_restart(exits, run, 1, ["rank 5 is stopped; killed it"]) == "rank 5 is stopped; killed it"
+    assert describe_restart(exits, run, 1, []) == "rank 1: RuntimeError: CUDA error: an illegal memory access"
+    assert describe_restart(exits, run, 1, ["rank 5 is stopped; killed it"]) == "rank 5 is stopped; killed it"

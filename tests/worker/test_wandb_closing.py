@@ -24,6 +24,7 @@ from launcher.tracking.jsonl import append_event
 from launcher.worker import wandb_closing
 
 REPO = Path(__file__).resolve().parents[2]
+KILLED = {"rank": 1, "kind": "killed", "message": "killed by SIGKILL", "log": "rank-00001.log"}
 
 
 def plan_in(folder: Path, **tracking: str) -> LaunchPlan:
@@ -34,7 +35,7 @@ def plan_in(folder: Path, **tracking: str) -> LaunchPlan:
 
 def failed(run: RunDir) -> None:
     run_store.write_status(run, Status("failed", 1, 9, 40, message="rank 1: killed by SIGKILL"))
-    atomic_files.write_json(run.attempt(1) / "exit.json", {"first_failure": {"log": "rank-00001.log"}})
+    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "first_failure": KILLED})
 
 
 def use(monkeypatch: pytest.MonkeyPatch, address: str, forked: bool = True) -> None:
@@ -81,7 +82,8 @@ def test_a_limit_that_is_found_to_be_reached_between_attempts_is_told(
             it.start()
             it.steps(1, 4)
             it.finish("preempted")
-        atomic_files.write_json(run.attempt(1) / "exit.json", {"cause": "preempted", "first_failure": {"log": "rank-00001.log"}})
+        record = {"state": "preempted", "cause": "preempted", "first_failure": KILLED}
+        atomic_files.write_json(run.attempt(1) / "exit.json", record)
         run.attempt(2).mkdir()
         run_store.write_status(run, Status("preempted", 1, 4, 40, message="run.max_usd=100 is reached"))
         use(monkeypatch, server.address)
@@ -154,7 +156,7 @@ def test_nothing_is_said_where_there_is_nothing_to_say(
     (run.root / "wandb").mkdir(parents=True)
     run.attempt(1).mkdir(parents=True)
     run.plan.write_text(plan.to_json())
-    atomic_files.write_json(run.attempt(1) / "exit.json", ended)
+    atomic_files.write_json(run.attempt(1) / "exit.json", {"state": state, **ended})
     run_store.write_status(run, Status(state, 1))
     wandb_closing.tell_wandb(plan, run.plan, run, 1)
     assert not list((run.root / "wandb").iterdir())

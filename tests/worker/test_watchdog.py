@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from launcher.errors import RunError
-from launcher.worker.heartbeat import PHASES, VARIABLE, Beat, Board, Heartbeat
+from launcher.worker.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, HeartbeatTable
 from launcher.worker.rank_env import RankEnv
 from launcher.worker.watchdog import Limits, Verdict, Watchdog, stalled
 
@@ -114,33 +114,35 @@ def test_silence_from_before_the_watch_went_on_does_not_count() -> None:
 
 
 @pytest.fixture
-def board() -> Iterator[Board]:
-    board = Board(2)
-    yield board
-    board.close()
+def table() -> Iterator[HeartbeatTable]:
+    table = HeartbeatTable(2)
+    yield table
+    table.close()
 
 
-def test_a_beat_is_read_as_it_was_written(board: Board) -> None:
-    assert board.read() == {}
+def test_a_beat_is_read_as_it_was_written(table: HeartbeatTable) -> None:
+    assert table.read() == {}
     env = RankEnv(rank=5, local_rank=1, world_size=8, restart=0)
-    heart = Heartbeat.from_environ({VARIABLE: str(board.path)}, env)
-    assert board.read()[1].phase == "starting"
+    heart = Heartbeat.from_environ({VARIABLE: str(table.path)}, env)
+    assert table.read()[1].phase == "starting"
     before = time.monotonic()
     for phase in PHASES:
         heart.beat(phase, 7)
-        assert board.read()[1].phase == phase
-    read = board.read()
+        assert table.read()[1].phase == phase
+    read = table.read()
     assert set(read) == {1}
     assert before <= read[1].at <= time.monotonic()
     assert dataclasses.replace(read[1], at=0, slowest_step_s=0) == Beat(8, os.getpid(), 5, "finishing", 7, 0, 0, True)
 
 
-def test_the_slowest_step_is_measured_without_what_lies_between_steps(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    heart = Heartbeat(board.path, 0, 0)
+def test_the_slowest_step_is_measured_without_what_lies_between_steps(
+    table: HeartbeatTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heart = Heartbeat(table.path, 0, 0)
     clock = iter([10, 12, 15, 17, 117, 120, 121, 122])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     heart.beat("loaded", 0)
-    assert not board.read()[0].trained
+    assert not table.read()[0].trained
     for phase, step, slowest in (
         ("training", 0, 0),
         ("training", 0, 0),
@@ -151,8 +153,8 @@ def test_the_slowest_step_is_measured_without_what_lies_between_steps(board: Boa
         ("training", 2, 5),
     ):
         heart.beat(phase, step)
-        assert board.read()[0].slowest_step_s == slowest, (phase, step)
-        assert board.read()[0].trained
+        assert table.read()[0].slowest_step_s == slowest, (phase, step)
+        assert table.read()[0].trained
 
 
 def test_without_a_board_nobody_is_told_and_one_out_of_reach_is_refused() -> None:
@@ -162,10 +164,10 @@ def test_without_a_board_nobody_is_told_and_one_out_of_reach_is_refused() -> Non
         Heartbeat.from_environ({VARIABLE: "/proc/self/fd/999"}, env)
 
 
-def rank(board: Path, local_rank: int, way: str, log: Path) -> None:
+def rank(table: Path, local_rank: int, way: str, log: Path) -> None:
     """What a rank does: it beats, and at its second step falls silent in the way it is told to."""
     faulthandler.register(signal.SIGQUIT, file=log.open("w"), all_threads=True, chain=False)
-    heart = Heartbeat(board, local_rank, 10 + local_rank)
+    heart = Heartbeat(table, local_rank, 10 + local_rank)
     for step in range(3):
         heart.beat("training", step)
     if way == "behind":
@@ -190,12 +192,12 @@ Start = Callable[..., list[multiprocessing.process.BaseProcess]]
 
 
 @pytest.fixture
-def start(board: Board, tmp_path: Path) -> Iterator[Start]:
+def start(table: HeartbeatTable, tmp_path: Path) -> Iterator[Start]:
     started: list[multiprocessing.process.BaseProcess] = []
 
     def run(*ways: str) -> list[multiprocessing.process.BaseProcess]:
         for local_rank, way in enumerate(ways):
-            process = FORK.Process(target=rank, args=(board.path, local_rank, way, tmp_path / f"{local_rank}.log"))
+            process = FORK.Process(target=rank, args=(table.path, local_rank, way, tmp_path / f"{local_rank}.log"))
             process.start()
             started.append(process)
         return started
@@ -212,10 +214,10 @@ def exit_code(process: multiprocessing.process.BaseProcess, within_s: float = 5)
 
 
 @pytest.fixture
-def reports(board: Board) -> Iterator[list[str]]:
-    """What the watchdog of this test's board has reported."""
+def reports(table: HeartbeatTable) -> Iterator[list[str]]:
+    """What the watchdog of this test's table has reported."""
     reports: list[str] = []
-    watchdog = Watchdog(board, STALL_S, 1800, reports.append).start()
+    watchdog = Watchdog(table, STALL_S, 1800, reports.append).start()
     yield reports
     watchdog.stop()
 
@@ -270,13 +272,13 @@ def test_the_successor_of_a_killed_rank_is_watched_as_well(start: Start, reports
 
 
 def test_who_beats_is_left_alone_and_so_are_processes_of_others(
-    start: Start, board: Board, reports: list[str], tmp_path: Path
+    start: Start, table: HeartbeatTable, reports: list[str], tmp_path: Path
 ) -> None:
     lively = start("lively")[0]
     reader, writer = FORK.Pipe()
 
     def parent() -> None:
-        child = FORK.Process(target=rank, args=(board.path, 1, "waits", tmp_path / "1.log"))
+        child = FORK.Process(target=rank, args=(table.path, 1, "waits", tmp_path / "1.log"))
         child.start()
         writer.send(child.pid)
         child.join()
@@ -294,9 +296,9 @@ def test_who_beats_is_left_alone_and_so_are_processes_of_others(
         other.join(10)
 
 
-def test_zero_watches_nothing(board: Board, start: Start) -> None:
+def test_zero_watches_nothing(table: HeartbeatTable, start: Start) -> None:
     reports: list[str] = []
-    watchdog = Watchdog(board, 0, 1800, reports.append).start()
+    watchdog = Watchdog(table, 0, 1800, reports.append).start()
     stopped = start("stopped")[0]
     process, end = psutil.Process(stopped.pid), time.monotonic() + 20
     while process.status() != psutil.STATUS_STOPPED:

@@ -58,7 +58,7 @@ def test_a_local_run_holds_its_machines_until_the_mirror_has_all(tmp_path: Path,
 
     monkeypatch.setattr(agent.Stopper, "install", lambda self: self)
     monkeypatch.setattr(agent.MirrorProcess, "start", lambda *arguments: Mirror())
-    monkeypatch.setattr(agent.detached_process, "give_signs", lambda run: None)
+    monkeypatch.setattr(agent.detached_process, "start_liveness_file", lambda run: None)
     monkeypatch.setattr(agent.NodeAgent, "run_ranks", lambda *arguments: None)
     monkeypatch.setattr(agent, "tell_wandb", lambda *arguments: None)
     assert agent.main(str(run.plan), 1) == 1

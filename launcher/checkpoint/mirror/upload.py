@@ -27,7 +27,7 @@ from threading import Lock
 
 import xxhash
 
-from launcher import atomic_files, json_records, run_store
+from launcher import atomic_files, run_records, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Manifest
@@ -159,11 +159,10 @@ class Mirror:
                 self._remote.send(source.name, source, size)
                 self._sent_sizes[source.name] = size
         status = run_store.read_status(self._run)
-        outcome = self._run.attempt(self._owner.attempt) / "outcome.json"
-        if status.attempt == self._owner.attempt and outcome.is_file():
+        outcome = run_records.read_outcome(self._run, self._owner.attempt) if status.attempt == self._owner.attempt else None
+        if outcome is not None:
             # The agent writes the last state when the mirror is done.
-            said = json_records.read_json(outcome)
-            status = replace(status, state=said["state"], step=said["step"], message=said["message"])
+            status = replace(status, state=outcome.state, step=outcome.step, message=outcome.message)
         self._remote.write(self._run.status.name, json.dumps(asdict(status), indent=2).encode())
 
     def prune(self) -> list[int]:

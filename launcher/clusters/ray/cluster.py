@@ -14,14 +14,14 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from launcher import atomic_files, json_records, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters import detached_process, local
 from launcher.clusters.ray import jobs
 from launcher.config.redaction import looks_secret
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Status
+from launcher.run_records import RUNNING_STATES, CancelRequest, Status
 
 if TYPE_CHECKING:
     from launcher.config.cluster import ClusterSection
@@ -119,10 +119,9 @@ class RayCluster:
         if status.state not in RUNNING_STATES:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
         number = run_store.newest_attempt(run)
-        asked, file = run.cancel(number), _submission_file(run, number)
-        before = json_records.read_json(asked) if asked.is_file() else None
-        atomic_files.write_json(asked, {"asked_at": time.time(), "save": save and before is None})
-        if before is None or before.get("save", True):
+        file, previous = _submission_file(run, number), run_records.read_cancel(run, number)
+        json_records.write(run.cancel(number), CancelRequest(time.time(), save and previous is None))
+        if previous is None or previous.save:
             return
         # Asked a third time, or a second time for no save: what was to hear it does not.
         if file.is_file():

@@ -16,7 +16,7 @@ from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES, Attempt, Status
+from launcher.run_records import RUNNING_STATES, Attempt, CancelRequest, Status
 
 if TYPE_CHECKING:
     from launcher.config.cluster import ClusterSection
@@ -110,7 +110,7 @@ class SlurmCluster:
         job = queue.job(job_id, since, run_store.placed(run).name)
         asked = run.cancel(number)
         again = asked.is_file()
-        atomic_files.write_json(asked, {"asked_at": time.time(), "save": save})
+        json_records.write(asked, CancelRequest(time.time(), save))
         if job is not None and job.state == "RUNNING" and save and not again:
             slurm("scancel", "--signal=USR1", job_id)
             return

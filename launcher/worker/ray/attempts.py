@@ -10,16 +10,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from launcher import atomic_files, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.errors import LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import Attempt
+from launcher.run_records import Attempt, DrainRecord
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
-from launcher.worker import conclusion
+from launcher.worker import postmortem
 from launcher.worker.ray.worker_group import Group, Member, require_private
 
 _DRAINED = "drained.json"
@@ -108,7 +108,7 @@ class Attempts:
             run_store.fence(self._run, self.number, refresh=True)
             attempt = run_store.read_attempt(self._run, self.number)
             state = "PREEMPTED" if group.drained else "RESIZED" if group.resizing else ""
-            concluded = conclusion.conclude(self._run, self.number, attempt, self._plan.ray, state, gone=self.lost())
+            concluded = postmortem.conclude(self._run, self.number, attempt, self._plan.ray, state, lost_nodes=self.lost())
         except Superseded as error:
             group.verdict = {"again": False, "reason": error.problems[0].what}
             self.end(error.problems[0].what, state=None)
@@ -121,7 +121,7 @@ class Attempts:
         # A disk that is full must not keep the run from going on.
         with suppress(OSError, LauncherError):
             concluded.record(self._run, self.number)
-            run_store.update_status(self._run, state=decision.state, step=concluded.found.step, message=concluded.message)
+            run_store.update_status(self._run, state=decision.state, step=concluded.ending.step, message=concluded.message)
         if concluded.alert is not None:
             self.say("alert", concluded.alert)
         group.verdict = {"again": decision.again, "reason": concluded.message}
@@ -145,7 +145,7 @@ class Attempts:
         """Ray is about to lose these nodes: whoever judges the attempt is to know, whatever becomes of its workers."""
         self.say("alert", f"Ray is about to lose {', '.join(nodes)}: the run saves")
         with suppress(OSError):
-            atomic_files.write_json(self._run.attempt(self.number) / _DRAINED, {"nodes": nodes, "at": time.time()})
+            json_records.write(self._run.attempt(self.number) / _DRAINED, DrainRecord(tuple(nodes), time.time()))
 
     def due_for_trial(self, group: Group, now: float) -> list[str]:
         """The nodes that a group does without and that are to be tried again."""
@@ -169,10 +169,10 @@ class Attempts:
         folder = self._run.attempt(self.number)
         if self._run.cancel(self.number).is_file():
             return Decision(False, "cancelled", "cancelled while it waited for workers")
-        grown = not (folder / "exit.json").is_file() and 0 < self._size < group.size
+        grown = not run_records.exit_file(self._run, self.number).is_file() and 0 < self._size < group.size
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         tell = partial(self.say, "alert")
-        ended = conclusion.ended_before(self._run, self.number, self._plan.ray, state, self.lost(), tell)
-        decision = decide(ended, conclusion.history(self._run, self.number), self._plan.ray)
+        ended = postmortem.end_of_attempt(self._run, self.number, self._plan.ray, state, self.lost(), tell)
+        decision = decide(ended, postmortem.history(self._run, self.number), self._plan.ray)
         reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""
         return Decision(False, "preempted", reached) if reached else decision

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher import json_records, run_store
+from launcher import run_records, run_store
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -278,9 +278,9 @@ class Coordinator:
             return
         self._looked = now
         with suppress(OSError, LauncherError):
-            asked = self._run.cancel(self._attempts.number)
-            if asked.is_file():
-                group.saves = bool(json_records.read_json(asked).get("save", True))
+            request = run_records.read_cancel(self._run, self._attempts.number)
+            if request is not None:
+                group.saves = request.save
                 group.asked_at = group.asked_at or now
             group.saved += self._committed.look(self._attempts.number)
         self._look_for_trials(group, now)

@@ -18,13 +18,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launcher import atomic_files, run_store
+from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
 from launcher.errors import EXIT_FAILED, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES, CancelRequest
 from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, in_words
 from launcher.worker.ray.trainer import import_ray_train, trainer
@@ -113,7 +113,7 @@ class _Wishes:
         """The first asks for a save, further ones for an end at once."""
         if self._num_written < self._num_heard:
             file = self._run.cancel(run_store.newest_attempt(self._run))
-            atomic_files.write_json(file, {"asked_at": time.time(), "save": self._num_heard == 1 and not file.is_file()})
+            json_records.write(file, CancelRequest(time.time(), save=self._num_heard == 1 and not file.is_file()))
             self._num_written = self._num_heard
 
     def _hear(self, *_: object) -> None:
@@ -191,7 +191,7 @@ class _Driver:
                 self._wishes.write()
                 if now - alive_at > _ALIVE_EVERY_S:
                     alive_at = now
-                    atomic_files.write_json(self._run.alive, {"at": time.time(), "host": os.uname().nodename})
+                    detached_process.write_liveness(self._run)
             if state["over"] is None and now - asked_at > _STATE_EVERY_S:
                 asked_at = now
                 if (said := coordinator.state()) is not None:

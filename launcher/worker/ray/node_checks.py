@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from launcher import atomic_files
+from launcher import json_records
 from launcher.errors import Problem
 from launcher.plan.run_dir import RunDir
-from launcher.worker import failure_record
+from launcher.run_records import NodeRecord, node_file
 from launcher.worker.checks import node_check
 from launcher.worker.checks.node_check import NodeReport
 
@@ -44,8 +44,7 @@ class Checks:
 
     def write(self, run: RunDir, attempt: int, nodes: Sequence[str]) -> None:
         """Say why nothing was loaded, in the record of each worker's rank; `nodes` by rank."""
-        problems = [asdict(problem) for problem in self.problems]
         with suppress(OSError):
             for rank, node in enumerate(nodes):
-                ended = {"node": rank, "host": node, "first_failure": None, "stopped": False, "ended_at": time.time()}
-                atomic_files.write_json(failure_record.node_file(run, attempt, rank), ended | {"problems": problems})
+                record = NodeRecord(rank, time.time(), host=node, problems=tuple(self.problems))
+                json_records.write(node_file(run, attempt, rank), record)

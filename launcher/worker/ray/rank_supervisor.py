@@ -17,11 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher import atomic_files, error_record, run_store
+from launcher import error_record, json_records, run_store
 from launcher.clusters import detached_process
 from launcher.errors import LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.run_records import NodeRecord, node_file
 from launcher.worker import failure_record, heartbeat
 from launcher.worker.checks import network, node_check
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
@@ -162,17 +163,10 @@ class _Worker:
             return
         with suppress(Exception):
             run, attempt = RunDir(Path(LaunchPlan.load(self.orders["plan"]).run_dir)), self.orders["attempt"]
-            file = failure_record.node_file(run, attempt, self.orders["rank"])
+            file = node_file(run, attempt, self.orders["rank"])
             if not file.is_file():
-                failure = {**failure_record.of_agent(error, run.attempt(attempt)), "at": time.time()}
-                ended = {
-                    "node": self.orders["rank"],
-                    "host": self.node,
-                    "ended_at": time.time(),
-                    "stopped": False,
-                    "first_failure": failure,
-                }
-                atomic_files.write_json(file, ended)
+                failure = failure_record.from_exception(error, run.attempt(attempt), at=time.time())
+                json_records.write(file, NodeRecord(self.orders["rank"], time.time(), host=self.node, first_failure=failure))
             self._call("beat", self.group, self.rank, "failed")
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -240,11 +234,11 @@ class _Worker:
         folder = run.attempt(attempt) / "elastic"
         folder.mkdir(exist_ok=True)
         error_file = folder / f"rank-{number:05d}.json"
-        board = heartbeat.Board(self.local_rank + 1)
+        table = heartbeat.HeartbeatTable(self.local_rank + 1)
         keys = {**os.environ, **orders["environment"], **plan.ray.env}
         mirror = MirrorProcess.start(plan, plan_path, run, attempt, keys) if number == 0 else None
-        observer = Observer(board, self.local_rank, plan.config.cluster.stall_seconds)
-        environment = self._rank_environment(plan, run, orders, error_file, board)
+        observer = Observer(table, self.local_rank, plan.config.cluster.stall_seconds)
+        environment = self._rank_environment(plan, run, orders, error_file, table)
         while self.ranks.is_warming_up():
             # Where storage is slow imports take minutes, and a worker that says nothing counts as lost.
             self._beat(None)
@@ -275,20 +269,27 @@ class _Worker:
             if rank.poll() is None:
                 rank.kill()
                 rank.wait()
-            board.close()
+            table.close()
         code = rank.returncode
         failure = None
         # A rank that is asked before it listens ends by the signal itself.
         asked = {-signal.Signals[f"SIG{wish}"] for wish in sent} | ({-signal.SIGKILL, DISMISSED} if "TERM" in sent else set())
         # One that hung was killed before that, however long it took to end.
         if code and (stalls or code not in asked):
-            failure = failure_record.of_exit(run, attempt, number, code, error_file, stalls)
+            failure = failure_record.from_exit_code(run, attempt, number, code, error_file, stalls)
             final = failure_record.read_final(run, attempt)
-            if final is not None and final["rank"] == number:
-                failure = failure_record.of_final(run, attempt, final)
-        ended = {"node": number, "host": self.node, "started_at": started, "ended_at": time.time(), "stopped": stopped}
-        ended |= {"killed": "KILL" in sent, "first_failure": failure}
-        atomic_files.write_json(failure_record.node_file(run, attempt, number), ended)
+            if final is not None and final.rank == number:
+                failure = failure_record.from_final(run, attempt, final)
+        record = NodeRecord(
+            number,
+            ended_at=time.time(),
+            host=self.node,
+            started_at=started,
+            stopped=stopped,
+            killed="KILL" in sent,
+            first_failure=failure,
+        )
+        json_records.write(node_file(run, attempt, number), record)
         if failure is not None:
             # The others wait for this rank, and are not to wait for the mirror as well.
             self._beat("failed")
@@ -321,7 +322,7 @@ class _Worker:
                 self.ranks.warm_up(plan, _node_environment(planned, environment))
 
     def _rank_environment(
-        self, plan: LaunchPlan, run: RunDir, orders: dict[str, Any], error_file: Path, board: heartbeat.Board
+        self, plan: LaunchPlan, run: RunDir, orders: dict[str, Any], error_file: Path, table: heartbeat.HeartbeatTable
     ) -> dict[str, str]:
         section = plan.ray
         environment = {
@@ -333,7 +334,7 @@ class _Worker:
             "MASTER_ADDR": orders["address"],
             "MASTER_PORT": str(orders["port"]),
             error_record.VARIABLE: str(error_file),
-            heartbeat.VARIABLE: str(board.path),
+            heartbeat.VARIABLE: str(table.path),
         }
         if len(orders["peers"]) > 1:
             endpoint = network.own_endpoint(orders["peers"], section.interface)

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from launcher.worker.heartbeat import Beat, Board
+from launcher.worker.heartbeat import Beat, HeartbeatTable
 from launcher.worker.watchdog import Limits, stalled
 
 # Workers ask several times a second. Whoever says nothing for so long is cut off, or its machine hangs; where a rank counts as
@@ -24,8 +24,8 @@ _DUMP_S = 2.0
 class Observer:
     """A worker's side: the last sign of life of its rank, whose silence counts only while it was looked at all the time."""
 
-    def __init__(self, board: Board, local_rank: int, stall_s: float) -> None:
-        self._board, self._local_rank, self._gap_s = board, local_rank, stall_s / 2
+    def __init__(self, table: HeartbeatTable, local_rank: int, stall_s: float) -> None:
+        self._table, self._local_rank, self._gap_s = table, local_rank, stall_s / 2
         self._looked = self._since = time.monotonic()
 
     def sign(self, pid: int) -> dict[str, Any] | None:
@@ -35,7 +35,7 @@ class Observer:
             # This process was stopped, and its rank perhaps with it.
             self._since = now
         self._looked = now
-        beat = self._board.read().get(self._local_rank)
+        beat = self._table.read().get(self._local_rank)
         if beat is None or beat.pid != pid:
             return None
         try:

@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 import time
-from typing import Any
 
-from launcher import atomic_files, run_store
+from launcher import json_records, run_store
+from launcher.errors import Problem
+from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record
 from launcher.worker.agent import NodeAgent
-from launcher.worker.mirror_process import AFTER_FAILURE_S
+from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import node as slurm_node
 
@@ -36,26 +37,33 @@ def main(plan_path: str, attempt: int) -> int:
     if run.cancel(attempt).is_file():
         # Asked for while there was no process yet to hear it.
         stopper.request(CANCEL)
-    mirror = None
-    ended: dict[str, Any] = {"node": number, "host": os.uname().nodename, "started_at": node.started_at, "first_failure": None}
+    mirror: MirrorProcess | None = None
+    failure: FailureRecord | None = None
+    problems: list[Problem] = []
     try:
         place = slurm_node.place(plan, begun, number)
         slurm_node.end_before(begun, plan, stopper.request)
         store = slurm_node.meet(begun, place)
         problems = slurm_node.check(store, plan, run, attempt, begun, place)
-        if problems:
-            ended["problems"] = problems
-        elif not stopper.requested:
-            if place.is_head:
-                mirror = node.start_mirror()
-            ended["first_failure"] = node.run_ranks(place, store)
+        if not problems and not stopper.requested:
+            mirror = node.start_mirror() if place.is_head else None
+            failure = node.run_ranks(place, store)
     except Exception as error:
-        ended["first_failure"] = failure_record.of_agent(error, run.attempt(attempt))
+        failure = failure_record.from_exception(error, run.attempt(attempt))
     node.close()
-    ended |= {"stopped": stopper.requested, "killed": stopper.killed, "ended_at": time.time()}
-    atomic_files.write_json(failure_record.node_file(run, attempt, number), ended)
-    stopper.finish(mirror, math.inf if ended["first_failure"] is None else AFTER_FAILURE_S)
-    return 0 if ended["first_failure"] is None and "problems" not in ended else 1
+    record = NodeRecord(
+        number,
+        ended_at=time.time(),
+        host=os.uname().nodename,
+        started_at=node.started_at,
+        stopped=stopper.requested,
+        killed=stopper.killed,
+        first_failure=failure,
+        problems=tuple(problems),
+    )
+    json_records.write(node_file(run, attempt, number), record)
+    stopper.finish(mirror, math.inf if failure is None else AFTER_FAILURE_S)
+    return 0 if failure is None and not problems else 1
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
-from launcher.worker import conclusion, postmortem
+from launcher.worker import postmortem
 from launcher.worker.checks import network
 from launcher.worker.wandb_closing import tell_wandb
 
@@ -60,11 +60,11 @@ def begin(plan_path: str) -> int | None:
             if attempt.job != job and _is_running(attempt.job, plan, until):
                 print(f"job {attempt.job} runs {plan.run_name} already; this one leaves it alone", file=sys.stderr)
                 return None
-            ended = conclusion.ended_before(run, number, section)
+            ended = postmortem.end_of_attempt(run, number, section)
             if ended.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
                 print(f"{plan.run_name} is {ended.cause}; nothing is left to do", file=sys.stderr)
                 return None
-            decision = decide(ended, conclusion.history(run, number), section)
+            decision = decide(ended, postmortem.history(run, number), section)
             if not decision.again:
                 _end(plan, plan_path, run, number, decision)
                 raise RunError(decision.reason, where=str(run.attempt(number)))
@@ -107,19 +107,19 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     plan = LaunchPlan.load(plan_path)
     run, section, job = RunDir(Path(plan.run_dir)), plan.slurm, os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
-    concluded = conclusion.conclude(run, number, attempt, section, "", exit_code)
+    concluded = postmortem.conclude(run, number, attempt, section, "", exit_code)
     until = time.monotonic() + _patience_s(attempt)
     # A run that is over holds its nodes for nobody's answer.
     state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if concluded.decision.again else 0.0)
     if state:
-        concluded = conclusion.conclude(run, number, attempt, section, state, exit_code)
+        concluded = postmortem.conclude(run, number, attempt, section, state, exit_code)
     run_store.fence(run, number)
-    found, decision = concluded.found, concluded.decision
+    ending, decision = concluded.ending, concluded.decision
     _if_possible(lambda: concluded.record(run, number))
     if (alert := concluded.alert) is not None:
-        _if_possible(lambda: append_event(run, number, "alert", alert, found.step))
-    _if_possible(lambda: run_store.update_status(run, state=decision.state, step=found.step, message=concluded.message))
-    _if_possible(lambda: print(f"attempt {number}: {found.cause}: {concluded.message}", flush=True))
+        _if_possible(lambda: append_event(run, number, "alert", alert, ending.step))
+    _if_possible(lambda: run_store.update_status(run, state=decision.state, step=ending.step, message=concluded.message))
+    _if_possible(lambda: print(f"attempt {number}: {ending.cause}: {concluded.message}", flush=True))
     if decision.again:
         by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
         slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, patience_s=_left(until))

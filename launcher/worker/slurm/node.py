@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from signal import Signals
@@ -80,7 +80,7 @@ def meet(begun: Attempt, here: NodePlace) -> Any:
         raise RunError("the nodes cannot meet", where=f"{begun.address}:{begun.port}", value=str(error).splitlines()[0]) from None
 
 
-def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attempt, here: NodePlace) -> list[dict[str, str]]:
+def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attempt, here: NodePlace) -> list[Problem]:
     """What is wrong with any node of the job, in words, the same list on all of them; empty where all are fit.
 
     Raises:
@@ -98,4 +98,4 @@ def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attemp
             remedy="take the container's or the environment's own PYTHONPATH away",
         )
         report = replace(report, problems=(*report.problems, foreign))
-    return [asdict(p) for p in node_check.exchange(store, report, begun.nodes, here.node, _MEET_DEADLINE_S)]
+    return node_check.exchange(store, report, begun.nodes, here.node, _MEET_DEADLINE_S)

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 from played_workers import Played
 
-from launcher import json_records, run_store
+from launcher import json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
-from launcher.worker import failure_record
 from launcher.worker.rank_process import RankProcesses
 from launcher.worker.ray import rank_supervisor
 
@@ -73,7 +72,7 @@ def test_a_damaged_record_of_a_rank_is_no_failure_of_the_worker(
     monkeypatch.setattr(sys, "executable", str(rank))
     orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
     assert Told(NOTHING)._train(orders) == "failed"
-    failure = json_records.read_json(failure_record.node_file(played.run, 1, 0))["first_failure"]
+    failure = json_records.read_json(run_records.node_file(played.run, 1, 0))["first_failure"]
     assert (failure["kind"], failure["message"]) == ("killed", "killed by SIGKILL")
 
 

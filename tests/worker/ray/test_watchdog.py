@@ -16,7 +16,7 @@ import pytest
 from played_workers import Played, sign
 
 from launcher import run_store
-from launcher.worker.heartbeat import Board, Heartbeat
+from launcher.worker.heartbeat import Heartbeat, HeartbeatTable
 from launcher.worker.ray import rank_supervisor, watchdog
 from launcher.worker.ray.checkpoint_reports import Reporter
 from launcher.worker.ray.watchdog import Liveness, Observer
@@ -240,16 +240,16 @@ def test_a_worker_is_missed_as_soon_as_a_rank_would_count_as_stalled(clock: list
 
 
 @pytest.fixture
-def board() -> Iterator[Board]:
-    found = Board(2)
+def table() -> Iterator[HeartbeatTable]:
+    found = HeartbeatTable(2)
     yield found
     found.close()
 
 
-def test_what_a_rank_tells_its_worker_is_told_with_its_age(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    observer = Observer(board, 1, stall_s=600)
+def test_what_a_rank_tells_its_worker_is_told_with_its_age(table: HeartbeatTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    observer = Observer(table, 1, stall_s=600)
     assert observer.sign(os.getpid()) is None
-    Heartbeat(board.path, 1, 7).beat("training", 3)
+    Heartbeat(table.path, 1, 7).beat("training", 3)
     told = observer.sign(os.getpid())
     assert told is not None
     assert (told["rank"], told["step"], told["trained"]) == (7, 3, True)
@@ -271,9 +271,9 @@ os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
-def test_a_process_that_is_stopped_is_told_as_such(board: Board) -> None:
-    observer, deadline = Observer(board, 0, 600), time.monotonic() + 20
-    with subprocess.Popen([sys.executable, "-c", STOPS_ITSELF, str(board.path)]) as process:
+def test_a_process_that_is_stopped_is_told_as_such(table: HeartbeatTable) -> None:
+    observer, deadline = Observer(table, 0, 600), time.monotonic() + 20
+    with subprocess.Popen([sys.executable, "-c", STOPS_ITSELF, str(table.path)]) as process:
         try:
             while (observer.sign(process.pid) or {}).get("state") != psutil.STATUS_STOPPED:
                 assert time.monotonic() < deadline

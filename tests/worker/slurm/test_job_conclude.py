@@ -17,7 +17,7 @@ import slurm_said
 from fake_slurm import FakeSlurm
 from job_tools import Job
 
-from launcher import json_records, run_records, run_store
+from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters.slurm import cluster, queue
 from launcher.clusters.slurm.commands import SlurmError, SlurmSilent, slurm
 from launcher.plan.launch_plan import LaunchPlan
@@ -312,7 +312,7 @@ def test_a_full_disk_does_not_keep_the_run_from_going_on(
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(run_store, "write_text", full)
+    monkeypatch.setattr(atomic_files, "write_text", full)
     code, _, err = of._main("conclude", str(of.run.plan), "1", "1")
     assert code == 0
     assert err.count("could not be written down: [Errno 28] No space left on device\n") == 2
