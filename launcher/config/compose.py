@@ -22,6 +22,7 @@ from launcher.config.deepspeed_keys import extra_problems
 from launcher.config.error_messages import hydra_problem, missing, no_such_option, schema_problems
 from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
+from launcher.config.renamed_keys import RENAMED, renamed_override, renamed_reference
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, LauncherError, Problem
 
@@ -67,7 +68,9 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
         ConfigError: with every mistake that was found.
         LauncherError: what the callback raises.
     """
-    remaining, problems = _known_group_options(list(tokens))
+    remaining, problems = _without_renamed_keys(tokens)
+    remaining, unknown_options = _known_group_options(remaining)
+    problems += unknown_options
     failure: list[BaseException] = []
 
     def task(cfg: Any) -> None:
@@ -176,6 +179,12 @@ def _for_hydra(token: str) -> str:
     return f"++{match[2]}={token[match.end() :]}"
 
 
+def _without_renamed_keys(tokens: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Split off overrides of settings under an old key: a sweep over one is then refused once, with all of its values."""
+    renamed = {token: problem for token in tokens if (problem := renamed_override(token)) is not None}
+    return [token for token in tokens if token not in renamed], list(renamed.values())
+
+
 def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
     """Split off overrides that name a group option which exists in no config folder."""
     folders = [conf_dir(), *_extra_dirs(tokens)]
@@ -259,10 +268,11 @@ def _resolved(cfg: Any, origins: Origins) -> dict[Any, Any]:
         raw = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         key = str(error.full_key or "")
+        old = renamed_reference(str(error).splitlines()[0])
         raise ConfigError(
             f"{key}: the value refers to something that cannot be resolved: {str(error).splitlines()[0]}",
             where=origins.of(key),
-            remedy="check what stands between ${ and }",
+            remedy=f"write ${{{RENAMED[old]}}}" if old else "check what stands between ${ and }",
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")

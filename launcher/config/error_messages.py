@@ -12,6 +12,7 @@ from launcher.config.data import COLUMNS_EXAMPLE
 from launcher.config.introspect import Setting, as_yaml, settings
 from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
+from launcher.config.renamed_keys import renamed_override, renamed_setting
 from launcher.config.suggest import did_you_mean
 from launcher.errors import Problem
 
@@ -81,6 +82,8 @@ def _give(key: str) -> str:
 
 
 def _unknown(key: str, value: Any, origins: Origins) -> Problem:
+    if renamed := renamed_setting(key, value, origins.of(key)):
+        return renamed
     uniform = _UNIFORM_KEY.sub("[]", key)
     elsewhere = settings().get(uniform)
     if elsewhere is not None and elsewhere.kind is not None:
@@ -198,6 +201,8 @@ def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] and t in str(error)), "")
     if redact(culprit) != culprit:
         first = "this cannot be read"
+    if renamed := renamed_override(culprit):
+        return renamed
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
     if option and (options := getattr(error, "options", None)):
         return no_such_option(group, option, options, f"{group}={option}")

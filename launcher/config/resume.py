@@ -14,6 +14,7 @@ from launcher.config.error_messages import schema_problems, shown
 from launcher.config.introspect import settings
 from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
+from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
@@ -137,7 +138,9 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     problems: list[Problem] = []
     for override in overrides:
         key, equals, raw = override.lstrip("+").partition("=")
-        if not equals or key not in settings():
+        if renamed := renamed_override(override):
+            problems.append(renamed)
+        elif not equals or key not in settings():
             guess = did_you_mean(key, list(settings()))
             problems.append(_problem(f"{key}: there is no such setting", guess or "settings are written key=value"))
         elif looks_secret(key, raw):
