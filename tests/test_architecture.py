@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from launcher.clusters.base import BACKENDS
+from launcher.config.cluster_sections import SECTIONS
 
 REPO = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
@@ -87,3 +91,69 @@ def test_files_stay_small(folder: str) -> None:
     lengths = {str(f.relative_to(REPO)): len(f.read_text().splitlines()) for f in (REPO / folder).rglob("*.py")}
     assert lengths
     assert {name: length for name, length in lengths.items() if length > 450} == {}
+
+
+def test_only_a_backends_own_files_ask_which_backend_it_is() -> None:
+    """A difference between backends is a method of `Cluster` or a property of `ClusterSection`, never a question for the kind."""
+    questions = [
+        f"{file.relative_to(REPO)}:{node.lineno}"
+        for file in sorted((REPO / "launcher").rglob("*.py"))
+        if not is_of_one_backend(file)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if asks_for_the_backend(node)
+    ]
+    assert questions == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'plan.config.cluster.kind == "slurm"',
+        'if cluster.kind in ("local", "ray"): pass',
+        'kind != "ray"',
+        'match cluster.kind:\n  case "slurm": pass',
+        'handlers = {"slurm": one, "local": other}',
+        "isinstance(config.cluster, SlurmSection)",
+        "isinstance(section, (schema.RaySection, LocalSection))",
+        "match section:\n  case SlurmSection(): pass",
+    ],
+)
+def test_a_question_for_the_backend_is_recognised(code: str) -> None:
+    assert any(map(asks_for_the_backend, ast.walk(ast.parse(code))))
+
+
+def test_the_tables_name_the_same_backends() -> None:
+    assert BACKENDS.keys() == SECTIONS.keys()
+    assert {kind: section.model_fields["kind"].default for kind, section in SECTIONS.items()} == {kind: kind for kind in SECTIONS}
+
+
+def is_of_one_backend(file: Path) -> bool:
+    """True for launcher/{clusters,config,worker}/NAME and NAME.py of a backend, and for the tables themselves."""
+    folder, name = (*file.relative_to(REPO / "launcher").with_suffix("").parts, "")[:2]
+    if (folder, name) in (("clusters", "base"), ("config", "cluster_sections")):
+        return True
+    return folder in ("clusters", "config", "worker") and name in BACKENDS
+
+
+def asks_for_the_backend(node: ast.AST) -> bool:
+    """True for a comparison, a case or a dict literal with the name of a backend, and for a type test with a section's class."""
+    if isinstance(node, ast.Compare):
+        return any(names_a_backend(part) for side in (node.left, *node.comparators) for part in ast.walk(side))
+    if isinstance(node, ast.MatchValue):
+        return names_a_backend(node.value)
+    if isinstance(node, ast.Dict):
+        return any(key is not None and names_a_backend(key) for key in node.keys)
+    if isinstance(node, ast.MatchClass):
+        return names_a_section(node.cls)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+        return any(names_a_section(part) for part in ast.walk(node.args[1]))
+    return False
+
+
+def names_a_backend(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value in BACKENDS
+
+
+def names_a_section(node: ast.AST) -> bool:
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return name in {section.__name__ for section in SECTIONS.values()}

@@ -7,9 +7,6 @@ machines and people may do to any run.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +14,6 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
@@ -25,12 +21,11 @@ from launcher.cli import drill_report, formatting, launch
 from launcher.cli.drill_report import Hit, Records, Step
 from launcher.cli.plan_view import plan_lines
 from launcher.cli.resume import start_again
-from launcher.clusters.base import Cluster, check_startable, cluster_for
-from launcher.clusters.slurm.commands import slurm
+from launcher.clusters.base import Cluster, cluster_for
+from launcher.clusters.preflight import check_startable
 from launcher.config.compose import Composed, run_hydra
 from launcher.config.resume import differences, table, with_overrides
 from launcher.config.schema import RunConfig
-from launcher.config.slurm import SlurmSection
 from launcher.error_record import ErrorRecord
 from launcher.errors import EXIT_FAILED, ConfigError, LauncherError, RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
@@ -54,7 +49,6 @@ _STALL_S = 20
 _POLL_S = 0.2
 # A backend is asked less often than files are read: its answer may cost a call to a busy controller.
 _ASK_S = 1.0
-_REACH_DEADLINE_S = 60.0
 
 
 def run(tokens: list[str]) -> int:
@@ -64,15 +58,15 @@ def run(tokens: list[str]) -> int:
     plan = _planned(arguments, rest)
     if plan is None:
         return 0
-    if plan.config.cluster.kind == "ray":
-        raise SubmitError(
-            "drill rehearses on this machine and on Slurm",
-            where="cluster",
-            value="ray",
-            remedy="start a short run, and kill a worker, or a node with: ray drain-node",
-        )
     cluster = cluster_for(plan.config.cluster.kind)
-    if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
+    if cluster.drill_remedy is not None:
+        raise SubmitError(
+            "drill does not support this kind of cluster",
+            where="cluster",
+            value=plan.config.cluster.kind,
+            remedy=cluster.drill_remedy,
+        )
+    if plan.config.cluster.is_dry_run:
         print("\n".join([*plan_lines(plan), "", cluster.preview(plan) or ""]))
         return 0
     _say(f"{arguments.fault} on {plan.config.cluster.kind}: a run of its own in {formatting.short(plan.run_dir)}")
@@ -153,9 +147,7 @@ def _like(run: RunDir, overrides: list[str], arguments: argparse.Namespace) -> L
     launch.check_extra(config)
     values = config.model_dump(mode="json")
     values["run"]["root"] = str(run.root.parent)
-    if plan.config.cluster.kind == "slurm":
-        # The jobs that it waited for are long over.
-        values["cluster"]["dependency"] = None
+    values["cluster"] = config.cluster.for_another_run().model_dump(mode="json")
     config = RunConfig.model_validate(values)
     cluster = cluster_for(config.cluster.kind)
     provenance = plan.provenance.model_copy(update={"overrides": (*plan.provenance.overrides, *overrides)})
@@ -272,33 +264,9 @@ def _hit(fault: str, plan: LaunchPlan, watch: _Watch) -> Hit:
             )
     step, saved = watch.steps[-1], max(watch.committed)
     _say(f"step {step.number}, with a checkpoint of step {saved}: {fault}")
-    did, at, host = _inject(fault, plan, watch, step.life[0])
-    _say(f"{did} on {host}")
-    return Hit(did, at, host, step.life, saved)
-
-
-def _inject(fault: str, plan: LaunchPlan, watch: _Watch, attempt: int) -> tuple[str, float, str]:
-    """What was done, when, and where."""
-    run, on_slurm = watch.run, plan.config.cluster.kind == "slurm"
-    begun = run_store.read_attempt(run, attempt)
-    if on_slurm and fault == "preempt":
-        at = time.time()
-        slurm("scancel", "--signal=USR2", str(begun.job))
-        return f"SIGUSR2 to job {begun.job}", at, ", ".join(begun.nodes)
-    path = os.pathsep.join(filter(None, (str(run.code), os.environ.get("PYTHONPATH"))))
-    module = [sys.executable, "-m", "launcher.worker.fault_injection", fault, str(run.plan), str(attempt)]
-    command = ["env", f"PYTHONPATH={path}", "PYTHONSAFEPATH=1", *module]
-    if on_slurm:
-        # Beside the run's own step, on its last node: the first is the head.
-        place = (f"--jobid={begun.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={begun.nodes[-1]}")
-        said = slurm("srun", *place, f"--chdir={run.root}", *command, deadline_s=_REACH_DEADLINE_S)
-    else:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_REACH_DEADLINE_S)
-        if done.returncode:
-            raise RunError("the fault could not be injected", where=str(run.root), value=done.stderr.strip())
-        said = done.stdout
-    deed: dict[str, Any] = json.loads(said.strip().splitlines()[-1])
-    return deed["did"], deed["at"], deed["host"]
+    injected = watch.cluster.inject_fault(watch.run, step.life[0], fault)
+    _say(f"{injected.description} on {injected.host}")
+    return Hit(injected.description, injected.at, injected.host, step.life, saved)
 
 
 def _await_save(plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
@@ -306,8 +274,8 @@ def _await_save(plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
     freed = False
     while watch.look() and watch.running:
         if not freed and _alerts(watch.run, hit.at):
-            did, _, host = _inject("free-disk", plan, watch, hit.life[0])
-            _say(f"{did} on {host}")
+            freed_disk = watch.cluster.inject_fault(watch.run, hit.life[0], "free-disk")
+            _say(f"{freed_disk.description} on {freed_disk.host}")
             freed = True
         if freed and max(watch.committed) > hit.saved_step:
             return
@@ -321,7 +289,7 @@ def _await_recovery(plan: LaunchPlan, hit: Hit, watch: _Watch) -> None:
             return
         if watch.running:
             continue
-        if watch.by_hand is not None or plan.config.cluster.kind != "local":
+        if watch.by_hand is not None or plan.config.cluster.continues_by_itself:
             return
         try:
             _resume(plan, watch)

@@ -37,7 +37,7 @@ class Watch:
         self._known: Status | None = None
 
     def state(self) -> Status:
-        due = time.monotonic() > self._asked_at + self._cluster.ask_s
+        due = time.monotonic() > self._asked_at + self._cluster.status_interval_s
         if self._known is None or due or run_store.read_status(self._run).state not in RUNNING_STATES:
             self._known, self._asked_at = self._cluster.status(self._run), time.monotonic()
         return self._known

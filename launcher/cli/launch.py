@@ -15,10 +15,10 @@ from launcher import facts, model_source, run_store
 from launcher.cli import data, formatting, wandb_check
 from launcher.cli.follow import follow
 from launcher.cli.plan_view import plan_lines, started_lines, sweep_lines
-from launcher.clusters.base import Cluster, check_startable, cluster_for, disk_note
+from launcher.clusters.base import Cluster, cluster_for
+from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
-from launcher.config.slurm import SlurmSection
 from launcher.data import report as data_report
 from launcher.data.texts import Texts, TextsMissing
 from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError
@@ -117,15 +117,15 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
         cluster = cluster_for(plan.config.cluster.kind)
         notes = (disk_note(plan), model_source.weights_note(plan.config.model), data.accepted(plan.config, plan.data))
         print("\n".join(plan_lines(plan, *notes)), flush=True)
-        if isinstance(plan.config.cluster, SlurmSection) and plan.config.cluster.dry_run:
+        if plan.config.cluster.is_dry_run:
             print(f"\n{cluster.preview(plan)}", end="")
             continue
         run_dir, attempt = start(plan, cluster)
-        started.append((plan, cluster.started(run_dir, attempt)))
+        started.append((plan, cluster.submission_details(run_dir, attempt)))
         if following if following is not None else plan.config.cluster.is_followed:
             codes.append(follow(run_dir, attempt, cluster))
         else:
-            print("\n".join(started_lines(plan, cluster.started(run_dir, attempt))), flush=True)
+            print("\n".join(started_lines(plan, cluster.submission_details(run_dir, attempt))), flush=True)
     if len(started) > 1:
         print("\n".join(sweep_lines(started)))
     return max(codes, default=0)

@@ -178,7 +178,7 @@ def _sections(one: _Told) -> list[str]:
 
 
 def _attempt_rows(one: _Told) -> list[list[str]]:
-    rows, is_local = [], one.plan.config.cluster.kind == "local"
+    rows, unnamed_node = [], one.plan.config.cluster.unnamed_node
     for number in run_store.attempt_numbers(one.run):
         attempt, record = run_store.read_attempt(one.run, number), run_records.read_exit(one.run, number)
         steps = [line["trainer/step"] for line in one.lines if line["attempt"] == number]
@@ -186,7 +186,7 @@ def _attempt_rows(one: _Told) -> list[list[str]]:
             [
                 str(number),
                 str(attempt.resume_step or 0),
-                ", ".join(dict.fromkeys(attempt.nodes)) or ("this machine" if is_local else "-"),
+                ", ".join(dict.fromkeys(attempt.nodes)) or unnamed_node,
                 f"{max(steps):,.0f}" if steps else "-",
                 _clock(record.ended_at) if record is not None and record.ended_at else "-",
                 _without_word(one, number, attempt)

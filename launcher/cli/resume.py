@@ -12,7 +12,8 @@ from launcher import facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.cli import checking, formatting, wandb_check
 from launcher.cli.launch import check_extra, prepare, require_idle, worker_environment
-from launcher.clusters.base import Cluster, check_startable, disk_note
+from launcher.clusters.base import Cluster
+from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.resume import Difference, differences, differing, require_same, table, with_overrides
 from launcher.config.schema import RunConfig
 from launcher.data import cache

@@ -123,7 +123,7 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
         attempt = start_again(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
     if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
         return follow(run, attempt, cluster)
-    print("\n".join(started_lines(plan, cluster.started(run, attempt))))
+    print("\n".join(started_lines(plan, cluster.submission_details(run, attempt))))
     return 0
 
 

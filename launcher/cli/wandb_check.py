@@ -7,9 +7,8 @@ import subprocess
 import sys
 from typing import Any
 
-from launcher.config.ray import RaySection
-from launcher.config.schema import AnyCluster, RunConfig
-from launcher.config.slurm import SlurmSection
+from launcher.config.cluster import ClusterSection
+from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 
 _DEADLINE_S = 30.0
@@ -27,7 +26,7 @@ def check(config: RunConfig, environ: dict[str, str]) -> list[str]:
     account = _look_up(tracking.model_dump_json(), environ)
     if account["login"] is None and tracking.mode == "auto":
         return []
-    if isinstance(config.cluster, RaySection) and config.cluster.is_http:
+    if not config.cluster.forwards_environment:
         # The login of the cluster's nodes counts, which is not known here.
         return _not_travelling(config.cluster, account["login"])
     if account["refused"]:
@@ -60,15 +59,9 @@ def _look_up(tracking: str, environ: dict[str, str]) -> dict[str, Any]:
         return unknown
 
 
-def _not_travelling(cluster: AnyCluster, login: str | None) -> list[str]:
+def _not_travelling(cluster: ClusterSection, login: str | None) -> list[str]:
     """Why the ranks may not have the login that is here: without one they go on offline, or fail where online is asked for."""
-    if isinstance(cluster, RaySection) and cluster.is_http:
-        return ["no key travels through Ray's Jobs API: the cluster's nodes need WANDB_API_KEY in their environment"]
-    if login != "netrc":
-        return []
-    remedy = "set WANDB_API_KEY in the environment of this command"
-    if isinstance(cluster, RaySection) and cluster.address is not None:
-        return [f"the W&B login of this machine's netrc does not reach Ray's nodes: {remedy}"]
-    if isinstance(cluster, SlurmSection) and cluster.container_image and cluster.container_runtime == "pyxis":
-        return [f"the W&B login of your netrc may not be seen inside the container: {remedy}"]
-    return []
+    if not cluster.forwards_environment:
+        return ["API keys are not sent to this cluster: its nodes need WANDB_API_KEY in their environment"]
+    problem = cluster.netrc_problem if login == "netrc" else None
+    return [] if problem is None else [f"{problem}: set WANDB_API_KEY in the environment of this command"]

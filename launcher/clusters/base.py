@@ -1,18 +1,16 @@
-"""What every backend can do with a run: start an attempt, tell its state, stop it.
+"""The protocol that every backend implements, and the table of backends.
 
-Who only asks for states waits for none of the models of settings and plans: backends import those where they start runs.
+A backend imports the models of settings and plans where it starts runs, so that commands that only ask for states answer quickly.
 """
 
 from __future__ import annotations
 
-import shutil
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from launcher.checkpoint import store
-from launcher.errors import SubmitError
-from launcher.export import hub
-from launcher.plan import disk
+from launcher.clusters.faults import InjectedFault
+from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
 
@@ -20,17 +18,27 @@ if TYPE_CHECKING:
     from launcher.config.cluster import ClusterSection
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
+# The class of each backend, as module:Class, by `cluster.kind`. A backend is imported when a run uses it. The class of its
+# settings is in launcher.config.cluster_sections.SECTIONS.
+BACKENDS: dict[str, str] = {
+    "local": "launcher.clusters.local:LocalCluster",
+    "slurm": "launcher.clusters.slurm.cluster:SlurmCluster",
+    "ray": "launcher.clusters.ray.cluster:RayCluster",
+}
+
 
 class Cluster(Protocol):
-    """A place where runs run. All state is on disk and with the scheduler; an instance keeps none.
+    """Submit side of a backend. All state is on disk and with the scheduler; an instance keeps none.
 
-    `ask_s`: whoever watches a run asks for its state at most this often; files are read as often as one likes.
+    `status_interval_s`: seconds between two calls of `status` by a command that watches a run.
+    `drill_remedy`: how a person rehearses a fault where `launcher drill` cannot; None where `inject_fault` works.
     """
 
-    ask_s: float
+    status_interval_s: float
+    drill_remedy: str | None
 
     def device(self, section: ClusterSection) -> DeviceFacts:
-        """The accelerators of one of the nodes that `section` describes."""
+        """Describe the accelerators of one of the nodes that `section` asks for."""
 
     def check(self, plan: LaunchPlan) -> None:
         """Refuse what this backend cannot run.
@@ -40,74 +48,48 @@ class Cluster(Protocol):
         """
 
     def preview(self, plan: LaunchPlan) -> str | None:
-        """The text that would be handed to a scheduler, or None where there is none."""
+        """Return the text that would be handed to a scheduler, or None where there is none."""
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
-        """Start one attempt of a run whose directory is complete, and return."""
+        """Start one attempt of a run whose directory is complete, and return without waiting for its end.
 
-    def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
-        """What a person wants to know of an attempt that was just submitted: labels and values."""
+        Raises:
+            SubmitError, RunError: where the backend refuses it; the run's status is then failed.
+        """
+
+    def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
+        """Return what a person wants to know of an attempt that was just submitted, as labels and values."""
 
     def status(self, run: RunDir) -> Status:
-        """The run's state, corrected by what the backend knows of its processes."""
+        """Read the run's state and correct it by what the backend knows of its processes."""
 
     def await_end(self, run: RunDir) -> None:
         """Wait until an attempt whose last state is written has left no process."""
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
-        """Ask a running attempt to save and stop; asked a second time, or where nothing is to be saved, kill it."""
+        """Ask a running attempt to save and stop; on a second call, or with `save` false, kill it.
 
+        Raises:
+            SubmitError: where the run is not running, or cannot be reached from this machine.
+        """
 
-def check_startable(plan: LaunchPlan) -> None:
-    """Refuse what would train and could not be saved or pushed, on whatever backend.
+    def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
+        """Inject a fault of `launcher.worker.fault_injection` into a running attempt, on its last node.
 
-    Raises:
-        SubmitError: for a disk without room for one checkpoint, a push to the Hub without a token, and a mirror that cannot be
-            written.
-    """
-    repo_id = plan.config.export.push_to_hub
-    if repo_id and (problem := hub.token_problem("export.push_to_hub", repo_id)):
-        raise SubmitError(problem)
-    available = _free_bytes(plan)
-    if available is not None and (problem := disk.refusal(plan, available)):
-        raise SubmitError(problem)
-    if plan.config.checkpoint.mirror is not None:
-        from launcher.checkpoint.mirror import upload
-
-        upload.require_usable(plan)
-
-
-def disk_note(plan: LaunchPlan) -> str | None:
-    """Said where the disk of the run directory, as this machine sees it, will not hold all checkpoints that are kept."""
-    available = _free_bytes(plan)
-    if available is None:
-        return None
-    return disk.note(plan, available, len(store.list_checkpoints(RunDir(Path(plan.run_dir)).checkpoints)))
-
-
-def _free_bytes(plan: LaunchPlan) -> int | None:
-    """What a user may still write where the run directory is or will be; None where that cannot be told from here."""
-    folder = Path(plan.run_dir)
-    try:
-        while not folder.exists():
-            folder = folder.parent
-        # Checkpoints may lie on a disk of their own.
-        own = RunDir(folder).checkpoints
-        return shutil.disk_usage(own if own.exists() else folder).free
-    except OSError:
-        return None
+        Raises:
+            RunError: where it could not be injected.
+        """
 
 
 def cluster_for(kind: str) -> Cluster:
-    """The backend that `cluster.kind` names."""
-    if kind == "slurm":
-        from launcher.clusters.slurm.cluster import SlurmCluster
+    """Import the backend that `cluster.kind` names and return an instance.
 
-        return SlurmCluster()
-    if kind == "ray":
-        from launcher.clusters.ray.cluster import RayCluster
-
-        return RayCluster()
-    from launcher.clusters.local import LocalCluster
-
-    return {"local": LocalCluster}[kind]()
+    Raises:
+        RunError: where there is no such backend, as for a run of a launcher that has others.
+    """
+    if kind not in BACKENDS:
+        remedy = f"use the launcher that started the run; this one has {', '.join(BACKENDS)}"
+        raise RunError("there is no such backend", where="cluster.kind", value=kind, remedy=remedy)
+    module, _, name = BACKENDS[kind].partition(":")
+    backend: Cluster = getattr(importlib.import_module(module), name)()
+    return backend

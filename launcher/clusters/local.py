@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher import run_store
-from launcher.clusters import detached_process
-from launcher.errors import SubmitError
+from launcher.clusters import detached_process, faults
+from launcher.clusters.faults import InjectedFault
+from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
@@ -24,7 +26,10 @@ _APART_S = 0.3
 
 
 class LocalCluster:
-    ask_s = 0.1
+    """This machine; see `Cluster`."""
+
+    status_interval_s = 0.1
+    drill_remedy = None
 
     def device(self, section: ClusterSection) -> DeviceFacts:
         return device()
@@ -39,7 +44,7 @@ class LocalCluster:
         log = run.attempt(attempt) / "agent.log"
         detached_process.start(run, attempt, "launcher.worker.agent", [str(plan_path), str(attempt)], log, "the node's agent")
 
-    def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
+    def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         return []
 
     def status(self, run: RunDir) -> Status:
@@ -80,6 +85,13 @@ class LocalCluster:
             # Two that are pending at once would be one.
             time.sleep(_APART_S)
             agent.send_signal(signal.SIGUSR1)
+
+    def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
+        command = faults.command(run, attempt, fault)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=faults.DEADLINE_S)
+        if done.returncode:
+            raise RunError("the fault could not be injected", where=str(run.root), value=done.stderr.strip())
+        return faults.read_report(done.stdout)
 
 
 def check_here(plan: LaunchPlan) -> None:

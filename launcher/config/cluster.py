@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Section, matching
+from launcher.errors import Problem
 
 Interface = Annotated[str, matching(r"[A-Za-z0-9][\w.-]{0,14}", "is not a network interface; write it as in ib0")]
 
@@ -43,15 +44,61 @@ class ClusterSection(Section):
     )
     stop_grace_seconds: Positive = Field(600.0, description="Seconds a stopped run may take to save before it is killed.")
 
+    # What the report shows as the node of an attempt that has recorded none.
+    unnamed_node: ClassVar[str] = "-"
     # How this kind of cluster is asked for what a node lacks.
     gpus_remedy: ClassVar[str] = "give the node all of its GPUs"
     gpu_kind_remedy: ClassVar[str] = "use nodes of the planned kind"
     memory_remedy: ClassVar[str] = "give the node, or its container, more"
 
+    @classmethod
+    def of(cls, section: ClusterSection) -> Self:
+        """Return `section` typed as this class, for a backend that is only given sections of its own."""
+        assert isinstance(section, cls)
+        return section
+
     @property
     def is_followed(self) -> bool:
-        """True where the command that starts a run stays with it, unless it is told otherwise."""
+        """True where the command that starts a run follows it by default."""
         return False
+
+    @property
+    def is_dry_run(self) -> bool:
+        """True where nothing is to be submitted, only shown."""
+        return False
+
+    @property
+    def continues_by_itself(self) -> bool:
+        """True where the backend starts a further attempt after one that failed."""
+        return False
+
+    @property
+    def has_unknown_gpus(self) -> bool:
+        """True where the GPUs of the nodes need not be those that `Cluster.device` has seen."""
+        return False
+
+    @property
+    def forwards_environment(self) -> bool:
+        """True where ranks get the environment of the submitting command, API keys included."""
+        return True
+
+    @property
+    def netrc_problem(self) -> str | None:
+        """Why ranks may not see the ~/.netrc of the submitting user; None where they do."""
+        return None
+
+    @property
+    def save_lead_s(self) -> float | None:
+        """Seconds before the end of the nodes' time at which the run saves; None where the nodes' time has no end."""
+        return None
+
+    def topology_problem(self, world_size: int) -> Problem | None:
+        """Return what keeps this backend from running `world_size` ranks under these settings; None where nothing does."""
+        return None
+
+    def for_another_run(self) -> Self:
+        """Return the settings for another run on the same cluster, without what holds for one submission alone."""
+        return self
 
     @property
     def num_workers(self) -> int | None:
@@ -68,6 +115,8 @@ class LocalSection(ClusterSection):
     """This machine."""
 
     kind: Literal["local"] = Field("local", description="The backend that starts the workers.")
+
+    unnamed_node: ClassVar[str] = "this machine"
 
     @property
     def is_followed(self) -> bool:
@@ -104,16 +153,10 @@ class ManagedSection(ClusterSection):
     bad_node_remedy: ClassVar[str] = "mend the node or take it out of the cluster"
 
     @property
-    def lead_s(self) -> float:
-        """Seconds before the end of the nodes' time at which the run saves."""
-        return 0.0
+    def continues_by_itself(self) -> bool:
+        return True
 
     @property
     def leaves_out_bad_nodes(self) -> bool:
         """True where a node that failed its checks is not used again."""
         return False
-
-
-def choose_kind(value: Any) -> Any:
-    """A section without a kind is this machine."""
-    return {"kind": "local", **value} if isinstance(value, dict) else value

@@ -109,6 +109,18 @@ class RaySection(ManagedSection):
         return self.address is None
 
     @property
+    def has_unknown_gpus(self) -> bool:
+        return self.address is not None and self.gpu_type is None
+
+    @property
+    def forwards_environment(self) -> bool:
+        return not self.is_http
+
+    @property
+    def netrc_problem(self) -> str | None:
+        return None if self.address is None else "the W&B login of this machine's netrc does not reach Ray's nodes"
+
+    @property
     def leaves_out_bad_nodes(self) -> bool:
         """An elastic run goes on with the workers of the other nodes; Ray holds those of the bad one, which stay idle."""
         workers = self.workers or self.nodes * (self.ranks_per_node or 0)
@@ -140,8 +152,8 @@ class RaySection(ManagedSection):
             )
         return self
 
-    def uncountable(self, world_size: int) -> Problem | None:
-        """Said where Ray would count workers that it cannot place, of an elastic run on `world_size` ranks.
+    def topology_problem(self, world_size: int) -> Problem | None:
+        """Refuse an elastic run of which Ray would count workers that it cannot place.
 
         For how many workers a cluster has room Ray Train counts by resources alone, packed as tightly as they go: see
         `_compute_reservations` in ray.data's autoscaling coordinator, to which Ray Train names no strategy (Ray 2.60). It would

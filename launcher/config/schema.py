@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from launcher.config.cluster import LocalSection, choose_kind
+from launcher.config.cluster import LocalSection
+from launcher.config.cluster_sections import AnyCluster, choose_kind
 from launcher.config.data import DataSection
 from launcher.config.fields import (
     HUB_ID_PATTERN,
@@ -26,12 +27,9 @@ from launcher.config.fields import (
     Text,
     matching,
 )
-from launcher.config.ray import RaySection
-from launcher.config.slurm import SlurmSection
 from launcher.config.train import CheckpointSection, EvalSection, ExportSection, TrainSection
 
 PACKAGE_PATTERN = re.compile(r"package:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(/[\w.-]+)+")
-AnyCluster = Annotated[LocalSection | SlurmSection | RaySection, Field(discriminator="kind")]
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
 RUN_PREFIX = "run:"
 RUN_PATTERN = re.compile(rf"{RUN_PREFIX}(?P<run>{NAME_PATTERN.pattern}|(?:/|\./|\.\./|~).*?)(?:@(?P<step>[0-9]+))?")

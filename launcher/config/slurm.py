@@ -7,7 +7,7 @@ is refused here.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -172,8 +172,22 @@ class SlurmSection(ManagedSection):
     bad_node_remedy: ClassVar[str] = "set cluster.exclude_bad_nodes=true to go on without it, or name it in cluster.exclude"
 
     @property
-    def lead_s(self) -> float:
+    def is_dry_run(self) -> bool:
+        return self.dry_run
+
+    @property
+    def netrc_problem(self) -> str | None:
+        if self.container_image and self.container_runtime == "pyxis":
+            return "the W&B login of your netrc may not be seen inside the container"
+        return None
+
+    @property
+    def save_lead_s(self) -> float:
         return self.signal_lead_seconds
+
+    def for_another_run(self) -> Self:
+        # The jobs that this one waited for are over.
+        return self.model_copy(update={"dependency": None})
 
     @property
     def leaves_out_bad_nodes(self) -> bool:

@@ -12,9 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from launcher.config.ray import RaySection
 from launcher.config.schema import RunConfig
-from launcher.config.slurm import SlurmSection
 from launcher.plan.prices import Price
 
 SCHEMA_VERSION = 1
@@ -202,20 +200,6 @@ class LaunchPlan(Record):
     data: DataFacts | None
     provenance: Provenance
     lineage: Lineage | None = None
-
-    @property
-    def slurm(self) -> SlurmSection:
-        """The settings of the cluster, for what runs on Slurm alone."""
-        section = self.config.cluster
-        assert isinstance(section, SlurmSection)
-        return section
-
-    @property
-    def ray(self) -> RaySection:
-        """The settings of the cluster, for what runs on Ray alone."""
-        section = self.config.cluster
-        assert isinstance(section, RaySection)
-        return section
 
     @property
     def nvme_folder(self) -> Path | None:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launcher.config.ray import RaySection
 from launcher.config.schema import RunConfig
 from launcher.config.suggest import did_you_mean
 from launcher.errors import ConfigError, Problem
@@ -172,7 +171,7 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             value=str(fewest),
             remedy="lower it, or raise cluster.workers",
         )
-    if isinstance(config.cluster, RaySection) and (problem := config.cluster.uncountable(topology.world_size)):
+    if problem := config.cluster.topology_problem(topology.world_size):
         yield problem
     yield from _hpz_problems(config, topology)
 
@@ -180,9 +179,7 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
 def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     """Model states that are more than all memory of a GPU: at full size, or where an elastic run goes on with few workers."""
     cluster, states = planned.config.cluster, planned.config.deepspeed
-    # The GPUs of a Ray cluster need not be those of the machine that submits to it.
-    elsewhere = isinstance(cluster, RaySection) and cluster.address is not None and cluster.gpu_type is None
-    if planned.topology.device != "cuda" or elsewhere:
+    if planned.topology.device != "cuda" or cluster.has_unknown_gpus:
         return
     offload = "deepspeed.offload_params=cpu" if states.offload_optimizer != "none" else "deepspeed=zero3_offload"
     if memory.hpz_ranks(states, planned.topology.ranks_per_node) > 1:

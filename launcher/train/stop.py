@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from launcher.config.cluster import ClusterSection
-from launcher.config.slurm import SlurmSection
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,10 @@ def save_fits(cluster: ClusterSection, reason: str, asked_at: float | None, save
 
     A save that is cut off would cost its time and leave nothing; what was committed before stays.
     """
-    if reason != "preempted" or not isinstance(cluster, SlurmSection) or save_s is None:
+    lead_s = cluster.save_lead_s
+    if reason != "preempted" or lead_s is None or save_s is None:
         return True
     waited = time.monotonic() - asked_at if asked_at is not None else 0.0
-    late = torch.tensor(float(save_s > cluster.signal_lead_seconds - waited), device=device)
+    late = torch.tensor(float(save_s > lead_s - waited), device=device)
     dist.all_reduce(late, op=dist.ReduceOp.MAX)
     return not late.item()

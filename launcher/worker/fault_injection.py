@@ -1,6 +1,6 @@
 """Do to this node's part of a run what machines do: `python -m launcher.worker.fault_injection FAULT PLAN ATTEMPT`.
 
-The drill (launcher.cli.drill) runs it on the node. It prints its deed as one JSON object.
+The drill (launcher.cli.drill) runs it on the node. It prints what it did as one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 from launcher import run_store
+from launcher.clusters.faults import InjectedFault
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -37,16 +38,6 @@ class NodeProcesses:
     @property
     def last_rank(self) -> tuple[int, psutil.Process]:
         return max(self.ranks.items())
-
-
-@dataclass(frozen=True)
-class Deed:
-    """What was done, in words, to which processes, and when, in seconds since the epoch."""
-
-    did: str
-    pids: tuple[int, ...]
-    at: float
-    host: str
 
 
 def find(run: RunDir, attempt: int) -> NodeProcesses:
@@ -78,25 +69,25 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
     return NodeProcesses(agents[0], ranks)
 
 
-def preempt(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+def preempt(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     """What a scheduler does that wants the machine back."""
     here.agent.send_signal(signal.SIGUSR2)
-    return _deed("SIGUSR2 to the node's agent", here.agent)
+    return _report("SIGUSR2 to the node's agent", here.agent)
 
 
-def kill_rank(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+def kill_rank(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     rank, process = here.last_rank
     process.kill()
-    return _deed(f"SIGKILL to rank {rank}", process)
+    return _report(f"SIGKILL to rank {rank}", process)
 
 
-def kill_node(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+def kill_node(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     """The ranks die with their agent."""
     here.agent.kill()
-    return _deed("SIGKILL to the node's agent, and so to its ranks", here.agent)
+    return _report("SIGKILL to the node's agent, and so to its ranks", here.agent)
 
 
-def fill_disk(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+def fill_disk(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     """The disk is full in the middle of the next shard; what is smaller, as logs are, is still written.
 
     The limit belongs to the ranks' processes and ends with them. Python ignores SIGXFSZ, so that the write fails (EFBIG).
@@ -106,18 +97,18 @@ def fill_disk(here: NodeProcesses, plan: LaunchPlan) -> Deed:
         _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
         process.rlimit(psutil.RLIMIT_FSIZE, (limit, hard))
     ranks = f"rank{'s' if len(here.ranks) > 1 else ''} {', '.join(map(str, sorted(here.ranks)))}"
-    return _deed(f"no file of {ranks} can grow beyond {limit:,} bytes", *here.ranks.values())
+    return _report(f"no file of {ranks} can grow beyond {limit:,} bytes", *here.ranks.values())
 
 
-def free_disk(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+def free_disk(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     """There is room again: the limit of `fill_disk` is taken away."""
     for process in here.ranks.values():
         _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
         process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
-    return _deed("there is room again", *here.ranks.values())
+    return _report("there is room again", *here.ranks.values())
 
 
-def hang(here: NodeProcesses, plan: LaunchPlan) -> Deed:
+def hang(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     """One rank stops in the middle of a step.
 
     Raises:
@@ -128,21 +119,21 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> Deed:
     deadline = time.monotonic() + _HANG_DEADLINE_S
     while time.monotonic() < deadline:
         process.suspend()
-        deed = _deed(f"SIGSTOP to rank {rank}", process)
+        fault = _report(f"SIGSTOP to rank {rank}", process)
         # The others go on to where they wait for this one: what they have logged by then is the last step that it finished.
         time.sleep(_SETTLE_S)
         if newest_step(run, run_store.read_status(run)) % every:
-            return deed
+            return fault
         process.resume()
         time.sleep(_SETTLE_S)
     raise RunError("every try to stop a rank met a save", where="checkpoint.save_every", value=str(every), remedy="raise it")
 
 
-def _deed(did: str, *processes: psutil.Process) -> Deed:
-    return Deed(did, tuple(process.pid for process in processes), time.time(), os.uname().nodename)
+def _report(description: str, *processes: psutil.Process) -> InjectedFault:
+    return InjectedFault(description, time.time(), os.uname().nodename, tuple(process.pid for process in processes))
 
 
-_ACTIONS: dict[str, Callable[[NodeProcesses, LaunchPlan], Deed]] = {
+_ACTIONS: dict[str, Callable[[NodeProcesses, LaunchPlan], InjectedFault]] = {
     "preempt": preempt,
     "kill-rank": kill_rank,
     "kill-node": kill_node,

@@ -99,7 +99,7 @@ def conclude(
     lost_nodes: Collection[str] | None = None,
 ) -> Conclusion:
     """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
-    ending = judge(run, number, attempt, state, section.lead_s, exit_code, lost_nodes)
+    ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes)
     ended = Ended(ending.cause, attempt.resume_step, store.newest_step(run.checkpoints), ending.message, ending.bad_nodes)
     return Conclusion(ending, ended, decide(ended, history(run, number), section))
 

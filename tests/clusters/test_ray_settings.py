@@ -157,19 +157,19 @@ def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
 
 
 def test_where_a_run_was_handed_to_is_told_with_its_log(run: RunDir) -> None:
-    assert RayCluster().started(run, 1) == [("driver", str(run.attempt(1) / "agent.log"))]
+    assert RayCluster().submission_details(run, 1) == [("driver", str(run.attempt(1) / "agent.log"))]
     atomic_files.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
     through_the_jobs_api = [
         ("job", "raysubmit_1"),
         ("log", "ray job logs --address http://127.0.0.1:8265 -f raysubmit_1"),
         ("dashboard", "http://127.0.0.1:8265/#/jobs/raysubmit_1"),
     ]
-    assert RayCluster().started(run, 1) == through_the_jobs_api
+    assert RayCluster().submission_details(run, 1) == through_the_jobs_api
     # A further attempt by itself is the same job's; one that a person starts is another's.
     assert run_store.next_attempt(run, Attempt(resume_step=5, automatic=True)) == 2
-    assert RayCluster().started(run, 2) == through_the_jobs_api
+    assert RayCluster().submission_details(run, 2) == through_the_jobs_api
     assert run_store.next_attempt(run, Attempt(resume_step=5)) == 3
-    assert RayCluster().started(run, 3) == [("driver", str(run.attempt(3) / "agent.log"))]
+    assert RayCluster().submission_details(run, 3) == [("driver", str(run.attempt(3) / "agent.log"))]
 
 
 def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDir) -> None:

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from launcher import run_store
+from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Status
@@ -94,16 +95,16 @@ def test_only_processes_of_this_attempt_are_found(node: Node) -> None:
 def test_a_signal_reaches_one_process_alone(node: Node, action, victim: int, number: signal.Signals) -> None:  # type: ignore[no-untyped-def]
     processes = [node.agent, *node.ranks]
     before = time.time()
-    deed = action(fault_injection.find(node.run, 2), node.plan)
+    fault = action(fault_injection.find(node.run, 2), node.plan)
     assert processes[victim].wait(timeout=10) == -number
-    assert deed.pids == (processes[victim].pid,)
-    assert before <= deed.at <= time.time()
+    assert fault.pids == (processes[victim].pid,)
+    assert before <= fault.at <= time.time()
     assert [p.poll() for p in processes if p is not processes[victim]] == [None, None]
 
 
 def test_a_full_disk_is_a_limit_that_half_a_shard_fits_under(node: Node) -> None:
-    deed = fault_injection.fill_disk(fault_injection.find(node.run, 2), node.plan)
-    assert deed.did == "no file of ranks 2, 3 can grow beyond 1,000 bytes"
+    fault = fault_injection.fill_disk(fault_injection.find(node.run, 2), node.plan)
+    assert fault.description == "no file of ranks 2, 3 can grow beyond 1,000 bytes"
     for rank in node.ranks:
         assert psutil.Process(rank.pid).rlimit(psutil.RLIMIT_FSIZE)[0] == 1000
     assert psutil.Process(node.agent.pid).rlimit(psutil.RLIMIT_FSIZE) == resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -116,14 +117,14 @@ def test_a_rank_is_not_stopped_where_it_may_be_saving(node: Node) -> None:
     run_store.write_status(node.run, Status(state="running", attempt=2, step=9))
     log = JsonlTracker(node.run, 2)
     log.log(10, {"train/loss": 1.0})
-    done: list[fault_injection.Deed] = []
+    done: list[InjectedFault] = []
     worker = threading.Thread(target=lambda: done.append(fault_injection.hang(fault_injection.find(node.run, 2), node.plan)))
     worker.start()
     time.sleep(1.2)
     assert not done
     log.log(11, {"train/loss": 1.0})
     worker.join(timeout=10)
-    assert done[0].did == "SIGSTOP to rank 3"
+    assert done[0].description == "SIGSTOP to rank 3"
     assert psutil.Process(node.ranks[1].pid).status() == psutil.STATUS_STOPPED
     assert psutil.Process(node.ranks[0].pid).status() != psutil.STATUS_STOPPED
     assert time.time() - done[0].at < 5

@@ -16,6 +16,7 @@ import psutil
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters import detached_process, local
+from launcher.clusters.faults import InjectedFault
 from launcher.clusters.ray import jobs
 from launcher.config.redaction import looks_secret
 from launcher.errors import RunError, SubmitError
@@ -41,13 +42,18 @@ _LOST = "the driver is gone without a word (killed, or its machine or the head o
 
 
 class RayCluster:
-    ask_s = 1.0
+    """Ray Train; see `Cluster`."""
+
+    status_interval_s = 1.0
+    drill_remedy = "start a short run, and kill a worker, or a node with: ray drain-node"
 
     def device(self, section: ClusterSection) -> DeviceFacts:
         return device()
 
     def check(self, plan: LaunchPlan) -> None:
-        section = plan.ray
+        from launcher.config.ray import RaySection
+
+        section = RaySection.of(plan.config.cluster)
         if section.address is None:
             local.check_here(plan)
             return
@@ -65,9 +71,10 @@ class RayCluster:
         return "\n".join(f"{label:<11}{value}" for label, value in _request(plan)) + "\n"
 
     def submit(self, run: RunDir, attempt: int, plan_path: Path) -> None:
+        from launcher.config.ray import RaySection
         from launcher.plan.launch_plan import LaunchPlan
 
-        section = LaunchPlan.load(plan_path).ray
+        section = RaySection.of(LaunchPlan.load(plan_path).config.cluster)
         arguments = [str(plan_path), str(attempt)]
         if section.is_http:
             try:
@@ -82,7 +89,7 @@ class RayCluster:
         detached_process.start(run, attempt, _MODULE, arguments, log, "Ray's driver")
         _await_joined(run, log)
 
-    def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
+    def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         file = _submission_file(run, attempt)
         if not file.is_file():
             return [("driver", str(run.attempt(attempt) / "agent.log"))]
@@ -134,6 +141,9 @@ class RayCluster:
             raise SubmitError("the driver can only be killed on its own machine", where=str(run.root), value=where)
         run_store.update_status(run, state="cancelled", message="killed without saving")
 
+    def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
+        raise SubmitError("drill does not support Ray", where="cluster", value="ray", remedy=self.drill_remedy)
+
     def _of_job(self, run: RunDir, status: Status, submitted: dict[str, str]) -> Status:
         known = replace(status, job={**(status.job or {}), "id": submitted["job"]})
         try:
@@ -160,7 +170,9 @@ class RayCluster:
 
 def _request(plan: LaunchPlan) -> list[tuple[str, str]]:
     """What Ray is asked for, its own defaults included, as labels and values."""
-    section, workers = plan.ray, plan.topology.world_size
+    from launcher.config.ray import RaySection
+
+    section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
 
     def or_default(value: object, default: str) -> str:
         return f"{default} (Ray's default)" if value is None else str(value)

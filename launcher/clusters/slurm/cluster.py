@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
+from launcher.clusters import faults
+from launcher.clusters.faults import InjectedFault
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.errors import SubmitError
@@ -36,21 +38,24 @@ _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"
 
 
 class SlurmCluster:
-    ask_s = 5.0
+    """Slurm; see `Cluster`."""
+
+    status_interval_s = 5.0
+    drill_remedy = None
 
     def device(self, section: ClusterSection) -> DeviceFacts:
         from launcher.clusters.slurm import site
         from launcher.config.slurm import SlurmSection
 
-        assert isinstance(section, SlurmSection)
-        return site.gpus_of(section)
+        return site.gpus_of(SlurmSection.of(section))
 
     def check(self, plan: LaunchPlan) -> None:
         from launcher.clusters.slurm import checks
+        from launcher.config.slurm import SlurmSection
 
         # What no batch script can hold is refused here, before anything of the run is made.
         self.preview(plan)
-        checks.check(plan.slurm, plan)
+        checks.check(SlurmSection.of(plan.config.cluster), plan)
 
     def preview(self, plan: LaunchPlan) -> str | None:
         from launcher.clusters.slurm import sbatch
@@ -69,7 +74,7 @@ class SlurmCluster:
             raise
         atomic_files.write_json(submission_file(run, attempt), {"job": job, "submitted_at": time.time()})
 
-    def started(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
+    def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
         job = json_records.read_json(submission_file(run, attempt))["job"]
         return [("job", job), ("output", str(run.jobs / job / f"{job}_0_log.out"))]
 
@@ -118,6 +123,17 @@ class SlurmCluster:
         if job is None or job.state in _WAITING:
             run_store.update_status(run, state="cancelled", message="cancelled while it waited")
 
+    def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
+        begun = run_store.read_attempt(run, attempt)
+        if fault == "preempt":
+            at = time.time()
+            slurm("scancel", "--signal=USR2", str(begun.job))
+            return InjectedFault(f"SIGUSR2 to job {begun.job}", at, ", ".join(begun.nodes))
+        # Beside the run's own step, on its last node: the first is the head.
+        node = (f"--jobid={begun.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={begun.nodes[-1]}")
+        command = faults.command(run, attempt, fault)
+        return faults.read_report(slurm("srun", *node, f"--chdir={run.root}", *command, deadline_s=faults.DEADLINE_S))
+
 
 def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool, patience_s: float = 0.0) -> None:
     """Have the job run again: by Slurm's own preemption, by a requeue, or as another job of the same run.
@@ -127,7 +143,9 @@ def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by
     Raises:
         SubmitError: where the job was to be submitted again, and that was refused.
     """
-    section = plan.slurm
+    from launcher.config.slurm import SlurmSection
+
+    section = SlurmSection.of(plan.config.cluster)
     if by_slurm and not decision.exclude:
         # A job that also requeues itself would be run once too often.
         return
@@ -186,7 +204,7 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
     from launcher.clusters.slurm import sbatch
 
     changes: dict[str, Any] = {"exclude": exclude or None, "dependency": f"afterany:{job}"}
-    cluster = plan.slurm.model_copy(update=changes)
+    cluster = plan.config.cluster.model_copy(update=changes)
     again = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
     saved = store.newest_step(run.checkpoints)
     # Another command may be numbering an attempt at this moment.

@@ -74,7 +74,7 @@ def _clean_environment() -> Iterator[None]:
 
 def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
     """submitit's parameters for the plan."""
-    section = plan.slurm
+    section = SlurmSection.of(plan.config.cluster)
     gpus = section.gpus_per_node
     if gpus is None and plan.topology.device == "cuda" and not asks_for_gpus(section.gres):
         gpus = plan.topology.ranks_per_node
@@ -115,7 +115,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
 
 def python_command(plan: LaunchPlan, plan_path: Path) -> str:
     """The shell words that start Python in a task, in the container where there is one."""
-    section = plan.slurm
+    section = SlurmSection.of(plan.config.cluster)
     words = [_plain(sys.executable)]
     if section.container_image and section.container_runtime == "apptainer":
         gpu = ["--nv"] if plan.topology.device == "cuda" else []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
+from launcher.config.ray import RaySection
 from launcher.errors import LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Decision, decide
@@ -38,6 +39,7 @@ class Attempts:
 
     def __init__(self, plan_path: str, plan: LaunchPlan, number: int, job: str, gone: Callable[[], set[str]]) -> None:
         self._plan_path, self._plan, self._run = plan_path, plan, RunDir(Path(plan.run_dir))
+        self._section = RaySection.of(plan.config.cluster)
         self.number = number
         self.over: str | None = None
         self._job = job
@@ -75,7 +77,7 @@ class Attempts:
                 attempt = run_store.read_attempt(run, self.number)
             plan = group.choose(self._plan, self._unfit)
             head = group.training[0]
-            require_private(head, self._plan.ray.allow_public_address)
+            require_private(head, self._section.allow_public_address)
             group.plan_path = self._plan_path
             if not plan == self._plan == run_store.load_plan(run):
                 # The plan of an attempt without one of its own is that of the attempt before.
@@ -108,7 +110,7 @@ class Attempts:
             run_store.fence(self._run, self.number, refresh=True)
             attempt = run_store.read_attempt(self._run, self.number)
             state = "PREEMPTED" if group.drained else "RESIZED" if group.resizing else ""
-            concluded = postmortem.conclude(self._run, self.number, attempt, self._plan.ray, state, lost_nodes=self.lost())
+            concluded = postmortem.conclude(self._run, self.number, attempt, self._section, state, lost_nodes=self.lost())
         except Superseded as error:
             group.verdict = {"again": False, "reason": error.problems[0].what}
             self.end(error.problems[0].what, state=None)
@@ -172,7 +174,7 @@ class Attempts:
         grown = not run_records.exit_file(self._run, self.number).is_file() and 0 < self._size < group.size
         state = "RESIZED" if grown else "PREEMPTED" if (folder / _DRAINED).is_file() else ""
         tell = partial(self.say, "alert")
-        ended = postmortem.end_of_attempt(self._run, self.number, self._plan.ray, state, self.lost(), tell)
-        decision = decide(ended, postmortem.history(self._run, self.number), self._plan.ray)
+        ended = postmortem.end_of_attempt(self._run, self.number, self._section, state, self.lost(), tell)
+        decision = decide(ended, postmortem.history(self._run, self.number), self._section)
         reached = goodput.reached_limit(self._run, self._plan, time.time()) if decision.again else ""
         return Decision(False, "preempted", reached) if reached else decision

@@ -13,6 +13,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.clusters import detached_process
+from launcher.config.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
@@ -26,12 +27,13 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 @contextmanager
 def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
     """With a Ray of the run's own, which nobody else can use, or the cluster that the settings name; raises what Ray raises."""
-    with _own_folder(run) if plan.ray.address is None else nullcontext(Path()) as folder:
+    section = RaySection.of(plan.config.cluster)
+    with _own_folder(run) if section.address is None else nullcontext(Path()) as folder:
         _set_variables(plan)
         # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
         path = detached_process.with_code(run.code, os.environ)
-        if plan.ray.address is not None:
+        if section.address is not None:
             _join(plan, path, common)
         else:
             _start(plan, run, path, folder, common)
@@ -80,7 +82,7 @@ def _set_variables(plan: LaunchPlan) -> None:
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     # Workers that have been placed meet within seconds. One that hangs before would keep the others, and the nodes, for ever.
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
-    if plan.ray.min_workers is not None:
+    if RaySection.of(plan.config.cluster).min_workers is not None:
         # For some seconds after a node is lost Ray Train counts it still, asks for as many workers as before, and waits in vain.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
 
@@ -88,12 +90,13 @@ def _set_variables(plan: LaunchPlan) -> None:
 def _join(plan: LaunchPlan, path: str, common: dict[str, Any]) -> None:
     import ray
 
-    if plan.ray.is_http:
+    section = RaySection.of(plan.config.cluster)
+    if section.is_http:
         # The job's own environment holds for all that it starts.
         ray.init(address="auto", **common)
     else:
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-        ray.init(address=plan.ray.address, runtime_env={"env_vars": variables}, **common)
+        ray.init(address=section.address, runtime_env={"env_vars": variables}, **common)
 
 
 def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[str, Any]) -> None:
@@ -109,12 +112,12 @@ def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray
 
-    cores = os.cpu_count() or 1
-    needed = plan.ray.resources(plan.topology.device).get("CPU", 0.0) * plan.topology.world_size
+    section, cores = RaySection.of(plan.config.cluster), os.cpu_count() or 1
+    needed = section.resources(plan.topology.device).get("CPU", 0.0) * plan.topology.world_size
     ray.init(
         num_cpus=max(cores, int(needed + 0.999)) if plan.topology.device == "cpu" else None,
         _temp_dir=str(folder),
-        include_dashboard=plan.ray.dashboard,
+        include_dashboard=section.dashboard,
         dashboard_host="127.0.0.1",
         object_store_memory=_OBJECT_STORE_BYTES,
         _node_ip_address="127.0.0.1",

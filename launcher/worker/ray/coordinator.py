@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher import run_records, run_store
+from launcher.config.ray import RaySection
 from launcher.errors import ConfigError, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -252,7 +253,9 @@ class Coordinator:
 
     def _unchecked(self, group: Group) -> list[int]:
         """The workers whose reports on their nodes are still missing."""
-        return [head.rank for head in group.heads if self._plan.ray.node_checks and head.rank not in group.checks.reports]
+        if not RaySection.of(self._plan.config.cluster).node_checks:
+            return []
+        return [head.rank for head in group.heads if head.rank not in group.checks.reports]
 
     def _end_of_checks(self, group: Group, waiting: Sequence[int]) -> None:
         """While nodes are checked: a wish to stop needs no save, and a node that does not report is named."""

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
+from launcher.config.ray import RaySection
 from launcher.errors import EXIT_FAILED, LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -123,7 +124,7 @@ class _Wishes:
 class _Driver:
     def __init__(self, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> None:
         self._plan, self._plan_path, self._run, self._attempt = plan, plan_path, run, attempt
-        self._section = plan.ray
+        self._section = RaySection.of(plan.config.cluster)
         self._wishes = _Wishes(run)
         # The newest attempt that is this driver's.
         self._number = attempt

@@ -19,6 +19,7 @@ from typing import Any
 
 from launcher import error_record, json_records, run_store
 from launcher.clusters import detached_process
+from launcher.config.ray import RaySection
 from launcher.errors import LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -235,7 +236,7 @@ class _Worker:
         folder.mkdir(exist_ok=True)
         error_file = folder / f"rank-{number:05d}.json"
         table = heartbeat.HeartbeatTable(self.local_rank + 1)
-        keys = {**os.environ, **orders["environment"], **plan.ray.env}
+        keys = {**os.environ, **orders["environment"], **RaySection.of(plan.config.cluster).env}
         mirror = MirrorProcess.start(plan, plan_path, run, attempt, keys) if number == 0 else None
         observer = Observer(table, self.local_rank, plan.config.cluster.stall_seconds)
         environment = self._rank_environment(plan, run, orders, error_file, table)
@@ -324,7 +325,7 @@ class _Worker:
     def _rank_environment(
         self, plan: LaunchPlan, run: RunDir, orders: dict[str, Any], error_file: Path, table: heartbeat.HeartbeatTable
     ) -> dict[str, str]:
-        section = plan.ray
+        section = RaySection.of(plan.config.cluster)
         environment = {
             **_node_environment(plan, orders["environment"]),
             "RANK": str(orders["rank"]),
@@ -354,7 +355,7 @@ def _node_environment(plan: LaunchPlan, entrusted: Mapping[str, str]) -> dict[st
         "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
         "PYTHONPATH": detached_process.with_code(RunDir(Path(plan.run_dir)).code, os.environ),
         "PYTHONSAFEPATH": "1",
-        **plan.ray.env,
+        **RaySection.of(plan.config.cluster).env,
     }
 
 
@@ -380,12 +381,13 @@ def _storage_problem(plan: LaunchPlan) -> Problem | None:
     """Whether this node sees what Ray Train has written to its storage; of a folder in the run directory that is known."""
     from ray import train
 
-    if plan.ray.storage_path is None:
+    storage_path = RaySection.of(plan.config.cluster).storage_path
+    if storage_path is None:
         return None
     try:
         train.get_context().get_storage()._check_validation_file()
     except Exception as error:
         what = "Ray Train's storage is not the one that the head node sees"
         remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or take it out"
-        return Problem(what, value=f"{plan.ray.storage_path}: {_words(error).splitlines()[0]}", remedy=remedy)
+        return Problem(what, value=f"{storage_path}: {_words(error).splitlines()[0]}", remedy=remedy)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.config.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.worker.ray.rank_supervisor import supervise
@@ -31,12 +32,13 @@ def trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
         def backend_cls(self) -> type[Backend]:
             return OfRanks
 
-    section, workers = plan.ray, plan.topology.world_size
+    section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
+    resources = section.resources(plan.topology.device)
     elastic = section.min_workers is not None and section.min_workers < workers
     scaling: dict[str, Any] = {
         "num_workers": (section.min_workers, workers) if elastic else workers,
-        "use_gpu": "GPU" in plan.ray.resources(plan.topology.device),
-        "resources_per_worker": plan.ray.resources(plan.topology.device),
+        "use_gpu": "GPU" in resources,
+        "resources_per_worker": resources,
         "accelerator_type": section.accelerator_type,
         "label_selector": section.label_selector or None,
     }

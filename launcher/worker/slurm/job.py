@@ -51,7 +51,7 @@ def begin(plan_path: str) -> int | None:
             it cannot be known whether another job runs it.
     """
     plan, until = LaunchPlan.load(plan_path), time.monotonic() + _BEGIN_PATIENCE_S
-    run, section = RunDir(Path(plan.run_dir)), plan.slurm
+    run, section = RunDir(Path(plan.run_dir)), SlurmSection.of(plan.config.cluster)
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     with run_store.starting(run, wait_s=_LOCK_WAIT_S):
         number = run_store.newest_attempt(run)
@@ -105,7 +105,7 @@ def _end(plan: LaunchPlan, plan_path: str, run: RunDir, number: int, decision: D
 def conclude(plan_path: str, number: int, exit_code: int) -> int:
     """Record how the attempt ended and act on what follows; returns the job's exit code."""
     plan = LaunchPlan.load(plan_path)
-    run, section, job = RunDir(Path(plan.run_dir)), plan.slurm, os.environ["SLURM_JOB_ID"]
+    run, section, job = RunDir(Path(plan.run_dir)), SlurmSection.of(plan.config.cluster), os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
     concluded = postmortem.conclude(run, number, attempt, section, "", exit_code)
     until = time.monotonic() + _patience_s(attempt)

@@ -12,6 +12,7 @@ from signal import Signals
 from typing import Any
 
 import launcher
+from launcher.config.slurm import SlurmSection
 from launcher.errors import Problem, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -32,7 +33,7 @@ def place(plan: LaunchPlan, begun: Attempt, node: int) -> NodePlace:
     Raises:
         RunError: where there is no interface that other nodes reach.
     """
-    section = plan.slurm
+    section = SlurmSection.of(plan.config.cluster)
     if begun.address is None or begun.port is None:
         raise RunError("the attempt names no place where its nodes meet", where="attempt.json")
     if node == 0:
@@ -45,7 +46,8 @@ def end_before(begun: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]
     """Ask for the save when only the lead is left of the job's time, whether or not Slurm's signal arrives."""
     if begun.ends_at is None:
         return
-    timer = threading.Timer(begun.ends_at - plan.slurm.signal_lead_seconds - time.time(), stop, (PREEMPT,))
+    lead_s = SlurmSection.of(plan.config.cluster).signal_lead_seconds
+    timer = threading.Timer(begun.ends_at - lead_s - time.time(), stop, (PREEMPT,))
     timer.daemon = True
     timer.start()
 
@@ -54,7 +56,7 @@ def kill_at(begun: Attempt, plan: LaunchPlan) -> float | None:
     """When ranks that cannot stop must be gone, so that the job concludes before Slurm ends it and nothing runs it again."""
     if begun.ends_at is None:
         return None
-    return begun.ends_at - min(_CONCLUDE_S, plan.slurm.signal_lead_seconds / 4)
+    return begun.ends_at - min(_CONCLUDE_S, SlurmSection.of(plan.config.cluster).signal_lead_seconds / 4)
 
 
 def meet(begun: Attempt, here: NodePlace) -> Any:
@@ -86,7 +88,7 @@ def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attemp
     Raises:
         RunError: where the head node is lost meanwhile.
     """
-    if not plan.slurm.node_checks:
+    if not SlurmSection.of(plan.config.cluster).node_checks:
         return []
     report = node_check.check_node(plan, run, attempt)
     imported = Path(launcher.__file__).resolve()

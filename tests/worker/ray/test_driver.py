@@ -15,6 +15,7 @@ import pytest
 from plan_fixtures import CPU, H100
 
 from launcher import atomic_files, json_records, run_records, run_store
+from launcher.config.ray import RaySection
 from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -43,7 +44,7 @@ def test_workers_get_what_ray_train_gives_by_default(
     by_ray = ScalingConfig(num_workers=4, use_gpu=gpus, resources_per_worker=settings.get("resources_per_worker"))
     wanted = by_ray._resources_per_worker_not_none
     asked = driver.trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
-    assert plan.ray.resources(device.kind) == wanted
+    assert RaySection.of(plan.config.cluster).resources(device.kind) == wanted
     assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
     assert by_ray.placement_strategy == asked.placement_strategy
 

@@ -1,0 +1,36 @@
+"""Faults that a drill injects: the command that injects one on a node, and what it reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+from launcher.plan.run_dir import RunDir
+
+# For the command on the node: to reach it, to find the processes of the run, and to act.
+DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class InjectedFault:
+    """What was done, to which processes of which host, and when, in seconds since the epoch."""
+
+    description: str
+    at: float
+    host: str
+    pids: tuple[int, ...] = ()
+
+
+def command(run: RunDir, attempt: int, fault: str) -> list[str]:
+    """Build the command that injects `fault` into the processes of an attempt on the node where it is started."""
+    path = os.pathsep.join(filter(None, (str(run.code), os.environ.get("PYTHONPATH"))))
+    module = [sys.executable, "-m", "launcher.worker.fault_injection", fault, str(run.plan), str(attempt)]
+    return ["env", f"PYTHONPATH={path}", "PYTHONSAFEPATH=1", *module]
+
+
+def read_report(output: str) -> InjectedFault:
+    """Read what the command printed; its last line is the report, as JSON."""
+    values = json.loads(output.strip().splitlines()[-1])
+    return InjectedFault(values["description"], values["at"], values["host"], tuple(values["pids"]))

@@ -1,0 +1,26 @@
+"""The table of cluster sections: the class that holds the settings of each backend."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from launcher.config.cluster import ClusterSection, LocalSection
+from launcher.config.ray import RaySection
+from launcher.config.slurm import SlurmSection
+
+# By `cluster.kind`. The class that submits is in launcher.clusters.base.BACKENDS.
+SECTIONS: dict[str, type[ClusterSection]] = {"local": LocalSection, "slurm": SlurmSection, "ray": RaySection}
+
+if TYPE_CHECKING:
+    AnyCluster = ClusterSection
+else:
+    AnyCluster = Annotated[functools.reduce(operator.or_, SECTIONS.values()), Field(discriminator="kind")]
+
+
+def choose_kind(value: Any) -> Any:
+    """Return the section with its kind: one that names none is this machine's."""
+    return {"kind": "local", **value} if isinstance(value, dict) else value
