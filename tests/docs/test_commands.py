@@ -1,0 +1,108 @@
+"""Every command of the launcher in README.md and the guides is one that the launcher accepts; nothing is started."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doc_tools import GUIDES, PAGES, README, Command, blocks, command_tokens, commands, name_of
+
+from launcher.cli import data, drill
+from launcher.cli.main import COMPOSING, VERBS, main
+from launcher.config.compose import run_hydra
+from launcher.config.redaction import looks_secret
+
+# Each command once, whichever page shows it.
+COMMANDS = list({command.tokens: command for page in PAGES for command in commands(page)}.values())
+_LAUNCH_FLAGS = {"--json", "--follow", "--detach"}
+
+
+class Parsed(Exception):
+    """Raised in place of carrying out a verb, when its arguments have been accepted."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+@pytest.fixture
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the presets that the guides tell their readers to save."""
+    for page in (README, *GUIDES):
+        for block in blocks(page):
+            if block.language == "yaml" and (names := re.findall(r"`(my_conf/[\w/]+\.yaml)`", block.before)):
+                file = tmp_path / names[-1]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(block.body, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_the_launcher_accepts_the_command(
+    command: Command, presets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = list(command.tokens)
+    verb = tokens.pop(0) if tokens and re.fullmatch(r"[a-z]+", tokens[0]) else "train"
+    assert not any(looks_secret("", token) for token in tokens)
+    if "--help" in tokens or verb == "help":
+        assert main([verb, *tokens] if verb in VERBS else tokens) == 0
+        return
+    assert verb in VERBS
+    if verb in COMPOSING:
+        _compose(data.options(tokens)[1] if verb == "data" else [token for token in tokens if token not in _LAUNCH_FLAGS])
+        return
+    if verb == "drill":
+        _, rest = drill._parser().parse_known_args(tokens)
+        _compose(rest)
+        return
+    arguments = _parsed(verb, tokens, monkeypatch)
+    if overrides := vars(arguments).get("overrides"):
+        _compose(["model=tiny", "cluster.price_per_gpu_hour=1", *overrides])
+
+
+def _compose(tokens: list[str]) -> None:
+    """Compose and validate the settings; raises ConfigError for a mistake."""
+    configs: list[Any] = []
+    run_hydra(tokens, configs.append)
+    assert configs or "--cfg" in tokens or "--info" in tokens
+
+
+def _parsed(verb: str, tokens: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """The arguments of a verb, by its own parser; an unknown flag raises SystemExit."""
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, _stop_after(getattr(argparse.ArgumentParser, name)))
+    with pytest.raises(Parsed) as parsed:
+        main([verb, *tokens])
+    return parsed.value.arguments
+
+
+def _stop_after(parse: Callable[..., argparse.Namespace]) -> Callable[..., argparse.Namespace]:
+    def parse_and_stop(self: argparse.ArgumentParser, args: Any = None) -> argparse.Namespace:
+        raise Parsed(parse(self, args))
+
+    return parse_and_stop
+
+
+def test_every_verb_has_its_place_in_the_guides() -> None:
+    shown = {command.tokens[0] for command in COMMANDS if command.tokens}
+    assert set(VERBS) - {"train"} <= shown
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_a_guide_begins_with_a_command_that_works_as_it_stands(page: Path) -> None:
+    first = blocks(page)[0]
+    assert first.language == "sh"
+    assert len(first.before.strip().splitlines()) == 1, "nothing but the title comes before"
+    line = first.body.splitlines()[0]
+    tokens = command_tokens(line)
+    if tokens is None:
+        target = re.fullmatch(r"make (\w+)", line)
+        assert target
+        assert re.search(rf"^{target[1]}:", (README.parent / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    else:
+        assert not any(re.search(r"\b[A-Z]{3,}\b(?!-)|/shared|my", token.replace("H100-80GB", "")) for token in tokens)

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from doc_tools import GUIDES, README, REPO, name_of
+
+LONGEST_README, LONGEST_README_LINE, LONGEST_GUIDE = 120, 100, 150
+
+
+def test_the_readme_is_one_screen() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= LONGEST_README
+    assert [line for line in lines if len(line) > LONGEST_README_LINE] == []
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=name_of)
+def test_a_guide_is_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= LONGEST_GUIDE
+
+
+def test_every_number_in_the_readmes_bullets_was_measured() -> None:
+    text = README.read_text(encoding="utf-8")
+    bullets = re.findall(r"^- (.+(?:\n  .+)*)", text.split("## What it does", 1)[1].split("\n## ", 1)[0], re.MULTILINE)
+    assert len(bullets) == 6
+    measured = set(re.findall(r"(?<![\w.])\d[\d,.]*\d|\d", (REPO / "benchmarks/RESULTS.md").read_text(encoding="utf-8")))
+    for bullet in bullets:
+        prose = re.sub(r"\]\([^)]*\)|`[^`]*`|ZeRO-3|GPT-\d|\bH100\b|W&B", "", bullet)
+        numbers = re.findall(r"(?<![\w.])\d[\d,.]*\d|(?<![\w.])\d", prose)
+        assert numbers, f"no measured number: {bullet}"
+        assert set(numbers) <= measured, bullet
+        assert "benchmarks/RESULTS.md" in bullet
