@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher import run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.state import read_state
 from launcher.config.schema import RUN_PATTERN, RUN_PREFIX, RunConfig
 from launcher.data.cache_dir import cache_root
@@ -29,7 +30,7 @@ class Source:
 
     run: RunDir
     plan: LaunchPlan
-    checkpoint: store.Checkpoint
+    checkpoint: Checkpoint
 
     @property
     def path(self) -> str:
@@ -84,7 +85,7 @@ def folder(source: Source, dtype: str) -> Path:
     import xxhash
 
     # The manifest has the digest of every file; a run that was made again under the same name has another id.
-    content = source.plan.wandb_id.encode() + (source.checkpoint.path / store.MANIFEST).read_bytes()
+    content = source.plan.wandb_id.encode() + (source.checkpoint.path / MANIFEST).read_bytes()
     name = f"{source.run.root.name}-{store.step_name(source.checkpoint.step)}-{dtype}-{xxhash.xxh3_64_hexdigest(content)}"
     return cache_root() / "models" / name
 

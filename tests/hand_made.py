@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher import atomic_files
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import Manifest
 from launcher.config.resume import with_overrides
 from launcher.config.schema import RunConfig
 from launcher.plan.launch_plan import Batch, LaunchPlan, Limits, Memory, ModelFacts, Provenance, Saving, Topology
@@ -74,5 +75,5 @@ def checkpoint(run: RunDir, step: int, loss: float | None, attempt: int) -> Path
     files = {name: atomic_files.write_file(saving / name, [b"x" * 1000]) for name in map(store.shard_name, range(2))}
     return store.commit(
         saving,
-        store.Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, eval_loss=loss, files=files),
+        Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, eval_loss=loss, files=files),
     )

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from launcher import atomic_files, facts, model_source, parent_run, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.checkpoint.state import State
 from launcher.cli.main import main
 from launcher.config.schema import ModelSection, RunConfig
@@ -52,11 +53,11 @@ def add_checkpoint(run: RunDir, step: int, content: bytes = b"weights") -> Path:
     saving = store.begin(run.checkpoints, step=step, attempt=1, needed_bytes=1)
     state = State(parameters=SHAPES, optimizer_step=step, loss_scaler={}, engine={}, extra={})
     files = {
-        store.STATE: atomic_files.write_file(saving / store.STATE, [state.to_json().encode()]),
+        STATE: atomic_files.write_file(saving / STATE, [state.to_json().encode()]),
         store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [content]),
     }
     digest = LaunchPlan.load(run.plan).digest()
-    return store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest=digest, attempt=1, files=files))
+    return store.commit(saving, Manifest(step=step, world_size=1, plan_digest=digest, attempt=1, files=files))
 
 
 def settings(config_of: Callable[..., RunConfig], path: str, *more: str) -> RunConfig:

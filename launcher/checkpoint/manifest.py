@@ -15,7 +15,7 @@ from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckp
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
-PROBE = "probe.safetensors"
+REFERENCE_LOGITS = "probe.safetensors"
 
 # Never a path to elsewhere, whoever wrote the file.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -91,6 +91,18 @@ def _as_float(loss: Any) -> Any:
         return float(loss) if type(loss) is int else loss
     except OverflowError:
         return math.inf
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
 
 
 def read_manifest(path: Path) -> Manifest:

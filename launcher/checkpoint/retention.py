@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.checkpoint.store import Checkpoint
+    from launcher.checkpoint.manifest import Checkpoint
     from launcher.config.train import CheckpointSection
 
 

@@ -1,6 +1,6 @@
-"""What the thread of a save does on its rank: copy, write, leave a note, and on rank 0 commit when all notes are there.
+"""The thread of a save: stage, write the shard, write a receipt, and on rank 0 commit when the receipts of all ranks exist.
 
-It uses no collective. Ranks tell each other through the folder of the save.
+It uses no collective: ranks communicate through the directory of the save.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from launcher import atomic_files, run_store
 from launcher.checkpoint import safetensors_io, store, zero3
+from launcher.checkpoint.manifest import REFERENCE_LOGITS, STATE, Manifest
 from launcher.checkpoint.safetensors_io import TensorSpec, as_bytes
 from launcher.checkpoint.shards import Shard, weight_digests
 from launcher.checkpoint.staging import HostCopy, is_finite, on_device
@@ -32,16 +33,16 @@ _LONGEST_PAUSE_S = 1.0
 _LOWEST_PRIORITY = 19
 
 
-class Note(Record):
-    """What a rank leaves when it has written its shard, or has failed to."""
+class ShardReceipt(Record):
+    """Written by each rank beside its shard: size and digest of the shard, or why it could not be written."""
 
     entry: atomic_files.FileEntry | None = None
     problems: tuple[tuple[str, str, str, str], ...] = ()
 
 
 @dataclass(frozen=True)
-class Place:
-    """Whose states are saved, where, and for which attempt; `prune`, `fence` and `deadline_s` are the Saver's."""
+class SaveContext:
+    """The engine whose states are saved, the checkpoint root and the attempt; `prune`, `fence`, `deadline_s` as in `Saver`."""
 
     engine: Any
     parameters: Mapping[str, Parameter]
@@ -63,12 +64,12 @@ class SaveJob:
     on rank 0, the checkpoint is committed or given up. `error` says why it failed.
     """
 
-    place: Place
+    context: SaveContext
     step: int
     saving: Path
     shard: Shard
     state: bytes
-    probe: Mapping[str, torch.Tensor]
+    reference_logits: Mapping[str, torch.Tensor]
     eval_loss: float | None
     num_bytes: int
     copy: HostCopy | None
@@ -90,27 +91,27 @@ class SaveJob:
     @property
     def path(self) -> Path:
         """Where the checkpoint will lie."""
-        return self.place.root / store.step_name(self.step)
+        return self.context.root / store.step_name(self.step)
 
     def _run(self) -> None:
-        on_device(self.place.engine.device)
+        on_device(self.context.engine.device)
         try:
-            note = Note(entry=self._write())
+            receipt = ShardReceipt(entry=self._write())
         except Exception as error:
             self.error = error
-            # What is left of it may fill the disk that the note needs.
-            (self.saving / store.shard_name(self.place.rank)).unlink(missing_ok=True)
-            problems = problems_of("the checkpoint could not be written", error, self.place.rank)
-            note = Note(problems=tuple((p.what, p.where, p.value, p.remedy) for p in problems))
+            # What is left of it may fill the disk that the receipt needs.
+            (self.saving / store.shard_name(self.context.rank)).unlink(missing_ok=True)
+            problems = problems_of("the checkpoint could not be written", error, self.context.rank)
+            receipt = ShardReceipt(problems=tuple((p.what, p.where, p.value, p.remedy) for p in problems))
         self.copied.set()
         try:
-            _leave(note, self.saving, self.place.rank)
+            _write_receipt(receipt, self.saving, self.context.rank)
             atomic_files.passing("noted")
         except OSError as error:
             self.error = self.error or error
         self.written.set()
         try:
-            if self.place.rank == 0:
+            if self.context.rank == 0:
                 self._commit()
         except Exception as error:
             self.error = self.error or error
@@ -119,10 +120,10 @@ class SaveJob:
 
     def _write(self) -> atomic_files.FileEntry:
         atomic_files.passing("begun")
-        path = self.saving / store.shard_name(self.place.rank)
-        states = zero3.local_states(self.place.engine, self.place.parameters)
-        with _beside(self.place.engine.device, self.after), closing(states):
-            digests = weight_digests(self.place.parameters)
+        path = self.saving / store.shard_name(self.context.rank)
+        states = zero3.local_states(self.context.engine, self.context.parameters)
+        with _beside(self.context.engine.device, self.after), closing(states):
+            digests = weight_digests(self.context.parameters)
             if self.copy is None:
                 return self.shard.write(path, _half_way(_finite(states), self.shard.num_bytes), digests)
             self.copy.fill(states)
@@ -135,29 +136,29 @@ class SaveJob:
         return self.shard.write(path, _half_way(self.copy.blocks(), self.shard.num_bytes), digests)
 
     def _commit(self) -> None:
-        """Wait for the notes of all ranks, and move the checkpoint into place."""
-        notes = self._notes()
-        problems = [Problem(*parts) for note in notes for parts in note.problems]
+        """Wait for the receipts of all ranks, and move the checkpoint into place."""
+        receipts = self._receipts()
+        problems = [Problem(*parts) for receipt in receipts for parts in receipt.problems]
         if problems:
             raise CheckpointError(dict.fromkeys(problems))
         atomic_files.passing("gathered")
         files = {}
-        for rank, note in enumerate(notes):
-            assert note.entry is not None
+        for rank, receipt in enumerate(receipts):
+            assert receipt.entry is not None
             size = (self.saving / store.shard_name(rank)).stat().st_size
-            if size != note.entry.size:
-                raise CheckpointError(f"rank {rank} wrote {note.entry.size:,} bytes, of which {size:,} are on disk")
-            files[store.shard_name(rank)] = note.entry
-            _note_path(self.saving, rank).unlink()
-        files[store.STATE] = atomic_files.write_file(self.saving / store.STATE, [self.state])
-        if self.probe:
-            files[store.PROBE] = _write_probe(self.saving / store.PROBE, self.probe)
-        self.place.fence()
-        manifest = store.Manifest(
+            if size != receipt.entry.size:
+                raise CheckpointError(f"rank {rank} wrote {receipt.entry.size:,} bytes, of which {size:,} are on disk")
+            files[store.shard_name(rank)] = receipt.entry
+            _receipt_path(self.saving, rank).unlink()
+        files[STATE] = atomic_files.write_file(self.saving / STATE, [self.state])
+        if self.reference_logits:
+            files[REFERENCE_LOGITS] = _write_reference_logits(self.saving / REFERENCE_LOGITS, self.reference_logits)
+        self.context.fence()
+        manifest = Manifest(
             step=self.step,
-            world_size=self.place.world_size,
-            plan_digest=self.place.plan_digest,
-            attempt=self.place.attempt,
+            world_size=self.context.world_size,
+            plan_digest=self.context.plan_digest,
+            attempt=self.context.attempt,
             eval_loss=self.eval_loss,
             files=files,
         )
@@ -165,20 +166,20 @@ class SaveJob:
         self.seconds = time.monotonic() - self.began
         atomic_files.passing("committed")
         try:
-            self.place.prune(committed)
+            self.context.prune(committed)
         except (OSError, CheckpointError) as error:
             # What is committed stays committed.
             self.not_pruned = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error.problems[0].what)
 
-    def _notes(self) -> list[Note]:
-        notes: dict[int, Note] = {}
-        until, pause_s = time.monotonic() + self.place.deadline_s, 0.01
+    def _receipts(self) -> list[ShardReceipt]:
+        receipts: dict[int, ShardReceipt] = {}
+        until, pause_s = time.monotonic() + self.context.deadline_s, 0.01
         while True:
-            missing = [rank for rank in range(self.place.world_size) if rank not in notes]
-            found = [rank for rank in missing if _note_path(self.saving, rank).exists()]
-            notes |= {rank: Note.model_validate_json(_note_path(self.saving, rank).read_bytes()) for rank in found}
-            if len(notes) == self.place.world_size:
-                return [notes[rank] for rank in range(self.place.world_size)]
+            missing = [rank for rank in range(self.context.world_size) if rank not in receipts]
+            found = [rank for rank in missing if _receipt_path(self.saving, rank).exists()]
+            receipts |= {rank: ShardReceipt.model_validate_json(_receipt_path(self.saving, rank).read_bytes()) for rank in found}
+            if len(receipts) == self.context.world_size:
+                return [receipts[rank] for rank in range(self.context.world_size)]
             if self.abandoned.wait(pause_s) or time.monotonic() > until:
                 raise CheckpointError(
                     "not all ranks have written their shards",
@@ -223,27 +224,24 @@ def _not_finite() -> CheckpointError:
     return CheckpointError("weights or moments are infinite or not a number; such a checkpoint is of no use and was not written")
 
 
-def _probe_specs(probe: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in probe.items()]
+def _reference_logits_specs(reference_logits: Mapping[str, torch.Tensor]) -> list[TensorSpec]:
+    return [TensorSpec(name, _DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in reference_logits.items()]
 
 
-def probe_bytes(probe: Mapping[str, torch.Tensor]) -> int:
-    """Size of the file that holds a probe."""
-    return safetensors_io.file_bytes(_probe_specs(probe), {})
+def reference_logits_bytes(reference_logits: Mapping[str, torch.Tensor]) -> int:
+    """Return the size of the file that holds the reference logits."""
+    return safetensors_io.file_bytes(_reference_logits_specs(reference_logits), {})
 
 
-def _write_probe(path: Path, probe: Mapping[str, torch.Tensor]) -> atomic_files.FileEntry:
-    blocks = (as_bytes(tensor.cpu().contiguous()) for tensor in probe.values())
-    return safetensors_io.write(path, _probe_specs(probe), blocks, {})
+def _write_reference_logits(path: Path, reference_logits: Mapping[str, torch.Tensor]) -> atomic_files.FileEntry:
+    blocks = (as_bytes(tensor.cpu().contiguous()) for tensor in reference_logits.values())
+    return safetensors_io.write(path, _reference_logits_specs(reference_logits), blocks, {})
 
 
-def _note_path(saving: Path, rank: int) -> Path:
+def _receipt_path(saving: Path, rank: int) -> Path:
     return saving / f"rank-{rank:05d}.json"
 
 
-def _leave(note: Note, saving: Path, rank: int) -> None:
-    """Put the note beside the shard, whole: rank 0 looks for it all the time."""
-    path = _note_path(saving, rank)
-    partial = path.with_name(f".{path.name}.partial")
-    atomic_files.write_file(partial, [note.model_dump_json().encode()])
-    os.replace(partial, path)
+def _write_receipt(receipt: ShardReceipt, saving: Path, rank: int) -> None:
+    """Write the receipt atomically: rank 0 polls for it."""
+    atomic_files.write_text(_receipt_path(saving, rank), receipt.model_dump_json())

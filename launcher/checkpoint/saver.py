@@ -1,12 +1,12 @@
-"""Saving while training goes on.
+"""Save checkpoints while training goes on.
 
-At a save each rank notes what is small (counters, random states), and training goes on at once. Weights and moments change
-in the optimizer's step alone, so a thread copies them to main memory during the forward and backward passes that follow, and
-`settle`, called before the optimizer steps, waits for what is left of the copy (Maurya et al. 2024, arXiv:2406.10707). The
-thread then writes the rank's shard and leaves a note beside it; rank 0's commits when the notes of all ranks are there.
+At a save each rank copies what is small (counters, random states), and training goes on at once. Weights and moments change
+only in the optimizer step, so a thread stages them in host memory during the forward and backward passes that follow, and
+`wait_for_staging`, called before the optimizer step, waits for the rest of the copy (Maurya et al. 2024, arXiv:2406.10707).
+The thread then writes the rank's shard and a receipt beside it; rank 0's thread commits when the receipts of all ranks exist.
 
-Threads use no collective: those belong to the main threads, which agree on how a save ended where they `wait` for it, at the
-latest before the next one.
+Threads use no collective: those belong to the main threads, which agree on the outcome of a save where they `wait` for it, at
+the latest before the next one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.nn import Parameter
 
 from launcher.checkpoint import store, zero3
-from launcher.checkpoint.save_thread import Place, SaveJob, probe_bytes
+from launcher.checkpoint.save_thread import SaveContext, SaveJob, reference_logits_bytes
 from launcher.checkpoint.shards import Shard, state_of
 from launcher.checkpoint.staging import HostCopy
 from launcher.distributed import problems_of, run_on_all_ranks
@@ -48,10 +48,10 @@ class Saver:
     """Saves one engine's checkpoints under `root`, one at a time.
 
     `named_parameters` names each parameter of the engine's model once, as in the Hugging Face model. `prune` is called on
-    rank 0 with the path of each checkpoint after its commit. With `background`, this rank's states are copied to main memory
-    at a save; without, where a machine does not have that memory, or where states lie on NVMe, training waits. `fence` is
-    called on rank 0 before anything is written and before the commit, and raises where this process may not write any more.
-    A rank that has left no note after `deadline_s` is given up.
+    rank 0 with the path of each checkpoint after its commit. With `background`, this rank's states are staged in host memory
+    at a save; without it, or if a machine lacks that memory, or if states lie on NVMe, training waits for the write. `fence`
+    is called on rank 0 before anything is written and before the commit, and raises if this process may not write any more.
+    The save fails if a rank has written no receipt within `deadline_s` seconds.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class Saver:
     ) -> None:
         zero3.require_served(engine, named_parameters)
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        self._place = Place(engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s)
+        self._context = SaveContext(
+            engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s
+        )
         self._engine, self._is_main = engine, rank == 0
         self._copy: HostCopy | None = None
         if background and zero3.can_be_copied_behind(engine):
@@ -84,23 +86,24 @@ class Saver:
         extra_state: Mapping[str, Any],
         *,
         eval_loss: float | None = None,
-        probe: Mapping[str, torch.Tensor] | None = None,
+        reference_logits: Mapping[str, torch.Tensor] | None = None,
         wait: bool = False,
     ) -> None:
         """Begin to save the engine as it is now, at an optimizer boundary; `wait` tells how it ended. Collective.
 
-        `extra_state` is JSON-able. `probe` holds `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V], these in
-        the dtype that the model computes in; rank 0's is written. With `wait` the save has ended when this returns.
+        `extra_state` is JSON-serializable. `reference_logits` holds `input_ids` [1, T], `position_ids` [1, T] and `logits`
+        [1, T, V] in the model's compute dtype; only rank 0's is written. With `wait` the save has ended when this returns.
 
-        CheckpointError on every rank where this attempt may not write any more.
+        Raises:
+            CheckpointError: on every rank, if this attempt may not write any more.
         """
         self.wait()
         began = time.monotonic()
         run_on_all_ranks(
-            self._engine.device, "the checkpoint may not be written", self._place.fence if self._is_main else _nothing
+            self._engine.device, "the checkpoint may not be written", self._context.fence if self._is_main else _nothing
         )
         try:
-            self._job = self._begin(step, extra_state, eval_loss, probe or {}, wait, began)
+            self._job = self._begin(step, extra_state, eval_loss, reference_logits or {}, wait, began)
         except CheckpointError as error:
             self._outcome = error
             return
@@ -118,7 +121,7 @@ class Saver:
         """Whether a save goes on in the background, the same on every rank; its end is known to `wait`."""
         return self._job is not None
 
-    def settle(self) -> None:
+    def wait_for_staging(self) -> None:
         """Wait until the states may change: call it before each step of the optimizer."""
         if self._job is not None and not self._job.copied.is_set():
             began = time.monotonic()
@@ -174,33 +177,33 @@ class Saver:
         step: int,
         extra_state: Mapping[str, Any],
         eval_loss: float | None,
-        probe: Mapping[str, torch.Tensor],
+        reference_logits: Mapping[str, torch.Tensor],
         wait: bool,
         began: float,
     ) -> SaveJob:
         """Agree on the size, and make the folder of the save."""
-        root, parameters = self._place.root, self._place.parameters
+        root, parameters = self._context.root, self._context.parameters
 
         def prepare() -> SaveJob:
             shard = Shard.of(self._engine, parameters)
             state = state_of(self._engine, parameters, extra_state).to_json().encode() if self._is_main else b""
-            kept = {name: tensor.clone() for name, tensor in probe.items()} if self._is_main else {}
-            num_bytes = shard.num_bytes + len(state) + (probe_bytes(kept) if kept else 0)
-            saving = store.saving_path(root, step, self._place.attempt)
+            kept = {name: tensor.clone() for name, tensor in reference_logits.items()} if self._is_main else {}
+            num_bytes = shard.num_bytes + len(state) + (reference_logits_bytes(kept) if kept else 0)
+            saving = store.saving_path(root, step, self._context.attempt)
             copy = self._copy if not wait and self._copy is not None and self._copy.is_there() else None
-            return SaveJob(self._place, step, saving, shard, state, kept, eval_loss, num_bytes, copy, began)
+            return SaveJob(self._context, step, saving, shard, state, kept, eval_loss, num_bytes, copy, began)
 
         job = run_on_all_ranks(self._engine.device, "the checkpoint could not be prepared", prepare)
         shared = torch.tensor([job.num_bytes, job.copy is not None], dtype=torch.int64, device=self._engine.device)
         dist.all_reduce(shared)
         job.num_bytes, num_copies = shared.tolist()
-        if num_copies < self._place.world_size:
+        if num_copies < self._context.world_size:
             # Where one rank has no memory for a copy, all wait.
             job.copy = None
 
         def begin() -> None:
             if self._is_main:
-                store.begin(root, step=step, attempt=self._place.attempt, needed_bytes=job.num_bytes)
+                store.begin(root, step=step, attempt=self._context.attempt, needed_bytes=job.num_bytes)
 
         run_on_all_ranks(self._engine.device, "the checkpoint could not be started", begin)
         return job

@@ -4,7 +4,7 @@
       manifest.json          step, world size, plan digest, and the size and digest of every other file
       state.json             shapes, optimizer step, counters, and what the training loop adds
       rank-00000.safetensors one per rank
-      probe.safetensors      a few tokens and the trained model's logits for them (optional)
+      probe.safetensors      a few tokens and the trained model's logits for them, for the parity check of an export (optional)
 
 A save fills `.saving-step-00000100-001` (the last number is the attempt), writes the manifest last and renames the
 directory into place. What has no valid manifest, or files that differ from it in size, does not exist.
@@ -17,11 +17,10 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import atomic_files
-from launcher.checkpoint.manifest import MANIFEST, PROBE, STATE, Manifest, read_manifest, unreadable  # noqa: F401
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest, unreadable
 from launcher.checkpoint.retention import Retention, outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 
@@ -31,18 +30,6 @@ DAMAGED = "damaged-"
 
 _STEP = re.compile(r"step-(\d{8,})")
 _SAVING = re.compile(r"\.saving-step-\d{8,}-(\d{3,})")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A committed checkpoint."""
-
-    path: Path
-    manifest: Manifest
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
 
 
 def shard_name(rank: int) -> str:
@@ -99,10 +86,7 @@ def commit(saving: Path, manifest: Manifest) -> Path:
     Every file that the manifest names must be written and fsynced. A committed checkpoint of the same step is found by
     `list_checkpoints` until the new one has taken its name.
     """
-    partial = saving / f".{MANIFEST}.partial"
-    atomic_files.write_file(partial, [manifest.to_json().encode()])
-    os.replace(partial, saving / MANIFEST)
-    atomic_files.fsync_directory(saving)
+    atomic_files.write_text(saving / MANIFEST, manifest.to_json())
     atomic_files.passing("manifest")
     target = saving.parent / step_name(manifest.step)
     if target.exists() and atomic_files.aside_of(target).exists():
@@ -244,9 +228,7 @@ def set_aside(path: Path, prefix: str) -> Path:
     while target.exists():
         number += 1
         target = first.with_name(f"{first.name}-{number}")
-    # One rename: it has happened or not, whatever becomes of the machine.
-    os.rename(path, target)
-    atomic_files.fsync_directory(path.parent)
+    atomic_files.rename(path, target)
     return target
 
 

@@ -9,25 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import Checkpoint
 from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 
 # A login node is shared; so many readers are as fast as most storage.
 _MOST_THREADS = 8
 
 
-def verify(checkpoints: Sequence[store.Checkpoint]) -> dict[Path, CheckpointError | None]:
+def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | None]:
     """DamagedCheckpoint or UnreadableCheckpoint of each checkpoint, by its path; None where it is whole."""
     threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
     with _progress(sum(size(checkpoint) for checkpoint in checkpoints)) as on_read:
         return {c.path: _error_of(c, threads, on_read) for c in checkpoints}
 
 
-def size(checkpoint: store.Checkpoint) -> int:
+def size(checkpoint: Checkpoint) -> int:
     """Bytes of the files that the manifest names."""
     return sum(entry.size for entry in checkpoint.manifest.files.values())
 
 
-def _error_of(checkpoint: store.Checkpoint, threads: int, on_read: Callable[[int], None] | None) -> CheckpointError | None:
+def _error_of(checkpoint: Checkpoint, threads: int, on_read: Callable[[int], None] | None) -> CheckpointError | None:
     try:
         problems = store.verify(checkpoint.path, threads=threads, on_read=on_read)
     except UnreadableCheckpoint as error:

@@ -14,6 +14,7 @@ from typing import Any
 from launcher import run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, leftovers, remove, unfinished_saves
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.retention import Retention, reasons
 from launcher.cli import checking, formatting
 from launcher.clusters.base import cluster_for
@@ -169,11 +170,11 @@ def _rows(run: RunDir, retention: Retention, known: Known) -> list[Row]:
     return sorted(rows, key=lambda row: row.step)
 
 
-def _row(checkpoint: store.Checkpoint, kept: tuple[str, ...], known: Known) -> Row | None:
+def _row(checkpoint: Checkpoint, kept: tuple[str, ...], known: Known) -> Row | None:
     """A row of the table; None where the run has removed the checkpoint since it was listed."""
     manifest, error = checkpoint.manifest, known.get(checkpoint.path)
     try:
-        saved_at = (checkpoint.path / store.MANIFEST).stat().st_mtime
+        saved_at = (checkpoint.path / MANIFEST).stat().st_mtime
     except FileNotFoundError:
         return None
     return Row(

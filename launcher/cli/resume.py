@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher import facts, model_source, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import Checkpoint
 from launcher.cli import checking, formatting, wandb_check
 from launcher.cli.launch import check_extra, prepare, require_idle, worker_environment
 from launcher.clusters.base import Cluster
@@ -97,7 +98,7 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
         raise SubmitError(problems)
 
 
-def _to_begin_from(run: RunDir, step: int | None) -> store.Checkpoint:
+def _to_begin_from(run: RunDir, step: int | None) -> Checkpoint:
     """The newest checkpoint, which the ranks verify when they read it, or the one that was asked for, verified at once.
 
     Going back sets the later ones aside, and that should be for something.
@@ -119,7 +120,7 @@ def _to_begin_from(run: RunDir, step: int | None) -> store.Checkpoint:
 
 
 def _replanned(
-    plan: LaunchPlan, run: RunDir, checkpoint: store.Checkpoint, overrides: list[str], cluster: Cluster, force: bool
+    plan: LaunchPlan, run: RunDir, checkpoint: Checkpoint, overrides: list[str], cluster: Cluster, force: bool
 ) -> LaunchPlan:
     """The same run under changed settings and where its directory lies now; model, data and identity stay."""
     config = with_overrides(plan.config, overrides)
@@ -169,7 +170,7 @@ def _recorded(before: Sequence[str], overrides: Sequence[str], found: Sequence[D
     return (*before, *overrides, *(f"{d.key}={d.asked}" for d in found if not d.key.startswith(keys)))
 
 
-def _plan_of(run: RunDir, checkpoint: store.Checkpoint, force: bool) -> LaunchPlan | None:
+def _plan_of(run: RunDir, checkpoint: Checkpoint, force: bool) -> LaunchPlan | None:
     """The plan that saved a checkpoint.
 
     Raises:

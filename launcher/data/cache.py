@@ -35,6 +35,7 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
+from launcher import atomic_files
 from launcher.config.data import ChecksSection, DataSection
 from launcher.data import digests
 from launcher.data.cache_dir import cache_root, usable
@@ -273,7 +274,7 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
     """Write meta.json, the last file of a cache."""
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in (folder, folder / "eval"):
-        _sync_folder(path)
+        atomic_files.fsync_directory(path)
     meta = {
         "format": FORMAT_VERSION,
         "facts": facts.model_dump(mode="json", exclude={"cache_dir"}),
@@ -289,14 +290,6 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
 def _flush_to_disk(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -323,7 +316,6 @@ def building(key: str) -> Iterator[Path | None]:
                 partial.mkdir(mode=0o700)
                 yield partial
                 shutil.rmtree(final, ignore_errors=True)
-                partial.replace(final)
-                _sync_folder(final.parent)
+                atomic_files.rename(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
+from launcher import atomic_files
 from launcher.plan.launch_plan import DataFacts
 
 # Raised whenever the same tokens give other texts.
@@ -83,7 +82,8 @@ class Texts:
             if len(content) <= _MAX_BYTES:
                 # A report is whole without it.
                 with contextlib.suppress(OSError):
-                    _replace(_file(self._facts), content)
+                    # Readable by the owner only: rows may hold secrets.
+                    atomic_files.write_bytes(_file(self._facts), content, mode=0o600)
                 return
 
     def _text(self, name: str, decode: Callable[[Tokenizer], Any]) -> Any:
@@ -125,15 +125,3 @@ def _read(facts: DataFacts) -> dict[str, Any]:
         return texts if content["digest"] == _digest(facts, texts) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
-
-
-def _replace(file: Path, content: bytes) -> None:
-    # Made with mode 0600: rows may hold secrets.
-    descriptor, partial = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
-    try:
-        with open(descriptor, "wb") as opened:
-            opened.write(content)
-        os.replace(partial, file)
-    except BaseException:
-        os.unlink(partial)
-        raise

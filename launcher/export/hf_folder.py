@@ -209,9 +209,9 @@ def complete(task: Task, card: Card | None = None, device: str = "cpu") -> Expor
     )
     made = _checked(task, made, device) if task.check else made
     marker = {"step": made.step, "plan_digest": manifest.plan_digest, "dtype": made.dtype, "tensors_compared": made.num_compared}
-    weights.write_json(task.partial / MARKER, marker)
+    atomic_files.write_json(task.partial / MARKER, marker)
     if card is not None:
-        atomic_files.write_file(task.partial / CARD, [card(made).encode()])
+        atomic_files.write_text(task.partial / CARD, card(made))
     atomic_files.fsync_directory(task.partial)
     atomic_files.replace_directory(task.partial, task.out)
     return made
@@ -225,11 +225,11 @@ def _checked(task: Task, made: Export, device: str) -> Export:
     if needed > free:
         return replace(made, not_loaded=f"that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free")
     model = parity.load_back(task.partial, dtype=task.dtype, device=device, trust_remote_code=task.trust_remote_code)
-    probe, compared = parity.read_probe(task.checkpoint), None
-    if probe is None:
+    reference_logits, compared = parity.read_reference_logits(task.checkpoint), None
+    if reference_logits is None:
         parity.require_finite(model)
     else:
-        compared = parity.check_parity(model, probe, dtype=task.dtype)
+        compared = parity.check_parity(model, reference_logits, dtype=task.dtype)
         parity.require_parity(compared)
     return replace(made, loaded=True, not_loaded="", parity=compared)
 
@@ -246,13 +246,12 @@ def _write_config(task: Task, state: State) -> None:
         config.pop(key, None)
     config["dtype"] = weights.DTYPES[task.dtype][1]
     target = task.partial / "config.json"
-    weights.write_json(target, config)
+    atomic_files.write_json(target, config)
     if task.check or not config.get("architectures"):
         from launcher.export.parity import check_config
 
         built = check_config(task.partial, state, task.trust_remote_code)
-        target.unlink()
-        weights.write_json(target, config | {"architectures": config.get("architectures") or [built]})
+        atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [built]})
 
 
 def _copy_side_files(task: Task) -> None:
@@ -269,17 +268,12 @@ def _copy_side_files(task: Task) -> None:
         _write_chat_template(task.partial, task.chat_template)
     if task.added_stop_ids:
         settings = {**generation.settings(task.model), "eos_token_id": [*generation.stop_ids(task.model), *task.added_stop_ids]}
-        _rewrite_json(task.partial / generation.FILE, settings)
+        atomic_files.write_json(task.partial / generation.FILE, settings)
 
 
 def _write_chat_template(folder: Path, text: str) -> None:
-    atomic_files.write_file(folder / "chat_template.jinja", [text.encode()])
+    atomic_files.write_text(folder / "chat_template.jinja", text)
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and "chat_template" in (content := json.loads(settings.read_bytes())):
         del content["chat_template"]
-        _rewrite_json(settings, content)
-
-
-def _rewrite_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.unlink(missing_ok=True)
-    weights.write_json(path, content)
+        atomic_files.write_json(settings, content)

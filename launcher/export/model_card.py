@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launcher.checkpoint.store import Manifest
+from launcher.checkpoint.manifest import Manifest
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.config.redaction import redact
 from launcher.config.schema import is_local_path

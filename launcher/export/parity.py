@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from launcher.checkpoint import store
+from launcher.checkpoint.manifest import REFERENCE_LOGITS
 from launcher.checkpoint.state import State
 from launcher.errors import CheckpointError
 
@@ -63,9 +63,9 @@ def check_config(folder: Path, state: State, trust_remote_code: bool = False) ->
     return type(built).__name__
 
 
-def read_probe(checkpoint: Path) -> dict[str, torch.Tensor] | None:
+def read_reference_logits(checkpoint: Path) -> dict[str, torch.Tensor] | None:
     """The tokens and logits that were stored with a checkpoint, if any."""
-    path = checkpoint / store.PROBE
+    path = checkpoint / REFERENCE_LOGITS
     return load_file(path) if path.exists() else None
 
 
@@ -99,16 +99,16 @@ def require_finite(model: transformers.PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_parity(model: transformers.PreTrainedModel, probe: Mapping[str, torch.Tensor], *, dtype: str) -> Parity:
+def check_parity(model: transformers.PreTrainedModel, reference_logits: Mapping[str, torch.Tensor], *, dtype: str) -> Parity:
     """Compare a loaded model's logits with the engine's.
 
-    `probe` holds `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V] in the dtype that the engine computed in.
+    `reference_logits` holds `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V] in the engine's compute dtype.
     """
     device = model.device
-    inputs = {key: probe[key].to(device) for key in ("input_ids", "position_ids")}
+    inputs = {key: reference_logits[key].to(device) for key in ("input_ids", "position_ids")}
     # With a cache, transformers does not see from the position ids where packed documents begin.
     logits = model(**inputs, use_cache=False).logits[0]
-    engine = probe["logits"][0]
+    engine = reference_logits["logits"][0]
     max_abs_diff = kl = agree = 0.0
     for ours, theirs in zip(engine.split(_KL_ROWS), logits.split(_KL_ROWS), strict=True):
         p, q = ours.to(device).double(), theirs.double()

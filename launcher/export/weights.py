@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -99,11 +98,7 @@ def write_index(planned: Layout, folder: Path) -> None:
     """The index of the weight files, where there are several."""
     if len(planned.files) > 1:
         weight_map = {spec.name: file for file, specs in planned.files.items() for spec in specs}
-        write_json(folder / INDEX, {"metadata": {"total_size": planned.num_bytes}, "weight_map": weight_map})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    atomic_files.write_file(path, [(json.dumps(content, indent=2) + "\n").encode()])
+        atomic_files.write_json(folder / INDEX, {"metadata": {"total_size": planned.num_bytes}, "weight_map": weight_map})
 
 
 def _blocks(shards: ShardSet, engine: EngineWeights | None, specs: Sequence[TensorSpec], dtype: str) -> Iterator[memoryview]:

@@ -16,7 +16,7 @@ from launcher.tracking.tracker import Composite
 from launcher.train.model import CausalLMLoss
 
 # Tokens whose logits stand in each checkpoint, for the export's parity check.
-_PROBE_TOKENS = 64
+_REFERENCE_TOKENS = 64
 
 
 class Checkpoints:
@@ -32,34 +32,34 @@ class Checkpoints:
         self.stall_s = 0.0
         self.saved_step: int | None = None
         self.save_s: float | None = None
-        self.settle: Callable[[], None] = saver.settle
+        self.wait_for_staging: Callable[[], None] = saver.wait_for_staging
         self.drain: Callable[[float], None] = saver.drain
         self.close: Callable[[], None] = saver.close
 
     def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
         """Save, in the background where that can be; how it ended is told as soon as it is known. Collective."""
-        self.conclude(step)
+        self.wait(step)
         self._untold, self._eval_loss, self._saving = True, eval_loss, step
         self._saver.save(step, state, eval_loss=eval_loss)
         if not self._saver.is_saving:
-            self.conclude(step)
+            self.wait(step)
 
     def save_and_wait(
-        self, step: int, state: Mapping[str, Any], eval_loss: float | None, probe: Mapping[str, torch.Tensor]
+        self, step: int, state: Mapping[str, Any], eval_loss: float | None, reference_logits: Mapping[str, torch.Tensor]
     ) -> None:
         """Save, and return when the checkpoint is committed. Collective.
 
         Raises:
             CheckpointError: where it could not be saved; what was committed before stays.
         """
-        self.conclude(step)
+        self.wait(step)
         self._untold, self._eval_loss, self._saving = True, eval_loss, step
-        self._saver.save(step, state, eval_loss=eval_loss, probe=probe, wait=True)
-        outcome = self.conclude(step)
+        self._saver.save(step, state, eval_loss=eval_loss, reference_logits=reference_logits, wait=True)
+        outcome = self.wait(step)
         if isinstance(outcome, CheckpointError):
             raise outcome
 
-    def conclude(self, step: int) -> Saved | CheckpointError | None:
+    def wait(self, step: int) -> Saved | CheckpointError | None:
         """Wait for the save in the background. One that failed is told, and training goes on. Collective."""
         # To wait for a save is no step that does not come: those who watch are told before.
         self._beat("saving", step)
@@ -121,10 +121,10 @@ def _free_bytes(folder: Path) -> int | None:
 
 
 @torch.no_grad()
-def probe(engine: Any, model: CausalLMLoss, split: Split, device: torch.device) -> dict[str, torch.Tensor]:
+def reference_logits(engine: Any, model: CausalLMLoss, split: Split, device: torch.device) -> dict[str, torch.Tensor]:
     """Logits of a few tokens of the first row, by which an export proves that it is this model. Collective."""
     # Not the whole row: these tokens are in the block that was verified when the split was opened, so no save fails for them.
-    row = torch.from_numpy(split.tokens[: min(split.rows[1], _PROBE_TOKENS)].astype("int64"))[None]
+    row = torch.from_numpy(split.tokens[: min(split.rows[1], _REFERENCE_TOKENS)].astype("int64"))[None]
     positions = torch.arange(row.shape[1])[None]
     model.eval()
     logits = engine(row.to(device), positions.to(device))

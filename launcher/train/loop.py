@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from launcher import run_store
 from launcher.checkpoint import shards, store, zero3
+from launcher.checkpoint.manifest import Checkpoint
 from launcher.checkpoint.saver import Saver
 from launcher.data.cache import Split
 from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batches
@@ -30,7 +31,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
-from launcher.train.checkpointer import Checkpoints, probe
+from launcher.train.checkpointer import Checkpoints, reference_logits
 from launcher.train.engine import build_engine, join, leave
 from launcher.train.finish import finish, write_weights
 from launcher.train.metrics import Meter, StepTimer, perplexity
@@ -217,7 +218,7 @@ class _Session:
                     self.is_save_due = False
                     self._save()
         if stopped is not None and self.step < self.max_steps:
-            self.checkpoints.conclude(self.step)
+            self.checkpoints.wait(self.step)
             fits = save_fits(self.plan.config.cluster, stopped, stop.at, self.checkpoints.save_s, self.device)
             if fits:
                 self._save(wait=True)
@@ -250,7 +251,7 @@ class _Session:
             if i < len(batch.micro) - 1:
                 self.engine.step()
         # The states change from here on.
-        self.checkpoints.settle()
+        self.checkpoints.wait_for_staging()
         with timer.part("optim"):
             self.engine.step()
         mean = summed / self.rank_info.world_size
@@ -307,7 +308,7 @@ class _Session:
 
     def _not_finite(self, what: str) -> DivergedError:
         """All ranks come here together, so a checkpoint in the making counts."""
-        self.checkpoints.conclude(self.step)
+        self.checkpoints.wait(self.step)
         saved = self.checkpoints.saved_step
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
         return DivergedError(
@@ -350,24 +351,24 @@ class _Session:
 
     def _save(self, wait: bool = False) -> Path:
         """Save the current step in the background; with `wait`, to its commit, unless it is there already."""
-        self.checkpoints.conclude(self.step)
+        self.checkpoints.wait(self.step)
         state = {"tokens": self.meter.tokens, "skipped_steps": self.meter.skipped_steps}
         eval_loss = self.last_eval["eval/held_out/loss"] if self.eval_step == self.step else None
         if not wait:
             self.checkpoints.save(self.step, state, eval_loss)
         elif self.checkpoints.saved_step != self.step:
-            probed = probe(self.engine, self.model, self.batches.split, self.device)
-            if not torch.isfinite(probed["logits"]).all():
+            logits = reference_logits(self.engine, self.model, self.batches.split, self.device)
+            if not torch.isfinite(logits["logits"]).all():
                 raise self._not_finite("the logits are not finite")
             self.status.state("saving", self.step)
-            self.checkpoints.save_and_wait(self.step, state, eval_loss, probed)
+            self.checkpoints.save_and_wait(self.step, state, eval_loss, logits)
         if wait:
             self.status.state("running", self.step)
         self.monitor.save_s = self.checkpoints.stall_s
         self.monitor.beat("training", self.step)
         return self.run_dir.checkpoints / store.step_name(self.step)
 
-    def _restore(self, named: store.Checkpoint) -> None:
+    def _restore(self, named: Checkpoint) -> None:
         parameters = self.model.parameters_by_name()
         checkpoint, state = load_whole(
             self.run_dir,

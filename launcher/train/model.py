@@ -7,7 +7,6 @@ no rank ever holds the whole model.
 from __future__ import annotations
 
 import inspect
-import os
 import shutil
 import tempfile
 import warnings
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from launcher import atomic_files
 from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED
 from launcher.errors import ConfigError
@@ -210,6 +210,6 @@ def convert_gguf(file: Path, folder: Path) -> None:
         tokenizer.save_pretrained(temporary)
         hf.save_pretrained(temporary)
         if not folder.exists():
-            os.replace(temporary, folder)
+            atomic_files.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

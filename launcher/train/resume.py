@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from launcher import run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import Checkpoint
 from launcher.distributed import RankInfo, rank0_broadcast
 from launcher.errors import CheckpointError, DamagedCheckpoint, UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
@@ -26,7 +27,7 @@ _NOT_USABLE = "the checkpoint folder cannot be read or written"
 class Start:
     """`checkpoint` None starts from the initial weights; `restarts` counts the agents' restarts within the attempt."""
 
-    checkpoint: store.Checkpoint | None
+    checkpoint: Checkpoint | None
     restarts: int
 
 
@@ -62,8 +63,8 @@ def agree_on_start(run: RunDir, rank_info: RankInfo, device: torch.device) -> St
 
 
 def load_whole(
-    run: RunDir, rank_info: RankInfo, first: store.Checkpoint, load: Callable[[Path], T], tell: Callable[[str], None]
-) -> tuple[store.Checkpoint, T]:
+    run: RunDir, rank_info: RankInfo, first: Checkpoint, load: Callable[[Path], T], tell: Callable[[str], None]
+) -> tuple[Checkpoint, T]:
     """Load `first`, or where that is damaged the newest before it that is whole, and return which one it was. Collective.
 
     `load` is collective, raises DamagedCheckpoint on every rank and has then changed nothing. What is damaged is set aside
@@ -94,7 +95,7 @@ def _step_to_begin_from(run: RunDir, number: int) -> int | None:
     return step
 
 
-def _chosen(run: RunDir, number: int) -> store.Checkpoint | None:
+def _chosen(run: RunDir, number: int) -> Checkpoint | None:
     attempt = _naming_the_newest(run, number)
     candidates = _candidates(run, number)
     if candidates and (candidates[0].manifest.attempt == number or candidates[0].step == attempt.resume_step):
@@ -142,7 +143,7 @@ def _naming_the_newest(run: RunDir, number: int) -> Attempt:
     return attempt
 
 
-def _candidates(run: RunDir, number: int) -> list[store.Checkpoint]:
+def _candidates(run: RunDir, number: int) -> list[Checkpoint]:
     """What the attempt may begin from, the best first: its own checkpoints, then the one that it names and those before.
 
     What an attempt before has left beyond the step that is named counts for nothing.
@@ -150,7 +151,7 @@ def _candidates(run: RunDir, number: int) -> list[store.Checkpoint]:
     attempt = run_store.read_attempt(run, number)
     named = _NONE if attempt.resume_step is None else attempt.resume_step
 
-    def may_serve(checkpoint: store.Checkpoint) -> bool:
+    def may_serve(checkpoint: Checkpoint) -> bool:
         earlier = checkpoint.step == named if attempt.pinned else checkpoint.step <= named
         return checkpoint.manifest.attempt == number or earlier
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from launcher import json_records
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.mirror.remote_folder import Remote, words
 from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, address
-from launcher.checkpoint.store import MANIFEST, Checkpoint
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir

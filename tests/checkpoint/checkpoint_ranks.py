@@ -115,13 +115,13 @@ def train(engine, first: int, last: int, saver: Saver | None = None) -> list[flo
         loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
         engine.backward(loss)
         if saver is not None:
-            saver.settle()
+            saver.wait_for_staging()
         engine.step()
         losses.append(loss.item())
     return losses
 
 
-def probe_of(engine) -> dict[str, torch.Tensor]:
+def reference_logits_of(engine) -> dict[str, torch.Tensor]:
     engine.eval()
     ids = torch.arange(24).unsqueeze(0) * 17 % VOCAB
     positions = torch.cat([torch.arange(14), torch.arange(10)]).unsqueeze(0)
@@ -161,10 +161,12 @@ def saver_of(engine, root: Path, *, attempt: int = 1, background: bool = False, 
     )
 
 
-def save(engine, folder: Path, step: int, *, extra_state=None, probe=None, name: str = "checkpoints", **parts) -> Saved:
+def save(
+    engine, folder: Path, step: int, *, extra_state=None, reference_logits=None, name: str = "checkpoints", **parts
+) -> Saved:
     """Save and wait, as at the end of a run."""
     saver = saver_of(engine, folder / name, **parts)
-    saver.save(step, {"seen": step} if extra_state is None else extra_state, probe=probe, wait=True)
+    saver.save(step, {"seen": step} if extra_state is None else extra_state, reference_logits=reference_logits, wait=True)
     return committed(saver)
 
 
@@ -195,8 +197,8 @@ def straight(kind: str, folder: Path) -> None:
     engine = build(kind)
     start = save(engine, folder, 0)
     train(engine, 1, 2)
-    probe = probe_of(engine)
-    result = save(engine, folder, 2, probe=probe)
+    reference_logits = reference_logits_of(engine)
+    result = save(engine, folder, 2, reference_logits=reference_logits)
     report(folder, "saved", {"path": str(result.path), "bytes": result.bytes, "seconds": result.seconds})
     dump(engine, folder / "saved.safetensors")
     train(engine, 3, 3)
@@ -300,7 +302,7 @@ def unremovable(engine, folder: Path) -> None:
     def refuse(_: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder / "older"))
 
-    saver._place = replace(saver._place, prune=refuse)
+    saver._context = replace(saver._context, prune=refuse)
     saver.save(4, {"seen": 4})
     report(folder, "unremovable", committed(saver).not_pruned)
 
@@ -350,7 +352,7 @@ def resume(kind: str, folder: Path) -> None:
     refused += failing(lambda: shards.load(engine, names(engine), damaged, plan_digest=PLAN))
     extra = shards.load(engine, names(engine), checkpoint, plan_digest=PLAN)
     dump(engine, folder / "loaded.safetensors")
-    logits = probe_of(engine)["logits"]
+    logits = reference_logits_of(engine)["logits"]
     report(folder, "resumed", {"extra": extra, "refused": refused, "step": engine.global_steps, "losses": train(engine, 3, 4)})
     if dist.get_rank() == 0:
         save_file({"logits": logits}, folder / "logits.safetensors")

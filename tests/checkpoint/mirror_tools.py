@@ -20,6 +20,7 @@ from plan_fixtures import composed
 
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import STATE, Checkpoint, Manifest
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
@@ -108,12 +109,12 @@ def make_run(
 
 def commit(
     run: RunDir, step: int, content: bytes = b"weights", attempt: int = 1, num_ranks: int = 3, loss: float | None = None
-) -> store.Checkpoint:
+) -> Checkpoint:
     """A checkpoint of made-up content."""
     saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-    names = [*map(store.shard_name, range(num_ranks)), store.STATE]
+    names = [*map(store.shard_name, range(num_ranks)), STATE]
     files = {n: atomic_files.write_file(saving / n, [f"{n} of {step}: ".encode(), content]) for n in names}
-    manifest = store.Manifest(step=step, world_size=num_ranks, plan_digest="d", attempt=attempt, eval_loss=loss, files=files)
+    manifest = Manifest(step=step, world_size=num_ranks, plan_digest="d", attempt=attempt, eval_loss=loss, files=files)
     return store.open_checkpoint(store.commit(saving, manifest))
 
 

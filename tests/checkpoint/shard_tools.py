@@ -12,6 +12,7 @@ import hand_made
 from safetensors.torch import load_file
 
 from launcher.checkpoint import safetensors_io, store
+from launcher.checkpoint.manifest import MANIFEST, read_manifest
 from launcher.checkpoint.safetensors_io import TensorFile, as_bytes, weight_digest
 from launcher.plan.launch_plan import LaunchPlan
 
@@ -51,7 +52,7 @@ def with_metadata(checkpoint: Path, folder: Path, metadata: list[dict[str, str]]
     """A committed copy of a checkpoint under `folder` whose shards' headers hold `metadata`, or nothing."""
     target = folder / checkpoint.name
     shutil.copytree(checkpoint, target)
-    manifest = store.read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint)
     files = dict(manifest.files)
     for rank in range(manifest.world_size):
         name = store.shard_name(rank)
@@ -63,7 +64,7 @@ def with_metadata(checkpoint: Path, folder: Path, metadata: list[dict[str, str]]
         (target / name).unlink()
         said = metadata[rank] if metadata else {}
         files[name] = safetensors_io.write(target / name, list(source.specs.values()), contents, said)
-    (target / store.MANIFEST).write_text(replace(manifest, files=files).to_json())
+    (target / MANIFEST).write_text(replace(manifest, files=files).to_json())
     return target
 
 

@@ -13,6 +13,7 @@ from missing_program import skip_or_fail
 
 from launcher import atomic_files
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import Manifest
 from launcher.errors import CheckpointError
 
 DISK = 2**20
@@ -35,7 +36,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 def save(root: Path, step: int, shard: bytes = SHARD, needed_bytes: int = 1) -> Path:
     saving = store.begin(root, step=step, attempt=1, needed_bytes=needed_bytes)
     files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [shard])}
-    return store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest="d", attempt=1, files=files))
+    return store.commit(saving, Manifest(step=step, world_size=1, plan_digest="d", attempt=1, files=files))
 
 
 def fill(root: Path) -> Path:
@@ -65,7 +66,7 @@ def test_a_manifest_that_does_not_fit_commits_nothing(root: Path) -> None:
     files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [SHARD])}
     filler = fill(root)
     with pytest.raises(OSError, match="No space left"):
-        store.commit(saving, store.Manifest(step=2, world_size=1, plan_digest="d", attempt=1, files=files))
+        store.commit(saving, Manifest(step=2, world_size=1, plan_digest="d", attempt=1, files=files))
     assert [checkpoint.path for checkpoint in store.list_checkpoints(root)] == [first]
     filler.unlink()
     assert store.verify(save(root, 2)) == []

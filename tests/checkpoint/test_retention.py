@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.manifest import Checkpoint, Manifest
 from launcher.checkpoint.retention import Retention, outdated, reasons
-from launcher.checkpoint.store import Checkpoint
 
 
 def checkpoints(losses: dict[int, float | None]) -> list[Checkpoint]:

@@ -11,13 +11,14 @@ import pytest
 from launcher import atomic_files
 from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import leftovers
+from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.errors import CheckpointError, UnreadableCheckpoint
 
 
 def committed(root, step, content=b"weights", attempt=1):
     saving = store.begin(root, step=step, attempt=attempt, needed_bytes=1)
-    files = {name: atomic_files.write_file(saving / name, [content, content]) for name in (store.shard_name(0), store.STATE)}
-    manifest = store.Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files)
+    files = {name: atomic_files.write_file(saving / name, [content, content]) for name in (store.shard_name(0), STATE)}
+    manifest = Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files)
     return store.commit(saving, manifest)
 
 
@@ -31,7 +32,7 @@ def test_commit_list_and_latest(tmp_path):
     assert steps(tmp_path) == [100, 200, 123456789]
     latest = store.latest(tmp_path)
     assert latest.path == tmp_path / "step-123456789"
-    assert store.Manifest.from_json(latest.manifest.to_json().encode()) == latest.manifest
+    assert Manifest.from_json(latest.manifest.to_json().encode()) == latest.manifest
     assert latest.manifest.files["state.json"] == atomic_files.file_entry(latest.path / "state.json")
     assert store.at_step(tmp_path, 100).step == 100
     with pytest.raises(CheckpointError, match="choose one of: 100, 200, 123456789"):

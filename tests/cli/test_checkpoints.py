@@ -17,6 +17,7 @@ from hand_made import checkpoint
 
 from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST
 from launcher.cli.main import main
 from launcher.clusters.detached_process import identity
 from launcher.config.compose import run_hydra
@@ -90,7 +91,7 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_the_table_says_why_each_is_kept(run: RunDir, ask: Ask) -> None:
-    os.utime(run.checkpoints / store.step_name(100) / store.MANIFEST, (time.time() - 7350,) * 2)
+    os.utime(run.checkpoints / store.step_name(100) / MANIFEST, (time.time() - 7350,) * 2)
     code, out, _ = ask()
     assert code == 0
     rows = cells(out)
@@ -108,7 +109,7 @@ def test_verify_finds_each_damage_and_names_the_file(run: RunDir, ask: Ask) -> N
     assert all(words[-1] == "whole" for words in cells(out).values())
     flip(run, 150)
     os.truncate(run.checkpoints / store.step_name(200) / store.shard_name(0), 7)
-    (run.checkpoints / store.step_name(250) / store.MANIFEST).unlink()
+    (run.checkpoints / store.step_name(250) / MANIFEST).unlink()
     (run.checkpoints / store.step_name(335)).mkdir()
     code, out, _ = ask("--verify")
     assert code == 1
@@ -164,7 +165,7 @@ def test_where_nothing_is_whole_nothing_is_removed(run: RunDir, ask: Ask) -> Non
 
 
 def test_another_format_is_shown_and_left_alone(run: RunDir, ask: Ask) -> None:
-    manifest = run.checkpoints / store.step_name(250) / store.MANIFEST
+    manifest = run.checkpoints / store.step_name(250) / MANIFEST
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
     code, out, _ = ask("--prune", "--verify")
     assert code == 0
@@ -172,7 +173,7 @@ def test_another_format_is_shown_and_left_alone(run: RunDir, ask: Ask) -> None:
     assert manifest.is_file()
 
 
-@pytest.mark.parametrize("name", [store.MANIFEST, store.shard_name(0)])
+@pytest.mark.parametrize("name", [MANIFEST, store.shard_name(0)])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_while_one_cannot_be_read_it_is_shown_and_nothing_is_removed(
     run: RunDir, ask: Ask, storage_fails: StorageFails, name: str, code: int
@@ -258,7 +259,7 @@ def test_storage_that_fails_is_told_in_words(run: RunDir, ask: Ask, storage_fail
 def test_a_replaced_checkpoint_that_cannot_be_read_now_is_no_leftover(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
     replaced = run.checkpoints / ".replaced-step-00000150"
     (run.checkpoints / store.step_name(150)).rename(replaced)
-    with storage_fails(replaced / store.MANIFEST, errno.EIO):
+    with storage_fails(replaced / MANIFEST, errno.EIO):
         assert "leftovers" not in ask()[1]
         ask("--prune")
     assert store.verify(replaced) == []

@@ -11,6 +11,7 @@ import pytest
 
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import Manifest
 from launcher.plan.launch_plan import LaunchPlan
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -74,7 +75,7 @@ def test_a_run_is_not_resumed_where_the_next_save_would_fail(
     run.checkpoints.symlink_to(disk("9m"))
     saving = store.begin(run.checkpoints, step=5, attempt=1, needed_bytes=1)
     files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [b"x" * 2**20])}
-    store.commit(saving, store.Manifest(step=5, world_size=1, plan_digest=plan.digest(), attempt=1, files=files))
+    store.commit(saving, Manifest(step=5, world_size=1, plan_digest=plan.digest(), attempt=1, files=files))
     done = launch_here("resume", str(run.root))
     assert done.returncode == 2
     assert "no room for a single checkpoint" in done.stderr

@@ -13,11 +13,12 @@ from shard_tools import llama_config, with_metadata
 
 from launcher.checkpoint import store
 from launcher.checkpoint.generation import stop_ids
+from launcher.checkpoint.manifest import MANIFEST, REFERENCE_LOGITS, read_manifest
 from launcher.errors import CheckpointError
 from launcher.export import hf_folder as exporting
 from launcher.export import parity as proving
 from launcher.export.hf_folder import Task, export
-from launcher.export.parity import check_parity, load_back, read_probe, require_finite, require_parity
+from launcher.export.parity import check_parity, load_back, read_reference_logits, require_finite, require_parity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -160,8 +161,8 @@ def test_parity_passes_and_one_wrong_weight_fails(runs, tmp_path, kind):
     weights = load_file(file)
     weights["model.layers.1.self_attn.o_proj.weight"].zero_()
     save_file(weights, file, metadata={"format": "pt"})
-    probe = read_probe(store.latest(runs.checkpoints(kind)).path)
-    tampered = check_parity(load_back(result.path, dtype=kind), probe, dtype=kind)
+    reference_logits = read_reference_logits(store.latest(runs.checkpoints(kind)).path)
+    tampered = check_parity(load_back(result.path, dtype=kind), reference_logits, dtype=kind)
     with pytest.raises(CheckpointError, match="mean KL"):
         require_parity(tampered)
 
@@ -190,18 +191,18 @@ def test_a_folder_that_is_no_export_is_never_replaced(runs, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-def without_probe(runs, kind, folder):
+def without_reference_logits(runs, kind, folder):
     """A copy of a checkpoint that was saved on the way, without logits of the engine."""
     checkpoint = with_metadata(store.latest(runs.checkpoints(kind)).path, folder)
-    manifest = store.read_manifest(checkpoint)
-    files = {name: entry for name, entry in manifest.files.items() if name != store.PROBE}
-    (checkpoint / store.MANIFEST).write_text(replace(manifest, files=files).to_json())
-    (checkpoint / store.PROBE).unlink()
+    manifest = read_manifest(checkpoint)
+    files = {name: entry for name, entry in manifest.files.items() if name != REFERENCE_LOGITS}
+    (checkpoint / MANIFEST).write_text(replace(manifest, files=files).to_json())
+    (checkpoint / REFERENCE_LOGITS).unlink()
     return checkpoint
 
 
 def test_without_the_engines_logits_the_folder_is_loaded_all_the_same(runs, tmp_path):
-    result = exported(runs, "bf16", tmp_path / "export", checkpoint=without_probe(runs, "bf16", tmp_path))
+    result = exported(runs, "bf16", tmp_path / "export", checkpoint=without_reference_logits(runs, "bf16", tmp_path))
     assert result.loaded
     assert result.parity is None
     assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 from plan_fixtures import composed, facts_for
 
-from launcher.checkpoint.store import Manifest
+from launcher.checkpoint.manifest import Manifest
 from launcher.export.hf_folder import Export
 from launcher.export.model_card import base_front_matter, model_card
 from launcher.export.parity import Parity

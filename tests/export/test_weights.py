@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from shard_tools import engine_metadata, flip_bit, llama_config, with_metadata
 
 from launcher.checkpoint import safetensors_io, store
+from launcher.checkpoint.manifest import STATE
 from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError
 from launcher.export import weights
@@ -91,7 +92,7 @@ def test_files_that_the_digests_do_not_cover_are_verified(runs, tmp_path):
     flip_bit(checkpoint, 1, f"{name}|fp32", bit=0)
     with pytest.raises(CheckpointError, match="digest differs"):
         verify(task(checkpoint, "bf16", tmp_path / "out", dtype="fp32"))
-    state = checkpoint / store.STATE
+    state = checkpoint / STATE
     state.write_text(state.read_text().replace('"seen": 2', '"seen": 3'))
     with pytest.raises(CheckpointError, match=r"digest differs(.|\n)*state\.json"):
         verify(task(checkpoint, "bf16", tmp_path / "out"))

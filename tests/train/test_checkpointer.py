@@ -25,7 +25,7 @@ class Saver:
         self.is_saving = is_saving
         self.outcome: Saved | CheckpointError | None = None
         self._next = outcome
-        self.settle = self.close = lambda: None
+        self.wait_for_staging = self.close = lambda: None
         self.drain = lambda seconds: None
 
     def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
@@ -112,5 +112,5 @@ def test_who_waits_for_a_save_says_so_before(tmp_path: Path) -> None:
     said: list[str] = []
     saver = Saver(saved(tmp_path))
     saver.wait = lambda: said.append("waits")  # type: ignore[method-assign, assignment, return-value]
-    Checkpoints(saver, Heard(), True, lambda phase, step: said.append(f"{phase} {step}")).conclude(7)  # type: ignore[arg-type]
+    Checkpoints(saver, Heard(), True, lambda phase, step: said.append(f"{phase} {step}")).wait(7)  # type: ignore[arg-type]
     assert said == ["saving 7", "waits"]

@@ -11,6 +11,7 @@ from forked_ranks import RankServer
 
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST, STATE, Manifest
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 
@@ -30,8 +31,8 @@ def run_with(
     for attempt, steps in ((1, before), (2, own)):
         for step in steps:
             saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-            files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
-            store.commit(saving, store.Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, files=files))
+            files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), STATE)}
+            store.commit(saving, Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, files=files))
     return run
 
 
@@ -130,20 +131,20 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(rank_
     flip(flipped, 30)
     twice = run_with(tmp_path / "twice", 30, before=[10, 20, 30])
     flip(twice, 30)
-    flip(twice, 20, store.STATE)
+    flip(twice, 20, STATE)
     # The command that started the attempt took the one before, which can be opened; nobody has been told yet.
     truncated = run_with(tmp_path / "truncated", 20, before=[10, 20, 30])
     truncate(truncated, 30)
     since = run_with(tmp_path / "since", 30, before=[10, 20, 30])
-    (since.checkpoints / store.step_name(30) / store.MANIFEST).unlink()
+    (since.checkpoints / store.step_name(30) / MANIFEST).unlink()
     own = run_with(tmp_path / "own", 10, before=[10], own=[20, 30])
     flip(own, 30)
     whole = run_with(tmp_path / "whole", 20, before=[10, 20, 30])
     empty = run_with(tmp_path / "empty", 20, before=[10, 20])
     (empty.checkpoints / store.step_name(30)).mkdir()
     other = run_with(tmp_path / "other", 30, before=[10, 20, 30])
-    manifest = (other.checkpoints / store.step_name(10) / store.MANIFEST).read_bytes()
-    (other.checkpoints / store.step_name(30) / store.MANIFEST).write_bytes(manifest)
+    manifest = (other.checkpoints / store.step_name(10) / MANIFEST).read_bytes()
+    (other.checkpoints / store.step_name(30) / MANIFEST).write_bytes(manifest)
     said = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, truncated, since, own, whole, empty, other)
     assert [step for step, _ in said] == [20, 10, 20, 20, 20, 20, 20, 20]
 
@@ -172,7 +173,7 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(rank_
     assert again == [[20, []], [10, []], [20, []]]
 
 
-def withhold(run: RunDir, step: int, name: str = store.MANIFEST) -> None:
+def withhold(run: RunDir, step: int, name: str = MANIFEST) -> None:
     """Whoever looks at the file gets an error that does not say it is missing, as from a storage server that is down."""
     file = run.checkpoints / store.step_name(step) / name
     file.rename(file.with_name(f"kept-{name}"))

@@ -14,6 +14,7 @@ from fake_slurm import FakeSlurm
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
@@ -83,8 +84,8 @@ class Job:
 
     def saved(self, step: int, attempt: int = 1) -> None:
         saving = store.begin(self.run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
-        files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), store.STATE)}
-        store.commit(saving, store.Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files))
+        files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), STATE)}
+        store.commit(saving, Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files))
 
     def ended(self, number: int, cause: str, began: int | None = None, saved: int | None = None, **values: Any) -> None:
         """As an attempt is that was concluded."""

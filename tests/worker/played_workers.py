@@ -12,6 +12,7 @@ import pytest
 
 from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import Manifest
 from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
@@ -70,7 +71,7 @@ class Played:
     def save(self, step: int) -> None:
         saving = store.begin(self.run.checkpoints, step=step, attempt=self.number, needed_bytes=1)
         files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [b"x"])}
-        manifest = store.Manifest(step=step, world_size=1, plan_digest=self.plan.digest(), attempt=self.number, files=files)
+        manifest = Manifest(step=step, world_size=1, plan_digest=self.plan.digest(), attempt=self.number, files=files)
         store.commit(saving, manifest)
 
     @property

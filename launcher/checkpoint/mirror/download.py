@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
@@ -16,10 +15,10 @@ import xxhash
 from launcher import atomic_files
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST, Manifest
 from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, complete_checkpoints
 from launcher.checkpoint.mirror.remote_folder import Remote
 from launcher.checkpoint.mirror.upload import CODE, PARALLEL
-from launcher.checkpoint.store import Manifest
 from launcher.errors import CheckpointError, Problem, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -77,7 +76,7 @@ def fixed_files(remote: Remote, mirrored: MirroredRun, run: RunDir) -> dict[str,
             _unpack(content, run.code)
         else:
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            target.write_bytes(content)
+            atomic_files.write_bytes(target, content)
     run.attempts.mkdir(exist_ok=True)
     return plans
 
@@ -141,7 +140,7 @@ def _fetch(remote: Remote, root: Path, manifest: Manifest, say: Say) -> list[Pro
     if problems:
         shutil.rmtree(unfinished, ignore_errors=True)
         return problems
-    atomic_files.write_text(unfinished / store.MANIFEST, manifest.to_json())
+    atomic_files.write_text(unfinished / MANIFEST, manifest.to_json())
     atomic_files.replace_directory(unfinished, target)
     return []
 
@@ -170,5 +169,4 @@ def _unpack(content: bytes, folder: Path) -> None:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         # Python takes `..` and leading slashes out of the names.
         archive.extractall(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    atomic_files.replace_directory(unfinished, folder)

@@ -177,7 +177,7 @@ class Remote:
         return FileEntry(size=sent, xxh3_128=digest.hexdigest())
 
 
-def probe(url: str) -> None:
+def require_writable(url: str) -> None:
     """Write and remove a small file in the folder.
 
     Raises:

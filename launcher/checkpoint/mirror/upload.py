@@ -30,11 +30,10 @@ import xxhash
 from launcher import atomic_files, run_records, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
-from launcher.checkpoint.manifest import MANIFEST, Manifest
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
 from launcher.checkpoint.mirror.layout import CHECKPOINTS, RUN, MirroredRun, Owner, complete_checkpoints, read_run, step_of
-from launcher.checkpoint.mirror.remote_folder import Remote, probe, unreachable
+from launcher.checkpoint.mirror.remote_folder import Remote, require_writable, unreachable
 from launcher.checkpoint.retention import Retention, outdated
-from launcher.checkpoint.store import Checkpoint
 from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -295,7 +294,7 @@ def require_usable(plan: LaunchPlan) -> None:
     url = plan.config.checkpoint.mirror
     if url is None:
         return
-    probe(url)
+    require_writable(url)
     remote = Remote(address(plan))
     try:
         known = read_run(remote)
@@ -336,7 +335,7 @@ def _folder(step: int) -> str:
 def _is_there(checkpoint: Checkpoint) -> bool:
     """True while the checkpoint that is sent still has its place here; a later one of the same step does not count."""
     try:
-        return store.read_manifest(checkpoint.path) == checkpoint.manifest
+        return read_manifest(checkpoint.path) == checkpoint.manifest
     except UnreadableCheckpoint:
         # Nobody can tell now; the next file of it will.
         return True

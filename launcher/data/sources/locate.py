@@ -10,12 +10,12 @@ import glob
 import json
 import logging
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from launcher import atomic_files
 from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import source_folder, usable
@@ -208,9 +208,7 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]
     unread = left_out(names, chosen)
     with usable(record.parent):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = record.with_name(f".{secrets.token_hex(4)}")
-        partial.write_text(json.dumps({"commit": commit, "files": chosen, "left_out": unread}), encoding="utf-8")
-        partial.replace(record)
+        atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": unread})
     return commit, chosen, unread
 
 

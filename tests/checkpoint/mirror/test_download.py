@@ -87,7 +87,7 @@ def test_a_run_comes_back_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
     # Small enough for S3 to take files in several parts.
     monkeypatch.setattr(remote_folder, "_BLOCK_BYTES", 5 * 2**20)
     plan, run = make_run(tmp_path, f"s3://{s3.bucket}/runs")
-    remote_folder.probe(f"s3://{s3.bucket}/runs")
+    remote_folder.require_writable(f"s3://{s3.bucket}/runs")
     checkpoints = [commit(run, 5, os.urandom(12 * 2**20), num_ranks=1), commit(run, 10)]
     there = Remote(f"s3://{s3.bucket}/runs/a")
     mirror = Mirror(there, run, plan, 1)
@@ -114,7 +114,7 @@ def test_a_run_comes_back_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_bucket_that_is_not_there_is_refused(s3: S3) -> None:
     with pytest.raises(SubmitError, match="bucket does not exist"):
-        remote_folder.probe("s3://nowhere/runs")
+        remote_folder.require_writable("s3://nowhere/runs")
 
 
 def test_no_credentials_are_refused_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_no_credentials_are_refused_at_once(s3: S3, monkeypatch: pytest.MonkeyPa
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, str(tmp_path / "none"))
     with pytest.raises(SubmitError, match="AWS_ACCESS_KEY_ID"):
-        remote_folder.probe(f"s3://{s3.bucket}/runs")
+        remote_folder.require_writable(f"s3://{s3.bucket}/runs")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])

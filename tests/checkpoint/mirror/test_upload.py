@@ -382,13 +382,13 @@ def test_a_file_is_the_old_one_until_the_other_is_whole(tmp_path: Path) -> None:
 def test_an_address_is_tried_before_anything_is_started(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SubmitError, match="cannot be written: NotADirectoryError") as refused:
-        remote_folder.probe(f"file://{tmp_path}/file/runs")
+        remote_folder.require_writable(f"file://{tmp_path}/file/runs")
     assert "check that the folder can be made" in str(refused.value)
     with pytest.raises(SubmitError, match="Protocol not known: nowhere"):
-        remote_folder.probe("nowhere://runs")
+        remote_folder.require_writable("nowhere://runs")
     with pytest.raises(SubmitError, match="pip install adlfs"):
-        remote_folder.probe("abfs://container/runs")
-    remote_folder.probe(f"file://{tmp_path}/runs")
+        remote_folder.require_writable("abfs://container/runs")
+    remote_folder.require_writable(f"file://{tmp_path}/runs")
     assert list((tmp_path / "runs").iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from played_workers import FIT, KILLED, Played
 
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
+from launcher.checkpoint.manifest import MANIFEST
 from launcher.errors import UnreadableCheckpoint
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
@@ -399,7 +400,7 @@ def test_a_damaged_checkpoint_keeps_no_later_one_from_ray(play: Callable[..., Pl
     played = play()
     played.begin("a", "n1", "n1")
     played.save(5)
-    (played.run.checkpoints / "step-00000005" / store.MANIFEST).write_text("{")
+    (played.run.checkpoints / "step-00000005" / MANIFEST).write_text("{")
     played.save(10)
     assert [saved["step"] for saved in played.coordinator.beat("a", 0, None)["saved"]] == [10]
 
