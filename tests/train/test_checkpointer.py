@@ -64,7 +64,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_an_alert(
     heard = Heard()
     checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, True, no_beat)  # type: ignore[arg-type]
     checkpoints.save(5, {}, None)
-    checkpoints.conclude(5)
+    checkpoints.wait(5)
     assert heard.logged["ckpt/disk_free_gib"] == free_gib
     assert checkpoints.saved_step == 5
     said = [text for kind, text in heard.said if kind == "alert"]
@@ -80,7 +80,7 @@ def test_storage_that_does_not_tell_its_room_is_no_reason_to_stop(tmp_path: Path
     heard = Heard()
     checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, True, no_beat)  # type: ignore[arg-type]
     checkpoints.save(5, {}, None)
-    checkpoints.conclude(5)
+    checkpoints.wait(5)
     assert heard.logged["ckpt/last_step"] == 5
     assert "ckpt/disk_free_gib" not in heard.logged
     assert [kind for kind, _ in heard.said] == ["checkpoint"]
@@ -90,8 +90,8 @@ def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:
     heard = Heard()
     checkpoints = Checkpoints(Saver(CheckpointError("the disk is full", where="/runs")), heard, True, no_beat)  # type: ignore[arg-type]
     checkpoints.save(5, {}, None)
-    checkpoints.conclude(5)
-    checkpoints.conclude(6)
+    checkpoints.wait(5)
+    checkpoints.wait(6)
     assert heard.said == [("alert", "step 5 was not saved: the disk is full (/runs)")]
     assert checkpoints.saved_step is None
 
