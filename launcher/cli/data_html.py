@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from launcher.cli import html_page as html
+from launcher.cli import html_page, svg_charts
 from launcher.cli.data_view import (
     length_bins,
     number_rows,
@@ -13,111 +13,112 @@ from launcher.cli.data_view import (
     summary_rows,
     visible,
 )
-from launcher.cli.html_page import Series
+from launcher.cli.svg_charts import Series
 from launcher.data.checks.findings import share_text
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 
 def page(report: dict[str, Any], name: str) -> str:
-    """A self-contained HTML page of the report of launcher.data.report; `name` is that of the data."""
-    held_out = report["held_out"]
+    """Return a self-contained HTML page of the report of launcher.data.report; `name` is that of the data."""
     header, *rows = number_rows(report)
-    body = [
-        html.cards(
-            [
-                (f"{report['documents']:,}", "documents"),
-                (f"{report['rows']:,}", f"rows of up to {row_width(report)}"),
-                (f"{report['tokens']:,}", "tokens"),
-                (f"{report['trained_frac']:.1%}", "of them trained"),
-                (f"{report['padding_frac']:.2%}", "padding"),
-                (f"{held_out['documents']:,}", "held-out documents"),
-            ]
-        ),
-        _verdict(report["findings"]),
-        html.heading("Sources"),
-        html.table(header, rows, numbers=range(1, len(header))),
-        *(html.paragraph(line) for line in source_notes(report)),
-        html.table([], [list(row) for row in summary_rows(report)]),
-        html.heading("Plots"),
-        *_plots(report),
-        html.heading("Findings"),
-        *_findings(report["findings"]),
-        html.heading("What is trained"),
-        html.paragraph(
-            "The marked tokens are trained. Keys, passwords, e-mail addresses and telephone numbers are left out here."
-        ),
-        *_shown(report["shown"]),
-    ]
-    return html.page(f"Data: {name}", f"cache {report['cache_dir']}", body)
-
-
-def _verdict(found: list[dict[str, Any]]) -> str:
-    refused = [one for one in found if one["fatal"]]
-    if refused:
-        said = "; ".join(f"{one['count']:,} {one['title']} ({one['accepted_by']} accepts it)" for one in refused)
-        return html.paragraph(f"A run is refused: {said}", "bad")
-    if found:
-        return html.paragraph(f"{len(found)} kinds of findings, none of which stops a run", "warn")
-    return html.paragraph("No findings", "good")
-
-
-def _plots(report: dict[str, Any]) -> list[str]:
-    ends, series = length_bins(report)
-    sources = [source for source in report["sources"] if source["documents"]]
-    lengths = html.stacked_bars(
-        "Length of documents",
-        [f"{end:,}" for end in ends],
-        [Series(name, counts) for name, counts in series],
-        "tokens, up to",
-        "documents",
-    )
-    reached = html.lines(
-        "Documents that are no longer than",
-        [source["length_quantiles"] for source in sources],
-        [
-            Series(
-                source["name"], [i * 100 / (len(source["length_quantiles"]) - 1) for i in range(len(source["length_quantiles"]))]
-            )
-            for source in sources
+    return html_page.render(
+        "data",
+        title=f"Data: {name}",
+        subtitle=f"cache {report['cache_dir']}",
+        facts=[
+            (f"{report['documents']:,}", "documents"),
+            (f"{report['rows']:,}", f"rows of up to {row_width(report)}"),
+            (f"{report['tokens']:,}", "tokens"),
+            (f"{report['trained_frac']:.1%}", "of them trained"),
+            (f"{report['padding_frac']:.2%}", "padding"),
+            (f"{report['held_out']['documents']:,}", "held-out documents"),
         ],
-        "tokens",
-        "% of documents",
-        log_x=True,
+        verdict=_verdict(report["findings"]),
+        sources={"header": header, "rows": rows},
+        source_notes=list(source_notes(report)),
+        summary=[list(row) for row in summary_rows(report)],
+        plots=_plots(report),
+        findings=_finding_rows(report["findings"]),
+        samples=_samples(report["shown"]),
     )
-    shares = html.bars("Share of the tokens", [(s["name"], s["frac"], f"{s['frac']:.1%}") for s in sources], highest=1)
-    trained = html.bars(
-        "Trained tokens",
-        [(s["name"], s["trained_frac"], f"{s['trained_frac']:.1%} of {s['tokens']:,}") for s in sources],
-        highest=1,
-    )
-    padding = html.bars(
-        "Padding", [(s["name"], s["padding_frac"], f"{s['padding_frac']:.2%}") for s in sources if s["epochs"]], highest=1
-    )
-    return [html.side_by_side(lengths, reached), html.side_by_side(shares, trained), padding]
 
 
-def _findings(found: list[dict[str, Any]]) -> list[str]:
-    if not found:
-        return [html.paragraph("none", "good")]
-    rows = []
-    for one in found:
-        examples = "\n".join(f"·\u00a0{example['where']}: {example['detail']}" for example in one["examples"])
-        done = f"{one['setting']}={one['action']}" + ("\na run is refused" if one["fatal"] else "")
-        by_source = "\n".join(f"{name}: {count:,}" for name, count in one["sources"].items())
-        rows.append(
-            [one["title"], f"{one['count']:,}", share_text(one["share"]), by_source, examples, f"{done}\n{one['remedy']}"]
+def _verdict(findings: list[dict[str, Any]]) -> dict[str, str]:
+    """Return a text, and its kind: bad, warn or good."""
+    refused = [finding for finding in findings if finding["fatal"]]
+    if refused:
+        reasons = "; ".join(
+            f"{finding['count']:,} {finding['title']} ({finding['accepted_by']} accepts it)" for finding in refused
         )
-    table = html.table(["finding", "count", "share", "sources", "examples", "setting, remedy"], rows, numbers=(1, 2))
-    counts = html.bars("Documents concerned", [(one["name"], one["share"], f"{one['count']:,}") for one in found])
-    return [table, counts]
+        return {"kind": "bad", "text": f"A run is refused: {reasons}"}
+    if findings:
+        return {"kind": "warn", "text": f"{len(findings)} kinds of findings, none of which stops a run"}
+    return {"kind": "good", "text": "No findings"}
 
 
-def _shown(shown: list[dict[str, Any]]) -> list[str]:
-    pieces = []
-    for number, one in enumerate(shown, start=1):
-        documents = one["documents"]
-        pieces.append(html.heading(f"Row {one['row']:,}" if one["whole"] else f"Document {number}", 3))
-        for place, document in enumerate(documents, start=1):
-            border = f"document {place} of {len(documents)}, " if one["whole"] else ""
-            pieces.append(html.paragraph(f"{border}{document['source']}, {document['tokens']:,} tokens"))
-            pieces.append(html.marked([(visible(part["text"]), part["trained"]) for part in document["parts"]]))
-    return pieces
+def _plots(report: dict[str, Any]) -> dict[str, Markup]:
+    ends, series = length_bins(report)
+    sources, findings = [source for source in report["sources"] if source["documents"]], report["findings"]
+    return {
+        "lengths": svg_charts.stacked_bars(
+            "Length of documents",
+            [f"{end:,}" for end in ends],
+            [Series(name, counts) for name, counts in series],
+            "tokens, up to",
+            "documents",
+        ),
+        "cumulative_lengths": svg_charts.lines(
+            "Documents that are no longer than",
+            [source["length_quantiles"] for source in sources],
+            [Series(source["name"], _percentages(len(source["length_quantiles"]))) for source in sources],
+            "tokens",
+            "% of documents",
+            log_x=True,
+        ),
+        "shares": svg_charts.bars(
+            "Share of the tokens", [(s["name"], s["frac"], f"{s['frac']:.1%}") for s in sources], highest=1
+        ),
+        "trained": svg_charts.bars(
+            "Trained tokens",
+            [(s["name"], s["trained_frac"], f"{s['trained_frac']:.1%} of {s['tokens']:,}") for s in sources],
+            highest=1,
+        ),
+        "padding": svg_charts.bars(
+            "Padding", [(s["name"], s["padding_frac"], f"{s['padding_frac']:.2%}") for s in sources if s["epochs"]], highest=1
+        ),
+        "findings": svg_charts.bars(
+            "Documents concerned", [(finding["name"], finding["share"], f"{finding['count']:,}") for finding in findings]
+        ),
+    }
+
+
+def _percentages(num_quantiles: int) -> list[float]:
+    """Return the percentages that evenly spaced quantiles stand for, from 0 to 100."""
+    return [i * 100 / (num_quantiles - 1) for i in range(num_quantiles)]
+
+
+def _finding_rows(findings: list[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    for finding in findings:
+        examples = "\n".join(f"·\u00a0{example['where']}: {example['detail']}" for example in finding["examples"])
+        action = f"{finding['setting']}={finding['action']}" + ("\na run is refused" if finding["fatal"] else "")
+        by_source = "\n".join(f"{name}: {count:,}" for name, count in finding["sources"].items())
+        count, share = f"{finding['count']:,}", share_text(finding["share"])
+        rows.append([finding["title"], count, share, by_source, examples, f"{action}\n{finding['remedy']}"])
+    return rows
+
+
+def _samples(shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a title, and each document's caption and parts of text, of the rows or documents that are shown."""
+    samples = []
+    for number, sample in enumerate(shown, start=1):
+        documents = []
+        for position, document in enumerate(sample["documents"], start=1):
+            order = f"document {position} of {len(sample['documents'])}, " if sample["whole"] else ""
+            parts = [(visible(part["text"]), part["trained"]) for part in document["parts"]]
+            documents.append({"caption": f"{order}{document['source']}, {document['tokens']:,} tokens", "parts": parts})
+        title = f"Row {sample['row']:,}" if sample["whole"] else f"Document {number}"
+        samples.append({"title": title, "documents": documents})
+    return samples

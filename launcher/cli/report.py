@@ -8,14 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher import run_records, run_store
 from launcher.checkpoint import store
-from launcher.cli import formatting
-from launcher.cli import html_page as html
-from launcher.cli.html_page import Series
+from launcher.cli import formatting, html_page, svg_charts
 from launcher.cli.plan_view import plan_lines
+from launcher.cli.svg_charts import Series
 from launcher.clusters.base import cluster_for
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -25,6 +24,9 @@ from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import gone_on_from, lines_of, merged, read_events
 from launcher.tracking.metrics import curves, format_duration
 from launcher.tracking.metrics_tail import newest_step
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 _MOST_POINTS = 600
 # Names, or beginnings of names, of the metrics that the page needs beside those of the charts.
@@ -58,7 +60,7 @@ def run(tokens: list[str]) -> int:
     named = [run_store.find(name, Path(arguments.root)) for name in arguments.runs]
     found = list({one.root: one for one in named}.values())
     file = Path(arguments.html) if arguments.html else (found[0].root if len(found) == 1 else Path()) / "report.html"
-    html.write(file, page([_told(one, name) for one, name in zip(found, _names(found), strict=True)]))
+    html_page.write(file, page([_told(one, name) for one, name in zip(found, _names(found), strict=True)]))
     print(f"page: {formatting.short(file.absolute())}")
     return 0
 
@@ -83,15 +85,15 @@ def _told(found: RunDir, name: str) -> _Told:
 
 
 def page(runs: Sequence[_Told]) -> str:
-    """The whole page: curves of all runs in the same charts, then each run by itself."""
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    cards = [(value, label) for label, value in _facts(runs[0]).items()]
-    body = [html.cards(cards) if len(runs) == 1 else _compared(runs)]
-    body += [html.heading("Curves"), *_curves(runs)]
-    for one in runs:
-        body += [html.heading(one.name), *_sections(one)] if len(runs) > 1 else _sections(one)
-    written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-    return html.page(title, f"written {written}", body)
+    """Return the whole page: curves of all runs in the same charts, then each run by itself."""
+    return html_page.render(
+        "report",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        subtitle=f"written {time.strftime('%Y-%m-%d %H:%M:%S %Z')}",
+        comparison=_comparison(runs),
+        curves=_curves(runs),
+        runs=[_section(one) for one in runs],
+    )
 
 
 def _facts(one: _Told) -> dict[str, str]:
@@ -118,15 +120,16 @@ def _facts(one: _Told) -> dict[str, str]:
     return facts
 
 
-def _compared(runs: Sequence[_Told]) -> str:
-    told = [_facts(one) for one in runs]
-    labels = list(dict.fromkeys(label for facts in told for label in facts))
-    rows = [[one.name, *(facts.get(label, "-") for label in labels)] for one, facts in zip(runs, told, strict=True)]
-    return html.table(["run", *labels], rows, numbers=range(2, len(labels) + 1))
+def _comparison(runs: Sequence[_Told]) -> dict[str, Any]:
+    """Return a table of the facts of each run."""
+    facts_of_runs = [_facts(one) for one in runs]
+    labels = list(dict.fromkeys(label for facts in facts_of_runs for label in facts))
+    rows = [[one.name, *(facts.get(label, "-") for label in labels)] for one, facts in zip(runs, facts_of_runs, strict=True)]
+    return {"header": ["run", *labels], "rows": rows, "numbers": range(2, len(labels) + 1)}
 
 
-def _curves(runs: Sequence[_Told]) -> list[str]:
-    figures = []
+def _curves(runs: Sequence[_Told]) -> list[Markup]:
+    charts = []
     for name, curve in curves().items():
         x, series = [], []
         for one in runs:
@@ -136,8 +139,8 @@ def _curves(runs: Sequence[_Told]) -> list[str]:
                 x.append(steps)
                 series.append(Series(one.name, values))
         if series:
-            figures.append(html.lines(curve.title, x, series, "step", curve.unit))
-    return [html.side_by_side(*figures)] if figures else [html.paragraph("nothing was logged yet")]
+            charts.append(svg_charts.lines(curve.title, x, series, "step", curve.unit))
+    return charts
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[float, float]]:
@@ -154,27 +157,21 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
     return kept
 
 
-def _sections(one: _Told) -> list[str]:
-    """What is told of one run by itself."""
+def _section(one: _Told) -> dict[str, Any]:
+    """Return what the template shows of one run by itself."""
     spent = one.spent
     shares = [("steps that were kept", spent.kept_s), *((words, getattr(spent, name)) for name, words in goodput.LOST.items())]
     bars = [(label, seconds, f"{seconds / max(spent.wall_s, 1e-9):.1%}, {format_duration(seconds)}") for label, seconds in shares]
-    plan_rows = [(line[:11].strip(), line[11:]) for line in plan_lines(one.plan)]
-    pieces = [
-        html.heading("Where the time went", 2),
-        html.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
-        html.heading("Attempts", 2),
-        html.table(["attempt", "from step", "nodes", "to step", "ended", "why"], _attempt_rows(one), numbers=(1, 3)),
-        html.heading("Checkpoints", 2),
-        _checkpoints(one),
-        html.heading("Plan", 2),
-        html.table([], [list(row) for row in plan_rows]),
-    ]
     alerts = [event for event in one.events if event["kind"] == "alert"]
-    if alerts:
-        rows = [[_clock(event["time"]), str(event["step"] or ""), event["text"]] for event in alerts]
-        pieces += [html.heading("Alerts", 2), html.table(["time", "step", "alert"], rows, numbers=(1,))]
-    return pieces
+    return {
+        "name": one.name,
+        "facts": [(value, label) for label, value in _facts(one).items()],
+        "time_chart": svg_charts.bars(f"Of {format_duration(spent.wall_s)} since submission", bars),
+        "attempts": _attempt_rows(one),
+        "checkpoints": _checkpoint_rows(one),
+        "plan": [(line[:11].strip(), line[11:]) for line in plan_lines(one.plan)],
+        "alerts": [[_clock(event["time"]), str(event["step"] or ""), event["text"]] for event in alerts],
+    }
 
 
 def _attempt_rows(one: _Told) -> list[list[str]]:
@@ -206,8 +203,8 @@ def _without_word(one: _Told, number: int, attempt: Attempt) -> str:
     return "goes on" if runs and one.status.state != "pending" else "ended without a word"
 
 
-def _checkpoints(one: _Told) -> str:
-    rows = [
+def _checkpoint_rows(one: _Told) -> list[list[str]]:
+    return [
         [
             f"{checkpoint.step:,}",
             formatting.size(sum(entry.size for entry in checkpoint.manifest.files.values())),
@@ -217,9 +214,6 @@ def _checkpoints(one: _Told) -> str:
         ]
         for checkpoint in store.list_checkpoints(one.run.checkpoints)
     ]
-    if not rows:
-        return html.paragraph("none")
-    return html.table(["step", "size", "held-out loss", "attempt", "ranks"], rows, numbers=range(5))
 
 
 def _clock(at: float) -> str:

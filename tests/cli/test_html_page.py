@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from launcher.cli import html_page
-from launcher.cli.html_page import Series
+from launcher.cli import html_page, svg_charts
+from launcher.cli.svg_charts import Series
 
 EVIL = "<script>alert('x')</script>\"&"
 
@@ -52,23 +52,29 @@ def read(html: str) -> Reader:
     return reader
 
 
+TEMPLATE = """{% extends "page.html.jinja" %}
+{% from "components.html.jinja" import cards, marked, side_by_side, table %}
+{% block body %}
+<p class="bad">{{ text }}</p>
+{{ cards([(text, text)]) }}
+{{ table([text], [[text], ["two\\nlines"]]) }}
+{{ table([], [[text, "7"]], numbers=[1]) }}
+{{ marked([(text, True), ("plain", False)]) }}
+{{ charts[0] }}
+{{ side_by_side(charts[1:]) }}
+{% endblock %}
+"""
+
+
 def everything() -> str:
-    return html_page.page(
-        EVIL,
-        EVIL,
-        [
-            html_page.heading(EVIL),
-            html_page.paragraph(EVIL, "bad"),
-            html_page.cards([(EVIL, EVIL)]),
-            html_page.table([EVIL], [[EVIL], ["two\nlines"]]),
-            html_page.marked([(EVIL, True), ("plain", False)]),
-            html_page.bars(EVIL, [(EVIL, 1.0, EVIL)]),
-            html_page.side_by_side(
-                html_page.stacked_bars(EVIL, [EVIL, "b"], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
-                html_page.lines(EVIL, [[1, 2], [1, 4]], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
-            ),
-        ],
-    )
+    charts = [
+        svg_charts.bars(EVIL, [(EVIL, 1.0, EVIL)]),
+        svg_charts.stacked_bars(EVIL, [EVIL, "b"], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
+        svg_charts.lines(EVIL, [[1, 2], [1, 4]], [Series(EVIL, [1, 2]), Series("s", [0, 3])], EVIL, EVIL),
+        svg_charts.lines(EVIL, [[]], [Series(EVIL, [])], EVIL, EVIL),
+    ]
+    template = html_page.environment().from_string(TEMPLATE)
+    return template.render(title=EVIL, subtitle=EVIL, text=EVIL, charts=charts)
 
 
 def test_texts_are_escaped_and_tags_are_closed() -> None:
@@ -78,10 +84,12 @@ def test_texts_are_escaped_and_tags_are_closed() -> None:
     assert sum(text.count("alert('x')") for text in reader.text) >= 12
     assert "default-src 'none'" in html
     assert not re.search(r"https?:|url\(|@import", html)
+    assert "<td>two<br>lines</td>" in html
+    assert '<td class="number">7</td>' in html
 
 
 def test_bars_stand_on_each_other_to_scale() -> None:
-    html = html_page.stacked_bars("t", ["a", "b"], [Series("s", [10, 20]), Series("u", [30, 0])], "x", "y")
+    html = svg_charts.stacked_bars("t", ["a", "b"], [Series("s", [10, 20]), Series("u", [30, 0])], "x", "y")
     boxes = [tuple(map(float, box)) for box in re.findall(r'y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', html)]
     (low_top, low), (high_top, high), (_, other) = boxes
     assert high == pytest.approx(3 * low, abs=0.3)
@@ -90,7 +98,7 @@ def test_bars_stand_on_each_other_to_scale() -> None:
 
 
 def test_a_line_goes_where_the_numbers_are() -> None:
-    html = html_page.lines("t", [[1, 10, 100]], [Series("s", [0, 50, 100])], "x", "y", log_x=True)
+    html = svg_charts.lines("t", [[1, 10, 100]], [Series("s", [0, 50, 100])], "x", "y", log_x=True)
     (path,) = re.findall(r'points="([^"]+)"', html)
     points = [tuple(map(float, pair.split(","))) for pair in path.split()]
     assert points[1][0] - points[0][0] == pytest.approx(points[2][0] - points[1][0], abs=0.3)
@@ -99,30 +107,30 @@ def test_a_line_goes_where_the_numbers_are() -> None:
 
 
 def test_what_is_not_finite_is_left_out_and_nothing_draws_nothing() -> None:
-    html = html_page.lines("t", [[0, 1, 2]], [Series("s", [1.0, math.nan, 3.0])], "x", "y")
+    html = svg_charts.lines("t", [[0, 1, 2]], [Series("s", [1.0, math.nan, 3.0])], "x", "y")
     assert len(re.findall(r"[\d.]+,[\d.]+", re.findall(r'points="([^"]+)"', html)[0])) == 2
-    assert "nothing to draw" in html_page.lines("t", [[]], [Series("s", [])], "x", "y")
-    assert "<svg" in html_page.stacked_bars("t", [], [], "x", "y")
-    assert "<svg" in html_page.lines("t", [[3]], [Series("s", [7])], "x", "y")
+    assert "nothing to draw" in svg_charts.lines("t", [[]], [Series("s", [])], "x", "y")
+    assert "<svg" in svg_charts.stacked_bars("t", [], [], "x", "y")
+    assert "<svg" in svg_charts.lines("t", [[3]], [Series("s", [7])], "x", "y")
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 7), (0, 0), (-3.2, 1e9), (0.001, 0.0012), (5, 5)])
 def test_ticks_are_few_and_round_and_enclose(low: float, high: float) -> None:
-    ticks = html_page._ticks(low, high)
+    ticks = svg_charts._ticks(low, high)
     assert ticks[0] <= low
     assert ticks[-1] >= high
     assert 2 <= len(ticks) <= 8
-    assert len({html_page._number(tick) for tick in ticks}) == len(ticks)
+    assert len({svg_charts._number(tick) for tick in ticks}) == len(ticks)
 
 
 def test_one_point_is_a_dot() -> None:
-    html = html_page.lines("t", [[3], [1, 2]], [Series("one", [1.5e-5]), Series("two", [1e-5, 2e-5])], "x", "y")
+    html = svg_charts.lines("t", [[3], [1, 2]], [Series("one", [1.5e-5]), Series("two", [1e-5, 2e-5])], "x", "y")
     assert re.search(r'<circle cx="[\d.]+" cy="[\d.]+" r="4" fill="var\(--c0\)"><title>one</title>', html)
     assert html.count("<polyline") == 1
 
 
 def test_labels_of_small_numbers_have_room() -> None:
-    html = html_page.lines("t", [[1, 2]], [Series("rate", [1.25e-5, 2.25e-5])], "x", "y")
+    html = svg_charts.lines("t", [[1, 2]], [Series("rate", [1.25e-5, 2.25e-5])], "x", "y")
     labels = re.findall(r'<text x="([\d.]+)"[^>]*text-anchor="end">([^<]*)<', html)
     assert "1.25e-05" in [label for _, label in labels]
     # A digit is about 0.56 of the 15 pixels of a line high wide.
