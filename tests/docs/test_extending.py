@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from doc_tools import REPO, Block, blocks
+from plan_fixtures import config_of, plan_of
 
+from launcher.clusters.base import BACKENDS, Cluster, cluster_for
+from launcher.config.cluster_sections import SECTIONS
 from launcher.data.sources import formats
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking import metrics
 
+__all__ = ["config_of", "plan_of"]
 PAGE = REPO / "docs/extending.md"
-TABLES: tuple[dict[Any, Any], ...] = (formats.FORMATS, metrics.METRICS)
+TABLES: tuple[dict[Any, Any], ...] = (BACKENDS, SECTIONS, formats.FORMATS, metrics.METRICS)
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +51,31 @@ def execute(section: str) -> dict[str, Any]:
     """Run the example of a section and return its names."""
     names: dict[str, Any] = {"__name__": "example"}
     for block in examples()[section]:
-        exec(compile(block.body, str(PAGE), "exec"), names)
+        exec(compile(block.body, str(PAGE), "exec", dont_inherit=True), names)
     return names
 
 
 def test_every_section_has_an_example() -> None:
     headings = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert list(examples()) == headings
+
+
+def test_a_backend_of_the_page_has_the_whole_protocol_and_previews_its_job(
+    plan_of: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = execute("A cluster backend")
+    module, _, name = BACKENDS["queue"].partition(":")
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: names[name]}))
+    backend = cluster_for("queue")
+    members = {member for member in (*vars(Cluster), *Cluster.__annotations__) if not member.startswith("_")}
+    assert {member for member in members if not hasattr(backend, member)} == set()
+    plan = plan_of()
+    section = SECTIONS["queue"].model_validate({"kind": "queue", "queue": "long"})
+    config = plan.config.model_copy(update={"cluster": section})
+    shown = backend.preview(plan.model_copy(update={"config": config}))
+    assert shown is not None
+    assert shown.startswith("qsub -q long -N ")
+    assert "launcher.worker.agent" in shown
 
 
 def test_a_row_format_of_the_page_is_recognised() -> None:
