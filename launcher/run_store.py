@@ -7,15 +7,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import launcher
-from launcher import atomic_files, json_records
+from launcher import atomic_files, json_records, locks
 from launcher.errors import RunError, SubmitError, Superseded
-from launcher.holder import held
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
@@ -249,8 +248,29 @@ def starting(run: RunDir, wait_s: float = 0) -> Iterator[None]:
     Raises:
         SubmitError: where another command holds it, with who that is.
     """
-    with held(run.root, wait_s):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locks.hold(_lock_path(run), wait_s))
+        except locks.LockTimeout:
+            holder = locks.wait_for_holder(_lock_path(run))
+            raise SubmitError(
+                "another command is starting this run at this moment",
+                where=str(run.root),
+                value="" if holder is None else str(holder),
+                remedy="wait until it is done"
+                if holder is None
+                else f"wait until it is done, or end it on {holder.host}: kill {holder.pid}",
+            ) from None
         yield
+
+
+def starting_process(run: RunDir) -> locks.Holder | None:
+    """Return the process that starts an attempt of the run right now, None if no process does."""
+    return locks.read_holder(_lock_path(run))
+
+
+def _lock_path(run: RunDir) -> Path:
+    return run.root / ".lock"
 
 
 def find(name: str, root: Path, holding: str = "plan.json") -> RunDir:

@@ -32,7 +32,7 @@ SUBMIT_SIDE = [
         "launcher.weight_files",
         "launcher.run_store",
     ),
-    *("launcher.holder", "launcher.hardware"),
+    *("launcher.locks", "launcher.hardware"),
     *("launcher.data.cache", "launcher.data.sources"),
     *("launcher.checkpoint.store", "launcher.checkpoint.retention", "launcher.checkpoint.manifest"),
 ]

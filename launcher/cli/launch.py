@@ -22,7 +22,6 @@ from launcher.config.schema import RunConfig
 from launcher.data import report as data_report
 from launcher.data.texts import Texts, TextsMissing
 from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError
-from launcher.holder import holder_of
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
 from launcher.plan.run_dir import RunDir
@@ -166,7 +165,7 @@ def require_idle(run: RunDir, cluster: Cluster) -> None:
     if status.state not in RUNNING_STATES:
         return
     name = formatting.short(run.root)
-    starting = holder_of(run.root) if status.job is None else None
+    starting = run_store.starting_process(run) if status.job is None else None
     number = run_store.newest_attempt(run)
     where = f"being started by {starting}" if starting is not None else formatting.whereabouts(run, status, number)
     raise SubmitError(

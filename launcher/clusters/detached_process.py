@@ -16,7 +16,7 @@ import psutil
 
 from launcher import json_records, run_store
 from launcher.errors import RunError
-from launcher.holder import pid_space
+from launcher.locks import pid_namespace
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Liveness, Status
 
@@ -62,7 +62,7 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
 def identity() -> dict[str, Any]:
     """How a status names the process that writes it; `space` is where its id means something."""
     this = psutil.Process()
-    return {"host": os.uname().nodename, "space": pid_space(), "pid": this.pid, "started": this.create_time()}
+    return {"host": os.uname().nodename, "space": pid_namespace(), "pid": this.pid, "started": this.create_time()}
 
 
 def start_liveness_file(run: RunDir) -> None:
@@ -134,14 +134,14 @@ def is_here(status: Status) -> bool:
     """True where the process would be among those that are seen from here."""
     job = status.job or {}
     # Who wrote no `space` named the machine alone.
-    return job.get("space", pid_space()) == pid_space() and ("space" in job or job.get("host") == os.uname().nodename)
+    return job.get("space", pid_namespace()) == pid_namespace() and ("space" in job or job.get("host") == os.uname().nodename)
 
 
 def _booted_since(status: Status) -> bool:
     """True where the process was one of this machine, which has started anew meanwhile."""
     job = status.job or {}
     boot, _, _ = str(job.get("space", "")).partition(" ")
-    return bool(boot) and job.get("host") == os.uname().nodename and boot != pid_space().partition(" ")[0]
+    return bool(boot) and job.get("host") == os.uname().nodename and boot != pid_namespace().partition(" ")[0]
 
 
 def with_code(code: Path, environ: Mapping[str, str]) -> str:

@@ -40,9 +40,9 @@ from launcher.config.data import ChecksSection, DataSection
 from launcher.data import digests
 from launcher.data.cache_dir import cache_root, usable
 from launcher.data.digests import CheckedArray, DigestingWriter
-from launcher.data.lock import locked
 from launcher.data.sources import eval_source, source_digest
 from launcher.errors import DataError, Problem
+from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
 
 # Raised whenever the same sources would give other tokens, rows or findings, or another layout; a test tells.
@@ -306,7 +306,7 @@ def building(key: str) -> Iterator[Path | None]:
         final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         with usable(final.parent):
-            stack.enter_context(locked(final.with_suffix(".lock"), "builds this data cache"))
+            stack.enter_context(wait_and_hold(final.with_suffix(".lock"), "builds this data cache"))
         if find(key) is not None:
             yield None
             return

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from launcher import locks
 from launcher.config.data import ChecksSection, DataSection, Source
-from launcher.data import cache, lock
+from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.cache import Split, cache_key, find, read_report, read_samples
 from launcher.errors import DataError
@@ -340,8 +341,8 @@ def test_a_source_that_grows_while_it_is_read_is_no_cache(section: Callable[...,
 def test_waiting_for_another_builder_is_said_again_and_again(
     cache_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(lock, "SAID_EVERY_S", 0.1)
-    monkeypatch.setattr(lock, "LONGEST_WAIT_S", 0.5)
+    monkeypatch.setattr(locks, "WARN_EVERY_S", 0.1)
+    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.5)
     second = cache.building("key")
     with cache.building("key"), pytest.raises(DataError, match="builds this data cache takes too long") as caught:
         second.__enter__()
@@ -353,7 +354,7 @@ def test_waiting_for_another_builder_is_said_again_and_again(
     # Where nobody has said who holds it, the lock is named.
     caplog.clear()
     path = cache_home / "data" / "other.lock"
-    with filelock.FileLock(path), pytest.raises(DataError), lock.locked(path, "builds this data cache"):
+    with filelock.FileLock(path), pytest.raises(DataError), locks.wait_and_hold(path, "builds this data cache"):
         pass
     assert caplog.messages[0] == f"waiting for another process that builds this data cache ({path})"
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from launcher.config.data import Source
 from launcher.data.cache_dir import is_full, source_folder, unusable, usable
-from launcher.data.lock import locked
 from launcher.data.sources.files import DataFile, file_digest, kind_by_name
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
+from launcher.locks import wait_and_hold
 
 # What storages call the property of a file that changes with its content.
 _CHANGES = (
@@ -97,7 +97,7 @@ class Remote:
             if target.exists():
                 return DataFile(target, self._name(path))
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with locked(target.parent / ".lock", f"fetches {self._name(path)}"):
+            with wait_and_hold(target.parent / ".lock", f"fetches {self._name(path)}"):
                 if not target.exists():
                     self._download(path, state.size, target.parent).replace(target)
         return DataFile(target, self._name(path))

@@ -17,8 +17,8 @@ import pytest
 from dataset_hub import DatasetHub, running_dataset_hub
 from mirror_tools import S3, make_bucket, running_s3
 
+from launcher import locks
 from launcher.config.data import DataSection, Source
-from launcher.data import lock
 from launcher.data.sources import check_sources, eval_source, provenance, read_documents, source_digest
 from launcher.errors import DataError, Problem
 
@@ -248,7 +248,7 @@ def test_an_address_is_fetched_once_and_again_where_it_has_changed(memory: Any, 
 
 
 def test_what_another_process_fetches_is_waited_for(memory: Any, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(locks, "MAX_WAIT_S", 0.1)
     memory.pipe("/data/train.jsonl", row("a").encode())
     source = Source(path="memory://data/train.jsonl")
     assert texts(source) == ["a"]

@@ -1,4 +1,4 @@
-"""Who holds a run while an attempt of it is started: told by the process itself, and forgotten when it is dead."""
+"""Locks name their holder, and a holder that has ended holds nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ import pytest
 from filelock import FileLock
 
 from launcher.errors import SubmitError
-from launcher.holder import Holder, held, holder_of, pid_space
+from launcher.locks import Holder, hold, pid_namespace, read_holder
+from launcher.plan.run_dir import RunDir
+from launcher.run_store import starting, starting_process
 
 REPO = Path(__file__).resolve().parents[1]
 HOLD = """
 import sys, time
 from pathlib import Path
-from launcher.holder import held
-with held(Path(sys.argv[1]), 0):
+from launcher.locks import hold
+with hold(Path(sys.argv[1]) / ".lock", 0):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -47,8 +49,8 @@ def another(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(SubmitError) as error, held(folder, 0):
-        pytest.fail("the lock is held twice")
+    with pytest.raises(SubmitError) as error, starting(RunDir(folder)):
+        pytest.fail("two processes hold the lock")
     (problem,) = error.value.problems
     assert problem.what == "another command is starting this run at this moment"
     assert problem.where == str(folder)
@@ -56,11 +58,11 @@ def refusal(folder: Path) -> str:
     return str(problem)
 
 
-def test_the_second_is_told_who_holds_it(tmp_path: Path) -> None:
+def test_the_error_names_the_process_that_starts_the_run(tmp_path: Path) -> None:
     before = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     with another(tmp_path, "resume", "run.name=a") as process:
         text = refusal(tmp_path)
-        found = holder_of(tmp_path)
+        found = starting_process(RunDir(tmp_path))
     for part in (f"process {process.pid} on {os.uname().nodename}, of user {getpass.getuser()}", "resume run.name=a"):
         assert part in text
     assert f"kill {process.pid}" in text
@@ -69,40 +71,40 @@ def test_the_second_is_told_who_holds_it(tmp_path: Path) -> None:
     assert f"since {before}" in text or f"since {after}" in text
 
 
-def test_a_holder_that_was_killed_holds_nothing_and_is_not_named(tmp_path: Path) -> None:
+def test_a_killed_holder_is_neither_an_obstacle_nor_named(tmp_path: Path) -> None:
     with another(tmp_path) as process:
         process.kill()
         process.wait(timeout=10)
-    assert (tmp_path / ".lock.json").is_file(), "it had no time to clear away"
-    assert holder_of(tmp_path) is None
+    assert (tmp_path / ".lock.json").is_file(), "a killed process does not clean up"
+    assert read_holder(tmp_path / ".lock") is None
     with FileLock(tmp_path / ".lock", timeout=0):
-        # Held by somebody who has not said who he is: the dead one is not blamed.
+        # The holder has published no identity, and the one on disk is that of the dead process.
         text = refusal(tmp_path)
     assert "process" not in text
-    with held(tmp_path, 0):
-        found = holder_of(tmp_path)
+    with hold(tmp_path / ".lock", 0):
+        found = read_holder(tmp_path / ".lock")
         assert found is not None
         assert found.pid == os.getpid()
     assert not (tmp_path / ".lock.json").exists()
 
 
-def test_the_number_of_a_dead_process_may_be_another_ones(tmp_path: Path) -> None:
+def test_a_reused_pid_is_not_taken_for_the_holder(tmp_path: Path) -> None:
     holder = Holder.this_process()
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(holder)))
-    assert holder_of(tmp_path) == holder
+    assert read_holder(tmp_path / ".lock") == holder
     earlier = replace(holder, started=holder.started - 100)
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(earlier)))
-    assert holder_of(tmp_path) is None
-    # What runs on another machine cannot be seen from here.
+    assert read_holder(tmp_path / ".lock") is None
+    # Another machine's processes cannot be seen from here.
     elsewhere = replace(earlier, space="another boot or container, of a machine of the same name")
     (tmp_path / ".lock.json").write_text(json.dumps(asdict(elsewhere)))
-    assert holder_of(tmp_path) == elsewhere
+    assert read_holder(tmp_path / ".lock") == elsewhere
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root makes namespaces")
-def test_a_container_of_this_machine_has_its_name_and_other_processes() -> None:
-    """A dead holder there may have the number of a process here, and a living one none at all."""
-    code = "import os; from launcher.holder import pid_space; print(os.uname().nodename); print(pid_space())"
+def test_containers_of_one_machine_have_different_pid_namespaces() -> None:
+    """The pid of a holder there may be that of another process here, or of none."""
+    code = "import os; from launcher.locks import pid_namespace; print(os.uname().nodename); print(pid_namespace())"
     there = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code],
         capture_output=True,
@@ -112,25 +114,25 @@ def test_a_container_of_this_machine_has_its_name_and_other_processes() -> None:
     )
     name, space = there.stdout.splitlines()
     assert name == os.uname().nodename
-    assert space != pid_space()
-    assert space.split()[0] == pid_space().split()[0], "it is the same boot of the same machine"
+    assert space != pid_namespace()
+    assert space.split()[0] == pid_namespace().split()[0], "it is the same boot of the same machine"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])
-def test_a_damaged_name_is_no_name(tmp_path: Path, content: str) -> None:
+def test_a_damaged_identity_names_no_holder(tmp_path: Path, content: str) -> None:
     (tmp_path / ".lock.json").write_text(content)
-    assert holder_of(tmp_path) is None
+    assert read_holder(tmp_path / ".lock") is None
 
 
-def test_no_credential_of_the_command_line_is_told(tmp_path: Path) -> None:
+def test_credentials_on_the_command_line_are_redacted(tmp_path: Path) -> None:
     token = "hf_" + "Canary" * 5
     with another(tmp_path, token):
         assert token not in refusal(tmp_path)
         assert token not in (tmp_path / ".lock.json").read_text()
 
 
-def test_one_waits_for_the_other(tmp_path: Path) -> None:
+def test_hold_waits_until_the_holder_ends(tmp_path: Path) -> None:
     with another(tmp_path) as process:
         process.terminate()
-        with held(tmp_path, 10):
-            assert holder_of(tmp_path) is not None
+        with hold(tmp_path / ".lock", 10):
+            assert read_holder(tmp_path / ".lock") is not None

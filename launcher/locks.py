@@ -1,0 +1,188 @@
+"""File locks that name their holder.
+
+The kernel releases a lock when its holder ends. While a process holds the lock NAME, the file NAME.json beside it holds the
+process's identity, for the messages of those who wait.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from launcher import atomic_files
+from launcher.config.redaction import redact
+from launcher.errors import DataError, Problem
+
+# The kernel releases a lock when its holder ends, so this only has to be longer than any build or download.
+MAX_WAIT_S = 24 * 3600.0
+WARN_EVERY_S = 600.0
+# A holder writes its identity right after it has taken the lock.
+_IDENTITY_WAIT_S = 0.5
+
+# Without a handler of its own a warning goes to standard error unformatted.
+_LOG = logging.getLogger(__name__)
+
+
+class LockTimeout(Exception):
+    """Another process held the lock for longer than the caller waits."""
+
+
+@functools.cache
+def pid_namespace() -> str:
+    """Return an id of the scope of this process's pid: one boot of one machine, and one pid namespace there.
+
+    Containers of one machine may share its host name but not its processes, or its processes but not its name.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return os.uname().nodename
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock; `space` is its `pid_namespace`, `started` and `since` are seconds since the epoch."""
+
+    host: str
+    space: str
+    pid: int
+    started: float
+    user: str
+    since: float
+    command: str
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        pid = os.getpid()
+        return cls(os.uname().nodename, pid_namespace(), pid, _start_time(pid) or 0.0, _user(), time.time(), _command())
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the process is known to have ended; never true for a process of another machine or container."""
+        if self.space != pid_namespace():
+            return False
+        started = _start_time(self.pid)
+        # The kernel reuses the pid of a process that has ended.
+        return started is None or abs(started - self.started) >= 1
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host}, of user {self.user}, since {since}: {self.command}"
+
+
+@contextmanager
+def hold(path: Path, timeout_s: float, mode: int = -1) -> Iterator[None]:
+    """Hold the lock file `path` and publish this process's identity beside it.
+
+    `mode` holds the permissions of the file if it is created; -1 leaves them to the umask.
+
+    Raises:
+        LockTimeout: if another process still holds the lock after `timeout_s` seconds.
+        OSError: if the file cannot be created.
+    """
+    # Commands that only look at runs take no lock, and the import takes a while.
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, timeout=timeout_s, mode=mode)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise LockTimeout(str(path)) from None
+    try:
+        with _published_identity(path):
+            yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def wait_and_hold(path: Path, activity: str) -> Iterator[None]:
+    """Hold the lock file `path` as soon as no other process does, with a warning every WARN_EVERY_S seconds until then.
+
+    `activity` says in the warning what the other process does, as in "builds this data cache".
+
+    Raises:
+        DataError: if another process still holds the lock after MAX_WAIT_S seconds.
+        OSError: if the file cannot be created.
+    """
+    deadline, timeout_s = time.monotonic() + MAX_WAIT_S, 0.0
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold(path, timeout_s, mode=0o600))
+                break
+            except LockTimeout:
+                holder = read_holder(path)
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    message, remedy = f"another process that {activity} takes too long", "wait for it, or end it and try again"
+                    raise DataError(Problem(message, str(path), "" if holder is None else str(holder), remedy)) from None
+                _LOG.warning("waiting for another process that %s (%s)", activity, path if holder is None else holder)
+                timeout_s = min(WARN_EVERY_S, left_s)
+        yield
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Return the process that holds the lock file `path`; None if no process does, or if it has not published its identity."""
+    try:
+        holder = Holder(**json.loads(_identity_path(path).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return None if holder.has_ended else holder
+
+
+def wait_for_holder(path: Path) -> Holder | None:
+    """Return the process that holds the lock file `path`, with half a second for it to publish its identity; None after that."""
+    deadline = time.monotonic() + _IDENTITY_WAIT_S
+    while (holder := read_holder(path)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holder
+
+
+@contextmanager
+def _published_identity(path: Path) -> Iterator[None]:
+    try:
+        # Without an identity the lock holds all the same.
+        with suppress(OSError):
+            atomic_files.write_json(_identity_path(path), asdict(Holder.this_process()))
+        yield
+    finally:
+        _identity_path(path).unlink(missing_ok=True)
+
+
+def _identity_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _start_time(pid: int) -> float | None:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.Error:
+        return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def _command() -> str:
+    """Return this process's command line as a person typed it, with credentials redacted."""
+    program, *arguments = sys.orig_argv
+    return redact(shlex.join([Path(program).name, *arguments]))
