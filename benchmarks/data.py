@@ -1,6 +1,6 @@
 """Data, through the command that a user types: text to cache, many short documents, waste of packing, the loader's share.
 
-    python benchmarks/data.py [--rounds N] [--data FOLDER] [--only build short packing loader open]
+    python benchmarks/data.py [--rounds N] [--data FOLDER] [--only build short packing loader open tokenizer]
 
 build    `launcher data` into an empty cache, beside datasets.map with TRL's packing as a script (map_and_pack.py): seconds, CPU
          seconds and memory of whole processes, on 29,892 chats. Both sides must have made the same token ids.
@@ -8,6 +8,7 @@ short    the same for 200,000 documents of 10 to 40 tokens (--short-documents)
 packing  rows and waste of both on the data sets in FOLDER, which holds gsm8k_train.jsonl and alpaca_en_demo.json
 loader   the data's share of a step, of `launcher train`
 open     opening a cache of 100,000 rows, which a rank does: calls of functions, no command
+tokenizer  CPU seconds of a build with the word cache of fast_tokenizer.py and without it (build_cpu.py), on 29,892 chats
 
 The tokenizer is converted before. Sides take turns in several rounds, so that other load on the machine falls on all of them;
 figures are medians, ratios those of pairs. Without TRL the launcher is measured alone. Writes tables into RESULTS.md.
@@ -38,9 +39,11 @@ DATA = sides.HERE.parents[1] / "shared" / "data"
 ROW_LENGTHS = (1024, 2048, 4096)
 MAX_LENGTH = 2048
 PROCESSES = 2
-PARTS = ("build", "short", "packing", "loader", "open")
+PARTS = ("build", "short", "packing", "loader", "open", "tokenizer")
 LAUNCHER, TRL = "launcher data", "datasets.map and TRL"
+WORD_CACHE, ENCODE_BATCH = "word cache", "encode_batch alone"
 FROM_DATA = f"From `python -m launcher data data.workers={PROCESSES} --json`, run as a whole process with an empty cache."
+FROM_BUILD = "From `launcher.data.build.build` in one process: CPU seconds of the build, without imports."
 FROM_FUNCTIONS = "From calls of the functions that open a cache and make batches, which a rank does at its start."
 
 
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("--row-lengths", type=int, nargs="+", default=ROW_LENGTHS, metavar="N", help="row lengths of packing")
     parser.add_argument("--short-documents", type=int, default=200_000, help="documents of short (default: %(default)s)")
     args = parser.parse_args()
-    if not args.data.is_dir() and {"build", "packing"} & {*args.only}:
+    if not args.data.is_dir() and {"build", "packing", "tokenizer"} & {*args.only}:
         parser.error(
             f"--data: there is no folder {args.data}; build and packing read gsm8k_train.jsonl and alpaca_en_demo.json there"
         )
@@ -64,6 +67,11 @@ def main() -> None:
             table = building(bench, data_inputs.chats(args.data)["gsm8k"], args.copies, args.rounds)
             options = () if args.copies == data_inputs.COPIES else ("--copies", args.copies)
             record("text to cache", "text to cache, two processes", FROM_DATA, typed("build", *options), table)
+        if "tokenizer" in args.only:
+            file = bench.write_copies(data_inputs.chats(args.data)["gsm8k"], args.copies)
+            options = () if args.copies == data_inputs.COPIES else ("--copies", args.copies)
+            title = "a build with the word cache and without it"
+            record("word cache", title, FROM_BUILD, typed("tokenizer", *options), tokenizing(bench, file, args.rounds))
         if "short" in args.only:
             file = data_inputs.write_short(bench.folder / "short.jsonl", args.short_documents)
             title = f"{args.short_documents:,} short documents to cache, two processes"
@@ -127,6 +135,16 @@ class Bench:
         )
         return cost, json.loads(output.splitlines()[-1])
 
+    def write_copies(self, pairs: list[tuple[str, str]], num_copies: int) -> Path:
+        return data_inputs.write_chats(self.folder / "chats.jsonl", data_inputs.copies(pairs, num_copies))
+
+    def build_cpu(self, rows: Path, *options: str) -> dict[str, Any]:
+        """What build_cpu.py measured."""
+        script = [sys.executable, str(sides.HERE / "build_cpu.py"), str(rows), self.model, str(MAX_LENGTH), *options]
+        environment = self._environment(LAUNCHER_CACHE=self._emptied("launcher"))
+        measured: dict[str, Any] = json.loads(sides.run(script, self.folder / "build_cpu.log", environment).splitlines()[-1])
+        return measured
+
     def _environment(self, **variables: str) -> dict[str, str]:
         return sides.user_environment(self.folder, HF_HUB_OFFLINE="1", **variables)
 
@@ -143,7 +161,7 @@ class Bench:
 
 
 def building(bench: Bench, pairs: list[tuple[str, str]], num_copies: int, rounds: int) -> list[str]:
-    file = data_inputs.write_chats(bench.folder / "chats.jsonl", data_inputs.copies(pairs, num_copies))
+    file = bench.write_copies(pairs, num_copies)
     return [
         *compared(bench, file, rounds),
         f"The documents are gsm8k as chats, {num_copies} times, each time with other numbers.",
@@ -202,6 +220,35 @@ def cost_table(costs: dict[str, list[Cost]]) -> list[str]:
 
 def _spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} | {min(values):.{digits}f} to {max(values):.{digits}f}"
+
+
+def tokenizing(bench: Bench, file: Path, rounds: int) -> list[str]:
+    """CPU seconds of builds with the word cache and without it, in turns.
+
+    Raises:
+        SystemExit: if the two sides built different caches.
+    """
+    options = {ENCODE_BATCH: ("--without-word-cache",), WORD_CACHE: ()}
+    cpu_s: dict[str, list[float]] = {side: [] for side in options}
+    built = set()
+    for number in range(rounds):
+        for side, flags in options.items():
+            measured = bench.build_cpu(file, *flags)
+            cpu_s[side].append(measured["cpu_s"])
+            built.add((measured["documents"], measured["tokens"], measured["digest"]))
+            print(f"round {number + 1}: {side}: {measured['cpu_s']:.2f} s of CPU", flush=True)
+    if len(built) != 1:
+        raise SystemExit(f"the sides built different caches (documents, tokens, digest): {sorted(built)}")
+    num_documents, num_tokens, _ = built.pop()
+    ratios = [plain / cached for plain, cached in zip(cpu_s[ENCODE_BATCH], cpu_s[WORD_CACHE], strict=True)]
+    return [
+        "| side | CPU s | range |",
+        "|---|---|---|",
+        *(f"| {side} | {_spread(values, 2)} |" for side, values in cpu_s.items()),
+        f"| {ENCODE_BATCH} / {WORD_CACHE}, pairs | {_spread(ratios, 2)} |",
+        "",
+        f"{num_documents:,} documents to train on, {num_tokens:,} tokens; both sides build the same cache.",
+    ]
 
 
 def packing(bench: Bench, data: Path, row_lengths: Sequence[int]) -> list[str]:

@@ -205,7 +205,7 @@ def _write_rows(plan: LaunchPlan, steps: int, file: Path) -> None:
         tokens = slice(split.rows[row], split.rows[row + 1])
         input_ids[i, :length] = split.tokens[tokens]
         labels[i, :length] = np.where(split.trained[tokens], input_ids[i, :length], -100)
-        for start, end in itertools.pairwise([*split.doc_borders(row), shape[1]]):
+        for start, end in itertools.pairwise([*split.doc_offsets(row), shape[1]]):
             position_ids[i, start:end] = np.arange(end - start)
     np.savez(file, input_ids=input_ids, position_ids=position_ids, labels=labels, lengths=lengths)
 

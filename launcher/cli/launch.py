@@ -20,7 +20,7 @@ from launcher.clusters.preflight import check_startable, disk_note
 from launcher.config.compose import Composed, conf_dir, run_hydra
 from launcher.config.schema import RunConfig
 from launcher.data import report as data_report
-from launcher.data.texts import Texts, TextsMissing
+from launcher.data.texts import DecodedTexts, TextsMissing
 from launcher.errors import ConfigError, DataError, Problem, RunError, SubmitError
 from launcher.plan.launch_plan import Facts, LaunchPlan
 from launcher.plan.planner import plan as make_plan
@@ -98,7 +98,7 @@ def _kept_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
         return None
     stops = model_source.stop_ids(config.model)
     try:
-        return data_report.report(built, config.data, Texts(built), config.train, config.run.seed, stops, num_shown)
+        return data_report.report(built, config.data, DecodedTexts(built), config.train, config.run.seed, stops, num_shown)
     except TextsMissing:
         return None
 

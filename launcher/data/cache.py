@@ -230,8 +230,8 @@ class Split:
         docs = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
         return np.asarray(self.docs[docs + 1] - self.docs[docs])
 
-    def doc_borders(self, row: int) -> np.ndarray:
-        """Document starts within `row`, counted from the row's start, and the row's length."""
+    def doc_offsets(self, row: int) -> np.ndarray:
+        """Return the start of each document relative to the start of `row`, and the length of the row."""
         start, end = self.rows[row], self.rows[row + 1]
         first, last = np.searchsorted(self.docs, (start, end))
         return np.asarray(self.docs[first : last + 1] - start)

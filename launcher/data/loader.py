@@ -15,16 +15,16 @@ from launcher.errors import DataError, Problem
 from launcher.plan.launch_plan import Batch
 
 IGNORED = -100
-"""Label of a token that is not trained; the default `ignore_index` of torch's cross entropy."""
+"""Label of an untrained token; the default `ignore_index` of torch's cross entropy."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank feeds into one forward pass; B rows of T tokens, T the longest row. Tensors are int64, on CPU.
+    """The input of one forward pass on one rank: B rows, padded to the longest of T tokens. Tensors are int64 [B, T], on CPU.
 
-    `position_ids` restart at 0 with each document and where padding starts. `labels` are already shifted: labels[b, t] is
-    token t + 1 where that token is trained and stands in the same document, else IGNORED. A batch without rows is one row of
-    padding, with empty `row_ids`.
+    `position_ids` restart at 0 with each document and with the padding. `labels` are already shifted: labels[b, t] is token t + 1
+    if that token is trained and in the same document, else IGNORED. A batch without rows is one row of padding, with empty
+    `row_ids`.
     """
 
     input_ids: torch.Tensor
@@ -33,24 +33,24 @@ class MicroBatch:
     row_ids: tuple[int, ...]
 
     @property
-    def borders(self) -> torch.Tensor:
-        """Where documents and padding begin, in the rows one after another, and where these end: int32 [n + 1], on CPU."""
+    def cu_seqlens(self) -> torch.Tensor:
+        """Cumulative lengths of documents and padding in the concatenated rows, from 0 to B * T: int32 [n + 1], on CPU."""
         starts = (self.position_ids.reshape(-1) == 0).nonzero().squeeze(1)
         return torch.cat([starts, starts.new_tensor([self.position_ids.numel()])]).to(torch.int32)
 
-    def pinned(self) -> MicroBatch:
-        """The same in page-locked memory, from where a GPU copies while it computes."""
+    def pin_memory(self) -> MicroBatch:
+        """Return a copy in page-locked memory, which a GPU copies asynchronously."""
         names = ("input_ids", "position_ids", "labels")
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step: this rank's micro-batches, and counts of the whole global batch over all ranks.
+    """One optimizer step: this rank's micro-batches, and counts of the global batch over all ranks.
 
-    `num_labels` are the trained labels, the divisor of the loss; `num_tokens` count no padding, `num_slots` count it as well;
-    `doc_lengths` are the tokens of each document; `source_tokens` those of each source, in the order of data.sources. `row_ids`
-    stand in the global batch's order.
+    `num_labels` counts trained labels, the divisor of the loss; `num_tokens` excludes padding, `num_slots` includes it;
+    `doc_lengths` are the tokens of each document, `source_tokens` those of each source, in the order of data.sources. `row_ids`
+    are in the order of the global batch.
     """
 
     micro: list[MicroBatch]
@@ -67,8 +67,10 @@ class TrainBatches:
 
     Global batch b is stream positions b * G to (b + 1) * G; row j of micro-batch m on rank r is index
     (m * world_size + r) * micro_batch_size + j within it, so the batch is the same for every world size.
-    `group_by_length`: rows of one batch have about the same length, for rows that are not packed.
-    Errors: DataError where the split is empty or `batch` does not split over `world_size` ranks.
+    `group_by_length`: rows of one batch have similar lengths, for rows that are not packed.
+
+    Raises:
+        DataError: if the split is empty, or `batch` does not divide over `world_size` ranks.
     """
 
     def __init__(
@@ -84,8 +86,8 @@ class TrainBatches:
         if split.num_rows == 0:
             raise DataError(Problem("the training split has no rows", "data.sources", remedy="add rows to train on"))
         if batch.micro_batch_size * batch.accumulation * world_size != batch.global_batch_size:
-            split_up = f"{batch.micro_batch_size} rows x {batch.accumulation} micro-batches x {world_size} ranks"
-            what, remedy = f"{split_up} is not the global batch", "plan the run for this world size"
+            product = f"{batch.micro_batch_size} rows x {batch.accumulation} micro-batches x {world_size} ranks"
+            what, remedy = f"{product} is not the global batch", "plan the run for this world size"
             raise DataError(Problem(what, "train.global_batch_size", str(batch.global_batch_size), remedy))
         self.split = split
         self.batch = batch
@@ -96,7 +98,7 @@ class TrainBatches:
         self.order = RowOrder(split.num_rows, seed, lengths, batch.global_batch_size)
 
     def step(self, step: int) -> StepBatch:
-        """The batch of optimizer step `step`, counted from 0."""
+        """Return the batch of optimizer step `step`, counted from 0."""
         size, micro_size = self.batch.global_batch_size, self.batch.micro_batch_size
         rows = self.order.at(step * size, (step + 1) * size)
         lengths = self.split.row_lengths(rows)
@@ -113,38 +115,38 @@ class TrainBatches:
         )
 
 
-class OneAhead:
-    """The steps of `batches`, of which the next is made in a thread while the current one is computed.
+class PrefetchLoader:
+    """Prepares the batch of the next step in a thread while the current step is computed.
 
-    For a GPU they lie in page-locked memory. Any step may be asked for; the one after the last asked for is ready.
+    For a GPU the batches are in page-locked memory. Any step may be requested; only the one after the last request is prefetched.
     """
 
     def __init__(self, batches: TrainBatches, device: torch.device) -> None:
         self.split = batches.split
         self._batches = batches
-        self._pins = device.type == "cuda"
-        # A thread begins on the first GPU, and page-locked memory would take some of that one's.
-        on_device = partial(torch.cuda.set_device, device) if self._pins else None
+        self._pin_memory = device.type == "cuda"
+        # A thread starts on the first GPU, where page-locking would allocate memory.
+        on_device = partial(torch.cuda.set_device, device) if self._pin_memory else None
         self._thread = ThreadPoolExecutor(1, "batches", initializer=on_device)
         self._ready: dict[int, Future[StepBatch]] = {}
 
     def step(self, step: int) -> StepBatch:
-        """The batch of optimizer step `step`, counted from 0."""
-        wanted = self._ready.get(step) or self._thread.submit(self._make, step)
-        batch = wanted.result()
-        self._ready = {step + 1: self._thread.submit(self._make, step + 1)}
+        """Return the batch of optimizer step `step`, counted from 0."""
+        future = self._ready.get(step) or self._thread.submit(self._load, step)
+        batch = future.result()
+        self._ready = {step + 1: self._thread.submit(self._load, step + 1)}
         return batch
 
-    def _make(self, step: int) -> StepBatch:
+    def _load(self, step: int) -> StepBatch:
         batch = self._batches.step(step)
-        return replace(batch, micro=[micro.pinned() for micro in batch.micro]) if self._pins else batch
+        return replace(batch, micro=[micro.pin_memory() for micro in batch.micro]) if self._pin_memory else batch
 
 
 def eval_batches(split: Split, micro_batch_size: int, rank: int, world_size: int, pad_id: int) -> list[MicroBatch]:
-    """This rank's share of all rows of `split`, dealt out as in training; each row is in exactly one rank's list.
+    """Return this rank's micro-batches of all rows of `split`; each row is on exactly one rank.
 
-    Every rank gets the same number of micro-batches, since a forward pass under ZeRO-3 is collective: where the rows run
-    out, the last ones are smaller, or padding alone with every label IGNORED.
+    Every rank gets the same number of micro-batches, since a forward pass under ZeRO-3 is collective: at the end they have
+    fewer rows, or only padding with every label IGNORED.
     """
     stride = micro_batch_size * world_size
     return [
@@ -154,7 +156,7 @@ def eval_batches(split: Split, micro_batch_size: int, rank: int, world_size: int
 
 
 def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
-    """The rows of `split` with these numbers, padded to the longest of them."""
+    """Return the rows of `split` with the indices `rows`, padded to the longest of them."""
     lengths = split.row_lengths(rows)
     shape = (max(1, len(rows)), int(lengths.max(initial=1)))
     input_ids = np.full(shape, pad_id, dtype=np.int64)
@@ -163,10 +165,10 @@ def micro_batch(split: Split, rows: np.ndarray, pad_id: int) -> MicroBatch:
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         tokens = slice(split.rows[row], split.rows[row + 1])
         input_ids[i, :length] = split.tokens[tokens]
-        # A document's first token is never marked as trained, so no label reaches into the next document.
+        # A document's first token is never trained, so no label crosses into the next document.
         labels[i, : length - 1] = np.where(split.trained[tokens][1:], input_ids[i, 1:length], IGNORED)
-        borders = split.doc_borders(row)
-        position_ids[i] -= np.repeat([*borders], np.diff([*borders, shape[1]]))
+        offsets = split.doc_offsets(row)
+        position_ids[i] -= np.repeat([*offsets], np.diff([*offsets, shape[1]]))
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),

@@ -14,8 +14,8 @@ NARROWING = 1024
 
 
 @dataclass(frozen=True)
-class Packing:
-    """`order` lists document numbers row by row; row r holds order[starts[r]:starts[r + 1]], in ascending order."""
+class RowLayout:
+    """Documents in rows: row r has the documents order[starts[r]:starts[r + 1]], in ascending order."""
 
     order: np.ndarray
     starts: np.ndarray
@@ -25,7 +25,7 @@ class Packing:
         return len(self.starts) - 1
 
 
-def pack(lengths: np.ndarray, capacity: int) -> Packing:
+def pack(lengths: np.ndarray, capacity: int) -> RowLayout:
     """Assign documents of `lengths` tokens to rows of at most `capacity` tokens.
 
     Best-fit-decreasing (Johnson 1973) with a look ahead: the longest document opens a row and the longest that fits follows,
@@ -38,7 +38,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     """
     lengths = np.asarray(lengths)
     if not len(lengths):
-        return Packing(np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
+        return RowLayout(np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
     if not (lengths.min() >= 1 and lengths.max() <= capacity):
         raise ValueError(f"lengths must lie in 1..{capacity}, got {lengths.min()}..{lengths.max()}")
     counts = np.bincount(lengths).tolist()
@@ -54,12 +54,12 @@ def pack(lengths: np.ndarray, capacity: int) -> Packing:
     row_of[np.argsort(lengths, kind="stable")] = list(itertools.chain.from_iterable(rows_by_length))
     starts = np.zeros(num_rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(row_of, minlength=num_rows), out=starts[1:])
-    return Packing(np.argsort(row_of, kind="stable"), starts)
+    return RowLayout(np.argsort(row_of, kind="stable"), starts)
 
 
-def one_per_row(num_docs: int) -> Packing:
+def one_per_row(num_docs: int) -> RowLayout:
     """No packing: document i is row i."""
-    return Packing(np.arange(num_docs), np.arange(num_docs + 1))
+    return RowLayout(np.arange(num_docs), np.arange(num_docs + 1))
 
 
 def _fill(counts: list[int], capacity: int) -> tuple[list[list[int]], int]:
@@ -76,11 +76,11 @@ def _fill(counts: list[int], capacity: int) -> tuple[list[list[int]], int]:
         for n in row:
             rows_by_length[n].append(num_rows)
         num_rows += 1
-        if stock.counts[row[0]] and (again := min(stock.counts[n] // row.count(n) for n in row)):
+        if stock.counts[row[0]] and (repeats := min(stock.counts[n] // row.count(n) for n in row)):
             for n in row:
-                stock.take(n, again)
-                rows_by_length[n] += range(num_rows, num_rows + again)
-            num_rows += again
+                stock.take(n, repeats)
+                rows_by_length[n] += range(num_rows, num_rows + repeats)
+            num_rows += repeats
     return rows_by_length, num_rows
 
 

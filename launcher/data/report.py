@@ -16,7 +16,7 @@ from launcher.data import cache
 from launcher.data.cache import Split
 from launcher.data.checks import findings, patterns
 from launcher.data.row_order import RowOrder
-from launcher.data.texts import Texts
+from launcher.data.texts import DecodedTexts
 from launcher.plan.launch_plan import DataFacts
 
 NUM_QUANTILES = 41
@@ -28,7 +28,7 @@ _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 def report(
     facts: DataFacts,
     data: DataSection,
-    texts: Texts,
+    texts: DecodedTexts,
     train: TrainSection,
     seed: int,
     stop_ids: Sequence[int],
@@ -211,7 +211,7 @@ def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
     return [{"max_tokens": 1 << e, "documents": int(counts[e])} for e in range(exponents.min(), len(counts))]
 
 
-def _shown(split: Split, names: list[str], texts: Texts, num_rows: int) -> list[dict[str, Any]]:
+def _shown(split: Split, names: list[str], texts: DecodedTexts, num_rows: int) -> list[dict[str, Any]]:
     """Rows, or single documents, each as documents of trained and untrained parts."""
     if num_rows:
         rows = np.unique(np.linspace(0, split.num_rows - 1, num_rows).round().astype(int)).tolist()
@@ -230,7 +230,7 @@ def _shown(split: Split, names: list[str], texts: Texts, num_rows: int) -> list[
     ]
 
 
-def _document(split: Split, doc: int, names: list[str], texts: Texts) -> dict[str, Any]:
+def _document(split: Split, doc: int, names: list[str], texts: DecodedTexts) -> dict[str, Any]:
     span = slice(split.docs[doc], split.docs[doc + 1])
     tokens, trained = split.tokens[span], split.trained[span]
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -12,24 +11,13 @@ import numpy as np
 
 from launcher.config.data import DataSection
 from launcher.data import cache, mixture, packing
+from launcher.data.packing import RowLayout
 from launcher.errors import DataError, Problem
 
 _TOKENS_AT_ONCE = 1 << 22
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Rows of documents: row r holds the documents order[starts[r]:starts[r + 1]]."""
-
-    order: np.ndarray
-    starts: np.ndarray
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.starts) - 1
-
-
-class Spill:
+class TokenSpool:
     """Tokens on disk in the order in which they came, until it is known where they belong."""
 
     def __init__(self, folder: Path) -> None:
@@ -58,7 +46,7 @@ def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def mixed(lengths: np.ndarray, sources: np.ndarray, kept: np.ndarray, data: DataSection) -> tuple[Layout, list[float]]:
+def mixed(lengths: np.ndarray, sources: np.ndarray, kept: np.ndarray, data: DataSection) -> tuple[RowLayout, list[float]]:
     """Rows of the training documents, and how often each source was passed over.
 
     `lengths` and `sources` are those of all documents, `kept` the numbers of those to train on. Each pass over the sources
@@ -83,7 +71,7 @@ def mixed(lengths: np.ndarray, sources: np.ndarray, kept: np.ndarray, data: Data
     return _joined([_packed(lengths, numbers, data) for numbers in rounds]), epochs
 
 
-def all_of(lengths: np.ndarray, kept: np.ndarray, data: DataSection, max_rows: int | None) -> Layout:
+def all_of(lengths: np.ndarray, kept: np.ndarray, data: DataSection, max_rows: int | None) -> RowLayout:
     """Rows of the documents `kept`, each once; of more than `max_rows` rows some are chosen that stand for all."""
     layout = _packed(lengths, kept, data)
     if max_rows is None or layout.num_rows <= max_rows:
@@ -91,19 +79,19 @@ def all_of(lengths: np.ndarray, kept: np.ndarray, data: DataSection, max_rows: i
     # Rows stand by the length of their longest document: evenly spaced ones.
     chosen = np.linspace(0, layout.num_rows - 1, max_rows).round().astype(int)
     return _joined(
-        [Layout(layout.order[a:b], np.asarray([0, b - a])) for a, b in layout.starts[np.stack([chosen, chosen + 1], 1)]]
+        [RowLayout(layout.order[a:b], np.asarray([0, b - a])) for a, b in layout.starts[np.stack([chosen, chosen + 1], 1)]]
     )
 
 
-def _packed(lengths: np.ndarray, numbers: np.ndarray, data: DataSection) -> Layout:
+def _packed(lengths: np.ndarray, numbers: np.ndarray, data: DataSection) -> RowLayout:
     packed = packing.pack(lengths[numbers], data.max_length) if data.packing else packing.one_per_row(len(numbers))
-    return Layout(numbers[packed.order], packed.starts)
+    return RowLayout(numbers[packed.order], packed.starts)
 
 
-def _joined(layouts: Sequence[Layout]) -> Layout:
+def _joined(layouts: Sequence[RowLayout]) -> RowLayout:
     order = np.concatenate([np.empty(0, np.int64), *(layout.order for layout in layouts)])
     row_docs = np.concatenate([np.empty(0, np.int64), *(np.diff(layout.starts) for layout in layouts)])
-    return Layout(order, _starts(row_docs))
+    return RowLayout(order, _starts(row_docs))
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
@@ -113,7 +101,7 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 
 def write(
     folder: Path,
-    layout: Layout,
+    layout: RowLayout,
     lengths: np.ndarray,
     sources: np.ndarray,
     labels: np.ndarray,

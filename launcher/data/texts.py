@@ -38,7 +38,7 @@ class TextsMissing(LookupError):
     """A text is not kept, and there is no tokenizer to decode it."""
 
 
-class Texts:
+class DecodedTexts:
     """Texts of tokens and of training documents of one cache: the kept ones, and others where there is a tokenizer.
 
     `load_tokenizer` is called once, when a text is not kept.

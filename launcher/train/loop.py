@@ -23,7 +23,7 @@ from launcher.checkpoint import shards, store, zero3
 from launcher.checkpoint.manifest import Checkpoint
 from launcher.checkpoint.saver import Saver
 from launcher.data.cache import Split
-from launcher.data.loader import MicroBatch, OneAhead, TrainBatches, eval_batches
+from launcher.data.loader import MicroBatch, PrefetchLoader, TrainBatches, eval_batches
 from launcher.distributed import RankInfo, all_reduce_step, run_on_all_ranks
 from launcher.errors import CheckpointError, DivergedError, RunError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
@@ -130,7 +130,7 @@ class _Session:
     engine: Any
     model: CausalLMLoss
     checkpoints: Checkpoints
-    batches: OneAhead
+    batches: PrefetchLoader
     held_out: list[MicroBatch]
     meter: Meter
     timer: StepTimer
@@ -179,7 +179,7 @@ class _Session:
         # Padding is never looked at nor trained; any id in the vocabulary serves.
         grouped = plan.config.data.group_by_length and not plan.config.data.packing
         order = (plan.config.run.seed, rank_info.rank, rank_info.world_size)
-        batches = OneAhead(TrainBatches(Split.open(data), plan.batch, *order, pad_id=0, group_by_length=grouped), device)
+        batches = PrefetchLoader(TrainBatches(Split.open(data), plan.batch, *order, pad_id=0, group_by_length=grouped), device)
         held_out: list[MicroBatch] = []
         if data.num_eval_rows:
             split = Split.open(data, held_out=True)
@@ -276,7 +276,7 @@ class _Session:
 
     def _loss(self, micro: MicroBatch, factor: float) -> torch.Tensor:
         inputs = (tensor.to(self.device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
-        return self.engine(*inputs, micro.labels, factor, micro.borders)
+        return self.engine(*inputs, micro.labels, factor, micro.cu_seqlens)
 
     def _own_reason(self, stop: Stop) -> str | None:
         # The first rank alone knows what the run has spent.

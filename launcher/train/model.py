@@ -43,7 +43,7 @@ class CausalLMLoss(nn.Module):
         self.flatten = flatten
         # Code that comes with a model may not take what those of transformers do.
         taken = inspect.signature(model.get_decoder().forward).parameters.values()
-        self._takes_borders = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
+        self._takes_cu_seqlens = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
 
     def forward(
         self,
@@ -51,14 +51,14 @@ class CausalLMLoss(nn.Module):
         position_ids: Tensor,
         labels: Tensor | None = None,
         factor: float = 1.0,
-        borders: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Summed negative log-likelihood over `labels` [B, T] (IGNORED is skipped) times `factor`, a scalar in fp32.
 
-        Without labels: logits. Everything goes through this one method, because ZeRO-3 gathers weights around it. `borders`,
+        Without labels: logits. Everything goes through this one method, because ZeRO-3 gathers weights around it. `cu_seqlens`,
         those of a MicroBatch, spare FlashAttention to look for documents in `position_ids`.
         """
-        hidden = self._hidden(input_ids, position_ids, borders)
+        hidden = self._hidden(input_ids, position_ids, cu_seqlens)
         if labels is None:
             return self.hf.get_output_embeddings()(hidden)
         flat = labels.reshape(-1)
@@ -68,14 +68,14 @@ class CausalLMLoss(nn.Module):
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         return self.hf.get_output_embeddings()(selected, targets, factor)
 
-    def _hidden(self, input_ids: Tensor, position_ids: Tensor, borders: Tensor | None) -> Tensor:
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Last hidden states [B, T, H] (or [1, B*T, H]) of token ids and restarting positions [B, T]."""
         documents: dict[str, Any] = {}
         if self.flatten:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-            if borders is not None and self._takes_borders:
+            if cu_seqlens is not None and self._takes_cu_seqlens:
                 # transformers would ask the GPU for these in every layer, and wait for its answer.
-                at, longest = _on(input_ids.device, borders), int(borders.diff().max())
+                at, longest = _on(input_ids.device, cu_seqlens), int(cu_seqlens.diff().max())
                 documents = {"cu_seq_lens_q": at, "cu_seq_lens_k": at, "max_length_q": longest, "max_length_k": longest}
         # A cache or a mask would switch off the isolation of packed documents.
         decoder = self.hf.get_decoder()

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from launcher import atomic_files, model_source, parent_run, run_store
 from launcher.config.schema import ModelSection, RunConfig, is_run
 from launcher.data import build, report, sources
-from launcher.data.texts import Texts
+from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
 from launcher.export import model_card
@@ -66,7 +66,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
         built = build.build(config.data, str(tokenizer), on_progress)
     if show is None:
         return {}
-    texts = Texts(built, lambda: load_tokenizer(str(tokenizer)))
+    texts = DecodedTexts(built, lambda: load_tokenizer(str(tokenizer)))
     answer = report.report(built, config.data, texts, config.train, config.run.seed, model_source.stop_ids(config.model), show)
     texts.keep()
     return {"report": answer}

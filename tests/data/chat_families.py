@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from launcher.config.data import DataSection, Source
 from launcher.data.sources import Chat, Message
-from launcher.data.tokenization.encoder import Encoded, Encoder
+from launcher.data.tokenization.encoder import EncodedDocument, Encoder
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Begin token, end token, and the other special tokens of each family.
@@ -81,12 +81,12 @@ def chat(*messages: Message) -> Chat:
     return Chat("rows.jsonl:1", messages, (TOOL,) if any(message.tool_calls for message in messages) else ())
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, document: Chat, **settings: Any) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, document: Chat, **settings: Any) -> EncodedDocument:
     encoder = Encoder(tokenizer, DataSection(sources=(Source(path="rows.jsonl"),), **settings))
     return encoder.encode([encoder.render(document)])[0]
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> str:
+def marked(tokenizer: PreTrainedTokenizerBase, encoded: EncodedDocument) -> str:
     """The text, decoded token by token, with ⟦ ⟧ around runs of trained tokens."""
     parts: list[str] = []
     start = 0

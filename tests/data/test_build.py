@@ -15,7 +15,7 @@ from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
 from launcher.data.checks import findings
 from launcher.data.tokenization.batch_encoder import pieces_of
-from launcher.data.tokenization.encoder import Encoded
+from launcher.data.tokenization.encoder import EncodedDocument
 from launcher.errors import DataError
 
 Jsonl = Callable[..., Path]
@@ -177,7 +177,7 @@ def test_a_long_document_in_pieces_is_all_there() -> None:
     ids = np.arange(100, 150, dtype=np.uint32)
     trained = np.ones(50, dtype=np.uint8)
     trained[0] = 0
-    whole = Encoded(ids, trained, (49,))
+    whole = EncodedDocument(ids, trained, (49,))
     pieces = pieces_of(whole, 16, "split")
     assert np.concatenate([piece.ids for piece in pieces]).tolist() == ids.tolist()
     assert [len(piece.ids) for piece in pieces] == [16, 16, 16, 2]
@@ -191,9 +191,9 @@ def test_a_long_document_in_pieces_is_all_there() -> None:
 def test_pieces_without_a_trained_token_are_left_out() -> None:
     trained = np.zeros(40, dtype=np.uint8)
     trained[35:] = 1
-    answer_last = Encoded(np.arange(40, dtype=np.uint32), trained, (39,))
+    answer_last = EncodedDocument(np.arange(40, dtype=np.uint32), trained, (39,))
     assert [piece.ids.tolist() for piece in pieces_of(answer_last, 16, "split")] == [list(range(32, 40))]
-    untrained = Encoded(np.arange(40, dtype=np.uint32), np.zeros(40, dtype=np.uint8), ())
+    untrained = EncodedDocument(np.arange(40, dtype=np.uint32), np.zeros(40, dtype=np.uint8), ())
     assert [len(piece.ids) for piece in pieces_of(untrained, 16, "split")] == [16]
 
 
@@ -255,9 +255,9 @@ def test_a_cache_of_another_format_is_not_read(jsonl: Jsonl, tokenizer_dir: Path
     meta = Path(facts.cache_dir) / "meta.json"
     held = json.loads(meta.read_bytes())
     meta.write_text(json.dumps({**held, "format": held["format"] - 1}))
-    again: list[str] = []
-    assert build(data, str(tokenizer_dir), lambda stage, done, total: again.append(stage)) == facts
-    assert again
+    stages: list[str] = []
+    assert build(data, str(tokenizer_dir), lambda stage, done, total: stages.append(stage)) == facts
+    assert stages
 
 
 def test_conversations_out_of_order_are_dropped_before_a_template_refuses_them(jsonl: Jsonl, tokenizer_dir: Path) -> None:

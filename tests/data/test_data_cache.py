@@ -206,8 +206,8 @@ def test_the_key_does_not_follow_the_name_of_a_revision(
 def test_the_digest_of_a_cache_is_that_of_its_tokens_and_rows(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
     first = build(section(), str(tokenizer_dir))
     shutil.rmtree(first.cache_dir)
-    again = build(section(), str(tokenizer_dir))
-    assert (first.digest, first) == (again.digest, again)
+    find_duplicates = build(section(), str(tokenizer_dir))
+    assert (first.digest, first) == (find_duplicates.digest, find_duplicates)
     assert first.digest
     others = [section(train_on="all"), section(packing=False), section(eval_fraction=0.5)]
     assert len({first.digest, *(build(other, str(tokenizer_dir)).digest for other in others)}) == 4

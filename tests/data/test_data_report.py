@@ -18,7 +18,7 @@ from launcher.data.cache import Split
 from launcher.data.checks import findings
 from launcher.data.loader import TrainBatches
 from launcher.data.report import report as report_of
-from launcher.data.texts import Texts
+from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch, DataFacts
@@ -31,7 +31,7 @@ def report(
     facts: DataFacts, data: DataSection, tokenizer: Path, num_shown: int = 0, stop_ids: Sequence[int] = (), **train: Any
 ) -> dict[str, Any]:
     settings = TrainSection(**{"epochs": 1, **train})
-    texts = Texts(facts, lambda: load_tokenizer(str(tokenizer)))
+    texts = DecodedTexts(facts, lambda: load_tokenizer(str(tokenizer)))
     return report_of(facts, data, texts, settings, seed=0, stop_ids=stop_ids, num_shown=num_shown)
 
 

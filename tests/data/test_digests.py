@@ -20,7 +20,7 @@ from launcher.data import cache, digests
 from launcher.data.build import build
 from launcher.data.cache import Split
 from launcher.data.digests import BLOCK_BYTES
-from launcher.data.loader import OneAhead, TrainBatches, eval_batches
+from launcher.data.loader import PrefetchLoader, TrainBatches, eval_batches
 from launcher.data.report import report
 from launcher.data.texts import Texts
 from launcher.data.tokenization.encoder import load_tokenizer
@@ -116,7 +116,7 @@ def test_permuted_tokens_are_refused_at_the_step_that_reads_them_and_not_before(
     block = 7
     permute(Path(facts.cache_dir) / "tokens.npy", block)
     split = Split.open(facts)
-    ahead = OneAhead(batches(split), torch.device("cpu"))
+    ahead = PrefetchLoader(batches(split), torch.device("cpu"))
     order = batches(split).order.at(0, NUM_ROWS).reshape(-1, 2)
     starts, stops = (HEADER_BYTES + 4 * ROW_TOKENS * order + offset for offset in (0, 4 * ROW_TOKENS - 1))
     first = int(np.flatnonzero(((starts // BLOCK_BYTES <= block) & (block <= stops // BLOCK_BYTES)).any(axis=1))[0])

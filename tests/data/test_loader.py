@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from launcher.config.data import DataSection
 from launcher.data.build import build
 from launcher.data.cache import Split
-from launcher.data.loader import IGNORED, MicroBatch, OneAhead, StepBatch, TrainBatches, eval_batches
+from launcher.data.loader import IGNORED, MicroBatch, PrefetchLoader, StepBatch, TrainBatches, eval_batches
 from launcher.data.row_order import RowOrder
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch
@@ -121,7 +121,7 @@ def test_lengths_and_order_are_known_without_the_tokens(split: Split) -> None:
         rows = batches.order.at(0, stop)
         assert rows.tolist() == wanted.order.at(0, stop).tolist()
         assert blind.row_lengths(rows).tolist() == split.row_lengths(rows).tolist()
-        assert [blind.doc_borders(row).tolist() for row in rows] == [split.doc_borders(row).tolist() for row in rows]
+        assert [blind.doc_offsets(row).tolist() for row in rows] == [split.doc_offsets(row).tolist() for row in rows]
         with pytest.raises(AssertionError, match="tokens are read"):
             batches.step(0)
 
@@ -199,7 +199,7 @@ def test_the_next_step_is_made_while_one_is_computed(split: Split) -> None:
             return super().step(step)
 
     inputs = (split, batch(world_size=1), 0, 0, 1, PAD)
-    ahead, plain = OneAhead(Watched(*inputs), torch.device("cpu")), TrainBatches(*inputs)
+    ahead, plain = PrefetchLoader(Watched(*inputs), torch.device("cpu")), TrainBatches(*inputs)
     for step in (5, 6, 2):
         got, expected = ahead.step(step), plain.step(step)
         assert (got.row_ids, got.num_labels, got.source_tokens) == (expected.row_ids, expected.num_labels, expected.source_tokens)
@@ -220,7 +220,7 @@ def test_a_batch_that_cannot_be_made_ahead_is_told_when_it_is_asked_for(split: S
                 raise DataError("the disk is gone")
             return super().step(step)
 
-    ahead = OneAhead(Broken(split, batch(world_size=1), 0, 0, 1, PAD), torch.device("cpu"))
+    ahead = PrefetchLoader(Broken(split, batch(world_size=1), 0, 0, 1, PAD), torch.device("cpu"))
     ahead.step(0)
     with pytest.raises(DataError, match="the disk is gone"):
         ahead.step(1)
@@ -229,7 +229,7 @@ def test_a_batch_that_cannot_be_made_ahead_is_told_when_it_is_asked_for(split: S
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_for_a_gpu_lie_in_page_locked_memory(split: Split) -> None:
-    ahead = OneAhead(TrainBatches(split, batch(world_size=1), 0, 0, 1, PAD), torch.device("cuda:0"))
+    ahead = PrefetchLoader(TrainBatches(split, batch(world_size=1), 0, 0, 1, PAD), torch.device("cuda:0"))
     assert all(micro.input_ids.is_pinned() and micro.labels.is_pinned() for micro in ahead.step(0).micro)
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.data.packing import Packing, one_per_row, pack
+from launcher.data.packing import RowLayout, one_per_row, pack
 from launcher.data.row_layout import _gathered as gathered
 from launcher.data.tokenization.batch_encoder import pieces_of
-from launcher.data.tokenization.encoder import Encoded
+from launcher.data.tokenization.encoder import EncodedDocument
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
@@ -27,11 +27,11 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> int:
     return len(free)
 
 
-def rows(packing: Packing) -> list[np.ndarray]:
+def rows(packing: RowLayout) -> list[np.ndarray]:
     return [packing.order[a:b] for a, b in itertools.pairwise(packing.starts)]
 
 
-def assert_sound(packing: Packing, lengths: np.ndarray, capacity: int) -> None:
+def assert_sound(packing: RowLayout, lengths: np.ndarray, capacity: int) -> None:
     assert sorted(packing.order.tolist()) == list(range(len(lengths)))
     assert packing.starts[0] == 0
     assert packing.starts[-1] == len(lengths)
@@ -60,7 +60,7 @@ def test_every_token_once_and_in_order_where_long_documents_are_split(data: st.D
     pieces = []
     for ids, mask in zip(documents, masks, strict=True):
         mask[0] = 0
-        cut = pieces_of(Encoded(ids, mask, ()), capacity, "split")
+        cut = pieces_of(EncodedDocument(ids, mask, ()), capacity, "split")
         trained = {int(token) for piece in cut for token in piece.ids[piece.trained == 1]}
         # A piece's first token has nothing before it to be predicted from.
         assert trained == {int(token) for i, token in enumerate(ids) if mask[i] and i % capacity}

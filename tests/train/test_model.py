@@ -91,7 +91,7 @@ def test_flash_attention_is_told_where_documents_begin(real: CausalLMLoss, recom
     positions = torch.stack([packed([9, 1, 14], seed=6)[1][0], packed([10, 14], seed=7)[1][0]])
     labels = ids.roll(-1, dims=1)
     batch = MicroBatch(ids, positions, labels, (0, 1))
-    assert batch.borders.tolist() == [0, 9, 10, 24, 34, 48]
+    assert batch.cu_seqlens.tolist() == [0, 9, 10, 24, 34, 48]
     expected = real(ids, positions, labels).item()
     before = real.hf.config._attn_implementation
     try:
@@ -100,7 +100,7 @@ def test_flash_attention_is_told_where_documents_begin(real: CausalLMLoss, recom
             real.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         real.hf.set_attn_implementation("played")
         real.flatten = True
-        loss = real(ids, positions, labels, 1.0, batch.borders)
+        loss = real(ids, positions, labels, 1.0, batch.cu_seqlens)
         loss.backward()
     finally:
         real.flatten = False

@@ -109,7 +109,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedFinding:
     """A finding under the settings of a run: its `action` is keep, drop or fail; `fatal`: the run is refused."""
 
     finding: Finding
@@ -146,10 +146,11 @@ def read(folder: str | Path) -> Findings:
     return tuple(Finding(**{**row, "examples": tuple(Example(**example) for example in row["examples"])}) for row in rows)
 
 
-def judge(findings: Findings, checks: ChecksSection) -> tuple[Judged, ...]:
+def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...]:
     """What each finding means under `checks`; those that refuse the run stand first."""
     judged = [
-        Judged(finding, action := getattr(checks, finding.name), _is_fatal(finding, action, checks)) for finding in findings
+        JudgedFinding(finding, action := getattr(checks, finding.name), _is_fatal(finding, action, checks))
+        for finding in findings
     ]
     return tuple(sorted(judged, key=lambda one: not one.fatal))
 

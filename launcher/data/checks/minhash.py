@@ -69,7 +69,7 @@ def signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
     return found
 
 
-def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def find_near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Pairs (a, b, similarity) with a < b and an estimated similarity of at least `threshold`; a pair may come again.
 
     `signatures` is uint16 [documents, NUM_SLOTS].
@@ -86,7 +86,7 @@ def near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.nd
                 yield _alike(signatures, order[some], signatures, order[some + distance], threshold)
 
 
-def near_in(
+def find_near_pairs_between(
     left: np.ndarray,
     right: np.ndarray,
     threshold: float,

@@ -9,20 +9,20 @@ import numpy as np
 
 from launcher.config.data import ChecksSection
 from launcher.data.checks import minhash
-from launcher.data.checks.quality import Hit
+from launcher.data.checks.quality import CheckHit
 
 # Above every estimate of a similarity.
 _EXACT = 2.0
 _NOT_COMPARED = "it agrees in part with too many others"
 
 
-def again(
+def find_duplicates(
     contents: np.ndarray,
     tasks: np.ndarray,
     signatures: Sequence[np.ndarray | None],
     training: np.ndarray,
     checks: ChecksSection,
-) -> list[tuple[int, Hit]]:
+) -> list[tuple[int, CheckHit]]:
     """Duplicates among the documents with the numbers `training`, as (document, hit): of several alike the first one is none.
 
     `contents` and `tasks` are uint64 [documents]. The hits of one check stand in the order of `training`.
@@ -30,19 +30,19 @@ def again(
     _, first, group = np.unique(tasks[training], return_index=True, return_inverse=True)
     before = training[first][group]
     same = np.flatnonzero(before != training)
-    hits = [(int(training[i]), Hit("exact_duplicate", _alike(_EXACT), (int(before[i]),))) for i in same.tolist()]
+    hits = [(int(training[i]), CheckHit("exact_duplicate", _alike(_EXACT), (int(before[i]),))) for i in same.tolist()]
     signed = _signed(signatures, _Copies(contents, training).firsts)
     slots = _stacked(signatures, signed)
     firsts = np.arange(len(signed))
-    for a, b, _ in minhash.near_pairs(slots, checks.near_duplicate_threshold):
+    for a, b, _ in minhash.find_near_pairs(slots, checks.near_duplicate_threshold):
         np.minimum.at(firsts, b, a)
     near = np.flatnonzero(firsts < np.arange(len(signed)))
     shares = (slots[near] == slots[firsts[near]]).mean(axis=1)
     alike = zip(signed[near].tolist(), signed[firsts[near]].tolist(), shares.tolist(), strict=True)
-    return [*hits, *((document, Hit("near_duplicate", _alike(share), (other,))) for document, other, share in alike)]
+    return [*hits, *((document, CheckHit("near_duplicate", _alike(share), (other,))) for document, other, share in alike)]
 
 
-def leaks(contents: np.ndarray, training: np.ndarray, inside: np.ndarray) -> list[tuple[int, Hit]]:
+def find_leaks(contents: np.ndarray, training: np.ndarray, inside: np.ndarray) -> list[tuple[int, CheckHit]]:
     """The held-out documents with the numbers `inside` that stand in training, as (document, hit).
 
     `others` of a hit are all such documents among those with the numbers `training`; `contents` is uint64 [documents].
@@ -50,19 +50,19 @@ def leaks(contents: np.ndarray, training: np.ndarray, inside: np.ndarray) -> lis
     copies = _Copies(contents, training)
     places = copies.places(contents[inside])
     return [
-        (document, Hit("held_out_in_train", _alike(_EXACT), tuple(copies.at(place).tolist())))
+        (document, CheckHit("held_out_in_train", _alike(_EXACT), tuple(copies.at(place).tolist())))
         for document, place in zip(inside.tolist(), places.tolist(), strict=True)
         if place >= 0
     ]
 
 
-def near_leaks(
+def find_near_leaks(
     contents: np.ndarray,
     signatures: Sequence[np.ndarray | None],
     training: np.ndarray,
     inside: np.ndarray,
     checks: ChecksSection,
-) -> list[tuple[int, Hit]]:
+) -> list[tuple[int, CheckHit]]:
     """As `leaks`, those that are nearly the same as one in training; and the documents that were not compared with all.
 
     Of those nearly the same, each is one of some hit's `others` where they are to be dropped; to be told of, the first ones
@@ -73,12 +73,12 @@ def near_leaks(
     if not len(signed) or not len(apart):
         return []
     found, missed = _near(_stacked(signatures, signed), _stacked(signatures, apart), signed, apart, checks)
-    hits = [(i, Hit("not_compared", _NOT_COMPARED)) for i in missed.tolist()]
+    hits = [(i, CheckHit("not_compared", _NOT_COMPARED)) for i in missed.tolist()]
     for document in sorted(found):
         near = {other: share for other, share in found[document].items() if contents[other] != contents[document]}
         if near:
             others = np.concatenate([copies.at(place) for place in copies.places(contents[list(near)]).tolist()])
-            hits.append((document, Hit("near_held_out_in_train", _alike(max(near.values())), tuple(others.tolist()))))
+            hits.append((document, CheckHit("near_held_out_in_train", _alike(max(near.values())), tuple(others.tolist()))))
     return hits
 
 
@@ -120,11 +120,11 @@ def _near(
         for document, other, share in zip(inside[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
             alike[document][other] = share
 
-    missed = inside[minhash.near_in(apart, slots, checks.near_duplicate_threshold, minhash.REACH_ACROSS, note)]
+    missed = inside[minhash.find_near_pairs_between(apart, slots, checks.near_duplicate_threshold, minhash.REACH_ACROSS, note)]
     if checks.near_held_out_in_train == "drop":
         # A held-out document was compared until some were found that are like it.
         rest = np.flatnonzero(~found)
-        also = minhash.near_in(
+        also = minhash.find_near_pairs_between(
             slots[rest],
             apart,
             checks.near_duplicate_threshold,

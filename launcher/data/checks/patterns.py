@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, eq=False)
-class Search:
+class TextPattern:
     """A pattern of a kind of text that belongs to the check `finding`; one of `literals` stands in every text that holds it.
 
     The literals are in lower case, with 0 for every digit. Most texts hold none, and looking for them takes a tenth of the time.
@@ -74,7 +74,7 @@ def _gate(literal: bytes) -> bytes:
 
 
 SEARCHES = tuple(
-    Search(finding, kind, tuple((_gate(literal), literal) for literal in literals), re.compile(pattern))
+    TextPattern(finding, kind, tuple((_gate(literal), literal) for literal in literals), re.compile(pattern))
     for finding, kind, literals, pattern in (
         ("secrets", "private key", (b"private key",), r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[^-]*"),
         ("secrets", "AWS key", (b"akia", b"asia"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
@@ -107,21 +107,21 @@ _LITERALS = {gate: [(literal, s) for s in SEARCHES for of, literal in s.literals
 _ALL_DIGITS_0 = bytes.maketrans(b"123456789", b"0" * 9)
 
 
-def worth_while(lower: bytes) -> tuple[Search, ...]:
+def worth_while(lower: bytes) -> tuple[TextPattern, ...]:
     """The searches that may find something in a text, given in lower case and UTF-8."""
     data = lower.translate(_ALL_DIGITS_0)
     found = [search for gate, literals in _LITERALS.items() if gate in data for literal, search in literals if literal in data]
     return tuple(dict.fromkeys(found)) if found else ()
 
 
-def find(text: str, searches: Iterable[Search]) -> Iterator[tuple[Search, re.Match[str]]]:
+def find(text: str, searches: Iterable[TextPattern]) -> Iterator[tuple[TextPattern, re.Match[str]]]:
     """Each find in `text`."""
     for search in searches:
         for match in search.pattern.finditer(text):
             yield search, match
 
 
-def hidden(search: Search, match: re.Match[str]) -> str:
+def hidden(search: TextPattern, match: re.Match[str]) -> str:
     """What may be shown of a find: its kind, first character and length."""
     return f"[{search.kind}: {match.group()[:1]}…, {len(match.group())} characters]"
 

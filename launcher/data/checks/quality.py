@@ -16,7 +16,7 @@ from launcher.config.data import ChecksSection, DataSection
 from launcher.data.checks import minhash, patterns
 from launcher.data.checks.findings import LEAKS, NUM_EXAMPLES, TITLES, Example, Finding, Findings
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
-from launcher.data.tokenization.encoder import Encoded, Rendered
+from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.data.tokenization.loss_mask import TrainOn, answers
 
 # zlib makes about a half of usual text and a third of code and tables; a fifth is left where one thing is said again and again.
@@ -39,7 +39,7 @@ _USUAL_TEXT = "continued pre-training usually takes millions of tokens or more"
 
 
 @dataclass(frozen=True)
-class Hit:
+class CheckHit:
     """One check that a document has not passed; `detail` shows no secret, `others` are the numbers of documents concerned."""
 
     finding: str
@@ -57,12 +57,12 @@ class Inspection:
     content: int
     task: int
     signature: np.ndarray | None
-    hits: tuple[Hit, ...]
+    hits: tuple[CheckHit, ...]
     is_text: bool
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CheckedDocuments:
     """All documents in the order in which they were read, one entry each; `source` points into `names`.
 
     `trained` is False where no token is trained within a row, `used` where no row of training holds the document.
@@ -79,7 +79,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TextPart:
     """A piece of a document's text; `where` names it within the document, `answer` is what of it the model is trained on."""
 
     where: str
@@ -89,8 +89,8 @@ class _Part:
 
 def inspect(
     documents: Sequence[Document],
-    rendered: Sequence[Rendered],
-    encoded: Sequence[Encoded],
+    rendered: Sequence[RenderedDocument],
+    encoded: Sequence[EncodedDocument],
     special_texts: Sequence[str],
     data: DataSection,
 ) -> list[Inspection]:
@@ -113,7 +113,7 @@ def inspect(
     return list(map(Inspection, contents, tasks, minhash.signatures(signed), hits, is_text))
 
 
-def _joined(parts: Sequence[_Part], whole: str | None = None, but: Sequence[str] = ()) -> str:
+def _joined(parts: Sequence[_TextPart], whole: str | None = None, but: Sequence[str] = ()) -> str:
     """What the parts but some say, normalised: `whole` where it is that of all of them, and all are meant."""
     meant = [part.text for part in parts if part.where not in but]
     return whole if whole is not None and len(meant) == len(parts) else minhash.normalised("\n".join(meant))
@@ -127,11 +127,11 @@ def _setup(document: Document) -> bytes:
     return f"{turns}{json.dumps(document.tools) if document.tools else ''}".encode()
 
 
-def _parts(document: Document, rendered: Rendered, train_on: TrainOn) -> Iterator[_Part]:
+def _parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) -> Iterator[_TextPart]:
     match document:
         case Chat(messages=messages, tools=tools):
             if tools:
-                yield _Part("tools", json.dumps(tools, ensure_ascii=False), None)
+                yield _TextPart("tools", json.dumps(tools, ensure_ascii=False), None)
             trained = answers(document, train_on)
             for i, message in enumerate(messages):
                 where = "system" if message.role == "system" else f"messages[{i}]"
@@ -140,15 +140,15 @@ def _parts(document: Document, rendered: Rendered, train_on: TrainOn) -> Iterato
                     # Templates leave it out of earlier turns.
                     is_written = any(thought.strip() in rendered.text[span.start : span.end] for span in rendered.spans)
                     answer = text if is_written else _written(message, None)
-                yield _Part(where, text, answer if i in trained else None)
+                yield _TextPart(where, text, answer if i in trained else None)
         case Completion(prompt=prompt, completion=completion):
-            yield _Part("prompt", prompt, None)
-            yield _Part("completion", completion, completion)
+            yield _TextPart("prompt", prompt, None)
+            yield _TextPart("completion", completion, completion)
         case PlainText(text=text):
-            yield _Part("text", text, None)
+            yield _TextPart("text", text, None)
 
 
-def _as_written(document: Document, parts: list[_Part], system: str | None) -> list[_Part]:
+def _as_written(document: Document, parts: list[_TextPart], system: str | None) -> list[_TextPart]:
     """The parts with what the settings write in place of the row's own system text, and with the names of who speaks.
 
     Neither makes another document: what is held out, or stands there twice, is told by the row's own text.
@@ -156,12 +156,12 @@ def _as_written(document: Document, parts: list[_Part], system: str | None) -> l
     if not isinstance(document, Chat):
         return parts
     messages = document.messages
-    names = [_Part(f"messages[{i}].name", message.name, None) for i, message in enumerate(messages) if message.name]
+    names = [_TextPart(f"messages[{i}].name", message.name, None) for i, message in enumerate(messages) if message.name]
     if system is None:
         return [*parts, *names] if names else parts
     place = bool(document.tools)
     own = messages[0].role == "system"
-    return [*parts[:place], _Part("data.system", system, None), *parts[place + own :], *names]
+    return [*parts[:place], _TextPart("data.system", system, None), *parts[place + own :], *names]
 
 
 def _written(message: Message, reasoning: str | None) -> str:
@@ -170,25 +170,25 @@ def _written(message: Message, reasoning: str | None) -> str:
     return "\n".join(text for text in (reasoning, message.content, *calls) if text)
 
 
-def _faults(document: Document, parts: list[_Part], encoded: Encoded, checks: ChecksSection) -> Iterator[Hit]:
+def _faults(document: Document, parts: list[_TextPart], encoded: EncodedDocument, checks: ChecksSection) -> Iterator[CheckHit]:
     """Faults of structure: what is trained, what is missing, who speaks when."""
     num_trained = int(np.count_nonzero(encoded.trained))
     if encoded.is_unsure:
-        yield Hit("unsure_border", "what is trained begins or ends inside a token")
+        yield CheckHit("unsure_border", "what is trained begins or ends inside a token")
     elif not num_trained and len(encoded.ids):
-        yield Hit("no_trained_token", "no token is trained")
+        yield CheckHit("no_trained_token", "no token is trained")
     if empty := [part.where for part in parts if part.answer is not None and not part.answer.strip()]:
-        yield Hit("empty_answer", f"{empty[0]} is empty")
+        yield CheckHit("empty_answer", f"{empty[0]} is empty")
     if num_trained > checks.long_answer_tokens and not isinstance(document, PlainText):
         longest = _longest_run(encoded.trained)
         if longest > checks.long_answer_tokens:
-            yield Hit("long_answer", f"{longest:,} trained tokens in one answer")
+            yield CheckHit("long_answer", f"{longest:,} trained tokens in one answer")
     for part in parts:
         if part.answer is not None and (ratio := _repetition(part.answer)) > REPETITIVE_RATIO:
-            yield Hit("repetitive_answer", f"{part.where} is {len(part.answer):,} characters that compress to 1/{ratio:.0f}")
+            yield CheckHit("repetitive_answer", f"{part.where} is {len(part.answer):,} characters that compress to 1/{ratio:.0f}")
             break
     if isinstance(document, Chat) and (fault := role_fault(document.messages)):
-        yield Hit("role_order", fault)
+        yield CheckHit("role_order", fault)
 
 
 def _longest_run(trained: np.ndarray) -> int:
@@ -213,7 +213,7 @@ def role_fault(messages: Sequence[Message]) -> str | None:
     return None if before == "assistant" else f"the last message is of role {messages[-1].role}"
 
 
-def _in_texts(parts: Sequence[_Part], whole: str, data: bytes, special_texts: Sequence[str]) -> Iterator[Hit]:
+def _in_texts(parts: Sequence[_TextPart], whole: str, data: bytes, special_texts: Sequence[str]) -> Iterator[CheckHit]:
     """Faults that stand in the text itself: the first of each kind, and how many more there are."""
     found: dict[str, list[str]] = defaultdict(list)
     searches = patterns.worth_while(data)
@@ -229,10 +229,10 @@ def _in_texts(parts: Sequence[_Part], whole: str, data: bytes, special_texts: Se
         for search, match in patterns.find(part.text, searches):
             found[search.finding].append(f"{part.where}, character {match.start()}: {patterns.hidden(search, match)}")
     for finding, details in found.items():
-        yield Hit(finding, details[0] + (f" and {len(details) - 1} more" if len(details) > 1 else ""))
+        yield CheckHit(finding, details[0] + (f" and {len(details) - 1} more" if len(details) > 1 else ""))
 
 
-def _across_the_border(document: Document) -> Iterator[Hit]:
+def _across_the_border(document: Document) -> Iterator[CheckHit]:
     """What begins in the prompt and ends in the completion."""
     if not isinstance(document, Completion):
         return
@@ -241,7 +241,7 @@ def _across_the_border(document: Document) -> Iterator[Hit]:
     for search, match in patterns.find(text, patterns.worth_while(text.lower().encode())):
         if match.start() < len(before) < match.end():
             place = len(document.prompt) - len(before) + match.start()
-            yield Hit(search.finding, f"prompt, character {place}: {patterns.hidden(search, match)}")
+            yield CheckHit(search.finding, f"prompt, character {place}: {patterns.hidden(search, match)}")
 
 
 def _broken(text: str) -> str | None:
@@ -251,7 +251,7 @@ def _broken(text: str) -> str | None:
     return "bytes read in the wrong encoding" if _MOJIBAKE.search(text) and is_bad(text) else None
 
 
-def dropped(hits: Iterable[tuple[int, Hit]], num_docs: int, checks: ChecksSection) -> np.ndarray:
+def select_dropped(hits: Iterable[tuple[int, CheckHit]], num_docs: int, checks: ChecksSection) -> np.ndarray:
     """Which documents `checks` drop, bool [documents]."""
     by_name = _by_name(hits)
     drop = np.zeros(num_docs, dtype=bool)
@@ -264,15 +264,15 @@ def dropped(hits: Iterable[tuple[int, Hit]], num_docs: int, checks: ChecksSectio
     return drop
 
 
-def _by_name(hits: Iterable[tuple[int, Hit]]) -> dict[str, dict[int, Hit]]:
+def _by_name(hits: Iterable[tuple[int, CheckHit]]) -> dict[str, dict[int, CheckHit]]:
     """The first hit of each document by each check."""
-    by_name: dict[str, dict[int, Hit]] = defaultdict(dict)
+    by_name: dict[str, dict[int, CheckHit]] = defaultdict(dict)
     for document, hit in hits:
         by_name[hit.finding].setdefault(document, hit)
     return by_name
 
 
-def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> Findings:
+def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocuments, checks: ChecksSection) -> Findings:
     """What is told of all documents."""
     by_name = _by_name(hits)
     looked_at = {**dict.fromkeys(LEAKS, corpus.held_out), "no_turn_end": corpus.trained}
@@ -284,7 +284,7 @@ def conclude(hits: Iterable[tuple[int, Hit]], corpus: Corpus, checks: ChecksSect
     return tuple(found + _few(corpus, checks))
 
 
-def _nearly_again(hits: dict[int, Hit], drop: np.ndarray) -> list[int]:
+def _nearly_again(hits: dict[int, CheckHit], drop: np.ndarray) -> list[int]:
     """Near duplicates of what is left; where a document is dropped for another fault, the first that is like it stays."""
     stays: set[int] = set()
     gone = []
@@ -297,7 +297,9 @@ def _nearly_again(hits: dict[int, Hit], drop: np.ndarray) -> list[int]:
     return gone
 
 
-def _finding(name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict[int, Hit], corpus: Corpus) -> Finding:
+def _finding(
+    name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict[int, CheckHit], corpus: CheckedDocuments
+) -> Finding:
     """`of_source` is the source of each document that the check looks at."""
     evenly = np.linspace(0, len(documents) - 1, NUM_EXAMPLES).round().astype(int)
     examples = []
@@ -313,12 +315,12 @@ def _finding(name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict
     return Finding(name, len(documents), len(of_source), by_source, tuple(examples), float(shares.max()))
 
 
-def _by_source(documents: np.ndarray, corpus: Corpus) -> dict[str, int]:
+def _by_source(documents: np.ndarray, corpus: CheckedDocuments) -> dict[str, int]:
     counts = np.bincount(corpus.source[documents], minlength=len(corpus.names))
     return {corpus.names[i]: int(count) for i, count in enumerate(counts) if count}
 
 
-def _few(corpus: Corpus, checks: ChecksSection) -> list[Finding]:
+def _few(corpus: CheckedDocuments, checks: ChecksSection) -> list[Finding]:
     """The finding that what is trained on is little for its purpose: examples are counted, texts alone by their tokens."""
     examples = np.flatnonzero(corpus.used & ~corpus.is_text)
     documents = examples if len(examples) else np.flatnonzero(corpus.used)

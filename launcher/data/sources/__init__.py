@@ -117,7 +117,7 @@ def count_rows(source: Source) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class DocumentBatch:
     """Some documents of a source that follow each other; plain and picklable.
 
     `rows` are parsed when they are asked for, or are documents, each with True where the source itself holds it out.
@@ -147,7 +147,7 @@ class Batch:
             yield parse(rename_columns(checked, self.columns, where), where), False
 
 
-def read_batches(source: Source) -> Iterator[Batch]:
+def read_batches(source: Source) -> Iterator[DocumentBatch]:
     """The source's documents, unparsed where that is possible.
 
     The format `auto` is that of the first row. Errors: DataError with the place of what cannot be read.
@@ -155,7 +155,7 @@ def read_batches(source: Source) -> Iterator[Batch]:
     if source.path == STDLIB_DOCS:
         pairs = iter(stdlib_docs.pairs())
         while some := tuple(_stdlib_document(pair) for pair in itertools.islice(pairs, BLOCK_ROWS)):
-            yield Batch(some)
+            yield DocumentBatch(some)
         return
     format = ""
     for file in locate.files_of(source):
@@ -164,7 +164,7 @@ def read_batches(source: Source) -> Iterator[Batch]:
                 if (first := next(rows_of(block), None)) is None:
                     continue
                 format = _detect_format(*first, source) if source.format == "auto" else source.format
-            yield Batch(block, format, source.columns, source.ignored_keys)
+            yield DocumentBatch(block, format, source.columns, source.ignored_keys)
     if not format:
         refuse("the source holds no rows", source.path, "write rows into it, or take the source out")
 

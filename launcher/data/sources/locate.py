@@ -20,7 +20,7 @@ from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.data.cache_dir import source_folder, usable
 from launcher.data.sources.files import DataFile, file_digest, kind_by_name
-from launcher.data.sources.remote import Remote
+from launcher.data.sources.remote import RemoteFiles
 from launcher.data.sources.row_values import refuse
 from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
@@ -49,7 +49,7 @@ def has_splits(path: str) -> bool:
 def files_of(source: Source) -> tuple[DataFile, ...]:
     """The source's files, fetched where they lie elsewhere. Errors: DataError."""
     if is_url(source.path):
-        return Remote(source).fetch()
+        return RemoteFiles(source).fetch()
     return _hub_files(source) if is_hub(source.path) else _local_files(source)
 
 
@@ -58,7 +58,7 @@ def digest(source: Source) -> str:
     dataset it is the commit, elsewhere what the storage says of each file; only where it says nothing, the file is fetched and
     read. Errors: DataError."""
     if is_url(source.path):
-        return Remote(source).digest()
+        return RemoteFiles(source).digest()
     if is_hub(source.path):
         commit, names, _ = _hub_listing(source)
         return f"{source.path}@{commit}: {', '.join(names)}"
@@ -71,7 +71,7 @@ def provenance(source: Source) -> dict[str, Any]:
     commit: str | None = None
     unread: tuple[str, ...] = ()
     if is_url(source.path):
-        remote = Remote(source)
+        remote = RemoteFiles(source)
         names, unread = remote.names, remote.left_out
     elif is_hub(source.path):
         commit, names, unread = _hub_listing(source)

@@ -35,7 +35,7 @@ class _State:
     mark: str
 
 
-class Remote:
+class RemoteFiles:
     """A file, pattern or folder at an address that fsspec knows; `left_out` are a folder's files that are not read.
 
     Errors: DataError.

@@ -11,15 +11,15 @@ import numpy as np
 
 from launcher.config.data import DataSection
 from launcher.data.checks import quality
-from launcher.data.sources import Batch, Chat, Document
+from launcher.data.sources import Chat, Document, DocumentBatch
 from launcher.data.sources.keys import named
-from launcher.data.tokenization.encoder import Encoded, Encoder, Rendered, load_tokenizer
+from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
 
-NUM_SAMPLES = 4
+NUM_PROMPTS = 4
 
 
 @dataclass(frozen=True)
-class Item:
+class SourceDocument:
     """A document, the number of its source, and whether it is held out; None: its content decides."""
 
     document: Document
@@ -28,24 +28,26 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Work:
+class EncodeTask:
     """Documents of the source with the number `source`. `held_out`: all are, or all are not; those that the source itself holds
     out are left out then. None: as the source itself says, else each one's content decides."""
 
-    batch: Batch
+    batch: DocumentBatch
     source: int
     held_out: bool | None
 
-    def items(self, unread_keys: Counter[str]) -> list[Item]:
+    def items(self, unread_keys: Counter[str]) -> list[SourceDocument]:
         """The documents, parsed; counts of their rows' unread keys go to `unread_keys`. Errors: DataError with the place."""
         documents = self.batch.documents(unread_keys)
         if self.held_out is not None:
-            return [Item(document, self.source, self.held_out) for document, apart in documents if not apart]
-        return [Item(document, self.source, apart if self.batch.brings_split else None) for document, apart in documents]
+            return [SourceDocument(document, self.source, self.held_out) for document, apart in documents if not apart]
+        return [
+            SourceDocument(document, self.source, apart if self.batch.brings_split else None) for document, apart in documents
+        ]
 
 
 @dataclass(frozen=True)
-class Pieces:
+class PieceTable:
     """What becomes documents of rows, one entry for each: the whole of a document read, or a part that fits a row.
 
     `doc` is the number of the document read, `labels` counts trained tokens, `turn_end`: a trained end of turn is among them.
@@ -58,7 +60,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Docs:
+class DocumentTable:
     """One entry for each document read; `num_tokens` before anything was cut, `lost_tokens` are in no piece.
 
     `turn_end` is the token that ends the last trained turn, -1 where none does.
@@ -78,7 +80,7 @@ class Docs:
 
 
 @dataclass(frozen=True)
-class Sample:
+class EvalPrompt:
     """A held-out document as a question to the model; `rank` orders all of them by content."""
 
     rank: int
@@ -97,12 +99,12 @@ class EncodedBatch:
 
     source: int
     unread_keys: Mapping[str, int]
-    docs: Docs
-    pieces: Pieces
+    docs: DocumentTable
+    pieces: PieceTable
     tokens: np.ndarray
     trained: np.ndarray
-    hits: list[tuple[int, quality.Hit]]
-    samples: list[Sample]
+    hits: list[tuple[int, quality.CheckHit]]
+    prompts: list[EvalPrompt]
 
 
 class BatchEncoder:
@@ -112,7 +114,7 @@ class BatchEncoder:
         self.data = data
         self.encoder = Encoder(load_tokenizer(tokenizer_path), data)
 
-    def encode(self, work: Work) -> EncodedBatch:
+    def encode(self, work: EncodeTask) -> EncodedBatch:
         """Tokens, faults and counts of some documents; errors: DataError naming the document."""
         unread_keys: Counter[str] = Counter()
         items = work.items(unread_keys)
@@ -129,7 +131,7 @@ class BatchEncoder:
         ]
         num_tokens = np.asarray([len(tokens.ids) for tokens in encoded], dtype=np.int64)
         kept_tokens = np.asarray([sum(len(piece.ids) for piece in pieces) for pieces in cut], dtype=np.int64)
-        docs = Docs(
+        docs = DocumentTable(
             source=np.asarray([item.source for item in items], dtype=np.uint16),
             held_out=np.asarray(held_out, dtype=bool),
             num_tokens=num_tokens,
@@ -153,36 +155,36 @@ class BatchEncoder:
             tokens=np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in pieces)]),
             trained=np.concatenate([np.empty(0, np.uint8), *(piece.trained for piece in pieces)]),
             hits=hits,
-            samples=self._samples(items, whole, docs.contents),
+            prompts=self._make_prompts(items, whole, docs.contents),
         )
 
-    def _rendered(self, document: Document) -> Rendered:
+    def _rendered(self, document: Document) -> RenderedDocument:
         """The document's text; none of a conversation that is dropped for its order, as many templates refuse such."""
         dropped = self.data.checks.role_order == "drop"
         if dropped and isinstance(document, Chat) and quality.role_fault(document.messages):
-            return Rendered(document.where, "", (), raw=False)
+            return RenderedDocument(document.where, "", (), raw=False)
         return self.encoder.render(document)
 
-    def _lacking(self, whole: Encoded, pieces: Sequence[Encoded]) -> quality.Hit | None:
+    def _lacking(self, whole: EncodedDocument, pieces: Sequence[EncodedDocument]) -> quality.CheckHit | None:
         """What the pieces of a document do not train, though they should."""
         if whole.is_unsure:
             return None
         within = f"within the first {self.data.max_length:,} tokens"
         if not pieces[0].trained.any():
-            return quality.Hit("no_trained_token", f"none {within}")
+            return quality.CheckHit("no_trained_token", f"none {within}")
         if not any(piece.turn_ends for piece in pieces):
-            return quality.Hit("no_turn_end", f"none {within}" if whole.turn_ends else "no end of turn is trained")
+            return quality.CheckHit("no_turn_end", f"none {within}" if whole.turn_ends else "no end of turn is trained")
         return None
 
-    def _samples(self, items: Sequence[Item], candidates: list[int], contents: np.ndarray) -> list[Sample]:
+    def _make_prompts(self, items: Sequence[SourceDocument], candidates: list[int], contents: np.ndarray) -> list[EvalPrompt]:
         found = []
-        for rank, i in heapq.nsmallest(NUM_SAMPLES, ((int(contents[i]), i) for i in candidates)):
+        for rank, i in heapq.nsmallest(NUM_PROMPTS, ((int(contents[i]), i) for i in candidates)):
             if (sample := self.encoder.prompt(items[i].document)) is not None:
-                found.append(Sample(rank, i, *sample))
+                found.append(EvalPrompt(rank, i, *sample))
         return found
 
 
-def pieces_of(encoded: Encoded, max_length: int, long_documents: str) -> list[Encoded]:
+def pieces_of(encoded: EncodedDocument, max_length: int, long_documents: str) -> list[EncodedDocument]:
     """The document in pieces of at most `max_length` tokens: its start, all of it, or nothing where it is longer.
 
     Pieces without a trained token are left out, unless none has one; nothing stands before a piece's first token to predict
@@ -198,15 +200,15 @@ def pieces_of(encoded: Encoded, max_length: int, long_documents: str) -> list[En
     return [piece for piece in pieces if piece.trained.any()] or pieces[:1]
 
 
-def _slice(encoded: Encoded, start: int, end: int) -> Encoded:
+def _slice(encoded: EncodedDocument, start: int, end: int) -> EncodedDocument:
     trained = encoded.trained[start:end].copy()
     trained[0] = 0
-    return Encoded(encoded.ids[start:end], trained, tuple(at - start for at in encoded.turn_ends if start < at < end))
+    return EncodedDocument(encoded.ids[start:end], trained, tuple(at - start for at in encoded.turn_ends if start < at < end))
 
 
-def _counts(cut: Sequence[Sequence[Encoded]]) -> Pieces:
+def _counts(cut: Sequence[Sequence[EncodedDocument]]) -> PieceTable:
     pieces = [piece for pieces in cut for piece in pieces]
-    return Pieces(
+    return PieceTable(
         doc=np.repeat(np.arange(len(cut)), [len(pieces) for pieces in cut]),
         lengths=np.asarray([len(piece.ids) for piece in pieces], dtype=np.int64),
         labels=np.asarray([np.count_nonzero(piece.trained) for piece in pieces], dtype=np.int64),

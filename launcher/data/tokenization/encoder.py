@@ -15,7 +15,7 @@ import numpy as np
 from launcher.config.data import DataSection
 from launcher.data.sources import Chat, Completion, Document, PlainText
 from launcher.data.tokenization import fast_tokenizer
-from launcher.data.tokenization.loss_mask import Span, Template, with_system
+from launcher.data.tokenization.loss_mask import Template, TrainedSpan, with_system
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
@@ -27,17 +27,17 @@ _NOWHERE = (-1, -1)
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedDocument:
     """Text that is ready for the tokenizer; `raw` text gets the tokenizer's begin and end tokens, a chat has its own."""
 
     where: str
     text: str
-    spans: tuple[Span, ...]
+    spans: tuple[TrainedSpan, ...]
     raw: bool
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedDocument:
     """`ids` uint32 and `trained` uint8, one per token; `turn_ends` are the positions of trained end-of-turn tokens.
 
     `is_unsure`: what is trained begins or ends inside a token, however the text is tokenised; then nothing is.
@@ -115,17 +115,17 @@ class Encoder:
             if self._words is None:
                 self._continuing = _continuing(tokenizer.backend_tokenizer)
 
-    def render(self, document: Document) -> Rendered:
+    def render(self, document: Document) -> RenderedDocument:
         """The document's text and its trained spans; errors: DataError naming template and document."""
         match document:
             case Chat():
                 text, spans = self._template.trained(with_system(document, self.data.system), self.data.train_on)
-                return Rendered(document.where, text, spans, raw=False)
+                return RenderedDocument(document.where, text, spans, raw=False)
             case Completion(where, prompt, completion):
                 start = 0 if self.data.train_on == "all" else len(prompt)
-                return self._raw(where, prompt + completion, Span(start, len(prompt) + len(completion)))
+                return self._raw(where, prompt + completion, TrainedSpan(start, len(prompt) + len(completion)))
             case PlainText(where, text):
-                return self._raw(where, text, Span(0, len(text)))
+                return self._raw(where, text, TrainedSpan(0, len(text)))
 
     def prompt(self, document: Document) -> tuple[str, list[int], str] | None:
         """(prompt for a person, prompt's token ids up to where the model goes on, reference answer); None for plain text."""
@@ -138,7 +138,7 @@ class Encoder:
                 return prompt, [*self._begin.tolist(), *self._ids([prompt])[0].tolist()], completion
         return None
 
-    def encode(self, batch: Sequence[Rendered]) -> list[Encoded]:
+    def encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
         """Tokenise; where a border of the mask falls inside a token, the text is cut there, as it is for generation."""
         borders = [sorted({border for span in text.spans for border in _borders(span)}) for text in batch]
         texts = [text.text for text in batch]
@@ -156,11 +156,11 @@ class Encoder:
 
     # Tokens
 
-    def _raw(self, where: str, text: str, span: Span) -> Rendered:
+    def _raw(self, where: str, text: str, span: TrainedSpan) -> RenderedDocument:
         if not len(self._end):
             remedy = "set eos_token in its tokenizer_config.json"
             raise DataError(Problem("the tokenizer has no end token, which ends a text", where, self._name, remedy))
-        return Rendered(where, text, (span,), raw=True)
+        return RenderedDocument(where, text, (span,), raw=True)
 
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:
@@ -229,13 +229,13 @@ class Encoder:
     def _decode(self, ids: np.ndarray) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _encoded(self, text: Rendered, ids: np.ndarray, borders: list[int], cuts: list[int] | None) -> Encoded:
+    def _encoded(self, text: RenderedDocument, ids: np.ndarray, borders: list[int], cuts: list[int] | None) -> EncodedDocument:
         shift = len(self._begin) if text.raw else 0
         if text.raw:
             ids = np.concatenate([self._begin, ids, self._end])
         trained = np.zeros(len(ids), dtype=np.uint8)
         if cuts is None:
-            return Encoded(ids, trained, (), is_unsure=True)
+            return EncodedDocument(ids, trained, (), is_unsure=True)
         cut_at = dict(zip(borders, cuts, strict=True))
         turn_ends = []
         for span in text.spans:
@@ -247,7 +247,7 @@ class Encoder:
                 turn_ends.append(shift + cut_at[span.turn_end])
         # Nothing stands before the first token to predict it from.
         trained[:1] = 0
-        return Encoded(ids, trained, tuple(turn_ends))
+        return EncodedDocument(ids, trained, tuple(turn_ends))
 
 
 def _continuing(tokenizer: Tokenizer) -> Tokenizer | None:
@@ -269,5 +269,5 @@ def _continuing(tokenizer: Tokenizer) -> Tokenizer | None:
     return None if made == before else type(tokenizer).from_str(made)
 
 
-def _borders(span: Span) -> tuple[int, ...]:
+def _borders(span: TrainedSpan) -> tuple[int, ...]:
     return (span.start, span.end) if span.turn_end is None else (span.start, span.turn_end, span.end)

@@ -39,7 +39,7 @@ _MARK_ALL = (
 
 
 @dataclass(frozen=True)
-class Span:
+class TrainedSpan:
     """Trained characters start:end of a text; the end-of-turn token stands at turn_end:end (None: there is none)."""
 
     start: int
@@ -68,7 +68,7 @@ class Template:
         """The text of the first `num_messages` messages (None: of all)."""
         return self._render(chat, chat.messages[:num_messages], generation_prompt, marks=False)[0]
 
-    def trained(self, chat: Chat, train_on: TrainOn) -> tuple[str, tuple[Span, ...]]:
+    def trained(self, chat: Chat, train_on: TrainOn) -> tuple[str, tuple[TrainedSpan, ...]]:
         """The chat's text and its trained spans in ascending order.
 
         `last_turn` is what the assistant writes after the last user message. A message's own weight wins over `train_on`.
@@ -77,19 +77,19 @@ class Template:
             return self._all(chat)
         return self._spans(chat, answers(chat, train_on))
 
-    def _all(self, chat: Chat) -> tuple[str, tuple[Span, ...]]:
+    def _all(self, chat: Chat) -> tuple[str, tuple[TrainedSpan, ...]]:
         """Everything but the messages of weight 0."""
         text, left_out = self._spans(chat, [i for i, message in enumerate(chat.messages) if message.weight == 0])
         spans, start = [], 0
-        for span in (*left_out, Span(len(text), len(text))):
+        for span in (*left_out, TrainedSpan(len(text), len(text))):
             if span.start > start:
                 # What stands before a message that is left out ends with that message's header.
                 ends_chat = span.start == len(text)
-                spans.append(self._with_turn_end(text, start, len(text)) if ends_chat else Span(start, span.start))
+                spans.append(self._with_turn_end(text, start, len(text)) if ends_chat else TrainedSpan(start, span.start))
             start = span.end
         return text, tuple(spans)
 
-    def _spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
+    def _spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[TrainedSpan, ...]]:
         """The chat's text and the spans of the messages with the numbers `wanted`."""
         if wanted and _MARK.search(self._source(chat)):
             return self._marked_spans(chat, wanted)
@@ -99,7 +99,7 @@ class Template:
 
     # Templates with generation marks
 
-    def _marked_spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[Span, ...]]:
+    def _marked_spans(self, chat: Chat, wanted: Sequence[int]) -> tuple[str, tuple[TrainedSpan, ...]]:
         text, marks = self._render(chat, chat.messages, generation_prompt=False, marks=True)
         self._require_all(chat, text)
         spans = []
@@ -155,14 +155,14 @@ class Template:
                 self._refuse("marks only a part of what the assistant says as generated", where, _MARK_ALL)
         self._rightly_marked.add(key)
 
-    def _with_turn_end(self, text: str, start: int, end: int) -> Span:
+    def _with_turn_end(self, text: str, start: int, end: int) -> TrainedSpan:
         written = text[start:end].rstrip()
         token = self._token_at_end(written)
-        return Span(start, end, start + len(written) - len(token) if token else None)
+        return TrainedSpan(start, end, start + len(written) - len(token) if token else None)
 
     # Templates without: what follows a rendered prefix
 
-    def _span(self, chat: Chat, full: str, i: int) -> Span:
+    def _span(self, chat: Chat, full: str, i: int) -> TrainedSpan:
         """Where message `i` stands in `full`, the whole chat.
 
         Text that the template puts between the prompt and the content (such as an empty think block) is part of the span. Some
@@ -190,7 +190,7 @@ class Template:
             written = answer[left_out:]
             if full.startswith(written, len(prefix)):
                 end = len(prefix) + len(written)
-                return Span(len(prefix), end, end - len(token) if token else None)
+                return TrainedSpan(len(prefix), end, end - len(token) if token else None)
         self._refuse("renders this message otherwise once later ones follow", where)
 
     def _token_at_end(self, text: str) -> str:

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
 
 from launcher.config.data import DataSection
-from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedBatch, Work
+from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedBatch, EncodeTask
 from launcher.errors import DataError, LauncherError, Problem, RunError
 
 # Processes start 1.7 s later than the builder itself could encode, since they import what it has imported. Two of them are done
@@ -31,7 +31,7 @@ def num_workers(data: DataSection) -> int:
     return data.workers or len(os.sched_getaffinity(0))
 
 
-def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> Iterator[EncodedBatch]:
+def encode(waiting: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) -> Iterator[EncodedBatch]:
     """Each batch encoded, in order.
 
     Raises:
@@ -72,9 +72,9 @@ def encode(waiting: Iterator[Work], data: DataSection, tokenizer_path: str) -> I
         pool.shutdown(cancel_futures=True)
 
 
-def _read_ahead(waiting: Iterator[Work]) -> tuple[list[Work], bool]:
+def _read_ahead(waiting: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
     """The first batches, and True where there are no more and they are too few for several processes."""
-    first: list[Work] = []
+    first: list[EncodeTask] = []
     num_bytes = 0
     for work in waiting:
         first.append(work)
@@ -112,7 +112,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(settings: str, tokenizer_path: str, work: Work) -> EncodedBatch:
+def _encode(settings: str, tokenizer_path: str, work: EncodeTask) -> EncodedBatch:
     return _encoder(settings, tokenizer_path).encode(work)
 
 

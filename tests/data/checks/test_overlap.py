@@ -11,37 +11,38 @@ import pytest
 
 from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, minhash, overlap
-from launcher.data.checks.quality import Corpus, Hit, Inspection, dropped, inspect
-from launcher.data.checks.quality import conclude as concluded
+from launcher.data.checks.quality import CheckedDocuments, CheckHit, Inspection, collect_findings, inspect, select_dropped
 from launcher.data.sources import Chat, Document, Message, PlainText
-from launcher.data.tokenization.encoder import Encoded, Rendered
+from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.errors import DataError
 
 CHECKS = ChecksSection()
 
 
 def inspected(documents: Sequence[Document], checks: ChecksSection = CHECKS) -> list[Inspection]:
-    tokens = Encoded(np.arange(4, dtype=np.uint32), np.asarray([0, 1, 1, 1], dtype=np.uint8), (3,))
-    data, texts = DataSection(sources=(Source(path="rows.jsonl"),), checks=checks), [Rendered("x:1", "", (), raw=False)]
+    tokens = EncodedDocument(np.arange(4, dtype=np.uint32), np.asarray([0, 1, 1, 1], dtype=np.uint8), (3,))
+    data, texts = DataSection(sources=(Source(path="rows.jsonl"),), checks=checks), [RenderedDocument("x:1", "", (), raw=False)]
     return inspect(documents, texts * len(documents), [tokens] * len(documents), (), data)
 
 
 def across(
     contents: np.ndarray, tasks: np.ndarray, signatures: list[np.ndarray | None], held_out: np.ndarray, checks: ChecksSection
-) -> list[tuple[int, Hit]]:
+) -> list[tuple[int, CheckHit]]:
     """All faults of documents beside others, where all of training is in the rows."""
     training, inside = np.flatnonzero(~held_out), np.flatnonzero(held_out)
     return [
-        *overlap.again(contents, tasks, signatures, training, checks),
-        *overlap.leaks(contents, training, inside),
-        *overlap.near_leaks(contents, signatures, training, inside, checks),
+        *overlap.find_duplicates(contents, tasks, signatures, training, checks),
+        *overlap.find_leaks(contents, training, inside),
+        *overlap.find_near_leaks(contents, signatures, training, inside, checks),
     ]
 
 
-def conclude(hits: list[tuple[int, Hit]], corpus: Corpus, checks: ChecksSection) -> tuple[np.ndarray, findings.Findings]:
+def conclude(
+    hits: list[tuple[int, CheckHit]], corpus: CheckedDocuments, checks: ChecksSection
+) -> tuple[np.ndarray, findings.Findings]:
     """What is dropped, and what is told where all the rest is in the rows."""
-    drop = dropped(hits, len(corpus.wheres), checks)
-    return drop, concluded(hits, replace(corpus, used=~drop & ~corpus.held_out), checks)
+    drop = select_dropped(hits, len(corpus.wheres), checks)
+    return drop, collect_findings(hits, replace(corpus, used=~drop & ~corpus.held_out), checks)
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Collection:
         self.held_out.append(held_out)
         return len(self.texts) - 1
 
-    def across(self, checks: ChecksSection = CHECKS) -> list[tuple[int, Hit]]:
+    def across(self, checks: ChecksSection = CHECKS) -> list[tuple[int, CheckHit]]:
         seen = inspected([PlainText("x", text) for text in self.texts], checks)
         contents, tasks = np.asarray([(one.content, one.task) for one in seen], dtype=np.uint64).T
         return across(contents, tasks, [one.signature for one in seen], np.asarray(self.held_out, dtype=bool), checks)
@@ -100,7 +101,7 @@ def test_rows_that_differ_in_tools_weight_or_roles_are_no_duplicates() -> None:
     assert [one.task == seen[0].task for one in seen] == [True, True, False, False, False]
     contents, tasks = np.asarray([(one.content, one.task) for one in seen], dtype=np.uint64).T
     hits = across(contents, tasks, [None] * 5, np.asarray([False] * 5), CHECKS)
-    assert hits == [(1, Hit("exact_duplicate", "the same as", (0,)))]
+    assert hits == [(1, CheckHit("exact_duplicate", "the same as", (0,)))]
     # What is held out is a leak whatever its tools are.
     (leak,) = [hit for i, hit in across(contents, tasks, [None] * 5, np.arange(5) == 4, CHECKS) if i == 4]
     assert leak.others == (0, 1, 2, 3)
@@ -223,7 +224,7 @@ def test_pairs_above_the_threshold_are_found(threshold: float) -> None:
         signatures[i + 1, same] = signatures[i, same]
     pairs = {
         (int(min(a, b)), int(max(a, b)))
-        for left, right, similarity in minhash.near_pairs(signatures, threshold)
+        for left, right, similarity in minhash.find_near_pairs(signatures, threshold)
         for a, b, alike in zip(left, right, similarity, strict=True)
         if alike >= threshold
     }
@@ -231,13 +232,15 @@ def test_pairs_above_the_threshold_are_found(threshold: float) -> None:
     assert len(pairs) >= 95
 
 
-def corpus(num: int, sources: list[int] | None = None, held_out: tuple[int, ...] = (), texts: tuple[int, ...] = ()) -> Corpus:
+def corpus(
+    num: int, sources: list[int] | None = None, held_out: tuple[int, ...] = (), texts: tuple[int, ...] = ()
+) -> CheckedDocuments:
     marks = np.zeros((2, num), dtype=bool)
     marks[0, list(held_out)] = True
     marks[1, list(texts)] = True
     source = np.asarray(sources or [0] * num)
     wheres = [f"{'ab'[s]}.jsonl:{i + 1}" for i, s in enumerate(source.tolist())]
-    return Corpus(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1], *np.ones((2, num), dtype=bool))
+    return CheckedDocuments(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1], *np.ones((2, num), dtype=bool))
 
 
 def by_name(found: findings.Findings) -> dict[str, findings.Finding]:
@@ -245,7 +248,7 @@ def by_name(found: findings.Findings) -> dict[str, findings.Finding]:
 
 
 def test_findings_have_counts_sources_and_three_places() -> None:
-    hits = [(i, Hit("secrets", f"detail {i}")) for i in range(0, 200, 2)]
+    hits = [(i, CheckHit("secrets", f"detail {i}")) for i in range(0, 200, 2)]
     drop, found = conclude(hits, corpus(200, [0] * 100 + [1] * 100), CHECKS)
     (finding,) = found
     assert (finding.name, finding.count, finding.total, finding.share) == ("secrets", 100, 200, 0.5)
@@ -257,11 +260,11 @@ def test_findings_have_counts_sources_and_three_places() -> None:
 
 def test_drop_takes_the_document_or_what_stands_in_training() -> None:
     hits = [
-        (3, Hit("exact_duplicate", "the same as", (1,))),
-        (5, Hit("held_out_in_train", "the same as", (2, 4))),
-        (5, Hit("near_held_out_in_train", "90% the same as", (8,))),
-        (6, Hit("secrets", "x")),
-        (7, Hit("empty_answer", "x")),
+        (3, CheckHit("exact_duplicate", "the same as", (1,))),
+        (5, CheckHit("held_out_in_train", "the same as", (2, 4))),
+        (5, CheckHit("near_held_out_in_train", "90% the same as", (8,))),
+        (6, CheckHit("secrets", "x")),
+        (7, CheckHit("empty_answer", "x")),
     ]
     everything = corpus(200, held_out=(5,))
     for settings, gone in (
@@ -279,9 +282,9 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
 
 
 def test_a_near_duplicate_of_what_is_dropped_stays() -> None:
-    hits = [(i, Hit("near_duplicate", "90% the same as", (first,))) for i, first in ((3, 1), (4, 1), (5, 3), (6, 2))]
+    hits = [(i, CheckHit("near_duplicate", "90% the same as", (first,))) for i, first in ((3, 1), (4, 1), (5, 3), (6, 2))]
     checks = ChecksSection(near_duplicate="drop", secrets="drop")
-    drop, found = conclude([*hits, (1, Hit("secrets", "x"))], corpus(200), checks)
+    drop, found = conclude([*hits, (1, CheckHit("secrets", "x"))], corpus(200), checks)
     assert np.flatnonzero(drop).tolist() == [1, 4, 5, 6]
     assert by_name(found)["near_duplicate"].count == 4
 
@@ -290,7 +293,7 @@ def test_documents_without_end_of_turn_refuse_a_run_above_half_of_a_source() -> 
     everything = corpus(200, [0] * 100 + [1] * 100)
     everything.trained[90:100] = False
     for num, fatal in ((1, False), (45, False), (46, True)):
-        finding = by_name(conclude([(i, Hit("no_turn_end", "x")) for i in range(num)], everything, CHECKS)[1])["no_turn_end"]
+        finding = by_name(conclude([(i, CheckHit("no_turn_end", "x")) for i in range(num)], everything, CHECKS)[1])["no_turn_end"]
         assert (finding.count, finding.total, finding.sources) == (num, 190, {"a": num})
         assert finding.highest_share == num / 90
         (judged,) = findings.judge((finding,), CHECKS)
@@ -301,7 +304,7 @@ def test_a_whole_source_without_a_trained_token_refuses_a_run() -> None:
     everything = corpus(200, [0] * 100 + [1] * 100)
     for num, action, fatal in ((99, "drop", False), (100, "drop", True), (100, "keep", False), (1, "fail", True)):
         checks = ChecksSection(no_trained_token=action)
-        finding = by_name(conclude([(i, Hit("no_trained_token", "x")) for i in range(num)], everything, checks)[1])
+        finding = by_name(conclude([(i, CheckHit("no_trained_token", "x")) for i in range(num)], everything, checks)[1])
         judged = findings.judge((finding["no_trained_token"],), checks)
         assert judged[0].fatal is fatal
         if fatal:
@@ -313,7 +316,7 @@ def test_a_whole_source_without_a_trained_token_refuses_a_run() -> None:
 
 
 def test_few_examples_say_what_is_usual() -> None:
-    dropped = [(i, Hit("empty_answer", "x")) for i in range(30)]
+    dropped = [(i, CheckHit("empty_answer", "x")) for i in range(30)]
     assert "few_examples" not in by_name(conclude([], corpus(100), CHECKS)[1])
     (few,) = [f for f in conclude(dropped, corpus(120), CHECKS)[1] if f.name == "few_examples"]
     assert few.count == 90

@@ -13,8 +13,8 @@ from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, patterns, quality
 from launcher.data.checks.quality import inspect
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
-from launcher.data.tokenization.encoder import Encoded, Rendered
-from launcher.data.tokenization.loss_mask import Span
+from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
+from launcher.data.tokenization.loss_mask import TrainedSpan
 
 CHECKS = ChecksSection()
 SPECIAL = ("<|im_start|>", "<|im_end|>")
@@ -69,9 +69,9 @@ NOT_SECRET = [
 ]
 
 
-def encoded(trained: int = 5, prompt: int = 5, turn_end: bool = True) -> Encoded:
+def encoded(trained: int = 5, prompt: int = 5, turn_end: bool = True) -> EncodedDocument:
     mask = np.asarray([0] * prompt + [1] * trained, dtype=np.uint8)
-    return Encoded(np.arange(len(mask), dtype=np.uint32), mask, (len(mask) - 1,) if turn_end and trained else ())
+    return EncodedDocument(np.arange(len(mask), dtype=np.uint32), mask, (len(mask) - 1,) if turn_end and trained else ())
 
 
 def chat(*turns: tuple[str, str], **last: Any) -> Chat:
@@ -89,12 +89,16 @@ def settings(checks: ChecksSection = CHECKS, **more: Any) -> DataSection:
     return DataSection(sources=(Source(path="rows.jsonl"),), checks=checks, **more)
 
 
-def trained(text: str) -> Rendered:
-    return Rendered("x:1", text, (Span(0, len(text)),), raw=False)
+def trained(text: str) -> RenderedDocument:
+    return RenderedDocument("x:1", text, (TrainedSpan(0, len(text)),), raw=False)
 
 
 def found(
-    document: Document, tokens: Encoded | None = None, checks: ChecksSection = CHECKS, text: str = "", train_on: str = "assistant"
+    document: Document,
+    tokens: EncodedDocument | None = None,
+    checks: ChecksSection = CHECKS,
+    text: str = "",
+    train_on: str = "assistant",
 ) -> dict[str, str]:
     (seen,) = inspect([document], [trained(text)], [tokens or encoded()], SPECIAL, settings(checks, train_on=train_on))
     return {hit.finding: hit.detail for hit in seen.hits}
@@ -183,7 +187,7 @@ def test_what_is_not_trained_is_told() -> None:
 
 def test_long_answers_are_measured_in_one_piece() -> None:
     checks = ChecksSection(long_answer_tokens=10)
-    two = Encoded(np.arange(17, dtype=np.uint32), np.asarray([0] + [1] * 7 + [0] + [1] * 8, dtype=np.uint8), (16,))
+    two = EncodedDocument(np.arange(17, dtype=np.uint32), np.asarray([0] + [1] * 7 + [0] + [1] * 8, dtype=np.uint8), (16,))
     assert found(GOOD[0], two, checks) == {}
     assert found(GOOD[0], encoded(trained=11), checks) == {"long_answer": "11 trained tokens in one answer"}
     assert found(PlainText("x:1", "a"), encoded(trained=11), checks) == {}

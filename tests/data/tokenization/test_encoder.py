@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from launcher.config.data import DataSection, Source
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
-from launcher.data.tokenization.encoder import Encoded, Encoder
+from launcher.data.tokenization.encoder import EncodedDocument, Encoder
 from launcher.errors import DataError
 
 END = "<|im_end|>"
@@ -41,12 +41,12 @@ def chat(*turns: tuple[str, str]) -> Chat:
     return Chat("rows.jsonl:1", tuple(Message(role, content) for role, content in turns))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> EncodedDocument:
     encoder = Encoder(tokenizer, ANY)
     return encoder.encode([encoder.render(document)])[0]
 
 
-def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[str]:
+def trained_texts(tokenizer: PreTrainedTokenizerBase, encoded: EncodedDocument) -> list[str]:
     runs = itertools.groupby(zip(encoded.ids.tolist(), encoded.trained.tolist(), strict=True), key=lambda pair: pair[1])
     return [tokenizer.decode([token for token, _ in run]) for trained, run in runs if trained]
 

@@ -29,7 +29,7 @@ from transformers.utils import chat_template_utils
 
 from launcher.data.sources import Chat, Message
 from launcher.data.tokenization.batch_encoder import pieces_of
-from launcher.data.tokenization.encoder import Encoded
+from launcher.data.tokenization.encoder import EncodedDocument
 from launcher.data.tokenization.loss_mask import Template
 from launcher.errors import DataError
 
@@ -156,7 +156,7 @@ def test_a_cut_takes_the_end_of_text_and_mask_and_nothing_else(family: Family, n
         assert piece.trained.tolist() == encoded.trained[:length].tolist()
     cut = encoded.turn_ends[-1]
     (piece,) = pieces_of(encoded, cut, "truncate")
-    shown = marked(tokenizer, Encoded(piece.ids, piece.trained, ()))
+    shown = marked(tokenizer, EncodedDocument(piece.ids, piece.trained, ()))
     expected = EXPECTED[name, kind]
     assert shown == expected[: expected.rindex(tokenizer.decode([encoded.ids[cut]]))] + "⟧"
     assert shown.endswith(f"{CHATS[kind][-1].content}⟧")

@@ -20,7 +20,7 @@ from launcher.data import cache
 from launcher.data.build import build
 from launcher.data.sources import BLOCK_ROWS, Block, read_batches
 from launcher.data.tokenization import parallel
-from launcher.data.tokenization.batch_encoder import Work
+from launcher.data.tokenization.batch_encoder import EncodeTask
 from launcher.data.tokenization.parallel import num_workers
 from launcher.errors import DataError, RunError
 
@@ -244,10 +244,10 @@ def test_processes_are_started_for_enough_text_or_rows(
     monkeypatch.setattr(parallel, "ProcessPoolExecutor", start_pool)
     path = jsonl([{"text": f"{i} {'x' * length}"} for i in range(2 * BLOCK_ROWS)])
     batch, *_ = read_batches(Source(path=str(path)))
-    work = Work(batch, 0, None)
+    work = EncodeTask(batch, 0, None)
     asked = 0
 
-    def endless() -> Iterator[Work]:
+    def endless() -> Iterator[EncodeTask]:
         nonlocal asked
         while True:
             asked += 1

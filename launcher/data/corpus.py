@@ -1,0 +1,110 @@
+"""All documents of a build: read from the sources, encoded, and held as columns; their tokens go to a spool on disk."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from launcher.config.data import DataSection, Source
+from launcher.data import row_layout, sources
+from launcher.data.checks import quality
+from launcher.data.sources.keys import KeyCounts
+from launcher.data.tokenization import parallel
+from launcher.data.tokenization.batch_encoder import NUM_PROMPTS, DocumentTable, EncodeTask, EvalPrompt, PieceTable
+
+# More prompts than are kept: the checks may drop some of their documents.
+_NUM_CANDIDATES = 16 * NUM_PROMPTS
+
+Progress = Callable[[str, int, int], None]
+Columns = TypeVar("Columns", DocumentTable, PieceTable)
+
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """All documents that were read, the pieces that they were cut into, and the hits of the checks of single documents.
+
+    A hit is (document, hit); `unread_keys` has an entry for each of `list_inputs`.
+    """
+
+    docs: DocumentTable
+    pieces: PieceTable
+    hits: list[tuple[int, quality.CheckHit]]
+    prompts: list[EvalPrompt]
+    max_token_id: int
+    unread_keys: list[KeyCounts]
+
+    @property
+    def num_docs(self) -> int:
+        return len(self.docs.wheres)
+
+    def select_pieces(self, is_dropped: np.ndarray, held_out: bool) -> np.ndarray:
+        """Return the pieces of one split without those of dropped documents; `is_dropped` is bool [documents]."""
+        pieces = self.pieces
+        return np.flatnonzero(~is_dropped[pieces.doc] & (pieces.lengths > 0) & (self.docs.held_out[pieces.doc] == held_out))
+
+
+def list_inputs(data: DataSection) -> list[Source]:
+    """Return the sources, and last the file of data.eval_path as a source, if it is set."""
+    held_out = sources.eval_source(data)
+    return [*data.sources, *([held_out] if held_out is not None else [])]
+
+
+def list_names(data: DataSection) -> tuple[str, ...]:
+    """Return the names of `list_inputs`."""
+    return tuple(source.name for source in list_inputs(data))
+
+
+def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenSpool, on_progress: Progress) -> EncodedCorpus:
+    """Read and encode all documents; append their tokens to `spool`.
+
+    Raises:
+        DataError: for a source or a row that cannot be used.
+    """
+    total = sum(sources.count_rows(source) for source in list_inputs(data) if source.is_read)
+    on_progress("tokenise", 0, total)
+    docs: list[DocumentTable] = []
+    pieces: list[PieceTable] = []
+    hits: list[tuple[int, quality.CheckHit]] = []
+    prompts: list[EvalPrompt] = []
+    num_docs = max_token_id = 0
+    unread_keys = [KeyCounts() for _ in list_inputs(data)]
+    for batch in parallel.encode(_list_tasks(data), data, tokenizer_path):
+        spool.add(batch.tokens, batch.trained)
+        max_token_id = max(max_token_id, int(batch.tokens.max(initial=0)))
+        unread_keys[batch.source].add(batch.unread_keys)
+        hits += [(num_docs + i, hit) for i, hit in batch.hits]
+        prompts += [replace(prompt, doc=num_docs + prompt.doc) for prompt in batch.prompts]
+        prompts = heapq.nsmallest(_NUM_CANDIDATES, prompts, key=lambda prompt: prompt.rank)
+        # The batch itself is not kept: its tokens would stay in memory.
+        docs.append(batch.docs)
+        pieces.append(replace(batch.pieces, doc=batch.pieces.doc + num_docs))
+        num_docs += len(batch.docs.wheres)
+        on_progress("tokenise", num_docs, max(total, num_docs))
+    on_progress("tokenise", num_docs, num_docs)
+    return EncodedCorpus(_concatenate(docs), _concatenate(pieces), hits, prompts, max_token_id, unread_keys)
+
+
+def _list_tasks(data: DataSection) -> Iterator[EncodeTask]:
+    """Yield every document once; if data.eval_path is set, documents that a source itself holds out are in neither split."""
+    held_out = sources.eval_source(data)
+    for number, source in enumerate(data.sources):
+        if not source.is_read:
+            continue
+        for batch in sources.read_batches(source):
+            yield EncodeTask(batch, number, None if held_out is None else False)
+    if held_out is not None:
+        for batch in sources.read_batches(held_out):
+            yield EncodeTask(batch, len(data.sources), True)
+
+
+def _concatenate(tables: Sequence[Columns]) -> Columns:
+    columns: dict[str, Any] = {}
+    for column in fields(tables[0]):
+        values = [getattr(table, column.name) for table in tables]
+        columns[column.name] = list(itertools.chain(*values)) if isinstance(values[0], list) else np.concatenate(values)
+    return type(tables[0])(**columns)

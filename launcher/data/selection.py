@@ -1,0 +1,92 @@
+"""Select the documents to train on: without those that the checks drop, and as much of each source as the mixture takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from launcher.config.data import DataSection
+from launcher.data import mixture, row_layout
+from launcher.data.checks import findings, overlap, quality
+from launcher.data.corpus import EncodedCorpus, list_names
+from launcher.data.packing import RowLayout
+from launcher.data.tokenization.batch_encoder import DocumentTable
+from launcher.errors import DataError, Problem
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which documents are dropped, bool [documents], the training rows, the passes over each source, and the findings."""
+
+    is_dropped: np.ndarray
+    layout: RowLayout
+    epochs: list[float]
+    findings: findings.Findings
+
+
+def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
+    """Check the documents against each other, drop those that data.checks drop, and mix and pack the rest.
+
+    Raises:
+        DataError: if nothing is left to train on.
+    """
+    docs, pieces, checks = corpus.docs, corpus.pieces, data.checks
+    hits = list(corpus.hits)
+    held_out, training = np.flatnonzero(docs.held_out), np.flatnonzero(~docs.held_out)
+
+    def require_pieces(is_dropped: np.ndarray) -> np.ndarray:
+        kept = corpus.select_pieces(is_dropped, held_out=False)
+        if not pieces.labels[kept].any():
+            raise _nothing_left(docs, data, _collect_findings(hits, corpus, kept[:0], data))
+        return kept
+
+    def find_leaks(training: np.ndarray, are_dropped: bool) -> list[tuple[int, quality.CheckHit]]:
+        leaks = []
+        if (checks.held_out_in_train == "drop") == are_dropped:
+            leaks += overlap.find_leaks(docs.contents, training, held_out)
+        if (checks.near_held_out_in_train == "drop") == are_dropped:
+            leaks += overlap.find_near_leaks(docs.contents, docs.signatures, training, held_out, checks)
+        return leaks
+
+    kept = require_pieces(quality.select_dropped(hits, corpus.num_docs, checks))
+    num_tokens = np.bincount(docs.source[pieces.doc[kept]], pieces.lengths[kept], len(data.sources)).astype(int)
+    # The first of several copies is kept: the one in the source of which the mixture takes the largest share.
+    shares = np.asarray(mixture.shares(data.sources, num_tokens.tolist()))
+    training = training[np.argsort(-shares[docs.source[training]], kind="stable")]
+    hits += overlap.find_duplicates(docs.contents, docs.tasks, docs.signatures, training, checks)
+    # The mixture replaces dropped documents by others of the source, so all of them are compared, not only those in rows.
+    hits += find_leaks(training, are_dropped=True)
+    is_dropped = quality.select_dropped(hits, corpus.num_docs, checks)
+    layout, epochs = row_layout.mixed(pieces.lengths, docs.source[pieces.doc], require_pieces(is_dropped), data)
+    if not pieces.labels[layout.order].any():
+        raise _nothing_left(docs, data, _collect_findings(hits, corpus, layout.order, data))
+    hits += find_leaks(np.unique(pieces.doc[layout.order]), are_dropped=False)
+    return Selection(is_dropped, layout, epochs, _collect_findings(hits, corpus, layout.order, data))
+
+
+def _collect_findings(
+    hits: list[tuple[int, quality.CheckHit]], corpus: EncodedCorpus, order: np.ndarray, data: DataSection
+) -> findings.Findings:
+    """Return the findings if the training rows have the pieces `order`."""
+    docs, pieces = corpus.docs, corpus.pieces
+    trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
+    used = np.bincount(pieces.doc[order], minlength=corpus.num_docs) > 0
+    columns = (docs.wheres, docs.source, list_names(data), docs.held_out, docs.num_tokens, docs.is_text, trained, used)
+    return quality.collect_findings(hits, quality.CheckedDocuments(*columns), data.checks)
+
+
+def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings.Findings) -> DataError:
+    dropped = [one.finding for one in findings.judge(all_findings, data.checks) if one.action == "drop"]
+    # Documents that a check or their length dropped may have trained tokens, which a setting can bring back.
+    never = all(finding.name == "no_trained_token" for finding in dropped) and bool((docs.num_pieces > 0).all())
+    what = "no document with a trained token is left to train on" + (", which no setting accepts" if never else "")
+    where = ", ".join(source.path for source in data.sources)
+    remedy = (
+        "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
+        "or let data.checks keep what it drops"
+    )
+    num_held_out = np.count_nonzero(docs.held_out)
+    num_read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"
+    reasons = [f"{finding.count:,} {finding.title} ({finding.examples[0].where})" for finding in dropped]
+    return DataError(Problem(what, where, "; ".join([num_read, *reasons]), remedy))
