@@ -1,4 +1,4 @@
-"""The verb data: build the cache, report on it, and refuse what a run would refuse."""
+"""The verb data: build the data cache, print the report, and refuse data that a run would refuse."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from launcher.plan.launch_plan import DataFacts
 
 USAGE = """python -m launcher data [--show N] [--json] [--html FILE] [overrides]
 
-Build the data cache and report on it: numbers of the mixture and of each source, faults of the documents, and a few documents
-in which the trained tokens are marked. Exit code 2 where a run would be refused.
+Build the data cache and report on it: counts of the mixture and of each source, findings of the checks, and a few documents with
+their trained tokens marked. Exit code 2 if a run with this data would be refused.
 
-  --show N      show N rows instead, with the borders of their documents
-  --json        print the report for programs
-  --html FILE   write the report as one page with plots"""
+  --show N      show N whole rows instead of a few documents
+  --json        print the report as JSON
+  --html FILE   also write the report as one HTML page with plots"""
 
 
 @dataclass(frozen=True)
@@ -32,29 +32,29 @@ class Options:
 
 
 def options(tokens: Sequence[str]) -> tuple[Options, list[str]]:
-    """The verb's own options, and what is left for Hydra.
+    """Parse the options of the verb; return them and the remaining words for Hydra.
 
     Raises:
-        ConfigError: for an option without its value, or with one that cannot be.
+        ConfigError: for an option without a value, or with an invalid one.
     """
     values: dict[str, str] = {}
-    rest: list[str] = []
-    waiting = list(tokens)
-    while waiting:
-        token = waiting.pop(0)
-        name, given, value = token.partition("=")
+    overrides: list[str] = []
+    remaining = list(tokens)
+    while remaining:
+        token = remaining.pop(0)
+        name, equals, value = token.partition("=")
         if name not in ("--html", "--show"):
-            rest.append(token)
+            overrides.append(token)
             continue
-        if not given:
-            value = waiting.pop(0) if waiting and not waiting[0].startswith("-") else ""
+        if not equals:
+            value = remaining.pop(0) if remaining and not remaining[0].startswith("-") else ""
         if not value:
             raise ConfigError(f"{name} needs a value", where="command line", remedy=f"write {_EXAMPLES[name]}")
         values[name] = value
-    as_json = "--json" in rest
-    rest = [token for token in rest if token != "--json"]  # noqa: S105
+    as_json = "--json" in overrides
+    overrides = [token for token in overrides if token != "--json"]  # noqa: S105
     html = html_page.require_place(Path(values["--html"])) if "--html" in values else None
-    return Options(as_json, html, _count(values.get("--show", "0"))), rest
+    return Options(as_json, html, _count(values.get("--show", "0"))), overrides
 
 
 _EXAMPLES = {"--html": "--html report.html", "--show": "--show 3"}
@@ -69,10 +69,10 @@ def _count(value: str) -> int:
 
 
 def present(report: dict[str, Any], config: RunConfig, chosen: Options) -> None:
-    """Print the report, and write its page where one is asked for.
+    """Print the report, and write the HTML page if --html is given.
 
     Raises:
-        DataError: with the findings for which a run would be refused.
+        DataError: with the findings that the settings do not accept.
     """
     if chosen.html is not None:
         from launcher.cli import data_html
@@ -90,32 +90,32 @@ def present(report: dict[str, Any], config: RunConfig, chosen: Options) -> None:
 
 
 def check(config: RunConfig, facts: DataFacts | None) -> None:
-    """Refuse a run for what was found in its data.
+    """Refuse a run whose data has findings that the settings do not accept.
 
     Raises:
-        DataError: with the findings that the settings do not accept.
+        DataError: with these findings.
     """
     if facts is not None:
         findings.refuse(findings.read(facts.cache_dir), config.data.checks)
 
 
 def refusal(config: RunConfig, facts: DataFacts | None) -> str | None:
-    """One line about findings for which a run would be refused."""
-    return _told(config, facts, fatal=True, means="a run is refused for that: see python -m launcher data")
+    """Return one line on the findings for which the run would be refused; None if there are none."""
+    return _summarize(config, facts, fatal=True, hint="the run would be refused: see `python -m launcher data`")
 
 
 def accepted(config: RunConfig, facts: DataFacts | None) -> str | None:
-    """One line about findings that are trained on, and about those that were dropped."""
-    return _told(config, facts, fatal=False, means="python -m launcher data shows where")
+    """Return one line on the findings that the settings accept, documents kept first, then dropped; None if there are none."""
+    return _summarize(config, facts, fatal=False, hint="`python -m launcher data` shows where")
 
 
-def _told(config: RunConfig, facts: DataFacts | None, fatal: bool, means: str) -> str | None:
+def _summarize(config: RunConfig, facts: DataFacts | None, fatal: bool, hint: str) -> str | None:
     if facts is None:
         return None
     judged = findings.judge(findings.read(facts.cache_dir), config.data.checks)
-    meant = [one for one in judged if one.fatal == fatal]
-    said = "; ".join(
+    summary = "; ".join(
         f"{'dropped: ' if one.action == 'drop' else ''}{one.finding.count:,} {one.finding.title}"
-        for one in sorted(meant, key=lambda one: one.action == "drop")
+        for one in sorted(judged, key=lambda one: one.action == "drop")
+        if one.fatal == fatal
     )
-    return f"{said} ({means})" if said else None
+    return f"{summary} ({hint})" if summary else None

@@ -103,10 +103,11 @@ def _finding_rows(findings: list[dict[str, Any]]) -> list[list[str]]:
     rows = []
     for finding in findings:
         examples = "\n".join(f"·\u00a0{example['where']}: {example['detail']}" for example in finding["examples"])
-        action = f"{finding['setting']}={finding['action']}" + ("\na run is refused" if finding["fatal"] else "")
+        action = f"{finding['setting']}={finding['action']}" + ("\nthe run is refused" if finding["fatal"] else "")
         by_source = "\n".join(f"{name}: {count:,}" for name, count in finding["sources"].items())
         count, share = f"{finding['count']:,}", share_text(finding["share"])
-        rows.append([finding["title"], count, share, by_source, examples, f"{action}\n{finding['remedy']}"])
+        advice = f"{finding['meaning']}. To do: {finding['remedy']}\n{action}"
+        rows.append([finding["title"], count, share, by_source, examples, advice])
     return rows
 
 

@@ -23,7 +23,7 @@ _BAR = 40
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 # Shares of tokens are told to so much.
 _ROUNDING = 1e-6
-_ACTIONS = {"keep": "kept", "drop": "dropped", "fail": "kept, their share is within the limit"}
+_ACTIONS = {"keep": "kept", "drop": "dropped", "fail": "kept, within the accepted share"}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -240,12 +240,13 @@ def _print_findings(console: Console, found: list[dict[str, Any]]) -> None:
     console.print("findings", style="bold")
     for one in found:
         style = "bold red" if one["fatal"] else "yellow"
-        done = "a run is refused" if one["fatal"] else _ACTIONS[one["action"]]
+        done = "the run is refused" if one["fatal"] else _ACTIONS[one["action"]]
         line = Text(f"  {one['count']:,} of {one['total']:,} ({share_text(one['share'])})  {one['title']}: {done}", style=style)
         console.print(line, soft_wrap=True)
         for example in one["examples"]:
             console.print(Text(f"      {visible(example['where'])}: {visible(example['detail'])}"), soft_wrap=True)
-        console.print(Text(f"      {one['setting']}={one['action']}; {one['remedy']}", style="dim"), soft_wrap=True)
+        advice = f"{one['meaning']}. To do: {one['remedy']} ({one['setting']}={one['action']})"
+        console.print(Text(f"      {advice}", style="dim"), soft_wrap=True)
 
 
 def _print_row(console: Console, shown: dict[str, Any], number: int) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from launcher.config.data import DataSection
 from launcher.data import sources
-from launcher.data.corpus import list_inputs
+from launcher.data.corpus import EncodedCorpus, list_inputs, list_names
 from launcher.data.packing import RowLayout
 from launcher.data.tokenization.batch_encoder import PieceTable
 from launcher.plan.launch_plan import DataFacts
@@ -57,8 +57,8 @@ def make_report(
 ) -> dict[str, Any]:
     """Count documents and tokens for the report; `is_dropped` is bool [documents].
 
-    `read`: documents as they were read. `num_docs`: documents in the rows. `dropped`: by a check, or for the length. `unused`: the
-    mixture takes less of the source. Of the documents in rows, `truncated`: some tokens were cut off; `split`: several pieces.
+    `read`: documents as they were read. `num_docs`: documents in the rows. `dropped`: by a check, or for the length. `unused`:
+    the mixture takes less of the source. Of the documents in rows, `truncated`: tokens were cut off; `split`: several pieces.
     """
     docs, pieces = corpus.docs, corpus.pieces
     gone = is_dropped | (docs.num_pieces == 0)

@@ -241,7 +241,7 @@ def test_held_out_rows_in_training_refuse_report_and_run(launch_here: Run, leaki
     assert not (tmp_path / "runs").exists(), "refused before anything is submitted"
     planned = launch_here("plan", *leaking, cwd=tmp_path)
     assert planned.returncode == 0
-    assert "a run is refused for that" in planned.stdout
+    assert "the run would be refused" in planned.stdout
     for setting in ("held_out_in_train=keep", "max_held_out_in_train=0.5", "held_out_in_train=drop"):
         assert launch_here("data", *leaking, f"data.checks.{setting}", cwd=tmp_path).returncode == 0
 
@@ -257,8 +257,8 @@ def test_a_template_without_an_end_of_turn_refuses_report_and_run(launch: Run, l
     run = (*settings, f"run.root={runs}", "run.name=x", "train.max_steps=1", "export.enabled=false")
     for done in (launch_here("data", *settings, cwd=tmp_path), launch_here(*run, cwd=tmp_path)):
         assert done.returncode == 2, done.stdout
-        assert "40 of 40 (100.0%): documents that train no end of turn" in done.stderr
-        assert "to train on it as it is: data.checks.no_turn_end=keep" in done.stderr
+        assert "40 of 40 (100.0%): documents that train no end-of-turn token" in done.stderr
+        assert "to train on them anyway: data.checks.no_turn_end=keep" in done.stderr
     assert not runs.exists(), "refused before anything is submitted"
     accepted = launch(*run, "data.checks.no_turn_end=keep", "cluster.ranks_per_node=1", cwd=tmp_path)
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr

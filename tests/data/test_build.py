@@ -223,13 +223,13 @@ def test_rows_whose_mask_cannot_be_told_are_refused_or_dropped_and_located(
     (found,) = (one for one in findings.read(facts.cache_dir) if one.name == "unsure_border")
     assert [example.where for example in found.examples] == [f"{data.sources[0].path}:2"]
     failing = data.model_copy(update={"checks": ChecksSection()})
-    with pytest.raises(DataError, match="does not begin and end between two tokens") as caught:
+    with pytest.raises(DataError, match="begins or ends inside a token") as caught:
         findings.refuse(findings.read(build(failing, str(tmp_path / "tokenizer")).cache_dir), failing.checks)
     assert "data.checks.unsure_border=drop" in caught.value.problems[0].remedy
     alone = data.model_copy(update={"sources": (Source(path=str(jsonl(rows[1:2]))),)})
     with pytest.raises(DataError, match="no document with a trained token is left") as caught:
         build(alone, str(tmp_path / "tokenizer"))
-    assert "1 documents whose trained part does not begin" in caught.value.problems[0].value
+    assert "1 documents whose trained part begins or ends inside a token" in caught.value.problems[0].value
 
 
 def test_documents_that_differ_in_case_and_space_fall_on_one_side(jsonl: Jsonl, tokenizer_dir: Path) -> None:

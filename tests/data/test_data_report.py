@@ -233,7 +233,7 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
     found = findings.read(facts.cache_dir)
     (finding,) = [one for one in found if one.name == "no_turn_end"]
     assert (finding.count, finding.total) == (200, 200)
-    with pytest.raises(DataError, match="train no end of turn") as caught:
+    with pytest.raises(DataError, match="train no end-of-turn token") as caught:
         findings.refuse(found, data.checks)
     assert "data.checks.no_turn_end=keep" in caught.value.problems[0].remedy
     assert report(facts, data, tokenizer_dir)["documents_with_turn_end"] == 0

@@ -1,7 +1,7 @@
-"""What is wrong with the documents of a data cache: counts and places, and what the settings say about them.
+"""Findings of the data checks: counts, examples, and whether the settings accept them.
 
-`findings.json` lies in the cache and holds what was found; whether a finding stops a run is told from the settings that the
-run has now. No torch, no transformers: the submit side reads it before anything is started.
+The cache has the findings in `findings.json`; the settings of the run decide whether a finding refuses it. No torch, no
+transformers: the submit side reads the findings before anything is started.
 """
 
 from __future__ import annotations
@@ -18,64 +18,124 @@ from launcher.errors import DataError, Problem
 FILE = "findings.json"
 NUM_EXAMPLES = 3
 
-# Each check by its name in data.checks: what was found, and what a person does about it.
-TITLES = {
-    "no_trained_token": "documents without a trained token within a row",
-    "unsure_border": "documents whose trained part does not begin and end between two tokens",
-    "no_turn_end": "documents that train no end of turn",
-    "held_out_in_train": "held-out documents that also stand in training, but for case and white space",
-    "near_held_out_in_train": "held-out documents that are nearly the same as one in training",
-    "not_compared": "documents that were not compared with all that may be nearly the same",
-    "empty_answer": "answers that are empty or white space",
-    "exact_duplicate": "documents that stand in training before, but for case and white space",
-    "near_duplicate": "documents that are nearly the same as one before them",
-    "broken_encoding": "documents whose text was decoded wrongly",
-    "special_token_in_text": "documents whose text holds special tokens",
-    "role_order": "conversations whose roles are out of order",
-    "repetitive_answer": "answers that repeat themselves",
-    "long_answer": "very long answers",
-    "secrets": "documents with what looks like a key or a password",
-    "personal_data": "documents with what looks like an e-mail address or a telephone number",
-    "few_examples": "documents to train on, which is few",
-}
-REMEDIES = {
-    "no_trained_token": (
-        "give them an answer, raise data.max_length where it is cut off, or take a source without any out of data.sources"
+
+@dataclass(frozen=True)
+class CheckText:
+    """The texts of a check: `title` follows a count of documents, `meaning` is the effect on training, `remedy` the fix."""
+
+    title: str
+    meaning: str
+    remedy: str
+
+
+_REPEATED = "The model sees them more often than other documents"
+_KEEPS_FIRST = "drop keeps the first copy, in the source of which the mixture takes the largest share"
+_RECITED = "A model can repeat what it was trained on"
+
+# Each check by its name in data.checks.
+CHECKS = {
+    "no_trained_token": CheckText(
+        "documents without a trained token in the part that fits a row",
+        "They add nothing to the loss",
+        "give the rows an answer; if it is cut off, raise data.max_length; remove a source without answers from data.sources",
     ),
-    "unsure_border": "let a completion begin with the space before its first word, or a word of its own",
-    "no_turn_end": (
-        "where it is cut off, raise data.max_length, or data.long_documents=split or drop; "
-        "else use a chat template that ends the assistant's turn with a special token (data.chat_template=FILE)"
+    "unsure_border": CheckText(
+        "documents whose trained part begins or ends inside a token",
+        "The loss mask cannot separate the trained text from the rest",
+        "begin a completion with the space before its first word, or with a whole word",
     ),
-    "held_out_in_train": "take them out of one of the two files; drop takes them out of training",
-    "near_held_out_in_train": "look at the examples; drop takes what is nearly the same out of training",
-    "not_compared": "look at what is alike by eye, or raise data.checks.near_duplicate_threshold, with which fewer may be",
-    "empty_answer": "write the answers",
-    "exact_duplicate": "drop keeps the first of each, in the source of which the mixture takes most",
-    "near_duplicate": "look at the examples; drop keeps the first of each, in the source of which the mixture takes most",
-    "broken_encoding": "save the source in UTF-8, or repair it with ftfy",
-    "special_token_in_text": "rows hold text alone: the template writes the special tokens",
-    "role_order": "begin with the user, take turns, and end with the assistant",
-    "repetitive_answer": "look at the examples",
-    "long_answer": "look at the examples; data.checks.long_answer_tokens is the limit",
-    "secrets": "replace them: a model repeats what it was trained on",
-    "personal_data": "replace them, if they belong to people",
-    "few_examples": "add examples, and hold some out to see whether they suffice",
+    "no_turn_end": CheckText(
+        "documents that train no end-of-turn token",
+        "A model trained on them may not stop after its answer",
+        "if documents are cut off, raise data.max_length, or set data.long_documents to split or drop; otherwise use a chat "
+        "template that ends the assistant's turn with a special token (data.chat_template=FILE)",
+    ),
+    "held_out_in_train": CheckText(
+        "held-out documents that are also in the training split, apart from case and white space",
+        "The evaluation loss comes out too low",
+        "remove them from one of the two files; drop removes them from training",
+    ),
+    "near_held_out_in_train": CheckText(
+        "held-out documents that are nearly identical to a training document",
+        "The evaluation loss may come out too low",
+        "look at the examples; drop removes the similar documents from training",
+    ),
+    "not_compared": CheckText(
+        "documents that were not compared with every document that may be nearly identical",
+        "Near duplicates between the training and the held-out split may be missed: too many rows share a template",
+        "compare some of these rows by eye, or raise data.checks.near_duplicate_threshold, which leaves fewer pairs to compare",
+    ),
+    "empty_answer": CheckText(
+        "documents with an empty answer",
+        "The model learns to answer with nothing",
+        "write the answers",
+    ),
+    "exact_duplicate": CheckText(
+        "training documents that repeat an earlier one, apart from case and white space",
+        _REPEATED,
+        _KEEPS_FIRST,
+    ),
+    "near_duplicate": CheckText(
+        "training documents that are nearly identical to an earlier one",
+        _REPEATED,
+        f"look at the examples; {_KEEPS_FIRST}",
+    ),
+    "broken_encoding": CheckText(
+        "documents with wrongly decoded text",
+        "The model learns to write such characters",
+        "save the source in UTF-8, or repair it with ftfy",
+    ),
+    "special_token_in_text": CheckText(
+        "documents whose text contains special tokens",
+        "They can end a turn too early, or teach the model to write another model's tokens as text",
+        "remove them from the rows: the chat template writes the special tokens",
+    ),
+    "role_order": CheckText(
+        "conversations whose roles are out of order",
+        "A chat template may refuse them, or write them in a form that never occurs at inference",
+        "begin with the user, alternate user and assistant, and end with the assistant",
+    ),
+    "repetitive_answer": CheckText(
+        "documents with an answer that repeats itself",
+        "The model learns to repeat itself",
+        "look at the examples, and remove the rows if the repetition is a fault",
+    ),
+    "long_answer": CheckText(
+        "documents with a very long answer",
+        "The loss weights every token equally, so that long answers dominate it",
+        "look at the examples; data.checks.long_answer_tokens sets the limit",
+    ),
+    "secrets": CheckText(
+        "documents with text that looks like a key or a password",
+        _RECITED,
+        "replace keys and passwords with placeholders",
+    ),
+    "personal_data": CheckText(
+        "documents with text that looks like an e-mail address or a telephone number",
+        _RECITED,
+        "replace them with placeholders if they belong to real people",
+    ),
+    "few_examples": CheckText(
+        "documents to train on, fewer than usual",
+        "The model may hardly change, or memorise them",
+        "add documents, and hold some out to see whether they are enough",
+    ),
 }
 
-# What accepts a fatal finding, where that is not keep, and what is then trained on, where that is not all as it is.
+# The value that accepts a fatal finding, if it is not keep.
 _ACCEPTED_BY = {"unsure_border": "drop"}
-_THE_OTHERS = ("unsure_border", "no_trained_token")
+# Accepted, these documents are not trained.
+_NOT_TRAINED = ("unsure_border", "no_trained_token")
 
-# What stands on both sides: a share of the held-out documents is accepted, and training loses what is dropped.
+# Documents in both splits: a share of the held-out ones is accepted, and drop removes the training documents.
 LEAKS = ("held_out_in_train", "near_held_out_in_train")
-# A model that has seen more documents without an end of turn than with one hardly learns to stop.
-MOST_WITHOUT_TURN_END = 0.5
+# A model that sees more documents without an end of turn than with one hardly learns to stop.
+MAX_SHARE_WITHOUT_TURN_END = 0.5
 
 
 @dataclass(frozen=True)
 class Example:
-    """A place, as file:line, and what stands there, without any secret."""
+    """A place (file:line) and what the check found there, with secrets redacted."""
 
     where: str
     detail: str
@@ -83,9 +143,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Finding:
-    """`count` of `total` documents that a check has hit; `sources` counts them by the source's name.
+    """`count` of `total` documents that a check found; `sources` counts them by the name of the source.
 
-    `highest_share` is that of the source in which most documents are hit, in proportion to all that the check looks at.
+    `highest_share` is the largest share of any one source, of the documents that the check looks at.
     """
 
     name: str
@@ -97,7 +157,7 @@ class Finding:
 
     @property
     def title(self) -> str:
-        return TITLES[self.name]
+        return CHECKS[self.name].title
 
     @property
     def share(self) -> float:
@@ -110,25 +170,26 @@ class Finding:
 
 @dataclass(frozen=True)
 class JudgedFinding:
-    """A finding under the settings of a run: its `action` is keep, drop or fail; `fatal`: the run is refused."""
+    """A finding under the settings of a run: `action` is keep, drop or fail; if it is `fatal`, the run is refused."""
 
     finding: Finding
     action: str
     fatal: bool
 
     def to_json(self) -> dict[str, Any]:
-        """For programs: the finding with title, share, action, setting and remedy."""
-        name = self.finding.name
+        """Return the finding with its texts, share, setting and action, for `--json`."""
+        text = CHECKS[self.finding.name]
         return {
             **asdict(self.finding),
             "examples": [asdict(example) for example in self.finding.examples],
-            "title": self.finding.title,
+            "title": text.title,
+            "meaning": text.meaning,
             "share": self.finding.share,
             "setting": self.finding.setting,
             "action": self.action,
             "fatal": self.fatal,
             "accepted_by": _accepted_by(self.finding),
-            "remedy": REMEDIES[name],
+            "remedy": text.remedy,
         }
 
 
@@ -141,13 +202,13 @@ def write(folder: str | Path, findings: Findings) -> None:
 
 
 def read(folder: str | Path) -> Findings:
-    """The findings of the cache in `folder`."""
+    """Return the findings of the cache in `folder`."""
     rows = json.loads(Path(folder, FILE).read_bytes())
     return tuple(Finding(**{**row, "examples": tuple(Example(**example) for example in row["examples"])}) for row in rows)
 
 
 def judge(findings: Findings, checks: ChecksSection) -> tuple[JudgedFinding, ...]:
-    """What each finding means under `checks`; those that refuse the run stand first."""
+    """Judge each finding by the settings `checks`; those that refuse the run come first."""
     judged = [
         JudgedFinding(finding, action := getattr(checks, finding.name), _is_fatal(finding, action, checks))
         for finding in findings
@@ -160,41 +221,41 @@ def _is_fatal(finding: Finding, action: str, checks: ChecksSection) -> bool:
     if finding.name in LEAKS:
         limit = checks.max_held_out_in_train
     elif finding.name == "no_turn_end":
-        share, limit = finding.highest_share, MOST_WITHOUT_TURN_END
+        share, limit = finding.highest_share, MAX_SHARE_WITHOUT_TURN_END
     elif finding.name == "no_trained_token" and action == "drop":
-        # Nothing would be left of a source.
+        # Nothing of a source would be left.
         return finding.highest_share == 1
     return action == "fail" and share > limit
 
 
 def refuse(findings: Findings, checks: ChecksSection) -> None:
-    """Stop a run whose data has a finding that the settings do not accept.
+    """Refuse a run whose data has findings that the settings do not accept.
 
     Raises:
-        DataError: with each such finding, where it stands, and the flag that accepts it.
+        DataError: with each such finding, its places, and the setting that accepts it.
     """
     if problems := [_problem(one.finding) for one in judge(findings, checks) if one.fatal]:
         raise DataError(problems)
 
 
 def share_text(share: float) -> str:
-    """A share above 0 in percent, which is never told as none."""
+    """Format a share above 0 in percent, never as 0.0%."""
     return f"{share:.1%}" if share >= 0.001 else "< 0.1%"
 
 
 def _accepted_by(finding: Finding) -> str:
-    """The flag with which a fatal finding refuses no run."""
+    """Return the setting with which a fatal finding does not refuse the run."""
     return f"{finding.setting}={_ACCEPTED_BY.get(finding.name, 'keep')}"
 
 
 def _problem(finding: Finding) -> Problem:
-    trained = "the others" if finding.name in _THE_OTHERS else "it as it is"
-    accepted = f"to train on {trained}: {_accepted_by(finding)}"
-    # What is little of all may be the whole of a source.
-    most = f", {share_text(finding.highest_share)} of one source" if finding.highest_share > finding.share else ""
+    text = CHECKS[finding.name]
+    trained = "without them" if finding.name in _NOT_TRAINED else "on them anyway"
+    # A small share of all documents may be all of one source.
+    highest = f", {share_text(finding.highest_share)} of one source" if finding.highest_share > finding.share else ""
     return Problem(
-        f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}{most}): {finding.title}",
+        f"{finding.count:,} of {finding.total:,} ({share_text(finding.share)}{highest}): {text.title}. {text.meaning}",
         where="; ".join(example.where for example in finding.examples),
         value="; ".join(example.detail for example in finding.examples),
-        remedy=f"{REMEDIES[finding.name]}; {accepted}",
+        remedy=f"{text.remedy}; to train {trained}: {_accepted_by(finding)}",
     )

@@ -14,7 +14,7 @@ from ftfy.badness import is_bad
 
 from launcher.config.data import ChecksSection, DataSection
 from launcher.data.checks import minhash, patterns
-from launcher.data.checks.findings import LEAKS, NUM_EXAMPLES, TITLES, Example, Finding, Findings
+from launcher.data.checks.findings import CHECKS, LEAKS, NUM_EXAMPLES, Example, Finding, Findings
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.data.tokenization.loss_mask import TrainOn, answers
@@ -277,7 +277,7 @@ def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocume
     by_name = _by_name(hits)
     looked_at = {**dict.fromkeys(LEAKS, corpus.held_out), "no_turn_end": corpus.trained}
     found = []
-    for name in TITLES:
+    for name in CHECKS:
         if of_name := by_name.get(name):
             of_source = corpus.source[looked_at[name]] if name in looked_at else corpus.source
             found.append(_finding(name, np.asarray(sorted(of_name)), of_source, of_name, corpus))

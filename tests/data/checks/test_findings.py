@@ -13,7 +13,7 @@ SECRET = Finding("secrets", 1, 1000, {"a": 1}, (Example("a.jsonl:9", "[API key: 
 NO_END = Finding("no_turn_end", 50, 1000, {"a": 50}, (Example("a.jsonl:1", "no end of turn is trained"),), highest_share=0.6)
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_findings_are_read_as_they_were_written(tmp_path: Path) -> None:
     write(tmp_path, (SECRET, LEAK))
     assert read(tmp_path) == (SECRET, LEAK)
 
@@ -33,7 +33,7 @@ def test_the_settings_of_the_run_decide_what_is_fatal() -> None:
     ]
 
 
-def test_held_out_documents_that_are_nearly_in_training_refuse_where_that_is_asked_for() -> None:
+def test_near_leaks_refuse_a_run_if_the_settings_say_fail() -> None:
     near = Finding("near_held_out_in_train", 3, 100, {"a": 3}, LEAK.examples)
     strict = ChecksSection(near_held_out_in_train="fail")
     lenient = strict.model_copy(update={"max_held_out_in_train": 0.03})
@@ -42,11 +42,14 @@ def test_held_out_documents_that_are_nearly_in_training_refuse_where_that_is_ask
         assert judged.fatal is fatal
 
 
-def test_a_refusal_names_places_and_the_flag_that_accepts_it() -> None:
+def test_a_refusal_names_the_places_and_the_setting_that_accepts_it() -> None:
     with pytest.raises(DataError) as caught:
         refuse((SECRET, LEAK, NO_END), ChecksSection())
     first, second = caught.value.problems
-    assert first.what == "3 of 100 (3.0%): held-out documents that also stand in training, but for case and white space"
+    assert first.what == (
+        "3 of 100 (3.0%): held-out documents that are also in the training split, apart from case and white space. "
+        "The evaluation loss comes out too low"
+    )
     assert (first.where, first.value) == ("a.jsonl:7", "the same as a.jsonl:2")
     assert first.remedy.endswith("data.checks.held_out_in_train=keep")
     assert second.remedy.endswith("data.checks.no_turn_end=keep")
@@ -54,7 +57,7 @@ def test_a_refusal_names_places_and_the_flag_that_accepts_it() -> None:
     refuse((), ChecksSection())
 
 
-def test_a_finding_for_programs_says_what_deals_with_it() -> None:
+def test_a_finding_as_json_has_its_setting_and_action() -> None:
     (one,) = judge((LEAK,), ChecksSection(held_out_in_train="drop"))
     told = one.to_json()
     assert (told["setting"], told["action"], told["fatal"], told["share"]) == (
@@ -66,5 +69,5 @@ def test_a_finding_for_programs_says_what_deals_with_it() -> None:
     assert told["examples"] == [{"where": "a.jsonl:7", "detail": "the same as a.jsonl:2"}]
 
 
-def test_a_small_share_is_not_none() -> None:
+def test_a_small_share_is_never_shown_as_zero() -> None:
     assert [share_text(share) for share in (0.0001, 0.001, 0.25)] == ["< 0.1%", "0.1%", "25.0%"]
