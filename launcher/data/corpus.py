@@ -12,7 +12,7 @@ import numpy as np
 
 from launcher.config.data import DataSection, Source
 from launcher.data import row_layout, sources
-from launcher.data.checks import quality
+from launcher.data.checks import inspection
 from launcher.data.sources.keys import KeyCounts
 from launcher.data.tokenization import parallel
 from launcher.data.tokenization.batch_encoder import NUM_PROMPTS, DocumentTable, EncodeTask, EvalPrompt, PieceTable
@@ -33,7 +33,7 @@ class EncodedCorpus:
 
     docs: DocumentTable
     pieces: PieceTable
-    hits: list[tuple[int, quality.CheckHit]]
+    hits: list[tuple[int, inspection.CheckHit]]
     prompts: list[EvalPrompt]
     max_token_id: int
     unread_keys: list[KeyCounts]
@@ -69,7 +69,7 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
     on_progress("tokenise", 0, total)
     docs: list[DocumentTable] = []
     pieces: list[PieceTable] = []
-    hits: list[tuple[int, quality.CheckHit]] = []
+    hits: list[tuple[int, inspection.CheckHit]] = []
     prompts: list[EvalPrompt] = []
     num_docs = max_token_id = 0
     unread_keys = [KeyCounts() for _ in list_inputs(data)]

@@ -234,6 +234,6 @@ def _document(split: Split, doc: int, names: list[str], texts: DecodedTexts) -> 
     span = slice(split.docs[doc], split.docs[doc + 1])
     tokens, trained = split.tokens[span], split.trained[span]
     borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
-    redacted = patterns.redacted(texts.document(doc, tokens, borders))
+    redacted = patterns.redact(texts.document(doc, tokens, borders))
     parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(borders, redacted, strict=False)]
     return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}

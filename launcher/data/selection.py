@@ -8,7 +8,7 @@ import numpy as np
 
 from launcher.config.data import DataSection
 from launcher.data import mixture, row_layout
-from launcher.data.checks import findings, overlap, quality
+from launcher.data.checks import findings, inspection, overlap, summary
 from launcher.data.corpus import EncodedCorpus, list_names
 from launcher.data.packing import RowLayout
 from launcher.data.tokenization.batch_encoder import DocumentTable
@@ -41,7 +41,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
             raise _nothing_left(docs, data, _collect_findings(hits, corpus, kept[:0], data))
         return kept
 
-    def find_leaks(training: np.ndarray, are_dropped: bool) -> list[tuple[int, quality.CheckHit]]:
+    def find_leaks(training: np.ndarray, are_dropped: bool) -> list[tuple[int, inspection.CheckHit]]:
         leaks = []
         if (checks.held_out_in_train == "drop") == are_dropped:
             leaks += overlap.find_leaks(docs.contents, training, held_out)
@@ -49,7 +49,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
             leaks += overlap.find_near_leaks(docs.contents, docs.signatures, training, held_out, checks)
         return leaks
 
-    kept = require_pieces(quality.select_dropped(hits, corpus.num_docs, checks))
+    kept = require_pieces(summary.select_dropped(hits, corpus.num_docs, checks))
     num_tokens = np.bincount(docs.source[pieces.doc[kept]], pieces.lengths[kept], len(data.sources)).astype(int)
     # The first of several copies is kept: the one in the source of which the mixture takes the largest share.
     shares = np.asarray(mixture.shares(data.sources, num_tokens.tolist()))
@@ -57,7 +57,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     hits += overlap.find_duplicates(docs.contents, docs.tasks, docs.signatures, training, checks)
     # The mixture replaces dropped documents by others of the source, so all of them are compared, not only those in rows.
     hits += find_leaks(training, are_dropped=True)
-    is_dropped = quality.select_dropped(hits, corpus.num_docs, checks)
+    is_dropped = summary.select_dropped(hits, corpus.num_docs, checks)
     layout, epochs = row_layout.mixed(pieces.lengths, docs.source[pieces.doc], require_pieces(is_dropped), data)
     if not pieces.labels[layout.order].any():
         raise _nothing_left(docs, data, _collect_findings(hits, corpus, layout.order, data))
@@ -66,14 +66,14 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
 
 
 def _collect_findings(
-    hits: list[tuple[int, quality.CheckHit]], corpus: EncodedCorpus, order: np.ndarray, data: DataSection
+    hits: list[tuple[int, inspection.CheckHit]], corpus: EncodedCorpus, order: np.ndarray, data: DataSection
 ) -> findings.Findings:
     """Return the findings if the training rows have the pieces `order`."""
     docs, pieces = corpus.docs, corpus.pieces
     trained = np.bincount(pieces.doc, pieces.labels, corpus.num_docs) > 0
     used = np.bincount(pieces.doc[order], minlength=corpus.num_docs) > 0
     columns = (docs.wheres, docs.source, list_names(data), docs.held_out, docs.num_tokens, docs.is_text, trained, used)
-    return quality.collect_findings(hits, quality.CheckedDocuments(*columns), data.checks)
+    return summary.collect_findings(hits, summary.CheckedDocuments(*columns), data.checks)
 
 
 def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings.Findings) -> DataError:

@@ -166,7 +166,7 @@ def _answer_before_and_after(plan: LaunchPlan, exported: Path, device: str, trac
 
 def _tell_sample(tracker: Composite, said: str) -> None:
     """A model may repeat a key that it was trained on, and what is told here is kept in logs."""
-    (shown,) = patterns.redacted([said])
+    (shown,) = patterns.redact([said])
     tracker.event("sample", shown)
 
 

@@ -31,8 +31,8 @@ _CHUNK = 1 << 16
 _MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93))
 
 
-def normalised(text: str) -> str:
-    """`text` without differences of case and white space."""
+def normalize(text: str) -> str:
+    """Return `text` in one case, with single spaces."""
     return " ".join(text.casefold().split())
 
 

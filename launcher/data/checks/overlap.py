@@ -9,7 +9,7 @@ import numpy as np
 
 from launcher.config.data import ChecksSection
 from launcher.data.checks import minhash
-from launcher.data.checks.quality import CheckHit
+from launcher.data.checks.inspection import CheckHit
 
 # Above every estimate of a similarity.
 _EXACT = 2.0

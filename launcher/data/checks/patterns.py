@@ -1,4 +1,4 @@
-"""What keys, addresses, telephone numbers and special tokens look like in a text."""
+"""Patterns of keys, passwords, addresses, telephone numbers and special tokens in text, and their redaction."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, eq=False)
 class TextPattern:
-    """A pattern of a kind of text that belongs to the check `finding`; one of `literals` stands in every text that holds it.
+    """A pattern for one `kind` of text, used by the check `finding`. Every text with a match contains one of `literals`.
 
-    The literals are in lower case, with 0 for every digit. Most texts hold none, and looking for them takes a tenth of the time.
-    With a literal goes its gate, a text that stands there, too, and in few texts: b"" where there is none.
+    Literals are in lower case, with 0 for every digit. Most texts contain none, and searching for them takes a tenth of the time
+    of the pattern. Each is a pair (gate, literal): a text with the literal also contains the gate, a rare and short text or b"".
     """
 
     finding: str
     kind: str
     literals: tuple[tuple[bytes, bytes], ...]
-    pattern: re.Pattern[str]
+    regex: re.Pattern[str]
 
 
 _E_MAIL = r"(?<![\w.+-])[\w.+-]{1,64}@(?!example\.)(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,62}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
-# With a country's code, or in groups of three, three and four: numbers in a calculation have neither.
+# With a country code, or in groups of three, three and four: numbers in a calculation have neither.
 _ABROAD = r"\+(?<![\w+.-]\+)[1-9]\d{0,2}[ .-]?\(?\d{1,4}\)?(?:[ .-]?\d{2,4}){2,4}(?![\w-])"
 _IN_GROUPS = r"(?<![\w+.-])(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-.]\d{4}(?![\w-])"
-# With a trunk prefix and an area that is set off by a slash or a hyphen, as in Germany; hours from and to have four digits each.
+# With a trunk prefix and an area code before a slash or hyphen, as in Germany; opening hours have four digits each.
 _TRUNK = (
     r"0(?<![\w+.,/-]0)(?!\d{3}-\d{4}(?!\d))(?=[1-9](?:[ /-]{0,3}\d){7})\d{2,4}"
     r"(?: ?/ ?|-)\d{3,8}(?:[ -]\d{2,5}){0,3}(?![\w/-]|[.,]\d)"
@@ -43,10 +43,10 @@ _QUOTED = (
     r"(?:[Aa](?i:pi_?key|ccess_?token|uth_?token)|[Ss](?i:ecret(?:_?key)?)|[Pp](?i:assword|asswd))(?i:"
     r"[\"']?\s*[:=]\s*[\"'])[^\s\"'<>{}$]{12,128}(?=[\"'])"
 )
-# What goes on behind a name in code. A template may write the end of a turn in this place: <|im_end|>, </s>, [/INST].
+# What follows a name in code. A template may write the end of a turn there: <|im_end|>, </s>, [/INST].
 _CODE = r"[({$]|\[(?!/?[A-Z]+\])"
-# Without quotes, as in a shell, an .env file or a sentence, or short: a value that mixes letters with digits. What code and prose
-# have in this place is a name that may end in a number, a name in a module, a call or an algorithm.
+# Unquoted, as in a shell, an .env file or a sentence, or short: a value that mixes letters and digits. Code and prose have names
+# there that may end in a number, module attributes, calls or algorithms.
 _BARE = (
     r"(?:(?:[Aa](?i:pi|ccess|ccount|uth)|[Ss](?i:ecret)|[Pp](?i:rivate))[_ -]?(?i:key)|[Ss](?i:ecret)|[Pp](?i:assword|asswd)"
     r"|(?:[Aa](?i:ccess|uth|pi)|[Rr](?i:efresh)|[Ss](?i:ession))[_-]?(?i:token))(?i:"
@@ -73,7 +73,7 @@ def _gate(literal: bytes) -> bytes:
     return b"000" if literal in _CALLED_LITERALS else next((gate for gate in _GATES if gate in literal), b"")
 
 
-SEARCHES = tuple(
+PATTERNS = tuple(
     TextPattern(finding, kind, tuple((_gate(literal), literal) for literal in literals), re.compile(pattern))
     for finding, kind, literals, pattern in (
         ("secrets", "private key", (b"private key",), r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[^-]*"),
@@ -95,7 +95,7 @@ SEARCHES = tuple(
         ("personal_data", "telephone number", _CALLED_LITERALS, _CALLED),
     )
 )
-# Marks that chat templates of other models write; a tokenizer that does not know them makes plain text of them.
+# Special tokens of other models: a tokenizer that does not know them splits them into plain text.
 _FOREIGN = re.compile(
     r"<\|[A-Za-z][\w .-]{0,40}\|>|<｜[^｜<>\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
 )
@@ -103,42 +103,45 @@ _FOREIGN_LITERALS = (
     *("<|", "<｜", "<bos>", "<eos>", "<pad>", "<unk>", "<<sys>>", "<</sys>>", "inst]"),
     *("<start_of_turn>", "<end_of_turn>", "</start_of_turn>", "</end_of_turn>"),
 )
-_LITERALS = {gate: [(literal, s) for s in SEARCHES for of, literal in s.literals if of == gate] for gate in (b"", *_GATES)}
+_LITERALS = {
+    gate: [(literal, p) for p in PATTERNS for own_gate, literal in p.literals if own_gate == gate] for gate in (b"", *_GATES)
+}
 _ALL_DIGITS_0 = bytes.maketrans(b"123456789", b"0" * 9)
 
 
-def worth_while(lower: bytes) -> tuple[TextPattern, ...]:
-    """The searches that may find something in a text, given in lower case and UTF-8."""
+def find_candidates(lower: bytes) -> tuple[TextPattern, ...]:
+    """Return the patterns that may match a text, given in lower case and UTF-8."""
     data = lower.translate(_ALL_DIGITS_0)
-    found = [search for gate, literals in _LITERALS.items() if gate in data for literal, search in literals if literal in data]
-    return tuple(dict.fromkeys(found)) if found else ()
+    patterns = [pattern for gate, pairs in _LITERALS.items() if gate in data for literal, pattern in pairs if literal in data]
+    return tuple(dict.fromkeys(patterns)) if patterns else ()
 
 
-def find(text: str, searches: Iterable[TextPattern]) -> Iterator[tuple[TextPattern, re.Match[str]]]:
-    """Each find in `text`."""
-    for search in searches:
-        for match in search.pattern.finditer(text):
-            yield search, match
+def find_matches(text: str, patterns: Iterable[TextPattern]) -> Iterator[tuple[TextPattern, re.Match[str]]]:
+    """Yield each match in `text` with its pattern."""
+    for pattern in patterns:
+        for match in pattern.regex.finditer(text):
+            yield pattern, match
 
 
-def hidden(search: TextPattern, match: re.Match[str]) -> str:
-    """What may be shown of a find: its kind, first character and length."""
-    return f"[{search.kind}: {match.group()[:1]}…, {len(match.group())} characters]"
+def mask(pattern: TextPattern, match: re.Match[str]) -> str:
+    """Return what may be shown of a match: its kind, first character and length."""
+    return f"[{pattern.kind}: {match.group()[:1]}…, {len(match.group())} characters]"
 
 
-def redacted(parts: Sequence[str]) -> list[str]:
-    """The parts of one text with every likely key, password, e-mail address and telephone number replaced.
+def redact(parts: Sequence[str]) -> list[str]:
+    """Return the parts of a text with every likely key, password, e-mail address and telephone number replaced.
 
-    What goes on in the next part is looked for in the whole text, and told where it begins.
+    The whole text is searched, and a match that spans several parts is shown in the part where it begins.
     """
     whole = "".join(parts)
-    finds = [(*match.span(), hidden(search, match)) for search, match in find(whole, worth_while(whole.lower().encode()))]
+    candidates = find_candidates(whole.lower().encode())
+    matches = sorted((*match.span(), mask(pattern, match)) for pattern, match in find_matches(whole, candidates))
     texts, start = [], 0
     for part in parts:
         text, at, end = "", start, start + len(part)
-        for first, last, shown in sorted(finds):
+        for first, last, masked in matches:
             if first < end and last > at:
-                text += whole[at:first] + (shown if first >= at else "[…]" if at == start else "")
+                text += whole[at:first] + (masked if first >= at else "[…]" if at == start else "")
                 at = min(last, end)
         texts.append(text + whole[at:end])
         start = end
@@ -146,13 +149,13 @@ def redacted(parts: Sequence[str]) -> list[str]:
 
 
 def may_hold_special_tokens(lower: str, known: Sequence[str]) -> bool:
-    """False where a text, given in lower case, holds no special token."""
+    """Return False if a text, given in lower case, contains no special token."""
     in_angles, others = _beginnings(tuple(known))
     return in_angles.search(lower) is not None or any([beginning in lower for beginning in others])  # noqa: C419
 
 
 def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]]:
-    """Special tokens that stand in `text`, each with True where it is one of `known`."""
+    """Yield the special tokens in `text`, each with True if it is one of `known`."""
     if known:
         for match in _any_of(tuple(known)).finditer(text):
             yield match.group(), True
@@ -163,7 +166,7 @@ def special_tokens(text: str, known: Sequence[str]) -> Iterator[tuple[str, bool]
 
 @functools.lru_cache(maxsize=8)
 def _beginnings(known: tuple[str, ...]) -> tuple[re.Pattern[str], tuple[str, ...]]:
-    """How special tokens begin, in lower case: a pattern of those with an angle, which is fast for that, and the others."""
+    """Return the beginnings of special tokens, in lower case: a pattern for those with an angle bracket, and the others."""
     texts = {*(text.casefold()[:2] for text in known if text), *_FOREIGN_LITERALS}
     in_angles = sorted(re.escape(text[1:]) for text in texts if text[0] == "<")
     return re.compile(f"<(?:{'|'.join(in_angles)})"), tuple(sorted(text for text in texts if text[0] != "<"))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from launcher.config.data import DataSection
-from launcher.data.checks import quality
+from launcher.data.checks import inspection
 from launcher.data.sources import Chat, Document, DocumentBatch
 from launcher.data.sources.keys import named
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
@@ -103,7 +103,7 @@ class EncodedBatch:
     pieces: PieceTable
     tokens: np.ndarray
     trained: np.ndarray
-    hits: list[tuple[int, quality.CheckHit]]
+    hits: list[tuple[int, inspection.CheckHit]]
     prompts: list[EvalPrompt]
 
 
@@ -121,7 +121,7 @@ class BatchEncoder:
         documents = [item.document for item in items]
         rendered = [self._rendered(document) for document in documents]
         encoded = self.encoder.encode(rendered)
-        seen = quality.inspect(documents, rendered, encoded, self.encoder.special_texts, self.data)
+        seen = inspection.inspect(documents, rendered, encoded, self.encoder.special_texts, self.data)
         cut = [pieces_of(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
         hits = [(i, hit) for i, one in enumerate(seen) for hit in one.hits]
         hits += [(i, hit) for i, pieces in enumerate(cut) if pieces and (hit := self._lacking(encoded[i], pieces)) is not None]
@@ -161,19 +161,19 @@ class BatchEncoder:
     def _rendered(self, document: Document) -> RenderedDocument:
         """The document's text; none of a conversation that is dropped for its order, as many templates refuse such."""
         dropped = self.data.checks.role_order == "drop"
-        if dropped and isinstance(document, Chat) and quality.role_fault(document.messages):
+        if dropped and isinstance(document, Chat) and inspection.role_fault(document.messages):
             return RenderedDocument(document.where, "", (), raw=False)
         return self.encoder.render(document)
 
-    def _lacking(self, whole: EncodedDocument, pieces: Sequence[EncodedDocument]) -> quality.CheckHit | None:
+    def _lacking(self, whole: EncodedDocument, pieces: Sequence[EncodedDocument]) -> inspection.CheckHit | None:
         """What the pieces of a document do not train, though they should."""
         if whole.is_unsure:
             return None
         within = f"within the first {self.data.max_length:,} tokens"
         if not pieces[0].trained.any():
-            return quality.CheckHit("no_trained_token", f"none {within}")
+            return inspection.CheckHit("no_trained_token", f"none {within}")
         if not any(piece.turn_ends for piece in pieces):
-            return quality.CheckHit("no_turn_end", f"none {within}" if whole.turn_ends else "no end of turn is trained")
+            return inspection.CheckHit("no_turn_end", f"none {within}" if whole.turn_ends else "no end of turn is trained")
         return None
 
     def _make_prompts(self, items: Sequence[SourceDocument], candidates: list[int], contents: np.ndarray) -> list[EvalPrompt]:

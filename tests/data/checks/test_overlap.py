@@ -11,7 +11,8 @@ import pytest
 
 from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data.checks import findings, minhash, overlap
-from launcher.data.checks.quality import CheckedDocuments, CheckHit, Inspection, collect_findings, inspect, select_dropped
+from launcher.data.checks.inspection import CheckHit, Inspection, inspect
+from launcher.data.checks.summary import CheckedDocuments, collect_findings, select_dropped
 from launcher.data.sources import Chat, Document, Message, PlainText
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.errors import DataError
@@ -193,7 +194,7 @@ def test_that_nothing_was_compared_is_told_where_nothing_was_found(monkeypatch: 
 
 def test_the_estimate_of_similarity_is_near_the_truth() -> None:
     for number in (1, 3):
-        texts = [minhash.normalised(text).encode() for text in (prose(3, 400), changed(prose(3, 400), number * 12))]
+        texts = [minhash.normalize(text).encode() for text in (prose(3, 400), changed(prose(3, 400), number * 12))]
         first, second = minhash.signatures(texts)
         assert first is not None
         assert second is not None

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from launcher.config.data import ChecksSection, DataSection, Source
-from launcher.data.checks import findings, patterns, quality
-from launcher.data.checks.quality import inspect
+from launcher.data.checks import findings, inspection, patterns
+from launcher.data.checks.inspection import inspect
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
 from launcher.data.tokenization.loss_mask import TrainedSpan
@@ -238,16 +238,16 @@ def test_secrets_are_located_and_never_told(kind: str) -> None:
     assert f"[{kind}: " in hits[finding]
     assert hits[finding].startswith("messages[1], character ")
     core = secret.split("\n")[-1].split('"')[-1]
-    for shown in (hits[finding], patterns.redacted([text])[0]):
+    for shown in (hits[finding], patterns.redact([text])[0]):
         assert core[:8] not in shown
         assert core[-8:] not in shown
-    assert patterns.redacted([text])[0].startswith(("This is it: ", "Take postgres"))
+    assert patterns.redact([text])[0].startswith(("This is it: ", "Take postgres"))
 
 
 @pytest.mark.parametrize("text", HIDDEN)
 def test_secrets_as_people_write_them_are_hidden(text: str) -> None:
     before, told, _ = text.replace("‹", "›").split("›")
-    (shown,) = patterns.redacted([before + told])
+    (shown,) = patterns.redact([before + told])
     assert told not in shown
     assert told[-6:] not in shown
     assert len(found(PlainText("x:1", before + told))) == 1
@@ -255,14 +255,14 @@ def test_secrets_as_people_write_them_are_hidden(text: str) -> None:
 
 @pytest.mark.parametrize("text", NOT_SECRET)
 def test_code_and_numbers_are_no_secrets(text: str) -> None:
-    assert patterns.redacted([text]) == [text]
+    assert patterns.redact([text]) == [text]
     assert found(PlainText("x:1", text)) == {}
 
 
 @pytest.mark.parametrize("document", GOOD)
 def test_good_text_is_not_redacted(document: Document) -> None:
-    texts = [part.text for part in quality._parts(document, trained(""), "assistant")]
-    assert patterns.redacted(texts) == texts
+    texts = [part.text for part in inspection._parts(document, trained(""), "assistant")]
+    assert patterns.redact(texts) == texts
 
 
 @pytest.mark.parametrize("kind", list(SECRETS))
@@ -270,7 +270,7 @@ def test_secrets_across_borders_are_found_and_never_told(kind: str) -> None:
     text = f'postgres{SECRETS[kind]}db.host:5432"' if kind == "password in an address" else f'It is: {SECRETS[kind]}" and on.'
     for border in range(len(text)):
         parts = [text[:border], text[border : border + 3], text[border + 3 :]]
-        assert "".join(patterns.redacted(parts)).replace("[…]", "") == patterns.redacted([text])[0]
+        assert "".join(patterns.redact(parts)).replace("[…]", "") == patterns.redact([text])[0]
     middle = text.index(SECRETS[kind]) + len(SECRETS[kind]) // 2
     hits = found(Completion("x:1", "a " * 300 + text[:middle], text[middle:]))
     (detail,) = hits.values()
@@ -306,13 +306,13 @@ def test_every_check_of_the_settings_has_its_texts() -> None:
 def test_a_secret_is_looked_for_by_each_name_that_it_may_have(name: str) -> None:
     """A text is searched only where one of a few words stands in it."""
     text = f"{name}=abc123def456"
-    (found,) = patterns.find(text, patterns.worth_while(text.lower().encode()))
+    (found,) = patterns.find_matches(text, patterns.find_candidates(text.lower().encode()))
     assert found[0].kind == "assigned secret"
 
 
 def test_hours_from_and_to_are_no_telephone_number() -> None:
     text = "opens 0900-1000 1030-1130"
-    assert patterns.redacted([text]) == [text]
+    assert patterns.redact([text]) == [text]
 
 
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|eot_id|>", "</s>", "[/INST]", "<end_of_turn>\n", "<｜end▁of▁sentence｜>", ""])
@@ -331,7 +331,7 @@ def test_hours_from_and_to_are_no_telephone_number() -> None:
 )
 def test_what_a_template_writes_behind_a_secret_does_not_hide_it(before: str, secret: str, end: str) -> None:
     """As rows are shown: the trained part for itself, between the template's text."""
-    shown = patterns.redacted(["<|im_start|>assistant\n", before + secret, f"{end}<|im_start|>"])
+    shown = patterns.redact(["<|im_start|>assistant\n", before + secret, f"{end}<|im_start|>"])
     assert shown[0] == "<|im_start|>assistant\n"
     assert shown[1].startswith(before)
     assert "characters]" in shown[1]

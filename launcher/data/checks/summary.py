@@ -1,0 +1,119 @@
+"""Conclude from the hits of all documents: which documents are dropped, and the findings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from launcher.config.data import ChecksSection
+from launcher.data.checks.findings import CHECKS, LEAKS, NUM_EXAMPLES, Example, Finding, Findings
+from launcher.data.checks.inspection import CheckHit
+
+# Continued pre-training on fewer tokens has little effect.
+FEW_TOKENS_OF_TEXT = 1_000_000
+_USUAL_EXAMPLES = "50 to 100 are usual for a format or a tone, 1,000 and more for a skill, tens of thousands for general chat"
+_USUAL_TEXT = "continued pre-training usually takes millions of tokens or more"
+
+
+@dataclass(frozen=True)
+class CheckedDocuments:
+    """All documents in the order in which they were read, one entry each; `source` indexes `names`.
+
+    `trained`: a piece in a row has a trained token. `used`: a training row has the document.
+    """
+
+    wheres: Sequence[str]
+    source: np.ndarray
+    names: tuple[str, ...]
+    held_out: np.ndarray
+    num_tokens: np.ndarray
+    is_text: np.ndarray
+    trained: np.ndarray
+    used: np.ndarray
+
+
+def select_dropped(hits: Iterable[tuple[int, CheckHit]], num_docs: int, checks: ChecksSection) -> np.ndarray:
+    """Return which documents the settings drop, bool [documents]; `hits` are (document, hit)."""
+    by_name = _by_name(hits)
+    is_dropped = np.zeros(num_docs, dtype=bool)
+    for name, of_name in by_name.items():
+        if getattr(checks, name) == "drop" and name != "near_duplicate":
+            # The held-out document is kept, and the training documents like it are dropped.
+            is_dropped[[i for one in of_name.values() for i in one.others] if name in LEAKS else list(of_name)] = True
+    if checks.near_duplicate == "drop":
+        is_dropped[_select_near_duplicates(by_name["near_duplicate"], is_dropped)] = True
+    return is_dropped
+
+
+def _select_near_duplicates(hits: dict[int, CheckHit], is_dropped: np.ndarray) -> list[int]:
+    """Return the near duplicates to drop; if a document is dropped for another reason, the first one like it is kept."""
+    kept: set[int] = set()
+    duplicates = []
+    for document, hit in hits.items():
+        first = hit.others[0]
+        if is_dropped[first] and not is_dropped[document] and first not in kept:
+            kept.add(first)
+        else:
+            duplicates.append(document)
+    return duplicates
+
+
+def collect_findings(hits: Iterable[tuple[int, CheckHit]], corpus: CheckedDocuments, checks: ChecksSection) -> Findings:
+    """Return the findings of all checks, with counts and examples; `hits` are (document, hit)."""
+    by_name = _by_name(hits)
+    scopes = {**dict.fromkeys(LEAKS, corpus.held_out), "no_turn_end": corpus.trained}
+    findings = []
+    for name in CHECKS:
+        if of_name := by_name.get(name):
+            of_source = corpus.source[scopes[name]] if name in scopes else corpus.source
+            findings.append(_make_finding(name, np.asarray(sorted(of_name)), of_source, of_name, corpus))
+    return tuple(findings + _check_amount(corpus, checks))
+
+
+def _by_name(hits: Iterable[tuple[int, CheckHit]]) -> dict[str, dict[int, CheckHit]]:
+    """Return the first hit of each document, by check."""
+    by_name: dict[str, dict[int, CheckHit]] = defaultdict(dict)
+    for document, hit in hits:
+        by_name[hit.finding].setdefault(document, hit)
+    return by_name
+
+
+def _make_finding(
+    name: str, documents: np.ndarray, of_source: np.ndarray, hits: dict[int, CheckHit], corpus: CheckedDocuments
+) -> Finding:
+    """Make a finding of the hits; `of_source` is the source of each document that the check looks at."""
+    evenly = np.linspace(0, len(documents) - 1, NUM_EXAMPLES).round().astype(int)
+    examples = []
+    for i in documents[np.unique(evenly)].tolist():
+        detail, others = hits[i].detail, hits[i].others
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            detail = f"{detail} {corpus.wheres[others[0]]}{more}"
+        examples.append(Example(corpus.wheres[i], detail))
+    counts, totals = (np.bincount(source, minlength=len(corpus.names)) for source in (corpus.source[documents], of_source))
+    shares = counts / np.maximum(1, totals)
+    by_source = _by_source(documents, corpus)
+    return Finding(name, len(documents), len(of_source), by_source, tuple(examples), float(shares.max()))
+
+
+def _by_source(documents: np.ndarray, corpus: CheckedDocuments) -> dict[str, int]:
+    counts = np.bincount(corpus.source[documents], minlength=len(corpus.names))
+    return {corpus.names[i]: int(count) for i, count in enumerate(counts) if count}
+
+
+def _check_amount(corpus: CheckedDocuments, checks: ChecksSection) -> list[Finding]:
+    """Return the finding few_examples if there is little data to train on: examples are counted, plain text by its tokens."""
+    examples = np.flatnonzero(corpus.used & ~corpus.is_text)
+    documents = examples if len(examples) else np.flatnonzero(corpus.used)
+    num_tokens = int(corpus.num_tokens[documents].sum())
+    if len(examples):
+        is_few, detail = len(examples) < checks.few_examples_below, f"{len(examples):,} examples to train on; {_USUAL_EXAMPLES}"
+    else:
+        is_few, detail = num_tokens < FEW_TOKENS_OF_TEXT, f"{num_tokens:,} tokens of text to train on; {_USUAL_TEXT}"
+    if not is_few or not len(documents):
+        return []
+    example = Example(corpus.wheres[documents[0]], detail)
+    return [Finding("few_examples", len(documents), int(corpus.used.sum()), _by_source(documents, corpus), (example,))]
