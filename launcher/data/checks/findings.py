@@ -250,7 +250,7 @@ def _accepted_by(finding: Finding) -> str:
 
 def _problem(finding: Finding) -> Problem:
     text = CHECKS[finding.name]
-    trained = "without them" if finding.name in _NOT_TRAINED else "on them anyway"
+    trained = "on the others" if finding.name in _NOT_TRAINED else "on them anyway"
     # A small share of all documents may be all of one source.
     highest = f", {share_text(finding.highest_share)} of one source" if finding.highest_share > finding.share else ""
     return Problem(
