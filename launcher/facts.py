@@ -39,7 +39,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     if not is_run(config.model.path):
         return config
-    model = config.model.model_copy(update={"path": parent_run.settled(config).path})
+    model = config.model.model_copy(update={"path": parent_run.resolve_parent(config).path})
     return config.model_copy(update={"model": model})
 
 
@@ -64,7 +64,7 @@ def gather(config: RunConfig, overrides: Sequence[str], here: DeviceFacts | None
         model=model,
         data=data,
         provenance=_provenance(overrides),
-        lineage=parent_run.lineage(parent_run.open_source(config.model.path or "")) if is_run(config.model.path) else None,
+        lineage=parent_run.build_lineage(parent_run.find_parent(config.model.path or "")) if is_run(config.model.path) else None,
     )
 
 

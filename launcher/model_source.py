@@ -178,9 +178,9 @@ def locate(source: str, model: ModelSection) -> Located:
         folder = converted_folder(file)
         return Located(folder if (folder / "config.json").is_file() else None, file)
     if is_run(source):
-        origin = parent_run.open_source(source)
-        folder = parent_run.folder(origin, model.dtype)
-        return Located(folder if (folder / "config.json").is_file() else None, origin.checkpoint.path)
+        parent = parent_run.find_parent(source)
+        folder = parent_run.weights_folder(parent, model.dtype)
+        return Located(folder if (folder / "config.json").is_file() else None, parent.checkpoint.path)
     if is_local_path(source):
         return Located(Path(source).expanduser().resolve())
     is_model = source == model.path
@@ -230,8 +230,8 @@ def read_model_facts(model: ModelSection) -> ModelFacts:
     if weights:
         config = json.loads((weights / "config.json").read_text())
     elif is_run(model.path):
-        origin = parent_run.open_source(model.path or "")
-        config, exact = origin.plan.model.config, parent_run.num_params(origin)
+        parent = parent_run.find_parent(model.path or "")
+        config, exact = parent.plan.model.config, parent_run.count_params(parent)
     else:
         # A GGUF file has the architecture in its header.
         config = model.config if model.config is not None else _gguf_config(model)

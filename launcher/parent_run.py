@@ -1,12 +1,13 @@
-"""The weights of another run as the beginning of a run: `model.path=run:NAME[@STEP]`.
+"""The parent of a run: the run and checkpoint that its initial weights come from, `model.path=run:NAME[@STEP]`.
 
-Finds the run and its checkpoint, and tells where its weights lie as a Hugging Face folder. Reads disk and changes nothing:
-`python -m launcher.worker.prepare` makes that folder, once, before any GPU is asked for.
+Everything here reads the disk and changes nothing. `python -m launcher.worker.prepare` writes the parent's weights as a Hugging
+Face folder into the launcher's cache, once, before any GPU is allocated.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from launcher.errors import CheckpointError, ConfigError, LauncherError, Problem
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.run_dir import RunDir
 
-# Written by launcher.export.hf_folder, whose check of a folder needs torch: what an export holds.
+# Step, plan digest and dtype of an export; launcher.export.hf_folder writes it, and needs torch to be imported.
 _EXPORT_MARKER = "export.json"
 
 
 @dataclass(frozen=True)
-class Source:
-    """A committed checkpoint of a run, and the run's plan."""
+class ParentCheckpoint:
+    """A committed checkpoint of the parent run, and the run's plan."""
 
     run: RunDir
     plan: LaunchPlan
@@ -34,32 +35,32 @@ class Source:
 
     @property
     def path(self) -> str:
-        """As model.path, with nothing left open: neither the folder of runs nor the step."""
+        """The value of model.path that names this checkpoint wherever it is read: run:/absolute/path@STEP."""
         return f"{RUN_PREFIX}{self.run.root}@{self.checkpoint.step}"
 
 
-def settled(config: RunConfig) -> Source:
-    """The source that `config` names, with the newest step where it names none.
+def resolve_parent(config: RunConfig) -> ParentCheckpoint:
+    """Find the checkpoint that `model.path` names; the newest one if it names no step.
 
     Raises:
-        ConfigError: where there is no such run or checkpoint, or the run is the one that would be started.
+        ConfigError: if there is no such run or checkpoint, or the run is the one that would be started.
     """
     root = Path(config.run.root).expanduser()
-    source = open_source(config.model.path or "", root)
-    if config.run.name is not None and (root / config.run.name).resolve() == source.run.root:
+    parent = find_parent(config.model.path or "", root)
+    if config.run.name is not None and (root / config.run.name).resolve() == parent.run.root:
         raise _problem(
-            "a run cannot begin with its own weights",
+            "a run cannot start from its own weights",
             config.model.path or "",
-            f"continue it with: python -m launcher resume {source.run.root}, or choose another run.name",
+            f"continue it with: python -m launcher resume {parent.run.root}, or choose another run.name",
         )
-    return source
+    return parent
 
 
-def open_source(path: str, root: Path = Path("runs")) -> Source:
-    """What `run:NAME[@STEP]` names; a NAME is looked for under `root`.
+def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
+    """Find the checkpoint of `run:NAME[@STEP]`; a NAME is searched for under `root`.
 
     Raises:
-        ConfigError: for model.path, with the runs or the steps that there are.
+        ConfigError: for model.path, with the runs or steps that exist.
     """
     match = RUN_PATTERN.fullmatch(path)
     if match is None:
@@ -74,53 +75,52 @@ def open_source(path: str, root: Path = Path("runs")) -> Source:
         checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, int(step))
     except CheckpointError as error:
         (problem,) = error.problems
-        said = f": {problem.value}" if problem.value else ""
+        value = f": {problem.value}" if problem.value else ""
         remedy = problem.remedy or f"let the run save one: python -m launcher resume {run.root}"
-        raise _problem(f"run {run.root.name}: {problem.what}{said}", path, remedy) from error
-    return Source(run, plan, checkpoint)
+        raise _problem(f"run {run.root.name}: {problem.what}{value}", path, remedy) from error
+    return ParentCheckpoint(run, plan, checkpoint)
 
 
-def folder(source: Source, dtype: str) -> Path:
-    """Where the weights in `dtype` lie in the launcher's cache once they are there, by what the checkpoint holds."""
+def weights_folder(parent: ParentCheckpoint, dtype: str) -> Path:
+    """Return the folder in the launcher's cache for the parent's weights in `dtype`; it need not exist yet."""
     import xxhash
 
-    # The manifest has the digest of every file; a run that was made again under the same name has another id.
-    content = source.plan.wandb_id.encode() + (source.checkpoint.path / MANIFEST).read_bytes()
-    name = f"{source.run.root.name}-{store.step_name(source.checkpoint.step)}-{dtype}-{xxhash.xxh3_64_hexdigest(content)}"
+    # The manifest holds the digest of every file. A deleted run that was created again has another W&B id.
+    content = parent.plan.wandb_id.encode() + (parent.checkpoint.path / MANIFEST).read_bytes()
+    name = f"{parent.run.root.name}-{store.step_name(parent.checkpoint.step)}-{dtype}-{xxhash.xxh3_64_hexdigest(content)}"
     return cache_root() / "models" / name
 
 
-def exported(source: Source, dtype: str) -> Path | None:
-    """The run's own export, where it holds this very checkpoint in a type that loses nothing for weights in `dtype`."""
+def find_export(parent: ParentCheckpoint, dtype: str) -> Path | None:
+    """Return the parent run's export if it is of this checkpoint and in `dtype` or fp32; None otherwise."""
     try:
-        marker = json.loads((source.run.export / _EXPORT_MARKER).read_bytes())
+        marker = json.loads((parent.run.export / _EXPORT_MARKER).read_bytes())
     except (OSError, ValueError):
         return None
-    same = (marker.get("step"), marker.get("plan_digest")) == (source.checkpoint.step, source.checkpoint.manifest.plan_digest)
-    return source.run.export if same and marker.get("dtype") in (dtype, "fp32") else None
+    exported, wanted = (
+        (marker.get("step"), marker.get("plan_digest")),
+        (parent.checkpoint.step, parent.checkpoint.manifest.plan_digest),
+    )
+    return parent.run.export if exported == wanted and marker.get("dtype") in (dtype, "fp32") else None
 
 
-def num_params(source: Source) -> int:
-    """Elements of all parameters of the checkpoint; tied ones count once."""
-    total = 0
-    for shape in read_state(source.checkpoint.path).parameters.values():
-        count = 1
-        for size in shape:
-            count *= size
-        total += count
-    return total
+def count_params(parent: ParentCheckpoint) -> int:
+    """Count the elements of all parameters of the checkpoint; tied parameters count once."""
+    return sum(math.prod(shape) for shape in read_state(parent.checkpoint.path).parameters.values())
 
 
-def lineage(source: Source) -> Lineage:
-    """What the plan of a run that begins with `source` records of it."""
-    before = source.plan.lineage
+def build_lineage(parent: ParentCheckpoint) -> Lineage:
+    """Build the record of `parent`, and of the runs before it, for the plan of a run that starts from it."""
+    grandparent = parent.plan.lineage
     return Lineage(
-        run_name=source.plan.run_name,
-        run_dir=str(source.run.root),
-        step=source.checkpoint.step,
-        plan_digest=source.checkpoint.manifest.plan_digest,
-        wandb_id=source.plan.wandb_id,
-        ancestors=() if before is None else (Origin(**before.model_dump(exclude={"ancestors"})), *before.ancestors),
+        run_name=parent.plan.run_name,
+        run_dir=str(parent.run.root),
+        step=parent.checkpoint.step,
+        plan_digest=parent.checkpoint.manifest.plan_digest,
+        wandb_id=parent.plan.wandb_id,
+        ancestors=()
+        if grandparent is None
+        else (Origin(**grandparent.model_dump(exclude={"ancestors"})), *grandparent.ancestors),
     )
 
 

@@ -124,7 +124,7 @@ def test_mistakes_are_told_with_what_there_is(make_run: MakeRun, config_of: Call
     assert "run empty: there is no committed checkpoint" in unsaved.what
     assert "python -m launcher resume" in unsaved.remedy
     itself = problem_of(settings(config_of, "run:a", "run.name=a"))
-    assert "a run cannot begin with its own weights" in itself.what
+    assert "a run cannot start from its own weights" in itself.what
     assert "resume" in itself.remedy
 
 
@@ -161,7 +161,7 @@ def test_numbers_are_the_sources_before_anything_is_prepared(make_run: MakeRun, 
 
 def test_lineage_goes_back_to_the_first_run(make_run: MakeRun) -> None:
     first = make_run("first", 5)
-    lineage = parent_run.lineage(parent_run.open_source("run:first"))
+    lineage = parent_run.build_lineage(parent_run.find_parent("run:first"))
     assert lineage == Lineage(
         run_name="first",
         run_dir=str(first.root),
@@ -171,7 +171,7 @@ def test_lineage_goes_back_to_the_first_run(make_run: MakeRun) -> None:
     )
     for name in ("second", "third"):
         make_run(name, 7, lineage=lineage)
-        lineage = parent_run.lineage(parent_run.open_source(f"run:{name}"))
+        lineage = parent_run.build_lineage(parent_run.find_parent(f"run:{name}"))
     assert (lineage.run_name, lineage.step) == ("third", 7)
     assert [(a.run_name, a.step) for a in lineage.ancestors] == [("second", 7), ("first", 5)]
     assert all(type(a) is Origin for a in lineage.ancestors)
@@ -180,21 +180,21 @@ def test_lineage_goes_back_to_the_first_run(make_run: MakeRun) -> None:
 def test_weights_are_kept_apart_by_what_they_are(make_run: MakeRun) -> None:
     make_run("a", 5, 10)
     make_run("b", 5)
-    sources = [parent_run.open_source(path) for path in ("run:a@5", "run:a@10", "run:b@5")]
-    folders = {parent_run.folder(source, dtype) for source in sources for dtype in ("bf16", "fp32")}
+    sources = [parent_run.find_parent(path) for path in ("run:a@5", "run:a@10", "run:b@5")]
+    folders = {parent_run.weights_folder(source, dtype) for source in sources for dtype in ("bf16", "fp32")}
     assert len(folders) == 6
-    assert parent_run.folder(sources[0], "bf16") == parent_run.folder(parent_run.open_source("run:a@5"), "bf16")
+    assert parent_run.weights_folder(sources[0], "bf16") == parent_run.weights_folder(parent_run.find_parent("run:a@5"), "bf16")
     # The same step, saved again with other weights.
     atomic_files.remove_directory(sources[0].checkpoint.path)
     add_checkpoint(sources[0].run, 5, b"other")
-    assert parent_run.folder(parent_run.open_source("run:a@5"), "bf16") not in folders
+    assert parent_run.weights_folder(parent_run.find_parent("run:a@5"), "bf16") not in folders
 
 
 def test_the_runs_own_export_serves_where_it_is_this_checkpoint(make_run: MakeRun) -> None:
     run = make_run("a", 5, 10)
-    newest, earlier = parent_run.open_source("run:a"), parent_run.open_source("run:a@5")
+    newest, earlier = parent_run.find_parent("run:a"), parent_run.find_parent("run:a@5")
     digest = newest.checkpoint.manifest.plan_digest
-    assert parent_run.exported(newest, "bf16") is None
+    assert parent_run.find_export(newest, "bf16") is None
     run.export.mkdir()
 
     def write(**changes: object) -> None:
@@ -202,13 +202,13 @@ def test_the_runs_own_export_serves_where_it_is_this_checkpoint(make_run: MakeRu
         (run.export / "export.json").write_text(json.dumps(marker))
 
     write()
-    assert parent_run.exported(newest, "bf16") == run.export
-    assert parent_run.exported(newest, "fp32") is None, "half of the bits are gone"
-    assert parent_run.exported(newest, "fp16") is None
-    assert parent_run.exported(earlier, "bf16") is None
+    assert parent_run.find_export(newest, "bf16") == run.export
+    assert parent_run.find_export(newest, "fp32") is None, "half of the bits are gone"
+    assert parent_run.find_export(newest, "fp16") is None
+    assert parent_run.find_export(earlier, "bf16") is None
     write(dtype="fp32")
-    assert parent_run.exported(newest, "bf16") == parent_run.exported(newest, "fp32") == run.export
+    assert parent_run.find_export(newest, "bf16") == parent_run.find_export(newest, "fp32") == run.export
     write(plan_digest="0" * 32)
-    assert parent_run.exported(newest, "bf16") is None
+    assert parent_run.find_export(newest, "bf16") is None
     (run.export / "export.json").write_text("{")
-    assert parent_run.exported(newest, "bf16") is None
+    assert parent_run.find_export(newest, "bf16") is None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from launcher.checkpoint import store
 from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, leftovers, remove, unfinished_saves
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
 from launcher.checkpoint.retention import Retention, reasons
-from launcher.cli import checking, formatting
+from launcher.cli import formatting
 from launcher.clusters.base import cluster_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
@@ -27,7 +29,8 @@ from launcher.tracking.metrics import format_duration
 # What reading a checkpoint from end to end has shown, by its path: None where it is whole.
 Known = Mapping[Path, CheckpointError | None]
 
-
+# A login node is shared, and more readers are not faster on most storage.
+_MAX_THREADS = 8
 _STATES = {DamagedCheckpoint: "damaged", UnreadableCheckpoint: "cannot be read", CheckpointError: "unreadable"}
 
 
@@ -87,7 +90,7 @@ def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
 
 def _verified(run: RunDir) -> dict[Path, CheckpointError | None]:
     with _in_words(run):
-        known = checking.verify(store.list_checkpoints(run.checkpoints))
+        known = verify(store.list_checkpoints(run.checkpoints))
         # A run that goes on removes what it does not keep, while it is read as well.
         return {path: error for path, error in known.items() if error is None or path.exists()}
 
@@ -97,7 +100,7 @@ def _verified_down_to_a_whole_one(run: RunDir) -> dict[Path, CheckpointError | N
     known: dict[Path, CheckpointError | None] = {}
     with _in_words(run):
         for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
-            known |= checking.verify([checkpoint])
+            known |= verify([checkpoint])
             if not isinstance(known[checkpoint.path], DamagedCheckpoint):
                 break
     return known
@@ -180,7 +183,7 @@ def _row(checkpoint: Checkpoint, kept: tuple[str, ...], known: Known) -> Row | N
     return Row(
         step=checkpoint.step,
         path=str(checkpoint.path),
-        bytes=checking.size(checkpoint),
+        bytes=_num_bytes(checkpoint),
         saved_at=saved_at,
         world_size=manifest.world_size,
         attempt=manifest.attempt,
@@ -244,6 +247,43 @@ def _table(rows: Sequence[Row]) -> list[str]:
         "  ".join([*(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True)), f"{kept:<{kept_width}}", state])
         for numbers, (kept, state) in table
     ]
+
+
+def verify(checkpoints: Sequence[Checkpoint]) -> dict[Path, CheckpointError | None]:
+    """Read checkpoints from end to end and compare them with their digests; shows progress on a terminal.
+
+    Returns, by the path of each checkpoint, DamagedCheckpoint, UnreadableCheckpoint, or None for an intact one.
+    """
+    num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    with _progress(sum(_num_bytes(checkpoint) for checkpoint in checkpoints)) as on_read:
+        return {checkpoint.path: _verify_one(checkpoint, num_threads, on_read) for checkpoint in checkpoints}
+
+
+def _num_bytes(checkpoint: Checkpoint) -> int:
+    """Sum the sizes of the files that the manifest names."""
+    return sum(entry.size for entry in checkpoint.manifest.files.values())
+
+
+def _verify_one(checkpoint: Checkpoint, num_threads: int, on_read: Callable[[int], None] | None) -> CheckpointError | None:
+    try:
+        problems = store.verify(checkpoint.path, threads=num_threads, on_read=on_read)
+    except UnreadableCheckpoint as error:
+        return error
+    return DamagedCheckpoint(problems) if problems else None
+
+
+@contextmanager
+def _progress(num_bytes: int) -> Iterator[Callable[[int], None] | None]:
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=num_bytes)
+        yield lambda count: progress.advance(task, count)
 
 
 def _or_dash(number: int | None) -> str:

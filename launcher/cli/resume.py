@@ -11,7 +11,8 @@ from typing import Any
 from launcher import facts, model_source, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import Checkpoint
-from launcher.cli import checking, formatting, wandb_check
+from launcher.cli import formatting, wandb_check
+from launcher.cli.checkpoints import verify
 from launcher.cli.launch import check_extra, prepare, require_idle, worker_environment
 from launcher.clusters.base import Cluster
 from launcher.clusters.preflight import check_startable, disk_note
@@ -110,7 +111,7 @@ def _to_begin_from(run: RunDir, step: int | None) -> Checkpoint:
         if step is None:
             return store.latest(run.checkpoints)
         checkpoint = store.at_step(run.checkpoints, step)
-        if error := checking.verify([checkpoint])[checkpoint.path]:
+        if error := verify([checkpoint])[checkpoint.path]:
             damaged = isinstance(error, DamagedCheckpoint)
             raise store.choose_another(step, error.problems, run.checkpoints) if damaged else error
         return checkpoint

@@ -77,7 +77,7 @@ def _fetch(source: str, model: ModelSection) -> None:
     if located.folder is not None:
         return
     if is_run(source):
-        _take_weights(parent_run.open_source(source), model)
+        _copy_parent_weights(parent_run.find_parent(source), model)
     elif located.source is not None:
         from launcher.train.model import convert_gguf
 
@@ -87,40 +87,40 @@ def _fetch(source: str, model: ModelSection) -> None:
         _download(source, model)
 
 
-def _take_weights(source: parent_run.Source, model: ModelSection) -> None:
-    """Make the Hugging Face folder of a checkpoint in the launcher's cache; it appears when it is complete."""
-    folder = parent_run.folder(source, model.dtype)
+def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSection) -> None:
+    """Write the parent's weights as a Hugging Face folder into the launcher's cache; the folder appears when it is complete."""
+    folder = parent_run.weights_folder(parent, model.dtype)
     folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=_LOCK_TIMEOUT_S, mode=0o600):
             if (folder / "config.json").is_file():
                 return
-            _say(f"taking the weights of run {source.plan.run_name} at step {source.checkpoint.step} (once)")
-            exported = parent_run.exported(source, model.dtype)
+            _say(f"taking the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} (once)")
+            exported = parent_run.find_export(parent, model.dtype)
             if exported is not None:
                 _link(exported, folder)
             else:
-                _export(source, model, folder)
+                _export(parent, model, folder)
     except Timeout as error:
-        raise _unusable(source, "another process has prepared them for too long", "wait for it, or end it") from error
+        raise _unusable(parent, "another process has prepared them for too long", "wait for it, or end it") from error
     except OSError as error:
         said = f"{error.strerror or error} ({error.filename or folder})"
-        raise _unusable(source, said, "is there space, and does the run still keep this checkpoint? then try again") from error
+        raise _unusable(parent, said, "is there space, and does the run still keep this checkpoint? then try again") from error
     except CheckpointError as error:
         problem = error.problems[0]
         said = f"{problem.what} ({problem.where})" if problem.where else problem.what
-        raise _unusable(source, said, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
+        raise _unusable(parent, said, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
 
 
-def _export(source: parent_run.Source, model: ModelSection, folder: Path) -> None:
-    base = Path(source.plan.model.path or "")
-    manifest, metrics = source.checkpoint.manifest, read_metrics(source.run.metrics, model_card.METRICS)
-    plans = run_store.plans_until(source.run, manifest.attempt)
-    plan = plans[-1] if plans else source.plan
+def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Path) -> None:
+    base = Path(parent.plan.model.path or "")
+    manifest, metrics = parent.checkpoint.manifest, read_metrics(parent.run.metrics, model_card.METRICS)
+    plans = run_store.plans_until(parent.run, manifest.attempt)
+    plan = plans[-1] if plans else parent.plan
     task = Task(
-        checkpoint=source.checkpoint.path,
-        model=base if source.plan.model.path and (base / "config.json").is_file() else source.plan.model.config,
-        tokenizer=_tokenizer_of(source.plan),
+        checkpoint=parent.checkpoint.path,
+        model=base if parent.plan.model.path and (base / "config.json").is_file() else parent.plan.model.config,
+        tokenizer=_tokenizer_of(parent.plan),
         out=folder,
         dtype=model.dtype,
         trust_remote_code=model.trust_remote_code,
@@ -161,9 +161,9 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def _unusable(source: parent_run.Source, why: str, remedy: str) -> ConfigError:
-    what = f"model.path: the weights of run {source.plan.run_name} at step {source.checkpoint.step} cannot be used: {why}"
-    return ConfigError(Problem(what, where="model.path", value=source.path, remedy=remedy))
+def _unusable(parent: parent_run.ParentCheckpoint, why: str, remedy: str) -> ConfigError:
+    what = f"model.path: the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} cannot be used: {why}"
+    return ConfigError(Problem(what, where="model.path", value=parent.path, remedy=remedy))
 
 
 def _download(repo_id: str, model: ModelSection) -> None:
