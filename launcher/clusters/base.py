@@ -26,6 +26,9 @@ BACKENDS: dict[str, str] = {
     "ray": "launcher.clusters.ray.cluster:RayCluster",
 }
 
+# The message of a run that is pending although nothing was submitted.
+NEVER_SUBMITTED = "the run was never submitted: the command that created it ended first"
+
 
 class Cluster(Protocol):
     """Submit side of a backend. All state is on disk and with the scheduler; an instance keeps none.

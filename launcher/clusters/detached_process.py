@@ -1,4 +1,4 @@
-"""A detached process of this machine that runs a run, found again by its process id and start time."""
+"""The detached process that runs a run: start it, find it again by process id and start time, and judge whether it is alive."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Liveness, Status
 
 START_DEADLINE_S = 60.0
-# Signs of life in the run directory, and without one for how long a process is taken for gone: a network file system shows
-# them up to a minute late.
-SIGN_EVERY_S, SILENT_S = 20.0, 180.0
+# How often the process refreshes its liveness file, and after how long without a refresh it counts as lost. A network file
+# system may show a refresh a minute late.
+LIVENESS_INTERVAL_S, LIVENESS_TIMEOUT_S = 20.0, 180.0
 
 
 def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log: Path, name: str) -> None:
-    """Start `python -m MODULE ARGUMENTS` from the run's code in a session of its own, and wait until it has announced itself.
+    """Start `python -m MODULE ARGUMENTS` from the run's code snapshot, detached, and wait until it has set the run's status.
+
+    `name` is what messages call the process. Its output goes to `log`.
 
     Raises:
-        RunError: where it did not, with what it has said; `name` is what people call it.
+        RunError: if the process does not set the status in time, with the end of its log.
     """
     environment = {
         **os.environ,
-        "PYTHONPATH": with_code(run.code, os.environ),
-        # The folder the user stands in may be a checkout; what was submitted is what runs.
+        "PYTHONPATH": build_pythonpath(run.code, os.environ),
+        # The current folder may hold another launcher; the submitted snapshot must run.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
     }
     with open(log, "ab") as output:
-        # A session of its own: closing the terminal or Ctrl-C does not reach the run by itself.
+        # In a session of its own the process survives the terminal and receives no Ctrl-C.
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
@@ -59,8 +61,8 @@ def start(run: RunDir, attempt: int, module: str, arguments: Sequence[str], log:
         time.sleep(0.02)
 
 
-def identity() -> dict[str, Any]:
-    """How a status names the process that writes it; `space` is where its id means something."""
+def describe_this_process() -> dict[str, Any]:
+    """Return the `job` entry of a status that this process writes: host, PID namespace (`space`), process id and start time."""
     this = psutil.Process()
     return {"host": os.uname().nodename, "space": pid_namespace(), "pid": this.pid, "started": this.create_time()}
 
@@ -73,7 +75,7 @@ def start_liveness_file(run: RunDir) -> None:
             # A failed write skips one refresh and must not end the thread.
             with suppress(OSError):
                 write_liveness(run)
-            time.sleep(SIGN_EVERY_S)
+            time.sleep(LIVENESS_INTERVAL_S)
 
     threading.Thread(target=refresh, name="liveness-file", daemon=True).start()
 
@@ -83,29 +85,32 @@ def write_liveness(run: RunDir) -> None:
     json_records.write(run.alive, Liveness(time.time(), os.uname().nodename))
 
 
-def silence_s(run: RunDir) -> float:
-    """Seconds since the last sign of life by the file system's clock, for those of two machines may differ by minutes."""
+def seconds_silent(run: RunDir) -> float:
+    """Return the seconds since the run directory showed the last sign of life.
+
+    The file system's clock is read where possible, because the clocks of two machines may differ by minutes.
+    """
     now = time.time()
     with suppress(OSError):
         now = run_store.refresh_directory(run.root)
-    signs = [0.0]
+    modified_at = [0.0]
     for file in (run.status, run.alive):
         with suppress(OSError):
-            signs.append(file.stat().st_mtime)
-    return now - max(signs)
+            modified_at.append(file.stat().st_mtime)
+    return now - max(modified_at)
 
 
-def lives(run: RunDir, status: Status) -> bool:
-    """Whether the process that wrote the status still runs, as far as can be told from here."""
-    if is_here(status):
-        return find(status) is not None
-    return not _booted_since(status) and silence_s(run) < SILENT_S
+def is_alive(run: RunDir, status: Status) -> bool:
+    """Return whether the process that wrote the status still runs; one of another machine is judged by its liveness file."""
+    if is_visible(status):
+        return find_process(status) is not None
+    return not _has_rebooted(status) and seconds_silent(run) < LIVENESS_TIMEOUT_S
 
 
-def find(status: Status) -> psutil.Process | None:
-    """The process that wrote the status, if it lives where its id can be looked up."""
+def find_process(status: Status) -> psutil.Process | None:
+    """Return the process that wrote the status; None if it has ended or belongs to another machine or container."""
     job = status.job or {}
-    if not is_here(status):
+    if not is_visible(status):
         return None
     try:
         process = psutil.Process(int(job["pid"]))
@@ -116,8 +121,8 @@ def find(status: Status) -> psutil.Process | None:
 
 
 def await_end(run: RunDir, deadline_s: float) -> None:
-    """Wait until the process that wrote the run's status is gone, and kill it where it stays."""
-    process = find(run_store.read_status(run))
+    """Wait until the process that wrote the run's status has ended; kill it after `deadline_s` seconds."""
+    process = find_process(run_store.read_status(run))
     if process is not None:
         try:
             process.wait(deadline_s)
@@ -125,25 +130,25 @@ def await_end(run: RunDir, deadline_s: float) -> None:
             process.kill()
 
 
-def way_on(run: RunDir) -> str:
-    """How a run that has failed is continued."""
+def resume_hint(run: RunDir) -> str:
+    """Return the command that continues a failed run, for a message."""
     return f"continue with: python -m launcher resume {run.root}"
 
 
-def is_here(status: Status) -> bool:
-    """True where the process would be among those that are seen from here."""
+def is_visible(status: Status) -> bool:
+    """Return whether this process shares a PID namespace with the one that wrote the status."""
     job = status.job or {}
-    # Who wrote no `space` named the machine alone.
+    # A record without `space` names only the machine.
     return job.get("space", pid_namespace()) == pid_namespace() and ("space" in job or job.get("host") == os.uname().nodename)
 
 
-def _booted_since(status: Status) -> bool:
-    """True where the process was one of this machine, which has started anew meanwhile."""
+def _has_rebooted(status: Status) -> bool:
+    """Return whether the process ran on this machine before the last reboot."""
     job = status.job or {}
     boot, _, _ = str(job.get("space", "")).partition(" ")
     return bool(boot) and job.get("host") == os.uname().nodename and boot != pid_namespace().partition(" ")[0]
 
 
-def with_code(code: Path, environ: Mapping[str, str]) -> str:
-    """PYTHONPATH with the run's code first."""
+def build_pythonpath(code: Path, environ: Mapping[str, str]) -> str:
+    """Build a PYTHONPATH with the run's code snapshot first."""
     return os.pathsep.join([os.fspath(code), *filter(None, [environ.get("PYTHONPATH")])])

@@ -1,4 +1,4 @@
-"""This machine: the node agent as a detached process, found again by its process id and start time."""
+"""The backend for this machine: the node agent runs as a detached process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher import run_store
 from launcher.clusters import detached_process, faults
+from launcher.clusters.base import NEVER_SUBMITTED
 from launcher.clusters.faults import InjectedFault
 from launcher.errors import RunError, SubmitError
 from launcher.hardware import device
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
 
 _END_DEADLINE_S = 30.0
-_APART_S = 0.3
+_CANCEL_GAP_S = 0.3
 
 
 class LocalCluster:
@@ -54,15 +55,17 @@ class LocalCluster:
             and status.job is None
             and time.time() - status.updated_at > detached_process.START_DEADLINE_S
         ):
-            return replace(status, state="failed", message="it was never started: the command that made it ended before")
-        if status.state not in RUNNING_STATES or status.job is None or detached_process.lives(run, status):
+            return replace(status, state="failed", message=NEVER_SUBMITTED)
+        if status.state not in RUNNING_STATES or status.job is None or detached_process.is_alive(run, status):
             return status
-        # The agent writes the last state just before it ends: look once more before calling it lost.
+        # The agent may have written its final state since the status was read.
         status = run_store.read_status(run)
         if status.state not in RUNNING_STATES:
             return status
         return replace(
-            status, state="failed", message="the node's agent is gone without a word (killed, or the machine restarted)"
+            status,
+            state="failed",
+            message="the node agent ended without recording a result: it was killed, or the machine restarted",
         )
 
     def await_end(self, run: RunDir) -> None:
@@ -70,20 +73,20 @@ class LocalCluster:
 
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
-        agent = detached_process.find(status)
+        agent = detached_process.find_process(status)
         if status.state in RUNNING_STATES and status.job is not None and agent is None:
             raise SubmitError(
-                "the processes of the run cannot be seen from here",
+                "the run's processes are on another machine or in another container",
                 where=str(run.root),
                 value=f"process {status.job.get('pid')} on {status.job.get('host')}",
-                remedy="give the command there, in the same container",
+                remedy="run the command there, in the same container",
             )
         if status.state not in RUNNING_STATES or agent is None:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
         agent.send_signal(signal.SIGUSR1)
         if not save:
-            # Two that are pending at once would be one.
-            time.sleep(_APART_S)
+            # Two signals that are pending at the same time are delivered as one.
+            time.sleep(_CANCEL_GAP_S)
             agent.send_signal(signal.SIGUSR1)
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
@@ -95,18 +98,18 @@ class LocalCluster:
 
 
 def check_here(plan: LaunchPlan) -> None:
-    """Refuse what this one machine cannot run.
+    """Refuse a plan that this machine cannot run.
 
     Raises:
-        SubmitError: with the remedy.
+        SubmitError: for more nodes, GPUs or memory than this machine has, or a missing NVMe folder.
     """
     topology = plan.topology
     if topology.nodes > 1:
         raise SubmitError(
-            f"this is one machine, and the plan asks for {topology.nodes} nodes",
+            f"the plan needs {topology.nodes} nodes and this is one machine",
             where="cluster.nodes",
             value=str(topology.nodes),
-            remedy="set cluster.nodes=1, or name a cluster; `plan` shows a run of several nodes without starting it",
+            remedy="set cluster.nodes=1, or choose a cluster such as cluster=slurm; `plan` shows multi-node runs too",
         )
     here = device()
     num_gpus = here.count if here.kind == "cuda" else 0
@@ -115,14 +118,14 @@ def check_here(plan: LaunchPlan) -> None:
             f"the plan asks for {topology.ranks_per_node} GPUs and this machine has {num_gpus or 'none'}",
             where="cluster.ranks_per_node",
             value=str(topology.ranks_per_node),
-            remedy="set cluster.ranks_per_node and cluster.gpu_type to what is here",
+            remedy="set cluster.ranks_per_node and cluster.gpu_type to what this machine has",
         )
-    states = plan.config.deepspeed
-    if "nvme" in (states.offload_optimizer, states.offload_params) and not Path(states.nvme_path or "").is_dir():
+    section = plan.config.deepspeed
+    if "nvme" in (section.offload_optimizer, section.offload_params) and not Path(section.nvme_path or "").is_dir():
         raise SubmitError(
-            "this machine has no such folder for states on NVMe",
+            "the folder for NVMe offload does not exist on this machine",
             where="deepspeed.nvme_path",
-            value=str(states.nvme_path),
+            value=str(section.nvme_path),
             remedy="set it to a folder on a local NVMe disk, or use deepspeed=zero3_offload",
         )
     needed = plan.memory.host_per_node_gib

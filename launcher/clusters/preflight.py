@@ -17,17 +17,16 @@ if TYPE_CHECKING:
 
 
 def check_startable(plan: LaunchPlan) -> None:
-    """Refuse what would train and could not be saved or pushed, on whatever backend.
+    """Refuse a run that could train but could not save or upload its result.
 
     Raises:
-        SubmitError: for a disk without room for one checkpoint, a push to the Hub without a token, and a mirror that cannot be
-            written.
+        SubmitError: if the disk has no room for one checkpoint, a push to the Hub lacks a token, or the mirror cannot be written.
     """
     repo_id = plan.config.export.push_to_hub
     if repo_id and (problem := hub.token_problem("export.push_to_hub", repo_id)):
         raise SubmitError(problem)
-    available = _free_bytes(plan)
-    if available is not None and (problem := disk.refusal(plan, available)):
+    num_free_bytes = _free_bytes(plan)
+    if num_free_bytes is not None and (problem := disk.refusal(plan, num_free_bytes)):
         raise SubmitError(problem)
     if plan.config.checkpoint.mirror is not None:
         from launcher.checkpoint.mirror import upload
@@ -36,21 +35,21 @@ def check_startable(plan: LaunchPlan) -> None:
 
 
 def disk_note(plan: LaunchPlan) -> str | None:
-    """Said where the disk of the run directory, as this machine sees it, will not hold all checkpoints that are kept."""
-    available = _free_bytes(plan)
-    if available is None:
+    """Return a warning if the disk of the run directory is too small for all checkpoints that are kept; None otherwise."""
+    num_free_bytes = _free_bytes(plan)
+    if num_free_bytes is None:
         return None
-    return disk.note(plan, available, len(store.list_checkpoints(RunDir(Path(plan.run_dir)).checkpoints)))
+    return disk.note(plan, num_free_bytes, len(store.list_checkpoints(RunDir(Path(plan.run_dir)).checkpoints)))
 
 
 def _free_bytes(plan: LaunchPlan) -> int | None:
-    """What a user may still write where the run directory is or will be; None where that cannot be told from here."""
+    """Return the free bytes where the run directory is or will be; None if this machine cannot read them."""
     folder = Path(plan.run_dir)
     try:
         while not folder.exists():
             folder = folder.parent
-        # Checkpoints may lie on a disk of their own.
-        own = RunDir(folder).checkpoints
-        return shutil.disk_usage(own if own.exists() else folder).free
+        # The checkpoints folder may be on another disk.
+        checkpoints = RunDir(folder).checkpoints
+        return shutil.disk_usage(checkpoints if checkpoints.exists() else folder).free
     except OSError:
         return None

@@ -186,7 +186,7 @@ def main(plan_path: str, attempt: int) -> int:
         return 1
     run, stopper = node.run, node.stopper
     run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=node.started_at))
-    run_store.update_status(run, state="running", attempt=attempt, job=detached_process.identity(), message="")
+    run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
     detached_process.start_liveness_file(run)
     mirror = node.start_mirror()
     place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)

@@ -19,7 +19,7 @@ from launcher import atomic_files, run_records, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.cli.main import main
-from launcher.clusters.detached_process import identity
+from launcher.clusters.detached_process import describe_this_process
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.plan.architecture import model_facts
@@ -202,7 +202,7 @@ def test_what_opens_but_cannot_be_read_through_is_not_pruned(run: RunDir, ask: A
 
 @pytest.mark.parametrize("state", run_records.RUNNING_STATES)
 def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> None:
-    run_store.update_status(run, state=state, job=identity())
+    run_store.update_status(run, state=state, job=describe_this_process())
     code, _, err = ask("--prune")
     assert code == 2
     assert f"the run is {state}" in err
@@ -214,7 +214,7 @@ def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> 
 @pytest.mark.parametrize(("state", "attempt"), [("running", 2), ("saving", 2), ("running", 1), ("failed", 2)])
 def test_a_save_in_progress_is_no_leftover(run: RunDir, ask: Ask, state: str, attempt: int) -> None:
     run_store.next_attempt(run, Attempt(None, automatic=True))
-    run_store.update_status(run, state=state, job=identity())
+    run_store.update_status(run, state=state, job=describe_this_process())
     saving = store.saving_path(run.checkpoints, 340, attempt)
     saving.mkdir()
     _, out, _ = ask()

@@ -15,7 +15,7 @@ import pytest
 
 from launcher import atomic_files, run_store
 from launcher.cli.report import _told, page, thinned
-from launcher.clusters.detached_process import identity
+from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
 
@@ -72,7 +72,7 @@ def test_the_cost_is_of_all_time_with_machines(launch: Launch, run: RunDir) -> N
     ],
 )
 def test_only_the_newest_attempt_of_a_run_that_runs_goes_on(run: RunDir, state: str, begun: bool, words: str) -> None:
-    run_store.update_status(run, state=state, job=identity())
+    run_store.update_status(run, state=state, job=describe_this_process())
     begun_at = time.time() if begun else None
     run_store.write_attempt(run, 2, replace(run_store.read_attempt(run, 2), begun_at=begun_at))
     rows = re.findall(r"<td[^>]*>([^<]*)</td></tr>", page([_told(run, "demo")]))

@@ -20,7 +20,7 @@ from launcher.cli.formatting import short
 from launcher.cli.main import main
 from launcher.cli.run_summary import summary
 from launcher.cli.status import sparkline
-from launcher.clusters.detached_process import identity
+from launcher.clusters.detached_process import describe_this_process
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import JsonlTracker
@@ -88,7 +88,7 @@ def test_metrics_and_status_alone_tell_all_but_what_they_do_not_hold(launch_here
 
 def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch_here: Launch, run: RunDir) -> None:
     atomic_files.write_json(run.cancel(2), {"save": True})
-    run_store.update_status(run, state="running", job=identity())
+    run_store.update_status(run, state="running", job=describe_this_process())
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["state"] == "running, asked to stop"
     assert "time" not in lines
@@ -96,7 +96,7 @@ def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch_here: Laun
 
 def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(launch_here: Launch, run: RunDir) -> None:
     number = run_store.next_attempt(run, run_records.Attempt(resume_step=10))
-    run_store.update_status(run, attempt=number, state="running", max_steps=60, job=identity())
+    run_store.update_status(run, attempt=number, state="running", max_steps=60, job=describe_this_process())
     JsonlTracker(run, 2).log(10, {"eval/held_out/loss": 2.5})
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["time"] == "left   1m40s"
@@ -124,7 +124,7 @@ def test_a_job_that_waits_again_goes_on_from_what_is_saved(run: RunDir) -> None:
 
 def test_a_limit_that_comes_before_the_last_step_is_told(launch_here: Launch, run: RunDir) -> None:
     plan = json_records.read_json(run.plan)
-    run_store.update_status(run, state="running", job=identity())
+    run_store.update_status(run, state="running", job=describe_this_process())
 
     def told(**limits: float) -> dict[str, str]:
         config = plan["config"] | {"run": plan["config"]["run"] | limits}
@@ -143,7 +143,7 @@ def test_a_limit_that_comes_before_the_last_step_is_told(launch_here: Launch, ru
 def test_a_run_without_a_word_for_long_is_not_said_to_be_near_its_end(launch_here: Launch, run: RunDir) -> None:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     run.metrics.write_text("".join(json.dumps(line | {"time": line["time"] - 1800}) + "\n" for line in lines))
-    run_store.update_status(run, state="running", job=identity())
+    run_store.update_status(run, state="running", job=describe_this_process())
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
     assert lines["step"].startswith("10 of 40 (25%), 30m")
     assert "time" not in lines
@@ -361,7 +361,7 @@ def test_what_comes_after_the_last_line_counts_as_in_the_report(launch_here: Lau
 
 
 def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> None:
-    run_store.update_status(run, state="running", job=identity())
+    run_store.update_status(run, state="running", job=describe_this_process())
     with start("status", str(run.root), "--watch", "0.2", "--json") as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["state"] == "running"
@@ -372,7 +372,7 @@ def test_a_watched_run_is_shown_until_it_ends(start: Callable, run: RunDir) -> N
 
 
 def test_a_watched_run_is_told_in_words_again_and_again(start: Callable, run: RunDir) -> None:
-    run_store.update_status(run, state="running", job=identity())
+    run_store.update_status(run, state="running", job=describe_this_process())
     with start("status", str(run.root), "--watch", "0.2") as process:
         assert process.stdout is not None
         first = list(iter(process.stdout.readline, "\n"))
@@ -390,7 +390,7 @@ def test_a_watched_run_is_told_in_words_again_and_again(start: Callable, run: Ru
 
 
 def test_a_watched_run_outlives_a_hiccup_of_its_storage(start: Callable, run: RunDir) -> None:
-    run_store.update_status(run, state="running", job=identity())
+    run_store.update_status(run, state="running", job=describe_this_process())
     with start("status", str(run.root), "--watch", "0.2", "--json") as process:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["state"] == "running"

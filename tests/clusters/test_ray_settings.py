@@ -141,7 +141,7 @@ def test_only_a_run_that_can_go_on_with_fewer_workers_leaves_nodes_out() -> None
 
 
 def test_a_ray_of_ones_own_is_one_machine(ray_plan: Callable[..., LaunchPlan]) -> None:
-    with pytest.raises(SubmitError, match="this is one machine, and the plan asks for 2 nodes"):
+    with pytest.raises(SubmitError, match="the plan needs 2 nodes and this is one machine"):
         RayCluster().check(ray_plan(nodes=2))
 
 
@@ -153,12 +153,14 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
 
 
 def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
-    return {**detached_process.identity(), "pid": driver.pid, "started": psutil.Process(driver.pid).create_time()}
+    return {**detached_process.describe_this_process(), "pid": driver.pid, "started": psutil.Process(driver.pid).create_time()}
 
 
 def test_where_a_run_was_handed_to_is_told_with_its_log(run: RunDir) -> None:
     assert RayCluster().submission_details(run, 1) == [("driver", str(run.attempt(1) / "agent.log"))]
-    atomic_files.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
+    atomic_files.write_json(
+        run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265", "at": 0.0}
+    )
     through_the_jobs_api = [
         ("job", "raysubmit_1"),
         ("log", "ray job logs --address http://127.0.0.1:8265 -f raysubmit_1"),
@@ -184,7 +186,7 @@ def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDi
 
 
 def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = {**detached_process.identity(), "host": "another", "space": "another-boot pid:[1]"}
+    elsewhere = {**detached_process.describe_this_process(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     old = time.time() - 600
     os.utime(run.status, (old, old))
@@ -198,17 +200,17 @@ def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunD
 
 def test_a_run_of_another_container_is_believed_and_cannot_be_signalled_from_here(run: RunDir) -> None:
     # A container of this machine, which shares its name and not its processes.
-    boot = detached_process.identity()["space"].split(" ")[0]
-    elsewhere = {**detached_process.identity(), "space": f"{boot} pid:[1]"}
+    boot = detached_process.describe_this_process()["space"].split(" ")[0]
+    elsewhere = {**detached_process.describe_this_process(), "space": f"{boot} pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     assert LocalCluster().status(run).state == "running"
-    with pytest.raises(SubmitError, match="cannot be seen from here") as error:
+    with pytest.raises(SubmitError, match="on another machine or in another container") as error:
         LocalCluster().cancel(run)
     assert "in the same container" in str(error.value)
 
 
 def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container_gives_no_sign(run: RunDir) -> None:
-    here = detached_process.identity()
+    here = detached_process.describe_this_process()
     boot, namespace = here["space"].split(" ", 1)
     restarted = {**here, "space": f"another-boot {namespace}"}
     run_store.update_status(run, state="running", attempt=1, job=restarted)
@@ -226,7 +228,7 @@ def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container
 
 
 def test_a_status_that_names_the_machine_alone_is_judged_by_it(run: RunDir) -> None:
-    mine = {name: value for name, value in detached_process.identity().items() if name != "space"}
+    mine = {name: value for name, value in detached_process.describe_this_process().items() if name != "space"}
     run_store.update_status(run, state="running", attempt=1, job=mine)
     assert LocalCluster().status(run).state == "running"
     run_store.update_status(run, state="running", attempt=1, job={**mine, "started": 1.0})
@@ -261,7 +263,7 @@ def test_a_jobs_api_that_is_not_there_is_told_before_anything_is_made(ray_plan: 
 def test_keys_do_not_travel_with_a_job(ray_plan: Callable[..., LaunchPlan], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOOKS_HARMLESS", "hf_" + "aB3" * 11)
     monkeypatch.setenv("HARMLESS_TOO", "0123456789" * 4)
-    with pytest.raises(SubmitError, match="keys must not travel") as error:
+    with pytest.raises(SubmitError, match="API keys must not be sent") as error:
         RayCluster().check(ray_plan(address="http://127.0.0.1:1", pass_env=("NCCL_DEBUG", name)))
     assert error.value.problems[0].value == name
 
@@ -280,17 +282,17 @@ def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], m
     RayCluster().check(ray_plan(address="auto", allow_public_address=True))
     for other in ("ray://10.0.0.1:10001", "http://10.0.0.1:8265", "local"):
         monkeypatch.setenv("RAY_ADDRESS", other)
-        with pytest.raises(SubmitError, match="does not name a cluster that a driver can join"):
+        with pytest.raises(SubmitError, match="is not the address of a cluster that a driver can join"):
             RayCluster().check(ray_plan(address="auto"))
 
 
 def test_a_jobs_api_that_takes_a_request_and_never_answers_is_not_waited_for(
     ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "_REQUEST_S", 0.3)
+    monkeypatch.setattr(jobs, "_REQUEST_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address, began = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
-        with pytest.raises(SubmitError, match="does not answer as it should") as error:
+        with pytest.raises(SubmitError, match="Jobs API does not answer") as error:
             RayCluster().check(ray_plan(address=address))
         assert time.monotonic() - began < 20
     assert "timed out" in str(error.value).lower()
@@ -310,7 +312,7 @@ def test_a_head_that_does_not_see_the_run_directory_is_told_at_once_and_afterwar
     with pytest.raises(RunError, match="ended before it could write to the run directory") as error:
         RayCluster().submit(run, 1, path)
     assert "No module named 'launcher'" in str(error.value)
-    assert "set run.root to a folder that the cluster's nodes see" in str(error.value)
+    assert "set run.root to a folder that the cluster's nodes can write to" in str(error.value)
     told = RayCluster().status(run)
     assert told.state == "failed"
     assert "No module named 'launcher'" in told.message
@@ -324,8 +326,8 @@ def test_a_job_that_waits_in_rays_queue_is_left_to_it(
     run: RunDir, ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = ray_plan(working_dir=str(run.root.parent.parent), address="http://127.0.0.1:8265")
-    monkeypatch.setattr(module, "_DRIVER_S", 0.05)
-    monkeypatch.setattr(module, "_ASK_S", 0.01)
+    monkeypatch.setattr(module, "_DRIVER_START_DEADLINE_S", 0.05)
+    monkeypatch.setattr(module, "_JOB_POLL_S", 0.01)
     monkeypatch.setattr(jobs, "submit", lambda *_: "raysubmit_1")
     monkeypatch.setattr(jobs, "state", lambda *_: ("PENDING", "no node has room"))
     RayCluster().submit(run, 1, run_store.write_plan(run, 1, plan))
@@ -338,16 +340,18 @@ def test_a_job_that_the_cluster_does_not_know_is_lost_only_where_the_run_gives_n
     """As where an ssh tunnel leads to another cluster now."""
 
     def unknown(*_: str) -> tuple[str, str]:
-        raise jobs.JobUnknown("the cluster knows no such job", where="cluster.address", value="http://127.0.0.1:8265")
+        raise jobs.JobUnknown("the cluster has no such job", where="cluster.address", value="http://127.0.0.1:8265")
 
     monkeypatch.setattr(jobs, "state", unknown)
     monkeypatch.setattr(jobs, "stop", unknown)
-    atomic_files.write_json(run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265"})
-    elsewhere = {**detached_process.identity(), "host": "another", "space": "another-boot pid:[1]"}
+    atomic_files.write_json(
+        run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265", "at": 0.0}
+    )
+    elsewhere = {**detached_process.describe_this_process(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     seen = RayCluster().status(run)
     assert seen.state == "running"
-    said = "the cluster at http://127.0.0.1:8265 does not know the job raysubmit_1; this is the last that is known"
+    said = "the cluster at http://127.0.0.1:8265 does not know the job raysubmit_1; this is the last known state"
     assert seen.message == said
     with pytest.raises(SubmitError, match="the run is running already"):
         require_idle(run, RayCluster())

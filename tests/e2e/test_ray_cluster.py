@@ -100,7 +100,7 @@ def test_a_token_or_an_address_that_is_wrong_is_told_in_words(
 ) -> None:
     nobody = launch(*SETTINGS, "+cluster=ray", "cluster.address=127.0.0.2:1", f"run.root={root}", "run.name=nobody")
     assert nobody.returncode == 2
-    assert "there is no Ray at this address" in nobody.stderr
+    assert "no Ray answers at this address" in nobody.stderr
     assert not (root / "nobody").exists()
     token = tmp_path / "token"
     token.write_text("0" * 64)
@@ -113,7 +113,7 @@ def test_a_token_or_an_address_that_is_wrong_is_told_in_words(
     assert status(root / "refused")["state"] == "failed"
     http = launch(*SETTINGS, "+cluster=ray", f"cluster.address={cluster.http}", f"run.root={root}", "run.name=http", **wrong)
     assert http.returncode == 2
-    assert "the cluster does not take the token" in http.stderr
+    assert "the cluster rejected the token" in http.stderr
     assert not (root / "http").exists()
 
 

@@ -1,4 +1,4 @@
-"""Ray's Jobs API: the driver as a job of the cluster. The token comes from the environment, as Ray's own tools read it."""
+"""Client of Ray's Jobs API: submit the driver as a job, read its state, stop it. Ray reads the token from the environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from launcher.clusters.detached_process import with_code
+from launcher.clusters.detached_process import build_pythonpath
 from launcher.errors import SubmitError
 from launcher.plan.run_dir import RunDir
 
@@ -19,41 +19,41 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_AGENT_S = 120.0
-# Ray's client itself waits for an answer for ever.
-_REQUEST_S = 30.0
+_AGENT_DEADLINE_S = 120.0
+# Ray's client has no timeout of its own.
+_REQUEST_TIMEOUT_S = 30.0
 _DENIED = re.compile(r"\b40[13]\b|Unauthorized|Forbidden|authentication")
 
 
 def require_answer(address: str) -> None:
-    """Ask the cluster for its version.
+    """Check that the cluster answers, takes the token, and supports this client's version.
 
     Raises:
-        SubmitError: where it does not answer, does not take the token, or is too old.
+        SubmitError: if it does not.
     """
     _client(address)
 
 
 class JobUnknown(SubmitError):
-    """The cluster that answers has no such job: it is another one than that which took it."""
+    """The cluster that answers does not have the job, so it is not the cluster that the job was submitted to."""
 
 
 def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[str]) -> str:
-    """Submit `PYTHON -m MODULE ARGUMENTS`, run from the run's code; returns the job's id.
+    """Submit `PYTHON -m MODULE ARGUMENTS` with the run's code snapshot; returns the job's id.
 
     Raises:
-        SubmitError: with Ray's words.
+        SubmitError: with Ray's message.
     """
-    # The only shell string here is made of quoted words, since the Jobs API takes nothing else.
+    # The Jobs API takes nothing but a shell string; every word of it is quoted.
     address = section.address or ""
     entrypoint = shlex.join([section.python, "-m", module, *arguments])
-    # What stands here anyone with the token can read: only what was named for it, and no key.
+    # Everyone with the token can read these: only variables of cluster.pass_env, and no keys.
     passed = {name: os.environ[name] for name in section.pass_env if name in os.environ}
-    variables = {**passed, "PYTHONPATH": with_code(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    variables = {**passed, "PYTHONPATH": build_pythonpath(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     client = _client(address)
 
-    def hand_over() -> str:
-        until = time.monotonic() + _AGENT_S
+    def submit_job() -> str:
+        until = time.monotonic() + _AGENT_DEADLINE_S
         while True:
             try:
                 job: str = client.submit_job(
@@ -64,29 +64,29 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
                 )
                 return job
             except RuntimeError as error:
-                # A head that has just been started takes jobs some seconds after it answers.
+                # A head node that has just started answers some seconds before it accepts jobs.
                 if "No available agent" not in str(error) or time.monotonic() > until:
                     raise
                 time.sleep(1)
 
-    return _in_words(address, hand_over)
+    return _with_plain_errors(address, submit_job)
 
 
 def state(address: str, job: str) -> tuple[str, str]:
-    """Ray's word for the state of a job (PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED), and its message.
+    """Return Ray's state of a job (PENDING, RUNNING, STOPPED, SUCCEEDED, FAILED) and its message.
 
     Raises:
-        SubmitError: where the cluster does not answer.
+        SubmitError: if the cluster does not answer; JobUnknown if it does not have the job.
     """
     client = _client(address)
-    info = _in_words(address, lambda: client.get_job_info(job))
+    info = _with_plain_errors(address, lambda: client.get_job_info(job))
     return str(info.status.value), info.message or ""
 
 
 def stop(address: str, job: str) -> None:
-    """Kill a job's driver, and with it its workers."""
+    """Stop a job: its driver and workers are killed."""
     client = _client(address)
-    _in_words(address, lambda: client.stop_job(job))
+    _with_plain_errors(address, lambda: client.stop_job(job))
 
 
 def _client(address: str) -> Any:
@@ -95,33 +95,34 @@ def _client(address: str) -> Any:
 
         class Client(JobSubmissionClient):
             def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-                return super()._do_request(method, endpoint, **{"timeout": _REQUEST_S, **options})
+                return super()._do_request(method, endpoint, **{"timeout": _REQUEST_TIMEOUT_S, **options})
 
         return Client(address)
 
-    # Where a variable names another cluster, the address of the settings counts.
+    # RAY_ADDRESS would take precedence over cluster.address.
     with suppress(KeyError):
-        # Not pop(): it looks first, and another thread may ask for another run.
+        # Not pop(), which is not atomic: several threads may ask for the states of runs.
         del os.environ["RAY_ADDRESS"]
-    return _in_words(address, connect)
+    return _with_plain_errors(address, connect)
 
 
-def _in_words(address: str, ask: Callable[[], T]) -> T:
+def _with_plain_errors(address: str, request: Callable[[], T]) -> T:
+    """Make a request and turn what Ray raises into SubmitError."""
     try:
-        return ask()
+        return request()
     except Exception as error:
-        # Ray raises whatever its HTTP client does, and RuntimeError for what the cluster refuses.
-        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Ray raises the exceptions of its HTTP client, and RuntimeError for what the cluster refuses.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         if "does not exist" in str(error):
-            remedy = "let the address, or the tunnel behind it, lead to the cluster that took the job"
-            raise JobUnknown("the cluster knows no such job", where="cluster.address", value=address, remedy=remedy) from None
+            remedy = "use the address, or the ssh tunnel, of the cluster that the job was submitted to"
+            raise JobUnknown("the cluster has no such job", where="cluster.address", value=address, remedy=remedy) from None
         denied = _DENIED.search(str(error)) is not None
-        remedy = "check cluster.address and that the head node and its dashboard run"
+        remedy = "check cluster.address, and that the head node and its dashboard are running"
         if denied:
-            remedy = "give the cluster's token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE in the environment"
+            remedy = "set the cluster's token in the environment: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
         raise SubmitError(
-            "the cluster does not take the token" if denied else "the cluster's Jobs API does not answer as it should",
+            "the cluster rejected the token" if denied else "the cluster's Jobs API does not answer",
             where="cluster.address",
-            value=f"{address}: {said[0][:300] if said else type(error).__name__}",
+            value=f"{address}: {lines[0][:300] if lines else type(error).__name__}",
             remedy=remedy,
         ) from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
 from launcher.clusters import faults
+from launcher.clusters.base import NEVER_SUBMITTED
 from launcher.clusters.faults import InjectedFault
 from launcher.clusters.slurm import queue
 from launcher.clusters.slurm.commands import SlurmError, slurm
@@ -86,8 +87,7 @@ class SlurmCluster:
         job_id, since = _job_of(run, number)
         if job_id is None:
             lost = status.state == "pending" and time.time() - status.updated_at > _UNSEEN_S
-            message = "it was never submitted: the command that made it ended before"
-            return replace(status, state="failed", message=message) if lost else status
+            return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
         try:
             job = queue.job(job_id, since, run_store.placed(run).name)
         except SlurmError as error:

@@ -32,7 +32,7 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
         _set_variables(plan)
         # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
-        path = detached_process.with_code(run.code, os.environ)
+        path = detached_process.build_pythonpath(run.code, os.environ)
         if section.address is not None:
             _join(plan, path, common)
         else:

@@ -62,7 +62,9 @@ def main(plan_path: str, attempt: int) -> int:
     try:
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
-        run_store.update_status(run, state="pending", attempt=attempt, job=detached_process.identity(), message=JOINING)
+        run_store.update_status(
+            run, state="pending", attempt=attempt, job=detached_process.describe_this_process(), message=JOINING
+        )
     except OSError as error:
         # Where it could be told in the run's state there would be nothing to tell.
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
@@ -227,7 +229,7 @@ class _Driver:
         Of a run that has failed after it had begun, the way to go on is told too.
         """
         if state == "failed" and self.has_begun:
-            message += f"; {detached_process.way_on(self._run)}"
+            message += f"; {detached_process.resume_hint(self._run)}"
         print(message, file=sys.stderr if state == "failed" else sys.stdout, flush=True)
 
         def write() -> None:

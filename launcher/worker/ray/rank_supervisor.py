@@ -353,7 +353,7 @@ def _node_environment(plan: LaunchPlan, entrusted: Mapping[str, str]) -> dict[st
         **entrusted,
         # Ray sets the threads of an actor to the CPUs that it asked for, which are few or none.
         "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
-        "PYTHONPATH": detached_process.with_code(RunDir(Path(plan.run_dir)).code, os.environ),
+        "PYTHONPATH": detached_process.build_pythonpath(RunDir(Path(plan.run_dir)).code, os.environ),
         "PYTHONSAFEPATH": "1",
         **RaySection.of(plan.config.cluster).env,
     }
