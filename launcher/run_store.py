@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import launcher
 from launcher import atomic_files, json_records, locks
 from launcher.errors import RunError, SubmitError, Superseded
+from launcher.plan.migrations import SCHEMA_VERSION, migrate
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
@@ -22,6 +23,8 @@ from launcher.run_records import Attempt, Status
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
+# In the folder of the code: the schema version of the plans that this code reads; earlier launchers wrote no such file.
+_PLAN_SCHEMA = "plan_schema_version"
 _DAMAGED_REMEDY = "restore the file from a backup, or start another run from this run's newest checkpoint"
 
 
@@ -60,8 +63,34 @@ def snapshot_code(run: RunDir) -> None:
 
     Bytecode goes with it, which Python uses where it belongs to the source beside it: no node compiles the package again.
     """
+    _copy_package(run.code)
+
+
+def has_current_code(run: RunDir) -> bool:
+    """Whether the code of the run reads plans of the current schema version."""
+    try:
+        return (run.code / _PLAN_SCHEMA).read_text(encoding="utf-8").strip() == str(SCHEMA_VERSION)
+    except FileNotFoundError:
+        return False
+
+
+def replace_code(run: RunDir) -> Path:
+    """Copy the package in place of the code that the attempts so far have run; returns the folder that keeps the earlier code."""
+    earlier = run.earlier_code(newest_attempt(run))
+    copy = run.root / ".code"
+    shutil.rmtree(copy, ignore_errors=True)
+    _copy_package(copy)
+    if run.code.is_dir() and not earlier.exists():
+        run.code.rename(earlier)
+    shutil.rmtree(run.code, ignore_errors=True)
+    atomic_files.rename(copy, run.code)
+    return earlier
+
+
+def _copy_package(folder: Path) -> None:
     source = Path(launcher.__file__).resolve().parent
-    shutil.copytree(source, run.code / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
+    shutil.copytree(source, folder / "launcher", ignore=shutil.ignore_patterns("conf", "*.pyc.*"))
+    (folder / _PLAN_SCHEMA).write_text(f"{SCHEMA_VERSION}\n", encoding="utf-8")
 
 
 def attempt_numbers(run: RunDir) -> list[int]:
@@ -167,7 +196,7 @@ def plan_of_digest(run: RunDir, digest: str) -> LaunchPlan | None:
             text = path.read_text(encoding="utf-8")
             # Of a file that another version of the launcher wrote, the text is what was digested.
             if digest_of(text) == digest:
-                return LaunchPlan.model_validate_json(text)
+                return LaunchPlan.from_json(text)
         except (OSError, ValueError):
             continue
     return None
@@ -203,9 +232,20 @@ def load_plan(run: RunDir) -> LaunchPlan:
     try:
         return LaunchPlan.load(path)
     except (OSError, ValueError) as error:
-        raise RunError(
-            "the plan of this run cannot be read by this launcher", where=str(path), value=str(error).splitlines()[0]
-        ) from None
+        raise RunError("the plan of this run cannot be read by this launcher", where=str(path), value=str(error)) from None
+
+
+def read_plan_values(path: Path) -> dict[str, Any]:
+    """Read a plan's JSON object in the current schema, without the models of plans.
+
+    Raises:
+        RunError: where the file is missing or damaged, or its schema version is unknown.
+    """
+    values = json_records.read_json(path, _DAMAGED_REMEDY)
+    try:
+        return migrate(values)
+    except ValueError as error:
+        raise RunError("the plan of this run cannot be read by this launcher", where=str(path), value=str(error)) from None
 
 
 class Placed(NamedTuple):
@@ -230,7 +270,7 @@ def placed(run: RunDir) -> Placed:
         RunError: where the plan is damaged.
     """
     path = [run.plan, *changed_plans(run)][-1]
-    values = json_records.read_json(path)
+    values = read_plan_values(path)
     try:
         topology, price = values["topology"], Price.of_plan(values)
         config = values["config"]

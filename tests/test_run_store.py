@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import threading
 import time
@@ -60,7 +61,7 @@ def test_a_run_is_created_whole(config: RunConfig, tmp_path: Path) -> None:
     # The code that a queued job will run: the package and its bytecode.
     package = Path(run_store.__file__).parent
     files = {path.relative_to(package) for path in package.rglob("*") if path.suffix in (".py", ".pyc")}
-    assert {path.relative_to(run.code / "launcher") for path in run.code.rglob("*") if path.is_file()} == files
+    assert {path.relative_to(run.code / "launcher") for path in run.code.rglob("*.py*") if path.is_file()} == files
     assert Path("train/loop.py") in files
     # Nothing half written is left.
     assert {p.name for p in run.root.iterdir()} == {"plan.json", "plans", "status.json", "code", "attempts"}
@@ -292,3 +293,29 @@ def test_a_damaged_file_is_named(config: RunConfig, tmp_path: Path, content: str
     run.status.unlink()
     with pytest.raises(RunError, match="missing"):
         run_store.read_status(run)
+
+
+def test_code_of_an_earlier_launcher_is_replaced_and_kept(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    assert run_store.has_current_code(run)
+    shutil.rmtree(run.code)
+    (run.code / "launcher").mkdir(parents=True)
+    (run.code / "launcher/__init__.py").write_text("earlier")
+    run_store.next_attempt(run, Attempt(resume_step=None))
+    assert not run_store.has_current_code(run)
+    earlier = run_store.replace_code(run)
+    assert earlier == run.root / "code-until-attempt-001"
+    assert (earlier / "launcher/__init__.py").read_text() == "earlier"
+    assert run_store.has_current_code(run)
+    assert (run.code / "launcher/run_store.py").is_file()
+
+
+def test_replacing_code_goes_on_where_it_was_interrupted(config: RunConfig, tmp_path: Path) -> None:
+    run = run_store.create(planned(config, tmp_path, "a"))
+    run_store.next_attempt(run, Attempt(resume_step=None))
+    run.code.rename(run.earlier_code(1))
+    (run.root / ".code").mkdir()
+    assert not run_store.has_current_code(run)
+    run_store.replace_code(run)
+    assert run_store.has_current_code(run)
+    assert (run.earlier_code(1) / "launcher/run_store.py").is_file()

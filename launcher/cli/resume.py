@@ -64,6 +64,9 @@ def start_again(
         print(f"note: {said}")
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):
         print(f"set aside: {formatting.short(path)}")
+    if not run_store.has_current_code(run):
+        earlier = run_store.replace_code(run)
+        print(f"the code of this run is from an earlier launcher: the current code replaces it, {earlier.name} keeps it")
     attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))
     plan_path = run_store.write_plan(run, attempt, plan)
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from launcher.config.introspect import as_yaml
 from launcher.config.redaction import looks_secret, redact
 from launcher.errors import Problem
 
@@ -50,6 +49,9 @@ def renamed_setting(key: str, value: Any, where: str) -> Problem | None:
 
     `where` is the origin of the value: a file and line, or the command line.
     """
+    # Readers of plans use the table above, and the schema takes longer to load than all that a look at runs does.
+    from launcher.config.introspect import as_yaml
+
     new = RENAMED.get(key)
     if new is None:
         return None

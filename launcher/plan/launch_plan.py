@@ -7,15 +7,15 @@ gathered before and comes in as `Facts`.
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.config.schema import RunConfig
+from launcher.plan.migrations import SCHEMA_VERSION, migrate
 from launcher.plan.prices import Price
-
-SCHEMA_VERSION = 1
 
 
 class Record(BaseModel):
@@ -223,7 +223,24 @@ class LaunchPlan(Record):
 
     @classmethod
     def load(cls, path: str | Path) -> LaunchPlan:
-        return cls.model_validate_json(Path(path).read_text())
+        """Read a plan's file. Raises OSError, and what `from_json` raises."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> LaunchPlan:
+        """Parse a plan of this schema version or an earlier one.
+
+        Raises:
+            ValueError: where it is no plan, in one line that names the field.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("the text holds no JSON object")
+        try:
+            return cls.model_validate_json(json.dumps(migrate(values)))
+        except ValidationError as error:
+            first, *_ = error.errors(include_url=False, include_input=False)
+            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
 def digest_of(text: str) -> str:

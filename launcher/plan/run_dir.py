@@ -34,6 +34,10 @@ class RunDir:
     def code(self) -> Path:
         return self.root / "code"
 
+    def earlier_code(self, attempt: int) -> Path:
+        """The code of the attempts up to this one, where a resume has replaced it."""
+        return self.root / f"code-until-attempt-{attempt:03d}"
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from launcher import json_records, run_records, run_store
+from launcher import run_records, run_store
 from launcher.errors import LauncherError
 from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
@@ -248,7 +248,7 @@ def recorded(run: RunDir, coming: LaunchPlan | None = None) -> list[Attempt]:
             continue
         record = run_records.read_exit(run, number)
         ended = None if record is None else record.ended_at
-        values = json_records.read_json(plan)
+        values = run_store.read_plan_values(plan)
         num_ranks = values["topology"]["world_size"]
         prices.append((values["config"]["cluster"].get("gpu_type"), Price.of_plan(values)))
         workers = known.num_workers or 0

@@ -156,10 +156,10 @@ def write_plans(run: RunDir, plans: Mapping[str, LaunchPlan]) -> None:
 
 def _plan(content: bytes, where: str) -> LaunchPlan:
     try:
-        return LaunchPlan.model_validate_json(content)
+        return LaunchPlan.from_json(content)
     except ValueError as error:
         what = "the plan in the mirror cannot be read by this launcher"
-        raise CheckpointError(what, where=where, value=str(error).splitlines()[0]) from None
+        raise CheckpointError(what, where=where, value=str(error)) from None
 
 
 def _unpack(content: bytes, folder: Path) -> None:
