@@ -110,5 +110,10 @@ class PushError(LauncherError):
     """An exported folder is complete on this machine, and the Hub did not take it."""
 
 
+def describe(error: Exception) -> str:
+    """Describe any error in one message: the first problem of a launcher error, or else the exception's type and text."""
+    return error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
+
+
 # A repetition would end in the same way: neither ranks nor a job are started again after one of these.
 WOULD_REPEAT = (ConfigError, DataError, DamagedCheckpoint, Superseded, DivergedError, ExportError)

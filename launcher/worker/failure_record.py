@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher import json_records
 from launcher.error_record import ErrorRecord
-from launcher.errors import WOULD_REPEAT, CheckpointError, LauncherError, RunError, Superseded
+from launcher.errors import WOULD_REPEAT, CheckpointError, LauncherError, RunError, Superseded, describe
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import FailureRecord, FinalFailure, final_file
 from launcher.worker.signals import DISMISSED
@@ -98,8 +98,7 @@ def from_final(run: RunDir, attempt: int, final: FinalFailure) -> FailureRecord:
 
 def from_exception(error: Exception, folder: Path, at: float | None = None) -> FailureRecord:
     """Return the failure of a node's agent, which no rank is to blame for; `folder` is the attempt's."""
-    message = error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
-    return FailureRecord(None, type(error).__name__, message, at=at, log=str(folder / "agent.log"))
+    return FailureRecord(None, type(error).__name__, describe(error), at=at, log=str(folder / "agent.log"))
 
 
 def describe_restart(exits: Sequence[RankExit], run: RunDir, attempt: int, stalls: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from launcher.errors import Problem
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.run_records import Attempt
 from launcher.worker.checks.node_check import NodeReport
+from launcher.worker.heartbeat import Beat
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray.coordinator import Coordinator
+from launcher.worker.ray.messages import Check, Member, Orders, RankSign
 
 FIT = NodeReport("n", "code", {"torch": "2"}, "3.11", (), 8.0, ())
 KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
@@ -38,20 +41,19 @@ class Played:
 
     def enter(self, group: str, nodes: list[str]) -> None:
         for rank, node in enumerate(nodes):
-            place = {"node": node, "node_id": f"id-{node}", "address": "10.0.0.1", "port": 4000 + rank}
-            self.coordinator.enter(group, len(nodes), {"rank": rank, "local_rank": nodes[:rank].count(node), **place})
+            member = Member(rank, nodes[:rank].count(node), node, f"id-{node}", "10.0.0.1", 4000 + rank)
+            self.coordinator.enter(group, len(nodes), member)
 
     def check(self, group: str, nodes: list[str], problems: dict[str, str] | None = None) -> None:
         """Every head reports; `problems` are words about nodes."""
         for rank, node in enumerate(nodes):
             orders = self.coordinator.orders(group, rank)
-            if orders is not None and orders["do"] == "check":
+            if isinstance(orders, Check):
                 said = (problems or {}).get(node)
                 found = (Problem(said, where=node),) if said else ()
-                report = NodeReport(node, FIT.code, FIT.packages, FIT.python, FIT.gpus, FIT.memory_gib, found)
-                self.coordinator.checked(group, rank, report.to_json())
+                self.coordinator.report_check(group, rank, replace(FIT, host=node, problems=found))
 
-    def begin(self, group: str, *nodes: str) -> list[dict[str, Any] | None]:
+    def begin(self, group: str, *nodes: str) -> list[Orders | None]:
         """A group comes, is checked and trains; the orders of all."""
         self.enter(group, list(nodes))
         self.check(group, list(nodes))
@@ -101,6 +103,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def sign(
     rank: int, silent_s: float, count: int = 500, state: str = "sleeping", trained: bool = True, phase: str = "training"
-) -> dict[str, Any]:
-    told = {"count": count, "pid": 4000 + rank, "rank": rank, "phase": phase, "step": 16, "at": silent_s}
-    return told | {"slowest_step_s": 0.1, "trained": trained, "state": state}
+) -> RankSign:
+    return RankSign(Beat(count, 4000 + rank, rank, phase, 16, 0.0, 0.1, trained), silent_s, state)
+
+
+def kind(orders: Orders | None) -> str | None:
+    """The kind of orders in small letters; None where the worker asks again."""
+    return None if orders is None else type(orders).__name__.lower()

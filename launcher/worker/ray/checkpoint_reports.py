@@ -1,7 +1,4 @@
-"""Ray Train is told of committed checkpoints in a thread: at each report all workers of a group meet, and one that hangs or
-comes late must not keep the others from hearing what they are told. What was logged goes with the checkpoint of its step: of a
-report without one Ray Train keeps nothing (`CheckpointManager.after_report`, Ray 2.60).
-"""
+"""Committed checkpoints: the coordinator finds them, and the workers report them to Ray Train with what was logged."""
 
 from __future__ import annotations
 
@@ -14,63 +11,110 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint import store
+from launcher.errors import CheckpointError
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.jsonl import Tail
+from launcher.worker.ray.messages import CommittedCheckpoint
+
 # The one file of a checkpoint as Ray knows it.
 POINTER = "checkpoint.json"
 
 
+class CommittedCheckpoints:
+    """Finds the checkpoints of a run: each call lists one folder, whatever its size, and opens each checkpoint once."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._metrics = Tail(run.metrics)
+        self._logged: dict[int, dict[str, Any]] = {}
+        self._seen: set[str] = set()
+
+    def find(self, attempt: int) -> list[CommittedCheckpoint]:
+        """Return the checkpoints that `attempt` has committed since the last call."""
+        committed = []
+        for path in sorted(self._run.checkpoints.glob("step-*")):
+            if path.name in self._seen:
+                continue
+            try:
+                checkpoint = store.open_checkpoint(path)
+            except CheckpointError:
+                continue
+            self._seen.add(path.name)
+            if checkpoint.manifest.attempt == attempt:
+                committed.append(CommittedCheckpoint(checkpoint.step, str(path), self._metrics_of(checkpoint.step)))
+        return committed
+
+    def _metrics_of(self, step: int) -> dict[str, float]:
+        """Return the numbers that were logged at a step; metrics.jsonl is read on from where the last call ended."""
+        for line in self._metrics.poll():
+            number = line["trainer/step"]
+            self._logged[number] = {**self._logged.get(number, {}), **line}
+        logged = self._logged.get(step, {})
+        self._logged = {number: line for number, line in self._logged.items() if number > step}
+        return {name: value for name, value in logged.items() if isinstance(value, int | float)}
+
+
 class Reporter:
-    """One for each worker of a group; `rank` is its rank there. All are given the same checkpoints in the same order."""
+    """Reports checkpoints to Ray Train in a thread of its worker; `rank` is the worker's in its group.
+
+    At each report all workers of a group meet, and one that hangs or comes late must not keep the others from their heartbeats.
+    All get the same checkpoints in the same order. What was logged goes with the checkpoint of its step: of a report without a
+    checkpoint Ray Train keeps nothing (`CheckpointManager.after_report`, Ray 2.60).
+    """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         # Of all checkpoints of the attempt.
         self.num_given = 0
-        self._waiting: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[CommittedCheckpoint | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._report_all, name="reporter", daemon=True)
         self._thread.start()
 
-    def give(self, saved: Sequence[dict[str, Any]]) -> None:
-        """The next checkpoints of the attempt."""
+    def give(self, saved: Sequence[CommittedCheckpoint]) -> None:
+        """Queue the next checkpoints of the attempt."""
         for checkpoint in saved:
-            self._waiting.put(checkpoint)
+            self._queue.put(checkpoint)
         self.num_given += len(saved)
 
-    def finish(self, most_s: float) -> None:
-        """Wait for what is still to be reported, for `most_s` seconds at most."""
-        self._waiting.put(None)
-        self._thread.join(most_s)
+    def finish(self, deadline_s: float) -> None:
+        """Wait for the reports that are still queued, for `deadline_s` seconds at most."""
+        self._queue.put(None)
+        self._thread.join(deadline_s)
 
     def _report_all(self) -> None:
-        for saved in iter(self._waiting.get, None):
+        for checkpoint in iter(self._queue.get, None):
             try:
-                self._report(saved)
+                self._report(checkpoint)
             except Exception as error:
-                # The workers would not meet at the next one either. Ray's knowledge is for its own pages: training goes on.
-                said = f"{type(error).__name__}: {error}"
-                print(f"Ray Train is told of no more checkpoints of this attempt: {said}", file=sys.stderr, flush=True)
+                # The workers would not meet at the next report either. Ray shows checkpoints on its own pages only: training goes
+                # on.
+                reason = f"{type(error).__name__}: {error}"
+                print(f"no more checkpoints of this attempt are reported to Ray Train: {reason}", file=sys.stderr, flush=True)
                 return
 
-    def _report(self, saved: dict[str, Any]) -> None:
-        """Ray's own storage gets the place of the checkpoint, since the shards lie where they are to stay."""
+    def _report(self, checkpoint: CommittedCheckpoint) -> None:
+        """Report a pointer to the checkpoint, whose shards stay where they are."""
         from ray import train
 
+        metrics = dict(checkpoint.metrics)
         if self._rank != 0:
-            train.report(saved["metrics"])
+            train.report(metrics)
             return
         with tempfile.TemporaryDirectory(prefix="launcher-checkpoint-") as folder:
-            (Path(folder) / POINTER).write_text(json.dumps({"step": saved["step"], "path": saved["path"]}))
-            name = Path(saved["path"]).name
+            (Path(folder) / POINTER).write_text(json.dumps({"step": checkpoint.step, "path": checkpoint.path}))
+            name = Path(checkpoint.path).name
             pointer = train.Checkpoint(folder)
-            train.report(saved["metrics"], checkpoint=pointer, checkpoint_dir_name=name, checkpoint_upload_fn=_keep)
+            train.report(metrics, checkpoint=pointer, checkpoint_dir_name=name, checkpoint_upload_fn=_store_pointer)
 
 
-def _keep(pointer: Any, name: str) -> Any:
-    """Put a pointer where Ray Train keeps its own state; that this fails is no reason to stop training."""
+def _store_pointer(pointer: Any, name: str) -> Any:
+    """Store a pointer in Ray Train's own storage; a failure must not stop training."""
     from ray import train
 
     storage = train.get_context().get_storage()
     try:
         return storage.persist_current_checkpoint(pointer, name)
     except Exception as error:
-        print(f"Ray Train's storage does not take {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        print(f"Ray Train's storage refused {name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return train.Checkpoint(storage.build_checkpoint_path_from_name(name), filesystem=storage.storage_filesystem)

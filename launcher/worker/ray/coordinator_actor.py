@@ -17,6 +17,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.tracking.jsonl import append_event
 from launcher.worker.ray.coordinator import Coordinator
+from launcher.worker.ray.messages import CoordinatorState
 
 _CALL_S = 30.0
 # How long storage that does not answer now is waited for before another is started.
@@ -31,7 +32,7 @@ class CoordinatorActor:
     """On the driver's node, for workers by its `handle`. One that dies, as where memory runs short, is followed by another, which
     judges the attempt before by what is on disk; `is_lost` until that has answered.
 
-    `attempt` is the one that the driver begins with, `environment` what `Coordinator.entrust` takes.
+    `attempt` is the one that the driver begins with, `environment` are the variables for the ranks.
     """
 
     def __init__(
@@ -40,12 +41,12 @@ class CoordinatorActor:
         run: RunDir,
         attempt: int,
         environment: dict[str, str],
-        draining: Callable[[], set[str]],
-        lost: Callable[[], set[str]],
+        draining_nodes: Callable[[], set[str]],
+        lost_nodes: Callable[[], set[str]],
     ) -> None:
         self.handle: Any = None
         self._plan_path, self._run, self._number = plan_path, run, attempt
-        self._environment, self._draining, self._lost = environment, draining, lost
+        self._environment, self._draining_nodes, self._lost_nodes = environment, draining_nodes, lost_nodes
         self._num_lost = 0
         self._lost_at = math.inf
         # The driver and the thread that waits for Ray Train both ask.
@@ -57,26 +58,26 @@ class CoordinatorActor:
 
         here, job = ray.get_runtime_context().get_node_id(), f"{os.uname().nodename}:{os.getpid()}"
         actor = ray.remote(num_cpus=0, label_selector={"ray.io/node-id": here})(Coordinator)
-        self.handle = actor.remote(self._plan_path, self._number, job, self._draining, self._lost)
-        ray.get(self.handle.entrust.remote(self._environment), timeout=_CALL_S)
+        self.handle = actor.remote(self._plan_path, self._number, job, self._draining_nodes, self._lost_nodes)
+        ray.get(self.handle.set_environment.remote(self._environment), timeout=_CALL_S)
 
-    def state(self) -> dict[str, Any] | None:
-        """What the coordinator says; None where it is busy, as with storage that is slow, or has just been replaced."""
+    def state(self) -> CoordinatorState | None:
+        """Return the coordinator's state; None where it is busy, as with slow storage, or has just been replaced."""
         import ray
         from ray.exceptions import ActorUnavailableError, GetTimeoutError
 
         with self._lock:
             try:
-                found: dict[str, Any] = ray.get(self.handle.state.remote(), timeout=_CALL_S)
+                state: CoordinatorState = ray.get(self.handle.state.remote(), timeout=_CALL_S)
             except (GetTimeoutError, ActorUnavailableError):
                 return None
             except deaths() as error:
                 self._replace(error)
                 return None
-            self._number, self._lost_at = found["number"], math.inf
-            if not found["idle_s"]:
+            self._number, self._lost_at = state.number, math.inf
+            if not state.idle_s:
                 self._num_lost = 0
-            return found
+            return state
 
     @property
     def is_lost(self) -> bool:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from launcher import json_records, run_store
 from launcher.clusters import detached_process
@@ -28,7 +28,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
 from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, in_words
-from launcher.worker.ray.trainer import import_ray_train, trainer
+from launcher.worker.ray.messages import CoordinatorState
+from launcher.worker.ray.trainer import build_trainer, import_ray_train
 from launcher.worker.wandb_closing import tell_wandb
 
 T = TypeVar("T")
@@ -163,7 +164,7 @@ class _Driver:
             name = f"attempt-{self._attempt:03d}" + (f"-{number}" if number else "")
             handle = coordinator.handle
             try:
-                trainer(self._plan, self._run, name, handle).fit()
+                build_trainer(self._plan, self._run, name, handle).fit()
                 failed = False
             except Exception as error:
                 failed, self._failure = True, error
@@ -172,7 +173,7 @@ class _Driver:
                 state = coordinator.state()
                 if not (failed or coordinator.is_lost or coordinator.handle is not handle):
                     return
-                if state is not None and state["over"] is not None:
+                if state is not None and state.over is not None:
                     return
                 time.sleep(min(_ANEW_S * 2**number, _MOST_ANEW_S))
                 while coordinator.is_lost:
@@ -186,7 +187,7 @@ class _Driver:
         """Until the run has ended, or its workers are not to be had, or nobody wants them any more."""
         alive_at = asked_at = 0.0
         over_at: float | None = None
-        state: dict[str, Any] = {"idle_s": 0.0, "early_words": "", "over": None, "number": self._number}
+        state = CoordinatorState(self._number, idle_s=0.0)
         while fit.is_alive():
             now = time.monotonic()
             # A disk that is full or slow is no reason to end what trains.
@@ -195,22 +196,22 @@ class _Driver:
                 if now - alive_at > _ALIVE_EVERY_S:
                     alive_at = now
                     detached_process.write_liveness(self._run)
-            if state["over"] is None and now - asked_at > _STATE_EVERY_S:
+            if state.over is None and now - asked_at > _STATE_EVERY_S:
                 asked_at = now
-                if (said := coordinator.state()) is not None:
-                    state = said
-                    self.has_begun |= not said["idle_s"]
-                self._number = state["number"]
-            if state["over"] is not None:
+                if (answer := coordinator.state()) is not None:
+                    state = answer
+                    self.has_begun |= not answer.idle_s
+                self._number = state.number
+            if state.over is not None:
                 over_at = over_at or now
                 if now - over_at > _OVER_DEADLINE_S:
                     # Every worker has been told; whatever holds one up does not change how the run has ended.
                     return
-            elif state["idle_s"]:
+            elif state.idle_s:
                 if self._is_cancelled():
                     return self.end("cancelled", "cancelled while it waited for workers")
-                if state["idle_s"] > self._section.placement_minutes * 60:
-                    return self.end("failed", self._not_placed(state["idle_s"], state["early_words"]))
+                if state.idle_s > self._section.placement_minutes * 60:
+                    return self.end("failed", self._not_placed(state.idle_s, state.early_failure))
             fit.join(_LOOK_S)
         if _patiently(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
             why = "its workers ended without a word" if self._failure is None else in_words(self._failure)
@@ -240,13 +241,13 @@ class _Driver:
         with suppress(OSError, LauncherError):
             _patiently(write)
 
-    def _not_placed(self, waited_s: float, early_words: str) -> str:
-        """`early_words` is what the last worker said that came and could not start."""
+    def _not_placed(self, waited_s: float, early_failure: str) -> str:
+        """`early_failure` is the message of the last worker that could not start."""
         import ray
 
-        if early_words:
+        if early_failure:
             limit = f"within {waited_s / 60:.1f} minutes (cluster.placement_minutes)"
-            return f"the workers that Ray started {limit} could not take part: {early_words}"
+            return f"the workers that Ray started {limit} could not take part: {early_failure}"
         section, wanted = self._section, self._section.resources(self._plan.topology.device)
         asked = f"{self._plan.topology.world_size} workers"
         if section.min_workers is not None:

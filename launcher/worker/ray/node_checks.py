@@ -1,22 +1,28 @@
-"""What the nodes of a group find out about themselves before anything is loaded."""
+"""The checks that the nodes of a group run on themselves before anything is loaded."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from launcher import json_records
-from launcher.errors import Problem
+from launcher.config.ray import RaySection
+from launcher.errors import Problem, describe
+from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import NodeRecord, node_file
-from launcher.worker.checks import node_check
+from launcher.worker.checks import network, node_check
 from launcher.worker.checks.node_check import NodeReport
+from launcher.worker.ray.messages import Check
 
 # Checks of GPUs and of a busy file system take seconds; a node that hangs would hold all others for ever.
 DEADLINE_S = 300.0
+# To reach all other nodes together, and each of them at least.
+_REACH_S, _MIN_REACH_S = 30.0, 2.0
+_SHARED_REMEDY = "set run.root to a folder on storage that all nodes share"
 
 
 @dataclass
@@ -26,25 +32,83 @@ class Checks:
     reports: dict[int, NodeReport] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
-    def take(self, rank: int, report: Mapping[str, Any], num_nodes: int) -> None:
-        """Keep a report; the last of all nodes' tells what is wrong with any of them, and how they differ."""
-        self.reports[rank] = NodeReport.from_json(report)
+    def add(self, rank: int, report: NodeReport, num_nodes: int) -> None:
+        """Add a report; the last of `num_nodes` completes the problems of all nodes and their differences."""
+        self.reports[rank] = report
         if len(self.reports) < num_nodes:
             return
-        reports = [self.reports[reported] for reported in sorted(self.reports)]
+        reports = [report for _, report in sorted(self.reports.items())]
         self.problems = [problem for report in reports for problem in report.problems]
         # A node that lacks the run directory would differ in everything.
-        sound = [report for report in reports if not report.problems]
-        self.problems += [problem for report in sound for problem in node_check.differences(report, sound[0])]
+        fit = [report for report in reports if not report.problems]
+        self.problems += [problem for report in fit for problem in node_check.differences(report, fit[0])]
 
-    def give_up(self, nodes: Sequence[str]) -> None:
-        """These have not reported in time."""
+    def add_missing(self, nodes: Sequence[str]) -> None:
+        """Add a problem for each node that did not report in time."""
         what, remedy = f"the node did not report within {DEADLINE_S:g} s", "look at its storage and its GPUs"
         self.problems += [Problem(what, where=node, remedy=remedy) for node in nodes]
 
     def write(self, run: RunDir, attempt: int, nodes: Sequence[str]) -> None:
-        """Say why nothing was loaded, in the record of each worker's rank; `nodes` by rank."""
+        """Write the problems into the record of each rank; `nodes` are by rank."""
         with suppress(OSError):
             for rank, node in enumerate(nodes):
                 record = NodeRecord(rank, time.time(), host=node, problems=tuple(self.problems))
                 json_records.write(node_file(run, attempt, rank), record)
+
+
+def check_node(node: str, orders: Check) -> NodeReport:
+    """Check this node, whose name in Ray is `node`; each problem names it in `where`."""
+    assignment = orders.assignment
+    plan_path, attempt = Path(assignment.plan_path), assignment.attempt
+    problems: list[Problem] = []
+    try:
+        plan = LaunchPlan.load(plan_path)
+    except OSError as error:
+        what = "the run directory is not visible"
+        problem = Problem(what, where=node, value=f"{plan_path}: {error.strerror}", remedy=_SHARED_REMEDY)
+        return NodeReport(node, "", {}, "", (), 0.0, (problem,))
+    run = RunDir(Path(plan.run_dir))
+    report = node_check.check_node(plan, run, attempt, num_ranks=assignment.local_world_size)
+    problems += [replace(problem, where=node) for problem in report.problems]
+    marker = run.attempt(attempt) / "marker"
+    if not problems and (not marker.is_file() or marker.read_text() != assignment.marker):
+        what = "the run directory is not the one that the head node sees: a file of this start is not in it"
+        problems.append(Problem(what, where=node, value=str(run.root), remedy=_SHARED_REMEDY))
+    if (storage_problem := _storage_problem(plan)) is not None:
+        problems.append(replace(storage_problem, where=node))
+    problems += unreachable(node, orders.others, _REACH_S)
+    return replace(report, host=node, problems=tuple(problems))
+
+
+def unreachable(node: str, others: Sequence[tuple[str, str, int]], deadline_s: float) -> list[Problem]:
+    """Return a problem for each of the `others`, given as node, address and port, that `node` cannot connect to.
+
+    Where it reaches none of them, the problem is its own.
+    """
+    until = time.monotonic() + deadline_s
+    lost = [
+        (name, address, port)
+        for name, address, port in others
+        if network.await_reachable(address, port, max(_MIN_REACH_S, until - time.monotonic())) is None
+    ]
+    remedy = "open all ports between the nodes, or set cluster.interface to the network that joins them"
+    if lost and len(lost) == len(others):
+        listed = ", ".join(f"{name} at {address}:{port}" for name, address, port in lost)
+        return [Problem(f"does not reach {listed}", where=node, remedy=remedy)]
+    return [Problem(f"is not reached from {node} at {address}:{port}", where=name, remedy=remedy) for name, address, port in lost]
+
+
+def _storage_problem(plan: LaunchPlan) -> Problem | None:
+    """Return a problem where this node does not see Ray Train's storage; one in the run directory is checked with that."""
+    from ray import train
+
+    storage_path = RaySection.of(plan.config.cluster).storage_path
+    if storage_path is None:
+        return None
+    try:
+        train.get_context().get_storage()._check_validation_file()
+    except Exception as error:
+        what = "Ray Train's storage is not the one that the head node sees"
+        remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or take it out"
+        return Problem(what, value=f"{storage_path}: {describe(error).splitlines()[0]}", remedy=remedy)
+    return None

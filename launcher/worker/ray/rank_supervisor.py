@@ -1,6 +1,6 @@
-"""What runs in each worker of Ray Train: it starts one rank, watches it, and carries words between it and the coordinator.
+"""The training function in each worker of Ray Train: it starts one rank, watches it, and reports to the coordinator.
 
-The rank is a process of its own, started as on every other backend; this one never imports torch.
+The rank is a process of its own, started as on every other backend; this process never imports torch.
 """
 
 from __future__ import annotations
@@ -11,67 +11,97 @@ import signal
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher import error_record, json_records, run_store
 from launcher.clusters import detached_process
 from launcher.config.ray import RaySection
-from launcher.errors import LauncherError, Problem
+from launcher.errors import describe
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import NodeRecord, node_file
+from launcher.run_records import FailureRecord, NodeRecord, node_file
 from launcher.worker import failure_record, heartbeat
-from launcher.worker.checks import network, node_check
+from launcher.worker.checks import network
 from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
-from launcher.worker.rank_process import RankProcesses
+from launcher.worker.rank_process import RankProcess, RankProcesses
+from launcher.worker.ray import node_checks
 from launcher.worker.ray.checkpoint_reports import Reporter
 from launcher.worker.ray.coordinator_actor import deaths
+from launcher.worker.ray.messages import (
+    Assignment,
+    BeatReply,
+    Check,
+    Leave,
+    Member,
+    Orders,
+    RankResult,
+    RankSign,
+    Setup,
+    Train,
+    Verdict,
+)
 from launcher.worker.ray.watchdog import Observer
 from launcher.worker.signals import CANCEL, DISMISSED, PREEMPT
 
-_ASK_S = 0.2
-# Asked again after that, well before a worker counts as silent.
+_POLL_S = 0.2
+# A call to the coordinator is repeated after that, well before a worker counts as silent.
 _CALL_S = 20.0
 _PATIENCE_S = 900.0
-# For all other nodes together, and what each gets at the least.
-_REACH_S, _LEAST_REACH_S = 30.0, 2.0
-# From TERM to KILL, where a rank does not go by itself.
+# From TERM to KILL, where a rank does not end by itself.
 _KILL_AFTER_S = 5.0
-# For what Ray Train is still to be told when all is done.
+# For the reports to Ray Train that are still queued at the end.
 _REPORT_S = 30.0
 
 
 class AttemptEnded(Exception):
-    """Tells Ray Train that the workers are to be started again; what happened stands in the run directory."""
+    """Makes Ray Train start the workers again; the run directory says what happened."""
 
 
 class CoordinatorLost(Exception):
-    """The coordinator that this worker asks is gone."""
+    """The process of the coordinator has ended."""
+
+
+@dataclass
+class _Watched:
+    """What happened to a rank while it ran: the coordinator's messages on its hang, and when each signal was sent first."""
+
+    stalls: list[str] = field(default_factory=list)
+    sent_at: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def was_asked_to_stop(self) -> bool:
+        return bool(self.sent_at.keys() - {"TERM"})
+
+    @property
+    def expected_exit_codes(self) -> set[int]:
+        """A rank that gets a signal before it listens ends by the signal itself."""
+        codes = {-signal.Signals[f"SIG{name}"] for name in self.sent_at}
+        return codes | {-signal.SIGKILL, DISMISSED} if "TERM" in self.sent_at else codes
 
 
 def supervise(config: dict[str, Any]) -> None:
-    """The training function of Ray Train: take part in one attempt.
+    """Take part in one attempt, as the training function of Ray Train.
 
-    Without its coordinator a worker returns as if all were done: Ray Train then ends, and the driver begins it anew with the one
-    that follows.
+    A worker that has lost its coordinator returns as if training were complete: Ray Train then ends, and the driver starts it
+    again with the next coordinator.
 
     Raises:
-        AttemptEnded: where another attempt is to follow.
+        AttemptEnded: where another attempt follows.
     """
     try:
         verdict = _take_part(config["coordinator"], config["interface"])
     except CoordinatorLost:
         return
-    if verdict["again"]:
-        raise AttemptEnded(verdict["reason"])
+    if verdict.again:
+        raise AttemptEnded(verdict.reason)
 
 
-def _take_part(coordinator: Any, interface: str | None) -> dict[str, Any]:
-    """The verdict on the attempt. What goes wrong before a rank is there is told too, and not only that a word is missing."""
+def _take_part(coordinator: Any, interface: str | None) -> Verdict:
+    """Return the verdict on the attempt; what fails before the worker has entered is reported to the coordinator."""
     import ray
 
     try:
@@ -79,19 +109,16 @@ def _take_part(coordinator: Any, interface: str | None) -> dict[str, Any]:
         worker.enter()
     except Exception as error:
         with suppress(Exception):
-            ray.get(coordinator.failed_early.remote(f"{os.uname().nodename}: {_words(error)}"), timeout=_CALL_S)
+            message = f"{os.uname().nodename}: {describe(error)}"
+            ray.get(coordinator.report_early_failure.remote(message), timeout=_CALL_S)
         raise
     try:
         return worker.run()
     except Exception as error:
-        worker.give_up(error)
+        worker.record_failure(error)
         raise
     finally:
         worker.ranks.close()
-
-
-def _words(error: Exception) -> str:
-    return error.problems[0].what if isinstance(error, LauncherError) else f"{type(error).__name__}: {error}"
 
 
 @contextmanager
@@ -104,7 +131,7 @@ def _blocked_signals() -> Iterator[None]:
 
 
 class _Worker:
-    """`rank` is the worker's in its group; that of the rank which it starts comes with its orders."""
+    """`rank` is the worker's in its group; its assignment has the rank that it starts."""
 
     def __init__(self, coordinator: Any, interface: str | None) -> None:
         import ray
@@ -116,62 +143,56 @@ class _Worker:
         self._get = ray.get
         self.rank, self.local_rank = context.get_world_rank(), context.get_local_rank()
         self.size = context.get_world_size()
-        self.group = collective.broadcast_from_rank_zero(uuid.uuid4().hex)
+        self.group_id = collective.broadcast_from_rank_zero(uuid.uuid4().hex)
         self.node_id = ray.get_runtime_context().get_node_id()
         self.node = next((n.get("NodeName") for n in ray.nodes() if n["NodeID"] == self.node_id), None) or os.uname().nodename
         self.address = network.own_endpoint([], interface).address if interface else ray.util.get_node_ip_address()
         self.port = network.free_port(self.address)
-        # Which worker the ranks meet at is known when it is known who trains.
+        # The coordinator chooses the worker at whose port the ranks meet when it knows who trains.
         self.listener = network.Listener(self.address, self.port)
         self.reporter = Reporter(self.rank)
         self.ranks = RankProcesses()
-        # The attempt, once it is known.
-        self.orders: dict[str, Any] = {}
+        # None until the orders bring one.
+        self.assignment: Assignment | None = None
 
     def enter(self) -> None:
-        member = {
-            "rank": self.rank,
-            "local_rank": self.local_rank,
-            "node": self.node,
-            "node_id": self.node_id,
-            "address": self.address,
-            "port": self.port,
-        }
-        self._warm_up(**self._call("enter", self.group, self.size, member))
+        """Register with the coordinator, and begin to import what the rank needs."""
+        member = Member(self.rank, self.local_rank, self.node, self.node_id, self.address, self.port)
+        self._warm_up(self._call("enter", self.group_id, self.size, member))
 
-    def run(self) -> dict[str, Any]:
-        """The verdict on the attempt."""
+    def run(self) -> Verdict:
+        """Follow the coordinator's orders until the attempt has a verdict."""
         try:
-            self.orders = self._next_orders()
-            if self.orders["do"] == "check":
-                self._call("checked", self.group, self.rank, self._check(self.orders).to_json())
-                self.orders = self._next_orders()
+            orders = self._next_orders()
+            if isinstance(orders, Check):
+                self._call("report_check", self.group_id, self.rank, node_checks.check_node(self.node, orders))
+                orders = self._next_orders()
         finally:
             self.listener.close()
-        if self.orders["do"] == "leave":
-            return {"again": False, "reason": self.orders["why"]}
-        ended = self._train(self.orders) if self.orders["do"] == "train" else None
-        while (answer := self._beat(ended))["verdict"] is None:
-            time.sleep(_ASK_S)
-        verdict: dict[str, Any] = answer["verdict"]
-        if not verdict["again"]:
+        if isinstance(orders, Leave):
+            return Verdict(False, orders.reason)
+        result = self._train(orders) if isinstance(orders, Train) else None
+        while (verdict := self._beat(result).verdict) is None:
+            time.sleep(_POLL_S)
+        if not verdict.again:
             self.reporter.finish(_REPORT_S)
         return verdict
 
-    def give_up(self, error: Exception) -> None:
-        """Leave a record of what kept this worker from its part."""
-        if "rank" not in self.orders:
+    def record_failure(self, error: Exception) -> None:
+        """Write the node record of a worker that failed outside its rank, and tell the coordinator."""
+        if self.assignment is None:
             return
+        assignment = self.assignment
         with suppress(Exception):
-            run, attempt = RunDir(Path(LaunchPlan.load(self.orders["plan"]).run_dir)), self.orders["attempt"]
-            file = node_file(run, attempt, self.orders["rank"])
+            run = RunDir(Path(LaunchPlan.load(assignment.plan_path).run_dir))
+            file = node_file(run, assignment.attempt, assignment.rank)
             if not file.is_file():
-                failure = failure_record.from_exception(error, run.attempt(attempt), at=time.time())
-                json_records.write(file, NodeRecord(self.orders["rank"], time.time(), host=self.node, first_failure=failure))
-            self._call("beat", self.group, self.rank, "failed")
+                failure = failure_record.from_exception(error, run.attempt(assignment.attempt), at=time.time())
+                json_records.write(file, NodeRecord(assignment.rank, time.time(), host=self.node, first_failure=failure))
+            self._call("beat", self.group_id, self.rank, RankResult.FAILED)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """Ask the coordinator; one that is slow, because storage is, or out of reach for now, is asked again for a while.
+        """Call the coordinator, again for a while where it is busy or cannot be reached.
 
         Raises:
             CoordinatorLost: where its process has ended.
@@ -185,209 +206,166 @@ class _Worker:
             except (GetTimeoutError, ActorUnavailableError):
                 if time.monotonic() > until:
                     raise
-                time.sleep(_ASK_S)
+                time.sleep(_POLL_S)
             except deaths():
-                raise CoordinatorLost("the process that the workers agree by was killed or has ended") from None
+                raise CoordinatorLost("the coordinator's process was killed or has ended") from None
 
-    def _next_orders(self) -> dict[str, Any]:
-        while (orders := self._call("orders", self.group, self.rank)) is None:
-            time.sleep(_ASK_S)
-        found: dict[str, Any] = orders
-        return found
+    def _next_orders(self) -> Orders:
+        while (orders := self._call("orders", self.group_id, self.rank)) is None:
+            time.sleep(_POLL_S)
+        next_orders: Orders = orders
+        self.assignment = next_orders.assignment if isinstance(next_orders, Check | Train) else None
+        return next_orders
 
-    def _beat(self, ended: str | None, sign: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Tell the coordinator how far this worker is; what has been saved goes on to Ray Train."""
-        answer: dict[str, Any] = self._call("beat", self.group, self.rank, ended, sign, self.reporter.num_given)
-        self.reporter.give(answer["saved"])
-        return answer
+    def _beat(self, result: RankResult | None, sign: RankSign | None = None) -> BeatReply:
+        """Send a heartbeat to the coordinator; the checkpoints in its reply go on to Ray Train."""
+        reply: BeatReply = self._call("beat", self.group_id, self.rank, result, sign, self.reporter.num_given)
+        self.reporter.give(reply.saved)
+        return reply
 
-    def _check(self, orders: dict[str, Any]) -> node_check.NodeReport:
-        """Whether this node may train, in its own words."""
-        plan_path, attempt = Path(orders["plan"]), orders["attempt"]
-        problems: list[Problem] = []
-        try:
-            plan = LaunchPlan.load(plan_path)
-        except OSError as error:
-            what = "the run directory is not visible"
-            remedy = "set run.root to a folder on storage that all nodes share"
-            problem = Problem(what, where=self.node, value=f"{plan_path}: {error.strerror}", remedy=remedy)
-            return node_check.NodeReport(self.node, "", {}, "", (), 0.0, (problem,))
-        run = RunDir(Path(plan.run_dir))
-        report = node_check.check_node(plan, run, attempt, num_ranks=orders["local_size"])
-        problems += [replace(problem, where=self.node) for problem in report.problems]
-        marker = run.attempt(attempt) / "marker"
-        if not problems and (not marker.is_file() or marker.read_text() != orders["marker"]):
-            what = "the run directory is not the one that the head node sees: a file of this start is not in it"
-            remedy = "set run.root to a folder on storage that all nodes share"
-            problems.append(Problem(what, where=self.node, value=str(run.root), remedy=remedy))
-        if (unseen := _storage_problem(plan)) is not None:
-            problems.append(replace(unseen, where=self.node))
-        problems += unreachable(self.node, orders["others"], _REACH_S)
-        return replace(report, host=self.node, problems=tuple(problems))
-
-    def _train(self, orders: dict[str, Any]) -> str:
-        """Start this worker's rank and stay with it to its end; returns how it ended: done or failed."""
-        plan_path, attempt, number = orders["plan"], orders["attempt"], orders["rank"]
-        plan = LaunchPlan.load(plan_path)
-        run = RunDir(Path(plan.run_dir))
-        started, stopped = time.time(), False
-        stalls: list[str] = []
-        folder = run.attempt(attempt) / "elastic"
-        folder.mkdir(exist_ok=True)
-        error_file = folder / f"rank-{number:05d}.json"
+    def _train(self, orders: Train) -> RankResult:
+        """Start this worker's rank, watch it to its end, record the end, and wait for the mirror."""
+        assignment = orders.assignment
+        plan = LaunchPlan.load(assignment.plan_path)
+        run, attempt = RunDir(Path(plan.run_dir)), assignment.attempt
+        started_at = time.time()
+        error_file = run.attempt(attempt) / "elastic" / f"rank-{assignment.rank:05d}.json"
+        error_file.parent.mkdir(exist_ok=True)
         table = heartbeat.HeartbeatTable(self.local_rank + 1)
-        keys = {**os.environ, **orders["environment"], **RaySection.of(plan.config.cluster).env}
-        mirror = MirrorProcess.start(plan, plan_path, run, attempt, keys) if number == 0 else None
-        observer = Observer(table, self.local_rank, plan.config.cluster.stall_seconds)
-        environment = self._rank_environment(plan, run, orders, error_file, table)
-        while self.ranks.is_warming_up():
-            # Where storage is slow imports take minutes, and a worker that says nothing counts as lost.
-            self._beat(None)
-            time.sleep(_ASK_S)
-        # Blocked from its first instruction on: what comes while it imports waits until it listens.
-        with _blocked_signals():
-            rank = self.ranks.start(plan_path, attempt, environment)
-        # Another attempt has other workers.
-        self.ranks.close()
-        sent: dict[str, float] = {}
+        mirror = self._start_mirror(plan, orders, run)
+        rank = self._start_rank(orders, self._rank_environment(plan, orders, error_file, table))
         try:
-            while rank.poll() is None:
-                answer = self._beat(None, observer.sign(rank.pid))
-                wish = answer["signal"]
-                if answer["stacks"]:
-                    rank.send_signal(signal.SIGQUIT)
-                if answer["hung"] is not None and not stalls:
-                    stalls.append(answer["hung"])
-                    rank.kill()
-                elif wish is not None:
-                    stopped = stopped or wish != "TERM"
-                    sent.setdefault(wish, time.monotonic())
-                    late = wish == "TERM" and time.monotonic() - sent["TERM"] > _KILL_AFTER_S
-                    rank.send_signal(signal.SIGKILL if late else signal.Signals[f"SIG{wish}"])
-                with suppress(subprocess.TimeoutExpired):
-                    rank.wait(_ASK_S)
+            watched = self._watch(rank, Observer(table, self.local_rank, plan.config.cluster.stall_seconds))
         finally:
             if rank.poll() is None:
                 rank.kill()
                 rank.wait()
             table.close()
-        code = rank.returncode
-        failure = None
-        # A rank that is asked before it listens ends by the signal itself.
-        asked = {-signal.Signals[f"SIG{wish}"] for wish in sent} | ({-signal.SIGKILL, DISMISSED} if "TERM" in sent else set())
-        # One that hung was killed before that, however long it took to end.
-        if code and (stalls or code not in asked):
-            failure = failure_record.from_exit_code(run, attempt, number, code, error_file, stalls)
-            final = failure_record.read_final(run, attempt)
-            if final is not None and final.rank == number:
-                failure = failure_record.from_final(run, attempt, final)
+        failure = _find_failure(run, assignment, rank.returncode, watched, error_file)
         record = NodeRecord(
-            number,
+            assignment.rank,
             ended_at=time.time(),
             host=self.node,
-            started_at=started,
-            stopped=stopped,
-            killed="KILL" in sent,
+            started_at=started_at,
+            stopped=watched.was_asked_to_stop,
+            killed="KILL" in watched.sent_at,
             first_failure=failure,
         )
-        json_records.write(node_file(run, attempt, number), record)
+        json_records.write(node_file(run, attempt, assignment.rank), record)
         if failure is not None:
-            # The others wait for this rank, and are not to wait for the mirror as well.
-            self._beat("failed")
+            # The others wait for this rank, and must not wait for the mirror as well.
+            self._beat(RankResult.FAILED)
         if mirror is not None:
-            # The last checkpoint takes the time that it needs, unless another attempt waits or a person has waited enough.
-            until = time.time() + AFTER_FAILURE_S if failure or {"TERM", "USR2"} & sent.keys() else float("inf")
+            # The last checkpoint takes the time that it needs, unless another attempt waits or a person cancels again.
+            is_urgent = failure is not None or {"TERM", "USR2"} & watched.sent_at.keys()
+            until = time.time() + AFTER_FAILURE_S if is_urgent else float("inf")
             mirror.finish(until, lambda: self._is_wanted_elsewhere(failure is not None))
-        # States of a whole model would fill the disk of a node that the run does not come back to.
+        # The states of a whole model would fill the disk of a node that the run does not come back to.
         with suppress(OSError):
             if plan.nvme_folder is not None and self.local_rank == 0 and run_store.newest_attempt(run) == attempt:
                 shutil.rmtree(plan.nvme_folder, ignore_errors=True)
-        return "failed" if failure is not None else "done"
+        return RankResult.DONE if failure is None else RankResult.FAILED
+
+    def _start_mirror(self, plan: LaunchPlan, orders: Train, run: RunDir) -> MirrorProcess | None:
+        """Start the mirror process beside rank 0; None elsewhere, and where the run has no mirror."""
+        if orders.assignment.rank != 0:
+            return None
+        keys = {**os.environ, **orders.environment, **RaySection.of(plan.config.cluster).env}
+        return MirrorProcess.start(plan, orders.assignment.plan_path, run, orders.assignment.attempt, keys)
+
+    def _start_rank(self, orders: Train, environment: Mapping[str, str]) -> RankProcess:
+        while self.ranks.is_warming_up():
+            # On slow storage imports take minutes, and a worker without heartbeats counts as lost.
+            self._beat(None)
+            time.sleep(_POLL_S)
+        # Blocked from its first instruction on: a signal that comes while the rank imports waits until it listens.
+        with _blocked_signals():
+            rank = self.ranks.start(orders.assignment.plan_path, orders.assignment.attempt, environment)
+        # Another attempt has other workers.
+        self.ranks.close()
+        return rank
+
+    def _watch(self, rank: RankProcess, observer: Observer) -> _Watched:
+        """Send heartbeats until the rank has ended, and pass the coordinator's signals on to it."""
+        watched = _Watched()
+        while rank.poll() is None:
+            reply = self._beat(None, observer.sign(rank.pid))
+            if reply.dump_stacks:
+                rank.send_signal(signal.SIGQUIT)
+            if reply.hang is not None and not watched.stalls:
+                watched.stalls.append(reply.hang)
+                rank.kill()
+            elif reply.signal is not None:
+                sent_at = watched.sent_at.setdefault(reply.signal, time.monotonic())
+                is_late = reply.signal == "TERM" and time.monotonic() - sent_at > _KILL_AFTER_S
+                rank.send_signal(signal.SIGKILL if is_late else signal.Signals[f"SIG{reply.signal}"])
+            with suppress(subprocess.TimeoutExpired):
+                rank.wait(_POLL_S)
+        return watched
 
     def _is_wanted_elsewhere(self, failed: bool) -> bool:
-        """Whether the mirror is to be left as it is; where this worker's own rank has failed, all are told to end."""
-        answer = self._beat(None)
-        again = answer["verdict"] is not None and answer["verdict"]["again"]
-        return again or answer["signal"] == "KILL" or (answer["signal"] == "TERM" and not failed)
+        """Return whether the mirror must be interrupted; where this worker's own rank has failed, TERM is for the others."""
+        reply = self._beat(None)
+        again = reply.verdict is not None and reply.verdict.again
+        return again or reply.signal == "KILL" or (reply.signal == "TERM" and not failed)
 
-    def _warm_up(self, plan: str, environment: Mapping[str, str]) -> None:
-        """Have a fork server import what a rank of `plan` needs, while the workers come together and the nodes are checked."""
+    def _warm_up(self, setup: Setup) -> None:
+        """Start a fork server that imports what the rank needs while the workers enter and the nodes are checked."""
         try:
-            planned = LaunchPlan.load(plan)
+            planned = LaunchPlan.load(setup.plan_path)
         except OSError:
-            # The check tells that this node does not see it.
+            # The node check reports that this node does not see the run directory.
             return
         self.ranks = RankProcesses(Path(planned.run_dir))
         if planned.config.cluster.fork_ranks:
             with _blocked_signals():
-                self.ranks.warm_up(plan, _node_environment(planned, environment))
+                self.ranks.warm_up(setup.plan_path, _node_environment(planned, setup.environment))
 
     def _rank_environment(
-        self, plan: LaunchPlan, run: RunDir, orders: dict[str, Any], error_file: Path, table: heartbeat.HeartbeatTable
+        self, plan: LaunchPlan, orders: Train, error_file: Path, table: heartbeat.HeartbeatTable
     ) -> dict[str, str]:
-        section = RaySection.of(plan.config.cluster)
+        section, assignment = RaySection.of(plan.config.cluster), orders.assignment
         environment = {
-            **_node_environment(plan, orders["environment"]),
-            "RANK": str(orders["rank"]),
+            **_node_environment(plan, orders.environment),
+            "RANK": str(assignment.rank),
             "LOCAL_RANK": str(self.local_rank),
-            "WORLD_SIZE": str(orders["world_size"]),
-            "LOCAL_WORLD_SIZE": str(orders["local_size"]),
-            "MASTER_ADDR": orders["address"],
-            "MASTER_PORT": str(orders["port"]),
+            "WORLD_SIZE": str(assignment.world_size),
+            "LOCAL_WORLD_SIZE": str(assignment.local_world_size),
+            "MASTER_ADDR": assignment.address,
+            "MASTER_PORT": str(assignment.port),
             error_record.VARIABLE: str(error_file),
             heartbeat.VARIABLE: str(table.path),
         }
-        if len(orders["peers"]) > 1:
-            endpoint = network.own_endpoint(orders["peers"], section.interface)
+        if len(assignment.peers) > 1:
+            endpoint = network.own_endpoint(assignment.peers, section.interface)
             environment.setdefault("GLOO_SOCKET_IFNAME", endpoint.interface)
             # NCCL takes a bare name for a prefix.
             environment.setdefault("NCCL_SOCKET_IFNAME", f"={endpoint.interface}")
         return {**environment, **section.env}
 
 
-def _node_environment(plan: LaunchPlan, entrusted: Mapping[str, str]) -> dict[str, str]:
-    """The variables that are the same for all ranks of this node, those that the driver has entrusted to them among these."""
+def _find_failure(
+    run: RunDir, assignment: Assignment, exit_code: int | None, watched: _Watched, error_file: Path
+) -> FailureRecord | None:
+    """Return the failure of a rank that has ended; None where it succeeded or ended as it was asked to."""
+    # A hung rank was killed before any other signal, however long it took to end.
+    if not exit_code or (not watched.stalls and exit_code in watched.expected_exit_codes):
+        return None
+    final = failure_record.read_final(run, assignment.attempt)
+    if final is not None and final.rank == assignment.rank:
+        return failure_record.from_final(run, assignment.attempt, final)
+    return failure_record.from_exit_code(run, assignment.attempt, assignment.rank, exit_code, error_file, watched.stalls)
+
+
+def _node_environment(plan: LaunchPlan, from_driver: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that are the same for all ranks of this node, including those from the driver."""
     cores = len(os.sched_getaffinity(0))
     return {
         **os.environ,
-        **entrusted,
-        # Ray sets the threads of an actor to the CPUs that it asked for, which are few or none.
+        **from_driver,
+        # Ray sets this to the CPUs that the actor requested, which are few or none.
         "OMP_NUM_THREADS": str(max(1, cores // plan.topology.ranks_per_node)),
         "PYTHONPATH": detached_process.build_pythonpath(RunDir(Path(plan.run_dir)).code, os.environ),
         "PYTHONSAFEPATH": "1",
         **RaySection.of(plan.config.cluster).env,
     }
-
-
-def unreachable(node: str, others: Sequence[tuple[str, str, int]], most_s: float) -> list[Problem]:
-    """Which of the `others`, each a node with the address and port that it listens at, do not answer to `node`.
-
-    A node that reaches none is at fault itself; else those are that it does not reach.
-    """
-    until = time.monotonic() + most_s
-    lost = [
-        (name, address, port)
-        for name, address, port in others
-        if network.await_reachable(address, port, max(_LEAST_REACH_S, until - time.monotonic())) is None
-    ]
-    remedy = "open all ports between the nodes, or set cluster.interface to the network that joins them"
-    if lost and len(lost) == len(others):
-        listed = ", ".join(f"{name} at {address}:{port}" for name, address, port in lost)
-        return [Problem(f"does not reach {listed}", where=node, remedy=remedy)]
-    return [Problem(f"is not reached from {node} at {address}:{port}", where=name, remedy=remedy) for name, address, port in lost]
-
-
-def _storage_problem(plan: LaunchPlan) -> Problem | None:
-    """Whether this node sees what Ray Train has written to its storage; of a folder in the run directory that is known."""
-    from ray import train
-
-    storage_path = RaySection.of(plan.config.cluster).storage_path
-    if storage_path is None:
-        return None
-    try:
-        train.get_context().get_storage()._check_validation_file()
-    except Exception as error:
-        what = "Ray Train's storage is not the one that the head node sees"
-        remedy = "set cluster.storage_path to a folder that all nodes share or to a URL, or take it out"
-        return Problem(what, value=f"{storage_path}: {_words(error).splitlines()[0]}", remedy=remedy)
-    return None

@@ -1,36 +1,43 @@
-"""Ray Train, as it is asked for the workers of a run."""
+"""The trainer of Ray Train that provides the workers of a run."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from launcher.config.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
+from launcher.worker.ray.messages import ResizeProgress
 from launcher.worker.ray.rank_supervisor import supervise
+
+_CALL_S = 30.0
+_POLL_S = 0.2
 
 
 def import_ray_train() -> None:
-    """Import what `trainer` needs."""
+    """Import what `build_trainer` needs."""
     import ray.train
     import ray.train.v2.api.data_parallel_trainer  # noqa: F401
 
 
-def trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
-    """Whose `fit` places the workers and starts others for those that are lost, until `coordinator` has them end."""
+def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
+    """Build the trainer whose `fit` places workers and replaces lost ones, until `coordinator` makes them end."""
     from ray.train import BackendConfig, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    class OfRanks(Backend):
-        """The ranks set up the process group themselves; of their node's GPUs each sees all."""
+    class RankBackend(Backend):
+        """Leaves the process group to the ranks; each sees all GPUs of its node."""
 
         share_cuda_visible_devices = True
 
-    class OfRanksConfig(BackendConfig):
+    class RankBackendConfig(BackendConfig):
         @property
         def backend_cls(self) -> type[Backend]:
-            return OfRanks
+            return RankBackend
 
     section, workers = RaySection.of(plan.config.cluster), plan.topology.world_size
     resources = section.resources(plan.topology.device)
@@ -47,28 +54,61 @@ def trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) -> Any:
     if section.resize_seconds is not None:
         scaling["elastic_resize_monitor_interval_s"] = section.resize_seconds
     grace_s = plan.config.cluster.stop_grace_seconds
-    callbacks: list[Any] = []
-    if elastic:
-        from launcher.worker.ray.resizing import SaveBeforeResize
-
-        callbacks.append(SaveBeforeResize(coordinator, grace_s))
+    callbacks = [save_before_resize(coordinator, grace_s)] if elastic else []
     return DataParallelTrainer(
         supervise,
         train_loop_config={"coordinator": coordinator, "interface": section.interface},
-        backend_config=OfRanksConfig(),
+        backend_config=RankBackendConfig(),
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name=name,
             callbacks=callbacks,
             storage_path=section.storage_path or str(run.root / "ray"),
-            # The coordinator ends what is to end: its workers then return as if all were done.
+            # The coordinator ends the run: its workers then return as if training were complete.
             failure_config=FailureConfig(
                 max_failures=-1,
                 controller_failure_limit=-1,
                 max_preemption_failures=-1,
                 preemption_grace_s=grace_s,
             ),
-            # Ray Train removes none; the run's own settings say which are kept.
+            # Ray Train removes none; train.keep_last decides.
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
+
+
+def save_before_resize(coordinator: Any, grace_s: float) -> Any:
+    """Return the callback that holds Ray Train's controller until the ranks have saved, before it replaces their workers.
+
+    Ray Train ends the workers of an elastic run without notice when there is room for more of them.
+    """
+    import ray
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller.state import ResizingState
+
+    def ask() -> ResizeProgress | None:
+        # An exception in the controller would end the run, even where only storage keeps the coordinator busy.
+        with suppress(Exception):
+            progress: ResizeProgress = ray.get(coordinator.prepare_resize.remote(), timeout=_CALL_S)
+            return progress
+        return None
+
+    class SaveBeforeResize(ControllerCallback):
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            """Only healthy workers are resized; after a failure the state is another."""
+            if isinstance(current_state, ResizingState):
+                await_ranks(ask, grace_s)
+
+    return SaveBeforeResize()
+
+
+def await_ranks(ask: Callable[[], ResizeProgress | None], grace_s: float) -> None:
+    """Wait until the ranks have ended, or until they have not written for `grace_s` seconds.
+
+    `ask` returns how far they are, None where that is unknown. A save or an export takes as long as the model is large.
+    """
+    until = time.monotonic() + grace_s
+    while (progress := ask()) is not ResizeProgress.ENDED and time.monotonic() < until:
+        if progress is ResizeProgress.WRITING:
+            until = time.monotonic() + grace_s
+        time.sleep(_POLL_S)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Collection
+from dataclasses import replace
 
 import psutil
 
 from launcher.worker.heartbeat import Beat, HeartbeatTable
+from launcher.worker.ray.messages import RankSign
 from launcher.worker.watchdog import Limits, stalled
 
 # Workers ask several times a second. Whoever says nothing for so long is cut off, or its machine hangs; where a rank counts as
@@ -28,8 +28,8 @@ class Observer:
         self._table, self._local_rank, self._gap_s = table, local_rank, stall_s / 2
         self._looked = self._since = time.monotonic()
 
-    def sign(self, pid: int) -> dict[str, Any] | None:
-        """What the process `pid` has told last, with its state and the seconds since; None where it has told nothing."""
+    def sign(self, pid: int) -> RankSign | None:
+        """Return the last heartbeat of the process `pid`; None where it has sent none or has ended."""
         now = time.monotonic()
         if now - self._looked > self._gap_s:
             # This process was stopped, and its rank perhaps with it.
@@ -42,8 +42,7 @@ class Observer:
             state = psutil.Process(pid).status()
         except psutil.NoSuchProcess:
             return None
-        # Clocks of two machines tell nothing of each other.
-        return {**asdict(beat), "at": max(0.0, now - max(beat.at, self._since)), "state": state}
+        return RankSign(beat, max(0.0, now - max(beat.at, self._since)), state)
 
 
 class Liveness:
@@ -60,15 +59,15 @@ class Liveness:
         self._asked: set[int] = set()
         self._called = self._since = time.monotonic()
 
-    def hear(self, rank: int, sign: Mapping[str, Any] | None = None) -> None:
+    def hear(self, rank: int, sign: RankSign | None = None) -> None:
         now = time.monotonic()
         if now - self._called > self._gap_s:
             # It was the coordinator that did not listen, as while storage held it up.
             self._since = now
         self._called = self._heard[rank] = now
         if sign is not None:
-            self._beats[rank] = Beat(**{name: sign[name] for name in Beat.__dataclass_fields__} | {"at": now - sign["at"]})
-            self._states[rank] = sign["state"]
+            self._beats[rank] = replace(sign.beat, at=now - sign.silent_s)
+            self._states[rank] = sign.process_state
 
     def silent(self, ranks: Collection[int]) -> dict[int, float]:
         """Those of `ranks` that have said nothing for too long, with the seconds; one that never said anything counts as well."""

@@ -1,4 +1,4 @@
-"""What is known of the workers that Ray Train has started together."""
+"""A group: the workers that Ray Train started together, and which of them train, hang or are lost."""
 
 from __future__ import annotations
 
@@ -7,44 +7,33 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.planner import fitted
 from launcher.worker.checks import network
+from launcher.worker.ray.messages import CommittedCheckpoint, Member, Verdict
 from launcher.worker.ray.node_checks import Checks
 from launcher.worker.ray.watchdog import Liveness
 from launcher.worker.watchdog import describe
 
-# From the word to kill a rank to the end of waiting for it: one that hangs in the kernel does not end.
+# How long a killed rank is waited for: one that hangs in the kernel does not end.
 _KILLED_S = 15.0
-
-
-@dataclass(frozen=True)
-class Member:
-    """A worker: its rank in the group, the node it is on by Ray's name and id, and where the others reach it."""
-
-    rank: int
-    local_rank: int
-    node: str
-    node_id: str
-    address: str
-    port: int
 
 
 @dataclass
 class Group:
-    """The workers that Ray Train has started together, by their rank in it; those in `trains` train, in the order of their own
-    ranks, and the others stay idle.
+    """`members` are by their rank in the group; those in `training_ranks` train, in the order of their own ranks, others idle.
+
+    Times are of time.monotonic(). `saves` is False for a cancel request without a save.
     """
 
     id: str
     size: int
     liveness: Liveness
     members: dict[int, Member] = field(default_factory=dict)
-    trains: tuple[int, ...] = ()
-    # Its nodes that failed a check before, and those of them without which fewer ranks train.
+    training_ranks: tuple[int, ...] = ()
+    # Its nodes that failed a check in an earlier attempt, and those of them whose exclusion costs ranks.
     unfit: set[str] = field(default_factory=set)
     missed: set[str] = field(default_factory=set)
     plan_path: str = ""
@@ -53,17 +42,17 @@ class Group:
     opened_at: float | None = None
     checks: Checks = field(default_factory=Checks)
     ended: set[int] = field(default_factory=set)
-    lost: set[int] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)
     hung: dict[int, str] = field(default_factory=dict)
     hung_at: float = math.inf
     failed_at: float | None = None
-    drained: bool = False
+    draining: bool = False
     resizing: bool = False
-    asked_at: float | None = None
+    cancelled_at: float | None = None
     saves: bool = True
-    saved: list[dict[str, Any]] = field(default_factory=list)
-    verdict: dict[str, Any] | None = None
-    came_at: float = field(default_factory=time.monotonic)
+    saved: list[CommittedCheckpoint] = field(default_factory=list)
+    verdict: Verdict | None = None
+    created_at: float = field(default_factory=time.monotonic)
     heard_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -73,31 +62,31 @@ class Group:
     @property
     def training(self) -> list[Member]:
         """The workers that train, in the order of their ranks."""
-        return [self.members[rank] for rank in self.trains]
+        return [self.members[rank] for rank in self.training_ranks]
 
     @property
     def heads(self) -> list[Member]:
-        """The first worker of each node that trains, who checks it."""
+        """The first training worker of each node, which checks the node."""
         first: dict[str, Member] = {}
         for member in self.training:
             first.setdefault(member.node_id, member)
         return list(first.values())
 
     def choose(self, planned: LaunchPlan, unfit: Collection[str]) -> LaunchPlan:
-        """Let as many workers train as the global batch divides over; their plan.
+        """Choose as many workers to train as the global batch divides over, and return their plan.
 
-        None of them is on the nodes in `unfit`, as long as enough are left: a check may have failed for a moment.
+        Workers on the `unfit` nodes are excluded as long as enough others are left: a check may have failed for a moment.
 
         Raises:
-            ConfigError: where it divides over none.
+            ConfigError: where the batch divides over no number of them.
         """
         self.unfit = {member.node for member in self.members.values()} & set(unfit)
-        well = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
-        enough = len(well) >= (planned.config.cluster.fewest_workers or 1)
-        able = well if enough else [*well, *sorted(self.members.keys() - set(well))]
-        plan = self._fitted(planned, able)
-        self.trains = tuple(sorted(able[: plan.topology.world_size]))
-        if self.unfit and enough and self._fitted(planned, self.members).topology.world_size > len(self.trains):
+        fit = [rank for rank, member in sorted(self.members.items()) if member.node not in self.unfit]
+        has_enough = len(fit) >= (planned.config.cluster.fewest_workers or 1)
+        candidates = fit if has_enough else [*fit, *sorted(self.members.keys() - set(fit))]
+        plan = self._fitted(planned, candidates)
+        self.training_ranks = tuple(sorted(candidates[: plan.topology.world_size]))
+        if self.unfit and has_enough and self._fitted(planned, self.members).topology.world_size > len(self.training_ranks):
             self.missed = self.unfit
         return plan
 
@@ -106,64 +95,67 @@ class Group:
         return fitted(planned, per_node.total(), max(per_node.values()))
 
     def look_for_hangs(self) -> list[str]:
-        """Find workers that say nothing any more, and ranks that train and do not go on; what there is to be said of them."""
-        at_work, now = self._at_work, time.monotonic()
-        silent = self.liveness.silent(at_work)
-        who = {rank: f"the worker of rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in silent}
-        found = [
-            f"no word for {silent[rank]:.0f} s from {who[rank]}: it hangs or is cut off" for rank in silent.keys() - self.lost
+        """Find workers that send no heartbeats, and ranks that stopped training; return the alerts."""
+        running, now = self._running, time.monotonic()
+        silence_s = self.liveness.silent(running)
+        names = {rank: f"the worker of rank {self.training_ranks.index(rank)} on {self.members[rank].node}" for rank in silence_s}
+        alerts = [
+            f"no word for {silence_s[rank]:.0f} s from {names[rank]}: it hangs or is cut off"
+            for rank in silence_s.keys() - self.silent
         ]
-        self.lost = set(silent)
-        others = at_work - self.lost
-        # As long as the other ranks go on, that worker's rank does so too.
-        if self.lost and others and self.liveness.are_still(others):
+        self.silent = set(silence_s)
+        others = running - self.silent
+        # While the other ranks progress, so does the rank of the silent worker.
+        if self.silent and others and self.liveness.are_still(others):
             self.failed_at = now
-            found.append(f"the other ranks wait for {' and '.join(who.values())}: the run goes on without")
+            alerts.append(f"the other ranks wait for {' and '.join(names.values())}: the run goes on without")
         if self.hung:
-            # The others wait for one that was killed, and are not judged.
-            if (still := sorted(self.hung.keys() & at_work)) and now - self.hung_at > _KILLED_S:
+            # The others wait for the killed rank, and are not judged.
+            if (remaining := sorted(self.hung.keys() & running)) and now - self.hung_at > _KILLED_S:
                 self.failed_at = now
-                which = " and ".join(f"rank {self.trains.index(rank)} on {self.members[rank].node}" for rank in still)
-                found.append(f"{which} was killed and does not end, as what hangs in the kernel: the run goes on without")
-            return found
-        for rank, (beat, seconds, why) in self.liveness.hung(at_work).items():
+                ranks = " and ".join(f"rank {self.training_ranks.index(rank)} on {self.members[rank].node}" for rank in remaining)
+                alerts.append(f"{ranks} was killed and does not end, as what hangs in the kernel: the run goes on without")
+            return alerts
+        for rank, (beat, seconds, why) in self.liveness.hung(running).items():
             self.hung_at = now
             self.hung[rank] = describe(beat, seconds, why, self.members[rank].node)
-            found.append(self.hung[rank])
-        return found
+            alerts.append(self.hung[rank])
+        return alerts
 
     @property
     def is_over(self) -> bool:
-        """True where no rank is waited for any more: of those that have not ended the workers are lost, and for too long."""
-        return not self._at_work or (self._at_work <= self.lost and self.liveness.are_still(self._at_work))
+        """True where every training rank has ended, or where the workers of the others have been silent for too long."""
+        return not self._running or (self._running <= self.silent and self.liveness.are_still(self._running))
 
     @property
     def phases(self) -> set[str]:
-        """What the ranks at work are doing; of those whose workers are silent nothing is known."""
-        return self.liveness.phases(self._at_work - self.liveness.silent(self._at_work).keys())
+        """The phases of the running ranks whose workers send heartbeats."""
+        return self.liveness.phases(self._running - self.liveness.silent(self._running).keys())
 
     def composition(self, attempt: int) -> tuple[str, str]:
-        """Who trains, and who is paid for and does not: the kind of an event and its text."""
-        ranks, idle = len(self.trains), self.size - len(self.trains)
-        said = f"attempt {attempt} begins with {ranks} rank{'s' * (ranks > 1)}"
-        said += f", {idle} worker{'s' * (idle > 1)} idle" if idle else ""
-        said += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
-        again = self.unfit & {member.node for member in self.training}
-        for bad, how in ((self.unfit - again, "without"), (again, "for want of others with")):
-            said += (
-                f", {how} {', '.join(sorted(bad))}, unfit before: mend it, or take it away with `ray drain-node`" if bad else ""
+        """Describe which workers train and which idle: the kind of an event and its text."""
+        ranks, idle = len(self.training_ranks), self.size - len(self.training_ranks)
+        text = f"attempt {attempt} begins with {ranks} rank{'s' * (ranks > 1)}"
+        text += f", {idle} worker{'s' * (idle > 1)} idle" if idle else ""
+        text += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
+        readmitted = self.unfit & {member.node for member in self.training}
+        for nodes, how in ((self.unfit - readmitted, "without"), (readmitted, "for want of others with")):
+            text += (
+                f", {how} {', '.join(sorted(nodes))}, unfit before: mend it, or take it away with `ray drain-node`"
+                if nodes
+                else ""
             )
-        said += ", for which the run saves first" if self.unfit else ""
-        said += "; it is tried again later" if self.missed else ""
-        return "alert" if self.unfit else "info", said
+        text += ", for which the run saves first" if self.unfit else ""
+        text += "; it is tried again later" if self.missed else ""
+        return "alert" if self.unfit else "info", text
 
     @property
-    def _at_work(self) -> set[int]:
-        return set(self.trains) - self.ended
+    def _running(self) -> set[int]:
+        return set(self.training_ranks) - self.ended
 
 
 def require_private(head: Member, allowed: bool) -> None:
-    """Refuse to let ranks meet where the whole internet can reach them, unless that is allowed.
+    """Refuse a public address for the ranks' rendezvous, unless that is `allowed`.
 
     Raises:
         ConfigError: with the node and its address.

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from played_workers import FIT, KILLED, Played
+from played_workers import FIT, KILLED, Played, kind
 
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
@@ -22,27 +22,32 @@ from launcher.tracking import goodput
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import coordinator as module
 from launcher.worker.ray import node_checks
+from launcher.worker.ray.messages import BeatReply, Leave, Member, Verdict, Wait
 
 
 def test_nothing_begins_before_all_have_come_and_all_nodes_are_checked(play: Callable[..., Played]) -> None:
     played = play()
     coordinator = played.coordinator
-    coordinator.enter("a", 2, {"rank": 0, "local_rank": 0, "node": "n1", "node_id": "1", "address": "10.0.0.1", "port": 4000})
+    coordinator.enter("a", 2, Member(0, 0, "n1", "1", "10.0.0.1", 4000))
     assert coordinator.orders("a", 0) is None
-    coordinator.enter("a", 2, {"rank": 1, "local_rank": 0, "node": "n2", "node_id": "2", "address": "10.0.0.2", "port": 4001})
+    coordinator.enter("a", 2, Member(1, 0, "n2", "2", "10.0.0.2", 4001))
     first, second = coordinator.orders("a", 0), coordinator.orders("a", 1)
     assert first is not None
     assert second is not None
-    assert [first["do"], second["do"]] == ["check", "check"]
-    assert (second["address"], second["port"], second["peers"]) == ("10.0.0.1", 4000, ["10.0.0.1", "10.0.0.2"])
-    assert [first["others"], second["others"]] == [[("n2", "10.0.0.2", 4001)], [("n1", "10.0.0.1", 4000)]]
-    assert (played.run.attempt(1) / "marker").read_text() == first["marker"]
-    coordinator.checked("a", 0, FIT.to_json())
+    assert [kind(first), kind(second)] == ["check", "check"]
+    assert (second.assignment.address, second.assignment.port, second.assignment.peers) == (
+        "10.0.0.1",
+        4000,
+        ("10.0.0.1", "10.0.0.2"),
+    )
+    assert [first.others, second.others] == [(("n2", "10.0.0.2", 4001),), (("n1", "10.0.0.1", 4000),)]
+    assert (played.run.attempt(1) / "marker").read_text() == first.assignment.marker
+    coordinator.report_check("a", 0, FIT)
     assert coordinator.orders("a", 0) is None, "the other node has not reported"
-    coordinator.checked("a", 1, FIT.to_json())
+    coordinator.report_check("a", 1, FIT)
     orders = coordinator.orders("a", 1)
     assert orders is not None
-    assert (orders["do"], orders["attempt"], orders["plan"]) == ("train", 1, str(played.run.plan))
+    assert (kind(orders), orders.assignment.attempt, orders.assignment.plan_path) == ("train", 1, str(played.run.plan))
     assert run_store.read_attempt(played.run, 1).nodes == ("n1", "n2")
 
 
@@ -50,17 +55,17 @@ def test_one_worker_of_each_node_checks_it(play: Callable[..., Played]) -> None:
     played = play(ranks_per_node=4)
     played.enter("a", ["n1", "n1", "n2", "n2"])
     orders = [played.coordinator.orders("a", rank) for rank in range(4)]
-    assert [found["do"] if found else None for found in orders] == ["check", None, "check", None]
+    assert [kind(o) for o in orders] == ["check", None, "check", None]
 
 
 def test_an_unfit_node_is_named_and_nothing_is_loaded(play: Callable[..., Played]) -> None:
     played = play()
     played.enter("a", ["n1", "n2"])
     played.check("a", ["n1", "n2"], {"n2": "the run directory is not visible"})
-    verdict = played.coordinator.beat("a", 0, None)["verdict"]
-    assert verdict["again"] is False
-    assert "n2: the run directory is not visible" in verdict["reason"]
-    assert "mend the node" in verdict["reason"]
+    verdict = played.coordinator.beat("a", 0, None).verdict
+    assert verdict.again is False
+    assert "n2: the run directory is not visible" in verdict.reason
+    assert "mend the node" in verdict.reason
     assert run_store.read_status(played.run).state == "failed"
     assert played.causes == ["bad_node"]
 
@@ -69,24 +74,23 @@ def test_another_version_on_a_node_is_named(play: Callable[..., Played]) -> None
     played = play()
     played.enter("a", ["n1", "n2"])
     assert played.coordinator.orders("a", 0) is not None
-    played.coordinator.checked("a", 0, {**FIT.to_json(), "host": "n1"})
-    played.coordinator.checked("a", 1, {**FIT.to_json(), "host": "n2", "packages": {"torch": "1"}})
-    assert "n2: the version of torch differs from the head node's n2: 1; n1: 2" in played.coordinator.state()["over"]
+    played.coordinator.report_check("a", 0, replace(FIT, host="n1"))
+    played.coordinator.report_check("a", 1, replace(FIT, host="n2", packages={"torch": "1"}))
+    assert "n2: the version of torch differs from the head node's n2: 1; n1: 2" in played.coordinator.state().over
 
 
 def test_a_run_that_is_done_is_done(play: Callable[..., Played]) -> None:
     played = play()
     played.begin("a", "n1", "n1")
-    quiet = {"signal": None, "stacks": False, "hung": None, "saved": [], "verdict": None}
-    assert played.coordinator.beat("a", 0, None) == quiet
+    assert played.coordinator.beat("a", 0, None) == BeatReply()
     played.save(5)
     played.outcome("completed", 5)
     for rank in range(2):
         played.end(rank)
-    assert played.coordinator.beat("a", 0, "done")["verdict"] is None
+    assert played.coordinator.beat("a", 0, "done").verdict is None
     answer = played.coordinator.beat("a", 1, "done")
-    assert answer["verdict"] == {"again": False, "reason": "completed"}
-    assert [saved["step"] for saved in answer["saved"]] == [5], "all workers are told of it, and tell Ray"
+    assert answer.verdict == Verdict(False, "completed")
+    assert [saved.step for saved in answer.saved] == [5], "all workers are told of it, and tell Ray"
     assert run_store.read_status(played.run).state == "completed"
 
 
@@ -95,18 +99,18 @@ def test_after_a_killed_rank_the_others_are_sent_away_and_the_next_group_goes_on
     played.begin("a", "n1", "n1")
     played.save(5)
     played.end(1, KILLED)
-    assert played.coordinator.beat("a", 1, "failed")["verdict"] is None
-    assert played.coordinator.beat("a", 0, None)["signal"] == "TERM"
+    assert played.coordinator.beat("a", 1, "failed").verdict is None
+    assert played.coordinator.beat("a", 0, None).signal == "TERM"
     played.end(0)
-    verdict = played.coordinator.beat("a", 0, "done")["verdict"]
-    assert verdict["again"]
-    assert "rank 1: killed by SIGKILL" in verdict["reason"]
-    assert played.coordinator.state()["idle_s"] > 0, "workers are waited for"
+    verdict = played.coordinator.beat("a", 0, "done").verdict
+    assert verdict.again
+    assert "rank 1: killed by SIGKILL" in verdict.reason
+    assert played.coordinator.state().idle_s > 0, "workers are waited for"
     orders = played.begin("b", "n1", "n1")
     assert orders[0] is not None
-    assert orders[0]["attempt"] == 2
+    assert orders[0].assignment.attempt == 2
     assert run_store.read_attempt(played.run, 2).resume_step == 5
-    assert played.coordinator.state()["idle_s"] == 0
+    assert played.coordinator.state().idle_s == 0
     assert played.causes == ["infrastructure"]
 
 
@@ -115,8 +119,8 @@ def test_workers_that_leave_no_word_are_counted_until_the_budget_is_spent(play: 
     for number, group in enumerate("abc", start=1):
         played.begin(group, "n1", "n2")
         assert played.number == number
-    assert played.begin("d", "n1", "n2") == [{"do": "leave", "why": played.coordinator.state()["over"]}] * 2
-    assert "cluster.max_infrastructure_failures=2 is used up" in played.coordinator.state()["over"]
+    assert played.begin("d", "n1", "n2") == [Leave(played.coordinator.state().over)] * 2
+    assert "cluster.max_infrastructure_failures=2 is used up" in played.coordinator.state().over
     assert played.causes == ["infrastructure"] * 3
     assert run_store.read_status(played.run).state == "failed"
 
@@ -140,7 +144,7 @@ def test_of_workers_that_all_left_no_word_the_nodes_that_are_lost_are_named(
     # None is what a Ray that does not answer comes to.
     played.lost = None if lost is None else {"id-of-another-run", *(f"id-{node}" for node in lost)}  # type: ignore[assignment]
     orders = played.begin("b", *nodes)
-    assert [found["do"] for found in orders if found] == ["train"] * 4
+    assert [kind(o) for o in orders] == ["train"] * 4
     alerts = [event["text"] for event in read_events(played.run.events) if event["kind"] == "alert"]
     assert alerts == [f"the attempt ended (infrastructure): {words}; runs again"]
     assert read_events(played.run.events)[-2]["attempt"] == 1
@@ -185,7 +189,7 @@ def test_a_limit_that_is_reached_ends_the_run_before_its_workers_load(
     played.begin("a", "n1", "n1")
     played.end(1, KILLED)
     monkeypatch.setattr(goodput, "reached_limit", lambda run, plan, now: "run.max_hours=2 is reached")
-    assert played.begin("b", "n1", "n1")[0] == {"do": "leave", "why": "run.max_hours=2 is reached"}
+    assert played.begin("b", "n1", "n1")[0] == Leave("run.max_hours=2 is reached")
     assert played.number == 1
     assert run_store.read_status(played.run).state == "preempted"
     assert read_events(played.run.events)[-1]["text"] == "the run ends: run.max_hours=2 is reached"
@@ -199,9 +203,9 @@ def test_a_failure_of_the_training_that_repeats_ends_the_run(play: Callable[...,
         played.end(0, {**KILLED, "rank": 0, "kind": "KeyError", "exit_code": 1, "message": "KeyError: 'x'"})
         played.end(1)
         played.coordinator.beat(group, 0, "failed")
-        verdict = played.coordinator.beat(group, 1, "done")["verdict"]
-    assert verdict["again"] is False
-    assert "cluster.max_failures=1 is used up" in verdict["reason"]
+        verdict = played.coordinator.beat(group, 1, "done").verdict
+    assert verdict.again is False
+    assert "cluster.max_failures=1 is used up" in verdict.reason
 
 
 def test_cancel_asks_for_a_save_and_a_second_one_kills(play: Callable[..., Played]) -> None:
@@ -209,13 +213,13 @@ def test_cancel_asks_for_a_save_and_a_second_one_kills(play: Callable[..., Playe
     played.begin("a", "n1", "n1")
     file = played.run.cancel(1)
     atomic_files.write_json(file, {"save": True})
-    assert played.coordinator.beat("a", 0, None)["signal"] == "USR1"
+    assert played.coordinator.beat("a", 0, None).signal == "USR1"
     atomic_files.write_json(file, {"save": False})
-    assert played.coordinator.beat("a", 0, None)["signal"] == "KILL"
+    assert played.coordinator.beat("a", 0, None).signal == "KILL"
     for rank in range(2):
         played.end(rank, stopped=True, killed=True)
         answer = played.coordinator.beat("a", rank, "done")
-    assert answer["verdict"]["again"] is False
+    assert answer.verdict.again is False
     assert run_store.read_status(played.run).state == "cancelled"
 
 
@@ -225,7 +229,7 @@ def test_a_save_that_takes_too_long_is_ended(play: Callable[..., Played]) -> Non
     atomic_files.write_json(played.run.cancel(1), {"save": True})
     played.coordinator.beat("a", 0, None)
     time.sleep(0.02)
-    assert played.coordinator.beat("a", 0, None)["signal"] == "KILL"
+    assert played.coordinator.beat("a", 0, None).signal == "KILL"
 
 
 def test_workers_of_a_run_that_another_command_has_started_again_leave_it_alone(play: Callable[..., Played]) -> None:
@@ -234,7 +238,7 @@ def test_workers_of_a_run_that_another_command_has_started_again_leave_it_alone(
     before = run_store.read_status(played.run)
     (orders, _) = played.begin("a", "n1", "n1")
     assert orders is not None
-    assert orders["do"] == "leave"
+    assert kind(orders) == "leave"
     assert run_store.read_status(played.run) == before
 
 
@@ -243,8 +247,8 @@ def test_workers_of_a_group_that_another_has_followed_are_sent_away(play: Callab
     played.begin("a", "n1", "n1")
     played.begin("b", "n1", "n1")
     answer = played.coordinator.beat("a", 0, None)
-    assert (answer["signal"], answer["verdict"]["again"]) == ("KILL", False)
-    assert played.coordinator.orders("a", 0) == {"do": "leave", "why": "other workers have taken over"}
+    assert (answer.signal, answer.verdict.again) == ("KILL", False)
+    assert played.coordinator.orders("a", 0) == Leave("other workers have taken over")
 
 
 def test_what_cannot_be_written_ends_the_run_instead_of_going_round(
@@ -260,8 +264,8 @@ def test_what_cannot_be_written_ends_the_run_instead_of_going_round(
     monkeypatch.setattr(module, "_OPEN_DEADLINE_S", -1.0)
     orders = played.coordinator.orders("a", 0)
     assert orders is not None
-    assert orders["do"] == "leave"
-    assert "No space left on device" in orders["why"]
+    assert kind(orders) == "leave"
+    assert "No space left on device" in orders.reason
     assert run_store.read_status(played.run).state == "failed"
 
 
@@ -270,11 +274,11 @@ def test_a_node_whose_check_never_ends_is_named(play: Callable[..., Played], mon
     played = play()
     played.enter("a", ["n1", "n2"])
     assert played.coordinator.orders("a", 0) is not None
-    played.coordinator.checked("a", 0, FIT.to_json())
+    played.coordinator.report_check("a", 0, FIT)
     assert played.coordinator.orders("a", 0) is None
     time.sleep(0.06)
-    assert played.coordinator.orders("a", 0) == {"do": "wait"}
-    reason = played.coordinator.beat("a", 0, None)["verdict"]["reason"]
+    assert played.coordinator.orders("a", 0) == Wait()
+    reason = played.coordinator.beat("a", 0, None).verdict.reason
     assert "n2: the node did not report within" in reason
     assert "n1:" not in reason
 
@@ -284,8 +288,8 @@ def test_cancel_is_heard_while_nodes_are_checked(play: Callable[..., Played]) ->
     played.enter("a", ["n1", "n2"])
     assert played.coordinator.orders("a", 0) is not None
     atomic_files.write_json(played.run.cancel(1), {"save": True})
-    assert played.coordinator.orders("a", 0) == {"do": "wait"}
-    assert played.coordinator.beat("a", 0, None)["verdict"]["again"] is False
+    assert played.coordinator.orders("a", 0) == Wait()
+    assert played.coordinator.beat("a", 0, None).verdict.again is False
     assert run_store.read_status(played.run).state == "cancelled"
 
 
@@ -296,14 +300,14 @@ def test_workers_that_were_silent_for_a_while_are_not_given_up(
     played = play()
     played.begin("a", "n1", "n1")
     time.sleep(0.06)
-    assert played.coordinator.state()["idle_s"] > 0
+    assert played.coordinator.state().idle_s > 0
     assert run_store.read_status(played.run).state == "pending"
     assert "are gone; the run waits for others" in played.run.events.read_text()
     played.coordinator.beat("a", 0, None)
-    assert played.coordinator.state()["idle_s"] == 0
+    assert played.coordinator.state().idle_s == 0
     time.sleep(0.06)
     played.lost = {"id-n1"}
-    assert played.coordinator.state()["idle_s"] > 0
+    assert played.coordinator.state().idle_s > 0
     assert run_store.read_status(played.run).message == "its workers are gone; Ray has lost n1; it waits for others"
     assert "are gone; Ray has lost n1; the run waits for others" in played.run.events.read_text()
 
@@ -317,25 +321,25 @@ def test_workers_that_cannot_even_start_end_the_run_with_their_words(
 
     def fail_again(seconds: int, every_s: int) -> None:
         for _ in range(0, seconds, every_s):
-            coordinator.failed_early("n2: no interface ib0")
+            coordinator.report_early_failure("n2: no interface ib0")
             clock[0] += every_s
 
-    for _ in range(2 * module._MOST_EARLY_FAILURES):
-        coordinator.failed_early("n2: no interface ib0")
-    assert coordinator.state()["over"] is None, "the workers of one group fail together"
+    for _ in range(2 * module._MAX_EARLY_FAILURES):
+        coordinator.report_early_failure("n2: no interface ib0")
+    assert coordinator.state().over is None, "the workers of one group fail together"
     fail_again(120, every_s=10)
-    assert (coordinator.state()["over"], coordinator.state()["early_words"]) == (None, "n2: no interface ib0")
+    assert (coordinator.state().over, coordinator.state().early_failure) == (None, "n2: no interface ib0")
     fail_again(480, every_s=10)
-    assert coordinator.state()["over"] == "workers cannot start: n2: no interface ib0"
+    assert coordinator.state().over == "workers cannot start: n2: no interface ib0"
     status = run_store.read_status(coordinator._run)
     assert (status.state, status.message) == ("failed", "workers cannot start: n2: no interface ib0")
 
 
 def test_what_workers_said_that_could_not_start_is_forgotten_when_others_begin(play: Callable[..., Played]) -> None:
     played = play()
-    played.coordinator.failed_early("n2: no interface ib0")
+    played.coordinator.report_early_failure("n2: no interface ib0")
     played.begin("a", "n1", "n1")
-    assert played.coordinator.state()["early_words"] == ""
+    assert played.coordinator.state().early_failure == ""
 
 
 def test_an_attempt_that_another_has_followed_writes_no_end(play: Callable[..., Played]) -> None:
@@ -345,7 +349,7 @@ def test_an_attempt_that_another_has_followed_writes_no_end(play: Callable[..., 
     before = run_store.read_status(played.run)
     for rank in range(2):
         answer = played.coordinator.beat("a", rank, "done")
-    assert answer["verdict"]["again"] is False
+    assert answer.verdict.again is False
     assert run_store.read_status(played.run) == before
     assert played.causes == []
 
@@ -363,20 +367,19 @@ def test_storage_that_does_not_answer_for_a_moment_only_delays_an_attempt(
         patch.setattr(store, "newest_step", down)
         played.enter("b", ["n1", "n1"])
         assert played.coordinator.orders("b", 0) is None
-        assert played.coordinator.state()["over"] is None
+        assert played.coordinator.state().over is None
     orders = played.coordinator.orders("b", 0)
     assert orders is not None
-    assert (orders["do"], orders["attempt"]) == ("check", 2)
+    assert (kind(orders), orders.assignment.attempt) == ("check", 2)
 
 
 def test_ranks_do_not_meet_at_a_public_address(play: Callable[..., Played]) -> None:
     played = play(workers=1)
-    place = {"local_rank": 0, "node": "n1", "node_id": "1", "address": "8.8.8.8", "port": 4000}
-    played.coordinator.enter("a", 1, {"rank": 0, **place})
+    played.coordinator.enter("a", 1, Member(0, 0, "n1", "1", "8.8.8.8", 4000))
     orders = played.coordinator.orders("a", 0)
     assert orders is not None
-    assert orders["do"] == "leave"
-    assert "an address that the whole internet can reach: n1 at 8.8.8.8" in orders["why"]
+    assert kind(orders) == "leave"
+    assert "an address that the whole internet can reach: n1 at 8.8.8.8" in orders.reason
 
 
 def test_what_was_logged_at_a_checkpoint_goes_with_it_to_ray(play: Callable[..., Played]) -> None:
@@ -388,12 +391,12 @@ def test_what_was_logged_at_a_checkpoint_goes_with_it_to_ray(play: Callable[...,
     played.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step in (5, 10):
         played.save(step)
-        saved = played.coordinator.beat("a", 0, None)["saved"][-1]
-        assert (saved["step"], saved["metrics"]["train/loss"]) == (step, step)
-    first = played.coordinator.beat("a", 1, None)["saved"][0]
-    assert first["metrics"]["eval/held_out/loss"] == 9.0
-    assert first["path"] == str(played.run.checkpoints / "step-00000005")
-    assert [saved["step"] for saved in played.coordinator.beat("a", 1, None, num_saved=1)["saved"]] == [10], "one is known"
+        saved = played.coordinator.beat("a", 0, None).saved[-1]
+        assert (saved.step, saved.metrics["train/loss"]) == (step, step)
+    first = played.coordinator.beat("a", 1, None).saved[0]
+    assert first.metrics["eval/held_out/loss"] == 9.0
+    assert first.path == str(played.run.checkpoints / "step-00000005")
+    assert [saved.step for saved in played.coordinator.beat("a", 1, None, num_saved=1).saved] == [10], "one is known"
 
 
 def test_a_damaged_checkpoint_keeps_no_later_one_from_ray(play: Callable[..., Played]) -> None:
@@ -402,7 +405,7 @@ def test_a_damaged_checkpoint_keeps_no_later_one_from_ray(play: Callable[..., Pl
     played.save(5)
     (played.run.checkpoints / "step-00000005" / MANIFEST).write_text("{")
     played.save(10)
-    assert [saved["step"] for saved in played.coordinator.beat("a", 0, None)["saved"]] == [10]
+    assert [saved.step for saved in played.coordinator.beat("a", 0, None).saved] == [10]
 
 
 def test_a_wish_to_stop_that_comes_between_two_groups_is_heard(play: Callable[..., Played]) -> None:
@@ -411,11 +414,11 @@ def test_a_wish_to_stop_that_comes_between_two_groups_is_heard(play: Callable[..
     played.end(1, KILLED)
     played.end(0)
     played.coordinator.beat("a", 1, "failed")
-    assert played.coordinator.beat("a", 0, "done")["verdict"]["again"]
+    assert played.coordinator.beat("a", 0, "done").verdict.again
     atomic_files.write_json(played.run.cancel(1), {"save": True})
     (orders, _) = played.begin("b", "n1", "n1")
     assert orders is not None
-    assert orders["do"] == "leave"
+    assert kind(orders) == "leave"
     assert run_store.read_status(played.run).state == "cancelled"
     assert played.number == 1
 
@@ -426,8 +429,8 @@ def test_a_report_that_comes_after_the_verdict_changes_nothing(
     monkeypatch.setattr(node_checks, "DEADLINE_S", -1.0)
     played = play()
     played.enter("a", ["n1", "n2"])
-    assert played.coordinator.orders("a", 0) == {"do": "wait"}
-    before = played.coordinator.beat("a", 0, None)["verdict"]
+    assert played.coordinator.orders("a", 0) == Wait()
+    before = played.coordinator.beat("a", 0, None).verdict
     for rank in range(2):
-        played.coordinator.checked("a", rank, FIT.to_json())
-    assert played.coordinator.beat("a", 0, None)["verdict"] == before
+        played.coordinator.report_check("a", rank, FIT)
+    assert played.coordinator.beat("a", 0, None).verdict == before

@@ -21,6 +21,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import read_events
 from launcher.worker.ray import coordinator_actor, driver
+from launcher.worker.ray.messages import CoordinatorState
 
 
 @pytest.mark.parametrize(
@@ -43,7 +44,7 @@ def test_workers_get_what_ray_train_gives_by_default(
     gpus = device is H100 and settings.get("gpus_per_worker") != 0
     by_ray = ScalingConfig(num_workers=4, use_gpu=gpus, resources_per_worker=settings.get("resources_per_worker"))
     wanted = by_ray._resources_per_worker_not_none
-    asked = driver.trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
+    asked = driver.build_trainer(plan, RunDir(tmp_path), "attempt-001", None).scaling_config
     assert RaySection.of(plan.config.cluster).resources(device.kind) == wanted
     assert (asked._resources_per_worker_not_none, asked.use_gpu, asked.num_workers) == (wanted, gpus, 4)
     assert by_ray.placement_strategy == asked.placement_strategy
@@ -52,7 +53,7 @@ def test_workers_get_what_ray_train_gives_by_default(
 def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> None:
     settings = {"accelerator_type": "H100", "placement_strategy": "SPREAD", "resize_seconds": 5.0, "stop_grace_seconds": 90.0}
     elastic = ray_plan(device=H100, workers=4, min_workers=2, storage_path="s3://bucket/ray", **settings)
-    trainer = driver.trainer(elastic, RunDir(tmp_path), "attempt-001", None)
+    trainer = driver.build_trainer(elastic, RunDir(tmp_path), "attempt-001", None)
     scaling, running = trainer.scaling_config, trainer.run_config
     assert scaling.num_workers == (2, 4)
     assert (scaling.accelerator_type, scaling.placement_strategy) == ("H100", "SPREAD")
@@ -60,7 +61,7 @@ def test_the_settings_of_placement_reach_ray_train(ray_plan: Callable[..., Launc
     assert running.storage_path == "s3://bucket/ray"
     assert running.failure_config.preemption_grace_s == 90.0
     spot = ray_plan(device=H100, workers=4, label_selector={"ray.io/market-type": "spot"})
-    trainer = driver.trainer(spot, RunDir(tmp_path), "attempt-001", None)
+    trainer = driver.build_trainer(spot, RunDir(tmp_path), "attempt-001", None)
     assert trainer.scaling_config.label_selector == {"ray.io/market-type": "spot"}
     assert trainer.run_config.storage_path == str(tmp_path / "ray")
 
@@ -104,7 +105,7 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
 class Played(coordinator_actor.CoordinatorActor):
     """A coordinator in this process, which says what `says` returns; `began_with` are the attempts that each was started for."""
 
-    def __init__(self, run: RunDir, says: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, run: RunDir, says: Callable[[], CoordinatorState]) -> None:
         super().__init__(str(run.plan), run, 1, {}, set, set)
         self.says = says
         self.began_with = list[int]()
@@ -120,8 +121,8 @@ def rays_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.get", lambda asked, timeout: asked())
 
 
-def state(number: int = 1, idle_s: float = 0.0, early_words: str = "", over: str | None = None) -> dict[str, Any]:
-    return {"number": number, "idle_s": idle_s, "early_words": early_words, "over": over}
+def state(number: int = 1, idle_s: float = 0.0, early_failure: str = "") -> CoordinatorState:
+    return CoordinatorState(number, idle_s, early_failure)
 
 
 def raising(error: Exception) -> Callable[[], Any]:
@@ -206,7 +207,7 @@ def test_ray_train_begins_anew_with_the_coordinator_that_follows(run: RunDir, mo
         answers = iter([raising(death)] if death else [])
         coordinator.says = lambda: next(answers, state)()
 
-    monkeypatch.setattr(driver, "trainer", lambda *given: SimpleNamespace(fit=lambda: fit(given[-1])))
+    monkeypatch.setattr(driver, "build_trainer", lambda *given: SimpleNamespace(fit=lambda: fit(given[-1])))
     driver_of(run)._fit(coordinator)
     assert len(asked) == 2
     assert asked[0] is not asked[1] is coordinator.handle
@@ -299,5 +300,5 @@ def test_a_cluster_that_others_use_is_told_by_what_is_free(run: RunDir, monkeypa
 
 @pytest.mark.usefixtures("rays_answer")
 def test_workers_that_came_and_could_not_start_are_not_told_as_missing(run: RunDir) -> None:
-    driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1900.0, early_words="n2: no interface ib0")))
+    driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1900.0, early_failure="n2: no interface ib0")))
     assert run_store.read_status(run).message.endswith("could not take part: n2: no interface ib0")

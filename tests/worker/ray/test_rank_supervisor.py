@@ -15,25 +15,29 @@ from played_workers import Played
 
 from launcher import json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.worker.rank_process import RankProcesses
-from launcher.worker.ray import rank_supervisor
+from launcher.worker.ray import node_checks, rank_supervisor
+from launcher.worker.ray.messages import Assignment, BeatReply, Check, RankResult, RankSign, Train, Verdict
 
-PLACE = {"rank": 0, "world_size": 1, "local_size": 1, "address": "127.0.0.1", "port": 1, "peers": ["127.0.0.1"], "others": []}
-NOTHING = {"signal": None, "stacks": False, "hung": None, "saved": [], "verdict": None}
+
+def assignment(run: RunDir, marker: str = "") -> Assignment:
+    """The part of the only rank of a run's first attempt."""
+    return Assignment(1, str(run.plan), marker, 0, 1, 1, "127.0.0.1", 1, ("127.0.0.1",))
 
 
 class Told(rank_supervisor._Worker):
     """A worker without a Ray, whose coordinator gives the `answer`; `told` is what it hears, in this order."""
 
-    def __init__(self, answer: dict[str, Any]) -> None:
+    def __init__(self, answer: BeatReply) -> None:
         self.rank = self.local_rank = 0
         self.node = "n1"
         self.ranks = RankProcesses()
         self.answer, self.told = answer, list[str | None]()
 
-    def _beat(self, ended: str | None, sign: dict[str, Any] | None = None) -> dict[str, Any]:
-        self.told.append(ended)
+    def _beat(self, result: RankResult | None, sign: RankSign | None = None) -> BeatReply:
+        self.told.append(result)
         return self.answer
 
 
@@ -53,10 +57,10 @@ def test_that_a_rank_has_failed_is_told_before_the_mirror_is_waited_for(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     played = Played(ray_plan(working_dir=str(tmp_path), workers=1))
-    worker = Told(NOTHING)
+    worker = Told(BeatReply())
     monkeypatch.setattr(rank_supervisor.MirrorProcess, "start", lambda *_: Endless(worker))
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
+    orders = Train(assignment(played.run), {})
     assert worker._train(orders) == "failed"
     assert worker.told[worker.told.index("failed") :] == ["failed", "mirrors", None]
 
@@ -70,8 +74,8 @@ def test_a_damaged_record_of_a_rank_is_no_failure_of_the_worker(
     rank.chmod(0o700)
     (played.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
     monkeypatch.setattr(sys, "executable", str(rank))
-    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}}
-    assert Told(NOTHING)._train(orders) == "failed"
+    orders = Train(assignment(played.run), {})
+    assert Told(BeatReply())._train(orders) == "failed"
     failure = json_records.read_json(run_records.node_file(played.run, 1, 0))["first_failure"]
     assert (failure["kind"], failure["message"]) == ("killed", "killed by SIGKILL")
 
@@ -79,18 +83,16 @@ def test_a_damaged_record_of_a_rank_is_no_failure_of_the_worker(
 @pytest.mark.parametrize(
     "answer, failed, others_wait",
     [
-        ({}, False, False),
-        ({"signal": "TERM"}, False, True),
-        ({"signal": "TERM"}, True, False),
-        ({"signal": "TERM", "verdict": {"again": False, "reason": ""}}, True, False),
-        ({"signal": "TERM", "verdict": {"again": True, "reason": ""}}, True, True),
-        ({"signal": "KILL"}, True, True),
+        (BeatReply(), False, False),
+        (BeatReply("TERM"), False, True),
+        (BeatReply("TERM"), True, False),
+        (BeatReply("TERM", verdict=Verdict(False, "")), True, False),
+        (BeatReply("TERM", verdict=Verdict(True, "")), True, True),
+        (BeatReply("KILL"), True, True),
     ],
 )
-def test_the_mirror_is_left_where_another_attempt_or_a_person_waits(
-    answer: dict[str, Any], failed: bool, others_wait: bool
-) -> None:
-    assert Told({**NOTHING, **answer})._is_wanted_elsewhere(failed) is others_wait
+def test_the_mirror_is_left_where_another_attempt_or_a_person_waits(answer: BeatReply, failed: bool, others_wait: bool) -> None:
+    assert Told(answer)._is_wanted_elsewhere(failed) is others_wait
 
 
 def test_a_node_whose_run_directory_is_another_than_the_head_nodes_is_told_so(
@@ -101,11 +103,11 @@ def test_a_node_whose_run_directory_is_another_than_the_head_nodes_is_told_so(
     assert made.data is not None
     (tmp_path / "meta.json").touch()
     played = Played(made.model_copy(update={"data": made.data.model_copy(update={"cache_dir": str(tmp_path)})}))
-    marker, worker = played.run.attempt(1) / "marker", Told(NOTHING)
-    orders = {**PLACE, "attempt": 1, "plan": str(played.run.plan), "marker": "of this start"}
+    marker, orders = played.run.attempt(1) / "marker", Check(assignment(played.run, "of this start"), ())
 
     def said() -> list[str]:
-        return [f"{problem.where}: {problem.what}" for problem in worker._check(orders).problems if "this start" in problem.what]
+        problems = node_checks.check_node("n1", orders).problems
+        return [f"{problem.where}: {problem.what}" for problem in problems if "this start" in problem.what]
 
     wrong = "n1: the run directory is not the one that the head node sees: a file of this start is not in it"
     assert said() == [wrong]
@@ -114,7 +116,7 @@ def test_a_node_whose_run_directory_is_another_than_the_head_nodes_is_told_so(
     marker.write_text("of this start")
     assert said() == []
     shutil.rmtree(played.run.root)
-    (unseen,) = worker._check(orders).problems
+    (unseen,) = node_checks.check_node("n1", orders).problems
     assert (unseen.where, unseen.what) == ("n1", "the run directory is not visible")
 
 
@@ -135,16 +137,16 @@ def test_states_on_a_nodes_disk_go_with_the_attempt_unless_another_uses_them(
     if not is_newest:
         run_store.next_attempt(played.run, Attempt(resume_step=None, automatic=True))
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    worker = Told(NOTHING)
+    worker = Told(BeatReply())
     worker.local_rank = local_rank
-    worker._train({**PLACE, "attempt": 1, "plan": str(played.run.plan), "environment": {}})
+    worker._train(Train(assignment(played.run), {}))
     assert states.exists() is is_kept
 
 
 def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError
 
-    worker = Told(NOTHING)
+    worker = Told(BeatReply())
     worker._coordinator = SimpleNamespace(orders=SimpleNamespace(remote=lambda *_: None))
     for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
         answers = iter([ActorUnavailableError("it is out of reach", None), death])
@@ -157,7 +159,7 @@ def test_a_worker_whose_coordinator_has_died_returns_so_that_ray_train_ends(monk
             worker._call("orders", "a", 0)
         assert next(answers, None) is None
 
-    def lose(*_: object) -> dict[str, Any]:
+    def lose(*_: object) -> Verdict:
         raise rank_supervisor.CoordinatorLost
 
     monkeypatch.setattr(rank_supervisor, "_take_part", lose)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from played_workers import KILLED, Played, sign
+from played_workers import KILLED, Played, kind, sign
 
 from launcher import run_store
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking import goodput
 from launcher.worker.ray import attempts as module
+from launcher.worker.ray.messages import ResizeProgress
 
 BAD = ["bad", "bad", "n2", "n2"]
 
@@ -19,16 +20,16 @@ def test_before_a_node_is_taken_away_the_run_saves_and_goes_on_elsewhere(play: C
     played = play(max_preemptions=1)
     played.draining = {"id-of-another-run"}
     played.begin("a", "n1", "n2")
-    assert played.coordinator.beat("a", 0, None)["signal"] is None
+    assert played.coordinator.beat("a", 0, None).signal is None
     played.draining = {"id-n2"}
-    assert played.coordinator.beat("a", 0, None)["signal"] == "USR2"
+    assert played.coordinator.beat("a", 0, None).signal == "USR2"
     assert "about to lose n2" in played.run.events.read_text()
     played.save(7)
     played.outcome("preempted", 7)
     for rank in range(2):
         played.end(rank, stopped=True)
         answer = played.coordinator.beat("a", rank, "done")
-    assert answer["verdict"]["again"]
+    assert answer.verdict.again
     assert played.causes == ["preempted"]
 
 
@@ -39,7 +40,7 @@ def test_a_node_that_is_gone_before_the_save_counts_as_taken(play: Callable[...,
     played.coordinator.beat("a", 0, None)
     orders = played.begin("b", "n1", "n1")
     assert orders[0] is not None
-    assert orders[0]["do"] == "train"
+    assert kind(orders[0]) == "train"
     assert played.causes == ["preempted"]
 
 
@@ -49,9 +50,9 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
 ) -> None:
     played = play(workers=2, min_workers=1)
     orders = played.begin("a", *["n1"] * num_workers)
-    assert [found["do"] for found in orders if found] == ["train"] * active + ["wait"] * (num_workers - active)
+    assert [kind(o) for o in orders] == ["train"] * active + ["wait"] * (num_workers - active)
     assert orders[0] is not None
-    plan = LaunchPlan.load(orders[0]["plan"])
+    plan = LaunchPlan.load(orders[0].assignment.plan_path)
     assert plan.topology.world_size == active
     assert plan.batch.global_batch_size == played.plan.batch.global_batch_size == 4
     assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
@@ -65,38 +66,38 @@ def test_a_run_that_grows_is_not_charged_for_it(play: Callable[..., Played]) -> 
     played.begin("a", "n1")
     orders = played.begin("b", "n1", "n2")
     assert orders[0] is not None
-    assert orders[0]["do"] == "train"
+    assert kind(orders[0]) == "train"
 
 
 def test_a_run_saves_before_it_gets_more_workers(play: Callable[..., Played]) -> None:
     played = play(workers=2, min_workers=1, max_infrastructure_failures=0, max_preemptions=0)
-    assert played.coordinator.make_way() == "gone", "there is nobody yet"
+    assert played.coordinator.prepare_resize() is ResizeProgress.ENDED, "there is nobody yet"
     played.begin("a", "n1")
     run_store.update_status(played.run, message="")
-    assert played.coordinator.make_way() == "asked"
+    assert played.coordinator.prepare_resize() is ResizeProgress.REQUESTED
     assert "another number of workers" in played.run.events.read_text()
     played.save(7)
     answer = played.coordinator.beat("a", 0, None)
-    assert (answer["signal"], answer["saved"], answer["verdict"]) == ("USR2", [], None)
-    assert played.coordinator.make_way() == "asked"
+    assert (answer.signal, answer.saved, answer.verdict) == ("USR2", (), None)
+    assert played.coordinator.prepare_resize() is ResizeProgress.REQUESTED
     played.outcome("preempted", 7)
     played.end(0, stopped=True)
-    assert played.coordinator.beat("a", 0, "done")["verdict"]["again"]
-    assert played.coordinator.make_way() == "gone"
+    assert played.coordinator.beat("a", 0, "done").verdict.again
+    assert played.coordinator.prepare_resize() is ResizeProgress.ENDED
     assert played.causes == ["resized"]
     assert played.run.events.read_text().count("another number of workers") == 1
     orders = played.begin("b", "n1", "n2")
     assert orders[0] is not None
-    assert orders[0]["do"] == "train"
+    assert kind(orders[0]) == "train"
     assert run_store.read_attempt(played.run, 2).resume_step == 7
 
 
 def test_ranks_that_still_load_make_way_at_once(play: Callable[..., Played]) -> None:
     played = play(workers=2, min_workers=1)
     played.begin("a", "n1")
-    assert played.coordinator.make_way() == "gone"
+    assert played.coordinator.prepare_resize() is ResizeProgress.ENDED
     answer = played.coordinator.beat("a", 0, None)
-    assert (answer["signal"], answer["verdict"]["again"]) == ("TERM", True)
+    assert (answer.signal, answer.verdict.again) == ("TERM", True)
     assert played.causes == ["resized"]
 
 
@@ -106,14 +107,16 @@ def test_an_elastic_run_goes_on_without_a_node_that_is_unfit(play: Callable[...,
     nodes = ["bad", "bad", "n2", "n2"]
     played.enter("a", nodes)
     played.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
-    assert played.coordinator.beat("a", 0, None)["verdict"]["again"]
+    assert played.coordinator.beat("a", 0, None).verdict.again
     orders = played.begin("b", *nodes)
-    assert [found["do"] for found in orders if found] == ["wait", "wait", "train", "train"]
+    assert [kind(o) for o in orders] == ["wait", "wait", "train", "train"]
     third, fourth = orders[2], orders[3]
     assert third is not None
     assert fourth is not None
-    assert [(found["rank"], found["world_size"], found["local_size"]) for found in (third, fourth)] == [(0, 2, 2), (1, 2, 2)]
-    assert (third["port"], fourth["port"]) == (4002, 4002), "they meet at the first of those that train"
+    assert [
+        (found.assignment.rank, found.assignment.world_size, found.assignment.local_world_size) for found in (third, fourth)
+    ] == [(0, 2, 2), (1, 2, 2)]
+    assert (third.assignment.port, fourth.assignment.port) == (4002, 4002), "they meet at the first of those that train"
     attempt = run_store.read_attempt(played.run, 2)
     assert attempt.nodes == ("n2", "n2")
     assert "without bad, unfit before" in played.run.events.read_text()
@@ -122,13 +125,11 @@ def test_an_elastic_run_goes_on_without_a_node_that_is_unfit(play: Callable[...,
     played.coordinator.beat("b", 2, "done")
     played.end(0)
     played.end(1, KILLED)
-    verdict = played.coordinator.beat("b", 3, "failed")["verdict"]
-    assert verdict["again"]
-    assert "rank 1: killed by SIGKILL" in verdict["reason"]
+    verdict = played.coordinator.beat("b", 3, "failed").verdict
+    assert verdict.again
+    assert "rank 1: killed by SIGKILL" in verdict.reason
     again = played.begin("c", *nodes)
-    assert [found["do"] for found in again if found] == ["wait", "wait", "train", "train"], (
-        "it stays out until there is a newer checkpoint"
-    )
+    assert [kind(o) for o in again] == ["wait", "wait", "train", "train"], "it stays out until there is a newer checkpoint"
 
 
 def trial(played: Played, group: str, step: int) -> None:
@@ -137,13 +138,13 @@ def trial(played: Played, group: str, step: int) -> None:
     for rank in (2, 3):
         # What is found at a look is answered at the next.
         played.coordinator.beat(group, rank, None)
-    assert played.coordinator.beat(group, 2, None)["signal"] == "USR2"
+    assert played.coordinator.beat(group, 2, None).signal == "USR2"
     played.save(step + 1)
     played.outcome("preempted", step + 1)
     for rank in range(2):
         played.end(rank, stopped=True)
-        verdict = played.coordinator.beat(group, 2 + rank, "done")["verdict"]
-    assert verdict["again"]
+        verdict = played.coordinator.beat(group, 2 + rank, "done").verdict
+    assert verdict.again
 
 
 def without_the_bad_node(play: Callable[..., Played]) -> Played:
@@ -151,9 +152,9 @@ def without_the_bad_node(play: Callable[..., Played]) -> Played:
     played = play(workers=4, min_workers=2, max_infrastructure_failures=1, max_preemptions=0)
     played.enter("a", BAD)
     played.check("a", BAD, {"bad": "the run directory is not visible"})
-    assert played.coordinator.beat("a", 0, None)["verdict"]["again"]
-    assert [found["do"] for found in played.begin("b", *BAD) if found] == ["wait", "wait", "train", "train"]
-    assert played.coordinator.beat("b", 2, None)["signal"] is None, "what is trained would be lost"
+    assert played.coordinator.beat("a", 0, None).verdict.again
+    assert [kind(o) for o in played.begin("b", *BAD)] == ["wait", "wait", "train", "train"]
+    assert played.coordinator.beat("b", 2, None).signal is None, "what is trained would be lost"
     return played
 
 
@@ -161,11 +162,11 @@ def test_a_node_that_was_left_out_is_tried_again_after_a_checkpoint(play: Callab
     """What kept it was a mount that came late: nothing else would ever bring it back."""
     played = without_the_bad_node(play)
     trial(played, "b", 5)
-    assert "trying bad again, unfit before: the run saves and begins anew" in played.run.events.read_text()
-    assert [found["do"] for found in played.begin("c", *BAD) if found] == ["train"] * 4
+    assert "trying bad again, unfit before: the run saves and begins again" in played.run.events.read_text()
+    assert [kind(o) for o in played.begin("c", *BAD)] == ["train"] * 4
     assert run_store.read_attempt(played.run, 3).resume_step == 6
     played.save(10)
-    assert played.coordinator.beat("c", 0, None)["signal"] is None
+    assert played.coordinator.beat("c", 0, None).signal is None
     assert played.causes == ["bad_node", "resized"]
 
 
@@ -175,14 +176,14 @@ def test_a_node_that_stays_unfit_is_tried_again_hours_later(play: Callable[..., 
     for trained, tried, step in (("d", "c", 10), ("f", "e", 20)):
         played.enter(tried, BAD)
         played.check(tried, BAD, {"bad": "the run directory is not visible"})
-        assert played.coordinator.beat(tried, 0, None)["verdict"]["again"]
-        assert [found["do"] for found in played.begin(trained, *BAD) if found] == ["wait", "wait", "train", "train"]
+        assert played.coordinator.beat(tried, 0, None).verdict.again
+        assert [kind(o) for o in played.begin(trained, *BAD)] == ["wait", "wait", "train", "train"]
         for _ in range(2):
             played.coordinator.beat(trained, 2, None)
         played.save(step)
         clock[0] += module._TRIAL_S - 60
         for _ in range(2):
-            assert played.coordinator.beat(trained, 2, None)["signal"] is None
+            assert played.coordinator.beat(trained, 2, None).signal is None
         clock[0] += 120
         trial(played, trained, step + 5)
     assert played.causes == ["bad_node", "resized"] * 3
@@ -194,7 +195,7 @@ def test_a_run_that_ends_anyway_begins_not_again_for_a_node(play: Callable[..., 
     played.save(5)
     for _ in range(2):
         answer = played.coordinator.beat("b", 2, None, sign(2, 0.0, phase=phase))
-    assert answer["signal"] == (None if phase == "finishing" else "USR2")
+    assert answer.signal == (None if phase == "finishing" else "USR2")
 
 
 def test_an_elastic_run_that_has_too_few_workers_without_a_bad_node_tries_it_again(play: Callable[..., Played]) -> None:
@@ -202,12 +203,12 @@ def test_an_elastic_run_that_has_too_few_workers_without_a_bad_node_tries_it_aga
     nodes = ["n1", "n1", "bad", "bad"]
     played.enter("a", nodes)
     played.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
-    assert played.coordinator.beat("a", 0, None)["verdict"]["again"]
+    assert played.coordinator.beat("a", 0, None).verdict.again
     played.enter("b", nodes)
-    assert played.coordinator.orders("b", 0)["do"] == "check"  # type: ignore[index]
+    assert kind(played.coordinator.orders("b", 0)) == "check"
     assert "on n1, bad, for want of others with bad, unfit before" in played.run.events.read_text()
     played.check("b", nodes, {"bad": "GPU 1 computes wrong numbers"})
-    over = played.coordinator.state()["over"]
+    over = played.coordinator.state().over
     assert "bad: GPU 1 computes wrong numbers" in over
     assert "cluster.max_infrastructure_failures=1 is used up" in over
 
@@ -219,13 +220,13 @@ def test_an_unfit_node_is_not_tried_again_where_as_many_train_without_it(play: C
     nodes = ["bad", "n1", "n2"]
     played.enter("a", nodes)
     played.check("a", nodes, {"bad": "GPU 1 computes wrong numbers"})
-    assert played.coordinator.beat("a", 0, None)["verdict"]["again"]
+    assert played.coordinator.beat("a", 0, None).verdict.again
     orders = played.begin("b", *nodes)
-    assert [found["do"] for found in orders if found] == ["wait", "train", "train"]
+    assert [kind(o) for o in orders] == ["wait", "train", "train"]
     assert "without bad, unfit before" in played.run.events.read_text()
     played.save(5)
     for _ in range(2):
-        assert played.coordinator.beat("b", 1, None)["signal"] is None
+        assert played.coordinator.beat("b", 1, None).signal is None
 
 
 def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt(play: Callable[..., Played]) -> None:
@@ -234,7 +235,7 @@ def test_after_a_run_has_shrunk_and_grown_its_plan_is_that_of_the_newest_attempt
     for name, nodes in (("a", ["n1", "n2"]), ("b", ["n1"]), ("c", ["n1"]), ("d", ["n1", "n2"])):
         orders = played.begin(name, *nodes)
         assert orders[0] is not None
-        assert LaunchPlan.load(orders[0]["plan"]) == run_store.load_plan(played.run)
+        assert LaunchPlan.load(orders[0].assignment.plan_path) == run_store.load_plan(played.run)
         sizes.append(run_store.load_plan(played.run).topology.world_size)
     assert sizes == [2, 1, 1, 2]
     assert run_store.load_plan(played.run).limits == played.plan.limits

@@ -9,16 +9,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-from played_workers import Played, sign
+from played_workers import Played, kind, sign
 
 from launcher import run_store
 from launcher.worker.heartbeat import Heartbeat, HeartbeatTable
-from launcher.worker.ray import rank_supervisor, watchdog
+from launcher.worker.ray import node_checks, trainer, watchdog
 from launcher.worker.ray.checkpoint_reports import Reporter
+from launcher.worker.ray.messages import BeatReply, CommittedCheckpoint, Leave, Member, RankSign, ResizeProgress, Verdict
 from launcher.worker.ray.watchdog import Liveness, Observer
 from launcher.worker.watchdog import Limits
 
@@ -28,7 +31,7 @@ def stacks_need_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_DUMP_S", 0.0)
 
 
-def beats(played: Played, *signs: dict[str, Any] | None) -> list[dict[str, Any]]:
+def beats(played: Played, *signs: RankSign | None) -> list[BeatReply]:
     """All workers tell, twice: what is found at a look is answered at the next."""
     for _ in range(2):
         # Silence from before the group trained does not count, as with ranks that were stopped.
@@ -41,11 +44,11 @@ def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_nod
     played = play(workers=2, stall_seconds=60)
     played.begin("a", "n1", "n2")
     late = beats(played, sign(0, 61), sign(1, 61, count=499))
-    assert [answer["hung"] for answer in late] == [None, None]
+    assert [answer.hang for answer in late] == [None, None]
     late = beats(played, sign(0, 74), sign(1, 76, count=499))
-    assert late[0]["hung"] is None
+    assert late[0].hang is None
     words = "rank 1 on n2 (pid 4001) is behind the other ranks of the run: no progress for 76 s in step 17; killed it"
-    assert late[1]["hung"] == words
+    assert late[1].hang == words
     assert words in played.run.events.read_text()
 
 
@@ -57,8 +60,8 @@ def test_ranks_are_asked_for_their_stacks_once_before_anybody_is_killed(play: Ca
     for _ in range(4):
         for rank in asked:
             answer = played.coordinator.beat("a", rank, None, sign(rank, 61))
-            asked[rank] += answer["stacks"]
-            assert answer["hung"] is None
+            asked[rank] += answer.dump_stacks
+            assert answer.hang is None
     assert asked == {0: 1, 1: 1}
 
 
@@ -66,16 +69,16 @@ def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(play:
     played = play(workers=2, stall_seconds=60)
     played.begin("a", "n1", "n2")
     answers = beats(played, sign(0, 61, count=499), sign(1, 61, state=psutil.STATUS_STOPPED))
-    assert answers[0]["hung"] is None
-    assert "rank 1 on n2 (pid 4001) is stopped" in answers[1]["hung"]
+    assert answers[0].hang is None
+    assert "rank 1 on n2 (pid 4001) is stopped" in answers[1].hang
 
 
 def test_ranks_that_cannot_be_told_apart_are_killed_together_last(play: Callable[..., Played]) -> None:
     played = play(workers=2, stall_seconds=60)
     played.begin("a", "n1", "n2")
-    assert [answer["hung"] for answer in beats(played, sign(0, 89), sign(1, 89))] == [None, None]
+    assert [answer.hang for answer in beats(played, sign(0, 89), sign(1, 89))] == [None, None]
     answers = beats(played, sign(0, 91), sign(1, 91))
-    assert all("neither does any other rank of the run" in answer["hung"] for answer in answers)
+    assert all("neither does any other rank of the run" in answer.hang for answer in answers)
 
 
 @pytest.mark.parametrize("settings, trained", [({"stall_seconds": 0}, True), ({"stall_seconds": 60}, False)])
@@ -85,7 +88,7 @@ def test_who_is_not_watched_or_has_not_trained_is_left_alone(
     played = play(workers=2, **settings)
     played.begin("a", "n1", "n2")
     answers = beats(played, sign(0, 9000, trained=trained), sign(1, 9000, count=3, trained=trained))
-    assert [(answer["hung"], answer["stacks"]) for answer in answers] == [(None, False)] * 2
+    assert [(answer.hang, answer.dump_stacks) for answer in answers] == [(None, False)] * 2
 
 
 def alone(played: Played, clock: list[float], seconds: int, goes_on: bool = False, **told: Any) -> str | None:
@@ -94,7 +97,7 @@ def alone(played: Played, clock: list[float], seconds: int, goes_on: bool = Fals
     while clock[0] < began + seconds:
         clock[0] += 5
         answer = played.coordinator.beat("a", 0, None, sign(0, 0.0 if goes_on else clock[0] - began, **told))
-    found: str | None = answer["signal"]
+    found: str | None = answer.signal
     return found
 
 
@@ -110,9 +113,9 @@ def test_a_worker_that_says_nothing_any_more_is_named_and_the_others_go_on_witho
     assert alone(played, clock, 205) == "TERM"
     assert "the other ranks wait for the worker of rank 1 on n2: the run goes on without" in played.run.events.read_text()
     played.end(0)
-    verdict = played.coordinator.beat("a", 0, "done")["verdict"]
-    assert verdict["again"], "the lost one is not waited for"
-    assert "no word from n2, which Ray still has" in verdict["reason"]
+    verdict = played.coordinator.beat("a", 0, "done").verdict
+    assert verdict.again, "the lost one is not waited for"
+    assert "no word from n2, which Ray still has" in verdict.reason
     assert played.causes == ["infrastructure"]
 
 
@@ -146,11 +149,11 @@ def test_at_the_end_a_silent_worker_is_not_waited_for_unless_its_rank_exports(
     played.end(0)
     beats(played, sign(0, 0), sign(1, 0, phase=phase))
     assert alone(played, clock, 150, goes_on=True) is None
-    assert played.coordinator.beat("a", 0, "done")["verdict"] is None
+    assert played.coordinator.beat("a", 0, "done").verdict is None
     for _ in range(100):
         clock[0] += 5
-        verdict = played.coordinator.beat("a", 0, "done")["verdict"]
-    assert verdict == ({"again": False, "reason": "completed"} if over else None)
+        verdict = played.coordinator.beat("a", 0, "done").verdict
+    assert verdict == (Verdict(False, "completed") if over else None)
 
 
 def test_a_rank_that_cannot_be_killed_is_left_behind(play: Callable[..., Played], clock: list[float]) -> None:
@@ -158,50 +161,50 @@ def test_a_rank_that_cannot_be_killed_is_left_behind(play: Callable[..., Played]
     played = play(workers=2, stall_seconds=60)
     played.begin("a", "n1", "n2")
     late = beats(played, sign(0, 61), sign(1, 61, state=psutil.STATUS_DISK_SLEEP))
-    assert "hangs in the kernel" in late[1]["hung"]
+    assert "hangs in the kernel" in late[1].hang
     for _ in range(2):
         clock[0] += 8
-        assert late[0]["signal"] is None
+        assert late[0].signal is None
         late = beats(played, sign(0, 70), sign(1, 70, state=psutil.STATUS_DISK_SLEEP))
-    assert late[0]["signal"] == "TERM"
+    assert late[0].signal == "TERM"
     assert "rank 1 on n2 was killed and does not end" in played.run.events.read_text()
     played.end(0)
-    assert played.coordinator.beat("a", 0, "done")["verdict"] is None, "its record may come yet"
+    assert played.coordinator.beat("a", 0, "done").verdict is None, "its record may come yet"
     clock[0] += 31
-    verdict = played.coordinator.beat("a", 0, "done")["verdict"]
-    assert verdict["again"]
-    assert "no word from n2" in verdict["reason"]
+    verdict = played.coordinator.beat("a", 0, "done").verdict
+    assert verdict.again
+    assert "no word from n2" in verdict.reason
 
 
 @pytest.mark.parametrize(
-    "phase, said, signal", [("finishing", "busy", None), ("saving", "busy", "USR2"), ("training", "asked", "USR2")]
+    "phase, progress, signal", [("finishing", "writing", None), ("saving", "writing", "USR2"), ("training", "requested", "USR2")]
 )
 def test_what_a_run_writes_is_not_cut_off_for_more_workers(
-    play: Callable[..., Played], clock: list[float], phase: str, said: str, signal: str | None
+    play: Callable[..., Played], clock: list[float], phase: str, progress: str, signal: str | None
 ) -> None:
     played = play(workers=2, min_workers=1)
     played.begin("a", "n1")
     run_store.update_status(played.run, message="")
     played.coordinator.beat("a", 0, None, sign(0, 0, phase=phase))
-    assert played.coordinator.make_way() == said
-    assert played.coordinator.beat("a", 0, None)["signal"] == signal
+    assert played.coordinator.prepare_resize() == progress
+    assert played.coordinator.beat("a", 0, None).signal == signal
     clock[0] += 61
-    assert played.coordinator.make_way() == "asked", "of a worker that is silent nothing is known"
+    assert played.coordinator.prepare_resize() is ResizeProgress.REQUESTED, "of a worker that is silent nothing is known"
 
 
 def test_ray_trains_controller_is_held_while_the_run_writes_and_a_while_longer(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from ray.train.v2._internal.execution.controller.state import ResizingState
     from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 
-    from launcher.worker.ray import resizing
-
-    answers = ["busy"] * 100 + [None] * 100
+    answers = [ResizeProgress.WRITING] * 100 + [None] * 100
     began = clock[0]
     monkeypatch.setattr(time, "sleep", lambda _: clock.__setitem__(0, clock[0] + 1))
-    monkeypatch.setattr(resizing.SaveBeforeResize, "_ask", lambda _: answers.pop(0))
-    state = resizing.ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
-    resizing.SaveBeforeResize(None, 10).after_controller_state_update(None, state)
+    monkeypatch.setattr("ray.get", lambda progress, timeout: progress)
+    coordinator = SimpleNamespace(prepare_resize=SimpleNamespace(remote=lambda: answers.pop(0)))
+    state = ResizingState(ResizeDecision(num_workers=3, resources_per_worker={"CPU": 1}))
+    trainer.save_before_resize(coordinator, 10).after_controller_state_update(None, state)
     assert clock[0] - began == 99 + 10, "from the last word that it writes"
 
 
@@ -211,7 +214,7 @@ def test_nobody_is_blamed_while_a_worker_is_silent(play: Callable[..., Played], 
     played = play(workers=2, stall_seconds=60)
     played.begin("a", "n1", "n2")
     answers = beats(played, sign(0, 74), sign(1, 76, count=499))
-    assert [answer["hung"] for answer in answers] == [None, None]
+    assert [answer.hang for answer in answers] == [None, None]
 
 
 def test_a_coordinator_that_was_held_up_itself_blames_nobody(clock: list[float]) -> None:
@@ -252,14 +255,14 @@ def test_what_a_rank_tells_its_worker_is_told_with_its_age(table: HeartbeatTable
     Heartbeat(table.path, 1, 7).beat("training", 3)
     told = observer.sign(os.getpid())
     assert told is not None
-    assert (told["rank"], told["step"], told["trained"]) == (7, 3, True)
-    assert 0 <= told["at"] < 5
+    assert (told.beat.rank, told.beat.step, told.beat.trained) == (7, 3, True)
+    assert 0 <= told.silent_s < 5
     assert observer.sign(os.getpid() + 1) is None, "the process before it"
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 299)
-    assert observer.sign(os.getpid())["at"] > 290  # type: ignore[index]
+    assert observer.sign(os.getpid()).silent_s > 290  # type: ignore[index]
     monkeypatch.setattr(time, "monotonic", lambda: now + 900)
-    assert observer.sign(os.getpid())["at"] == 0, "the worker was stopped, perhaps with its rank"  # type: ignore[index]
+    assert observer.sign(os.getpid()).silent_s == 0, "the worker was stopped, perhaps with its rank"  # type: ignore[index]
 
 
 STOPS_ITSELF = """
@@ -275,7 +278,7 @@ def test_a_process_that_is_stopped_is_told_as_such(table: HeartbeatTable) -> Non
     observer, deadline = Observer(table, 0, 600), time.monotonic() + 20
     with subprocess.Popen([sys.executable, "-c", STOPS_ITSELF, str(table.path)]) as process:
         try:
-            while (observer.sign(process.pid) or {}).get("state") != psutil.STATUS_STOPPED:
+            while getattr(observer.sign(process.pid), "process_state", None) != psutil.STATUS_STOPPED:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
         finally:
@@ -285,16 +288,16 @@ def test_a_process_that_is_stopped_is_told_as_such(table: HeartbeatTable) -> Non
 def test_a_report_that_others_do_not_come_to_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     met, reported = threading.Event(), []
 
-    def report(self: Reporter, saved: dict[str, Any]) -> None:
+    def report(self: Reporter, checkpoint: CommittedCheckpoint) -> None:
         met.wait(30)
-        reported.append(saved["step"])
+        reported.append(checkpoint.step)
 
     monkeypatch.setattr(Reporter, "_report", report)
     reporter = Reporter(1)
     began = time.monotonic()
-    reporter.give([{"step": 5}])
+    reporter.give([CommittedCheckpoint(5, "/step-5", {})])
     assert reporter.num_given == 1
-    reporter.give([{"step": 10}])
+    reporter.give([CommittedCheckpoint(10, "/step-10", {})])
     reporter.finish(0.05)
     assert time.monotonic() - began < 5
     assert reported == []
@@ -306,46 +309,46 @@ def test_a_report_that_others_do_not_come_to_holds_nobody_up(monkeypatch: pytest
 def test_a_report_that_fails_ends_the_reports_and_not_the_worker(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def report(self: Reporter, saved: dict[str, Any]) -> None:
+    def report(self: Reporter, checkpoint: CommittedCheckpoint) -> None:
         raise TimeoutError("the others did not come")
 
     monkeypatch.setattr(Reporter, "_report", report)
     reporter = Reporter(0)
-    reporter.give([{"step": 5}])
+    reporter.give([CommittedCheckpoint(5, "/step-5", {})])
     reporter.finish(20)
     assert "TimeoutError: the others did not come" in capfd.readouterr().err
 
 
 def test_a_worker_of_an_old_group_that_comes_late_is_refused(play: Callable[..., Played]) -> None:
     played = play(workers=2)
-    late = {"rank": 1, "local_rank": 0, "node": "n9", "node_id": "id-n9", "address": "10.0.0.9", "port": 1}
-    played.coordinator.enter("old", 2, {**late, "rank": 0})
+    late = Member(1, 0, "n9", "id-n9", "10.0.0.9", 1)
+    played.coordinator.enter("old", 2, replace(late, rank=0))
     played.begin("a", "n1", "n2")
     played.coordinator.enter("old", 2, late)
-    assert played.coordinator.orders("old", 1) == {"do": "leave", "why": "other workers have taken over"}
+    assert played.coordinator.orders("old", 1) == Leave("other workers have taken over")
     # One that never came before waits for others that do not come either, and disturbs nobody.
     played.coordinator.enter("older", 2, late)
     assert played.coordinator.orders("older", 1) is None
     orders = played.coordinator.orders("a", 1)
     assert orders is not None
-    assert orders["do"] == "train"
+    assert kind(orders) == "train"
     played.begin("b", "n1", "n2")
     played.coordinator.enter("a", 2, late)
-    assert played.coordinator.orders("a", 1) == {"do": "leave", "why": "other workers have taken over"}
-    assert played.coordinator.orders("older", 1) == {"do": "leave", "why": "other workers have taken over"}
+    assert played.coordinator.orders("a", 1) == Leave("other workers have taken over")
+    assert played.coordinator.orders("older", 1) == Leave("other workers have taken over")
 
 
 def test_a_node_that_others_do_not_reach_is_named_and_one_that_reaches_nobody_is_so_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rank_supervisor, "_LEAST_REACH_S", 0.1)
+    monkeypatch.setattr(node_checks, "_MIN_REACH_S", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_server(("127.0.0.1", 0)) as closed:
         open_port, closed_port = listening.getsockname()[1], closed.getsockname()[1]
         closed.close()
         there, away = ("n2", "127.0.0.1", open_port), ("n3", "127.0.0.1", closed_port)
-        assert rank_supervisor.unreachable("n1", [there], 0.1) == []
-        assert rank_supervisor.unreachable("n1", [], 0.1) == []
-        (one,) = rank_supervisor.unreachable("n1", [there, away], 0.1)
+        assert node_checks.unreachable("n1", [there], 0.1) == []
+        assert node_checks.unreachable("n1", [], 0.1) == []
+        (one,) = node_checks.unreachable("n1", [there, away], 0.1)
         assert (one.where, one.what) == ("n3", f"is not reached from n1 at 127.0.0.1:{closed_port}")
-        (own,) = rank_supervisor.unreachable("n1", [away], 0.1)
+        (own,) = node_checks.unreachable("n1", [away], 0.1)
         assert (own.where, own.what) == ("n1", f"does not reach n3 at 127.0.0.1:{closed_port}")

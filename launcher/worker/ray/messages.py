@@ -1,0 +1,157 @@
+"""What the coordinator, the workers and the driver of a run on Ray tell each other; Ray pickles these objects between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from launcher.worker.heartbeat import Beat
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker: its rank in its group, the node it is on by Ray's name and id, and where the others reach it."""
+
+    rank: int
+    local_rank: int
+    node: str
+    node_id: str
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The answer to a worker that enters: what it needs to import the modules of its rank before it has orders.
+
+    `environment` are the variables that the driver passes to the ranks, keys among them; it is never printed.
+    """
+
+    plan_path: str
+    environment: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The attempt of a group, and the part of one worker's rank in it.
+
+    `rank` and `world_size` count the ranks that train. They meet at `address` and `port`; `peers` are the addresses of all their
+    nodes. `marker` is what the file `marker` of the attempt holds, by which a node recognises the run directory.
+    """
+
+    attempt: int
+    plan_path: str
+    marker: str
+    rank: int
+    world_size: int
+    local_world_size: int
+    address: str
+    port: int
+    peers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Orders: check the node. `others` are the other nodes, each with the address and port that one of its workers listens at."""
+
+    assignment: Assignment
+    others: tuple[tuple[str, str, int], ...]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Orders: start the rank, with the variables of `Setup`."""
+
+    assignment: Assignment
+    environment: Mapping[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Orders: this worker has no rank; send heartbeats until the attempt has a verdict."""
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Orders: end without another attempt."""
+
+    reason: str
+
+
+Orders = Check | Train | Wait | Leave
+
+
+class RankResult(StrEnum):
+    """How a rank ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class RankSign:
+    """The last heartbeat of a worker's rank, the seconds since it, and the state of its process as psutil names it.
+
+    The time within the heartbeat is the worker's clock; clocks of two machines cannot be compared.
+    """
+
+    beat: Beat
+    silent_s: float
+    process_state: str
+
+
+@dataclass(frozen=True)
+class CommittedCheckpoint:
+    """A checkpoint that Ray Train is told of, with the numbers that were logged at its step."""
+
+    step: int
+    path: str
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What follows an attempt: whether Ray Train starts other workers, and why."""
+
+    again: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class BeatReply:
+    """The answer to a worker's heartbeat.
+
+    `signal` is for its rank, without SIG, such as `TERM`. `dump_stacks` asks the rank for its stacks, and `hang` says why the
+    rank is to be killed. `saved` are the checkpoints of the attempt that the worker does not know yet. `verdict` is None until
+    the attempt has ended.
+    """
+
+    signal: str | None = None
+    dump_stacks: bool = False
+    hang: str | None = None
+    saved: tuple[CommittedCheckpoint, ...] = ()
+    verdict: Verdict | None = None
+
+
+@dataclass(frozen=True)
+class CoordinatorState:
+    """What the driver asks the coordinator for.
+
+    `number` is the newest attempt, `idle_s` for how long it has had no workers, 0 while it has some. `early_failure` is the
+    message of the last worker that could not start, empty once workers have begun. `over` is why no attempt follows, None while
+    one may.
+    """
+
+    number: int
+    idle_s: float
+    early_failure: str = ""
+    over: str | None = None
+
+
+class ResizeProgress(StrEnum):
+    """How far the ranks are that must save before Ray Train replaces their workers: ended, writing, or asked to save."""
+
+    ENDED = "ended"
+    WRITING = "writing"
+    REQUESTED = "requested"
