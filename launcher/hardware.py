@@ -1,16 +1,17 @@
-"""What this machine has; who asks for it on the submit side need not load what reads models and data."""
+"""The devices of this machine: its GPUs, or its CPU. Imports neither models nor data."""
 
 from __future__ import annotations
 
 import functools
-import os
 import platform
-import shutil
-import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
+
+from launcher import nvml
+from launcher.nvml import GpuInfo
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts
@@ -18,25 +19,25 @@ if TYPE_CHECKING:
 
 @functools.cache
 def device() -> DeviceFacts:
-    """This machine's accelerators as nvidia-smi sees them, or its CPU."""
+    """Return this machine's GPUs as the NVIDIA driver sees them, or its CPU."""
     from launcher.plan.launch_plan import DeviceFacts
 
-    host = round(psutil.virtual_memory().total / 2**30, 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") and visible != "":
-        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        query += ["-i", visible] if visible is not None else []
-        try:
-            lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
-        except (OSError, subprocess.SubprocessError):
-            lines = []
-        rows = [line.rsplit(",", 1) for line in lines if "," in line]
-        if rows:
-            name, memory = rows[0]
-            return DeviceFacts(
-                kind="cuda", name=name.strip(), count=len(rows), memory_gib=round(float(memory) / 1024, 1), host_memory_gib=host
-            )
-    return DeviceFacts(kind="cpu", name=_cpu_name(), count=psutil.cpu_count() or 1, host_memory_gib=host)
+    host_memory_gib = round(psutil.virtual_memory().total / 2**30, 1)
+    gpus: list[GpuInfo] = []
+    if nvml.has_driver():
+        # A driver that cannot be asked is no GPU to compute on.
+        with suppress(nvml.NvmlError):
+            gpus = nvml.list_gpus()
+    if gpus:
+        memory_gib = gpus[0].memory_gib
+        return DeviceFacts(
+            kind="cuda",
+            name=gpus[0].name,
+            count=len(gpus),
+            memory_gib=None if memory_gib is None else round(memory_gib, 1),
+            host_memory_gib=host_memory_gib,
+        )
+    return DeviceFacts(kind="cpu", name=_cpu_name(), count=psutil.cpu_count() or 1, host_memory_gib=host_memory_gib)
 
 
 def _cpu_name() -> str:

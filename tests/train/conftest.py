@@ -1,6 +1,6 @@
 from __future__ import annotations
 
+from fake_nvml import nvml
 from plan_fixtures import config_of, plan_of
-from played_nvml import nvml
 
 __all__ = ["config_of", "nvml", "plan_of"]

@@ -7,11 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
 
+from launcher.nvml import GpuSensor
 from launcher.plan import xids
 
 INTERVAL_S = 5.0
@@ -61,7 +62,7 @@ class Devices:
 
     def _watch(self) -> None:
         try:
-            gpu = _Gpu.open(self._device) if self._device.type == "cuda" else None
+            gpu = _open_sensor(self._device) if self._device.type == "cuda" else None
             if gpu is None and not self._reads_host:
                 return
             number, is_told = "", False
@@ -80,7 +81,7 @@ class Devices:
             # What cannot be read is missing from the charts; that is all.
             print(f"note: this rank's device is not watched any more: {type(error).__name__}: {error}", file=sys.stderr)
 
-    def _wait(self, gpu: _Gpu | None) -> None:
+    def _wait(self, gpu: GpuSensor | None) -> None:
         """Until the next reading is due; faults of the GPU end the waiting for a moment."""
         until = time.monotonic() + self._interval_s
         while (left := until - time.monotonic()) > 0 and not self._ended.is_set():
@@ -91,80 +92,11 @@ class Devices:
                 self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {xids.meaning(number)}")
 
 
-class _Gpu:
-    """One GPU as NVIDIA's management library knows it."""
-
-    def __init__(self, nvml: Any, handle: Any) -> None:
-        self._nvml, self._handle = nvml, handle
-        self._events: Any = None
-        self.is_lost = False
-        try:
-            self._events = nvml.nvmlEventSetCreate()
-            nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
-        except nvml.NVMLError:
-            # Not on this kind of GPU, or not in this container.
-            self._events = None
-
-    @classmethod
-    def open(cls, device: torch.device) -> _Gpu | None:
-        """The GPU that this process computes on, by its identity: CUDA's numbers are not the driver's. None without NVML."""
-        import pynvml
-
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError:
-            return None
-        found = torch.cuda.get_device_properties(device)
-        try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{found.uuid}")
-        except pynvml.NVMLError:
-            bus = f"{found.pci_domain_id:08X}:{found.pci_bus_id:02X}:{found.pci_device_id:02X}.0"
-            handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus)
-        return cls(pynvml, handle)
-
-    @property
-    def has_events(self) -> bool:
-        return self._events is not None
-
-    def read(self) -> dict[str, float]:
-        """Fields of Sample; those that this GPU does not tell are NaN."""
-        nvml, handle = self._nvml, self._handle
-
-        def memory() -> float:
-            found = nvml.nvmlDeviceGetMemoryInfo(handle)
-            return found.used / found.total
-
-        readers = {
-            "gpu_index": lambda: float(nvml.nvmlDeviceGetIndex(handle)),
-            "gpu_util": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
-            "gpu_memory": memory,
-            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "gpu_temp_c": lambda: float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-        }
-        return {name: self._or_nan(reader) for name, reader in readers.items()}
-
-    def next_xid(self, within_s: float) -> int | None:
-        """The number of the next fault; None where there was none in that time."""
-        nvml = self._nvml
-        try:
-            return int(nvml.nvmlEventSetWait_v2(self._events, max(1, int(within_s * 1000))).eventData)
-        except nvml.NVMLError_Timeout:
-            return None
-        except nvml.NVMLError as error:
-            # Asked again and again it would say so at once.
-            self._events = None
-            self._look_at(error)
-            return None
-
-    def _or_nan(self, reader: Callable[[], float]) -> float:
-        try:
-            return reader()
-        except self._nvml.NVMLError as error:
-            self._look_at(error)
-            return _NAN
-
-    def _look_at(self, error: Exception) -> None:
-        self.is_lost |= isinstance(error, self._nvml.NVMLError_GpuIsLost | self._nvml.NVMLError_ResetRequired)
+def _open_sensor(device: torch.device) -> GpuSensor | None:
+    """Open the GPU that this process computes on; None without NVIDIA's driver."""
+    properties = torch.cuda.get_device_properties(device)
+    bus_id = f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+    return GpuSensor.open(f"GPU-{properties.uuid}", bus_id)
 
 
 def _host() -> dict[str, float]:

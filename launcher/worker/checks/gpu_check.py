@@ -1,6 +1,6 @@
 """What can be known to be wrong with a node's GPUs without using them: their number, kind, memory, processes and faults.
 
-All comes from nvidia-smi and the kernel log, each asked with a deadline, because a driver that hangs is one of the faults.
+NVML and the kernel log are asked with deadlines, because a driver that hangs is one of the faults.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import os
 import re
 import subprocess
 import time
-from dataclasses import dataclass
 
 import psutil
 
+from launcher import nvml
 from launcher.config.cluster import ClusterSection
 from launcher.errors import Problem
+from launcher.nvml import NvmlError
 from launcher.plan.gpus import lookup
 from launcher.plan.xids import BROKEN
 
@@ -28,22 +29,12 @@ _SERVICES = re.compile(r"nvidia-cuda-mps|dcgm|nv-hostengine")
 _XID_LINE = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:]+)[^)]*\): (\d+)\b.*")
 
 
-@dataclass(frozen=True)
-class _Gpu:
-    """`bus` is its place on the PCI bus as the kernel log writes it; `ecc_errors` are those since its last reset."""
-
-    uuid: str
-    name: str
-    bus: str
-    ecc_errors: int
-
-
 def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], list[Problem]]:
     """The driver's names of the GPUs that this job may use, and all that is wrong with them; `needed` is one per rank."""
     gpu_type = section.gpu_type
     try:
-        gpus = _gpus()
-    except _CommandError as error:
+        gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
+    except NvmlError as error:
         problem = Problem(f"the GPUs cannot be used: {error}", remedy="leave this node out and tell the administrators")
         return (), [problem, *_check_kernel_log(None)]
     problems = []
@@ -63,43 +54,38 @@ def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], l
             problems.append(Problem(what, value=f"{gpu.name} {gpu.uuid}", remedy=remedy))
     problems += _check_processes()
     # A GPU that is lost has no entry any more: with some missing, every fault in the log may be the reason.
-    problems += _check_kernel_log({gpu.bus for gpu in gpus} if len(gpus) >= needed else None)
+    problems += _check_kernel_log({gpu.bus_id for gpu in gpus} if len(gpus) >= needed else None)
     return tuple(gpu.name for gpu in gpus), problems
-
-
-def _gpus() -> list[_Gpu]:
-    rows = _nvidia_smi("--query-gpu=uuid,name,pci.bus_id,ecc.errors.uncorrected.volatile.total", 4)
-    # GPUs without ECC say [N/A].
-    return [_Gpu(uuid, name, _bus(bus), int(ecc) if ecc.isdigit() else 0) for uuid, name, bus, ecc in rows]
 
 
 def _check_processes() -> list[Problem]:
     """Processes that hold GPU memory and are not of this attempt, such as those an earlier job left behind."""
     this, deadline = psutil.Process(), time.monotonic() + GRACE_S
-    own = {str(process.pid) for process in (this, *this.children(recursive=True))}
+    own_pids = {process.pid for process in (this, *this.children(recursive=True))}
     while True:
         try:
-            rows = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory,process_name", 4)
-        except _CommandError as error:
+            processes = nvml.list_processes(COMMAND_DEADLINE_S)
+        except NvmlError as error:
             return [Problem(f"the processes on the GPUs cannot be listed: {error}", remedy="leave this node out")]
-        others = [row for row in rows if row[1] not in own and not _SERVICES.search(row[3])]
+        others = [each for each in processes if each.pid not in own_pids and not _SERVICES.search(each.name)]
         if not others or time.monotonic() >= deadline:
             break
         time.sleep(_PAUSE_S)
     return [
         Problem(
             "a process that is not of this run holds GPU memory",
-            value=f"process {pid} ({name}) of {_owner(pid)}: {used} MiB of {uuid}",
-            remedy=f"end it on the node with: kill {pid}; or leave this node out",
+            value=f"process {each.pid} ({each.name or 'of a name that is not known'}) of {_owner(each.pid)}: "
+            f"{'an unknown number of' if each.used_mib is None else each.used_mib} MiB of {each.gpu_uuid}",
+            remedy=f"end it on the node with: kill {each.pid}; or leave this node out",
         )
-        for uuid, pid, used, name in others
+        for each in others
     ]
 
 
-def _owner(pid: str) -> str:
+def _owner(pid: int) -> str:
     try:
-        return psutil.Process(int(pid)).username()
-    except (psutil.Error, ValueError):
+        return psutil.Process(pid).username()
+    except psutil.Error:
         return "a user that is not known here"
 
 
@@ -125,24 +111,8 @@ def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
     ]
 
 
-def _bus(pci_bus_id: str) -> str:
-    """`00000000:3B:00.0` as the kernel log writes it: `0000:3b:00`."""
-    return pci_bus_id.lower().partition(".")[0][-len("0000:3b:00") :]
-
-
 class _CommandError(Exception):
     """A command failed, is missing or did not answer; says which and why."""
-
-
-def _nvidia_smi(query: str, num_fields: int) -> list[list[str]]:
-    """Rows of a query about the GPUs that CUDA_VISIBLE_DEVICES leaves to this job."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "":
-        raise _CommandError("CUDA_VISIBLE_DEVICES is empty")
-    chosen = [] if visible is None else ["-i", visible]
-    text = _output("nvidia-smi", query, "--format=csv,noheader,nounits", *chosen)
-    rows = [[field.strip() for field in line.split(",", num_fields - 1)] for line in text.splitlines()]
-    return [row for row in rows if len(row) == num_fields]
 
 
 def _output(*argv: str) -> str:

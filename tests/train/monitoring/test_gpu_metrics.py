@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from fake_nvml import Nvml
 from plan_fixtures import H100
-from played_nvml import Nvml
 from torch import nn
 from wandb_files import history
 

@@ -11,7 +11,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from played_nvml import Nvml, NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired
+from fake_nvml import Nvml
+from fake_pynvml import NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired
 
 from launcher.train.monitoring import gpu_stats
 from launcher.train.monitoring.gpu_stats import Devices, Sample

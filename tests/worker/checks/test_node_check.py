@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -16,10 +15,11 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from launcher import run_store
+from launcher import nvml, run_store
 from launcher.config.compose import run_hydra
 from launcher.config.schema import RunConfig
 from launcher.errors import Problem, RunError
+from launcher.nvml import GpuInfo
 from launcher.plan.architecture import model_facts
 from launcher.plan.launch_plan import DataFacts, DeviceFacts, Facts, LaunchPlan, Provenance
 from launcher.plan.planner import plan
@@ -228,10 +228,8 @@ def test_what_is_wrong_with_a_gpu_is_wrong_with_its_node(
     planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, run = planned("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=4")
-    command = tmp_path / "nvidia-smi"
-    command.write_text(f"#!/bin/sh\ncase $1 in --query-gpu=*) echo 'GPU-aaaa, {H100}, 00000000:3B:00.0, 0';; esac\n")
-    command.chmod(0o700)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(nvml, "list_gpus", lambda deadline_s: [GpuInfo("GPU-aaaa", H100, "0000:3b:00", 80.0, 0)])
+    monkeypatch.setattr(nvml, "list_processes", lambda deadline_s: [])
     report = check_node(made, run, 1)
     assert report.gpus == (H100,)
     assert "1 found, 4 needed" in only(report).value

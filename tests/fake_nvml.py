@@ -1,30 +1,30 @@
-"""NVIDIA's management library, played: this machine has no GPU."""
+"""A fake of pynvml, NVIDIA's management library: this machine has no GPU.
+
+`nvml` puts it into this process. `driver` puts one into the child processes of launcher.nvml: a module `pynvml` on
+their path answers what a file says.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from fake_pynvml import NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired, NVMLError_Timeout
 
+_MODULE = """
+import json, sys
+sys.path.append({tests!r})
+import fake_pynvml
 
-class NVMLError(Exception):
-    pass
-
-
-class NVMLError_Timeout(NVMLError):
-    pass
-
-
-class NVMLError_GpuIsLost(NVMLError):
-    pass
-
-
-class NVMLError_ResetRequired(NVMLError):
-    pass
+globals().update(fake_pynvml.answers(json.load(open({file!r}))))
+"""
 
 
 class Nvml(ModuleType):
@@ -90,8 +90,26 @@ class Nvml(ModuleType):
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> Nvml:
-    played = Nvml()
-    monkeypatch.setitem(sys.modules, "pynvml", played)
-    found = SimpleNamespace(uuid="8f1c", pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    return played
+    import torch
+
+    fake = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    properties = SimpleNamespace(uuid="8f1c", pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    return fake
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what the driver answers in child processes, with the keys of `fake_pynvml.answers`."""
+    folder = tmp_path / "fake_nvml"
+    folder.mkdir()
+    file = folder / "driver.json"
+    (folder / "pynvml.py").write_text(_MODULE.format(tests=str(Path(__file__).parent), file=str(file)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def set_answers(gpus: list[dict[str, Any]], processes: list[Any] = [], **others: Any) -> None:  # noqa: B006
+        file.write_text(json.dumps({"gpus": gpus, "processes": processes, **others}))
+
+    return set_answers

@@ -1,0 +1,308 @@
+"""NVIDIA's management library (NVML): the GPUs of this machine, their processes, and readings of one GPU.
+
+The only module that talks to it. A driver with a fault may never answer, so `list_gpus` and `list_processes` ask in a
+child process with a deadline. `GpuSensor` asks in the calling thread, which must be one that nobody waits for.
+
+Run as a script, it is that child: `python nvml.py gpus|processes` prints JSON. It therefore imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+DEADLINE_S = 20.0
+# Files of which one exists where the driver is loaded; the last two are those of WSL and of its kernel module.
+_DRIVER_FILES = ("/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/dxg")
+_NAN = math.nan
+
+
+class NvmlError(Exception):
+    """The driver cannot be asked, does not answer, or answers with an error."""
+
+
+@dataclass(frozen=True)
+class GpuInfo:
+    """One GPU as the driver knows it.
+
+    Attributes:
+        uuid: identity, `GPU-...`.
+        bus_id: PCI address as the kernel log writes it, `0000:3b:00`.
+        memory_gib: installed memory; None if the driver does not say.
+        ecc_errors: uncorrected memory errors since the last reset; None on GPUs without ECC.
+    """
+
+    uuid: str
+    name: str
+    bus_id: str
+    memory_gib: float | None = None
+    ecc_errors: int | None = None
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A process that computes on a GPU. `used_mib` is None, and `name` empty, if the driver does not say."""
+
+    gpu_uuid: str
+    pid: int
+    used_mib: int | None
+    name: str
+
+
+def has_driver() -> bool:
+    """Return whether NVIDIA's driver is loaded; asks the file system alone."""
+    return any(Path(file).exists() for file in _DRIVER_FILES)
+
+
+def list_gpus(deadline_s: float = DEADLINE_S) -> list[GpuInfo]:
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves to this process, in its order.
+
+    Raises:
+        NvmlError: if the driver is missing, fails, does not answer within the deadline, or lacks a GPU that is named.
+    """
+    return [GpuInfo(**row) for row in _ask("gpus", deadline_s)]
+
+
+def list_processes(deadline_s: float = DEADLINE_S) -> list[GpuProcess]:
+    """Return the processes that compute on those GPUs.
+
+    Raises:
+        NvmlError: as `list_gpus`.
+    """
+    return [GpuProcess(**row) for row in _ask("processes", deadline_s)]
+
+
+def _ask(query: str, deadline_s: float) -> list[dict[str, Any]]:
+    """Return the rows that the child process prints."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        raise NvmlError("CUDA_VISIBLE_DEVICES is empty")
+    process = subprocess.Popen(
+        [sys.executable, "-P", __file__, query],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
+        output, errors = process.communicate(timeout=deadline_s)
+    except subprocess.TimeoutExpired:
+        # A process that hangs in the driver cannot be killed; waiting for its end, as subprocess.run does, would hang too.
+        process.kill()
+        raise NvmlError(f"the NVIDIA driver did not answer within {deadline_s:g} s") from None
+    if process.returncode:
+        (last,) = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+        raise NvmlError(f"the NVIDIA driver cannot be asked: {last}")
+    rows: list[dict[str, Any]] = json.loads(output)
+    return rows
+
+
+class GpuSensor:
+    """Readings and faults of the GPU that this process computes on.
+
+    Attributes:
+        is_lost: whether the driver has lost the GPU, or says that it needs a reset.
+    """
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
+        self._events: Any = None
+        self.is_lost = False
+        try:
+            self._events = nvml.nvmlEventSetCreate()
+            nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
+        except nvml.NVMLError:
+            # Not on this kind of GPU, or not in this container.
+            self._events = None
+
+    @classmethod
+    def open(cls, uuid: str, bus_id: str) -> GpuSensor | None:
+        """Open a GPU by its UUID, or else by its PCI address: CUDA's numbers are not the driver's.
+
+        Returns:
+            The sensor, or None without a driver.
+        """
+        import pynvml
+
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError:
+            return None
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        except pynvml.NVMLError:
+            handle = pynvml.nvmlDeviceGetHandleByPciBusId(bus_id)
+        return cls(pynvml, handle)
+
+    @property
+    def has_events(self) -> bool:
+        """Whether the driver reports this GPU's faults as they happen."""
+        return self._events is not None
+
+    def read(self) -> dict[str, float]:
+        """Return the driver's number of the GPU, utilisation and used memory (0 to 1), watts and °C; NaN for what is not told."""
+        nvml, handle = self._nvml, self._handle
+
+        def used_memory() -> float:
+            memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            return float(memory.used / memory.total)
+
+        readers: dict[str, Callable[[], float]] = {
+            "gpu_index": lambda: float(nvml.nvmlDeviceGetIndex(handle)),
+            "gpu_util": lambda: float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
+            "gpu_memory": used_memory,
+            "gpu_power_w": lambda: float(nvml.nvmlDeviceGetPowerUsage(handle) / 1000),
+            "gpu_temp_c": lambda: float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+        }
+        return {name: self._read_or_nan(reader) for name, reader in readers.items()}
+
+    def next_xid(self, within_s: float) -> int | None:
+        """Wait for the next fault; return its Xid, or None if there was none in `within_s` seconds."""
+        nvml = self._nvml
+        try:
+            return int(nvml.nvmlEventSetWait_v2(self._events, max(1, int(within_s * 1000))).eventData)
+        except nvml.NVMLError_Timeout:
+            return None
+        except nvml.NVMLError as error:
+            # Each further wait would fail at once.
+            self._events = None
+            self._note_loss(error)
+            return None
+
+    def _read_or_nan(self, reader: Callable[[], float]) -> float:
+        try:
+            return reader()
+        except self._nvml.NVMLError as error:
+            self._note_loss(error)
+            return _NAN
+
+    def _note_loss(self, error: Exception) -> None:
+        self.is_lost |= isinstance(error, self._nvml.NVMLError_GpuIsLost | self._nvml.NVMLError_ResetRequired)
+
+
+# What follows runs in the child process.
+
+
+def _main(query: str) -> None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handles = _visible_handles(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        rows: list[Any]
+        rows = [_read_gpu(pynvml, handle) for handle in handles] if query == "gpus" else _read_processes(pynvml, handles)
+    except pynvml.NVMLError as error:
+        sys.exit(str(error))
+    print(json.dumps([asdict(row) for row in rows]))
+
+
+def _visible_handles(nvml: Any, visible: str | None) -> list[Any]:
+    """Return handles of the GPUs in the value of CUDA_VISIBLE_DEVICES: numbers, or UUIDs that may be cut short.
+
+    Raises:
+        NVMLError: if one of them cannot be reached; what is wrong with others does not matter.
+    """
+    reachable = _all_handles(nvml)
+    if visible is None:
+        chosen = reachable
+    else:
+        names = [name.strip() for name in visible.split(",")]
+        chosen = [_handle_of(nvml, name, reachable) for name in names]
+        if None in chosen:
+            missing = names[chosen.index(None)]
+            sys.exit(f"there is no GPU {missing} among the {len(reachable)} of this node (CUDA_VISIBLE_DEVICES={visible})")
+    for handle in chosen:
+        if isinstance(handle, nvml.NVMLError):
+            raise handle
+    return chosen
+
+
+def _all_handles(nvml: Any) -> list[Any]:
+    """Return the handle of each GPU that this job may use; of one that cannot be reached, the error."""
+    handles: list[Any] = []
+    for i in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handles.append(nvml.nvmlDeviceGetHandleByIndex(i))
+        except nvml.NVMLError_NoPermission:
+            # It is that of another job: CUDA does not count it either.
+            continue
+        except nvml.NVMLError as error:
+            handles.append(error)
+    return handles
+
+
+def _handle_of(nvml: Any, name: str, handles: list[Any]) -> Any:
+    """Return the handle of one entry of CUDA_VISIBLE_DEVICES; None if there is no such GPU."""
+    if name.isdigit():
+        return handles[int(name)] if int(name) < len(handles) else None
+    try:
+        return nvml.nvmlDeviceGetHandleByUUID(name)
+    except nvml.NVMLError:
+        known = (handle for handle in handles if not isinstance(handle, nvml.NVMLError))
+        return next((h for h in known if name.startswith("GPU-") and _text(nvml.nvmlDeviceGetUUID(h)).startswith(name)), None)
+
+
+def _read_gpu(nvml: Any, handle: Any) -> GpuInfo:
+    kinds = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+    pci, memory = _or_none(nvml, nvml.nvmlDeviceGetPciInfo, handle), _or_none(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+    return GpuInfo(
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        name=_text(nvml.nvmlDeviceGetName(handle)),
+        bus_id="" if pci is None else _kernel_bus_id(_text(pci.busId)),
+        memory_gib=None if memory is None else memory.total / 2**30,
+        ecc_errors=_or_none(nvml, nvml.nvmlDeviceGetTotalEccErrors, handle, *kinds),
+    )
+
+
+def _read_processes(nvml: Any, handles: list[Any]) -> list[GpuProcess]:
+    processes = []
+    for handle in handles:
+        uuid = _text(nvml.nvmlDeviceGetUUID(handle))
+        try:
+            running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        except nvml.NVMLError_NotSupported:
+            continue
+        for process in running:
+            used_mib = None if process.usedGpuMemory is None else process.usedGpuMemory // 2**20
+            try:
+                name = _text(nvml.nvmlSystemGetProcessName(process.pid))
+            except nvml.NVMLError:
+                # It has ended, or is that of another container.
+                name = ""
+            processes.append(GpuProcess(uuid, process.pid, used_mib, name))
+    return processes
+
+
+def _or_none(nvml: Any, reader: Callable[..., Any], *arguments: Any) -> Any:
+    """Return a reading; None if this GPU, driver or container does not support it.
+
+    Raises:
+        NVMLError: if the driver has lost the GPU.
+    """
+    try:
+        return reader(*arguments)
+    except nvml.NVMLError as error:
+        if isinstance(error, nvml.NVMLError_GpuIsLost | nvml.NVMLError_ResetRequired):
+            raise
+        return None
+
+
+def _kernel_bus_id(bus_id: str) -> str:
+    """Return `00000000:3B:00.0` as the kernel log writes it: `0000:3b:00`."""
+    return bus_id.lower().partition(".")[0][-len("0000:3b:00") :]
+
+
+def _text(value: str | bytes) -> str:
+    # Older versions of the library's package return bytes.
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

@@ -1,0 +1,92 @@
+"""The GPUs and processes that launcher.nvml lists in a child process, with a fake of the driver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+from fake_nvml import driver
+
+from launcher import hardware, nvml
+from launcher.nvml import GpuInfo, GpuProcess, NvmlError
+
+__all__ = ["driver"]
+
+H100 = "NVIDIA H100 80GB HBM3"
+FIRST = {"uuid": "GPU-aaaa", "name": H100, "bus": "00000000:3B:00.0", "memory_gib": 80, "ecc": 0}
+SECOND = {"uuid": "GPU-bbbb", "name": H100, "bus": "00000000:AF:00.0", "memory_gib": 79}
+Driver = Callable[..., None]
+
+
+def uuids() -> list[str]:
+    return [gpu.uuid for gpu in nvml.list_gpus()]
+
+
+def test_gpus_are_listed_with_what_the_driver_supports(driver: Driver) -> None:
+    driver([FIRST, SECOND])
+    first = GpuInfo("GPU-aaaa", H100, "0000:3b:00", memory_gib=80.0, ecc_errors=0)
+    assert nvml.list_gpus() == [first, GpuInfo("GPU-bbbb", H100, "0000:af:00", memory_gib=79.0, ecc_errors=None)]
+    driver([FIRST], lacks=["nvmlDeviceGetMemoryInfo", "nvmlDeviceGetTotalEccErrors"])
+    assert nvml.list_gpus() == [GpuInfo("GPU-aaaa", H100, "0000:3b:00")]
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("1,0", ["GPU-bbbb", "GPU-aaaa"]), ("GPU-bbbb", ["GPU-bbbb"]), ("GPU-aa", ["GPU-aaaa"])],
+)
+def test_cuda_visible_devices_chooses_gpus_by_number_or_uuid(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, visible: str, expected: list[str]
+) -> None:
+    driver([FIRST, SECOND])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert uuids() == expected
+
+
+def test_a_gpu_that_is_not_there_and_an_empty_choice_are_errors(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver([FIRST])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    with pytest.raises(NvmlError, match=r"there is no GPU 3 among the 1 of this node \(CUDA_VISIBLE_DEVICES=0,3\)"):
+        nvml.list_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(NvmlError, match="CUDA_VISIBLE_DEVICES is empty"):
+        nvml.list_gpus()
+
+
+def test_gpus_of_other_jobs_do_not_count_and_a_lost_one_only_where_it_is_chosen(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver([{"error": "NVMLError_NoPermission"}, SECOND, {"error": "NVMLError_GpuIsLost"}])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert uuids() == ["GPU-bbbb"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(NvmlError, match="cannot be asked: GPU is lost"):
+        nvml.list_gpus()
+
+
+def test_a_driver_that_hangs_holds_up_the_caller_until_the_deadline(driver: Driver) -> None:
+    driver([], init="hang")
+    started = time.monotonic()
+    with pytest.raises(NvmlError, match=r"did not answer within 0\.5 s"):
+        nvml.list_gpus(deadline_s=0.5)
+    assert time.monotonic() - started < 20
+
+
+def test_processes_are_listed_with_what_the_driver_knows(driver: Driver) -> None:
+    driver([FIRST], processes=[("GPU-aaaa", 7, 500, "python"), ("GPU-aaaa", 8, None, "")])
+    assert nvml.list_processes() == [GpuProcess("GPU-aaaa", 7, 500, "python"), GpuProcess("GPU-aaaa", 8, None, "")]
+    driver([FIRST], lacks=["nvmlDeviceGetComputeRunningProcesses"])
+    assert nvml.list_processes() == []
+
+
+def test_the_device_facts_are_those_of_the_gpus_or_of_the_cpu(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = hardware.device.__wrapped__
+    monkeypatch.setattr(nvml, "has_driver", lambda: True)
+    driver([FIRST, SECOND])
+    facts = device()
+    assert (facts.kind, facts.name, facts.count, facts.memory_gib) == ("cuda", H100, 2, 80.0)
+    driver([], init="Driver Not Loaded")
+    assert device().kind == "cpu"
+    monkeypatch.setattr(nvml, "has_driver", lambda: False)
+    driver([FIRST])
+    assert device().kind == "cpu", "no child process is started without a driver"
