@@ -21,15 +21,15 @@ def is_used(zero: Any) -> bool:
     return zero.swap_optimizer or zero.params_in_nvme_and_cpu
 
 
-def forget_moments(zero: Any) -> None:
-    """Leave only the fp32 weights of each sub-group on NVMe; moments that are made anew are written there after them."""
+def forget_states(zero: Any) -> None:
+    """Leave only the fp32 weights of each sub-group on NVMe; states that are made after this are written there behind them."""
     if zero.swap_optimizer:
         zero.optimizer_swapper.purge_state()
 
 
 @contextmanager
 def sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator[None]:
-    """Have the fp32 weights and moments of a sub-group in memory; with `changed` they are written back at the end.
+    """Have the fp32 weights and optimizer states of a sub-group in memory; with `changed` they are written back at the end.
 
     Sub-groups that are changed go in ascending order: DeepSpeed writes the last of them, and what is left of those before,
     to the end. Gradients of the last step come along and are dropped; at an optimizer boundary nothing needs them.

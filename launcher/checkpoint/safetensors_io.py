@@ -62,7 +62,7 @@ def weight_digest(tensor_bytes: memoryview) -> str:
 
 
 def tensor_key(parameter: str, state: str) -> str:
-    """The name in a shard of a parameter's `fp32`, `exp_avg` or `exp_avg_sq`."""
+    """Name in a shard of a parameter's `fp32` weights or of one of its optimizer states."""
     return f"{parameter}|{state}"
 
 

@@ -221,7 +221,7 @@ def _half_way(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[memoryvi
 
 
 def _not_finite() -> CheckpointError:
-    return CheckpointError("weights or moments are infinite or not a number; such a checkpoint is of no use and was not written")
+    return CheckpointError("weights or optimizer states are infinite or NaN; such a checkpoint is of no use and was not written")
 
 
 def _reference_logits_specs(reference_logits: Mapping[str, torch.Tensor]) -> list[TensorSpec]:

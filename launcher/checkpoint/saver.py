@@ -75,7 +75,8 @@ class Saver:
         self._engine, self._is_main = engine, rank == 0
         self._copy: HostCopy | None = None
         if background and zero3.can_be_copied_behind(engine):
-            num_elements = sum(map(zero3.local_elements, named_parameters.values())) * (1 + len(zero3.MOMENTS))
+            num_tensors = 1 + len(zero3.optimizer_of(engine).states)
+            num_elements = sum(map(zero3.local_elements, named_parameters.values())) * num_tensors
             self._copy = HostCopy(num_elements, engine.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._job: SaveJob | None = None
         self._outcome: Saved | CheckpointError | None = None

@@ -1,6 +1,7 @@
 """One rank's shard of a checkpoint: a safetensors file without pickle, written by any number of ranks and read by any other.
 
-A shard holds, under `<parameter>|fp32`, `<parameter>|exp_avg` and `<parameter>|exp_avg_sq`, the elements of the flattened
+A shard holds, under `<parameter>|fp32` and, for each state of the optimizer, `<parameter>|<state>` (AdamW: `exp_avg`,
+`exp_avg_sq`), the elements of the flattened
 parameter that `store.partition` gives to its rank, without padding, and the rank's random-generator states. Its header says
 in which type the engine computes, and holds a digest of the rank's part of every weight in that type, by which an export proves
 that it has written the same weights.
@@ -84,6 +85,7 @@ def state_of(engine: Any, named_parameters: Mapping[str, Parameter], extra_state
     return State(
         parameters={name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()},
         optimizer_step=zero3.optimizer_step(engine),
+        optimizer_states=zero3.optimizer_of(engine).states,
         loss_scaler=zero3.loss_scale_state(engine),
         engine=zero3.counters(engine),
         extra=dict(extra_state),
@@ -95,7 +97,7 @@ def load(
 ) -> dict[str, Any]:
     """Put a committed checkpoint into the engine and return its `extra_state`.
 
-    The world size may differ from the one that saved; weights, moments and steps are the same bit for bit. Each rank
+    The world size may differ from the one that saved; weights, optimizer states and steps are the same bit for bit. Each rank
     reads just the byte ranges that it needs. Random-generator states are restored on the same world size only: on another
     one there is no rank that they belong to, and they stay as they are.
 
@@ -104,7 +106,7 @@ def load(
     Raises:
         DamagedCheckpoint: when a file is not what was committed, with all that are.
         CheckpointError: when a file is foreign, when `plan_digest` is given and differs, or when the model has other
-            parameters.
+            parameters or the optimizer other states.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
@@ -126,6 +128,7 @@ def load(
             raise DamagedCheckpoint(problems)
         state = read_state(checkpoint)
         _require_same_parameters(state, named_parameters, checkpoint)
+        _require_same_states(state, zero3.optimizer_of(engine).states, checkpoint)
         return manifest, state
 
     manifest, state = run_on_all_ranks(engine.device, "the checkpoint cannot be used", check)
@@ -163,4 +166,14 @@ def _require_same_parameters(state: State, named_parameters: Mapping[str, Parame
             f"the model and the checkpoint differ in {len(differing)} parameters",
             where=str(checkpoint),
             value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {model.get(first, 'absent')} in the model",
+        )
+
+
+def _require_same_states(state: State, states: tuple[str, ...], checkpoint: Path) -> None:
+    if state.optimizer_step and state.optimizer_states != states:
+        raise CheckpointError(
+            "the checkpoint holds the states of another optimizer",
+            where=str(checkpoint),
+            value=f"{', '.join(state.optimizer_states)} in the checkpoint, {', '.join(states)} in optim.name",
+            remedy="resume with the optimizer that saved it, or start a run from its exported weights",
         )

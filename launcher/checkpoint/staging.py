@@ -54,7 +54,7 @@ class HostCopy:
             yield as_bytes(block)
 
     def is_finite(self) -> bool:
-        """True where no weight or moment that was copied is infinite or NaN."""
+        """True where no weight or optimizer state that was copied is infinite or NaN."""
         assert self._memory is not None
         return all(map(is_finite, self._memory[: self._used].split(_BLOCK_ELEMENTS)))
 

@@ -11,13 +11,18 @@ from pydantic import ValidationError
 from launcher.checkpoint.manifest import STATE
 from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import Record
+from launcher.plan.optimizers import OPTIMIZERS
 
 
 class State(Record):
-    """`parameters` maps each name to its full shape; `extra` is the training loop's own."""
+    """`parameters` maps each name to its full shape; `optimizer_states` are the names under which shards hold the optimizer's
+    tensors; `extra` is the training loop's own.
+    """
 
     parameters: dict[str, tuple[int, ...]]
     optimizer_step: int
+    # A file without this field is AdamW's.
+    optimizer_states: tuple[str, ...] = OPTIMIZERS["adamw"].states
     loss_scaler: dict[str, float]
     engine: dict[str, int]
     extra: dict[str, Any]

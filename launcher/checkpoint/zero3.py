@@ -1,4 +1,4 @@
-"""What a checkpoint needs of a DeepSpeed ZeRO-3 engine: its partitions, moments, step and loss scale, out and in.
+"""What a checkpoint needs of a DeepSpeed ZeRO-3 engine: its partitions, optimizer states, step and loss scale, out and in.
 
 All knowledge of DeepSpeed's inside is here and in `nvme` (deepspeed/runtime/zero/stage3.py, ops/adam/).
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch.nn import Parameter
@@ -18,14 +18,14 @@ from torch.nn import Parameter
 from launcher.checkpoint import nvme
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError
+from launcher.plan.optimizers import Optimizer, of_class
 
 FP32 = "fp32"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
-# (parameter name, fp32 or a moment, elements of the whole parameter, first element, CPU tensor to fill)
+# (parameter name, fp32 or an optimizer state, elements of the whole parameter, first element, CPU tensor to fill)
 Fill = Callable[[str, str, int, int, torch.Tensor], None]
 
 
@@ -34,16 +34,10 @@ def require_served(engine: Any, named_parameters: Mapping[str, Parameter]) -> No
     zero = engine.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         raise CheckpointError("checkpoints are written for DeepSpeed ZeRO stage 3 only", value=type(zero).__name__)
-    base = zero.optimizer
-    if not isinstance(base, torch.optim.Adam | DeepSpeedCPUAdam | FusedAdam) or any(g.get("amsgrad") for g in base.param_groups):
-        raise CheckpointError(
-            "checkpoints hold the two moments of AdamW; this optimizer has another state",
-            value=f"{type(base).__module__}.{type(base).__name__}",
-            remedy="use optim=adamw without amsgrad",
-        )
+    optimizer_of(engine)
     if zero.offload_optimizer and zero.partial_offload != 1.0:
         raise CheckpointError(
-            "an optimizer that is offloaded in part keeps some moments where DeepSpeed gives no view of them",
+            "an optimizer that is offloaded in part keeps some states where DeepSpeed gives no view of them",
             where="deepspeed.extra: zero_optimization.offload_optimizer.ratio",
             value=str(zero.partial_offload),
             remedy="set the ratio to 1.0",
@@ -56,6 +50,29 @@ def require_served(engine: Any, named_parameters: Mapping[str, Parameter]) -> No
         raise CheckpointError("the named parameters are not exactly those of the engine's model")
 
 
+def optimizer_of(engine: Any) -> Optimizer:
+    """The row of the table of optimizers that describes this engine's optimizer.
+
+    Raises:
+        CheckpointError: where no row lists its class.
+    """
+    kind = type(engine.optimizer.optimizer)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    optimizer = of_class(name)
+    if optimizer is None:
+        raise CheckpointError(
+            "checkpoints cannot hold the states of this optimizer, which are not known",
+            value=name,
+            remedy="list the class in OPTIMIZERS (launcher/plan/optimizers.py), with the names of its states",
+        )
+    return optimizer
+
+
+def stored_keys(engine: Any, step: int) -> tuple[str, ...]:
+    """Names of the tensors that are stored for each parameter after `step` optimizer steps: before the first, weights alone."""
+    return (FP32, *optimizer_of(engine).states) if step else (FP32,)
+
+
 def local_elements(parameter: Parameter) -> int:
     """Elements of a parameter on this rank, without padding."""
     start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
@@ -63,11 +80,15 @@ def local_elements(parameter: Parameter) -> int:
 
 
 def layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list[tuple[str, str, int]]:
-    """(parameter name, fp32 or a moment, elements on this rank) in the order in which `local_states` gives them.
+    """(parameter name, fp32 or an optimizer state, elements on this rank) in the order in which `local_states` gives them.
 
-    There are moments only after the first optimizer step.
+    There are optimizer states only after the first optimizer step.
+
+    Raises:
+        CheckpointError: where the optimizer keeps other states than the table of optimizers names.
     """
-    keys = (FP32, *MOMENTS) if optimizer_step(engine) else (FP32,)
+    keys = stored_keys(engine, optimizer_step(engine))
+    _require_named_states(engine, keys)
     members = [member for group in _members(engine, named_parameters).values() for member in group]
     return [(name, key, local_elements(parameter)) for name, parameter, _ in members for key in keys]
 
@@ -84,14 +105,14 @@ def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Gene
     iterator: what lies on NVMe is in memory while its views are given out.
     """
     zero = engine.optimizer
-    keys = (FP32, *MOMENTS) if optimizer_step(engine) else (FP32,)
+    keys = stored_keys(engine, optimizer_step(engine))
     for group, members in _members(engine, named_parameters).items():
         with nvme.sub_group(zero, group):
             for name, parameter, offset in members:
                 for key in keys:
                     state = _flat(zero, group, key)
                     if state.dtype != torch.float32:
-                        problem = "weights and optimizer moments must be kept in fp32"
+                        problem = "weights and optimizer states must be kept in fp32"
                         raise CheckpointError(problem, where=name, value=f"{key} is {state.dtype}")
                     yield state.narrow(0, offset, local_elements(parameter))
 
@@ -104,7 +125,7 @@ def local_weights(named_parameters: Mapping[str, Parameter]) -> Generator[tuple[
 
 
 def _flat(zero: Any, group: int, key: str) -> torch.Tensor:
-    """All of a sub-group's fp32 weights, or of one of its moments, with padding."""
+    """All of a sub-group's fp32 weights, or of one of its optimizer states, with padding."""
     flat = zero.fp32_partitioned_groups_flat[group]
     state: torch.Tensor = flat if key == FP32 else zero.optimizer.state[flat][key]
     return state.detach()
@@ -123,7 +144,10 @@ def _members(engine: Any, named_parameters: Mapping[str, Parameter]) -> dict[int
 def optimizer_step(engine: Any) -> int:
     """Optimizer steps that changed the weights (skipped ones do not count); the same for every parameter."""
     zero = engine.optimizer
-    steps = {int(zero.optimizer.state.get(flat, {}).get("step", 0)) for flat in zero.fp32_partitioned_groups_flat}
+    # What an optimizer has stepped where it keeps no count of its own.
+    applied = engine.global_steps - engine.skipped_steps
+    states = (zero.optimizer.state.get(flat) for flat in zero.fp32_partitioned_groups_flat)
+    steps = {int(state.get("step", applied)) if state else 0 for state in states}
     if len(steps) != 1:
         raise CheckpointError("parameters have been updated a different number of times", value=str(sorted(steps)))
     return steps.pop()
@@ -136,14 +160,14 @@ def fill(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read
     """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()
-    nvme.forget_moments(zero)
+    nvme.forget_states(zero)
     for group, members in _members(engine, named_parameters).items():
         with nvme.sub_group(zero, group, changed=True):
-            _make_optimizer_state(zero, group, step)
+            _make_optimizer_state(engine, group, step)
             for name, parameter, offset in members:
                 start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
                 padded = torch.zeros(parameter.ds_tensor.ds_numel, dtype=torch.float32)
-                for key in (FP32, *MOMENTS) if step else (FP32,):
+                for key in stored_keys(engine, step):
                     read(name, key, parameter.ds_numel, start, padded[: stop - start])
                     _flat(zero, group, key).narrow(0, offset, padded.numel()).copy_(padded)
             zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -205,18 +229,39 @@ def _tensors(content: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _make_optimizer_state(zero: Any, sub_group: int, step: int) -> None:
-    """Empty moments, and `step` in the form in which the optimizer's own first step would have made it."""
+def _require_named_states(engine: Any, keys: tuple[str, ...]) -> None:
+    zero = engine.optimizer
+    for flat in zero.fp32_partitioned_groups_flat:
+        state = zero.optimizer.state.get(flat, {})
+        kept = {key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
+        if kept != set(keys) - {FP32}:
+            raise CheckpointError(
+                "the optimizer keeps other states than OPTIMIZERS (launcher/plan/optimizers.py) names for it",
+                value=f"it keeps {', '.join(sorted(kept))}",
+                remedy=f"name them in its row, which names {', '.join(keys[1:]) or 'none'}",
+            )
+
+
+def _make_optimizer_state(engine: Any, sub_group: int, step: int) -> None:
+    """Make states of zeros, and `step` in the form in which the optimizer's own first step would have made it."""
+    zero, optimizer = engine.optimizer, optimizer_of(engine)
     base, flat = zero.optimizer, zero.fp32_partitioned_groups_flat[sub_group]
     base.state.pop(flat, None)
     if step == 0:
         return
-    group = base.param_groups[zero.sub_group_to_group_id[sub_group]]
-    count: int | torch.Tensor = step
-    if isinstance(base, torch.optim.Adam):
-        on_device = group["fused"] or group["capturable"]
-        count = torch.tensor(float(step), dtype=torch.float32, device=flat.device if on_device else "cpu")
-    base.state[flat] = {"step": count, **{key: torch.zeros_like(flat.data) for key in MOMENTS}}
+    state: dict[str, Any] = {key: torch.zeros_like(flat.data) for key in optimizer.states}
+    if optimizer.counts_steps:
+        group = base.param_groups[zero.sub_group_to_group_id[sub_group]]
+        state = {"step": _step_count(base, group, flat, step), **state}
+    base.state[flat] = state
+
+
+def _step_count(base: torch.optim.Optimizer, group: Mapping[str, Any], flat: torch.Tensor, step: int) -> int | torch.Tensor:
+    """`step` as the optimizer keeps it: an int in DeepSpeed, else an fp32 tensor on the device where torch's kernel reads it."""
+    if isinstance(base, DeepSpeedCPUAdam):
+        return step
+    on_device = group.get("fused") or group.get("capturable")
+    return torch.tensor(float(step), dtype=torch.float32, device=flat.device if on_device else "cpu")
 
 
 def _replay_bias_correction(adam: DeepSpeedCPUAdam, step: int) -> None:

@@ -148,7 +148,7 @@ class ModelSection(Section):
 class OptimSection(Section):
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["adamw"] = Field("adamw", description="The optimizer.")
+    name: str = Field("adamw", description="The optimizer: adamw, or another row of OPTIMIZERS in launcher/plan/optimizers.py.")
     lr: Positive = Field(1e-5, description="Peak learning rate.")
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         0.0, description="Decoupled weight decay; norms, biases and other one-dimensional weights are left out."

@@ -12,10 +12,13 @@ from typing import Any
 from launcher.config.schema import DeepSpeedSection, ModelSection
 from launcher.config.train import TrainSection
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
-from launcher.plan.memory import NVME_SUB_GROUP, hpz_ranks, largest_parameter
+from launcher.plan.memory import NVME_SUB_GROUP, hpz_ranks, largest_parameter, num_nvme_buffers
+from launcher.plan.optimizers import Optimizer
 
 # Elements below which a message costs more in latency than in transfer.
 _SMALLEST_BUCKET = 2**24
+# DeepSpeed's buffer_count of a key that is not set, for optimizer states on NVMe.
+_DEFAULT_NVME_BUFFERS = 4
 # DeepSpeed fetches a weight ahead from NVMe twice where it is used twice in short order, as at the turn from forward to backward,
 # and dies of it (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions); and each weight that it keeps for later
 # takes one of a few buffers. So such weights are fetched when they are used and let go after that.
@@ -29,6 +32,7 @@ def render(
     batch: Batch,
     topology: Topology,
     facts: ModelFacts,
+    optimizer: Optimizer,
     nvme_folder: str | None,
 ) -> dict[str, Any]:
     """DeepSpeed's configuration as a JSON-able mapping; `deepspeed.extra` is merged last.
@@ -52,6 +56,8 @@ def render(
     }
     if deepspeed.offload_optimizer != "none":
         zero["offload_optimizer"] = _offload(deepspeed.offload_optimizer, nvme_folder)
+    if deepspeed.offload_optimizer == "nvme" and num_nvme_buffers(optimizer) > _DEFAULT_NVME_BUFFERS:
+        zero["offload_optimizer"]["buffer_count"] = num_nvme_buffers(optimizer)
     if deepspeed.offload_params != "none":
         zero["offload_param"] = _offload(deepspeed.offload_params, nvme_folder)
     if deepspeed.offload_params == "nvme":
@@ -74,6 +80,8 @@ def render(
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }
+    if not optimizer.is_known_to_deepspeed:
+        config["zero_allow_untested_optimizer"] = True
     if model.dtype != "fp32":
         config[model.dtype] = {"enabled": True}
         if batch.accumulation > 1:

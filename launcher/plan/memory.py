@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from launcher.config.schema import DeepSpeedSection
 from launcher.plan.launch_plan import Memory, ModelFacts, Saving, Topology
+from launcher.plan.optimizers import FP32_BYTES, Optimizer
 
 GIB = 2**30
-# fp32 master weight and Adam's two fp32 moments.
-OPTIMIZER_BYTES_PER_PARAM = 12
-# Elements of the optimizer's states that are in memory at once where they lie on NVMe, in four buffers that DeepSpeed keeps for
-# weights, gradients and both moments.
+# Elements of the optimizer's states that are in memory at once where they are on NVMe: one buffer each for weights, gradients and
+# every state.
 NVME_SUB_GROUP = 100_000_000
 # The rest is for the data loader, the libraries, and the system's cache, through which checkpoints are written.
 _USABLE_HOST_SHARE = 0.8
@@ -30,8 +29,19 @@ def largest_parameter(facts: ModelFacts) -> int:
     return facts.hidden_size * max(facts.vocab_size, inside, facts.num_heads * facts.head_dim)
 
 
+def num_nvme_buffers(optimizer: Optimizer) -> int:
+    """Buffers that DeepSpeed needs to step a sub-group that is on NVMe: weights, gradients and each state."""
+    return 2 + len(optimizer.states)
+
+
 def estimate(
-    num_params: int, dtype: str, accumulation: int, deepspeed: DeepSpeedSection, topology: Topology, device_gib: float | None
+    num_params: int,
+    dtype: str,
+    accumulation: int,
+    optimizer: Optimizer,
+    deepspeed: DeepSpeedSection,
+    topology: Topology,
+    device_gib: float | None,
 ) -> Memory:
     """Model states in GiB, per rank on its device and per node in main memory."""
     width = 4 if dtype == "fp32" else 2
@@ -42,23 +52,23 @@ def estimate(
     gradients = per_rank * (4 if accumulation > 1 else width)
     # fp32 weights are their own master copy, unless that copy lies elsewhere.
     shared = dtype == "fp32" and deepspeed.offload_optimizer == "none"
-    optimizer = per_rank * (OPTIMIZER_BYTES_PER_PARAM - (4 if shared else 0))
+    states = per_rank * (optimizer.bytes_per_param - (FP32_BYTES if shared else 0))
     on_device = {
         "weights": weights if deepspeed.offload_params == "none" else 0.0,
         "gradients": gradients if deepspeed.offload_optimizer == "none" else 0.0,
-        "optimizer": optimizer if deepspeed.offload_optimizer == "none" else 0.0,
+        "optimizer": states if deepspeed.offload_optimizer == "none" else 0.0,
     }
     host = 0.0
     host += weights if deepspeed.offload_params == "cpu" else 0.0
-    host += gradients + optimizer if deepspeed.offload_optimizer == "cpu" else 0.0
+    host += gradients + states if deepspeed.offload_optimizer == "cpu" else 0.0
     if deepspeed.offload_optimizer == "nvme":
-        host += gradients + 4 * 4 * min(per_rank, NVME_SUB_GROUP / GIB)
+        host += gradients + num_nvme_buffers(optimizer) * FP32_BYTES * min(per_rank, NVME_SUB_GROUP / GIB)
     if topology.device == "cpu":
         host = sum(on_device.values()) + host
     return Memory(
         weights_gib=round(weights, 3),
         gradients_gib=round(gradients, 3),
-        optimizer_gib=round(optimizer, 3),
+        optimizer_gib=round(states, 3),
         per_rank_gib=round(sum(on_device.values()), 3),
         host_per_node_gib=round(host * topology.ranks_per_node, 3),
         device_gib=device_gib,
@@ -66,7 +76,13 @@ def estimate(
 
 
 def saving(
-    num_params: int, asynchronous: bool, deepspeed: DeepSpeedSection, memory: Memory, topology: Topology, host_gib: float | None
+    num_params: int,
+    asynchronous: bool,
+    optimizer: Optimizer,
+    deepspeed: DeepSpeedSection,
+    memory: Memory,
+    topology: Topology,
+    host_gib: float | None,
 ) -> Saving:
     """Whether checkpoints can be written in the background, which takes a copy of each rank's states in main memory.
 
@@ -74,7 +90,7 @@ def saving(
     """
     if not asynchronous:
         return Saving(background=False, host_gib_per_node=0.0)
-    copies = checkpoint_bytes(num_params) / topology.nodes / GIB
+    copies = checkpoint_bytes(num_params, optimizer) / topology.nodes / GIB
     if "nvme" in (deepspeed.offload_optimizer, deepspeed.offload_params):
         note = "states on NVMe cannot be read while training uses them, so training waits while a checkpoint is written"
         return Saving(background=False, host_gib_per_node=0.0, note=note)
@@ -87,6 +103,6 @@ def saving(
     return Saving(background=True, host_gib_per_node=round(copies, 3))
 
 
-def checkpoint_bytes(num_params: int) -> int:
-    """Bytes of one checkpoint over all ranks: fp32 weights and two fp32 moments."""
-    return num_params * OPTIMIZER_BYTES_PER_PARAM
+def checkpoint_bytes(num_params: int, optimizer: Optimizer) -> int:
+    """Bytes of one checkpoint over all ranks: fp32 weights and optimizer states."""
+    return num_params * optimizer.bytes_per_param

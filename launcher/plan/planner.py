@@ -15,6 +15,7 @@ from launcher.plan import batch, deepspeed, memory, prices
 from launcher.plan.architecture import problems_of
 from launcher.plan.gpus import GPUS, lookup
 from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
+from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.run_dir import default_name
 
 CPU_RANKS = 2
@@ -28,6 +29,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     """
     topology = _topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *problems_of(facts.model.config, config.data.packing)]
+    problems += optimizer_problems(config)
     try:
         split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)
     except ConfigError as error:
@@ -45,7 +47,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
         **_of_ranks(config, facts.model, topology, split, nvme_folder, _device_gib(config, facts), host_memory_gib),
-        checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params),
+        checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
         limits=_limits(config),
         price=_price(config, facts, topology),
         model=facts.model,
@@ -119,13 +121,20 @@ def _of_ranks(
     host_memory_gib: float | None,
 ) -> dict[str, Any]:
     """What of a plan depends on the number of ranks."""
-    states = memory.estimate(model.num_params, config.model.dtype, split.accumulation, config.deepspeed, topology, device_gib)
+    optimizer = OPTIMIZERS[config.optim.name]
+    states = memory.estimate(
+        model.num_params, config.model.dtype, split.accumulation, optimizer, config.deepspeed, topology, device_gib
+    )
     states = states.model_copy(update={"node_gib": host_memory_gib})
-    saving = memory.saving(model.num_params, config.checkpoint.async_save, config.deepspeed, states, topology, host_memory_gib)
+    saving = memory.saving(
+        model.num_params, config.checkpoint.async_save, optimizer, config.deepspeed, states, topology, host_memory_gib
+    )
     return {
         "topology": topology,
         "batch": split,
-        "deepspeed": deepspeed.render(config.deepspeed, config.model, config.train, split, topology, model, nvme_folder),
+        "deepspeed": deepspeed.render(
+            config.deepspeed, config.model, config.train, split, topology, model, optimizer, nvme_folder
+        ),
         "memory": states,
         "saving": saving,
     }

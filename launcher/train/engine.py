@@ -54,7 +54,7 @@ def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLo
     partitioned = HfDeepSpeedConfig(plan.deepspeed)
     _clear_nvme(plan, rank_info)
     model = build_model(plan.config.model, plan.model, plan.topology.device, plan.config.train.loss_chunk_tokens)
-    optimizer = build_optimizer(model.parameters_by_name().items(), plan.config.optim, plan.config.deepspeed)
+    optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
     import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)
     del partitioned

@@ -1,14 +1,20 @@
-"""The optimizer and the learning-rate schedule."""
+"""Builders of the optimizers in launcher/plan/optimizers.py, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
 from torch import nn
 
 from launcher.config.schema import DeepSpeedSection, OptimSection
+from launcher.plan.optimizers import OPTIMIZERS
+
+# Makes an optimizer of parameter groups, each with its `weight_decay`; the loop sets the learning rate before each step.
+Builder = Callable[[list[dict[str, Any]], OptimSection, DeepSpeedSection], torch.optim.Optimizer]
 
 
 def learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
@@ -32,21 +38,26 @@ def learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
 
 
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimSection, deepspeed: DeepSpeedSection
+    parameters: Iterable[nn.Parameter], optim: OptimSection, deepspeed: DeepSpeedSection
 ) -> torch.optim.Optimizer:
-    """AdamW over two groups, with and without weight decay.
-
-    torch's fused kernel serves GPU and CPU alike and needs no compiler; offloaded states are stepped by
-    DeepSpeed's CPU Adam, which overlaps the copies.
-    """
+    """Build the optimizer that `optim.name` names in OPTIMIZERS, over two groups: with and without weight decay."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for _, parameter in parameters:
+    for parameter in parameters:
         # Under ZeRO-3 a parameter is empty between uses; ds_shape keeps its real shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (decayed if len(shape) > 1 else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    build: Builder = resolve_name(OPTIMIZERS[optim.name].builder)
+    return build([group for group in groups if group["params"]], optim, deepspeed)
+
+
+def build_adamw(groups: list[dict[str, Any]], optim: OptimSection, deepspeed: DeepSpeedSection) -> torch.optim.Optimizer:
+    """Build AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101).
+
+    torch's fused kernel serves GPU and CPU alike and needs no compiler; offloaded states are stepped by
+    DeepSpeed's CPU Adam, which overlaps the copies.
+    """
     if deepspeed.offload_optimizer != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -23,6 +23,7 @@ from launcher.data import cache_dir
 from launcher.errors import DataError, Problem
 from launcher.plan.deepspeed import render
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
+from launcher.plan.optimizers import OPTIMIZERS
 
 # What the extra keys are merged into: the plan of any small run, since this says nothing of sizes.
 _BATCH = Batch(
@@ -191,7 +192,7 @@ def _model_in(model: type[BaseModel], name: str) -> type[BaseModel] | None:
 
 def _rendered(config: RunConfig, extra: dict[str, Any]) -> dict[str, Any]:
     section = config.deepspeed.model_copy(update={"extra": extra})
-    return render(section, config.model, config.train, _BATCH, _TOPOLOGY, _MODEL, config.deepspeed.nvme_path)
+    return render(section, config.model, config.train, _BATCH, _TOPOLOGY, _MODEL, OPTIMIZERS["adamw"], config.deepspeed.nvme_path)
 
 
 def _parse(values: dict[str, Any]) -> None:

@@ -9,16 +9,18 @@ import pytest
 from launcher.config.schema import DeepSpeedSection
 from launcher.plan.launch_plan import LaunchPlan, Memory, Topology
 from launcher.plan.memory import checkpoint_bytes, estimate, saving
+from launcher.plan.optimizers import OPTIMIZERS
 
 EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", backend="nccl")
 FOUR_NODES = Topology(nodes=4, ranks_per_node=8, world_size=32, device="cuda", backend="nccl")
+ADAMW = OPTIMIZERS["adamw"]
 LLAMA_8B = 8_030_261_248
 # One byte for each parameter on each of eight ranks: 8,030,261,248 / 8 / 2^30 GiB.
 BYTE = 0.934844
 
 
 def memory(dtype: str = "bf16", accumulation: int = 8, topology: Topology = EIGHT_GPUS, **settings: object) -> Memory:
-    return estimate(LLAMA_8B, dtype, accumulation, DeepSpeedSection(**settings), topology, 79.1)  # type: ignore[arg-type]
+    return estimate(LLAMA_8B, dtype, accumulation, ADAMW, DeepSpeedSection(**settings), topology, 79.1)  # type: ignore[arg-type]
 
 
 def test_eight_billion_on_eight_gpus() -> None:
@@ -85,7 +87,7 @@ def test_more_ranks_take_less_each() -> None:
 
 
 def test_a_checkpoint_holds_master_weights_and_moments() -> None:
-    assert checkpoint_bytes(LLAMA_8B) == 96_363_134_976
+    assert checkpoint_bytes(LLAMA_8B, ADAMW) == 96_363_134_976
 
 
 def test_the_plan_carries_it(plan_of: Callable[..., LaunchPlan]) -> None:
@@ -96,24 +98,26 @@ def test_the_plan_carries_it(plan_of: Callable[..., LaunchPlan]) -> None:
 
 def test_copies_for_saves_in_the_background_lie_in_the_main_memory_of_each_node() -> None:
     states = memory(topology=FOUR_NODES)
-    found = saving(LLAMA_8B, True, DeepSpeedSection(), states, FOUR_NODES, 500.0)
+    found = saving(LLAMA_8B, True, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0)
     # 12 bytes for each parameter, on four nodes.
     assert found.background
     assert found.host_gib_per_node == pytest.approx(12 * BYTE * 8 / 4, abs=1e-2)
-    assert not saving(LLAMA_8B, False, DeepSpeedSection(), states, FOUR_NODES, 500.0).background
+    assert not saving(LLAMA_8B, False, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0).background
 
 
 def test_training_waits_where_the_copies_do_not_fit() -> None:
     offloaded = DeepSpeedSection(offload_optimizer="cpu")
     states = memory(topology=EIGHT_GPUS, offload_optimizer="cpu")
     # 16 bytes of gradients and states and 12 of copies for each parameter: 209 GiB.
-    assert saving(LLAMA_8B, True, offloaded, states, EIGHT_GPUS, 300.0).background
-    tight = saving(LLAMA_8B, True, offloaded, states, EIGHT_GPUS, 250.0)
+    assert saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, 300.0).background
+    tight = saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, 250.0)
     assert not tight.background
     assert "training waits" in tight.note
-    assert saving(LLAMA_8B, True, offloaded, states, EIGHT_GPUS, None).background, "where nothing is known, the ranks find out"
+    assert saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, None).background, (
+        "where nothing is known, the ranks find out"
+    )
     for key in ("offload_optimizer", "offload_params"):
         on_disk = DeepSpeedSection.model_validate({key: "nvme", "nvme_path": "/nvme"})
-        found = saving(LLAMA_8B, True, on_disk, states, EIGHT_GPUS, 10_000.0)
+        found = saving(LLAMA_8B, True, ADAMW, on_disk, states, EIGHT_GPUS, 10_000.0)
         assert not found.background
         assert "NVMe" in found.note

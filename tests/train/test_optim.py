@@ -44,7 +44,7 @@ def test_short_runs_have_a_rate_in_range(schedule: str, max_steps: int) -> None:
 
 def test_one_dimensional_weights_are_not_decayed() -> None:
     layer = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    optimizer = build_optimizer(layer.named_parameters(), OptimSection(weight_decay=0.1), DeepSpeedSection())
+    optimizer = build_optimizer(layer.parameters(), OptimSection(weight_decay=0.1), DeepSpeedSection())
     by_decay = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in optimizer.param_groups}
     assert by_decay == {0.1: [2], 0.0: [1, 1, 1]}
     set_learning_rate(optimizer, 0.5)

@@ -1,0 +1,68 @@
+"""The optimizers that `optim.name` can choose, and the tensors that each keeps for every parameter. Plain data, no torch.
+
+The memory plan, disk estimates, NVMe buffers, checkpoints and resume all derive from this table. To add an optimizer: write a
+builder in launcher/train/optim.py and add a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from launcher.config.schema import RunConfig
+from launcher.errors import Problem
+
+# Bytes of one fp32 element; master weights and all optimizer states are fp32.
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What the launcher has to know of an optimizer.
+
+    `states` are the keys, in torch's `optimizer.state[parameter]`, of its fp32 tensors with one element per parameter element.
+    Checkpoints store them under these names, so they cannot change later. `builder` is the function that makes the optimizer,
+    as module:function; see launcher/train/optim.py for its signature. `classes` are the optimizer classes that it returns, as
+    module.Class. `counts_steps` is False where the class keeps no "step" beside its states. `can_offload` is False where
+    DeepSpeed has no CPU implementation. `is_known_to_deepspeed` is False where DeepSpeed does not list a class as tested.
+    """
+
+    states: tuple[str, ...]
+    builder: str
+    classes: tuple[str, ...]
+    counts_steps: bool = True
+    can_offload: bool = True
+    is_known_to_deepspeed: bool = True
+
+    @property
+    def bytes_per_param(self) -> int:
+        """Bytes for each parameter of its fp32 master weight and all states."""
+        return FP32_BYTES * (1 + len(self.states))
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "adamw": Optimizer(
+        states=("exp_avg", "exp_avg_sq"),
+        builder="launcher.train.optim:build_adamw",
+        classes=("torch.optim.adamw.AdamW", "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam"),
+    ),
+}
+
+
+def of_class(name: str) -> Optimizer | None:
+    """The row of the optimizer class `name`, given as module.Class; None where no row lists it."""
+    return next((optimizer for optimizer in OPTIMIZERS.values() if name in optimizer.classes), None)
+
+
+def optimizer_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what is wrong with `optim.name`: not in the table, or an optimizer that cannot be offloaded as configured."""
+    name = config.optim.name
+    if name not in OPTIMIZERS:
+        yield Problem("unknown optimizer", where="optim.name", value=name, remedy=f"choose one of: {', '.join(OPTIMIZERS)}")
+    elif config.deepspeed.offload_optimizer != "none" and not OPTIMIZERS[name].can_offload:
+        yield Problem(
+            f"the states of {name} cannot be offloaded",
+            where="deepspeed.offload_optimizer",
+            value=config.deepspeed.offload_optimizer,
+            remedy="set deepspeed.offload_optimizer=none, or use optim=adamw",
+        )

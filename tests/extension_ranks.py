@@ -1,0 +1,99 @@
+"""Ranks of the tests that extend the launcher, over gloo; run by tests/forked_ranks.py."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from launcher.checkpoint import shards, store
+from launcher.checkpoint.saver import Saved, Saver
+from launcher.config.schema import DeepSpeedSection, OptimSection
+from launcher.distributed import RankInfo
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.optimizers import OPTIMIZERS, Optimizer
+from launcher.train.engine import build_engine
+
+NUM_ROWS, ROW_TOKENS = 2, 16
+MOMENTUM_SGD = Optimizer(
+    states=("momentum_buffer",),
+    builder="extension_ranks:build_momentum_sgd",
+    classes=("torch.optim.sgd.SGD",),
+    counts_steps=False,
+    can_offload=False,
+    is_known_to_deepspeed=False,
+)
+
+
+def build_momentum_sgd(groups: list[dict[str, Any]], optim: OptimSection, deepspeed: DeepSpeedSection) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=0.9)
+
+
+def join() -> RankInfo:
+    """Join the other ranks."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    meeting = f"file://{os.environ['RENDEZVOUS']}"
+    deepspeed.init_distributed(
+        "gloo",
+        auto_mpi_discovery=False,
+        init_method=meeting,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+        verbose=False,
+    )
+    return RankInfo(rank, rank, world_size, attempt=1)
+
+
+def train_with_momentum_sgd(plan_path: str, resume_step: int, save_step: int, last_step: int) -> dict[str, Any]:
+    """Train to `last_step` with the plan of this world size, from a checkpoint unless `resume_step` is 0.
+
+    Saves at `save_step`, unless that is 0. Returns the loss of each step over all ranks, and the names of the states stored.
+    """
+    OPTIMIZERS["sgd"] = MOMENTUM_SGD
+    rank_info, plan = join(), LaunchPlan.load(plan_path)
+    engine, model = build_engine(plan, rank_info)
+    parameters, root = model.parameters_by_name(), Path(plan.run_dir) / "checkpoints"
+    if resume_step:
+        shards.load(engine, parameters, store.at_step(root, resume_step).path)
+    losses = []
+    for step in range(resume_step + 1, last_step + 1):
+        losses.append(_train_step(engine, rank_info, plan.batch.micro_batch_size, step))
+        if step == save_step:
+            _save(engine, parameters, root, step)
+    dist.barrier()
+    return {"losses": losses, "tensors": _tensor_names(root)}
+
+
+def _train_step(engine: Any, rank_info: RankInfo, micro_batch_size: int, step: int) -> float:
+    """Train one step on rows that each second step has; returns the mean loss per token over all ranks."""
+    rows = torch.randint(0, 1000, (NUM_ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(step % 2))
+    mine = rows[rank_info.rank * micro_batch_size : (rank_info.rank + 1) * micro_batch_size]
+    positions = torch.arange(ROW_TOKENS).expand_as(mine)
+    loss = engine(mine, positions, mine.roll(-1, dims=1), rank_info.world_size / rows.numel())
+    engine.backward(loss, scale_wrt_gas=False)
+    engine.step()
+    total = loss.detach() / rank_info.world_size
+    dist.all_reduce(total)
+    return float(total)
+
+
+def _save(engine: Any, parameters: Any, root: Path, step: int) -> None:
+    saver = Saver(
+        engine, parameters, root, plan_digest="", attempt=1, prune=lambda committed: None, background=False, deadline_s=60
+    )
+    saver.save(step, {}, wait=True)
+    outcome = saver.wait()
+    assert isinstance(outcome, Saved), outcome
+
+
+def _tensor_names(root: Path) -> list[str]:
+    """The part after the parameter's name of all tensors in the newest checkpoint's first shard."""
+    names = load_file(store.latest(root).path / store.shard_name(0))
+    return sorted({name.partition("|")[2] for name in names if not name.startswith("rng")})
