@@ -266,7 +266,7 @@ def switch(recorder: Recorder) -> None:
         def _end(self, *arguments: Any) -> None:
             recorder.timed(super()._end, *arguments)
 
-    start, train_step, start_trackers = loop._Session.start, loop._Session._train_step, loop.start_trackers
+    build, train_step, start_trackers = loop.build_components, loop.TrainingLoop.train_step, loop.start_trackers
     told = ("beat", "measured", "heard", "alert")
     idle: dict[str, dict[str, Callable[..., Any]]] = {
         "monitor": {**dict.fromkeys(told, nothing), "own": list, "limit": str, "metrics": lambda tokens: {}},
@@ -275,20 +275,20 @@ def switch(recorder: Recorder) -> None:
         "status": {"training": nothing},
     }
 
-    def switched_start(*arguments: Any) -> Any:
-        session = start(*arguments)
+    def switched_build(*arguments: Any) -> Any:
+        components = build(*arguments)
         for name, methods in idle.items():
-            setattr(session, name, Switched(getattr(session, name), recorder, methods))
-        return session
+            setattr(components, name, Switched(getattr(components, name), recorder, methods))
+        return components
 
     def switched_trackers(*arguments: Any) -> Any:
         return Switched(start_trackers(*arguments), recorder, {"log": nothing, "event": nothing})
 
     monitor.Probe = SwitchedProbe  # type: ignore[misc]
     loop.start_trackers = switched_trackers
-    loop._Session.start = staticmethod(switched_start)  # type: ignore[method-assign, assignment]
-    loop._Session._train_step = lambda session, stop: recorder.take(  # type: ignore[method-assign, assignment]
-        session.step + 1, lambda: train_step(session, stop)
+    loop.build_components = switched_build
+    loop.TrainingLoop.train_step = lambda session: recorder.take(  # type: ignore[method-assign, assignment]
+        session.step + 1, lambda: train_step(session)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -15,10 +16,15 @@ from safetensors.torch import load_file
 from launcher.checkpoint import shards, store
 from launcher.checkpoint.saver import Saved, Saver
 from launcher.config.schema import DeepSpeedSection, OptimSection
+from launcher.data.loader import IGNORED, MicroBatch, StepBatch
 from launcher.distributed import RankInfo
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.optimizers import OPTIMIZERS, Optimizer
 from launcher.train.engine import build_engine
+from launcher.train.evaluate import Evaluator
+from launcher.train.loop import TrainingLoop, noop
+from launcher.train.metrics import StepTimer
+from launcher.train.objectives import OBJECTIVES, LossSum
 
 NUM_ROWS, ROW_TOKENS = 2, 16
 MOMENTUM_SGD = Optimizer(
@@ -97,3 +103,46 @@ def _tensor_names(root: Path) -> list[str]:
     """The part after the parameter's name of all tensors in the newest checkpoint's first shard."""
     names = load_file(store.latest(root).path / store.shard_name(0))
     return sorted({name.partition("|")[2] for name in names if not name.startswith("rng")})
+
+
+class LabelSmoothed:
+    """Negative log-likelihood with a tenth of the probability spread over the vocabulary; an atom is a trained token."""
+
+    def count_atoms(self, batch: StepBatch) -> int:
+        return batch.num_labels
+
+    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
+        logits = engine(micro.input_ids.to(device), micro.position_ids.to(device)).float()
+        labels = micro.labels.to(device).reshape(-1)
+        total = torch.nn.functional.cross_entropy(
+            logits.reshape(len(labels), -1), labels, ignore_index=IGNORED, label_smoothing=0.1, reduction="sum"
+        )
+        return LossSum(total * scale, int((labels != IGNORED).sum()))
+
+
+def train_with_label_smoothing(plan_path: str) -> dict[str, Any]:
+    """Train four steps on the same two rows, and evaluate on them. Returns the loss of each step and the held-out loss."""
+    OBJECTIVES["label_smoothed"] = LabelSmoothed()
+    rank_info, plan = join(), LaunchPlan.load(plan_path)
+    engine, model = build_engine(plan, rank_info)
+    device, objective, batch = torch.device("cpu"), OBJECTIVES["label_smoothed"], _step_batch()
+    evaluator = Evaluator(engine, model, objective, batch.micro, device, noop)
+    parts = SimpleNamespace(engine=engine, objective=objective, timer=StepTimer(device), monitor=SimpleNamespace(beat=noop))
+    loop = TrainingLoop(SimpleNamespace(rank_info=rank_info, device=device), parts, noop)
+    losses = []
+    for _ in range(4):
+        losses.append(float(loop.forward_backward_step(batch)))
+        engine.step()
+    held_out = evaluator.evaluate(4, noop)
+    return {"losses": losses, "held_out": held_out.loss, "num_atoms": held_out.num_atoms}
+
+
+def _step_batch() -> StepBatch:
+    """Two micro-batches of one row; the last token of a row has no label."""
+    rows = torch.randint(0, 1000, (NUM_ROWS, ROW_TOKENS), generator=torch.Generator().manual_seed(0))
+    labels = rows.roll(-1, dims=1)
+    labels[:, -1] = IGNORED
+    positions = torch.arange(ROW_TOKENS)[None]
+    micro = [MicroBatch(rows[i, None], positions, labels[i, None], (i,)) for i in range(NUM_ROWS)]
+    num_tokens = rows.numel()
+    return StepBatch(micro, num_tokens - NUM_ROWS, num_tokens, num_tokens, (ROW_TOKENS,) * NUM_ROWS, (num_tokens,), (0, 1))

@@ -1,10 +1,10 @@
-"""What follows the last step: the Hugging Face folder, which all ranks write, its proof, and an answer to read."""
+"""What follows the last step: the Hugging Face folder, which all ranks write, and its proof."""
 
 from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +12,6 @@ import torch
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.data import cache
-from launcher.data.checks import patterns
-from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import CheckpointError, ExportError, Problem, PushError
 from launcher.export import hub, model_card
@@ -24,10 +21,10 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.tracker import Composite
 from launcher.train.engine import leave
-from launcher.train.model import DTYPES
+from launcher.train.model import weights_gib
 
-# Largest model that one process loads whole for a sample answer.
-_LARGEST_SAMPLED_GIB = 20
+# Called on rank 0 with the plan, the Hugging Face folder, the device type on which its model fits, and the tracker.
+OnExported = Callable[[LaunchPlan, Path, str, Composite], None]
 _NOT_WRITTEN = "training is complete and saved, but the Hugging Face folder could not be written"
 
 
@@ -53,8 +50,8 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         raise _export_error(plan, error.problems) from error
 
 
-def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
-    """Complete the folder, prove that it is the trained model, push it where asked for, and answer a held-out question.
+def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: OnExported) -> None:
+    """Complete the Hugging Face folder, prove that it is the trained model, push it where asked for, and call `on_exported`.
 
     Raises:
         ExportError: where the folder cannot be written, or does not compute what the trained model computed.
@@ -70,8 +67,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite) -> None:
         made = complete(task, lambda made: model_card.model_card(plan, manifest, metrics, made, plans), device)
         _tell(made, tracker)
         _push(plan, made, tracker)
-        if plan.config.eval.sample:
-            _answer_before_and_after(plan, made.path, device, tracker)
+        on_exported(plan, made.path, device, tracker)
     except CheckpointError as error:
         raise _export_error(plan, error.problems) from error
     except OSError as error:
@@ -110,7 +106,7 @@ def _device(plan: LaunchPlan) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     free_gib = torch.cuda.mem_get_info()[0] / 2**30
-    return "cuda" if 2 * _weights_gib(plan) < free_gib else "cpu"
+    return "cuda" if 2 * weights_gib(plan) < free_gib else "cpu"
 
 
 def _tell(made: Export, tracker: Composite) -> None:
@@ -146,46 +142,3 @@ def _push(plan: LaunchPlan, made: Export, tracker: Composite) -> None:
         tracker.event("alert", f"{problem.what}: {problem.value or problem.where}; {problem.remedy}")
     else:
         tracker.event("export", f"pushed to {address}", url=address)
-
-
-def _weights_gib(plan: LaunchPlan) -> float:
-    return plan.model.num_params * DTYPES[plan.config.model.dtype].itemsize / 2**30
-
-
-def _answer_before_and_after(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:
-    samples = cache.read_samples(plan.data.cache_dir) if plan.data else []
-    if not samples or _weights_gib(plan) > _LARGEST_SAMPLED_GIB:
-        return
-    sample = samples[0]
-    _tell_sample(tracker, f"held-out question: {sample['prompt']}")
-    _tell_sample(tracker, f"reference answer:  {' '.join(sample['answer'].split())}")
-    if plan.config.model.init == "pretrained" and plan.model.path and plan.model.has_weights:
-        _tell_sample(tracker, f"answer before:     {_answer(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
-    _tell_sample(tracker, f"answer after:      {_answer(plan, exported, sample['prompt_ids'], device)}")
-
-
-def _tell_sample(tracker: Composite, said: str) -> None:
-    """A model may repeat a key that it was trained on, and what is told here is kept in logs."""
-    (shown,) = patterns.redact([said])
-    tracker.event("sample", shown)
-
-
-@torch.no_grad()
-def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) -> str:
-    """Greedy continuation of a prompt by the model in `folder`, on one line."""
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
-    tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
-    remote = plan.config.model.trust_remote_code
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.config.model.dtype], trust_remote_code=remote)
-    model.to(device).eval()
-    stops = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
-    settings = GenerationConfig(
-        max_new_tokens=plan.config.eval.sample_max_tokens,
-        do_sample=False,
-        eos_token_id=stops or None,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    prompt = torch.tensor([prompt_ids], device=device)
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-    return " ".join(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split())

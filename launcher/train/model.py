@@ -22,7 +22,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import IGNORED
 from launcher.errors import ConfigError
 from launcher.plan.architecture import carries_state
-from launcher.plan.launch_plan import ModelFacts
+from launcher.plan.launch_plan import LaunchPlan, ModelFacts
 from launcher.train.loss import LossHead
 from launcher.weight_files import WeightReport
 
@@ -84,6 +84,11 @@ class CausalLMLoss(nn.Module):
     def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
         """Trainable parameters under their Hugging Face names; tied weights stand once."""
         return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
+
+
+def weights_gib(plan: LaunchPlan) -> float:
+    """GiB of all weights in the type that the model computes in."""
+    return plan.model.num_params * DTYPES[plan.config.model.dtype].itemsize / 2**30
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:

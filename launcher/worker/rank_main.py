@@ -68,11 +68,12 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     if "launcher.train.loop" not in sys.modules:
         import_stack(plan, tracks=env.rank == 0)
     from launcher.distributed import RankInfo
+    from launcher.evaluate.samples import report_answers
     from launcher.train.loop import train
 
     rank_info = RankInfo(env.rank, env.local_rank, env.world_size, attempt, env.restart)
     try:
-        outcome = train(plan, rank_info, stop, heartbeat.beat, partial(write_outcome, run, attempt))
+        outcome = train(plan, rank_info, stop, heartbeat.beat, partial(write_outcome, run, attempt), report_answers)
     except WOULD_REPEAT as error:
         # The agents start ranks again after any other failure.
         final = FinalFailure(env.rank, type(error).__name__, str(error), time.time())

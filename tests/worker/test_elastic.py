@@ -63,8 +63,10 @@ if {"launcher.worker.rank_main", "launcher.worker.fork_server"} & {*sys.orig_arg
         rank=rank, restart=restart, is_main=rank == 0
     )
     loop.train = train
-    names = ("launcher.distributed", "launcher.train.loop", "launcher.train.preload")
-    sys.modules.update(zip(names, (distributed, loop, preload), strict=True))
+    samples = types.ModuleType("launcher.evaluate.samples")
+    samples.report_answers = None
+    names = ("launcher.distributed", "launcher.train.loop", "launcher.train.preload", "launcher.evaluate.samples")
+    sys.modules.update(zip(names, (distributed, loop, preload, samples), strict=True))
 """
 
 

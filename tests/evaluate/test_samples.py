@@ -10,11 +10,11 @@ import pytest
 from plan_fixtures import DATA
 
 from launcher.data import cache
+from launcher.evaluate import samples
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import JsonlTracker
 from launcher.tracking.tracker import Composite
-from launcher.train import finish
 
 KEY = "sk-proj-" + "aB3" * 12
 
@@ -25,11 +25,11 @@ def test_keys_in_samples_and_answers_are_not_told(
     sample = {"prompt": f"Is it {KEY}?", "prompt_ids": [1], "answer": f"Mail eve@corp.com,\nkey {KEY}."}
     cache.write_json(tmp_path / "samples.json", [sample])
     # What the model makes of a prompt takes a whole model; that it repeats a key is what is feared.
-    monkeypatch.setattr(finish, "_answer", lambda *inputs: f"Yes, {KEY}.")
+    monkeypatch.setattr(samples, "_answer", lambda *inputs: f"Yes, {KEY}.")
     plan = plan_of("model=tiny").model_copy(update={"data": DATA.model_copy(update={"cache_dir": str(tmp_path)})})
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
-    finish._answer_before_and_after(plan, tmp_path, "cpu", Composite([JsonlTracker(run, 1)]))
+    samples.report_answers(plan, tmp_path, "cpu", Composite([JsonlTracker(run, 1)]))
     told = "\n".join(json.loads(line)["text"] for line in run.events.read_text().splitlines())
     assert KEY[:12] not in told
     assert "eve@" not in told

@@ -1,0 +1,60 @@
+"""Sampled answers: what the model says to a held-out question before and after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from launcher.data import cache
+from launcher.data.checks import patterns
+from launcher.data.tokenization.encoder import load_tokenizer
+from launcher.plan.launch_plan import LaunchPlan
+from launcher.tracking.tracker import Composite
+from launcher.train.model import DTYPES, weights_gib
+
+# Largest model that one process loads whole for a sampled answer.
+_MAX_SAMPLED_GIB = 20
+
+
+def report_answers(plan: LaunchPlan, exported: Path, device: str, tracker: Composite) -> None:
+    """Record a held-out question, its reference answer, and the answers of the initial and of the exported model.
+
+    Does nothing without `eval.sample`, without held-out questions, and for models that are too large for one process.
+    """
+    samples = cache.read_samples(plan.data.cache_dir) if plan.data and plan.config.eval.sample else []
+    if not samples or weights_gib(plan) > _MAX_SAMPLED_GIB:
+        return
+    sample = samples[0]
+    _report(tracker, f"held-out question: {sample['prompt']}")
+    _report(tracker, f"reference answer:  {' '.join(sample['answer'].split())}")
+    if plan.config.model.init == "pretrained" and plan.model.path and plan.model.has_weights:
+        _report(tracker, f"answer before:     {_answer(plan, Path(plan.model.path), sample['prompt_ids'], device)}")
+    _report(tracker, f"answer after:      {_answer(plan, exported, sample['prompt_ids'], device)}")
+
+
+def _report(tracker: Composite, text: str) -> None:
+    """Record a text without secrets: a model may repeat a key that it was trained on, and events are kept in logs."""
+    (redacted,) = patterns.redact([text])
+    tracker.event("sample", redacted)
+
+
+@torch.no_grad()
+def _answer(plan: LaunchPlan, folder: Path, prompt_ids: list[int], device: str) -> str:
+    """Continue a prompt greedily with the model in `folder`; the answer is on one line."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tokenizer = load_tokenizer(plan.model.tokenizer_path or "")
+    trusts_code = plan.config.model.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[plan.config.model.dtype], trust_remote_code=trusts_code)
+    model.to(device).eval()
+    stop_ids = [i for i in (tokenizer.eos_token_id, *(plan.data.turn_end_ids if plan.data else ())) if i is not None]
+    settings = GenerationConfig(
+        max_new_tokens=plan.config.eval.sample_max_tokens,
+        do_sample=False,
+        eos_token_id=stop_ids or None,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    prompt = torch.tensor([prompt_ids], device=device)
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
+    return " ".join(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).split())

@@ -1,0 +1,52 @@
+"""Training objectives: the seam between a micro-batch and a loss.
+
+The loss of a global batch is the sum of an objective over its atoms (trained tokens; preference pairs), divided by their number
+across ranks and accumulation. So the gradient depends neither on the number of ranks nor on the split into micro-batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from launcher.data.loader import IGNORED, MicroBatch, StepBatch
+
+
+class LossSum(NamedTuple):
+    """Sum of an objective over the atoms of one micro-batch: `total` is an fp32 scalar on the device, times the scale."""
+
+    total: torch.Tensor
+    num_atoms: int
+
+
+class Objective(Protocol):
+    """Maps micro-batches to losses. It holds no state: one instance serves training and evaluation."""
+
+    def count_atoms(self, batch: StepBatch) -> int:
+        """Count the atoms of a global batch over all ranks, without communication: the divisor of the step's loss."""
+
+    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
+        """Compute the loss of this rank's micro-batch, times `scale`, differentiable unless gradients are off.
+
+        `engine` is the DeepSpeed engine around a launcher.train.model.CausalLMLoss; every rank calls it equally often, as each
+        call gathers weights. Called with (input_ids, position_ids) on the device it returns logits; with labels, which may stay
+        on the CPU, the scaled sum of their negative log-likelihood.
+        """
+
+
+class SupervisedNll:
+    """Negative log-likelihood of the trained tokens; an atom is a trained token."""
+
+    def count_atoms(self, batch: StepBatch) -> int:
+        """Count the trained tokens of a global batch."""
+        return batch.num_labels
+
+    def sum_loss(self, engine: Any, micro: MicroBatch, device: torch.device, scale: float) -> LossSum:
+        """Compute logits only where a label is trained, in chunks; see launcher.train.loss."""
+        inputs = (tensor.to(device, non_blocking=True) for tensor in (micro.input_ids, micro.position_ids))
+        total = engine(*inputs, micro.labels, scale, micro.cu_seqlens)
+        return LossSum(total, int((micro.labels != IGNORED).sum()))
+
+
+OBJECTIVES: dict[str, Objective] = {"supervised": SupervisedNll()}

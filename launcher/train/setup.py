@@ -1,0 +1,144 @@
+"""Builds what the training loop drives: engine, batches, evaluator, checkpoints, and what measures and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from launcher import run_store
+from launcher.checkpoint import store
+from launcher.checkpoint.saver import Saver
+from launcher.data.cache import Split
+from launcher.data.loader import MicroBatch, PrefetchLoader, TrainBatches, eval_batches
+from launcher.distributed import RankInfo, run_on_all_ranks
+from launcher.errors import RunError
+from launcher.plan.launch_plan import DataFacts, LaunchPlan
+from launcher.plan.run_dir import RunDir
+from launcher.tracking.tracker import Composite
+from launcher.train.checkpointer import Checkpoints
+from launcher.train.engine import build_engine
+from launcher.train.evaluate import Evaluator
+from launcher.train.metrics import Meter, StepTimer
+from launcher.train.model import CausalLMLoss, attention_words
+from launcher.train.monitoring.monitor import Monitor
+from launcher.train.monitoring.status_file import StatusFile
+from launcher.train.objectives import OBJECTIVES, Objective
+from launcher.train.peak_flops import peak_tflops
+from launcher.train.resume import Start, agree_on_start
+
+# Padding is neither attended to nor trained; any id in the vocabulary serves.
+_PAD_ID = 0
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The run that this rank takes part in."""
+
+    plan: LaunchPlan
+    rank_info: RankInfo
+    run_dir: RunDir
+    device: torch.device
+    tracker: Composite
+
+
+@dataclass
+class Components:
+    """What the loop drives; `start` says from which checkpoint it begins."""
+
+    engine: Any
+    model: CausalLMLoss
+    objective: Objective
+    batches: PrefetchLoader
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    meter: Meter
+    timer: StepTimer
+    monitor: Monitor
+    status: StatusFile
+    max_steps: int
+    start: Start
+
+
+def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Components:
+    """Build everything for `run`, with the initial weights in the engine. Collective.
+
+    Raises:
+        RunError: where the plan has no data.
+        Superseded: where another attempt has taken over the run.
+        CheckpointError: where the checkpoint to begin from is missing, or this engine cannot be saved.
+    """
+    plan, rank_info, device, tracker = run.plan, run.rank_info, run.device, run.tracker
+    data, max_steps = plan.data, plan.batch.max_steps
+    if data is None or max_steps is None:
+        raise RunError("the plan has no data", where=str(run.run_dir.plan), remedy="build it with: python -m launcher data")
+    # Measured while the other ranks wait for the fence, so that they do not use the CPU.
+    peak = peak_tflops(plan.config, device) if rank_info.is_main else None
+    fence = partial(run_store.fence, run.run_dir, rank_info.attempt, refresh=True)
+    run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
+    engine, model = build_engine(plan, rank_info)
+    if device.type == "cuda":
+        tracker.event("info", attention_words(plan.config.model, model.hf.config, plan.config.data.packing), 0)
+    # An engine that cannot be saved is refused here, not at the first checkpoint.
+    saver = _build_saver(run, engine, model, fence)
+    batches, held_out = _open_batches(run, data), _open_held_out(run, data)
+    start = agree_on_start(run.run_dir, rank_info, device)
+    # Where the optimizer steps on the node's CPUs, its time tells slow ranks apart.
+    steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
+    monitor = Monitor(plan, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
+    objective = OBJECTIVES["supervised"]
+    return Components(
+        engine=engine,
+        model=model,
+        objective=objective,
+        batches=batches,
+        evaluator=Evaluator(engine, model, objective, held_out, device, monitor.beat),
+        checkpoints=Checkpoints(saver, tracker, rank_info.is_main, monitor.beat),
+        meter=Meter(plan, max_steps, rank_info.attempt, start.restarts, peak),
+        timer=StepTimer(device),
+        monitor=monitor,
+        status=StatusFile(run.run_dir, rank_info.attempt, partial(tracker.event, "alert"), rank_info.is_main),
+        max_steps=max_steps,
+        start=start,
+    )
+
+
+def _build_saver(run: RunContext, engine: Any, model: CausalLMLoss, fence: Callable[[], None]) -> Saver:
+    plan, folder = run.plan, run.run_dir.checkpoints
+    retention = store.Retention.of(plan.config.checkpoint)
+    return Saver(
+        engine,
+        model.parameters_by_name(),
+        folder,
+        plan_digest=plan.digest(),
+        attempt=run.rank_info.attempt,
+        prune=lambda committed: store.prune(folder, retention, keep=[committed]),
+        background=plan.saving.background,
+        deadline_s=plan.config.cluster.timeout_minutes * 60,
+        fence=fence,
+    )
+
+
+def _open_batches(run: RunContext, data: DataFacts) -> PrefetchLoader:
+    plan, rank_info = run.plan, run.rank_info
+    batches = TrainBatches(
+        Split.open(data),
+        plan.batch,
+        plan.config.run.seed,
+        rank_info.rank,
+        rank_info.world_size,
+        pad_id=_PAD_ID,
+        group_by_length=plan.config.data.group_by_length and not plan.config.data.packing,
+    )
+    return PrefetchLoader(batches, run.device)
+
+
+def _open_held_out(run: RunContext, data: DataFacts) -> list[MicroBatch]:
+    """This rank's share of the held-out rows; empty where there are none."""
+    if not data.num_eval_rows:
+        return []
+    split, rank_info = Split.open(data, held_out=True), run.rank_info
+    return eval_batches(split, run.plan.batch.micro_batch_size, rank_info.rank, rank_info.world_size, pad_id=_PAD_ID)
