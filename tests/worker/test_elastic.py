@@ -30,10 +30,10 @@ def slow(function):
         return function(*values, **named)
     return call
 
-def train(plan, place, stop, beat, leave_outcome):
-    if place.restart == 0:
+def train(plan, rank_info, stop, beat, on_early_stop, on_exported):
+    if rank_info.restart == 0:
         lock = open(os.environ["LOCK"], "a")
-        if place.rank == 0:
+        if rank_info.rank == 0:
             fcntl.flock(lock, fcntl.LOCK_EX)
             while not os.path.getsize(lock.name):
                 time.sleep(0.01)
@@ -48,8 +48,8 @@ def train(plan, place, stop, beat, leave_outcome):
             print("ready", file=lock, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
         raise RuntimeError("Connection closed by peer")
-    if place.restart == 1:
-        if place.rank == 0:
+    if rank_info.restart == 1:
+        if rank_info.rank == 0:
             time.sleep(60)
         open(os.environ["TORCHELASTIC_ERROR_FILE"], "w").close()
         os._exit(7)
