@@ -9,13 +9,13 @@ from __future__ import annotations
 import io
 import os
 import secrets
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import tenacity
 import xxhash
 from fsspec.registry import known_implementations
 
@@ -60,7 +60,7 @@ class Remote:
     def read(self, name: str) -> bytes | None:
         """The content of a small file; None where there is none."""
         try:
-            content: bytes = self._patiently(lambda: self._fs.cat_file(self._path(name)))
+            content: bytes = self._retry(lambda: self._fs.cat_file(self._path(name)))
         except FileNotFoundError:
             return None
         return content
@@ -73,7 +73,7 @@ class Remote:
             return int(self._fs.info(self._path(name))["size"])
 
         try:
-            return self._patiently(ask)
+            return self._retry(ask)
         except FileNotFoundError:
             return None
 
@@ -85,14 +85,14 @@ class Remote:
             return [str(found) for found in self._fs.ls(self._path(folder), detail=False)]
 
         try:
-            found = self._patiently(ask)
+            found = self._retry(ask)
         except FileNotFoundError:
             return []
         return sorted(name for path in found if (name := path.rstrip("/").rpartition("/")[2]))
 
     def write(self, name: str, content: bytes) -> None:
         """Write or replace a small file."""
-        self._patiently(lambda: self._put(name, lambda: [content], len(content)))
+        self._retry(lambda: self._put(name, lambda: [content], len(content)))
 
     def send(self, name: str, source: Path, size: int) -> FileEntry:
         """Copy the first `size` bytes of a local file, block by block; returns what was sent of it."""
@@ -101,7 +101,7 @@ class Remote:
             with open(source, "rb", buffering=0) as file:
                 return self._put(name, lambda: _blocks(file, size), size)
 
-        return self._patiently(put)
+        return self._retry(put)
 
     def receive(self, name: str, target: Path) -> FileEntry:
         """Copy a file to a local path that does not exist, block by block; returns what arrived."""
@@ -117,30 +117,28 @@ class Remote:
                 os.fsync(file.fileno())
             return FileEntry(size=size, xxh3_128=digest.hexdigest())
 
-        return self._patiently(get)
+        return self._retry(get)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
         with suppress(FileNotFoundError):
-            self._patiently(lambda: self._fs.rm_file(self._path(name)))
+            self._retry(lambda: self._fs.rm_file(self._path(name)))
 
     def remove_folder(self, name: str, first: str) -> None:
         """Remove a folder and all in it, the file `first` before all others."""
         self.remove(f"{name}/{first}")
         with suppress(FileNotFoundError):
-            self._patiently(lambda: self._fs.rm(self._path(name), recursive=True))
+            self._retry(lambda: self._fs.rm(self._path(name), recursive=True))
 
-    def _patiently(self, action: Callable[[], T]) -> T:
-        """The result of `action`, which is tried again after a while where its failure may be one of the moment."""
-        for wait_s in self._waits_s:
-            try:
-                return action()
-            except _PERMANENT:
-                raise
-            except Exception:
-                # Storage has many words for "not now"; a failure of another kind is raised by the last try below.
-                time.sleep(wait_s)
-        return action()
+    def _retry(self, action: Callable[[], T]) -> T:
+        """Run an action again after a failure that may be transient: storages raise many types for "not now"."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, Exception) and not isinstance(error, _PERMANENT)),
+            stop=tenacity.stop_after_attempt(len(self._waits_s) + 1),
+            wait=tenacity.wait_chain(*map(tenacity.wait_fixed, (*self._waits_s, 0.0))),
+            reraise=True,
+        )
+        return retrying(action)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

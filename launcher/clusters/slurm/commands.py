@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 
 from launcher.errors import RunError
@@ -43,17 +42,21 @@ def slurm(*argv: str, deadline_s: float = DEADLINE_S, patience_s: float = 0.0, d
         SlurmSilent: where nothing answered, each try within `deadline_s`, until the patience ended.
         SlurmError: where the command is missing or fails.
     """
-    ends, pause = time.monotonic() + patience_s, _FIRST_PAUSE_S
-    while True:
-        try:
+    # Imported here: it takes 50 ms, which commands that ask Slurm nothing need not spend.
+    from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(SlurmSilent),
+        stop=stop_before_delay(patience_s),
+        wait=wait_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S),
+        reraise=True,
+    )
+    for attempt in retrying:
+        if done is not None and attempt.retry_state.attempt_number > 1 and done():
+            break
+        with attempt:
             return _once(argv, deadline_s)
-        except SlurmSilent:
-            if time.monotonic() + pause > ends:
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE_S)
-        if done is not None and done():
-            return ""
+    return ""
 
 
 def _once(argv: tuple[str, ...], deadline_s: float) -> str:

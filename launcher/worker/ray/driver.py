@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
 from launcher import json_records, run_store
 from launcher.clusters import detached_process
 from launcher.clusters.ray.cluster import JOINING
@@ -91,14 +93,12 @@ def _patiently(ask: Callable[[], T]) -> T:
     Raises:
         OSError: what it has said last.
     """
-    until = time.monotonic() + _STORAGE_S
-    while True:
-        try:
-            return ask()
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(_STATE_EVERY_S)
+    return Retrying(
+        retry=retry_if_exception_type(OSError),
+        stop=stop_after_delay(_STORAGE_S),
+        wait=wait_fixed(_STATE_EVERY_S),
+        reraise=True,
+    )(ask)
 
 
 class _Wishes:
