@@ -76,5 +76,5 @@ def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(launch: Launch,
     assert {line["attempt"] for line in metrics(run)} == {1, 2}
     report = launch_here("report", "earlier", cwd=project)
     assert report.returncode == 0, report.stderr
-    assert "rank 1: killed by SIGKILL" in report.stdout
+    assert "rank 1: killed by SIGKILL" in (run / "report.html").read_text()
     assert launch_here("status", "earlier", "--json", cwd=project).returncode == 0
