@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from launcher.config.error_messages import shown
 from launcher.config.origin import Origins
-from launcher.config.suggest import did_you_mean
-from launcher.errors import Problem
+from launcher.errors import Problem, did_you_mean
 
 EXTRA = "deepspeed.extra"
 KEYS_PAGE = "https://www.deepspeed.ai/docs/config-json"

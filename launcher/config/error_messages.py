@@ -13,8 +13,7 @@ from launcher.config.introspect import Setting, as_yaml, settings
 from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
 from launcher.config.renamed_keys import renamed_override, renamed_setting
-from launcher.config.suggest import did_you_mean
-from launcher.errors import Problem
+from launcher.errors import Problem, did_you_mean
 
 # The first part of pydantic's error types.
 _WRONG_TYPE = {

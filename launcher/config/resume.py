@@ -16,8 +16,7 @@ from launcher.config.origin import Origins
 from launcher.config.redaction import looks_secret, redact
 from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
-from launcher.config.suggest import did_you_mean
-from launcher.errors import ConfigError, Problem
+from launcher.errors import ConfigError, Problem, did_you_mean
 
 # What changes nothing that a step computes: how long, how often, where, and where it is told.
 WITHOUT_EFFECT = (

@@ -1,4 +1,4 @@
-"""What is known about GPU types: memory, peak FLOP/s per type of number, and how their names are recognised.
+"""What is known about GPU types, one row each: memory, peak FLOP/s per type of number, a typical price, how names are recognised.
 
 Peaks are the vendors' dense figures: half of those that a data sheet gives "with sparsity". For GeForce they are those with
 fp32 accumulation, as training multiplies; fp16 has the peak of bf16 on all of them. Sources:
@@ -12,88 +12,124 @@ fp32 accumulation, as training multiplies; fp16 has the peak of bf16 on all of t
     L4, L40S           NVIDIA L4 and L40S data sheets
     RTX 4090, 5090     NVIDIA Ada and RTX Blackwell GPU architecture white papers, appendix A
     MI300X, MI325X     AMD Instinct MI300X and MI325X data sheets
+
+Prices are typical, on demand, of PRICE_DATE: between the list prices of specialised clouds (RunPod, Lambda, Verda) and those of
+the large ones, a month before or after that date, as compared by aimultiple.com/gpu-index (20 May 2026, medians),
+mercatus-ai.com/blog/cloud-gpu-pricing (May 2026), deploybase.ai/articles/runpod-gpu-pricing (March 2026),
+cliffcenter.com/research/amd-inference-economics (May 2026) and the prices of Lambda, Modal and AWS (g5, g6, g6e) at that time.
+B300, GB200 and GH200 by the lists of RunPod, Hyperstack, Akash, Lambda and CoreWeave of August and September 2026, in which a
+B200 costs about what it does here, and Spheron's of March 2026. H200 NVL by price tables inside two open-source tools (one of
+March 2026) that give it the price of the H200 of SXM. Clouds ask between half and twice as much, and less for long contracts and
+spot. Types that nobody lists, or that are hardly rented one by one, have no price.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+PRICE_DATE = "2026-05"
+PRICE_ASSUMPTION = f"typical, on demand, {PRICE_DATE}"
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """`memory_gib` is usable device memory; peaks are in TFLOP/s, None where the hardware has no such units."""
+class GpuType:
+    """Numbers of one GPU type. `memory_gib` is usable device memory; peaks are in TFLOP/s, None where there are no such units.
+
+    `names` is a regular expression that is searched in the names that nvidia-smi, torch, Slurm and people write, after these
+    were put in lower case with one space for all that is neither letter nor digit. No name may match the expressions of two
+    types. `usd_per_hour` is a typical price of one GPU, None where there is none.
+    """
 
     memory_gib: float
     bf16: float
     tf32: float
     fp32: float
+    names: str
     fp8: float | None = None
+    usd_per_hour: float | None = None
 
     def peak_tflops(self, dtype: str) -> float | None:
-        """The peak for matrix products of bf16, fp16, tf32 (fp32 rounded on the way in), fp32 or fp8."""
+        """Return the peak for matrix products of bf16, fp16, tf32 (fp32 rounded on the way in), fp32 or fp8."""
         return {"bf16": self.bf16, "fp16": self.bf16, "tf32": self.tf32, "fp32": self.fp32, "fp8": self.fp8}[dtype]
 
 
+@dataclass(frozen=True)
+class Price:
+    """US dollars for one GPU for one hour; `assumption` is set where the price is a typical one, not one of the settings.
+
+    Part of the plan, but no model like its other parts: commands that look at runs read it without loading those.
+    """
+
+    usd_per_gpu_hour: float
+    assumption: str | None = None
+
+    @classmethod
+    def of_plan(cls, values: Mapping[str, Any]) -> Price | None:
+        """Return the price in a plan's JSON; None where it has none.
+
+        Raises:
+            TypeError, ValueError, KeyError: where it is damaged.
+        """
+        price = values.get("price")
+        try:
+            return None if price is None else cls(float(price["usd_per_gpu_hour"]), price.get("assumption"))
+        except OverflowError as error:
+            raise ValueError(str(error)) from error
+
+
 GPUS = {
-    "A100-40GB": Gpu(39.4, bf16=312, tf32=156, fp32=19.5),
-    "A100-80GB": Gpu(79.2, bf16=312, tf32=156, fp32=19.5),
-    "H100-80GB": Gpu(79.1, bf16=989, tf32=494.5, fp32=67, fp8=1979),
-    "H100-PCIE-80GB": Gpu(79.1, bf16=756.5, tf32=378, fp32=51, fp8=1513),
-    "H100-NVL": Gpu(93.1, bf16=835.5, tf32=417.5, fp32=60, fp8=1670.5),
-    "H200": Gpu(139.8, bf16=989, tf32=494.5, fp32=67, fp8=1979),
-    "H200-NVL": Gpu(139.8, bf16=835.5, tf32=417.5, fp32=60, fp8=1670.5),
-    "GH200": Gpu(94.5, bf16=989, tf32=494.5, fp32=67, fp8=1979),
-    "B200": Gpu(178.4, bf16=2250, tf32=1100, fp32=75, fp8=4500),
-    "GB200": Gpu(184.3, bf16=2500, tf32=1250, fp32=80, fp8=5000),
-    "B300": Gpu(267.7, bf16=2250, tf32=1125, fp32=75, fp8=4500),
-    "GB300": Gpu(276.6, bf16=2500, tf32=1250, fp32=80, fp8=5000),
-    "L4": Gpu(22.0, bf16=121, tf32=60, fp32=30.3, fp8=242.5),
-    "L40S": Gpu(44.5, bf16=362, tf32=183, fp32=91.6, fp8=733),
-    "A10": Gpu(22.1, bf16=125, tf32=62.5, fp32=31.2),
-    "A10G": Gpu(22.1, bf16=70, tf32=35, fp32=35),
-    "RTX-4090": Gpu(23.6, bf16=165.2, tf32=82.6, fp32=82.6, fp8=330.3),
-    "RTX-5090": Gpu(31.3, bf16=209.5, tf32=104.8, fp32=104.8, fp8=419),
-    "MI300X": Gpu(191.7, bf16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9),
-    "MI325X": Gpu(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9),
+    "A100-40GB": GpuType(39.4, bf16=312, tf32=156, fp32=19.5, usd_per_hour=1.45, names=r"\ba100(?!\d).*\b40(g|gb)?\b"),
+    "A100-80GB": GpuType(79.2, bf16=312, tf32=156, fp32=19.5, usd_per_hour=1.60, names=r"\ba100(?!\d)(?!.*\b40(g|gb)?\b)"),
+    "H100-80GB": GpuType(
+        79.1, bf16=989, tf32=494.5, fp32=67, fp8=1979, usd_per_hour=2.95, names=r"\bh100(?!\d)(?!.*\b(nvl|pcie)\b)"
+    ),
+    "H100-PCIE-80GB": GpuType(
+        79.1, bf16=756.5, tf32=378, fp32=51, fp8=1513, usd_per_hour=2.80, names=r"\bh100(?!\d)(?!.*\bnvl\b).*\bpcie\b"
+    ),
+    "H100-NVL": GpuType(93.1, bf16=835.5, tf32=417.5, fp32=60, fp8=1670.5, usd_per_hour=3.05, names=r"\bh100(?!\d).*\bnvl\b"),
+    "H200": GpuType(139.8, bf16=989, tf32=494.5, fp32=67, fp8=1979, usd_per_hour=3.80, names=r"\bh200(?!\d)(?!.*\bnvl\b)"),
+    "H200-NVL": GpuType(139.8, bf16=835.5, tf32=417.5, fp32=60, fp8=1670.5, usd_per_hour=3.50, names=r"\bh200(?!\d).*\bnvl\b"),
+    "GH200": GpuType(94.5, bf16=989, tf32=494.5, fp32=67, fp8=1979, usd_per_hour=3.50, names=r"\bgh200(?!\d)"),
+    "B200": GpuType(178.4, bf16=2250, tf32=1100, fp32=75, fp8=4500, usd_per_hour=6.00, names=r"\bb200(?!\d)"),
+    "GB200": GpuType(184.3, bf16=2500, tf32=1250, fp32=80, fp8=5000, usd_per_hour=7.00, names=r"\bgb200(?!\d)"),
+    "B300": GpuType(267.7, bf16=2250, tf32=1125, fp32=75, fp8=4500, usd_per_hour=7.20, names=r"\bb300(?!\d)"),
+    "GB300": GpuType(276.6, bf16=2500, tf32=1250, fp32=80, fp8=5000, names=r"\bgb300(?!\d)"),
+    "L4": GpuType(22.0, bf16=121, tf32=60, fp32=30.3, fp8=242.5, usd_per_hour=0.75, names=r"\bl4\b"),
+    "L40S": GpuType(44.5, bf16=362, tf32=183, fp32=91.6, fp8=733, usd_per_hour=1.40, names=r"\bl40s\b"),
+    "A10": GpuType(22.1, bf16=125, tf32=62.5, fp32=31.2, usd_per_hour=0.85, names=r"\ba10\b"),
+    "A10G": GpuType(22.1, bf16=70, tf32=35, fp32=35, usd_per_hour=1.00, names=r"\ba10g\b"),
+    "RTX-4090": GpuType(23.6, bf16=165.2, tf32=82.6, fp32=82.6, fp8=330.3, usd_per_hour=0.60, names=r"4090\b"),
+    "RTX-5090": GpuType(31.3, bf16=209.5, tf32=104.8, fp32=104.8, fp8=419, usd_per_hour=0.90, names=r"5090\b"),
+    "MI300X": GpuType(191.7, bf16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9, usd_per_hour=2.00, names=r"\bmi300x"),
+    "MI325X": GpuType(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9, usd_per_hour=2.15, names=r"\bmi325x"),
 }
 
-# Searched in this order in a name in lower case whose other characters are spaces.
-_PATTERNS = (
-    # Parts of a GPU, and namesakes that compute less, are none of these.
-    (r"\bmig\b|\blaptop\b|\bmax q\b|\b4090 ?d\b|\b5090 ?d\b|\ba100x\b|\b144g", None),
-    (r"\bgb300(?!\d)", "GB300"),
-    (r"\bb300(?!\d)", "B300"),
-    (r"\bgb200(?!\d)", "GB200"),
-    (r"\bb200(?!\d)", "B200"),
-    (r"\bgh200(?!\d)", "GH200"),
-    (r"\bh200(?!\d).*\bnvl\b", "H200-NVL"),
-    (r"\bh200(?!\d)", "H200"),
-    (r"\bh100(?!\d).*\bnvl\b", "H100-NVL"),
-    (r"\bh100(?!\d).*\bpcie\b", "H100-PCIE-80GB"),
-    (r"\bh100(?!\d)", "H100-80GB"),
-    (r"\ba100(?!\d).*\b40(g|gb)?\b", "A100-40GB"),
-    (r"\ba100(?!\d)", "A100-80GB"),
-    (r"\bl40s\b", "L40S"),
-    (r"\bl4\b", "L4"),
-    (r"\ba10g\b", "A10G"),
-    (r"\ba10\b", "A10"),
-    (r"4090\b", "RTX-4090"),
-    (r"5090\b", "RTX-5090"),
-    (r"\bmi300x", "MI300X"),
-    (r"\bmi325x", "MI325X"),
-)
+# Parts of a GPU, and GPUs that have the name of a faster one.
+_UNKNOWN_VARIANTS = re.compile(r"\bmig\b|\blaptop\b|\bmax q\b|\b4090 ?d\b|\b5090 ?d\b|\ba100x\b|\b144g")
 
 
-def kind_of(name: str) -> str | None:
-    """The key in GPUS for a type such as H100-80GB, for what a driver or torch calls it, and for how people write it."""
+def recognize(name: str) -> str | None:
+    """Return the key in GPUS for a type such as H100-80GB, or for any other name of one; None for an unknown GPU."""
     if name in GPUS:
         return name
-    words = re.sub(r"[^a-z0-9]+", " ", name.lower())
-    return next((kind for pattern, kind in _PATTERNS if re.search(pattern, words)), None)
+    spaced = re.sub(r"[^a-z0-9]+", " ", name.lower())
+    if _UNKNOWN_VARIANTS.search(spaced):
+        return None
+    return next((key for key, gpu_type in GPUS.items() if re.search(gpu_type.names, spaced)), None)
 
 
-def lookup(name: str) -> Gpu | None:
-    """What is known of the GPU of that name, in any of the forms of `kind_of`."""
-    kind = kind_of(name)
-    return None if kind is None else GPUS[kind]
+def lookup(name: str) -> GpuType | None:
+    """Return the row of a GPU, by any name that `recognize` knows; None for an unknown GPU."""
+    key = recognize(name)
+    return None if key is None else GPUS[key]
+
+
+def typical_price(name: str) -> Price | None:
+    """Return the typical price of a GPU, by any name that `recognize` knows; None where there is none."""
+    gpu_type = lookup(name)
+    if gpu_type is None or gpu_type.usd_per_hour is None:
+        return None
+    return Price(gpu_type.usd_per_hour, PRICE_ASSUMPTION)

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from launcher.config.schema import RunConfig
+from launcher.plan.gpus import Price
 from launcher.plan.migrations import SCHEMA_VERSION, migrate
-from launcher.plan.prices import Price
 
 
 class Record(BaseModel):

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.schema import RunConfig
-from launcher.config.suggest import did_you_mean
-from launcher.errors import ConfigError, Problem
-from launcher.plan import batch, deepspeed, memory, prices
+from launcher.errors import ConfigError, Problem, did_you_mean
+from launcher.plan import batch, deepspeed, memory
 from launcher.plan.architecture import problems_of
-from launcher.plan.gpus import GPUS, lookup
+from launcher.plan.gpus import GPUS, Price, lookup, typical_price
 from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
 from launcher.plan.run_dir import default_name
@@ -243,14 +242,13 @@ def _device_gib(config: RunConfig, facts: Facts) -> float | None:
     return gpu.memory_gib if gpu is not None else facts.device.memory_gib
 
 
-def _price(config: RunConfig, facts: Facts, topology: Topology) -> prices.Price | None:
+def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
     """What the settings say a GPU costs, or a rank on CPUs, else what its type typically does; CPUs have no typical price."""
     if config.cluster.price_per_gpu_hour is not None:
-        return prices.Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
+        return Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
     if topology.device == "cpu":
         return None
-    usd = prices.typical(config.cluster.gpu_type or facts.device.name)
-    return None if usd is None else prices.Price(usd_per_gpu_hour=usd, assumption=prices.ASSUMPTION)
+    return typical_price(config.cluster.gpu_type or facts.device.name)
 
 
 def _limits(config: RunConfig) -> Limits:

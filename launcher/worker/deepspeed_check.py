@@ -18,9 +18,8 @@ from launcher import facts
 from launcher.config.deepspeed_keys import EXTRA, KEYS_PAGE
 from launcher.config.error_messages import shown
 from launcher.config.schema import RunConfig
-from launcher.config.suggest import did_you_mean
 from launcher.data import cache_dir
-from launcher.errors import DataError, Problem
+from launcher.errors import DataError, Problem, did_you_mean
 from launcher.plan.deepspeed import render
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS

@@ -8,8 +8,8 @@ from plan_fixtures import DATA
 from launcher import run_store
 from launcher.cli.resume import _require_budget, rows_moved
 from launcher.errors import SubmitError
+from launcher.plan.gpus import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
-from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
 
 

@@ -1,54 +1,55 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from launcher.plan.gpus import GPUS, kind_of, lookup
+from launcher.plan.gpus import GPUS, PRICE_ASSUMPTION, Price, lookup, recognize, typical_price
+
+NAMES = {
+    # As NVML, torch and nvidia-smi write them.
+    "NVIDIA H100 80GB HBM3": "H100-80GB",
+    "NVIDIA H100 PCIe": "H100-PCIE-80GB",
+    "NVIDIA H100 NVL": "H100-NVL",
+    "NVIDIA H200": "H200",
+    "NVIDIA H200 NVL": "H200-NVL",
+    "NVIDIA GH200 480GB": "GH200",
+    "NVIDIA A100-SXM4-80GB": "A100-80GB",
+    "NVIDIA A100 80GB PCIe": "A100-80GB",
+    "NVIDIA A100-SXM4-40GB": "A100-40GB",
+    "NVIDIA A100-PCIE-40GB": "A100-40GB",
+    "NVIDIA B200": "B200",
+    "NVIDIA GB200": "GB200",
+    "NVIDIA B300 SXM6 AC": "B300",
+    "NVIDIA GB300": "GB300",
+    "NVIDIA L4": "L4",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA A10": "A10",
+    "NVIDIA A10G": "A10G",
+    "NVIDIA GeForce RTX 4090": "RTX-4090",
+    "NVIDIA GeForce RTX 5090": "RTX-5090",
+    "AMD Instinct MI300X OAM": "MI300X",
+    "AMD Instinct MI325X": "MI325X",
+    # As people and Slurm's gres write them.
+    "h100": "H100-80GB",
+    "H100-SXM": "H100-80GB",
+    "nvidia_h100_80gb_hbm3": "H100-80GB",
+    "h100_pcie": "H100-PCIE-80GB",
+    "h100-nvl": "H100-NVL",
+    "a100": "A100-80GB",
+    "a100-40": "A100-40GB",
+    "a100_80gb": "A100-80GB",
+    "l40s": "L40S",
+    "nvidia_l4": "L4",
+    "4090": "RTX-4090",
+    "rtx5090": "RTX-5090",
+    "mi300x": "MI300X",
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        # As NVML, torch and nvidia-smi write them.
-        ("NVIDIA H100 80GB HBM3", "H100-80GB"),
-        ("NVIDIA H100 PCIe", "H100-PCIE-80GB"),
-        ("NVIDIA H100 NVL", "H100-NVL"),
-        ("NVIDIA H200", "H200"),
-        ("NVIDIA H200 NVL", "H200-NVL"),
-        ("NVIDIA GH200 480GB", "GH200"),
-        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
-        ("NVIDIA A100 80GB PCIe", "A100-80GB"),
-        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
-        ("NVIDIA A100-PCIE-40GB", "A100-40GB"),
-        ("NVIDIA B200", "B200"),
-        ("NVIDIA GB200", "GB200"),
-        ("NVIDIA B300 SXM6 AC", "B300"),
-        ("NVIDIA GB300", "GB300"),
-        ("NVIDIA L4", "L4"),
-        ("NVIDIA L40S", "L40S"),
-        ("NVIDIA A10", "A10"),
-        ("NVIDIA A10G", "A10G"),
-        ("NVIDIA GeForce RTX 4090", "RTX-4090"),
-        ("NVIDIA GeForce RTX 5090", "RTX-5090"),
-        ("AMD Instinct MI300X OAM", "MI300X"),
-        ("AMD Instinct MI325X", "MI325X"),
-        # As people and Slurm's gres write them.
-        ("h100", "H100-80GB"),
-        ("H100-SXM", "H100-80GB"),
-        ("nvidia_h100_80gb_hbm3", "H100-80GB"),
-        ("h100_pcie", "H100-PCIE-80GB"),
-        ("h100-nvl", "H100-NVL"),
-        ("a100", "A100-80GB"),
-        ("a100-40", "A100-40GB"),
-        ("a100_80gb", "A100-80GB"),
-        ("l40s", "L40S"),
-        ("nvidia_l4", "L4"),
-        ("4090", "RTX-4090"),
-        ("rtx5090", "RTX-5090"),
-        ("mi300x", "MI300X"),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind"), NAMES.items())
 def test_a_name_is_recognised(name: str, kind: str) -> None:
-    assert kind_of(name) == kind
+    assert recognize(name) == kind
     assert lookup(name) is GPUS[kind]
 
 
@@ -60,13 +61,25 @@ def test_a_name_is_recognised(name: str, kind: str) -> None:
     ],
 )
 def test_what_computes_less_is_not_taken_for_its_namesake(name: str) -> None:
-    assert kind_of(name) is None
+    assert recognize(name) is None
     assert lookup(name) is None
+
+
+def test_no_name_is_recognised_as_two_types() -> None:
+    for name in NAMES:
+        spaced = re.sub(r"[^a-z0-9]+", " ", name.lower())
+        assert [key for key, gpu_type in GPUS.items() if re.search(gpu_type.names, spaced)] == [NAMES[name]]
+
+
+def test_typical_prices_are_of_the_recognised_type() -> None:
+    assert typical_price("NVIDIA H100 80GB HBM3") == Price(2.95, PRICE_ASSUMPTION)
+    assert typical_price("NVIDIA GB300") is None
+    assert typical_price("Abacus 3000") is None
 
 
 def test_every_entry_is_found_by_its_own_name_in_any_writing() -> None:
     for kind in GPUS:
-        assert kind_of(kind) == kind_of(kind.lower()) == kind_of(kind.replace("-", "_")) == kind
+        assert recognize(kind) == recognize(kind.lower()) == recognize(kind.replace("-", "_")) == kind
 
 
 def test_a_peak_is_that_of_the_type_of_number() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from launcher import atomic_files, json_records, run_records, run_store
+from launcher.plan.gpus import Price
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.prices import Price
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
 from launcher.tracking.goodput import JOINED, LOADED, LOST, Attempt, Breakdown, breakdown

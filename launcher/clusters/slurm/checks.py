@@ -17,8 +17,7 @@ from launcher.clusters.slurm import site
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.clusters.slurm.site import Gpus, Node, Partition, Site, listed
 from launcher.config.slurm import SlurmSection
-from launcher.config.suggest import did_you_mean
-from launcher.errors import Problem, SubmitError
+from launcher.errors import Problem, SubmitError, did_you_mean
 from launcher.plan.launch_plan import LaunchPlan
 
 # What one node is taken to write to shared storage; parallel file systems do more, plain NFS may do less.

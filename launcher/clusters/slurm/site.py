@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 
 from launcher.clusters.slurm.commands import SlurmError, slurm
 from launcher.config.slurm import SlurmSection, minutes
-from launcher.config.suggest import did_you_mean
-from launcher.errors import Problem, SubmitError
+from launcher.errors import Problem, SubmitError, did_you_mean
 from launcher.plan.gpus import lookup
 from launcher.plan.launch_plan import DeviceFacts
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.config.introspect import settings
-from launcher.config.suggest import did_you_mean
+from launcher.errors import did_you_mean
 
 
 @pytest.mark.parametrize(
