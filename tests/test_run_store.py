@@ -60,9 +60,10 @@ def test_a_run_is_created_whole(config: RunConfig, tmp_path: Path) -> None:
     assert stat.S_IMODE(run.root.stat().st_mode) == 0o700
     # The code that a queued job will run: the package and its bytecode.
     package = Path(run_store.__file__).parent
-    files = {path.relative_to(package) for path in package.rglob("*") if path.suffix in (".py", ".pyc")}
-    assert {path.relative_to(run.code / "launcher") for path in run.code.rglob("*.py*") if path.is_file()} == files
-    assert Path("train/loop.py") in files
+    paths = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+    files = {path for path in paths if path.parts[0] != "conf" and ".pyc." not in path.name}
+    assert {path.relative_to(run.code / "launcher") for path in (run.code / "launcher").rglob("*") if path.is_file()} == files
+    assert {Path("train/loop.py"), Path("export/model_card.md.jinja")} <= files
     # Nothing half written is left.
     assert {p.name for p in run.root.iterdir()} == {"plan.json", "plans", "status.json", "code", "attempts"}
 

@@ -1,7 +1,7 @@
-"""The model card of an exported folder: what the model was made from, how, how well, and by which run.
+"""The model card of an exported folder: base model, data, settings, losses and the run that trained it.
 
-A card is read by strangers: no path of this machine and no secret is in it; a local folder or file shows its name alone.
-The front matter is that of https://huggingface.co/docs/hub/model-cards.
+Strangers read a card: it holds no path of this machine and no secret; of a local folder or file it shows the name only.
+The format is described at https://huggingface.co/docs/hub/model-cards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -19,6 +19,11 @@ from launcher.config.redaction import redact
 from launcher.config.schema import is_local_path
 from launcher.export.hf_folder import CARD, Export
 from launcher.plan.launch_plan import Batch, LaunchPlan
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
 Rows = Sequence[tuple[str, str]]
 
@@ -37,28 +42,32 @@ def model_card(
     made: Export,
     plans: Sequence[LaunchPlan] = (),
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md for an exported checkpoint.
 
-    `metrics` are the lines of metrics.jsonl, of which METRICS serve; those after the checkpoint's step do not count. `plan` is
-    what the checkpoint was saved by, `plans` those of all attempts up to that one.
+    `plan` is the plan that the checkpoint was saved under, `plans` those of all attempts up to that one. `metrics` holds lines
+    of metrics.jsonl with METRICS; lines after the checkpoint's step are ignored.
     """
+    # The import takes longer than the rest of the card.
+    from huggingface_hub import ModelCard
+
     base = base_front_matter(Path(plan.model.path)) if plan.model.path else {}
-    sections: list[tuple[str, Rows]] = [
-        ("Base model", _base_rows(plan, base)),
-        ("Data", _data_rows(plan)),
-        ("Settings", [*_settings_rows(plan, manifest.step), *_changed_rows(plan, plans)]),
-        ("Losses", _loss_rows(manifest, metrics)),
-        ("Weights", _weight_rows(made)),
-        ("Lineage", _lineage_rows(plan, manifest)),
-        ("Software", _software_rows(plan)),
-    ]
-    body = [f"# {plan.run_name}", "", "All parameters of the base model were fine-tuned with DeepSpeed ZeRO-3.", ""]
-    if plan.config.model.init == "random":
-        body[2] = "All parameters were trained from random weights with DeepSpeed ZeRO-3."
-    for title, rows in sections:
-        body += [f"## {title}", "", "| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows), ""]
-    head = yaml.safe_dump(_front_matter(plan, base), sort_keys=False, allow_unicode=True)
-    return f"---\n{head}---\n\n" + "\n".join(body)
+    card = ModelCard.from_template(
+        _card_data(plan, base),
+        template_path=str(TEMPLATE),
+        run_name=plan.run_name,
+        random_init=plan.config.model.init == "random",
+        cell=_cell,
+        sections={
+            "Base model": _base_rows(plan, base),
+            "Data": _data_rows(plan),
+            "Settings": [*_settings_rows(plan, manifest.step), *_changed_rows(plan, plans)],
+            "Losses": _loss_rows(manifest, metrics),
+            "Weights": _weight_rows(made),
+            "Lineage": _lineage_rows(plan, manifest),
+            "Software": _software_rows(plan),
+        },
+    )
+    return str(card)
 
 
 def base_front_matter(folder: Path) -> dict[str, Any]:
@@ -81,13 +90,17 @@ def _lineage_rows(plan: LaunchPlan, manifest: Manifest) -> Rows:
     return rows
 
 
-def _front_matter(plan: LaunchPlan, base: Mapping[str, Any]) -> dict[str, Any]:
-    matter: dict[str, Any] = {key: base[key] for key in _LICENSE_KEYS if isinstance(base.get(key), str)}
-    matter.setdefault("license", "unknown")
-    matter |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["deepspeed", "fine-tuned"]}
-    if origin := _hub_origin(plan, base):
-        matter["base_model"] = origin
-    return matter
+def _card_data(plan: LaunchPlan, base: Mapping[str, Any]) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    license_fields = {key: base[key] for key in _LICENSE_KEYS if isinstance(base.get(key), str)}
+    return ModelCardData(
+        **({"license": "unknown"} | license_fields),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["deepspeed", "fine-tuned"],
+        base_model=_hub_origin(plan, base),
+    )
 
 
 def _hub_origin(plan: LaunchPlan, base: Mapping[str, Any]) -> str | None:

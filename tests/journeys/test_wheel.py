@@ -17,4 +17,5 @@ def test_the_settings_lie_in_the_wheel(wheel: Path) -> None:
     shipped = {f"launcher/conf/{file.relative_to(REPO / 'conf')}" for file in (REPO / "conf").rglob("*.yaml")}
     assert len(shipped) > 15
     assert shipped <= names
+    assert {f"launcher/{file.relative_to(REPO / 'launcher')}" for file in (REPO / "launcher").rglob("*.jinja")} <= names
     assert not [name for name in names if name.startswith(("tests/", "conf/", "runs/", "benchmarks/"))]
