@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,6 +43,8 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
     Raises:
         SubmitError: with Ray's message.
     """
+    import tenacity
+
     # The Jobs API takes nothing but a shell string; every word of it is quoted.
     address = section.address or ""
     entrypoint = shlex.join([section.python, "-m", module, *arguments])
@@ -52,22 +53,21 @@ def submit(section: RaySection, run: RunDir, module: str, arguments: Sequence[st
     variables = {**passed, "PYTHONPATH": build_pythonpath(run.code, {}), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     client = _client(address)
 
+    # A head node that has just started answers some seconds before it accepts jobs.
+    @tenacity.retry(
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, RuntimeError) and "No available agent" in str(error)),
+        stop=tenacity.stop_after_delay(_AGENT_DEADLINE_S),
+        wait=tenacity.wait_fixed(1),
+        reraise=True,
+    )
     def submit_job() -> str:
-        until = time.monotonic() + _AGENT_DEADLINE_S
-        while True:
-            try:
-                job: str = client.submit_job(
-                    entrypoint=entrypoint,
-                    runtime_env={"env_vars": variables},
-                    metadata={"run": run.root.name},
-                    entrypoint_num_cpus=0,
-                )
-                return job
-            except RuntimeError as error:
-                # A head node that has just started answers some seconds before it accepts jobs.
-                if "No available agent" not in str(error) or time.monotonic() > until:
-                    raise
-                time.sleep(1)
+        job: str = client.submit_job(
+            entrypoint=entrypoint,
+            runtime_env={"env_vars": variables},
+            metadata={"run": run.root.name},
+            entrypoint_num_cpus=0,
+        )
+        return job
 
     return _with_plain_errors(address, submit_job)
 
