@@ -9,7 +9,7 @@ import launcher.train.finish
 import launcher.train.loop
 import launcher.train.resume  # noqa: F401
 from launcher.train.engine import import_muon
-from launcher.worker.fork_server import why_unsafe
+from launcher.worker.fork_server import find_fork_hazard
 
 import_muon()
-assert (refusal := why_unsafe()) is None, refusal
+assert (refusal := find_fork_hazard()) is None, refusal

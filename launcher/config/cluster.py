@@ -150,7 +150,7 @@ class ManagedSection(ClusterSection):
     )
 
     # What lets a run go on that a bad node has ended.
-    bad_node_remedy: ClassVar[str] = "mend the node or take it out of the cluster"
+    bad_node_remedy: ClassVar[str] = "repair the node or take it out of the cluster"
 
     @property
     def continues_by_itself(self) -> bool:

@@ -1,10 +1,10 @@
 """The agent of a node: it starts a rank per GPU, watches them, and records how they ended.
 
 `python -m launcher.worker.agent PLAN ATTEMPT` is the agent of a run on this machine alone, which concludes the attempt itself.
-A Slurm job starts an agent on each of its nodes (launcher.worker.slurm.agent); `NodeAgent` is what both have in common.
+A Slurm job starts an agent on each of its nodes (launcher.worker.slurm.agent); both use `NodeAgent`.
 
-torch's elastic agent does the work: rendezvous, restarts, and which rank failed first. What is added here are
-signals that ask the ranks to save before they stop, the watch over ranks that hang, and the record of the failure.
+torch's elastic agent does the rendezvous and the restarts, and reports which rank failed first. This module adds the signals that
+ask the ranks to save before they stop, the watchdog for ranks that hang, and the record of the failure.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from launcher.train.previous_failure import RESTART
 from launcher.worker import failure_record, heartbeat, postmortem
 from launcher.worker.checks import network
 from launcher.worker.mirror_process import MirrorProcess
-from launcher.worker.rank_env import NodePlace
+from launcher.worker.rank_env import NodeInfo
 from launcher.worker.rank_process import RankProcesses
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.stopper import Stopper
-from launcher.worker.wandb_closing import tell_wandb
+from launcher.worker.wandb_closing import close_wandb_run
 from launcher.worker.watchdog import Watchdog
 
 # Ranks that are stopped before a restart may take half a minute to end.
 _MEET_DEADLINE_S = 300.0
-# Passed on to the ranks as a wish to save and stop: on this machine Ctrl-C and TERM are a person's.
+# The signal that the ranks get for each signal of the agent: on this machine Ctrl-C and TERM come from a person.
 _SIGNALS = {signal.SIGINT: CANCEL, CANCEL: CANCEL, signal.SIGTERM: CANCEL, signal.SIGHUP: PREEMPT, PREEMPT: PREEMPT}
 
 
@@ -85,7 +85,7 @@ class NodeAgent:
         self.stopper.disarm()
         self.ranks.close()
 
-    def run_ranks(self, place: NodePlace, store: Any = None) -> FailureRecord | None:
+    def run_ranks(self, node: NodeInfo, store: Any = None) -> FailureRecord | None:
         """Run the ranks of this node to their end; returns the first failure or None.
 
         `store` is the TCPStore that the nodes of the job share; None where there is one node.
@@ -96,13 +96,13 @@ class NodeAgent:
         from launcher.worker.rendezvous import NodeRendezvous
 
         topology, cluster = self.plan.topology, self.plan.config.cluster
-        _set_network_interface(place.interface)
-        folder = self.run.attempt(self.attempt) / "elastic" / f"node-{place.node:05d}"
+        _set_network_interface(node.interface)
+        folder = self.run.attempt(self.attempt) / "elastic" / f"node-{node.node:05d}"
         folder.mkdir(parents=True, exist_ok=True)
-        store = store or TCPStore(place.address, 0, None, True, wait_for_workers=False)
+        store = store or TCPStore(node.address, 0, None, True, wait_for_workers=False)
         run_id = f"{self.plan.wandb_id}-{self.attempt}"
-        failures = _FailureLog(self.run, self.attempt, place.hosts[place.node])
-        rendezvous = NodeRendezvous(store, run_id, place, _MEET_DEADLINE_S, failures.is_final, failures.report_restart)
+        failures = _FailureLog(self.run, self.attempt, node.hosts[node.node])
+        rendezvous = NodeRendezvous(store, run_id, node, _MEET_DEADLINE_S, failures.is_final, failures.report_restart)
         heartbeats = heartbeat.HeartbeatTable(topology.ranks_per_node)
         os.environ[heartbeat.VARIABLE] = str(heartbeats.path)
         watchdog = Watchdog(heartbeats, cluster.stall_seconds, cluster.timeout_minutes * 60, failures.add_stall).start()
@@ -112,7 +112,7 @@ class NodeAgent:
                 rendezvous,
                 num_ranks=topology.ranks_per_node,
                 max_restarts=cluster.max_restarts,
-                address=place.address,
+                address=node.address,
                 folder=folder,
                 on_failure=failures.set_exits,
             )
@@ -151,7 +151,7 @@ class _FailureLog:
         # Later failures have other reasons.
         self._stalls.clear()
         with suppress(OSError):
-            text = f"all ranks are started again (restart {count}), as some failed on {self._host}: {reason}"
+            text = f"all ranks are restarted (restart {count}), because ranks failed on {self._host}: {reason}"
             append_event(self._run, self._attempt, "alert", text, **{RESTART: count})
 
     def is_final(self) -> bool:
@@ -181,35 +181,35 @@ def _set_network_interface(interface: str | None) -> None:
 
 def main(plan_path: str, attempt: int) -> int:
     """Run an attempt on this machine and conclude it; returns the exit code."""
-    node = NodeAgent.start(plan_path, attempt, _SIGNALS)
-    if node is None:
+    agent = NodeAgent.start(plan_path, attempt, _SIGNALS)
+    if agent is None:
         return 1
-    run, stopper = node.run, node.stopper
-    run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=node.started_at))
+    run, stopper = agent.run, agent.stopper
+    run_store.write_attempt(run, attempt, replace(run_store.read_attempt(run, attempt), begun_at=agent.started_at))
     run_store.update_status(run, state="running", attempt=attempt, job=detached_process.describe_this_process(), message="")
     detached_process.start_liveness_file(run)
-    mirror = node.start_mirror()
-    place = NodePlace(0, (network.node_name(),), "127.0.0.1", None)
-    failure = None if stopper.requested else node.run_ranks(place)
-    node.close()
+    mirror = agent.start_mirror()
+    node = NodeInfo(0, (network.node_name(),), "127.0.0.1", None)
+    failure = None if stopper.requested else agent.run_ranks(node)
+    agent.close()
     exit_record = postmortem.judge_local(run, attempt, failure, stopper.requested, stopper.killed)
-    return _conclude(node, mirror, replace(exit_record, host=os.uname().nodename, started_at=node.started_at))
+    return _conclude(agent, mirror, replace(exit_record, host=os.uname().nodename, started_at=agent.started_at))
 
 
-def _conclude(node: NodeAgent, mirror: MirrorProcess | None, record: ExitRecord) -> int:
+def _conclude(agent: NodeAgent, mirror: MirrorProcess | None, record: ExitRecord) -> int:
     """Record the end of the attempt, wait for the mirror, and only then end the run; returns the exit code."""
-    run, attempt = node.run, node.attempt
+    run, attempt = agent.run, agent.attempt
     json_records.write(exit_file(run, attempt), record)
     if record.state == "failed":
         with suppress(OSError):
             append_event(run, attempt, "alert", f"the attempt failed: {record.message}", record.step)
     # The status shows the end only when the mirror has every committed checkpoint.
-    node.stopper.finish(mirror)
+    agent.stopper.finish(mirror)
     # The attempt holds its machines until here. On a full disk the liveness file tells the time instead.
     with suppress(OSError):
         json_records.write(exit_file(run, attempt), replace(record, ended_at=time.time()))
     run_store.update_status(run, state=record.state, message=record.message)
-    tell_wandb(node.plan, node.plan_path, run, attempt)
+    close_wandb_run(agent.plan, agent.plan_path, run, attempt)
     return 0 if record.state == "completed" else 130 if record.state in ("cancelled", "preempted") else 1
 
 

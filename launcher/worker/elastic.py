@@ -1,4 +1,4 @@
-"""torch's elastic agent as a node runs it: it starts the ranks, and starts them again after one of them has failed."""
+"""torch's elastic agent of a node: it starts the ranks, and restarts them after one of them has failed."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def run_ranks(
     folder: Path,
     on_failure: Callable[[list[RankExit]], None],
 ) -> bool:
-    """Run `num_ranks` processes until all have succeeded; returns whether they have. `start` is given the variables of a rank.
+    """Run `num_ranks` processes until all have succeeded; returns whether they have. `start` gets the variables of a rank.
 
-    `on_failure` is told how ranks of this node have ended, each time that some have failed. What ranks leave is in `folder`.
+    `on_failure` gets the exits of the failed ranks of this node at each failure. `folder` holds the error records of the ranks.
 
     Raises:
-        RendezvousClosedError: where ranks need not be started again.
-        Exception: whatever else keeps the agent from its work.
+        RendezvousClosedError: where a restart would repeat the failure.
+        Exception: where the agent itself fails.
     """
     spec = WorkerSpec(
         role="default_role",
@@ -56,10 +56,10 @@ def run_ranks(
 
 
 class _Agent(SimpleElasticAgent):
-    """Starts ranks with `start`, and tells of every failure; torch's own agent tells of the last one only.
+    """Starts ranks with `start`, and reports every failure; torch's own agent reports the last one only.
 
-    That one also reads the record of every failed rank before it decides on a restart, and parses it without a guard: one that
-    is empty would end a run that has restarts left.
+    torch's own also parses the record of every failed rank without a guard before it decides on a restart: an empty record
+    would end a run that has restarts left.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class _Agent(SimpleElasticAgent):
             process.wait()
 
     def _environment(self, worker_group: WorkerGroup, worker: Worker) -> dict[str, str]:
-        """The variables that torch documents for its workers (torchrun, "Environment Variables"), and where to leave a record."""
+        """Return the variables of torchrun (its documentation, "Environment Variables"), and the path of the error record."""
         spec, record = worker_group.spec, self._record(worker)
         with suppress(FileNotFoundError):
             record.unlink()

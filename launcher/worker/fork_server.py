@@ -1,9 +1,9 @@
-"""The process that ranks are forked from: `python -m launcher.worker.fork_server SOCKET PLAN`.
+"""The fork server, the process that ranks are forked from: `python -m launcher.worker.fork_server SOCKET PLAN`.
 
 Importing torch, transformers and DeepSpeed takes seconds at every start and restart. The server imports them once per node
 and then forks a rank in milliseconds. It forks twice, and the process in between exits: the kernel then gives the rank to the
 node's agent, which has made itself the reaper of orphans for that moment (launcher.worker.rank_process). So the rank is a
-child of the agent, as if the agent had started it: it is signalled, waited for and killed in the same way.
+child of the agent, as if the agent had started it, and gets its signals in the same way.
 
 A fork copies only the thread that forks. A server that has more threads than its main one, or that has opened a CUDA
 context, refuses, and the agent starts ranks as new processes.
@@ -31,8 +31,8 @@ _CUDA_NOT_INITIALIZED = 3
 # From the fork of a rank until the kernel has given it to the agent.
 _ADOPTION_S = 30.0
 
-# How variables begin that are read after the fork. What libraries may read while they are imported must be the same in the
-# server and in the rank.
+# Prefixes of variables that are read after the fork. Those that libraries may read while they are imported must be the same in
+# the server and in the rank.
 _READ_LATER = (
     *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "TORCH_NCCL_", "NCCL_", "GLOO_"),
     *("LAUNCHER_", "WANDB_", "HF_TOKEN", "AWS_", "GOOGLE_"),
@@ -40,7 +40,7 @@ _READ_LATER = (
 
 
 def differing(environment: Mapping[str, str], imported_with: Mapping[str, str]) -> list[str]:
-    """Names of variables of a rank that libraries may have read with another value while the server imported them."""
+    """Return the variables of a rank that libraries may have read with another value while the server imported them."""
     names = environment.keys() | imported_with.keys()
     changed = (name for name in names if environment.get(name) != imported_with.get(name))
     return sorted(name for name in changed if not name.startswith(_READ_LATER))
@@ -50,7 +50,7 @@ def main(descriptor: int, plan_path: str) -> None:
     """Import what ranks need, then fork one for each request until the agent closes the socket. Ranks return from here too."""
     die_with_parent()
     name_process(f"launcher fork server: {plan_path}", "fork-server")
-    # Ctrl-C reaches the whole terminal group; what it means to a rank is the agent's decision.
+    # Ctrl-C reaches the whole terminal group; the agent decides what it means to a rank.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     agent_pid = os.getppid()
     _import_stack(LaunchPlan.load(Path(plan_path)))
@@ -68,11 +68,11 @@ def _import_stack(plan: LaunchPlan) -> None:
 
 
 def _serve(connection: socket.socket, agent_pid: int) -> Sequence[str] | None:
-    """Say whether ranks can be forked, then fork one per request.
+    """Report whether ranks can be forked, then fork one per request.
 
-    Returns the rank's arguments in the rank, and None in the server when the agent has gone.
+    Returns the rank's arguments in the rank, and None in the server when the agent has ended.
     """
-    refusal = why_unsafe()
+    refusal = find_fork_hazard()
     requests = connection.makefile("r", encoding="utf-8")
     connection.sendall(json.dumps({"refusal": refusal}).encode() + b"\n")
     while line := requests.readline():
@@ -133,13 +133,13 @@ def _await_adoption(agent_pid: int) -> None:
     until = time.monotonic() + _ADOPTION_S
     while os.getppid() != agent_pid:
         if time.monotonic() > until:
-            # The agent has gone.
+            # The agent has ended.
             os._exit(1)
         time.sleep(0.0005)
 
 
-def why_unsafe() -> str | None:
-    """Why this process must not be forked, or None."""
+def find_fork_hazard() -> str | None:
+    """Return why this process must not be forked; None where it may be."""
     threads = []
     for task in Path("/proc/self/task").iterdir():
         if task.name != str(os.getpid()):
@@ -153,7 +153,7 @@ def why_unsafe() -> str | None:
 
 
 def _has_initialized_cuda() -> bool:
-    """Whether cuInit was called, by whichever library; asking does not call it."""
+    """Return whether any library has called cuInit, without calling it."""
     if not hasattr(os, "RTLD_NOLOAD"):
         return False
     try:

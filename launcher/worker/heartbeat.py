@@ -1,4 +1,4 @@
-"""How far each rank of a node is, told to the node's agent through a few bytes of shared memory."""
+"""Heartbeats: each rank tells its node's agent through a few bytes of shared memory how far it is."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from launcher.worker.rank_env import RankEnv
 VARIABLE = "LAUNCHER_HEARTBEATS"
 PHASES = ("starting", "joined", "loaded", "training", "evaluating", "saving", "finishing")
 _CODES = {phase: code for code, phase in enumerate(PHASES)}
-# The count stands at both ends, so that a reader can tell a record that is being written.
+# The count is at both ends, so that a reader recognises a record that is being written.
 _RECORD = struct.Struct("=Qqqqqdd?7xQ")
 _READ_TRIES = 5
 
 
 @dataclass(frozen=True)
 class Beat:
-    """The last sign of life of a rank.
+    """The last heartbeat of a rank.
 
-    `count` counts the beats of the process `pid`, `step` its completed optimizer steps; `at` is a time.monotonic(), which
-    is one clock for all processes of a machine; `trained` tells whether it has begun to train.
+    `count` counts the beats of the process `pid`, `step` its completed optimizer steps; `at` is of time.monotonic(), which
+    is one clock for all processes of a machine; `trained` is whether the rank has begun to train.
     """
 
     count: int
@@ -41,9 +41,9 @@ class Beat:
 
 
 class HeartbeatTable:
-    """The agent's side: a record per local rank in memory that has no name on disk and ends with the agent.
+    """The agent's side: a record per local rank in anonymous memory, which ends with the agent.
 
-    A file would do, but not on storage that can block or be full, nor where logging out removes it, as from /dev/shm.
+    A file could block, be on a full disk, or be removed at logout, as from /dev/shm.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -53,7 +53,7 @@ class HeartbeatTable:
         self.path = Path(f"/proc/{os.getpid()}/fd/{self._descriptor}")
 
     def read(self) -> dict[int, Beat]:
-        """The last beat of each local rank that has ever beaten, whether or not its process still lives."""
+        """Return the last heartbeat of each local rank that has sent one, whether or not its process still lives."""
         beats = ((local_rank, self._read(local_rank)) for local_rank in range(self._num_ranks))
         return {local_rank: beat for local_rank, beat in beats if beat is not None}
 
@@ -73,10 +73,10 @@ class Heartbeat:
     """A rank's side."""
 
     def __init__(self, table: Path | None, local_rank: int, rank: int) -> None:
-        """Beat on the table at `table`, or for nobody.
+        """Send heartbeats to the table at this path; None sends none.
 
         Raises:
-            RunError: where the table cannot be reached.
+            RunError: where the table cannot be opened.
         """
         self._table: mmap.mmap | None = None
         self._offset = local_rank * _RECORD.size
@@ -90,9 +90,9 @@ class Heartbeat:
                     self._table = mmap.mmap(file.fileno(), 0)
             except OSError as error:
                 raise RunError(
-                    f"this rank cannot tell its node's agent how far it is: {error.strerror}",
+                    f"this rank cannot send heartbeats to its node's agent: {error.strerror}",
                     where=str(table),
-                    remedy="run agent and ranks in one container; or do without: cluster.stall_seconds=0",
+                    remedy="run agent and ranks in one container, or turn the watchdog off with cluster.stall_seconds=0",
                 ) from None
             self.beat("starting", 0)
 
@@ -102,12 +102,12 @@ class Heartbeat:
         return cls(Path(table) if table else None, env.local_rank, env.rank)
 
     def beat(self, phase: str, step: int) -> None:
-        """Tell one of PHASES and the number of completed optimizer steps; takes about a microsecond and cannot fail."""
+        """Send one of PHASES and the number of completed optimizer steps; takes about a microsecond and cannot fail."""
         if self._table is None:
             return
         now = time.monotonic()
         if phase == "training":
-            # Time between two steps, in which the run evaluates or saves, belongs to neither.
+            # The time of an evaluation or a save between two steps belongs to neither.
             if self._phase != "training":
                 self._step_began, self._trained = now, True
             elif step != self._step:

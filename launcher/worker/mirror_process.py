@@ -167,7 +167,7 @@ class Sender:
             what = error.problems[0].what if isinstance(error, LauncherError) else words(error)
             # One outage has many words; mirror.json has the last. One that lasts is told again.
             if self._alerts.admit("the mirror cannot be written"):
-                text = f"the mirror cannot be written, training goes on and the next checkpoint tries again: {what}"
+                text = f"the mirror cannot be written; training continues and the next checkpoint retries: {what}"
                 self._event("alert", text, mirror=self._url)
             self._said = what
         self._record(self._behind())

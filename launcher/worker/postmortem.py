@@ -197,9 +197,9 @@ def _judge(
     taken = _TAKEN.get(state)
     if killed := [record.ended_at for record in records if record.stopped and record.killed]:
         cause = taken or _interruption(attempt, lead_s, min(killed))
-        return Ending(cause, step, f"killed at step {step}: it had not stopped in the time it was given", first_failure=first)
+        return Ending(cause, step, f"killed at step {step}: it had not stopped within the grace period", first_failure=first)
     if taken is not None:
-        event = "the workers were gathered anew" if taken is Cause.RESIZED else f"the job ended as {state}"
+        event = "the workers were replaced by another number of them" if taken is Cause.RESIZED else f"the job ended as {state}"
         return Ending(taken, step, f"{event} at step {step} without saving", first_failure=first)
     if first is not None:
         return _from_failure(first, failures, _describe_silent(silent, lost_nodes), attempt, step)
@@ -217,9 +217,9 @@ def _describe_silent(nodes: Sequence[str], lost_nodes: Collection[str] | None) -
     if not nodes:
         return ""
     if lost_nodes is None:
-        return f"no word from {', '.join(nodes)}"
+        return f"no record from {', '.join(nodes)}"
     lost = [node for node in nodes if node in lost_nodes]
-    return f"Ray has lost {', '.join(lost)}" if lost else f"no word from {', '.join(nodes)}, which Ray still has"
+    return f"Ray has lost {', '.join(lost)}" if lost else f"no record from {', '.join(nodes)}, which Ray still has"
 
 
 def _from_outcome(outcome: OutcomeRecord, interruption: Cause) -> Ending:

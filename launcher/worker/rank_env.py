@@ -1,4 +1,4 @@
-"""Where a process stands: a node among nodes, a rank among ranks."""
+"""The identity of a process: a node among nodes, a rank among ranks; and how a rank's process is set up."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class RankEnv:
 
 
 @dataclass(frozen=True)
-class NodePlace:
-    """Where a node stands: its place among the `hosts` of the job, and the address that the others reach it by."""
+class NodeInfo:
+    """`node` is the index of this node among the `hosts` of the job; the others reach it at `address` on `interface`."""
 
     node: int
     hosts: tuple[str, ...]
@@ -61,7 +61,7 @@ class NodePlace:
 
 @dataclass(frozen=True)
 class RankTitle:
-    """What `ps` shows of a rank: it was not started by a command line of its own where it was forked."""
+    """The title of a rank in `ps`, by which its process is found: a forked rank has no command line of its own."""
 
     rank: int
     plan_path: str
@@ -69,10 +69,10 @@ class RankTitle:
 
     @classmethod
     def of(cls, process: psutil.Process) -> RankTitle | None:
-        """The title of a process, or None where that is no rank.
+        """Return the title of a process, or None where the process is no rank.
 
         Raises:
-            psutil.Error: where the process has ended or cannot be looked at.
+            psutil.Error: where the process has ended or cannot be read.
         """
         match = _TITLE.fullmatch(" ".join(process.cmdline()).strip())
         return cls(int(match[1]), match[2], int(match[3])) if match else None
@@ -101,7 +101,7 @@ def redirect_output(log: Path) -> None:
 
 
 def die_with_parent() -> None:
-    """Be killed when the agent dies, however it dies, so that no rank is left behind (Linux)."""
+    """Have the kernel kill this process when its parent dies, so that no rank is left behind (Linux)."""
     parent = os.getppid()
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)

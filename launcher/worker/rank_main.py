@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 
 def main(plan_path: str, attempt: int) -> None:
-    """Train, and leave the outcome where the agent reads it (rank 0)."""
+    """Train, and write the outcome for the agent (rank 0)."""
     die_with_parent()
     stop = StopFlag().install()
     try:
         _run(plan_path, attempt, stop)
     except Exception as error:
-        # Another rank's failure may have the agent dismiss this one while it writes.
+        # After a failure of another rank the agent may end this one while it writes.
         with stop.delay_dismissal():
             error_record.leave(error, os.environ)
         raise
     sys.stdout.flush()
     sys.stderr.flush()
-    # All is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
+    # Everything is on disk. DeepSpeed's threads can abort the interpreter's own shutdown, which would read as a failure.
     os._exit(0)
 
 
@@ -51,12 +51,12 @@ def _run(plan_path: str, attempt: int, stop: StopFlag) -> None:
     env = RankEnv.from_environ(os.environ)
     set_title(env.rank, plan_path, attempt)
     redirect_output(run.rank_log(attempt, env.rank))
-    # The log has the stacks of all threads where one of them crashes, which leaves no record.
+    # A crash leaves no record; the log then has the stacks of all threads.
     faulthandler.enable(all_threads=True)
-    # The watchdog asks a rank that is stuck, wherever it is, for the stacks of all its threads.
+    # The watchdog requests the stacks of all threads of a stuck rank with SIGQUIT.
     faulthandler.register(signal.SIGQUIT, all_threads=True, chain=False)
     heartbeat = Heartbeat.from_environ(os.environ, env)
-    # DeepSpeed would choose by what it sees as soon as it is imported, and a plan may be for the CPUs of a machine with GPUs.
+    # DeepSpeed would choose a device at import, and a plan may use the CPUs of a machine with GPUs.
     os.environ["DS_ACCELERATOR"] = plan.topology.device
     _train(plan, run, env, attempt, stop, heartbeat)
 
@@ -64,7 +64,7 @@ def _run(plan_path: str, attempt: int, stop: StopFlag) -> None:
 def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: StopFlag, heartbeat: Heartbeat) -> None:
     from launcher.train.preload import import_stack
 
-    # A forked rank has it.
+    # A forked rank has imported it.
     if "launcher.train.loop" not in sys.modules:
         import_stack(plan, tracks=env.rank == 0)
     from launcher.distributed import RankInfo
@@ -75,7 +75,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
     try:
         outcome = train(plan, rank_info, stop, heartbeat.beat, partial(write_outcome, run, attempt), report_answers)
     except WOULD_REPEAT as error:
-        # The agents start ranks again after any other failure.
+        # After any other failure the agents restart the ranks.
         final = FinalFailure(env.rank, type(error).__name__, str(error), time.time())
         # If this fails, the agents restart the ranks; the exception is still recorded.
         with suppress(OSError):
@@ -86,6 +86,7 @@ def _train(plan: LaunchPlan, run: RunDir, env: RankEnv, attempt: int, stop: Stop
 
 
 def write_outcome(run: RunDir, attempt: int, outcome: Outcome) -> None:
+    """Write outcome.json, by which the agent and the postmortem know how training ended."""
     record = OutcomeRecord(outcome.state, outcome.reason, outcome.step, outcome.message, str(outcome.checkpoint))
     json_records.write(outcome_file(run, attempt), record)
 

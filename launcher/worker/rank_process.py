@@ -21,7 +21,7 @@ from launcher.worker.fork_server import differing
 
 _PR_SET_CHILD_SUBREAPER = 36
 _ADOPTION_S = 10.0
-# Storage that does not answer: the same imports may succeed in new processes, each with deadlines of its own.
+# Where storage does not answer, the same imports may succeed in separate processes, each with its own deadlines.
 _IMPORT_S = 900.0
 _POLL_S = 0.01
 _END_S = 5.0
@@ -35,7 +35,7 @@ _VARIABLES = {
 
 
 class RankProcess(Protocol):
-    """What subprocess.Popen and ForkedProcess have in common."""
+    """The common interface of subprocess.Popen and ForkedProcess."""
 
     pid: int
     returncode: int | None
@@ -54,16 +54,16 @@ StartRank = Callable[[Mapping[str, str]], RankProcess]
 
 
 class ForkedProcess:
-    """A child of this process that it has not started itself."""
+    """A child that this process did not start itself."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
-        # A process id is another process's as soon as the end of the first has been collected.
+        # A process id may be reused as soon as the process has been waited for.
         self._lock = threading.Lock()
 
     def poll(self) -> int | None:
-        """The exit code, negative for a signal, or None while the process runs."""
+        """Return the exit code, negative for a signal, or None while the process runs."""
         with self._lock:
             return self._poll()
 
@@ -98,7 +98,7 @@ class ForkedProcess:
 
 
 class ForkFailed(Exception):
-    """No rank can be forked; the text says why."""
+    """No rank can be forked; the message says why."""
 
 
 class ForkServer:
@@ -157,7 +157,7 @@ class ForkServer:
     def close(self) -> None:
         """End the server; ranks stay."""
         self.kill()
-        # One that hangs in the kernel is left to it.
+        # A process that hangs in the kernel cannot be waited for.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
         self._answers.close()
@@ -166,9 +166,9 @@ class ForkServer:
 
 @contextmanager
 def _adopting_orphans() -> Iterator[None]:
-    """Become the parent of descendants whose own parent ends (Linux).
+    """Become the parent of descendants whose own parent ends (Linux), for the duration of this block only.
 
-    Only meanwhile: what killed ranks leave behind is to go to the system, as it does without a fork server.
+    What killed ranks leave behind goes to the system, as it does without a fork server.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
@@ -195,7 +195,7 @@ def _await_child(pid: int) -> int:
 
 
 class RankProcesses:
-    """Starts the ranks of one node, or of one worker of Ray, in `folder`, and sends signals to those that run."""
+    """Starts the ranks of one node, or of one Ray worker, in `folder`, and sends signals to those that run."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder
@@ -204,7 +204,7 @@ class RankProcesses:
         self._started: list[RankProcess] = []
 
     def warm_up(self, plan_path: str, environment: Mapping[str, str]) -> None:
-        """Have a fork server import what ranks of this plan need, while this process goes on."""
+        """Start a fork server that imports what ranks of this plan need; do not wait for it."""
         self._server = ForkServer(plan_path, environment, self._folder)
 
     def is_warming_up(self) -> bool:
@@ -212,7 +212,7 @@ class RankProcesses:
         return self._server is not None and self._server.is_importing()
 
     def start(self, plan_path: str, attempt: int, environment: Mapping[str, str]) -> RankProcess:
-        """Start a rank with these variables; a forked one also has those that a fork server needs."""
+        """Start a rank with these variables; a forked rank also gets those that a fork server needs."""
         arguments = (plan_path, str(attempt))
         process = self._fork(arguments, environment) if self._server is not None else None
         if process is None:

@@ -9,48 +9,48 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# USR1: a person asks to stop (cancel, Ctrl-C). USR2 and TERM: the machines are about to go.
+# USR1: a person asks to stop (cancel, Ctrl-C). USR2 and TERM: the machines are about to be taken.
 CANCEL = signal.SIGUSR1
 PREEMPT = signal.SIGUSR2
 _REASONS = {CANCEL: "cancelled", PREEMPT: "preempted", signal.SIGTERM: "preempted"}
-# How a rank ends that the agent sends away because another one has failed: its end says nothing about the cause.
+# The exit code of a rank that the agent ends because another one has failed; it says nothing about the cause.
 DISMISSED = 128 + signal.SIGTERM
 # Storage that hangs must not keep the machines: torch's elastic agent would wait 30 s before it kills the rank.
-_MOST_DELAY_S = 1.0
+_MAX_DELAY_S = 1.0
 
 
 class StopFlag:
-    """Callable that tells the first reason to stop, or None; `at` is the time.monotonic() at which it came.
+    """Callable that returns the first reason to stop, or None; `at` is the time.monotonic() of that signal.
 
-    A thread waits for the signals, because Python's handlers run in the main thread only, and not while that one is
-    inside a collective.
+    A thread waits for the signals, because Python runs handlers in the main thread only, and not while that is inside a
+    collective.
     """
 
     def __init__(self) -> None:
         self.at: float | None = None
         self._reason: str | None = None
-        self._undisturbed = threading.Lock()
+        self._protected = threading.Lock()
         self._dismissed = False
 
     def __call__(self) -> str | None:
         return self._reason
 
     def cancel(self) -> None:
-        self._wish("cancelled")
+        self._request("cancelled")
 
     @contextmanager
     def delay_dismissal(self) -> Iterator[None]:
-        """Let a dismissal wait for the end of this block, for a second at most."""
-        with self._undisturbed:
+        """Delay a dismissal to the end of this block, for a second at most."""
+        with self._protected:
             yield
         if self._dismissed:
-            # What follows would race with the thread that listens.
+            # Going on would race with the listening thread.
             os._exit(DISMISSED)
 
     def install(self) -> StopFlag:
-        """Start to listen; to be called from the main thread before any other thread exists."""
-        # Every thread and process that starts from here on inherits the block. So helpers survive the USR2 and TERM that
-        # Slurm sends to all processes of a step, wandb-core the USR2 alone, because it asks for TERM again.
+        """Start to listen; call it from the main thread before any other thread exists."""
+        # Every later thread and process inherits the block, so that helpers survive the USR2 and TERM that Slurm sends to all
+        # processes of a step. wandb-core survives USR2 only, because it unblocks TERM.
         signal.pthread_sigmask(signal.SIG_BLOCK, _REASONS)
         # Ctrl-C reaches the whole terminal group; the command that follows the run decides what it means.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -62,13 +62,13 @@ class StopFlag:
             received = signal.sigwaitinfo(_REASONS)
             if received.si_signo == signal.SIGTERM and received.si_pid == agent_pid:
                 # torch's elastic agent stops all ranks after one has failed: a collective would never end without it.
-                # Nothing is flushed, which could block: the agent starts ranks with unbuffered output.
+                # Flushing could block, and is not needed: the agent starts ranks with unbuffered output.
                 self._dismissed = True
-                self._undisturbed.acquire(timeout=_MOST_DELAY_S)
+                self._protected.acquire(timeout=_MAX_DELAY_S)
                 os._exit(DISMISSED)
-            self._wish(_REASONS[signal.Signals(received.si_signo)])
+            self._request(_REASONS[signal.Signals(received.si_signo)])
 
-    def _wish(self, reason: str) -> None:
+    def _request(self, reason: str) -> None:
         if self._reason is None:
             self.at = time.monotonic()
             self._reason = reason

@@ -1,4 +1,4 @@
-"""Signals that a node's agent gets, passed on to its ranks: save and stop, then, when the grace period is over, SIGKILL."""
+"""Passes the signals of a node's agent on to its ranks: save and stop, and after the grace period SIGKILL."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ _RESEND_S = 0.5
 
 
 class Stopper:
-    """First signal: ask the ranks to save and stop. A person's second, or the grace running out: kill them.
+    """The first signal asks the ranks to save and stop; a person's second one, or the end of the grace period, kills them.
 
-    At `kill_at`, in seconds since the epoch, ranks that have been asked and have not stopped are killed in any case.
-
-    The wish is repeated until it is taken back, because ranks may still be starting when it comes; a rank that has
-    heard it ignores the repetition.
+    `signals` maps the agent's signals to those of the ranks. At `kill_at`, in seconds since the epoch, ranks that were asked to
+    stop are killed in any case. The signal is repeated until `disarm`, because ranks may still be starting; a rank that got it
+    ignores the repetition. `requested` is whether a stop was requested, `killed` whether the ranks were killed for it.
     """
 
     def __init__(
@@ -29,65 +28,66 @@ class Stopper:
         self._grace_s = grace_s
         self._signals = signals
         self._signal_ranks = signal_ranks
-        self._wish: int | None = None
-        self._ended = threading.Event()
+        self._signal: int | None = None
+        self._disarmed = threading.Event()
         self._cancelled = False
-        self._asked_at: float | None = None
-        self._times_cancelled = 0
+        self._requested_at: float | None = None
+        self._num_cancels = 0
         self.kill_at: float | None = None
         self.requested = False
         self.killed = False
 
     def install(self) -> Stopper:
-        """Listen in a thread: handlers would wait while the main thread is inside a rendezvous.
+        """Listen in a thread: signal handlers would wait while the main thread is inside a rendezvous.
 
-        Blocked in the main thread, the signals are blocked in the ranks from their first instruction on: what comes while
-        they import waits until they listen.
+        The main thread blocks the signals, and so do the ranks from their first instruction on: a signal that comes while they
+        import waits until they listen.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, set(self._signals))
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self
 
     def disarm(self) -> None:
-        self._ended.set()
+        """Send no more signals."""
+        self._disarmed.set()
 
-    def finish(self, mirror: MirrorProcess | None, most_s: float = math.inf) -> None:
-        """Give the mirror what is left of the time to stop in, or `most_s`; a person who asks again has waited enough.
+    def finish(self, mirror: MirrorProcess | None, deadline_s: float = math.inf) -> None:
+        """Wait for the mirror for the rest of the grace period, for `deadline_s` at most, or until a person cancels again.
 
-        Where nobody has asked for the end, the last checkpoint takes the time that it needs.
+        Where no stop was requested, the upload of the last checkpoint takes the time that it needs.
         """
         if mirror is None:
             return
-        now, times = time.time(), self._times_cancelled
-        stop_by = math.inf if self._asked_at is None else self._asked_at + self._grace_s
-        until = min(stop_by, self.kill_at or math.inf, now + most_s)
+        now, num_cancels = time.time(), self._num_cancels
+        stop_by = math.inf if self._requested_at is None else self._requested_at + self._grace_s
+        until = min(stop_by, self.kill_at or math.inf, now + deadline_s)
 
         def unwanted() -> bool:
-            asked_late = self._asked_at is not None and time.time() > self._asked_at + self._grace_s
-            return asked_late or self._times_cancelled > times
+            is_late = self._requested_at is not None and time.time() > self._requested_at + self._grace_s
+            return is_late or self._num_cancels > num_cancels
 
         mirror.finish(now if self.killed else until, unwanted)
 
-    def request(self, wish: signal.Signals) -> None:
-        """Ask the ranks to save and stop, unless they are asked already."""
+    def request(self, stop_signal: signal.Signals) -> None:
+        """Ask the ranks to save and stop, unless they were asked before."""
         if not self.requested:
-            self._wish, self.requested, self._asked_at = wish, True, time.time()
+            self._signal, self.requested, self._requested_at = stop_signal, True, time.time()
             threading.Thread(target=self._repeat, name="stopper", daemon=True).start()
 
     def _listen(self) -> None:
         while True:
-            wish = self._signals[signal.Signals(signal.sigwaitinfo(set(self._signals)).si_signo)]
-            if self._cancelled and wish == CANCEL:
-                self._wish, self.killed = signal.SIGKILL, True
-            self._cancelled = self._cancelled or wish == CANCEL
-            self._times_cancelled += wish == CANCEL
-            self.request(wish)
+            stop_signal = self._signals[signal.Signals(signal.sigwaitinfo(set(self._signals)).si_signo)]
+            if self._cancelled and stop_signal == CANCEL:
+                self._signal, self.killed = signal.SIGKILL, True
+            self._cancelled = self._cancelled or stop_signal == CANCEL
+            self._num_cancels += stop_signal == CANCEL
+            self.request(stop_signal)
 
     def _repeat(self) -> None:
         deadline = time.monotonic() + self._grace_s
-        while not self._ended.is_set():
+        while not self._disarmed.is_set():
             if time.monotonic() > deadline or (self.kill_at is not None and time.time() > self.kill_at):
-                self._wish, self.killed = signal.SIGKILL, True
-            if self._wish is not None:
-                self._signal_ranks(self._wish)
-            self._ended.wait(_RESEND_S)
+                self._signal, self.killed = signal.SIGKILL, True
+            if self._signal is not None:
+                self._signal_ranks(self._signal)
+            self._disarmed.wait(_RESEND_S)

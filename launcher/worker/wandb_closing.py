@@ -1,7 +1,7 @@
-"""The end of a run that no rank could tell W&B of, because the ranks were killed or not there: said by whoever started them.
+"""Reports the end of a run to W&B where no rank could, because the ranks were killed or never started.
 
-`python -m launcher.worker.wandb_closing PLAN ATTEMPT` continues the W&B run for a moment: an alert with the first failure or the
-limit that is reached, the steps that W&B lacks, and exit code 1.
+`python -m launcher.worker.wandb_closing PLAN ATTEMPT` continues the W&B run for a moment: it sends an alert with the first
+failure or the limit that was reached, the steps that W&B lacks, and exit code 1.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event, read_events
 from launcher.train.previous_failure import gpu_faults
 
-# Nodes may be held meanwhile, and nobody waits for an answer.
+# The nodes may be held meanwhile.
 _DEADLINE_S = 45.0
 
 
-def tell_wandb(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
-    """Have W&B show that the run has failed for good, be it before W&B had heard of it, or has reached a limit while no rank ran.
+def close_wandb_run(plan: LaunchPlan, plan_path: str | Path, run: RunDir, attempt: int) -> None:
+    """Have W&B show that the run has failed for good, even before its first step, or reached a limit while no rank ran.
 
-    Never raises, and ends in time. Offline, that stands in W&B's files, where there are any.
+    Never raises, and returns within a deadline. In offline mode the end is written into W&B's files, where there are any.
     """
     tracking = plan.config.tracking
     may_show = tracking.mode in ("auto", "online") or (tracking.mode == "offline" and _has_sessions(run))
-    if tracking.kind != "wandb" or not may_show or not _is_to_be_told(run, attempt):
+    if tracking.kind != "wandb" or not may_show or not _must_report(run, attempt):
         return
     command = [sys.executable, "-m", "launcher.worker.wandb_closing", str(plan_path), str(attempt)]
-    # A process that can be killed: W&B may hang, and is imported nowhere else on this side.
+    # A separate process can be killed: W&B may hang.
     with suppress(OSError, subprocess.SubprocessError):
         subprocess.run(command, stdin=subprocess.DEVNULL, timeout=_DEADLINE_S)
 
@@ -48,17 +48,17 @@ def main(plan_path: str, attempt: int) -> None:
     if not _has_sessions(run) and not is_online(plan.config.tracking.mode):
         return
     status = run_store.read_status(run)
-    tell = partial(append_event, run, attempt)
-    tracker = WandbTracker(plan, run.root, tell=tell, on_stop=_no_stop)
-    words = f"the run ends: {status.message}"
+    report = partial(append_event, run, attempt)
+    tracker = WandbTracker(plan, run.root, tell=report, on_stop=_no_stop)
+    text = f"the run ends: {status.message}"
     if status.state == "failed":
-        words = f"the run has failed: {status.message}{_where(run, attempt)}"
-    tracker.event("alert", f"{words}{_gpu_faults(run, attempt)}", status.step)
+        text = f"the run has failed: {status.message}{_log_of_first_failure(run, attempt)}"
+    tracker.event("alert", f"{text}{_gpu_faults(run, attempt)}", status.step)
     tracker.finish(status.state, everything=True)
 
 
-def _is_to_be_told(run: RunDir, attempt: int) -> bool:
-    """Whether the run has failed, or has been ended between two attempts; ranks that reach a limit tell it themselves."""
+def _must_report(run: RunDir, attempt: int) -> bool:
+    """Return whether the run has failed, or was ended between two attempts; ranks that reach a limit report it themselves."""
     state = run_store.read_status(run).state
     if state != "preempted":
         return state == "failed"
@@ -69,7 +69,7 @@ def _is_to_be_told(run: RunDir, attempt: int) -> bool:
     return True
 
 
-def _where(run: RunDir, attempt: int) -> str:
+def _log_of_first_failure(run: RunDir, attempt: int) -> str:
     """Name the log of the rank that failed first."""
     with suppress(OSError, LauncherError):
         record = run_records.read_exit(run, attempt)
@@ -89,7 +89,7 @@ def _has_sessions(run: RunDir) -> bool:
 
 
 def _no_stop() -> None:
-    """Nothing runs that could be stopped."""
+    """Do nothing: no rank runs that could be stopped."""
 
 
 if __name__ == "__main__":

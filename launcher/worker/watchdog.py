@@ -1,9 +1,9 @@
-"""A rank that makes no progress is found, its stacks are recorded, and it is killed, so that the run can go on without it.
+"""The watchdog finds a rank that makes no progress, has it dump its stacks, and kills it, so that the ranks can restart.
 
-In a hang all ranks of all nodes fall silent, because they wait for one. Each node's agent judges its own ranks; on Ray the
-run's coordinator judges those of all nodes (launcher.worker.ray.watchdog). The surer it is of the culprit the sooner a rank is
-killed: at once one that cannot run, later one that is behind the others, and last of all ranks that cannot be told apart,
-whose culprit is then most likely on another node and has been killed there.
+In a hang all ranks of all nodes stall, because they wait for one. Each node's agent judges its own ranks; on Ray the run's
+coordinator judges those of all nodes (launcher.worker.ray.watchdog). The clearer the culprit, the sooner it is killed: first a
+rank that cannot run, later one that is behind the others, and last all ranks where none stands out. The culprit is then most
+likely on another node and has been killed there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from launcher.worker.heartbeat import Beat, HeartbeatTable
 
 _SLOWEST_STEPS = 10
 _LONGEST_INTERVAL_S = 1.0
-# How many times its limit a rank has been silent when it is killed for being behind, and for no reason that can be seen.
+# The multiple of its limit after which a rank is killed: one that is behind the others, and one without a visible reason.
 _BEHIND, _UNCLEAR = 1.25, 1.5
 _JOIN_S = 5.0
 _UNABLE = {
@@ -35,23 +35,25 @@ _UNABLE = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds without a beat. `stall_s` while training; `rare_s` while saving, where beats are rare; none while finishing:
-    an export takes as long as the model is large, and killing it would only begin it again.
+    """Seconds without a heartbeat: `stall_s` while training, `rare_s` while saving, where heartbeats are rare.
+
+    There is no limit while finishing: the time of an export grows with the model, and a kill would only restart it.
     """
 
     stall_s: float
     rare_s: float
 
     def of(self, beat: Beat) -> float:
+        """Return the limit of a rank in the state of this heartbeat, in seconds."""
         if beat.phase == "finishing":
             return math.inf
-        usual = max(self.stall_s, _SLOWEST_STEPS * beat.slowest_step_s)
-        return max(usual, self.rare_s) if beat.phase == "saving" else usual
+        limit_s = max(self.stall_s, _SLOWEST_STEPS * beat.slowest_step_s)
+        return max(limit_s, self.rare_s) if beat.phase == "saving" else limit_s
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Ranks that are stalled, with their seconds without a beat; of these, whom to kill now, and why each."""
+    """The stalled ranks with their seconds without a heartbeat, and those of them to kill now, with the reasons."""
 
     stalled: Mapping[int, float] = field(default_factory=dict)
     kill: Mapping[int, str] = field(default_factory=dict)
@@ -65,10 +67,10 @@ def stalled(
     since: float = 0.0,
     among: str = "of its node",
 ) -> Verdict:
-    """Judge the ranks in `states` (psutil's names of process states), which are all ranks `among`, by their last beats.
+    """Judge the ranks in `states` (psutil's names of process states) by their last heartbeats.
 
-    `now` and `since` are times of time.monotonic(); silence from before `since` does not count. Ranks that have not begun
-    to train are not judged: joining and loading have deadlines of their own.
+    `among` says in messages of what they are all ranks. `now` and `since` are of time.monotonic(); silence before `since` does
+    not count. Ranks that have not begun to train are not judged: joining and loading have deadlines of their own.
     """
     silent = {r: now - max(beat.at, since) for r, beat in beats.items() if r in states and beat.trained}
     lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
@@ -81,18 +83,18 @@ def stalled(
     counts = {r: beats[r].count for r in silent}
     first, last = max(counts.values()), min(counts.values())
     behind = {r: f"is behind the other ranks {among}" for r in late if counts[r] == last < first}
-    # Beats of ranks that wait for another node may differ by one as well, so even this is not sure at once.
+    # The counts of ranks that wait for another node may differ by one as well, so this is not conclusive at once.
     if any(lateness[r] > _BEHIND for r in behind):
         return Verdict(late, behind)
     if max(lateness[r] for r in late) > _UNCLEAR:
-        return Verdict(late, dict.fromkeys(late, f"does not go on, and neither does any other rank {among}"))
+        return Verdict(late, dict.fromkeys(late, f"makes no progress, and neither does any other rank {among}"))
     return Verdict(late)
 
 
 class Watchdog:
-    """Watches the ranks that beat on `table` and are children of this process; tells `on_stall` whom it killed and why.
+    """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
 
-    `stall_s` 0 watches nothing. `rare_s` is the limit where beats are rare, see Limits.
+    `stall_s` 0 watches nothing. For `rare_s` see Limits.
     """
 
     def __init__(self, table: HeartbeatTable, stall_s: float, rare_s: float, on_stall: Callable[[str], None]) -> None:
@@ -120,7 +122,7 @@ class Watchdog:
         while not self._ended.wait(self._interval_s):
             now = time.monotonic()
             if now - self._looked > self._limits.stall_s / 2:
-                # The agent itself was stopped, as all processes of a job are by `scontrol suspend`.
+                # The agent itself was stopped, as `scontrol suspend` stops all processes of a job.
                 self._since = now
             self._looked = now
             self._look(now)
@@ -134,18 +136,18 @@ class Watchdog:
         for r in verdict.stalled:
             if beats[r].pid in fresh:
                 _send(ranks[r], signal.SIGQUIT)
-        # The dump has time until the next look, and the rank a last chance to go on.
+        # The dump has time until the next look, and the rank a last chance to progress.
         if not verdict.kill or any(beats[r].pid in fresh for r in verdict.kill):
             return
         for r in verdict.kill:
             _send(ranks[r], signal.SIGKILL)
-        # The agent ends the others, which wait for the killed one and may take a while to go.
+        # The agent ends the others, which wait for the killed rank and may take a while to end.
         self._done |= {beat.pid for beat in beats.values()}
-        self._on_stall("; ".join(describe(beats[r], verdict.stalled[r], why) for r, why in verdict.kill.items()))
+        self._on_stall("; ".join(describe(beats[r], verdict.stalled[r], reason) for r, reason in verdict.kill.items()))
 
 
 def _processes(beats: Mapping[int, Beat]) -> tuple[dict[int, psutil.Process], dict[int, str]]:
-    """Processes and states of the ranks that still live; the record of a dead one stays until its successor starts."""
+    """Return the processes and states of the ranks that still live; a dead rank keeps its record until its successor starts."""
     ranks, states = {}, {}
     for local_rank, beat in beats.items():
         try:
@@ -165,8 +167,8 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
         pass
 
 
-def describe(beat: Beat, silent_s: float, why: str, node: str = "") -> str:
-    """That a rank is killed, and why, in words; `node` names its node where that is not plain."""
-    doing = f"in step {beat.step + 1}" if beat.phase == "training" else f"while {beat.phase} after step {beat.step}"
-    where = f" on {node}" if node else ""
-    return f"rank {beat.rank}{where} (pid {beat.pid}) {why}: no progress for {silent_s:.0f} s {doing}; killed it"
+def describe(beat: Beat, silent_s: float, reason: str, node: str = "") -> str:
+    """Describe why a rank is killed; `node` is empty where the reader knows it."""
+    activity = f"in step {beat.step + 1}" if beat.phase == "training" else f"while {beat.phase} after step {beat.step}"
+    location = f" on {node}" if node else ""
+    return f"rank {beat.rank}{location} (pid {beat.pid}) {reason}: no progress for {silent_s:.0f} s {activity}; killed it"

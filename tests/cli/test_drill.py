@@ -47,7 +47,7 @@ REQUEUED = replace(
     RESTARTED,
     steps=steps(1, 0, 1, 9, HIT_AT - 8) + steps(2, 0, 6, 10, HIT_AT + 60),
     attempts={**RESTARTED.attempts, 2: Attempt(5, job="7", restart=1, automatic=True)},
-    exits={1: ExitRecord("pending", cause=Cause.INFRASTRUCTURE, message="no word from n2")},
+    exits={1: ExitRecord("pending", cause=Cause.INFRASTRUCTURE, message="no record from n2")},
 )
 PREEMPTED = replace(
     REQUEUED,
@@ -116,7 +116,7 @@ def test_a_job_that_runs_again(job: str, words: str) -> None:
     report = judge(replace(REQUEUED, attempts=attempts), WHOLE)
     assert report.came_through
     assert report.continued == words
-    assert report.happened == "infrastructure: no word from n2"
+    assert report.happened == "infrastructure: no record from n2"
 
 
 def test_a_save_that_failed_for_a_while() -> None:

@@ -55,7 +55,7 @@ def test_where_nobody_failed_first_the_log_of_what_was_submitted_is_named(
     fail(run, 1, "killed by SIGKILL")
     if ended:
         fail(run, 2, "", rank=None)
-    said = closing(run, "no word from n2; cluster.max_infrastructure_failures=1 is used up", capsys)
-    assert said.startswith("failed: no word from n2; cluster.max_infrastructure_failures=1 is used up\n  log:    ")
+    said = closing(run, "no record from n2; cluster.max_infrastructure_failures=1 is used up", capsys)
+    assert said.startswith("failed: no record from n2; cluster.max_infrastructure_failures=1 is used up\n  log:    ")
     assert "attempts/001/agent.log" in said
     assert "SIGKILL" not in said

@@ -102,7 +102,7 @@ def test_a_machine_that_is_lost_with_its_disk(
 def test_a_mirror_that_is_lost_does_not_stop_training(alone: Path) -> None:
     assert sorted(losses(alone)) == list(range(1, STEPS + 1))
     assert [text.partition(":")[0] for text in alerts(alone)] == [
-        "the mirror cannot be written, training goes on and the next checkpoint tries again",
+        "the mirror cannot be written; training continues and the next checkpoint retries",
         "not in the mirror",
     ]
     assert not processes_of(alone)

@@ -139,7 +139,7 @@ def kill_coordinator(run: Path, ranks: Ranks) -> str:
     raylet = ranks[0].parent().parent()
     (coordinator,) = [child for child in raylet.children() if "ray::Coordinator" in command_line(child)]
     coordinator.kill()
-    return "the process that the workers agree by was killed or has ended"
+    return "the run's coordinator was killed or has ended"
 
 
 def end_controller(run: Path, ranks: Ranks) -> str:

@@ -113,7 +113,7 @@ class Soak:
         reached = max(m["trainer/step"] for m in every if (m["attempt"], m["run/restarts"]) < (self.attempt, restarts))
         assert saved < again["trainer/step"] <= reached + 1
         assert again["time"] - sent < AGAIN_WITHIN_S
-        assert self.alert("all ranks are started again", f"restart {restarts}", f"on {node}", *words), events(self.run.path)[-3:]
+        assert self.alert("all ranks are restarted", f"restart {restarts}", f"on {node}", *words), events(self.run.path)[-3:]
         assert self.run.attempt == self.attempt
 
     def lose_node(self, how: str) -> None:

@@ -148,7 +148,7 @@ def test_an_evaluation_that_was_interrupted_comes_with_the_next_attempt(
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", server.address)
         monkeypatch.setattr(wandb_closing, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))
-        wandb_closing.tell_wandb(plan, run.plan, run, 1)
+        wandb_closing.close_wandb_run(plan, run.plan, run, 1)
         assert len(server.run().exits) == 2
     assert server.run().steps == [1, 2, 3]
     with rank(plan, attempt=2, automatic=not for_good, base_url=server.address) as it:

@@ -233,7 +233,7 @@ def test_a_cuda_context_forbids_forks(monkeypatch: pytest.MonkeyPatch, result: i
     driver = SimpleNamespace(cuCtxGetCurrent=lambda context: result)
     monkeypatch.setattr(fork_server.ctypes, "CDLL", lambda name, mode: driver)
     monkeypatch.setattr(fork_server.Path, "iterdir", lambda folder: [])
-    refusal = fork_server.why_unsafe()
+    refusal = fork_server.find_fork_hazard()
     assert (refusal is not None and "CUDA" in refusal) is is_unsafe
 
 

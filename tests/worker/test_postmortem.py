@@ -208,8 +208,8 @@ def test_a_failure_counts_before_a_stop_and_problems_before_both(run: RunDir, ju
 
 def test_nodes_that_left_no_word_are_named(run: RunDir, judge: Judge) -> None:
     node(run, 1)
-    assert judge(code=9) == Ending(Cause.INFRASTRUCTURE, STEP, "no word from n1, n3 (srun ended with 9)")
-    assert judge(code=None) == Ending(Cause.INFRASTRUCTURE, STEP, "no word from n1, n3")
+    assert judge(code=9) == Ending(Cause.INFRASTRUCTURE, STEP, "no record from n1, n3 (srun ended with 9)")
+    assert judge(code=None) == Ending(Cause.INFRASTRUCTURE, STEP, "no record from n1, n3")
     node(run, 0)
     node(run, 2)
     assert judge(code=0).message == "the ranks ended without an outcome (srun ended with 0)"
@@ -230,7 +230,7 @@ def test_a_task_that_ended_by_itself_before_its_agent_began_is_its_nodes_fault(r
     assert judge(code=None).cause is Cause.INFRASTRUCTURE
     # Where an agent has left its record, its task is not what failed.
     node(run, 1)
-    assert judge(code=78).message == "no word from n1, n3 (srun ended with 78)"
+    assert judge(code=78).message == "no record from n1, n3 (srun ended with 78)"
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_a_task_that_ended_by_itself_before_its_agent_began_is_its_nodes_fault(r
 )
 def test_other_words_of_srun_say_nothing_of_a_node(run: RunDir, judge: Judge, lines: list[str]) -> None:
     output(run, *lines)
-    assert judge(code=9).message == "no word from n1, n2, n3 (srun ended with 9)"
+    assert judge(code=9).message == "no record from n1, n2, n3 (srun ended with 9)"
 
 
 def test_a_run_directory_that_most_nodes_do_not_see_is_no_ones_node(run: RunDir, judge: Judge) -> None:
@@ -302,7 +302,7 @@ def test_failures_beside_a_node_that_left_no_word_are_put_down_to_that_node(run:
     node(run, 0, failure(kind))
     node(run, 1)
     assert judge(code=1) == Ending(
-        Cause.INFRASTRUCTURE, STEP, "rank 3: what it said; no word from n3", first_failure=failure(kind)
+        Cause.INFRASTRUCTURE, STEP, "rank 3: what it said; no record from n3", first_failure=failure(kind)
     )
     node(run, 1, failure("DivergedError", at=1.0))
     assert judge(code=1).cause is Cause.USER_ERROR

@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 from launcher.error_record import ErrorRecord
 from launcher.plan.run_dir import RunDir
 from launcher.worker.failure_record import RankExit, describe_restart
-from launcher.worker.rank_env import NodePlace
+from launcher.worker.rank_env import NodeInfo
 from launcher.worker.rendezvous import NodeRendezvous
 
 
@@ -18,7 +18,7 @@ def test_the_node_whose_ranks_failed_tells_it() -> None:
     store, hosts, told = HashStore(), ("n0", "n1"), list[str]()
 
     def node(number: int) -> NodeRendezvous:
-        place = NodePlace(number, hosts, "127.0.0.1", None)
+        place = NodeInfo(number, hosts, "127.0.0.1", None)
         return NodeRendezvous(store, "run", place, 20, lambda: False, lambda count: told.append(f"{hosts[number]} {count}"))
 
     def meet(first: NodeRendezvous, then: NodeRendezvous) -> None:

@@ -59,7 +59,7 @@ def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.
         failed(run)
         append_event(run, 1, "alert", "Xid 79 on GPU 3: fallen off the bus (rank 1 on n1)")
         use(monkeypatch, server.address, forked=False)
-        wandb_closing.tell_wandb(plan, run.plan, run, 1)
+        wandb_closing.close_wandb_run(plan, run.plan, run, 1)
         assert server.run().exits == [1]
         assert server.run().steps == list(range(1, 10))
         assert server.run().summary["state"] == "failed"
@@ -87,7 +87,7 @@ def test_a_limit_that_is_found_to_be_reached_between_attempts_is_told(
         run.attempt(2).mkdir()
         run_store.write_status(run, Status("preempted", 1, 4, 40, message="run.max_usd=100 is reached"))
         use(monkeypatch, server.address)
-        wandb_closing.tell_wandb(plan, run.plan, run, 2 if numbered else 1)
+        wandb_closing.close_wandb_run(plan, run.plan, run, 2 if numbered else 1)
         assert (server.run().exits, server.run().summary["state"]) == ([1, 1], "preempted")
         assert server.run().steps == [1, 2, 3, 4]
         assert [alert["text"] for alert in server.alerts] == ["the run ends: run.max_usd=100 is reached"]
@@ -100,7 +100,7 @@ def test_a_run_that_failed_before_any_rank_began_is_told(tmp_path: Path, monkeyp
     failed(run)
     with fake_wandb() as server:
         use(monkeypatch, server.address)
-        wandb_closing.tell_wandb(plan, run.plan, run, 1)
+        wandb_closing.close_wandb_run(plan, run.plan, run, 1)
         assert server.run().exits == [1]
         assert "the run has failed: rank 1: killed by SIGKILL" in server.alerts[0]["text"]
 
@@ -134,7 +134,7 @@ def test_a_server_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.Mo
         use(monkeypatch, server.address)
         monkeypatch.setattr(wandb_closing, "_DEADLINE_S", 1.0)
         began = time.monotonic()
-        wandb_closing.tell_wandb(plan, run.plan, run, 1)
+        wandb_closing.close_wandb_run(plan, run.plan, run, 1)
         assert time.monotonic() - began < 4
 
 
@@ -158,5 +158,5 @@ def test_nothing_is_said_where_there_is_nothing_to_say(
     run.plan.write_text(plan.to_json())
     atomic_files.write_json(run.attempt(1) / "exit.json", {"state": state, **ended})
     run_store.write_status(run, Status(state, 1))
-    wandb_closing.tell_wandb(plan, run.plan, run, 1)
+    wandb_closing.close_wandb_run(plan, run.plan, run, 1)
     assert not list((run.root / "wandb").iterdir())

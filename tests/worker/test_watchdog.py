@@ -160,7 +160,7 @@ def test_the_slowest_step_is_measured_without_what_lies_between_steps(
 def test_without_a_board_nobody_is_told_and_one_out_of_reach_is_refused() -> None:
     env = RankEnv(rank=0, local_rank=0, world_size=1, restart=0)
     Heartbeat.from_environ({}, env).beat("training", 1)
-    with pytest.raises(RunError, match="cannot tell its node's agent"):
+    with pytest.raises(RunError, match="cannot send heartbeats to its node's agent"):
         Heartbeat.from_environ({VARIABLE: "/proc/self/fd/999"}, env)
 
 

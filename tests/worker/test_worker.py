@@ -60,7 +60,7 @@ def test_a_local_run_holds_its_machines_until_the_mirror_has_all(tmp_path: Path,
     monkeypatch.setattr(agent.MirrorProcess, "start", lambda *arguments: Mirror())
     monkeypatch.setattr(agent.detached_process, "start_liveness_file", lambda run: None)
     monkeypatch.setattr(agent.NodeAgent, "run_ranks", lambda *arguments: None)
-    monkeypatch.setattr(agent, "tell_wandb", lambda *arguments: None)
+    monkeypatch.setattr(agent, "close_wandb_run", lambda *arguments: None)
     assert agent.main(str(run.plan), 1) == 1
     assert seen == [pytest.approx(2 * 3600, abs=60)]
     assert json_records.read_json(run.attempt(1) / "exit.json")["ended_at"] == pytest.approx(time.time(), abs=60)

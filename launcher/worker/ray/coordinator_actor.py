@@ -98,7 +98,7 @@ class CoordinatorActor:
             return
         self._num_lost += 1
         print(error, file=sys.stderr, flush=True)
-        said = "the process that the workers agree by was killed or has ended: another takes its place, and the run begins again"
+        said = "the run's coordinator was killed or has ended: another replaces it, and the run begins again"
         with suppress(OSError):
             append_event(self._run, self._number, "alert", said)
         with suppress(OSError, LauncherError):

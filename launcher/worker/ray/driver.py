@@ -32,7 +32,7 @@ from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
 from launcher.worker.ray.coordinator_actor import CoordinatorActor, in_words
 from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.trainer import build_trainer, import_ray_train
-from launcher.worker.wandb_closing import tell_wandb
+from launcher.worker.wandb_closing import close_wandb_run
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def main(plan_path: str, attempt: int) -> int:
     finally:
         with suppress(OSError, LauncherError):
             number = run_store.newest_attempt(run)
-            tell_wandb(plan, plan_path, run, number)
+            close_wandb_run(plan, plan_path, run, number)
 
 
 def _patiently(ask: Callable[[], T]) -> T:
@@ -214,7 +214,7 @@ class _Driver:
                     return self.end("failed", self._not_placed(state.idle_s, state.early_failure))
             fit.join(_LOOK_S)
         if _patiently(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
-            why = "its workers ended without a word" if self._failure is None else in_words(self._failure)
+            why = "its workers ended and left no record" if self._failure is None else in_words(self._failure)
             self.end("failed", f"Ray Train ended the run: {why}")
         return None
 

@@ -100,7 +100,7 @@ class Group:
         silence_s = self.liveness.silent(running)
         names = {rank: f"the worker of rank {self.training_ranks.index(rank)} on {self.members[rank].node}" for rank in silence_s}
         alerts = [
-            f"no word for {silence_s[rank]:.0f} s from {names[rank]}: it hangs or is cut off"
+            f"no heartbeat for {silence_s[rank]:.0f} s from {names[rank]}: it hangs or is cut off"
             for rank in silence_s.keys() - self.silent
         ]
         self.silent = set(silence_s)
@@ -141,7 +141,7 @@ class Group:
         readmitted = self.unfit & {member.node for member in self.training}
         for nodes, how in ((self.unfit - readmitted, "without"), (readmitted, "for want of others with")):
             text += (
-                f", {how} {', '.join(sorted(nodes))}, unfit before: mend it, or take it away with `ray drain-node`"
+                f", {how} {', '.join(sorted(nodes))}, unfit before: repair it, or take it away with `ray drain-node`"
                 if nodes
                 else ""
             )
@@ -162,4 +162,4 @@ def require_private(head: Member, allowed: bool) -> None:
     """
     if network.is_public(head.address) and not allowed:
         where = f"{head.node} at {head.address}"
-        raise ConfigError(f"the ranks would meet at an address that the whole internet can reach: {where}; set cluster.interface")
+        raise ConfigError(f"the ranks would meet at a public address: {where}; set cluster.interface")

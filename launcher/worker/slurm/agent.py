@@ -1,6 +1,6 @@
 """The agent of one node of a Slurm job: `python -m launcher.worker.slurm.agent PLAN ATTEMPT`.
 
-It meets the agents of the other nodes, has the node checked, runs its ranks and leaves the node's record. The job concludes the
+It meets the agents of the other nodes, checks the node, runs its ranks and writes the node's record. The job concludes the
 attempt when all of its nodes have ended (launcher.worker.slurm.job).
 """
 
@@ -21,47 +21,47 @@ from launcher.worker.mirror_process import AFTER_FAILURE_S, MirrorProcess
 from launcher.worker.signals import CANCEL, PREEMPT
 from launcher.worker.slurm import node as slurm_node
 
-# TERM comes from Slurm, which wants the nodes back, and not from a person.
+# TERM comes from Slurm, which takes the nodes back, and not from a person.
 _SIGNALS = {CANCEL: CANCEL, signal.SIGTERM: PREEMPT, PREEMPT: PREEMPT}
 
 
 def main(plan_path: str, attempt: int) -> int:
-    """Run this node's part of one attempt and leave its record; returns the exit code."""
-    node = NodeAgent.start(plan_path, attempt, _SIGNALS)
-    if node is None:
+    """Run this node's part of one attempt and write its record; returns the exit code."""
+    agent = NodeAgent.start(plan_path, attempt, _SIGNALS)
+    if agent is None:
         return 1
-    plan, run, stopper = node.plan, node.run, node.stopper
-    begun = run_store.read_attempt(run, attempt)
+    plan, run, stopper = agent.plan, agent.run, agent.stopper
+    record = run_store.read_attempt(run, attempt)
     number = int(os.environ["SLURM_NODEID"])
-    stopper.kill_at = slurm_node.kill_at(begun, plan)
+    stopper.kill_at = slurm_node.kill_at(record, plan)
     if run.cancel(attempt).is_file():
-        # Asked for while there was no process yet to hear it.
+        # Requested before this process listened to signals.
         stopper.request(CANCEL)
     mirror: MirrorProcess | None = None
     failure: FailureRecord | None = None
     problems: list[Problem] = []
     try:
-        place = slurm_node.place(plan, begun, number)
-        slurm_node.end_before(begun, plan, stopper.request)
-        store = slurm_node.meet(begun, place)
-        problems = slurm_node.check(store, plan, run, attempt, begun, place)
+        node = slurm_node.node_info(plan, record, number)
+        slurm_node.save_before_end(record, plan, stopper.request)
+        store = slurm_node.connect(record, node)
+        problems = slurm_node.check(store, plan, run, attempt, record, node)
         if not problems and not stopper.requested:
-            mirror = node.start_mirror() if place.is_head else None
-            failure = node.run_ranks(place, store)
+            mirror = agent.start_mirror() if node.is_head else None
+            failure = agent.run_ranks(node, store)
     except Exception as error:
         failure = failure_record.from_exception(error, run.attempt(attempt))
-    node.close()
-    record = NodeRecord(
+    agent.close()
+    node_record = NodeRecord(
         number,
         ended_at=time.time(),
         host=os.uname().nodename,
-        started_at=node.started_at,
+        started_at=agent.started_at,
         stopped=stopper.requested,
         killed=stopper.killed,
         first_failure=failure,
         problems=tuple(problems),
     )
-    json_records.write(node_file(run, attempt, number), record)
+    json_records.write(node_file(run, attempt, number), node_record)
     stopper.finish(mirror, math.inf if failure is None else AFTER_FAILURE_S)
     return 0 if failure is None and not problems else 1
 

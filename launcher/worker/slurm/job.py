@@ -1,8 +1,8 @@
-"""What a Slurm job does around its tasks, on its first node.
+"""The steps of a Slurm job before and after its tasks, on its first node.
 
-`python -m launcher.worker.slurm.job begin PLAN` opens the attempt and prints its number, or nothing where nothing is left to do.
-`python -m launcher.worker.slurm.job conclude PLAN ATTEMPT RC` reads how the nodes ended, lets plan.retry decide what follows, and
-does it: the only place that runs a job again.
+`python -m launcher.worker.slurm.job begin PLAN` opens the attempt and prints its number, or nothing where there is nothing left
+to do. `python -m launcher.worker.slurm.job conclude PLAN ATTEMPT RC` judges how the attempt ended, lets plan.retry decide what
+follows, and acts on it: no other place runs a job again.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ from launcher.tracking import goodput
 from launcher.tracking.jsonl import append_event
 from launcher.worker import postmortem
 from launcher.worker.checks import network
-from launcher.worker.wandb_closing import tell_wandb
+from launcher.worker.wandb_closing import close_wandb_run
 
 _LOCK_WAIT_S = 60.0
-# How long a controller that does not answer is waited for: most are back within minutes, and the nodes idle meanwhile.
+# How long calls to a silent controller are retried: most are back within minutes, and the nodes idle meanwhile.
 _BEGIN_PATIENCE_S = 300.0
 _CONCLUDE_PATIENCE_S = 900.0
-# Left of the job's time to act in.
+# The part of the job's time that is left for the conclusion.
 _LAST_SECONDS_S = 10.0
 
 
 def begin(plan_path: str) -> int | None:
-    """Open the attempt of this job's start and return its number; None where the run is done, has reached a limit of its own,
-    or runs in another job.
+    """Open the attempt of this job's start and return its number.
+
+    None where the run is over, has reached a limit of its own, or runs in another job.
 
     Raises:
-        RunError: where the attempt may not start: its budget is spent, the nodes are not joined by a private network, or
-            it cannot be known whether another job runs it.
+        RunError: where the attempt may not start: a retry budget is spent, the nodes share no private network, or Slurm does
+            not answer whether another job runs it.
     """
     plan, until = LaunchPlan.load(plan_path), time.monotonic() + _BEGIN_PATIENCE_S
     run, section = RunDir(Path(plan.run_dir)), SlurmSection.of(plan.config.cluster)
@@ -58,33 +59,33 @@ def begin(plan_path: str) -> int | None:
         attempt = run_store.read_attempt(run, number)
         if attempt.job is not None:
             if attempt.job != job and _is_running(attempt.job, plan, until):
-                print(f"job {attempt.job} runs {plan.run_name} already; this one leaves it alone", file=sys.stderr)
+                print(f"job {attempt.job} runs {plan.run_name} already; this job does not run it", file=sys.stderr)
                 return None
-            ended = postmortem.end_of_attempt(run, number, section)
-            if ended.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
-                print(f"{plan.run_name} is {ended.cause}; nothing is left to do", file=sys.stderr)
+            end = postmortem.end_of_attempt(run, number, section)
+            if end.cause in (Cause.COMPLETED, Cause.CANCELLED, Cause.LIMIT):
+                print(f"{plan.run_name} is {end.cause}; there is nothing left to do", file=sys.stderr)
                 return None
-            decision = decide(ended, postmortem.history(run, number), section)
+            decision = decide(end, postmortem.history(run, number), section)
             if not decision.again:
                 _end(plan, plan_path, run, number, decision)
                 raise RunError(decision.reason, where=str(run.attempt(number)))
-        if reached := goodput.reached_limit(run, plan, time.time()):
-            # Loading the model and one step, only to stop, would cost some more.
-            _end(plan, plan_path, run, number, Decision(False, "preempted", reached))
-            print(f"{plan.run_name}: {reached}; nothing is begun", file=sys.stderr)
+        if limit := goodput.reached_limit(run, plan, time.time()):
+            # To load the model and train one step, only to stop, would cost more.
+            _end(plan, plan_path, run, number, Decision(False, "preempted", limit))
+            print(f"{plan.run_name}: {limit}; the attempt is not started", file=sys.stderr)
             return None
         if attempt.job is not None:
             number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
             attempt = run_store.read_attempt(run, number)
         elif attempt.automatic:
-            # It was numbered before the job waited, perhaps where the newest checkpoint was not seen yet.
+            # The attempt was numbered before the job waited, perhaps where the newest checkpoint was not visible yet.
             attempt = replace(attempt, resume_step=store.newest_step(run.checkpoints))
         try:
-            opened = _with_place(attempt, section, job, restart, until)
+            opened = _with_nodes(attempt, section, job, restart, until)
         except LauncherError as error:
             problem = error.problems[0]
-            words = "; ".join(filter(None, (problem.what, problem.remedy)))
-            _end(plan, plan_path, run, number, Decision(False, "failed", words))
+            message = "; ".join(filter(None, (problem.what, problem.remedy)))
+            _end(plan, plan_path, run, number, Decision(False, "failed", message))
             raise
         run_store.write_attempt(run, number, opened)
         print(postmortem.marker(number, opened.nodes), file=sys.stderr)
@@ -93,67 +94,68 @@ def begin(plan_path: str) -> int | None:
 
 
 def _end(plan: LaunchPlan, plan_path: str, run: RunDir, number: int, decision: Decision) -> None:
-    """Tell all who follow the run that it ends before its next attempt has begun.
+    """Report that the run ends before its next attempt has begun, in the status, in events.jsonl and in W&B.
 
-    The run is held meanwhile, which W&B may take most of a minute of: less than another start waits for.
+    The run is locked meanwhile; W&B may take most of a minute, which is less than another start waits for the lock.
     """
     run_store.update_status(run, state=decision.state, message=decision.reason)
     _if_possible(lambda: append_event(run, number, "alert", f"the run ends: {decision.reason}"))
-    _if_possible(lambda: tell_wandb(plan, plan_path, run, number))
+    _if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
 
 
 def conclude(plan_path: str, number: int, exit_code: int) -> int:
-    """Record how the attempt ended and act on what follows; returns the job's exit code."""
+    """Record how the attempt ended and act on the decision; returns the job's exit code."""
     plan = LaunchPlan.load(plan_path)
     run, section, job = RunDir(Path(plan.run_dir)), SlurmSection.of(plan.config.cluster), os.environ["SLURM_JOB_ID"]
     attempt = run_store.read_attempt(run, number)
-    concluded = postmortem.conclude(run, number, attempt, section, "", exit_code)
+    conclusion = postmortem.conclude(run, number, attempt, section, "", exit_code)
     until = time.monotonic() + _patience_s(attempt)
-    # A run that is over holds its nodes for nobody's answer.
-    state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if concluded.decision.again else 0.0)
+    # A run that is over does not hold its nodes for an answer of Slurm.
+    state = queue.state_beneath(job, attempt.restart, attempt.ends_at, _left(until) if conclusion.decision.again else 0.0)
     if state:
-        concluded = postmortem.conclude(run, number, attempt, section, state, exit_code)
+        conclusion = postmortem.conclude(run, number, attempt, section, state, exit_code)
     run_store.fence(run, number)
-    ending, decision = concluded.ending, concluded.decision
-    _if_possible(lambda: concluded.record(run, number))
-    if (alert := concluded.alert) is not None:
+    ending, decision = conclusion.ending, conclusion.decision
+    _if_possible(lambda: conclusion.record(run, number))
+    if (alert := conclusion.alert) is not None:
         _if_possible(lambda: append_event(run, number, "alert", alert, ending.step))
-    _if_possible(lambda: run_store.update_status(run, state=decision.state, step=ending.step, message=concluded.message))
-    _if_possible(lambda: print(f"attempt {number}: {ending.cause}: {concluded.message}", flush=True))
+    _if_possible(lambda: run_store.update_status(run, state=decision.state, step=ending.step, message=conclusion.message))
+    _if_possible(lambda: print(f"attempt {number}: {ending.cause}: {conclusion.message}", flush=True))
     if decision.again:
         by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
         slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, patience_s=_left(until))
     else:
-        _if_possible(lambda: tell_wandb(plan, plan_path, run, number))
+        _if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
 
 
 def _patience_s(attempt: Attempt) -> float:
-    """How long Slurm is waited for at the end; with the job's time over, Slurm kills what waits."""
+    """Return how long calls to Slurm are retried at the end, in seconds; Slurm kills the job when its time is over."""
     left = _CONCLUDE_PATIENCE_S if attempt.ends_at is None else attempt.ends_at - _LAST_SECONDS_S - time.time()
     return max(0.0, min(_CONCLUDE_PATIENCE_S, left))
 
 
 def _left(until: float) -> float:
+    """Return the seconds until a time of time.monotonic(), at least 0."""
     return max(0.0, until - time.monotonic())
 
 
 def _if_possible(write: Callable[[], object]) -> None:
-    """A disk that is full must not keep the run from going on; the next start judges by what the nodes have left."""
+    """Write, or print that it failed: a full disk must not keep the run from continuing. The next start judges by the records."""
     try:
         write()
     except OSError as error:
         with suppress(OSError):
-            print(f"what follows is done, but could not be written down: {error}", file=sys.stderr, flush=True)
+            print(f"the conclusion could not be written, and is acted on all the same: {error}", file=sys.stderr, flush=True)
 
 
-def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:
-    """The attempt with the nodes of this start and the place where their agents meet."""
+def _with_nodes(attempt: Attempt, section: SlurmSection, job: str, restart: int, until: float) -> Attempt:
+    """Return the attempt with the nodes of this start, and the address and port where their agents meet."""
     addresses = network.node_addresses(os.environ["SLURM_JOB_NODELIST"], _left(until))
     endpoint = network.own_endpoint(list(addresses.values()), section.interface)
     if network.is_public(endpoint.address):
         raise RunError(
-            "the nodes would meet at an address that the whole internet can reach",
+            "the nodes would meet at a public address",
             where=f"{endpoint.interface} of {os.uname().nodename}",
             value=endpoint.address,
             remedy="set cluster.interface to a private network",
@@ -172,7 +174,7 @@ def _with_place(attempt: Attempt, section: SlurmSection, job: str, restart: int,
 
 
 def _details(job: str, until: float) -> Mapping[str, str]:
-    """What Slurm says of the job now; nothing where it does not answer until then."""
+    """Return Slurm's details of the job; empty where Slurm does not answer in time."""
     try:
         return queue.details(job, _left(until))
     except SlurmError:
@@ -185,10 +187,10 @@ def _end_time(details: Mapping[str, str]) -> float | None:
 
 
 def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
-    """True where Slurm preempts the job and has said that it will run it again by itself.
+    """Return whether Slurm preempts the job and will requeue it by itself.
 
-    Only where partitions preempt each other does the partition's mode say what becomes of the job; with preempt/qos it is
-    the QOS's. In doubt it is False: a start too many ends in seconds, as `begin` finds nothing to do, one too few ends the run.
+    The partition's PreemptMode decides that only with preempt/partition_prio; with preempt/qos the QOS does. In doubt the answer
+    is False: a start too many ends in seconds, as `begin` finds nothing to do, and one too few ends the run.
     """
     preempted = details.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "")
     if not preempted or details.get("Requeue") != "1":
@@ -204,20 +206,20 @@ def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
 
 
 def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
-    """True while Slurm has the job on nodes.
+    """Return whether Slurm runs the job on nodes.
 
     Raises:
-        RunError: where that cannot be known; the run's status stays as it is, for it may be the other job's.
+        RunError: where Slurm does not answer; the run's status is left alone, since the other job may write it.
     """
     try:
         known = queue.job(job, 0.0, plan.run_name, _left(until))
     except SlurmError as error:
         problem = error.problems[0]
         raise RunError(
-            f"it cannot be known whether job {job} still runs {plan.run_name}: {problem.what}",
+            f"Slurm did not answer whether job {job} still runs {plan.run_name}: {problem.what}",
             where=problem.where,
             value=problem.value,
-            remedy="when Slurm answers again, look with: python -m launcher status, and continue with: python -m launcher resume",
+            remedy="when Slurm answers, look with: python -m launcher status, and continue with: python -m launcher resume",
         ) from None
     return known is not None and known.queued and known.state in ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
 
@@ -225,12 +227,12 @@ def _is_running(job: str, plan: LaunchPlan, until: float) -> bool:
 def main(argv: Sequence[str]) -> int:
     try:
         if argv[0] == "begin":
-            # The script takes what is printed for the attempt's number: nothing else may stand there.
+            # The script reads the attempt's number from standard output: nothing else may be printed there.
             with redirect_stdout(sys.stderr):
                 number = begin(argv[1])
             print("" if number is None else number)
             return 0
-        # A requeue makes Slurm send TERM to all of the job, and KILL only later: what is begun must come to its end.
+        # On a requeue Slurm sends TERM to the whole job, and KILL only later: the conclusion must be completed.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return conclude(argv[1], int(argv[2]), int(argv[3]))
     except LauncherError as error:

@@ -1,4 +1,4 @@
-"""A node of a Slurm job: where it stands, when its time ends, and whether it is fit to train."""
+"""A node of a Slurm job: its addresses, the end of its time, and whether it is fit to train."""
 
 from __future__ import annotations
 
@@ -18,75 +18,82 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.worker.checks import network, node_check
-from launcher.worker.rank_env import NodePlace
+from launcher.worker.rank_env import NodeInfo
 from launcher.worker.signals import PREEMPT
 
-# Nodes start within seconds of each other; a prologue, a container or a slow file system may take minutes.
+# Nodes usually start within seconds of each other; a prologue, a container or a slow file system may take minutes.
 _MEET_DEADLINE_S = 300.0
 # Between the end of the ranks and the job's own: srun's end, the records, a requeue.
 _CONCLUDE_S = 20.0
 
 
-def place(plan: LaunchPlan, begun: Attempt, node: int) -> NodePlace:
-    """This node's address towards the head, and the head's, where the agents meet.
+def node_info(plan: LaunchPlan, record: Attempt, node: int) -> NodeInfo:
+    """Return this node's index, hosts and address; the agents meet at the head node's.
 
     Raises:
-        RunError: where there is no interface that other nodes reach.
+        RunError: where no interface of this node can be reached from others.
     """
     section = SlurmSection.of(plan.config.cluster)
-    if begun.address is None or begun.port is None:
-        raise RunError("the attempt names no place where its nodes meet", where="attempt.json")
+    if record.address is None or record.port is None:
+        raise RunError("the attempt has no address and port of the head node", where="attempt.json", remedy="resume the run")
     if node == 0:
-        return NodePlace(node, begun.nodes, begun.address, begun.interface)
-    endpoint = network.own_endpoint([begun.address], section.interface)
-    return NodePlace(node, begun.nodes, endpoint.address, endpoint.interface)
+        return NodeInfo(node, record.nodes, record.address, record.interface)
+    endpoint = network.own_endpoint([record.address], section.interface)
+    return NodeInfo(node, record.nodes, endpoint.address, endpoint.interface)
 
 
-def end_before(begun: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]) -> None:
-    """Ask for the save when only the lead is left of the job's time, whether or not Slurm's signal arrives."""
-    if begun.ends_at is None:
+def save_before_end(record: Attempt, plan: LaunchPlan, stop: Callable[[Signals], None]) -> None:
+    """Call `stop` when only cluster.signal_lead_seconds are left of the job's time, whether or not Slurm's signal arrives."""
+    if record.ends_at is None:
         return
     lead_s = SlurmSection.of(plan.config.cluster).signal_lead_seconds
-    timer = threading.Timer(begun.ends_at - lead_s - time.time(), stop, (PREEMPT,))
+    timer = threading.Timer(record.ends_at - lead_s - time.time(), stop, (PREEMPT,))
     timer.daemon = True
     timer.start()
 
 
-def kill_at(begun: Attempt, plan: LaunchPlan) -> float | None:
-    """When ranks that cannot stop must be gone, so that the job concludes before Slurm ends it and nothing runs it again."""
-    if begun.ends_at is None:
+def kill_at(record: Attempt, plan: LaunchPlan) -> float | None:
+    """Return the time, in seconds since the epoch, at which ranks that do not stop are killed; None without a time limit.
+
+    The job must conclude before Slurm ends it, or nothing would run it again.
+    """
+    if record.ends_at is None:
         return None
-    return begun.ends_at - min(_CONCLUDE_S, SlurmSection.of(plan.config.cluster).signal_lead_seconds / 4)
+    return record.ends_at - min(_CONCLUDE_S, SlurmSection.of(plan.config.cluster).signal_lead_seconds / 4)
 
 
-def meet(begun: Attempt, here: NodePlace) -> Any:
-    """A store at the head node that all nodes share.
+def connect(record: Attempt, here: NodeInfo) -> Any:
+    """Return the TCPStore at the head node that all nodes share.
 
     Raises:
-        RunError: where the head node is not reached, or its port is taken.
+        RunError: where the head node cannot be reached, or its port is taken.
     """
     from torch.distributed import DistNetworkError, TCPStore
 
-    assert begun.address is not None
-    assert begun.port is not None
-    if not here.is_head and network.await_reachable(begun.address, begun.port, _MEET_DEADLINE_S) is None:
+    assert record.address is not None
+    assert record.port is not None
+    if not here.is_head and network.await_reachable(record.address, record.port, _MEET_DEADLINE_S) is None:
         raise RunError(
-            f"{network.node_name()} does not reach the head node at {begun.address}:{begun.port}",
+            f"{network.node_name()} does not reach the head node at {record.address}:{record.port}",
             where=f"{here.address} on {here.interface}",
             remedy="set cluster.interface to the network that joins the nodes",
         )
     deadline = timedelta(seconds=_MEET_DEADLINE_S)
     try:
-        return TCPStore(begun.address, begun.port, None, here.is_head, deadline, wait_for_workers=False)
+        return TCPStore(record.address, record.port, None, here.is_head, deadline, wait_for_workers=False)
     except DistNetworkError as error:
-        raise RunError("the nodes cannot meet", where=f"{begun.address}:{begun.port}", value=str(error).splitlines()[0]) from None
+        raise RunError(
+            "the agents of the nodes cannot connect",
+            where=f"{record.address}:{record.port}",
+            value=str(error).splitlines()[0],
+        ) from None
 
 
-def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attempt, here: NodePlace) -> list[Problem]:
-    """What is wrong with any node of the job, in words, the same list on all of them; empty where all are fit.
+def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, record: Attempt, here: NodeInfo) -> list[Problem]:
+    """Return the problems of all nodes of the job, the same list on each node; empty where all are fit.
 
     Raises:
-        RunError: where the head node is lost meanwhile.
+        RunError: where the connection to the head node is lost.
     """
     if not SlurmSection.of(plan.config.cluster).node_checks:
         return []
@@ -94,10 +101,10 @@ def check(store: Any, plan: LaunchPlan, run: RunDir, attempt: int, begun: Attemp
     imported = Path(launcher.__file__).resolve()
     if not imported.is_relative_to(run.code.resolve()):
         foreign = Problem(
-            "runs another launcher than the one that was submitted",
+            "runs another launcher than the submitted one",
             where=report.host,
             value=str(imported.parent),
-            remedy="take the container's or the environment's own PYTHONPATH away",
+            remedy="unset PYTHONPATH in the container or in the environment of the node",
         )
         report = replace(report, problems=(*report.problems, foreign))
-    return node_check.exchange(store, report, begun.nodes, here.node, _MEET_DEADLINE_S)
+    return node_check.exchange(store, report, record.nodes, here.node, _MEET_DEADLINE_S)

@@ -151,7 +151,7 @@ def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driv
     assert run_store.read_status(run).state == "pending"
     (event,) = read_events(run.events)
     assert event["kind"] == "alert"
-    assert "the process that the workers agree by was killed or has ended: another takes its place" in event["text"]
+    assert "the run's coordinator was killed or has ended: another replaces it" in event["text"]
     assert coordinator.is_lost
     coordinator.says = lambda: state(number=2)
     assert coordinator.state() == state(number=2)
@@ -264,7 +264,7 @@ def test_storage_that_does_not_answer_while_workers_are_waited_for_ends_nothing(
 
 @pytest.mark.usefixtures("rays_answer")
 def test_a_late_end_tells_what_was_lost_and_the_way_to_go_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "tell_wandb", lambda *_: None)
+    monkeypatch.setattr(driver, "close_wandb_run", lambda *_: None)
     begun = True
 
     def lose(itself: Any) -> int:
@@ -283,7 +283,7 @@ def test_a_late_end_tells_what_was_lost_and_the_way_to_go_on(run: RunDir, monkey
 
     assert said(lambda: driver.main(str(run.plan), 1)) == f"the driver lost Ray: The connection to the head is lost; {way_on}"
     ended = said(lambda: driver_of(run)._watch(Fitting(1), Played(run, state)))
-    assert ended == f"Ray Train ended the run: its workers ended without a word; {way_on}"
+    assert ended == f"Ray Train ended the run: its workers ended and left no record; {way_on}"
     begun = False
     assert said(lambda: driver.main(str(run.plan), 1)) == "Ray cannot be used: The connection to the head is lost"
 

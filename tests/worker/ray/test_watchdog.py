@@ -109,13 +109,13 @@ def test_a_worker_that_says_nothing_any_more_is_named_and_the_others_go_on_witho
     beats(played, sign(0, 0), sign(1, 0))
     assert alone(played, clock, 195) is None
     said = played.run.events.read_text()
-    assert "no word for 65 s from the worker of rank 1 on n2: it hangs or is cut off" in said
+    assert "no heartbeat for 65 s from the worker of rank 1 on n2: it hangs or is cut off" in said
     assert alone(played, clock, 205) == "TERM"
     assert "the other ranks wait for the worker of rank 1 on n2: the run goes on without" in played.run.events.read_text()
     played.end(0)
     verdict = played.coordinator.beat("a", 0, "done").verdict
     assert verdict.again, "the lost one is not waited for"
-    assert "no word from n2, which Ray still has" in verdict.reason
+    assert "no record from n2, which Ray still has" in verdict.reason
     assert played.causes == ["infrastructure"]
 
 
@@ -173,7 +173,7 @@ def test_a_rank_that_cannot_be_killed_is_left_behind(play: Callable[..., Played]
     clock[0] += 31
     verdict = played.coordinator.beat("a", 0, "done").verdict
     assert verdict.again
-    assert "no word from n2" in verdict.reason
+    assert "no record from n2" in verdict.reason
 
 
 @pytest.mark.parametrize(

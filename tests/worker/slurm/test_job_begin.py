@@ -25,7 +25,7 @@ from launcher.worker.slurm import job
 def told(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Attempts of whose end W&B is told."""
     found: list[int] = []
-    monkeypatch.setattr(job, "tell_wandb", lambda plan, plan_path, run, attempt: found.append(attempt))
+    monkeypatch.setattr(job, "close_wandb_run", lambda plan, plan_path, run, attempt: found.append(attempt))
     return found
 
 
@@ -84,7 +84,7 @@ def test_a_start_after_machines_were_lost_writes_down_what_was_left(
     of.saved(20)
     in_slurm(SLURM_RESTART_COUNT="1")
     assert of.begin()[:2] == (0, "2\n")
-    expected = ExitRecord("failed", message="no word from n1, n3", cause=Cause.INFRASTRUCTURE, saved_step=20)
+    expected = ExitRecord("failed", message="no record from n1, n3", cause=Cause.INFRASTRUCTURE, saved_step=20)
     assert run_records.read_exit(of.run, 1) == expected
     assert of.attempt(2).resume_step == 20
 
@@ -97,7 +97,7 @@ def test_a_run_that_another_job_runs_is_left_alone(submitted: Callable[..., Job]
     fake_slurm.answer("squeue", out=slurm_said.squeue("40", state))
     code, out, err = of.begin()
     assert (code, out) == (0, "\n")
-    assert err == "job 40 runs tried already; this one leaves it alone\n"
+    assert err == "job 40 runs tried already; this job does not run it\n"
     assert (of.attempt(), of.status) == before
     assert run_store.newest_attempt(of.run) == 1
 
@@ -112,7 +112,7 @@ def test_where_it_cannot_be_known_whether_another_job_runs_it_the_job_fails(
     fake_slurm.refuse("squeue", said=slurm_said.UNREACHABLE)
     code, out, err = of.begin()
     assert (code, out) == (1, "")
-    assert err.startswith("it cannot be known whether job 40 still runs tried: squeue got no answer\n")
+    assert err.startswith("Slurm did not answer whether job 40 still runs tried: squeue got no answer\n")
     assert len(fake_slurm.calls) > 2
     assert (of.attempt(), of.status) == before
 
@@ -123,7 +123,7 @@ def test_a_controller_that_is_restarting_is_waited_for(submitted: Callable[..., 
     fake_slurm.answer("squeue", out=slurm_said.squeue("40", "RUNNING"))
     fake_slurm.refuse("squeue", said=slurm_said.UNREACHABLE, times=2)
     code, out, err = of.begin()
-    assert (code, out, err) == (0, "\n", "job 40 runs tried already; this one leaves it alone\n")
+    assert (code, out, err) == (0, "\n", "job 40 runs tried already; this job does not run it\n")
     fake_slurm.answer("squeue", out=slurm_said.squeue("40", "COMPLETED"))
     fake_slurm.refuse("scontrol", "show", "job", "41", said=slurm_said.UNREACHABLE, times=2)
     assert of.begin()[:2] == (0, "2\n")
@@ -167,7 +167,7 @@ def test_a_run_that_is_done_is_not_begun_again(submitted: Callable[..., Job], ca
     in_slurm(SLURM_RESTART_COUNT="1")
     for _ in range(2):
         code, out, err = of.begin()
-        assert (code, out, err) == (0, "\n", f"tried is {cause}; nothing is left to do\n")
+        assert (code, out, err) == (0, "\n", f"tried is {cause}; there is nothing left to do\n")
         assert of.exit()["cause"] == cause
     assert run_store.newest_attempt(of.run) == 1
 
@@ -207,7 +207,7 @@ def test_a_limit_that_is_reached_loads_no_model(
         run_store.next_attempt(of.run, Attempt(20, automatic=True))
     in_slurm(SLURM_RESTART_COUNT="1")
     code, out, err = of.begin()
-    assert (code, out, err) == (0, "\n", "tried: run.max_hours=2 is reached; nothing is begun\n")
+    assert (code, out, err) == (0, "\n", "tried: run.max_hours=2 is reached; the attempt is not started\n")
     assert (of.status.state, of.status.message) == ("preempted", "run.max_hours=2 is reached")
     assert alerts(of) == ["the run ends: run.max_hours=2 is reached"]
     assert told == [1 + numbered]
@@ -232,12 +232,12 @@ def test_a_public_address_is_no_place_to_meet(
     before = of.attempt()
     code, out, err = of.begin()
     assert (code, out) == (1, "")
-    assert err.startswith("the nodes would meet at an address that the whole internet can reach\n")
+    assert err.startswith("the nodes would meet at a public address\n")
     assert "value:  8.8.8.8" in err
     assert "cluster.interface" in err
     assert of.attempt() == before
     assert of.status.state == "failed"
-    assert "the whole internet can reach; set cluster.interface" in of.status.message
+    assert "at a public address; set cluster.interface" in of.status.message
     assert alerts(of) == [f"the run ends: {of.status.message}"]
     assert told == [1]
 
