@@ -301,7 +301,7 @@ def rank(plan_path: str) -> None:
     plan = LaunchPlan.load(plan_path)
     rank_info = RankInfo(int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"]), attempt=1)
     if rank_info.is_main:
-        run_store.next_attempt(run_store.create(plan), run_records.Attempt(None))
+        run_store.create_attempt(run_store.create(plan), run_records.Attempt(None))
     else:
         while not (Path(plan.run_dir) / "attempts" / "001" / "attempt.json").exists():
             time.sleep(0.1)

@@ -20,11 +20,11 @@ import xxhash
 _READ_BYTES = 8 * 2**20
 _BEGIN_BYTES = 32 * 2**20
 # A directory that is being replaced keeps its content under this prefix until the new one is in place.
-REPLACED = ".replaced-"
-REMOVING = ".removing-"
+REPLACED_PREFIX = ".replaced-"
+REMOVING_PREFIX = ".removing-"
 
 
-def passing(point: str) -> None:
+def fault_point(point: str) -> None:
     """Called at named points of a save, in this order: begun, copied, half-written, noted, gathered, manifest, committed.
 
     Tests put a fault in its place.
@@ -114,7 +114,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     return FileEntry(size=size, xxh3_128=digest.hexdigest())
 
 
-def file_entry(path: Path, on_read: Callable[[int], None] | None = None) -> FileEntry:
+def digest_file(path: Path, on_read: Callable[[int], None] | None = None) -> FileEntry:
     """Size and digest of a file on disk; `on_read` is told the bytes of each block."""
     digest, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(_READ_BYTES))
@@ -148,7 +148,7 @@ def rename(source: Path, target: Path) -> None:
 
 def replace_directory(source: Path, target: Path) -> None:
     """Move a complete directory to `target`; what was there is removed only after that. Both lie in one folder."""
-    aside = aside_of(target)
+    aside = replaced_path(target)
     if target.exists():
         if aside.exists():
             remove_directory(aside)
@@ -165,10 +165,10 @@ def remove_directory(path: Path) -> None:
 
     Files that a reader holds open on a network file system cannot be removed; the next sweep takes them.
     """
-    doomed = path.with_name(f"{REMOVING}{secrets.token_hex(8)}")
+    doomed = path.with_name(f"{REMOVING_PREFIX}{secrets.token_hex(8)}")
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def aside_of(target: Path) -> Path:
-    return target.with_name(REPLACED + target.name)
+def replaced_path(target: Path) -> Path:
+    return target.with_name(REPLACED_PREFIX + target.name)

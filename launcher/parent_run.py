@@ -66,13 +66,13 @@ def find_parent(path: str, root: Path = Path("runs")) -> ParentCheckpoint:
     if match is None:
         raise _problem("is not a run", path, "write run:NAME or run:NAME@STEP")
     try:
-        run = run_store.find(match["run"], root)
+        run = run_store.find_run(match["run"], root)
         plan = run_store.load_plan(run)
     except LauncherError as error:
         raise _problem(error.problems[0].what, path, error.problems[0].remedy or "choose another run") from error
     try:
         step = match["step"]
-        checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, int(step))
+        checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, int(step))
     except CheckpointError as error:
         (problem,) = error.problems
         value = f": {problem.value}" if problem.value else ""

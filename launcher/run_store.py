@@ -53,7 +53,7 @@ def create(plan: LaunchPlan) -> RunDir:
     run.attempts.mkdir()
     snapshot_code(run)
     atomic_files.write_text(run.plan, plan.to_json())
-    _keep_plan(run, plan)
+    _archive_plan(run, plan)
     write_status(run, Status(state="pending", attempt=0, max_steps=plan.batch.max_steps, created_at=time.time()))
     return run
 
@@ -103,7 +103,7 @@ def newest_attempt(run: RunDir) -> int:
     return max(attempt_numbers(run), default=0)
 
 
-def next_attempt(run: RunDir, attempt: Attempt) -> int:
+def create_attempt(run: RunDir, attempt: Attempt) -> int:
     """Number and make the next attempt's folder; from then on the attempt before owns nothing any more."""
     number = 1 + newest_attempt(run)
     # Moved into place whole: a folder without its attempt.json would keep the run from ever beginning again.
@@ -177,21 +177,21 @@ def write_plan(run: RunDir, attempt: int, plan: LaunchPlan) -> Path:
     """Give an attempt a plan of its own; returns where it lies."""
     path = run.attempt(attempt) / "plan.json"
     atomic_files.write_text(path, plan.to_json())
-    _keep_plan(run, plan)
+    _archive_plan(run, plan)
     return path
 
 
-def _keep_plan(run: RunDir, plan: LaunchPlan) -> None:
+def _archive_plan(run: RunDir, plan: LaunchPlan) -> None:
     """A copy under the digest that stands in checkpoints: whatever becomes of plan.json, what they were trained by is known."""
     run.plans.mkdir(exist_ok=True)
     atomic_files.write_text(run.plans / f"{plan.digest()}.json", plan.to_json())
 
 
-def plan_of_digest(run: RunDir, digest: str) -> LaunchPlan | None:
+def find_plan(run: RunDir, digest: str) -> LaunchPlan | None:
     """The plan that checkpoints with this digest were saved by; None where no file of the run holds it unchanged."""
     from launcher.plan.launch_plan import LaunchPlan, digest_of
 
-    for path in (run.plan, *changed_plans(run), *sorted(run.plans.glob("*.json"))):
+    for path in (run.plan, *changed_plan_paths(run), *sorted(run.plans.glob("*.json"))):
         try:
             text = path.read_text(encoding="utf-8")
             # Of a file that another version of the launcher wrote, the text is what was digested.
@@ -202,18 +202,18 @@ def plan_of_digest(run: RunDir, digest: str) -> LaunchPlan | None:
     return None
 
 
-def changed_plans(run: RunDir) -> list[Path]:
+def changed_plan_paths(run: RunDir) -> list[Path]:
     """The plans of the attempts that a resume changed settings for, oldest first."""
     paths = (run.attempt(number) / "plan.json" for number in attempt_numbers(run))
     return [path for path in paths if path.is_file()]
 
 
-def plans_until(run: RunDir, attempt: int) -> list[LaunchPlan]:
+def load_plans_until(run: RunDir, attempt: int) -> list[LaunchPlan]:
     """The plans of the attempts up to one, oldest first, so that the last is its own; those that cannot be read are left out."""
     from launcher.plan.launch_plan import LaunchPlan
 
     found = []
-    for path in (run.plan, *(p for p in changed_plans(run) if int(p.parent.name) <= attempt)):
+    for path in (run.plan, *(p for p in changed_plan_paths(run) if int(p.parent.name) <= attempt)):
         with suppress(OSError, ValueError):
             found.append(LaunchPlan.load(path))
     return found
@@ -228,7 +228,7 @@ def load_plan(run: RunDir) -> LaunchPlan:
     # The models of plans take longer to load than all that a look at runs does.
     from launcher.plan.launch_plan import LaunchPlan
 
-    path = [run.plan, *changed_plans(run)][-1]
+    path = [run.plan, *changed_plan_paths(run)][-1]
     try:
         return LaunchPlan.load(path)
     except (OSError, ValueError) as error:
@@ -248,7 +248,7 @@ def read_plan_values(path: Path) -> dict[str, Any]:
         raise RunError("the plan of this run cannot be read by this launcher", where=str(path), value=str(error)) from None
 
 
-class Placed(NamedTuple):
+class Placement(NamedTuple):
     """Where a run computes: the kind of its backend, the number of its ranks, what they compute on (cuda or cpu) and cost.
 
     `name` is the run's, `max_usd` and `max_hours` are its limits, None without one.
@@ -263,26 +263,26 @@ class Placed(NamedTuple):
     max_hours: float | None
 
 
-def placed(run: RunDir) -> Placed:
+def read_placement(run: RunDir) -> Placement:
     """What the newest attempt's plan says of it; looking at many runs, the whole plans would take long.
 
     Raises:
         RunError: where the plan is damaged.
     """
-    path = [run.plan, *changed_plans(run)][-1]
+    path = [run.plan, *changed_plan_paths(run)][-1]
     values = read_plan_values(path)
     try:
         topology, price = values["topology"], Price.of_plan(values)
         config = values["config"]
         limits = config["run"].get("max_usd"), config["run"].get("max_hours")
         name, kind = values["run_name"], config["cluster"]["kind"]
-        return Placed(name, kind, topology["world_size"], topology["device"], price, *limits)
+        return Placement(name, kind, topology["world_size"], topology["device"], price, *limits)
     except (KeyError, TypeError, ValueError):
         raise RunError("the plan of this run cannot be read by this launcher", where=str(path)) from None
 
 
 @contextmanager
-def starting(run: RunDir, wait_s: float = 0) -> Iterator[None]:
+def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
     """Hold the run while an attempt is started, so that two commands cannot start one each.
 
     Raises:
@@ -304,7 +304,7 @@ def starting(run: RunDir, wait_s: float = 0) -> Iterator[None]:
         yield
 
 
-def starting_process(run: RunDir) -> locks.Holder | None:
+def start_lock_holder(run: RunDir) -> locks.Holder | None:
     """Return the process that starts an attempt of the run right now, None if no process does."""
     return locks.read_holder(_lock_path(run))
 
@@ -313,7 +313,7 @@ def _lock_path(run: RunDir) -> Path:
     return run.root / ".lock"
 
 
-def find(name: str, root: Path, holding: str = "plan.json") -> RunDir:
+def find_run(name: str, root: Path, holding: str = "plan.json") -> RunDir:
     """A run by its name under `root`, or by the path of its directory, which is known by the file `holding`.
 
     Raises:
@@ -329,7 +329,7 @@ def find(name: str, root: Path, holding: str = "plan.json") -> RunDir:
                 where=str(candidate),
                 remedy="its folder is open to who started it alone: ask them",
             ) from None
-    names = [run.root.name for run in runs(root)][:10]
+    names = [run.root.name for run in list_runs(root)][:10]
     raise SubmitError(
         f"there is no run named {name}",
         where=str(root),
@@ -337,7 +337,7 @@ def find(name: str, root: Path, holding: str = "plan.json") -> RunDir:
     )
 
 
-def runs(root: Path) -> Iterator[RunDir]:
+def list_runs(root: Path) -> Iterator[RunDir]:
     """The runs under `root`, the most recent first."""
     if root.is_dir():
         found = [path for path in root.iterdir() if _is_run(path)]

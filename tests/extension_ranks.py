@@ -67,7 +67,7 @@ def train_with_momentum_sgd(plan_path: str, resume_step: int, save_step: int, la
     engine, model = build_engine(plan, rank_info)
     parameters, root = model.parameters_by_name(), Path(plan.run_dir) / "checkpoints"
     if resume_step:
-        shards.load(engine, parameters, store.at_step(root, resume_step).path)
+        shards.load(engine, parameters, store.get_at_step(root, resume_step).path)
     losses = []
     for step in range(resume_step + 1, last_step + 1):
         losses.append(_train_step(engine, rank_info, plan.batch.micro_batch_size, step))
@@ -101,7 +101,7 @@ def _save(engine: Any, parameters: Any, root: Path, step: int) -> None:
 
 def _tensor_names(root: Path) -> list[str]:
     """The part after the parameter's name of all tensors in the newest checkpoint's first shard."""
-    names = load_file(store.latest(root).path / store.shard_name(0))
+    names = load_file(store.get_latest(root).path / store.shard_name(0))
     return sorted({name.partition("|")[2] for name in names if not name.startswith("rng")})
 
 

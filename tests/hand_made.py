@@ -71,7 +71,7 @@ def changed(plan: LaunchPlan, *overrides: str) -> LaunchPlan:
 
 def checkpoint(run: RunDir, step: int, loss: float | None, attempt: int) -> Path:
     """A committed checkpoint of two ranks, of a thousand bytes each."""
-    saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
+    saving = store.begin_save(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
     files = {name: atomic_files.write_file(saving / name, [b"x" * 1000]) for name in map(store.shard_name, range(2))}
     return store.commit(
         saving,

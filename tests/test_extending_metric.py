@@ -44,7 +44,7 @@ def row(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(tmp_path: Path) -> RunDir:
     """A run that has logged the metric at two steps."""
     run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
-    run_store.next_attempt(run, Attempt(resume_step=None))
+    run_store.create_attempt(run, Attempt(resume_step=None))
     log = JsonlTracker(run, 1)
     for step, frac in ((1, 0.5), (2, 0.25)):
         log.log(step, {"train/loss": 2.0, NAME: frac})

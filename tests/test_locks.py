@@ -19,7 +19,7 @@ from filelock import FileLock
 from launcher.errors import SubmitError
 from launcher.locks import Holder, hold, pid_namespace, read_holder
 from launcher.plan.run_dir import RunDir
-from launcher.run_store import starting, starting_process
+from launcher.run_store import start_lock, start_lock_holder
 
 REPO = Path(__file__).resolve().parents[1]
 HOLD = """
@@ -49,7 +49,7 @@ def another(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def refusal(folder: Path) -> str:
-    with pytest.raises(SubmitError) as error, starting(RunDir(folder)):
+    with pytest.raises(SubmitError) as error, start_lock(RunDir(folder)):
         pytest.fail("two processes hold the lock")
     (problem,) = error.value.problems
     assert problem.what == "another command is starting this run at this moment"
@@ -62,7 +62,7 @@ def test_the_error_names_the_process_that_starts_the_run(tmp_path: Path) -> None
     before = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     with another(tmp_path, "resume", "run.name=a") as process:
         text = refusal(tmp_path)
-        found = starting_process(RunDir(tmp_path))
+        found = start_lock_holder(RunDir(tmp_path))
     for part in (f"process {process.pid} on {os.uname().nodename}, of user {getpass.getuser()}", "resume run.name=a"):
         assert part in text
     assert f"kill {process.pid}" in text

@@ -50,7 +50,7 @@ def make_run(config_of: Callable[..., RunConfig], tmp_path: Path) -> MakeRun:
 
 
 def add_checkpoint(run: RunDir, step: int, content: bytes = b"weights") -> Path:
-    saving = store.begin(run.checkpoints, step=step, attempt=1, needed_bytes=1)
+    saving = store.begin_save(run.checkpoints, step=step, attempt=1, needed_bytes=1)
     state = State(parameters=SHAPES, optimizer_step=step, loss_scaler={}, engine={}, extra={})
     files = {
         STATE: atomic_files.write_file(saving / STATE, [state.to_json().encode()]),

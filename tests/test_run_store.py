@@ -108,11 +108,11 @@ def test_two_at_once_make_one_run(config: RunConfig, tmp_path: Path) -> None:
 
 def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    assert [run_store.next_attempt(run, Attempt(step)) for step in (None, 100, 200)] == [1, 2, 3]
+    assert [run_store.create_attempt(run, Attempt(step)) for step in (None, 100, 200)] == [1, 2, 3]
     assert [run_store.read_attempt(run, attempt).resume_step for attempt in (1, 2, 3)] == [None, 100, 200]
     (run.attempts / "notes").mkdir()
     run.attempt(7).mkdir()
-    assert run_store.next_attempt(run, Attempt(None)) == 8
+    assert run_store.create_attempt(run, Attempt(None)) == 8
     assert run.attempt(8).name == "008"
 
 
@@ -121,7 +121,7 @@ def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Pa
     whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, 1.5, 2.5, True, True, 64)
     assert set(whole.__dict__.values()).isdisjoint(Attempt(None).__dict__.values()), "no field has its default"
     for attempt in (whole, Attempt(None)):
-        number = run_store.next_attempt(run, attempt)
+        number = run_store.create_attempt(run, attempt)
         run_store.write_attempt(run, number, attempt)
         assert run_store.read_attempt(run, number) == attempt
     # A later launcher may write more.
@@ -134,7 +134,7 @@ def test_the_newest_attempt(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     assert run_store.newest_attempt(run) == 0
     for number in range(1, 12):
-        assert run_store.next_attempt(run, Attempt(None)) == number == run_store.newest_attempt(run)
+        assert run_store.create_attempt(run, Attempt(None)) == number == run_store.newest_attempt(run)
     (run.attempts / ".012").mkdir()
     assert run_store.newest_attempt(run) == 11
 
@@ -149,9 +149,9 @@ def test_an_attempt_is_there_whole_or_not_at_all(config: RunConfig, tmp_path: Pa
     with monkeypatch.context() as patched:
         patched.setattr(atomic_files, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
-            run_store.next_attempt(run, Attempt(None))
+            run_store.create_attempt(run, Attempt(None))
     assert run_store.newest_attempt(run) == 0
-    assert run_store.next_attempt(run, Attempt(20)) == 1
+    assert run_store.create_attempt(run, Attempt(20)) == 1
     begun = run_store.read_attempt(run, 1)
     assert replace(begun, submitted_at=None) == Attempt(20)
     assert begun.submitted_at == pytest.approx(time.time(), abs=60)
@@ -161,9 +161,9 @@ def test_an_attempt_is_there_whole_or_not_at_all(config: RunConfig, tmp_path: Pa
 
 def test_an_attempt_that_another_has_followed_is_told_so(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    run_store.next_attempt(run, Attempt(None))
+    run_store.create_attempt(run, Attempt(None))
     run_store.fence(run, 1)
-    run_store.next_attempt(run, Attempt(None))
+    run_store.create_attempt(run, Attempt(None))
     run_store.fence(run, 2)
     with pytest.raises(Superseded) as error:
         run_store.fence(run, 1)
@@ -176,7 +176,7 @@ def test_storage_that_cannot_tell_of_a_later_attempt_stops_none_but_where_it_mus
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    run_store.next_attempt(run, Attempt(None))
+    run_store.create_attempt(run, Attempt(None))
     monkeypatch.setattr(Path, "exists", failing(errno.EIO))
     run_store.fence(run, 1)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
@@ -220,14 +220,14 @@ def test_a_run_is_found_by_name_and_by_path(config: RunConfig, tmp_path: Path, m
     root = tmp_path / "runs"
     monkeypatch.chdir(tmp_path)
     for name in ("a", "runs/a", str(run.root), "./runs/a"):
-        assert run_store.find(name, root) == RunDir(run.root)
-    assert run_store.find(str(run.root), tmp_path / "elsewhere") == RunDir(run.root)
+        assert run_store.find_run(name, root) == RunDir(run.root)
+    assert run_store.find_run(str(run.root), tmp_path / "elsewhere") == RunDir(run.root)
     with pytest.raises(SubmitError) as error:
-        run_store.find("b", root)
+        run_store.find_run("b", root)
     (problem,) = error.value.problems
     assert (problem.what, problem.remedy) == ("there is no run named b", "choose one of: a")
     with pytest.raises(SubmitError) as error:
-        run_store.find("b", tmp_path / "elsewhere")
+        run_store.find_run("b", tmp_path / "elsewhere")
     assert error.value.problems[0].remedy == "start one with: python -m launcher"
 
 
@@ -236,8 +236,8 @@ def test_runs_are_listed_newest_first(config: RunConfig, tmp_path: Path) -> None
         run = run_store.create(planned(config, tmp_path, name))
         os.utime(run.plan, (1_000_000 - age, 1_000_000 - age))
     (tmp_path / "runs" / "no_run").mkdir()
-    assert [run.root.name for run in run_store.runs(tmp_path / "runs")] == ["latest", "middle", "old"]
-    assert list(run_store.runs(tmp_path / "nowhere")) == []
+    assert [run.root.name for run in run_store.list_runs(tmp_path / "runs")] == ["latest", "middle", "old"]
+    assert list(run_store.list_runs(tmp_path / "nowhere")) == []
 
 
 def test_folders_that_are_closed_to_this_user_are_no_runs(
@@ -246,11 +246,11 @@ def test_folders_that_are_closed_to_this_user_are_no_runs(
     for name in ("mine", "theirs"):
         run_store.create(planned(config, tmp_path, name))
     monkeypatch.setattr(Path, "is_file", failing(errno.EACCES, "theirs"))
-    assert [run.root.name for run in run_store.runs(tmp_path / "runs")] == ["mine"]
+    assert [run.root.name for run in run_store.list_runs(tmp_path / "runs")] == ["mine"]
     with pytest.raises(SubmitError, match="there is no run named b"):
-        run_store.find("b", tmp_path / "runs")
+        run_store.find_run("b", tmp_path / "runs")
     with pytest.raises(SubmitError, match="the run theirs cannot be read: Permission denied"):
-        run_store.find("theirs", tmp_path / "runs")
+        run_store.find_run("theirs", tmp_path / "runs")
 
 
 def test_a_file_that_was_replaced_while_it_was_read_is_read_again(
@@ -302,7 +302,7 @@ def test_code_of_an_earlier_launcher_is_replaced_and_kept(config: RunConfig, tmp
     shutil.rmtree(run.code)
     (run.code / "launcher").mkdir(parents=True)
     (run.code / "launcher/__init__.py").write_text("earlier")
-    run_store.next_attempt(run, Attempt(resume_step=None))
+    run_store.create_attempt(run, Attempt(resume_step=None))
     assert not run_store.has_current_code(run)
     earlier = run_store.replace_code(run)
     assert earlier == run.root / "code-until-attempt-001"
@@ -313,7 +313,7 @@ def test_code_of_an_earlier_launcher_is_replaced_and_kept(config: RunConfig, tmp
 
 def test_replacing_code_goes_on_where_it_was_interrupted(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
-    run_store.next_attempt(run, Attempt(resume_step=None))
+    run_store.create_attempt(run, Attempt(resume_step=None))
     run.code.rename(run.earlier_code(1))
     (run.root / ".code").mkdir()
     assert not run_store.has_current_code(run)

@@ -16,10 +16,10 @@ from launcher.errors import CheckpointError, DamagedCheckpoint
 BEING_WRITTEN = "being written"
 _WHAT = {
     ".saving-step-": "a save that did not end",
-    f"{atomic_files.REPLACED}step-": "a checkpoint that another has replaced",
-    atomic_files.REMOVING: "a removal that did not end",
-    f"{store.ASIDE}step-": "set aside when the run went back to an earlier step",
-    f"{store.DAMAGED}step-": "set aside as damaged",
+    f"{atomic_files.REPLACED_PREFIX}step-": "a checkpoint that another has replaced",
+    atomic_files.REMOVING_PREFIX: "a removal that did not end",
+    f"{store.SET_ASIDE_PREFIX}step-": "set aside when the run went back to an earlier step",
+    f"{store.DAMAGED_PREFIX}step-": "set aside as damaged",
 }
 
 
@@ -35,7 +35,7 @@ class Leftover:
         return {"path": str(self.path), "what": self.what, "bytes": self.bytes}
 
 
-def leftovers(root: Path, writing: int | None = None) -> list[Leftover]:
+def find_leftovers(root: Path, writing: int | None = None) -> list[Leftover]:
     """What is left under `root` besides checkpoints; directories of other names are not this launcher's.
 
     `writing` is the attempt that runs, where one does: what that is just saving is BEING_WRITTEN.
@@ -49,7 +49,7 @@ def leftovers(root: Path, writing: int | None = None) -> list[Leftover]:
     ]
 
 
-def unfinished_saves(root: Path) -> bool:
+def has_unfinished_saves(root: Path) -> bool:
     """True where a save has not ended, or not yet."""
     return any(root.glob(".saving-step-*"))
 
@@ -60,10 +60,10 @@ def _is_save_of(path: Path, attempt: int | None) -> bool:
 
 def _is_in_use(path: Path) -> bool:
     """True of a replaced checkpoint while the one that takes its place is not there: it counts as committed until then."""
-    if not path.name.startswith(atomic_files.REPLACED):
+    if not path.name.startswith(atomic_files.REPLACED_PREFIX):
         return False
     try:
-        store.open_checkpoint(path.with_name(path.name.removeprefix(atomic_files.REPLACED)))
+        store.open_checkpoint(path.with_name(path.name.removeprefix(atomic_files.REPLACED_PREFIX)))
         return False
     except CheckpointError:
         pass
@@ -77,7 +77,7 @@ def _is_in_use(path: Path) -> bool:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint or a leftover, in a run that nobody writes to."""
-    if path.name.startswith(atomic_files.REMOVING):
+    if path.name.startswith(atomic_files.REMOVING_PREFIX):
         shutil.rmtree(path, ignore_errors=True)
     else:
         atomic_files.remove_directory(path)

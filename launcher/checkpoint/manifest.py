@@ -119,7 +119,7 @@ def read_manifest(path: Path) -> Manifest:
     except FileNotFoundError as error:
         raise DamagedCheckpoint("a checkpoint has no readable manifest", where=str(file), value=str(error.strerror)) from error
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error
     except ValueError as error:
         raise DamagedCheckpoint("a checkpoint's manifest is damaged", where=str(file), value=str(error)) from error
     if manifest.format_version != FORMAT_VERSION:
@@ -132,7 +132,7 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def unreadable(file: Path, error: OSError) -> UnreadableCheckpoint:
+def unreadable_error(file: Path, error: OSError) -> UnreadableCheckpoint:
     """Of a file that may be whole: a storage server that is down gives EIO or ESTALE, wrong rights give EACCES."""
     remedy = "try again; where it stays so, look at the storage and at who owns the file, or resume RUN --step an earlier one"
     what = "a checkpoint file cannot be read now"

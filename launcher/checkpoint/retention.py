@@ -29,7 +29,7 @@ class Retention:
         return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
 
 
-def reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:
+def retention_reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:
     """Why each step is kept: any of `newest`, `every N`, `best`; nothing where it would be pruned."""
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
     newest = set(steps[-max(1, retention.keep_last) :])
@@ -45,9 +45,9 @@ def reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int
     }
 
 
-def outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
+def select_outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
     """The checkpoints that no rule keeps, in the order given."""
-    kept = reasons(checkpoints, retention)
+    kept = retention_reasons(checkpoints, retention)
     return [checkpoint for checkpoint in checkpoints if not kept[checkpoint.step]]
 
 

@@ -106,7 +106,7 @@ class SaveJob:
         self.copied.set()
         try:
             _write_receipt(receipt, self.saving, self.context.rank)
-            atomic_files.passing("noted")
+            atomic_files.fault_point("noted")
         except OSError as error:
             self.error = self.error or error
         self.written.set()
@@ -119,7 +119,7 @@ class SaveJob:
         self.ended.set()
 
     def _write(self) -> atomic_files.FileEntry:
-        atomic_files.passing("begun")
+        atomic_files.fault_point("begun")
         path = self.saving / store.shard_name(self.context.rank)
         states = zero3.local_states(self.context.engine, self.context.parameters)
         with _beside(self.context.engine.device, self.after), closing(states):
@@ -128,7 +128,7 @@ class SaveJob:
                 return self.shard.write(path, _half_way(_finite(states), self.shard.num_bytes), digests)
             self.copy.fill(states)
         self.copied.set()
-        atomic_files.passing("copied")
+        atomic_files.fault_point("copied")
         # From here on nobody waits, and training comes first. Linux gives each thread a priority of its own.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         if not self.copy.is_finite():
@@ -141,7 +141,7 @@ class SaveJob:
         problems = [Problem(*parts) for receipt in receipts for parts in receipt.problems]
         if problems:
             raise CheckpointError(dict.fromkeys(problems))
-        atomic_files.passing("gathered")
+        atomic_files.fault_point("gathered")
         files = {}
         for rank, receipt in enumerate(receipts):
             assert receipt.entry is not None
@@ -164,7 +164,7 @@ class SaveJob:
         )
         committed = store.commit(self.saving, manifest)
         self.seconds = time.monotonic() - self.began
-        atomic_files.passing("committed")
+        atomic_files.fault_point("committed")
         try:
             self.context.prune(committed)
         except (OSError, CheckpointError) as error:
@@ -215,7 +215,7 @@ def _half_way(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[memoryvi
     done = 0
     for block in blocks:
         if done < num_bytes // 2 <= done + len(block):
-            atomic_files.passing("half-written")
+            atomic_files.fault_point("half-written")
         done += len(block)
         yield block
 

@@ -204,7 +204,7 @@ class Saver:
 
         def begin() -> None:
             if self._is_main:
-                store.begin(root, step=step, attempt=self._context.attempt, needed_bytes=job.num_bytes)
+                store.begin_save(root, step=step, attempt=self._context.attempt, needed_bytes=job.num_bytes)
 
         run_on_all_ranks(self._engine.device, "the checkpoint could not be started", begin)
         return job

@@ -122,7 +122,7 @@ def load(
             )
         # Sorted names put a rank's own shard first on the same world size, so that it is in the page cache when it is read.
         own_share = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[rank::world_size]
-        if problems := store.foreign_files(checkpoint, manifest):
+        if problems := store.find_foreign_files(checkpoint, manifest):
             raise CheckpointError(problems)
         if problems := store.verify_files(checkpoint, manifest, own_share):
             raise DamagedCheckpoint(problems)

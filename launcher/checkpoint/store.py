@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from launcher import atomic_files
-from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest, unreadable
-from launcher.checkpoint.retention import Retention, outdated
+from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest, unreadable_error
+from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 
 # Set aside: later than a step that a person went back to, and damaged. Neither is found again.
-ASIDE = "aside-"
-DAMAGED = "damaged-"
+SET_ASIDE_PREFIX = "aside-"
+DAMAGED_PREFIX = "damaged-"
 
 _STEP = re.compile(r"step-(\d{8,})")
 _SAVING = re.compile(r"\.saving-step-\d{8,}-(\d{3,})")
@@ -70,7 +70,7 @@ def require_free_bytes(root: Path, needed: int) -> None:
         )
 
 
-def begin(root: Path, *, step: int, attempt: int, needed_bytes: int) -> Path:
+def begin_save(root: Path, *, step: int, attempt: int, needed_bytes: int) -> Path:
     """Sweep what unfinished saves left behind, check the free space, and make the directory of a save (mode 0700)."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _sweep(root, attempt)
@@ -87,9 +87,9 @@ def commit(saving: Path, manifest: Manifest) -> Path:
     `list_checkpoints` until the new one has taken its name.
     """
     atomic_files.write_text(saving / MANIFEST, manifest.to_json())
-    atomic_files.passing("manifest")
+    atomic_files.fault_point("manifest")
     target = saving.parent / step_name(manifest.step)
-    if target.exists() and atomic_files.aside_of(target).exists():
+    if target.exists() and atomic_files.replaced_path(target).exists():
         # The sweep has left a replaced checkpoint here only where the one in its place is damaged.
         atomic_files.remove_directory(target)
     atomic_files.replace_directory(saving, target)
@@ -128,7 +128,7 @@ def list_checkpoints(root: Path) -> list[Checkpoint]:
     return [found[step] for step in sorted(found)]
 
 
-def unusable(root: Path) -> dict[int, CheckpointError]:
+def find_unusable(root: Path) -> dict[int, CheckpointError]:
     """What bears the name of a committed step and cannot be opened, by step: damaged, of another format, not readable now."""
     found: dict[int, CheckpointError] = {}
     for path in sorted(_step_directories(root)):
@@ -148,7 +148,7 @@ def require_readable_after(root: Path, step: int) -> None:
     Raises:
         UnreadableCheckpoint: with what storage says of that one.
     """
-    for later, error in unusable(root).items():
+    for later, error in find_unusable(root).items():
         if later > step and isinstance(error, UnreadableCheckpoint):
             raise error
 
@@ -158,7 +158,7 @@ def newest_step(root: Path) -> int | None:
     return max((checkpoint.step for checkpoint in list_checkpoints(root)), default=None)
 
 
-def latest(root: Path) -> Checkpoint:
+def get_latest(root: Path) -> Checkpoint:
     """The committed checkpoint with the highest step.
 
     Raises:
@@ -172,7 +172,7 @@ def latest(root: Path) -> Checkpoint:
     raise _none_usable("there is no committed checkpoint", root)
 
 
-def at_step(root: Path, step: int) -> Checkpoint:
+def get_at_step(root: Path, step: int) -> Checkpoint:
     """The committed checkpoint of one step.
 
     Raises:
@@ -183,8 +183,8 @@ def at_step(root: Path, step: int) -> Checkpoint:
     for checkpoint in committed:
         if checkpoint.step == step:
             return checkpoint
-    if (error := unusable(root).get(step)) is not None:
-        raise choose_another(step, error.problems, root) if isinstance(error, DamagedCheckpoint) else error
+    if (error := find_unusable(root).get(step)) is not None:
+        raise damaged_step_error(step, error.problems, root) if isinstance(error, DamagedCheckpoint) else error
     if not committed:
         raise _none_usable(f"there is no committed checkpoint of step {step}", root)
     raise CheckpointError(
@@ -192,16 +192,16 @@ def at_step(root: Path, step: int) -> Checkpoint:
     )
 
 
-def choose_another(step: int, problems: Sequence[Problem], root: Path) -> DamagedCheckpoint:
+def damaged_step_error(step: int, problems: Sequence[Problem], root: Path) -> DamagedCheckpoint:
     """The error of whoever asked for just this step: what is wrong with it, and which other steps there are."""
     others = [checkpoint for checkpoint in list_checkpoints(root) if checkpoint.step != step]
     remedy = f"choose one of the other steps: {_steps(others)}" if others else "there is no other; look for a copy of this one"
     return DamagedCheckpoint(
-        f"the checkpoint of step {step} is damaged", where=problems[0].where, value=in_one_line(problems), remedy=remedy
+        f"the checkpoint of step {step} is damaged", where=problems[0].where, value=format_problems(problems), remedy=remedy
     )
 
 
-def in_one_line(problems: Sequence[Problem]) -> str:
+def format_problems(problems: Sequence[Problem]) -> str:
     """What is wrong with which files, for a message."""
     return "; ".join(" ".join(filter(None, (f"{Path(p.where).name}:", p.what, f"({p.value})" * bool(p.value)))) for p in problems)
 
@@ -212,10 +212,10 @@ def set_aside_after(root: Path, step: int) -> list[Path]:
     One that cannot be read now is among them: it would be the newest again as soon as it can be.
     """
     later = {checkpoint.step: checkpoint.path for checkpoint in list_checkpoints(root)}
-    for unread, error in unusable(root).items():
+    for unread, error in find_unusable(root).items():
         if isinstance(error, UnreadableCheckpoint):
             later.setdefault(unread, root / step_name(unread))
-    return [set_aside(path, ASIDE) for found, path in sorted(later.items()) if found > step]
+    return [set_aside(path, SET_ASIDE_PREFIX) for found, path in sorted(later.items()) if found > step]
 
 
 def set_aside(path: Path, prefix: str) -> Path:
@@ -223,7 +223,7 @@ def set_aside(path: Path, prefix: str) -> Path:
 
     What was set aside before keeps its place: further ones of the same step end in -2, -3 and so on.
     """
-    first = path.with_name(prefix + path.name.removeprefix(atomic_files.REPLACED))
+    first = path.with_name(prefix + path.name.removeprefix(atomic_files.REPLACED_PREFIX))
     target, number = first, 1
     while target.exists():
         number += 1
@@ -272,7 +272,7 @@ def verify_files(
         return [problem for problem in pool.map(problem_of, names) if problem]
 
 
-def foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
+def find_foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
     """The files of a checkpoint that belong neither to this user nor to root."""
     trusted = {os.geteuid(), 0}
     return [
@@ -289,7 +289,9 @@ def foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
 
 def prune(root: Path, retention: Retention, *, keep: Collection[Path] = ()) -> list[Path]:
     """Remove the committed checkpoints that `retention` does not keep, but for those in `keep`; returns what is gone."""
-    removed = [checkpoint.path for checkpoint in outdated(list_checkpoints(root), retention) if checkpoint.path not in keep]
+    removed = [
+        checkpoint.path for checkpoint in select_outdated(list_checkpoints(root), retention) if checkpoint.path not in keep
+    ]
     for path in removed:
         atomic_files.remove_directory(path)
     return removed
@@ -299,12 +301,12 @@ def _sweep(root: Path, attempt: int) -> None:
     """Remove leftovers of saves, replacements and removals that did not end; a later attempt's save is left alone."""
     for path in list(root.iterdir()):
         saving = _SAVING.fullmatch(path.name)
-        replaced = path.name.startswith(atomic_files.REPLACED) and _is_committed(
-            path.with_name(path.name.removeprefix(atomic_files.REPLACED))
+        replaced = path.name.startswith(atomic_files.REPLACED_PREFIX) and _is_committed(
+            path.with_name(path.name.removeprefix(atomic_files.REPLACED_PREFIX))
         )
         if (saving and int(saving.group(1)) <= attempt) or replaced:
             atomic_files.remove_directory(path)
-        elif path.name.startswith(atomic_files.REMOVING):
+        elif path.name.startswith(atomic_files.REMOVING_PREFIX):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -318,17 +320,17 @@ def _is_committed(path: Path) -> bool:
 
 def _step_directories(root: Path) -> list[Path]:
     try:
-        return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(atomic_files.REPLACED))]
+        return [p for p in root.iterdir() if _STEP.fullmatch(p.name.removeprefix(atomic_files.REPLACED_PREFIX))]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise unreadable(root, error) from error
+        raise unreadable_error(root, error) from error
 
 
 def _none_usable(what: str, root: Path) -> CheckpointError:
     if not root.is_dir():
         return CheckpointError(what, where=str(root), value="the folder does not exist")
-    reasons = [f"{step_name(step)}: {error.problems[0].what}" for step, error in unusable(root).items()]
+    reasons = [f"{step_name(step)}: {error.problems[0].what}" for step, error in find_unusable(root).items()]
     reasons += [f"{p.name}: a save that did not end" for p in sorted(root.iterdir()) if _SAVING.fullmatch(p.name)]
     return CheckpointError(what, where=str(root), value="; ".join(reasons) or "the folder is empty")
 
@@ -338,7 +340,7 @@ def _steps(checkpoints: Iterable[Checkpoint]) -> str:
 
 
 def _step_problem(path: Path, manifest: Manifest) -> Problem | None:
-    if path.name.removeprefix(atomic_files.REPLACED) == step_name(manifest.step):
+    if path.name.removeprefix(atomic_files.REPLACED_PREFIX) == step_name(manifest.step):
         return None
     return Problem("a manifest belongs to another step", where=str(path), value=f"step {manifest.step}")
 
@@ -347,11 +349,11 @@ def _file_problem(file: Path, expected: atomic_files.FileEntry, on_read: Callabl
     if problem := _size_problem(file, expected):
         return problem
     try:
-        found = atomic_files.file_entry(file, on_read)
+        found = atomic_files.digest_file(file, on_read)
     except FileNotFoundError as error:
         return _missing(file, error)
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error
     if found != expected:
         return Problem(
             "a checkpoint file is damaged: its digest differs from the manifest's",
@@ -367,7 +369,7 @@ def _size_problem(file: Path, expected: atomic_files.FileEntry) -> Problem | Non
     except FileNotFoundError as error:
         return _missing(file, error)
     except OSError as error:
-        raise unreadable(file, error) from error
+        raise unreadable_error(file, error) from error
     if size != expected.size:
         sizes = f"{size:,} bytes instead of {expected.size:,}"
         return Problem("a checkpoint file has the wrong size", where=str(file), value=sizes)

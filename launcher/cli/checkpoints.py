@@ -15,9 +15,9 @@ from typing import Any
 
 from launcher import run_store
 from launcher.checkpoint import store
-from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, leftovers, remove, unfinished_saves
+from launcher.checkpoint.cleanup import BEING_WRITTEN, Leftover, disk_bytes, find_leftovers, has_unfinished_saves, remove
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
-from launcher.checkpoint.retention import Retention, reasons
+from launcher.checkpoint.retention import Retention, retention_reasons
 from launcher.cli import formatting
 from launcher.clusters.base import cluster_for
 from launcher.errors import EXIT_FAILED, CheckpointError, DamagedCheckpoint, RunError, SubmitError, UnreadableCheckpoint
@@ -53,12 +53,12 @@ class Row:
 def run(tokens: list[str]) -> int:
     """List the checkpoints of a run; returns 1 where --verify or --prune has found one damaged, or not readable."""
     arguments = _parser().parse_args(tokens)
-    found = run_store.find(arguments.run, Path(arguments.root))
+    found = run_store.find_run(arguments.run, Path(arguments.root))
     plan = run_store.load_plan(found)
     if not arguments.prune:
         return _show(found, plan, _verified(found) if arguments.verify else {}, [], arguments.json)
     # No attempt may begin meanwhile.
-    with run_store.starting(found):
+    with run_store.start_lock(found):
         _require_ended(found, plan)
         known = _verified(found) if arguments.verify else _verified_down_to_a_whole_one(found)
         with _in_words(found):
@@ -122,7 +122,7 @@ def _in_words(run: RunDir) -> Iterator[None]:
 
 def _writing(run: RunDir, plan: LaunchPlan) -> int | None:
     """The attempt that is just saving, if any; nobody is asked where nothing looks like it."""
-    if not unfinished_saves(run.checkpoints):
+    if not has_unfinished_saves(run.checkpoints):
         return None
     running = cluster_for(plan.config.cluster.kind).status(run).state in RUNNING_STATES
     return run_store.newest_attempt(run) if running else None
@@ -135,7 +135,7 @@ def _prune(run: RunDir, retention: Retention, known: Known) -> list[Leftover]:
         SubmitError: where no checkpoint is whole: then what is damaged may be all that there is. And where one cannot be read
             now: it may be the newest, and storage that is down for a moment says nothing about the others either.
     """
-    unusable = store.unusable(run.checkpoints)
+    unusable = store.find_unusable(run.checkpoints)
     for error in (*known.values(), *unusable.values()):
         if isinstance(error, UnreadableCheckpoint):
             problem = error.problems[0]
@@ -145,7 +145,7 @@ def _prune(run: RunDir, retention: Retention, known: Known) -> list[Leftover]:
     whole = [checkpoint for checkpoint in listed if not known.get(checkpoint.path)]
     if not whole:
         raise SubmitError("no checkpoint of this run is whole, so nothing is removed", where=str(run.checkpoints))
-    kept = reasons(whole, retention)
+    kept = retention_reasons(whole, retention)
     doomed = [
         Leftover(checkpoint.path, "damaged" if known.get(checkpoint.path) else "no longer kept", disk_bytes(checkpoint.path))
         for checkpoint in listed
@@ -156,7 +156,7 @@ def _prune(run: RunDir, retention: Retention, known: Known) -> list[Leftover]:
         # What has another format may be whole to another launcher.
         if isinstance(error, DamagedCheckpoint):
             doomed.append(Leftover(path, "damaged", disk_bytes(path)))
-    doomed += leftovers(run.checkpoints)
+    doomed += find_leftovers(run.checkpoints)
     for leftover in doomed:
         remove(leftover.path)
     return doomed
@@ -164,9 +164,9 @@ def _prune(run: RunDir, retention: Retention, known: Known) -> list[Leftover]:
 
 def _rows(run: RunDir, retention: Retention, known: Known) -> list[Row]:
     listed = store.list_checkpoints(run.checkpoints)
-    kept = reasons([checkpoint for checkpoint in listed if not known.get(checkpoint.path)], retention)
+    kept = retention_reasons([checkpoint for checkpoint in listed if not known.get(checkpoint.path)], retention)
     rows = [row for c in listed if (row := _row(c, kept.get(c.step, ()), known))]
-    for step, error in store.unusable(run.checkpoints).items():
+    for step, error in store.find_unusable(run.checkpoints).items():
         path = run.checkpoints / store.step_name(step)
         num_bytes = None if isinstance(error, UnreadableCheckpoint) else disk_bytes(path)
         rows.append(Row(step, str(path), num_bytes, None, None, None, None, (), _STATES[type(error)], _said(error)))
@@ -195,14 +195,14 @@ def _row(checkpoint: Checkpoint, kept: tuple[str, ...], known: Known) -> Row | N
 
 
 def _said(error: CheckpointError) -> tuple[str, ...]:
-    return tuple(store.in_one_line([problem]) for problem in error.problems)
+    return tuple(store.format_problems([problem]) for problem in error.problems)
 
 
 def _show(run: RunDir, plan: LaunchPlan, known: Known, removed: Sequence[Leftover], as_json: bool) -> int:
     """Print the table, or JSON; what --prune has removed was damaged all the same."""
     with _in_words(run):
         rows = _rows(run, Retention.of(plan.config.checkpoint), known)
-        left = leftovers(run.checkpoints, _writing(run, plan))
+        left = find_leftovers(run.checkpoints, _writing(run, plan))
     damaged = any(known.values()) or (bool(known) and any(row.state in ("damaged", "cannot be read") for row in rows))
     freed = sum(leftover.bytes for leftover in removed)
     if as_json:

@@ -52,7 +52,7 @@ def run(tokens: list[str]) -> int:
 def _target(name: str, root: Path) -> Target:
     """A run where there is one of that name, else a project."""
     try:
-        found: RunDir | None = run_store.find(name, root)
+        found: RunDir | None = run_store.find_run(name, root)
     except SubmitError:
         found = None
     if found is not None:

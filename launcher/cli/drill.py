@@ -122,7 +122,7 @@ def _minutes(value: str) -> float:
 def _planned(arguments: argparse.Namespace, rest: list[str]) -> LaunchPlan | None:
     """The plan of the run to rehearse on; None where Hydra has printed what was asked for."""
     if rest and "=" not in rest[0] and not rest[0].startswith(("-", "+", "~")):
-        return _like(run_store.find(rest[0], Path(arguments.root)), rest[1:], arguments)
+        return _like(run_store.find_run(rest[0], Path(arguments.root)), rest[1:], arguments)
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append)
     if len(jobs) > 1:
@@ -303,7 +303,7 @@ def _resume(plan: LaunchPlan, watch: _Watch) -> None:
     watch.stopped_as = watch.last_word
     _say(f"{watch.last_word}; continuing it as a person would: python -m launcher resume {formatting.short(watch.run.root)}")
     watch.cluster.await_end(watch.run)
-    with run_store.starting(watch.run), redirect_stdout(sys.stderr):
+    with run_store.start_lock(watch.run), redirect_stdout(sys.stderr):
         watch.by_hand = start_again(watch.run, plan, watch.cluster, [], None)
     watch.ask()
 

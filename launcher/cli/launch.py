@@ -149,8 +149,8 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
     if existing.plan.is_file() and existing.status.is_file():
         require_idle(existing, cluster_for(run_store.load_plan(existing).config.cluster.kind))
     run_dir = run_store.create(plan)
-    with run_store.starting(run_dir):
-        attempt = run_store.next_attempt(run_dir, Attempt(resume_step=None))
+    with run_store.start_lock(run_dir):
+        attempt = run_store.create_attempt(run_dir, Attempt(resume_step=None))
         cluster.submit(run_dir, attempt, run_dir.plan)
     return run_dir, attempt
 
@@ -165,7 +165,7 @@ def require_idle(run: RunDir, cluster: Cluster) -> None:
     if status.state not in RUNNING_STATES:
         return
     name = formatting.short(run.root)
-    starting = run_store.starting_process(run) if status.job is None else None
+    starting = run_store.start_lock_holder(run) if status.job is None else None
     number = run_store.newest_attempt(run)
     where = f"being started by {starting}" if starting is not None else formatting.whereabouts(run, status, number)
     raise SubmitError(

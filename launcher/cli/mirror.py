@@ -44,7 +44,7 @@ def run_from(url: str, root: Path, step: int | None) -> RunDir:
             raise _no_such_run(remote)
     run = RunDir((root / mirrored.run_name).absolute())
     download.claim(run, remote.url)
-    with run_store.starting(run):
+    with run_store.start_lock(run):
         with _reading(remote):
             plans = download.fixed_files(remote, mirrored, run)
             download.progress(remote, run)

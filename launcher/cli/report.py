@@ -57,7 +57,7 @@ def run(tokens: list[str]) -> int:
         "--html", metavar="FILE", help="the page (default: report.html in the run directory, or here for several)"
     )
     arguments = parser.parse_args(tokens)
-    named = [run_store.find(name, Path(arguments.root)) for name in arguments.runs]
+    named = [run_store.find_run(name, Path(arguments.root)) for name in arguments.runs]
     found = list({one.root: one for one in named}.values())
     file = Path(arguments.html) if arguments.html else (found[0].root if len(found) == 1 else Path()) / "report.html"
     html_page.write(file, page([_told(one, name) for one, name in zip(found, _names(found), strict=True)]))

@@ -67,7 +67,7 @@ def start_again(
     if not run_store.has_current_code(run):
         earlier = run_store.replace_code(run)
         print(f"the code of this run is from an earlier launcher: the current code replaces it, {earlier.name} keeps it")
-    attempt = run_store.next_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))
+    attempt = run_store.create_attempt(run, Attempt(resume_step=checkpoint.step, pinned=step is not None))
     plan_path = run_store.write_plan(run, attempt, plan)
     run_store.update_status(run, state="pending", job=None, max_steps=plan.batch.max_steps, message="")
     print(f"continuing {plan.run_name} from step {checkpoint.step} of {plan.batch.max_steps}", flush=True)
@@ -112,11 +112,11 @@ def _to_begin_from(run: RunDir, step: int | None) -> Checkpoint:
     """
     try:
         if step is None:
-            return store.latest(run.checkpoints)
-        checkpoint = store.at_step(run.checkpoints, step)
+            return store.get_latest(run.checkpoints)
+        checkpoint = store.get_at_step(run.checkpoints, step)
         if error := verify([checkpoint])[checkpoint.path]:
             damaged = isinstance(error, DamagedCheckpoint)
-            raise store.choose_another(step, error.problems, run.checkpoints) if damaged else error
+            raise store.damaged_step_error(step, error.problems, run.checkpoints) if damaged else error
         return checkpoint
     except CheckpointError as error:
         anew = "where the run had not come so far, start it anew with another run.name"
@@ -181,7 +181,7 @@ def _plan_of(run: RunDir, checkpoint: Checkpoint, force: bool) -> LaunchPlan | N
         ConfigError: where it is not there as it was, unless `force` goes on without it.
     """
     digest = checkpoint.manifest.plan_digest
-    saved = run_store.plan_of_digest(run, digest)
+    saved = run_store.find_plan(run, digest)
     if saved is None and not force:
         raise ConfigError(
             "the plan that saved this checkpoint is not in the run directory, so what has changed since cannot be told",

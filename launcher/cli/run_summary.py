@@ -16,7 +16,7 @@ from launcher.cli.follow import wandb_page
 from launcher.errors import LauncherError
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, Status
-from launcher.run_store import Placed
+from launcher.run_store import Placement
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
@@ -36,7 +36,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
     resumed = _resumed(run)
     seen = glance(run.metrics, resumed=resumed)
     # Files that were copied may be without a plan.
-    placed = run_store.placed(run) if run.plan.is_file() else None
+    placed = run_store.read_placement(run) if run.plan.is_file() else None
     checkpoints = [checkpoint.step for checkpoint in store.list_checkpoints(run.checkpoints)]
     events = read_events(run.events)
     spent = _spent(run, status)
@@ -112,7 +112,7 @@ class _Paid:
     max_hours: float | None
 
     @classmethod
-    def of(cls, seen: Glance, spent: Breakdown | None, placed: Placed | None) -> _Paid:
+    def of(cls, seen: Glance, spent: Breakdown | None, placed: Placement | None) -> _Paid:
         counted = seen.spent
         logged = None if counted is None else counted.usd
         usd = spent.usd if spent is not None and spent.gpu_s and placed is not None else logged
@@ -193,7 +193,7 @@ def _goodput(told: Breakdown | None) -> dict[str, float] | None:
     return {"fraction": told.goodput, "wall_s": told.wall_s, "kept_s": told.kept_s, **lost, "lost_steps": told.lost_steps}
 
 
-def _cost(seen: Glance, spent: Breakdown | None, placed: Placed | None, expected_usd: float | None) -> dict[str, Any] | None:
+def _cost(seen: Glance, spent: Breakdown | None, placed: Placement | None, expected_usd: float | None) -> dict[str, Any] | None:
     """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted.
 
     Where the files of the attempts do not tell, the newest line of metrics that counts does. `at_typical_price` is None without a

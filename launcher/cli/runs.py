@@ -30,7 +30,7 @@ def run(verb: str, tokens: list[str]) -> int:
         from launcher.cli import mirror
 
         return _resume(mirror.run_from(arguments.run, Path(arguments.root), arguments.step), arguments)
-    found = run_store.find(arguments.run, Path(arguments.root))
+    found = run_store.find_run(arguments.run, Path(arguments.root))
     return {"logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](found, arguments)
 
 
@@ -119,7 +119,7 @@ def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
 def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
     cluster = cluster_for(plan.config.cluster.kind)
-    with run_store.starting(run):
+    with run_store.start_lock(run):
         attempt = start_again(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
     if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
         return follow(run, attempt, cluster)

@@ -41,7 +41,7 @@ def run(verb: str, tokens: list[str]) -> int:
     """Carry out `status` or `ls`."""
     arguments = _parser(verb).parse_args(tokens)
     if verb == "status":
-        found = run_store.find(arguments.run, Path(arguments.root), holding="status.json")
+        found = run_store.find_run(arguments.run, Path(arguments.root), holding="status.json")
         return _status(found, arguments.json, arguments.watch)
     if arguments.mirror:
         from launcher.cli import mirror
@@ -103,19 +103,19 @@ def _why(error: OSError | LauncherError) -> str:
 
 
 def _ask(run: RunDir) -> Status:
-    return cluster_for(run_store.placed(run).kind).status(run)
+    return cluster_for(run_store.read_placement(run).kind).status(run)
 
 
 def _state_of(run: RunDir) -> Callable[[], Status]:
     """What tells the run's state: where no plan names a backend to ask, as with files that were copied, status.json alone."""
     if not run.plan.is_file():
         return partial(run_store.read_status, run)
-    return Watch(run, cluster_for(run_store.placed(run).kind)).state
+    return Watch(run, cluster_for(run_store.read_placement(run).kind)).state
 
 
 def _ls(root: Path, as_json: bool) -> int:
     """Print the runs under `root`, newest first; one that cannot be read is named on standard error."""
-    runs, summaries = list(run_store.runs(root)), []
+    runs, summaries = list(run_store.list_runs(root)), []
     # Backends that do not answer are waited for together.
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         asked = [pool.submit(_ask, run) for run in runs]

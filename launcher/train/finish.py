@@ -63,7 +63,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
         device = _device(plan)
         manifest = store.open_checkpoint(checkpoint).manifest
         run = RunDir(Path(plan.run_dir))
-        metrics, plans = read_metrics(run.metrics, model_card.METRICS), run_store.plans_until(run, manifest.attempt)
+        metrics, plans = read_metrics(run.metrics, model_card.METRICS), run_store.load_plans_until(run, manifest.attempt)
         made = complete(task, lambda made: model_card.model_card(plan, manifest, metrics, made, plans), device)
         _tell(made, tracker)
         _push(plan, made, tracker)

@@ -40,7 +40,7 @@ class Damage:
 
     @property
     def words(self) -> str:
-        return store.in_one_line(self.error.problems)
+        return store.format_problems(self.error.problems)
 
 
 def agree_on_start(run: RunDir, rank_info: RankInfo, device: torch.device) -> Start:
@@ -58,7 +58,7 @@ def agree_on_start(run: RunDir, rank_info: RankInfo, device: torch.device) -> St
     chosen = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _step_to_begin_from(run, rank_info.attempt))
     shared = torch.tensor(rank_info.restart, dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    checkpoint = None if chosen is None else store.at_step(run.checkpoints, chosen)
+    checkpoint = None if chosen is None else store.get_at_step(run.checkpoints, chosen)
     return Start(checkpoint, int(shared))
 
 
@@ -82,7 +82,7 @@ def load_whole(
         except DamagedCheckpoint as error:
             damaged[checkpoint.step] = Damage(checkpoint.path, error)
             before = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _before(run, rank_info.attempt, damaged))
-            checkpoint = store.at_step(run.checkpoints, before)
+            checkpoint = store.get_at_step(run.checkpoints, before)
     for words in rank0_broadcast(rank_info, _NOT_USABLE, lambda: _set_aside(run, rank_info.attempt, checkpoint.step, damaged)):
         tell(words)
     return checkpoint, loaded
@@ -105,7 +105,7 @@ def _chosen(run: RunDir, number: int) -> Checkpoint | None:
             raise _none_whole(run, unusable)
         return None
     try:
-        return store.at_step(run.checkpoints, attempt.resume_step)
+        return store.get_at_step(run.checkpoints, attempt.resume_step)
     except DamagedCheckpoint:
         if attempt.pinned:
             raise
@@ -177,7 +177,7 @@ def _before(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
         return left[0]
     attempt = run_store.read_attempt(run, number)
     if attempt.pinned and step == attempt.resume_step:
-        raise store.choose_another(step, damage.error.problems, run.checkpoints)
+        raise store.damaged_step_error(step, damage.error.problems, run.checkpoints)
     raise _none_whole(run, {**_unusable(run), **damaged})
 
 
@@ -217,12 +217,12 @@ def _set_aside(run: RunDir, number: int, begun: int, damaged: dict[int, Damage])
         run_store.write_attempt(run, number, replace(attempt, resume_step=begun))
     told = []
     for step, damage in doomed.items():
-        lies = store.set_aside(damage.path, store.DAMAGED).name
+        lies = store.set_aside(damage.path, store.DAMAGED_PREFIX).name
         what = f"the checkpoint of step {step} is damaged ({damage.words})"
         told.append(f"{what}; it is set aside as {lies}, step {begun} is used")
     return told
 
 
 def _unusable(run: RunDir) -> dict[int, Damage]:
-    unusable = store.unusable(run.checkpoints)
+    unusable = store.find_unusable(run.checkpoints)
     return {step: Damage(run.checkpoints / store.step_name(step), error) for step, error in unusable.items()}

@@ -26,9 +26,9 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
     # Where the plan lies now, not where it was made: a run may have been moved.
     run = RunDir(plan_path.absolute().parent)
     first = _load(plan_path)
-    checkpoint = store.latest(run.checkpoints) if step is None else store.at_step(run.checkpoints, step)
+    checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
     # A resume may have changed settings; attempts that were started by themselves after it go on with those.
-    plans = run_store.plans_until(run, checkpoint.manifest.attempt)
+    plans = run_store.load_plans_until(run, checkpoint.manifest.attempt)
     plan = plans[-1] if plans else first
     task = Task(
         checkpoint=checkpoint.path,

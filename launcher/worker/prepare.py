@@ -115,7 +115,7 @@ def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSectio
 def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Path) -> None:
     base = Path(parent.plan.model.path or "")
     manifest, metrics = parent.checkpoint.manifest, read_metrics(parent.run.metrics, model_card.METRICS)
-    plans = run_store.plans_until(parent.run, manifest.attempt)
+    plans = run_store.load_plans_until(parent.run, manifest.attempt)
     plan = plans[-1] if plans else parent.plan
     task = Task(
         checkpoint=parent.checkpoint.path,

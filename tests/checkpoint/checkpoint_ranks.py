@@ -278,7 +278,7 @@ def background(kind: str, folder: Path) -> None:
     report(folder, "behind-early", {"is_there": (root / store.step_name(2)).exists(), "known": saver.poll() is not None})
     losses += train(engine, 3, 3, saver)
     stall_s = saver._job.stall_s
-    atomic_files.passing = passing
+    atomic_files.fault_point = passing
     # Nobody asks for a while, on one rank longer than on the other.
     time.sleep(1.5 + dist.get_rank())
     first = committed(saver)
@@ -293,7 +293,7 @@ def background(kind: str, folder: Path) -> None:
     engine.destroy()
 
 
-passing = atomic_files.passing
+passing = atomic_files.fault_point
 
 
 def unremovable(engine, folder: Path) -> None:
@@ -310,7 +310,7 @@ def unremovable(engine, folder: Path) -> None:
 
 def slow_writes(saver: Saver) -> None:
     """The shard is on its way for half a second after the copy was taken."""
-    atomic_files.passing = lambda point: time.sleep(0.5) if point == "half-written" else None
+    atomic_files.fault_point = lambda point: time.sleep(0.5) if point == "half-written" else None
 
 
 def poison(engine) -> None:
@@ -329,7 +329,7 @@ def points(kind: str, folder: Path) -> None:
     committed(saver)
     train(engine, 3, 3)
     if victim in (str(dist.get_rank()), "all"):
-        atomic_files.passing = lambda passed: os.kill(os.getpid(), signal.SIGKILL) if passed == point else None
+        atomic_files.fault_point = lambda passed: os.kill(os.getpid(), signal.SIGKILL) if passed == point else None
     saver.save(3, {"seen": 3})
     train(engine, 4, 4, saver)
     committed(saver)
@@ -338,7 +338,7 @@ def points(kind: str, folder: Path) -> None:
 def after(kind: str, folder: Path) -> None:
     """Whatever was committed last is whole, and training goes on from it; its next save sweeps the leftovers."""
     engine = build("bf16")
-    newest = store.latest(folder / "checkpoints")
+    newest = store.get_latest(folder / "checkpoints")
     shards.load(engine, names(engine), newest.path, plan_digest=PLAN)
     losses = train(engine, newest.step + 1, 4)
     save(engine, folder, 4)
@@ -347,7 +347,7 @@ def after(kind: str, folder: Path) -> None:
 
 def resume(kind: str, folder: Path) -> None:
     engine = build(kind)
-    checkpoint = store.latest(folder / "checkpoints").path
+    checkpoint = store.get_latest(folder / "checkpoints").path
     refused = failing(lambda: shards.load(engine, names(engine), checkpoint, plan_digest="another"))
     damaged = damaged_copy(checkpoint, folder / "damaged" / checkpoint.name)
     refused += failing(lambda: shards.load(engine, names(engine), damaged, plan_digest=PLAN))
@@ -387,7 +387,7 @@ def damaged_copy(checkpoint: Path, target: Path) -> Path:
 def move(kind: str, folder: Path, source: str, target: str) -> None:
     """Load on another number of ranks, save there, and train on."""
     engine = build(kind)
-    shards.load(engine, names(engine), store.at_step(folder / source, 2).path)
+    shards.load(engine, names(engine), store.get_at_step(folder / source, 2).path)
     dump(engine, folder / f"{target}.safetensors")
     save(engine, folder, 2, name=target, attempt=2)
     report(folder, f"{target}-losses", train(engine, 3, 4))

@@ -102,7 +102,7 @@ def make_run(
     for path in (run.code / "launcher").iterdir():
         if path.is_dir() and path.name != "plan":
             shutil.rmtree(path)
-    run_store.next_attempt(run, Attempt(resume_step=None))
+    run_store.create_attempt(run, Attempt(resume_step=None))
     run_store.update_status(run, state="running", attempt=1)
     return made, run
 
@@ -111,7 +111,7 @@ def commit(
     run: RunDir, step: int, content: bytes = b"weights", attempt: int = 1, num_ranks: int = 3, loss: float | None = None
 ) -> Checkpoint:
     """A checkpoint of made-up content."""
-    saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
+    saving = store.begin_save(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
     names = [*map(store.shard_name, range(num_ranks)), STATE]
     files = {n: atomic_files.write_file(saving / n, [f"{n} of {step}: ".encode(), content]) for n in names}
     manifest = Manifest(step=step, world_size=num_ranks, plan_digest="d", attempt=attempt, eval_loss=loss, files=files)

@@ -34,7 +34,7 @@ def root(tmp_path: Path) -> Iterator[Path]:
 
 
 def save(root: Path, step: int, shard: bytes = SHARD, needed_bytes: int = 1) -> Path:
-    saving = store.begin(root, step=step, attempt=1, needed_bytes=needed_bytes)
+    saving = store.begin_save(root, step=step, attempt=1, needed_bytes=needed_bytes)
     files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [shard])}
     return store.commit(saving, Manifest(step=step, world_size=1, plan_digest="d", attempt=1, files=files))
 
@@ -53,7 +53,7 @@ def test_a_shard_that_does_not_fit_names_its_file_and_harms_nothing(root: Path) 
         save(root, 2, b"x" * DISK)
     assert error.value.errno == errno.ENOSPC
     assert error.value.filename.endswith(".saving-step-00000002-001/rank-00000.safetensors")
-    assert store.latest(root).path == first
+    assert store.get_latest(root).path == first
     assert store.verify(first) == []
     # The next save sweeps what that one has taken.
     assert store.verify(save(root, 3)) == []
@@ -62,7 +62,7 @@ def test_a_shard_that_does_not_fit_names_its_file_and_harms_nothing(root: Path) 
 
 def test_a_manifest_that_does_not_fit_commits_nothing(root: Path) -> None:
     first = save(root, 1)
-    saving = store.begin(root, step=2, attempt=1, needed_bytes=1)
+    saving = store.begin_save(root, step=2, attempt=1, needed_bytes=1)
     files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [SHARD])}
     filler = fill(root)
     with pytest.raises(OSError, match="No space left"):
@@ -91,7 +91,7 @@ def test_a_full_disk_can_still_be_pruned(root: Path) -> None:
         save(root, step)
     fill(root)
     assert store.prune(root, store.Retention(1)) == [root / "step-00000001"]
-    assert store.verify(store.latest(root).path) == []
+    assert store.verify(store.get_latest(root).path) == []
 
 
 def test_a_read_only_disk_is_readable(root: Path) -> None:
@@ -99,5 +99,5 @@ def test_a_read_only_disk_is_readable(root: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", root.parent], check=True, capture_output=True, timeout=10)
     with pytest.raises(OSError, match="Read-only file system"):
         save(root, 2)
-    assert store.latest(root).path == first
+    assert store.get_latest(root).path == first
     assert store.verify(first, threads=2) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.checkpoint.manifest import Checkpoint, Manifest
-from launcher.checkpoint.retention import Retention, outdated, reasons
+from launcher.checkpoint.retention import Retention, retention_reasons, select_outdated
 
 
 def checkpoints(losses: dict[int, float | None]) -> list[Checkpoint]:
@@ -21,7 +21,7 @@ def checkpoints(losses: dict[int, float | None]) -> list[Checkpoint]:
 
 
 def gone(losses: dict[int, float | None], **rules: int) -> list[int]:
-    return [checkpoint.step for checkpoint in outdated(checkpoints(losses), Retention(**rules))]
+    return [checkpoint.step for checkpoint in select_outdated(checkpoints(losses), Retention(**rules))]
 
 
 UNEVALUATED = dict.fromkeys((10, 20, 30, 40, 50))
@@ -50,7 +50,7 @@ def test_what_no_rule_keeps_is_outdated(losses, rules, expected):
 
 def test_each_rule_says_what_it_keeps():
     found = checkpoints({100: 1.0, 150: 2.0, 200: None, 250: 3.0})
-    kept = reasons(found, Retention(keep_last=1, keep_every=100, keep_best=1))
+    kept = retention_reasons(found, Retention(keep_last=1, keep_every=100, keep_best=1))
     assert kept == {100: ("every 100", "best"), 150: (), 200: ("every 100",), 250: ("newest",)}
 
 
@@ -87,7 +87,7 @@ def test_pruning_again_removes_nothing_more():
         kept: list[Checkpoint] = []
         for checkpoint in checkpoints(dict.fromkeys(range(1, 20))):
             kept.append(checkpoint)
-            kept = [c for c in kept if c not in outdated(kept, rule)]
-        assert outdated(kept, rule) == []
+            kept = [c for c in kept if c not in select_outdated(kept, rule)]
+        assert select_outdated(kept, rule) == []
         everything = checkpoints(dict.fromkeys(range(1, 20)))
-        assert [c.step for c in kept] == [c.step for c in everything if c not in outdated(everything, rule)]
+        assert [c.step for c in kept] == [c.step for c in everything if c not in select_outdated(everything, rule)]

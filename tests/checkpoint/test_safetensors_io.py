@@ -29,7 +29,7 @@ SPECS = [
 def test_the_library_reads_what_is_written(tmp_path):
     path = tmp_path / "x.safetensors"
     entry = safetensors_io.write(path, SPECS, map(as_bytes, TENSORS.values()), {"format": "pt"})
-    assert entry == atomic_files.file_entry(path)
+    assert entry == atomic_files.digest_file(path)
     assert entry.size == safetensors_io.file_bytes(SPECS, {"format": "pt"})
     loaded = load_file(path)
     assert loaded.keys() == TENSORS.keys()

@@ -26,7 +26,7 @@ COMMITTED = ["step-00000002", "step-00000003"]
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_a_save_in_the_background_holds_the_state_of_its_step_while_training_goes_on(runs, kind):
-    waited, behind = (store.at_step(runs.folder / kind / name, 2) for name in ("checkpoints", "behind"))
+    waited, behind = (store.get_at_step(runs.folder / kind / name, 2) for name in ("checkpoints", "behind"))
     for rank in range(2):
         assert runs.report(kind, "behind", rank)["losses"] == runs.report(kind, "losses", rank)[:3]
         ours, theirs = (load_file(c.path / store.shard_name(rank)) for c in (behind, waited))
@@ -65,7 +65,7 @@ def test_a_write_that_fails_in_the_background_is_told_on_all_ranks_and_leaves_no
 def test_what_cannot_be_removed_leaves_the_commit_as_it_is(runs, kind):
     assert runs.report(kind, "unremovable", 0) == f"Permission denied: {runs.folder / kind / 'older'}"
     assert runs.report(kind, "unremovable", 1) == ""
-    assert store.verify(store.at_step(runs.folder / kind / "unremovable", 4).path) == []
+    assert store.verify(store.get_at_step(runs.folder / kind / "unremovable", 4).path) == []
 
 
 def test_weights_that_are_no_numbers_are_never_committed(runs):
@@ -76,7 +76,7 @@ def test_weights_that_are_no_numbers_are_never_committed(runs):
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 def test_a_shard_tells_digests_of_the_weights_that_the_engine_computes_with(runs, kind):
-    checkpoint = store.at_step(runs.checkpoints(kind), 2)
+    checkpoint = store.get_at_step(runs.checkpoints(kind), 2)
     weights = load_file(runs.dump(kind, "saved"))
     for rank in range(2):
         shard = TensorFile(checkpoint.path / store.shard_name(rank))

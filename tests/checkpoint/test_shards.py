@@ -45,11 +45,11 @@ def test_an_engine_that_has_trained_on_can_go_back(runs, kind):
 def test_another_world_size_gets_the_same_states(runs, kind):
     for name, world_size in (("one", 1), ("two", 2), ("four", 4), ("half", 2)):
         assert_same_bits(runs.dump(kind, "saved"), runs.dump(kind, name))
-        assert store.at_step(runs.folder / kind / name, 2).manifest.world_size == world_size
+        assert store.get_at_step(runs.folder / kind / name, 2).manifest.world_size == world_size
         assert len(runs.report(kind, f"{name}-losses", 0)) == 2
     # 2 -> 1 -> 2 and 2 -> 4 -> 2 hold what 2 held, byte for byte, but for random states of ranks that were not there.
     for way in ("two", "half"):
-        first, back = (store.at_step(runs.folder / kind / name, 2) for name in ("checkpoints", way))
+        first, back = (store.get_at_step(runs.folder / kind / name, 2) for name in ("checkpoints", way))
         for rank in range(2):
             before, after = (load_file(c.path / store.shard_name(rank)) for c in (first, back))
             differing = [
@@ -60,7 +60,7 @@ def test_another_world_size_gets_the_same_states(runs, kind):
 
 def test_a_small_weight_is_persistent_and_the_others_are_padded(runs):
     """Guards the setting of these tests: without such weights they would show less than they claim."""
-    shapes = read_state(store.at_step(runs.checkpoints("fp32"), 2).path).parameters
+    shapes = read_state(store.get_at_step(runs.checkpoints("fp32"), 2).path).parameters
     assert shapes["model.norm.weight"] == (27,)
     assert shapes["lm_head.weight"] == (511, 27)
 
@@ -95,8 +95,8 @@ def test_a_killed_save_leaves_the_earlier_checkpoint(runs, tmp_path):
     shutil.copytree(runs.checkpoints("bf16"), root)
     leftover = root / ".saving-step-00000003-001"
     assert (leftover / "rank-00001.safetensors").stat().st_size > 100_000
-    assert store.latest(root).step == 2
-    store.begin(root, step=3, attempt=2, needed_bytes=1)
+    assert store.get_latest(root).step == 2
+    store.begin_save(root, step=3, attempt=2, needed_bytes=1)
     assert sorted(p.name for p in root.iterdir()) == [".saving-step-00000003-002", "step-00000000", "step-00000002"]
 
 
@@ -109,7 +109,7 @@ def test_a_released_engine_holds_no_memory(runs, kind):
 
 
 def test_the_directory_holds_what_the_manifest_names(runs):
-    checkpoint = store.latest(runs.checkpoints("fp32"))
+    checkpoint = store.get_latest(runs.checkpoints("fp32"))
     names = {"rank-00000.safetensors", "rank-00001.safetensors", "state.json", "probe.safetensors"}
     assert checkpoint.manifest.files.keys() == names
     assert {p.name for p in checkpoint.path.iterdir()} == names | {"manifest.json"}

@@ -10,13 +10,13 @@ import pytest
 
 from launcher import atomic_files
 from launcher.checkpoint import store
-from launcher.checkpoint.cleanup import leftovers
+from launcher.checkpoint.cleanup import find_leftovers
 from launcher.checkpoint.manifest import STATE, Manifest
 from launcher.errors import CheckpointError, UnreadableCheckpoint
 
 
 def committed(root, step, content=b"weights", attempt=1):
-    saving = store.begin(root, step=step, attempt=attempt, needed_bytes=1)
+    saving = store.begin_save(root, step=step, attempt=attempt, needed_bytes=1)
     files = {name: atomic_files.write_file(saving / name, [content, content]) for name in (store.shard_name(0), STATE)}
     manifest = Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files)
     return store.commit(saving, manifest)
@@ -30,18 +30,18 @@ def test_commit_list_and_latest(tmp_path):
     for step in (200, 100, 123456789):
         committed(tmp_path, step)
     assert steps(tmp_path) == [100, 200, 123456789]
-    latest = store.latest(tmp_path)
+    latest = store.get_latest(tmp_path)
     assert latest.path == tmp_path / "step-123456789"
     assert Manifest.from_json(latest.manifest.to_json().encode()) == latest.manifest
-    assert latest.manifest.files["state.json"] == atomic_files.file_entry(latest.path / "state.json")
-    assert store.at_step(tmp_path, 100).step == 100
+    assert latest.manifest.files["state.json"] == atomic_files.digest_file(latest.path / "state.json")
+    assert store.get_at_step(tmp_path, 100).step == 100
     with pytest.raises(CheckpointError, match="choose one of: 100, 200, 123456789"):
-        store.at_step(tmp_path, 150)
+        store.get_at_step(tmp_path, 150)
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000100", "step-00000200", "step-123456789"}
 
 
 def test_directories_are_private(tmp_path):
-    saving = store.begin(tmp_path / "checkpoints", step=1, attempt=1, needed_bytes=1)
+    saving = store.begin_save(tmp_path / "checkpoints", step=1, attempt=1, needed_bytes=1)
     assert saving.stat().st_mode & 0o777 == 0o700
     assert saving.parent.stat().st_mode & 0o777 == 0o700
 
@@ -72,17 +72,17 @@ def test_what_is_not_whole_does_not_exist(tmp_path, damage, said):
     with pytest.raises(CheckpointError, match=said):
         store.open_checkpoint(damaged)
     with pytest.raises(CheckpointError, match=damaged.name):
-        store.latest(tmp_path)
+        store.get_latest(tmp_path)
 
 
 def test_latest_says_what_is_there(tmp_path):
     with pytest.raises(CheckpointError, match="the folder does not exist"):
-        store.latest(tmp_path / "none")
+        store.get_latest(tmp_path / "none")
     with pytest.raises(CheckpointError, match="the folder is empty"):
-        store.latest(tmp_path)
-    store.begin(tmp_path, step=4, attempt=1, needed_bytes=1)
+        store.get_latest(tmp_path)
+    store.begin_save(tmp_path, step=4, attempt=1, needed_bytes=1)
     with pytest.raises(CheckpointError, match="saving-step-00000004-001: a save that did not end"):
-        store.latest(tmp_path)
+        store.get_latest(tmp_path)
 
 
 def test_verify_finds_one_flipped_bit(tmp_path):
@@ -109,13 +109,13 @@ def test_what_storage_does_not_give_out_now_is_not_damaged(tmp_path, storage_fai
                 assert os.strerror(code) in str(error.value)
             # The one before is not the newest.
             assert steps(tmp_path) == [7]
-            for ask in (lambda: store.latest(tmp_path), lambda: store.at_step(tmp_path, 8)):
+            for ask in (lambda: store.get_latest(tmp_path), lambda: store.get_at_step(tmp_path, 8)):
                 with pytest.raises(UnreadableCheckpoint):
                     ask()
-            assert store.at_step(tmp_path, 7).step == 7
+            assert store.get_at_step(tmp_path, 7).step == 7
     with storage_fails(tmp_path / "step-00000007" / "manifest.json", errno.EIO):
-        assert store.latest(tmp_path).step == 8
-    assert store.verify(store.latest(tmp_path).path) == []
+        assert store.get_latest(tmp_path).step == 8
+    assert store.verify(store.get_latest(tmp_path).path) == []
 
 
 def test_going_back_leaves_nothing_that_can_be_read_later(tmp_path, storage_fails):
@@ -124,19 +124,19 @@ def test_going_back_leaves_nothing_that_can_be_read_later(tmp_path, storage_fail
     with storage_fails(tmp_path / "step-00000008" / "manifest.json", errno.EIO):
         aside = store.set_aside_after(tmp_path, 6)
     assert aside == [tmp_path / "aside-step-00000007", tmp_path / "aside-step-00000008"]
-    assert store.latest(tmp_path).step == 6
+    assert store.get_latest(tmp_path).step == 6
 
 
 def test_files_of_another_user_are_named(tmp_path, monkeypatch):
     checkpoint = store.open_checkpoint(committed(tmp_path, 7))
-    assert store.foreign_files(checkpoint.path, checkpoint.manifest) == []
+    assert store.find_foreign_files(checkpoint.path, checkpoint.manifest) == []
     if os.geteuid() == 0:
         os.chown(checkpoint.path / "state.json", 12345, -1)
         foreign = 1
     else:
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
         foreign = 3
-    problems = store.foreign_files(checkpoint.path, checkpoint.manifest)
+    problems = store.find_foreign_files(checkpoint.path, checkpoint.manifest)
     assert len(problems) == foreign
     assert "belongs to another user" in problems[0].what
 
@@ -166,13 +166,13 @@ def test_a_crash_while_a_step_is_replaced_loses_nothing(tmp_path, monkeypatch, s
     with pytest.raises(KeyboardInterrupt):
         committed(tmp_path, 7, b"new", attempt=2)
     monkeypatch.undo()
-    found = store.latest(tmp_path)
+    found = store.get_latest(tmp_path)
     assert found.step == 7
     assert (found.path / "state.json").read_bytes() == {1: b"oldold", 2: b"newnew"}[survives]
     assert store.verify(found.path) == []
     committed(tmp_path, 7, b"newer", attempt=3)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
-    assert (store.latest(tmp_path).path / "state.json").read_bytes() == b"newernewer"
+    assert (store.get_latest(tmp_path).path / "state.json").read_bytes() == b"newernewer"
 
 
 def test_a_damaged_step_does_not_block_the_one_it_replaced(tmp_path):
@@ -184,10 +184,10 @@ def test_a_damaged_step_does_not_block_the_one_it_replaced(tmp_path):
     assert steps(tmp_path) == [7, 8]
     committed(tmp_path, 7, b"new")
     assert {p.name for p in tmp_path.iterdir()} == {"step-00000007", "step-00000008"}
-    assert (store.at_step(tmp_path, 7).path / "state.json").read_bytes() == b"newnew"
+    assert (store.get_at_step(tmp_path, 7).path / "state.json").read_bytes() == b"newnew"
 
 
-@pytest.mark.parametrize("prefix", [store.ASIDE, store.DAMAGED])
+@pytest.mark.parametrize("prefix", [store.SET_ASIDE_PREFIX, store.DAMAGED_PREFIX])
 def test_what_is_set_aside_again_takes_a_free_name(tmp_path, monkeypatch, prefix):
     names = [f"{prefix}step-00000007{end}" for end in ("", "-2", "-3")]
     rename, renamed = os.rename, []
@@ -204,7 +204,7 @@ def test_what_is_set_aside_again_takes_a_free_name(tmp_path, monkeypatch, prefix
     assert len(renamed) == 3, "a second rename of the same directory could be missed by a crash"
     assert [(tmp_path / name / "state.json").read_bytes() for name in names] == [b"firstfirst", b"secondsecond", b"thirdthird"]
     assert steps(tmp_path) == []
-    assert [left.path.name for left in leftovers(tmp_path)] == names
+    assert [left.path.name for left in find_leftovers(tmp_path)] == names
 
 
 def test_begin_sweeps_leftovers_but_not_a_later_attempt(tmp_path):
@@ -212,7 +212,7 @@ def test_begin_sweeps_leftovers_but_not_a_later_attempt(tmp_path):
         (tmp_path / f".saving-step-{step:08d}-{attempt:03d}").mkdir()
     (tmp_path / ".removing-0123").mkdir()
     (tmp_path / "notes").mkdir()
-    store.begin(tmp_path, step=2, attempt=2, needed_bytes=1)
+    store.begin_save(tmp_path, step=2, attempt=2, needed_bytes=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".saving-step-00000002-002", ".saving-step-00000003-003", "notes"]
 
 
@@ -228,7 +228,7 @@ def test_prune_keeps_the_newest_and_what_it_is_told_to(tmp_path):
 
 def test_a_full_disk_is_refused_with_both_numbers(tmp_path):
     with pytest.raises(CheckpointError, match=r"needed 1,000,000,000,000,000,000 bytes, available [\d,]+ bytes"):
-        store.begin(tmp_path, step=1, attempt=1, needed_bytes=10**18)
+        store.begin_save(tmp_path, step=1, attempt=1, needed_bytes=10**18)
     assert list(tmp_path.iterdir()) == []
 
 

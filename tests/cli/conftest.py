@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> RunDir:
     )
     begun_at = time.time() - 51 * 60
     for attempt, steps in ((1, range(1, 8)), (2, range(6, 11))):
-        run_store.next_attempt(found, Attempt(resume_step=None))
+        run_store.create_attempt(found, Attempt(resume_step=None))
         times = {"submitted_at": begun_at, "begun_at": begun_at} if attempt == 1 else {"begun_at": time.time()}
         run_store.write_attempt(found, attempt, replace(run_store.read_attempt(found, attempt), **times))
         log = JsonlTracker(found, attempt)

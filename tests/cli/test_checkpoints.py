@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> RunDir:
         provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
     )
     made = run_store.create(plan(config, facts))
-    run_store.next_attempt(made, Attempt(None))
+    run_store.create_attempt(made, Attempt(None))
     run_store.update_status(made, state="failed", attempt=2)
     for step, loss in LOSSES.items():
         checkpoint(made, step, loss, attempt=1 + (step > 200))
@@ -213,7 +213,7 @@ def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> 
 
 @pytest.mark.parametrize(("state", "attempt"), [("running", 2), ("saving", 2), ("running", 1), ("failed", 2)])
 def test_a_save_in_progress_is_no_leftover(run: RunDir, ask: Ask, state: str, attempt: int) -> None:
-    run_store.next_attempt(run, Attempt(None, automatic=True))
+    run_store.create_attempt(run, Attempt(None, automatic=True))
     run_store.update_status(run, state=state, job=describe_this_process())
     saving = store.saving_path(run.checkpoints, 340, attempt)
     saving.mkdir()
@@ -266,7 +266,7 @@ def test_a_replaced_checkpoint_that_cannot_be_read_now_is_no_leftover(run: RunDi
 
 
 def test_an_attempt_that_begins_and_a_prune_exclude_each_other(run: RunDir, ask: Ask) -> None:
-    with run_store.starting(run):
+    with run_store.start_lock(run):
         code, _, err = ask("--prune")
     assert code == 2
     assert "another command is starting this run" in err

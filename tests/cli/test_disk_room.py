@@ -73,7 +73,7 @@ def test_a_run_is_not_resumed_where_the_next_save_would_fail(
     run = run_store.create(plan)
     run_store.update_status(run, state="failed")
     run.checkpoints.symlink_to(disk("9m"))
-    saving = store.begin(run.checkpoints, step=5, attempt=1, needed_bytes=1)
+    saving = store.begin_save(run.checkpoints, step=5, attempt=1, needed_bytes=1)
     files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [b"x" * 2**20])}
     store.commit(saving, Manifest(step=5, world_size=1, plan_digest=plan.digest(), attempt=1, files=files))
     done = launch_here("resume", str(run.root))

@@ -95,7 +95,7 @@ def test_a_run_that_was_asked_to_stop_has_no_time_left_to_tell(launch_here: Laun
 
 
 def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(launch_here: Launch, run: RunDir) -> None:
-    number = run_store.next_attempt(run, run_records.Attempt(resume_step=10))
+    number = run_store.create_attempt(run, run_records.Attempt(resume_step=10))
     run_store.update_status(run, attempt=number, state="running", max_steps=60, job=describe_this_process())
     JsonlTracker(run, 2).log(10, {"eval/held_out/loss": 2.5})
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
@@ -107,7 +107,7 @@ def test_the_time_left_before_an_attempt_has_trained_is_that_of_its_own_steps(la
 def test_a_resumed_run_that_waits_is_not_asked_to_stop(run: RunDir) -> None:
     """The attempt before was; status.json has its number until the job of the next begins."""
     atomic_files.write_json(run.cancel(2), {"save": True})
-    number = run_store.next_attempt(run, run_records.Attempt(resume_step=5))
+    number = run_store.create_attempt(run, run_records.Attempt(resume_step=5))
     found = summary(run, run_store.update_status(run, state="pending", max_steps=60))
     assert (found["attempt"], found["asked_to_stop"], found["left_s"]) == (number, False, 55 * 2.0)
     assert found["cost"]["expected_usd"] == pytest.approx(found["cost"]["usd"] + 2 * 2.0 * 110 / 3600)
@@ -159,7 +159,7 @@ def test_what_a_run_went_back_behind_is_not_shown(run: RunDir) -> None:
     log.log(30, {"train/loss": 77.0, "time/step_s": 2.0})
     log.log(30, {"eval/held_out/loss": 77.0})
     log.log(10, {"eval/held_out/loss": 2.5})
-    number = run_store.next_attempt(run, run_records.Attempt(resume_step=10, pinned=True))
+    number = run_store.create_attempt(run, run_records.Attempt(resume_step=10, pinned=True))
     status = run_store.update_status(run, attempt=number, state="running")
     assert summary(run, status)["eval_loss"] == 2.5, "the newest line of all"
     JsonlTracker(run, number).log(11, {"train/loss": 2.4, "time/step_s": 2.0})

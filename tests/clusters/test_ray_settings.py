@@ -148,7 +148,7 @@ def test_a_ray_of_ones_own_is_one_machine(ray_plan: Callable[..., LaunchPlan]) -
 @pytest.fixture
 def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
     made = run_store.create(ray_plan(working_dir=str(tmp_path)))
-    run_store.next_attempt(made, Attempt(resume_step=None))
+    run_store.create_attempt(made, Attempt(resume_step=None))
     return made
 
 
@@ -168,9 +168,9 @@ def test_where_a_run_was_handed_to_is_told_with_its_log(run: RunDir) -> None:
     ]
     assert RayCluster().submission_details(run, 1) == through_the_jobs_api
     # A further attempt by itself is the same job's; one that a person starts is another's.
-    assert run_store.next_attempt(run, Attempt(resume_step=5, automatic=True)) == 2
+    assert run_store.create_attempt(run, Attempt(resume_step=5, automatic=True)) == 2
     assert RayCluster().submission_details(run, 2) == through_the_jobs_api
-    assert run_store.next_attempt(run, Attempt(resume_step=5)) == 3
+    assert run_store.create_attempt(run, Attempt(resume_step=5)) == 3
     assert RayCluster().submission_details(run, 3) == [("driver", str(run.attempt(3) / "agent.log"))]
 
 

@@ -137,9 +137,9 @@ def test_a_full_disk_and_one_that_becomes_read_only_fail_the_save_and_resume_goe
     assert store.newest_step(run / "checkpoints") is not None
 
     mount(run / "checkpoints", "rw")
-    step = store.latest(run / "checkpoints").step
+    step = store.get_latest(run / "checkpoints").step
     assert 5 < step < STEPS
-    assert store.verify(store.latest(run / "checkpoints").path) == []
+    assert store.verify(store.get_latest(run / "checkpoints").path) == []
     done = launch("resume", str(run))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"continuing disturbed from step {step} of" in done.stdout

@@ -77,7 +77,7 @@ def test_an_attempt_that_another_has_followed_ends_and_is_not_restarted(start: C
     run = runs / "followed"
     with start(*SETTINGS, "cluster.max_restarts=2", f"run.root={runs}", "run.name=followed") as process:
         wait_for("a step", lambda: last_step(run) >= 1)
-        run_store.next_attempt(RunDir(run), Attempt(resume_step=None))
+        run_store.create_attempt(RunDir(run), Attempt(resume_step=None))
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 1, output
     assert "attempt 1 was given up while it still ran: attempt 2 has taken over" in output

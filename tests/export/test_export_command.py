@@ -21,8 +21,8 @@ from launcher.worker import export as command
 def run(runs, tmp_path: Path) -> Path:
     """A run directory with the checkpoints of the bf16 engine, the newest with the engine's digests."""
     path = tmp_path / "run"
-    shutil.copytree(store.at_step(runs.checkpoints("bf16"), 0).path, path / "checkpoints" / "step-00000000")
-    newest = store.at_step(runs.checkpoints("bf16"), 2).path
+    shutil.copytree(store.get_at_step(runs.checkpoints("bf16"), 0).path, path / "checkpoints" / "step-00000000")
+    newest = store.get_at_step(runs.checkpoints("bf16"), 2).path
     with_metadata(newest, path / "checkpoints", engine_metadata(runs.dump("bf16", "saved"), "bf16", 2))
     (path / "plan.json").write_text(plan_of(path).to_json())
     return path

@@ -15,7 +15,7 @@ from launcher.checkpoint import store
 
 @pytest.fixture
 def checkpoint(runs, tmp_path: Path) -> Path:
-    newest = store.latest(runs.checkpoints("bf16")).path
+    newest = store.get_latest(runs.checkpoints("bf16")).path
     return with_metadata(newest, tmp_path / "checkpoints", engine_metadata(runs.dump("bf16", "saved"), "bf16", 2))
 
 

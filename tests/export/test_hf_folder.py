@@ -24,7 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def task(runs, kind, out, **options):
-    checkpoint = store.latest(runs.checkpoints(kind)).path
+    checkpoint = store.get_latest(runs.checkpoints(kind)).path
     return Task(**{"checkpoint": checkpoint, "model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options)
 
 
@@ -161,7 +161,7 @@ def test_parity_passes_and_one_wrong_weight_fails(runs, tmp_path, kind):
     weights = load_file(file)
     weights["model.layers.1.self_attn.o_proj.weight"].zero_()
     save_file(weights, file, metadata={"format": "pt"})
-    reference_logits = read_reference_logits(store.latest(runs.checkpoints(kind)).path)
+    reference_logits = read_reference_logits(store.get_latest(runs.checkpoints(kind)).path)
     tampered = check_parity(load_back(result.path, dtype=kind), reference_logits, dtype=kind)
     with pytest.raises(CheckpointError, match="mean KL"):
         require_parity(tampered)
@@ -193,7 +193,7 @@ def test_a_folder_that_is_no_export_is_never_replaced(runs, tmp_path):
 
 def without_reference_logits(runs, kind, folder):
     """A copy of a checkpoint that was saved on the way, without logits of the engine."""
-    checkpoint = with_metadata(store.latest(runs.checkpoints(kind)).path, folder)
+    checkpoint = with_metadata(store.get_latest(runs.checkpoints(kind)).path, folder)
     manifest = read_manifest(checkpoint)
     files = {name: entry for name, entry in manifest.files.items() if name != REFERENCE_LOGITS}
     (checkpoint / MANIFEST).write_text(replace(manifest, files=files).to_json())

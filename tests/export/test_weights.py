@@ -22,7 +22,7 @@ from launcher.export.hf_folder import Task, export, verify
 
 def digested(runs, kind, folder):
     """A checkpoint whose shards say of the weights what the engine itself gathered when it saved."""
-    checkpoint = store.latest(runs.checkpoints(kind))
+    checkpoint = store.get_latest(runs.checkpoints(kind))
     said = engine_metadata(runs.dump(kind, "saved"), kind, checkpoint.manifest.world_size)
     return with_metadata(checkpoint.path, folder, said)
 
@@ -35,7 +35,7 @@ def task(checkpoint, kind, out, **options):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_every_tensor_is_compared_with_the_engines_in_the_dtype_that_it_computes_in(runs, tmp_path, kind, dtype, monkeypatch):
     monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 1000)  # no part of a tensor fits into one block
-    checkpoint = store.latest(runs.checkpoints(kind))
+    checkpoint = store.get_latest(runs.checkpoints(kind))
     said = engine_metadata(runs.dump(kind, "saved"), "fp32" if kind == "fp32" else "bf16", 2)
     made = export(task(with_metadata(checkpoint.path, tmp_path, said), kind, tmp_path / "out", dtype=dtype, check=kind != "hpz"))
     assert made.num_compared == made.num_tensors == len(read_state(checkpoint.path).parameters)
@@ -46,7 +46,7 @@ def test_every_tensor_is_compared_with_the_engines_in_the_dtype_that_it_computes
 
 
 def test_a_checkpoint_without_digests_is_not_compared(runs, tmp_path):
-    checkpoint = with_metadata(store.latest(runs.checkpoints("bf16")).path, tmp_path)
+    checkpoint = with_metadata(store.get_latest(runs.checkpoints("bf16")).path, tmp_path)
     made = export(task(checkpoint, "bf16", tmp_path / "out"))
     assert made.num_compared == 0
     assert made.num_tensors > 10
@@ -66,7 +66,7 @@ def test_one_wrong_weight_is_named_with_its_rank_and_nothing_is_left(runs, tmp_p
 
 
 def test_a_weight_that_the_engine_said_nothing_of_is_refused(runs, tmp_path):
-    checkpoint = store.latest(runs.checkpoints("bf16")).path
+    checkpoint = store.get_latest(runs.checkpoints("bf16")).path
     said = engine_metadata(runs.dump("bf16", "saved"), "bf16", 2)
     known = json.loads(said[1]["weights"])
     del known["model.norm.weight"]
@@ -77,7 +77,7 @@ def test_a_weight_that_the_engine_said_nothing_of_is_refused(runs, tmp_path):
 
 @pytest.mark.parametrize("said", [{"weights": "{"}, {"weights": "[]", "dtype": "bf16"}, {"weights": "{}", "dtype": "int4"}])
 def test_digests_that_cannot_be_read_are_an_error(runs, tmp_path, said):
-    checkpoint = with_metadata(store.latest(runs.checkpoints("bf16")).path, tmp_path, [said, said])
+    checkpoint = with_metadata(store.get_latest(runs.checkpoints("bf16")).path, tmp_path, [said, said])
     with pytest.raises(CheckpointError, match="digests of a checkpoint's weights cannot be read"):
         export(task(checkpoint, "bf16", tmp_path / "out"))
 

@@ -75,7 +75,7 @@ def test_an_earlier_plan_is_found_by_the_digest_of_its_text(earlier_text: str, t
     digest = digest_of(earlier_text)
     run.plans.mkdir()
     (run.plans / f"{digest}.json").write_text(earlier_text)
-    assert run_store.plan_of_digest(run, digest) == LaunchPlan.from_json(earlier_text)
+    assert run_store.find_plan(run, digest) == LaunchPlan.from_json(earlier_text)
 
 
 def test_an_earlier_plan_comes_back_from_a_mirror(earlier_text: str) -> None:
@@ -112,7 +112,7 @@ def test_a_damaged_plan_gives_an_error_that_names_the_field(
 def test_a_plan_that_holds_no_object_is_refused(text: str, tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.plan.write_text(text)
-    for read in (run_store.load_plan, run_store.placed):
+    for read in (run_store.load_plan, run_store.read_placement):
         with pytest.raises(RunError):
             read(run)
 
@@ -121,7 +121,7 @@ def test_looking_at_a_run_reads_an_earlier_plan_without_the_models_of_plans(earl
     (tmp_path / "plan.json").write_text(earlier_text)
     code = (
         "import sys; from pathlib import Path; from launcher import run_store; from launcher.plan.run_dir import RunDir\n"
-        "print(run_store.placed(RunDir(Path(sys.argv[1]))).num_ranks, 'pydantic' in sys.modules)"
+        "print(run_store.read_placement(RunDir(Path(sys.argv[1]))).num_ranks, 'pydantic' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert done.stdout == "2 False\n", done.stderr

@@ -148,7 +148,7 @@ def test_the_files_of_a_run_are_read_in_a_moment(make_plan: Callable[..., Launch
     run = run_store.create(make_plan())
     now = time.time()
     for begun_at in (now - 20_000, now - 100):
-        run_store.next_attempt(run, run_records.Attempt(resume_step=None, begun_at=begun_at))
+        run_store.create_attempt(run, run_records.Attempt(resume_step=None, begun_at=begun_at))
     _submitted(run, 1, now - 20_010)
     metrics = {f"group/metric_{i}": 0.123456789 * i for i in range(50)}
     lines = [step(n, 1, now - 19_900 + n) | metrics for n in range(1, 10_001)]
@@ -168,7 +168,7 @@ def test_ranks_that_never_joined_are_those_of_the_attempts_own_plan(make_plan: C
     plan = make_plan()
     run = run_store.create(plan)
     for _ in range(3):
-        run_store.next_attempt(run, run_records.Attempt(resume_step=None))
+        run_store.create_attempt(run, run_records.Attempt(resume_step=None))
     larger = plan.topology.model_copy(update={"world_size": 2 * plan.topology.world_size})
     run_store.write_plan(run, 2, plan.model_copy(update={"topology": larger}))
     found = goodput.recorded(run)
@@ -183,7 +183,7 @@ def test_while_a_run_waits_for_machines_again_the_clock_goes_on_and_money_does_n
     """Also where they were lost without a word, and where the attempt was numbered before its job waits."""
     shutil.rmtree(run_dir)
     run = run_store.create(make_plan().model_copy(update={"price": Price(usd_per_gpu_hour=3)}))
-    run_store.next_attempt(run, run_records.Attempt(None, begun_at=100.0))
+    run_store.create_attempt(run, run_records.Attempt(None, begun_at=100.0))
     _submitted(run, 1, 100.0)
     run.events.write_text("".join(json.dumps(event) + "\n" for event in start(1, 100, 100, ranks=2)))
     run.metrics.write_text(json.dumps(step(10, 1, 3700)) + "\n")
@@ -195,7 +195,7 @@ def test_while_a_run_waits_for_machines_again_the_clock_goes_on_and_money_does_n
         assert (found.held_s, found.usd) == (3600, pytest.approx(6))
     assert found.goodput == pytest.approx(1 / 7)
     assert goodput.read(run, now, "failed").wall_s == 3600
-    run_store.next_attempt(run, run_records.Attempt(10, automatic=True))
+    run_store.create_attempt(run, run_records.Attempt(10, automatic=True))
     _submitted(run, 2, 3702.0)
     assert parts(goodput.read(run, now, "pending")) == parts(found)
     assert len(goodput.settled(goodput.recorded(run), "pending", [], [])) == 2
@@ -241,7 +241,7 @@ def test_each_attempt_costs_what_its_plan_says_until_a_later_one_knows_better(
     for i, plan in enumerate(made):
         coming = goodput.read(run, 1e9, "failed", coming=plan)
         at = 1000.0 + 360_000 * i
-        number = run_store.next_attempt(run, run_records.Attempt(None, begun_at=at))
+        number = run_store.create_attempt(run, run_records.Attempt(None, begun_at=at))
         run_store.write_plan(run, number, plan)
         _submitted(run, number, at)
         atomic_files.write_json(run.attempt(number) / "exit.json", {"state": "failed", "ended_at": at + 360_000})

@@ -22,8 +22,8 @@ def run(tmp_path: Path) -> RunDir:
     """A run whose second attempt follows the first by itself."""
     found = RunDir(tmp_path)
     found.attempts.mkdir()
-    run_store.next_attempt(found, Attempt(None))
-    run_store.next_attempt(found, Attempt(None, automatic=True))
+    run_store.create_attempt(found, Attempt(None))
+    run_store.create_attempt(found, Attempt(None, automatic=True))
     return found
 
 

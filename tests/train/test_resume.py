@@ -30,7 +30,7 @@ def run_with(
     run_store.write_attempt(run, 2, Attempt(resume_step=named, pinned=pinned, automatic=automatic))
     for attempt, steps in ((1, before), (2, own)):
         for step in steps:
-            saving = store.begin(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
+            saving = store.begin_save(run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
             files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), STATE)}
             store.commit(saving, Manifest(step=step, world_size=2, plan_digest="d", attempt=attempt, files=files))
     return run
@@ -89,7 +89,7 @@ def test_what_was_not_seen_when_the_attempt_was_numbered_is_not_passed_over(rank
 
 def test_an_attempt_that_another_has_followed_names_no_other_step(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", None, before=[10], automatic=True)
-    run_store.next_attempt(run, Attempt(resume_step=10))
+    run_store.create_attempt(run, Attempt(resume_step=10))
     (words,) = loaded_on_two_ranks(rank_server, tmp_path, run)
     assert words.startswith("Superseded: attempt 2 was given up")
     assert run_store.read_attempt(run, 2).resume_step is None
@@ -248,7 +248,7 @@ def test_a_step_that_a_person_asked_for_is_used_or_refused(rank_server: RankServ
 def test_an_attempt_that_another_has_followed_sets_nothing_aside(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", 20, before=[10, 20])
     flip(run, 20)
-    run_store.next_attempt(run, Attempt(resume_step=20))
+    run_store.create_attempt(run, Attempt(resume_step=20))
     (words,) = loaded_on_two_ranks(rank_server, tmp_path, run)
     assert words.startswith("Superseded: attempt 2 was given up")
     assert lying(run) == ["step-00000010", "step-00000020"]

@@ -83,7 +83,7 @@ class Job:
         self.node(0, problems=[{"what": "has no GPU", "where": "n2", "value": "", "remedy": ""}])
 
     def saved(self, step: int, attempt: int = 1) -> None:
-        saving = store.begin(self.run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
+        saving = store.begin_save(self.run.checkpoints, step=step, attempt=attempt, needed_bytes=1)
         files = {name: atomic_files.write_file(saving / name, [b"weights"]) for name in (store.shard_name(0), STATE)}
         store.commit(saving, Manifest(step=step, world_size=1, plan_digest="d", attempt=attempt, files=files))
 
@@ -108,7 +108,7 @@ def submitted(
 
     def submit(**settings: Any) -> Job:
         run = run_store.create(slurm_plan(str(tmp_path), nodes=3, **settings))
-        run_store.next_attempt(run, Attempt(resume_step=None))
+        run_store.create_attempt(run, Attempt(resume_step=None))
         return Job(run, capsys)
 
     return submit

@@ -35,7 +35,7 @@ class Played:
         self.run = run_store.create(plan)
         self.draining: set[str] = set()
         self.lost: set[str] = set()
-        number = run_store.next_attempt(self.run, Attempt(resume_step=None))
+        number = run_store.create_attempt(self.run, Attempt(resume_step=None))
         run_store.update_status(self.run, attempt=number)
         self.coordinator = Coordinator(str(self.run.plan), number, "here:1", lambda: self.draining, lambda: self.lost)
 
@@ -71,7 +71,7 @@ class Played:
         atomic_files.write_json(self.run.attempt(self.number) / "outcome.json", said)
 
     def save(self, step: int) -> None:
-        saving = store.begin(self.run.checkpoints, step=step, attempt=self.number, needed_bytes=1)
+        saving = store.begin_save(self.run.checkpoints, step=step, attempt=self.number, needed_bytes=1)
         files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [b"x"])}
         manifest = Manifest(step=step, world_size=1, plan_digest=self.plan.digest(), attempt=self.number, files=files)
         store.commit(saving, manifest)

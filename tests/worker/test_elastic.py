@@ -76,7 +76,7 @@ def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.Fix
     cluster = ("cluster.max_restarts=2", "cluster.ranks_per_node=2", f"cluster.fork_ranks={request.param}")
     config = config_of("tracking=none", "run.name=tried", *cluster)
     run = run_store.create(plan(config, facts_for(config, working_dir=str(tmp_path))))
-    run_store.update_status(run, attempt=run_store.next_attempt(run, Attempt(resume_step=None)))
+    run_store.update_status(run, attempt=run_store.create_attempt(run, Attempt(resume_step=None)))
     return run
 
 

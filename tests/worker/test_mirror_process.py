@@ -246,7 +246,7 @@ def test_a_branch_that_was_given_up_goes_before_anything_is_sent(tmp_path: Path)
     with sending(run) as process:
         assert end(process) == 0
     shutil.rmtree(later.path)
-    run_store.next_attempt(run, Attempt(resume_step=5, pinned=True))
+    run_store.create_attempt(run, Attempt(resume_step=5, pinned=True))
     with sending(run, attempt=2) as process:
         wait_for("the first look", lambda: (run.attempt(2) / "mirror.json").is_file())
         assert sorted(p.name for p in (tmp_path / "mirror/a/checkpoints").iterdir()) == ["step-00000005"]
@@ -258,4 +258,4 @@ def test_a_run_that_was_never_saved_has_nothing_to_send(tmp_path: Path) -> None:
         assert end(process) == 0
     assert record(run)["steps"] == []
     assert said(run, "alert") == []
-    assert atomic_files.file_entry(tmp_path / "mirror/a/plan.json") == atomic_files.file_entry(run.plan)
+    assert atomic_files.digest_file(tmp_path / "mirror/a/plan.json") == atomic_files.digest_file(run.plan)

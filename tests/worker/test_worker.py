@@ -47,7 +47,7 @@ def test_a_local_run_holds_its_machines_until_the_mirror_has_all(tmp_path: Path,
     """What the run waits for after its last step costs as training does, also where the wait is cut off."""
     plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, price=Price(usd_per_gpu_hour=2.0))
     run = run_store.create(plan)
-    run_store.next_attempt(run, run_records.Attempt(None))
+    run_store.create_attempt(run, run_records.Attempt(None))
     seen: list[float] = []
 
     class Mirror:

@@ -64,7 +64,7 @@ def fixed_files(remote: Remote, mirrored: MirroredRun, run: RunDir) -> dict[str,
         target = (run.root / name).resolve()
         if not target.is_relative_to(run.root.resolve()):
             raise CheckpointError("the mirror names a file outside of the run directory", where=remote.url, value=name)
-        if target.is_file() and atomic_files.file_entry(target) == entry:
+        if target.is_file() and atomic_files.digest_file(target) == entry:
             continue
         content = remote.read(name)
         if content is None or FileEntry(size=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content)) != entry:
@@ -126,7 +126,7 @@ def _fetch(remote: Remote, root: Path, manifest: Manifest, say: Say) -> list[Pro
 
     def receive(name: str) -> Problem | None:
         path = unfinished / name
-        if path.is_file() and atomic_files.file_entry(path) == manifest.files[name]:
+        if path.is_file() and atomic_files.digest_file(path) == manifest.files[name]:
             return None
         where = f"{source.url}/{name}"
         try:

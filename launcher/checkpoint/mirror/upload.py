@@ -33,7 +33,7 @@ from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
 from launcher.checkpoint.mirror.layout import CHECKPOINTS, RUN, MirroredRun, Owner, complete_checkpoints, read_run, step_of
 from launcher.checkpoint.mirror.remote_folder import Remote, require_writable, unreachable
-from launcher.checkpoint.retention import Retention, outdated
+from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -97,7 +97,7 @@ class Mirror:
         there = known.files if known is not None else {}
         files: dict[str, FileEntry] = {}
         for name, source in self._fixed_files():
-            entry = atomic_files.file_entry(source)
+            entry = atomic_files.digest_file(source)
             if there.get(name) != entry or self._remote.size(name) != entry.size:
                 entry = self._remote.send(name, source, source.stat().st_size)
             files[name] = entry
@@ -182,7 +182,7 @@ class Mirror:
             for step, manifest in self._complete.items()
             if step <= newest and step not in abandoned
         ]
-        dropped = {c.step for c in outdated(going_on, Retention.of(self._plan.config.checkpoint))}
+        dropped = {c.step for c in select_outdated(going_on, Retention.of(self._plan.config.checkpoint))}
         needed = here | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):
@@ -197,7 +197,10 @@ class Mirror:
 
     def _abandoned(self, newest: int) -> set[int]:
         """The steps that the run has gone back from: set aside here after `newest`, or in the mirror from before."""
-        names = (path.name.removeprefix(store.ASIDE) for path in self._run.checkpoints.glob(f"{store.ASIDE}step-*"))
+        names = (
+            path.name.removeprefix(store.SET_ASIDE_PREFIX)
+            for path in self._run.checkpoints.glob(f"{store.SET_ASIDE_PREFIX}step-*")
+        )
         # What was set aside a second time has a number after its step.
         aside = (step_of("-".join(name.split("-")[:2])) for name in names)
         found = {step for step in aside if step is not None and step > newest}
@@ -249,7 +252,7 @@ class Mirror:
     def _fixed_files(self) -> Iterator[tuple[str, Path]]:
         """Names in the mirror and where they lie here."""
         yield "plan.json", self._run.plan
-        changed = run_store.changed_plans(self._run)
+        changed = run_store.changed_plan_paths(self._run)
         newest = self._run.attempt(self._owner.attempt) / "attempt.json"
         for path in (*changed[-1:], newest, *sorted(self._run.plans.glob("*.json"))):
             yield str(path.relative_to(self._run.root)), path

@@ -89,7 +89,7 @@ class SlurmCluster:
             lost = status.state == "pending" and time.time() - status.updated_at > _UNSEEN_S
             return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
         try:
-            job = queue.job(job_id, since, run_store.placed(run).name)
+            job = queue.job(job_id, since, run_store.read_placement(run).name)
         except SlurmError as error:
             return replace(status, message=f"Slurm does not answer ({error.problems[0].what}); this is the last that is known")
         return _corrected(run, status, job, job_id, since)
@@ -99,7 +99,7 @@ class SlurmCluster:
         job_id, since = _job_of(run, run_store.newest_attempt(run))
         while job_id is not None and time.monotonic() < deadline:
             try:
-                job = queue.job(job_id, since, run_store.placed(run).name)
+                job = queue.job(job_id, since, run_store.read_placement(run).name)
                 if job is None or not job.queued:
                     return
             except SlurmError:
@@ -112,7 +112,7 @@ class SlurmCluster:
         job_id, since = _job_of(run, number)
         if status.state not in RUNNING_STATES or job_id is None:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
-        job = queue.job(job_id, since, run_store.placed(run).name)
+        job = queue.job(job_id, since, run_store.read_placement(run).name)
         asked = run.cancel(number)
         again = asked.is_file()
         json_records.write(asked, CancelRequest(time.time(), save))
@@ -208,8 +208,8 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
     again = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
     saved = store.newest_step(run.checkpoints)
     # Another command may be numbering an attempt at this moment.
-    with run_store.starting(run, wait_s=_LOCK_WAIT_S):
-        number = run_store.next_attempt(run, Attempt(saved, automatic=True))
+    with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
+        number = run_store.create_attempt(run, Attempt(saved, automatic=True))
         path = run_store.write_plan(run, number, again)
     try:
         submitted = sbatch.submit(again, path)

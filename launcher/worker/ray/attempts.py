@@ -62,7 +62,7 @@ class Attempts:
             LauncherError, OSError: where the run cannot be read or written now; the caller retries.
         """
         run = self._run
-        with run_store.starting(run, wait_s=_LOCK_WAIT_S):
+        with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
             if run_store.newest_attempt(run) != self.number:
                 self.end("another command has started the run again", state=None)
                 return
@@ -74,7 +74,7 @@ class Attempts:
                     self.end(decision.reason, decision.state)
                     return
                 self._unfit = decision.exclude
-                self.number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
+                self.number = run_store.create_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
                 attempt = run_store.read_attempt(run, self.number)
             plan = group.choose(self._plan, self._unfit)
             head = group.training[0]

@@ -54,7 +54,7 @@ def begin(plan_path: str) -> int | None:
     plan, until = LaunchPlan.load(plan_path), time.monotonic() + _BEGIN_PATIENCE_S
     run, section = RunDir(Path(plan.run_dir)), SlurmSection.of(plan.config.cluster)
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    with run_store.starting(run, wait_s=_LOCK_WAIT_S):
+    with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
         number = run_store.newest_attempt(run)
         attempt = run_store.read_attempt(run, number)
         if attempt.job is not None:
@@ -75,7 +75,7 @@ def begin(plan_path: str) -> int | None:
             print(f"{plan.run_name}: {limit}; the attempt is not started", file=sys.stderr)
             return None
         if attempt.job is not None:
-            number = run_store.next_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
+            number = run_store.create_attempt(run, Attempt(store.newest_step(run.checkpoints), automatic=True))
             attempt = run_store.read_attempt(run, number)
         elif attempt.automatic:
             # The attempt was numbered before the job waited, perhaps where the newest checkpoint was not visible yet.

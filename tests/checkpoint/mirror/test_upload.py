@@ -195,7 +195,7 @@ def elsewhere(tmp_path: Path, run: RunDir, step: int, pinned: bool = False) -> R
     moved = RunDir(tmp_path / "elsewhere")
     others = [store.step_name(c.step) for c in store.list_checkpoints(run.checkpoints) if c.step != step]
     shutil.copytree(run.root, moved.root, ignore=shutil.ignore_patterns(*others))
-    run_store.next_attempt(moved, Attempt(resume_step=step, pinned=pinned))
+    run_store.create_attempt(moved, Attempt(resume_step=step, pinned=pinned))
     return moved
 
 
@@ -340,7 +340,7 @@ def test_a_mirror_belongs_to_one_run_and_to_its_last_attempt(place, tmp_path: Pa
     # The run goes on elsewhere, while this machine lives on.
     shutil.copytree(run.root, tmp_path / "elsewhere")
     moved = RunDir(tmp_path / "elsewhere")
-    run_store.next_attempt(moved, Attempt(resume_step=None))
+    run_store.create_attempt(moved, Attempt(resume_step=None))
     later = begun(plan, moved, attempt=2)
     with pytest.raises(MirrorTaken, match="attempt 2"):
         mirror.send(commit(run, 5))
@@ -349,7 +349,7 @@ def test_a_mirror_belongs_to_one_run_and_to_its_last_attempt(place, tmp_path: Pa
     commit(moved, 5, b"of attempt 2")
     send_all(later)
     assert tree(folder / "checkpoints") == tree(moved.checkpoints)
-    run_store.next_attempt(moved, Attempt(resume_step=None))
+    run_store.create_attempt(moved, Attempt(resume_step=None))
     with pytest.raises(Superseded):
         later.send(commit(moved, 10))
 
@@ -365,7 +365,7 @@ def test_large_files_go_block_by_block(place, monkeypatch: pytest.MonkeyPatch) -
     tracemalloc.stop()
     assert peak < 16 * 2**20
     assert (
-        atomic_files.file_entry(folder / "checkpoints/step-00000005" / store.shard_name(0))
+        atomic_files.digest_file(folder / "checkpoints/step-00000005" / store.shard_name(0))
         == large.manifest.files["rank-00000.safetensors"]
     )
 

@@ -62,7 +62,7 @@ def test_limits_count_all_that_an_attempt_has_held_machines_for(plan_of: PlanOf,
     plan = plan_of("run.max_hours=2", "run.max_usd=12", "cluster.price_per_gpu_hour=3")
     plan = plan.model_copy(update={"run_dir": str(tmp_path / "again")})
     run, begun = run_store.create(plan), 1.8e9
-    run_store.next_attempt(run, Attempt(None))
+    run_store.create_attempt(run, Attempt(None))
     run_store.write_attempt(run, 1, Attempt(None, submitted_at=begun - 3600, begun_at=begun))
 
     def told(at_s: float, step: int, **fields: Any) -> str:
@@ -88,7 +88,7 @@ def test_limits_count_all_that_an_attempt_has_held_machines_for(plan_of: PlanOf,
 def test_what_cannot_be_read_of_the_run_before_ends_no_training(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     run.attempts.mkdir()
-    run_store.next_attempt(run, Attempt(None))
+    run_store.create_attempt(run, Attempt(None))
     run.plan.write_text('{"topology": 3}')
     said: list[str] = []
     assert spent_before(run, 0.0, said.append) == Breakdown()

@@ -234,7 +234,7 @@ def test_a_save_that_takes_too_long_is_ended(play: Callable[..., Played]) -> Non
 
 def test_workers_of_a_run_that_another_command_has_started_again_leave_it_alone(play: Callable[..., Played]) -> None:
     played = play()
-    run_store.next_attempt(played.run, Attempt(resume_step=None))
+    run_store.create_attempt(played.run, Attempt(resume_step=None))
     before = run_store.read_status(played.run)
     (orders, _) = played.begin("a", "n1", "n1")
     assert orders is not None
@@ -345,7 +345,7 @@ def test_what_workers_said_that_could_not_start_is_forgotten_when_others_begin(p
 def test_an_attempt_that_another_has_followed_writes_no_end(play: Callable[..., Played]) -> None:
     played = play()
     played.begin("a", "n1", "n1")
-    run_store.next_attempt(played.run, Attempt(resume_step=None))
+    run_store.create_attempt(played.run, Attempt(resume_step=None))
     before = run_store.read_status(played.run)
     for rank in range(2):
         answer = played.coordinator.beat("a", rank, "done")

@@ -82,7 +82,7 @@ def test_a_signal_to_the_driver_asks_for_a_save_and_a_second_one_for_an_end(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, number: signal.Signals
 ) -> None:
     run = run_store.create(ray_plan(working_dir=str(tmp_path)))
-    asked = run.cancel(run_store.next_attempt(run, Attempt(resume_step=None)))
+    asked = run.cancel(run_store.create_attempt(run, Attempt(resume_step=None)))
     wishes = driver._Wishes(run)
     wishes.install()
     wishes.write()
@@ -98,7 +98,7 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
     """A run whose first attempt trains."""
     made = run_store.create(ray_plan(working_dir=str(tmp_path)))
     begun = Attempt(resume_step=None, job="here:1", begun_at=time.time())
-    run_store.update_status(made, state="running", attempt=run_store.next_attempt(made, begun))
+    run_store.update_status(made, state="running", attempt=run_store.create_attempt(made, begun))
     return made
 
 
@@ -143,8 +143,8 @@ def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driv
         assert coordinator.state() is None
     assert coordinator.began_with == [1], "it may live, and answer later"
     # The second is the coordinator's, opened just before it died; the third a person has started elsewhere since.
-    run_store.next_attempt(run, Attempt(resume_step=5, automatic=True))
-    run_store.next_attempt(run, Attempt(resume_step=5))
+    run_store.create_attempt(run, Attempt(resume_step=5, automatic=True))
+    run_store.create_attempt(run, Attempt(resume_step=5))
     coordinator.says = raising(ActorDiedError())
     assert coordinator.state() is None
     assert coordinator.began_with == [1, 2]
@@ -179,7 +179,7 @@ def test_coordinators_that_die_one_after_the_other_end_the_run(run: RunDir, monk
 def test_a_coordinator_is_replaced_when_storage_answers_again(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError
 
-    run_store.next_attempt(run, Attempt(resume_step=5, automatic=True))
+    run_store.create_attempt(run, Attempt(resume_step=5, automatic=True))
     coordinator = Played(run, raising(ActorDiedError()))
     with monkeypatch.context() as patched:
         stale = raising(OSError(errno.ESTALE, "Stale file handle"))

@@ -135,7 +135,7 @@ def test_states_on_a_nodes_disk_go_with_the_attempt_unless_another_uses_them(
     played = Played(made.model_copy(update={"deepspeed": {**made.deepspeed, "zero_optimization": zero}}))
     assert run_store.load_plan(played.run).nvme_folder == states
     if not is_newest:
-        run_store.next_attempt(played.run, Attempt(resume_step=None, automatic=True))
+        run_store.create_attempt(played.run, Attempt(resume_step=None, automatic=True))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     worker = Told(BeatReply())
     worker.local_rank = local_rank

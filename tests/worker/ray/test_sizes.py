@@ -58,7 +58,7 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
     assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
     assert plan.deepspeed["gradient_accumulation_steps"] == plan.batch.accumulation
     assert [attempt.num_workers for attempt in goodput.recorded(played.run)] == [num_workers], "idle ones too"
-    assert run_store.plan_of_digest(played.run, plan.digest()) == plan
+    assert run_store.find_plan(played.run, plan.digest()) == plan
 
 
 def test_a_run_that_grows_is_not_charged_for_it(play: Callable[..., Played]) -> None:

@@ -204,7 +204,7 @@ def test_a_limit_that_is_reached_loads_no_model(
     of.ended(1, "preempted", None, 20, submitted_at=now - 7300, begun_at=now - 7250)
     atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 40})
     if numbered:
-        run_store.next_attempt(of.run, Attempt(20, automatic=True))
+        run_store.create_attempt(of.run, Attempt(20, automatic=True))
     in_slurm(SLURM_RESTART_COUNT="1")
     code, out, err = of.begin()
     assert (code, out, err) == (0, "\n", "tried: run.max_hours=2 is reached; the attempt is not started\n")
@@ -245,7 +245,7 @@ def test_a_public_address_is_no_place_to_meet(
 def test_two_starts_at_once_do_not_open_two_attempts(submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
     of = submitted()
     monkeypatch.setattr(job, "_LOCK_WAIT_S", 0.1)
-    with run_store.starting(of.run):
+    with run_store.start_lock(of.run):
         code, out, err = of.begin()
     assert (code, out) == (1, "")
     assert "another command is starting this run" in err

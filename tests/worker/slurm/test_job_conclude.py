@@ -296,7 +296,7 @@ def test_no_two_commands_number_an_attempt_at_once(
     of.begun()
     of.outcome("preempted")
     monkeypatch.setattr(cluster, "_LOCK_WAIT_S", 0.1)
-    with run_store.starting(of.run):
+    with run_store.start_lock(of.run):
         assert of.conclude() == 1
     assert run_store.newest_attempt(of.run) == 1
     assert fake_slurm.told() == []
