@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md work as they are printed there."""
+"""The examples of docs/extending.md and docs/extending-backends.md work as they are printed there."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from doc_tools import REPO, Block, blocks
 from plan_fixtures import config_of, plan_of
 
 from launcher.clusters.base import BACKENDS, Cluster, cluster_for
 from launcher.config.cluster_sections import SECTIONS
+from launcher.data.loader import IGNORED, MicroBatch
 from launcher.data.sources import formats
+from launcher.plan.gpus import GPUS
 from launcher.plan.launch_plan import LaunchPlan
+from launcher.plan.optimizers import OPTIMIZERS
 from launcher.tracking import metrics
+from launcher.train.objectives import OBJECTIVES
 
 __all__ = ["config_of", "plan_of"]
-PAGE = REPO / "docs/extending.md"
-TABLES: tuple[dict[Any, Any], ...] = (BACKENDS, SECTIONS, formats.FORMATS, metrics.METRICS)
+PAGE, BACKENDS_PAGE = REPO / "docs/extending.md", REPO / "docs/extending-backends.md"
+TABLES: tuple[dict[Any, Any], ...] = (BACKENDS, SECTIONS, formats.FORMATS, metrics.METRICS, GPUS, OPTIMIZERS, OBJECTIVES)
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +41,9 @@ def unchanged_tables() -> Iterator[None]:
 
 
 def examples() -> dict[str, list[Block]]:
-    """The Python blocks of the page by the heading of their section."""
-    sections: dict[str, list[Block]] = {}
-    heading = ""
+    """The Python blocks of the pages by the heading of their section."""
+    heading = "A cluster backend"
+    sections = {heading: [block for block in blocks(BACKENDS_PAGE) if block.language == "python"]}
     for block in blocks(PAGE):
         headings = re.findall(r"^## (.+)$", block.before, re.MULTILINE)
         heading = headings[-1] if headings else heading
@@ -57,7 +62,7 @@ def execute(section: str) -> dict[str, Any]:
 
 def test_every_section_has_an_example() -> None:
     headings = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
-    assert list(examples()) == headings
+    assert list(examples()) == ["A cluster backend", *headings]
 
 
 def test_a_backend_of_the_page_has_the_whole_protocol_and_previews_its_job(
@@ -86,6 +91,37 @@ def test_a_row_format_of_the_page_is_recognised() -> None:
     assert (document.prompt, document.completion) == ("1 + 1?\n", "2")
 
 
+def test_an_objective_of_the_page_sums_over_the_trained_tokens() -> None:
+    execute("A training objective")
+    logits, labels = torch.randn(1, 4, 10), torch.tensor([[3, IGNORED, 5, IGNORED]])
+    micro = MicroBatch(torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None], labels, (0,))
+    loss = OBJECTIVES["label_smoothed"].sum_loss(lambda ids, positions: logits, micro, torch.device("cpu"), scale=0.5)
+    logs = logits.log_softmax(-1)
+    expected = -sum(0.9 * logs[0, i, labels[0, i]] + 0.1 * logs[0, i].mean() for i in (0, 2))
+    assert loss.num_atoms == 2
+    torch.testing.assert_close(loss.total, 0.5 * expected)
+
+
+def test_an_optimizer_of_the_page_keeps_the_states_that_its_row_names(plan_of: Callable[..., LaunchPlan]) -> None:
+    names = execute("An optimizer")
+    parameter = torch.nn.Parameter(torch.ones(3))
+    plan = plan_of("optim.name=sgd")
+    optimizer = names["build_sgd"]([{"params": [parameter]}], plan.config.optim, plan.config.deepspeed)
+    parameter.sum().backward()
+    optimizer.step()
+    assert tuple(optimizer.state[parameter]) == OPTIMIZERS["sgd"].states
+    assert OPTIMIZERS["sgd"].classes == (f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",)
+    assert plan.checkpoint_bytes == 8 * plan.model.num_params
+
+
+def test_a_gpu_type_of_the_page_gives_a_plan_its_memory_and_price(plan_of: Callable[..., LaunchPlan]) -> None:
+    execute("A GPU type")
+    plan = plan_of("cluster.gpu_type=X100-96GB", "cluster.ranks_per_node=8")
+    assert plan.memory.device_gib == 95.5
+    assert plan.price is not None
+    assert plan.price.usd_per_gpu_hour == 4.25
+
+
 def test_a_metric_of_the_page_has_a_panel_in_the_workspace() -> None:
     from launcher.tracking.wandb.workspace import Target, as_json
 
@@ -94,5 +130,5 @@ def test_a_metric_of_the_page_has_a_panel_in_the_workspace() -> None:
 
 
 def test_the_page_names_every_test_of_an_extension_point() -> None:
-    text = PAGE.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8") + BACKENDS_PAGE.read_text(encoding="utf-8")
     assert {file.name for file in Path(REPO / "tests").glob("test_extending_*.py") if file.name not in text} == set()
