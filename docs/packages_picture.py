@@ -25,7 +25,7 @@ ABOUT = {
     "cli": "one file per verb",
     "worker": "what runs on the nodes",
     "clusters": "submit, state, logs, cancel",
-    "evaluate": "a checkpoint is judged",
+    "evaluate": "sampled answers",
     "train": "the training loop",
     "export": "the Hugging Face folder",
     "data": "sources, masks, packing",
