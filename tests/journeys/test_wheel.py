@@ -18,4 +18,6 @@ def test_the_settings_lie_in_the_wheel(wheel: Path) -> None:
     assert len(shipped) > 15
     assert shipped <= names
     assert {f"launcher/{file.relative_to(REPO / 'launcher')}" for file in (REPO / "launcher").rglob("*.jinja")} <= names
+    assert "launcher/py.typed" in names
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "conf/", "runs/", "benchmarks/"))]
