@@ -25,7 +25,7 @@ def main(rows: str, tokenizer: str, max_length: str, *options: str) -> None:
     from launcher.data.tokenization import encoder, fast_tokenizer
 
     if "--without-word-cache" in options:
-        fast_tokenizer.words_of = lambda tokenizer: None
+        fast_tokenizer.make_cached = lambda tokenizer: None
     # Loading a tokenizer imports transformers, which both sides do once.
     encoder.load_tokenizer(tokenizer)
     data = DataSection(sources=(Source(path=rows),), max_length=int(max_length), workers=1)

@@ -14,7 +14,7 @@ from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data.build import build
 from launcher.data.cache import Split, num_bytes, read_report
 from launcher.data.checks import findings
-from launcher.data.tokenization.batch_encoder import pieces_of
+from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.encoder import EncodedDocument
 from launcher.errors import DataError
 
@@ -178,23 +178,23 @@ def test_a_long_document_in_pieces_is_all_there() -> None:
     trained = np.ones(50, dtype=np.uint8)
     trained[0] = 0
     whole = EncodedDocument(ids, trained, (49,))
-    pieces = pieces_of(whole, 16, "split")
+    pieces = cut_document(whole, 16, "split")
     assert np.concatenate([piece.ids for piece in pieces]).tolist() == ids.tolist()
     assert [len(piece.ids) for piece in pieces] == [16, 16, 16, 2]
     assert [piece.turn_ends for piece in pieces] == [(), (), (), (1,)]
     assert [int(piece.trained.sum()) for piece in pieces] == [15, 15, 15, 1]
     assert trained.sum() == 49, "the document itself is as it was"
-    assert pieces_of(whole, 50, "drop") == [whole]
-    assert pieces_of(whole, 49, "drop") == []
+    assert cut_document(whole, 50, "drop") == [whole]
+    assert cut_document(whole, 49, "drop") == []
 
 
 def test_pieces_without_a_trained_token_are_left_out() -> None:
     trained = np.zeros(40, dtype=np.uint8)
     trained[35:] = 1
     answer_last = EncodedDocument(np.arange(40, dtype=np.uint32), trained, (39,))
-    assert [piece.ids.tolist() for piece in pieces_of(answer_last, 16, "split")] == [list(range(32, 40))]
+    assert [piece.ids.tolist() for piece in cut_document(answer_last, 16, "split")] == [list(range(32, 40))]
     untrained = EncodedDocument(np.arange(40, dtype=np.uint32), np.zeros(40, dtype=np.uint8), ())
-    assert [len(piece.ids) for piece in pieces_of(untrained, 16, "split")] == [16]
+    assert [len(piece.ids) for piece in cut_document(untrained, 16, "split")] == [16]
 
 
 def test_what_a_check_drops_is_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from launcher.data.packing import RowLayout, one_per_row, pack
 from launcher.data.row_layout import _gathered as gathered
-from launcher.data.tokenization.batch_encoder import pieces_of
+from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.encoder import EncodedDocument
 
 
@@ -60,7 +60,7 @@ def test_every_token_once_and_in_order_where_long_documents_are_split(data: st.D
     pieces = []
     for ids, mask in zip(documents, masks, strict=True):
         mask[0] = 0
-        cut = pieces_of(EncodedDocument(ids, mask, ()), capacity, "split")
+        cut = cut_document(EncodedDocument(ids, mask, ()), capacity, "split")
         trained = {int(token) for piece in cut for token in piece.ids[piece.trained == 1]}
         # A piece's first token has nothing before it to be predicted from.
         assert trained == {int(token) for i, token in enumerate(ids) if mask[i] and i % capacity}

@@ -15,8 +15,8 @@ from ftfy.badness import is_bad
 from launcher.config.data import ChecksSection, DataSection
 from launcher.data.checks import minhash, patterns
 from launcher.data.sources import Chat, Completion, Document, Message, PlainText
+from launcher.data.tokenization.chat_template import TrainOn, find_trained_messages
 from launcher.data.tokenization.encoder import EncodedDocument, RenderedDocument
-from launcher.data.tokenization.loss_mask import TrainOn, answers
 
 # zlib compresses prose to about a half, code and tables to a third, and text that repeats itself to a fifth or less.
 REPETITIVE_RATIO = 5.0
@@ -109,7 +109,7 @@ def _parts(document: Document, rendered: RenderedDocument, train_on: TrainOn) ->
         case Chat(messages=messages, tools=tools):
             if tools:
                 yield _TextPart("tools", json.dumps(tools, ensure_ascii=False), None)
-            trained = answers(document, train_on)
+            trained = find_trained_messages(document, train_on)
             for i, message in enumerate(messages):
                 where = "system" if message.role == "system" else f"messages[{i}]"
                 text = answer = _written(message, message.reasoning_content)

@@ -1,4 +1,4 @@
-"""From documents to pieces that fit a row: what the processes that build the cache do with each batch."""
+"""Encode a batch of documents, check them and cut them into pieces that fit a row. Runs in the processes of a build."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_PROMPTS = 4
 
 @dataclass(frozen=True)
 class SourceDocument:
-    """A document, the number of its source, and whether it is held out; None: its content decides."""
+    """A document, the index of its source, and whether it is held out (None: a hash of its content decides)."""
 
     document: Document
     source: int
@@ -29,15 +29,18 @@ class SourceDocument:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """Documents of the source with the number `source`. `held_out`: all are, or all are not; those that the source itself holds
-    out are left out then. None: as the source itself says, else each one's content decides."""
+    """Documents of the source with the index `source`.
+
+    `held_out` is True or False for all of them; documents that the source itself holds out are then left out. None: the source
+    decides, or a hash of the content.
+    """
 
     batch: DocumentBatch
     source: int
     held_out: bool | None
 
-    def items(self, unread_keys: Counter[str]) -> list[SourceDocument]:
-        """The documents, parsed; counts of their rows' unread keys go to `unread_keys`. Errors: DataError with the place."""
+    def parse(self, unread_keys: Counter[str]) -> list[SourceDocument]:
+        """Parse the documents; add the counts of unread keys of their rows to `unread_keys`. Raises: DataError with the place."""
         documents = self.batch.documents(unread_keys)
         if self.held_out is not None:
             return [SourceDocument(document, self.source, self.held_out) for document, apart in documents if not apart]
@@ -48,9 +51,9 @@ class EncodeTask:
 
 @dataclass(frozen=True)
 class PieceTable:
-    """What becomes documents of rows, one entry for each: the whole of a document read, or a part that fits a row.
+    """The documents of rows, one entry each: a whole document, or a part of one that fits a row.
 
-    `doc` is the number of the document read, `labels` counts trained tokens, `turn_end`: a trained end of turn is among them.
+    `doc` is the index in DocumentTable, `labels` counts trained tokens; `turn_end`: an end of turn is trained.
     """
 
     doc: np.ndarray
@@ -61,9 +64,10 @@ class PieceTable:
 
 @dataclass(frozen=True)
 class DocumentTable:
-    """One entry for each document read; `num_tokens` before anything was cut, `lost_tokens` are in no piece.
+    """One entry per document that was read; `num_tokens` is the count before truncation, `lost_tokens` are in no piece.
 
-    `turn_end` is the token that ends the last trained turn, -1 where none does.
+    `turn_end` is the token that ends the last trained turn, -1 if there is none. `contents` and `tasks` are hashes, and
+    `signatures` MinHash signatures: see checks.inspection.Inspection.
     """
 
     source: np.ndarray
@@ -81,7 +85,7 @@ class DocumentTable:
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A held-out document as a question to the model; `rank` orders all of them by content."""
+    """A held-out document as a prompt for the model; `rank` orders all of them by content."""
 
     rank: int
     doc: int
@@ -92,9 +96,9 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch of documents, whose numbers count within it; `tokens` and `trained` of its pieces stand one after the other.
+    """An encoded batch of documents, whose indices count within it; `tokens` and `trained` concatenate those of its pieces.
 
-    `unread_keys` are keys that are not read of the rows of the source with the number `source`, each with its number of rows.
+    `unread_keys` are the keys that were not read of the rows of the source with the index `source`, with their number of rows.
     """
 
     source: int
@@ -114,20 +118,22 @@ class BatchEncoder:
         self.data = data
         self.encoder = Encoder(load_tokenizer(tokenizer_path), data)
 
-    def encode(self, work: EncodeTask) -> EncodedBatch:
-        """Tokens, faults and counts of some documents; errors: DataError naming the document."""
+    def encode(self, task: EncodeTask) -> EncodedBatch:
+        """Tokenize, check and count some documents. Raises: DataError naming the document."""
         unread_keys: Counter[str] = Counter()
-        items = work.items(unread_keys)
+        items = task.parse(unread_keys)
         documents = [item.document for item in items]
-        rendered = [self._rendered(document) for document in documents]
+        rendered = [self._render(document) for document in documents]
         encoded = self.encoder.encode(rendered)
-        seen = inspection.inspect(documents, rendered, encoded, self.encoder.special_texts, self.data)
-        cut = [pieces_of(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
-        hits = [(i, hit) for i, one in enumerate(seen) for hit in one.hits]
-        hits += [(i, hit) for i, pieces in enumerate(cut) if pieces and (hit := self._lacking(encoded[i], pieces)) is not None]
+        inspections = inspection.inspect(documents, rendered, encoded, self.encoder.special_texts, self.data)
+        cut = [cut_document(tokens, self.data.max_length, self.data.long_documents) for tokens in encoded]
+        hits = [(i, hit) for i, one in enumerate(inspections) for hit in one.hits]
+        hits += [
+            (i, hit) for i, pieces in enumerate(cut) if pieces and (hit := self._check_pieces(encoded[i], pieces)) is not None
+        ]
         held_out = [
             one.content / 2**64 < self.data.eval_fraction if item.held_out is None else item.held_out
-            for item, one in zip(items, seen, strict=True)
+            for item, one in zip(items, inspections, strict=True)
         ]
         num_tokens = np.asarray([len(tokens.ids) for tokens in encoded], dtype=np.int64)
         kept_tokens = np.asarray([sum(len(piece.ids) for piece in pieces) for pieces in cut], dtype=np.int64)
@@ -138,35 +144,35 @@ class BatchEncoder:
             lost_tokens=num_tokens - kept_tokens,
             num_pieces=np.asarray([len(pieces) for pieces in cut], dtype=np.int64),
             turn_end=np.asarray([one.ids[one.turn_ends[-1]] if one.turn_ends else -1 for one in encoded], dtype=np.int64),
-            contents=np.asarray([one.content for one in seen], dtype=np.uint64),
-            tasks=np.asarray([one.task for one in seen], dtype=np.uint64),
-            is_text=np.asarray([one.is_text for one in seen], dtype=bool),
+            contents=np.asarray([one.content for one in inspections], dtype=np.uint64),
+            tasks=np.asarray([one.task for one in inspections], dtype=np.uint64),
+            is_text=np.asarray([one.is_text for one in inspections], dtype=bool),
             wheres=[item.document.where for item in items],
-            signatures=[one.signature for one in seen],
+            signatures=[one.signature for one in inspections],
         )
-        # Nothing is left of what is dropped before it is rendered.
+        # Documents that are dropped before rendering have no tokens.
         whole = np.flatnonzero(docs.held_out & (docs.num_tokens > 0) & (docs.lost_tokens == 0)).tolist()
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
-            work.source,
+            task.source,
             named(unread_keys),
             docs,
-            _counts(cut),
+            _make_table(cut),
             tokens=np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in pieces)]),
             trained=np.concatenate([np.empty(0, np.uint8), *(piece.trained for piece in pieces)]),
             hits=hits,
             prompts=self._make_prompts(items, whole, docs.contents),
         )
 
-    def _rendered(self, document: Document) -> RenderedDocument:
-        """The document's text; none of a conversation that is dropped for its order, as many templates refuse such."""
-        dropped = self.data.checks.role_order == "drop"
-        if dropped and isinstance(document, Chat) and inspection.role_fault(document.messages):
+    def _render(self, document: Document) -> RenderedDocument:
+        """Render the document; empty for a conversation that is dropped for its role order, which many templates refuse."""
+        is_dropped = self.data.checks.role_order == "drop"
+        if is_dropped and isinstance(document, Chat) and inspection.role_fault(document.messages):
             return RenderedDocument(document.where, "", (), raw=False)
         return self.encoder.render(document)
 
-    def _lacking(self, whole: EncodedDocument, pieces: Sequence[EncodedDocument]) -> inspection.CheckHit | None:
-        """What the pieces of a document do not train, though they should."""
+    def _check_pieces(self, whole: EncodedDocument, pieces: Sequence[EncodedDocument]) -> inspection.CheckHit | None:
+        """Return the failed check of a document whose pieces lack a trained token, or a trained end of turn."""
         if whole.is_unsure:
             return None
         within = f"within the first {self.data.max_length:,} tokens"
@@ -177,18 +183,18 @@ class BatchEncoder:
         return None
 
     def _make_prompts(self, items: Sequence[SourceDocument], candidates: list[int], contents: np.ndarray) -> list[EvalPrompt]:
-        found = []
+        prompts = []
         for rank, i in heapq.nsmallest(NUM_PROMPTS, ((int(contents[i]), i) for i in candidates)):
-            if (sample := self.encoder.prompt(items[i].document)) is not None:
-                found.append(EvalPrompt(rank, i, *sample))
-        return found
+            if (prompt := self.encoder.prompt(items[i].document)) is not None:
+                prompts.append(EvalPrompt(rank, i, *prompt))
+        return prompts
 
 
-def pieces_of(encoded: EncodedDocument, max_length: int, long_documents: str) -> list[EncodedDocument]:
-    """The document in pieces of at most `max_length` tokens: its start, all of it, or nothing where it is longer.
+def cut_document(encoded: EncodedDocument, max_length: int, long_documents: str) -> list[EncodedDocument]:
+    """Cut a document into pieces of at most `max_length` tokens; `long_documents` is truncate, split or drop.
 
-    Pieces without a trained token are left out, unless none has one; nothing stands before a piece's first token to predict
-    it from, so that one is not trained.
+    Pieces without a trained token are left out, unless none has one. The first token of a piece has no context to be predicted
+    from, so it is not trained.
     """
     num_tokens = len(encoded.ids)
     if num_tokens <= max_length:
@@ -206,7 +212,7 @@ def _slice(encoded: EncodedDocument, start: int, end: int) -> EncodedDocument:
     return EncodedDocument(encoded.ids[start:end], trained, tuple(at - start for at in encoded.turn_ends if start < at < end))
 
 
-def _counts(cut: Sequence[Sequence[EncodedDocument]]) -> PieceTable:
+def _make_table(cut: Sequence[Sequence[EncodedDocument]]) -> PieceTable:
     pieces = [piece for pieces in cut for piece in pieces]
     return PieceTable(
         doc=np.repeat(np.arange(len(cut)), [len(pieces) for pieces in cut]),

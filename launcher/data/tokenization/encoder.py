@@ -1,4 +1,4 @@
-"""From documents to token ids and the mask of trained tokens: rendering, tokenising, and borders between tokens."""
+"""Encode documents as token ids and masks of trained tokens: render, tokenize, and align the mask with token boundaries."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ import numpy as np
 from launcher.config.data import DataSection
 from launcher.data.sources import Chat, Completion, Document, PlainText
 from launcher.data.tokenization import fast_tokenizer
-from launcher.data.tokenization.loss_mask import Template, TrainedSpan, with_system
+from launcher.data.tokenization.chat_template import ChatTemplate, with_system
+from launcher.data.tokenization.loss_mask import LossMask, TrainedSpan
 from launcher.errors import DataError, Problem
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-# Of a token that stands for no text.
-_NOWHERE = (-1, -1)
+# The span of a token without text.
+_NO_SPAN = (-1, -1)
 
 
 @dataclass(frozen=True)
 class RenderedDocument:
-    """Text that is ready for the tokenizer; `raw` text gets the tokenizer's begin and end tokens, a chat has its own."""
+    """Text for the tokenizer with its trained spans; `raw` text gets the tokenizer's begin and end tokens, a chat has its own."""
 
     where: str
     text: str
@@ -40,7 +41,7 @@ class RenderedDocument:
 class EncodedDocument:
     """`ids` uint32 and `trained` uint8, one per token; `turn_ends` are the positions of trained end-of-turn tokens.
 
-    `is_unsure`: what is trained begins or ends inside a token, however the text is tokenised; then nothing is.
+    `is_unsure`: a trained span begins or ends inside a token, however the text is tokenized; then no token is trained.
     """
 
     ids: np.ndarray
@@ -50,10 +51,10 @@ class EncodedDocument:
 
 
 def import_tokenizers_without_torch() -> None:
-    """Import what loads tokenizers as if torch were not installed; without effect in a process that has imported torch.
+    """Import the tokenizers of transformers as if torch were not installed; no effect if torch is imported already.
 
-    Tokenizers need no torch, and transformers imports it wherever it is installed: seconds, and memory in every process.
-    transformers keeps the answer that there is no torch; everything else can still import it.
+    Tokenizers need no torch, but transformers imports it if it is installed, which costs seconds, and memory in every process.
+    Only transformers caches that torch is missing; other modules can still import it.
     """
     if "torch" in sys.modules:
         return
@@ -69,7 +70,7 @@ def import_tokenizers_without_torch() -> None:
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; code that comes with it is not run. Errors: DataError."""
+    """Load the tokenizer in `folder` without running code from it. Raises: DataError."""
     from transformers import AutoTokenizer
 
     try:
@@ -80,7 +81,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
 
 def read_template(data: DataSection) -> str | None:
-    """The text of data.chat_template; None where the tokenizer's own is used. Errors: DataError."""
+    """Return the text of data.chat_template; None if the tokenizer's own template is used. Raises: DataError."""
     file = data.chat_template
     if file is None:
         return None
@@ -92,7 +93,7 @@ def read_template(data: DataSection) -> str | None:
 
 
 class Encoder:
-    """Renders and tokenises documents with one tokenizer; the same settings give the same tokens in every process."""
+    """Renders and tokenizes documents with one tokenizer; the same settings give the same tokens in every process."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: DataSection) -> None:
         self.tokenizer = tokenizer
@@ -101,54 +102,55 @@ class Encoder:
         self.special_ids = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         special_texts = {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
         self.special_texts = tuple(sorted(special_texts, key=len, reverse=True))
-        self._template = Template(tokenizer, self.special_texts, read_template(data), data.chat_template or "")
+        self._template = ChatTemplate(tokenizer, read_template(data), data.chat_template or "")
+        self._loss_mask = LossMask(self._template, self.special_texts)
         plain = tokenizer("a", add_special_tokens=False).input_ids
         begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] != plain[:1]
         self._begin = np.asarray([tokenizer.bos_token_id] if begins else [], dtype=np.uint32)
         self._end = np.asarray([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id], dtype=np.uint32)
-        self._words = None
+        self._cached = None
         self._continuing: Tokenizer | None = None
         if tokenizer.is_fast:
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
-            self._words = fast_tokenizer.words_of(tokenizer.backend_tokenizer)
-            if self._words is None:
-                self._continuing = _continuing(tokenizer.backend_tokenizer)
+            self._cached = fast_tokenizer.make_cached(tokenizer.backend_tokenizer)
+            if self._cached is None:
+                self._continuing = _make_continuing(tokenizer.backend_tokenizer)
 
     def render(self, document: Document) -> RenderedDocument:
-        """The document's text and its trained spans; errors: DataError naming template and document."""
+        """Return the text of the document and its trained spans. Raises: DataError naming the template and the document."""
         match document:
             case Chat():
-                text, spans = self._template.trained(with_system(document, self.data.system), self.data.train_on)
+                text, spans = self._loss_mask.find_spans(with_system(document, self.data.system), self.data.train_on)
                 return RenderedDocument(document.where, text, spans, raw=False)
             case Completion(where, prompt, completion):
                 start = 0 if self.data.train_on == "all" else len(prompt)
-                return self._raw(where, prompt + completion, TrainedSpan(start, len(prompt) + len(completion)))
+                return self._render_raw(where, prompt + completion, TrainedSpan(start, len(prompt) + len(completion)))
             case PlainText(where, text):
-                return self._raw(where, text, TrainedSpan(0, len(text)))
+                return self._render_raw(where, text, TrainedSpan(0, len(text)))
 
     def prompt(self, document: Document) -> tuple[str, list[int], str] | None:
-        """(prompt for a person, prompt's token ids up to where the model goes on, reference answer); None for plain text."""
+        """Return (prompt to show, token ids with the generation prompt, reference answer); None for plain text."""
         match document:
             case Chat(_, messages, _) if messages[-1].role == "assistant" and len(messages) > 1 and messages[-1].content:
                 chat = with_system(document, self.data.system)
                 text = self._template.render(chat, len(chat.messages) - 1, generation_prompt=True)
-                return messages[-2].content, self._ids([text])[0].tolist(), messages[-1].content
+                return messages[-2].content, self._encode_ids([text])[0].tolist(), messages[-1].content
             case Completion(_, prompt, completion) if prompt:
-                return prompt, [*self._begin.tolist(), *self._ids([prompt])[0].tolist()], completion
+                return prompt, [*self._begin.tolist(), *self._encode_ids([prompt])[0].tolist()], completion
         return None
 
     def encode(self, batch: Sequence[RenderedDocument]) -> list[EncodedDocument]:
-        """Tokenise; where a border of the mask falls inside a token, the text is cut there, as it is for generation."""
-        borders = [sorted({border for span in text.spans for border in _borders(span)}) for text in batch]
+        """Tokenize; if a boundary of the mask falls inside a token, the text is split there, as it is for generation."""
+        boundaries = [sorted({boundary for span in text.spans for boundary in _list_boundaries(span)}) for text in batch]
         texts = [text.text for text in batch]
         cuts: list[list[int] | None] = [None] * len(batch)
         if self.tokenizer.is_fast:
-            ids, cuts = self._fast(texts, borders)
+            ids, cuts = self._encode_fast(texts, boundaries)
         else:
-            ids = self._ids(texts)
-        self._cut_where_needed(texts, ids, borders, cuts)
-        return list(map(self._encoded, batch, ids, borders, cuts))
+            ids = self._encode_ids(texts)
+        self._split_at_boundaries(texts, ids, boundaries, cuts)
+        return list(map(self._make_encoded, batch, ids, boundaries, cuts))
 
     @property
     def _name(self) -> str:
@@ -156,72 +158,72 @@ class Encoder:
 
     # Tokens
 
-    def _raw(self, where: str, text: str, span: TrainedSpan) -> RenderedDocument:
+    def _render_raw(self, where: str, text: str, span: TrainedSpan) -> RenderedDocument:
         if not len(self._end):
             remedy = "set eos_token in its tokenizer_config.json"
             raise DataError(Problem("the tokenizer has no end token, which ends a text", where, self._name, remedy))
         return RenderedDocument(where, text, (span,), raw=True)
 
-    def _ids(self, texts: list[str]) -> list[np.ndarray]:
+    def _encode_ids(self, texts: list[str]) -> list[np.ndarray]:
         if not texts:
             return []
-        found = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-        return [np.asarray(ids, dtype=np.uint32) for ids in found]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
 
-    def _fast(self, texts: list[str], borders: list[list[int]]) -> tuple[list[np.ndarray], list[list[int] | None]]:
-        """Token ids of each text, and the number of tokens before each of its borders, as _token_borders gives it."""
+    def _encode_fast(self, texts: list[str], boundaries: list[list[int]]) -> tuple[list[np.ndarray], list[list[int] | None]]:
+        """Return the token ids of each text, and the number of tokens before each of its boundaries, as _count_tokens does."""
         ids = [np.empty(0, np.uint32)] * len(texts)
         cuts: list[list[int] | None] = [None] * len(texts)
-        asked = []
+        uncached = []
         for i, text in enumerate(texts):
-            if self._words is None or (found := self._words.encode(text)) is None:
-                asked.append(i)
+            if self._cached is None or (encoded := self._cached.encode(text)) is None:
+                uncached.append(i)
             else:
-                ids[i], cuts[i] = found[0], fast_tokenizer.tokens_before(text, borders[i], found[1])
-        # As the tokenizer's own call does, which would make Python objects of every token's offsets.
-        encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in asked], add_special_tokens=False)
-        for i, encoding in zip(asked, encodings, strict=True):
-            found_ids = encoding.ids
-            ids[i] = np.asarray(found_ids, dtype=np.uint32)
-            cuts[i] = self._token_borders(texts[i], found_ids, encoding, borders[i])
+                ids[i], cuts[i] = encoded[0], fast_tokenizer.count_tokens_before(text, boundaries[i], encoded[1])
+        # The tokenizer's own __call__ does the same, and also makes Python objects of the offsets of every token.
+        encodings = self.tokenizer.backend_tokenizer.encode_batch([texts[i] for i in uncached], add_special_tokens=False)
+        for i, encoding in zip(uncached, encodings, strict=True):
+            token_ids = encoding.ids
+            ids[i] = np.asarray(token_ids, dtype=np.uint32)
+            cuts[i] = self._count_tokens(texts[i], token_ids, encoding, boundaries[i])
         return ids, cuts
 
-    def _token_borders(self, text: str, ids: list[int], encoding: Encoding, borders: list[int]) -> list[int] | None:
-        """Number of tokens before each border; None where one falls inside a token, or where a token's own borders are unsure.
+    def _count_tokens(self, text: str, ids: list[int], encoding: Encoding, boundaries: list[int]) -> list[int] | None:
+        """Return the number of tokens before each boundary; None if one falls inside a token, or the token's offsets are unsure.
 
-        Some tokenizers leave spaces out of a token's offsets, hence the demand that the tokens on both sides meet there. A
-        special token may swallow white space after it; a border right behind its text then moves to its end.
+        Some tokenizers leave spaces out of a token's offsets, so the tokens on both sides must meet at the boundary. A special
+        token may include the white space after it; a boundary right after its text then moves to its end.
         """
         cuts = []
-        for border in borders:
-            cut = len(ids) if border == len(text) else encoding.char_to_token(border)
+        for boundary in boundaries:
+            cut = len(ids) if boundary == len(text) else encoding.char_to_token(boundary)
             if cut is None:
                 return None
-            start, end = (encoding.token_to_chars(cut) or _NOWHERE) if cut < len(ids) else (border, border)
-            before = (encoding.token_to_chars(cut - 1) or _NOWHERE)[1] if cut > 0 else border
-            if start < border and ids[cut] in self.special_ids and text[border:end].isspace():
+            start, end = (encoding.token_to_chars(cut) or _NO_SPAN) if cut < len(ids) else (boundary, boundary)
+            before = (encoding.token_to_chars(cut - 1) or _NO_SPAN)[1] if cut > 0 else boundary
+            if start < boundary and ids[cut] in self.special_ids and text[boundary:end].isspace():
                 cut += 1
-            elif start != border or before != border:
+            elif start != boundary or before != boundary:
                 return None
             cuts.append(cut)
         return cuts
 
-    def _cut_where_needed(
-        self, texts: list[str], ids: list[np.ndarray], borders: list[list[int]], cuts: list[list[int] | None]
+    def _split_at_boundaries(
+        self, texts: list[str], ids: list[np.ndarray], boundaries: list[list[int]], cuts: list[list[int] | None]
     ) -> None:
-        """Tokenise piece by piece, in place, the texts whose borders fall inside tokens: as generation does after a prompt.
+        """Tokenize texts whose boundaries fall inside tokens piece by piece, in place, as generation does after a prompt.
 
-        Pieces that do not give the same text together stay without cuts.
+        Pieces that do not decode to the same text stay without cuts.
         """
         for i in [i for i, cut in enumerate(cuts) if cut is None]:
-            pieces = [texts[i][a:b] for a, b in itertools.pairwise([0, *borders[i], len(texts[i])])]
-            whole, ways = self._decode(ids[i]), [self._ids(pieces)]
+            pieces = [texts[i][a:b] for a, b in itertools.pairwise([0, *boundaries[i], len(texts[i])])]
+            decoded, candidates = self._decode(ids[i]), [self._encode_ids(pieces)]
             if self._continuing is not None:
                 rest = self._continuing.encode_batch(pieces[1:], add_special_tokens=False)
-                ways.append([ways[0][0], *(np.asarray(piece.ids, dtype=np.uint32) for piece in rest)])
-            for parts in ways:
+                candidates.append([candidates[0][0], *(np.asarray(piece.ids, dtype=np.uint32) for piece in rest)])
+            for parts in candidates:
                 joined = np.concatenate(parts)
-                if self._decode(joined) == whole:
+                if self._decode(joined) == decoded:
                     ids[i] = joined
                     cuts[i] = list(itertools.accumulate(len(part) for part in parts[:-1]))
                     break
@@ -229,14 +231,16 @@ class Encoder:
     def _decode(self, ids: np.ndarray) -> str:
         return str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _encoded(self, text: RenderedDocument, ids: np.ndarray, borders: list[int], cuts: list[int] | None) -> EncodedDocument:
+    def _make_encoded(
+        self, text: RenderedDocument, ids: np.ndarray, boundaries: list[int], cuts: list[int] | None
+    ) -> EncodedDocument:
         shift = len(self._begin) if text.raw else 0
         if text.raw:
             ids = np.concatenate([self._begin, ids, self._end])
         trained = np.zeros(len(ids), dtype=np.uint8)
         if cuts is None:
             return EncodedDocument(ids, trained, (), is_unsure=True)
-        cut_at = dict(zip(borders, cuts, strict=True))
+        cut_at = dict(zip(boundaries, cuts, strict=True))
         turn_ends = []
         for span in text.spans:
             end = shift + cut_at[span.end] + text.raw
@@ -245,15 +249,15 @@ class Encoder:
                 turn_ends.append(end - 1)
             elif span.turn_end is not None:
                 turn_ends.append(shift + cut_at[span.turn_end])
-        # Nothing stands before the first token to predict it from.
+        # The first token has no context to be predicted from.
         trained[:1] = 0
         return EncodedDocument(ids, trained, tuple(turn_ends))
 
 
-def _continuing(tokenizer: Tokenizer) -> Tokenizer | None:
-    """`tokenizer` for text in the middle of a document, without the space that it puts before a text; None where it puts none."""
+def _make_continuing(tokenizer: Tokenizer) -> Tokenizer | None:
+    """Return `tokenizer` without the space that it adds before a text, for text within a document; None if it adds none."""
     parts = json.loads(tokenizer.to_str())
-    before = json.dumps(parts)
+    original = json.dumps(parts)
     normalizer = parts["normalizer"] or {}
     if normalizer.get("type") == "Prepend":
         parts["normalizer"] = None
@@ -265,9 +269,9 @@ def _continuing(tokenizer: Tokenizer) -> Tokenizer | None:
             step["prepend_scheme"] = "never"
         elif step.get("type") == "ByteLevel":
             step["add_prefix_space"] = False
-    made = json.dumps(parts)
-    return None if made == before else type(tokenizer).from_str(made)
+    changed = json.dumps(parts)
+    return None if changed == original else type(tokenizer).from_str(changed)
 
 
-def _borders(span: TrainedSpan) -> tuple[int, ...]:
+def _list_boundaries(span: TrainedSpan) -> tuple[int, ...]:
     return (span.start, span.end) if span.turn_end is None else (span.start, span.turn_end, span.end)

@@ -1,8 +1,8 @@
-"""Tokenising text word by word from a cache: byte-level BPE tokenizers split text into words by a regular expression.
+"""Tokenize text from a cache of words: byte-level BPE tokenizers split text into words by a regular expression.
 
-What a word becomes is asked of the tokenizer's own model once, so the tokens are those that the tokenizer gives. Texts and
-tokenizers for which that is not certain are left to the tokenizer: of letters and signs beyond ASCII, those are served here that
-every version of Unicode has in one class and that no normalisation changes.
+The tokenizer's own model tokenizes each word once, so the tokens are the same. Texts and tokenizers for which that is not certain
+are left to the tokenizer itself. Beyond ASCII, only letters and signs are supported that every version of Unicode has in the same
+class and that no normalization changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# Words in the cache; where more come, it begins anew.
+# The cache is cleared when it has this many words.
 MAX_WORDS = 1 << 19
 MAX_WORD_CHARS = 64
 
@@ -27,59 +27,59 @@ _QWEN2 = _LLAMA3.replace("{1,3}", "")
 
 _LETTERS = "a-zA-ZÀ-ÖØ-öø-ÿ"
 _SIGNS = "¢£¥§©«®°±·»×÷–—‘’“”•…€™"
-_SERVED = re.compile(rf"[\x00-\x7f{_LETTERS}{_SIGNS}]*")
+_SUPPORTED = re.compile(rf"[\x00-\x7f{_LETTERS}{_SIGNS}]*")
 
 
 def _for_python(pattern: str) -> re.Pattern[str]:
-    """A pattern of the tokenizers' engine for Python's; on the text that is served \\s means the same in both."""
+    """Translate a pattern of the tokenizers library to Python; for supported text, \\s means the same in both."""
     inside = pattern.replace(r"\p{L}\p{N}]", f"{_LETTERS}0-9]")
     return re.compile(inside.replace(r"\p{L}", f"[{_LETTERS}]").replace(r"\p{N}", "[0-9]"), re.ASCII)
 
 
-# The expressions that are served, as they stand in tokenizer.json.
+# The supported expressions, as in tokenizer.json.
 _PATTERNS = {pattern: _for_python(pattern) for pattern in (_GPT2, _QWEN2, _LLAMA3)}
-# Digits apart from all else, one by one or not, and then _GPT2, in one: what ends before a digit ends for the latter.
+# Digits split off first, one by one or not, and then _GPT2, in one expression: text before a digit ends there for _GPT2.
 _DIGITS_GPT2 = {
     one_by_one: _for_python(_GPT2.replace(r" ?\p{N}+", digits).replace(r"(?!\S)", r"(?![^\s0-9])"))
     for one_by_one, digits in ((True, r"\p{N}"), (False, r"\p{N}+"))
 }
-# Bytes without a glyph have one from 256 on, in their order (as in GPT-2's encoder).
+# Bytes without a printable character map to those from 256 on, in their order (as in GPT-2's encoder).
 _BYTE_GLYPHS = {byte: 256 + i for i, byte in enumerate([*range(33), *range(127, 161), 173])}
 _PROBE = "I'm  here,\n\n  it's 1234 o'Clock!\t\r\n<|x|>(a_b) HE'LL--go  \n end \u2013 d\u00e9j\u00e0 \u00d77 12  3   "
 
 
-class Words:
-    """Encodes texts as `tokenizer` does without special tokens around them."""
+class CachedTokenizer:
+    """Encodes texts as `tokenizer` does, without adding special tokens."""
 
     def __init__(self, tokenizer: Tokenizer, splitter: re.Pattern[str], added: dict[str, int]) -> None:
         self._split = splitter.findall
         self._added = {text: np.uint32(token).tobytes() for text, token in added.items()}
-        # The longest of those that begin at one place is taken, as the tokenizer does.
+        # Of several added tokens at one position the longest wins, as in the tokenizer.
         self._at_added = re.compile(f"({'|'.join(re.escape(text) for text in sorted(added, key=len, reverse=True))})")
-        self._known = _Known(tokenizer)
+        self._word_ids = _WordCache(tokenizer)
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._num_bytes = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
         self._num_bytes[list(vocabulary.values())] = [len(token) for token in vocabulary]
         self._num_bytes[list(added.values())] = [len(text.encode()) for text in added]
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """(token ids uint32, number of the text's bytes up to each token's end); None where the tokenizer must be asked."""
-        if not text.isascii() and not _SERVED.fullmatch(text):
+        """Return (token ids uint32, offset in bytes of each token's end); None if the tokenizer itself must encode the text."""
+        if not text.isascii() and not _SUPPORTED.fullmatch(text):
             return None
-        found: list[bytes] = []
+        parts: list[bytes] = []
         for part in self._at_added.split(text) if self._added else [text]:
             if (added := self._added.get(part)) is not None:
-                found.append(added)
+                parts.append(added)
             elif part:
-                found += map(self._known.__getitem__, self._split(part))
-        ids = np.frombuffer(b"".join(found), dtype=np.uint32)
+                parts += map(self._word_ids.__getitem__, self._split(part))
+        ids = np.frombuffer(b"".join(parts), dtype=np.uint32)
         ends = np.cumsum(self._num_bytes[ids])
-        # A byte that the vocabulary lacks would be missing.
+        # A byte that is not in the vocabulary has no token.
         return (ids, ends) if ends[-1:].sum() == _num_bytes(text) else None
 
 
-class _Known(dict[str, bytes]):
-    """Token ids of words, as the bytes of uint32 values: those of a text are joined without an object for each."""
+class _WordCache(dict[str, bytes]):
+    """Token ids of words, as the bytes of uint32 values: joining them creates no object per token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._model = tokenizer.model
@@ -87,7 +87,7 @@ class _Known(dict[str, bytes]):
     def __missing__(self, word: str) -> bytes:
         glyphs = word.encode().decode("latin-1").translate(_BYTE_GLYPHS)
         ids = np.asarray([token.id for token in self._model.tokenize(glyphs)], dtype=np.uint32).tobytes()
-        # Encoded binaries and the like are long, and hardly come again.
+        # Long words, such as encoded binaries, hardly repeat.
         if len(word) <= MAX_WORD_CHARS:
             if len(self) >= MAX_WORDS:
                 self.clear()
@@ -99,36 +99,36 @@ def _num_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def tokens_before(text: str, borders: Sequence[int], ends: np.ndarray) -> list[int] | None:
-    """Number of tokens before each of `borders`, which are positions in the text; None where one falls inside a token.
+def count_tokens_before(text: str, boundaries: Sequence[int], ends: np.ndarray) -> list[int] | None:
+    """Return the number of tokens before each of `boundaries`, positions in the text; None if one falls inside a token.
 
-    `ends` is what Words.encode gives.
+    `ends` are the byte offsets that CachedTokenizer.encode returns.
     """
-    places = borders if text.isascii() else [_num_bytes(text[:border]) for border in borders]
-    cuts = ends.searchsorted(places, side="right").tolist()
-    exact = all(place == (ends[cut - 1] if cut else 0) for place, cut in zip(places, cuts, strict=True))
-    return cuts if exact else None
+    offsets = boundaries if text.isascii() else [_num_bytes(text[:boundary]) for boundary in boundaries]
+    counts = ends.searchsorted(offsets, side="right").tolist()
+    is_exact = all(offset == (ends[count - 1] if count else 0) for offset, count in zip(offsets, counts, strict=True))
+    return counts if is_exact else None
 
 
-def words_of(tokenizer: Tokenizer) -> Words | None:
-    """The cache of words for `tokenizer`; None where it does not split ASCII text in one of the ways known here."""
+def make_cached(tokenizer: Tokenizer) -> CachedTokenizer | None:
+    """Return a cached tokenizer with the same tokens; None if `tokenizer` does not split text in one of the supported ways."""
     parts = json.loads(tokenizer.to_str())
     model, added = parts["model"], parts["added_tokens"]
     splitter = _splitter(parts["pre_tokenizer"])
-    plain_text = parts["normalizer"] is None or parts["normalizer"] == {"type": "NFC"}
-    plain_added = not any(token[key] for token in added for key in ("lstrip", "rstrip", "single_word", "normalized"))
-    if model["type"] != "BPE" or model.get("dropout") or splitter is None or not plain_text or not plain_added:
+    has_plain_text = parts["normalizer"] is None or parts["normalizer"] == {"type": "NFC"}
+    has_plain_added = not any(token[key] for token in added for key in ("lstrip", "rstrip", "single_word", "normalized"))
+    if model["type"] != "BPE" or model.get("dropout") or splitter is None or not has_plain_text or not has_plain_added:
         return None
     if tokenizer.encode_special_tokens:
         return None
-    words = Words(tokenizer, splitter, {token["content"]: token["id"] for token in added})
+    cached = CachedTokenizer(tokenizer, splitter, {token["content"]: token["id"] for token in added})
     probe = _PROBE + "".join(token["content"] for token in added if token["content"].isascii())
-    found = words.encode(probe)
-    return words if found and found[0].tolist() == tokenizer.encode(probe, add_special_tokens=False).ids else None
+    encoded = cached.encode(probe)
+    return cached if encoded and encoded[0].tolist() == tokenizer.encode(probe, add_special_tokens=False).ids else None
 
 
 def _splitter(pre_tokenizer: dict[str, Any] | None) -> re.Pattern[str] | None:
-    """An expression whose matches, one after the other, are the words; None where this cannot be told."""
+    """Return an expression whose consecutive matches are the words; None for an unsupported pre-tokenizer."""
     if pre_tokenizer is None:
         return None
     match pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]:

@@ -1,12 +1,12 @@
-"""What the processes that build the data cache import, once for all of them: they are forks of one that has imported this.
+"""Imported by the fork server of a data build: its workers are forks of it and need not repeat the imports.
 
-Each of them also imports the main module of the process that builds, whatever that needs.
+Each worker also imports the main module of the builder.
 """
 
 import os
 import signal
 
-# Ctrl-C reaches every process of the terminal; the builder alone handles it and ends the others. Forks inherit this.
+# Ctrl-C reaches every process of the terminal; only the builder handles it, and ends the others. Forks inherit this.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

@@ -1,4 +1,4 @@
-"""Encoding in several processes: batches go out as they are read, mostly unparsed, and come back in that order."""
+"""Encode batches in several processes: they are sent as they are read, mostly unparsed, and returned in that order."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from launcher.config.data import DataSection
 from launcher.data.tokenization.batch_encoder import BatchEncoder, EncodedBatch, EncodeTask
 from launcher.errors import DataError, LauncherError, Problem, RunError
 
-# Processes start 1.7 s later than the builder itself could encode, since they import what it has imported. Two of them are done
-# as soon as the builder alone where that takes 3.4 s: for about this size.
+# Worker processes start 1.7 s later than the builder could encode, since they repeat its imports. Two of them finish as early as
+# the builder alone if that takes 3.4 s: for about this size.
 MIN_BYTES = 12 << 20
-# Parsing and checking the rows of a batch takes as long as encoding this much text.
+# Parsing and checking the rows of a batch costs as much as encoding this much text.
 _BATCH_BYTES = 50_000
 
 
 def num_workers(data: DataSection) -> int:
-    """Processes that a build uses: as many as set, or one for each CPU that this process may use."""
+    """Return the number of processes of a build: data.workers, or one per CPU that this process may use."""
     return data.workers or len(os.sched_getaffinity(0))
 
 
-def encode(waiting: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) -> Iterator[EncodedBatch]:
-    """Each batch encoded, in order.
+def encode(tasks: Iterator[EncodeTask], data: DataSection, tokenizer_path: str) -> Iterator[EncodedBatch]:
+    """Encode each batch; yield the results in order.
 
     Raises:
-        DataError: for a row that cannot be used, and where the system has killed a worker.
-        RunError: where a worker ended otherwise before it could report an exception.
+        DataError: for a row that cannot be used, and if the system killed a worker.
+        RunError: if a worker ended otherwise without reporting an exception.
     """
     workers = num_workers(data)
-    first, is_small = ([], True) if workers == 1 else _read_ahead(waiting)
-    waiting = itertools.chain(first, waiting)
+    first, is_small = ([], True) if workers == 1 else _read_ahead(tasks)
+    tasks = itertools.chain(first, tasks)
     if is_small:
         encoder = BatchEncoder(data, tokenizer_path)
-        for work in waiting:
-            yield encoder.encode(work)
+        for task in tasks:
+            yield encoder.encode(task)
         return
     context = multiprocessing.get_context("forkserver")
-    # One process pays for the imports; the workers are forks of it, made before it has any thread.
+    # The fork server imports once; the workers are forked from it before it has threads.
     context.set_forkserver_preload(["launcher.data.tokenization.forkserver_preload"])
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
@@ -55,41 +55,41 @@ def encode(waiting: Iterator[EncodeTask], data: DataSection, tokenizer_path: str
     settings = data.model_dump_json()
     try:
         running: deque[Future[EncodedBatch]] = deque()
-        for work in waiting:
-            running.append(pool.submit(_encode, settings, tokenizer_path, work))
+        for task in tasks:
+            running.append(pool.submit(_encode, settings, tokenizer_path, task))
             if len(started) < workers:
                 started |= set(multiprocessing.active_children()) - others
-            # What is read and not yet encoded lies in memory.
+            # Batches that are read and not yet encoded are in memory.
             if len(running) > 2 * workers:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     except BrokenProcessPool as error:
-        # The pool ends the workers that are left before their exit codes are read.
+        # Wait for the remaining workers, so that their exit codes are known.
         pool.shutdown(cancel_futures=True)
         raise _failure([process.exitcode for process in started], workers) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _read_ahead(waiting: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
-    """The first batches, and True where there are no more and they are too few for several processes."""
+def _read_ahead(tasks: Iterator[EncodeTask]) -> tuple[list[EncodeTask], bool]:
+    """Return the first batches, and True if they are all, and too few for several processes."""
     first: list[EncodeTask] = []
     num_bytes = 0
-    for work in waiting:
-        first.append(work)
-        num_bytes += len(pickle.dumps(work)) + _BATCH_BYTES
+    for task in tasks:
+        first.append(task)
+        num_bytes += len(pickle.dumps(task)) + _BATCH_BYTES
         if num_bytes >= MIN_BYTES:
             return first, False
     return first, True
 
 
 def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
-    """Why the workers ended, by their exit codes. The pool sends TERM to those that outlive the first."""
+    """Return the error for the workers' exit codes. The pool sends SIGTERM to the others when one ends."""
     failures = [code for code in exit_codes if code]
     causes = [code for code in failures if code != -signal.SIGTERM] or failures
     if -signal.SIGKILL in causes:
-        what = "a process that builds the data cache was killed, as the system does where memory runs out"
+        what = "a process that builds the data cache was killed, probably because the memory ran out"
         remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"
         return DataError(Problem(what, "data.workers", str(workers), remedy))
     code = causes[0] if causes else 0
@@ -99,9 +99,9 @@ def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
 
 
 def _start_worker() -> None:
-    # Where the builder is killed, they end with it.
+    # The workers end with the builder, also if it is killed.
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The processes are the parallelism.
+    # One thread per process: the processes are the parallelism.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -112,8 +112,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(settings: str, tokenizer_path: str, work: EncodeTask) -> EncodedBatch:
-    return _encoder(settings, tokenizer_path).encode(work)
+def _encode(settings: str, tokenizer_path: str, task: EncodeTask) -> EncodedBatch:
+    return _encoder(settings, tokenizer_path).encode(task)
 
 
 @functools.cache

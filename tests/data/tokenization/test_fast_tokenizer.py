@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerBase
 
 from launcher.data.tokenization import fast_tokenizer
-from launcher.data.tokenization.fast_tokenizer import tokens_before, words_of
+from launcher.data.tokenization.fast_tokenizer import count_tokens_before, make_cached
 
 CORPUS = [
     "The quick brown fox's den, isn't it? 1234 99 x_y(z)\n\n  def f(a):\n\treturn a  # don't\r\n",
@@ -62,7 +62,7 @@ TEXTS = st.lists(
 @given(text=TEXTS)
 def test_tokens_and_borders_are_those_of_the_tokenizer(kind: str, text: str) -> None:
     asked = tokenizer(kind)
-    known = words_of(asked)
+    known = make_cached(asked)
     assert known is not None
     found = known.encode(text)
     expected = asked.encode(text, add_special_tokens=False)
@@ -74,13 +74,13 @@ def test_tokens_and_borders_are_those_of_the_tokenizer(kind: str, text: str) -> 
     for border in range(len(text) + 1):
         before = expected.char_to_token(border) if border < len(text) else len(expected.ids)
         starts = border == len(text) or expected.token_to_chars(before)[0] == border
-        found_before = tokens_before(text, [border], found[1])
+        found_before = count_tokens_before(text, [border], found[1])
         assert found_before == ([before] if starts else None), border
 
 
 def test_the_demonstration_tokenizer_is_served(session_tokenizer: PreTrainedTokenizerBase) -> None:
     asked = session_tokenizer.backend_tokenizer
-    known = words_of(asked)
+    known = make_cached(asked)
     assert known is not None
     chats = [[{"role": "user", "content": f"What is {a} + {b}?"}, {"role": "assistant", "content": f"It's {a + b}.\n"}]
              for a, b in itertools.product(range(0, 2000, 97), repeat=2)]  # fmt: skip
@@ -90,7 +90,7 @@ def test_the_demonstration_tokenizer_is_served(session_tokenizer: PreTrainedToke
 
 
 def test_other_text_is_left_to_the_tokenizer() -> None:
-    known = words_of(tokenizer("gpt2"))
+    known = make_cached(tokenizer("gpt2"))
     assert known is not None
     for character in ("\u00a0", "\u00b2", "\u00b5", "e\u0301", "\u4e2d", "\u212b", "\u2003"):
         assert known.encode(f"caf{character}") is None
@@ -102,32 +102,32 @@ def altered(**changes: object) -> Tokenizer:
     return Tokenizer.from_str(json.dumps({**parts, **changes}))
 
 
-def test_a_tokenizer_that_is_not_known_is_not_served() -> None:
+def test_an_unsupported_tokenizer_is_not_cached() -> None:
     parts = json.loads(tokenizer("llama3").to_str())
-    assert words_of(altered()) is not None
-    assert words_of(altered(normalizer={"type": "Lowercase"})) is None
-    assert words_of(altered(pre_tokenizer={"type": "Whitespace"})) is None
-    assert words_of(altered(pre_tokenizer=None)) is None
+    assert make_cached(altered()) is not None
+    assert make_cached(altered(normalizer={"type": "Lowercase"})) is None
+    assert make_cached(altered(pre_tokenizer={"type": "Whitespace"})) is None
+    assert make_cached(altered(pre_tokenizer=None)) is None
     swallows = [{**token, "rstrip": True} for token in parts["added_tokens"]]
-    assert words_of(altered(added_tokens=swallows)) is None
-    assert words_of(altered(model={**parts["model"], "dropout": 0.1})) is None
+    assert make_cached(altered(added_tokens=swallows)) is None
+    assert make_cached(altered(model={**parts["model"], "dropout": 0.1})) is None
     steps = parts["pre_tokenizer"]["pretokenizers"]
     other = {**steps[0], "pattern": {"Regex": r"\p{L}+|."}}
-    assert words_of(altered(pre_tokenizer={"type": "Sequence", "pretokenizers": [other, steps[1]]})) is None
+    assert make_cached(altered(pre_tokenizer={"type": "Sequence", "pretokenizers": [other, steps[1]]})) is None
 
 
 def test_a_byte_that_the_vocabulary_lacks_is_left_to_the_tokenizer() -> None:
     small = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     small.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    known = fast_tokenizer.Words(small, fast_tokenizer._PATTERNS[fast_tokenizer._GPT2], {})
+    known = fast_tokenizer.CachedTokenizer(small, fast_tokenizer._PATTERNS[fast_tokenizer._GPT2], {})
     assert known.encode("ab") is not None
     assert known.encode("abc") is None
 
 
 def test_the_cache_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_tokenizer, "MAX_WORDS", 10)
-    known = words_of(tokenizer("gpt2"))
+    known = make_cached(tokenizer("gpt2"))
     assert known is not None
     text = " ".join(f"word{chr(97 + i)}" for i in range(26))
     assert known.encode(text)[0].tolist() == tokenizer("gpt2").encode(text, add_special_tokens=False).ids
-    assert len(known._known) <= 10
+    assert len(known._word_ids) <= 10

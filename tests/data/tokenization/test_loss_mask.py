@@ -28,9 +28,9 @@ from chat_families import (
 from transformers.utils import chat_template_utils
 
 from launcher.data.sources import Chat, Message
-from launcher.data.tokenization.batch_encoder import pieces_of
+from launcher.data.tokenization.batch_encoder import cut_document
+from launcher.data.tokenization.chat_template import ChatTemplate
 from launcher.data.tokenization.encoder import EncodedDocument
-from launcher.data.tokenization.loss_mask import Template
 from launcher.errors import DataError
 
 SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -143,7 +143,7 @@ def test_the_text_is_what_the_tokenizer_itself_makes_of_the_chat(
     monkeypatch.setitem(compiled.globals, "strftime_now", datetime(2024, 7, 26).strftime)
     for settings in ({}, {"add_generation_prompt": True}):
         expected = tokenizer.apply_chat_template(rows, tools=list(document.tools) or None, tokenize=False, **settings)
-        assert Template(tokenizer, ()).render(document, generation_prompt=bool(settings)) == expected
+        assert ChatTemplate(tokenizer).render(document, generation_prompt=bool(settings)) == expected
 
 
 @pytest.mark.parametrize(("name", "kind"), EXPECTED)
@@ -151,11 +151,11 @@ def test_a_cut_takes_the_end_of_text_and_mask_and_nothing_else(family: Family, n
     tokenizer = family(name)
     encoded = encode(tokenizer, chat(*CHATS[kind]))
     for length in range(1, len(encoded.ids) + 1):
-        (piece,) = pieces_of(encoded, length, "truncate")
+        (piece,) = cut_document(encoded, length, "truncate")
         assert piece.ids.tolist() == encoded.ids[:length].tolist()
         assert piece.trained.tolist() == encoded.trained[:length].tolist()
     cut = encoded.turn_ends[-1]
-    (piece,) = pieces_of(encoded, cut, "truncate")
+    (piece,) = cut_document(encoded, cut, "truncate")
     shown = marked(tokenizer, EncodedDocument(piece.ids, piece.trained, ()))
     expected = EXPECTED[name, kind]
     assert shown == expected[: expected.rindex(tokenizer.decode([encoded.ids[cut]]))] + "⟧"
@@ -251,7 +251,7 @@ def test_what_prefixes_cannot_tell_is_refused_and_the_last_turn_is_not(family: F
     qwen = family("qwen3")
     # The reasoning behind a tool call is written until another question follows.
     messages = (TOOLS[0], REASONED_CALL, *TOOLS[2:], *MULTI)
-    with pytest.raises(DataError, match="renders earlier messages otherwise") as caught:
+    with pytest.raises(DataError, match="renders earlier messages differently") as caught:
         encode(qwen, chat(*messages))
     problem = caught.value.problems[0]
     assert (problem.where, problem.value) == ("rows.jsonl:1, messages[3]", "qwen3.jinja")

@@ -1,0 +1,205 @@
+"""Render conversations with a chat template, and refuse templates that leave out parts of them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
+
+import jinja2
+from transformers.utils import chat_template_utils
+
+from launcher.data.sources import Chat, Message
+from launcher.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TrainOn = Literal["assistant", "last_turn", "all"]
+
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Some templates write today's date; tokens must not depend on when the cache is built. Llama's templates default to this day.
+_TODAY = datetime(2024, 7, 26)
+_NOT_SURE = (
+    "use a template with generation marks (data.chat_template=FILE), or train the last turn alone (data.train_on=last_turn), "
+    "or change the row"
+)
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, or `text` in its place; `name` is where the user finds it.
+
+    Methods raise DataError, which names the template and the document.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | None = None, name: str = "") -> None:
+        self._tokenizer = tokenizer
+        self._text = text
+        self.name = name or str(tokenizer.name_or_path)
+        self._special_tokens: dict[str, Any] = dict(tokenizer.special_tokens_map)
+
+    def render(self, chat: Chat, num_messages: int | None = None, generation_prompt: bool = False) -> str:
+        """Return the text of the first `num_messages` messages (None: of all)."""
+        return self._render(chat, chat.messages[:num_messages], generation_prompt, marks=False)[0]
+
+    def render_with_marks(self, chat: Chat, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of the chat with `messages` instead of its own, and the characters start:end of each mark."""
+        return self._render(chat, messages, generation_prompt=False, marks=True)
+
+    def has_marks(self, chat: Chat) -> bool:
+        """Return True if the template of this chat has generation marks."""
+        return _MARK.search(self._source(chat)) is not None
+
+    def require_complete(self, chat: Chat, text: str) -> None:
+        """Refuse a template whose `text` leaves out the prompts, the tools, or the reasoning before the last answer."""
+        for i, message in enumerate(chat.messages):
+            if message.role in ("system", "user") and message.content.strip() not in text:
+                self.refuse_part(f"leaves out or changes what the {message.role} says", f"{chat.where}, messages[{i}]")
+        for i in find_trained_messages(chat, "last_turn"):
+            reasoning = (chat.messages[i].reasoning_content or "").strip()
+            if (
+                i > _last_user(chat)
+                and reasoning
+                and text.count(reasoning) <= self._render_without_reasoning(chat, i).count(reasoning)
+            ):
+                self.refuse_part("leaves out or changes the assistant's reasoning", f"{chat.where}, messages[{i}]")
+        # Compared with the same template: a tokenizer may have another one for chats without tools.
+        if chat.tools and text == self._render(chat, chat.messages, False, marks=False, with_tools=False)[0]:
+            self.refuse_part("leaves out the definitions of the tools", chat.where)
+        self._require_calls_and_results(chat)
+
+    def _require_calls_and_results(self, chat: Chat) -> None:
+        """Refuse a template that leaves out tool calls or results; unique texts tell them apart, as their own may be escaped."""
+        if not any(message.role == "tool" or message.tool_calls for message in chat.messages):
+            return
+        messages = with_unique_texts(chat)
+        text = self._render(chat, messages, generation_prompt=False, marks=False)[0]
+        for i, message in enumerate(messages):
+            where = f"{chat.where}, messages[{i}]"
+            if message.role == "tool" and message.content.strip() not in text:
+                self.refuse_part("leaves out what the tool answers", where)
+            for function in (call["function"] for call in message.tool_calls):
+                if not all(value in text for value in function["arguments"].values()):
+                    name = function["name"]
+                    self.refuse_part(f"does not write the call of the tool {name} with all of its arguments", where)
+
+    def _render_without_reasoning(self, chat: Chat, i: int) -> str:
+        messages = list(chat.messages)
+        messages[i] = replace(messages[i], reasoning_content=None)
+        return self.render(Chat(chat.where, tuple(messages), chat.tools))
+
+    def refuse(self, does: str, where: str, remedy: str = _NOT_SURE) -> NoReturn:
+        """Refuse the template for what it `does`, because the trained tokens are ambiguous."""
+        what = f"the chat template {does}, so the trained tokens are ambiguous"
+        raise DataError(Problem(what, where, self.name, remedy))
+
+    def refuse_part(self, does: str, where: str) -> NoReturn:
+        """Refuse the template for a part of the conversation that it leaves out."""
+        remedy = "set data.chat_template to a file with a template that writes it, or take it out of the row"
+        raise DataError(Problem(f"the chat template {does}", where, self.name, remedy))
+
+    def _source(self, chat: Chat) -> str:
+        if self._text is not None:
+            return self._text
+        if not self._tokenizer.chat_template:
+            remedy = (
+                "choose a model with a chat template (often named -Instruct), set data.chat_template to a file with one, "
+                "or use the formats prompt_completion or text"
+            )
+            what = "the tokenizer has no chat template, which conversations need"
+            raise DataError(Problem(what, chat.where, self.name, remedy))
+        try:
+            return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
+        except ValueError as error:
+            what = f"the tokenizer has several chat templates ({', '.join(self._tokenizer.chat_template)}), and no default one"
+            remedy = "set data.chat_template to a file with the template to use"
+            raise DataError(Problem(what, chat.where, self.name, remedy)) from error
+
+    def _render(
+        self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
+    ) -> tuple[str, list[tuple[int, int]]]:
+        source = self._source(chat)
+        rows, tools = [_to_template_row(message) for message in messages], (list(chat.tools) if with_tools else []) or None
+        values = {"add_generation_prompt": generation_prompt, **self._special_tokens}
+        try:
+            compiled = _compiled(source)
+            if not marks:
+                return compiled.render(messages=rows, tools=tools, documents=None, **values), []
+            texts, spans = chat_template_utils.render_jinja_template(
+                conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
+            )
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            what = f"the chat template refuses this conversation: {error}"
+            remedy = (
+                "change the row, set data.chat_template to a file with a template that accepts it, or drop conversations whose "
+            )
+            remedy += "roles are out of order with data.checks.role_order=drop"
+            raise DataError(Problem(what, chat.where, self.name, remedy)) from error
+        return texts[0], [tuple(span) for span in spans[0]]
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(source: str) -> jinja2.Template:
+    """Return the compiled template that tokenizer.apply_chat_template caches; rendering it directly saves its copies."""
+    compiled: jinja2.Template = chat_template_utils._compile_jinja_template(source)
+    # Every rendering copies the globals, which is slow for Jinja's chained maps.
+    compiled.globals = {**compiled.globals, "strftime_now": _TODAY.strftime}
+    return compiled
+
+
+def find_trained_messages(chat: Chat, train_on: TrainOn) -> list[int]:
+    """Return the indices of the assistant's messages that are trained."""
+    last_user = _last_user(chat)
+    return [
+        i
+        for i, message in enumerate(chat.messages)
+        if message.role == "assistant"
+        and (bool(message.weight) if message.weight is not None else train_on != "last_turn" or i > last_user)
+    ]
+
+
+def _last_user(chat: Chat) -> int:
+    return max((i for i, message in enumerate(chat.messages) if message.role == "user"), default=-1)
+
+
+def with_unique_texts(chat: Chat) -> list[Message]:
+    """Return the messages with a unique text in place of each content and of each argument of a tool call."""
+    return [
+        replace(
+            message,
+            content=f"launcher-{i}-end" if message.content.strip() else message.content,
+            tool_calls=tuple(_with_unique_arguments(call, f"{i}-{j}") for j, call in enumerate(message.tool_calls)),
+        )
+        for i, message in enumerate(chat.messages)
+    ]
+
+
+def _with_unique_arguments(call: dict[str, Any], index: str) -> dict[str, Any]:
+    names = call["function"]["arguments"]
+    arguments = {name: f"launcher-{index}-{k}-end" for k, name in enumerate(names)}
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def _to_template_row(message: Message) -> dict[str, Any]:
+    row: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        row["tool_calls"] = list(message.tool_calls)
+    if message.name is not None:
+        row["name"] = message.name
+    if message.tool_call_id is not None:
+        row["tool_call_id"] = message.tool_call_id
+    if message.reasoning_content is not None:
+        # Templates use either name.
+        row["reasoning_content"] = row["thinking"] = message.reasoning_content
+    return row
+
+
+def with_system(chat: Chat, system: str | None) -> Chat:
+    """Return the chat with `system` in place of its own system message; None leaves it unchanged."""
+    if system is None:
+        return chat
+    rest = chat.messages[1:] if chat.messages[0].role == "system" else chat.messages
+    return Chat(chat.where, (Message("system", system), *rest), chat.tools)
