@@ -53,7 +53,7 @@ def _build_into(folder: Path, data: DataSection, tokenizer_path: str, on_progres
     on_progress("compare", corpus.num_docs, corpus.num_docs)
     on_progress("pack and write", 0, 1)
     held_out_pieces = corpus.select_pieces(is_dropped, held_out=True)
-    held_out = row_layout.all_of(pieces.lengths, held_out_pieces, data, data.eval_max_rows)
+    held_out = row_layout.layout_held_out(pieces.lengths, held_out_pieces, data, data.eval_max_rows)
     piece_sources = docs.source[pieces.doc]
     tokens = spool.close()
     digest = "-".join(

@@ -1,4 +1,4 @@
-"""How much of each source is in one epoch: weights, token budgets, passes. Pure."""
+"""Compute how much of each source is in one epoch: weights, token budgets, passes. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from launcher.errors import DataError, Problem
 
 
 def budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[int]:
-    """Tokens that each source gives to one epoch, where it has `num_tokens` of them.
+    """Return the tokens that one epoch takes of each source, which has `num_tokens`.
 
-    A source gives `epochs` passes over what it has, and at most `max_tokens`. Sources with a weight give less than that where
-    needed, so that their tokens are in proportion to their weights: as many as the scarcest of them allows.
+    A source gives `epochs` passes over its documents, and at most `max_tokens`. Sources with a weight give less if needed, so
+    that their tokens are in proportion to their weights; the scarcest of them sets the scale.
 
-    Errors: DataError where the weights sum to zero, and where a weighted source has nothing to give.
+    Raises:
+        DataError: if the weights sum to zero, or a source with a weight has no tokens.
     """
     limits = [
         min(source.epochs * tokens, math.inf if source.max_tokens is None else source.max_tokens)
@@ -29,28 +30,29 @@ def budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[int]:
         raise DataError(Problem("the weights of the mixture sum to zero", "data.sources", remedy=remedy))
     for i, (weight, limit) in enumerate(zip(weights, limits, strict=True)):
         if weight and not limit:
-            what = "a source with a weight has no document to train on, so that the mixture would be empty"
+            what = "a source with a weight has no document to train on, so the mixture would be empty"
             raise DataError(Problem(what, f"data.sources[{i}]", sources[i].name, "add documents, or take the source out"))
     scale = min((limit / weight for weight, limit in zip(weights, limits, strict=True) if weight), default=0.0)
     return [round(limit if weight is None else weight * scale) for weight, limit in zip(weights, limits, strict=True)]
 
 
 def shares(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[float]:
-    """The share of each source's tokens that is in one epoch, at most 1: see `budgets`."""
-    given = budgets(sources, num_tokens)
-    return [min(1.0, budget / max(1, tokens)) for budget, tokens in zip(given, num_tokens, strict=True)]
+    """Return the share of each source's tokens that one epoch takes, at most 1: see `budgets`."""
+    taken = budgets(sources, num_tokens)
+    return [min(1.0, budget / max(1, tokens)) for budget, tokens in zip(taken, num_tokens, strict=True)]
 
 
 def passes(lengths: np.ndarray, budget: int, seed: int) -> list[np.ndarray]:
-    """Document numbers of each pass over a source: whole passes first, then as many documents as the rest of the budget takes.
+    """Return the document indices of each pass over a source: whole passes first, then documents for the rest of the budget.
 
-    Those of the last pass are drawn by `seed` alone, so that they stand for the whole source. Numbers ascend in each pass.
+    The documents of the last pass are drawn by `seed` alone, so that they represent the whole source. Indices ascend in each
+    pass.
     """
     total = int(lengths.sum())
     if not total:
         return []
-    whole, rest = divmod(budget, total)
-    # Raw output of PCG64 is the same in every release of numpy (NEP 19).
+    num_whole, rest = divmod(budget, total)
+    # The raw output of PCG64 is stable across releases of numpy (NEP 19).
     drawn = np.argsort(np.random.PCG64(seed).random_raw(len(lengths)), kind="stable")
     last = np.sort(drawn[: np.searchsorted(np.cumsum(lengths[drawn]), rest, side="right")])
-    return [np.arange(len(lengths))] * whole + [last] * (len(last) > 0)
+    return [np.arange(len(lengths))] * num_whole + [last] * (len(last) > 0)

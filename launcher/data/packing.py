@@ -1,4 +1,4 @@
-"""Packing documents into rows, by length alone. Pure."""
+"""Pack documents into rows by their lengths. Pure."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Lengths that are tried for the first of the last three documents of a row.
+# Lengths to try for the first of the last three documents of a row.
 LOOK_AHEAD = 128
-# Rows are made narrower than they may be where that saves more than one part in so many.
+# Rows are made narrower than the capacity if that saves more than one part in this number.
 NARROWING = 1024
 
 
@@ -28,13 +28,14 @@ class RowLayout:
 def pack(lengths: np.ndarray, capacity: int) -> RowLayout:
     """Assign documents of `lengths` tokens to rows of at most `capacity` tokens.
 
-    Best-fit-decreasing (Johnson 1973) with a look ahead: the longest document opens a row and the longest that fits follows,
-    but for the last up to three, which are those that fill the row to its last token where such are left.
+    Best-fit-decreasing (Johnson 1973) with look-ahead: the longest document opens a row, and the longest that fits follows. The
+    last one to three documents of a row are chosen to fill it exactly, if there are such documents.
 
-    Rows are made only as wide as the smallest number of rows needs, where that number is reached: so no row stands nearly
-    empty, and a batch is no wider than its tokens.
+    If the smallest possible number of rows is reached, rows are only as wide as that number needs: no row is nearly empty, and a
+    batch is no wider than its tokens.
 
-    Errors: ValueError where a length is outside 1..capacity.
+    Raises:
+        ValueError: if a length is outside 1..capacity.
     """
     lengths = np.asarray(lengths)
     if not len(lengths):
@@ -58,15 +59,15 @@ def pack(lengths: np.ndarray, capacity: int) -> RowLayout:
 
 
 def one_per_row(num_docs: int) -> RowLayout:
-    """No packing: document i is row i."""
+    """Return the layout without packing: document i is row i."""
     return RowLayout(np.arange(num_docs), np.arange(num_docs + 1))
 
 
 def _fill(counts: list[int], capacity: int) -> tuple[list[list[int]], int]:
-    """(for each length the rows of its documents, number of rows) for counts[n] documents of n tokens.
+    """Return (for each length the rows of its documents, number of rows) for counts[n] documents of n tokens.
 
-    The lengths that fill one row fill as many rows as there are documents for: so the work grows with the number of
-    different lengths, not of documents.
+    Lengths that fill one row fill as many rows as there are documents for, so the work grows with the number of different
+    lengths, not of documents.
     """
     stock = _Stock(counts, capacity)
     rows_by_length: list[list[int]] = [[] for _ in counts]
@@ -87,8 +88,8 @@ def _fill(counts: list[int], capacity: int) -> tuple[list[list[int]], int]:
 class _Stock:
     """Documents that are in no row yet.
 
-    `lengths` has bit n where a document of n tokens is left, and `_mirrored` has bit capacity - n: a shift of it puts the
-    partner of each length, for a given sum, onto the length's own bit.
+    `lengths` has bit n set if a document of n tokens is left, and `_mirrored` has bit capacity - n: shifting it aligns, for a
+    given sum, the partner of each length with the length's own bit.
     """
 
     def __init__(self, counts: list[int], capacity: int) -> None:
@@ -107,7 +108,7 @@ class _Stock:
             self._mirrored ^= 1 << self.capacity - n
 
     def take_row(self) -> list[int]:
-        """The lengths of one row's documents, which are taken out."""
+        """Take the documents of one row out; return their lengths."""
         row: list[int] = []
         free = self.capacity
         while fitting := self.lengths & ((2 << free) - 1):
@@ -120,7 +121,7 @@ class _Stock:
         return row
 
     def _exact(self, free: int, fitting: int) -> list[int]:
-        """One, two or three lengths of the sum `free`, the longest first; empty where none are found."""
+        """Return one, two or three lengths of the sum `free`, the longest first; empty if there are none."""
         if fitting >> free & 1:
             return [free]
         if half := self._pair(free):
@@ -135,9 +136,9 @@ class _Stock:
         return []
 
     def _pair(self, total: int, besides: int = 0) -> int:
-        """The shorter of two lengths of the sum `total`, as even as there are; 0 without such. One of `besides` is spoken for.
+        """Return the shorter of two lengths of the sum `total`, as even as possible; 0 if there are none.
 
-        Even pairs leave the short documents for later rows, where they fill what is left.
+        One document of the length `besides` is reserved. Even pairs leave the short documents to fill later rows.
         """
         half = total // 2
         pairs = self.lengths & (self._mirrored >> self.capacity - total) & ((2 << half) - 1)

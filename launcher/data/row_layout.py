@@ -1,4 +1,4 @@
-"""Rows of a split: which documents are in them, in which order, and their arrays on disk."""
+"""Lay out the rows of a split: which documents are in them, in which order; write their arrays."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TOKENS_AT_ONCE = 1 << 22
 
 
 class TokenSpool:
-    """Tokens on disk in the order in which they came, until it is known where they belong."""
+    """Tokens on disk in the order in which they were read, until the rows are laid out."""
 
     def __init__(self, folder: Path) -> None:
-        self._paths = (folder / "tokens.spill", folder / "trained.spill")
+        self._paths = (folder / "tokens.spool", folder / "trained.spool")
         self._files: list[IO[bytes]] = [path.open("wb") for path in self._paths]
 
     def add(self, tokens: np.ndarray, trained: np.ndarray) -> None:
@@ -30,72 +30,78 @@ class TokenSpool:
             file.write(array.data)
 
     def close(self) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens and marks that were added, as memory maps."""
+        """Return all tokens and trained marks as memory maps; nothing can be added after this."""
         for file in self._files:
             file.close()
         tokens, trained = self._paths
-        return _mapped(tokens, np.dtype(np.uint32)), _mapped(trained, np.dtype(np.uint8))
+        return _map(tokens, np.dtype(np.uint32)), _map(trained, np.dtype(np.uint8))
 
     def remove(self) -> None:
+        """Delete the files."""
         for path in self._paths:
             path.unlink()
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
     # An empty file cannot be mapped.
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
 
 
-def mixed(lengths: np.ndarray, sources: np.ndarray, kept: np.ndarray, data: DataSection) -> tuple[RowLayout, list[float]]:
-    """Rows of the training documents, and how often each source was passed over.
+def layout_training(
+    lengths: np.ndarray, sources: np.ndarray, kept: np.ndarray, data: DataSection
+) -> tuple[RowLayout, list[float]]:
+    """Return the rows of the training documents, and the number of passes over each source.
 
-    `lengths` and `sources` are those of all documents, `kept` the numbers of those to train on. Each pass over the sources
-    is packed by itself, so that a row never holds a document twice.
+    `lengths` and `sources` are those of all documents, `kept` the indices of those to train on. Each pass over the sources is
+    packed by itself, so that no row has a document twice.
 
-    Errors: DataError where a source is to give something and no document of it is short enough.
+    Raises:
+        DataError: if no document of a source fits into the tokens that the mixture takes of it.
     """
-    of_source = [kept[sources[kept] == i] for i in range(len(data.sources))]
-    num_tokens = [int(lengths[numbers].sum()) for numbers in of_source]
+    by_source = [kept[sources[kept] == i] for i in range(len(data.sources))]
+    num_tokens = [int(lengths[indices].sum()) for indices in by_source]
     budgets = mixture.budgets(data.sources, num_tokens)
     taken = [
-        [numbers[drawn] for drawn in mixture.passes(lengths[numbers], budget, seed)]
-        for seed, (numbers, budget) in enumerate(zip(of_source, budgets, strict=True))
+        [indices[drawn] for drawn in mixture.passes(lengths[indices], budget, seed)]
+        for seed, (indices, budget) in enumerate(zip(by_source, budgets, strict=True))
     ]
-    for i, (some, budget) in enumerate(zip(taken, budgets, strict=True)):
-        if budget and num_tokens[i] and not some:
-            what = f"no document of a source fits into the {budget:,} tokens that the mixture takes of it"
+    for i, (passes, budget) in enumerate(zip(taken, budgets, strict=True)):
+        if budget and num_tokens[i] and not passes:
+            what = f"no document of the source fits into the {budget:,} tokens that the mixture takes of it"
             remedy = "raise its max_tokens, weight or epochs, or set data.long_documents=split and a lower data.max_length"
             raise DataError(Problem(what, f"data.sources[{i}]", data.sources[i].name, remedy))
-    epochs = [sum(int(lengths[one].sum()) for one in some) / max(1, total) for some, total in zip(taken, num_tokens, strict=True)]
-    rounds = [np.sort(np.concatenate([*some])) for some in itertools.zip_longest(*taken, fillvalue=kept[:0])]
-    return _joined([_packed(lengths, numbers, data) for numbers in rounds]), epochs
+    epochs = [
+        sum(int(lengths[one].sum()) for one in passes) / max(1, total) for passes, total in zip(taken, num_tokens, strict=True)
+    ]
+    rounds = [np.sort(np.concatenate([*passes])) for passes in itertools.zip_longest(*taken, fillvalue=kept[:0])]
+    return _concatenate([_pack(lengths, indices, data) for indices in rounds]), epochs
 
 
-def all_of(lengths: np.ndarray, kept: np.ndarray, data: DataSection, max_rows: int | None) -> RowLayout:
-    """Rows of the documents `kept`, each once; of more than `max_rows` rows some are chosen that stand for all."""
-    layout = _packed(lengths, kept, data)
+def layout_held_out(lengths: np.ndarray, kept: np.ndarray, data: DataSection, max_rows: int | None) -> RowLayout:
+    """Return rows with each of the documents `kept` once; of more than `max_rows` rows, a representative choice."""
+    layout = _pack(lengths, kept, data)
     if max_rows is None or layout.num_rows <= max_rows:
         return layout
-    # Rows stand by the length of their longest document: evenly spaced ones.
+    # Rows are sorted by the length of their longest document: take evenly spaced ones.
     chosen = np.linspace(0, layout.num_rows - 1, max_rows).round().astype(int)
-    return _joined(
+    return _concatenate(
         [RowLayout(layout.order[a:b], np.asarray([0, b - a])) for a, b in layout.starts[np.stack([chosen, chosen + 1], 1)]]
     )
 
 
-def _packed(lengths: np.ndarray, numbers: np.ndarray, data: DataSection) -> RowLayout:
-    packed = packing.pack(lengths[numbers], data.max_length) if data.packing else packing.one_per_row(len(numbers))
-    return RowLayout(numbers[packed.order], packed.starts)
+def _pack(lengths: np.ndarray, indices: np.ndarray, data: DataSection) -> RowLayout:
+    packed = packing.pack(lengths[indices], data.max_length) if data.packing else packing.one_per_row(len(indices))
+    return RowLayout(indices[packed.order], packed.starts)
 
 
-def _joined(layouts: Sequence[RowLayout]) -> RowLayout:
+def _concatenate(layouts: Sequence[RowLayout]) -> RowLayout:
     order = np.concatenate([np.empty(0, np.int64), *(layout.order for layout in layouts)])
     row_docs = np.concatenate([np.empty(0, np.int64), *(np.diff(layout.starts) for layout in layouts)])
     return RowLayout(order, _starts(row_docs))
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each of consecutive pieces starts, and the end of the last."""
+    """Return the start of each of consecutive pieces, and the end of the last."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
@@ -105,24 +111,24 @@ def write(
     lengths: np.ndarray,
     sources: np.ndarray,
     labels: np.ndarray,
-    spilled: tuple[np.ndarray, np.ndarray],
+    spooled: tuple[np.ndarray, np.ndarray],
     num_sources: int,
 ) -> str:
-    """Write the arrays of a split into `folder`; lengths, sources and labels are those of all documents, as in `spilled`.
+    """Write the arrays of a split into `folder` and return their hex digest.
 
-    Returns the hex digest of the arrays.
+    `lengths`, `sources` and `labels` are those of all documents, `spooled` their tokens and trained marks.
     """
     docs = _starts(lengths[layout.order])
     row_of = np.repeat(np.arange(layout.num_rows), np.diff(layout.starts))
     doc_source = sources[layout.order].astype(np.uint16)
     cell = row_of * num_sources + doc_source
     tokens_of = np.bincount(cell, weights=np.diff(docs), minlength=layout.num_rows * num_sources)
-    tokens, trained = spilled
+    tokens, trained = spooled
     begins = _starts(lengths)[:-1]
     return cache.write_split(
         folder,
-        _gathered(tokens, begins, lengths, layout.order),
-        _gathered(trained, begins, lengths, layout.order),
+        _gather(tokens, begins, lengths, layout.order),
+        _gather(trained, begins, lengths, layout.order),
         rows=docs[layout.starts],
         docs=docs,
         row_labels=np.bincount(row_of, weights=labels[layout.order], minlength=layout.num_rows).astype(np.int64),
@@ -131,15 +137,15 @@ def write(
     )
 
 
-def _gathered(array: np.ndarray, begins: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:
-    """The documents of `array` in `order`, in parts of bounded size."""
+def _gather(array: np.ndarray, begins: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the documents of `array` in `order`, in parts of bounded size."""
     ends = np.cumsum(lengths[order])
     first = 0
     while first < len(order):
         before = ends[first - 1] if first else 0
         last = max(first + 1, int(np.searchsorted(ends, before + _TOKENS_AT_ONCE)))
-        some = order[first:last]
-        sizes = lengths[some]
+        documents = order[first:last]
+        sizes = lengths[documents]
         offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        yield array[np.repeat(begins[some], sizes) + offsets]
+        yield array[np.repeat(begins[documents], sizes) + offsets]
         first = last

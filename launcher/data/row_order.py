@@ -6,19 +6,18 @@ from functools import lru_cache
 
 import numpy as np
 
-# Batches whose rows are sorted by length together: enough of them that each holds rows of one length.
+# Batches whose rows are sorted by length together: enough that each has rows of one length.
 GROUPED_BATCHES = 64
 
 
 class RowOrder:
-    """The endless stream of row numbers: epoch after epoch, each a permutation of its own.
+    """The endless stream of row indices: epoch after epoch, each with its own permutation.
 
-    With `lengths` of the rows, those of one batch of `batch_size` have about the same length, and stand in its order; the
-    batches themselves come in random order. Rows at the borders of an epoch, whose batch another epoch fills up, are left out
-    of that.
+    With `lengths` of the rows, the rows of one batch of `batch_size` have similar lengths, in ascending order, and the batches
+    are in random order. Rows at the start and end of an epoch, whose batch spans two epochs, are not grouped.
 
-    Raw PCG64 output is sorted instead of calling Generator.permutation: numpy keeps the former stable across releases
-    (NEP 19), so a resumed run sees the same rows under another numpy.
+    Raw PCG64 output is sorted instead of calling Generator.permutation: numpy keeps the former stable across releases (NEP 19),
+    so a resumed run sees the same rows under another numpy.
     """
 
     def __init__(self, num_rows: int, seed: int, lengths: np.ndarray | None = None, batch_size: int = 1) -> None:
@@ -29,7 +28,7 @@ class RowOrder:
         self._epoch = lru_cache(maxsize=2)(self._permutation)
 
     def at(self, start: int, stop: int) -> np.ndarray:
-        """Row numbers at stream positions start..stop - 1; position p lies in epoch p // num_rows."""
+        """Return the row indices at stream positions start..stop - 1; position p is in epoch p // num_rows."""
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self.num_rows)

@@ -58,7 +58,7 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     # The mixture replaces dropped documents by others of the source, so all of them are compared, not only those in rows.
     hits += find_leaks(training, are_dropped=True)
     is_dropped = summary.select_dropped(hits, corpus.num_docs, checks)
-    layout, epochs = row_layout.mixed(pieces.lengths, docs.source[pieces.doc], require_pieces(is_dropped), data)
+    layout, epochs = row_layout.layout_training(pieces.lengths, docs.source[pieces.doc], require_pieces(is_dropped), data)
     if not pieces.labels[layout.order].any():
         raise _nothing_left(docs, data, _collect_findings(hits, corpus, layout.order, data))
     hits += find_leaks(np.unique(pieces.doc[layout.order]), are_dropped=False)

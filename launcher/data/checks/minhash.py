@@ -1,8 +1,8 @@
-"""Documents that are the same or nearly the same, by hashes and MinHash signatures (Broder 1997).
+"""Find equal and nearly equal documents by hashes and MinHash signatures (Broder 1997).
 
-A signature stands for the set of a text's windows of WINDOW_BYTES bytes, about three words: that works for languages without
-spaces too. Candidates for a pair agree in one band of their signatures (locality-sensitive hashing); the share of equal slots
-then estimates the Jaccard similarity of the two sets, with a standard error of 0.035 at 0.8.
+A signature represents the set of all windows of WINDOW_BYTES bytes of a text, about three words, so it also works for languages
+without spaces. Two documents with one equal band of their signatures are candidates (locality-sensitive hashing); the share of
+equal slots then estimates the Jaccard similarity of the two sets, with a standard error of 0.035 at 0.8.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import xxhash
 
 NUM_SLOTS = 128
 WINDOW_BYTES = 16
-# Two shorter texts that differ in one word are not much alike; equal ones are found by their hash.
+# Shorter texts that differ in one word are not similar; equal ones are found by their hash.
 MIN_WINDOWS = 64
 # A pair at the threshold becomes a candidate with this probability.
 RECALL = 0.99
-# Documents of one band's group are compared with so many that follow; larger groups are chained.
+# Documents with an equal band are each compared with this many that follow; larger groups are chained.
 REACH = 8
-# Between two sets, a document is compared with so many of a group at a time, until one is found that is like it.
+# Between two sets, a document is compared with this many candidates at a time, until a similar one is found.
 REACH_ACROSS = 512
-# In rows of one template many documents agree that are not alike: as many pairs as a build has time for.
-MOST_PAIRS_ACROSS = 1 << 28
+# Rows of one template have many candidates that are not similar: the number of pairs that a build has time for.
+MAX_PAIRS_ACROSS = 1 << 28
 
 _SEED = 7
 _CHUNK = 1 << 16
@@ -37,40 +37,40 @@ def normalize(text: str) -> str:
 
 
 def content_hash(data: bytes) -> int:
-    """64 bits that equal texts share."""
+    """Return a 64-bit hash."""
     return xxhash.xxh3_64_intdigest(data)
 
 
 def signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
-    """uint16 [NUM_SLOTS] of each normalised text in UTF-8; None where it is too short to be nearly the same as another."""
-    found: list[np.ndarray | None] = [None] * len(texts)
-    places = [i for i, text in enumerate(texts) if len(text) - WINDOW_BYTES + 1 >= MIN_WINDOWS]
-    if not places:
-        return found
-    # All texts at once: one by one, numpy's calls would take longer than its work.
-    data = b"".join([texts[i] for i in places])
-    ends = np.cumsum([len(texts[i]) for i in places])
+    """Return the signature uint16 [NUM_SLOTS] of each normalized text in UTF-8; None for one with too few windows."""
+    rows: list[np.ndarray | None] = [None] * len(texts)
+    long_enough = [i for i, text in enumerate(texts) if len(text) - WINDOW_BYTES + 1 >= MIN_WINDOWS]
+    if not long_enough:
+        return rows
+    # All texts at once: one by one, the overhead of the numpy calls would dominate.
+    data = b"".join([texts[i] for i in long_enough])
+    ends = np.cumsum([len(texts[i]) for i in long_enough])
     num_windows = len(data) - WINDOW_BYTES + 1
-    # Every position's eight bytes as one integer, and the eight after it.
+    # The first and the last eight bytes of the window at every position, as integers.
     head, tail = (np.ndarray((num_windows,), "<u8", data, offset, (1,)) for offset in (0, WINDOW_BYTES - 8))
     windows = head * _MIX[0]
     windows ^= windows >> np.uint64(32)
     windows += tail
     windows *= _MIX[1]
     windows ^= windows >> np.uint64(29)
-    # Those that reach into the next text belong to none.
+    # Windows that reach into the next text belong to neither.
     within = np.ones(num_windows, dtype=bool)
     within[(ends[:-1, None] - np.arange(1, WINDOW_BYTES)).ravel()] = False
     offsets = [0, *(ends - np.arange(1, len(ends) + 1) * (WINDOW_BYTES - 1)).tolist()]
     slots = rensa.RMinHash.digest_matrix_from_flat_token_hashes(windows[within], offsets, NUM_SLOTS, _SEED)
-    # The lower half of a slot tells two values apart as well, in half the memory.
-    for i, row in zip(places, np.asarray(slots.to_rows(), dtype=np.uint32).astype(np.uint16), strict=True):
-        found[i] = row
-    return found
+    # The lower half of a slot distinguishes values as well, in half the memory.
+    for i, row in zip(long_enough, np.asarray(slots.to_rows(), dtype=np.uint32).astype(np.uint16), strict=True):
+        rows[i] = row
+    return rows
 
 
 def find_near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Pairs (a, b, similarity) with a < b and an estimated similarity of at least `threshold`; a pair may come again.
+    """Yield pairs (a, b, similarity) with a < b and an estimated similarity of at least `threshold`; pairs may repeat.
 
     `signatures` is uint16 [documents, NUM_SLOTS].
     """
@@ -83,7 +83,7 @@ def find_near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[
             if not len(at):
                 break
             for some in np.array_split(at, -(-len(at) // _CHUNK)):
-                yield _alike(signatures, order[some], signatures, order[some + distance], threshold)
+                yield _select_similar(signatures, order[some], signatures, order[some + distance], threshold)
 
 
 def find_near_pairs_between(
@@ -93,35 +93,35 @@ def find_near_pairs_between(
     reach: int,
     on_pairs: Callable[[np.ndarray, np.ndarray, np.ndarray], None],
 ) -> np.ndarray:
-    """Call `on_pairs` with pairs (a, b, similarity) as near_pairs gives them, of a row of `left` and a row of `right`.
+    """Call `on_pairs` with pairs (a, b, similarity) as in `find_near_pairs`, of a row of `left` and a row of `right`.
 
-    A row of `left` is compared with `reach` others of a group, and with more of them until one is found that is like it; of
-    a great many about the first `reach` are told. Returns the rows of `left` that may be like one and were not compared with
-    all: none, unless there were more than MOST_PAIRS_ACROSS pairs to look at.
+    A row of `left` is compared with `reach` candidates of a band, then with more until a similar one is found; of very many
+    similar rows about the first `reach` are reported. Returns the rows of `left` that were not compared with all candidates:
+    none, unless there were more than MAX_PAIRS_ACROSS pairs.
     """
-    num_found = np.zeros(len(left), dtype=np.int64)
-    pairs_left = MOST_PAIRS_ACROSS
+    num_similar = np.zeros(len(left), dtype=np.int64)
+    pairs_left = MAX_PAIRS_ACROSS
     for band in _bands(threshold):
-        keys, wanted = _keys(right, band), _keys(left, band)
+        keys, left_keys = _keys(right, band), _keys(left, band)
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        first, end = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, side="right")
-        asked = np.flatnonzero((first < end) & (num_found < reach))
+        first, end = np.searchsorted(keys, left_keys), np.searchsorted(keys, left_keys, side="right")
+        active = np.flatnonzero((first < end) & (num_similar < reach))
         step = reach
-        while len(asked):
-            counts = np.minimum(end[asked] - first[asked], step)
-            for some in np.array_split(np.arange(len(asked)), max(1, int(counts.sum()) // _CHUNK)):
-                num, rows = counts[some], asked[some]
+        while len(active):
+            counts = np.minimum(end[active] - first[active], step)
+            for some in np.array_split(np.arange(len(active)), max(1, int(counts.sum()) // _CHUNK)):
+                num, rows = counts[some], active[some]
                 pairs_left -= int(num.sum())
                 if pairs_left < 0:
-                    return np.flatnonzero(num_found == 0)
+                    return np.flatnonzero(num_similar == 0)
                 steps = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
-                near = _alike(left, np.repeat(rows, num), right, order[np.repeat(first[rows], num) + steps], threshold)
-                np.add.at(num_found, near[0], 1)
+                near = _select_similar(left, np.repeat(rows, num), right, order[np.repeat(first[rows], num) + steps], threshold)
+                np.add.at(num_similar, near[0], 1)
                 on_pairs(*near)
-            first[asked] += counts
+            first[active] += counts
             step = REACH_ACROSS
-            asked = asked[(first[asked] < end[asked]) & (num_found[asked] == 0)]
+            active = active[(first[active] < end[active]) & (num_similar[active] == 0)]
     return np.empty(0, dtype=np.int64)
 
 
@@ -131,7 +131,7 @@ def _bands(threshold: float) -> Iterator[slice]:
 
 
 def _keys(signatures: np.ndarray, band: slice) -> np.ndarray:
-    """uint64 [documents] that are equal where the slots of the band are."""
+    """Return uint64 [documents] keys that are equal if the slots of the band are."""
     keys = np.zeros(len(signatures), dtype=np.uint64)
     for slot in signatures[:, band].T:
         keys = (keys ^ slot) * _MIX[0]
@@ -139,7 +139,7 @@ def _keys(signatures: np.ndarray, band: slice) -> np.ndarray:
     return keys
 
 
-def _alike(
+def _select_similar(
     left: np.ndarray, a: np.ndarray, right: np.ndarray, b: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     similarity = (left[a] == right[b]).mean(axis=1)
@@ -148,5 +148,5 @@ def _alike(
 
 
 def _rows_per_band(threshold: float) -> int:
-    """The most slots in a band with which a pair at the threshold still becomes a candidate."""
+    """Return the largest number of slots in a band with which a pair at the threshold is a candidate with RECALL."""
     return next(r for r in range(16, 0, -1) if 1 - (1 - threshold**r) ** (NUM_SLOTS // r) >= RECALL or r == 1)

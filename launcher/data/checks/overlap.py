@@ -1,4 +1,4 @@
-"""Faults of documents beside others: duplicates in training, and held-out documents that stand there."""
+"""Compare documents with each other: duplicates in the training split, and held-out documents that leak into it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.config.data import ChecksSection
 from launcher.data.checks import minhash
 from launcher.data.checks.inspection import CheckHit
 
-# Above every estimate of a similarity.
+# Marks equal documents; estimates are at most 1.
 _EXACT = 2.0
 _NOT_COMPARED = "it agrees in part with too many others"
 
@@ -23,14 +23,14 @@ def find_duplicates(
     training: np.ndarray,
     checks: ChecksSection,
 ) -> list[tuple[int, CheckHit]]:
-    """Duplicates among the documents with the numbers `training`, as (document, hit): of several alike the first one is none.
+    """Find duplicates among the documents `training`, as (document, hit); the first of several copies is not one.
 
-    `contents` and `tasks` are uint64 [documents]. The hits of one check stand in the order of `training`.
+    `contents` and `tasks` are uint64 [documents], `training` indices. The hits of one check are in the order of `training`.
     """
     _, first, group = np.unique(tasks[training], return_index=True, return_inverse=True)
-    before = training[first][group]
-    same = np.flatnonzero(before != training)
-    hits = [(int(training[i]), CheckHit("exact_duplicate", _alike(_EXACT), (int(before[i]),))) for i in same.tolist()]
+    originals = training[first][group]
+    copies = np.flatnonzero(originals != training)
+    hits = [(int(training[i]), CheckHit("exact_duplicate", _describe(_EXACT), (int(originals[i]),))) for i in copies.tolist()]
     signed = _signed(signatures, _Copies(contents, training).firsts)
     slots = _stacked(signatures, signed)
     firsts = np.arange(len(signed))
@@ -38,21 +38,21 @@ def find_duplicates(
         np.minimum.at(firsts, b, a)
     near = np.flatnonzero(firsts < np.arange(len(signed)))
     shares = (slots[near] == slots[firsts[near]]).mean(axis=1)
-    alike = zip(signed[near].tolist(), signed[firsts[near]].tolist(), shares.tolist(), strict=True)
-    return [*hits, *((document, CheckHit("near_duplicate", _alike(share), (other,))) for document, other, share in alike)]
+    pairs = zip(signed[near].tolist(), signed[firsts[near]].tolist(), shares.tolist(), strict=True)
+    return [*hits, *((document, CheckHit("near_duplicate", _describe(share), (other,))) for document, other, share in pairs)]
 
 
-def find_leaks(contents: np.ndarray, training: np.ndarray, inside: np.ndarray) -> list[tuple[int, CheckHit]]:
-    """The held-out documents with the numbers `inside` that stand in training, as (document, hit).
+def find_leaks(contents: np.ndarray, training: np.ndarray, held_out: np.ndarray) -> list[tuple[int, CheckHit]]:
+    """Find the documents `held_out` that are also among the documents `training`, as (document, hit).
 
-    `others` of a hit are all such documents among those with the numbers `training`; `contents` is uint64 [documents].
+    `others` of a hit are all copies in `training`; `contents` is uint64 [documents], the others are indices.
     """
     copies = _Copies(contents, training)
-    places = copies.places(contents[inside])
+    groups = copies.find_groups(contents[held_out])
     return [
-        (document, CheckHit("held_out_in_train", _alike(_EXACT), tuple(copies.at(place).tolist())))
-        for document, place in zip(inside.tolist(), places.tolist(), strict=True)
-        if place >= 0
+        (document, CheckHit("held_out_in_train", _describe(_EXACT), tuple(copies.list_group(group).tolist())))
+        for document, group in zip(held_out.tolist(), groups.tolist(), strict=True)
+        if group >= 0
     ]
 
 
@@ -60,30 +60,30 @@ def find_near_leaks(
     contents: np.ndarray,
     signatures: Sequence[np.ndarray | None],
     training: np.ndarray,
-    inside: np.ndarray,
+    held_out: np.ndarray,
     checks: ChecksSection,
 ) -> list[tuple[int, CheckHit]]:
-    """As `leaks`, those that are nearly the same as one in training; and the documents that were not compared with all.
+    """As `find_leaks`, for nearly identical documents; also report the documents that were not compared with all.
 
-    Of those nearly the same, each is one of some hit's `others` where they are to be dropped; to be told of, the first ones
-    are enough.
+    If near leaks are dropped, `others` of the hits cover every training document that is similar; otherwise only the first ones.
     """
     copies = _Copies(contents, training)
-    signed, apart = _signed(signatures, copies.firsts), _signed(signatures, inside)
-    if not len(signed) or not len(apart):
+    train_signed, held_out_signed = _signed(signatures, copies.firsts), _signed(signatures, held_out)
+    if not len(train_signed) or not len(held_out_signed):
         return []
-    found, missed = _near(_stacked(signatures, signed), _stacked(signatures, apart), signed, apart, checks)
+    train_slots, held_out_slots = _stacked(signatures, train_signed), _stacked(signatures, held_out_signed)
+    similar, missed = _find_similar(train_slots, held_out_slots, train_signed, held_out_signed, checks)
     hits = [(i, CheckHit("not_compared", _NOT_COMPARED)) for i in missed.tolist()]
-    for document in sorted(found):
-        near = {other: share for other, share in found[document].items() if contents[other] != contents[document]}
+    for document in sorted(similar):
+        near = {other: share for other, share in similar[document].items() if contents[other] != contents[document]}
         if near:
-            others = np.concatenate([copies.at(place) for place in copies.places(contents[list(near)]).tolist()])
-            hits.append((document, CheckHit("near_held_out_in_train", _alike(max(near.values())), tuple(others.tolist()))))
+            others = np.concatenate([copies.list_group(group) for group in copies.find_groups(contents[list(near)]).tolist()])
+            hits.append((document, CheckHit("near_held_out_in_train", _describe(max(near.values())), tuple(others.tolist()))))
     return hits
 
 
 class _Copies:
-    """Documents by what they say; `firsts` are the first of each content, in the order of `documents`."""
+    """Documents grouped by content; `firsts` are the first of each group, in the order of `documents`."""
 
     def __init__(self, contents: np.ndarray, documents: np.ndarray) -> None:
         self._unique, first, group = np.unique(contents[documents], return_index=True, return_inverse=True)
@@ -91,52 +91,55 @@ class _Copies:
         self._documents = documents[np.argsort(group, kind="stable")]
         self._ends = np.cumsum(np.bincount(group, minlength=len(self._unique)))
 
-    def places(self, contents: np.ndarray) -> np.ndarray:
-        """The place of each of `contents`, -1 where no document says it."""
-        places = np.searchsorted(self._unique, contents)
-        known = places < len(self._unique)
-        known[known] = self._unique[places[known]] == contents[known]
-        return np.where(known, places, -1)
+    def find_groups(self, contents: np.ndarray) -> np.ndarray:
+        """Return the group of each of `contents`, -1 for one without documents."""
+        groups = np.searchsorted(self._unique, contents)
+        known = groups < len(self._unique)
+        known[known] = self._unique[groups[known]] == contents[known]
+        return np.where(known, groups, -1)
 
-    def at(self, place: int) -> np.ndarray:
-        """All documents of the content at a place."""
-        return self._documents[self._ends[place - 1] if place else 0 : self._ends[place]]
+    def list_group(self, group: int) -> np.ndarray:
+        """Return all documents of a group."""
+        return self._documents[self._ends[group - 1] if group else 0 : self._ends[group]]
 
 
-def _alike(similarity: float) -> str:
+def _describe(similarity: float) -> str:
     return "the same as" if similarity == _EXACT else f"{similarity:.0%} the same as"
 
 
-def _near(
-    slots: np.ndarray, apart: np.ndarray, training: np.ndarray, inside: np.ndarray, checks: ChecksSection
+def _find_similar(
+    train_slots: np.ndarray, held_out_slots: np.ndarray, training: np.ndarray, held_out: np.ndarray, checks: ChecksSection
 ) -> tuple[dict[int, dict[int, float]], np.ndarray]:
-    """Of each held-out document the training documents found, and the documents that were not compared with all that might be
-    alike; `slots` and `apart` are the signatures of the documents with the numbers `training` and `inside`."""
-    alike: dict[int, dict[int, float]] = defaultdict(dict)
-    found = np.zeros(len(training), dtype=bool)
+    """Return the similar training documents of each held-out document, and the documents that were not compared with all.
 
-    def note(a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
-        found[b] = True
-        for document, other, share in zip(inside[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
-            alike[document][other] = share
+    `train_slots` and `held_out_slots` are the signatures of the documents `training` and `held_out`.
+    """
+    similar: dict[int, dict[int, float]] = defaultdict(dict)
+    is_similar = np.zeros(len(training), dtype=bool)
 
-    missed = inside[minhash.find_near_pairs_between(apart, slots, checks.near_duplicate_threshold, minhash.REACH_ACROSS, note)]
+    def add_pairs(a: np.ndarray, b: np.ndarray, similarity: np.ndarray) -> None:
+        is_similar[b] = True
+        for document, other, share in zip(held_out[a].tolist(), training[b].tolist(), similarity.tolist(), strict=True):
+            similar[document][other] = share
+
+    threshold = checks.near_duplicate_threshold
+    missed = held_out[minhash.find_near_pairs_between(held_out_slots, train_slots, threshold, minhash.REACH_ACROSS, add_pairs)]
     if checks.near_held_out_in_train == "drop":
-        # A held-out document was compared until some were found that are like it.
-        rest = np.flatnonzero(~found)
-        also = minhash.find_near_pairs_between(
-            slots[rest],
-            apart,
-            checks.near_duplicate_threshold,
+        # A held-out document is only compared until a similar one is found, so compare the rest from the other side.
+        rest = np.flatnonzero(~is_similar)
+        not_compared = minhash.find_near_pairs_between(
+            train_slots[rest],
+            held_out_slots,
+            threshold,
             minhash.REACH,
-            lambda a, b, similarity: note(b, rest[a], similarity),
+            lambda a, b, similarity: add_pairs(b, rest[a], similarity),
         )
-        missed = np.concatenate([missed, training[rest[also]]])
-    return alike, missed
+        missed = np.concatenate([missed, training[rest[not_compared]]])
+    return similar, missed
 
 
 def _signed(signatures: Sequence[np.ndarray | None], documents: np.ndarray) -> np.ndarray:
-    """Those of `documents` that are long enough to be nearly the same as another."""
+    """Return those of `documents` that have a signature."""
     return np.asarray([i for i in documents.tolist() if signatures[i] is not None], dtype=np.int64)
 
 

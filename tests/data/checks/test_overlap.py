@@ -174,7 +174,7 @@ def test_every_near_copy_is_dropped_from_training_however_many_there_are() -> No
 
 
 def test_what_could_not_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minhash, "MOST_PAIRS_ACROSS", 1500)
+    monkeypatch.setattr(minhash, "MAX_PAIRS_ACROSS", 1500)
     num = 3 * minhash.REACH_ACROSS
     signatures, contents = list(alike_in_one_band(num, 2)), np.arange(num + 2, dtype=np.uint64)
     checks = ChecksSection(near_held_out_in_train="drop")
@@ -186,7 +186,7 @@ def test_what_could_not_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_that_nothing_was_compared_is_told_where_nothing_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minhash, "MOST_PAIRS_ACROSS", 10)
+    monkeypatch.setattr(minhash, "MAX_PAIRS_ACROSS", 10)
     signatures, contents = list(alike_in_one_band(100, 1)), np.arange(101, dtype=np.uint64)
     hits = across(contents, contents, signatures, contents >= 100, CHECKS)
     assert [(i, hit.finding) for i, hit in hits if i == 100] == [(100, "not_compared")]

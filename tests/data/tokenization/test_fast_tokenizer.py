@@ -45,7 +45,7 @@ def tokenizer(kind: str) -> Tokenizer:
     return made
 
 
-SERVED = [character for character in map(chr, range(0x2200)) if fast_tokenizer._SERVED.fullmatch(character)]
+SERVED = [character for character in map(chr, range(0x2200)) if fast_tokenizer._SUPPORTED.fullmatch(character)]
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(
