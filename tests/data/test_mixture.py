@@ -109,7 +109,7 @@ def test_a_source_too_small_for_its_documents_is_named() -> None:
     """Nine to one, and every document of the smaller part is longer than that part."""
     section = DataSection(sources=(source("many", weight=9.0), source("long", weight=1.0)), max_length=1024)
     lengths, sources = np.asarray([500] * 10 + [900] * 3), np.asarray([0] * 10 + [1] * 3)
-    with pytest.raises(DataError, match="no document of a source fits into the 556 tokens") as caught:
+    with pytest.raises(DataError, match="no document of the source fits into the 556 tokens") as caught:
         mixed(lengths, sources, np.arange(13), section)
     assert (caught.value.problems[0].where, caught.value.problems[0].value) == ("data.sources[1]", "long")
     with pytest.raises(DataError, match="fits into the 100 tokens"):
