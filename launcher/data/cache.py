@@ -6,15 +6,15 @@
       rows.npy        int64     row starts, and the end
       docs.npy        int64     document starts, ascending, and the end
       row_labels.npy  int64     trained tokens of each row
-      doc_source.npy  uint16    source of each document, by its place in data.sources; after the last: data.eval_path
+      doc_source.npy  uint16    source of each document, an index of data.sources; after the last: data.eval_path
       row_sources.npy int32     [rows, sources] tokens of each source in each row
       digests.bin               sizes and block digests of these seven
       eval/                     the same eight for the held-out split
       samples.json              a few held-out examples: prompt, prompt_ids, answer
-      findings.json             faults of the documents: counts and places
+      findings.json             findings of the checks: counts and examples
       meta.json                 written last: counts, the size of every file, digests of the JSON files, and its own digest
 
-A chain of digests reaches every byte that is trained on: the plan has that of digests.bin, which has those of the blocks.
+Digests cover every byte that is trained on: the plan has the digest of digests.bin, which has those of the blocks.
 
 The folder is built as <key>.partial under a file lock and renamed when it is complete.
 No torch, no transformers: the submit side imports this module.
@@ -45,33 +45,36 @@ from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
 
-# Raised whenever the same sources would give other tokens, rows or findings, or another layout; a test tells.
+# To be raised when the same sources give other tokens, rows or findings, or another layout; a test checks that.
 FORMAT_VERSION = 9
 
-# What AutoTokenizer reads from its folder; config.json because the model type picks the class.
+# The files that AutoTokenizer reads; config.json because the model type selects the class.
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("chat_template*", "additional_chat_templates/*", "config.json"),
 )
-# What makes tokens of text, or tells which documents are nearly the same.
+# Libraries that tokenize text, or find near duplicates.
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "rensa", "ftfy")
-# As large as the data; the index arrays are small beside these, and read whole at once.
+# As large as the data; the index arrays are small in comparison and read at once.
 _LARGE_ARRAYS = ("tokens", "trained")
 _INDEX_ARRAYS = ("rows", "docs", "row_labels", "doc_source", "row_sources")
-# Settings that change no token, or that are in the key by what they stand for.
+# Settings that change no token, or whose content is in the key.
 _NOT_IN_KEY = {"name", "path", "sources", "eval_path", "chat_template", "group_by_length", "workers", "checks"}
 _READ_SIZE = 1 << 20
 
 
 def cache_dir(key: str) -> Path:
+    """Return the folder of the cache with this key."""
     return cache_root() / "data" / key
 
 
 def cache_key(data: DataSection, tokenizer_path: str) -> str:
-    """Hex digest of everything that decides the tokens: source bytes, tokenizer files, settings, library versions.
+    """Return a hex digest of everything that determines the tokens: source bytes, tokenizer files, settings, library versions.
 
-    Places are left out: a moved or renamed file gives the same key.
-    Errors: DataError where the tokenizer's folder holds no tokenizer, and where a file cannot be read.
+    Paths are left out: a moved or renamed file gives the same key.
+
+    Raises:
+        DataError: if the tokenizer's folder has no tokenizer, or a file cannot be read.
     """
     held_out = eval_source(data)
     parts = {
@@ -79,7 +82,7 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
         "sources": [(s.model_dump(exclude={"path", "revision"}), source_digest(s)) for s in data.sources],
         "eval": None if held_out is None else (held_out.model_dump(exclude={"path", "revision"}), source_digest(held_out)),
         "settings": data.model_dump(exclude=_NOT_IN_KEY),
-        "checks": _dropped_by(data.checks),
+        "checks": _selecting_checks(data.checks),
         "template": None if data.chat_template is None else _file_digest(Path(data.chat_template).expanduser()),
         "tokenizer": [(file.name, _file_digest(file)) for file in _tokenizer_files(Path(tokenizer_path).expanduser())],
         "libraries": [version(name) for name in _LIBRARIES],
@@ -87,8 +90,8 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 
-def _dropped_by(checks: ChecksSection) -> dict[str, Any]:
-    """The checks as far as they decide which documents are left: fail is told of the finished cache."""
+def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
+    """Return the checks as far as they select documents; fail only judges the finished cache."""
     settings = checks.model_dump(exclude={"max_held_out_in_train"})
     return {name: "keep" if value == "fail" else value for name, value in settings.items()}
 
@@ -97,7 +100,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     files = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
     if all(file.name == "config.json" for file in files):
         remedy = "set model.tokenizer to a folder with tokenizer.json"
-        raise DataError(Problem("the folder holds no tokenizer", "model.tokenizer", str(folder), remedy))
+        raise DataError(Problem("the folder has no tokenizer", "model.tokenizer", str(folder), remedy))
     return files
 
 
@@ -114,15 +117,17 @@ def _file_digest(path: Path) -> str:
 
 
 def find(key: str) -> DataFacts | None:
-    """Counts of the finished cache of `key`; None where there is none, or where `read` finds one of its files damaged."""
+    """Return the counts of the finished cache of `key`; None if there is none, or `read` finds a damaged file."""
     return read(cache_dir(key))
 
 
 def read(folder: Path) -> DataFacts | None:
-    """Counts of the finished cache in `folder`, as `find` gives them.
+    """Return the counts of the finished cache in `folder`; None if there is none, or a file is damaged.
 
-    The JSON files are compared with their digests, the arrays with their sizes alone: whoever uses an array verifies it.
-    Errors: DataError where the cache cannot be read.
+    JSON files are compared with their digests, arrays only with their sizes: `Split` verifies an array when it is used.
+
+    Raises:
+        DataError: if the cache cannot be read.
     """
     with usable(folder):
         try:
@@ -137,13 +142,13 @@ def read(folder: Path) -> DataFacts | None:
 
 
 def _verified_meta(content: bytes) -> dict[str, Any] | None:
-    """The values in a meta.json; None where they are not those that were written."""
+    """Return the values of a meta.json; None if it does not match its digest."""
     try:
         meta = json.loads(content)
     except ValueError:
         return None
-    written = isinstance(meta, dict) and meta.pop("digest", None) == _meta_digest(meta)
-    return meta if written else None
+    is_intact = isinstance(meta, dict) and meta.pop("digest", None) == _meta_digest(meta)
+    return meta if is_intact else None
 
 
 def _meta_digest(meta: dict[str, Any]) -> str:
@@ -151,25 +156,25 @@ def _meta_digest(meta: dict[str, Any]) -> str:
 
 
 def num_bytes(folder: str | Path) -> int:
-    """Size of the finished cache in `folder` on disk."""
+    """Return the size in bytes of the finished cache in `folder`."""
     return sum(json.loads((Path(folder) / "meta.json").read_bytes())["files"].values())
 
 
 def read_report(folder: str | Path) -> dict[str, Any]:
-    """What the builder counted beyond DataFacts: for all of training, for the held-out split, and for each source."""
+    """Return the counts of the build beyond DataFacts: of the training split, the held-out split, and each source."""
     report: dict[str, Any] = json.loads((Path(folder) / "meta.json").read_bytes())["report"]
     return report
 
 
 def read_samples(folder: str | Path) -> list[dict[str, Any]]:
-    """Up to four held-out examples: `prompt` (text), `prompt_ids` (with generation prompt) and `answer` (text)."""
+    """Return up to four held-out examples: `prompt` (text), `prompt_ids` (with generation prompt) and `answer` (text)."""
     samples: list[dict[str, Any]] = json.loads((Path(folder) / "samples.json").read_bytes())
     return samples
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a cache, as memory maps; see the module's docstring for types and meaning."""
+    """One split of a cache, as memory maps; the docstring of the module describes the arrays."""
 
     tokens: np.ndarray | CheckedArray
     trained: np.ndarray | CheckedArray
@@ -183,8 +188,10 @@ class Split:
     def open(cls, facts: DataFacts, held_out: bool = False) -> Split:
         """Map the training or the held-out split of the finished cache that `facts` describe.
 
-        Tokens and trained are verified block by block, each before its first use; their first blocks and all other arrays here.
-        Errors: DataError where the cache cannot be read, is another one than `facts` describe, or is damaged.
+        Each block of `tokens` and `trained` is verified before its first use; their first blocks and all other arrays here.
+
+        Raises:
+            DataError: if the cache cannot be read, is not the one that `facts` describe, or is damaged.
         """
         cache = Path(facts.cache_dir)
         folder = cache / "eval" if held_out else cache
@@ -195,18 +202,18 @@ class Split:
             files = digests.open_files(folder, cache, [f"{name}.npy" for name in names], digest)
             for name, file in zip(names, files, strict=True):
                 is_large = name in _LARGE_ARRAYS
-                # The first block has the header, by which the file is mapped.
+                # The first block has the header, which numpy reads to map the file.
                 file.verify(0, 1 if is_large else None)
                 values = np.load(file.path, mmap_mode="r")
                 arrays[name] = CheckedArray(values, file) if is_large else values
-        # Any other error of storage may pass: the ranks are started again.
+        # Other storage errors may be temporary, and the ranks are restarted for them.
         except (FileNotFoundError, ValueError) as error:
             remedy = "`python -m launcher data ...` with the same settings builds it again"
             raise DataError(Problem(f"the data cache cannot be read: {error}", str(folder), remedy=remedy)) from error
         return cls(**arrays)
 
     def verify(self) -> None:
-        """Verify what no use has verified so far. Errors: DataError where a block is damaged."""
+        """Verify all blocks that are not verified yet. Raises: DataError if a block is damaged."""
         for array in (self.tokens, self.trained):
             if isinstance(array, CheckedArray):
                 array.verify()
@@ -220,11 +227,11 @@ class Split:
         return len(self.docs) - 1
 
     def row_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of each of `rows`."""
+        """Return the number of tokens of each of `rows`."""
         return np.asarray(self.rows[rows + 1] - self.rows[rows])
 
     def doc_lengths(self, rows: np.ndarray) -> np.ndarray:
-        """Tokens of each document within `rows`, row by row."""
+        """Return the number of tokens of each document in `rows`, row by row."""
         first, last = (np.searchsorted(self.docs, self.rows[starts]) for starts in (rows, rows + 1))
         counts = last - first
         docs = np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
@@ -238,9 +245,9 @@ class Split:
 
 
 def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], **others: np.ndarray) -> str:
-    """Write the arrays of a split and their digests into `folder`, and return the hex digest of them all.
+    """Write the arrays of a split and their digests into `folder`; return the hex digest of the digests.
 
-    Tokens and trained come in parts, since all at once may not fit in memory.
+    `tokens` and `trained` are iterables of parts, since a whole split may not fit in memory.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     num_tokens = int(others["rows"][-1])
@@ -253,7 +260,7 @@ def write_split(folder: Path, tokens: Iterable[np.ndarray], trained: Iterable[np
 
 
 def _write_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> list[int]:
-    """Write an array in parts; returns its size in bytes and the digests of its blocks."""
+    """Write an array in parts; return its size in bytes and the digests of its blocks."""
     with path.open("wb") as file:
         writer = DigestingWriter(file)
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -282,7 +289,7 @@ def finish(folder: Path, facts: DataFacts, report: dict[str, Any]) -> None:
         "files": files,
         "digests": {name: _file_digest(folder / name) for name in files if name.endswith(".json")},
     }
-    # Of the values as they are read back.
+    # The digest of the values as they are read back.
     meta["digest"] = _meta_digest(json.loads(json.dumps(meta)))
     write_json(folder / "meta.json", meta)
 
@@ -294,11 +301,13 @@ def _flush_to_disk(file: IO[Any]) -> None:
 
 @contextlib.contextmanager
 def building(key: str) -> Iterator[Path | None]:
-    """Yields an empty folder to fill, or None where a finished cache exists by now; only one process at a time is inside.
+    """Lock the cache of `key`; yield an empty folder to fill, or None if another process has finished the cache.
 
-    The folder must hold `meta.json` when the block ends; then it becomes the cache. Where the block raises, it is removed;
-    where the process dies, the next builder removes it.
-    Errors: DataError where the folder cannot be written, and where another process takes too long.
+    The folder must have `meta.json` when the block ends; then it becomes the cache. It is removed if the block raises; if the
+    process dies, the next builder removes it.
+
+    Raises:
+        DataError: if the folder cannot be written, or another process takes too long.
     """
     final = cache_dir(key)
     partial = final.with_suffix(".partial")

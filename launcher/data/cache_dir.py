@@ -1,4 +1,4 @@
-"""Where the launcher keeps what it has made or fetched on this machine."""
+"""The launcher's cache folder on this machine, and errors for what cannot be written there."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import xxhash
 
 from launcher.errors import DataError, Problem
 
-# The disk, the user's quota, or the largest file that a process may write.
+# The disk, the user's quota, or the largest file that a process may write is exhausted.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cache_root() -> Path:
-    """$LAUNCHER_CACHE, else $XDG_CACHE_HOME/launcher, else ~/.cache/launcher."""
+    """Return $LAUNCHER_CACHE, else $XDG_CACHE_HOME/launcher, else ~/.cache/launcher."""
     if root := os.environ.get("LAUNCHER_CACHE"):
         return Path(root).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "launcher"
 
 
 def source_folder(*parts: object) -> Path:
-    """Where what is known or fetched of a source that lies elsewhere is kept; `parts` say what it is."""
+    """Return the folder for the files and records of a remote source, identified by `parts`."""
     return cache_root() / "sources" / xxhash.xxh3_128_hexdigest(json.dumps([str(part) for part in parts]).encode())
 
 
 @contextmanager
 def usable(folder: Path) -> Iterator[None]:
-    """Errors: DataError in place of an OSError, for what is written to or read from `folder` in the launcher's cache."""
+    """Convert an OSError into a DataError with a remedy, while `folder` in the launcher's cache is read or written."""
     try:
         yield
     except OSError as error:
@@ -40,23 +40,20 @@ def usable(folder: Path) -> Iterator[None]:
 
 
 def is_full(error: OSError) -> bool:
-    """True where there is no more space for what is to be written."""
+    """Return True if there is no space left for the file."""
     return error.errno in _FULL
 
 
 def unusable(error: OSError, folder: Path) -> DataError:
-    """What a person is told of `error`: what was written to `folder`, what is free there, and what to do."""
+    """Return the error for the user: the size written to `folder`, the free space, and the remedy."""
     elsewhere = f"set LAUNCHER_CACHE to a folder on another disk (now {cache_root()})"
     what = f"the launcher's cache cannot be used: {error.strerror or error}"
     if not is_full(error):
-        return DataError(
-            Problem(
-                what, str(error.filename or folder), remedy=f"see that it may be written and that its disk works, or {elsewhere}"
-            )
-        )
+        remedy = f"check that this user may write there and that the disk works, or {elsewhere}"
+        return DataError(Problem(what, str(error.filename or folder), remedy=remedy))
     written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    there = next(place for place in (folder, *folder.parents) if place.is_dir())
-    value = f"{_size(written)} were written to this folder, and {_size(shutil.disk_usage(there).free)} are free on its disk"
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    value = f"{_size(written)} were written to this folder, and {_size(shutil.disk_usage(existing).free)} are free on its disk"
     return DataError(Problem(what, str(folder), value, f"free more space (or raise the quota), or {elsewhere}"))
 
 

@@ -1,7 +1,7 @@
-"""Digests of the blocks of a data cache's arrays: written with the arrays, compared before a block is used for the first time.
+"""Block digests of the arrays of a data cache: written with the arrays, compared before the first use of a block.
 
-The digests of one split are one file of little-endian uint64: for each array its size in bytes and one digest per block. The
-digest of that file is part of DataFacts.digest, which is in the plan: a rank refuses a cache that its run was not planned with.
+One file per split has the digests as little-endian uint64: for each array its size in bytes and one digest per block. The digest
+of that file is part of DataFacts.digest in the plan, so a rank refuses a cache that its run was not planned with.
 No torch, no transformers: the submit side imports this module.
 """
 
@@ -18,15 +18,15 @@ import xxhash
 
 from launcher.errors import DataError, Problem
 
-# Rows are read in random order: a larger block would bring in far more than the row at first, a smaller one saves no reading,
-# since the kernel reads ahead by 128 KiB and more.
+# Rows are read in random order: a larger block would read far more than the row, and a smaller one saves no reads, since the
+# kernel reads ahead by 128 KiB and more.
 BLOCK_BYTES = 1 << 16
 FILE = "digests.bin"
 _DTYPE = np.dtype("<u8")
 
 
 class DigestingWriter:
-    """A file open for writing that takes the digest of each block on the way."""
+    """Wraps a file open for writing and computes the digest of each block."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -54,7 +54,7 @@ class DigestingWriter:
         return len(view)
 
     def digests(self) -> list[int]:
-        """The size in bytes of what was written, and the digest of each block. Nothing is written after this."""
+        """Return the size in bytes of the content, and the digest of each block. Nothing may be written after this."""
         if self._room < BLOCK_BYTES:
             self._end_block()
         return [self._size, *self._digests]
@@ -66,29 +66,29 @@ class DigestingWriter:
 
 
 class CheckedFile:
-    """A file of the cache in the folder `cache`, whose blocks are compared with their digests, each one once."""
+    """A file of the data cache `cache` whose blocks are compared with their digests, each once."""
 
     def __init__(self, path: Path, cache: Path, num_bytes: int, digests: np.ndarray) -> None:
         """Open the file.
 
         Raises:
-            DataError: where its size is not `num_bytes`.
+            DataError: if its size is not `num_bytes`.
         """
         self.path = path
         self._cache = cache
         self.num_bytes = num_bytes
         self._digests = digests
-        # One byte per block, searched in a fraction of a microsecond: most rows are in blocks that are verified already.
+        # One byte per block, which takes a fraction of a microsecond to search: most rows are in verified blocks.
         self._verified = bytearray(len(digests))
         self._file = path.open("rb", buffering=0)
         if (size := os.fstat(self._file.fileno()).st_size) != num_bytes:
             raise damaged(cache, "a file does not have the size that was written", path, f"{size:,} bytes, not {num_bytes:,}")
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
-        """Compare the blocks that hold the bytes start..stop - 1, all by default; threads may do so at the same time.
+        """Verify the blocks with the bytes start..stop - 1, by default all; thread-safe.
 
         Raises:
-            DataError: for a block that does not match its digest.
+            DataError: if a block does not match its digest.
         """
         stop = self.num_bytes if stop is None else stop
         first, end = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
@@ -110,7 +110,7 @@ class CheckedFile:
             )
 
     def _read(self, start: int, stop: int) -> bytes:
-        # Read rather than mapped: what storage does not give out is an error here, where a memory map would end the process.
+        # Read, not mapped: an I/O error raises here, while in a memory map it would kill the process.
         parts: list[bytes] = []
         try:
             while start < stop and (part := os.pread(self._file.fileno(), stop - start, start)):
@@ -122,7 +122,7 @@ class CheckedFile:
 
 
 class CheckedArray:
-    """A one-dimensional array on disk whose slices are verified before they are returned; any other index verifies all of it."""
+    """A one-dimensional array on disk. Slices are verified before they are returned; any other index verifies the whole array."""
 
     def __init__(self, values: np.ndarray, file: CheckedFile) -> None:
         self._values = values
@@ -150,12 +150,12 @@ class CheckedArray:
         return np.array(self[:], dtype=dtype, copy=copy)
 
     def verify(self) -> None:
-        """Verify all of it, as `CheckedFile.verify`."""
+        """Verify the whole array. Raises: DataError if a block is damaged."""
         self._file.verify()
 
 
 def write(folder: Path, of_arrays: Iterable[list[int]]) -> str:
-    """Write the digests of a split, for each array what `DigestingWriter.digests` returned; return the digest of them all."""
+    """Write the digests of a split, of each array those of `DigestingWriter.digests`; return the digest of the file."""
     content = np.concatenate([np.asarray(digests, dtype=_DTYPE) for digests in of_arrays]).tobytes()
     with (folder / FILE).open("wb") as file:
         file.write(content)
@@ -168,8 +168,8 @@ def open_files(folder: Path, cache: Path, names: Iterable[str], digest: str) -> 
     """Open the files `names` of the split in `folder`, in the order in which their digests were written.
 
     Raises:
-        DataError: where the digests are not those for which `write` returned `digest`, or a file does not have its size.
-        OSError: where a file cannot be opened.
+        DataError: if the digests are not those for which `write` returned `digest`, or a file has another size.
+        OSError: if a file cannot be opened.
     """
     content = (folder / FILE).read_bytes()
     if (actual := xxhash.xxh3_128_hexdigest(content)) != digest:
@@ -185,7 +185,7 @@ def open_files(folder: Path, cache: Path, names: Iterable[str], digest: str) -> 
 
 
 def damaged(cache: Path, what: str, where: str | Path, value: str) -> DataError:
-    """The refusal of a data cache whose files are not as they were written, with how to build it again."""
+    """Return the error for a data cache whose files have changed since they were written, with the commands to rebuild it."""
     remedy = (
         f"delete it and build it again: `rm -r {shlex.quote(str(cache))}`, then `python -m launcher data ...` with the same "
         "settings (starting or resuming a run builds it as well); if it is damaged again, check the disk and this node's memory"

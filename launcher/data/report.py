@@ -1,4 +1,4 @@
-"""What is in a data cache: numbers for the mixture and each source, findings, and rows whose trained parts a person can see.
+"""Report on a data cache: counts of the mixture and each source, findings, and decoded rows with their trained parts.
 
 No torch, no transformers: the submit side imports this module.
 """
@@ -21,7 +21,7 @@ from launcher.plan.launch_plan import DataFacts
 
 NUM_QUANTILES = 41
 _DOCS_AT_ONCE = 1 << 16
-# Documents that are shown where no rows are asked for: short enough to be read, and not the shortest.
+# Quantiles of the lengths of the documents to show if no rows are requested: short enough to read, but not the shortest.
 _SHOWN_QUANTILES = (0.4, 0.5, 0.6)
 
 
@@ -34,32 +34,28 @@ def report(
     stop_ids: Sequence[int],
     num_shown: int = 0,
 ) -> dict[str, Any]:
-    """JSON-able numbers of a cache, its findings under `data.checks`, and rows of the training split, decoded by `texts`.
+    """Return the counts of a cache, its findings under `data.checks`, and decoded rows of the training split, for JSON.
 
-    Fractions are 0 to 1, lengths are tokens; `length_histogram` counts documents per bin of up to `max_tokens` tokens,
-    `length_quantiles` stand at even steps from the shortest to the longest. `padding_frac` is padding's share of the first
-    epoch's micro-batches in the order of `seed`, see `_padding`; a source has its part of the padding of each row that it
-    is in. `row_tokens` is the longest row. `epochs` of a source are its passes in one epoch of the run,
-    `unused_documents` those that the mixture leaves out for the settings in `limited_by`; `is_read` is false for a source of
-    weight 0; `built_from` is its path when the cache was built, under which files and examples are told. `shown` holds
-    `num_shown` evenly spaced rows, or three documents of middling length where it is 0; keys, passwords, e-mail addresses and
-    telephone numbers are left out. `turn_ends` are the tokens that end trained turns; `stops` where they are among `stop_ids`, at
-    which generations of the model stop as it is.
-    Errors: DataError where any block of the cache is damaged; TextsMissing where `texts` cannot decode a row.
+    Fractions are 0 to 1, lengths are in tokens. `length_histogram` counts documents per bin of up to `max_tokens` tokens;
+    `length_quantiles` are at even steps from the shortest to the longest. `padding_frac` is the share of padding in the
+    micro-batches of the first epoch in the order of `seed`, see `_padding`. `row_tokens` is the longest row. `turn_ends` are the
+    tokens that end trained turns; `stops` is true for one of `stop_ids`, at which the model stops generating. `shown` has
+    `num_shown` evenly spaced rows, or three documents of medium length if it is 0, with keys, passwords, e-mail addresses and
+    telephone numbers redacted.
+
+    Raises:
+        DataError: if any block of the cache is damaged.
+        TextsMissing: if `texts` cannot decode a row.
     """
     split, held_out = Split.open(facts), Split.open(facts, held_out=True)
     for opened in (split, held_out):
         opened.verify()
-    counted = cache.read_report(facts.cache_dir)["sources"]
-    names = [source["name"] for source in counted]
-    paths = [source.path for source in data.sources] + [data.eval_path or ""] * (len(names) - len(data.sources))
-    mixture, sources = _of_split(split, len(names))
-    apart, sources_apart = _of_split(held_out, len(names))
+    counts = cache.read_report(facts.cache_dir)["sources"]
     judged = findings.judge(findings.read(facts.cache_dir), data.checks)
     padded_rows = 0 if data.packing else train.micro_batch_size or train.global_batch_size
     padding = _padding(split, data, train, seed, padded_rows)
-    # The file of data.eval_path, which stands after the sources, has no place among the rows of training.
-    padding_of = [*_shared_out(split, padding).tolist(), 0.0]
+    train_numbers, train_by_source = _count_split(split, len(counts))
+    held_out_numbers, held_out_by_source = _count_split(held_out, len(counts))
     return {
         "cache_dir": facts.cache_dir,
         "cache_bytes": cache.num_bytes(facts.cache_dir),
@@ -69,57 +65,75 @@ def report(
         "group_by_length": data.group_by_length,
         "padded_rows": padded_rows,
         "padding_is_most": bool(padded_rows) and train.micro_batch_size is None,
-        **mixture,
+        **train_numbers,
         **_filled(facts.num_tokens, float(padding.sum())),
-        **{key: sum(source[name] for source in counted) for key, name in _COUNTED.items()},
-        "sources": [
-            {
-                "name": name,
-                **numbers,
-                **_filled(numbers["tokens"], padding_of[i]),
-                "frac": numbers["tokens"] / max(1, facts.num_tokens),
-                "epochs": counts["epochs"],
-                "unused_documents": counts["unused"],
-                "limited_by": _limits(data.sources[i]) if i < len(data.sources) else [],
-                "path": path,
-                "built_from": counts["path"],
-                "is_read": i >= len(data.sources) or data.sources[i].is_read,
-                **{key: counts[key] for key in (*_ORIGIN, *_UNREAD)},
-                **{key: counts[name] for key, name in _COUNTED.items()},
-                "held_out": {
-                    "documents": outside["documents"],
-                    "tokens": outside["tokens"],
-                    "dropped_documents": counts["held_out_dropped"],
-                },
-            }
-            for i, (name, path, numbers, outside, counts) in enumerate(
-                zip(names, paths, sources, sources_apart, counted, strict=True)
-            )
-        ],
+        **{key: sum(source[name] for source in counts) for key, name in _COUNTED.items()},
+        "sources": _report_sources(facts, data, counts, train_by_source, held_out_by_source, _share_padding(split, padding)),
         "held_out": {
-            **apart,
-            "read_documents": sum(source["held_out_read"] for source in counted),
-            "dropped_documents": sum(source["held_out_dropped"] for source in counted),
-            "truncated_documents": sum(source["held_out_truncated_docs"] for source in counted),
+            **held_out_numbers,
+            "read_documents": sum(source["held_out_read"] for source in counts),
+            "dropped_documents": sum(source["held_out_dropped"] for source in counts),
+            "truncated_documents": sum(source["held_out_truncated_docs"] for source in counts),
         },
         "findings": [one.to_json() for one in judged],
         "refused": any(one.fatal for one in judged),
         "turn_ends": [{"id": i, "token": texts.token(i), "stops": i in stop_ids} for i in facts.turn_end_ids],
-        "shown": _shown(split, names, texts, num_shown),
+        "shown": _shown(split, [source["name"] for source in counts], texts, num_shown),
     }
 
 
+def _report_sources(
+    facts: DataFacts,
+    data: DataSection,
+    counts: list[dict[str, Any]],
+    train_numbers: list[dict[str, Any]],
+    held_out_numbers: list[dict[str, Any]],
+    padding: np.ndarray,
+) -> list[dict[str, Any]]:
+    """Return the numbers of each source; `counts` are those that the build recorded, `padding` is float [sources].
+
+    `epochs` is the number of passes in one epoch of the run; `unused_documents` are those that the mixture leaves out for the
+    settings in `limited_by`; `is_read` is false for a source of weight 0. `built_from` is the source's path when the cache was
+    built, with which files and examples are named.
+    """
+    paths = [source.path for source in data.sources] + [data.eval_path or ""] * (len(counts) - len(data.sources))
+    # The file of data.eval_path comes after the sources and has no training rows.
+    padding_of = [*padding.tolist(), 0.0]
+    return [
+        {
+            "name": recorded["name"],
+            **numbers,
+            **_filled(numbers["tokens"], padding_of[i]),
+            "frac": numbers["tokens"] / max(1, facts.num_tokens),
+            "epochs": recorded["epochs"],
+            "unused_documents": recorded["unused"],
+            "limited_by": _limits(data.sources[i]) if i < len(data.sources) else [],
+            "path": path,
+            "built_from": recorded["path"],
+            "is_read": i >= len(data.sources) or data.sources[i].is_read,
+            **{key: recorded[key] for key in (*_ORIGIN, *_UNREAD)},
+            **{key: recorded[name] for key, name in _COUNTED.items()},
+            "held_out": {
+                "documents": held_out["documents"],
+                "tokens": held_out["tokens"],
+                "dropped_documents": recorded["held_out_dropped"],
+            },
+        }
+        for i, (path, numbers, held_out, recorded) in enumerate(zip(paths, train_numbers, held_out_numbers, counts, strict=True))
+    ]
+
+
 def _limits(source: Source) -> list[str]:
-    """The settings for which a mixture takes less of a source than there is."""
+    """Return the settings that limit what the mixture takes of a source."""
     limits = {"weight": source.weight is not None, "max_tokens": source.max_tokens is not None, "epochs": source.epochs % 1 != 0}
     return [name for name, is_set in limits.items() if is_set]
 
 
-# Where a source's rows come from, as the builder has written it.
+# Where the rows of a source come from, as the build recorded it.
 _ORIGIN = ("digest", "commit", "files", "num_files", "left_out", "num_left_out")
-# Keys of its rows that are not read, each with the number of rows that have it, and how many more such keys there are.
+# Row keys that no format reads, each with its number of rows, and the number of further keys.
 _UNREAD = ("unread_keys", "num_other_unread_keys")
-# Names in the report, and those under which the builder has counted them.
+# Names in the report, and those under which the build recorded the counts.
 _COUNTED = {
     "read_documents": "read",
     "dropped_documents": "dropped",
@@ -131,20 +145,19 @@ _COUNTED = {
 }
 
 
-def _of_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Numbers of all documents of a split, and of those of each source."""
-    lengths, trained, source = np.diff(split.docs), _trained(split), np.asarray(split.doc_source)
-    # The file of data.eval_path, which stands after the sources, has no place among the rows of training.
+def _count_split(split: Split, num_sources: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the numbers of all documents of a split, and of the documents of each source."""
+    lengths, trained, source = np.diff(split.docs), _count_trained(split), np.asarray(split.doc_source)
+    # The file of data.eval_path comes after the sources and has no training rows.
     rows = [*(np.asarray(split.row_sources) > 0).sum(axis=0).tolist(), 0]
     each = [{"rows": rows[i], **_numbers(lengths[source == i], trained[source == i])} for i in range(num_sources)]
     return {"rows": split.num_rows, **_numbers(lengths, trained)}, each
 
 
 def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, padded_rows: int) -> np.ndarray:
-    """Padding of each row, int64 [rows]: up to the longest row of all, which packing fills, or of its `padded_rows` rows.
+    """Return the padding of each row, int64 [rows]: up to the longest of all rows with packing, else of its `padded_rows` rows.
 
-    Those are a micro-batch where its size is set. Where the plan chooses it, they are a whole global batch: no micro-batch
-    has more.
+    `padded_rows` is the micro-batch if its size is set. If the plan chooses it, it is the global batch, an upper bound.
     """
     lengths = np.diff(split.rows)
     if not padded_rows:
@@ -158,8 +171,8 @@ def _padding(split: Split, data: DataSection, train: TrainSection, seed: int, pa
     return padding
 
 
-def _shared_out(split: Split, padding: np.ndarray) -> np.ndarray:
-    """The part of each source in the rows' padding, float [sources]: as its tokens in each row."""
+def _share_padding(split: Split, padding: np.ndarray) -> np.ndarray:
+    """Return the padding of each source, float [sources]: its part of each row's padding is its share of the row's tokens."""
     total = np.zeros(split.row_sources.shape[1])
     for first in range(0, split.num_rows, _DOCS_AT_ONCE):
         rows = slice(first, first + _DOCS_AT_ONCE)
@@ -172,8 +185,8 @@ def _filled(tokens: int, padding: float) -> dict[str, float]:
     return {"fill_frac": 1 - share, "padding_frac": share}
 
 
-def _trained(split: Split) -> np.ndarray:
-    """Trained tokens of each document; a part at a time, for all of them may not fit in memory."""
+def _count_trained(split: Split) -> np.ndarray:
+    """Return the number of trained tokens of each document; reads in parts, since a whole split may not fit in memory."""
     counts = [np.empty(0, dtype=np.int64)]
     for first in range(0, split.num_docs, _DOCS_AT_ONCE):
         docs = split.docs[first : first + _DOCS_AT_ONCE + 1]
@@ -182,7 +195,7 @@ def _trained(split: Split) -> np.ndarray:
 
 
 def _numbers(lengths: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
-    """Counts of documents with `lengths` tokens, of which `trained` are trained."""
+    """Return the numbers of documents with `lengths` tokens, of which `trained` are trained."""
     tokens = int(lengths.sum())
     return {
         "documents": len(lengths),
@@ -203,7 +216,7 @@ def _spread(lengths: np.ndarray) -> dict[str, float] | None:
 
 
 def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
-    """Documents per power of two of tokens, without the empty bins at both ends."""
+    """Return the documents per power of two of tokens, without empty bins at both ends."""
     if not len(lengths):
         return []
     exponents = np.ceil(np.log2(lengths)).astype(int)
@@ -212,7 +225,7 @@ def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
 
 
 def _shown(split: Split, names: list[str], texts: DecodedTexts, num_rows: int) -> list[dict[str, Any]]:
-    """Rows, or single documents, each as documents of trained and untrained parts."""
+    """Return rows, or single documents, each as documents of trained and untrained parts."""
     if num_rows:
         rows = np.unique(np.linspace(0, split.num_rows - 1, num_rows).round().astype(int)).tolist()
         spans = [(row, *np.searchsorted(split.docs, (split.rows[row], split.rows[row + 1]))) for row in rows]
@@ -233,7 +246,7 @@ def _shown(split: Split, names: list[str], texts: DecodedTexts, num_rows: int) -
 def _document(split: Split, doc: int, names: list[str], texts: DecodedTexts) -> dict[str, Any]:
     span = slice(split.docs[doc], split.docs[doc + 1])
     tokens, trained = split.tokens[span], split.trained[span]
-    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
-    redacted = patterns.redact(texts.document(doc, tokens, borders))
-    parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(borders, redacted, strict=False)]
+    offsets = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(tokens)]
+    redacted = patterns.redact(texts.document(doc, tokens, offsets))
+    parts = [{"trained": bool(trained[a]), "text": text} for a, text in zip(offsets, redacted, strict=False)]
     return {"source": names[split.doc_source[doc]], "tokens": len(tokens), "parts": parts}

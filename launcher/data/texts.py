@@ -1,7 +1,7 @@
-"""The texts that a report shows of a cache: decoded by the tokenizer once, then kept beside the cache.
+"""Decoded texts for the report on a cache: the tokenizer decodes them once, and they are stored beside the cache.
 
-Loading a tokenizer takes longer than everything else that a report needs. The cache's key covers the tokenizer's files and
-libraries, so a text that was decoded stays right as long as the cache holds the same tokens.
+Loading a tokenizer takes longer than the rest of a report. The cache's key covers the tokenizer's files and libraries, so decoded
+texts are valid as long as the cache has the same tokens.
 No torch, no transformers: the submit side imports this module.
 """
 
@@ -20,14 +20,14 @@ import xxhash
 from launcher import atomic_files
 from launcher.plan.launch_plan import DataFacts
 
-# Raised whenever the same tokens give other texts.
+# To be raised when the same tokens decode to other texts.
 _VERSION = 1
-# The file is read as a whole for every report.
+# Every report reads the whole file.
 _MAX_BYTES = 4 << 20
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer of transformers."""
+    """The methods of a transformers tokenizer that are used here."""
 
     def decode(self, token_ids: list[int], *, clean_up_tokenization_spaces: bool) -> str: ...
 
@@ -35,52 +35,52 @@ class Tokenizer(Protocol):
 
 
 class TextsMissing(LookupError):
-    """A text is not kept, and there is no tokenizer to decode it."""
+    """A text is not stored, and there is no tokenizer to decode it."""
 
 
 class DecodedTexts:
-    """Texts of tokens and of training documents of one cache: the kept ones, and others where there is a tokenizer.
+    """Texts of tokens and of training documents of one cache: the stored ones, and others if there is a tokenizer.
 
-    `load_tokenizer` is called once, when a text is not kept.
+    `load_tokenizer` is called once, when a text is not stored.
     """
 
     def __init__(self, facts: DataFacts, load_tokenizer: Callable[[], Tokenizer] | None = None) -> None:
         self._facts = facts
         self._load_tokenizer = load_tokenizer
         self._tokenizer: Tokenizer | None = None
-        self._kept: dict[str, Any] = _read(facts)
+        self._stored: dict[str, Any] = _read(facts)
         self._used: dict[str, Any] = {}
 
     def token(self, token_id: int) -> str:
-        """The token as its vocabulary writes it.
+        """Return the token as the vocabulary has it.
 
         Raises:
-            TextsMissing: where it is not kept and there is no tokenizer.
+            TextsMissing: if it is not stored and there is no tokenizer.
         """
         token: str = self._text(f"token {token_id}", lambda tokenizer: tokenizer.convert_ids_to_tokens(token_id))
         return token
 
-    def document(self, number: int, tokens: np.ndarray, borders: Sequence[int]) -> list[str]:
-        """The parts of the training document `number` with these tokens, which begin and end at `borders`.
+    def document(self, number: int, tokens: np.ndarray, offsets: Sequence[int]) -> list[str]:
+        """Return the texts of the parts of the training document `number`; `offsets` are their boundaries in `tokens`.
 
         Raises:
-            TextsMissing: where they are not kept and there is no tokenizer.
+            TextsMissing: if they are not stored and there is no tokenizer.
         """
 
         def decode(tokenizer: Tokenizer) -> list[str]:
-            return [_decoded(tokenizer, tokens, first, end) for first, end in itertools.pairwise(borders)]
+            return [_decoded(tokenizer, tokens, first, end) for first, end in itertools.pairwise(offsets)]
 
         texts: list[str] = self._text(f"document {number}", decode)
         return texts
 
-    def keep(self) -> None:
-        """Keep what was used for the next report; without effect where nothing was decoded, or where it cannot be written."""
+    def store(self) -> None:
+        """Store the used texts for the next report; no effect if nothing was decoded, or the file cannot be written."""
         if self._tokenizer is None:
             return
-        for texts in ({**self._kept, **self._used}, self._used):
+        for texts in ({**self._stored, **self._used}, self._used):
             content = json.dumps({"digest": _digest(self._facts, texts), "texts": texts}).encode()
             if len(content) <= _MAX_BYTES:
-                # A report is whole without it.
+                # The report does not need the file.
                 with contextlib.suppress(OSError):
                     # Readable by the owner only: rows may hold secrets.
                     atomic_files.write_bytes(_file(self._facts), content, mode=0o600)
@@ -88,7 +88,7 @@ class DecodedTexts:
 
     def _text(self, name: str, decode: Callable[[Tokenizer], Any]) -> Any:
         if name not in self._used:
-            self._used[name] = self._kept[name] if name in self._kept else decode(self._require_tokenizer(name))
+            self._used[name] = self._stored[name] if name in self._stored else decode(self._require_tokenizer(name))
         return self._used[name]
 
     def _require_tokenizer(self, name: str) -> Tokenizer:
@@ -100,25 +100,25 @@ class DecodedTexts:
 
 
 def _decoded(tokenizer: Tokenizer, tokens: np.ndarray, first: int, end: int) -> str:
-    """The text of tokens first:end as it stands behind the token before: some tokenizers leave out a text's first space."""
+    """Return the text of tokens first:end after the token before them: some tokenizers drop the first space of a text."""
     before = max(0, first - 1)
-    whole, own = (tokenizer.decode(tokens[before:until].tolist(), clean_up_tokenization_spaces=False) for until in (end, first))
-    return str(whole[len(own) :])
+    text, prefix = (tokenizer.decode(tokens[before:stop].tolist(), clean_up_tokenization_spaces=False) for stop in (end, first))
+    return str(text[len(prefix) :])
 
 
 def _file(facts: DataFacts) -> Path:
-    """Beside the cache: what is in its folder was written by the builder and never changes."""
+    """Return the file of the texts, beside the cache: its folder never changes after the build."""
     folder = Path(facts.cache_dir)
     return folder.with_name(f"{folder.name}.texts.json")
 
 
 def _digest(facts: DataFacts, texts: dict[str, Any]) -> str:
-    """Digest of the texts together with the tokens that they were decoded from."""
+    """Return a digest of the texts and of the tokens that they were decoded from."""
     return xxhash.xxh3_128_hexdigest(json.dumps([_VERSION, facts.digest, texts], sort_keys=True).encode())
 
 
 def _read(facts: DataFacts) -> dict[str, Any]:
-    """The kept texts; none where the file is not there, is damaged, or belongs to other tokens."""
+    """Return the stored texts; empty if the file is missing, damaged, or belongs to other tokens."""
     try:
         content = json.loads(_file(facts).read_bytes())
         texts: dict[str, Any] = content["texts"]

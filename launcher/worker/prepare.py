@@ -68,7 +68,7 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
         return {}
     texts = DecodedTexts(built, lambda: load_tokenizer(str(tokenizer)))
     answer = report.report(built, config.data, texts, config.train, config.run.seed, model_source.stop_ids(config.model), show)
-    texts.keep()
+    texts.store()
     return {"report": answer}
 
 

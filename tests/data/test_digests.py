@@ -22,7 +22,7 @@ from launcher.data.cache import Split
 from launcher.data.digests import BLOCK_BYTES
 from launcher.data.loader import PrefetchLoader, TrainBatches, eval_batches
 from launcher.data.report import report
-from launcher.data.texts import Texts
+from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import load_tokenizer
 from launcher.errors import DataError
 from launcher.plan.launch_plan import Batch, DataFacts
@@ -252,7 +252,7 @@ def test_reads_may_be_short(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -
 def test_the_report_verifies_every_block(section: Section, tokenizer_dir: Path) -> None:
     data = section(eval_fraction=0.2)
     facts = build(data, str(tokenizer_dir))
-    inputs = (data, Texts(facts, lambda: load_tokenizer(str(tokenizer_dir))), TrainSection(max_steps=1), 0, [])
+    inputs = (data, DecodedTexts(facts, lambda: load_tokenizer(str(tokenizer_dir))), TrainSection(max_steps=1), 0, [])
     report(facts, *inputs)
     for name in ("tokens.npy", "eval/tokens.npy"):
         file = Path(facts.cache_dir) / name

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from launcher.config.data import DataSection, Source
 from launcher.data.mixture import budgets, passes
-from launcher.data.row_layout import all_of, mixed
+from launcher.data.row_layout import layout_held_out, layout_training
 from launcher.errors import DataError
 
 
@@ -81,7 +81,7 @@ def test_rows_hold_what_the_mixture_asks_for_and_no_document_twice(data: st.Data
         max_length=32,
         packing=data.draw(st.booleans()),
     )
-    layout, epochs = mixed(lengths, sources, kept, section)
+    layout, epochs = layout_training(lengths, sources, kept, section)
     times = np.bincount(layout.order, minlength=num_docs)
     assert not times[np.setdiff1d(np.arange(num_docs), kept)].any()
     assert (times[kept[sources[kept] == 1]] == 3).all()
@@ -99,10 +99,10 @@ def test_rows_hold_what_the_mixture_asks_for_and_no_document_twice(data: st.Data
 def test_of_many_held_out_rows_some_stand_for_all() -> None:
     lengths = np.arange(1, 101)
     section = DataSection(sources=(source(),), max_length=128, packing=False)
-    layout = all_of(lengths, np.arange(100), section, max_rows=5)
+    layout = layout_held_out(lengths, np.arange(100), section, max_rows=5)
     assert layout.num_rows == len(layout.order) == 5
     assert layout.order[[0, -1]].tolist() == [0, 99]
-    assert all_of(lengths, np.arange(100), section, max_rows=None).num_rows == 100
+    assert layout_held_out(lengths, np.arange(100), section, max_rows=None).num_rows == 100
 
 
 def test_a_source_too_small_for_its_documents_is_named() -> None:
@@ -110,7 +110,7 @@ def test_a_source_too_small_for_its_documents_is_named() -> None:
     section = DataSection(sources=(source("many", weight=9.0), source("long", weight=1.0)), max_length=1024)
     lengths, sources = np.asarray([500] * 10 + [900] * 3), np.asarray([0] * 10 + [1] * 3)
     with pytest.raises(DataError, match="no document of the source fits into the 556 tokens") as caught:
-        mixed(lengths, sources, np.arange(13), section)
+        layout_training(lengths, sources, np.arange(13), section)
     assert (caught.value.problems[0].where, caught.value.problems[0].value) == ("data.sources[1]", "long")
     with pytest.raises(DataError, match="fits into the 100 tokens"):
-        mixed(lengths, np.zeros(13, int), np.arange(13), DataSection(sources=(source(max_tokens=100),), max_length=1024))
+        layout_training(lengths, np.zeros(13, int), np.arange(13), DataSection(sources=(source(max_tokens=100),), max_length=1024))

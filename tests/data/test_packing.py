@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.data.packing import RowLayout, one_per_row, pack
-from launcher.data.row_layout import _gathered as gathered
+from launcher.data.row_layout import _gather as gathered
 from launcher.data.tokenization.batch_encoder import cut_document
 from launcher.data.tokenization.encoder import EncodedDocument
 
