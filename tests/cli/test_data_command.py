@@ -99,7 +99,7 @@ def test_rows_for_other_training_are_refused_before_anything_is_submitted(launch
     assert "Traceback" not in refused.stderr
     assert not (tmp_path / "runs").exists()
     # The remedy as it stands, with the file in place of PATH.
-    overrides = re.findall(r"remedy: to train on chosen alone: '(.*)' (data.path=null)", refused.stderr)[0]
+    overrides = re.findall(r"remedy: to train on chosen only: '(.*)' (data.path=null)", refused.stderr)[0]
     accepted = [override.replace("PATH", "pairs.jsonl") for override in overrides]
     done = launch_here("data", *SETTINGS, "data.eval_fraction=0", *accepted, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -113,4 +113,6 @@ def test_a_source_too_small_for_its_documents_is_named() -> None:
         layout_training(lengths, sources, np.arange(13), section)
     assert (caught.value.problems[0].where, caught.value.problems[0].value) == ("data.sources[1]", "long")
     with pytest.raises(DataError, match="fits into the 100 tokens"):
-        layout_training(lengths, np.zeros(13, int), np.arange(13), DataSection(sources=(source(max_tokens=100),), max_length=1024))
+        layout_training(
+            lengths, np.zeros(13, int), np.arange(13), DataSection(sources=(source(max_tokens=100),), max_length=1024)
+        )

@@ -1,6 +1,6 @@
-"""Reading documents from the data sources; no torch, no transformers.
+"""Read documents from the data sources; no torch, no transformers.
 
-A row that cannot be used is an error that names its place; nothing is skipped in silence.
+A row that cannot be used is an error that names its place; no row is skipped silently.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from launcher.errors import Problem
 __all__ = [
     "BLOCK_ROWS",
     "STDLIB_DOCS",
-    "Batch",
     "Chat",
     "Completion",
     "Document",
+    "DocumentBatch",
     "Message",
     "PlainText",
     "check_sources",
@@ -49,10 +49,10 @@ HELD_OUT_NAME = "held_out"
 
 
 def eval_source(data: DataSection) -> Source | None:
-    """data.eval_path as a source; None where it is unset.
+    """Return data.eval_path as a source; None if it is unset.
 
-    What a source of the same path says of subset, revision, format, columns and ignored keys holds here too; the last three
-    also where all sources have the same.
+    Subset, revision, format, columns and ignored keys are those of a source with the same path; the last three are also those of
+    all sources, if they agree.
     """
     if data.eval_path is None:
         return None
@@ -73,7 +73,7 @@ def eval_source(data: DataSection) -> Source | None:
 
 
 def check_sources(data: DataSection) -> list[Problem]:
-    """The mistakes that show without reading the files or asking another machine: paths that are missing, empty, no data."""
+    """Return the problems that show without reading files or the network: paths that are missing, empty, or not data."""
     sources = {f"data.sources[{i}].path": source for i, source in enumerate(data.sources)}
     if (held_out := eval_source(data)) is not None:
         sources["data.eval_path"] = held_out
@@ -97,30 +97,30 @@ def _path_problem(key: str, source: Source) -> Problem | None:
 
 
 def source_digest(source: Source) -> str:
-    """What changes with the source's bytes, and not with its name or place on this machine. Errors: DataError."""
+    """Return a text that changes with the source's bytes, not with its name or path. Raises: DataError."""
     return f"{STDLIB_DOCS} of Python {sys.version}" if source.path == STDLIB_DOCS else locate.digest(source)
 
 
 def provenance(source: Source) -> dict[str, Any]:
-    """Where the source's rows come from, for the report. Errors: DataError."""
+    """Return where the source's rows come from, for the report. Raises: DataError."""
     if source.path == STDLIB_DOCS:
-        made = {"digest": xxhash.xxh3_128_hexdigest(source_digest(source).encode()), "commit": None}
-        return {**made, "files": [], "num_files": 0, "left_out": [], "num_left_out": 0}
+        origin = {"digest": xxhash.xxh3_128_hexdigest(source_digest(source).encode()), "commit": None}
+        return {**origin, "files": [], "num_files": 0, "left_out": [], "num_left_out": 0}
     return locate.provenance(source)
 
 
 def count_rows(source: Source) -> int:
-    """Upper bound of the number of documents in `source`, for progress; blank lines count."""
+    """Return an upper bound of the number of documents in `source`, for progress; blank lines count."""
     if source.path == STDLIB_DOCS:
         return len(stdlib_docs.pairs())
-    return sum(_count_rows(file.path, file.name) for file in locate.files_of(source))
+    return sum(_count_rows(file.path, file.name) for file in locate.fetch_files(source))
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentBatch:
-    """Some documents of a source that follow each other; plain and picklable.
+    """Consecutive documents of a source; picklable.
 
-    `rows` are parsed when they are asked for, or are documents, each with True where the source itself holds it out.
+    `rows` is a block that `documents` parses, or documents, each with True if the source itself holds it out.
     """
 
     rows: Block | tuple[tuple[Document, bool], ...]
@@ -133,9 +133,10 @@ class DocumentBatch:
         return not isinstance(self.rows, Block)
 
     def documents(self, unread_keys: Counter[str]) -> Iterator[tuple[Document, bool]]:
-        """Each document with True where the source itself holds it out; counts of unread keys go to `unread_keys`.
+        """Yield each document with True if the source itself holds it out; add counts of unread keys to `unread_keys`.
 
-        Errors: DataError with the place.
+        Raises:
+            DataError: for a row that cannot be used, with its place.
         """
         if not isinstance(self.rows, Block):
             yield from self.rows
@@ -148,17 +149,18 @@ class DocumentBatch:
 
 
 def read_batches(source: Source) -> Iterator[DocumentBatch]:
-    """The source's documents, unparsed where that is possible.
+    """Yield the source's documents in batches, unparsed if possible. The format `auto` is that of the first row.
 
-    The format `auto` is that of the first row. Errors: DataError with the place of what cannot be read.
+    Raises:
+        DataError: for a file that cannot be read, with the place.
     """
     if source.path == STDLIB_DOCS:
         pairs = iter(stdlib_docs.pairs())
-        while some := tuple(_stdlib_document(pair) for pair in itertools.islice(pairs, BLOCK_ROWS)):
-            yield DocumentBatch(some)
+        while documents := tuple(_stdlib_document(pair) for pair in itertools.islice(pairs, BLOCK_ROWS)):
+            yield DocumentBatch(documents)
         return
     format = ""
-    for file in locate.files_of(source):
+    for file in locate.fetch_files(source):
         for block in blocks(file.path, file.name):
             if not format:
                 if (first := next(rows_of(block), None)) is None:
@@ -170,7 +172,7 @@ def read_batches(source: Source) -> Iterator[DocumentBatch]:
 
 
 def _detect_format(row: Row, where: str, source: Source) -> str:
-    """The format of a row; what rows of another kind of training lack says less than that they are such."""
+    """Detect the format of a row; first refuse a row for another kind of training, which says more than a missing key."""
     checked = RowKeys.of("", source.columns, source.ignored_keys).check(row, where, Counter())
     return detect_format(rename_columns(checked, source.columns, where), where)
 
@@ -181,9 +183,10 @@ def _stdlib_document(pair: stdlib_docs.Pair) -> tuple[Document, bool]:
 
 
 def read_documents(source: Source) -> Iterator[tuple[Document, bool]]:
-    """Each document with True where the source itself holds it out.
+    """Yield each document with True if the source itself holds it out.
 
-    Errors: DataError with the place of what cannot be read or used.
+    Raises:
+        DataError: for a file that cannot be read, or a row that cannot be used, with the place.
     """
     for batch in read_batches(source):
         yield from batch.documents(Counter())

@@ -1,4 +1,4 @@
-"""Documents: what a row of a data source says, whatever its format. Plain and picklable."""
+"""Documents: the content of a row, independent of its format. Picklable."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ ROLES = ("system", "user", "assistant", "tool")
 class Message:
     """One message; `role` is one of ROLES.
 
-    `tool_calls` are an assistant's, as {"type": "function", "function": {"name", "arguments"}}, with an "id" where the row has
-    one and the arguments as a mapping. `weight` 0 or 1 says whether an assistant's message is trained; None: as the settings say.
+    `tool_calls` of an assistant are {"type": "function", "function": {"name", "arguments"}}, with an "id" if the row has one and
+    the arguments as a mapping. `weight` 1 or 0: an assistant's message is trained or not; None: the settings decide.
     """
 
     role: str
@@ -45,7 +45,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """Raw text that is trained from end to end."""
+    """Raw text; all of it is trained."""
 
     where: str
     text: str

@@ -1,7 +1,7 @@
-"""From a file to rows: jsonl, json, csv, parquet and txt, as they are or compressed with gzip or zstd.
+"""Read rows from files: jsonl, json, csv, parquet and txt, plain or compressed with gzip or zstd.
 
-A file is cut into blocks of rows without parsing what can be told apart unparsed, so that other processes may do that.
-Compression is told by a file's first bytes, its kind by the name, and by the first bytes where the name says nothing.
+A file is cut into blocks of rows, unparsed if possible, so that worker processes can parse them. The first bytes of a file show
+its compression; its name shows its kind, or else its first bytes.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, NoReturn
 
 import xxhash
 
-from launcher.data.sources.json_array import array_rows, beyond
+from launcher.data.sources.json_array import array_rows, describe_limit
 from launcher.data.sources.row_values import Row, json_type, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 COMPRESSED = (".gz", ".zst")
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-# Of what is read at a time, and of a block of rows.
+# Size of a read, and of a block of rows.
 _BLOCK_BYTES = 1 << 20
 BLOCK_ROWS = 256
 _SAVE_AS_UTF8 = "save the file in UTF-8"
@@ -40,12 +40,12 @@ class DataFile:
 
 
 def kind_by_name(name: str) -> str | None:
-    """One of KINDS' values from a file's name, without what compression adds to it; None where the name says nothing."""
+    """Return one of the values of KINDS by the file's name, without its compression suffix; None for another suffix."""
     return KINDS.get(_decompressed_name(name.lower()).suffix)
 
 
-def stem_of(name: str) -> str:
-    """The file's path without what its kind and compression add to it."""
+def strip_suffixes(name: str) -> str:
+    """Return the path of the file without the suffixes of its kind and compression."""
     return _decompressed_name(name).with_suffix("").as_posix()
 
 
@@ -56,10 +56,10 @@ def _decompressed_name(name: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Up to BLOCK_ROWS rows that follow each other in a file; plain and picklable.
+    """Up to BLOCK_ROWS consecutive rows of a file; picklable.
 
-    `data` are the lines of a jsonl or txt file, of which `first` is the number; a part of a parquet table as an Arrow stream,
-    with the number of its first row; or the rows themselves with their places, where the file had to be parsed to find them.
+    `data` is the lines of a jsonl or txt file, or a part of a parquet table as an Arrow stream; `first` is the number of the
+    first line or row. If the file must be parsed to find its rows, `data` is the rows with their places.
     """
 
     kind: str
@@ -69,14 +69,15 @@ class Block:
 
 
 def blocks(path: Path, name: str) -> Iterator[Block]:
-    """The rows of a file, in order, in blocks of about a megabyte at most; `name` is the file as the user knows it.
+    """Yield the rows of a file, in order, in blocks of at most about a megabyte; `name` is the file as the user knows it.
 
-    Errors: DataError with the place, for a file that is unreadable, cut or corrupt, or a table or array that cannot be parsed.
+    Raises:
+        DataError: with the place, for a file that is unreadable, truncated or corrupt, or a table or array that cannot be parsed.
     """
     with _opened(path, name) as file:
         kind = kind_by_name(name) or _kind_by_content(file, name)
         if kind == "json" and file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
-            # Lines of objects under the name of a JSON file.
+            # A .json file with one object per line.
             kind = "jsonl"
         if kind in _LINES:
             yield from _blocks_of_lines(file, name, kind)
@@ -87,7 +88,7 @@ def blocks(path: Path, name: str) -> Iterator[Block]:
 
 
 def rows_of(block: Block) -> Iterator[tuple[Row, str]]:
-    """Each row of a block with its place, file:line or file:row N. Errors: DataError with the place."""
+    """Yield each row of a block with its place, file:line or file:row N. Raises: DataError with the place."""
     if not isinstance(block.data, bytes):
         yield from block.data
     elif block.kind == "parquet":
@@ -111,39 +112,39 @@ def _blocks_of_lines(file: io.BufferedReader, name: str, kind: str) -> Iterator[
 
 
 def _blocks_of_rows(rows: Iterator[tuple[Row, str, int]], name: str, kind: str) -> Iterator[Block]:
-    """`rows` come with the number of their characters."""
-    some: list[tuple[Row, str]] = []
+    """Group rows into blocks; each comes with its place and its number of characters."""
+    block: list[tuple[Row, str]] = []
     first, num_chars = 1, 0
     for row, place, size in rows:
-        some.append((row, place))
+        block.append((row, place))
         num_chars += size
-        if len(some) == BLOCK_ROWS or num_chars >= _BLOCK_BYTES:
-            yield Block(kind, name, first, tuple(some))
-            first, num_chars = first + len(some), 0
-            some.clear()
-    if some:
-        yield Block(kind, name, first, tuple(some))
+        if len(block) == BLOCK_ROWS or num_chars >= _BLOCK_BYTES:
+            yield Block(kind, name, first, tuple(block))
+            first, num_chars = first + len(block), 0
+            block.clear()
+    if block:
+        yield Block(kind, name, first, tuple(block))
 
 
 def count_rows(path: Path, name: str) -> int:
-    """Upper bound of the number of rows, without parsing them. Errors: DataError with the place, as in `read_rows`."""
+    """Return an upper bound of the number of rows, without parsing them. Raises: DataError as `blocks`."""
     with _opened(path, name) as file:
         kind = kind_by_name(name) or _kind_by_content(file, name)
         if kind == "parquet":
             return int(_parquet(file, name).metadata.num_rows)
-        # Every object of a JSON array has a brace of its own.
-        mark = b"{" if kind == "json" else b"\n"
-        return sum(block.count(mark) for block in iter(lambda: file.read(_BLOCK_BYTES), b"")) + 1
+        # Every object of a JSON array has an opening brace.
+        separator = b"{" if kind == "json" else b"\n"
+        return sum(block.count(separator) for block in iter(lambda: file.read(_BLOCK_BYTES), b"")) + 1
 
 
 def unreadable(error: OSError, name: str) -> NoReturn:
-    """Refuse a file that the system does not give out."""
+    """Refuse a file that the system cannot read."""
     what = f"the data file cannot be read: {error.strerror or error}"
-    refuse(what, name, "check who may read the file, and the disk or network that it is on")
+    refuse(what, name, "check the permissions of the file, and the disk or network that it is on")
 
 
 def file_digest(file: DataFile) -> str:
-    """Hex digest of the file's bytes. Errors: DataError."""
+    """Return a hex digest of the file's bytes. Raises: DataError."""
     state = xxhash.xxh3_128()
     try:
         with file.path.open("rb") as opened:
@@ -178,7 +179,7 @@ def _decompressed(raw: io.FileIO, name: str) -> Iterator[io.BufferedReader]:
     except OSError as error:
         at, size = raw.tell(), os.fstat(raw.fileno()).st_size
         if "Truncated" in str(error):
-            what, place = f"the {codec} stream breaks off: the file is cut", f"{name}, byte {size}"
+            what, place = f"the {codec} stream breaks off: the file is truncated", f"{name}, byte {size}"
         else:
             what, place = f"the {codec} stream is corrupt: {error}", f"{name}, before byte {at}"
         refuse(what, place, "copy or download the file again", value=f"{size} bytes")
@@ -210,7 +211,7 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
             remedy = "write one complete JSON object per line"
             refuse(f"the line is not JSON: {error.msg}", f"{name}:{number}:{error.colno}", remedy)
         except (RecursionError, ValueError) as error:
-            refuse(f"the line {beyond(error)}", f"{name}:{number}", "take the row out")
+            refuse(f"the line {describe_limit(error)}", f"{name}:{number}", "take the row out")
         if isinstance(row, list):
             refuse("the line holds a JSON array, not an object", f"{name}:{number}", _rename(name))
         if not isinstance(row, dict):
@@ -219,11 +220,11 @@ def _json_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple
 
 
 def _rename(name: str) -> str:
-    return f"write one JSON object per line, or give the file the ending .json (now {Path(name).name})"
+    return f"write one JSON object per line, or give the file the ending .json (its name is {Path(name).name})"
 
 
 def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
-    """(row, its place, its characters) of each line after the first, which names the columns."""
+    """Yield (row, place, number of characters) of each line after the first, which names the columns."""
     csv.field_size_limit(sys.maxsize)
     lines = (_decoded(line, name, number) for number, line in enumerate(file, start=1))
     reader = csv.reader(lines, strict=True)
@@ -236,7 +237,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
                 continue
             if header is None:
                 header = [cell.strip() for cell in cells]
-                # Of a table without names they are the cells of its first row.
+                # For a table without a header these are the cells of its first row.
                 names = ", ".join(map(safe_excerpt, header))
                 if len(set(header)) < len(header):
                     refuse(f"the first line names a column twice ({names})", place, "give every column its own name")
@@ -250,7 +251,7 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
 
 
 def _text_lines(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[tuple[Row, str]]:
-    """Every line that is not empty is a document."""
+    """Yield every line that is not empty as a row with the key text."""
     for number, line in lines:
         if text := _decoded(line, name, number).rstrip("\r\n"):
             yield {"text": text}, f"{name}:{number}"
@@ -263,7 +264,7 @@ def _parquet(file: io.BufferedReader, name: str) -> Any:
     import pyarrow
     import pyarrow.parquet
 
-    # The footer stands at the end, to which a compressed stream cannot jump.
+    # The footer is at the end, and a compressed stream cannot seek.
     seekable = file if file.seekable() else pyarrow.BufferReader(file.read())
     try:
         return pyarrow.parquet.ParquetFile(seekable)
@@ -277,7 +278,7 @@ def _blocks_of_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
     first = 1
     table = _parquet(file, name)
     try:
-        for batch in table.iter_batches(batch_size=_rows_at_once(table)):
+        for batch in table.iter_batches(batch_size=_batch_size(table)):
             num_rows = max(1, min(BLOCK_ROWS, _BLOCK_BYTES * batch.num_rows // max(1, batch.nbytes)))
             for start in range(0, batch.num_rows, num_rows):
                 part = batch.slice(start, num_rows)
@@ -290,8 +291,8 @@ def _blocks_of_table(file: io.BufferedReader, name: str) -> Iterator[Block]:
         _corrupt_table(error, name, first - 1)
 
 
-def _rows_at_once(table: Any) -> int:
-    """How many rows to decode at a time: some MiB of them, by the largest group's usual row, so that large rows fit in memory."""
+def _batch_size(table: Any) -> int:
+    """Return how many rows to decode at a time: some MiB of them, by the mean row size of the largest group."""
     groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
     row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
     return max(1, min(4 * BLOCK_ROWS, 4 * _BLOCK_BYTES // max(1, row_bytes)))
@@ -314,7 +315,7 @@ def _corrupt_table(error: Exception, name: str, after: int) -> NoReturn:
 
 
 def _without_nulls(value: Any) -> Any:
-    """All objects of a column have the same keys there; those that a row did not have are null."""
+    """Remove null keys of objects: in a parquet column all objects have the same keys, and missing ones are null."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):
@@ -323,7 +324,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _decoded(line: bytes, name: str, number: int) -> str:
-    """The line's text, without the mark that some programs put before a file's first character."""
+    """Decode a line, without the byte order mark that some programs write before the first character of a file."""
     try:
         text = line.decode("utf-8")
         return text.removeprefix("\ufeff") if number == 1 else text

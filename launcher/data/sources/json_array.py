@@ -1,4 +1,4 @@
-"""The objects of a JSON array one by one: of a file of any size, no more is in memory than an object and a block."""
+"""Read the objects of a JSON array one by one: memory holds one object and one block, whatever the size of the file."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from launcher.data.sources.row_values import Row, refuse
 
 _BLOCK_BYTES = 1 << 20
-# What is wrong this far before the end of what was read is not wrong for being incomplete, but for a string without its end.
+# A parse error this far before the end of the text is not due to incomplete input, except in an unterminated string.
 _LONGEST_WORD = 16
 _UNTERMINATED = "Unterminated string"
 _IS_CUT = "write one JSON array of objects; is the file cut?"
 
 
 class _Text:
-    """The text of a file from the first character that is still needed, in `text` from `at` on."""
+    """The text of a file from the first character that is still needed: `text` from index `at` on."""
 
     def __init__(self, file: io.BufferedReader, name: str) -> None:
         self._file, self._name = file, name
@@ -28,8 +28,8 @@ class _Text:
         self._is_first = True
 
     def read(self, num_bytes: int) -> bool:
-        """Read on; False at the end of the file."""
-        self._line, self._column = self._place(self.at)
+        """Read `num_bytes` more; return False at the end of the file."""
+        self._line, self._column = self._locate(self.at)
         self.text, self.at = self.text[self.at :], 0
         block = self._file.read(num_bytes)
         try:
@@ -38,13 +38,13 @@ class _Text:
             self.text += error.object[: error.start].decode("utf-8")
             what = f"the line is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
             refuse(what, self.place(len(self.text)), "save the file in UTF-8")
-        # The mark that some programs put before a file's first character.
+        # Some programs write a byte order mark before the first character.
         self.text += text.removeprefix("\ufeff") if self._is_first else text
         self._is_first = False
         return bool(block)
 
-    def next_sign(self) -> str:
-        """The next character that is no white space, at `at`; empty at the end of the file."""
+    def next_character(self) -> str:
+        """Move `at` to the next character that is not white space and return it; empty at the end of the file."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.at += 1
@@ -54,7 +54,7 @@ class _Text:
                 return ""
 
     def value(self) -> tuple[Any, int]:
-        """The value that begins at `at`, and its characters; `at` moves behind it. JSONDecodeError where it is none."""
+        """Parse the value at `at` and move past it; return it with its number of characters. Raises: JSONDecodeError."""
         num_bytes, is_all = _BLOCK_BYTES, False
         while True:
             try:
@@ -64,18 +64,18 @@ class _Text:
                 if is_wrong or is_all:
                     raise
                 is_all = not self.read(num_bytes)
-                # An object of many blocks is not parsed once for each.
+                # Doubled, so that an object of many blocks is not parsed once per block.
                 num_bytes *= 2
             else:
                 num_chars, self.at = end - self.at, end
                 return value, num_chars
 
     def place(self, at: int) -> str:
-        """The place in the file of the character `at`."""
-        line, column = self._place(at)
+        """Return the place (file:line:column) of the character at index `at`."""
+        line, column = self._locate(at)
         return f"{self._name}:{line}:{column}"
 
-    def _place(self, at: int) -> tuple[int, int]:
+    def _locate(self, at: int) -> tuple[int, int]:
         breaks = self.text.count("\n", 0, at)
         return (self._line + breaks, at - self.text.rfind("\n", 0, at)) if breaks else (self._line, self._column + at)
 
@@ -84,23 +84,23 @@ _DECODER = json.JSONDecoder()
 
 
 def array_rows(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
-    """(object, its place, its characters) of each entry of the array that `file` holds. Errors: DataError with the place."""
+    """Yield (object, place, number of characters) of each entry of the array in `file`. Raises: DataError with the place."""
     text = _Text(file, name)
-    text.next_sign()
+    text.next_character()
     text.at += 1
-    number, sign = 0, text.next_sign()
-    while sign != "]":
+    number, character = 0, text.next_character()
+    while character != "]":
         number += 1
         row, num_chars = _entry(text, name, number)
         yield row, f"{name}:row {number}", num_chars
-        sign = text.next_sign()
-        if sign == ",":
+        character = text.next_character()
+        if character == ",":
             text.at += 1
-            text.next_sign()
-        elif sign != "]":
+            text.next_character()
+        elif character != "]":
             refuse("the file is not JSON: Expecting ',' delimiter", text.place(text.at), _IS_CUT)
     text.at += 1
-    if text.next_sign():
+    if text.next_character():
         refuse("the file is not JSON: Extra data", text.place(text.at), "write one JSON array of objects")
 
 
@@ -110,12 +110,12 @@ def _entry(text: _Text, name: str, number: int) -> tuple[Row, int]:
     except json.JSONDecodeError as error:
         refuse(f"the file is not JSON: {error.msg}", text.place(error.pos), _IS_CUT)
     except (RecursionError, ValueError) as error:
-        refuse(f"the entry {beyond(error)}", f"{name}:row {number}", "take the row out")
+        refuse(f"the entry {describe_limit(error)}", f"{name}:row {number}", "take the row out")
     if not isinstance(value, dict):
         refuse("an entry of the JSON array is not an object", f"{name}:row {number}", "write an array of objects")
     return value, num_chars
 
 
-def beyond(error: Exception) -> str:
-    """Why JSON that is well formed cannot be read."""
+def describe_limit(error: Exception) -> str:
+    """Return why well-formed JSON cannot be parsed."""
     return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"

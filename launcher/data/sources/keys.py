@@ -1,4 +1,4 @@
-"""Keys of rows that no format reads: counted for the report, or refused where they say that the row is for other training. Pure.
+"""Row keys that no format reads: counted for the report, or refused if they mark a row for another kind of training. Pure.
 
 The names are those of TRL (dataset types), OpenAI (preference files), LLaMA-Factory, ms-swift and axolotl (dataset formats).
 """
@@ -14,7 +14,7 @@ from launcher.data.sources.formats import FORMATS
 from launcher.data.sources.row_values import Row, from_json, refuse, safe_excerpt
 
 NUM_KEYS_SHOWN = 20
-# Distinct keys that are counted at a time: rows may hold any number of them.
+# Distinct keys to count: rows may have any number of them.
 _MAX_KEYS_COUNTED = 1000
 
 _PART_KEYS = {"type", "text"}
@@ -23,7 +23,7 @@ _PART_KEYS = {"type", "text"}
 _PAIRS = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
 # The worse answer to the better one in messages: ms-swift.
 _WORSE_KEYS = ("rejected_response", "rejected_messages")
-# Whether the answer is a good one. TRL and ms-swift; LLaMA-Factory.
+# Whether the answer is good. TRL and ms-swift; LLaMA-Factory.
 _VERDICT_KEYS = ("label", "kto_tag")
 _MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 # Which tokens of input_ids are trained: axolotl and transformers, TRL, verl.
@@ -36,7 +36,7 @@ _OTHER_TRAINING = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RowKeys:
-    """Which keys are read of the rows of a source, by their own names; `format` is "" where it is not known yet."""
+    """The keys that are read of the rows of a source, by the rows' own names; `format` is "" if it is not known yet."""
 
     format: str
     read: frozenset[str]
@@ -45,7 +45,7 @@ class RowKeys:
 
     @classmethod
     def of(cls, format: str, columns: Mapping[str, str], ignored: tuple[str, ...]) -> RowKeys:
-        """The keys of rows in which `columns` names those that the format reads, and `ignored` those that are left unread."""
+        """Make it from `columns` (format's key to row's key) and the keys `ignored` that are left unread on purpose."""
         own_names = [columns.get(key, key) for key in FORMATS[format].keys] if format else columns.values()
         read = frozenset(own_names) - frozenset(ignored)
         keys = FORMATS[format].chat_keys if format else ()
@@ -53,11 +53,12 @@ class RowKeys:
         return cls(format, read, frozenset(ignored), chat_keys)
 
     def check(self, row: Row, where: str, counts: Counter[str]) -> Row:
-        """Add 1 to the count of each key that is not read, and is not empty, in the row and within its messages.
+        """Count each unread key of the row and of its messages that is not empty, in `counts`.
 
-        Gives the row without the ignored keys, and with its messages as a list where they are the list's JSON text.
+        Return the row without the ignored keys, with the JSON text of its messages parsed.
 
-        Errors: DataError for keys of another kind of training, unless they are ignored on purpose.
+        Raises:
+            DataError: for keys of another kind of training, unless they are ignored on purpose.
         """
         unread: Set[str] = row.keys() - self.read
         present = [key for key in self.chat_keys if key in row]
@@ -73,7 +74,7 @@ class RowKeys:
         return {key: value for key, value in row.items() if key not in self.ignored} if self.ignored else row
 
     def _check_messages(self, items: Any, key: str, where: str, counts: Counter[str]) -> None:
-        """As `check`; what is no list of objects is left to the format."""
+        """Check the keys of messages; anything but a list of objects is left to the format."""
         known = FORMATS[self.format].message_keys
         unread = set()
         for i, item in enumerate(items if isinstance(items, list) else ()):
@@ -97,7 +98,7 @@ class RowKeys:
                 _refuse_pair(f"{better} and {worse}", _remedy_of_pair(row, better, worse), where)
         for key in _WORSE_KEYS:
             if key in keys and _is_answer(row[key]):
-                _refuse_pair(key, f"to train on the messages alone: {_ignoring(key)}", where)
+                _refuse_pair(key, f"to train on the messages only: {_ignoring(key)}", where)
         if self.format not in ("", "text"):
             for key in _VERDICT_KEYS:
                 if key in keys and _is_false(row[key]):
@@ -115,21 +116,21 @@ def _refuse_pair(keys: str, remedy: str, where: str) -> NoReturn:
 
 
 def _remedy_of_pair(row: Row, better: str, worse: str) -> str:
-    """How to train on the better answer alone."""
+    """Return how to train on the better answer only."""
     if "messages" in row or "conversations" in row:
         return f"to train on the row's messages as they are: {_ignoring(better, worse)}"
     answer = from_json(row[better])
-    alone = f"to train on {better} alone: "
+    remedy = f"to train on {better} only: "
     if isinstance(answer, str):
         question = next((key for key in ("prompt", "instruction") if isinstance(row.get(key), str)), None)
         if question is None:
             columns = f"prompt: QUESTION, completion: {better}"
-            return f"{alone}{_source(f'columns: {{{columns}}}')}, with the key of the question in place of QUESTION"
-        return alone + _source(f"columns: {{{'completion' if question == 'prompt' else 'output'}: {better}}}")
+            return f"{remedy}{_source(f'columns: {{{columns}}}')}, with the key of the question in place of QUESTION"
+        return remedy + _source(f"columns: {{{'completion' if question == 'prompt' else 'output'}: {better}}}")
     messages = [item for item in answer if isinstance(item, dict)] if isinstance(answer, list) else []
     if any(message.get("role", message.get("from")) in ("user", "human") for message in messages):
-        return alone + _source(f"columns: {{messages: {better}}}")
-    return f"{alone}write the messages of the question and those of {better} into one list under the key messages"
+        return remedy + _source(f"columns: {{messages: {better}}}")
+    return f"{remedy}write the messages of the question and those of {better} into one list under the key messages"
 
 
 def _refuse_bad_answer(key: str, where: str) -> NoReturn:
@@ -172,7 +173,7 @@ def _ignoring(*keys: str) -> str:
 
 
 def _is_empty(value: Any) -> bool:
-    """Whether a value says nothing; tables of text write empty lists and objects as their JSON text."""
+    """Return True for a value without content; text tables have empty lists and objects as JSON text."""
     return value is None or value in ("[]", "{}") or (isinstance(value, str | bytes | list | dict) and not value)
 
 
@@ -181,12 +182,12 @@ def _is_answer(value: Any) -> bool:
 
 
 def _is_false(value: Any) -> bool:
-    """Whether a value is false, which tables of text write out; 0 may be a class."""
+    """Return True for false, also as text, as tables have it; 0 may be a class label."""
     return value is False or (isinstance(value, str) and value.lower() == "false")
 
 
 def _is_media(value: Any) -> bool:
-    """Whether a value holds bytes, paths or addresses: numbers and flags only tell of media."""
+    """Return True for bytes, paths or addresses; numbers and flags only describe media."""
     value = from_json(value)
     if isinstance(value, list | dict):
         return any(map(_is_media, value.values() if isinstance(value, dict) else value))
@@ -199,7 +200,7 @@ def _is_filled_list(value: Any) -> bool:
 
 
 def _is_other_weight(value: Any) -> bool:
-    """Whether a value is a number other than 1; tables may write a missing one as NaN."""
+    """Return True for a number other than 1; tables may have a missing number as NaN."""
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 1.0
     except (ValueError, OverflowError):
@@ -207,8 +208,8 @@ def _is_other_weight(value: Any) -> bool:
     return number == number and number != 1
 
 
-def named(counts: Counter[str]) -> dict[str, int]:
-    """The counts by what the report may say of each key."""
+def redact_keys(counts: Counter[str]) -> dict[str, int]:
+    """Return the counts under the excerpts of the keys that the report may show."""
     safe: Counter[str] = Counter()
     for key, count in counts.items():
         safe[safe_excerpt(key)] += count
@@ -216,24 +217,24 @@ def named(counts: Counter[str]) -> dict[str, int]:
 
 
 class KeyCounts:
-    """The sum of counts of keys, in bounded memory: of more than 2,000 distinct keys the rarer half is forgotten."""
+    """Sums counts of keys in bounded memory: of more than 2,000 distinct keys, the rarer half is dropped."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
-        self._num_forgotten = 0
+        self._num_dropped = 0
 
     def add(self, counts: Mapping[str, int]) -> None:
         self._counts.update(counts)
         if len(self._counts) > 2 * _MAX_KEYS_COUNTED:
-            self._num_forgotten += len(self._counts) - _MAX_KEYS_COUNTED
+            self._num_dropped += len(self._counts) - _MAX_KEYS_COUNTED
             self._counts = Counter(dict(self._ranked()[:_MAX_KEYS_COUNTED]))
 
     def to_json(self) -> dict[str, Any]:
-        """The most frequent keys with their counts, and the number of other keys: about that, where some were forgotten."""
+        """Return the most frequent keys with their counts, and the number of other keys (approximate if some were dropped)."""
         ranked = self._ranked()
-        num_others = len(ranked[NUM_KEYS_SHOWN:]) + self._num_forgotten
+        num_others = len(ranked[NUM_KEYS_SHOWN:]) + self._num_dropped
         return {"unread_keys": dict(ranked[:NUM_KEYS_SHOWN]), "num_other_unread_keys": num_others}
 
     def _ranked(self) -> list[tuple[str, int]]:
-        """The most frequent first, equal ones by name, so that a cache does not depend on the order of sets."""
+        """Sort by frequency, then by name, so that a cache does not depend on the order of sets."""
         return sorted(self._counts.items(), key=lambda pair: (-pair[1], pair[0]))

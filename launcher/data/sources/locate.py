@@ -1,6 +1,6 @@
-"""From a source's path to files on this machine: local files, folders and patterns, hub datasets, addresses of fsspec.
+"""Locate the files of a source: local files, folders and patterns, Hub datasets, fsspec addresses.
 
-What lies elsewhere is fetched once: hub files into huggingface_hub's cache, others into the launcher's.
+Remote files are downloaded once: those of the Hub into huggingface_hub's cache, others into the launcher's.
 """
 
 from __future__ import annotations
@@ -27,36 +27,42 @@ from launcher.errors import DataError, Problem
 
 _COMMIT_DIGITS = 40
 _HUB_TIMEOUT_S = 20.0
-# Too many requests, and errors of the server's own.
-_MAY_PASS = (429, *range(500, 600))
+# Too many requests, and server errors.
+_TEMPORARY = (429, *range(500, 600))
 _NUM_NAMES = 10
 
 
 def is_url(path: str) -> bool:
+    """Return True for an address with a protocol, such as s3://."""
     return "://" in path
 
 
 def is_hub(path: str) -> bool:
-    """True for owner/name, unless that is a file or folder here or looks like a data file."""
+    """Return True for owner/name, unless that is a local file or folder, or has the name of a data file."""
     return HUB_ID_PATTERN.fullmatch(path) is not None and kind_by_name(path) is None and not Path(path).exists()
 
 
 def has_splits(path: str) -> bool:
-    """True for a folder, a hub dataset and an address; the files of a path or a pattern are taken as they are named."""
+    """Return True for a folder, a Hub dataset and an address; files that are named by a path or a pattern have no splits."""
     return is_url(path) or is_hub(path) or Path(path).expanduser().is_dir()
 
 
-def files_of(source: Source) -> tuple[DataFile, ...]:
-    """The source's files, fetched where they lie elsewhere. Errors: DataError."""
+def fetch_files(source: Source) -> tuple[DataFile, ...]:
+    """Return the files of the source, downloaded if they are remote. Raises: DataError."""
     if is_url(source.path):
         return RemoteFiles(source).fetch()
     return _hub_files(source) if is_hub(source.path) else _local_files(source)
 
 
 def digest(source: Source) -> str:
-    """What changes with the bytes of the source's files and not with their place: of local files they are read, of a hub
-    dataset it is the commit, elsewhere what the storage says of each file; only where it says nothing, the file is fetched and
-    read. Errors: DataError."""
+    """Return a text that changes with the bytes of the source's files, not with their path.
+
+    Local files are read. For a Hub dataset it is the commit; elsewhere the metadata that the storage has of each file. A file
+    without such metadata is downloaded and read.
+
+    Raises:
+        DataError: if the files cannot be listed or read.
+    """
     if is_url(source.path):
         return RemoteFiles(source).digest()
     if is_hub(source.path):
@@ -66,44 +72,46 @@ def digest(source: Source) -> str:
 
 
 def provenance(source: Source) -> dict[str, Any]:
-    """Where the source's rows come from: a digest of `digest`, a hub dataset's `commit`, and the names of up to ten files that
-    are read and that are left out, with their numbers. Errors: DataError."""
+    """Return where the source's rows come from: a digest, the commit of a Hub dataset, and the files that are read and left out.
+
+    Up to ten names of each are listed. Raises: DataError.
+    """
     commit: str | None = None
-    unread: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     if is_url(source.path):
         remote = RemoteFiles(source)
-        names, unread = remote.names, remote.left_out
+        names, unused = remote.names, remote.left_out
     elif is_hub(source.path):
-        commit, names, unread = _hub_listing(source)
+        commit, names, unused = _hub_listing(source)
     else:
         names, folder = tuple(file.name for file in _local_files(source)), Path(source.path).expanduser()
-        unread = _of_folder(folder, source)[1] if folder.is_dir() else ()
+        unused = _choose_in_folder(folder, source)[1] if folder.is_dir() else ()
     return {
         "digest": xxhash.xxh3_128_hexdigest(digest(source).encode()),
         "commit": commit,
         "files": list(names[:_NUM_NAMES]),
         "num_files": len(names),
-        "left_out": list(unread[:_NUM_NAMES]),
-        "num_left_out": len(unread),
+        "left_out": list(unused[:_NUM_NAMES]),
+        "num_left_out": len(unused),
     }
 
 
 def url_problem(key: str, url: str) -> Problem | None:
-    """An address whose protocol nothing here knows."""
+    """Return the problem of an address with an unknown protocol; `key` is its setting."""
     from fsspec.registry import available_protocols
 
     protocol = url.split("://")[0]
     if protocol in available_protocols():
         return None
-    return Problem(f"nothing here knows {protocol}://", key, url, "write s3://, gs://, hf://datasets/ or https://")
+    return Problem(f"the protocol {protocol}:// is unknown", key, url, "write s3://, gs://, hf://datasets/ or https://")
 
 
 def local_problem(key: str, source: Source) -> Problem | None:
-    """What is wrong with a local path, as the disk tells; `key` is its setting."""
+    """Check a local path on disk and return its problem; `key` is its setting."""
     value, path = source.path, Path(source.path).expanduser()
-    remedy = f"set {key} to a data file, a folder, a pattern, a hub dataset (owner/name) or an address (s3://...)"
+    remedy = f"set {key} to a data file, a folder, a pattern, a Hub dataset (owner/name) or an address (s3://...)"
     is_pattern = glob.has_magic(value) and not path.exists()
-    if is_pattern and not _matches(value):
+    if is_pattern and not _match_pattern(value):
         return Problem("no file matches the pattern", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
     if not is_pattern and not path.exists():
         return Problem("the data file does not exist", key, value, f"{remedy}; relative paths start at {Path.cwd()}")
@@ -126,68 +134,71 @@ def local_problem(key: str, source: Source) -> Problem | None:
 def _local_files(source: Source) -> tuple[DataFile, ...]:
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in _of_folder(path, source)[0])
+        return tuple(DataFile(path / name, f"{source.path.rstrip('/')}/{name}") for name in _choose_in_folder(path, source)[0])
     if glob.has_magic(source.path) and not path.exists():
-        return tuple(DataFile(Path(name), name) for name in _matches(source.path))
+        return tuple(DataFile(Path(name), name) for name in _match_pattern(source.path))
     return (DataFile(path, source.path),)
 
 
-def _of_folder(folder: Path, source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files of the source's subset and split, and those left out."""
-    names = _names_in(folder)
+def _choose_in_folder(folder: Path, source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the files of the source's subset and split, and those left out."""
+    names = _list_names(folder)
     chosen = choose(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
     return chosen, left_out(names, chosen)
 
 
-def _names_in(folder: Path) -> list[str]:
-    """The files below `folder`, those behind links too; what several links lead to, or a link leads back to, is there once."""
+def _list_names(folder: Path) -> list[str]:
+    """Return the files below `folder`, following links; a folder with several links to it is listed once."""
     names, seen = [], {folder.resolve()}
-    waiting = [folder]
-    for place in waiting:
+    folders = [folder]
+    for subfolder in folders:
         try:
-            entries = sorted(place.iterdir())
+            entries = sorted(subfolder.iterdir())
         except OSError as error:
-            refuse(f"the folder cannot be read: {error.strerror or error}", str(place), "check who may read it, and the disk")
+            refuse(f"the folder cannot be read: {error.strerror or error}", str(subfolder), "check its permissions and the disk")
         names += [entry.relative_to(folder).as_posix() for entry in entries if entry.is_file()]
         for entry in sorted((e for e in entries if e.is_dir()), key=Path.is_symlink):
             if (real := entry.resolve()) not in seen:
                 seen.add(real)
-                waiting.append(entry)
+                folders.append(entry)
     return sorted(names)
 
 
-def _matches(pattern: str) -> list[str]:
-    found = glob.iglob(os.path.expanduser(pattern), recursive=True)
-    return sorted(name for name in found if Path(name).is_file())
+def _match_pattern(pattern: str) -> list[str]:
+    paths = glob.iglob(os.path.expanduser(pattern), recursive=True)
+    return sorted(name for name in paths if Path(name).is_file())
 
 
-# The hub
+# Hub datasets
 
 
 def _hub_files(source: Source) -> tuple[DataFile, ...]:
     from huggingface_hub import hf_hub_download
 
     commit, names, _ = _hub_listing(source)
-    made = []
+    files = []
     for name in names:
         try:
             path = hf_hub_download(source.path, name, repo_type="dataset", revision=commit)
         except Exception as error:
             why = f": {error.strerror}" if isinstance(error, OSError) and error.strerror else ""
             raise _unreachable(source, f"{name} cannot be fetched: {type(error).__name__}{why}") from error
-        made.append(DataFile(Path(path), f"{source.path}/{name}"))
-    return tuple(made)
+        files.append(DataFile(Path(path), f"{source.path}/{name}"))
+    return tuple(files)
 
 
 def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The commit, the files of the source's subset and split, and those left out; asks the hub unless the revision is a commit
-    that was asked for before. Where the hub cannot be reached or is too busy, the answer is that of the last time."""
+    """Return the commit, the files of the source's subset and split, and those left out.
+
+    The Hub is queried unless the revision is a commit with a stored listing. If the Hub cannot be reached or is too busy, the
+    last stored listing is returned.
+    """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     record = source_folder("hub", source.path, source.revision, source.subset, source.split) / "listing.json"
-    if len(source.revision or "") == _COMMIT_DIGITS and (known := _known(record)):
-        return known
+    if len(source.revision or "") == _COMMIT_DIGITS and (stored := _read_listing(record)):
+        return stored
     try:
         info = HfApi().dataset_info(source.path, revision=source.revision, timeout=_HUB_TIMEOUT_S)
         commit, names = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
@@ -200,42 +211,42 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]
         raise
     except Exception as error:
         status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else 0
-        said = _hub_said(error, status)
-        if (not status or status in _MAY_PASS) and (known := _known(record)):
-            _say_once(f"{said}; {source.path} is read at the last known commit {known[0]}")
-            return known
-        raise _unreachable(source, said) from error
-    unread = left_out(names, chosen)
+        reason = _describe_failure(error, status)
+        if (not status or status in _TEMPORARY) and (stored := _read_listing(record)):
+            _warn_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
+            return stored
+        raise _unreachable(source, reason) from error
+    unused = left_out(names, chosen)
     with usable(record.parent):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": unread})
-    return commit, chosen, unread
+        atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": unused})
+    return commit, chosen, unused
 
 
-def _hub_said(error: Exception, status: int) -> str:
-    """What went wrong where the hub has answered with an HTTP status, or not at all (0)."""
+def _describe_failure(error: Exception, status: int) -> str:
+    """Return why a request to the Hub failed, by its HTTP status; 0: no response."""
     if not status:
         return f"the hub cannot be reached ({type(error).__name__})"
-    known = {401: "the hub knows no such dataset, or it is private", 403: "the hub does not give it to this account"}
-    return known.get(status, f"the hub answers with {type(error).__name__} ({status})")
+    reasons = {401: "the hub knows no such dataset, or it is private", 403: "the hub does not give it to this account"}
+    return reasons.get(status, f"the hub answers with {type(error).__name__} ({status})")
 
 
 @functools.cache
-def _say_once(text: str) -> None:
-    # Without a handler of its own a warning goes to standard error as it is.
+def _warn_once(text: str) -> None:
+    # Without a logging handler, a warning goes to standard error.
     logging.getLogger(__name__).warning(text)
 
 
-def _known(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
+def _read_listing(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] | None:
     try:
-        found = json.loads(record.read_bytes())
+        listing = json.loads(record.read_bytes())
     except FileNotFoundError:
         return None
-    return found["commit"], tuple(found["files"]), tuple(found.get("left_out", ()))
+    return listing["commit"], tuple(listing["files"]), tuple(listing.get("left_out", ()))
 
 
-def _unreachable(source: Source, said: str) -> DataError:
-    what = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {said}"
+def _unreachable(source: Source, reason: str) -> DataError:
+    what = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {reason}"
     remedy = (
         f"a local folder: write ./ before it, and create it (relative paths start at {Path.cwd()}); "
         "a hub dataset: check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated one"

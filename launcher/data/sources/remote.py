@@ -1,4 +1,4 @@
-"""Files at addresses that fsspec knows, fetched once into the launcher's cache."""
+"""Files at fsspec addresses, downloaded once into the launcher's cache."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from launcher.data.sources.splits import choose, left_out
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
 
-# What storages call the property of a file that changes with its content.
-_CHANGES = (
+# Metadata of a file that changes with its content, by the names in various storages.
+_VERSION_KEYS = (
     *("ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
     *("mtime", "LastModified", "Last-Modified", "last_modified", "updated", "created"),
 )
-# By address: the digest of what was fetched from a storage that says of a file neither its version nor its time.
-_fetched: dict[str, str] = {}
+# By address: digests of files that were downloaded in this process because their storage has no such metadata.
+_downloaded: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class _State:
-    """What tells one content of a file from another: its size where the storage says it, and a mark that changes."""
+    """Identifies the content of a file: its size, if the storage has it, and a `version` that changes with the content."""
 
     size: int | None
-    mark: str
+    version: str
 
 
 class RemoteFiles:
-    """A file, pattern or folder at an address that fsspec knows; `left_out` are a folder's files that are not read.
+    """A file, pattern or folder at an fsspec address; `left_out` are files of a folder that are not read.
 
-    Errors: DataError.
+    Methods raise DataError.
     """
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self.left_out: tuple[str, ...] = ()
         self._fs, path = self._try("opened", lambda: _connect(source.path))
-        # Another process may have written since this one looked.
+        # Another process may have written files since the last listing.
         self._fs.invalidate_cache()
         self._paths = self._try("listed", lambda: self._list(path))
         if not self._paths:
@@ -55,7 +55,7 @@ class RemoteFiles:
     def _list(self, path: str) -> list[str]:
         before_query = path.partition("?")[0]
         if path.startswith(("http://", "https://")) and kind_by_name(before_query) and not glob.has_magic(before_query):
-            # To look for a folder would be to read the file for links.
+            # fsspec would read the file for links to see whether it is a folder.
             return [path]
         if glob.has_magic(path):
             return sorted(name for name in self._fs.glob(path) if self._fs.isfile(name))
@@ -74,8 +74,8 @@ class RemoteFiles:
         size = info.get("size")
         if size == 0:
             refuse("the data file is empty", self._name(path), "write rows into it")
-        mark = next((f"{key}={info[key]}" for key in _CHANGES if info.get(key) is not None), None)
-        return _State(size, mark or self._fetched_digest(path, size))
+        version = next((f"{key}={info[key]}" for key in _VERSION_KEYS if info.get(key) is not None), None)
+        return _State(size, version or self._download_digest(path, size))
 
     def _name(self, path: str) -> str:
         return str(self._fs.unstrip_protocol(path))
@@ -85,10 +85,12 @@ class RemoteFiles:
         return tuple(self._name(path) for path in self._paths)
 
     def digest(self) -> str:
+        """Return a text that changes with the content of the files."""
         states = zip(self._paths, self._states, strict=True)
-        return json.dumps([(self._name(path), state.size, state.mark) for path, state in states])
+        return json.dumps([(self._name(path), state.size, state.version) for path, state in states])
 
     def fetch(self) -> tuple[DataFile, ...]:
+        """Download the files that are not in the cache; return all."""
         return tuple(self._fetch(path, state) for path, state in zip(self._paths, self._states, strict=True))
 
     def _fetch(self, path: str, state: _State) -> DataFile:
@@ -102,10 +104,10 @@ class RemoteFiles:
                     self._download(path, state.size, target.parent).replace(target)
         return DataFile(target, self._name(path))
 
-    def _fetched_digest(self, path: str, size: int | None) -> str:
-        """Fetch a file of which nothing else tells whether it has changed, once in this process."""
+    def _download_digest(self, path: str, size: int | None) -> str:
+        """Download a file without version metadata, once per process; return the digest of its content."""
         name = self._name(path)
-        if name not in _fetched:
+        if name not in _downloaded:
             folder = source_folder("address", name)
             with usable(folder):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -114,15 +116,15 @@ class RemoteFiles:
                 target = self._target(path, _State(size, digest))
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 partial.replace(target)
-            _fetched[name] = digest
-        return _fetched[name]
+            _downloaded[name] = digest
+        return _downloaded[name]
 
     def _target(self, path: str, state: _State) -> Path:
-        # Addresses may end in more characters than a file's name can have.
-        return source_folder("address", self._name(path), state.size, state.mark) / "rows"
+        # Not named after the address, which may be longer than a file name can be.
+        return source_folder("address", self._name(path), state.size, state.version) / "rows"
 
     def _download(self, path: str, size: int | None, folder: Path) -> Path:
-        """Fetch the file under a name of its own in `folder`; where that fails, nothing is left of it."""
+        """Download the file under a temporary name in `folder`; remove it if that fails."""
         partial = folder / f".{secrets.token_hex(4)}"
 
         def get() -> None:
@@ -135,11 +137,11 @@ class RemoteFiles:
 
         try:
             self._try("fetched", get)
-            found = partial.stat().st_size
-            if size is not None and found != size:
-                what = f"the data was not fetched whole: {found:,} of {size:,} bytes"
-                refuse(what, self._name(path), "try again; is the file being written at present?")
-            if found == 0:
+            num_bytes = partial.stat().st_size
+            if size is not None and num_bytes != size:
+                what = f"the download is incomplete: {num_bytes:,} of {size:,} bytes"
+                refuse(what, self._name(path), "try again when no program writes the file")
+            if num_bytes == 0:
                 refuse("the data file is empty", self._name(path), "write rows into it")
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -157,14 +159,14 @@ class RemoteFiles:
         except ImportError as error:
             protocol = path.split("://")[0]
             what = f"the package that reads {protocol}:// is not installed: {error}"
-            raise DataError(Problem(what, path, remedy=f"pip install {_package(error)}")) from error
+            raise DataError(Problem(what, path, remedy=f"pip install {_missing_package(error)}")) from error
         except Exception as error:
             what = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
             raise DataError(Problem(what, path, remedy=remedy)) from error
 
 
-def _package(error: ImportError) -> str:
-    """What is to be installed: fsspec's own error follows on that of the import, which names the module."""
+def _missing_package(error: ImportError) -> str:
+    """Return the package to install: fsspec's error is caused by the import error that names the module."""
     missing = error.__cause__ if isinstance(error.__cause__, ImportError) else error
     return (missing.name or str(missing)).partition(".")[0]
 

@@ -1,4 +1,4 @@
-"""Which files of a folder or a hub dataset belong to a split: by its README, else by the files' names. Pure but for `read`."""
+"""Choose the files of a split in a folder or a Hub dataset: by its README, else by file names. Pure but for `read`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from launcher.data.sources.files import COMPRESSED, KINDS, kind_by_name, stem_of
+from launcher.data.sources.files import COMPRESSED, KINDS, kind_by_name, strip_suffixes
 from launcher.data.sources.row_values import refuse
 
-# For held-out documents, where no split is asked for.
+# The split of held-out documents, if none is set.
 HELD_OUT = "validation or test"
 README = "README.md"
 _WORDS = {
@@ -19,57 +19,59 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF_WORD = {word: split for split, words in _WORDS.items() for word in words}
-# Compressed or packed in ways that are not read here.
-_UNREAD = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tar.zst", ".tgz")
-# What stands beside data in such folders.
+# Compression and archives that are not supported.
+_UNSUPPORTED = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tar.gz", ".tar.zst", ".tgz")
+# Files that accompany data in such folders.
 _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
 
 
 def choose(
     names: Sequence[str], read: Callable[[str], bytes], subset: str | None, split: str | None, where: str
 ) -> tuple[str, ...]:
-    """The data files among `names` (paths with slashes, relative to the folder) that belong to subset and split, sorted.
+    """Return the data files among `names` (paths with slashes, relative to the folder) of the subset and split, sorted.
 
-    Without a split it is train, or the only one there is; names that show no split at all are all of the data.
-    Errors: DataError with the subsets or splits that there are.
+    The default split is train, or the only one; if no name shows a split, all files are the data.
+
+    Raises:
+        DataError: if the subset or split does not exist, with those that do.
     """
     configs = _configs(read(README), where) if README in names else []
     if configs:
-        found = _by_readme(_subset(configs, subset, where), names, where)
+        by_split = _by_readme(_subset(configs, subset, where), names, where)
     elif subset is not None:
         refuse(f"there is no subset {subset}: the dataset has only one", where, "take the source's subset out")
     else:
-        found = _by_names(_data_files(names, where))
-    if found.keys() == {""}:
+        by_split = _by_names(_data_files(names, where))
+    if by_split.keys() == {""}:
         if split not in (None, HELD_OUT):
             remedy = "take the source's split out, or name the files themselves in its path"
             refuse(f"no file belongs to a split {split}: the names show no splits", where, remedy)
-        chosen = found[""]
+        chosen = by_split[""]
     else:
-        chosen = found[_split(found, split, where)]
+        chosen = by_split[_select_split(by_split, split, where)]
     by_stem: dict[str, str] = {}
     for name in chosen:
-        if (other := by_stem.setdefault(stem_of(name), name)) != name:
+        if (other := by_stem.setdefault(strip_suffixes(name), name)) != name:
             what = f"{other} and {name} have one name and two formats: the same rows may stand in both"
             refuse(what, where, "take one of them away, or name the files in the source's path, as in DIR/*.jsonl")
     return tuple(chosen)
 
 
 def left_out(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
-    """The files among `names` that are not `chosen`, but for those that never hold data; sorted."""
+    """Return the files among `names` that are not `chosen`, without those that never have data; sorted."""
     return tuple(sorted(n for n in names if n not in chosen and not _is_hidden(n) and not _is_beside(n)))
 
 
-def _split(found: dict[str, list[str]], split: str | None, where: str) -> str:
-    if "" in found:
-        names = {key: ", ".join(files[:3]) for key, files in found.items() if key}
-        what = f"{', '.join(found[''][:3])} belongs to no split, while other files do ({'; '.join(names.values())})"
+def _select_split(by_split: dict[str, list[str]], split: str | None, where: str) -> str:
+    if "" in by_split:
+        names = {key: ", ".join(files[:3]) for key, files in by_split.items() if key}
+        what = f"{', '.join(by_split[''][:3])} belongs to no split, while other files do ({'; '.join(names.values())})"
         refuse(what, where, "name the files in the source's path with a pattern, such as DIR/train*.jsonl")
-    wanted = split.split(" or ") if split is not None else ["train"] if len(found) > 1 else list(found)
-    for name in wanted:
-        if name in found:
+    candidates = split.split(" or ") if split is not None else ["train"] if len(by_split) > 1 else list(by_split)
+    for name in candidates:
+        if name in by_split:
             return name
-    what = f"there is no split {' or '.join(wanted)} (there are: {', '.join(found)})"
+    what = f"there is no split {' or '.join(candidates)} (there are: {', '.join(by_split)})"
     refuse(what, where, "set the source's split (for held-out documents data.eval_split) to one of them")
 
 
@@ -82,12 +84,14 @@ def _is_beside(name: str) -> bool:
 
 
 def _data_files(names: Sequence[str], where: str) -> list[str]:
-    if unread := sorted(n for n in names if n.lower().endswith(_UNREAD) and not _is_hidden(n) and not _is_beside(n)):
-        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+    if unsupported := sorted(n for n in names if n.lower().endswith(_UNSUPPORTED) and not _is_hidden(n) and not _is_beside(n)):
+        more = f" and {len(unsupported) - 3} more" if len(unsupported) > 3 else ""
         remedy = f"unpack them (or compress with {' or '.join(COMPRESSED)}), or name the files to read in the source's path"
-        refuse(f"the folder holds files that are packed in a way that is not read: {', '.join(unread[:3])}{more}", where, remedy)
+        refuse(
+            f"the folder holds files that are packed in a way that is not read: {', '.join(unsupported[:3])}{more}", where, remedy
+        )
     data = sorted(n for n in names if kind_by_name(n) and not _is_hidden(n) and not _is_beside(n))
-    # Text files beside tables and JSON are notes.
+    # Text files next to tables or JSON are notes.
     data = [n for n in data if kind_by_name(n) != "txt"] or data
     if not data:
         endings = sorted({PurePosixPath(name).suffix for name in names} - {""})
@@ -98,17 +102,17 @@ def _data_files(names: Sequence[str], where: str) -> list[str]:
 
 
 def _by_names(data: Sequence[str]) -> dict[str, list[str]]:
-    """The files by split; under "" those whose names show none."""
-    found: dict[str, list[str]] = {}
+    """Return the files by split; under "" those whose names show none."""
+    by_split: dict[str, list[str]] = {}
     for name in data:
         words = [word for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLIT_OF_WORD]
-        # The file's own name says more than a folder's.
-        found.setdefault(_SPLIT_OF_WORD[words[-1]] if words else "", []).append(name)
-    return found
+        # The last word wins: the file's own name, not that of a folder.
+        by_split.setdefault(_SPLIT_OF_WORD[words[-1]] if words else "", []).append(name)
+    return by_split
 
 
 def _configs(readme: bytes, where: str) -> list[dict[str, Any]]:
-    """The `configs` that a dataset's README declares."""
+    """Return the `configs` of a dataset's README."""
     match = re.match(rb"---\s*\n(.*?)\n---", readme, re.DOTALL)
     if match is None:
         return []
@@ -133,7 +137,7 @@ def _subset(configs: Sequence[dict[str, Any]], subset: str | None, where: str) -
 
 
 def _glob(pattern: str, where: str) -> re.Pattern[str]:
-    """`*` stays within a folder, and `**/` stands for any number of folders, none too."""
+    """Compile a pattern: `*` matches within a folder, and `**/` any number of folders, including none."""
     from fsspec.utils import glob_translate
 
     try:
@@ -149,7 +153,7 @@ def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict
     if entries is None:
         return _by_names(_data_files(inside, where))
     entries = entries if isinstance(entries, list) else [entries]
-    found: dict[str, list[str]] = {}
+    by_split: dict[str, list[str]] = {}
     for entry in entries:
         split, patterns = (str(entry.get("split", "train")), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         for pattern in patterns if isinstance(patterns, list) else [patterns]:
@@ -158,5 +162,5 @@ def _by_readme(config: dict[str, Any], names: Sequence[str], where: str) -> dict
             if not matched:
                 remedy = "correct the pattern, or name the files in the source's path"
                 refuse(f"no file matches the pattern {pattern} of {README}", where, remedy)
-            found.setdefault(split, []).extend(_data_files(matched, where))
-    return {split: sorted(set(files)) for split, files in found.items()}
+            by_split.setdefault(split, []).extend(_data_files(matched, where))
+    return {split: sorted(set(files)) for split, files in by_split.items()}

@@ -1,6 +1,6 @@
-"""Questions and answers from the docstrings of the installed Python's standard library.
+"""Questions and answers from the docstrings of the standard library of the installed Python.
 
-The modules are parsed, never imported, so nothing of them runs. The result depends on the Python version alone.
+The modules are parsed and never imported, so none of their code runs. The result depends only on the Python version.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HELD_OUT_FRACTION = 0.05
 MIN_WORDS, MAX_WORDS = 8, 120
 ARGUMENTS_FRACTION = 0.3
 
-# Programs, games, tests, codec tables and tools to maintain Python itself: their docstrings explain little to a reader.
+# Programs, games, tests, codec tables and tools for maintaining Python: their docstrings explain little.
 LEFT_OUT = frozenset(
     {"antigravity", "distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "msilib", "pydoc_data", "test", "tests", "this"}
     | {"tkinter", "turtle", "turtledemo"}
@@ -80,19 +80,19 @@ class _Documented:
 
 @cache
 def pairs() -> tuple[Pair, ...]:
-    """About NUM_PAIRS pairs in the order of their symbols, the same at every call with one Python version.
+    """Return about NUM_PAIRS pairs in the order of their symbols, always the same for a Python version.
 
     Each symbol and each answer text occurs once, so the held-out pairs share neither with the others.
     """
-    found: dict[str, _Documented] = {}
+    items: dict[str, _Documented] = {}
     texts: set[str] = set()
     for module, path in _modules():
         for item in _documented(module, path):
-            if item.symbol not in found and item.doc not in texts:
-                found[item.symbol] = item
+            if item.symbol not in items and item.doc not in texts:
+                items[item.symbol] = item
                 texts.add(item.doc)
-    chosen = sorted(found, key=lambda symbol: _share(symbol, "choice"))[:NUM_PAIRS]
-    return tuple(_pair(found[symbol]) for symbol in sorted(chosen))
+    chosen = sorted(items, key=lambda symbol: _share(symbol, "choice"))[:NUM_PAIRS]
+    return tuple(_pair(items[symbol]) for symbol in sorted(chosen))
 
 
 def _pair(item: _Documented) -> Pair:
@@ -105,7 +105,7 @@ def _pair(item: _Documented) -> Pair:
 
 
 def _share(symbol: str, purpose: str) -> float:
-    """A number in [0, 1) that depends on the arguments alone."""
+    """Return a number in [0, 1) that depends only on the arguments."""
     digest = hashlib.blake2b(f"{purpose}:{symbol}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
@@ -150,7 +150,7 @@ def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: bool) -> str:
-    """`name(arguments)` as in the source; empty without arguments, or where a decorator may change them."""
+    """Return `name(arguments)` as in the source; empty without arguments, or if a decorator may change them."""
     if function.decorator_list:
         return ""
     arguments = ast.unparse(function.args)
@@ -160,7 +160,7 @@ def _signature(function: ast.FunctionDef | ast.AsyncFunctionDef, inside_class: b
 
 
 def _trimmed(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
-    """The docstring's first whole paragraphs, up to MAX_WORDS words and the first session; None below MIN_WORDS."""
+    """Return the first paragraphs of the docstring, up to MAX_WORDS words or the first `>>>`; None below MIN_WORDS."""
     doc = ast.get_docstring(node, clean=False)
     if doc is None:
         return None

@@ -12,7 +12,7 @@ import numpy as np
 from launcher.config.data import DataSection
 from launcher.data.checks import inspection
 from launcher.data.sources import Chat, Document, DocumentBatch
-from launcher.data.sources.keys import named
+from launcher.data.sources.keys import redact_keys
 from launcher.data.tokenization.encoder import EncodedDocument, Encoder, RenderedDocument, load_tokenizer
 
 NUM_PROMPTS = 4
@@ -155,7 +155,7 @@ class BatchEncoder:
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
             task.source,
-            named(unread_keys),
+            redact_keys(unread_keys),
             docs,
             _make_table(cut),
             tokens=np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in pieces)]),

@@ -111,7 +111,7 @@ def test_a_download_that_breaks_off_leaves_nothing(web: Web, says: dict[str, str
 
 def test_a_file_that_is_not_as_large_as_was_said_is_refused(cache_home: Path, memory_of: Callable[..., None]) -> None:
     memory_of("/data/a.jsonl", ROW, claimed=1000)
-    with pytest.raises(DataError, match="not fetched whole: 14 of 1,000 bytes"):
+    with pytest.raises(DataError, match="the download is incomplete: 14 of 1,000 bytes"):
         texts(Source(path="memory://data/a.jsonl"))
     assert files(cache_home) == []
 
