@@ -36,7 +36,7 @@ def test_every_type_of_value_is_read_as_the_package_reads_it(file: Path) -> None
     assert (read["llama.embedding_length"], read["general.architecture"]) == (576, "llama")
 
 
-def test_a_number_that_is_missing_is_named(file: Path) -> None:
+def test_a_missing_number_is_reported(file: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.gguf has no llama\.feed_forward_length in its metadata"):
         gguf_header.model_config(file)
 

@@ -28,7 +28,7 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_hub_model_is_there_when_all_its_weights_are(snapshot: Path) -> None:
+def test_a_hub_model_is_located_once_all_its_weights_are_downloaded(snapshot: Path) -> None:
     model = ModelSection(path="owner/name")
     assert model_source.locate("owner/name", model).folder is None
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -62,7 +62,7 @@ def test_a_model_folder_is_checked_before_anything_starts(tmp_path: Path, files:
     assert all(said in str(problem) and problem.remedy for problem in problems)
 
 
-def test_what_is_missing_is_named_with_its_remedy(tmp_path: Path) -> None:
+def test_a_missing_model_is_reported_with_its_remedy(tmp_path: Path) -> None:
     (problem,) = model_source.check_model(ModelSection(path=str(tmp_path / "nowhere")))
     assert "no such folder" in problem.what
     (problem,) = model_source.check_model(ModelSection(path="package:no_such_package/file.gguf"))

@@ -29,7 +29,7 @@ def model_folder(folder: Path, **tensors: torch.Tensor) -> Path:
     return folder
 
 
-def test_a_header_has_names_types_and_shapes(tmp_path: Path) -> None:
+def test_a_safetensors_header_has_names_types_and_shapes(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "m", a=torch.zeros(2, 3, dtype=torch.bfloat16), b=torch.tensor(1.0))
     header = weight_files.read_header(folder / "model.safetensors")
     assert header == {"a": TensorHeader("BF16", (2, 3)), "b": TensorHeader("F32", ())}
@@ -69,7 +69,7 @@ def test_files_are_those_that_transformers_loads(tmp_path: Path) -> None:
     assert weight_files.weight_files(folder, with_pickled=True) == []
 
 
-def test_a_kept_report_is_found_by_content_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stored_weight_report_is_found_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = model_folder(tmp_path / "first"), model_folder(tmp_path / "second")
     model = ModelSection(path=str(first))
     assert weight_files.load_report(first, model) is None
@@ -106,12 +106,12 @@ def test_a_refusal_counts_and_names_a_few(tmp_path: Path) -> None:
         ("package:p/f.gguf", "/cache/models/f", "remove /cache/models/f (it is converted again from package:p/f.gguf)"),
     ],
 )
-def test_the_remedy_fits_where_the_weights_come_from(path: str, folder: str, remedy: str) -> None:
+def test_the_remedy_depends_on_the_origin_of_the_weights(path: str, folder: str, remedy: str) -> None:
     for problem in REPORT.problems(Path(folder), ModelSection(path=path)):
         assert remedy in problem.remedy
 
 
-def test_the_submit_side_refuses_by_a_kept_report(tmp_path: Path) -> None:
+def test_the_submit_side_refuses_by_a_stored_weight_report(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "m")
     model = ModelSection(path=str(folder))
     assert model_source.weights_problems(model) == []

@@ -89,7 +89,7 @@ def test_the_report_for_programs(launch_here: Run, rows: Path, tmp_path: Path) -
     assert list(report["sources"][0]["unread_keys"].values()) == [2]
 
 
-def test_rows_for_other_training_are_refused_before_anything_is_submitted(launch_here: Run, tmp_path: Path) -> None:
+def test_rows_for_another_kind_of_training_are_refused_before_submission(launch_here: Run, tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} + {i} =", "chosen": f" {2 * i}", "rejected": f" {2 * i + 1}"} for i in range(120)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = ("data.path=pairs.jsonl", "data.eval_fraction=0", f"run.root={tmp_path / 'runs'}", "run.name=x", "train.max_steps=1")
@@ -207,7 +207,7 @@ def on_a_terminal(command: list[str], environment: Mapping[str, str], cwd: Path,
     return written.decode()
 
 
-def test_a_person_who_looks_on_sees_a_bar(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
+def test_a_terminal_shows_a_progress_bar(launcher_env: Mapping[str, str], rows: Path, tmp_path: Path) -> None:
     environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", "LAUNCHER_CACHE": str(tmp_path / "cache")}
     settings = (*SETTINGS, f"data.path={rows}", "data.eval_fraction=0")
     shown = on_a_terminal([sys.executable, "-m", "launcher", "data", *settings], environment, tmp_path)
@@ -217,7 +217,7 @@ def test_a_person_who_looks_on_sees_a_bar(launcher_env: Mapping[str, str], rows:
 
 
 @pytest.mark.parametrize("no_color", [False, True])
-def test_a_terminal_gets_colours_unless_they_are_not_wanted(
+def test_a_terminal_gets_colours_unless_no_color_is_set(
     launcher_env: Mapping[str, str], rows: Path, tmp_path: Path, no_color: bool
 ) -> None:
     environment = {**launcher_env, "TERM": "xterm-256color", "COLUMNS": "120", **({"NO_COLOR": "1"} if no_color else {})}
@@ -299,7 +299,7 @@ def test_two_runs_at_once_build_one_cache(launcher_env: Mapping[str, str], rows:
         (["--html", "notes.html"], "no page that the launcher wrote"),
     ],
 )
-def test_options_that_cannot_be_are_refused_at_once(launch_here: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_invalid_options_are_refused_at_once(launch_here: Run, tmp_path: Path, arguments: list[str], words: str) -> None:
     (tmp_path / "notes.html").write_text("mine")
     done = launch_here("data", *SETTINGS, "data.path=rows.jsonl", *arguments, cwd=tmp_path)
     assert done.returncode == 2

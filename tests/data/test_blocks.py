@@ -67,9 +67,7 @@ def parsed(content: bytes) -> list[Any]:
 
 
 @given(rows=ROWS, block=st.integers(1, 40), indent=st.sampled_from([None, 2]), is_ascii=st.booleans())
-def test_an_array_in_small_blocks_is_that_array(
-    rows: list[dict[str, Any]], block: int, indent: int | None, is_ascii: bool
-) -> None:
+def test_a_json_array_is_read_in_small_blocks(rows: list[dict[str, Any]], block: int, indent: int | None, is_ascii: bool) -> None:
     content = json.dumps(rows, indent=indent, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_array, "_BLOCK_BYTES", block)
@@ -95,7 +93,7 @@ def test_an_array_in_small_blocks_is_that_array(
         ("[\n", "the file is not JSON: Expecting value", "2:1"),
     ],
 )
-def test_what_is_wrong_in_an_array_is_said_with_line_and_column(
+def test_an_error_in_a_json_array_has_line_and_column(
     monkeypatch: pytest.MonkeyPatch, content: str, what: str, where: str, block: int
 ) -> None:
     monkeypatch.setattr(json_array, "_BLOCK_BYTES", block)
@@ -104,7 +102,7 @@ def test_what_is_wrong_in_an_array_is_said_with_line_and_column(
     assert (caught.value.problems[0].what, caught.value.problems[0].where) == (what, f"a.json:{where}")
 
 
-def test_an_array_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+def test_a_json_array_is_never_completely_in_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", [{"text": f"{i}{BIG}"} for i in range(80)])
     # Without a line break there is but one line.
     assert path.read_bytes().count(b"\n") == 0

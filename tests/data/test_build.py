@@ -71,7 +71,7 @@ def found_in(cache_dir: str) -> dict[str, findings.Finding]:
     return {finding.name: finding for finding in findings.read(cache_dir)}
 
 
-def test_a_source_of_weight_0_is_in_nothing(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_a_source_of_weight_0_is_in_no_split(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     words = long_texts(0, 100)
     new = texts(jsonl, "new", words).model_copy(update={"weight": 1.0})
     alone = DataSection(sources=(new,), max_length=256, eval_fraction=0.1, checks=ChecksSection(exact_duplicate="drop"))
@@ -95,7 +95,7 @@ def test_a_source_of_weight_0_is_in_nothing(jsonl: Jsonl, tokenizer_dir: Path) -
 
 @pytest.mark.parametrize("check", ["exact_duplicate", "near_duplicate"])
 @pytest.mark.parametrize("limit", [{"max_tokens": 600}, {"epochs": 0.1}, {"weight": 0.05}])
-def test_of_copies_in_two_sources_one_is_kept_that_is_in_the_rows(
+def test_of_two_copies_the_one_in_the_rows_is_kept(
     jsonl: Jsonl, tokenizer_dir: Path, check: str, limit: dict[str, float]
 ) -> None:
     words = long_texts(1, 60)
@@ -111,7 +111,7 @@ def test_of_copies_in_two_sources_one_is_kept_that_is_in_the_rows(
     assert 0 < of_source["old"]["num_docs"] < 10
 
 
-def test_what_is_told_of_training_is_told_of_the_documents_in_rows(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_findings_on_training_count_documents_in_rows(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     rows = [{"prompt": f"{i}:", "completion": text} for i, text in enumerate(long_texts(0, 80))]
     source = Source(path=str(jsonl(rows)), max_tokens=3000)
     data = DataSection(sources=(source,), max_length=256, eval_path=str(jsonl(rows, "held_out.jsonl")))
@@ -173,7 +173,7 @@ def test_an_end_of_turn_that_is_cut_off_is_found(
         assert ends.finding.examples[0].detail == "none within the first 16 tokens"
 
 
-def test_a_long_document_in_pieces_is_all_there() -> None:
+def test_splitting_a_long_document_keeps_every_token() -> None:
     ids = np.arange(100, 150, dtype=np.uint32)
     trained = np.ones(50, dtype=np.uint8)
     trained[0] = 0
@@ -197,7 +197,7 @@ def test_pieces_without_a_trained_token_are_left_out() -> None:
     assert [len(piece.ids) for piece in cut_document(untrained, 16, "split")] == [16]
 
 
-def test_what_a_check_drops_is_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_dropped_documents_are_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     rows = [{"prompt": f"{i}:", "completion": f" {i * i}"} for i in range(30)]
     rows += [{"prompt": "0:", "completion": " 0"}, {"prompt": "31:", "completion": " "}]
     source = Source(path=str(jsonl(rows)))
@@ -208,9 +208,7 @@ def test_what_a_check_drops_is_in_no_row(jsonl: Jsonl, tokenizer_dir: Path) -> N
     assert len(set(contents(Split.open(fewer)))) == 30
 
 
-def test_rows_whose_mask_cannot_be_told_are_refused_or_dropped_and_located(
-    jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path
-) -> None:
+def test_rows_with_an_ambiguous_mask_are_refused_or_dropped(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -232,7 +230,7 @@ def test_rows_whose_mask_cannot_be_told_are_refused_or_dropped_and_located(
     assert "1 documents whose trained part begins or ends inside a token" in caught.value.problems[0].value
 
 
-def test_documents_that_differ_in_case_and_space_fall_on_one_side(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_documents_that_differ_in_case_and_space_are_in_one_split(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     words = [f"Some words about {i}" for i in range(200)]
     source = texts(jsonl, "twice", [*words, *(word.upper() + "  " for word in words)])
     data = DataSection(sources=(source,), max_length=64, eval_fraction=0.3)
@@ -260,7 +258,7 @@ def test_a_cache_of_another_format_is_not_read(jsonl: Jsonl, tokenizer_dir: Path
     assert stages
 
 
-def test_conversations_out_of_order_are_dropped_before_a_template_refuses_them(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_conversations_out_of_order_are_dropped_before_rendering(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     source = Source(path=str(jsonl([{"messages": turns}, {"messages": turns[::-1]}])))
     data = DataSection(sources=(source,), max_length=64)
@@ -274,7 +272,7 @@ def test_conversations_out_of_order_are_dropped_before_a_template_refuses_them(j
     assert (found["role_order"], "no_trained_token" in found) == (1, False)
 
 
-def test_what_is_dropped_for_its_order_is_no_held_out_sample(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_a_held_out_conversation_dropped_for_its_order_makes_no_prompt(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rows = [{"messages": [{"role": "user", "content": str(n)}, *turns[1:]]} for n in range(8)]
     held_out = jsonl([{"messages": turns[::-1]}, {"messages": [*turns[1:], *turns]}], "held_out.jsonl")
@@ -289,7 +287,7 @@ def test_documents_without_an_end_of_turn_can_be_dropped(jsonl: Jsonl, tokenizer
     assert build(DataSection(sources=(source,), max_length=16, checks=checks), str(tokenizer_dir)).num_docs == 1
 
 
-def test_all_documents_that_were_read_are_told_where_none_is_left(jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:
+def test_the_error_for_no_documents_counts_those_that_were_read(jsonl: Callable[..., Path], tokenizer_dir: Path) -> None:
     path = jsonl([{"prompt": "a long question " * 40 + str(i), "completion": " yes"} for i in range(40)])
     data = DataSection(sources=(Source(path=str(path)),), max_length=16, eval_fraction=0.1, workers=1)
     with pytest.raises(DataError, match="no document with a trained token") as caught:

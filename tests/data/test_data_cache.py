@@ -51,7 +51,7 @@ def assert_sound(split: Split, max_length: int) -> None:
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_what_is_built_is_what_is_opened(section: Section, tokenizer_dir: Path, packing: bool) -> None:
+def test_the_opened_cache_is_the_one_that_was_built(section: Section, tokenizer_dir: Path, packing: bool) -> None:
     data = section(packing=packing, eval_fraction=0.2)
     stages = []
     facts = build(data, str(tokenizer_dir), lambda *progress: stages.append(progress))
@@ -154,7 +154,9 @@ def test_no_trained_token_at_all_is_an_error(jsonl: Jsonl, tokenizer_dir: Path, 
     assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
 
 
-def test_the_key_follows_what_decides_the_tokens(section: Section, chats: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_the_cache_key_depends_on_what_determines_the_tokens(
+    section: Section, chats: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
     data = section(eval_fraction=0.1)
     key = cache_key(data, str(tokenizer_dir))
     copy = tmp_path / "tokenizer"
@@ -183,7 +185,7 @@ def test_the_key_follows_what_decides_the_tokens(section: Section, chats: Path, 
 
 
 @pytest.mark.parametrize("setting", [{"columns": {"prompt": "q"}}, {"split": "train"}, {"subset": "main"}])
-def test_the_key_follows_how_a_source_is_read(
+def test_the_cache_key_depends_on_how_a_source_is_read(
     chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
 ) -> None:
     # A file has no splits, and what a hub dataset holds is not what this is about.
@@ -194,7 +196,7 @@ def test_the_key_follows_how_a_source_is_read(
     assert len(set(keys)) == 2
 
 
-def test_the_key_does_not_follow_the_name_of_a_revision(
+def test_the_cache_key_does_not_depend_on_the_name_of_a_revision(
     chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The digest has the commit, and a branch and a tag may be the same one.
@@ -213,7 +215,7 @@ def test_the_digest_of_a_cache_is_that_of_its_tokens_and_rows(section: Section, 
     assert len({first.digest, *(build(other, str(tokenizer_dir)).digest for other in others)}) == 4
 
 
-def test_the_key_follows_template_held_out_split_and_libraries(
+def test_the_cache_key_depends_on_template_held_out_split_and_libraries(
     section: Section, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     template = tmp_path / "own.jinja"
@@ -231,12 +233,12 @@ def test_the_key_follows_template_held_out_split_and_libraries(
     assert len(set(keys)) == 5
 
 
-def test_a_folder_without_a_tokenizer_is_named(section: Section, tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused(section: Section, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokenizer"):
         cache_key(section(), str(tmp_path))
 
 
-def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("LAUNCHER_CACHE", str(tmp_path / "own"))
@@ -247,7 +249,7 @@ def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert cache.cache_root() == tmp_path / "home" / ".cache" / "launcher"
 
 
-def test_a_damaged_cache_is_not_found_and_built_again(section: Section, tokenizer_dir: Path) -> None:
+def test_a_damaged_cache_is_rebuilt(section: Section, tokenizer_dir: Path) -> None:
     data = section(eval_fraction=0.2)
     facts = build(data, str(tokenizer_dir))
     tokens = Path(facts.cache_dir) / "tokens.npy"
@@ -292,7 +294,7 @@ def test_two_builders_at_once_make_one_cache(section: Section, tokenizer_dir: Pa
     assert sorted(entry.suffix for entry in (cache_home / "data").iterdir()) == ["", ".lock"]
 
 
-def test_a_killed_builder_leaves_nothing_that_looks_finished(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
+def test_a_killed_builder_leaves_no_finished_cache(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
     data = section(eval_fraction=0.2)
     builder = start_builder(data, tokenizer_dir, pause=True)
     assert builder.stdout is not None
@@ -310,7 +312,7 @@ def test_a_killed_builder_leaves_nothing_that_looks_finished(section: Section, t
     assert not partial.exists()
 
 
-def test_a_cache_that_is_gone_is_named(section: Section, tokenizer_dir: Path) -> None:
+def test_a_missing_cache_is_reported_with_its_path(section: Section, tokenizer_dir: Path) -> None:
     facts = build(section(), str(tokenizer_dir))
     shutil.rmtree(facts.cache_dir)
     with pytest.raises(DataError, match="cannot be read"):
@@ -324,7 +326,7 @@ def test_the_submit_side_stays_light() -> None:
     assert result.stdout.strip() == "set()"
 
 
-def test_a_source_that_grows_while_it_is_read_is_no_cache(section: Callable[..., DataSection], tokenizer_dir: Path) -> None:
+def test_a_source_that_grows_during_the_build_is_refused(section: Callable[..., DataSection], tokenizer_dir: Path) -> None:
     data = section()
     file = Path(data.sources[0].path)
 
@@ -338,7 +340,7 @@ def test_a_source_that_grows_while_it_is_read_is_no_cache(section: Callable[...,
     assert not list((cache.cache_root() / "data").glob("*/meta.json"))
 
 
-def test_waiting_for_another_builder_is_said_again_and_again(
+def test_waiting_for_another_builder_is_logged_repeatedly(
     cache_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(locks, "WARN_EVERY_S", 0.1)
@@ -359,7 +361,7 @@ def test_waiting_for_another_builder_is_said_again_and_again(
     assert caplog.messages[0] == f"waiting for another process that builds this data cache ({path})"
 
 
-def test_a_cache_that_is_full_is_told_and_nothing_is_left_of_it(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_partial_cache(section: Section, tokenizer_dir: Path, cache_home: Path) -> None:
     code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)){BUILDER}"
     command = [sys.executable, "-c", code, section(max_length=512).model_dump_json(), str(tokenizer_dir), ""]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -372,7 +374,7 @@ def test_a_cache_that_is_full_is_told_and_nothing_is_left_of_it(section: Section
     assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
 
 
-def test_a_cache_that_cannot_be_written_is_named(
+def test_a_cache_folder_that_cannot_be_written_is_reported(
     section: Section, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -382,7 +384,7 @@ def test_a_cache_that_cannot_be_written_is_named(
     assert "set LAUNCHER_CACHE to a folder on another disk" in caught.value.problems[0].remedy
 
 
-def test_a_template_that_the_system_does_not_give_out_is_named(
+def test_an_unreadable_template_file_is_reported(
     section: Callable[..., DataSection], tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     template = tmp_path / "chat.jinja"

@@ -112,7 +112,7 @@ def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(
     assert rows.endswith(f"one document each; at most {most['padding_frac']:.2%} padding in micro-batches of up to 16{alike}")
 
 
-def test_a_part_of_a_source_is_told(mixture: DataSection, tokenizer_dir: Path) -> None:
+def test_a_partly_used_source_is_reported(mixture: DataSection, tokenizer_dir: Path) -> None:
     short, long = mixture.sources
     sources = (short.model_copy(update={"epochs": 2.0}), long.model_copy(update={"max_tokens": 500}))
     data = mixture.model_copy(update={"sources": sources})
@@ -125,7 +125,7 @@ def test_a_part_of_a_source_is_told(mixture: DataSection, tokenizer_dir: Path) -
     assert [line[header.index("epochs")] for line in lines] == ["2.00", f"{passes:.2f}", "", ""]
 
 
-def test_documents_that_a_weight_leaves_out_are_told_and_not_counted_as_cut(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_documents_outside_the_mixture_are_not_counted_as_truncated(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     long = jsonl([{"prompt": f"What is {i}?", "completion": " word" * 100} for i in range(20)], "long.jsonl")
     short = jsonl([{"text": f"A short text, number {i}"} for i in range(10)], "short.jsonl")
     sources = (Source(name="long", path=str(long), weight=3), Source(name="short", path=str(short), weight=1, max_tokens=50))
@@ -144,7 +144,7 @@ def test_documents_that_a_weight_leaves_out_are_told_and_not_counted_as_cut(json
     assert [line[0] for line in number_rows(told)[1:]] == ["long"]
 
 
-def test_the_rows_own_width_is_told(jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_the_report_has_the_length_of_the_longest_row(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     path = jsonl([{"text": f"A short text, number {i}"} for i in range(4)], "few.jsonl")
     data = DataSection(sources=(Source(path=str(path)),), max_length=1024, eval_fraction=0, workers=1)
     told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
@@ -152,7 +152,7 @@ def test_the_rows_own_width_is_told(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     assert rows.startswith(f"1 of up to {told['tokens']} tokens (data.max_length is 1,024), packed, filled to 100.00%")
 
 
-def test_places_of_another_folder_are_told(
+def test_a_moved_source_is_reported_with_its_former_path(
     mixture: DataSection, numbers: dict[str, Any], tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     assert moved(numbers) == []
@@ -164,7 +164,7 @@ def test_places_of_another_folder_are_told(
     assert moved(told) == [f"long: files and examples are named as when the cache was built, from {second.path}"]
 
 
-def test_where_the_rows_come_from_is_told(numbers: dict[str, Any], tmp_path: Path) -> None:
+def test_the_report_has_the_origin_of_the_rows(numbers: dict[str, Any], tmp_path: Path) -> None:
     short, long = numbers["sources"]
     assert (short["files"], short["num_files"], short["num_left_out"]) == ([f"{tmp_path}/a.jsonl"], 1, 0)
     assert short["digest"] != long["digest"]
@@ -173,9 +173,7 @@ def test_where_the_rows_come_from_is_told(numbers: dict[str, Any], tmp_path: Pat
     assert left_out(numbers) == ["short: files read: 1, left out: 12 (a␛.txt, b.txt, ...)"]
 
 
-def test_what_was_found_is_told_under_the_settings_of_now(
-    numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path
-) -> None:
+def test_findings_are_judged_by_the_current_settings(numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path) -> None:
     found = {one["name"]: one for one in numbers["findings"]}
     assert found["empty_answer"]["action"] == "drop"
     (example,) = found["secrets"]["examples"]
@@ -212,7 +210,7 @@ def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenize
 
 
 @pytest.mark.parametrize("row", [{"text": f"{SECRET} is the key"}, {"prompt": f"key: {SECRET[:20]}", "completion": SECRET[20:]}])
-def test_secrets_across_trained_and_other_tokens_are_left_out(row: dict[str, str], jsonl: Jsonl, tokenizer_dir: Path) -> None:
+def test_secrets_across_trained_and_untrained_tokens_are_redacted(row: dict[str, str], jsonl: Jsonl, tokenizer_dir: Path) -> None:
     data = DataSection(sources=(Source(path=str(jsonl([row]))),), max_length=64, workers=1)
     told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, num_shown=1)
     parts = told["shown"][0]["documents"][0]["parts"]
@@ -246,7 +244,7 @@ ENDS = (
 )
 
 
-def test_the_tokens_that_end_turns_are_told(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
+def test_the_report_lists_the_tokens_that_end_turns(jsonl: Jsonl, tokenizer_dir: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_dir))
     end, in_between = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     template = tmp_path / "ends.jinja"

@@ -99,7 +99,7 @@ def batches(split: Split) -> TrainBatches:
     return TrainBatches(split, BATCH, seed=0, rank=0, world_size=1, pad_id=0)
 
 
-def test_what_was_written_is_read_and_passes(facts: DataFacts) -> None:
+def test_written_digests_verify(facts: DataFacts) -> None:
     split, held_out = Split.open(facts), Split.open(facts, held_out=True)
     split.verify()
     held_out.verify()
@@ -135,7 +135,7 @@ def test_permuted_tokens_are_refused_at_the_step_that_reads_them_and_not_before(
         ahead.step(first)
 
 
-def test_a_mask_of_ones_is_refused(facts: DataFacts) -> None:
+def test_a_loss_mask_of_all_ones_is_refused(facts: DataFacts) -> None:
     file = Path(facts.cache_dir) / "trained.npy"
     set_ones(file)
     with pytest.raises(DataError, match=re.escape(f"{file}, bytes 0 to {BLOCK_BYTES - 1}")):
@@ -167,7 +167,7 @@ def test_index_arrays_are_verified_when_the_split_is_opened(facts: DataFacts, na
         Split.open(facts)
 
 
-def test_a_file_of_another_size_and_another_header_are_refused(facts: DataFacts) -> None:
+def test_a_file_with_another_size_or_header_is_refused(facts: DataFacts) -> None:
     tokens = Path(facts.cache_dir) / "tokens.npy"
     content = tokens.read_bytes()
     for size in (len(content) - 4, len(content) + 4):
@@ -179,14 +179,14 @@ def test_a_file_of_another_size_and_another_header_are_refused(facts: DataFacts)
         Split.open(facts)
 
 
-def test_a_file_that_is_cut_while_it_is_read_is_refused(facts: DataFacts) -> None:
+def test_a_file_truncated_while_it_is_read_is_refused(facts: DataFacts) -> None:
     split = Split.open(facts)
     os.truncate(Path(facts.cache_dir) / "tokens.npy", 5 * BLOCK_BYTES + 1)
     with pytest.raises(DataError, match="block 5 of"):
         split.tokens[-ROW_TOKENS * ROWS_PER_BLOCK * 11 :]
 
 
-def test_other_arrays_with_digests_of_their_own_are_not_those_of_the_plan(facts: DataFacts, tmp_path: Path) -> None:
+def test_arrays_with_other_digests_than_the_plan_are_refused(facts: DataFacts, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(facts.cache_dir, other)
     set_ones(other / "trained.npy")
@@ -203,7 +203,7 @@ def test_other_arrays_with_digests_of_their_own_are_not_those_of_the_plan(facts:
         Split.open(facts)
 
 
-def test_each_block_is_read_once(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_block_is_verified_once(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, int]] = []
     of_block = digests.CheckedFile._verify_block
 
@@ -222,7 +222,7 @@ def test_each_block_is_read_once(facts: DataFacts, monkeypatch: pytest.MonkeyPat
     assert {block for name, block in read if name == "tokens.npy"} == set(range(17))
 
 
-def test_damage_that_no_row_reaches_is_not_looked_for(facts: DataFacts) -> None:
+def test_blocks_that_no_row_reads_are_not_verified(facts: DataFacts) -> None:
     permute(Path(facts.cache_dir) / "tokens.npy", block=8)
     split = Split.open(facts)
     assert split.tokens[: 4 * BLOCK_BYTES // 4][-1] == BLOCK_BYTES - 1
@@ -232,7 +232,7 @@ def test_damage_that_no_row_reaches_is_not_looked_for(facts: DataFacts) -> None:
             whole()
 
 
-def test_storage_that_fails_is_no_damage(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_io_error_is_not_reported_as_damage(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
     split = Split.open(facts)
 
     def fails(*arguments: int) -> bytes:
@@ -243,7 +243,7 @@ def test_storage_that_fails_is_no_damage(facts: DataFacts, monkeypatch: pytest.M
         split.tokens[BLOCK_BYTES:]
 
 
-def test_reads_may_be_short(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_continued(facts: DataFacts, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, offset: whole(file, min(size, 5000), offset))
     Split.open(facts).verify()
@@ -263,7 +263,7 @@ def test_the_report_verifies_every_block(section: Section, tokenizer_dir: Path) 
         flip(file, file.stat().st_size - 1)
 
 
-def test_json_files_that_were_edited_make_the_cache_be_built_again(section: Section, tokenizer_dir: Path) -> None:
+def test_an_edited_json_file_rebuilds_the_cache(section: Section, tokenizer_dir: Path) -> None:
     data = section(eval_fraction=0.2)
     facts = build(data, str(tokenizer_dir))
     folder, key = Path(facts.cache_dir), Path(facts.cache_dir).name

@@ -158,7 +158,9 @@ def compare(file: Path, found: dict[str, Any]) -> None:
     file.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def test_what_the_same_sources_give_is_of_one_version(jsonl: Jsonl, bytes_as_tokens: Path, tmp_path: Path) -> None:
+def test_the_cache_of_the_same_sources_changes_only_with_the_format_version(
+    jsonl: Jsonl, bytes_as_tokens: Path, tmp_path: Path
+) -> None:
     found = {
         name: digests(Path(build(data, str(bytes_as_tokens)).cache_dir), str(tmp_path)) for name, data in sections(jsonl).items()
     }

@@ -187,7 +187,7 @@ def test_grouped_batches_are_the_same_for_every_world_size(section: Callable[...
     assert seen[0] == seen[1] == seen[2]
 
 
-def test_the_next_step_is_made_while_one_is_computed(split: Split) -> None:
+def test_the_next_batch_is_prefetched(split: Split) -> None:
     made: list[tuple[int, str]] = []
     went_ahead = threading.Event()
 
@@ -213,7 +213,7 @@ def test_the_next_step_is_made_while_one_is_computed(split: Split) -> None:
     assert threading.current_thread().name not in {name for _, name in made}
 
 
-def test_a_batch_that_cannot_be_made_ahead_is_told_when_it_is_asked_for(split: Split) -> None:
+def test_an_error_while_prefetching_is_raised_when_the_batch_is_requested(split: Split) -> None:
     class Broken(TrainBatches):
         def step(self, step: int) -> StepBatch:
             if step == 1:
@@ -228,7 +228,7 @@ def test_a_batch_that_cannot_be_made_ahead_is_told_when_it_is_asked_for(split: S
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_for_a_gpu_lie_in_page_locked_memory(split: Split) -> None:
+def test_batches_for_a_gpu_are_in_page_locked_memory(split: Split) -> None:
     ahead = PrefetchLoader(TrainBatches(split, batch(world_size=1), 0, 0, 1, PAD), torch.device("cuda:0"))
     assert all(micro.input_ids.is_pinned() and micro.labels.is_pinned() for micro in ahead.step(0).micro)
 
@@ -253,7 +253,7 @@ def test_a_batch_that_does_not_split_is_refused(split: Split) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 64])
-def test_evaluation_sees_every_row_once_and_keeps_the_ranks_in_step(split: Split, world_size: int) -> None:
+def test_evaluation_sees_every_row_once_with_equal_batches_per_rank(split: Split, world_size: int) -> None:
     ranks = [eval_batches(split, 2, rank, world_size, PAD) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     micros = [micro for batches in ranks for micro in batches]

@@ -31,7 +31,7 @@ def source(name: str = "a", **settings: object) -> Source:
         ([{}], [0], [0]),
     ],
 )
-def test_what_each_source_gives(settings: list[dict], available: list[int], expected: list[int]) -> None:
+def test_each_source_gives_its_budget_of_tokens(settings: list[dict], available: list[int], expected: list[int]) -> None:
     assert budgets([source(**one) for one in settings], available) == expected
 
 
@@ -41,7 +41,7 @@ def test_weights_that_sum_to_zero_are_refused() -> None:
     assert caught.value.problems[0].remedy
 
 
-def test_a_weighted_source_with_nothing_to_give_is_named() -> None:
+def test_a_weighted_source_without_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="no document to train on") as caught:
         budgets([source(weight=1.0), source("empty", weight=1.0)], [10, 0])
     assert (caught.value.problems[0].where, caught.value.problems[0].value) == ("data.sources[1]", "empty")
@@ -62,7 +62,7 @@ def test_passes_come_as_near_to_the_budget_as_whole_documents_do(lengths: list[i
         assert not drawn
 
 
-def test_part_of_a_source_stands_for_all_of_it() -> None:
+def test_a_part_of_a_source_represents_the_whole() -> None:
     drawn = passes(np.full(10_000, 10), 25_000, seed=0)
     assert len(drawn) == 1
     assert len(drawn[0]) == 2500
@@ -71,7 +71,7 @@ def test_part_of_a_source_stands_for_all_of_it() -> None:
 
 
 @given(st.data())
-def test_rows_hold_what_the_mixture_asks_for_and_no_document_twice(data: st.DataObject) -> None:
+def test_rows_match_the_mixture_and_have_no_document_twice(data: st.DataObject) -> None:
     num_docs = data.draw(st.integers(1, 80))
     lengths = np.asarray(data.draw(st.lists(st.integers(1, 32), min_size=num_docs, max_size=num_docs)))
     sources = np.asarray(data.draw(st.lists(st.integers(0, 1), min_size=num_docs, max_size=num_docs)))
@@ -96,7 +96,7 @@ def test_rows_hold_what_the_mixture_asks_for_and_no_document_twice(data: st.Data
         assert section.packing or len(row) == 1
 
 
-def test_of_many_held_out_rows_some_stand_for_all() -> None:
+def test_many_held_out_rows_are_sampled() -> None:
     lengths = np.arange(1, 101)
     section = DataSection(sources=(source(),), max_length=128, packing=False)
     layout = layout_held_out(lengths, np.arange(100), section, max_rows=5)
@@ -105,7 +105,7 @@ def test_of_many_held_out_rows_some_stand_for_all() -> None:
     assert layout_held_out(lengths, np.arange(100), section, max_rows=None).num_rows == 100
 
 
-def test_a_source_too_small_for_its_documents_is_named() -> None:
+def test_a_token_budget_below_every_document_is_refused() -> None:
     """Nine to one, and every document of the smaller part is longer than that part."""
     section = DataSection(sources=(source("many", weight=9.0), source("long", weight=1.0)), max_length=1024)
     lengths, sources = np.asarray([500] * 10 + [900] * 3), np.asarray([0] * 10 + [1] * 3)

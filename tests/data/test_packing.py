@@ -90,7 +90,7 @@ def test_rows_are_filled_better_than_by_best_fit_decreasing(seed: int) -> None:
     assert -(-lengths.sum() // capacity) <= packing.num_rows <= best_fit_decreasing(lengths, capacity)
 
 
-def test_what_is_left_of_the_last_row_is_shared_out() -> None:
+def test_rows_are_narrowed_to_equal_widths() -> None:
     lengths = np.random.default_rng(1).integers(20, 200, 300)
     capacity = 2048
     packing = pack(lengths, capacity)
@@ -108,7 +108,7 @@ def test_a_million_documents_take_seconds() -> None:
     assert 1 - lengths.sum() / (packing.num_rows * 2048) < 1e-4
 
 
-def test_the_length_alone_decides() -> None:
+def test_packing_depends_only_on_lengths() -> None:
     lengths = np.random.default_rng(0).integers(1, 100, 500)
     first, second = pack(lengths, 128), pack(lengths.copy(), 128)
     assert first.order.tolist() == second.order.tolist()
@@ -120,7 +120,7 @@ def test_no_documents_make_no_rows() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 9])
-def test_a_length_that_fits_no_row_is_refused(length: int) -> None:
+def test_a_document_longer_than_a_row_is_refused(length: int) -> None:
     with pytest.raises(ValueError, match=r"1\.\.8"):
         pack(np.asarray([3, length]), 8)
 

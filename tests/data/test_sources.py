@@ -62,7 +62,9 @@ def test_each_format_is_read_and_recognised(tmp_path: Path, format: str, named: 
         ('{"text": "\\ud83d"}', "text", None, "surrogate"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, line: str, format: str, column: int | None, words: str) -> None:
+def test_an_unusable_row_is_reported_with_its_place(
+    tmp_path: Path, line: str, format: str, column: int | None, words: str
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(f"\n{line}\n")
     with pytest.raises(DataError) as caught:
@@ -74,7 +76,7 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, line: str, format: s
 
 
 @pytest.mark.parametrize("text", ['[{"text": "a"}]', '[\n{"text": "a"}\n]\n'])
-def test_an_array_instead_of_lines_is_named_and_read_as_what_it_is(tmp_path: Path, text: str) -> None:
+def test_a_json_array_in_a_jsonl_file_is_refused_and_read_as_json(tmp_path: Path, text: str) -> None:
     lines, array = tmp_path / "a.jsonl", tmp_path / "a.json"
     lines.write_text(text)
     array.write_text(text)
@@ -109,7 +111,7 @@ def test_a_mapping_to_an_unknown_name_is_refused() -> None:
         Source(path="a.jsonl", columns={"promt": "question"})
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('{"text": "é'.encode() + b"\xff" + b'"}\n')
     with pytest.raises(DataError, match="not UTF-8") as caught:

@@ -123,7 +123,7 @@ GOOD = [
 
 
 @pytest.mark.parametrize("document", GOOD)
-def test_nothing_is_found_in_good_documents(document: Document) -> None:
+def test_good_documents_have_no_findings(document: Document) -> None:
     assert found(document) == {}
 
 
@@ -138,17 +138,17 @@ def test_nothing_is_found_in_good_documents(document: Document) -> None:
         ([("user", "a"), ("assistant", "b"), ("user", "c")], "the last message is of role user"),
     ],
 )
-def test_roles_out_of_order_are_named(turns: list[tuple[str, str]], fault: str) -> None:
+def test_roles_out_of_order_are_reported(turns: list[tuple[str, str]], fault: str) -> None:
     assert found(chat(*turns)) == {"role_order": fault}
 
 
-def test_what_stands_in_tools_is_looked_at() -> None:
+def test_tool_definitions_are_checked() -> None:
     tool = {"type": "function", "function": {"name": "f", "description": f"uses {'hf_' + 'aB3' * 11} and <|im_end|>"}}
     asked = replace(chat(("user", "a"), ("assistant", "b")), tools=(tool,))
     assert found(asked).keys() == {"secrets", "special_token_in_text"}
 
 
-def test_what_the_settings_write_and_who_speaks_is_looked_at() -> None:
+def test_the_system_setting_and_speaker_names_are_checked() -> None:
     rows = (system("Ask eve@corp.com."), Message("user", "a", name="bob@corp.com"), Message("assistant", "b"))
     document = Chat("x:1", rows)
     assert found(document)["personal_data"].startswith("system, character 4: ")
@@ -180,12 +180,12 @@ def test_empty_answers_count_where_they_would_be_trained() -> None:
     assert found(earlier, train_on="last_turn") == {}
 
 
-def test_what_is_not_trained_is_told() -> None:
+def test_documents_without_trained_tokens_are_found() -> None:
     document = GOOD[0]
     assert found(document, encoded(trained=0)) == {"no_trained_token": "no token is trained"}
 
 
-def test_long_answers_are_measured_in_one_piece() -> None:
+def test_long_answers_are_measured_by_their_longest_span() -> None:
     checks = ChecksSection(long_answer_tokens=10)
     two = EncodedDocument(np.arange(17, dtype=np.uint32), np.asarray([0] + [1] * 7 + [0] + [1] * 8, dtype=np.uint8), (16,))
     assert found(GOOD[0], two, checks) == {}
@@ -206,7 +206,7 @@ def test_an_answer_that_repeats_itself_is_found() -> None:
     ("text", "detail"),
     [("a \ufffd b \ufffd", "2 replacement characters"), ("donâ€™t", "wrong encoding"), ("Ã©tÃ© franÃ§ais", "wrong encoding")],
 )
-def test_text_that_was_decoded_wrongly_is_found(text: str, detail: str) -> None:
+def test_wrongly_decoded_text_is_found(text: str, detail: str) -> None:
     hits = found(chat(("user", text), ("assistant", "ok")))
     assert list(hits) == ["broken_encoding"]
     assert hits["broken_encoding"].startswith("messages[0]: ")
@@ -229,7 +229,7 @@ def test_special_tokens_in_the_text_are_found(text: str, means: str) -> None:
 
 
 @pytest.mark.parametrize("kind", list(SECRETS))
-def test_secrets_are_located_and_never_told(kind: str) -> None:
+def test_secrets_are_located_and_never_shown(kind: str) -> None:
     secret = SECRETS[kind]
     text = f"Take postgres{secret}db.host:5432 then." if kind == "password in an address" else f'This is it: {secret}" and on.'
     finding = "personal_data" if kind in ("e-mail address", "telephone number") else "secrets"
@@ -245,7 +245,7 @@ def test_secrets_are_located_and_never_told(kind: str) -> None:
 
 
 @pytest.mark.parametrize("text", HIDDEN)
-def test_secrets_as_people_write_them_are_hidden(text: str) -> None:
+def test_secrets_in_prose_are_redacted(text: str) -> None:
     before, told, _ = text.replace("‹", "›").split("›")
     (shown,) = patterns.redact([before + told])
     assert told not in shown
@@ -266,7 +266,7 @@ def test_good_text_is_not_redacted(document: Document) -> None:
 
 
 @pytest.mark.parametrize("kind", list(SECRETS))
-def test_secrets_across_borders_are_found_and_never_told(kind: str) -> None:
+def test_secrets_across_prompt_and_completion_are_found_and_never_shown(kind: str) -> None:
     text = f'postgres{SECRETS[kind]}db.host:5432"' if kind == "password in an address" else f'It is: {SECRETS[kind]}" and on.'
     for border in range(len(text)):
         parts = [text[:border], text[border : border + 3], text[border + 3 :]]
@@ -303,7 +303,7 @@ def test_every_check_of_the_settings_has_its_texts() -> None:
         *("refreshToken", "refresh-token", "sessionToken", "SESSION_TOKEN"),
     ],
 )
-def test_a_secret_is_looked_for_by_each_name_that_it_may_have(name: str) -> None:
+def test_secrets_are_found_after_each_of_their_names(name: str) -> None:
     """A text is searched only where one of a few words stands in it."""
     text = f"{name}=abc123def456"
     (found,) = patterns.find_matches(text, patterns.find_candidates(text.lower().encode()))
@@ -329,7 +329,7 @@ def test_hours_from_and_to_are_no_telephone_number() -> None:
         ("Write to ", "ann@some.org"),
     ],
 )
-def test_what_a_template_writes_behind_a_secret_does_not_hide_it(before: str, secret: str, end: str) -> None:
+def test_a_secret_before_template_text_is_redacted(before: str, secret: str, end: str) -> None:
     """As rows are shown: the trained part for itself, between the template's text."""
     shown = patterns.redact(["<|im_start|>assistant\n", before + secret, f"{end}<|im_start|>"])
     assert shown[0] == "<|im_start|>assistant\n"

@@ -124,7 +124,7 @@ def test_held_out_documents_in_training_name_every_copy() -> None:
     assert alike.detail.endswith("% the same as")
 
 
-def test_a_held_out_document_is_found_among_many_of_one_template() -> None:
+def test_a_leak_is_found_among_many_documents_of_one_template() -> None:
     numbers = np.random.default_rng(0)
     signatures = numbers.integers(0, 2**16, (301, minhash.NUM_SLOTS), dtype=np.uint16)
     band = minhash._rows_per_band(CHECKS.near_duplicate_threshold)
@@ -138,7 +138,7 @@ def test_a_held_out_document_is_found_among_many_of_one_template() -> None:
     assert hit.detail == "91% the same as"
 
 
-def test_a_held_out_document_is_found_among_thousands_that_agree_in_a_band() -> None:
+def test_a_leak_is_found_among_thousands_of_candidates_in_a_band() -> None:
     numbers = np.random.default_rng(0)
     num = 5 * minhash.REACH_ACROSS
     signatures = numbers.integers(0, 2**16, (num + 2, minhash.NUM_SLOTS), dtype=np.uint16)
@@ -173,7 +173,7 @@ def test_every_near_copy_is_dropped_from_training_however_many_there_are() -> No
         assert np.flatnonzero(drop).tolist() == (list(range(num)) if complete else [])
 
 
-def test_what_could_not_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_that_were_not_compared_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minhash, "MAX_PAIRS_ACROSS", 1500)
     num = 3 * minhash.REACH_ACROSS
     signatures, contents = list(alike_in_one_band(num, 2)), np.arange(num + 2, dtype=np.uint64)
@@ -185,7 +185,7 @@ def test_what_could_not_be_compared_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert 0 < left == found["not_compared"].count
 
 
-def test_that_nothing_was_compared_is_told_where_nothing_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_that_were_not_compared_are_reported_if_no_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minhash, "MAX_PAIRS_ACROSS", 10)
     signatures, contents = list(alike_in_one_band(100, 1)), np.arange(101, dtype=np.uint64)
     hits = across(contents, contents, signatures, contents >= 100, CHECKS)
@@ -203,7 +203,7 @@ def test_the_estimate_of_similarity_is_near_the_truth() -> None:
         assert (first == second).mean() == pytest.approx(truth, abs=0.12)
 
 
-def test_a_signature_does_not_depend_on_the_texts_beside_it() -> None:
+def test_a_signature_does_not_depend_on_the_other_texts() -> None:
     texts = [b"short", prose(0).encode(), prose(1).encode(), b"x" * 79, b"", prose(2, 500).encode()]
     together = minhash.signatures(texts)
     assert [one is None for one in together] == [True, False, False, False, True, False]
@@ -248,7 +248,7 @@ def by_name(found: findings.Findings) -> dict[str, findings.Finding]:
     return {finding.name: finding for finding in found}
 
 
-def test_findings_have_counts_sources_and_three_places() -> None:
+def test_findings_have_counts_sources_and_three_examples() -> None:
     hits = [(i, CheckHit("secrets", f"detail {i}")) for i in range(0, 200, 2)]
     drop, found = conclude(hits, corpus(200, [0] * 100 + [1] * 100), CHECKS)
     (finding,) = found
@@ -259,7 +259,7 @@ def test_findings_have_counts_sources_and_three_places() -> None:
     assert not drop.any()
 
 
-def test_drop_takes_the_document_or_what_stands_in_training() -> None:
+def test_drop_removes_the_document_or_its_copies_in_training() -> None:
     hits = [
         (3, CheckHit("exact_duplicate", "the same as", (1,))),
         (5, CheckHit("held_out_in_train", "the same as", (2, 4))),
@@ -282,7 +282,7 @@ def test_drop_takes_the_document_or_what_stands_in_training() -> None:
         assert by_name(found)["held_out_in_train"].examples[0].detail == "the same as a.jsonl:3 and 1 more"
 
 
-def test_a_near_duplicate_of_what_is_dropped_stays() -> None:
+def test_a_near_duplicate_of_a_dropped_document_is_kept() -> None:
     hits = [(i, CheckHit("near_duplicate", "90% the same as", (first,))) for i, first in ((3, 1), (4, 1), (5, 3), (6, 2))]
     checks = ChecksSection(near_duplicate="drop", secrets="drop")
     drop, found = conclude([*hits, (1, CheckHit("secrets", "x"))], corpus(200), checks)
@@ -316,7 +316,7 @@ def test_a_whole_source_without_a_trained_token_refuses_a_run() -> None:
             assert problem.remedy.endswith("to train on the others: data.checks.no_trained_token=keep")
 
 
-def test_few_examples_say_what_is_usual() -> None:
+def test_few_examples_name_the_usual_number() -> None:
     dropped = [(i, CheckHit("empty_answer", "x")) for i in range(30)]
     assert "few_examples" not in by_name(conclude([], corpus(100), CHECKS)[1])
     (few,) = [f for f in conclude(dropped, corpus(120), CHECKS)[1] if f.name == "few_examples"]

@@ -82,14 +82,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, packe
 
 @pytest.mark.parametrize("packer", PACKERS)
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
-def test_a_name_that_says_nothing_or_something_wrong_about_compression(tmp_path: Path, kind: str, packer: str) -> None:
+def test_compression_is_detected_by_content_not_by_name(tmp_path: Path, kind: str, packer: str) -> None:
     unnamed, misnamed = tmp_path / "rows", tmp_path / f"rows.{kind}"
     for path in (unnamed, misnamed):
         path.write_bytes(PACKERS[packer](KINDS[kind][0](ROWS)))
         assert [document.completion for document in read(path)] == [row["completion"] for row in ROWS]
 
 
-def test_several_compressed_streams_one_after_the_other_are_one_file(tmp_path: Path) -> None:
+def test_concatenated_compressed_streams_are_one_file(tmp_path: Path) -> None:
     for ending, pack in (("gz", gzip.compress), ("zst", zstd)):
         path = tmp_path / f"rows.jsonl.{ending}"
         path.write_bytes(pack(as_jsonl(ROWS)) + pack(as_jsonl(ROWS)))
@@ -126,7 +126,7 @@ def test_lists_and_objects_in_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstd)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.5, 0.99])
-def test_a_compressed_file_that_breaks_off_is_named_with_the_byte(
+def test_a_truncated_compressed_file_is_reported_with_the_byte_offset(
     tmp_path: Path, kind: str, ending: str, pack: Callable[[bytes], bytes], share: float
 ) -> None:
     path = tmp_path / f"rows.{kind}.{ending}"
@@ -138,7 +138,7 @@ def test_a_compressed_file_that_breaks_off_is_named_with_the_byte(
     assert problem.where == f"{path}, byte {len(cut)}"
 
 
-def test_a_corrupt_compressed_file_is_named(tmp_path: Path) -> None:
+def test_a_corrupt_compressed_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl.gz"
     whole = bytearray(gzip.compress(as_jsonl(ROWS * 50)))
     whole[len(whole) // 2] ^= 0xFF
@@ -148,7 +148,7 @@ def test_a_corrupt_compressed_file_is_named(tmp_path: Path) -> None:
     assert problem.where.startswith(f"{path}, before byte ")
 
 
-def test_bytes_that_are_no_text_are_named_in_every_kind_of_text_file(tmp_path: Path) -> None:
+def test_invalid_utf8_is_reported_in_every_kind_of_text_file(tmp_path: Path) -> None:
     lines = {
         "jsonl": b'{"text": "ok"}\n{"text": "\xff"}\n',
         "json": b'[{"text":\n "\xff"}]',
@@ -184,9 +184,7 @@ def test_bytes_that_are_no_text_are_named_in_every_kind_of_text_file(tmp_path: P
         ("a.csv", b"text\n", "", "holds no rows"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_with_its_place(
-    tmp_path: Path, name: str, content: bytes, where: str, words: str
-) -> None:
+def test_an_error_in_a_file_has_its_place(tmp_path: Path, name: str, content: bytes, where: str, words: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     problem = problem_of(path)
@@ -194,13 +192,13 @@ def test_what_is_wrong_with_a_file_is_said_with_its_place(
     assert problem.where == f"{path}{where}"
 
 
-def test_a_cell_may_be_longer_than_pythons_default(tmp_path: Path) -> None:
+def test_a_csv_cell_may_exceed_pythons_default_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text\n" + "a" * 200_000 + "\n")
     assert len(read(path)[0].text) == 200_000
 
 
-def test_a_corrupt_page_of_a_parquet_file_is_named(tmp_path: Path) -> None:
+def test_a_corrupt_page_of_a_parquet_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     content = bytearray(as_parquet([{"text": f"{i**9}"} for i in range(2000)]))
     content[200:240] = b"\xff" * 40
@@ -213,7 +211,7 @@ def test_a_corrupt_page_of_a_parquet_file_is_named(tmp_path: Path) -> None:
     assert "no complete parquet file" in problem_of(path).what
 
 
-def test_a_file_that_the_system_does_not_give_out_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     # Opens, and fails when it is read.
     path.symlink_to("/proc/self/mem")

@@ -102,7 +102,7 @@ def test_alpaca(jsonl: Jsonl, input: str | None) -> None:
     ]
 
 
-def test_messages_are_told_by_their_items_whatever_the_key(jsonl: Jsonl) -> None:
+def test_the_kind_of_messages_is_detected_by_their_keys(jsonl: Jsonl) -> None:
     expected = (Message("user", "a"), Message("assistant", "b"))
     sharegpt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     openai = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -166,7 +166,7 @@ def test_weights_as_other_tools_write_them(jsonl: Jsonl, flags: dict[str, Any], 
         ),
     ],
 )
-def test_a_message_that_cannot_be_used_is_named(jsonl: Jsonl, messages: list[Any], words: str) -> None:
+def test_an_unusable_message_is_reported_with_its_place(jsonl: Jsonl, messages: list[Any], words: str) -> None:
     path = jsonl([{"messages": messages}])
     with pytest.raises(DataError) as caught:
         first(path, format="messages")
@@ -193,7 +193,7 @@ def test_a_message_that_cannot_be_used_is_named(jsonl: Jsonl, messages: list[Any
         ({"instruction": "a", "response": "b"}, "no known format (found: instruction, response)"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_named(jsonl: Jsonl, row: dict[str, Any], words: str) -> None:
+def test_an_unusable_row_is_reported_with_its_place(jsonl: Jsonl, row: dict[str, Any], words: str) -> None:
     path = jsonl([row])
     with pytest.raises(DataError) as caught:
         first(path)
@@ -219,7 +219,7 @@ SAID = "Here you are - as you have asked me to: hf_" + "aB3" * 11 + " and more" 
         f"a,{SAID}\na\n",
     ],
 )
-def test_what_an_error_says_of_a_value_is_short_and_no_secret(jsonl: Jsonl, tmp_path: Path, row: dict[str, Any] | str) -> None:
+def test_an_excerpt_of_a_value_is_short_and_redacted(jsonl: Jsonl, tmp_path: Path, row: dict[str, Any] | str) -> None:
     path = tmp_path / "rows.csv"
     if isinstance(row, str):
         path.write_text(row)
@@ -234,13 +234,13 @@ def test_what_an_error_says_of_a_value_is_short_and_no_secret(jsonl: Jsonl, tmp_
     assert len(problem.what) < 250
 
 
-def test_of_half_a_secret_an_error_says_nothing() -> None:
+def test_an_error_never_shows_half_a_secret() -> None:
     told = safe_excerpt("It is on line 12: hf_" + "aB3" * 11)
     assert told.startswith("It is on line 12: [Hugging Face token: h")
     assert "aB3" not in told
 
 
-def test_a_later_row_of_another_form_is_named(jsonl: Jsonl) -> None:
+def test_a_later_row_of_another_format_is_refused(jsonl: Jsonl) -> None:
     path = jsonl([{"instruction": "a", "output": "b"}, {"instruction": "a", "response": "b"}])
     with pytest.raises(DataError, match="lacks the key output") as caught:
         list(read_documents(Source(path=str(path))))

@@ -75,7 +75,7 @@ def counts_of(path: Path, **settings: Any) -> dict[str, int]:
         ({**CHAT, "sample_weight": 0.5}, "a loss weight other than 1", "ignored_keys: [sample_weight]"),
     ],
 )
-def test_rows_for_other_training_are_refused(jsonl: Jsonl, row: dict[str, Any], words: str, remedy: str) -> None:
+def test_rows_for_another_kind_of_training_are_refused(jsonl: Jsonl, row: dict[str, Any], words: str, remedy: str) -> None:
     path = jsonl([row])
     problem = problem_of(path)
     assert words in problem.what
@@ -83,7 +83,7 @@ def test_rows_for_other_training_are_refused(jsonl: Jsonl, row: dict[str, Any], 
     assert remedy in problem.remedy
 
 
-def test_a_later_row_for_other_training_is_named(jsonl: Jsonl) -> None:
+def test_a_later_row_for_another_kind_of_training_is_refused(jsonl: Jsonl) -> None:
     path = jsonl([{**PAIR, "label": True}, {**PAIR, "label": False}])
     problem = problem_of(path)
     assert (problem.where, problem.value) == (f"{path}:2", "label: false")
@@ -105,7 +105,7 @@ def test_a_later_row_for_other_training_is_named(jsonl: Jsonl) -> None:
         {"text": "1+1=2", "input_ids": [1, 2]},
     ],
 )
-def test_rows_that_mean_no_other_training_are_read(jsonl: Jsonl, row: dict[str, Any]) -> None:
+def test_rows_with_harmless_values_of_preference_keys_are_read(jsonl: Jsonl, row: dict[str, Any]) -> None:
     assert len(list(read_documents(Source(path=str(jsonl([row])))))) == 1
 
 
@@ -121,7 +121,7 @@ def test_rows_that_mean_no_other_training_are_read(jsonl: Jsonl, row: dict[str, 
         ({"messages": [{**ASKED, "images": ["a"]}, TWO]}, {"ignored_keys": ("images",)}, {"messages[].images": 1}),
     ],
 )
-def test_what_is_named_on_purpose_is_trained(
+def test_chosen_columns_and_ignored_keys_make_a_row_trainable(
     jsonl: Jsonl, row: dict[str, Any], settings: dict[str, Any], unread: dict[str, int]
 ) -> None:
     path = jsonl([row])
@@ -161,13 +161,13 @@ def test_keys_that_no_format_reads_are_counted(jsonl: Jsonl, row: dict[str, Any]
     assert counts_of(jsonl([row, row])) == dict.fromkeys(unread, 2)
 
 
-def test_a_key_that_a_mapped_name_hides_is_counted(jsonl: Jsonl) -> None:
+def test_a_key_hidden_by_a_mapped_column_is_counted(jsonl: Jsonl) -> None:
     row = {"question": "1+1=", "answer": "2", "prompt": "hidden", "text": "hidden", "chat": 1}
     columns = {"prompt": "question", "completion": "answer"}
     assert counts_of(jsonl([row]), columns=columns, format="prompt_completion") == {"prompt": 1, "text": 1, "chat": 1}
 
 
-def test_keys_of_tables_are_counted(tmp_path: Path) -> None:
+def test_unread_keys_of_tables_are_counted(tmp_path: Path) -> None:
     messages = [{**ASKED, "mood": None}, {**TWO, "mood": "good"}]
     table, text, plain = tmp_path / "a.parquet", tmp_path / "a.csv", tmp_path / "a.txt"
     rows = [{"messages": messages, "id": 1, "images": []}, {"messages": messages, "id": None, "images": []}]

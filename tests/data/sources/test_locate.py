@@ -108,7 +108,9 @@ configs:
         (SUBSETS, {"subset": "socratic", "split": "test"}, ["st"]),
     ],
 )
-def test_the_files_of_a_folder_that_are_read(tmp_path: Path, files: Files, settings: dict[str, Any], expected: list[str]) -> None:
+def test_the_files_of_a_folder_are_chosen_by_their_names(
+    tmp_path: Path, files: Files, settings: dict[str, Any], expected: list[str]
+) -> None:
     source = Source(path=str(write(tmp_path, files)), **settings)
     assert texts(source) == expected
     assert check_sources(DataSection(sources=(source,))) == []
@@ -133,9 +135,7 @@ def test_the_files_of_a_folder_that_are_read(tmp_path: Path, files: Files, setti
         ({"a.jsonl": row("a"), "b.jsonl": ""}, {}, "the data file is empty"),
     ],
 )
-def test_what_is_wrong_with_a_folder_shows_before_it_is_read(
-    tmp_path: Path, files: Files, settings: dict[str, Any], words: str
-) -> None:
+def test_problems_of_a_folder_show_before_it_is_read(tmp_path: Path, files: Files, settings: dict[str, Any], words: str) -> None:
     source = Source(path=str(write(tmp_path, files)), **settings)
     (problem,) = check_sources(DataSection(sources=(source,)))
     assert words in problem.what
@@ -143,7 +143,7 @@ def test_what_is_wrong_with_a_folder_shows_before_it_is_read(
     assert problem.remedy
 
 
-def test_the_files_that_are_read_and_left_out_are_told(tmp_path: Path) -> None:
+def test_the_report_lists_files_read_and_left_out(tmp_path: Path) -> None:
     beside = {f"notes-{i:02}.txt": "x" for i in range(12)}
     source = Source(path=str(write(tmp_path, {**SPLITS, ".hidden.jsonl": row("h"), **beside})))
     told = provenance(source)
@@ -176,7 +176,7 @@ def test_patterns(tmp_path: Path) -> None:
     assert "say nothing about files that are named" in split.what
 
 
-def test_the_digest_follows_the_bytes_and_not_the_place(tmp_path: Path) -> None:
+def test_the_source_digest_depends_on_bytes_not_on_the_path(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", SPLITS), write(tmp_path / "two", SPLITS)
     assert source_digest(Source(path=str(one))) == source_digest(Source(path=str(two)))
     assert source_digest(Source(path=str(one))) != source_digest(Source(path=str(one), split="test"))
@@ -187,7 +187,7 @@ def test_the_digest_follows_the_bytes_and_not_the_place(tmp_path: Path) -> None:
     assert source_digest(Source(path=f"{tmp_path}/a.json")) != source_digest(Source(path=f"{tmp_path}/a.txt"))
 
 
-def test_the_held_out_source_is_read_as_the_others_are(tmp_path: Path) -> None:
+def test_the_held_out_source_is_read_like_the_others(tmp_path: Path) -> None:
     write(tmp_path, {**SPLITS, "dev.jsonl": row("d")})
     columns = {"prompt": "question"}
     alike = (Source(path="a.jsonl", columns=columns), Source(name="b", path="b.jsonl", columns=columns))
@@ -233,7 +233,7 @@ def memory() -> Iterator[Any]:
     system.rm("/data", recursive=True)
 
 
-def test_an_address_is_fetched_once_and_again_where_it_has_changed(memory: Any, cache_home: Path) -> None:
+def test_an_address_is_downloaded_once_and_again_after_a_change(memory: Any, cache_home: Path) -> None:
     memory.pipe("/data/train.jsonl", row("a").encode())
     source = Source(path="memory://data/train.jsonl")
     first = source_digest(source)
@@ -247,7 +247,7 @@ def test_an_address_is_fetched_once_and_again_where_it_has_changed(memory: Any, 
     assert texts(source) == ["b"]
 
 
-def test_what_another_process_fetches_is_waited_for(memory: Any, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_by_another_process_is_waited_for(memory: Any, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "MAX_WAIT_S", 0.1)
     memory.pipe("/data/train.jsonl", row("a").encode())
     source = Source(path="memory://data/train.jsonl")
@@ -259,7 +259,7 @@ def test_what_another_process_fetches_is_waited_for(memory: Any, cache_home: Pat
     assert texts(source) == ["a"]
 
 
-def test_a_full_disk_is_told_where_an_address_is_fetched(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_during_a_download(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any, **settings: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -285,7 +285,7 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
     assert problem_of(Source(path="memory://data/empty.jsonl")).what == "the data file is empty"
 
 
-def test_an_address_that_nothing_knows(tmp_path: Path) -> None:
+def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:
     (problem,) = check_sources(DataSection(sources=(Source(path="gopher://rows"),)))
     assert "knows gopher://" in problem.what
 
@@ -386,7 +386,7 @@ def test_a_hub_dataset_with_split_subset_and_revision(hub: DatasetHub, tmp_path:
     assert "where:  owner/name" in said
 
 
-def test_without_the_hub_what_was_fetched_is_used_and_nothing_else(hub: DatasetHub, tmp_path: Path) -> None:
+def test_offline_only_downloaded_hub_files_are_used(hub: DatasetHub, tmp_path: Path) -> None:
     environ = hub_environment(hub, tmp_path)
     hub.commit(as_bytes(SPLITS), "main")
     online = read_elsewhere(Source(path="owner/name"), environ)
@@ -403,7 +403,7 @@ def test_without_the_hub_what_was_fetched_is_used_and_nothing_else(hub: DatasetH
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_was_fetched_is_used_where_the_hub_is_too_busy(hub: DatasetHub, tmp_path: Path, status: int) -> None:
+def test_a_busy_hub_falls_back_to_downloaded_files(hub: DatasetHub, tmp_path: Path, status: int) -> None:
     environ = hub_environment(hub, tmp_path)
     hub.commit(as_bytes(SPLITS), "main")
     online = read_elsewhere(Source(path="owner/name"), environ)
@@ -420,7 +420,7 @@ def test_what_was_fetched_is_used_where_the_hub_is_too_busy(hub: DatasetHub, tmp
     assert (refused, "does not give it to this account" in said) == ("refused", True)
 
 
-def test_what_the_hub_does_not_have_is_named(hub: DatasetHub, tmp_path: Path) -> None:
+def test_a_missing_hub_dataset_is_reported(hub: DatasetHub, tmp_path: Path) -> None:
     hub.commit({"load.py": b"raise SystemExit('code was run')"}, "main")
     environ = hub_environment(hub, tmp_path)
     said = read_elsewhere(Source(path="owner/other"), environ)[1]

@@ -64,7 +64,7 @@ def texts(source: Source) -> list[str]:
 
 
 @pytest.mark.parametrize("header", ["ETag", "Last-Modified", "Content-MD5"])
-def test_a_file_is_fetched_again_where_what_is_said_of_it_changes(web: Web, header: str) -> None:
+def test_a_remote_file_is_downloaded_again_when_its_metadata_changes(web: Web, header: str) -> None:
     source = Source(path=f"{web.address}/a.jsonl")
     web.headers = {header: "one"}
     first = source_digest(source)
@@ -77,7 +77,7 @@ def test_a_file_is_fetched_again_where_what_is_said_of_it_changes(web: Web, head
 
 
 @pytest.mark.parametrize("says_length", [True, False])
-def test_a_file_of_which_nothing_is_said_is_known_by_its_bytes(
+def test_a_remote_file_without_metadata_is_identified_by_its_bytes(
     web: Web, says_length: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     web.says_length = says_length
@@ -101,7 +101,7 @@ def test_an_address_may_be_longer_than_a_files_name(web: Web) -> None:
 
 
 @pytest.mark.parametrize("says", [{"ETag": "one"}, {}])
-def test_a_download_that_breaks_off_leaves_nothing(web: Web, says: dict[str, str], cache_home: Path) -> None:
+def test_an_interrupted_download_leaves_no_file(web: Web, says: dict[str, str], cache_home: Path) -> None:
     web.headers, web.length = says, 1000
     source = Source(path=f"{web.address}/a.jsonl")
     with pytest.raises(DataError, match="the data cannot be fetched"):
@@ -109,7 +109,7 @@ def test_a_download_that_breaks_off_leaves_nothing(web: Web, says: dict[str, str
     assert files(cache_home) == []
 
 
-def test_a_file_that_is_not_as_large_as_was_said_is_refused(cache_home: Path, memory_of: Callable[..., None]) -> None:
+def test_a_download_with_another_size_than_announced_is_refused(cache_home: Path, memory_of: Callable[..., None]) -> None:
     memory_of("/data/a.jsonl", ROW, claimed=1000)
     with pytest.raises(DataError, match="the download is incomplete: 14 of 1,000 bytes"):
         texts(Source(path="memory://data/a.jsonl"))

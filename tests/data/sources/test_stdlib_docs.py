@@ -37,7 +37,7 @@ def test_the_text_is_the_docstring() -> None:
         assert first_line in answers[symbol]
 
 
-def test_nothing_is_imported_and_every_process_gets_the_same() -> None:
+def test_stdlib_docs_import_nothing_and_are_the_same_in_every_process() -> None:
     code = (
         "import sys, hashlib; from launcher.data.sources.stdlib_docs import pairs; got = repr(pairs()).encode();"
         "odd = {'antigravity', 'this', 'tkinter', 'turtle', 'idlelib', 'smtplib', 'sqlite3'} & set(sys.modules);"

@@ -112,7 +112,7 @@ def test_a_space_before_the_end_of_turn_is_trained(tokenizer: PreTrainedTokenize
     assert trained_texts(tokenizer, encoded) == [f" b {END}", f" d {END}"]
 
 
-def test_without_an_end_of_turn_the_text_alone_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_without_an_end_of_turn_only_the_text_is_trained(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = NO_END
     encoded = encode(tokenizer, chat(("user", "a"), ("assistant", "one two"), ("user", "c"), ("assistant", "three")))
     assert trained_texts(tokenizer, encoded) == ["one two", "three"]
@@ -120,7 +120,7 @@ def test_without_an_end_of_turn_the_text_alone_is_trained(tokenizer: PreTrainedT
 
 
 @pytest.mark.parametrize("template", [REWRITES_HISTORY, DROPS_FIRST_TURN, CHANGES_CONTENT])
-def test_a_template_that_changes_what_was_said_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
+def test_a_template_that_changes_a_message_is_refused(tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     tokenizer.chat_template = template
     document = chat(("user", "a"), ("assistant", "one"), ("user", "c"), ("assistant", "three"))
     with pytest.raises(DataError, match="chat template") as caught:
@@ -139,7 +139,7 @@ WITH_TOOLS = Chat(
 )
 
 
-def test_a_template_that_leaves_out_what_a_tool_answers_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_template_that_leaves_out_tool_results_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = LISTS_TOOLS + CALLING
     assert len(encode(tokenizer, WITH_TOOLS).turn_ends) == 2
     # The answer of the tool is in what the assistant says, too.
@@ -163,7 +163,7 @@ def test_a_template_that_leaves_out_arguments_of_a_call_is_refused(tokenizer: Pr
     assert "data.chat_template" in problem.remedy
 
 
-def test_a_template_of_its_own_for_tools_must_write_them(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_separate_tool_template_must_write_the_tools(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = {"default": "other" + CALLING, "tool_use": LISTS_TOOLS + CALLING}
     assert len(encode(tokenizer, WITH_TOOLS).turn_ends) == 2
     tokenizer.chat_template = {"default": "other" + CALLING, "tool_use": CALLING}
@@ -178,7 +178,7 @@ def test_several_templates_without_a_default_are_named(tokenizer: PreTrainedToke
     assert "data.chat_template" in caught.value.problems[0].remedy
 
 
-def test_what_a_template_raises_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_exception_of_a_template_is_reported(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match="roles must alternate"):
         encode(tokenizer, chat(("user", "a"), ("assistant", "b")))
@@ -195,7 +195,7 @@ def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerB
         encode(tokenizer, chat(("user", "a"), ("assistant", "b")))
 
 
-def test_a_special_token_may_swallow_the_line_break_after_it(tokenizer_dir: object) -> None:
+def test_a_special_token_may_include_the_line_break_after_it(tokenizer_dir: object) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     tokenizer.add_tokens(AddedToken("<|done|>", special=True, rstrip=True, normalized=False), special_tokens=True)
     tokenizer.chat_template = CHATML.replace(END, "<|done|>").replace("BODY", "m.content")
@@ -217,7 +217,7 @@ def metaspace(scheme: str) -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
-def test_a_tokenizer_that_puts_spaces_into_words_has_exact_borders(scheme: str) -> None:
+def test_a_metaspace_tokenizer_has_exact_mask_boundaries(scheme: str) -> None:
     tokenizer = metaspace(scheme)
     turns = (("user", "one plus one"), ("assistant", "two  and"), ("user", " the"), ("assistant", " naive"))
     encoded = encode(tokenizer, chat(*turns))
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_puts_spaces_into_words_has_exact_borders(scheme: str) 
         assert "".join(tokenizer.convert_ids_to_tokens(after)) == completion.replace(" ", "▁") + END
 
 
-def test_a_mask_whose_border_cannot_be_told_trains_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_mask_boundary_inside_a_token_trains_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     encoded = encode(tokenizer, Completion("x:1", "nave\u0308", " answer"))
     assert (encoded.is_unsure, trained_texts(tokenizer, encoded)) == (False, [f" answer{END}"])
@@ -247,7 +247,7 @@ def test_a_mask_whose_border_cannot_be_told_trains_nothing(tokenizer: PreTrained
 @pytest.mark.parametrize(
     ("prompt", "completion"), [("Q: 1+1?\nA:", " 2"), ("Q: 1+1?\nA: ", "2"), ("nai", "ve"), ("", "all"), ("q", "")]
 )
-def test_a_completion_and_the_end_are_trained(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> None:
+def test_a_completion_and_its_end_token_are_trained(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> None:
     encoded = encode(tokenizer, Completion("x:1", prompt, completion))
     pieces = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, completion)]
     assert encoded.ids.tolist() == [*pieces[0], *pieces[1], tokenizer.eos_token_id]

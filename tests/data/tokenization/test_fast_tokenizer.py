@@ -60,7 +60,7 @@ TEXTS = st.lists(
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS)
-def test_tokens_and_borders_are_those_of_the_tokenizer(kind: str, text: str) -> None:
+def test_cached_tokens_and_offsets_equal_those_of_the_tokenizer(kind: str, text: str) -> None:
     asked = tokenizer(kind)
     known = make_cached(asked)
     assert known is not None
@@ -78,7 +78,7 @@ def test_tokens_and_borders_are_those_of_the_tokenizer(kind: str, text: str) -> 
         assert found_before == ([before] if starts else None), border
 
 
-def test_the_demonstration_tokenizer_is_served(session_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_demonstration_tokenizer_is_cached(session_tokenizer: PreTrainedTokenizerBase) -> None:
     asked = session_tokenizer.backend_tokenizer
     known = make_cached(asked)
     assert known is not None
@@ -89,7 +89,7 @@ def test_the_demonstration_tokenizer_is_served(session_tokenizer: PreTrainedToke
     assert [known.encode(text)[0].tolist() for text in texts] == expected
 
 
-def test_other_text_is_left_to_the_tokenizer() -> None:
+def test_unsupported_text_is_left_to_the_tokenizer() -> None:
     known = make_cached(tokenizer("gpt2"))
     assert known is not None
     for character in ("\u00a0", "\u00b2", "\u00b5", "e\u0301", "\u4e2d", "\u212b", "\u2003"):
@@ -116,7 +116,7 @@ def test_an_unsupported_tokenizer_is_not_cached() -> None:
     assert make_cached(altered(pre_tokenizer={"type": "Sequence", "pretokenizers": [other, steps[1]]})) is None
 
 
-def test_a_byte_that_the_vocabulary_lacks_is_left_to_the_tokenizer() -> None:
+def test_text_with_a_byte_outside_the_vocabulary_is_left_to_the_tokenizer() -> None:
     small = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
     small.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     known = fast_tokenizer.CachedTokenizer(small, fast_tokenizer._PATTERNS[fast_tokenizer._GPT2], {})
@@ -124,7 +124,7 @@ def test_a_byte_that_the_vocabulary_lacks_is_left_to_the_tokenizer() -> None:
     assert known.encode("abc") is None
 
 
-def test_the_cache_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_word_cache_has_a_maximum_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast_tokenizer, "MAX_WORDS", 10)
     known = make_cached(tokenizer("gpt2"))
     assert known is not None

@@ -85,7 +85,7 @@ ECHO = (user("Say yes."), said("yes"), user("Say no."), said("no"))
         ),
     ],
 )
-def test_marks_that_are_not_around_the_answer_are_refused(
+def test_generation_marks_around_other_text_are_refused(
     family: Family, tmp_path: Path, template: str, messages: tuple[Message, ...], words: str, place: str
 ) -> None:
     file = tmp_path / "marks.jinja"
@@ -98,7 +98,7 @@ def test_marks_that_are_not_around_the_answer_are_refused(
     assert "generation marks" in problem.remedy
 
 
-def test_a_turn_without_marks_is_no_fault_where_it_is_not_trained(family: Family, tmp_path: Path) -> None:
+def test_an_untrained_turn_needs_no_generation_marks(family: Family, tmp_path: Path) -> None:
     tokenizer = family("chatml_marked")
     file = tmp_path / "marks.jinja"
     answer = f"{{% if m.role == 'assistant' and loop.last %}}{MARKED}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
@@ -112,7 +112,7 @@ def test_a_turn_without_marks_is_no_fault_where_it_is_not_trained(family: Family
         encode(tokenizer, chat(*MULTI), **settings)
 
 
-def test_marks_are_taken_as_they_are(family: Family, tmp_path: Path) -> None:
+def test_generation_marks_are_the_trained_spans(family: Family, tmp_path: Path) -> None:
     tokenizer = family("chatml_marked")
     file = tmp_path / "marks.jinja"
     file.write_text(MARKS_NO_END)

@@ -112,7 +112,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize(("name", "kind"), EXPECTED)
-def test_the_mask_is_what_a_person_expects(family: Family, name: str, kind: str) -> None:
+def test_the_mask_covers_the_assistants_answers_and_their_ends(family: Family, name: str, kind: str) -> None:
     tokenizer = family(name)
     expected, messages = EXPECTED[name, kind], CHATS[kind]
     encoded = encode(tokenizer, chat(*messages))
@@ -147,7 +147,7 @@ def test_the_text_is_what_the_tokenizer_itself_makes_of_the_chat(
 
 
 @pytest.mark.parametrize(("name", "kind"), EXPECTED)
-def test_a_cut_takes_the_end_of_text_and_mask_and_nothing_else(family: Family, name: str, kind: str) -> None:
+def test_truncation_removes_only_the_end_of_tokens_and_mask(family: Family, name: str, kind: str) -> None:
     tokenizer = family(name)
     encoded = encode(tokenizer, chat(*CHATS[kind]))
     for length in range(1, len(encoded.ids) + 1):
@@ -162,7 +162,7 @@ def test_a_cut_takes_the_end_of_text_and_mask_and_nothing_else(family: Family, n
     assert shown.endswith(f"{CHATS[kind][-1].content}⟧")
 
 
-def test_the_last_turn_alone(family: Family) -> None:
+def test_last_turn_trains_only_the_last_turn(family: Family) -> None:
     qwen = family("qwen3")
     expected = EXPECTED["qwen3", "multi"].replace("⟦2<|im_end|>⟧", "2<|im_end|>")
     assert marked(qwen, encode(qwen, chat(*MULTI), train_on="last_turn")) == expected
@@ -183,7 +183,7 @@ def test_all_tokens(family: Family) -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma", "chatml_marked"])
-def test_a_messages_weight_wins(family: Family, name: str) -> None:
+def test_a_messages_weight_overrides_the_setting(family: Family, name: str) -> None:
     tokenizer = family(name)
     weighted = (user("1+1?"), said("2", weight=0), user("And 2+2?"), said("4", weight=1))
     first, last = (part for part in EXPECTED[name, "multi"].split("⟦")[1:])
@@ -206,7 +206,7 @@ def test_the_system_text_of_the_settings_replaces_the_rows_own(family: Family) -
         assert marked(tokenizer, encode(tokenizer, chat(*messages), system="Be kind.\nAlways.")) == expected
 
 
-def test_a_template_from_a_file_replaces_the_tokenizers_own(family: Family, tmp_path: Path) -> None:
+def test_a_template_file_replaces_the_tokenizers_template(family: Family, tmp_path: Path) -> None:
     tokenizer = family("smollm2")
     file = TEMPLATES / "chatml_marked.jinja"
     assert marked(tokenizer, encode(tokenizer, chat(*MULTI), chat_template=str(file))) == EXPECTED["chatml_marked", "multi"]
@@ -247,7 +247,7 @@ def test_reasoning_that_the_template_leaves_out_is_refused_in_the_last_turn(fami
     assert encode(smol, chat(user("Hi"), said("Hello.", reasoning_content="Hi.", weight=0))).trained.sum() == 0
 
 
-def test_what_prefixes_cannot_tell_is_refused_and_the_last_turn_is_not(family: Family) -> None:
+def test_ambiguous_prefixes_are_refused_except_for_the_last_turn(family: Family) -> None:
     qwen = family("qwen3")
     # The reasoning behind a tool call is written until another question follows.
     messages = (TOOLS[0], REASONED_CALL, *TOOLS[2:], *MULTI)
@@ -261,7 +261,7 @@ def test_what_prefixes_cannot_tell_is_refused_and_the_last_turn_is_not(family: F
     assert shown.count("⟦") == 1
 
 
-def test_a_template_that_leaves_out_what_was_said_is_refused(family: Family) -> None:
+def test_a_template_that_leaves_out_a_message_is_refused(family: Family) -> None:
     # The system text stands in a question that is not answered yet, and vanishes with the answer.
     for name, kind, words in (
         ("mistral", SYSTEM, "leaves out or changes what the system says"),
@@ -284,7 +284,9 @@ def test_a_template_that_leaves_out_what_was_said_is_refused(family: Family) -> 
         ("llama3", (TOOLS[0], said("I add.", tool_calls=(CALL,))), "changes the message"),
     ],
 )
-def test_what_a_template_does_not_take_is_refused(family: Family, name: str, messages: tuple[Message, ...], words: str) -> None:
+def test_a_conversation_that_the_template_rejects_is_refused(
+    family: Family, name: str, messages: tuple[Message, ...], words: str
+) -> None:
     document = Chat("rows.jsonl:1", messages, () if name == "smollm2" else (TOOL,))
     with pytest.raises(DataError, match=words) as caught:
         encode(family(name), document)

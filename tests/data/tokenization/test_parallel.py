@@ -130,7 +130,7 @@ def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_di
     assert tokenised[-1] == NUM_ROWS
 
 
-def test_a_killed_worker_is_told_and_nothing_is_left(
+def test_a_killed_worker_is_reported_and_leaves_no_cache(
     builder: tuple[subprocess.Popen, list[psutil.Process]], cache_home: Path
 ) -> None:
     started, children = builder
@@ -159,7 +159,7 @@ def test_a_main_module_may_use_torch(many: DataSection, tokenizer_dir: Path, cac
     assert NUM_ROWS / 2 < int(done.stdout) < NUM_ROWS
 
 
-def test_a_worker_that_fails_at_its_start_is_not_called_killed(
+def test_a_worker_that_fails_at_startup_is_not_reported_as_killed(
     many: DataSection, tokenizer_dir: Path, cache_home: Path, tmp_path: Path
 ) -> None:
     done = run_main(many, tokenizer_dir, tmp_path, "fail")
