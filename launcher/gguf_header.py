@@ -1,7 +1,7 @@
 """The metadata of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-The reader of the gguf package makes NumPy arrays of each of the tokenizer's hundred thousand strings, which takes seconds. Every
-command that plans asks for a few numbers.
+The reader of the gguf package makes a NumPy array of each of the tokenizer's hundred thousand strings, which takes seconds. Every
+command that plans needs only a few numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-# Formats of struct by the number that stands for a type; 8 is a string and 9 an array.
+# Formats of struct by GGUF type number; 8 is a string and 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LENGTH = struct.Struct("<Q")
@@ -19,10 +19,10 @@ _VERSIONS = (2, 3)
 
 
 def model_config(file: Path) -> dict[str, Any]:
-    """The numbers of the model, under the keys of its config.json.
+    """Return the architecture of the model, under the keys of a config.json.
 
     Raises:
-        ValueError: where the file is no GGUF file, or lacks one of them.
+        ValueError: if the file is not a GGUF file, or lacks one of the numbers.
     """
     fields = read(file)
     try:
@@ -46,10 +46,10 @@ def model_config(file: Path) -> dict[str, Any]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Read the metadata by key; of an array of strings only its length counts, so its strings are left as bytes.
+    """Read the metadata by key; strings in arrays stay bytes, since only the length of such an array is used.
 
     Raises:
-        ValueError: where the file is no GGUF file of a version that is known here, or ends too early.
+        ValueError: if the file is not a GGUF file of a supported version, or is truncated.
     """
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         magic, version, _, num_fields = struct.unpack_from("<4sIQQ", data)

@@ -1,8 +1,8 @@
-"""The weight files of a model folder, read by their headers alone, and the result of comparing them with the model.
+"""Read the headers of a model folder's weight files, and the stored result of comparing them with the model.
 
-The comparison needs transformers and runs in `launcher.worker.weight_check`. Its result is kept in the launcher's cache under a
-key of everything that it depends on, so that the submit side reads it without starting a process. The format of the headers
-is documented at https://huggingface.co/docs/safetensors.
+The comparison needs transformers and runs in `launcher.worker.weight_check`. The launcher's cache has its result under a digest
+of everything that it depends on, so the submit side reads it without starting a process. The header format is documented at
+https://huggingface.co/docs/safetensors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from launcher.config.schema import ModelSection
 from launcher.data import cache_dir
 from launcher.errors import ConfigError, Problem
 
-# Raised whenever the comparison changes: results of an earlier one are not read any more.
+# To be raised when the comparison changes, so that stored results are not used.
 _FORMAT = 1
-# In the order in which transformers looks for them.
+# In the order of preference of transformers.
 _SAFE_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLED_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _NUM_NAMED = 5
@@ -40,7 +40,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class ShapeMismatch:
-    """A tensor whose shape in the files is not the one that the model needs."""
+    """A tensor with another shape in the files than in the model."""
 
     name: str
     in_files: tuple[int, ...]
@@ -52,7 +52,7 @@ class ShapeMismatch:
 
 @dataclass(frozen=True)
 class WeightReport:
-    """Tensors in which the weight files and the model differ; those that are only `unexpected` are not loaded."""
+    """The tensors in which the weight files and the model differ; `unexpected` ones are in the files only and not loaded."""
 
     missing: tuple[str, ...] = ()
     mismatched: tuple[ShapeMismatch, ...] = ()
@@ -60,30 +60,30 @@ class WeightReport:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> WeightReport:
-        """A report as `asdict` and JSON have it."""
+        """Make a report from the values of `asdict`, as read from JSON."""
         mismatched = (ShapeMismatch(m["name"], tuple(m["in_files"]), tuple(m["in_model"])) for m in values["mismatched"])
         return cls(tuple(values["missing"]), tuple(mismatched), tuple(values["unexpected"]))
 
     def problems(self, folder: Path, model: ModelSection) -> list[Problem]:
-        """Why a run cannot start from these weights: transformers would draw the rest at random."""
+        """Return why a run cannot start from these weights: transformers would initialise the rest at random."""
         problems = []
-        again = _fetch_again(folder, model)
+        repair = _describe_repair(folder, model)
         if self.missing:
             what = f"the weight files lack {_number(self.missing)} of the model: {_first(self.missing)}"
-            remedy = f"{again}; model.init=random trains the whole model from random weights"
+            remedy = f"{repair}; model.init=random trains the whole model from random weights"
             problems.append(_problem(what, folder, remedy))
         if self.mismatched:
-            what = f"the weight files hold {_number(self.mismatched)} in another shape than the model: {_first(self.mismatched)}"
-            problems.append(_problem(what, folder, f"use the config.json that belongs to these weights, or {again}"))
+            what = f"the weight files have {_number(self.mismatched)} in another shape than the model: {_first(self.mismatched)}"
+            problems.append(_problem(what, folder, f"use the config.json that belongs to these weights, or {repair}"))
         return problems
 
     @property
     def note(self) -> str | None:
-        """One line about tensors that are not trained because the model does not have them."""
+        """One line on tensors of the files that the model does not have; None if there are none."""
         if not self.unexpected:
             return None
         number = _number(self.unexpected)
-        return f"the model has no place for {number} in the weight files; they are not loaded: {_first(self.unexpected)}"
+        return f"the model does not have {number} of the weight files; they are not loaded: {_first(self.unexpected)}"
 
 
 def _number(items: Sequence[object]) -> str:
@@ -96,15 +96,15 @@ def _first(items: Sequence[object]) -> str:
     return separator.join(map(str, items[:_NUM_NAMED])) + more
 
 
-def _fetch_again(folder: Path, model: ModelSection) -> str:
+def _describe_repair(folder: Path, model: ModelSection) -> str:
     path = model.path or ""
     if path.startswith("package:"):
-        return f"remove {folder} (it is converted again from {path})"
+        return f"delete {folder} (it is converted again from {path})"
     if path.startswith("run:"):
-        return f"remove {folder} (it is written again from the checkpoint) or take another step (model.path=run:NAME@STEP)"
+        return f"delete {folder} (it is written again from the checkpoint) or choose another step (model.path=run:NAME@STEP)"
     if folder.parent.name == "snapshots":
-        return f"remove {folder.parent.parent} (it is fetched again) or choose another model.revision"
-    return "fetch the model folder again"
+        return f"delete {folder.parent.parent} (it is downloaded again) or choose another model.revision"
+    return "download the model folder again"
 
 
 def _problem(what: str, folder: Path, remedy: str) -> Problem:
@@ -112,10 +112,10 @@ def _problem(what: str, folder: Path, remedy: str) -> Problem:
 
 
 def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
-    """The files that transformers loads from a folder, shards that are not there included; empty where it finds none.
+    """Return the files that transformers loads from a folder, including missing shards; empty if there are none.
 
     Raises:
-        ConfigError: where config.json or the index cannot be read.
+        ConfigError: if config.json or the index cannot be read.
     """
     chosen = _read_json(folder / "config.json").get("transformers_weights")
     names = [chosen] if isinstance(chosen, str) else [*_SAFE_NAMES, *(_PICKLED_NAMES if with_pickled else ())]
@@ -126,7 +126,7 @@ def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
         return [file]
     shards = _read_json(file).get("weight_map")
     if not isinstance(shards, dict):
-        raise ConfigError(_problem(f"{file.name} has no weight_map", folder, "fetch this file again"))
+        raise ConfigError(_problem(f"{file.name} has no weight_map", folder, "download this file again"))
     return sorted({folder / str(name) for name in shards.values()})
 
 
@@ -137,14 +137,14 @@ def _read_json(file: Path) -> dict[str, Any]:
             return content
     except ValueError:
         pass
-    raise ConfigError(_problem(f"{file.name} does not hold a JSON object", file.parent, "fetch this file again"))
+    raise ConfigError(_problem(f"{file.name} does not hold a JSON object", file.parent, "download this file again"))
 
 
 def read_header(file: Path) -> Mapping[str, TensorHeader]:
-    """The tensors of a safetensors file by name; their data is not read.
+    """Return the tensors of a safetensors file by name, without reading their data.
 
     Raises:
-        ConfigError: where it is not a whole safetensors file.
+        ConfigError: if it is not a complete safetensors file.
     """
     return _header(file)[0]
 
@@ -156,8 +156,8 @@ def _header(file: Path) -> tuple[Mapping[str, TensorHeader], str]:
 
 @functools.lru_cache(maxsize=4096)
 def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[str, TensorHeader], str]:
-    """The tensors of a file of `num_bytes`, and a digest of its header."""
-    remedy = "fetch this file again (in a git clone: git lfs pull)"
+    """Parse the header of a file of `num_bytes`; return its tensors and a digest of the header."""
+    remedy = "download this file again (in a git clone: git lfs pull)"
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         raw = stream.read(length) if 0 < length <= num_bytes - 8 else b""
@@ -169,16 +169,16 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(_problem(f"{file.name} is not a safetensors file", file, remedy)) from error
     if described != num_bytes:
-        what = f"{file.name} is not whole: it holds {num_bytes:,} bytes, and its header describes {described:,}"
+        what = f"{file.name} is incomplete: it has {num_bytes:,} bytes, and its header describes {described:,}"
         raise ConfigError(_problem(what, file, remedy))
     return tensors, xxhash.xxh3_64_hexdigest(raw)
 
 
 def load_report(folder: Path, model: ModelSection) -> WeightReport | None:
-    """The kept result of comparing the folder's weights with its model; None where they have not been compared.
+    """Read the stored result of comparing the folder's weights with its model; None if they were not compared.
 
     Raises:
-        ConfigError: where a weight file is damaged.
+        ConfigError: if a weight file is damaged.
     """
     file = _report_file(folder, model)
     try:
@@ -188,10 +188,10 @@ def load_report(folder: Path, model: ModelSection) -> WeightReport | None:
 
 
 def save_report(folder: Path, model: ModelSection, report: WeightReport) -> None:
-    """Keep the result of a comparison.
+    """Store the result of a comparison.
 
     Raises:
-        DataError: where the launcher's cache cannot be written.
+        DataError: if the launcher's cache cannot be written.
     """
     file = _report_file(folder, model)
     with cache_dir.usable(file.parent):
@@ -200,7 +200,7 @@ def save_report(folder: Path, model: ModelSection, report: WeightReport) -> None
 
 
 def _report_file(folder: Path, model: ModelSection) -> Path:
-    """Where the result for a folder lies, by the content of what decides it: not by the folder's path."""
+    """Return the file of the result, named by a digest of the content that it depends on, not by the folder's path."""
     described = [folder / "config.json", *sorted(folder.glob("*.index.json"))]
     if model.trust_remote_code:
         described += sorted(folder.glob("*.py"))
@@ -215,8 +215,9 @@ def _report_file(folder: Path, model: ModelSection) -> Path:
 
 
 def _content_key(file: Path) -> str:
+    """Return a text that changes with the content of the file."""
     if file.suffix == ".safetensors":
         return _header(file)[1]
-    # Nothing in a pickle can be read without loading it.
+    # A pickle cannot be read without loading it.
     stat = file.stat()
     return f"{stat.st_size}-{stat.st_mtime_ns}"

@@ -41,7 +41,7 @@ def test_a_safetensors_header_has_names_types_and_shapes(tmp_path: Path) -> None
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is not a safetensors file"),
         (b"", "is not a safetensors file"),
         (b"\x03\0\0\0\0\0\0\0[1]", "is not a safetensors file"),
-        (None, "is not whole: it holds 95 bytes, and its header describes 96"),
+        (None, "is incomplete: it has 95 bytes, and its header describes 96"),
     ],
 )
 def test_a_damaged_file_is_refused_with_its_name(tmp_path: Path, content: bytes | None, reason: str) -> None:
@@ -90,7 +90,7 @@ def test_a_refusal_counts_and_names_a_few(tmp_path: Path) -> None:
     folder, model = tmp_path / "m", ModelSection(path="./m")
     missing, mismatched = REPORT.problems(folder, model)
     assert missing.what == "model.path: the weight files lack 2 tensors of the model: a, b"
-    assert "hold 1 tensor in another shape than the model: c is [1, 2] in the files and [2, 1] in the model" in mismatched.what
+    assert "have 1 tensor in another shape than the model: c is [1, 2] in the files and [2, 1] in the model" in mismatched.what
     many = WeightReport(missing=tuple(f"layers.{i}" for i in range(1234)))
     assert "lack 1,234 tensors of the model: layers.0, layers.1, layers.2, layers.3, layers.4 and 1,229 more" in str(
         many.problems(folder, model)[0]
@@ -100,10 +100,10 @@ def test_a_refusal_counts_and_names_a_few(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path, folder, remedy",
     [
-        ("./m", "/m", "fetch the model folder again"),
-        ("owner/name", "/hub/models--owner--name/snapshots/0123", "remove /hub/models--owner--name (it is fetched again)"),
-        ("run:a@3", "/cache/models/a", "remove /cache/models/a (it is written again from the checkpoint)"),
-        ("package:p/f.gguf", "/cache/models/f", "remove /cache/models/f (it is converted again from package:p/f.gguf)"),
+        ("./m", "/m", "download the model folder again"),
+        ("owner/name", "/hub/models--owner--name/snapshots/0123", "delete /hub/models--owner--name (it is downloaded again)"),
+        ("run:a@3", "/cache/models/a", "delete /cache/models/a (it is written again from the checkpoint)"),
+        ("package:p/f.gguf", "/cache/models/f", "delete /cache/models/f (it is converted again from package:p/f.gguf)"),
     ],
 )
 def test_the_remedy_depends_on_the_origin_of_the_weights(path: str, folder: str, remedy: str) -> None:

@@ -26,7 +26,7 @@ def test_a_run_on_a_folder_that_lacks_weights_is_refused_and_not_made(
         "model.path: the weight files lack 2 tensors of the model: lm_head.weight, model.layers.1.mlp.up_proj.weight\n"
         "  where:  model.path (command line)\n"
         f"  value:  {folder}\n"
-        "  remedy: fetch the model folder again; model.init=random trains the whole model from random weights\n"
+        "  remedy: download the model folder again; model.init=random trains the whole model from random weights\n"
     )
     first = launch_here("train", *settings, LAUNCHER_CACHE=str(cache))
     assert (first.returncode, first.stdout) == (2, "")

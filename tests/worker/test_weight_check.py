@@ -124,7 +124,7 @@ def test_unexpected_tensors_are_listed_and_accepted(tmp_path: Path) -> None:
     report = weight_files.load_report(folder, model)
     assert report is not None
     assert report.problems(folder, model) == []
-    assert "no place for 7 tensors in the weight files; they are not loaded: vision.0, vision.1" in str(report.note)
+    assert "does not have 7 tensors of the weight files; they are not loaded: vision.0, vision.1" in str(report.note)
     assert str(report.note).endswith("vision.4 and 2 more")
 
 
