@@ -112,8 +112,8 @@ def _report_ranks(run: RunContext) -> None:
     if run.rank_info.is_main and (failure := failure_before(run.run_dir, run.rank_info.attempt)):
         tracker.event("alert", failure.words, recorded=failure.recorded)
     if world_size > 1:
-        gb_per_s = bandwidth.measure(run.device)
-        warning = bandwidth.doubt(run.plan.topology, gb_per_s)
+        gb_per_s = bandwidth.measure_bus_bandwidth(run.device)
+        warning = bandwidth.bandwidth_warning(run.plan.topology, gb_per_s)
         message = f"all-reduce over {world_size} ranks: {gb_per_s:.2f} GB/s{warning}"
         tracker.event("alert" if warning else "info", message, 0, gb_per_s=gb_per_s)
 
@@ -144,8 +144,8 @@ class TrainingLoop:
 
     def run_to_end(self) -> Outcome:
         """Train to the last step, or until any rank has a reason to stop, and save. Collective."""
-        self.parts.status.state("running", self.step)
-        self.parts.monitor.loaded(self.step)
+        self.parts.status.write_state("running", self.step)
+        self.parts.monitor.start_training(self.step)
         if self.step == 0 and self.run.plan.config.eval.at_start:
             self.evaluate("before training")
         stop_reason = None
@@ -172,9 +172,9 @@ class TrainingLoop:
         parts.checkpoints.wait_for_staging()
         with timer.part("optim"):
             parts.engine.step()
-        reduction = all_reduce_step(local_loss, self.local_stop_reason(), parts.monitor.own(), self.run.device)
+        reduction = all_reduce_step(local_loss, self.local_stop_reason(), parts.monitor.pack_local(), self.run.device)
         times = timer.read()
-        parts.monitor.measured(times)
+        parts.monitor.record_step(times)
         self.step += 1
         parts.monitor.beat("training", self.step)
         self.require_finite_loss(reduction.loss)
@@ -211,11 +211,11 @@ class TrainingLoop:
         parts, run = self.parts, self.run
         grad_norm = float(parts.engine.get_global_grad_norm() or 0.0)
         metrics = parts.meter.step(self.step, batch, reduction.loss, grad_norm, lr, times)
-        parts.monitor.heard(reduction.stats)
+        parts.monitor.update_ranks(reduction.stats)
         if self.step % run.plan.config.train.log_every == 0 or self.is_last_step():
             run_store.fence(run.run_dir, run.rank_info.attempt)
             run.tracker.log(self.step, metrics | parts.monitor.metrics(parts.meter.tokens))
-        parts.status.training(self.step)
+        parts.status.update_step(self.step)
         parts.monitor.alert(self.step, reduction.loss, parts.meter.overall_tokens_per_sec)
 
     def is_last_step(self) -> bool:
@@ -224,7 +224,7 @@ class TrainingLoop:
 
     def local_stop_reason(self) -> str | None:
         """This rank's reason to stop. Rank 0 alone knows whether a limit of the run is reached."""
-        self.reached_limit = self.parts.monitor.limit()
+        self.reached_limit = self.parts.monitor.reached_limit()
         return "limit" if self.reached_limit else self.stop()
 
     def evaluate_if_due(self) -> None:
@@ -278,9 +278,9 @@ class TrainingLoop:
             logits = reference_logits(parts.engine, parts.model, parts.batches.split, self.run.device)
             if not torch.isfinite(logits["logits"]).all():
                 raise self.diverged("the logits are not finite")
-            parts.status.state("saving", self.step)
+            parts.status.write_state("saving", self.step)
             parts.checkpoints.save_and_wait(self.step, self._counts(), self._eval_loss(), logits)
-        parts.status.state("running", self.step)
+        parts.status.write_state("running", self.step)
         self._after_save()
         return self._checkpoint_path(self.step)
 

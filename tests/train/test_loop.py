@@ -25,8 +25,8 @@ class FakeLoop(TrainingLoop):
         parts = SimpleNamespace(
             engine=SimpleNamespace(was_step_applied=lambda: self.step not in skipped),
             meter=SimpleNamespace(skipped_steps=0),
-            status=SimpleNamespace(state=lambda state, step: None),
-            monitor=SimpleNamespace(loaded=lambda step: None),
+            status=SimpleNamespace(write_state=lambda state, step: None),
+            monitor=SimpleNamespace(start_training=lambda step: None),
             max_steps=max_steps,
         )
         super().__init__(SimpleNamespace(plan=plan, tracker=tracker), parts, lambda: None)  # type: ignore[arg-type]

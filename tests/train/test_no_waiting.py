@@ -16,7 +16,7 @@ from launcher.data.loader import IGNORED
 from launcher.train.loss import LossHead
 from launcher.train.metrics import StepTimer
 from launcher.train.model import CausalLMLoss
-from launcher.train.monitoring.rank_timing import Probe
+from launcher.train.monitoring.rank_timing import LayerTimer
 
 ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
@@ -52,7 +52,7 @@ def test_a_step_waits_for_nothing(kind: str) -> None:
     torch.manual_seed(0)
     device, on_gpu = torch.device(kind), kind == "cuda"
     model = CausalLMLoss(Model(), flatten=False).to(device)
-    timer, probe = StepTimer(device), Probe(model, device)
+    timer, probe = StepTimer(device), LayerTimer(model, device)
     ids, positions = torch.randint(0, 31, (2, 16)), torch.arange(16).repeat(2, 1)
     labels = torch.where(torch.arange(16) % 2 == 0, ids.roll(-1, 1), IGNORED)
     rows = [tensor.pin_memory() if on_gpu else tensor for tensor in (ids, positions, labels)]

@@ -94,10 +94,10 @@ def test_gpu_faults_that_no_rank_could_tell_are_named(run: RunDir) -> None:
 def test_a_gpu_that_was_lost_without_an_xid_is_named(run: RunDir) -> None:
     ended(run, "infrastructure", None)
     append_event(run, 1, "alert", "Xid 45 on GPU 0: work was taken off the GPU (rank 0 on n1)")
-    append_event(run, 1, "alert", f"{LOST} (GPU 3); the node must be restarted, or the GPU reset (rank 3 on n1)")
+    append_event(run, 1, "alert", f"{LOST} (GPU 3); restart the node, or reset the GPU (rank 3 on n1)")
     told = failure_before(run, 2)
     assert told is not None
-    assert "; GPU faults: a GPU is lost (GPU 3); the node must be restarted" in told.words
+    assert "; GPU faults: a GPU is lost (GPU 3); restart the node" in told.words
 
 
 def test_gpu_faults_before_a_restart_are_named_once(run: RunDir) -> None:

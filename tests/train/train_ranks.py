@@ -27,7 +27,7 @@ from launcher.train.engine import import_muon
 from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import build_model
 from launcher.train.monitoring import bandwidth
-from launcher.train.monitoring.rank_timing import OptimizerProbe, Probe, representative
+from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer, representative_layer
 from launcher.train.resume import agree_on_start, load_whole
 from launcher.train.stop import save_fits
 
@@ -97,11 +97,11 @@ def measure_link() -> tuple[float, float, float]:
     """The measured bandwidth, the seconds that this took, and the bandwidth of times that differ between the ranks."""
     rank = meet()
     started = time.perf_counter()
-    measured = bandwidth.measure(CPU)
+    measured = bandwidth.measure_bus_bandwidth(CPU)
     cost_s = time.perf_counter() - started
     times = iter([9.0, *([1e-3, 9.0, 2e-3] if rank == 0 else [1e-3, 4e-3, 5e-3])])
     bandwidth._seconds = lambda buffer: next(times)
-    return measured, cost_s, bandwidth.measure(CPU)
+    return measured, cost_s, bandwidth.measure_bus_bandwidth(CPU)
 
 
 def judge_saves() -> dict[str, bool]:
@@ -159,8 +159,8 @@ def probe_engine() -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(llama)
     import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(model.parameters()), config=config)
-    probe, optimizer_probe = Probe(model, torch.device("cpu")), OptimizerProbe(engine.basic_optimizer)
-    layer, calls = representative(model), []
+    probe, optimizer_probe = LayerTimer(model, torch.device("cpu")), OptimizerTimer(engine.basic_optimizer)
+    layer, calls = representative_layer(model), []
     plain = layer.forward
     slow_s = 0.0
 

@@ -12,180 +12,190 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 from launcher.plan import xids
-from launcher.train.monitoring.rank_stats import Told, Work
+from launcher.train.monitoring.rank_stats import RankStats, RankWork
 
-# Losses of so many steps tell what is usual, once there are enough of them. So many high ones are no single spike.
-_LOSSES, _ENOUGH_LOSSES, _STAYS_HIGH = 100, 20, 20
-# Robust standard deviations above the median, by the median absolute deviation (Iglewicz and Hoaglin 1993).
-SPIKE = 10.0
+# Steps whose losses are the reference, the fewest that make one, and the consecutive spikes that count as a lasting rise.
+_LOSS_WINDOW, _MIN_LOSSES, _LASTING_SPIKES = 100, 20, 20
+# A spike is so many robust standard deviations above the median, by the median absolute deviation (Iglewicz and Hoaglin 1993).
+SPIKE_SIGMAS = 10.0
 _MAD_TO_SIGMA = 1.4826
-# Where losses hardly differ from each other, a small change is no spike.
-_LEAST_SIGMA = 0.01
-# The pace of the last few steps, against that of many before them. So many slow ones are no passing trouble.
-_RECENT, _BEFORE, _ENOUGH_BEFORE, _STAYS_SLOW = 10, 200, 30, 60
-SLOW = 0.7
-_SLOWED_BY = {"cuda": "the GPUs' clocks and temperatures", "cpu": "what else runs on the CPUs, their clocks and temperatures"}
-# A rank whose own work takes so much longer than the usual rank's, in nearly all of so many steps.
-STRAGGLES, _STRAGGLER_STEPS, _NEARLY_ALL = 1.2, 20, 16
-# No step for so many times the median step, and for so long at least; saving has a limit of its own.
-STANDS, _STANDS_AT_LEAST_S, _SAVING_S = 10.0, 60.0, 900.0
-_LOOK_S = 5.0
+# Lower bound of the deviation relative to the median, for losses that hardly vary.
+_MIN_RELATIVE_SIGMA = 0.01
+# Steps whose pace is compared, the steps before them that are the reference, the fewest that make one, and the consecutive slow
+# steps that count as lasting.
+_RECENT_STEPS, _PACE_WINDOW, _MIN_PACES, _LASTING_SLOW_STEPS = 10, 200, 30, 60
+# Training is slow below this fraction of the reference pace.
+SLOW_FRACTION = 0.7
+_SLOWDOWN_CAUSES = {
+    "cuda": "the GPUs' clocks and temperatures",
+    "cpu": "other processes on the CPUs, their clocks and temperatures",
+}
+# A straggler's own work exceeds the median rank's by this factor in most of a window of steps.
+STRAGGLER_FACTOR, _STRAGGLER_WINDOW, _MIN_LATE_STEPS = 1.2, 20, 16
+# Training stalls after so many median steps without one, and no sooner than these seconds; a save has a limit of its own.
+STALL_FACTOR, _MIN_STALL_S, _SAVE_STALL_S = 10.0, 60.0, 900.0
+_CHECK_INTERVAL_S = 5.0
 
 
-class Health:
-    """Looks at the numbers of each step; `device` is what the ranks compute on, cuda or cpu.
+class AnomalyDetector:
+    """Checks the numbers of each step; `device` is what the ranks compute on, cuda or cpu.
 
-    What is told of does not count as usual, until it has lasted for as many steps as tell what is. A trouble that passes and one
-    that stays are alerts of two kinds, so that the one does not keep the other from being told.
+    Anomalous steps do not enter the reference until they have lasted for a whole window. A passing and a lasting anomaly are two
+    kinds of alerts, so that the rate limit of one does not suppress the other.
     """
 
     def __init__(self, device: str) -> None:
         self._device = device
-        self._losses: deque[float] = deque(maxlen=_LOSSES)
-        self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._paces: deque[float] = deque(maxlen=_BEFORE)
-        self._high = self._slow = 0
-        self._steps, self._late = 0, dict[int, int]()
+        self._losses: deque[float] = deque(maxlen=_LOSS_WINDOW)
+        self._recent_paces: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._paces: deque[float] = deque(maxlen=_PACE_WINDOW)
+        self._num_spikes = self._num_slow = 0
+        self._num_steps, self._num_late = 0, dict[int, int]()
         self._xids: dict[int, float] = {}
 
     def step(self, loss: float, tokens_per_sec: float) -> list[str]:
-        """Alerts after a step, in words; none where all is as it was."""
-        return [*self._spike(loss), *self._slowdown(tokens_per_sec)]
+        """Return the alerts after a step."""
+        return [*self._check_loss(loss), *self._check_pace(tokens_per_sec)]
 
-    def faults(self, told: Sequence[Told], names: Sequence[str]) -> Iterator[str]:
-        """Alerts of GPUs after a step in which the ranks have told their numbers; `names` say where each rank is.
+    def faults(self, ranks: Sequence[RankStats], hosts: Sequence[str]) -> Iterator[str]:
+        """Yield an alert for each Xid that ranks report for the first time; `hosts` are the nodes by rank.
 
-        A fault of what lies between GPUs shows on all of them at once, and is one alert.
+        A fault of a link between GPUs shows on all of them at once, and is one alert.
         """
-        places: dict[int, list[str]] = {}
-        for rank, one in enumerate(told):
-            if one.sample.xids > self._xids.get(rank, 0.0):
-                self._xids[rank] = one.sample.xids
-                places.setdefault(int(one.sample.last_xid), []).append(f"GPU {one.sample.gpu_index:.0f} of {names[rank]}")
-        for number, (first, *others) in places.items():
+        gpus_by_xid: dict[int, list[str]] = {}
+        for rank, stats in enumerate(ranks):
+            device = stats.device
+            if device.xids > self._xids.get(rank, 0.0):
+                self._xids[rank] = device.xids
+                gpus_by_xid.setdefault(int(device.last_xid), []).append(f"GPU {device.gpu_index:.0f} of {hosts[rank]}")
+        for number, (first, *others) in gpus_by_xid.items():
             where = f"{1 + len(others)} GPUs, the first of them {first}" if others else first
             yield f"Xid {number} on {where}: {xids.meaning(number)}"
 
-    def stragglers(self, works: Sequence[Work], names: Sequence[str]) -> Iterator[str]:
-        """Alerts of ranks that all others wait for, after a step of these works."""
-        usual = statistics.median_low([one.seconds for one in works])
-        for rank, one in enumerate(works):
-            if one.seconds > STRAGGLES * usual > 0:
-                self._late[rank] = self._late.get(rank, 0) + 1
-        self._steps += 1
-        if self._steps < _STRAGGLER_STEPS:
+    def stragglers(self, works: Sequence[RankWork], hosts: Sequence[str]) -> Iterator[str]:
+        """Yield an alert at the end of a window in which one rank was late in most steps; `works` are those of one step."""
+        median_s = statistics.median_low([work.seconds for work in works])
+        for rank, work in enumerate(works):
+            if work.seconds > STRAGGLER_FACTOR * median_s > 0:
+                self._num_late[rank] = self._num_late.get(rank, 0) + 1
+        self._num_steps += 1
+        if self._num_steps < _STRAGGLER_WINDOW:
             return
-        late = [rank for rank, count in self._late.items() if count >= _NEARLY_ALL]
-        self._steps, self._late = 0, {}
-        if late:
-            yield _straggler(max(late, key=lambda rank: works[rank].seconds), works, names)
+        late_ranks = [rank for rank, count in self._num_late.items() if count >= _MIN_LATE_STEPS]
+        self._num_steps, self._num_late = 0, {}
+        if late_ranks:
+            yield _straggler(max(late_ranks, key=lambda rank: works[rank].seconds), works, hosts)
 
-    def _spike(self, loss: float) -> Iterator[str]:
+    def _check_loss(self, loss: float) -> Iterator[str]:
         if not self._is_spike(loss):
             self._losses.append(loss)
-            # A loss that is out of bounds goes up and down.
-            self._high = max(0, self._high - 1)
+            # A diverged loss goes up and down.
+            self._num_spikes = max(0, self._num_spikes - 1)
             return
-        self._high += 1
-        usual = f"the median of the {len(self._losses)} steps before is {statistics.median(self._losses):.4f}"
-        go_back = "go back to a checkpoint before it with: python -m launcher resume RUN --step N optim.lr=..."
-        if self._high < _STAYS_HIGH:
-            yield f"the loss jumped: it is {loss:.4f}, {usual}; if it does not come back, {go_back}"
+        self._num_spikes += 1
+        reference = f"the median of the {len(self._losses)} steps before is {statistics.median(self._losses):.4f}"
+        remedy = "resume from a checkpoint before it with: python -m launcher resume RUN --step N optim.lr=..."
+        if self._num_spikes < _LASTING_SPIKES:
+            yield f"the loss jumped: it is {loss:.4f}, {reference}; if it stays high, {remedy}"
         else:
-            yield f"the loss does not come back: it is {loss:.4f}, after {self._high} steps of high ones, {usual}; {go_back}"
-        if self._high >= _LOSSES:
+            yield f"the loss stays high: it is {loss:.4f} after {self._num_spikes} high steps, {reference}; {remedy}"
+        if self._num_spikes >= _LOSS_WINDOW:
             self._losses.clear()
-            self._high = 0
+            self._num_spikes = 0
 
     def _is_spike(self, loss: float) -> bool:
-        if len(self._losses) < _ENOUGH_LOSSES:
+        if len(self._losses) < _MIN_LOSSES:
             return False
         median = statistics.median(self._losses)
-        spread = statistics.median(abs(value - median) for value in self._losses)
-        return loss > median + SPIKE * max(_MAD_TO_SIGMA * spread, _LEAST_SIGMA * abs(median))
+        deviation = statistics.median(abs(value - median) for value in self._losses)
+        return loss > median + SPIKE_SIGMAS * max(_MAD_TO_SIGMA * deviation, _MIN_RELATIVE_SIGMA * abs(median))
 
-    def _slowdown(self, tokens_per_sec: float) -> Iterator[str]:
-        leaving = self._recent[0] if len(self._recent) == _RECENT else None
-        self._recent.append(tokens_per_sec)
-        recent = statistics.median(self._recent)
-        usual = statistics.median(self._paces) if len(self._paces) >= _ENOUGH_BEFORE else 0.0
-        if recent >= SLOW * usual:
-            self._slow = 0
-            if leaving is not None:
-                self._paces.append(leaving)
+    def _check_pace(self, tokens_per_sec: float) -> Iterator[str]:
+        oldest = self._recent_paces[0] if len(self._recent_paces) == _RECENT_STEPS else None
+        self._recent_paces.append(tokens_per_sec)
+        recent = statistics.median(self._recent_paces)
+        reference = statistics.median(self._paces) if len(self._paces) >= _MIN_PACES else 0.0
+        if recent >= SLOW_FRACTION * reference:
+            self._num_slow = 0
+            if oldest is not None:
+                self._paces.append(oldest)
             return
-        self._slow += 1
-        what = "training has become slow" if self._slow < _STAYS_SLOW else "training stays slow"
+        self._num_slow += 1
+        kind = "training has become slow" if self._num_slow < _LASTING_SLOW_STEPS else "training stays slow"
         yield (
-            f"{what}: {recent:,.0f} tokens/s over the last {_RECENT} steps, {usual:,.0f} before; "
-            f"look at {_SLOWED_BY[self._device]}, the network and the storage"
+            f"{kind}: {recent:,.0f} tokens/s over the last {_RECENT_STEPS} steps, {reference:,.0f} before; "
+            f"check {_SLOWDOWN_CAUSES[self._device]}, the network and the storage"
         )
-        if self._slow >= _BEFORE:
+        if self._num_slow >= _PACE_WINDOW:
             self._paces.clear()
-            self._slow = 0
+            self._num_slow = 0
 
 
-def _straggler(rank: int, works: Sequence[Work], names: Sequence[str]) -> str:
-    one, usual = works[rank], Work(*(statistics.median_low(parts) for parts in zip(*works, strict=True)))
-    more = {name: part - other for name, part, other in zip(Work._fields, one, usual, strict=True)}
-    match max(more, key=more.__getitem__):
+def _straggler(rank: int, works: Sequence[RankWork], hosts: Sequence[str]) -> str:
+    """Return the alert about a straggler, with the part of its work that exceeds the median rank's most."""
+    work, median = works[rank], RankWork(*(statistics.median_low(parts) for parts in zip(*works, strict=True)))
+    excess_s = {name: part - other for name, part, other in zip(RankWork._fields, work, median, strict=True)}
+    match max(excess_s, key=excess_s.__getitem__):
         case "data_s":
-            what = f"it waits {one.data_s:.2f} s a step for its data, the usual rank {usual.data_s:.2f} s: "
-            what += "look at the node's storage and CPUs"
+            cause = f"it waits {work.data_s:.2f} s a step for its data, the median rank {median.data_s:.2f} s: "
+            cause += "check the node's storage and CPUs"
         case "optim_s":
-            what = f"its optimizer takes {one.optim_s:.2f} s a step on the CPUs, the usual rank's {usual.optim_s:.2f} s: "
-            what += "look at the clocks of the node's CPUs, and at what else runs there"
+            cause = f"its optimizer takes {work.optim_s:.2f} s a step on the CPUs, the median rank's {median.optim_s:.2f} s: "
+            cause += "check the clocks of the node's CPUs, and what else runs there"
         case _:
-            times = one.compute_s / usual.compute_s if usual.compute_s else 1.0
-            what = f"it computes {times:.2f} times as long as the usual rank: look at the clock and the temperature of its device"
-    who = f"rank {rank} on {names[rank]}"
-    return f"a straggler: all ranks have waited {_STRAGGLER_STEPS} steps for {who}: {what}, or leave the node out"
+            factor = work.compute_s / median.compute_s if median.compute_s else 1.0
+            cause = f"it computes {factor:.2f} times as long as the median rank: check the clock and temperature of its device"
+    name = f"rank {rank} on {hosts[rank]}"
+    return f"a straggler: all ranks have waited {_STRAGGLER_WINDOW} steps for {name}: {cause}, or leave the node out"
 
 
-class Pulse:
-    """Tells, from a thread of its own, when there has been no step for long, at every look until there is one again.
+class StallAlarm:
+    """Sends an alert, from a thread of its own, at every check while there has been no progress for long.
 
     `beat` is called with the phase and the step wherever there is progress.
     """
 
     def __init__(
         self,
-        tell: Callable[[str, int], None],
-        at_least_s: float = _STANDS_AT_LEAST_S,
+        send_alert: Callable[[str, int], None],
+        min_stall_s: float = _MIN_STALL_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._tell, self._at_least_s, self._clock = tell, at_least_s, clock
-        self._ended = threading.Event()
-        self._steps: deque[float] = deque(maxlen=50)
-        self._last = ("", 0, clock())
+        self._send_alert, self._min_stall_s, self._clock = send_alert, min_stall_s, clock
+        self._stopped = threading.Event()
+        self._step_times_s: deque[float] = deque(maxlen=50)
+        self._last_beat = ("", 0, clock())
 
-    def start(self) -> Pulse:
-        threading.Thread(target=self._watch, name="pulse", daemon=True).start()
+    def start(self) -> StallAlarm:
+        """Start the thread."""
+        threading.Thread(target=self._watch, name="stall-alarm", daemon=True).start()
         return self
 
     def stop(self) -> None:
-        self._ended.set()
+        """End the thread at its next check."""
+        self._stopped.set()
 
     def beat(self, phase: str, step: int) -> None:
-        before, last, at = self._last
+        """Record progress."""
+        last_phase, last_step, at = self._last_beat
         now = self._clock()
-        if phase == "training" == before and step == last:
-            # Between two micro-batches there is no step yet.
+        if phase == "training" == last_phase and step == last_step:
+            # Micro-batches of one step.
             return
-        if phase == "training" == before:
-            self._steps.append(now - at)
-        self._last = (phase, step, now)
+        if phase == "training" == last_phase:
+            self._step_times_s.append(now - at)
+        self._last_beat = (phase, step, now)
 
-    def look(self) -> None:
-        """Tell where there has been no progress for longer than is usual."""
-        phase, step, at = self._last
-        if not self._steps or phase not in ("training", "evaluating", "saving"):
+    def check(self) -> None:
+        """Send an alert if the time since the last progress exceeds the limit of the phase."""
+        phase, step, at = self._last_beat
+        if not self._step_times_s or phase not in ("training", "evaluating", "saving"):
             return
-        usual_s, silent_s = statistics.median(list(self._steps)), self._clock() - at
-        limit_s = max(self._at_least_s, STANDS * usual_s)
-        if silent_s >= (max(limit_s, _SAVING_S) if phase == "saving" else limit_s):
-            self._tell(f"no progress: {silent_s:.0f} s have passed while {phase}; a step usually takes {usual_s:.1f} s", step)
+        median_s, silent_s = statistics.median(list(self._step_times_s)), self._clock() - at
+        limit_s = max(self._min_stall_s, STALL_FACTOR * median_s)
+        if silent_s >= (max(limit_s, _SAVE_STALL_S) if phase == "saving" else limit_s):
+            self._send_alert(f"no progress: {silent_s:.0f} s in {phase}; a step usually takes {median_s:.1f} s", step)
 
     def _watch(self) -> None:
-        while not self._ended.wait(_LOOK_S):
-            self.look()
+        while not self._stopped.wait(_CHECK_INTERVAL_S):
+            self.check()

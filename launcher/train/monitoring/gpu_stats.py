@@ -1,4 +1,4 @@
-"""What this rank's GPU and its node say of themselves, read in a thread: it never raises, and the training never waits for it."""
+"""Readings of this rank's GPU and node, taken in a thread: it never raises, and training never waits for it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ _CPU_S = 0.5
 _NAN = math.nan
 
 
-class Sample(NamedTuple):
-    """The latest readings, NaN where there is none; fractions are 0 to 1.
+class DeviceReadings(NamedTuple):
+    """The latest readings; NaN for what was not read. Fractions are 0 to 1.
 
-    `gpu_index` is the driver's own number, whatever CUDA_VISIBLE_DEVICES says; `xids` counts the faults since the start and
-    `last_xid` is the number of the last one. Only one rank of each node reads the host's.
+    Attributes:
+        gpu_index: the driver's number of the GPU, independent of CUDA_VISIBLE_DEVICES.
+        xids: number of Xid faults since the start.
+        last_xid: code of the last one.
+        host_cpu_util, host_ram_used: of the node; read by one rank per node.
     """
 
     gpu_index: float = _NAN
@@ -38,10 +41,10 @@ class Sample(NamedTuple):
     host_ram_used: float = _NAN
 
 
-class Devices:
-    """Keeps `latest` up to date; `on_fault` is told each Xid, and that the GPU is lost, at once, from the thread.
+class DeviceMonitor:
+    """Keeps `latest` up to date; calls `on_fault` from its thread for each Xid, and when the GPU is lost.
 
-    `device` is the rank's, of which only a GPU of NVIDIA is asked; `reads_host` reads CPU and memory of the node as well.
+    `device` is the rank's; only NVIDIA GPUs are read. With `reads_host`, CPU and memory of the node are read as well.
     """
 
     def __init__(
@@ -49,44 +52,45 @@ class Devices:
     ) -> None:
         self._device, self._reads_host = device, reads_host
         self._on_fault, self._interval_s = on_fault, interval_s
-        self._ended = threading.Event()
-        self.latest = Sample()
+        self._stopped = threading.Event()
+        self.latest = DeviceReadings()
 
-    def start(self) -> Devices:
-        threading.Thread(target=self._watch, name="devices", daemon=True).start()
+    def start(self) -> DeviceMonitor:
+        """Start the thread."""
+        threading.Thread(target=self._watch, name="device-monitor", daemon=True).start()
         return self
 
     def stop(self) -> None:
-        """The thread ends within an interval and is not waited for: a driver that hangs must hold up nobody."""
-        self._ended.set()
+        """End the thread within an interval, without waiting for it: the driver may hang."""
+        self._stopped.set()
 
     def _watch(self) -> None:
         try:
             gpu = _open_sensor(self._device) if self._device.type == "cuda" else None
             if gpu is None and not self._reads_host:
                 return
-            number, is_told = "", False
-            while not self._ended.is_set():
+            gpu_name, is_reported = "", False
+            while not self._stopped.is_set():
                 readings = gpu.read() if gpu is not None else {}
                 if self._reads_host:
                     readings |= _host()
                 self.latest = self.latest._replace(**readings)
-                # One that is lost has not even a number any more.
-                number = number if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
-                if gpu is not None and gpu.is_lost and not is_told:
-                    is_told = True
-                    self._on_fault(f"{xids.LOST}{number}; the node must be restarted, or the GPU reset")
+                # A lost GPU has no number any more.
+                gpu_name = gpu_name if math.isnan(self.latest.gpu_index) else f" (GPU {self.latest.gpu_index:.0f})"
+                if gpu is not None and gpu.is_lost and not is_reported:
+                    is_reported = True
+                    self._on_fault(f"{xids.LOST}{gpu_name}; restart the node, or reset the GPU")
                 self._wait(gpu)
         except Exception as error:
-            # What cannot be read is missing from the charts; that is all.
-            print(f"note: this rank's device is not watched any more: {type(error).__name__}: {error}", file=sys.stderr)
+            # Only the charts lack the readings.
+            print(f"note: the readings of this rank's device have stopped: {type(error).__name__}: {error}", file=sys.stderr)
 
     def _wait(self, gpu: GpuSensor | None) -> None:
-        """Until the next reading is due; faults of the GPU end the waiting for a moment."""
+        """Wait until the next reading is due; report faults of the GPU meanwhile."""
         until = time.monotonic() + self._interval_s
-        while (left := until - time.monotonic()) > 0 and not self._ended.is_set():
+        while (left := until - time.monotonic()) > 0 and not self._stopped.is_set():
             if gpu is None or not gpu.has_events:
-                self._ended.wait(left)
+                self._stopped.wait(left)
             elif (number := gpu.next_xid(left)) is not None:
                 self.latest = self.latest._replace(xids=self.latest.xids + 1, last_xid=float(number))
                 self._on_fault(f"Xid {number} on GPU {self.latest.gpu_index:.0f}: {xids.meaning(number)}")

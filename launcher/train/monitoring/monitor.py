@@ -1,4 +1,4 @@
-"""What is watched beside the steps: this rank's device and pace, told to all; on rank 0 the state of the whole run."""
+"""Monitoring beside the steps: statistics of each rank, alerts, and on rank 0 goodput, cost and limits of the run."""
 
 from __future__ import annotations
 
@@ -23,137 +23,140 @@ from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import Composite, RateLimit
 from launcher.train.monitoring import rank_stats
-from launcher.train.monitoring.anomalies import Health, Pulse
-from launcher.train.monitoring.gpu_stats import Devices
-from launcher.train.monitoring.rank_stats import SLOTS, Told, Work
-from launcher.train.monitoring.rank_timing import OptimizerProbe, Probe
+from launcher.train.monitoring.anomalies import AnomalyDetector, StallAlarm
+from launcher.train.monitoring.gpu_stats import DeviceMonitor
+from launcher.train.monitoring.rank_stats import NUM_VALUES, RankStats, RankWork
+from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer
 
 
 class Monitor:
-    """Made when the engine is built; `loaded` when training begins. Collective where it is made.
+    """Collects statistics of the ranks and sends alerts. Create it, collectively, when the engine is built.
 
-    `optimizer` is the one inside DeepSpeed's, where it steps on the node's CPUs.
+    `optimizer` is the one inside DeepSpeed's, if it runs on the node's CPUs.
     """
 
     def __init__(
         self,
         plan: LaunchPlan,
-        place: RankInfo,
+        rank_info: RankInfo,
         device: torch.device,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None,
         tracker: Composite,
         beat: Callable[[str, int], None],
     ) -> None:
-        self._plan, self._place, self._tracker, self._beat = plan, place, tracker, beat
+        self._plan, self._rank_info, self._tracker, self._beat = plan, rank_info, tracker, beat
         self._run = RunDir(Path(plan.run_dir))
-        self._probe, self._own = Probe(model, device), Told()
-        self._optimizer_probe = None if optimizer is None else OptimizerProbe(optimizer)
+        self._layer_timer, self._local_stats = LayerTimer(model, device), RankStats()
+        self._optimizer_timer = None if optimizer is None else OptimizerTimer(optimizer)
         self._device = device
-        self._health, self._hosts = Health(plan.topology.device), _hosts(place)
-        self._ranks: list[Told] = []
-        self._works: list[Work] = []
-        self._is_limited = place.is_main and (plan.limits.max_seconds or plan.limits.max_gpu_seconds) is not None
+        self._anomalies, self._hosts = AnomalyDetector(plan.topology.device), _hosts(rank_info)
+        self._ranks: list[RankStats] = []
+        self._works: list[RankWork] = []
+        self._is_limited = rank_info.is_main and (plan.limits.max_seconds or plan.limits.max_gpu_seconds) is not None
         self._reader = ThreadPoolExecutor(1, "goodput")
-        self._before: Future[Breakdown] | None = None
-        self._loaded = time.monotonic()
+        self._spent_before: Future[Breakdown] | None = None
+        self._training_began = time.monotonic()
         self.eval_s = self.save_s = 0.0
-        on_fault = partial(record_fault, self._run, place, self._hosts[place.rank], RateLimit())
-        self._devices = Devices(device, place.local_rank == 0, on_fault).start()
-        self._pulse = Pulse(partial(tracker.event, "alert")).start() if place.is_main else None
+        on_fault = partial(record_fault, self._run, rank_info, self._hosts[rank_info.rank], RateLimit())
+        self._devices = DeviceMonitor(device, rank_info.local_rank == 0, on_fault).start()
+        self._stall_alarm = StallAlarm(partial(tracker.event, "alert")).start() if rank_info.is_main else None
 
     def beat(self, phase: str, step: int) -> None:
-        """Tell that there is progress: to the node's agent, and to the watch over steps that do not come."""
+        """Report progress to the node's agent and to the stall alarm."""
         self._beat(phase, step)
-        if self._pulse is not None:
-            self._pulse.beat(phase, step)
+        if self._stall_alarm is not None:
+            self._stall_alarm.beat(phase, step)
 
-    def loaded(self, step: int) -> None:
-        """Training begins, after `step` steps; what the run has done before is read while it does."""
-        self._loaded = time.monotonic()
-        if self._place.is_main:
+    def start_training(self, step: int) -> None:
+        """Start the clock of training after `step` steps; read in a thread what the run has spent before."""
+        self._training_began = time.monotonic()
+        if self._rank_info.is_main:
             self._tracker.event("info", "the model is loaded", step, **{goodput.PHASE: goodput.LOADED})
-            self._before = self._reader.submit(spent_before, self._run, time.time(), partial(self._tracker.event, "alert"))
+            send_alert = partial(self._tracker.event, "alert")
+            self._spent_before = self._reader.submit(spent_before, self._run, time.time(), send_alert)
 
-    def own(self) -> list[float]:
-        """SLOTS numbers for each rank, this rank's own of its last step in their place: their sum over the ranks is all."""
-        values = [0.0] * (SLOTS * self._place.world_size)
-        values[SLOTS * self._place.rank : SLOTS * (self._place.rank + 1)] = self._own.values()
+    def pack_local(self) -> list[float]:
+        """Return NUM_VALUES numbers for each rank: this rank's statistics at its position, 0 elsewhere, for a sum over ranks."""
+        values = [0.0] * (NUM_VALUES * self._rank_info.world_size)
+        values[NUM_VALUES * self._rank_info.rank : NUM_VALUES * (self._rank_info.rank + 1)] = self._local_stats.values()
         return values
 
-    def measured(self, times: dict[str, float]) -> None:
-        """Keep what this rank is to tell with the next step; call it where the device has finished the step."""
-        optim_s = math.nan if self._optimizer_probe is None else self._optimizer_probe.read()
-        spent = (times["time/step_s"], times["time/data_s"], self._probe.read(), optim_s)
-        self._own = Told(*spent, *_memory(self._device), self._devices.latest)
+    def record_step(self, times: dict[str, float]) -> None:
+        """Record this rank's statistics of a step, which travel with the next one. Call it when the device has finished."""
+        optim_s = math.nan if self._optimizer_timer is None else self._optimizer_timer.read()
+        seconds = (times["time/step_s"], times["time/data_s"], self._layer_timer.read(), optim_s)
+        self._local_stats = RankStats(*seconds, *_memory(self._device), self._devices.latest)
 
-    def heard(self, values: Sequence[float]) -> None:
-        """Take what all ranks have told of the step before."""
-        self._ranks = rank_stats.told(values)
-        self._works = rank_stats.work(self._ranks)
+    def update_ranks(self, values: Sequence[float]) -> None:
+        """Take in the statistics of all ranks: the sum over ranks of `pack_local`."""
+        self._ranks = rank_stats.unpack_ranks(values)
+        self._works = rank_stats.estimate_work(self._ranks)
 
     def metrics(self, tokens: int) -> dict[str, float]:
-        """Of all ranks, and of the run so far, in which `tokens` were trained."""
-        spent, told = self._spent(), rank_stats.metrics(self._ranks, self._works)
-        return told | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
+        """Return the metrics over all ranks, and goodput and cost of the run so far, in which `tokens` were trained."""
+        spent, aggregated = self._spent(), rank_stats.aggregate_metrics(self._ranks, self._works)
+        return aggregated | ({} if spent is None else spent.metrics() | goodput.cost(self._plan, spent, tokens))
 
     def alert(self, step: int, loss: float, tokens_per_sec: float) -> None:
-        """Tell what is not as it should be after a step."""
-        for words in self._health.faults(self._ranks, self._hosts):
+        """Send an alert for each anomaly of a step."""
+        for text in self._anomalies.faults(self._ranks, self._hosts):
             # The rank has recorded it itself.
-            self._tracker.event("alert", words, step, recorded=True)
-        for words in (*self._health.step(loss, tokens_per_sec), *self._health.stragglers(self._works, self._hosts)):
-            self._tracker.event("alert", words, step)
+            self._tracker.event("alert", text, step, recorded=True)
+        for text in (*self._anomalies.step(loss, tokens_per_sec), *self._anomalies.stragglers(self._works, self._hosts)):
+            self._tracker.event("alert", text, step)
 
-    def limit(self) -> str:
-        """Which limit of the run is reached now, in words; empty where it may go on, and on other ranks than the first."""
+    def reached_limit(self) -> str:
+        """Return which limit of the run is reached; empty if none is, and on ranks other than 0."""
         spent = self._spent() if self._is_limited else None
         return "" if spent is None else goodput.spent_limit(self._plan, spent)
 
     def _spent(self) -> Breakdown | None:
-        """The time of the run up to now; None for the moment in which it is not known yet, and on other ranks than the first."""
-        if self._before is None or not self._before.done():
+        """Return the time of the run so far; None until it has been read, and on ranks other than 0."""
+        if self._spent_before is None or not self._spent_before.done():
             return None
-        seconds = time.monotonic() - self._loaded
-        return self._before.result().later(seconds, self.eval_s, self.save_s, self._place.world_size, self._plan.price)
+        seconds = time.monotonic() - self._training_began
+        before = self._spent_before.result()
+        return before.later(seconds, self.eval_s, self.save_s, self._rank_info.world_size, self._plan.price)
 
     def stop(self) -> None:
-        if self._pulse is not None:
-            self._pulse.stop()
+        """End the threads."""
+        if self._stall_alarm is not None:
+            self._stall_alarm.stop()
         self._devices.stop()
 
 
 def _memory(device: torch.device) -> tuple[float, float, float]:
-    """The most bytes of a GPU that were in use and that were reserved, and how often an allocation had to be tried again."""
+    """Return peak bytes in use, peak bytes reserved, and the number of retried allocations of a GPU; NaN on CPUs."""
     if device.type != "cuda":
         return (math.nan,) * 3
     stats = torch.cuda.memory_stats(device)
     return stats["active_bytes.all.peak"], stats["reserved_bytes.all.peak"], stats["num_alloc_retries"]
 
 
-def spent_before(run: RunDir, now: float, tell: Callable[[str], None]) -> Breakdown:
-    """What the run has spent until `now`, in seconds since the epoch; nothing where that cannot be read, which is told."""
+def spent_before(run: RunDir, now: float, send_alert: Callable[[str], None]) -> Breakdown:
+    """Return what the run has spent until `now` (seconds since the epoch); nothing, and an alert, if that cannot be read."""
     try:
         return goodput.read(run, now)
     except Exception as error:
-        # Raised here, it would come out of every step: what a file holds that others have written must not end training.
-        tell(f"what the run has done before cannot be read, so it counts from here: {error}")
+        # Files may hold anything, and must not end training.
+        send_alert(f"the earlier cost of the run cannot be read, so goodput and cost count from here: {error}")
         return Breakdown()
 
 
-def record_fault(run: RunDir, place: RankInfo, host: str, limit: RateLimit, words: str) -> None:
-    """A GPU's fault, in this rank's log and among the events at once: it may be the last that this rank tells."""
-    if not limit.admit(words):
+def record_fault(run: RunDir, rank_info: RankInfo, host: str, limit: RateLimit, fault: str) -> None:
+    """Write a GPU's fault to this rank's log and to events.jsonl at once: the rank may end next."""
+    if not limit.admit(fault):
         return
-    where = f"{words} (rank {place.rank} on {host})"
-    print(where, flush=True)
-    # A disk that is full must not end the watch over the device.
+    text = f"{fault} (rank {rank_info.rank} on {host})"
+    print(text, flush=True)
+    # A full disk must not end the monitoring of the device.
     with suppress(OSError):
-        append_event(run, place.attempt, "alert", where)
+        append_event(run, rank_info.attempt, "alert", text)
 
 
-def _hosts(place: RankInfo) -> list[str]:
-    """The name of each rank's node."""
-    names: list[str] = [""] * place.world_size
+def _hosts(rank_info: RankInfo) -> list[str]:
+    """Return the name of each rank's node. Collective."""
+    names: list[str] = [""] * rank_info.world_size
     dist.all_gather_object(names, os.uname().nodename)
     return names

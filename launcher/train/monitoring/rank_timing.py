@@ -1,8 +1,7 @@
-"""How fast this rank itself computes, which a step does not tell: under ZeRO-3 all ranks finish it together.
+"""Timers for this rank's own speed. Step times do not show it: under ZeRO-3 all ranks finish a step together.
 
-What is timed is the forward pass of one linear layer, between DeepSpeed's fetch of its weights and their release, and the
-optimizer where it runs on the node's CPUs: no collective lies in them, so that a rank which is slow is slow in them, and no rank
-waits for another.
+They time the forward pass of one linear layer, between DeepSpeed's fetch of its weights and their release, and an optimizer that
+runs on the node's CPUs. Neither contains a collective, so only a slow rank is slow in them.
 """
 
 from __future__ import annotations
@@ -15,24 +14,21 @@ import torch
 from torch import Tensor, nn
 
 
-class Probe:
-    """Times one linear layer of `model`, whose engine must exist already, wherever it computes in training mode.
-
-    Recomputation under activation checkpointing is timed as well: it is the same work.
-    """
+class LayerTimer:
+    """Times one linear layer of `model` in training mode, including recomputation. Create it after DeepSpeed's engine."""
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._start: Any = None
         self._spans: list[tuple[Any, Any, int]] = []
-        layer = representative(model)
+        layer = representative_layer(model)
         if layer is not None:
-            # After DeepSpeed's hook that gathers the weights, and before the one that lets them go.
+            # After DeepSpeed's hook that gathers the weights, and before the one that releases them.
             layer.register_forward_pre_hook(self._begin)
             layer.register_forward_hook(self._end, prepend=True)
 
     def read(self) -> float:
-        """Seconds per token since the last call, NaN where nothing was computed; call it where the device has finished."""
+        """Return seconds per token since the last call, NaN without any; call it when the device has finished."""
         spans, self._spans = self._spans, []
         tokens = sum(count for *_, count in spans)
         if not tokens:
@@ -45,7 +41,7 @@ class Probe:
 
     def _end(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if self._start is not None:
-            # Of the output: a layer that is called by keyword has no inputs here.
+            # From the output: a layer that is called by keyword has no inputs here.
             self._spans.append((self._start, self._mark(), output.numel() // output.shape[-1]))
             self._start = None
 
@@ -57,8 +53,8 @@ class Probe:
         return event
 
 
-class OptimizerProbe:
-    """Times the steps of an optimizer whose states lie in main memory; those that a GPU takes end after they return."""
+class OptimizerTimer:
+    """Times an optimizer whose states are in main memory. On a GPU, steps end after they return and cannot be timed so."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._start, self._seconds = 0.0, math.nan
@@ -66,7 +62,7 @@ class OptimizerProbe:
         optimizer.register_step_post_hook(self._end)
 
     def read(self) -> float:
-        """Seconds since the last call, NaN where it took no step."""
+        """Return the seconds spent in steps since the last call; NaN without any."""
         seconds, self._seconds = self._seconds, math.nan
         return seconds
 
@@ -74,13 +70,13 @@ class OptimizerProbe:
         self._start = time.perf_counter()
 
     def _end(self, *_: Any) -> None:
-        # DeepSpeed has it step once for each group of parameters.
+        # DeepSpeed calls it once for each group of parameters.
         spent = time.perf_counter() - self._start
         self._seconds = spent if math.isnan(self._seconds) else self._seconds + spent
 
 
-def representative(model: nn.Module) -> nn.Linear | None:
-    """The largest linear layer of the middle block; None where the model has no list of blocks with one in them."""
+def representative_layer(model: nn.Module) -> nn.Linear | None:
+    """Return the largest linear layer of the middle block; None if the model has no list of blocks with one."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not stacks:
         return None

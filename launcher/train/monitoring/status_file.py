@@ -1,4 +1,4 @@
-"""status.json as the ranks write it: where training stands, for the other commands."""
+"""The ranks' updates of status.json: state and step, for the other commands."""
 
 from __future__ import annotations
 
@@ -10,47 +10,45 @@ from launcher import run_store
 from launcher.errors import RunError
 from launcher.plan.run_dir import RunDir
 
-# A write that reaches the disk takes a millisecond of a processor, and on shared storage it is everybody's; metrics.jsonl has
-# every logged step.
-_STEPS_EVERY_S = 5.0
+# A synced write costs a millisecond, and load on shared storage; metrics.jsonl has every logged step.
+_UPDATE_INTERVAL_S = 5.0
 
 
 class StatusFile:
-    """Written by rank 0 alone, `is_main`, while it trains; that it cannot be written is told and is no reason to stop.
+    """Writes state and step of a run while it trains, on rank 0 (`is_main`) alone. A failed write is an alert, not an error.
 
-    Who else writes it (an agent, a coordinator, the command that cancels) does so before the ranks start, when they have ended,
-    or for the next attempt: what they have written beside state, step and message stays, and an attempt that another has
-    followed writes nothing more.
+    Other writers (agent, coordinator, the command that cancels) write before the ranks start, after they end, or for the next
+    attempt. Their other fields are kept, and a superseded attempt writes nothing.
     """
 
-    def __init__(self, run: RunDir, attempt: int, tell: Callable[[str], None], is_main: bool) -> None:
-        self._run, self._attempt, self._tell, self._is_main = run, attempt, tell, is_main
-        # One thread, so that what was said last is what stays.
+    def __init__(self, run: RunDir, attempt: int, send_alert: Callable[[str], None], is_main: bool) -> None:
+        self._run, self._attempt, self._send_alert, self._is_main = run, attempt, send_alert, is_main
+        # One thread, so that the last update is the one that stays.
         self._writer = ThreadPoolExecutor(1, "status")
         self._pending: Future[None] | None = None
         self._due = 0.0
 
-    def state(self, state: str, step: int) -> None:
-        """Tell a state, and return when it is on disk."""
+    def write_state(self, state: str, step: int) -> None:
+        """Write a state; return when it is on disk."""
         if self._is_main:
             self._writer.submit(self._write, state, step).result()
-            self._due = time.monotonic() + _STEPS_EVERY_S
+            self._due = time.monotonic() + _UPDATE_INTERVAL_S
 
-    def training(self, step: int) -> None:
-        """Tell how far training is, every few seconds at most, beside the training: storage may take its time.
+    def update_step(self, step: int) -> None:
+        """Write the step every few seconds, in a thread: storage may be slow.
 
-        This is synchronised with the disk as well: a file that was only moved into place may be empty after a loss of power,
-        and then no command knows the run any more.
+        The write is synced to disk: a file that was only renamed may be empty after a power loss, and no command could read
+        the run.
         """
         now = time.monotonic()
         if self._is_main and now >= self._due and (self._pending is None or self._pending.done()):
-            self._due = now + _STEPS_EVERY_S
+            self._due = now + _UPDATE_INTERVAL_S
             self._pending = self._writer.submit(self._write, "running", step)
 
     def _write(self, state: str, step: int) -> None:
         try:
             run_store.fence(self._run, self._attempt)
-            # The number as well: it heals what an earlier attempt, in the middle of a write, has put back.
+            # The attempt, too: an earlier one may have overwritten it in the middle of a write.
             run_store.update_status(self._run, attempt=self._attempt, state=state, step=step, message="")
         except (OSError, RunError) as error:
-            self._tell(f"status.json could not be written: {error}")
+            self._send_alert(f"status.json could not be written: {error}")

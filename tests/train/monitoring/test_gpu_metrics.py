@@ -1,4 +1,4 @@
-"""What only GPUs measure, from the device's own library to W&B's file; the numbers of NVIDIA's library and of CUDA are played."""
+"""Metrics of GPUs, from the device's own library to W&B's file; NVIDIA's library and the statistics of CUDA are fakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GPU = torch.device("cuda", 0)
 GIB = 2**30
 TIMES = {"time/step_s": 0.5, "time/data_s": 0.1}
 MEMORY = {"active_bytes.all.peak": 30 * GIB, "reserved_bytes.all.peak": 40 * GIB, "num_alloc_retries": 2}
-PLAYED = {
+EXPECTED = {
     "gpu/util_mean": 0.9,
     "gpu/util_min": 0.9,
     "gpu/temp_max": 71,
@@ -66,25 +66,25 @@ def test_what_gpus_measure_and_cost_is_in_wandb(
     monitor = Monitor(plan, RankInfo(0, 0, 1, 1), GPU, nn.Module(), None, tracker, lambda phase, step: None)
     meter = Meter(plan, 40, attempt=1, restart=0, peak_tflops=989.0)
     batches = TrainBatches(rows_of_eight(plan.batch.global_batch_size), plan.batch, 0, 0, plan.topology.world_size, pad_id=0)
-    monitor.loaded(0)
-    found: dict[str, float] = {}
+    monitor.start_training(0)
+    metrics_of_step: dict[str, float] = {}
     end, step = time.monotonic() + 60, 0
     # The device and what the run has spent are read beside the training.
-    while not (found.keys() >= {*PLAYED, *COST} and found["gpu/xids"]):
-        assert time.monotonic() < end, found
+    while not (metrics_of_step.keys() >= {*EXPECTED, *COST} and metrics_of_step["gpu/xids"]):
+        assert time.monotonic() < end, metrics_of_step
         time.sleep(0.05)
-        monitor.measured(TIMES)
-        monitor.heard(monitor.own())
+        monitor.record_step(TIMES)
+        monitor.update_ranks(monitor.pack_local())
         step += 1
         metrics = meter.step(step, batches.step(0), 2.0, 1.0, 1e-5, TIMES)
-        found = metrics | monitor.metrics(meter.tokens)
-        tracker.log(step, found)
+        metrics_of_step = metrics | monitor.metrics(meter.tokens)
+        tracker.log(step, metrics_of_step)
     monitor.stop()
     dist.destroy_process_group()
     tracker.finish("completed")
-    told = history(run.root)[-1]
-    assert found.keys() <= told.keys()
-    assert {name: told[name] for name in PLAYED} == pytest.approx(PLAYED)
-    assert told["cost/usd"] == pytest.approx(3 * told["cost/gpu_hours"])
-    assert told["cost/usd_per_million_tokens"] == pytest.approx(told["cost/usd"] / told["trainer/tokens"] * 1e6)
-    assert 0 < told["perf/mfu"] < 1
+    row = history(run.root)[-1]
+    assert metrics_of_step.keys() <= row.keys()
+    assert {name: row[name] for name in EXPECTED} == pytest.approx(EXPECTED)
+    assert row["cost/usd"] == pytest.approx(3 * row["cost/gpu_hours"])
+    assert row["cost/usd_per_million_tokens"] == pytest.approx(row["cost/usd"] / row["trainer/tokens"] * 1e6)
+    assert 0 < row["perf/mfu"] < 1

@@ -1,4 +1,4 @@
-"""What is read of a GPU, with NVIDIA's library played: this machine has none."""
+"""Readings of a GPU, with a fake of NVIDIA's library: this machine has none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fake_nvml import Nvml
 from fake_pynvml import NVMLError, NVMLError_GpuIsLost, NVMLError_ResetRequired
 
 from launcher.train.monitoring import gpu_stats
-from launcher.train.monitoring.gpu_stats import Devices, Sample
+from launcher.train.monitoring.gpu_stats import DeviceMonitor, DeviceReadings
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -27,9 +27,9 @@ def await_that(condition: Any, what: str) -> None:
         time.sleep(0.01)
 
 
-def watched(device: torch.device, reads_host: bool = False, told: list[str] | None = None) -> Devices:
-    words = told if told is not None else []
-    return Devices(device, reads_host, words.append, interval_s=0.02).start()
+def watched(device: torch.device, reads_host: bool = False, faults: list[str] | None = None) -> DeviceMonitor:
+    on_fault = (faults if faults is not None else []).append
+    return DeviceMonitor(device, reads_host, on_fault, interval_s=0.02).start()
 
 
 def test_the_gpu_of_this_process_is_read(nvml: Nvml) -> None:
@@ -39,7 +39,7 @@ def test_the_gpu_of_this_process_is_read(nvml: Nvml) -> None:
     read = watch.latest
     assert (read.gpu_index, read.gpu_util, read.gpu_memory, read.gpu_power_w, read.gpu_temp_c) == (5, 0.9, 0.75, 650, 71)
     assert (read.xids, math.isnan(read.last_xid), math.isnan(read.host_cpu_util)) == (0, True, True)
-    assert nvml.handles == ["GPU-8f1c"], "by its identity, whatever CUDA_VISIBLE_DEVICES says"
+    assert nvml.handles == ["GPU-8f1c"], "by its UUID, independent of CUDA_VISIBLE_DEVICES"
 
 
 @pytest.mark.gpu
@@ -59,45 +59,45 @@ def test_a_real_gpu_is_read() -> None:
     assert read.xids == 0
 
 
-def test_where_it_is_not_known_by_its_uuid_its_place_on_the_bus_counts(nvml: Nvml) -> None:
+def test_a_gpu_without_a_known_uuid_is_opened_by_its_pci_address(nvml: Nvml) -> None:
     nvml.lacks = {"nvmlDeviceGetHandleByUUID", "nvmlDeviceGetPowerUsage", "nvmlEventSetCreate"}
     watch = watched(GPU)
     await_that(lambda: watch.latest.gpu_util > 0, "a reading")
     watch.stop()
     assert nvml.handles == ["00000000:3B:00.0"]
-    assert math.isnan(watch.latest.gpu_power_w), "what one reading lacks takes nothing from the others"
+    assert math.isnan(watch.latest.gpu_power_w), "one missing reading leaves the others"
     assert watch.latest.gpu_temp_c == 71
 
 
-def test_a_fault_is_told_at_once_and_counted(nvml: Nvml) -> None:
+def test_an_xid_is_reported_at_once_and_counted(nvml: Nvml) -> None:
     nvml.faults = [94, 79]
-    told: list[str] = []
-    watch = watched(GPU, told=told)
+    faults: list[str] = []
+    watch = watched(GPU, faults=faults)
     await_that(lambda: watch.latest.xids == 2, "two faults")
     watch.stop()
     assert watch.latest.last_xid == 79
-    assert told == [
+    assert faults == [
         "Xid 94 on GPU 5: a memory error that ended one process alone; reset the GPU when the run is over",
         "Xid 79 on GPU 5: fallen off the bus",
     ]
 
 
 @pytest.mark.parametrize("error", [NVMLError_GpuIsLost, NVMLError_ResetRequired])
-def test_a_gpu_that_is_lost_is_told_once(nvml: Nvml, error: type[NVMLError], capsys: pytest.CaptureFixture[str]) -> None:
-    told: list[str] = []
-    watch = watched(GPU, told=told)
+def test_a_lost_gpu_is_reported_once(nvml: Nvml, error: type[NVMLError], capsys: pytest.CaptureFixture[str]) -> None:
+    faults: list[str] = []
+    watch = watched(GPU, faults=faults)
     await_that(lambda: watch.latest.gpu_util > 0, "a reading")
     nvml.lacks, nvml.error = {name for name in dir(Nvml) if name.startswith(("nvmlDeviceGet", "nvmlEventSetWait"))}, error
-    await_that(lambda: bool(told), "the loss")
+    await_that(lambda: bool(faults), "the loss")
     assert math.isnan(watch.latest.gpu_util)
     nvml.lacks = {"nvmlDeviceGetPowerUsage"}
     await_that(lambda: watch.latest.gpu_util > 0, "a reading after it")
     watch.stop()
-    assert told == ["a GPU is lost (GPU 5); the node must be restarted, or the GPU reset"]
+    assert faults == ["a GPU is lost (GPU 5); restart the node, or reset the GPU"]
     assert capsys.readouterr().err == ""
 
 
-def test_a_gpu_that_tells_nothing_is_asked_on_and_makes_no_noise(nvml: Nvml, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_without_readings_is_polled_further_without_output(nvml: Nvml, capsys: pytest.CaptureFixture[str]) -> None:
     watch = watched(GPU)
     await_that(lambda: watch.latest.gpu_util > 0, "a reading")
     nvml.lacks = {name for name in dir(Nvml) if name.startswith(("nvmlDeviceGet", "nvmlEventSetWait"))}
@@ -106,16 +106,16 @@ def test_a_gpu_that_tells_nothing_is_asked_on_and_makes_no_noise(nvml: Nvml, cap
     assert capsys.readouterr().err == ""
 
 
-def test_without_the_library_or_a_driver_nothing_is_read(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_without_library_or_driver(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml.lacks = {"nvmlInit"}
-    ends_with(watched(GPU), Sample())
+    ends_with(watched(GPU), DeviceReadings())
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    ends_with(watched(GPU), Sample())
-    ends_with(watched(CPU), Sample())
+    ends_with(watched(GPU), DeviceReadings())
+    ends_with(watched(CPU), DeviceReadings())
 
 
-def ends_with(watch: Devices, sample: Sample) -> None:
-    await_that(lambda: not any(thread.name == "devices" for thread in threading.enumerate()), "the thread to end")
+def ends_with(watch: DeviceMonitor, sample: DeviceReadings) -> None:
+    await_that(lambda: not any(thread.name == "device-monitor" for thread in threading.enumerate()), "the thread to end")
     assert watch.latest == sample
 
 

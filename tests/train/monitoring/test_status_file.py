@@ -18,9 +18,9 @@ from launcher.train.monitoring.status_file import StatusFile
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run whose second attempt has just started its ranks."""
-    found = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
-    run_store.update_status(found, state="running", attempt=2, job={"id": "7"}, message="starting")
-    return found
+    run = run_store.create(hand_made.plan(tmp_path / "demo", hand_made.SETTINGS))
+    run_store.update_status(run, state="running", attempt=2, job={"id": "7"}, message="starting")
+    return run
 
 
 def step_on_disk(run: RunDir, step: int) -> bool:
@@ -30,23 +30,23 @@ def step_on_disk(run: RunDir, step: int) -> bool:
     return run_store.read_status(run).step == step
 
 
-def no_word(words: str) -> None:
-    pytest.fail(words)
+def no_alert(text: str) -> None:
+    pytest.fail(text)
 
 
-def test_a_state_is_on_disk_at_once_and_what_others_have_written_stays(run: RunDir) -> None:
-    file = StatusFile(run, 2, no_word, is_main=True)
-    file.state("saving", 12)
-    found = run_store.read_status(run)
-    assert (found.state, found.step, found.message) == ("saving", 12, "")
-    assert (found.attempt, found.job, found.max_steps) == (2, {"id": "7"}, 40)
-    StatusFile(run, 2, no_word, is_main=False).state("running", 99)
-    assert run_store.read_status(run) == found
+def test_a_state_is_on_disk_at_once_and_fields_of_others_are_kept(run: RunDir) -> None:
+    file = StatusFile(run, 2, no_alert, is_main=True)
+    file.write_state("saving", 12)
+    status = run_store.read_status(run)
+    assert (status.state, status.step, status.message) == ("saving", 12, "")
+    assert (status.attempt, status.job, status.max_steps) == (2, {"id": "7"}, 40)
+    StatusFile(run, 2, no_alert, is_main=False).write_state("running", 99)
+    assert run_store.read_status(run) == status
 
 
-def test_steps_are_told_once_in_a_while_and_never_held_up(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_written_now_and_then_without_holding_up_training(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each write to disk waits here until it is let through, as on storage that hangs."""
-    monkeypatch.setattr(status_file, "_STEPS_EVERY_S", 0.05)
+    monkeypatch.setattr(status_file, "_UPDATE_INTERVAL_S", 0.05)
     through, writes, fsync = threading.Event(), [], os.fsync
 
     def slow(descriptor: int) -> None:
@@ -55,11 +55,11 @@ def test_steps_are_told_once_in_a_while_and_never_held_up(run: RunDir, monkeypat
             assert through.wait(30)
         fsync(descriptor)
 
-    file = StatusFile(run, 2, no_word, is_main=True)
+    file = StatusFile(run, 2, no_alert, is_main=True)
     monkeypatch.setattr(os, "fsync", slow)
     began = time.monotonic()
     for step in range(1, 101):
-        file.training(step)
+        file.update_step(step)
         time.sleep(0.001)
     assert time.monotonic() - began < 10
     deadline = time.monotonic() + 20
@@ -70,29 +70,29 @@ def test_steps_are_told_once_in_a_while_and_never_held_up(run: RunDir, monkeypat
     through.set()
     assert step_on_disk(run, 1)
     time.sleep(0.06)
-    monkeypatch.setattr(status_file, "_STEPS_EVERY_S", 1e6)
-    file.training(101)
+    monkeypatch.setattr(status_file, "_UPDATE_INTERVAL_S", 1e6)
+    file.update_step(101)
     assert step_on_disk(run, 101)
-    file.training(102)
-    file.state("saving", 103)
-    found = run_store.read_status(run)
-    assert (found.state, found.step) == ("saving", 103)
+    file.update_step(102)
+    file.write_state("saving", 103)
+    status = run_store.read_status(run)
+    assert (status.state, status.step) == ("saving", 103)
     assert len(writes) == 3, "102 came too soon after 101"
 
 
-def test_what_cannot_be_written_is_told(run: RunDir) -> None:
+def test_a_failed_write_is_an_alert(run: RunDir) -> None:
     run.status.unlink()
-    said: list[str] = []
-    StatusFile(run, 2, said.append, is_main=True).state("running", 3)
-    assert len(said) == 1
-    assert said[0].startswith("status.json could not be written: a file of the run is missing")
+    alerts: list[str] = []
+    StatusFile(run, 2, alerts.append, is_main=True).write_state("running", 3)
+    assert len(alerts) == 1
+    assert alerts[0].startswith("status.json could not be written: a file of the run is missing")
 
 
-def test_an_attempt_that_another_has_followed_writes_nothing(run: RunDir) -> None:
-    file = StatusFile(run, 2, (said := []).append, is_main=True)
+def test_a_superseded_attempt_writes_nothing(run: RunDir) -> None:
+    file = StatusFile(run, 2, (alerts := []).append, is_main=True)
     run.attempt(3).mkdir(parents=True)
     run_store.update_status(run, attempt=3)
-    file.state("running", 12)
+    file.write_state("running", 12)
     assert run_store.read_status(run).attempt == 3
     assert run_store.read_status(run).step == 0
-    assert "attempt 3 has taken over" in said[0]
+    assert "attempt 3 has taken over" in alerts[0]
