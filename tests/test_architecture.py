@@ -53,11 +53,11 @@ def test_the_submit_side_loads_nothing_heavy() -> None:
     assert loaded.isdisjoint(HEAVY)
 
 
-def test_the_worker_side_is_where_torch_is() -> None:
+def test_the_worker_side_loads_torch() -> None:
     assert "torch" in loaded_after("import launcher.train.model")
 
 
-def test_a_backend_that_is_used_loads_nothing_heavy() -> None:
+def test_using_a_backend_loads_nothing_heavy() -> None:
     loaded = loaded_after(
         "from launcher.clusters.base import cluster_for\ncluster_for('local')\nfrom launcher.hardware import device\ndevice()"
     )
@@ -71,7 +71,7 @@ def test_the_data_build_loads_no_torch() -> None:
     assert loaded.isdisjoint(set(HEAVY) - {"transformers"})
 
 
-def test_looking_at_runs_loads_no_models_of_plans() -> None:
+def test_status_and_ls_do_not_load_pydantic() -> None:
     """Half of the time that `status` and `ls` take would go into loading pydantic."""
     backends = "".join(f"\ncluster_for({kind!r})" for kind in ("local", "slurm", "ray"))
     loaded = loaded_after(f"import launcher.cli.status\nfrom launcher.clusters.base import cluster_for{backends}")
@@ -93,7 +93,7 @@ def test_files_stay_small(folder: str) -> None:
     assert {name: length for name, length in lengths.items() if length > 450} == {}
 
 
-def test_only_a_backends_own_files_ask_which_backend_it_is() -> None:
+def test_only_a_backends_own_files_compare_the_kind_of_cluster() -> None:
     """A difference between backends is a method of `Cluster` or a property of `ClusterSection`, never a question for the kind."""
     questions = [
         f"{file.relative_to(REPO)}:{node.lineno}"
@@ -118,11 +118,11 @@ def test_only_a_backends_own_files_ask_which_backend_it_is() -> None:
         "match section:\n  case SlurmSection(): pass",
     ],
 )
-def test_a_question_for_the_backend_is_recognised(code: str) -> None:
+def test_comparisons_of_the_kind_are_recognised(code: str) -> None:
     assert any(map(asks_for_the_backend, ast.walk(ast.parse(code))))
 
 
-def test_the_tables_name_the_same_backends() -> None:
+def test_both_tables_have_the_same_backends() -> None:
     assert BACKENDS.keys() == SECTIONS.keys()
     assert {kind: section.model_fields["kind"].default for kind, section in SECTIONS.items()} == {kind: kind for kind in SECTIONS}
 

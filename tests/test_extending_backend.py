@@ -156,7 +156,7 @@ def test_a_backend_is_two_classes_one_conf_file_and_two_entries(conf_dir: Path, 
     assert run_store.read_status(run).state == "cancelled"
 
 
-def test_a_backend_refuses_in_its_own_way(conf_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backends_own_checks_and_settings_are_enforced(conf_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--config-dir", str(conf_dir), "model=tiny", "cluster=k8s", "tracking=none", "run.name=tried"]
     assert main(["train", *chosen, "cluster.namespace=closed"]) == 2
     assert "nobody may use this namespace" in capsys.readouterr().err
@@ -167,6 +167,6 @@ def test_a_backend_refuses_in_its_own_way(conf_dir: Path, capsys: pytest.Capture
     assert not Path("runs").exists()
 
 
-def test_a_kind_without_a_backend_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_kind_of_cluster_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "model=tiny", "cluster.kind=k8s"]) == 2
     assert "choose one of: local, slurm, ray" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def problem_of(config: RunConfig) -> Problem:
 
 
 @pytest.mark.parametrize("path", ["run:a", "run:a@3", "run:/srv/runs/a", "run:./runs/a@12", "run:~/runs/a", "run:../a@b@3"])
-def test_forms_of_a_run(path: str) -> None:
+def test_valid_names_of_a_run_are_accepted(path: str) -> None:
     assert ModelSection(path=path).path == path
 
 
@@ -88,12 +88,12 @@ def test_forms_of_a_run(path: str) -> None:
         ({"path": "./m", "tokenizer": "run:a"}, "the tokenizer comes with the weights of model.path"),
     ],
 )
-def test_what_is_no_run_is_told(values: dict[str, str], said: str) -> None:
+def test_invalid_names_of_a_run_are_refused(values: dict[str, str], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         ModelSection(**values)  # type: ignore[arg-type]
 
 
-def test_an_open_step_becomes_the_newest_and_stays(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+def test_a_missing_step_is_resolved_to_the_newest_one(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
     run = make_run("a", 5, 10)
     config = facts.resolve(settings(config_of, "run:a"))
     assert config.model.path == f"run:{run.root}@10"
@@ -105,12 +105,14 @@ def test_an_open_step_becomes_the_newest_and_stays(make_run: MakeRun, config_of:
     assert facts.resolve(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
 
 
-def test_settings_without_a_run_stay_as_they_are(config_of: Callable[..., RunConfig]) -> None:
+def test_settings_without_a_parent_are_unchanged(config_of: Callable[..., RunConfig]) -> None:
     config = config_of("model=tiny")
     assert facts.resolve(config) is config
 
 
-def test_mistakes_are_told_with_what_there_is(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+def test_unknown_runs_and_steps_are_refused_with_the_existing_ones(
+    make_run: MakeRun, config_of: Callable[..., RunConfig]
+) -> None:
     make_run("a", 5, 10)
     make_run("empty")
     missing = problem_of(settings(config_of, "run:b"))
@@ -128,13 +130,13 @@ def test_mistakes_are_told_with_what_there_is(make_run: MakeRun, config_of: Call
     assert "resume" in itself.remedy
 
 
-def test_a_plan_that_cannot_be_read_is_told(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+def test_an_unreadable_plan_of_the_parent_is_refused(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
     run = make_run("a", 5)
     run.plan.write_text("{}")
     assert "cannot be read by this launcher" in problem_of(settings(config_of, "run:a")).what
 
 
-def test_a_person_sees_key_value_and_remedy(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_shows_key_value_and_remedy(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     make_run("a", 5, 10)
     for verb in ("plan", "data", "train"):
         tokens = ("model=tiny", "model.init=pretrained", "model.path=run:a@7", "tracking=none")
@@ -145,7 +147,9 @@ def test_a_person_sees_key_value_and_remedy(make_run: MakeRun, capsys: pytest.Ca
         assert "remedy: choose one of: 5, 10" in error
 
 
-def test_numbers_are_the_sources_before_anything_is_prepared(make_run: MakeRun, config_of: Callable[..., RunConfig]) -> None:
+def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(
+    make_run: MakeRun, config_of: Callable[..., RunConfig]
+) -> None:
     run = make_run("a", 5)
     # A preset that describes another model does not count.
     config = facts.resolve(config_of("model=qwen3_8b", "model.path=run:a"))
@@ -177,7 +181,7 @@ def test_lineage_goes_back_to_the_first_run(make_run: MakeRun) -> None:
     assert all(type(a) is Origin for a in lineage.ancestors)
 
 
-def test_weights_are_kept_apart_by_what_they_are(make_run: MakeRun) -> None:
+def test_each_checkpoint_and_dtype_has_its_own_weights_folder(make_run: MakeRun) -> None:
     make_run("a", 5, 10)
     make_run("b", 5)
     sources = [parent_run.find_parent(path) for path in ("run:a@5", "run:a@10", "run:b@5")]
@@ -190,7 +194,7 @@ def test_weights_are_kept_apart_by_what_they_are(make_run: MakeRun) -> None:
     assert parent_run.weights_folder(parent_run.find_parent("run:a@5"), "bf16") not in folders
 
 
-def test_the_runs_own_export_serves_where_it_is_this_checkpoint(make_run: MakeRun) -> None:
+def test_the_parents_export_is_used_only_for_the_same_checkpoint_and_dtype(make_run: MakeRun) -> None:
     run = make_run("a", 5, 10)
     newest, earlier = parent_run.find_parent("run:a"), parent_run.find_parent("run:a@5")
     digest = newest.checkpoint.manifest.plan_digest

@@ -1,4 +1,4 @@
-"""The verb on what a run has saved: checkpoints RUN, with --verify and --prune. Needs no torch."""
+"""The verb `checkpoints`: list the checkpoints of a run, verify them against their digests, prune them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 from launcher.tracking.metrics import format_duration
 
-# What reading a checkpoint from end to end has shown, by its path: None where it is whole.
-Known = Mapping[Path, CheckpointError | None]
+# The result of verifying checkpoints, by path: None for an intact one.
+Verified = Mapping[Path, CheckpointError | None]
 
 # A login node is shared, and more readers are not faster on most storage.
 _MAX_THREADS = 8
@@ -36,7 +36,7 @@ _STATES = {DamagedCheckpoint: "damaged", UnreadableCheckpoint: "cannot be read",
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint as it is shown. `state` is one of _STATES, whole or not verified; what cannot be told is None."""
+    """A row of the table. `state` is one of _STATES, "whole" or "not verified"; unknown values are None."""
 
     step: int
     path: str
@@ -51,28 +51,28 @@ class Row:
 
 
 def run(tokens: list[str]) -> int:
-    """List the checkpoints of a run; returns 1 where --verify or --prune has found one damaged, or not readable."""
+    """List the checkpoints of a run; returns 1 if --verify or --prune found a damaged or unreadable one."""
     arguments = _parser().parse_args(tokens)
-    found = run_store.find_run(arguments.run, Path(arguments.root))
-    plan = run_store.load_plan(found)
+    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    plan = run_store.load_plan(run_dir)
     if not arguments.prune:
-        return _show(found, plan, _verified(found) if arguments.verify else {}, [], arguments.json)
-    # No attempt may begin meanwhile.
-    with run_store.start_lock(found):
-        _require_ended(found, plan)
-        known = _verified(found) if arguments.verify else _verified_down_to_a_whole_one(found)
-        with _in_words(found):
-            removed = _prune(found, Retention.of(plan.config.checkpoint), known)
-    return _show(found, plan, known, removed, arguments.json)
+        return _show(run_dir, plan, _verify_all(run_dir) if arguments.verify else {}, [], arguments.json)
+    # Under the lock no other command starts an attempt.
+    with run_store.start_lock(run_dir):
+        _require_ended(run_dir, plan)
+        verified = _verify_all(run_dir) if arguments.verify else _verify_until_intact(run_dir)
+        with _plain_storage_errors(run_dir):
+            removed = _prune(run_dir, Retention.of(plan.config.checkpoint), verified)
+    return _show(run_dir, plan, verified, removed, arguments.json)
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "List the checkpoints of a run: why each is kept, and what unfinished saves and earlier attempts have left behind."
+    about = "List the checkpoints of a run, why each is kept, and leftovers of unfinished saves and earlier attempts."
     parser = argparse.ArgumentParser(prog="python -m launcher checkpoints", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
     parser.add_argument("run", metavar="RUN", help="name of the run, or path of its directory")
     parser.add_argument("--verify", action="store_true", help="read every file and compare it with its digest")
-    prune = "remove what checkpoint.keep_last, keep_every and keep_best do not keep, what is damaged, and all leftovers"
+    prune = "remove damaged checkpoints, leftovers, and what checkpoint.keep_last, keep_every and keep_best do not keep"
     parser.add_argument("--prune", action="store_true", help=prune)
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -82,100 +82,104 @@ def _require_ended(run: RunDir, plan: LaunchPlan) -> None:
     status = cluster_for(plan.config.cluster.kind).status(run)
     if status.state in RUNNING_STATES:
         raise SubmitError(
-            f"the run is {status.state}: it removes by itself what it does not keep",
+            f"the run is {status.state} and prunes its checkpoints itself",
             where=str(run.root),
-            remedy=f"stop it first with: python -m launcher cancel {formatting.short(run.root)}",
+            remedy=f"to prune them now, stop it with: python -m launcher cancel {formatting.short(run.root)}",
         )
 
 
-def _verified(run: RunDir) -> dict[Path, CheckpointError | None]:
-    with _in_words(run):
-        known = verify(store.list_checkpoints(run.checkpoints))
-        # A run that goes on removes what it does not keep, while it is read as well.
-        return {path: error for path, error in known.items() if error is None or path.exists()}
+def _verify_all(run: RunDir) -> dict[Path, CheckpointError | None]:
+    with _plain_storage_errors(run):
+        verified = verify(store.list_checkpoints(run.checkpoints))
+        # A running run may remove a checkpoint while it is read.
+        return {path: error for path, error in verified.items() if error is None or path.exists()}
 
 
-def _verified_down_to_a_whole_one(run: RunDir) -> dict[Path, CheckpointError | None]:
-    """Digests of the newest checkpoint, and of those before it while they are damaged: one that is whole is never removed."""
-    known: dict[Path, CheckpointError | None] = {}
-    with _in_words(run):
+def _verify_until_intact(run: RunDir) -> dict[Path, CheckpointError | None]:
+    """Verify from the newest checkpoint back to the first intact one, which must not be removed."""
+    verified: dict[Path, CheckpointError | None] = {}
+    with _plain_storage_errors(run):
         for checkpoint in reversed(store.list_checkpoints(run.checkpoints)):
-            known |= verify([checkpoint])
-            if not isinstance(known[checkpoint.path], DamagedCheckpoint):
+            verified |= verify([checkpoint])
+            if not isinstance(verified[checkpoint.path], DamagedCheckpoint):
                 break
-    return known
+    return verified
 
 
 @contextmanager
-def _in_words(run: RunDir) -> Iterator[None]:
-    """RunError for what storage refuses."""
+def _plain_storage_errors(run: RunDir) -> Iterator[None]:
+    """Turn an OSError into a RunError."""
     try:
         yield
     except OSError as error:
         raise RunError(
-            "the checkpoints of this run cannot be looked at now",
+            "the checkpoints of this run cannot be read right now",
             where=error.filename or str(run.checkpoints),
             value=error.strerror or str(error),
             remedy="try again",
         ) from error
 
 
-def _writing(run: RunDir, plan: LaunchPlan) -> int | None:
-    """The attempt that is just saving, if any; nobody is asked where nothing looks like it."""
+def _saving_attempt(run: RunDir, plan: LaunchPlan) -> int | None:
+    """Return the attempt with a save in progress, if any; the backend is asked only if there is an unfinished save."""
     if not has_unfinished_saves(run.checkpoints):
         return None
-    running = cluster_for(plan.config.cluster.kind).status(run).state in RUNNING_STATES
-    return run_store.newest_attempt(run) if running else None
+    is_running = cluster_for(plan.config.cluster.kind).status(run).state in RUNNING_STATES
+    return run_store.newest_attempt(run) if is_running else None
 
 
-def _prune(run: RunDir, retention: Retention, known: Known) -> list[Leftover]:
-    """Remove what is outdated, what is damaged, and leftovers; returns what is gone.
+def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftover]:
+    """Remove outdated and damaged checkpoints, and leftovers; returns what was removed.
 
     Raises:
-        SubmitError: where no checkpoint is whole: then what is damaged may be all that there is. And where one cannot be read
-            now: it may be the newest, and storage that is down for a moment says nothing about the others either.
+        SubmitError: if no checkpoint is intact, because a damaged one may be all that is left of the run; or if one cannot be
+            read right now, because it may be the newest.
     """
     unusable = store.find_unusable(run.checkpoints)
-    for error in (*known.values(), *unusable.values()):
+    for error in (*verified.values(), *unusable.values()):
         if isinstance(error, UnreadableCheckpoint):
             problem = error.problems[0]
-            what = f"{problem.what}, so nothing is removed"
-            raise SubmitError(what, where=problem.where, value=problem.value, remedy="try again when it can be read")
+            raise SubmitError(
+                f"{problem.what}, so nothing is removed",
+                where=problem.where,
+                value=problem.value,
+                remedy="try again when it can be read",
+            )
     listed = store.list_checkpoints(run.checkpoints)
-    whole = [checkpoint for checkpoint in listed if not known.get(checkpoint.path)]
-    if not whole:
+    intact = [checkpoint for checkpoint in listed if not verified.get(checkpoint.path)]
+    if not intact:
         raise SubmitError("no checkpoint of this run is whole, so nothing is removed", where=str(run.checkpoints))
-    kept = retention_reasons(whole, retention)
-    doomed = [
-        Leftover(checkpoint.path, "damaged" if known.get(checkpoint.path) else "no longer kept", disk_bytes(checkpoint.path))
+    kept = retention_reasons(intact, retention)
+    to_remove = [
+        Leftover(checkpoint.path, "damaged" if verified.get(checkpoint.path) else "no longer kept", disk_bytes(checkpoint.path))
         for checkpoint in listed
-        if known.get(checkpoint.path) or not kept[checkpoint.step]
+        if verified.get(checkpoint.path) or not kept[checkpoint.step]
     ]
     for step, error in unusable.items():
         path = run.checkpoints / store.step_name(step)
-        # What has another format may be whole to another launcher.
+        # A checkpoint of another format may be usable by another launcher.
         if isinstance(error, DamagedCheckpoint):
-            doomed.append(Leftover(path, "damaged", disk_bytes(path)))
-    doomed += find_leftovers(run.checkpoints)
-    for leftover in doomed:
+            to_remove.append(Leftover(path, "damaged", disk_bytes(path)))
+    to_remove += find_leftovers(run.checkpoints)
+    for leftover in to_remove:
         remove(leftover.path)
-    return doomed
+    return to_remove
 
 
-def _rows(run: RunDir, retention: Retention, known: Known) -> list[Row]:
+def _rows(run: RunDir, retention: Retention, verified: Verified) -> list[Row]:
     listed = store.list_checkpoints(run.checkpoints)
-    kept = retention_reasons([checkpoint for checkpoint in listed if not known.get(checkpoint.path)], retention)
-    rows = [row for c in listed if (row := _row(c, kept.get(c.step, ()), known))]
+    kept = retention_reasons([checkpoint for checkpoint in listed if not verified.get(checkpoint.path)], retention)
+    rows = [row for checkpoint in listed if (row := _row(checkpoint, kept.get(checkpoint.step, ()), verified))]
     for step, error in store.find_unusable(run.checkpoints).items():
         path = run.checkpoints / store.step_name(step)
         num_bytes = None if isinstance(error, UnreadableCheckpoint) else disk_bytes(path)
-        rows.append(Row(step, str(path), num_bytes, None, None, None, None, (), _STATES[type(error)], _said(error)))
+        rows.append(Row(step, str(path), num_bytes, None, None, None, None, (), _STATES[type(error)], _describe(error)))
     return sorted(rows, key=lambda row: row.step)
 
 
-def _row(checkpoint: Checkpoint, kept: tuple[str, ...], known: Known) -> Row | None:
-    """A row of the table; None where the run has removed the checkpoint since it was listed."""
-    manifest, error = checkpoint.manifest, known.get(checkpoint.path)
+def _row(checkpoint: Checkpoint, kept: tuple[str, ...], verified: Verified) -> Row | None:
+    """Build the row of a checkpoint; None if the run has removed it since it was listed."""
+    manifest, error = checkpoint.manifest, verified.get(checkpoint.path)
     try:
         saved_at = (checkpoint.path / MANIFEST).stat().st_mtime
     except FileNotFoundError:
@@ -189,49 +193,50 @@ def _row(checkpoint: Checkpoint, kept: tuple[str, ...], known: Known) -> Row | N
         attempt=manifest.attempt,
         eval_loss=manifest.eval_loss,
         kept=kept,
-        state=_STATES[type(error)] if error else "whole" if checkpoint.path in known else "not verified",
-        problems=_said(error) if error else (),
+        state=_STATES[type(error)] if error else "whole" if checkpoint.path in verified else "not verified",
+        problems=_describe(error) if error else (),
     )
 
 
-def _said(error: CheckpointError) -> tuple[str, ...]:
+def _describe(error: CheckpointError) -> tuple[str, ...]:
     return tuple(store.format_problems([problem]) for problem in error.problems)
 
 
-def _show(run: RunDir, plan: LaunchPlan, known: Known, removed: Sequence[Leftover], as_json: bool) -> int:
-    """Print the table, or JSON; what --prune has removed was damaged all the same."""
-    with _in_words(run):
-        rows = _rows(run, Retention.of(plan.config.checkpoint), known)
-        left = find_leftovers(run.checkpoints, _writing(run, plan))
-    damaged = any(known.values()) or (bool(known) and any(row.state in ("damaged", "cannot be read") for row in rows))
-    freed = sum(leftover.bytes for leftover in removed)
+def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[Leftover], as_json: bool) -> int:
+    """Print the table, or JSON; returns 1 if a checkpoint is or was damaged, even if --prune has removed it."""
+    with _plain_storage_errors(run):
+        rows = _rows(run, Retention.of(plan.config.checkpoint), verified)
+        left = find_leftovers(run.checkpoints, _saving_attempt(run, plan))
+    has_damage = any(verified.values()) or (bool(verified) and any(row.state in ("damaged", "cannot be read") for row in rows))
+    num_freed_bytes = sum(leftover.bytes for leftover in removed)
     if as_json:
-        shown: dict[str, Any] = {
+        values: dict[str, Any] = {
             "run": run.root.name,
             "dir": str(run.checkpoints),
             "checkpoints": [vars(row) for row in rows],
             "leftovers": [leftover.as_json() for leftover in left],
             "removed": [leftover.as_json() for leftover in removed],
-            "freed_bytes": freed,
+            "freed_bytes": num_freed_bytes,
         }
-        print(json.dumps(shown, indent=2))
-        return EXIT_FAILED if damaged else 0
+        print(json.dumps(values, indent=2))
+        return EXIT_FAILED if has_damage else 0
     for leftover in removed:
         print(f"removed  {leftover.path.name}: {leftover.what}, {formatting.size(leftover.bytes)}")
     if removed:
-        print(f"freed    {formatting.size(freed)} ({freed:,} bytes)\n")
+        print(f"freed    {formatting.size(num_freed_bytes)} ({num_freed_bytes:,} bytes)\n")
     print("\n".join(_table(rows)) if rows else f"no checkpoints in {formatting.short(run.checkpoints)}")
-    begun, ended = ([item for item in left if (item.what == BEING_WRITTEN) is wanted] for wanted in (True, False))
-    for items, title in ((begun, "a save in progress:"), (ended, "leftovers, which --prune removes:")):
+    in_progress = [item for item in left if item.what == BEING_WRITTEN]
+    removable = [item for item in left if item.what != BEING_WRITTEN]
+    for items, title in ((in_progress, "a save in progress:"), (removable, "leftovers, which --prune removes:")):
         if items:
             print(f"\n{title}")
             print("\n".join(f"  {item.path.name}: {item.what}, {formatting.size(item.bytes)}" for item in items))
-    return EXIT_FAILED if damaged else 0
+    return EXIT_FAILED if has_damage else 0
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
     num_newest = sum("newest" in row.kept for row in rows)
-    words = {"newest": f"among the newest {num_newest}"} if num_newest > 1 else {}
+    labels = {"newest": f"among the newest {num_newest}"} if num_newest > 1 else {}
     table = [(("step", "size", "age", "ranks", "attempt", "held out"), ("kept as", "state"))]
     for row in rows:
         age = "-" if row.saved_at is None else format_duration(max(0.0, time.time() - row.saved_at))
@@ -239,10 +244,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
         size = "-" if row.bytes is None else formatting.size(row.bytes)
         numbers = (str(row.step), size, age, _or_dash(row.world_size), _or_dash(row.attempt), loss)
         state = f"{row.state}: {'; '.join(row.problems)}" if row.problems else row.state
-        kept = "-" if row.problems else ", ".join(words.get(why, why) for why in row.kept) or "would be pruned"
+        kept = "-" if row.problems else ", ".join(labels.get(reason, reason) for reason in row.kept) or "would be pruned"
         table.append((numbers, (kept, state)))
     widths = [max(len(numbers[i]) for numbers, _ in table) for i in range(6)]
-    kept_width = max(len(words[0]) for _, words in table)
+    kept_width = max(len(kept) for _, (kept, _) in table)
     return [
         "  ".join([*(f"{n:>{w}}" for n, w in zip(numbers, widths, strict=True)), f"{kept:<{kept_width}}", state])
         for numbers, (kept, state) in table

@@ -1,4 +1,4 @@
-"""Follow a run until it ends: messages as they come, one live line on a terminal, plain lines elsewhere."""
+"""Follow a run until it ends: messages, and one live line on a terminal or plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,44 +22,45 @@ from launcher.tracking.console import format_step
 from launcher.tracking.jsonl import Tail, read_events
 
 _POLL_S = 0.15
-# The closing lines say these in their own way.
-_NOT_SHOWN = ("summary", "end")
-# What has to be raised before a run goes on that it has stopped.
+# Events that the closing lines report.
+_HIDDEN_EVENTS = ("summary", "end")
+# Limits that stop a run, and that have to be raised before it can continue.
 _LIMITS = ("run.max_hours", "run.max_usd")
 
 
 class Watch:
-    """The state of a run that is watched: what the run itself writes is read each time, its backend is asked now and then."""
+    """The state of a watched run: its files are read on each call, its backend is asked every `status_interval_s` seconds."""
 
     def __init__(self, run: RunDir, cluster: Cluster) -> None:
         self._run, self._cluster = run, cluster
         self._asked_at = -math.inf
-        self._known: Status | None = None
+        self._status: Status | None = None
 
     def state(self) -> Status:
-        due = time.monotonic() > self._asked_at + self._cluster.status_interval_s
-        if self._known is None or due or run_store.read_status(self._run).state not in RUNNING_STATES:
-            self._known, self._asked_at = self._cluster.status(self._run), time.monotonic()
-        return self._known
+        """Return the latest known status."""
+        is_due = time.monotonic() > self._asked_at + self._cluster.status_interval_s
+        if self._status is None or is_due or run_store.read_status(self._run).state not in RUNNING_STATES:
+            self._status, self._asked_at = self._cluster.status(self._run), time.monotonic()
+        return self._status
 
 
 def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
-    """Show the attempt until it ends; Ctrl-C once saves and stops it, twice kills it. Returns the exit code."""
+    """Show an attempt until it ends; returns the exit code. The first Ctrl-C saves and stops the run, the second kills it."""
     events, metrics = Tail(run.events), Tail(run.metrics)
     with _screen() as screen, _interrupts() as interrupts:
-        acted, watch = 0, Watch(run, cluster)
+        num_handled, watch = 0, Watch(run, cluster)
         screen.live(f"starting; logs in {short(run.attempt(attempt))}")
         while True:
-            # The state first: what was written before it changed is then read before the loop ends.
+            # Read the state before the files: everything written before the final state is then shown.
             status = watch.state()
             for line in sorted([*events.poll(), *metrics.poll()], key=lambda line: line["time"]):
                 if line["attempt"] >= attempt:
                     _show(line, status, screen)
             if status.state not in RUNNING_STATES:
                 break
-            if len(interrupts) > acted:
-                acted += 1
-                _ask_to_stop(run, cluster, screen, acted)
+            if len(interrupts) > num_handled:
+                num_handled += 1
+                _request_stop(run, cluster, screen, num_handled)
             time.sleep(_POLL_S)
     cluster.await_end(run)
     return _closing(run, attempt, status)
@@ -67,14 +68,14 @@ def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
 
 def _show(line: dict[str, Any], status: Status, screen: _Screen) -> None:
     if "kind" in line:
-        if line["kind"] not in _NOT_SHOWN:
+        if line["kind"] not in _HIDDEN_EVENTS:
             screen.say(printable(line["text"]))
     elif "train/loss" in line:
         screen.live(format_step(line, status.max_steps))
 
 
 class _Screen:
-    """Plain lines: what is live is printed like everything else."""
+    """Output without a terminal: every live line is printed as a line."""
 
     def say(self, line: str) -> None:
         print(line, flush=True)
@@ -84,7 +85,7 @@ class _Screen:
 
 
 class _Terminal(_Screen):
-    """One line at the bottom that is rewritten; messages scroll above it."""
+    """Output on a terminal: one live line at the bottom, messages above it."""
 
     def __init__(self, live: Any) -> None:
         self._live = live
@@ -111,7 +112,7 @@ def _screen() -> Iterator[_Screen]:
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """While following, INT and TERM are collected instead of ending this process; the loop acts on them."""
+    """Collect INT and TERM in the returned list instead of ending this process; a third one interrupts."""
     received: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -127,24 +128,24 @@ def _interrupts() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _ask_to_stop(run: RunDir, cluster: Cluster, screen: _Screen, times: int) -> None:
+def _request_stop(run: RunDir, cluster: Cluster, screen: _Screen, num_requests: int) -> None:
     try:
         cluster.cancel(run)
     except SubmitError:
-        # It has just ended by itself.
+        # The run has just ended.
         return
     except RunError as error:
-        screen.say(f"not stopped: {error.problems[0].what}; try again")
+        screen.say(f"the stop request failed: {error.problems[0].what}; try again")
         return
-    screen.say("saving, then stopping (again: kill it without saving)" if times == 1 else "killing it")
+    screen.say("saving, then stopping; Ctrl-C again kills the run without saving" if num_requests == 1 else "killing the run")
 
 
 def _closing(run: RunDir, attempt: int, status: Status) -> int:
-    """The last lines: where things lie and what to do next, or who failed and why."""
+    """Print the result: paths and next commands, or the failure; returns the exit code."""
     name = short(run.root)
     print()
     if status.state == "completed":
-        print("\n".join(_where_things_lie(run)))
+        print("\n".join(_result_lines(run)))
         return 0
     if status.state == "failed":
         _print_failure(run, attempt, status)
@@ -152,32 +153,32 @@ def _closing(run: RunDir, attempt: int, status: Status) -> int:
     print(f"{status.state}: {status.message}")
     if store.list_checkpoints(run.checkpoints):
         limit = next((f" {key}=..." for key in _LIMITS if status.message.startswith(f"{key}=")), "")
-        print(f"continue it:  python -m launcher resume {name}{limit}")
+        print(f"continue with: python -m launcher resume {name}{limit}")
     return EXIT_INTERRUPTED
 
 
 def wandb_page(events: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Where W&B has the run, its `url`, and the `sync_command` that uploads what it lacks, each as it was told last.
+    """Return the run's `url` in W&B and the `sync_command` that uploads an offline run, from the last event that has them.
 
-    Either may be None or empty; before W&B has begun there is neither.
+    Either may be None or empty; both are missing before the W&B run has started.
     """
     page: dict[str, Any] = {}
     for fields in (event["fields"] for event in events):
-        # Of the two, an address alone may be that of a model on the hub.
+        # Events of a Hub upload have a url, too, but no sync_command.
         if "sync_command" in fields:
             page |= {name: fields[name] for name in ("url", "sync_command") if name in fields}
     return page
 
 
 def wandb_words(page: Mapping[str, Any]) -> str:
-    """The same for a person; empty where there is nothing to see or to do."""
+    """Format the result of `wandb_page`; empty if there is neither."""
     url, command = page.get("url") or "", page.get("sync_command")
     if not command:
         return url
-    return f"{url}; upload what it lacks with: {command}" if url else f"offline; upload it with: {command}"
+    return f"{url}; upload the missing part with: {command}" if url else f"offline; upload it with: {command}"
 
 
-def _where_things_lie(run: RunDir) -> list[str]:
+def _result_lines(run: RunDir) -> list[str]:
     name = short(run.root)
     lines = []
     checkpoints = store.list_checkpoints(run.checkpoints)
@@ -199,22 +200,22 @@ def _where_things_lie(run: RunDir) -> list[str]:
 
 
 def _print_failure(run: RunDir, attempt: int, status: Status) -> None:
-    # Attempts that followed by themselves are not the one that was submitted, whose folder holds the agent's log of them all.
+    # The backend may have started further attempts; agent.log of the submitted attempt covers all of them.
     record = run_records.read_exit(run, run_store.newest_attempt(run))
     failure = None if record is None else record.first_failure
-    said = ""
+    reason = ""
     if failure is not None:
         if failure.traceback:
             print(failure.traceback, file=sys.stderr)
         print(f"{failure.source} failed first: {failure.message}", file=sys.stderr)
         print(f"  log:    {short(failure.log)}", file=sys.stderr)
-        said = f"{failure.source}: {failure.message}"
-    # Which budget is spent, what was waited for in vain: the failure alone does not tell why the run does not go on.
-    if status.message not in ("", said):
+        reason = f"{failure.source}: {failure.message}"
+    # The status says why the run does not continue, such as a retry budget that is used up.
+    if status.message not in ("", reason):
         print(f"failed: {status.message}", file=sys.stderr)
     if not failure:
         print(f"  log:    {short(run.attempt(attempt) / 'agent.log')}", file=sys.stderr)
     if store.list_checkpoints(run.checkpoints):
-        print(f"  then:   python -m launcher resume {short(run.root)}", file=sys.stderr)
+        print(f"  next:   python -m launcher resume {short(run.root)}", file=sys.stderr)
     else:
-        print("  then:   start it again; it had no checkpoint yet", file=sys.stderr)
+        print("  next:   start it again; it has no checkpoint yet", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The composing verbs: train, plan, data."""
+"""The verbs that compose settings: train, plan, data."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from launcher.run_records import RUNNING_STATES, Attempt
 _USAGE = {
     "train": """python -m launcher [train] [--follow | --detach] [overrides]
 
-Plan, prepare, start. On this machine the run is followed to its end, on a cluster the command returns at once;
---follow (or follow=true) and --detach (or follow=false) choose otherwise. With -m several runs are started.""",
-    "plan": "python -m launcher plan [--json] [overrides]\n\nShow everything that is decided and start nothing.",
+Plan, prepare data, start the run. On this machine the command follows the run to its end, on a cluster it returns at once.
+--follow (or follow=true) and --detach (or follow=false) override that. With -m it starts several runs.""",
+    "plan": "python -m launcher plan [--json] [overrides]\n\nShow the complete plan and start nothing.",
     "data": data.USAGE,
 }
 _FOLLOW = {"--follow": True, "follow=true": True, "--detach": False, "follow=false": False}
@@ -45,13 +45,13 @@ def run(verb: str, tokens: list[str]) -> int:
     if verb == "data":
         return _data(tokens)
     as_json = "--json" in tokens
-    following = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
+    follows = next((_FOLLOW[token] for token in tokens if token in _FOLLOW), None)
     rest = [token for token in tokens if token != "--json" and token not in _FOLLOW]  # noqa: S105
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append)
     if verb == "plan":
         return max((_plan(job, as_json) for job in jobs), default=0)
-    return _train(jobs, following)
+    return _train(jobs, follows)
 
 
 def _plan(composed: Composed, as_json: bool) -> int:
@@ -74,24 +74,24 @@ def _data(tokens: list[str]) -> int:
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append)
     if chosen.html is not None and len(jobs) > 1:
-        raise ConfigError("several reports do not go into one page", where="--html", remedy="leave out --html, or -m")
+        raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:
         with composed.located():
             config = facts.resolve(composed.config)
             facts.check(config)
             check_extra(config)
-        report = _kept_report(config, chosen.num_shown) or prepare(config, show=chosen.num_shown)["report"]
+        report = _cached_report(config, chosen.num_shown) or prepare(config, show=chosen.num_shown)["report"]
         if note := model_source.weights_note(config.model):
             print(f"note: {note}", file=sys.stderr, flush=True)
         data.present(report, config, chosen)
     return 0
 
 
-def _kept_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
-    """The report of a finished cache; None where something has to be prepared, or a text that is shown to be decoded.
+def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
+    """Return the report of a finished cache; None if data must be prepared or texts decoded first.
 
     Raises:
-        DataError: where any block of the cache is damaged.
+        DataError: if a block of the cache is damaged.
     """
     built = facts.prepared_data(config)
     if built is None:
@@ -103,13 +103,13 @@ def _kept_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
         return None
 
 
-def _train(jobs: list[Composed], following: bool | None) -> int:
-    """Start each job; what is wrong with any of them is said before the first is started."""
+def _train(jobs: list[Composed], follows: bool | None) -> int:
+    """Start all jobs, after all of them have passed their checks; returns the largest exit code."""
     plans: list[LaunchPlan] = []
-    _check_account(jobs)
+    _check_wandb_accounts(jobs)
     for composed in _grouped(jobs):
         with composed.located():
-            plans.append(planned(composed, taken={plan.run_name for plan in plans}))
+            plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))
     codes = []
     started = []
     for plan in plans:
@@ -121,7 +121,7 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
             continue
         run_dir, attempt = start(plan, cluster)
         started.append((plan, cluster.submission_details(run_dir, attempt)))
-        if following if following is not None else plan.config.cluster.is_followed:
+        if plan.config.cluster.is_followed if follows is None else follows:
             codes.append(follow(run_dir, attempt, cluster))
         else:
             print("\n".join(started_lines(plan, cluster.submission_details(run_dir, attempt))), flush=True)
@@ -130,20 +130,20 @@ def _train(jobs: list[Composed], following: bool | None) -> int:
     return max(codes, default=0)
 
 
-def _check_account(jobs: list[Composed]) -> None:
-    """Ask W&B once for each account and cluster that the jobs name."""
-    asked = {(job.config.tracking, job.config.cluster.kind): job for job in jobs}
-    for composed in asked.values():
+def _check_wandb_accounts(jobs: list[Composed]) -> None:
+    """Check the W&B login once for each combination of tracking settings and cluster."""
+    distinct = {(job.config.tracking, job.config.cluster.kind): job for job in jobs}
+    for composed in distinct.values():
         with composed.located():
-            for said in wandb_check.check(composed.config, worker_environment()):
-                print(f"note: {said}", flush=True)
+            for note in wandb_check.check(composed.config, worker_environment()):
+                print(f"note: {note}", flush=True)
 
 
 def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
-    """Make the run directory of a plan and submit its first attempt.
+    """Create the run directory of a plan and submit the first attempt; returns the directory and the attempt's number.
 
     Raises:
-        SubmitError: where the directory exists, with what runs in it.
+        SubmitError: if the directory exists already, or the backend refuses the run.
     """
     existing = RunDir(Path(plan.run_dir))
     if existing.plan.is_file() and existing.status.is_file():
@@ -156,18 +156,18 @@ def start(plan: LaunchPlan, cluster: Cluster) -> tuple[RunDir, int]:
 
 
 def require_idle(run: RunDir, cluster: Cluster) -> None:
-    """Refuse to start a run that is running.
+    """Refuse to start a run that is running already.
 
     Raises:
-        SubmitError: with where it runs and since when, and how to follow and stop it.
+        SubmitError: with the job or process that runs it.
     """
     status = cluster.status(run)
     if status.state not in RUNNING_STATES:
         return
     name = formatting.short(run.root)
-    starting = run_store.start_lock_holder(run) if status.job is None else None
+    starter = run_store.start_lock_holder(run) if status.job is None else None
     number = run_store.newest_attempt(run)
-    where = f"being started by {starting}" if starting is not None else formatting.whereabouts(run, status, number)
+    where = f"being started by {starter}" if starter is not None else formatting.whereabouts(run, status, number)
     raise SubmitError(
         f"the run is {status.state} already",
         where=str(run.root),
@@ -177,63 +177,66 @@ def require_idle(run: RunDir, cluster: Cluster) -> None:
 
 
 def _grouped(jobs: list[Composed]) -> list[Composed]:
-    """The runs of a sweep stand together in W&B, unless the user has named a group."""
+    """Give the runs of a sweep a common W&B group, unless the user has set one."""
     if len(jobs) < 2:
         return jobs
     group = f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
     grouped = []
     for job in jobs:
         tracking = job.config.tracking
-        named = tracking if tracking.group else tracking.model_copy(update={"group": group})
-        grouped.append(replace(job, config=job.config.model_copy(update={"tracking": named})))
+        with_group = tracking if tracking.group else tracking.model_copy(update={"group": group})
+        grouped.append(replace(job, config=job.config.model_copy(update={"tracking": with_group})))
     return grouped
 
 
-def planned(composed: Composed, taken: set[str]) -> LaunchPlan:
-    """The plan of a job whose model and data are ready, checked against the cluster; nothing is started."""
+def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:
+    """Plan a job, prepare its model and data, and check the plan against the cluster; starts nothing."""
     config = facts.resolve(composed.config)
     facts.check(config)
     check_extra(config)
     if not model_source.is_config_known(config.model):
         prepare(config)
     cluster = cluster_for(config.cluster.kind)
-    gathered = _gather(config, composed, cluster)
-    plan = make_plan(config, gathered)
+    collected = _gather(config, composed, cluster)
+    plan = make_plan(config, collected)
     check_startable(plan)
     cluster.check(plan)
-    if not facts.is_prepared(config, gathered):
+    if not facts.is_prepared(config, collected):
         prepare(config)
-        gathered = _gather(config, composed, cluster)
-        if gathered.data is None:
-            what, remedy = "the data cache is not there after it was built", "do the files change while they are read? try again"
+        collected = _gather(config, composed, cluster)
+        if collected.data is None:
+            what = "the data cache is not there after it was built"
+            remedy = "make sure that no program changes the files while they are read, then try again"
             raise DataError(Problem(what, "data.sources", remedy=remedy))
-    data.check(config, gathered.data)
-    return _unused_name(config, gathered, taken)
+    data.check(config, collected.data)
+    return _plan_with_free_name(config, collected, taken_names)
 
 
 def _gather(config: RunConfig, composed: Composed, cluster: Cluster) -> Facts:
     return facts.gather(config, composed.overrides, cluster.device(config.cluster))
 
 
-def _unused_name(config: RunConfig, gathered: Facts, taken: set[str]) -> LaunchPlan:
-    """A plan whose generated name is free; a name that the user chose is never changed."""
-    plan = make_plan(config, gathered)
-    while config.run.name is None and (plan.run_name in taken or Path(plan.run_dir).exists()):
-        later = datetime.fromisoformat(gathered.provenance.created_at) + timedelta(seconds=1)
-        provenance = gathered.provenance.model_copy(update={"created_at": later.strftime("%Y-%m-%dT%H:%M:%SZ")})
-        gathered = gathered.model_copy(update={"provenance": provenance})
-        plan = make_plan(config, gathered)
+def _plan_with_free_name(config: RunConfig, collected: Facts, taken_names: set[str]) -> LaunchPlan:
+    """Plan a job under a generated name that no run has; a name that the user chose is never changed."""
+    plan = make_plan(config, collected)
+    while config.run.name is None and (plan.run_name in taken_names or Path(plan.run_dir).exists()):
+        later = datetime.fromisoformat(collected.provenance.created_at) + timedelta(seconds=1)
+        provenance = collected.provenance.model_copy(update={"created_at": later.strftime("%Y-%m-%dT%H:%M:%SZ")})
+        collected = collected.model_copy(update={"provenance": provenance})
+        plan = make_plan(config, collected)
     return plan
 
 
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
-    """Fetch, convert and build in a process of its own, which may import torch; with `show`, the report and so many rows.
+    """Download and convert the model and build the data cache, in a process that may import torch.
+
+    Returns the process's answer; with `show`, it contains the data report with that many rows.
 
     Raises:
-        DataError: with what the process found wrong.
-        RunError: where it ended otherwise.
+        DataError: if the data or the model has problems.
+        RunError: if the process fails for another reason.
     """
-    answer = _ask("launcher.worker.prepare", config, *([f"--report={show}"] if show is not None else []))
+    answer = _run_worker_module("launcher.worker.prepare", config, *([f"--report={show}"] if show is not None else []))
     if "problems" in answer:
         kind = DataError if answer["exit_code"] == DataError.exit_code else RunError
         raise kind([Problem(*parts) for parts in answer["problems"]])
@@ -241,37 +244,37 @@ def prepare(config: RunConfig, show: int | None = None) -> dict[str, Any]:
 
 
 def check_extra(config: RunConfig) -> None:
-    """Have DeepSpeed check `deepspeed.extra` in a process of its own, unless it has accepted the same before.
+    """Let DeepSpeed validate `deepspeed.extra` in another process, unless it has accepted the same value before.
 
     Raises:
         ConfigError: with every key that DeepSpeed refuses or does not know.
     """
     if facts.is_extra_accepted(config):
         return
-    answer = _ask("launcher.worker.deepspeed_check", config)
+    answer = _run_worker_module("launcher.worker.deepspeed_check", config)
     if answer["problems"]:
         raise ConfigError([Problem(*parts) for parts in answer["problems"]])
 
 
-def _ask(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
-    """The JSON object that a module of the worker side prints last, given `config`.
+def _run_worker_module(module: str, config: RunConfig, *arguments: str) -> dict[str, Any]:
+    """Run a module of the worker side with `config` on standard input; returns the JSON object of its last line.
 
     Raises:
-        RunError: where it prints none, or ends with another exit code than 0 and no problems.
+        RunError: if it prints no JSON object, or fails without reporting problems.
     """
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True, env=worker_environment())
+    process = subprocess.run(command, input=config.model_dump_json(), stdout=subprocess.PIPE, text=True, env=worker_environment())
     try:
-        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+        answer: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
-        raise RunError(f"preparing the run ended with exit code {done.returncode}; its messages are above") from None
-    if done.returncode and "problems" not in answer:
-        raise RunError(f"preparing the run ended with exit code {done.returncode}")
+        raise RunError(f"preparing the run ended with exit code {process.returncode}; its messages are above") from None
+    if process.returncode and "problems" not in answer:
+        raise RunError(f"preparing the run ended with exit code {process.returncode}")
     return answer
 
 
 def worker_environment() -> dict[str, str]:
-    """The environment of a process that runs this package's heavy side by name."""
+    """Return the environment of a process that runs a module of the worker side: this package comes first in PYTHONPATH."""
     root = str(Path(facts.__file__).resolve().parents[1])
     return {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
 

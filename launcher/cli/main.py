@@ -1,4 +1,4 @@
-"""The command line: the first word without `=` is the verb, the rest goes to it."""
+"""The command line: the first word without `=` is the verb; the other words are its arguments."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ VERBS = (*COMPOSING, *SHOWING, *ON_RUNS, "drill")
 HELP = """\
 Full-parameter fine-tuning of Hugging Face models with DeepSpeed ZeRO-3.
 
-  python -m launcher [train] [overrides]       plan, prepare, start; follow it on this machine (--detach returns at once)
-  python -m launcher plan [overrides]          show everything that is decided; start nothing
+  python -m launcher [train] [overrides]       plan, prepare data, start; follows a run on this machine (--detach returns)
+  python -m launcher plan [overrides]          show the complete plan; start nothing
   python -m launcher data [--show N] [--html FILE] [overrides]
-                                               build the data cache and report on it: numbers, faults, what is trained
+                                               build the data cache and report on it: sizes, problems, trained tokens
 
   python -m launcher ls                        the runs under ./runs, newest first
-  python -m launcher status RUN [--watch]      state, step, loss, pace, cost, alerts
+  python -m launcher status RUN [--watch]      state, step, loss, throughput, cost, alerts
   python -m launcher report RUN [RUN ...] [--html FILE]
                                                curves, goodput, attempts, checkpoints and cost as one page
   python -m launcher dashboard RUN|PROJECT [--dry-run]
                                                create or update the W&B workspace of a run or a project
-  python -m launcher logs RUN [-f] [--rank N]  what a rank printed
-  python -m launcher cancel RUN                save and stop; a second time: kill
+  python -m launcher logs RUN [-f] [--rank N]  the output of a rank
+  python -m launcher cancel RUN                save and stop; a second cancel kills the run
   python -m launcher resume RUN [overrides]    continue from the newest checkpoint; RUN may be an address in a mirror;
-                                               --force: with other data or settings than it was trained with
+                                               --force accepts data and settings that differ from the checkpoint's
   python -m launcher export RUN [--step N] [--dtype bf16] [--out DIR]
                                                write the Hugging Face folder of a checkpoint
   python -m launcher checkpoints RUN [--verify] [--prune]
-                                               list what was saved; read it against its digests; remove what is not kept
+                                               list checkpoints; verify their digests; remove those that are not kept
 
   python -m launcher drill --fault FAULT [RUN] [overrides]
-                                               rehearse a fault on a short run: does it save and go on, what is lost
+                                               rehearse a fault on a short run: does it save and continue, what is lost
 
 Overrides are key=value (train.max_steps=100) or group=option (model=qwen3_8b); docs/settings.md lists them all.
 Flags: --json where a verb reports, --debug for tracebacks, VERB --help for more.
@@ -49,12 +49,12 @@ Exit codes: 0 done, 1 the run failed, 2 refused before anything started, 130 int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; never raises for what a user can cause."""
+    """Run one command and return its exit code; errors that a user can cause are printed, not raised."""
     tokens = list(sys.argv[1:] if argv is None else argv)
-    # A reader that closes the pipe early (`| head`) is no error worth a traceback.
+    # A reader that closes the pipe early, such as `head`, must not cause a traceback.
     logging.raiseExceptions = False
     for stream in (sys.stdout, sys.stderr):
-        # A terminal of another encoding shows what it can.
+        # A terminal with another encoding shows characters that it lacks as escapes.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in tokens
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         what = f"a file cannot be read or written: {error.strerror or error}"
-        remedy = "look at the storage and at who may use it, then try again (--debug shows where it happened)"
+        remedy = "check the storage and the permissions, then try again; --debug shows a traceback"
         print(Problem(what, value=str(error.filename or ""), remedy=remedy), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -123,8 +123,8 @@ def _run(verb: str, tokens: list[str]) -> int:
 
     from launcher.config.redaction import redact
 
-    close = difflib.get_close_matches(verb, VERBS, n=1)
-    guess = f"did you mean {close[0]}? " if close else ""
+    matches = difflib.get_close_matches(verb, VERBS, n=1)
+    guess = f"did you mean {matches[0]}? " if matches else ""
     print(
         Problem(
             f"there is no verb {redact(verb)}",

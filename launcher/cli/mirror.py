@@ -1,4 +1,4 @@
-"""Runs in a mirror: list them, and bring one to this machine."""
+"""Runs in a mirror: list them, and download one to this machine."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from launcher.run_records import RUNNING_STATES
 from launcher.tracking.metrics import format_duration
 
 
-def run_from(url: str, root: Path, step: int | None) -> RunDir:
-    """The run at `url` as a run directory under `root`, ready to be resumed from its newest complete checkpoint, or `step`.
+def download_run(url: str, root: Path, step: int | None) -> RunDir:
+    """Download the run at `url` into a run directory under `root`, with its newest complete checkpoint or that of `step`.
 
     Raises:
-        SubmitError: where it is no address for a mirror, there is no such run, or its directory is there already.
-        CheckpointError: where no checkpoint is whole.
-        ConfigError, DataError: where its data is not on this machine, or is other data.
+        SubmitError: if `url` is not an address of a mirror, there is no such run, or its directory exists already.
+        CheckpointError: if no checkpoint is complete and intact.
+        ConfigError, DataError: if its data is missing on this machine, or differs.
     """
     _require_address(url)
     remote = Remote(url)
@@ -48,40 +48,44 @@ def run_from(url: str, root: Path, step: int | None) -> RunDir:
         with _reading(remote):
             plans = download.fixed_files(remote, mirrored, run)
             download.progress(remote, run)
-            fetched = download.checkpoint(remote, run, step, _say)
-        _settle_status(run, mirrored, remote.url, fetched)
+            step = download.checkpoint(remote, run, step, _say)
+        _settle_status(run, mirrored, remote.url, step)
         plan = _newest(plans)
-        model = _small_model(plan, run)
-        data = _data(plan, model)
-        moved = {name: _moved(plan, run, model, data) for name, plan in plans.items()}
-        download.write_plans(run, moved)
-    print(f"fetched {mirrored.run_name} to {formatting.short(run.root)}", flush=True)
+        model = _model_without_weights(plan, run)
+        data = _find_or_build_data(plan, model)
+        local_plans = {name: _with_local_paths(plan, run, model, data) for name, plan in plans.items()}
+        download.write_plans(run, local_plans)
+    print(f"downloaded {mirrored.run_name} to {formatting.short(run.root)}", flush=True)
     return run
 
 
 def ls(url: str, as_json: bool) -> int:
-    """List the runs in a mirror; SubmitError where it is no address for one."""
+    """Print the runs in a mirror; returns the exit code.
+
+    Raises:
+        SubmitError: if `url` is not an address of a mirror.
+    """
     _require_address(url)
     remote = Remote(url)
     with _reading(remote):
         runs = [_summary(remote.under(name), name) for name in remote.names()]
-    found = [run for run in runs if run is not None]
+    summaries = [run for run in runs if run is not None]
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(summaries, indent=2))
         return 0
-    if not found:
+    if not summaries:
         print(f"no runs in {remote.url}")
         return 0
     rows = [
         (run["name"], run["state"], f"{run['step']}/{run['max_steps'] or '?'}", ", ".join(map(str, run["checkpoints"])) or "-")
-        for run in found
+        for run in summaries
     ]
     print("\n".join(formatting.table(("run", "state", ">step", "checkpoints"), rows)))
     return 0
 
 
 def _require_address(url: str) -> None:
-    """Refuse what checkpoint.mirror refuses, unseen: a password in it would be written down, and shown in whatever goes wrong."""
+    """Refuse an address that checkpoint.mirror refuses, without showing it: it may contain a password."""
     try:
         TypeAdapter(Url).validate_python(url)
     except ValidationError as error:
@@ -90,84 +94,84 @@ def _require_address(url: str) -> None:
 
 
 def _summary(remote: Remote, name: str) -> dict[str, Any] | None:
-    """What status.json in the mirror says of a run, and its complete checkpoints; None where `name` is no run."""
+    """Return a run's status and complete checkpoints from the mirror; None if `name` is not a run."""
     content = remote.read("status.json") if read_run(remote) is not None else None
     if content is None:
         return None
     status = json.loads(content)
-    shown = {key: status.get(key) for key in ("state", "step", "max_steps", "updated_at")}
-    return {"name": name, "url": remote.url, **shown, "checkpoints": list(complete_checkpoints(remote))}
+    state = {key: status.get(key) for key in ("state", "step", "max_steps", "updated_at")}
+    return {"name": name, "url": remote.url, **state, "checkpoints": list(complete_checkpoints(remote))}
 
 
 def _no_such_run(remote: Remote) -> SubmitError:
-    above = Remote(remote.url.rpartition("/")[0]) if remote.url.rpartition("/")[0].count("/") > 2 else remote
-    names = [name for folder in (remote, above) for name in folder.names() if read_run(folder.under(name)) is not None][:10]
+    parent = Remote(remote.url.rpartition("/")[0]) if remote.url.rpartition("/")[0].count("/") > 2 else remote
+    names = [name for folder in (remote, parent) for name in folder.names() if read_run(folder.under(name)) is not None][:10]
     return SubmitError(
         "there is no run at this address",
         where=remote.url,
-        remedy=f"write URL/NAME; there are: {', '.join(names)}" if names else "list a mirror with: python -m launcher ls URL",
+        remedy=f"write URL/NAME; existing runs: {', '.join(names)}" if names else "list a mirror with: python -m launcher ls URL",
     )
 
 
 def _settle_status(run: RunDir, mirrored: MirroredRun, url: str, step: int) -> None:
-    """No process of this machine has a part in what the status says of another one."""
+    """Set the status of a downloaded run: no process of this machine runs it."""
     status = run_store.read_status(run)
     if status.state in RUNNING_STATES:
-        ago = format_duration(max(0.0, time.time() - status.updated_at))
+        age = format_duration(max(0.0, time.time() - status.updated_at))
         _say(
-            f"note: {ago} before now this run was {status.state} on {mirrored.owner.host}; "
-            "if it still is, end it there: from now on the mirror takes what this machine sends"
+            f"note: {age} ago this run was {status.state} on {mirrored.owner.host}; if it still runs, cancel it there: "
+            "the mirror accepts uploads only from this machine once the run is resumed here"
         )
     state = "preempted" if status.state in RUNNING_STATES else status.state
-    run_store.update_status(run, state=state, job=None, step=step, message=f"fetched from {url}")
+    run_store.update_status(run, state=state, job=None, step=step, message=f"downloaded from {url}")
 
 
 def _newest(plans: dict[str, LaunchPlan]) -> LaunchPlan:
     return plans[max(plans, key=lambda name: name != "plan.json")]
 
 
-def _small_model(plan: LaunchPlan, run: RunDir) -> ModelSection:
-    """The model's settings with the files that came with the run: its weights are in the checkpoint."""
-    here: dict[str, Any] = {"init": "random"}
+def _model_without_weights(plan: LaunchPlan, run: RunDir) -> ModelSection:
+    """Return model settings that use the downloaded config and tokenizer; the weights are in the checkpoint."""
+    changes: dict[str, Any] = {"init": "random"}
     if plan.model.path is not None:
-        here["path"] = str(run.root / "model")
-        here["tokenizer"] = None
+        changes["path"] = str(run.root / "model")
+        changes["tokenizer"] = None
     if plan.model.tokenizer_path != plan.model.path:
-        here["tokenizer"] = str(run.root / "tokenizer")
-    return plan.config.model.model_copy(update=here)
+        changes["tokenizer"] = str(run.root / "tokenizer")
+    return plan.config.model.model_copy(update=changes)
 
 
-def _data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
-    """The data cache on this machine: found by its content, else built again and compared.
+def _find_or_build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
+    """Find the data cache on this machine by its key, or build it, and compare its content with the plan.
 
     Raises:
-        ConfigError, DataError: where the sources are not here, or are others.
+        ConfigError, DataError: if the sources are missing on this machine, or differ.
     """
     trained = plan.data
     if trained is None:
         raise SubmitError("the plan in the mirror has no data", where=plan.run_name)
-    if (here := cache.find(Path(trained.cache_dir).name)) is None:
-        here = _built(plan, model)
-    before, now = trained.contents(), here.contents()
-    # Of a plan without a digest the counts tell.
-    if differing := [name for name in before if before[name] != now[name] and before[name] != ""]:
+    if (local := cache.find(Path(trained.cache_dir).name)) is None:
+        local = _build_data(plan, model)
+    expected, actual = trained.contents(), local.contents()
+    # Plans of older runs have no digest; their counts are compared.
+    if differing := [name for name in expected if expected[name] != actual[name] and expected[name] != ""]:
         first = differing[0]
         raise DataError(
             Problem(
-                "the data on this machine is not what the run was trained on",
+                "the data on this machine differs from the data that the run was trained on",
                 where="data.sources",
-                value=f"{first}: {now[first]} here, {before[first]} there",
-                remedy="put the same files here, and install the same versions of transformers and tokenizers",
+                value=f"{first}: {actual[first]} on this machine, {expected[first]} in the run",
+                remedy="copy the same files to this machine, and install the same versions of transformers and tokenizers",
             )
         )
-    return here
+    return local
 
 
-def _built(plan: LaunchPlan, model: ModelSection) -> DataFacts:
-    """The data cache of the run's sources as they are on this machine, built."""
+def _build_data(plan: LaunchPlan, model: ModelSection) -> DataFacts:
+    """Build the data cache from the run's sources on this machine."""
     if problems := sources.check_sources(plan.config.data):
-        remedy = "put the data where the run found it when it began; nothing else is missing here"
-        raise ConfigError([Problem(p.what, p.where, p.value, remedy) for p in problems])
+        remedy = "copy the data to this path; nothing else is missing on this machine"
+        raise ConfigError([Problem(problem.what, problem.where, problem.value, remedy) for problem in problems])
     prepare(plan.config.model_copy(update={"model": model}))
     built = cache.find(cache.cache_key(plan.config.data, model.tokenizer or model.path or ""))
     if built is None:
@@ -175,13 +179,13 @@ def _built(plan: LaunchPlan, model: ModelSection) -> DataFacts:
     return built
 
 
-def _moved(plan: LaunchPlan, run: RunDir, model: ModelSection, data: DataFacts) -> LaunchPlan:
-    """The plan with the places of this machine."""
-    places = {"path": model.path, "tokenizer_path": model.tokenizer or model.path, "has_weights": False}
+def _with_local_paths(plan: LaunchPlan, run: RunDir, model: ModelSection, data: DataFacts) -> LaunchPlan:
+    """Return the plan with the paths of this machine."""
+    paths = {"path": model.path, "tokenizer_path": model.tokenizer or model.path, "has_weights": False}
     return plan.model_copy(
         update={
             "run_dir": str(run.root),
-            "model": plan.model.model_copy(update=places),
+            "model": plan.model.model_copy(update=paths),
             "data": data,
         }
     )
@@ -189,6 +193,7 @@ def _moved(plan: LaunchPlan, run: RunDir, model: ModelSection, data: DataFacts) 
 
 @contextmanager
 def _reading(remote: Remote) -> Iterator[None]:
+    """Turn errors of the storage into LauncherError."""
     try:
         yield
     except LauncherError:

@@ -1,4 +1,4 @@
-"""A further attempt of a run that has ended: what it continues, and what may differ from it."""
+"""Start a further attempt of a run: choose the checkpoint, plan again, and refuse what must not differ."""
 
 from __future__ import annotations
 
@@ -26,42 +26,41 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt
 from launcher.tracking import goodput
 
-# How the plan's own numbers are told apart from settings of the same section.
-_RECORDED = "plan."
+# Marks numbers of the plan in a list of differences, such as plan.model.num_layers.
+_PLAN_PREFIX = "plan."
 
 
-def start_again(
+def resume_run(
     run: RunDir, plan: LaunchPlan, cluster: Cluster, overrides: list[str], step: int | None, force: bool = False
 ) -> int:
-    """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest; returns its number.
+    """Submit a further attempt of a run that has ended, from the checkpoint of `step` or the newest one; returns its number.
 
     Raises:
-        ConfigError: where settings or data differ from those of the checkpoint, unless `force` accepts it.
-        SubmitError: where it runs already, is complete, or has no such checkpoint.
+        ConfigError: if settings or data differ from those of the checkpoint and `force` is false.
+        SubmitError: if the run is running, is complete, has used up a limit, or has no such checkpoint.
     """
     require_idle(run, cluster)
-    checkpoint = _to_begin_from(run, step)
-    plan = _replanned(plan, run, checkpoint, overrides, cluster, force)
+    checkpoint = _choose_checkpoint(run, step)
+    plan = _plan_again(plan, run, checkpoint, overrides, cluster, force)
     if plan.batch.max_steps is not None and checkpoint.step > plan.batch.max_steps:
         raise SubmitError(
-            f"the run has come to step {checkpoint.step} already",
+            f"the checkpoint is of step {checkpoint.step}, beyond train.max_steps",
             where="train.max_steps",
             value=str(plan.batch.max_steps),
-            remedy="raise it, go back with --step N, or write the model of a step with: python -m launcher export RUN --step N",
+            remedy="raise it, go back with --step N, or export a step with: python -m launcher export RUN --step N",
         )
     if checkpoint.step == plan.batch.max_steps and run.export.is_dir():
         raise SubmitError(
             f"the run is complete: step {checkpoint.step} of {plan.batch.max_steps}",
             where=str(run.root),
-            remedy="give it more to do with: resume RUN train.max_steps=...",
+            remedy="train further with: python -m launcher resume RUN train.max_steps=...",
         )
     _require_budget(run, plan)
     check_startable(plan)
     cluster.check(plan)
-    for words in wandb_check.check(plan.config, worker_environment()):
-        print(f"note: {words}")
-    if said := disk_note(plan):
-        print(f"note: {said}")
+    for note in (*wandb_check.check(plan.config, worker_environment()), disk_note(plan)):
+        if note:
+            print(f"note: {note}")
     for path in store.set_aside_after(run.checkpoints, checkpoint.step):
         print(f"set aside: {formatting.short(path)}")
     if not run_store.has_current_code(run):
@@ -76,10 +75,10 @@ def start_again(
 
 
 def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
-    """Refuse what would load, take one step and stop.
+    """Refuse an attempt that would stop after one step.
 
     Raises:
-        SubmitError: where the run has reached a limit already.
+        SubmitError: if the run has used up run.max_hours or run.max_usd.
     """
     limits, problems = plan.limits, []
     if limits.max_seconds is None and limits.max_gpu_seconds is None:
@@ -88,7 +87,7 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
         spent = goodput.read(run, time.time(), "pending", plan)
     except (OSError, LauncherError, KeyError, TypeError, ValueError) as error:
         line, *_ = str(error).partition("\n")
-        print(f"note: what the run has spent cannot be read, so its limits count from here: {line}")
+        print(f"note: the time and cost so far cannot be read, so the limits count from this attempt on: {line}")
         return
     if limits.max_seconds is not None and spent.held_s >= limits.max_seconds:
         value, remedy = f"it has run for {spent.held_s / 3600:.2f} hours", "raise it: resume RUN run.max_hours=..."
@@ -102,135 +101,147 @@ def _require_budget(run: RunDir, plan: LaunchPlan) -> None:
         raise SubmitError(problems)
 
 
-def _to_begin_from(run: RunDir, step: int | None) -> Checkpoint:
-    """The newest checkpoint, which the ranks verify when they read it, or the one that was asked for, verified at once.
+def _choose_checkpoint(run: RunDir, step: int | None) -> Checkpoint:
+    """Return the newest checkpoint, or the one of `step`.
 
-    Going back sets the later ones aside, and that should be for something.
+    The ranks verify the newest one when they read it. One of a chosen step is verified here, because later checkpoints are set
+    aside for it.
 
     Raises:
-        SubmitError: where it is not there, cannot be read now, or is asked for and damaged; nothing was touched.
+        SubmitError: if it does not exist, cannot be read right now, or is damaged; nothing was changed.
     """
     try:
         if step is None:
             return store.get_latest(run.checkpoints)
         checkpoint = store.get_at_step(run.checkpoints, step)
         if error := verify([checkpoint])[checkpoint.path]:
-            damaged = isinstance(error, DamagedCheckpoint)
-            raise store.damaged_step_error(step, error.problems, run.checkpoints) if damaged else error
+            is_damaged = isinstance(error, DamagedCheckpoint)
+            raise store.damaged_step_error(step, error.problems, run.checkpoints) if is_damaged else error
         return checkpoint
     except CheckpointError as error:
-        anew = "where the run had not come so far, start it anew with another run.name"
-        raise SubmitError([replace(problem, remedy=problem.remedy or anew) for problem in error.problems]) from None
+        fallback = "if the run has not saved a checkpoint yet, start it again under another run.name"
+        raise SubmitError([replace(problem, remedy=problem.remedy or fallback) for problem in error.problems]) from None
 
 
-def _replanned(
+def _plan_again(
     plan: LaunchPlan, run: RunDir, checkpoint: Checkpoint, overrides: list[str], cluster: Cluster, force: bool
 ) -> LaunchPlan:
-    """The same run under changed settings and where its directory lies now; model, data and identity stay."""
+    """Plan the run with changed settings and the current path of its directory; model, data and identity stay the same."""
     config = with_overrides(plan.config, overrides)
     check_extra(config)
-    saved = _plan_of(run, checkpoint, force) or plan
+    saved_plan = _plan_of_checkpoint(run, checkpoint, force) or plan
     where = formatting.short(checkpoint.path)
-    # What was asked for, and what somebody has written into plan.json.
-    found = [*_fixed(saved.model, plan.model), *differences(saved.config, config), *_data_differences(saved.data, plan.data)]
-    require_same(found, force, run.root.name, where)
-    model = _model(plan, config)
-    data = _data(plan, config, model)
-    # The same sources need not give the same rows any more.
-    found = [*differences(saved.config, config), *_data_differences(saved.data, data)]
-    require_same(found, force, run.root.name, where)
-    if found:
-        print(f"continuing with what differs from the checkpoint:\n{table(found)}", flush=True)
-    known = Facts(
+    # Overrides of this command, and changes that somebody made in plan.json.
+    changes = [
+        *_model_differences(saved_plan.model, plan.model),
+        *differences(saved_plan.config, config),
+        *_data_differences(saved_plan.data, plan.data),
+    ]
+    require_same(changes, force, run.root.name, where)
+    model = _restore_model(plan, config)
+    data = _restore_data(plan, config, model)
+    # The files of the sources may have changed, so a cache that was built again may hold other rows.
+    changes = [*differences(saved_plan.config, config), *_data_differences(saved_plan.data, data)]
+    require_same(changes, force, run.root.name, where)
+    if changes:
+        print(f"continuing with differences from the checkpoint:\n{table(changes)}", flush=True)
+    facts_of_run = Facts(
         working_dir=str(run.root.parent),
         device=cluster.device(config.cluster),
         model=model,
         data=data,
-        provenance=plan.provenance.model_copy(update={"overrides": _recorded(plan.provenance.overrides, overrides, found)}),
+        provenance=plan.provenance.model_copy(
+            update={"overrides": _all_overrides(plan.provenance.overrides, overrides, changes)}
+        ),
         lineage=plan.lineage,
     )
-    kept = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
-    again = make_plan(config, known).model_copy(update=kept)
-    if said := rows_moved(saved, again, checkpoint.step):
-        print(f"note: {said}", flush=True)
-    return again
+    identity = {"run_name": plan.run_name, "run_dir": str(run.root), "wandb_id": plan.wandb_id}
+    next_plan = make_plan(config, facts_of_run).model_copy(update=identity)
+    if note := describe_moved_rows(saved_plan, next_plan, checkpoint.step):
+        print(f"note: {note}", flush=True)
+    return next_plan
 
 
-def rows_moved(saved: LaunchPlan, again: LaunchPlan, step: int) -> str | None:
-    """What another batch size does to the rows of the same data: those of a step are told by its number and the size alone."""
-    before, after = (step * plan.batch.global_batch_size for plan in (saved, again))
-    if before == after or _data_differences(saved.data, again.data):
+def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int) -> str | None:
+    """Describe which rows a changed batch size skips or repeats; None if the rows continue without a gap.
+
+    The rows of a step follow from its number and the global batch size alone.
+    """
+    num_trained, next_row = (step * plan.batch.global_batch_size for plan in (saved_plan, next_plan))
+    if num_trained == next_row or _data_differences(saved_plan.data, next_plan.data):
         return None
-    data = again.config.data
+    data = next_plan.config.data
     if data.group_by_length and not data.packing:
-        return "with another batch size the rows stand in another order: of this epoch, some are seen twice and others not at all"
-    change = f"{after - before:,} rows are left out" if after > before else f"{before - after:,} rows are trained on again"
-    return f"step {step} begins at row {after:,} of the order, and {before:,} rows have been trained on: {change}"
+        return "another batch size changes the order of the rows: in this epoch some rows are repeated and others are skipped"
+    change = f"{next_row - num_trained:,} rows are skipped"
+    if next_row < num_trained:
+        change = f"{num_trained - next_row:,} rows are repeated"
+    return f"step {step} starts at row {next_row:,} of the order after {num_trained:,} trained rows: {change}"
 
 
-def _recorded(before: Sequence[str], overrides: Sequence[str], found: Sequence[Difference]) -> tuple[str, ...]:
-    """Every override so far, and what --force has accepted that stood on no command line."""
+def _all_overrides(earlier: Sequence[str], overrides: Sequence[str], changes: Sequence[Difference]) -> tuple[str, ...]:
+    """Return all overrides of the run so far, and the differences that --force accepted without an override."""
     keys = tuple(override.lstrip("+").partition("=")[0] for override in overrides)
-    return (*before, *overrides, *(f"{d.key}={d.asked}" for d in found if not d.key.startswith(keys)))
+    return (*earlier, *overrides, *(f"{change.key}={change.asked}" for change in changes if not change.key.startswith(keys)))
 
 
-def _plan_of(run: RunDir, checkpoint: Checkpoint, force: bool) -> LaunchPlan | None:
-    """The plan that saved a checkpoint.
+def _plan_of_checkpoint(run: RunDir, checkpoint: Checkpoint, force: bool) -> LaunchPlan | None:
+    """Return the plan that a checkpoint was saved under; None if it is missing and `force` is true.
 
     Raises:
-        ConfigError: where it is not there as it was, unless `force` goes on without it.
+        ConfigError: if it is missing or was changed, and `force` is false.
     """
     digest = checkpoint.manifest.plan_digest
     saved = run_store.find_plan(run, digest)
     if saved is None and not force:
         raise ConfigError(
-            "the plan that saved this checkpoint is not in the run directory, so what has changed since cannot be told",
+            "the run directory no longer has the plan of this checkpoint, so changes since then are unknown",
             where=formatting.short(checkpoint.path),
             value=f"its digest is {digest}",
-            remedy="undo what was changed in plan.json, or go on with what it says now: resume RUN --force",
+            remedy="undo the changes in plan.json, or continue with the plan as it is: resume RUN --force",
         )
     return saved
 
 
-def _fixed(saved: ModelFacts, now: ModelFacts) -> list[Difference]:
-    """Numbers of the architecture that somebody has changed in a plan; where the model lies may change."""
-    places = {"path", "tokenizer_path", "has_weights"}
-    return differing(saved.model_dump(exclude=places), now.model_dump(exclude=places), f"{_RECORDED}model")
+def _model_differences(saved: ModelFacts, current: ModelFacts) -> list[Difference]:
+    """Return the numbers of the architecture that differ; paths may differ."""
+    paths = {"path", "tokenizer_path", "has_weights"}
+    return differing(saved.model_dump(exclude=paths), current.model_dump(exclude=paths), f"{_PLAN_PREFIX}model")
 
 
-def _data_differences(saved: DataFacts | None, now: DataFacts | None) -> list[Difference]:
-    return differing(_counts(saved), _counts(now), f"{_RECORDED}data")
+def _data_differences(saved: DataFacts | None, current: DataFacts | None) -> list[Difference]:
+    return differing(_cache_contents(saved), _cache_contents(current), f"{_PLAN_PREFIX}data")
 
 
-def _counts(data: DataFacts | None) -> dict[str, Any]:
-    """What a cache holds, by its key instead of its place."""
+def _cache_contents(data: DataFacts | None) -> dict[str, Any]:
+    """Return what a data cache holds, with its key instead of its path."""
     return {} if data is None else {"key": Path(data.cache_dir).name, **data.contents()}
 
 
-def _model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
-    """The model's facts, with its folders made again where the cache that held them is gone or they never were fetched."""
+def _restore_model(plan: LaunchPlan, config: RunConfig) -> ModelFacts:
+    """Return the model's facts; downloads or converts the model again if its folders are gone."""
     model = plan.model
-    wanted = [model.tokenizer_path, model.path] if config.model.path else [model.tokenizer_path]
-    if all(folder is not None and Path(folder).is_dir() for folder in wanted):
+    folders = [model.tokenizer_path, model.path] if config.model.path else [model.tokenizer_path]
+    if all(folder is not None and Path(folder).is_dir() for folder in folders):
         return model
-    print("the model or its tokenizer is not where the plan says; it is fetched", flush=True)
+    print("the folder of the model or tokenizer in the plan is gone; preparing it again", flush=True)
     prepare(config)
     weights = model_source.locate(config.model.path, config.model).folder if config.model.path else None
     tokenizer = model_source.locate(config.model.tokenizer, config.model).folder if config.model.tokenizer else weights
     return model.model_copy(update={"path": weights and str(weights), "tokenizer_path": tokenizer and str(tokenizer)})
 
 
-def _data(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> DataFacts | None:
-    """The facts of the data cache that an attempt will read, built again where it is not what the plan recorded.
+def _restore_data(plan: LaunchPlan, config: RunConfig, model: ModelFacts) -> DataFacts | None:
+    """Return the facts of the data cache; builds the cache again if it is not the one that the plan records.
 
     Raises:
-        DataError: where the sources are gone as well.
+        DataError: if the sources are gone as well.
     """
     recorded = plan.data
     if recorded is not None and config.data == plan.config.data:
         if cache.read(Path(recorded.cache_dir)) == recorded:
             return recorded
-        print("the data cache is not what the plan recorded; it is built from the sources", flush=True)
+        print("the data cache differs from the one in the plan; building it again from the sources", flush=True)
     prepare(config)
     built = facts.data_facts(config, model.tokenizer_path)
     if built is None:

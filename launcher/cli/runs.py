@@ -1,4 +1,4 @@
-"""The verbs that act on a run that exists, or show its logs: logs, cancel, resume, export."""
+"""The verbs that act on an existing run: logs, cancel, resume, export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.cli import formatting
 from launcher.cli.follow import Watch, follow
 from launcher.cli.launch import worker_environment
 from launcher.cli.plan_view import started_lines
-from launcher.cli.resume import start_again
+from launcher.cli.resume import resume_run
 from launcher.clusters.base import cluster_for
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.errors import SubmitError
@@ -21,76 +21,82 @@ from launcher.export import hub
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES
 
-_FOLLOW_S = 0.3
+_LOG_POLL_S = 0.3
 
 
 def run(verb: str, tokens: list[str]) -> int:
+    """Carry out the verb on a run; returns the exit code."""
     arguments = _parser(verb).parse_intermixed_args(tokens)
     if verb == "resume" and "://" in arguments.run:
         from launcher.cli import mirror
 
-        return _resume(mirror.run_from(arguments.run, Path(arguments.root), arguments.step), arguments)
-    found = run_store.find_run(arguments.run, Path(arguments.root))
-    return {"logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](found, arguments)
+        return _resume(mirror.download_run(arguments.run, Path(arguments.root), arguments.step), arguments)
+    run_dir = run_store.find_run(arguments.run, Path(arguments.root))
+    return {"logs": _logs, "cancel": _cancel, "resume": _resume, "export": _export}[verb](run_dir, arguments)
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     about = {
-        "logs": "Show what a rank printed.",
-        "cancel": "Ask a run to save and stop; a second time, kill it.",
+        "logs": "Show the output of a rank.",
+        "cancel": "Save and stop a run; a second cancel kills it.",
         "resume": "Continue a run from its newest checkpoint.",
         "export": "Write a checkpoint as a Hugging Face folder and compare it with the trained model.",
     }[verb]
     parser = argparse.ArgumentParser(prog=f"python -m launcher {verb}", description=about)
     parser.add_argument("--root", default="runs", help="folder of the runs (default: runs)")
-    address = "; resume: also its address in a mirror, URL/NAME" if verb == "resume" else ""
+    address = ", or its address in a mirror, URL/NAME" if verb == "resume" else ""
     parser.add_argument("run", metavar="RUN", help=f"name of the run, or path of its directory{address}")
     if verb == "logs":
-        parser.add_argument("-f", "--follow", action="store_true", help="go on until the run ends")
+        parser.add_argument("-f", "--follow", action="store_true", help="follow until the run ends")
         parser.add_argument("--rank", type=int, default=0, help="which rank (default: 0)")
         parser.add_argument("--attempt", type=int, help="which attempt (default: the last)")
     if verb == "cancel":
-        save = "save a checkpoint first, which is the default; asked a second time it stops at once"
+        save = "save a checkpoint before stopping (default); a second cancel kills the run"
         parser.add_argument("--save", action=argparse.BooleanOptionalAction, default=True, help=save)
     if verb == "resume":
         parser.add_argument("overrides", nargs="*", help="settings to change, such as train.max_steps=2000")
-        follow = "show it to its end, or return at once (default: follow on this machine, return on a cluster)"
+        follow = "follow the run to its end (default on this machine)"
         parser.add_argument("--follow", action="store_true", default=None, help=follow)
-        parser.add_argument("--detach", dest="follow", action="store_false", help="return at once")
-        force = "continue with data and settings that differ from those of the checkpoint; they are listed without it"
+        parser.add_argument("--detach", dest="follow", action="store_false", help="return at once (default on a cluster)")
+        force = "continue with data and settings that differ from those of the checkpoint; without --force they are listed"
         parser.add_argument("--force", action="store_true", help=force)
         parser.add_argument("--step", type=int, help="go back to the checkpoint of this step; later ones are set aside")
     if verb == "export":
         parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
         parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="type of the weights (default: bf16)")
         parser.add_argument("--out", help="folder to write (default: export/ in the run directory)")
-        parser.add_argument("--no-check", action="store_true", help="do not load the folder with transformers to prove it")
-        parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub that gets the folder; needs HF_TOKEN")
+        parser.add_argument(
+            "--no-check", action="store_true", help="skip the parity check, which loads the folder with transformers"
+        )
+        parser.add_argument(
+            "--push", metavar="OWNER/NAME", help="upload the folder to this repository of the Hub; needs HF_TOKEN"
+        )
     return parser
 
 
 def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
     attempt = arguments.attempt or run_store.newest_attempt(run)
     if not run.rank_log(attempt, arguments.rank).is_file() and not arguments.follow:
-        there = sorted(p.name for p in run.attempt(attempt).glob("*.log")) if run.attempt(attempt).is_dir() else []
+        folder = run.attempt(attempt)
+        logs = sorted(path.name for path in folder.glob("*.log")) if folder.is_dir() else []
         raise SubmitError(
             f"rank {arguments.rank} has no log in attempt {attempt}",
             where=str(run.rank_log(attempt, arguments.rank)),
-            remedy=f"there are: {', '.join(there)}" if there else "the attempt has not started",
+            remedy=f"existing logs: {', '.join(logs)}" if logs else "wait until the attempt has started",
         )
     watch = Watch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
     offset = 0
     while True:
-        running = watch.state().state in RUNNING_STATES
+        is_running = watch.state().state in RUNNING_STATES
         offset = _print_from(run.rank_log(attempt, arguments.rank), offset)
-        if not arguments.follow or not running:
+        if not arguments.follow or not is_running:
             break
         newest = run_store.newest_attempt(run)
         if arguments.attempt is None and newest != attempt:
-            # What the attempt before wrote last is shown before the next one's log.
+            # Show the end of the previous attempt's log before the log of the next one.
             _print_from(run.rank_log(attempt, arguments.rank), offset)
             attempt, offset = newest, 0
-        time.sleep(_FOLLOW_S)
+        time.sleep(_LOG_POLL_S)
     agent = run.attempt(attempt) / "agent.log"
     if not run.rank_log(attempt, arguments.rank).is_file() and agent.is_file():
         print(agent.read_text(errors="replace"), end="")
@@ -98,7 +104,7 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
 
 
 def _print_from(log: Path, offset: int) -> int:
-    """Print what a log holds from `offset` on and return where it ends."""
+    """Print a log from the byte `offset` on; returns the offset of its end."""
     if not log.is_file():
         return offset
     with open(log, "rb") as file:
@@ -111,8 +117,8 @@ def _print_from(log: Path, offset: int) -> int:
 
 def _cancel(run: RunDir, arguments: argparse.Namespace) -> int:
     cluster_for(run_store.load_plan(run).config.cluster.kind).cancel(run, save=arguments.save)
-    asked = "asked to save and stop" if arguments.save else "asked to stop at once"
-    print(f"{asked}; watch it: python -m launcher status {formatting.short(run.root)}")
+    request = "requested: save and stop" if arguments.save else "requested: stop without saving"
+    print(f"{request}; watch it with: python -m launcher status {formatting.short(run.root)}")
     return 0
 
 
@@ -120,7 +126,7 @@ def _resume(run: RunDir, arguments: argparse.Namespace) -> int:
     plan = run_store.load_plan(run)
     cluster = cluster_for(plan.config.cluster.kind)
     with run_store.start_lock(run):
-        attempt = start_again(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
+        attempt = resume_run(run, plan, cluster, arguments.overrides, arguments.step, arguments.force)
     if arguments.follow if arguments.follow is not None else plan.config.cluster.is_followed:
         return follow(run, attempt, cluster)
     print("\n".join(started_lines(plan, cluster.submission_details(run, attempt))))
@@ -140,8 +146,8 @@ def _export(run: RunDir, arguments: argparse.Namespace) -> int:
 
 
 def _require_pushable(repo_id: str) -> None:
-    """Refuse a push that cannot succeed before the export that it follows."""
+    """Refuse, before the export, a push that cannot succeed."""
     if not HUB_ID_PATTERN.fullmatch(repo_id):
-        raise SubmitError("this is not a repository of the Hub", where="--push", value=repo_id, remedy="write owner/name")
+        raise SubmitError("this is not the name of a Hub repository", where="--push", value=repo_id, remedy="write owner/name")
     if problem := hub.token_problem("--push", repo_id):
         raise SubmitError(problem)

@@ -90,7 +90,7 @@ def cells(text: str) -> dict[str, list[str]]:
     return {words[0]: words for line in text.splitlines() if (words := line.split()) and words[0].isdigit()}
 
 
-def test_the_table_says_why_each_is_kept(run: RunDir, ask: Ask) -> None:
+def test_the_table_shows_why_each_checkpoint_is_kept(run: RunDir, ask: Ask) -> None:
     os.utime(run.checkpoints / store.step_name(100) / MANIFEST, (time.time() - 7350,) * 2)
     code, out, _ = ask()
     assert code == 0
@@ -103,7 +103,7 @@ def test_the_table_says_why_each_is_kept(run: RunDir, ask: Ask) -> None:
     assert len(steps(run)) == 7
 
 
-def test_verify_finds_each_damage_and_names_the_file(run: RunDir, ask: Ask) -> None:
+def test_verify_names_each_damaged_file(run: RunDir, ask: Ask) -> None:
     code, out, _ = ask("--verify")
     assert code == 0
     assert all(words[-1] == "whole" for words in cells(out).values())
@@ -124,7 +124,7 @@ def test_verify_finds_each_damage_and_names_the_file(run: RunDir, ask: Ask) -> N
     assert len(list(run.checkpoints.iterdir())) == 8, "nothing was touched"
 
 
-def test_prune_keeps_what_the_rules_keep_and_sweeps(run: RunDir, ask: Ask) -> None:
+def test_prune_removes_outdated_checkpoints_and_leftovers(run: RunDir, ask: Ask) -> None:
     leave_behind(run)
     _, out, _ = ask()
     assert out.count(", 1000 bytes\n") == 5
@@ -143,7 +143,7 @@ def test_prune_keeps_what_the_rules_keep_and_sweeps(run: RunDir, ask: Ask) -> No
     assert json.loads(out)["removed"] == []
 
 
-def test_prune_never_removes_the_newest_that_is_whole(run: RunDir, ask: Ask) -> None:
+def test_prune_keeps_the_newest_intact_checkpoint(run: RunDir, ask: Ask) -> None:
     """By the rules alone step 320 would go, and what they keep as the newest cannot be used."""
     flip(run, 330)
     code, out, _ = ask("--prune")
@@ -153,7 +153,7 @@ def test_prune_never_removes_the_newest_that_is_whole(run: RunDir, ask: Ask) -> 
     assert "removed  step-00000330: damaged" in out
 
 
-def test_where_nothing_is_whole_nothing_is_removed(run: RunDir, ask: Ask) -> None:
+def test_prune_without_an_intact_checkpoint_is_refused(run: RunDir, ask: Ask) -> None:
     leave_behind(run)
     for step in LOSSES:
         flip(run, step)
@@ -164,7 +164,7 @@ def test_where_nothing_is_whole_nothing_is_removed(run: RunDir, ask: Ask) -> Non
     assert sorted(run.checkpoints.rglob("*")) == before
 
 
-def test_another_format_is_shown_and_left_alone(run: RunDir, ask: Ask) -> None:
+def test_a_checkpoint_of_another_format_is_shown_and_kept(run: RunDir, ask: Ask) -> None:
     manifest = run.checkpoints / store.step_name(250) / MANIFEST
     manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
     code, out, _ = ask("--prune", "--verify")
@@ -175,7 +175,7 @@ def test_another_format_is_shown_and_left_alone(run: RunDir, ask: Ask) -> None:
 
 @pytest.mark.parametrize("name", [MANIFEST, store.shard_name(0)])
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_while_one_cannot_be_read_it_is_shown_and_nothing_is_removed(
+def test_prune_is_refused_while_a_checkpoint_cannot_be_read(
     run: RunDir, ask: Ask, storage_fails: StorageFails, name: str, code: int
 ) -> None:
     leave_behind(run)
@@ -193,7 +193,7 @@ def test_while_one_cannot_be_read_it_is_shown_and_nothing_is_removed(
     assert steps(run) == [100, 150, 200, 300, 330]
 
 
-def test_what_opens_but_cannot_be_read_through_is_not_pruned(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
+def test_prune_is_refused_while_a_shard_cannot_be_read(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
     with storage_fails(run.checkpoints / store.step_name(330) / store.shard_name(0), errno.EIO, stat=False):
         assert cells(ask("--verify")[1])["330"][-3:] == ["now", "(Input/output", "error)"]
         assert ask("--prune")[0] == 2
@@ -201,7 +201,7 @@ def test_what_opens_but_cannot_be_read_through_is_not_pruned(run: RunDir, ask: A
 
 
 @pytest.mark.parametrize("state", run_records.RUNNING_STATES)
-def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> None:
+def test_prune_refuses_a_running_run(run: RunDir, ask: Ask, state: str) -> None:
     run_store.update_status(run, state=state, job=describe_this_process())
     code, _, err = ask("--prune")
     assert code == 2
@@ -212,7 +212,7 @@ def test_a_run_that_goes_on_is_not_pruned(run: RunDir, ask: Ask, state: str) -> 
 
 
 @pytest.mark.parametrize(("state", "attempt"), [("running", 2), ("saving", 2), ("running", 1), ("failed", 2)])
-def test_a_save_in_progress_is_no_leftover(run: RunDir, ask: Ask, state: str, attempt: int) -> None:
+def test_a_save_in_progress_is_not_a_leftover(run: RunDir, ask: Ask, state: str, attempt: int) -> None:
     run_store.create_attempt(run, Attempt(None, automatic=True))
     run_store.update_status(run, state=state, job=describe_this_process())
     saving = store.saving_path(run.checkpoints, 340, attempt)
@@ -228,7 +228,7 @@ def test_a_save_in_progress_is_no_leftover(run: RunDir, ask: Ask, state: str, at
         assert shown[0]["what"] == "a save that did not end"
 
 
-def test_what_vanishes_while_it_is_looked_at_is_left_out(
+def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(
     run: RunDir, ask: Ask, storage_fails: StorageFails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_behind(run)
@@ -246,17 +246,17 @@ def test_what_vanishes_while_it_is_looked_at_is_left_out(
 
 
 @pytest.mark.parametrize("flags", [(), ("--prune",)])
-def test_storage_that_fails_is_told_in_words(run: RunDir, ask: Ask, storage_fails: StorageFails, flags: tuple[str, ...]) -> None:
+def test_a_storage_error_is_one_plain_message(run: RunDir, ask: Ask, storage_fails: StorageFails, flags: tuple[str, ...]) -> None:
     leave_behind(run)
     with storage_fails(run.checkpoints / "aside-step-00000400" / "file", errno.EIO):
         code, _, err = ask(*flags)
     assert code == 1
-    assert err.startswith("the checkpoints of this run cannot be looked at now\n")
+    assert err.startswith("the checkpoints of this run cannot be read right now\n")
     assert "Input/output error" in err
     assert len(steps(run)) == 7, "nothing was removed"
 
 
-def test_a_replaced_checkpoint_that_cannot_be_read_now_is_no_leftover(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
+def test_a_replaced_checkpoint_that_cannot_be_read_is_not_a_leftover(run: RunDir, ask: Ask, storage_fails: StorageFails) -> None:
     replaced = run.checkpoints / ".replaced-step-00000150"
     (run.checkpoints / store.step_name(150)).rename(replaced)
     with storage_fails(replaced / MANIFEST, errno.EIO):
@@ -265,7 +265,7 @@ def test_a_replaced_checkpoint_that_cannot_be_read_now_is_no_leftover(run: RunDi
     assert store.verify(replaced) == []
 
 
-def test_an_attempt_that_begins_and_a_prune_exclude_each_other(run: RunDir, ask: Ask) -> None:
+def test_prune_is_refused_while_an_attempt_is_started(run: RunDir, ask: Ask) -> None:
     with run_store.start_lock(run):
         code, _, err = ask("--prune")
     assert code == 2
@@ -273,7 +273,7 @@ def test_an_attempt_that_begins_and_a_prune_exclude_each_other(run: RunDir, ask:
     assert len(steps(run)) == 7
 
 
-def test_json_holds_what_the_table_shows(run: RunDir, ask: Ask) -> None:
+def test_json_contains_the_table(run: RunDir, ask: Ask) -> None:
     leave_behind(run)
     flip(run, 150)
     code, out, _ = ask("--json", "--verify")
@@ -307,7 +307,7 @@ def test_a_run_without_checkpoints(run: RunDir, ask: Ask, tmp_path: Path) -> Non
     assert ask("--prune")[0] == 2
 
 
-def test_it_answers_fast_and_without_torch(run: RunDir, launcher_env: dict[str, str]) -> None:
+def test_verify_is_quick_and_loads_no_torch(run: RunDir, launcher_env: dict[str, str]) -> None:
     code = "import sys; from launcher.cli.main import main; main(sys.argv[1:]); print('torch' in sys.modules, file=sys.stderr)"
     command = [sys.executable, "-c", code, "checkpoints", str(run.root), "--verify"]
     took = []

@@ -77,13 +77,13 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def test_the_wall_works(walled: Run) -> None:
+def test_the_import_block_of_these_tests_works(walled: Run) -> None:
     assert walled("plan", "model=tiny", forbidden=("pydantic",)).returncode == 77
     assert preloaded(*IMPORTED, forbidden=TORCH).run("torch").returncode == 77
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["help"]])
-def test_help_needs_next_to_nothing(walled: Run, arguments: list[str]) -> None:
+def test_help_imports_only_the_standard_library(walled: Run, arguments: list[str]) -> None:
     before = os.times()
     done = walled(*arguments, forbidden=(*TORCH, "hydra", "omegaconf", "pydantic", "rich", "numpy", "psutil"))
     after = os.times()
@@ -94,7 +94,7 @@ def test_help_needs_next_to_nothing(walled: Run, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("verb", [*COMPOSING, *SHOWING, *ON_RUNS])
-def test_every_verb_explains_itself(forked: Run, verb: str) -> None:
+def test_every_verb_has_help(forked: Run, verb: str) -> None:
     done = forked(verb, "--help")
     assert done.returncode == 0, done.stderr
     assert f"python -m launcher {verb}" in done.stdout.replace("[train]", "train")
@@ -109,7 +109,7 @@ def test_a_plan_needs_no_torch_and_works_from_anywhere(walled: Run, empty: Path)
     assert list(empty.iterdir()) == []
 
 
-def test_a_plan_as_json_is_a_plan(forked: Run, empty: Path) -> None:
+def test_plan_json_can_be_loaded(forked: Run, empty: Path) -> None:
     done = forked("plan", "--json", "model=tiny", "optim.lr=0.5", cwd=empty)
     assert done.returncode == 0, done.stderr
     planned = LaunchPlan.model_validate_json(done.stdout)
@@ -119,7 +119,7 @@ def test_a_plan_as_json_is_a_plan(forked: Run, empty: Path) -> None:
     assert {"torch", "deepspeed"} <= planned.provenance.packages.keys()
 
 
-def test_jobs_of_a_multirun_are_plans_one_after_the_other(forked: Run, empty: Path) -> None:
+def test_a_multirun_plans_each_job(forked: Run, empty: Path) -> None:
     done = forked("plan", "--json", "-m", "model=tiny,qwen3_8b", cwd=empty)
     assert done.returncode == 0, done.stderr
     decoder, text, names = json.JSONDecoder(), done.stdout.strip(), []
@@ -130,7 +130,7 @@ def test_jobs_of_a_multirun_are_plans_one_after_the_other(forked: Run, empty: Pa
     assert names == ["tiny", "qwen3_8b"]
 
 
-def test_a_verb_that_does_not_exist(forked: Run) -> None:
+def test_an_unknown_verb_is_refused(forked: Run) -> None:
     text = refused(forked("paln", "model=tiny"))
     assert text.startswith("there is no verb paln\n")
     assert "did you mean plan?" in text
@@ -147,14 +147,14 @@ def test_a_verb_that_does_not_exist(forked: Run) -> None:
         ["plan", "a b"],
     ],
 )
-def test_what_is_refused_is_refused_in_plain_words(forked: Run, arguments: list[str], empty: Path) -> None:
+def test_a_refusal_is_a_plain_message(forked: Run, arguments: list[str], empty: Path) -> None:
     done = forked(*arguments, cwd=empty)
     refused(done)
     assert done.stdout == ""
     assert list(empty.iterdir()) == []
 
 
-def test_a_traceback_only_where_it_is_asked_for(forked: Run) -> None:
+def test_only_debug_shows_a_traceback(forked: Run) -> None:
     assert "Traceback" in forked("plan", "model=tyni", "--debug").stderr
 
 
@@ -173,7 +173,7 @@ def test_an_empty_root_lists_nothing(forked: Run, empty: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel", "resume", "export"])
-def test_a_run_that_does_not_exist(forked: Run, verb: str, empty: Path) -> None:
+def test_an_unknown_run_is_refused(forked: Run, verb: str, empty: Path) -> None:
     text = refused(forked(verb, "nothing", cwd=empty))
     assert text.startswith("there is no run named nothing\n")
     assert "remedy: start one with: python -m launcher" in text
@@ -182,19 +182,19 @@ def test_a_run_that_does_not_exist(forked: Run, verb: str, empty: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["status"], ["logs", "a", "--rank", "x"], ["export", "a", "--dtype", "int4"], ["ls", "--jsn"]]
 )
-def test_flags_that_do_not_exist(forked: Run, arguments: list[str]) -> None:
+def test_unknown_flags_are_refused(forked: Run, arguments: list[str]) -> None:
     done = forked(*arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(f"usage: python -m launcher {arguments[0]}")
 
 
-def test_a_reader_that_leaves_early_is_no_error(launcher_env: dict[str, str], empty: Path) -> None:
+def test_a_closed_pipe_is_no_error(launcher_env: dict[str, str], empty: Path) -> None:
     command = f"{sys.executable} -m launcher plan --json model=tiny | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=empty, env=launcher_env, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "{\n", "")
 
 
-def test_no_secret_of_the_environment_reaches_the_plan(forked: Run, empty: Path) -> None:
+def test_secrets_of_the_environment_are_not_in_the_plan(forked: Run, empty: Path) -> None:
     canaries = {"HF_TOKEN": "hf_" + "Canary" * 5, "WANDB_API_KEY": "cafe" * 10, "MY_PASSWORD": "canary-canary-canary"}
     done = forked("plan", "--json", "model=tiny", cwd=empty, **canaries)
     assert done.returncode == 0, done.stderr

@@ -53,7 +53,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused(launch_here: Run, dis
     assert not root.parent.exists()
 
 
-def test_a_disk_without_room_for_all_that_are_kept_is_noted(launch_here: Run, disk: Callable[[str], Path]) -> None:
+def test_a_disk_too_small_for_all_kept_checkpoints_is_noted(launch_here: Run, disk: Callable[[str], Path]) -> None:
     root = disk("30m")
     done = launch_here("plan", *SETTINGS, f"run.root={root}")
     assert done.returncode == 0, done.stderr
@@ -62,9 +62,7 @@ def test_a_disk_without_room_for_all_that_are_kept_is_noted(launch_here: Run, di
     assert "note" not in launch_here("plan", *SETTINGS, "checkpoint.keep_last=1", f"run.root={root}").stdout
 
 
-def test_a_run_is_not_resumed_where_the_next_save_would_fail(
-    launch_here: Run, disk: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_resume_refuses_a_disk_without_room_for_a_save(launch_here: Run, disk: Callable[[str], Path], tmp_path: Path) -> None:
     """Its checkpoints lie on a disk of their own, which is nearly full."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
     settings = (*SETTINGS, "data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.eval_fraction=0")

@@ -85,11 +85,11 @@ def shown(report: Report) -> dict[str, str]:
     return {text[:11].strip(): text[11:] for text in lines(report)}
 
 
-def test_a_line_of_metrics_is_a_step_of_a_life() -> None:
+def test_a_step_is_read_from_a_line_of_metrics() -> None:
     assert Step.of(line(3, attempt=2, restart=1)) == Step((2, 1), 3, 2.5, 7.0)
 
 
-def test_ranks_that_are_started_again_in_the_allocation() -> None:
+def test_a_restart_of_the_ranks_is_a_recovery() -> None:
     report = judge(RESTARTED, WHOLE)
     assert report.came_through
     assert (report.reached_step, report.resumed_step, report.lost_steps) == (9, 5, 4)
@@ -111,7 +111,7 @@ def test_ranks_that_are_started_again_in_the_allocation() -> None:
 @pytest.mark.parametrize(
     "job, words", [("7", "as attempt 2, requeued as the same job 7"), ("8", "as attempt 2, submitted again as another job 8")]
 )
-def test_a_job_that_runs_again(job: str, words: str) -> None:
+def test_a_requeued_job_is_a_recovery(job: str, words: str) -> None:
     attempts = {**REQUEUED.attempts, 2: Attempt(5, job=job, automatic=True)}
     report = judge(replace(REQUEUED, attempts=attempts), WHOLE)
     assert report.came_through
@@ -119,7 +119,7 @@ def test_a_job_that_runs_again(job: str, words: str) -> None:
     assert report.happened == "infrastructure: no record from n2"
 
 
-def test_a_save_that_failed_for_a_while() -> None:
+def test_a_later_save_is_a_recovery_from_a_full_disk() -> None:
     report = judge(SAVED_AGAIN, frozenset({5, 20}))
     assert report.came_through
     assert report.continued == "training went on, and step 20 was saved when there was room again"
@@ -129,7 +129,7 @@ def test_a_save_that_failed_for_a_while() -> None:
     assert "no rank has said" in problems(replace(SAVED_AGAIN, errors=()), frozenset({5, 20}))
 
 
-def test_a_run_that_a_person_has_to_resume() -> None:
+def test_a_run_that_needs_a_resume_is_reported() -> None:
     attempts = {1: Attempt(None), 2: Attempt(5)}
     report = judge(replace(REQUEUED, attempts=attempts, exits={}, by_hand=2, stopped_as="failed: the agent is gone"), WHOLE)
     assert report.came_through
@@ -148,31 +148,31 @@ def test_a_preemption_that_loses_steps_did_not_save() -> None:
     assert "the save after the signal was not committed" in problems(replace(PREEMPTED, steps=REQUEUED.steps))
 
 
-def test_a_run_that_never_trains_again() -> None:
+def test_a_run_that_does_not_train_again_has_not_recovered() -> None:
     dead = replace(RESTARTED, steps=RESTARTED.steps[:9], last_word="failed: cluster.max_failures=2 is used up")
     assert problems(dead) == "it did not train again: failed: cluster.max_failures=2 is used up"
     assert shown(judge(dead, WHOLE))["continued"] == "it did not"
 
 
-def test_a_run_that_trains_again_and_fails_again() -> None:
+def test_a_run_that_fails_again_has_not_recovered() -> None:
     short = replace(RESTARTED, steps=RESTARTED.steps[:12], last_word="failed: rank 1: killed by SIGKILL")
     assert "did not get beyond step 9: failed: rank 1" in problems(short)
     assert judge(short, WHOLE).trains_again_s == 20
 
 
-def test_checkpoints_that_are_gone_are_told_from_those_that_made_room() -> None:
+def test_lost_checkpoints_are_distinguished_from_pruned_ones() -> None:
     committed = replace(RESTARTED, committed=frozenset({5, 10, 15, 20}))
     assert problems(committed, frozenset({15, 20})) == ""
     assert problems(committed, frozenset({20})) == "committed checkpoints are gone or damaged: of step 15"
     assert problems(committed, frozenset({20, 25})) == ""
 
 
-def test_a_checkpoint_that_was_there_and_not_used() -> None:
+def test_resuming_from_an_older_checkpoint_is_a_problem() -> None:
     start_over = steps(1, 0, 1, 9, HIT_AT - 8) + steps(1, 1, 1, 10, HIT_AT + 20)
     assert "continued from step 0, though step 5 was saved" in problems(replace(RESTARTED, steps=start_over))
 
 
-def test_other_losses_in_repeated_steps_are_a_problem_where_sums_have_one_order() -> None:
+def test_different_losses_in_repeated_steps_are_a_problem_on_cpus() -> None:
     other = replace(RESTARTED, steps=RESTARTED.steps[:9] + steps(1, 1, 6, 10, HIT_AT + 20, shift=1e-6))
     assert "the losses of the repeated steps differ" in problems(other)
     on_gpus = judge(replace(other, device="cuda"), WHOLE)
@@ -181,7 +181,7 @@ def test_other_losses_in_repeated_steps_are_a_problem_where_sums_have_one_order(
     assert shown(on_gpus)["losses"] == "4 steps repeated, 4 with another loss (by 1e-06 at most)"
 
 
-def test_a_full_disk_must_be_named() -> None:
+def test_a_full_disk_must_be_named_in_an_alert() -> None:
     report = judge(DISK_FULL, WHOLE)
     assert report.came_through
     assert report.happened.startswith(
@@ -193,14 +193,14 @@ def test_a_full_disk_must_be_named() -> None:
     assert "could not write a checkpoint" in problems(replace(DISK_FULL, errors=DISK_FULL.errors[:1]))
 
 
-def test_the_report_as_json_holds_the_verdict() -> None:
+def test_the_json_report_has_the_verdict() -> None:
     values = json.loads(judge(DISK_FULL, WHOLE).to_json())
     assert values["came_through"] is True
     assert values["lost_steps"] == 4
     assert values["problems"] == []
 
 
-def test_drill_explains_itself(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_drill_help_lists_the_faults(launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = launch("drill", "--help")
     assert done.returncode == 0
     assert "python -m launcher drill" in done.stdout
@@ -216,12 +216,12 @@ def test_drill_explains_itself(launch: Callable[..., subprocess.CompletedProcess
         (["--fault", "hang", "--timeout", "0"], "--timeout"),
         (["--fault", "hang", "model=tiny", "checkpoint.save_every=1"], "checkpoint.save_every"),
         (["--fault", "hang", "model=tiny", "--steps", "6"], "raise --steps above 7"),
-        (["--fault", "hang", "-m", "model=tiny", "optim.lr=1e-5,1e-4"], "a drill is one run"),
+        (["--fault", "hang", "-m", "model=tiny", "optim.lr=1e-5,1e-4"], "a drill has only one run"),
         (["--fault", "hang", "model=tyni"], "there is no such option"),
         (["no-such-run", "--fault", "hang"], "there is no run named no-such-run"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_refused(
+def test_invalid_drills_are_refused(
     launch: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], said: str, tmp_path: object
 ) -> None:
     done = launch("drill", *arguments, cwd=tmp_path)

@@ -26,7 +26,7 @@ def closing(run: RunDir, message: str, capsys: pytest.CaptureFixture[str]) -> st
     return capsys.readouterr().err
 
 
-def test_the_failure_that_is_told_is_that_of_the_newest_attempt(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_follow_reports_the_failure_of_the_newest_attempt(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     fail(run, 1, "killed by SIGKILL")
     fail(run, 2, "the loss is not finite", rank=0)
     said = closing(run, "rank 0: the loss is not finite; cluster.max_failures=0 is used up", capsys)
@@ -36,22 +36,20 @@ def test_the_failure_that_is_told_is_that_of_the_newest_attempt(run: RunDir, cap
     assert "SIGKILL" not in said
 
 
-def test_why_a_run_does_not_go_on_is_told_beside_the_failure(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_follow_reports_why_the_run_does_not_continue(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     fail(run, 2, "killed by SIGKILL")
     said = closing(run, "the cluster did not provide the workers within 10 minutes", capsys)
     assert "rank 1 failed first: killed by SIGKILL" in said
     assert "failed: the cluster did not provide the workers within 10 minutes" in said
 
 
-def test_a_failure_that_says_it_all_is_told_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+def test_follow_reports_the_same_reason_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     fail(run, 2, "killed by SIGKILL")
     assert closing(run, "rank 1: killed by SIGKILL", capsys).count("killed by SIGKILL") == 1
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_where_nobody_failed_first_the_log_of_what_was_submitted_is_named(
-    run: RunDir, capsys: pytest.CaptureFixture[str], ended: bool
-) -> None:
+def test_follow_names_the_agent_log_if_no_rank_failed_first(run: RunDir, capsys: pytest.CaptureFixture[str], ended: bool) -> None:
     fail(run, 1, "killed by SIGKILL")
     if ended:
         fail(run, 2, "", rank=None)

@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 from weight_tools import change_weights, save_model, without
 
 
-def test_a_run_on_a_folder_that_lacks_weights_is_refused_and_not_made(
+def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
     launch_here: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:
     folder = save_model(tmp_path / "model", {"model_type": "llama"})

@@ -6,7 +6,7 @@ import pytest
 from plan_fixtures import DATA
 
 from launcher import run_store
-from launcher.cli.resume import _require_budget, rows_moved
+from launcher.cli.resume import _require_budget, describe_moved_rows
 from launcher.errors import SubmitError
 from launcher.plan.gpus import Price
 from launcher.plan.launch_plan import LaunchPlan, Limits
@@ -17,13 +17,13 @@ def limited(run: RunDir, max_seconds: float | None) -> LaunchPlan:
     return run_store.load_plan(run).model_copy(update={"limits": Limits(max_seconds=max_seconds)})
 
 
-def test_a_limit_that_is_used_up_is_refused(run: RunDir) -> None:
+def test_resume_refuses_a_used_up_limit(run: RunDir) -> None:
     with pytest.raises(SubmitError, match=r"used up run\.max_hours"):
         _require_budget(run, limited(run, 50 * 60))
     _require_budget(run, limited(run, 60 * 60))
 
 
-def test_money_is_counted_at_the_price_that_it_was_paid_for(run: RunDir) -> None:
+def test_cost_counts_each_attempt_at_its_own_price(run: RunDir) -> None:
     """Two GPUs for 51 minutes at two dollars; from now on they cost one."""
     plan = run_store.load_plan(run)
 
@@ -39,30 +39,30 @@ def test_money_is_counted_at_the_price_that_it_was_paid_for(run: RunDir) -> None
     _require_budget(run, plan)
 
 
-def test_files_that_cannot_be_read_are_named_and_only_where_there_is_a_limit(
-    run: RunDir, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_files_are_noted_only_if_there_is_a_limit(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     run.events.write_text('{"attempt": 1}\n')
     _require_budget(run, limited(run, None))
     assert capsys.readouterr().out == ""
     _require_budget(run, limited(run, 50 * 60))
-    assert capsys.readouterr().out.startswith("note: what the run has spent cannot be read, so its limits count from here: ")
+    assert capsys.readouterr().out.startswith(
+        "note: the time and cost so far cannot be read, so the limits count from this attempt on: "
+    )
 
 
-@pytest.mark.parametrize(("size", "told"), [(16, "80 rows are left out"), (4, "40 rows are trained on again"), (8, None)])
-def test_what_another_batch_size_does_to_the_rows_is_told(run: RunDir, size: int, told: str | None) -> None:
+@pytest.mark.parametrize(("size", "told"), [(16, "80 rows are skipped"), (4, "40 rows are repeated"), (8, None)])
+def test_a_changed_batch_size_is_noted_with_the_skipped_or_repeated_rows(run: RunDir, size: int, told: str | None) -> None:
     plan = run_store.load_plan(run)
     saved, again = (
         plan.model_copy(update={"batch": plan.batch.model_copy(update={"global_batch_size": batch_size}), "data": DATA})
         for batch_size in (8, size)
     )
-    said = rows_moved(saved, again, 10)
+    said = describe_moved_rows(saved, again, 10)
     assert (said is None) is (told is None)
-    assert rows_moved(saved, again, 0) is None
+    assert describe_moved_rows(saved, again, 0) is None
     if said is not None and told is not None:
-        assert said == f"step 10 begins at row {10 * size} of the order, and 80 rows have been trained on: {told}"
+        assert said == f"step 10 starts at row {10 * size} of the order after 80 trained rows: {told}"
     data = again.config.data.model_copy(update={"packing": False})
     grouped = again.model_copy(update={"config": again.config.model_copy(update={"data": data})})
-    assert ("in another order" in (rows_moved(saved, grouped, 10) or "")) is (told is not None)
+    assert ("changes the order" in (describe_moved_rows(saved, grouped, 10) or "")) is (told is not None)
     other = again.model_copy(update={"data": DATA.model_copy(update={"num_rows": 5})})
-    assert rows_moved(saved, other, 10) is None, "of other data, other rows"
+    assert describe_moved_rows(saved, other, 10) is None, "of other data, other rows"

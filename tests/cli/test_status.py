@@ -222,7 +222,7 @@ def test_a_page_is_that_of_wandb_and_not_of_the_hub(launch_here: Launch, run: Ru
     assert lines["mirror"] == "step 10 is in the mirror"
     log.event("alert", "Weights & Biases has not got everything", sync_command="wandb sync y")
     lines = dict(line.split(maxsplit=1) for line in launch_here("status", str(run.root)).stdout.splitlines())
-    assert lines["W&B"] == "https://wandb.example/run; upload what it lacks with: wandb sync y"
+    assert lines["W&B"] == "https://wandb.example/run; upload the missing part with: wandb sync y"
 
 
 def test_where_the_time_goes_and_how_the_gpus_are_is_told(launch_here: Launch, run: RunDir) -> None:

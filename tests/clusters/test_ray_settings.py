@@ -33,7 +33,7 @@ def section(**settings: Any) -> RaySection:
     return RaySection.model_validate({"kind": "ray", **settings})
 
 
-def test_the_request_is_shown_with_rays_defaults(ray_plan: Callable[..., LaunchPlan], golden: Callable[[str, str], None]) -> None:
+def test_the_preview_shows_rays_defaults(ray_plan: Callable[..., LaunchPlan], golden: Callable[[str, str], None]) -> None:
     settings = {
         "address": "10.0.0.1:6379",
         "workers": 4,
@@ -65,13 +65,13 @@ def test_storage_is_an_absolute_path_or_a_url(path: str) -> None:
         ("s3://bucket/ray?secret_key=abc", "a key or a signature"),
     ],
 )
-def test_storage_of_another_form_or_with_a_key_is_refused(path: str, words: str) -> None:
+def test_an_invalid_storage_path_or_one_with_credentials_is_refused(path: str, words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         section(storage_path=path)
 
 
 @pytest.mark.parametrize("address", ["auto", "10.0.0.1:6379", "head.local:6379", "[fd00::1]:6379", "http://127.0.0.1:8265"])
-def test_addresses_that_serve(address: str) -> None:
+def test_valid_addresses_are_accepted(address: str) -> None:
     assert section(address=address).address == address
 
 
@@ -79,13 +79,13 @@ def test_addresses_that_serve(address: str) -> None:
     "address",
     ["local", "10.0.0.1", "http://user:password@host:8265", "ray://host:10001", "host:6379; rm -rf /", "host:63\n79", ""],
 )
-def test_what_is_no_address_is_refused(address: str) -> None:
+def test_invalid_addresses_are_refused(address: str) -> None:
     with pytest.raises(ValidationError, match=r"is not an address of Ray|control character"):
         section(address=address)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:6379", "8.8.8.8:6379", "http://8.8.8.8:8265", "[2001:4860:4860::8888]:6379"])
-def test_an_address_that_everyone_reaches_needs_a_word(address: str) -> None:
+def test_a_public_address_needs_allow_public_address(address: str) -> None:
     with pytest.raises(ValidationError, match="allow_public_address"):
         section(address=address)
     assert section(address=address, allow_public_address=True).address == address
@@ -109,7 +109,7 @@ def test_a_name_that_resolves_to_a_public_address_is_refused(
         ({"gpus_per_worker": 2}, "less than or equal to 1"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         section(**settings)
 
@@ -122,7 +122,7 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], words: st
         ({"placement_strategy": "STRICT_SPREAD"}, "set it to SPREAD, or take out"),
     ],
 )
-def test_an_elastic_run_whose_workers_ray_would_miscount_is_refused(
+def test_min_workers_with_labels_or_strict_placement_is_refused(
     ray_plan: Callable[..., LaunchPlan], settings: dict[str, Any], remedy: str
 ) -> None:
     with pytest.raises(ConfigError, match=remedy):
@@ -133,14 +133,14 @@ def test_an_elastic_run_whose_workers_ray_would_miscount_is_refused(
     ray_plan(nodes=2, ranks_per_node=2, min_workers=4, **settings)
 
 
-def test_only_a_run_that_can_go_on_with_fewer_workers_leaves_nodes_out() -> None:
+def test_only_an_elastic_run_excludes_bad_nodes() -> None:
     assert section(workers=2, min_workers=1).leaves_out_bad_nodes
     assert section(nodes=2, ranks_per_node=1, min_workers=1).leaves_out_bad_nodes
     for settings in ({"workers": 2}, {"workers": 2, "min_workers": 2}, {"nodes": 2, "ranks_per_node": 1, "min_workers": 2}):
         assert not section(**settings).leaves_out_bad_nodes
 
 
-def test_a_ray_of_ones_own_is_one_machine(ray_plan: Callable[..., LaunchPlan]) -> None:
+def test_ray_without_an_address_refuses_several_nodes(ray_plan: Callable[..., LaunchPlan]) -> None:
     with pytest.raises(SubmitError, match="the plan needs 2 nodes and this is one machine"):
         RayCluster().check(ray_plan(nodes=2))
 
@@ -156,7 +156,7 @@ def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
     return {**detached_process.describe_this_process(), "pid": driver.pid, "started": psutil.Process(driver.pid).create_time()}
 
 
-def test_where_a_run_was_handed_to_is_told_with_its_log(run: RunDir) -> None:
+def test_submission_details_name_the_job_and_its_log(run: RunDir) -> None:
     assert RayCluster().submission_details(run, 1) == [("driver", str(run.attempt(1) / "agent.log"))]
     atomic_files.write_json(
         run.attempt(1) / "submitted.json", {"job": "raysubmit_1", "address": "http://127.0.0.1:8265", "at": 0.0}
@@ -174,7 +174,7 @@ def test_where_a_run_was_handed_to_is_told_with_its_log(run: RunDir) -> None:
     assert RayCluster().submission_details(run, 3) == [("driver", str(run.attempt(3) / "agent.log"))]
 
 
-def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDir) -> None:
+def test_status_is_failed_once_the_driver_is_gone(run: RunDir) -> None:
     with subprocess.Popen(["sleep", "60"]) as driver:
         job = identity_of(driver)
         run_store.update_status(run, state="running", attempt=1, job=job)
@@ -185,7 +185,7 @@ def test_a_driver_that_lives_is_believed_and_one_that_is_gone_is_told(run: RunDi
     assert f"python -m launcher resume {run.root}" in seen.message
 
 
-def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_on_another_machine_counts_as_alive_while_it_writes_files(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = {**detached_process.describe_this_process(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
     old = time.time() - 600
@@ -198,7 +198,7 @@ def test_a_driver_on_another_machine_is_believed_while_it_gives_a_sign(run: RunD
     assert RayCluster().status(run).state == "running"
 
 
-def test_a_run_of_another_container_is_believed_and_cannot_be_signalled_from_here(run: RunDir) -> None:
+def test_a_run_in_another_container_is_running_and_cannot_be_cancelled_here(run: RunDir) -> None:
     # A container of this machine, which shares its name and not its processes.
     boot = detached_process.describe_this_process()["space"].split(" ")[0]
     elsewhere = {**detached_process.describe_this_process(), "space": f"{boot} pid:[1]"}
@@ -209,7 +209,7 @@ def test_a_run_of_another_container_is_believed_and_cannot_be_signalled_from_her
     assert "in the same container" in str(error.value)
 
 
-def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container_gives_no_sign(run: RunDir) -> None:
+def test_a_local_run_is_failed_after_a_reboot_or_without_sign_of_life(run: RunDir) -> None:
     here = detached_process.describe_this_process()
     boot, namespace = here["space"].split(" ", 1)
     restarted = {**here, "space": f"another-boot {namespace}"}
@@ -227,7 +227,7 @@ def test_a_local_run_is_lost_where_its_machine_has_started_anew_or_its_container
     assert LocalCluster().status(run).state == "running"
 
 
-def test_a_status_that_names_the_machine_alone_is_judged_by_it(run: RunDir) -> None:
+def test_a_status_without_pid_namespace_is_judged_by_its_host(run: RunDir) -> None:
     mine = {name: value for name, value in detached_process.describe_this_process().items() if name != "space"}
     run_store.update_status(run, state="running", attempt=1, job=mine)
     assert LocalCluster().status(run).state == "running"
@@ -235,7 +235,7 @@ def test_a_status_that_names_the_machine_alone_is_judged_by_it(run: RunDir) -> N
     assert LocalCluster().status(run).state == "failed"
 
 
-def test_cancel_is_a_word_in_the_attempt_and_a_second_one_means_no_save(run: RunDir) -> None:
+def test_the_second_cancel_skips_the_save_and_the_third_kills_the_driver(run: RunDir) -> None:
     with subprocess.Popen(["sleep", "60"]) as driver:
         job = identity_of(driver)
         run_store.update_status(run, state="running", attempt=1, job=job)
@@ -252,7 +252,7 @@ def test_cancel_is_a_word_in_the_attempt_and_a_second_one_means_no_save(run: Run
         RayCluster().cancel(run)
 
 
-def test_a_jobs_api_that_is_not_there_is_told_before_anything_is_made(ray_plan: Callable[..., LaunchPlan]) -> None:
+def test_an_unreachable_jobs_api_is_refused_by_the_check(ray_plan: Callable[..., LaunchPlan]) -> None:
     with pytest.raises(SubmitError, match="does not answer"):
         RayCluster().check(ray_plan(address="http://127.0.0.1:1"))
 
@@ -260,7 +260,9 @@ def test_a_jobs_api_that_is_not_there_is_told_before_anything_is_made(ray_plan: 
 @pytest.mark.parametrize(
     "name", ["MY_API_KEY", "AWS_ACCESS_KEY_ID", "AZURE_STORAGE_CONNECTION_STRING", "LOOKS_HARMLESS", "HARMLESS_TOO"]
 )
-def test_keys_do_not_travel_with_a_job(ray_plan: Callable[..., LaunchPlan], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_keys_in_pass_env_are_refused(
+    ray_plan: Callable[..., LaunchPlan], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOOKS_HARMLESS", "hf_" + "aB3" * 11)
     monkeypatch.setenv("HARMLESS_TOO", "0123456789" * 4)
     with pytest.raises(SubmitError, match="API keys must not be sent") as error:
@@ -286,9 +288,7 @@ def test_auto_needs_a_ray_on_this_machine(ray_plan: Callable[..., LaunchPlan], m
             RayCluster().check(ray_plan(address="auto"))
 
 
-def test_a_jobs_api_that_takes_a_request_and_never_answers_is_not_waited_for(
-    ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_to_a_silent_jobs_api_times_out(ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "_REQUEST_TIMEOUT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address, began = f"http://127.0.0.1:{silent.getsockname()[1]}", time.monotonic()
@@ -298,7 +298,7 @@ def test_a_jobs_api_that_takes_a_request_and_never_answers_is_not_waited_for(
     assert "timed out" in str(error.value).lower()
 
 
-def test_a_head_that_does_not_see_the_run_directory_is_told_at_once_and_afterwards(
+def test_a_head_node_without_the_run_directory_is_reported_by_submit_and_status(
     run: RunDir, ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = "http://127.0.0.1:8265"
@@ -322,7 +322,7 @@ def test_a_head_that_does_not_see_the_run_directory_is_told_at_once_and_afterwar
     assert (again.state, again.message) == ("failed", told.message)
 
 
-def test_a_job_that_waits_in_rays_queue_is_left_to_it(
+def test_a_job_in_rays_queue_is_pending(
     run: RunDir, ray_plan: Callable[..., LaunchPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = ray_plan(working_dir=str(run.root.parent.parent), address="http://127.0.0.1:8265")
@@ -334,7 +334,7 @@ def test_a_job_that_waits_in_rays_queue_is_left_to_it(
     assert (RayCluster().status(run).state, RayCluster().status(run).message) == ("pending", "no node has room")
 
 
-def test_a_job_that_the_cluster_does_not_know_is_lost_only_where_the_run_gives_no_sign(
+def test_a_job_that_the_cluster_does_not_have_is_running_while_its_liveness_file_is_fresh(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where an ssh tunnel leads to another cluster now."""

@@ -23,8 +23,7 @@ Use = Callable[[Testbed], Testbed]
 
 
 def section_of(plan: LaunchPlan) -> SlurmSection:
-    assert isinstance(plan.config.cluster, SlurmSection)
-    return plan.config.cluster
+    return SlurmSection.of(plan.config.cluster)
 
 
 def problems(plan: LaunchPlan) -> tuple[Problem, ...]:
@@ -55,11 +54,11 @@ def there(slurm_cluster: Testbed, use: Use) -> Testbed:
         {"partition": "short,main", "time": "1-00:00:00"},
     ],
 )
-def test_what_the_site_can_run_is_let_through(there: Testbed, plan_at: PlanAt, settings: dict[str, Any]) -> None:
+def test_a_job_that_the_site_can_run_is_accepted(there: Testbed, plan_at: PlanAt, settings: dict[str, Any]) -> None:
     assert problems(plan_at(**settings)) == ()
 
 
-HAS = "ask for what partition main has: 3 nodes with 4 CPUs, 4000 MiB, no GPU"
+HAS = "request what partition main has: 3 nodes with 4 CPUs, 4000 MiB, no GPU"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +67,7 @@ HAS = "ask for what partition main has: 3 nodes with 4 CPUs, 4000 MiB, no GPU"
         (
             {"partition": "mian"},
             Problem(
-                "there is no partition mian", "cluster.partition", "mian", "did you mean main? choose among: main, high, short"
+                "there is no partition mian", "cluster.partition", "mian", "did you mean main? choose one of: main, high, short"
             ),
         ),
         (
@@ -92,7 +91,7 @@ HAS = "ask for what partition main has: 3 nodes with 4 CPUs, 4000 MiB, no GPU"
         (
             {"partition": "short", "time": "01:00:00"},
             Problem(
-                "the partition short allows jobs of at most 00:02:00",
+                "the time limit of the partition short is 00:02:00",
                 "cluster.time",
                 "01:00:00",
                 "set it to 00:02:00 or less; a run that needs longer continues in the next job",
@@ -104,16 +103,16 @@ HAS = "ask for what partition main has: 3 nodes with 4 CPUs, 4000 MiB, no GPU"
         ),
         (
             {"cpus_per_task": 5},
-            Problem("partition main has no nodes with as much; 1 are needed", "cluster.cpus_per_task", "5", HAS),
+            Problem("partition main has no nodes with this much; 1 are needed", "cluster.cpus_per_task", "5", HAS),
         ),
-        ({"mem": "4G"}, Problem("partition main has no nodes with as much; 1 are needed", "cluster.mem", "4G", HAS)),
+        ({"mem": "4G"}, Problem("partition main has no nodes with this much; 1 are needed", "cluster.mem", "4G", HAS)),
         (
             {"gpus_per_node": 8},
-            Problem("partition main has no nodes with as much; 1 are needed", "cluster.gpus_per_node", "8", HAS),
+            Problem("partition main has no nodes with this much; 1 are needed", "cluster.gpus_per_node", "8", HAS),
         ),
         (
             {"gres": "gpu:h100:2"},
-            Problem("partition main has no nodes with as much; 1 are needed", "cluster.gres", "gpu:h100:2", HAS),
+            Problem("partition main has no nodes with this much; 1 are needed", "cluster.gres", "gpu:h100:2", HAS),
         ),
         (
             {"nodelist": "n1,n7"},
@@ -126,7 +125,7 @@ HAS = "ask for what partition main has: 3 nodes with 4 CPUs, 4000 MiB, no GPU"
         (
             {"nodes": 2, "exclude": "n[1-2]"},
             Problem(
-                "without the excluded ones, partition main has 1 node for this job",
+                "without the nodes of cluster.exclude, partition main has 1 node for this job",
                 "cluster.nodes",
                 "2",
                 "shorten cluster.exclude",
@@ -134,11 +133,13 @@ HAS = "ask for what partition main has: 3 nodes with 4 CPUs, 4000 MiB, no GPU"
         ),
     ],
 )
-def test_what_the_site_cannot_run_is_refused(there: Testbed, plan_at: PlanAt, settings: dict[str, Any], problem: Problem) -> None:
+def test_a_job_that_the_site_cannot_run_is_refused(
+    there: Testbed, plan_at: PlanAt, settings: dict[str, Any], problem: Problem
+) -> None:
     assert problems(plan_at(**settings)) == (problem,)
 
 
-def test_all_mistakes_are_told_at_once(there: Testbed, plan_at: PlanAt) -> None:
+def test_all_problems_are_reported_together(there: Testbed, plan_at: PlanAt) -> None:
     plan = plan_at(
         account="nobody",
         qos="none",
@@ -171,20 +172,19 @@ def test_the_check_is_quick(there: Testbed, plan_at: PlanAt) -> None:
     assert min(took) < 0.3
 
 
-def test_a_checkpoint_must_fit_into_the_lead(there: Testbed, plan_at: PlanAt) -> None:
+def test_a_save_longer_than_the_signal_lead_is_refused(there: Testbed, plan_at: PlanAt) -> None:
     plan = plan_at(nodes=2, signal_lead_seconds=60)
     assert problems(plan.model_copy(update={"checkpoint_bytes": 120 * 2**30})) == ()
     (problem,) = problems(plan.model_copy(update={"checkpoint_bytes": 800 * 2**30}))
     assert problem == Problem(
-        "a checkpoint of 800.0 GiB does not fit into the time before the job is ended: "
-        "at 1 GiB/s per node, which is assumed, 2 nodes take 400 s",
+        "a checkpoint of 800.0 GiB cannot be saved before the time limit: at an assumed 1 GiB/s per node, 2 nodes need 400 s",
         "cluster.signal_lead_seconds",
         "60",
         "set it to 600, and cluster.time to much more than that",
     )
 
 
-def test_folders_in_one_machines_memory_are_refused(there: Testbed, plan_at: PlanAt) -> None:
+def test_folders_on_tmpfs_are_refused(there: Testbed, plan_at: PlanAt) -> None:
     plan = plan_at(cache_dir="/dev/shm/cache")
     plan = plan.model_copy(
         update={"run_dir": "/dev/shm/runs/a", "model": plan.model.model_copy(update={"path": "/dev/shm/model"})}
@@ -195,10 +195,10 @@ def test_folders_in_one_machines_memory_are_refused(there: Testbed, plan_at: Pla
         ("LAUNCHER_CACHE", "/dev/shm/cache"),
         ("model.path", "/dev/shm/model"),
     ]
-    assert found[0].what == "the run directory is in this machine's memory (tmpfs), where no other machine sees it"
+    assert found[0].what == "the run directory is in this machine's memory (tmpfs), where no other node can see it"
 
 
-def test_the_file_system_of_a_path_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
+def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
     inner = tmp_path / "with blank"
     mounts = "\n".join(
         [
@@ -220,7 +220,7 @@ def test_the_file_system_of_a_path_is_that_of_the_innermost_mount(tmp_path: Path
 def test_drained_nodes_are_named(here: Testbed, plan_at: PlanAt) -> None:
     slurm("scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=fan")
     (problem,) = problems(plan_at(nodes=2))
-    assert problem.what == "of the 3 nodes of partition main for this job, 1 can be used now: n2 (drained), n3 (drained)"
+    assert problem.what == "of the 3 nodes of partition main for this job, 1 are in service: n2 (drained), n3 (drained)"
     assert (problem.where, problem.value) == ("cluster.nodes", "2")
     (required,) = problems(plan_at(nodelist="n2"))
     assert (required.where, required.value) == ("cluster.nodelist", "n2 (drained)")
@@ -234,10 +234,10 @@ def test_a_closed_partition_is_refused(here: Testbed, plan_at: PlanAt) -> None:
     finally:
         slurm("scontrol", "update", "PartitionName=high", "State=UP", "MaxNodes=UNLIMITED", "AllowAccounts=ALL", "AllowQos=ALL")
     assert {problem.where: problem.what for problem in found} == {
-        "cluster.partition": "the partition high takes no jobs or starts none: it is DOWN",
-        "cluster.account": "the partition high is closed to this account",
-        "cluster.qos": "the partition high is closed to this qos",
-        "cluster.nodes": "partition high allows a job 2 nodes",
+        "cluster.partition": "the partition high does not start jobs: it is DOWN",
+        "cluster.account": "the partition high does not accept this account",
+        "cluster.qos": "the partition high does not accept this QOS",
+        "cluster.nodes": "partition high allows at most 2 nodes per job",
     }
 
 
@@ -247,7 +247,9 @@ def test_without_accounting_accounts_are_not_checked(bare_slurm: Testbed, use: U
     assert problems(plan_at(nodes=2))[0].what == "partition main has 1 node"
 
 
-def test_a_controller_that_does_not_answer_is_a_refusal(bare_slurm: Testbed, use: Use, plan_at: PlanAt) -> None:
+def test_a_controller_that_does_not_answer_is_reported_with_the_other_problems(
+    bare_slurm: Testbed, use: Use, plan_at: PlanAt
+) -> None:
     use(bare_slurm)
     bare_slurm.stop_controller()
     try:
@@ -258,7 +260,7 @@ def test_a_controller_that_does_not_answer_is_a_refusal(bare_slurm: Testbed, use
     assert found[1].where == "cluster.signal_lead_seconds"
 
 
-def test_where_slurm_is_not_nothing_can_be_submitted(plan_at: PlanAt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_without_sbatch_is_refused(plan_at: PlanAt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     (problem,) = problems(plan_at())
     assert problem.what == "sbatch is not on this machine"
@@ -266,14 +268,14 @@ def test_where_slurm_is_not_nothing_can_be_submitted(plan_at: PlanAt, monkeypatc
         gpus_of()
 
 
-def test_the_devices_of_a_partition_without_gpus_are_its_cpus(there: Testbed) -> None:
+def test_a_partition_without_gpus_has_its_cpus_as_devices(there: Testbed) -> None:
     assert gpus_of() == DeviceFacts(kind="cpu", name="CPU", count=4, host_memory_gib=3.9)
     assert gpus_of(mem="2G").host_memory_gib == 2.0
     with pytest.raises(SubmitError, match="there is no partition mian"):
         gpus_of(partition="mian")
 
 
-def test_what_is_asked_goes_before_what_there_is(gpu_slurm: Testbed, use: Use) -> None:
+def test_requested_gpus_take_precedence_over_the_nodes_gpus(gpu_slurm: Testbed, use: Use) -> None:
     use(gpu_slurm)
     assert gpus_of() == DeviceFacts(kind="cuda", name="gpu", count=2, host_memory_gib=3.9)
     assert gpus_of(gpus_per_node=1).count == 1
@@ -285,13 +287,13 @@ def test_what_is_asked_goes_before_what_there_is(gpu_slurm: Testbed, use: Use) -
 def test_nodes_with_too_few_gpus_are_refused(gpu_slurm: Testbed, use: Use, plan_at: PlanAt) -> None:
     use(gpu_slurm)
     assert problems(plan_at(nodes=2, gpus_per_node=2)) == ()
-    has = "ask for what partition main has: 2 nodes with 4 CPUs, 4000 MiB, gpu:2"
-    what = "partition main has no nodes with as much; 2 are needed"
+    has = "request what partition main has: 2 nodes with 4 CPUs, 4000 MiB, gpu:2"
+    what = "partition main has no nodes with this much; 2 are needed"
     assert problems(plan_at(nodes=2, gpus_per_node=3)) == (Problem(what, "cluster.gpus_per_node", "3", has),)
     assert problems(plan_at(nodes=2, gres="gpu:h100:1")) == (Problem(what, "cluster.gres", "gpu:h100:1", has),)
 
 
-def test_gpus_of_a_named_type_are_told_apart(
+def test_gpu_types_are_distinguished(
     other_slurm: Callable[..., Any], use: Use, plan_at: PlanAt, eventually: Callable[[Callable[[], Any]], Any]
 ) -> None:
     with other_slurm(nodes=2, gpus=2, accounting=False) as bed:
@@ -309,10 +311,10 @@ def test_gpus_of_a_named_type_are_told_apart(
         assert problems(plan_at(nodes=2, gres="gpu:h100:2")) == ()
         assert problems(plan_at(nodes=2, gres="gpu:2")) == ()
         (problem,) = problems(plan_at(nodes=1, gres="gpu:h200:1"))
-        assert problem.remedy == "ask for what partition main has: 2 nodes with 4 CPUs, 4000 MiB, gpu:h100:2"
+        assert problem.remedy == "request what partition main has: 2 nodes with 4 CPUs, 4000 MiB, gpu:h100:2"
 
 
-def test_a_site_is_read_with_its_partitions(there: Testbed) -> None:
+def test_a_site_is_read_with_its_partitions_and_nodes(there: Testbed) -> None:
     found = site.read()
     assert found.cluster == "testbed"
     assert {"associations", "limits", "qos"} <= found.enforced

@@ -38,7 +38,7 @@ def in_state(job_id: str, *states: str, name: str = NAME) -> queue.Job | None:
     return found if found is not None and found.state in states else None
 
 
-def test_a_job_is_followed_from_its_start_to_its_end(here: Testbed, eventually: Wait) -> None:
+def test_a_job_is_running_and_then_cancelled(here: Testbed, eventually: Wait) -> None:
     job_id = submit("--nodes=2", "--time=10")
     running = eventually(lambda: in_state(job_id, "RUNNING"))
     assert running.queued
@@ -52,7 +52,7 @@ def test_a_job_is_followed_from_its_start_to_its_end(here: Testbed, eventually: 
 
 
 @pytest.mark.parametrize(("command", "state"), [("true", "COMPLETED"), ("exit 3", "FAILED")])
-def test_the_end_of_a_job_is_known_as_soon_as_it_has_come(here: Testbed, eventually: Wait, command: str, state: str) -> None:
+def test_the_final_state_of_a_job_is_known_at_once(here: Testbed, eventually: Wait, command: str, state: str) -> None:
     job_id = submit(command=command)
     ended = eventually(lambda: (found := look(job_id)) and not found.queued and found)
     assert ended.state == state
@@ -75,7 +75,7 @@ def test_a_held_requeue_is_explained(here: Testbed, eventually: Wait) -> None:
     slurm("scontrol", "requeuehold", job_id)
     held = eventually(lambda: (found := look(job_id)).reason and not found.node_list and found)
     assert held.queued
-    assert queue.explain(held) == f"requeued and held; let it go with: scontrol release {job_id} ({held.reason})"
+    assert queue.explain(held) == f"requeued and held; release it with: scontrol release {job_id} ({held.reason})"
 
 
 def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> None:
@@ -87,14 +87,17 @@ def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> N
     never = submit(f"--dependency=afterok:{failed}")
     slurm("scancel", failed)
     waiting = {
-        "Resources": (submit("--priority=5000"), r"waiting for nodes \(Resources\); Slurm expects a start at \d\d:\d\d"),
+        "Resources": (submit("--priority=5000"), r"waiting for nodes \(Resources\); Slurm expects it to start at \d\d:\d\d"),
         "Priority": (submit("--priority=4000"), r"waiting for nodes, behind jobs of higher priority \(Priority\).*"),
-        "BeginTime": (submit("--begin=now+40days"), r"not to start yet; .*; Slurm expects a start at \d{4}-\d\d-\d\d \d\d:\d\d"),
+        "BeginTime": (
+            submit("--begin=now+40days"),
+            r"its earliest start time has not come; .*; Slurm expects it to start at \d{4}-\d\d-\d\d \d\d:\d\d",
+        ),
         "Dependency": (submit(f"--dependency=afterok:{filling}"), r"waiting for the jobs that it depends on \(Dependency\)"),
         "DependencyNeverSatisfied": (never, rf".* cancel it, or .* scontrol update JobId={never} Dependency= \(.*\)"),
-        "JobHeldUser": (held, rf"held; let it go with: scontrol release {held} \(JobHeldUser\)"),
-        "JobHeldAdmin": (admin, r"held by an administrator; ask them why \(JobHeldAdmin\)"),
-        "PartitionTimeLimit": (submit("--partition=short", "--time=30"), r"cluster.time is above .* \(PartitionTimeLimit\)"),
+        "JobHeldUser": (held, rf"held; release it with: scontrol release {held} \(JobHeldUser\)"),
+        "JobHeldAdmin": (admin, r"held by an administrator; ask them for the reason \(JobHeldAdmin\)"),
+        "PartitionTimeLimit": (submit("--partition=short", "--time=30"), r"cluster.time exceeds .* \(PartitionTimeLimit\)"),
     }
     for reason, (job_id, words) in waiting.items():
         job = eventually(lambda job_id=job_id, reason=reason: (found := look(job_id)).reason == reason and found)
@@ -105,17 +108,17 @@ def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> N
     assert sorted(job.reason for job in found.values()) == sorted(waiting)
 
 
-def test_a_job_that_needs_a_drained_node_says_so(here: Testbed, eventually: Wait) -> None:
+def test_a_job_that_needs_a_drained_node_is_explained(here: Testbed, eventually: Wait) -> None:
     slurm("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=fan")
     job_id = submit("--nodelist=n2")
     job = eventually(lambda: (found := look(job_id)).reason.startswith("ReqNodeNotAvail") and found)
-    assert queue.explain(job).startswith("nodes that it needs are down, drained or reserved; sinfo -R says why;")
+    assert queue.explain(job).startswith("nodes that it needs are down, drained or reserved; sinfo -R shows the reasons;")
     everything = submit("--nodes=3")
     job = eventually(lambda: (found := look(everything)).reason.startswith("Nodes required") and found)
-    assert queue.explain(job).startswith("nodes that it needs are down, drained or reserved; sinfo -R says why;")
+    assert queue.explain(job).startswith("nodes that it needs are down, drained or reserved; sinfo -R shows the reasons;")
 
 
-def test_unknown_reasons_and_states_are_shown_as_they_are() -> None:
+def test_unknown_reasons_and_states_are_shown_unchanged() -> None:
     job = queue.Job("7", "PENDING", "SunSpots", None, None, 0, "", queued=True)
     assert queue.explain(job) == "pending (SunSpots)"
     assert queue.explain(replace(job, state="STAGE_OUT", reason="")) == "stage out"
@@ -125,25 +128,25 @@ def test_unknown_reasons_and_states_are_shown_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("QOSMaxJobsPerUserLimit", "its QOS is used up by other jobs"),
-        ("QOSGrpGRES", "its QOS is used up by other jobs"),
-        ("QOSMaxGRESPerUser", "its QOS is used up by other jobs"),
-        ("QOSMaxWallDurationPerJobLimit", "it asks for more than its QOS allows one job"),
-        ("QOSMinGRES", "it asks for more than its QOS allows one job, or for less"),
-        ("AssocGrpGRES", "its account is used up by other jobs"),
-        ("AssocMaxJobsLimit", "its account is used up by other jobs"),
-        ("AssocMaxWallDurationPerJobLimit", "it asks for more than its account allows one job"),
+        ("QOSMaxJobsPerUserLimit", "other jobs use up the limit of its QOS"),
+        ("QOSGrpGRES", "other jobs use up the limit of its QOS"),
+        ("QOSMaxGRESPerUser", "other jobs use up the limit of its QOS"),
+        ("QOSMaxWallDurationPerJobLimit", "it requests more than its QOS allows one job"),
+        ("QOSMinGRES", "it requests more than its QOS allows one job, or less"),
+        ("AssocGrpGRES", "other jobs use up the limit of its account"),
+        ("AssocMaxJobsLimit", "other jobs use up the limit of its account"),
+        ("AssocMaxWallDurationPerJobLimit", "it requests more than its account allows one job"),
         ("launch failed requeued held", "Slurm could not start it on its nodes"),
         ("ReqNodeNotAvail, UnavailableNodes:n[1-2]", "nodes that it needs are down"),
     ],
 )
-def test_the_reasons_of_busy_sites_are_explained(reason: str, words: str) -> None:
+def test_limits_of_qos_and_account_are_explained(reason: str, words: str) -> None:
     explained = queue.explain(queue.Job("7", "PENDING", reason, None, None, 0, "", queued=True))
     assert explained.startswith(words)
     assert explained.endswith(f" ({reason})")
 
 
-def test_an_estimate_that_has_gone_by_is_not_told() -> None:
+def test_a_past_start_estimate_is_not_shown() -> None:
     job = queue.Job("7", "PENDING", "Resources", time.time() - 5, None, 0, "", queued=True)
     assert queue.explain(job) == "waiting for nodes (Resources)"
 
@@ -157,13 +160,13 @@ def test_jobs_are_known_by_number_and_name(here: Testbed) -> None:
     assert queue.jobs({}) == {}
 
 
-def test_the_tasks_of_an_array_are_jobs_of_their_own(here: Testbed) -> None:
+def test_each_task_of_an_array_is_a_job(here: Testbed) -> None:
     array = submit("--hold", "--array=0-2%1")
     assert look(f"{array}_1").state == "PENDING"
     assert list(queue.jobs({f"{array}_0": NAME, f"{array}_2": NAME})) == [f"{array}_0", f"{array}_2"]
 
 
-def test_the_settings_of_a_persons_shell_change_nothing(here: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_variables_of_the_shell_are_ignored(here: Testbed, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = submit("--begin=now+1hour")
     settings = {"SQUEUE_STATES": "RUNNING", "SQUEUE_FORMAT": "%i", "SQUEUE_USERS": "nobody", "SLURM_TIME_FORMAT": "relative"}
     for name, value in settings.items():
@@ -173,7 +176,7 @@ def test_the_settings_of_a_persons_shell_change_nothing(here: Testbed, monkeypat
     assert abs(estimate - time.time() - 3600) < 30
 
 
-def test_details_are_what_slurmctld_holds(here: Testbed, tmp_path: Path) -> None:
+def test_details_parse_free_texts(here: Testbed, tmp_path: Path) -> None:
     folder = tmp_path / "a folder with Reason=None"
     folder.mkdir()
     comment = "two words, a=b, JobState=DONE\nPartition=lost"
@@ -204,9 +207,7 @@ def test_without_accounting_squeue_is_enough(bare_slurm: Testbed, use: Callable[
     assert queue.job("4", time.time(), NAME) is None
 
 
-def test_a_controller_that_does_not_answer_leaves_the_state_unknown(
-    bare_slurm: Testbed, use: Callable[[Testbed], Testbed]
-) -> None:
+def test_a_controller_that_does_not_answer_raises_an_error(bare_slurm: Testbed, use: Callable[[Testbed], Testbed]) -> None:
     use(bare_slurm)
     bare_slurm.stop_controller()
     try:
@@ -217,7 +218,7 @@ def test_a_controller_that_does_not_answer_leaves_the_state_unknown(
         bare_slurm.start_controller()
 
 
-def test_what_slurmctld_has_forgotten_is_in_the_accounting(
+def test_a_job_that_slurmctld_has_forgotten_is_found_in_the_accounting(
     other_slurm: Callable[..., AbstractContextManager[Testbed]], use: Callable[[Testbed], Testbed], eventually: Wait
 ) -> None:
     """Numbers begin anew with the controller's memory: a job gets the number of an older one."""

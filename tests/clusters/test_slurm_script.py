@@ -80,14 +80,14 @@ def rendered(plan: LaunchPlan) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_script_is_as_it_was(slurm_plan: SlurmPlan, golden: Callable[[str, str], None], name: str) -> None:
+def test_scripts_equal_the_golden_files(slurm_plan: SlurmPlan, golden: Callable[[str, str], None], name: str) -> None:
     text = rendered(slurm_plan(**CASES[name]))
     golden(f"{name}.sbatch", text)
     assert REPO not in text
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
 
 
-def test_everything_is_set_in_one_of_them() -> None:
+def test_every_setting_occurs_in_a_golden_file() -> None:
     """Each setting of Slurm is in a golden file with a value of its own, or has no part in the script."""
     no_part = {"kind", "interface", "node_checks", "exclude_bad_nodes", "dry_run"} | {
         name for name in SlurmSection.model_fields if name.startswith("max_")
@@ -110,7 +110,7 @@ def test_everything_is_set_in_one_of_them() -> None:
         ({}, []),
     ],
 )
-def test_gpus_are_asked_for_once(slurm_plan: SlurmPlan, settings: dict[str, Any], asked: list[str]) -> None:
+def test_gpus_are_requested_once(slurm_plan: SlurmPlan, settings: dict[str, Any], asked: list[str]) -> None:
     text = rendered(slurm_plan(**settings))
     assert re.findall(r"^#SBATCH (--g(?:pu|re)s.*)$", text, re.MULTILINE) == asked
 
@@ -118,7 +118,9 @@ def test_gpus_are_asked_for_once(slurm_plan: SlurmPlan, settings: dict[str, Any]
 @pytest.mark.parametrize(
     ("settings", "memory"), [({}, "0"), ({"mem": 0}, "0"), ({"mem": "64G"}, "64G"), ({"exclusive": False}, None)]
 )
-def test_a_whole_node_is_asked_for_with_its_memory(slurm_plan: SlurmPlan, settings: dict[str, Any], memory: str | None) -> None:
+def test_an_exclusive_node_is_requested_with_its_memory(
+    slurm_plan: SlurmPlan, settings: dict[str, Any], memory: str | None
+) -> None:
     text = rendered(slurm_plan(**settings))
     assert re.findall(r"^#SBATCH --mem=(.*)$", text, re.MULTILINE) == ([] if memory is None else [memory])
 
@@ -126,20 +128,20 @@ def test_a_whole_node_is_asked_for_with_its_memory(slurm_plan: SlurmPlan, settin
 @pytest.mark.parametrize(
     "root", ["with blank", "it's", 'say"so', "100%", "$HOME", "a;b", "a,b", "a:b", "ünder", "a\u2028b", "a\x85b"]
 )
-def test_a_path_that_a_script_cannot_hold_is_refused_before_anything_is_made(
+def test_a_path_with_special_characters_is_refused_before_the_run_exists(
     slurm_plan: SlurmPlan, tmp_path: Path, root: str
 ) -> None:
     plan = slurm_plan(str(tmp_path / root))
     with pytest.raises(SubmitError) as error:
         SlurmCluster().check(plan)
     (problem,) = error.value.problems
-    assert problem.what == "this path cannot stand in a batch script"
+    assert problem.what == "a batch script cannot contain this path"
     assert problem.value.startswith(plan.run_dir)
     assert "letters, digits" in problem.remedy
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_python_that_a_script_cannot_hold_is_refused(slurm_plan: SlurmPlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_path_with_special_characters_is_refused(slurm_plan: SlurmPlan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/home/me/my venv/bin/python")
     with pytest.raises(SubmitError, match="/home/me/my venv/bin/python"):
         SlurmCluster().check(slurm_plan())
@@ -147,7 +149,7 @@ def test_a_python_that_a_script_cannot_hold_is_refused(slurm_plan: SlurmPlan, mo
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_what_submitit_hands_to_sbatch(slurm_plan: SlurmPlan, here: Testbed, name: str) -> None:
+def test_the_script_is_the_one_that_submitit_submits(slurm_plan: SlurmPlan, here: Testbed, name: str) -> None:
     import submitit
 
     plan = slurm_plan(**CASES[name])
@@ -167,7 +169,7 @@ def racks(here: Testbed) -> Iterator[None]:
 
 
 @pytest.mark.slurm
-def test_slurm_reads_in_it_what_was_set(slurm_plan: SlurmPlan, racks: None, tmp_path: Path) -> None:
+def test_slurm_parses_the_options_of_the_script(slurm_plan: SlurmPlan, racks: None, tmp_path: Path) -> None:
     """sbatch has rules of its own for quotations and comments: ask it what it understood."""
     here = {
         "time": "10",

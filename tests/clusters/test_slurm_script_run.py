@@ -20,7 +20,7 @@ export SOURCED="it's $A"
 """
 
 
-def test_setup_commands_mean_what_they_mean_in_bash(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_setup_commands_run_in_bash(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
     (sandbox.folder / "elsewhere").mkdir()
     (sandbox.folder / "env.sh").write_text(ENV_SH)
     commands = [command.format(folder=sandbox.folder) for command in SETUP]
@@ -42,7 +42,7 @@ def test_setup_commands_mean_what_they_mean_in_bash(slurm_plan: SlurmPlan, sandb
         }
 
 
-def test_the_runs_own_code_comes_first_and_what_is_set_behind_it(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_the_code_snapshot_comes_first_in_pythonpath(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
     plan = slurm_plan(env={"PYTHONPATH": "/mine"})
     sandbox.run(rendered(plan, sandbox.folder), PYTHONPATH="/login", PYTHONSAFEPATH="")
     paths = {call["env"]["PYTHONPATH"] for call in sandbox.calls}
@@ -52,7 +52,7 @@ def test_the_runs_own_code_comes_first_and_what_is_set_behind_it(slurm_plan: Slu
     assert {call["env"]["PYTHONPATH"] for call in sandbox.calls} == {f"{plan.run_dir}/code"}
 
 
-def test_a_job_begins_runs_its_tasks_and_concludes(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_a_job_opens_an_attempt_runs_its_tasks_and_concludes(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
     text = rendered(slurm_plan(), sandbox.folder)
     plan = str(sandbox.folder / "plan.json")
     for code in ("0", "9", "143"):
@@ -65,7 +65,7 @@ def test_a_job_begins_runs_its_tasks_and_concludes(slurm_plan: SlurmPlan, sandbo
         assert done.returncode == 0, "conclude decides"
 
 
-def test_a_job_with_nothing_to_do_ends_well_and_one_that_may_not_begin_fails(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_a_job_without_an_attempt_succeeds_and_one_that_is_refused_fails(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
     text = rendered(slurm_plan(), sandbox.folder)
     assert sandbox.run(text, ATTEMPT="").returncode == 0
     assert (len(sandbox.called("python")), sandbox.called("srun")) == (1, [])
@@ -74,17 +74,17 @@ def test_a_job_with_nothing_to_do_ends_well_and_one_that_may_not_begin_fails(slu
 
 
 @pytest.mark.parametrize("strict", ["set -e", "set -u", "set -euo pipefail", "trap true EXIT"])
-def test_a_strict_shell_still_concludes(slurm_plan: SlurmPlan, sandbox: Sandbox, strict: str) -> None:
+def test_set_e_in_setup_does_not_skip_the_conclusion(slurm_plan: SlurmPlan, sandbox: Sandbox, strict: str) -> None:
     sandbox.run(rendered(slurm_plan(setup=[strict]), sandbox.folder), SRUN_RC="9")
     assert sandbox.called("python")[-1][-2:] == ["7", "9"]
 
 
-def test_with_set_e_a_setup_that_fails_ends_the_job(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_a_failing_setup_command_with_set_e_ends_the_job(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
     done = sandbox.run(rendered(slurm_plan(setup=["set -e", "tool fail"]), sandbox.folder), JOB_RC="3")
     assert (done.returncode, sandbox.called("python")) == (3, [])
 
 
-def test_a_task_that_does_not_see_the_plan_says_so(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_a_task_without_access_to_the_plan_reports_it(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
     text = rendered(slurm_plan(), sandbox.folder)
     (sandbox.folder / "plan.json").unlink()
     done = sandbox.run(text)
@@ -92,7 +92,7 @@ def test_a_task_that_does_not_see_the_plan_says_so(slurm_plan: SlurmPlan, sandbo
     assert sandbox.called("python")[-1][-2:] == ["7", "78"]
 
 
-def test_apptainer_gets_its_words_one_by_one(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
+def test_apptainer_receives_separate_arguments(slurm_plan: SlurmPlan, sandbox: Sandbox) -> None:
     settings = {"container_image": "/opt/train#1.sif", "container_python": "/venv/bin/python", "container_mounts": ["/a:/b:ro"]}
     plan = slurm_plan(container_runtime="apptainer", **settings)
     assert sandbox.run(rendered(plan, sandbox.folder)).returncode == 0

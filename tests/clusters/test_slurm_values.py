@@ -102,26 +102,26 @@ def accepted(key: str, value: str) -> bool:
     return True
 
 
-def test_every_text_of_the_section_is_known_here() -> None:
+def test_every_text_setting_is_covered() -> None:
     assert set(texts()) == GOOD.keys()
     assert all(accepted(key, value) for key, value in GOOD.items())
 
 
 @pytest.mark.parametrize("key", GOOD)
-def test_what_could_end_a_line_a_word_or_a_quotation_is_refused(key: str) -> None:
+def test_shell_metacharacters_are_refused(key: str) -> None:
     taken = [value for extra in (*BREAKING, *FOREIGN) for value in tried(key, extra) if accepted(key, value)]
     assert taken == []
 
 
 @pytest.mark.parametrize("key", GOOD)
-def test_a_text_without_end_is_refused(key: str) -> None:
+def test_overlong_values_are_refused(key: str) -> None:
     assert not accepted(key, "") or key in ("env{}=", "additional_parameters{}=")
     for unit in ("a", "1", "/", "a,", "a:", "[", "a=", "9"):
         assert not accepted(key, GOOD[key] + unit * 100_000)
 
 
 @pytest.mark.parametrize("word", ["if true", "for", "while", "done", "fi", "case", "function f", "{", "!", "[[", "time; x"])
-def test_a_word_of_the_shell_is_no_command(word: str) -> None:
+def test_shell_keywords_are_no_setup_commands(word: str) -> None:
     assert not accepted("setup[]", word)
 
 
@@ -132,7 +132,7 @@ def test_a_word_of_the_shell_is_no_command(word: str) -> None:
         *("SLURMD_NODENAME", "SUBMITIT_EXECUTOR", "UID", "EUID", "PPID", "BASHOPTS", "SHELLOPTS", "BASH_VERSINFO"),
     ],
 )
-def test_variables_that_have_an_owner_are_not_set(name: str) -> None:
+def test_variables_that_the_launcher_sets_are_refused(name: str) -> None:
     assert not accepted("env{}", name)
 
 
@@ -157,7 +157,7 @@ def test_variables_that_have_an_owner_are_not_set(name: str) -> None:
         ('run.root="a\nb"', "run.root: holds a control character"),
     ],
 )
-def test_the_command_line_says_which_setting_is_refused(override: str, what: str) -> None:
+def test_the_refused_setting_is_named(override: str, what: str) -> None:
     with pytest.raises(ConfigError) as error:
         run_hydra(["model=tiny", "cluster=slurm", override], lambda composed: None)
     problem = error.value.problems[0]
@@ -166,7 +166,7 @@ def test_the_command_line_says_which_setting_is_refused(override: str, what: str
     assert problem.value.isprintable()
 
 
-def test_numbers_need_no_quotation() -> None:
+def test_numbers_are_accepted_as_values() -> None:
     """YAML and Hydra read them as numbers; to Slurm and the shell they are texts."""
     numbers = {"mem": 0, "env": {"OMP_NUM_THREADS": 8, "FRACTION": 0.5}, "additional_parameters": {"switches": 1}}
     section = SlurmSection.model_validate({"kind": "slurm", **numbers})
@@ -212,7 +212,7 @@ def laden(key: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("key", [key for key in GOOD if key not in UNWRITTEN])
-def test_what_is_accepted_arrives_word_for_word(slurm_plan: SlurmPlan, sandbox: Sandbox, key: str) -> None:
+def test_accepted_values_arrive_unchanged(slurm_plan: SlurmPlan, sandbox: Sandbox, key: str) -> None:
     for value in dict.fromkeys(laden(key)):
         # What is no program of the sandbox cannot be seen.
         value = f"tool {value}" if key == "setup[]" else value

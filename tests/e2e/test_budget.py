@@ -36,7 +36,7 @@ def test_money_that_is_spent_stops_a_run_and_more_of_it_lets_it_go_on(launch: La
     run, price = runs / "bounded", f"cluster.price_per_gpu_hour={PRICE}"
     done = launch(*SETTINGS, price, "run.max_usd=0.001", f"run.root={runs}", "run.name=bounded")
     require_stopped(run, done, r"run\.max_usd=0\.001 is reached after \d+\.\d\d GPU hours; saved")
-    assert re.search(r"continue it: .* resume \S+ run\.max_usd=\.\.\.$", done.stdout, re.MULTILINE)
+    assert re.search(r"continue with: .* resume \S+ run\.max_usd=\.\.\.$", done.stdout, re.MULTILINE)
     stopped_at = status(run)["step"]
 
     refused = launch_here("resume", str(run))

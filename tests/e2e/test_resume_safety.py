@@ -107,7 +107,7 @@ def test_what_differs_is_shown_and_refused(launch_here: Launch, run: Path) -> No
 
 def test_an_end_that_lies_behind_the_run_is_refused(launch_here: Launch, run: Path) -> None:
     (run / "export").mkdir(exist_ok=True)
-    assert "the run has come to step 2 already" in refused(launch_here, run, "train.max_steps=1")
+    assert "the checkpoint is of step 2, beyond train.max_steps" in refused(launch_here, run, "train.max_steps=1")
 
 
 def test_what_cannot_work_is_refused_with_force_too(launch_here: Launch, run: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_plan_that_was_edited_by_hand_is_told(
 def test_a_plan_that_is_nowhere_is_told(launch_here: Launch, run: Path) -> None:
     edit_plan(run, optim__weight_decay=0.5)
     shutil.rmtree(run / "plans")
-    assert "the plan that saved this checkpoint is not in the run directory" in refused(launch_here, run, "train.max_steps=3")
+    assert "the run directory no longer has the plan of this checkpoint" in refused(launch_here, run, "train.max_steps=3")
 
 
 def test_other_data_behind_the_same_settings_is_refused(
@@ -183,7 +183,7 @@ def test_a_damaged_cache_is_not_trained_on_and_one_that_is_gone_is_built_again(
     shutil.rmtree(folder)
     done = launch("resume", str(run), *same, *free, **own_cache)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the data cache is not what the plan recorded; it is built from the sources" in done.stdout
+    assert "the data cache differs from the one in the plan; building it again from the sources" in done.stdout
     assert "differs from the checkpoint" not in done.stdout
     assert (folder / "meta.json").is_file()
     assert plan(run, 3)["data"] == plan(run)["data"]
@@ -201,7 +201,7 @@ def test_with_force_other_data_and_another_type_are_trained_with_and_recorded(
     changes = (f"data.path={other}", "optim.weight_decay=0.1", "model.dtype=fp32")
     done = launch("resume", str(run), "--force", *changes, *more)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing with what differs from the checkpoint:" in done.stdout
+    assert "continuing with differences from the checkpoint:" in done.stdout
     shown = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.startswith("  ")}
     assert shown["data.path"][1] == f"'{other}'"
     assert shown["plan.data.num_docs"] == ["40", "60"]

@@ -1,4 +1,4 @@
-"""Slurm as a place for runs: submit, tell the state, cancel, run again. All state is on disk and with Slurm."""
+"""The Slurm backend: submit, read the state, cancel, requeue. All state is on disk and with Slurm."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher import atomic_files, json_records, run_store
+from launcher import json_records, run_store
 from launcher.checkpoint import store
 from launcher.clusters import faults
 from launcher.clusters.base import NEVER_SUBMITTED
@@ -27,15 +27,23 @@ if TYPE_CHECKING:
     from launcher.plan.launch_plan import DeviceFacts, LaunchPlan
     from launcher.plan.retry import Decision
 
-# What `scontrol show job` says where a list of nodes is empty.
+# `scontrol show job` prints this for an empty list of nodes.
 _NO_NODES = "(null)"
 _END_DEADLINE_S = 120.0
 _POLL_S = 1.0
 _LOCK_WAIT_S = 60.0
-# Between the submission and the moment that squeue lists the job.
-_UNSEEN_S = 60.0
-# Slurm's words for a job that has not begun, or waits to begin again.
-_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD")
+# Seconds after the submission in which squeue may not list the job yet.
+_UNLISTED_S = 60.0
+# States of a job that waits for its first or next start.
+_WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "CONFIGURING", "RESV_DEL_HOLD")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """submitted.json: the job that an attempt was submitted as; `submitted_at` is in seconds since the epoch."""
+
+    job: str
+    submitted_at: float
 
 
 class SlurmCluster:
@@ -54,7 +62,7 @@ class SlurmCluster:
         from launcher.clusters.slurm import checks
         from launcher.config.slurm import SlurmSection
 
-        # What no batch script can hold is refused here, before anything of the run is made.
+        # Rendering refuses values that a batch script cannot contain, before the run directory exists.
         self.preview(plan)
         checks.check(SlurmSection.of(plan.config.cluster), plan)
 
@@ -73,10 +81,10 @@ class SlurmCluster:
         except SubmitError:
             run_store.update_status(run, state="failed", message="the job was not submitted")
             raise
-        atomic_files.write_json(submission_file(run, attempt), {"job": job, "submitted_at": time.time()})
+        json_records.write(submission_file(run, attempt), Submission(job, time.time()))
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
-        job = json_records.read_json(submission_file(run, attempt))["job"]
+        job = json_records.read(Submission, submission_file(run, attempt)).job
         return [("job", job), ("output", str(run.jobs / job / f"{job}_0_log.out"))]
 
     def status(self, run: RunDir) -> Status:
@@ -84,22 +92,22 @@ class SlurmCluster:
         if status.state not in RUNNING_STATES:
             return status
         number = run_store.newest_attempt(run)
-        job_id, since = _job_of(run, number)
+        job_id, submitted_at = _job_of(run, number)
         if job_id is None:
-            lost = status.state == "pending" and time.time() - status.updated_at > _UNSEEN_S
+            lost = status.state == "pending" and time.time() - status.updated_at > _UNLISTED_S
             return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
         try:
-            job = queue.job(job_id, since, run_store.read_placement(run).name)
+            job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
         except SlurmError as error:
-            return replace(status, message=f"Slurm does not answer ({error.problems[0].what}); this is the last that is known")
-        return _corrected(run, status, job, job_id, since)
+            return replace(status, message=f"Slurm does not answer ({error.problems[0].what}); this is the last known state")
+        return _correct_status(run, status, job, job_id, submitted_at)
 
     def await_end(self, run: RunDir) -> None:
         deadline = time.monotonic() + _END_DEADLINE_S
-        job_id, since = _job_of(run, run_store.newest_attempt(run))
+        job_id, submitted_at = _job_of(run, run_store.newest_attempt(run))
         while job_id is not None and time.monotonic() < deadline:
             try:
-                job = queue.job(job_id, since, run_store.read_placement(run).name)
+                job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
                 if job is None or not job.queued:
                     return
             except SlurmError:
@@ -109,94 +117,95 @@ class SlurmCluster:
     def cancel(self, run: RunDir, save: bool = True) -> None:
         status = self.status(run)
         number = run_store.newest_attempt(run)
-        job_id, since = _job_of(run, number)
+        job_id, submitted_at = _job_of(run, number)
         if status.state not in RUNNING_STATES or job_id is None:
             raise SubmitError(f"the run is not running: it is {status.state}", where=str(run.root))
-        job = queue.job(job_id, since, run_store.read_placement(run).name)
-        asked = run.cancel(number)
-        again = asked.is_file()
-        json_records.write(asked, CancelRequest(time.time(), save))
-        if job is not None and job.state == "RUNNING" and save and not again:
+        job = queue.job(job_id, submitted_at, run_store.read_placement(run).name)
+        cancel_file = run.cancel(number)
+        is_second_request = cancel_file.is_file()
+        json_records.write(cancel_file, CancelRequest(time.time(), save))
+        if job is not None and job.state == "RUNNING" and save and not is_second_request:
             slurm("scancel", "--signal=USR1", job_id)
             return
         slurm("scancel", job_id)
-        if job is None or job.state in _WAITING:
-            run_store.update_status(run, state="cancelled", message="cancelled while it waited")
+        if job is None or job.state in _WAITING_STATES:
+            run_store.update_status(run, state="cancelled", message="cancelled while the job was waiting")
 
     def inject_fault(self, run: RunDir, attempt: int, fault: str) -> InjectedFault:
-        begun = run_store.read_attempt(run, attempt)
+        started = run_store.read_attempt(run, attempt)
         if fault == "preempt":
             at = time.time()
-            slurm("scancel", "--signal=USR2", str(begun.job))
-            return InjectedFault(f"SIGUSR2 to job {begun.job}", at, ", ".join(begun.nodes))
-        # Beside the run's own step, on its last node: the first is the head.
-        node = (f"--jobid={begun.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={begun.nodes[-1]}")
+            slurm("scancel", "--signal=USR2", str(started.job))
+            return InjectedFault(f"SIGUSR2 to job {started.job}", at, ", ".join(started.nodes))
+        # A second step of the job on its last node; the first node is the head.
+        node = (f"--jobid={started.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={started.nodes[-1]}")
         command = faults.command(run, attempt, fault)
         return faults.read_report(slurm("srun", *node, f"--chdir={run.root}", *command, deadline_s=faults.DEADLINE_S))
 
 
-def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool, patience_s: float = 0.0) -> None:
-    """Have the job run again: by Slurm's own preemption, by a requeue, or as another job of the same run.
+def run_again(plan: LaunchPlan, run: RunDir, job: str, decision: Decision, *, by_slurm: bool, retry_s: float = 0.0) -> None:
+    """Start the job again: requeue it, or submit another job of the same run where it cannot be requeued.
 
-    Slurm is asked again for `patience_s` where it does not answer.
+    With `by_slurm`, Slurm's preemption has requeued the job already. Commands are retried for `retry_s` seconds if Slurm does
+    not answer.
 
     Raises:
-        SubmitError: where the job was to be submitted again, and that was refused.
+        SubmitError: if the job cannot be requeued and another submission was refused.
     """
     from launcher.config.slurm import SlurmSection
 
     section = SlurmSection.of(plan.config.cluster)
     if by_slurm and not decision.exclude:
-        # A job that also requeues itself would be run once too often.
+        # A second requeue would start the job once too often.
         return
     exclude = ",".join(filter(None, (section.exclude, *decision.exclude)))
     if section.requeue:
         try:
-            changes = decision.exclude or _excludes_others(job, section, patience_s)
-            _requeue(job, exclude if changes else None, patience_s)
+            has_exclusions = decision.exclude or _has_other_exclusions(job, section, retry_s)
+            _requeue(job, exclude if has_exclusions else None, retry_s)
             return
         except SlurmError as error:
             problem = error.problems[0]
-            # The file of the job's output may be on a disk that is full.
+            # The disk of the job's output may be full.
             with suppress(OSError):
-                print(f"the job cannot be requeued ({problem.value or problem.what}); it is submitted again", flush=True)
+                print(f"the job cannot be requeued ({problem.value or problem.what}); submitting another job", flush=True)
     _submit_again(plan, run, job, exclude)
 
 
-def _excludes_others(job: str, section: SlurmSection, patience_s: float) -> bool:
-    """True where an earlier start left a bad node out: the job keeps that, until it would find too few nodes."""
+def _has_other_exclusions(job: str, section: SlurmSection, retry_s: float) -> bool:
+    """Return whether an earlier requeue excluded a bad node, which the job keeps excluding as long as enough nodes are left."""
     if not section.leaves_out_bad_nodes:
         return False
     try:
-        excluded = queue.details(job, patience_s).get("ExcNodeList", _NO_NODES)
+        excluded = queue.details(job, retry_s).get("ExcNodeList", _NO_NODES)
     except SlurmError:
         return False
     return excluded not in (_NO_NODES, section.exclude)
 
 
-def _requeue(job: str, exclude: str | None, patience_s: float) -> None:
-    """Requeue the job, without the nodes in `exclude`, or with what it excludes now where that is None."""
-    restarts, until = int(os.environ.get("SLURM_RESTART_COUNT") or 0), time.monotonic() + patience_s
+def _requeue(job: str, exclude: str | None, retry_s: float) -> None:
+    """Requeue the job with `exclude` as its excluded nodes; None leaves them as they are."""
+    num_restarts, retry_until = int(os.environ.get("SLURM_RESTART_COUNT") or 0), time.monotonic() + retry_s
 
-    def ask(*argv: str, done: Callable[[], bool] | None = None) -> None:
-        slurm(*argv, patience_s=until - time.monotonic(), done=done)
+    def run_command(*argv: str, is_done: Callable[[], bool] | None = None) -> None:
+        slurm(*argv, retry_s=retry_until - time.monotonic(), is_done=is_done)
 
-    def requeued() -> bool:
-        # A second requeue, of a job that already waits, could be refused, and then the run were submitted as well.
-        return queue.state_beneath(job, restarts, None) == "PENDING"
+    def is_requeued() -> bool:
+        # Slurm could refuse to requeue a job that already waits, and another job would then be submitted as well.
+        return queue.state_beneath(job, num_restarts, None) == "PENDING"
 
     if exclude is None:
-        ask("scontrol", "requeue", job, done=requeued)
+        run_command("scontrol", "requeue", job, is_done=is_requeued)
         return
-    ask("scontrol", "requeuehold", job, done=requeued)
+    run_command("scontrol", "requeuehold", job, is_done=is_requeued)
     try:
-        ask("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
+        run_command("scontrol", "update", f"JobId={job}", f"ExcNodeList={exclude}")
     finally:
-        # Whatever was refused: held, the job would wait for ever, and with it the one that is submitted after it.
+        # A held job, and the job that is submitted after it, would wait forever.
         try:
-            ask("scontrol", "release", job)
+            run_command("scontrol", "release", job)
         except SlurmError:
-            ask("scancel", job)
+            run_command("scancel", job)
             raise
 
 
@@ -205,54 +214,55 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
 
     changes: dict[str, Any] = {"exclude": exclude or None, "dependency": f"afterany:{job}"}
     cluster = plan.config.cluster.model_copy(update=changes)
-    again = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
-    saved = store.newest_step(run.checkpoints)
-    # Another command may be numbering an attempt at this moment.
+    changed_plan = plan.model_copy(update={"config": plan.config.model_copy(update={"cluster": cluster})})
+    resume_step = store.newest_step(run.checkpoints)
+    # Another command may be starting an attempt.
     with run_store.start_lock(run, wait_s=_LOCK_WAIT_S):
-        number = run_store.create_attempt(run, Attempt(saved, automatic=True))
-        path = run_store.write_plan(run, number, again)
+        number = run_store.create_attempt(run, Attempt(resume_step, automatic=True))
+        path = run_store.write_plan(run, number, changed_plan)
     try:
-        submitted = sbatch.submit(again, path)
+        next_job = sbatch.submit(changed_plan, path)
     except SubmitError as error:
-        message = f"it should run again, but {error.problems[0].what}: {error.problems[0].value}"
+        message = f"the run could not be submitted again: {error.problems[0].what}: {error.problems[0].value}"
         run_store.update_status(run, state="failed", message=message)
         raise
-    atomic_files.write_json(submission_file(run, number), {"job": submitted, "submitted_at": time.time()})
+    json_records.write(submission_file(run, number), Submission(next_job, time.time()))
 
 
 def submission_file(run: RunDir, attempt: int) -> Path:
-    """Written by the submitting side as soon as Slurm has given the job a number."""
+    """Return the submitted.json of an attempt, which is written as soon as Slurm has numbered the job."""
     return run.attempt(attempt) / "submitted.json"
 
 
 def _job_of(run: RunDir, attempt: int) -> tuple[str | None, float]:
-    """The job of an attempt and when it was submitted; none of attempt 0, as while the first is being made."""
+    """Return the job of an attempt, None if there is none yet, and when it was submitted."""
     if not attempt:
         return None, run_store.read_status(run).created_at
-    file = submission_file(run, attempt)
-    submitted = json_records.read_json(file) if file.is_file() else {}
-    begun = run_store.read_attempt(run, attempt).job
-    return begun or submitted.get("job"), submitted.get("submitted_at", run_store.read_status(run).created_at)
+    submission = json_records.read_if_present(Submission, submission_file(run, attempt))
+    job = run_store.read_attempt(run, attempt).job
+    if submission is None:
+        return job, run_store.read_status(run).created_at
+    return job or submission.job, submission.submitted_at
 
 
-def _corrected(run: RunDir, status: Status, job: queue.Job | None, job_id: str, since: float) -> Status:
-    """What the run itself last wrote, corrected by what Slurm says."""
+def _correct_status(run: RunDir, status: Status, job: queue.Job | None, job_id: str, submitted_at: float) -> Status:
+    """Correct the status that the run last wrote by the job's state in Slurm."""
     known = replace(status, job={**(status.job or {}), "id": job_id})
     if job is not None and job.queued:
-        if job.state in _WAITING:
-            said = f"{status.message}; " if status.message else ""
-            return replace(known, state="pending", message=f"{said}{queue.explain(job)}")
+        if job.state in _WAITING_STATES:
+            message = "; ".join(filter(None, (status.message, queue.explain(job))))
+            return replace(known, state="pending", message=message)
         if job.state == "SUSPENDED":
             return replace(known, message="suspended by Slurm")
         return known
-    # The job writes its last state just before it ends: look once more before calling it lost.
-    now = run_store.read_status(run)
-    if now.state not in RUNNING_STATES:
-        return now
-    if job is None and time.time() - since < _UNSEEN_S:
+    # The job may have written its final state since the status was read.
+    latest = run_store.read_status(run)
+    if latest.state not in RUNNING_STATES:
+        return latest
+    if job is None and time.time() - submitted_at < _UNLISTED_S:
         return known
     if job is None:
-        return replace(known, state="failed", message=f"job {job_id} is gone from the queue without a word")
+        return replace(known, state="failed", message=f"job {job_id} left the queue without recording a result")
     if job.state.startswith("CANCELLED"):
         return replace(known, state="cancelled", message=f"job {job_id} was cancelled")
-    return replace(known, state="failed", message=f"job {job_id} ended as {job.state} without a word of the run")
+    return replace(known, state="failed", message=f"job {job_id} ended as {job.state} without recording a result")

@@ -1,4 +1,4 @@
-"""Slurm's own commands, run with a deadline; what they refuse is shown word for word."""
+"""Run Slurm's commands with a deadline; their own error messages are passed on unchanged."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from collections.abc import Callable
 from launcher.errors import RunError
 
 DEADLINE_S = 30.0
-# Between two tries while nothing answers: soon at first, as most restarts of a controller are short.
+# Seconds between two attempts while Slurm does not answer; they double up to the longest pause.
 _FIRST_PAUSE_S = 2.0
 _LONGEST_PAUSE_S = 15.0
-# What Slurm's commands print where no controller or database has answered them; slurm_errno.h, and the system's own words.
-_SILENT = re.compile(
+# What Slurm's commands print if no controller or database answers: messages of slurm_errno.h and of the operating system.
+_NO_ANSWER = re.compile(
     r"Unable to contact slurm|Socket timed out|Connection (refused|timed out|reset)|No route to host|Network is unreachable|"
     r"Zero Bytes were transmitted|Communication connection failure|standby mode|Transport endpoint is not connected",
     re.IGNORECASE,
 )
-# With these a person's shell shapes, sorts and filters what Slurm's commands print.
+# Variables of a user's shell that change, sort or filter the output of Slurm's commands.
 _DISPLAY = ("SQUEUE_", "SACCT_", "SACCTMGR_", "SINFO_", "SCONTROL_")
 
 
 class SlurmError(RunError):
-    """A command of Slurm failed or did not answer; the problem's value holds what it said."""
+    """A command of Slurm failed or did not answer; the problem's value holds its message."""
 
 
-class SlurmSilent(SlurmError):
-    """Nothing answered; whether the command was carried out is not known."""
+class SlurmUnreachable(SlurmError):
+    """Slurm did not answer; whether it carried out the command is unknown."""
 
 
-def slurm(*argv: str, deadline_s: float = DEADLINE_S, patience_s: float = 0.0, done: Callable[[], bool] | None = None) -> str:
-    """Run `argv`, a command of Slurm, and return what it printed, with times in seconds since the epoch.
+def slurm(*argv: str, deadline_s: float = DEADLINE_S, retry_s: float = 0.0, is_done: Callable[[], bool] | None = None) -> str:
+    """Run a command of Slurm and return its output; times in it are seconds since the epoch.
 
-    Where nothing answers, it is tried again until `patience_s` have passed; a refusal is final. An answer may be lost
-    after the command was carried out: `done`, where given, is asked before each further try, and True ends it with "".
+    The command is retried for `retry_s` seconds if Slurm does not answer; a refusal is final. An answer may be lost after the
+    command was carried out, so `is_done`, if given, is called before each retry: when it returns True, "" is returned.
 
     Raises:
-        SlurmSilent: where nothing answered, each try within `deadline_s`, until the patience ended.
-        SlurmError: where the command is missing or fails.
+        SlurmUnreachable: if Slurm did not answer in time; each attempt has `deadline_s` seconds.
+        SlurmError: if the command is missing or fails.
     """
-    # Imported here: it takes 50 ms, which commands that ask Slurm nothing need not spend.
+    # The import takes 50 ms, which commands that do not use Slurm avoid.
     from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
 
     retrying = Retrying(
-        retry=retry_if_exception_type(SlurmSilent),
-        stop=stop_before_delay(patience_s),
+        retry=retry_if_exception_type(SlurmUnreachable),
+        stop=stop_before_delay(retry_s),
         wait=wait_exponential(multiplier=_FIRST_PAUSE_S, max=_LONGEST_PAUSE_S),
         reraise=True,
     )
     for attempt in retrying:
-        if done is not None and attempt.retry_state.attempt_number > 1 and done():
+        if is_done is not None and attempt.retry_state.attempt_number > 1 and is_done():
             break
         with attempt:
             return _once(argv, deadline_s)
@@ -62,17 +62,19 @@ def slurm(*argv: str, deadline_s: float = DEADLINE_S, patience_s: float = 0.0, d
 def _once(argv: tuple[str, ...], deadline_s: float) -> str:
     name = argv[0]
     if shutil.which(name) is None:
-        raise SlurmError(f"{name} is not on this machine", where=name, remedy="run this where Slurm's commands are: a login node")
+        raise SlurmError(
+            f"the command {name} is not on this machine", where=name, remedy="run this command on a login node of the cluster"
+        )
     env = {key: value for key, value in os.environ.items() if not key.startswith(_DISPLAY)} | {"SLURM_TIME_FORMAT": "%s"}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=env, timeout=deadline_s
         )
     except subprocess.TimeoutExpired:
-        raise SlurmSilent(f"{name} did not answer within {deadline_s:.0f} s", where=" ".join(argv)) from None
-    if done.returncode:
-        said = done.stderr.strip() or done.stdout.strip()
-        if _SILENT.search(said):
-            raise SlurmSilent(f"{name} got no answer", where=" ".join(argv), value=said)
-        raise SlurmError(f"{name} refused", where=" ".join(argv), value=said)
-    return done.stdout
+        raise SlurmUnreachable(f"{name} did not answer within {deadline_s:g} s", where=" ".join(argv)) from None
+    if process.returncode:
+        message = process.stderr.strip() or process.stdout.strip()
+        if _NO_ANSWER.search(message):
+            raise SlurmUnreachable(f"{name} got no answer from Slurm", where=" ".join(argv), value=message)
+        raise SlurmError(f"{name} failed", where=" ".join(argv), value=message)
+    return process.stdout

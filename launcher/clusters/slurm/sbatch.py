@@ -1,4 +1,4 @@
-"""The batch script of a run, rendered through submitit: the job's begin, one task per node, the job's conclusion."""
+"""The batch script of a run, rendered by submitit: open the attempt, start one task per node, conclude the attempt."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from launcher.errors import SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
-# What sbatch, srun and the containers' mount lists leave as it is: no blanks, no %, which sbatch replaces.
+# Paths that sbatch, srun and the mount lists of containers do not change: no spaces, and no %, which sbatch replaces.
 _PLAIN_PATH = re.compile(r"/[\w.@+/=-]*", re.ASCII)
-# Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to whatever a task
-# is at that moment, and a Python that is just starting would die of it. A node that does not see the plan says so at once.
-_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) does not see $0" >&2; exit 78; }; exec "$@"\' '
+# Runs the rest of the line with these signals ignored until the agent handles them: Slurm sends USR2 to the task whatever
+# it executes, and would kill a Python that is starting. A node without access to the plan reports that at once.
+_SIGNAL_SHIELD = 'sh -c \'trap "" USR1 USR2; [ -r "$0" ] || { echo "$(uname -n) does not see $0" >&2; exit 78; }; exec "$@"\' '
 
 
 def render(plan: LaunchPlan, plan_path: Path) -> str:
-    """The text that sbatch gets.
+    """Render the batch script.
 
     Raises:
-        SubmitError: for a path that cannot stand in a batch script.
+        SubmitError: for a path that a batch script cannot contain.
     """
     from submitit.slurm.slurm import _make_sbatch_string
 
@@ -39,10 +39,10 @@ def render(plan: LaunchPlan, plan_path: Path) -> str:
 
 
 def submit(plan: LaunchPlan, plan_path: Path) -> str:
-    """Hand the job to Slurm and return its id; the pickle that submitit writes holds only the plan's path.
+    """Submit the job and return its id; the pickle that submitit writes contains only the plan's path.
 
     Raises:
-        SubmitError: with sbatch's own words.
+        SubmitError: with sbatch's message.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -55,25 +55,25 @@ def submit(plan: LaunchPlan, plan_path: Path) -> str:
         with _clean_environment():
             job = executor.submit(NodeTask(str(plan_path)))
     except (FailedJobError, FailedSubmissionError) as error:
-        raise SubmitError("sbatch refused the job", where="sbatch", value=_said(error)) from None
+        raise SubmitError("sbatch refused the job", where="sbatch", value=_sbatch_message(error)) from None
     return str(job.job_id)
 
 
 @contextmanager
 def _clean_environment() -> Iterator[None]:
-    """Without what would override the script (SBATCH_*), or be taken for this job's by the next (SLURM_*)."""
-    kept = dict(os.environ)
-    for name in kept:
+    """Remove variables that would override the script (SBATCH_*) or that describe another job (SLURM_*)."""
+    original = dict(os.environ)
+    for name in original:
         if name.startswith(("SBATCH_", "SLURM_", "SLURMD_", "SUBMITIT_", "LAUNCHER_ATTEMPT")) and name != "SLURM_CONF":
             del os.environ[name]
     try:
         yield
     finally:
-        os.environ.update(kept)
+        os.environ.update(original)
 
 
 def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
-    """submitit's parameters for the plan."""
+    """Return submitit's parameters for the plan."""
     section = SlurmSection.of(plan.config.cluster)
     gpus = section.gpus_per_node
     if gpus is None and plan.topology.device == "cuda" and not asks_for_gpus(section.gres):
@@ -95,7 +95,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
         "gpus_per_node": gpus or None,
         "gres": section.gres,
         "cpus_per_task": section.cpus_per_task,
-        # A whole node is asked for with all of its memory; else the site's default for a CPU would be the limit.
+        # An exclusive node includes all of its memory; otherwise the site's default per CPU would be the limit.
         "mem": section.mem or ("0" if section.exclusive else None),
         "constraint": section.constraint,
         "exclude": section.exclude,
@@ -114,7 +114,7 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
 
 
 def python_command(plan: LaunchPlan, plan_path: Path) -> str:
-    """The shell words that start Python in a task, in the container where there is one."""
+    """Return the shell words that start Python in a task, in its container if there is one."""
     section = SlurmSection.of(plan.config.cluster)
     words = [_plain(sys.executable)]
     if section.container_image and section.container_runtime == "apptainer":
@@ -123,12 +123,12 @@ def python_command(plan: LaunchPlan, plan_path: Path) -> str:
         words = ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
     elif section.container_image:
         words = [section.container_python]
-    return _SHIELD + shlex.join([_plain(str(plan_path)), *words])
+    return _SIGNAL_SHIELD + shlex.join([_plain(str(plan_path)), *words])
 
 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
     code = _plain(str(RunDir(Path(plan.run_dir)).code))
-    # Python's -c and -m would put the current folder first; what was submitted is what runs.
+    # With -c and -m Python would import from the current folder first; the submitted snapshot must run.
     environment = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1", **section.env}
     return [
         "umask 077",
@@ -156,41 +156,41 @@ def _job_command(verb: str, plan_path: Path) -> str:
 
 
 def _srun_arguments(plan: LaunchPlan, section: SlurmSection) -> list[str]:
-    # Unbound: the task starts all ranks of its node, which share the job's CPUs there.
+    # No CPU binding: one task starts all ranks of its node, which share the job's CPUs there.
     arguments = ["--kill-on-bad-exit=1", "--export=ALL", "--cpu-bind=none"]
     if section.container_image and section.container_runtime == "pyxis":
         mounts = ",".join(_mounts(plan, section))
-        # What the image sets of these would win otherwise.
-        kept = "--container-env=PYTHONPATH,PYTHONSAFEPATH,LAUNCHER_ATTEMPT"
-        arguments += [f"--container-image={section.container_image}", kept, f"--container-mounts={mounts}"]
+        # Without this, variables that the image sets would win.
+        environment = "--container-env=PYTHONPATH,PYTHONSAFEPATH,LAUNCHER_ATTEMPT"
+        arguments += [f"--container-image={section.container_image}", environment, f"--container-mounts={mounts}"]
     return [*arguments, *section.srun_args]
 
 
 def _mounts(plan: LaunchPlan, section: SlurmSection) -> list[str]:
-    """What the ranks read and write, under the same names inside, and what the user adds."""
-    own = [plan.run_dir, plan.data.cache_dir if plan.data else None, plan.model.path, plan.model.tokenizer_path]
-    paths = dict.fromkeys(_plain(str(_whole(Path(path)))) for path in own if path is not None)
+    """Return the mounts: the folders that ranks read and write, under the same paths, and those of cluster.container_mounts."""
+    folders = [plan.run_dir, plan.data.cache_dir if plan.data else None, plan.model.path, plan.model.tokenizer_path]
+    paths = dict.fromkeys(_plain(str(_mount_root(Path(path)))) for path in folders if path is not None)
     return [*(f"{path}:{path}" for path in paths), *section.container_mounts]
 
 
-def _whole(path: Path) -> Path:
-    """A snapshot of the hub's cache holds links to files beside it."""
+def _mount_root(path: Path) -> Path:
+    """Return the folder to mount for `path`: a snapshot in the Hub's cache contains links to files beside it."""
     return path.parents[1] if path.parent.name == "snapshots" else path
 
 
 def _plain(path: str) -> str:
     if not _PLAIN_PATH.fullmatch(path):
         raise SubmitError(
-            "this path cannot stand in a batch script",
+            "a batch script cannot contain this path",
             where="the batch script",
             value=path,
-            remedy="use absolute folders whose names hold only letters, digits and . _ @ + = - /",
+            remedy="use an absolute path of letters, digits and . _ @ + = - / only",
         )
     return path
 
 
-def _said(error: Exception) -> str:
-    """sbatch's own words out of submitit's report of a failed command."""
+def _sbatch_message(error: Exception) -> str:
+    """Return sbatch's message from submitit's report of a failed command."""
     lines = [line.strip() for line in str(error).splitlines()]
-    said = [line for line in lines if line.startswith("sbatch:")]
-    return "\n".join(said or lines)
+    messages = [line for line in lines if line.startswith("sbatch:")]
+    return "\n".join(messages or lines)

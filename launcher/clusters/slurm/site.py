@@ -1,4 +1,4 @@
-"""What a Slurm site has: its partitions, and the nodes in them."""
+"""The partitions and nodes of a Slurm site, as slurmctld reports them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from launcher.plan.launch_plan import DeviceFacts
 
 _SEPARATOR = "\x1f"
 _NODE_FIELDS = ("NodeList", "PartitionName", "StateLong", "CPUs", "Memory", "Gres")
-# A node in any other state has jobs, waits for some, or is started when one comes. Marks such as * follow the word.
+# Nodes in other states can run jobs. Marks such as * follow the state.
 _OUT_OF_SERVICE = re.compile(r"down|drain|fail|error|unknown|future|inval")
 
 
 @dataclass(frozen=True)
 class Gpus:
-    """GPUs of one type; the site need not give types names."""
+    """GPUs of one type; `type` is None at sites that do not name types."""
 
     type: str | None
     count: int
@@ -33,7 +33,7 @@ class Gpus:
 
 @dataclass(frozen=True)
 class Node:
-    """A node as Slurm has it; `state` is sinfo's word."""
+    """A node of Slurm; `state` is sinfo's."""
 
     name: str
     state: str
@@ -46,7 +46,7 @@ class Node:
         return _OUT_OF_SERVICE.match(self.state) is None
 
     def num_gpus(self, kind: str | None = None) -> int:
-        """GPUs of the type `kind`, of all types where it is None."""
+        """Count the GPUs of the type `kind`, or of all types if it is None."""
         return sum(gpus.count for gpus in self.gpus if kind is None or gpus.type == kind)
 
     def __str__(self) -> str:
@@ -55,7 +55,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition with its nodes. A limit is None where there is none, and so are names where all are allowed."""
+    """A partition with its nodes. A limit of None means unlimited; names of None mean that all are allowed."""
 
     name: str
     default: bool
@@ -73,21 +73,21 @@ class Partition:
 
 @dataclass(frozen=True)
 class Site:
-    """`enforced` holds what of the accounting a job must have, such as associations and qos."""
+    """A Slurm cluster. `enforced` holds what the accounting enforces, such as associations and qos."""
 
     cluster: str
     enforced: frozenset[str]
     partitions: tuple[Partition, ...]
 
     def chosen(self, section: SlurmSection) -> tuple[Partition, ...]:
-        """The partitions that the job may run in: those of cluster.partition, else the default.
+        """Return the partitions that the job may run in: those of cluster.partition, or the site's default.
 
         Raises:
-            SubmitError: where one does not exist, with those that do.
+            SubmitError: if a partition does not exist, with those that do.
         """
         by_name = {partition.name: partition for partition in self.partitions}
         names = [name for name in by_name if by_name[name].default] if section.partition is None else section.partition.split(",")
-        choices = f"choose among: {listed(by_name)}"
+        choices = f"choose one of: {listed(by_name)}"
         if not names:
             raise SubmitError(
                 "cluster.partition is not set, and this site has no default", where="cluster.partition", remedy=choices
@@ -107,13 +107,13 @@ class Site:
 
 
 def read() -> Site:
-    """Ask slurmctld, all at once.
+    """Read the site from slurmctld, with concurrent commands.
 
     Raises:
-        SlurmError: where it does not answer.
+        SlurmError: if it does not answer.
     """
     columns = ",".join(f"{field}:{_SEPARATOR}" for field in _NODE_FIELDS)
-    # --all: partitions that are hidden, or closed to this user's groups, exist as well.
+    # --all includes partitions that are hidden or closed to this user's groups.
     commands = (
         ("scontrol", "show", "config"),
         ("scontrol", "--all", "--oneliner", "show", "partition"),
@@ -122,96 +122,97 @@ def read() -> Site:
     with ThreadPoolExecutor(len(commands)) as pool:
         config, partitions, nodes = pool.map(lambda argv: slurm(*argv), commands)
     settings = dict(re.findall(r"^(\w+) *= (.*?) *$", config, re.MULTILINE))
-    of_partition = _nodes(nodes)
+    nodes_of = _nodes_by_partition(nodes)
     records = [dict(word.partition("=")[::2] for word in line.split()) for line in partitions.splitlines() if "=" in line]
     return Site(
         cluster=settings.get("ClusterName", ""),
         enforced=frozenset(settings.get("AccountingStorageEnforce", "").split(",")),
-        partitions=tuple(_partition(record, tuple(of_partition.get(record["PartitionName"], ()))) for record in records),
+        partitions=tuple(_partition(record, tuple(nodes_of.get(record["PartitionName"], ()))) for record in records),
     )
 
 
 def gpus_of(section: SlurmSection) -> DeviceFacts:
-    """The accelerators of one node of the job: those it asks for, else all of the partition's most frequent GPU node.
+    """Return the accelerators of one node of the job: the requested ones, or all of the partition's most common GPU node.
 
-    Where there are none, or cluster.gpus_per_node is 0, the CPUs of the most frequent node.
+    Without GPUs, or with cluster.gpus_per_node=0, return the CPUs of the most common node.
 
     Raises:
-        SubmitError: where Slurm does not answer and the settings do not say it, or the partition does not exist.
+        SubmitError: if Slurm does not answer and the settings name no GPUs, or the partition does not exist.
     """
-    asked = gpus_asked(section)
+    requested = requested_gpus(section)
     try:
         partitions = read().chosen(section)
     except SlurmError as error:
-        # A plan can be made away from the cluster by who says what its nodes have.
-        if asked is None:
-            away = "or, to plan away from the cluster, set cluster.gpus_per_node"
+        # With cluster.gpus_per_node a plan can be made away from the cluster.
+        if requested is None:
+            offline = "or set cluster.gpus_per_node to plan without the cluster"
             raise SubmitError(
-                replace(problem, remedy=f"{problem.remedy or 'see whether Slurm is up'}; {away}") for problem in error.problems
+                replace(problem, remedy=f"{problem.remedy or 'check whether Slurm is running'}, {offline}")
+                for problem in error.problems
             ) from None
         partitions = ()
     nodes = [node for partition in partitions for node in partition.nodes]
-    fitting = [node for node in nodes if fits(node, asked or Gpus(None, 1))]
-    node = _most_frequent(fitting or nodes)
-    host_gib = round((memory_asked_mib(section) or node.memory_mib) / 1024, 1) if node else None
-    gpus = asked or Gpus(None, node.num_gpus() if node else 0)
+    fitting = [node for node in nodes if has_gpus(node, requested or Gpus(None, 1))]
+    node = _most_common(fitting or nodes)
+    host_gib = round((requested_memory_mib(section) or node.memory_mib) / 1024, 1) if node else None
+    gpus = requested or Gpus(None, node.num_gpus() if node else 0)
     if gpus.count == 0:
         return DeviceFacts(kind="cpu", name="CPU", count=node.cpus if node else 1, host_memory_gib=host_gib)
-    name = gpus.type or next((of_node.type for of_node in node.gpus if of_node.type), None) if node else gpus.type
-    known = lookup(name) if name else None
-    memory_gib = known.memory_gib if known else None
+    name = gpus.type or next((entry.type for entry in node.gpus if entry.type), None) if node else gpus.type
+    gpu_type = lookup(name) if name else None
+    memory_gib = gpu_type.memory_gib if gpu_type else None
     return DeviceFacts(kind="cuda", name=name or "gpu", count=gpus.count, memory_gib=memory_gib, host_memory_gib=host_gib)
 
 
-def fits(node: Node, gpus: Gpus) -> bool:
-    """The node has as many GPUs of that type."""
+def has_gpus(node: Node, gpus: Gpus) -> bool:
+    """Return whether the node has at least these GPUs."""
     return node.num_gpus(gpus.type) >= gpus.count
 
 
-def gpus_asked(section: SlurmSection) -> Gpus | None:
-    """The GPUs that the settings ask of each node; a count of 0 is none, None is left open."""
+def requested_gpus(section: SlurmSection) -> Gpus | None:
+    """Return the GPUs that the settings request of each node, a count of 0 for none; None if they do not say."""
     if section.gpus_per_node is not None:
         return Gpus(None, section.gpus_per_node)
     return next(iter(_gpus(section.gres or "")), None)
 
 
-def memory_asked_mib(section: SlurmSection) -> int | None:
-    """cluster.mem in MiB, as sbatch reads it; None where it is unset or 0, which is all of a node's."""
+def requested_memory_mib(section: SlurmSection) -> int | None:
+    """Return cluster.mem in MiB, as sbatch reads it; None if it is unset or 0, which requests all memory of a node."""
     number, unit = re.fullmatch(r"(\d+)([KMGT]?)B?", section.mem or "0").groups()  # type: ignore[union-attr]
     kib = int(number) * {"K": 1, "": 1 << 10, "M": 1 << 10, "G": 1 << 20, "T": 1 << 30}[unit]
     return -(-kib // 1024) or None
 
 
-def listed(names: Iterable[str], most: int = 10) -> str:
-    """Names with commas between; of many the first few and how many more there are."""
+def listed(names: Iterable[str], max_shown: int = 10) -> str:
+    """Join names with commas; of many, the first `max_shown` and the number of the others."""
     every = list(names)
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "")
+    return ", ".join(every[:max_shown]) + (f" and {len(every) - max_shown} more" if len(every) > max_shown else "")
 
 
-def _most_frequent(nodes: Sequence[Node]) -> Node | None:
-    """A node of the configuration that most have, of two the one with more GPUs; nodes in service before others."""
-    serving = [node for node in nodes if node.in_service] or nodes
-    frequency = Counter(str(node) for node in serving)
-    return max(serving, key=lambda node: (frequency[str(node)], node.num_gpus(), node.cpus), default=None)
+def _most_common(nodes: Sequence[Node]) -> Node | None:
+    """Return a node of the most common configuration, preferring nodes in service and, among equals, more GPUs."""
+    candidates = [node for node in nodes if node.in_service] or nodes
+    frequency = Counter(str(node) for node in candidates)
+    return max(candidates, key=lambda node: (frequency[str(node)], node.num_gpus(), node.cpus), default=None)
 
 
-def _nodes(shown: str) -> dict[str, list[Node]]:
-    found: dict[str, list[Node]] = {}
-    for line in shown.splitlines():
+def _nodes_by_partition(output: str) -> dict[str, list[Node]]:
+    by_partition: dict[str, list[Node]] = {}
+    for line in output.splitlines():
         name, partition, state, cpus, memory, gres = line.split(_SEPARATOR)[: len(_NODE_FIELDS)]
-        found.setdefault(partition, []).append(Node(name, state, int(cpus), int(memory), _gpus(gres)))
-    return found
+        by_partition.setdefault(partition, []).append(Node(name, state, int(cpus), int(memory), _gpus(gres)))
+    return by_partition
 
 
 def _gpus(gres: str) -> tuple[Gpus, ...]:
-    """The GPUs in a text such as `gpu:h100:8(S:0-1),nvme:1`."""
-    found = []
+    """Parse the GPUs of a generic resource list such as `gpu:h100:8(S:0-1),nvme:1`."""
+    gpus = []
     for entry in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *parts = entry.split(":")
         if name == "gpu":
             count = int(parts.pop()) if parts and parts[-1].isdigit() else 1
-            found.append(Gpus(parts[0] if parts else None, count))
-    return tuple(found)
+            gpus.append(Gpus(parts[0] if parts else None, count))
+    return tuple(gpus)
 
 
 def _partition(record: dict[str, str], nodes: tuple[Node, ...]) -> Partition:

@@ -53,19 +53,19 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
     return Endpoint(address, name)
 
 
-def node_addresses(node_list: str, patience_s: float = 0.0) -> dict[str, str]:
+def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
     """The addresses of an allocation's nodes, by name and in the list's order; `node_list` is Slurm's, such as n[1-3].
 
     An address is that of NodeAddr, by which Slurm itself reaches the node, else of the node's name. A name that resolves
     to loopback tells nothing, unless it is this node's: its address is then the one that routes to the others. Where Slurm
-    does not tell NodeAddr, because it hides its nodes or does not answer for `patience_s`, the names alone have to do.
+    does not tell NodeAddr, because it hides its nodes or does not answer for `retry_s`, the names alone have to do.
 
     Raises:
         RunError: where a node has no address that the others could reach; SlurmError for a list that is none.
     """
     hosts = slurm("scontrol", "show", "hostnames", node_list).split()
     try:
-        nodes = slurm("scontrol", "--oneliner", "show", "node", node_list, patience_s=patience_s)
+        nodes = slurm("scontrol", "--oneliner", "show", "node", node_list, retry_s=retry_s)
     except SlurmError:
         nodes = ""
     known = dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", nodes, re.MULTILINE))

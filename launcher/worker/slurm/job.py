@@ -123,7 +123,7 @@ def conclude(plan_path: str, number: int, exit_code: int) -> int:
     _if_possible(lambda: print(f"attempt {number}: {ending.cause}: {conclusion.message}", flush=True))
     if decision.again:
         by_slurm = state == "PENDING" or _preempted_by_slurm(_details(job, until), until)
-        slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, patience_s=_left(until))
+        slurm_cluster.run_again(plan, run, job, decision, by_slurm=by_slurm, retry_s=_left(until))
     else:
         _if_possible(lambda: close_wandb_run(plan, plan_path, run, number))
     return 0 if decision.again or decision.state == "completed" else EXIT_FAILED
@@ -196,8 +196,8 @@ def _preempted_by_slurm(details: Mapping[str, str], until: float) -> bool:
     if not preempted or details.get("Requeue") != "1":
         return False
     try:
-        config = slurm("scontrol", "show", "config", patience_s=_left(until))
-        partition = slurm("scontrol", "show", "partition", details.get("Partition", ""), patience_s=_left(until))
+        config = slurm("scontrol", "show", "config", retry_s=_left(until))
+        partition = slurm("scontrol", "show", "partition", details.get("Partition", ""), retry_s=_left(until))
     except SlurmError:
         return False
     by_partition = re.search(r"^PreemptType\s*=\s*preempt/partition_prio\s*$", config, re.MULTILINE)

@@ -164,7 +164,7 @@ def test_where_slurm_hides_its_nodes_their_names_have_to_do(
     command = (tmp_path / "scontrol").read_text()
     refused = "echo 'slurm_load_node error: Access/permission denied' >&2; exit 1"
     (tmp_path / "scontrol").write_text(command.replace("'--oneliner show node n[1-2]')", f"--oneliner*) {refused} ;; none)"))
-    assert network.node_addresses("n[1-2]", patience_s=60) == {"n1": "10.9.0.1", "n2": "10.9.0.2"}
+    assert network.node_addresses("n[1-2]", retry_s=60) == {"n1": "10.9.0.1", "n2": "10.9.0.2"}
 
 
 def test_this_node_with_a_loopback_name_is_where_it_routes_to_the_others_from(

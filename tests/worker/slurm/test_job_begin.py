@@ -112,7 +112,7 @@ def test_where_it_cannot_be_known_whether_another_job_runs_it_the_job_fails(
     fake_slurm.refuse("squeue", said=slurm_said.UNREACHABLE)
     code, out, err = of.begin()
     assert (code, out) == (1, "")
-    assert err.startswith("Slurm did not answer whether job 40 still runs tried: squeue got no answer\n")
+    assert err.startswith("Slurm did not answer whether job 40 still runs tried: squeue got no answer from Slurm\n")
     assert len(fake_slurm.calls) > 2
     assert (of.attempt(), of.status) == before
 

@@ -19,7 +19,7 @@ from job_tools import Job
 
 from launcher import atomic_files, json_records, run_records, run_store
 from launcher.clusters.slurm import cluster, queue
-from launcher.clusters.slurm.commands import SlurmError, SlurmSilent, slurm
+from launcher.clusters.slurm.commands import SlurmError, SlurmUnreachable, slurm
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.worker.slurm import job
 
@@ -85,7 +85,7 @@ def test_what_sbatch_says_against_it_is_in_the_status(submitted: Callable[..., J
     fake_slurm.refuse("sbatch", said=slurm_said.NOT_AVAILABLE)
     assert of.conclude() == 1
     assert of.status.state == "failed"
-    assert of.status.message == f"it should run again, but sbatch refused the job: {slurm_said.NOT_AVAILABLE}"
+    assert of.status.message == f"the run could not be submitted again: sbatch refused the job: {slurm_said.NOT_AVAILABLE}"
 
 
 @pytest.mark.parametrize("exclude", [None, "n9"])
@@ -344,18 +344,18 @@ def test_without_json_the_end_is_told_from_the_rest(
 def test_a_refusal_is_final_and_silence_is_told_from_it(fake_slurm: FakeSlurm) -> None:
     fake_slurm.refuse("scancel", "1", said="scancel: error: Kill job error on job id 1: Invalid job id specified")
     with pytest.raises(SlurmError) as refused:
-        slurm("scancel", "1", patience_s=60)
-    assert not isinstance(refused.value, SlurmSilent)
+        slurm("scancel", "1", retry_s=60)
+    assert not isinstance(refused.value, SlurmUnreachable)
     assert len(fake_slurm.calls) == 1
     fake_slurm.refuse("scancel", "2", said=slurm_said.UNREACHABLE)
-    with pytest.raises(SlurmSilent, match="Unable to contact slurm controller"):
+    with pytest.raises(SlurmUnreachable, match="Unable to contact slurm controller"):
         slurm("scancel", "2")
     assert len(fake_slurm.calls) == 2
-    with pytest.raises(SlurmSilent):
-        slurm("scancel", "2", patience_s=0.2)
+    with pytest.raises(SlurmUnreachable):
+        slurm("scancel", "2", retry_s=0.2)
     assert len(fake_slurm.calls) > 3
     (fake_slurm.folder / "sinfo").write_text("#!/bin/sh\nexec sleep 60\n")
-    with pytest.raises(SlurmSilent, match="did not answer"):
+    with pytest.raises(SlurmUnreachable, match="did not answer"):
         slurm("sinfo", deadline_s=0.2)
 
 
