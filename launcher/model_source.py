@@ -42,7 +42,7 @@ def is_config_known(model: ModelSection) -> bool:
 def stop_ids(model: ModelSection) -> list[int]:
     """Return the token ids at which the model stops generating, by its generation settings."""
     folder = locate(model.path, model).folder if model.path else None
-    return generation.stop_ids(folder if folder is not None else model.config or {})
+    return generation.read_stop_ids(folder if folder is not None else model.config or {})
 
 
 def pretrained_folder(model: ModelSection) -> Path | None:

@@ -10,13 +10,13 @@ from typing import Any
 FILE = "generation_config.json"
 
 
-def stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
+def read_stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
     """The tokens at which generations of a model stop by its own settings; `model` is its folder, or its config.json."""
-    found = settings(model).get("eos_token_id")
+    found = read_generation_config(model).get("eos_token_id")
     return found if isinstance(found, list) else [] if found is None else [found]
 
 
-def settings(model: Path | Mapping[str, Any]) -> dict[str, Any]:
+def read_generation_config(model: Path | Mapping[str, Any]) -> dict[str, Any]:
     """The model's generation config; without one transformers takes these settings from config.json."""
     if isinstance(model, Path) and (model / FILE).is_file():
         return dict(json.loads((model / FILE).read_bytes()))

@@ -16,7 +16,7 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedP
 from torch.nn import Parameter
 
 
-def is_used(zero: Any) -> bool:
+def may_hold_states(zero: Any) -> bool:
     """True where states may lie on NVMe; then they cannot be read while training computes."""
     return zero.swap_optimizer or zero.params_in_nvme_and_cpu
 
@@ -28,7 +28,7 @@ def forget_states(zero: Any) -> None:
 
 
 @contextmanager
-def sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator[None]:
+def load_sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator[None]:
     """Have the fp32 weights and optimizer states of a sub-group in memory; with `changed` they are written back at the end.
 
     Sub-groups that are changed go in ascending order: DeepSpeed writes the last of them, and what is left of those before,
@@ -50,7 +50,7 @@ def sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator[None]
 
 
 @contextmanager
-def partition(parameter: Parameter) -> Iterator[None]:
+def load_partition(parameter: Parameter) -> Iterator[None]:
     """Have this rank's partition of a weight in memory."""
     swapper, part = parameter.nvme_swapper, parameter.ds_tensor
     if part.status == PartitionedParamStatus.INFLIGHT:

@@ -23,7 +23,7 @@ from launcher.checkpoint import safetensors_io, store, zero3
 from launcher.checkpoint.manifest import REFERENCE_LOGITS, STATE, Manifest
 from launcher.checkpoint.safetensors_io import TensorSpec, as_bytes
 from launcher.checkpoint.shards import Shard, weight_digests
-from launcher.checkpoint.staging import HostCopy, is_finite, on_device
+from launcher.checkpoint.staging import StagingBuffer, is_finite, set_current_device
 from launcher.distributed import problems_of
 from launcher.errors import CheckpointError, Problem
 from launcher.plan.launch_plan import Record
@@ -72,7 +72,7 @@ class SaveJob:
     reference_logits: Mapping[str, torch.Tensor]
     eval_loss: float | None
     num_bytes: int
-    copy: HostCopy | None
+    copy: StagingBuffer | None
     began: float
     after: Any = None
     stall_s: float = 0.0
@@ -94,7 +94,7 @@ class SaveJob:
         return self.context.root / store.step_name(self.step)
 
     def _run(self) -> None:
-        on_device(self.context.engine.device)
+        set_current_device(self.context.engine.device)
         try:
             receipt = ShardReceipt(entry=self._write())
         except Exception as error:
@@ -122,18 +122,18 @@ class SaveJob:
         atomic_files.fault_point("begun")
         path = self.saving / store.shard_name(self.context.rank)
         states = zero3.local_states(self.context.engine, self.context.parameters)
-        with _beside(self.context.engine.device, self.after), closing(states):
+        with _side_stream(self.context.engine.device, self.after), closing(states):
             digests = weight_digests(self.context.parameters)
             if self.copy is None:
-                return self.shard.write(path, _half_way(_finite(states), self.shard.num_bytes), digests)
+                return self.shard.write(path, _with_fault_point(_finite_bytes(states), self.shard.num_bytes), digests)
             self.copy.fill(states)
         self.copied.set()
         atomic_files.fault_point("copied")
         # From here on nobody waits, and training comes first. Linux gives each thread a priority of its own.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         if not self.copy.is_finite():
-            raise _not_finite()
-        return self.shard.write(path, _half_way(self.copy.blocks(), self.shard.num_bytes), digests)
+            raise _not_finite_error()
+        return self.shard.write(path, _with_fault_point(self.copy.blocks(), self.shard.num_bytes), digests)
 
     def _commit(self) -> None:
         """Wait for the receipts of all ranks, and move the checkpoint into place."""
@@ -191,7 +191,7 @@ class SaveJob:
 
 
 @contextmanager
-def _beside(device: torch.device, after: Any) -> Iterator[None]:
+def _side_stream(device: torch.device, after: Any) -> Iterator[None]:
     """On a GPU, work in a stream of its own from the moment on at which `after` has happened in the others."""
     if after is None:
         yield
@@ -203,15 +203,15 @@ def _beside(device: torch.device, after: Any) -> Iterator[None]:
     stream.synchronize()
 
 
-def _finite(states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
+def _finite_bytes(states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
     """The bytes of states that are written from where they lie."""
     for state in states:
         if not is_finite(state):
-            raise _not_finite()
+            raise _not_finite_error()
         yield as_bytes(state.cpu())
 
 
-def _half_way(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[memoryview]:
+def _with_fault_point(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[memoryview]:
     done = 0
     for block in blocks:
         if done < num_bytes // 2 <= done + len(block):
@@ -220,7 +220,7 @@ def _half_way(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[memoryvi
         yield block
 
 
-def _not_finite() -> CheckpointError:
+def _not_finite_error() -> CheckpointError:
     return CheckpointError("weights or optimizer states are infinite or NaN; such a checkpoint is of no use and was not written")
 
 

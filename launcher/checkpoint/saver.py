@@ -24,8 +24,8 @@ from torch.nn import Parameter
 
 from launcher.checkpoint import store, zero3
 from launcher.checkpoint.save_thread import SaveContext, SaveJob, reference_logits_bytes
-from launcher.checkpoint.shards import Shard, state_of
-from launcher.checkpoint.staging import HostCopy
+from launcher.checkpoint.shards import Shard, build_state
+from launcher.checkpoint.staging import StagingBuffer
 from launcher.distributed import problems_of, run_on_all_ranks
 from launcher.errors import CheckpointError, LauncherError
 
@@ -67,17 +67,17 @@ class Saver:
         deadline_s: float,
         fence: Callable[[], None] = lambda: None,
     ) -> None:
-        zero3.require_served(engine, named_parameters)
+        zero3.require_supported_engine(engine, named_parameters)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self._context = SaveContext(
             engine, named_parameters, root, rank, world_size, plan_digest, attempt, prune, fence, deadline_s
         )
         self._engine, self._is_main = engine, rank == 0
-        self._copy: HostCopy | None = None
-        if background and zero3.can_be_copied_behind(engine):
+        self._copy: StagingBuffer | None = None
+        if background and zero3.can_stage_in_background(engine):
             num_tensors = 1 + len(zero3.optimizer_of(engine).states)
             num_elements = sum(map(zero3.local_elements, named_parameters.values())) * num_tensors
-            self._copy = HostCopy(num_elements, engine.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+            self._copy = StagingBuffer(num_elements, engine.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._job: SaveJob | None = None
         self._outcome: Saved | CheckpointError | None = None
 
@@ -187,7 +187,7 @@ class Saver:
 
         def prepare() -> SaveJob:
             shard = Shard.of(self._engine, parameters)
-            state = state_of(self._engine, parameters, extra_state).to_json().encode() if self._is_main else b""
+            state = build_state(self._engine, parameters, extra_state).to_json().encode() if self._is_main else b""
             kept = {name: tensor.clone() for name, tensor in reference_logits.items()} if self._is_main else {}
             num_bytes = shard.num_bytes + len(state) + (reference_logits_bytes(kept) if kept else 0)
             saving = store.saving_path(root, step, self._context.attempt)

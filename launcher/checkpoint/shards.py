@@ -50,7 +50,7 @@ class Shard:
         states = {_RNG_CPU: torch.get_rng_state()}
         if torch.cuda.is_available():
             states[_RNG_CUDA] = torch.cuda.get_rng_state()
-        layout = zero3.layout(engine, named_parameters)
+        layout = zero3.state_layout(engine, named_parameters)
         specs = [TensorSpec(tensor_key(name, key), "F32", (count,)) for name, key, count in layout]
         specs += [TensorSpec(name, "U8", tuple(state.shape)) for name, state in states.items()]
         # Asked of the parameter: DeepSpeed gives a partition that lies on NVMe another type.
@@ -80,14 +80,14 @@ def weight_digests(named_parameters: Mapping[str, Parameter]) -> dict[str, str]:
     return {name: weight_digest(as_bytes(part.cpu())) for name, part in zero3.local_weights(named_parameters)}
 
 
-def state_of(engine: Any, named_parameters: Mapping[str, Parameter], extra_state: Mapping[str, Any]) -> State:
+def build_state(engine: Any, named_parameters: Mapping[str, Parameter], extra_state: Mapping[str, Any]) -> State:
     """state.json, on rank 0 or any other: all hold the same."""
     return State(
         parameters={name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()},
         optimizer_step=zero3.optimizer_step(engine),
         optimizer_states=zero3.optimizer_of(engine).states,
         loss_scaler=zero3.loss_scale_state(engine),
-        engine=zero3.counters(engine),
+        engine=zero3.read_counters(engine),
         extra=dict(extra_state),
     )
 
@@ -111,7 +111,7 @@ def load(
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
     def check() -> tuple[store.Manifest, State]:
-        zero3.require_served(engine, named_parameters)
+        zero3.require_supported_engine(engine, named_parameters)
         manifest = store.open_checkpoint(checkpoint).manifest
         if plan_digest is not None and manifest.plan_digest != plan_digest:
             raise CheckpointError(
@@ -140,9 +140,9 @@ def load(
         run_on_all_ranks(
             engine.device,
             "the checkpoint could not be read",
-            lambda: zero3.fill(engine, named_parameters, state.optimizer_step, read),
+            lambda: zero3.load_states(engine, named_parameters, state.optimizer_step, read),
         )
-        zero3.publish(engine)
+        zero3.publish_weights(engine)
         zero3.set_loss_scale_state(engine, state.loss_scaler)
         zero3.set_counters(engine, state.engine)
         if manifest.world_size == world_size:

@@ -19,7 +19,7 @@ OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _BLOCK_ELEMENTS = 64 * 2**20
 
 
-class HostCopy:
+class StagingBuffer:
     """Room for `num_elements` in fp32, page-locked where the states lie on a GPU.
 
     It is made by a thread, because locking the pages of tens of GiB takes seconds that the first steps need not wait for.
@@ -68,7 +68,7 @@ class HostCopy:
 
     def _make(self, num_elements: int, sharers: int) -> None:
         try:
-            on_device(self._device)
+            set_current_device(self._device)
             if sharers * 4 * num_elements > available_bytes():
                 # The system would promise the memory all the same, and kill a process when it is used.
                 return
@@ -87,7 +87,7 @@ class HostCopy:
             self._ready.set()
 
 
-def on_device(device: torch.device) -> None:
+def set_current_device(device: torch.device) -> None:
     """Make a GPU the current one of this thread: each begins with GPU 0, and would take memory there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

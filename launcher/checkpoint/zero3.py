@@ -26,10 +26,10 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 # (parameter name, fp32 or an optimizer state, elements of the whole parameter, first element, CPU tensor to fill)
-Fill = Callable[[str, str, int, int, torch.Tensor], None]
+ReadState = Callable[[str, str, int, int, torch.Tensor], None]
 
 
-def require_served(engine: Any, named_parameters: Mapping[str, Parameter]) -> None:
+def require_supported_engine(engine: Any, named_parameters: Mapping[str, Parameter]) -> None:
     """CheckpointError where this engine's states cannot be read parameter by parameter, or the names do not cover it."""
     zero = engine.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
@@ -79,7 +79,7 @@ def local_elements(parameter: Parameter) -> int:
     return stop - start
 
 
-def layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list[tuple[str, str, int]]:
+def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list[tuple[str, str, int]]:
     """(parameter name, fp32 or an optimizer state, elements on this rank) in the order in which `local_states` gives them.
 
     There are optimizer states only after the first optimizer step.
@@ -93,9 +93,9 @@ def layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list[tuple
     return [(name, key, local_elements(parameter)) for name, parameter, _ in members for key in keys]
 
 
-def can_be_copied_behind(engine: Any) -> bool:
+def can_stage_in_background(engine: Any) -> bool:
     """True where a thread can read the states while the engine computes; they must not be on NVMe for that."""
-    return not nvme.is_used(engine.optimizer)
+    return not nvme.may_hold_states(engine.optimizer)
 
 
 def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Generator[torch.Tensor]:
@@ -107,7 +107,7 @@ def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Gene
     zero = engine.optimizer
     keys = stored_keys(engine, optimizer_step(engine))
     for group, members in _members(engine, named_parameters).items():
-        with nvme.sub_group(zero, group):
+        with nvme.load_sub_group(zero, group):
             for name, parameter, offset in members:
                 for key in keys:
                     state = _flat(zero, group, key)
@@ -120,7 +120,7 @@ def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Gene
 def local_weights(named_parameters: Mapping[str, Parameter]) -> Generator[tuple[str, torch.Tensor]]:
     """This rank's part of the weights that the engine computes with: flat views, without padding, valid as `local_states`."""
     for name, parameter in named_parameters.items():
-        with nvme.partition(parameter):
+        with nvme.load_partition(parameter):
             yield name, parameter.ds_tensor.detach().narrow(0, 0, local_elements(parameter))
 
 
@@ -153,8 +153,8 @@ def optimizer_step(engine: Any) -> int:
     return steps.pop()
 
 
-def fill(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read: Fill) -> None:
-    """Put this rank's part of every state into the engine. No communication; `publish` on all ranks has to follow.
+def load_states(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read: ReadState) -> None:
+    """Put this rank's part of every state into the engine. No communication; `publish_weights` on all ranks has to follow.
 
     The weights that the engine computes with are set too, because what lies on NVMe is in memory just now.
     """
@@ -162,7 +162,7 @@ def fill(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read
     zero.checkpoint_event_prologue()
     nvme.forget_states(zero)
     for group, members in _members(engine, named_parameters).items():
-        with nvme.sub_group(zero, group, changed=True):
+        with nvme.load_sub_group(zero, group, changed=True):
             _make_optimizer_state(engine, group, step)
             for name, parameter, offset in members:
                 start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
@@ -175,8 +175,8 @@ def fill(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read
         _replay_bias_correction(zero.optimizer, step)
 
 
-def publish(engine: Any) -> None:
-    """Let all ranks have the weights that each has set by `fill`. Collective."""
+def publish_weights(engine: Any) -> None:
+    """Let all ranks have the weights that each has set by `load_states`. Collective."""
     # Gathers the persistent parameters anew and drops the second copies that hpZ keeps.
     engine.optimizer.checkpoint_event_epilogue()
 
@@ -193,7 +193,7 @@ def set_loss_scale_state(engine: Any, state: Mapping[str, float]) -> None:
             setattr(engine.optimizer.loss_scaler, key, value)
 
 
-def counters(engine: Any) -> dict[str, int]:
+def read_counters(engine: Any) -> dict[str, int]:
     """DeepSpeed's own counts of steps and samples."""
     return {key: int(getattr(engine, key)) for key in _COUNTERS}
 
@@ -203,7 +203,7 @@ def set_counters(engine: Any, state: Mapping[str, int]) -> None:
         setattr(engine, key, state[key])
 
 
-def release(engine: Any) -> None:
+def release_engine(engine: Any) -> None:
     """Give back the memory of an engine that is not used any more; nothing of it can be used after.
 
     DeepSpeed's hooks hold on to an engine for as long as the process lives, so its storages are emptied one by one.

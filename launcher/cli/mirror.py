@@ -14,8 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from launcher import run_store
 from launcher.checkpoint.mirror import download
-from launcher.checkpoint.mirror.layout import MirroredRun, complete_checkpoints, read_run
-from launcher.checkpoint.mirror.remote_folder import Remote, unreachable
+from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder, unreachable_error
 from launcher.cli import formatting
 from launcher.cli.launch import prepare
 from launcher.config.fields import Url
@@ -37,18 +37,18 @@ def download_run(url: str, root: Path, step: int | None) -> RunDir:
         ConfigError, DataError: if its data is missing on this machine, or differs.
     """
     _require_address(url)
-    remote = Remote(url)
+    remote = RemoteFolder(url)
     with _reading(remote):
         mirrored = read_run(remote)
         if mirrored is None:
             raise _no_such_run(remote)
     run = RunDir((root / mirrored.run_name).absolute())
-    download.claim(run, remote.url)
+    download.claim_run_dir(run, remote.url)
     with run_store.start_lock(run):
         with _reading(remote):
-            plans = download.fixed_files(remote, mirrored, run)
-            download.progress(remote, run)
-            step = download.checkpoint(remote, run, step, _say)
+            plans = download.download_fixed_files(remote, mirrored, run)
+            download.download_progress(remote, run)
+            step = download.download_checkpoint(remote, run, step, _say)
         _settle_status(run, mirrored, remote.url, step)
         plan = _newest(plans)
         model = _model_without_weights(plan, run)
@@ -66,7 +66,7 @@ def ls(url: str, as_json: bool) -> int:
         SubmitError: if `url` is not an address of a mirror.
     """
     _require_address(url)
-    remote = Remote(url)
+    remote = RemoteFolder(url)
     with _reading(remote):
         runs = [_summary(remote.under(name), name) for name in remote.names()]
     summaries = [run for run in runs if run is not None]
@@ -93,18 +93,18 @@ def _require_address(url: str) -> None:
         raise SubmitError(f"this {what}", where="URL", remedy=remedy) from None
 
 
-def _summary(remote: Remote, name: str) -> dict[str, Any] | None:
+def _summary(remote: RemoteFolder, name: str) -> dict[str, Any] | None:
     """Return a run's status and complete checkpoints from the mirror; None if `name` is not a run."""
     content = remote.read("status.json") if read_run(remote) is not None else None
     if content is None:
         return None
     status = json.loads(content)
     state = {key: status.get(key) for key in ("state", "step", "max_steps", "updated_at")}
-    return {"name": name, "url": remote.url, **state, "checkpoints": list(complete_checkpoints(remote))}
+    return {"name": name, "url": remote.url, **state, "checkpoints": list(read_complete_checkpoints(remote))}
 
 
-def _no_such_run(remote: Remote) -> SubmitError:
-    parent = Remote(remote.url.rpartition("/")[0]) if remote.url.rpartition("/")[0].count("/") > 2 else remote
+def _no_such_run(remote: RemoteFolder) -> SubmitError:
+    parent = RemoteFolder(remote.url.rpartition("/")[0]) if remote.url.rpartition("/")[0].count("/") > 2 else remote
     names = [name for folder in (remote, parent) for name in folder.names() if read_run(folder.under(name)) is not None][:10]
     return SubmitError(
         "there is no run at this address",
@@ -192,14 +192,14 @@ def _with_local_paths(plan: LaunchPlan, run: RunDir, model: ModelSection, data: 
 
 
 @contextmanager
-def _reading(remote: Remote) -> Iterator[None]:
+def _reading(remote: RemoteFolder) -> Iterator[None]:
     """Turn errors of the storage into LauncherError."""
     try:
         yield
     except LauncherError:
         raise
     except Exception as error:
-        raise unreachable(remote, "read", error) from error
+        raise unreachable_error(remote, "read", error) from error
 
 
 def _say(line: str) -> None:

@@ -31,7 +31,7 @@ def check_startable(plan: LaunchPlan) -> None:
     if plan.config.checkpoint.mirror is not None:
         from launcher.checkpoint.mirror import upload
 
-        upload.require_usable(plan)
+        upload.require_usable_mirror(plan)
 
 
 def disk_note(plan: LaunchPlan) -> str | None:

@@ -22,7 +22,7 @@ from launcher.export import weights
 from launcher.plan.launch_plan import LaunchPlan
 
 if TYPE_CHECKING:
-    from launcher.export.parity import Parity
+    from launcher.export.parity import LogitParity
 
 # Stands in every export: only a folder that has it is ever replaced.
 MARKER = "export.json"
@@ -46,7 +46,7 @@ _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 
 
 @dataclass(frozen=True)
-class Task:
+class ExportTask:
     """What is exported from where to where.
 
     `model` is the base model's folder, or its config.json as a mapping; `tokenizer` is a folder, and `chat_template` the text
@@ -69,7 +69,7 @@ class Task:
     @property
     def added_stop_ids(self) -> tuple[int, ...]:
         """Those of `turn_end_ids` at which the base model's generations do not stop."""
-        return tuple(i for i in self.turn_end_ids if i not in generation.stop_ids(self.model))
+        return tuple(i for i in self.turn_end_ids if i not in generation.read_stop_ids(self.model))
 
     @property
     def partial(self) -> Path:
@@ -78,7 +78,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportedFolder:
     """A Hugging Face folder: where it is, its weight files, the parameters and bytes in them (tied ones count once).
 
     `num_compared` tensors were found to be those that the engine computed with, by their digests; 0 where the checkpoint
@@ -96,31 +96,31 @@ class Export:
     num_compared: int
     loaded: bool = False
     not_loaded: str = "not asked for"
-    parity: Parity | None = None
+    parity: LogitParity | None = None
     added_stop_ids: tuple[int, ...] = ()
 
 
-Card = Callable[[Export], str]
+RenderCard = Callable[[ExportedFolder], str]
 
 
-def export(task: Task, card: Card | None = None) -> Export:
+def export(task: ExportTask, card: RenderCard | None = None) -> ExportedFolder:
     """Write a checkpoint's weights as a folder that transformers and servers load; it takes the place of an earlier export.
 
     Memory for the weights: a few MiB, whatever the model's size; `task.check` loads the whole model when all is written.
-    Shards are read as they are: call `verify` first.
+    Shards are read as they are: call `verify_checkpoint` first.
 
     CheckpointError when the config describes another model than the checkpoint holds, when a weight is not the engine's,
     when the check fails, and when `out` holds something else than an export; `out` is then as it was.
     """
     try:
-        begin(task)
-        write_share(task, 0, 1)
-        return complete(task, card)
+        begin_export(task)
+        write_rank_files(task, 0, 1)
+        return complete_export(task, card)
     finally:
         shutil.rmtree(task.partial, ignore_errors=True)
 
 
-def chat_template_of(plan: LaunchPlan) -> str | None:
+def find_chat_template(plan: LaunchPlan) -> str | None:
     """The text of the template that the run's data was rendered with; None where it was the tokenizer's own.
 
     CheckpointError where the plan does not hold it and its file is gone.
@@ -142,7 +142,7 @@ def chat_template_of(plan: LaunchPlan) -> str | None:
         ) from error
 
 
-def stops_said(made: Export) -> str:
+def describe_added_stop_ids(made: ExportedFolder) -> str:
     """What is told of stop tokens that were added."""
     ids = ", ".join(map(str, made.added_stop_ids))
     return (
@@ -150,8 +150,8 @@ def stops_said(made: Export) -> str:
     )
 
 
-def verify(task: Task) -> None:
-    """CheckpointError where a file is damaged that `write_share` would not find out about.
+def verify_checkpoint(task: ExportTask) -> None:
+    """CheckpointError where a file is damaged that `write_rank_files` would not find out about.
 
     The digests of the weights cover every byte that is exported in the engine's own dtype; the moments, which are twice as
     large as the weights, need not be read then.
@@ -159,14 +159,14 @@ def verify(task: Task) -> None:
     manifest = store.open_checkpoint(task.checkpoint).manifest
     names = set(manifest.files)
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
-        engine = weights.engine_weights(shards)
+        engine = weights.read_engine_weights(shards)
     if engine is not None and engine.dtype == task.dtype:
         names -= {store.shard_name(rank) for rank in range(manifest.world_size)}
     if problems := store.verify_files(task.checkpoint, manifest, sorted(names)):
         raise CheckpointError(problems)
 
 
-def begin(task: Task) -> None:
+def begin_export(task: ExportTask) -> None:
     """Make the folder with everything but weights in it, beside its later place."""
     state = read_state(task.checkpoint)
     if task.out.exists() and not (task.out / MARKER).exists() and any(task.out.iterdir()):
@@ -181,22 +181,22 @@ def begin(task: Task) -> None:
     _write_config(task, state)
 
 
-def write_share(task: Task, rank: int, world_size: int) -> None:
-    """Write this rank's share of the weight files; every rank calls it after `begin`, with the same task."""
+def write_rank_files(task: ExportTask, rank: int, world_size: int) -> None:
+    """Write this rank's share of the weight files; every rank calls it after `begin_export`, with the same task."""
     manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _layout(task)
     mine = list(planned.files)[rank::world_size]
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
-        weights.write_files(shards, weights.engine_weights(shards), planned, mine, task.partial)
+        weights.write_files(shards, weights.read_engine_weights(shards), planned, mine, task.partial)
 
 
-def complete(task: Task, card: Card | None = None, device: str = "cpu") -> Export:
+def complete_export(task: ExportTask, card: RenderCard | None = None, device: str = "cpu") -> ExportedFolder:
     """Check the folder, on `device`, once all shares are written; add index and card, and move it into place."""
     manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _layout(task)
     weights.write_index(planned, task.partial)
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
-        compared = weights.engine_weights(shards) is not None
+        compared = weights.read_engine_weights(shards) is not None
     num_tensors = sum(map(len, planned.files.values()))
-    made = Export(
+    made = ExportedFolder(
         path=task.out,
         step=manifest.step,
         dtype=task.dtype,
@@ -217,14 +217,14 @@ def complete(task: Task, card: Card | None = None, device: str = "cpu") -> Expor
     return made
 
 
-def _checked(task: Task, made: Export, device: str) -> Export:
+def _checked(task: ExportTask, made: ExportedFolder, device: str) -> ExportedFolder:
     from launcher.checkpoint.staging import available_bytes
     from launcher.export import parity
 
     needed, free = made.num_bytes * _LOADING_FACTOR, available_bytes()
     if needed > free:
         return replace(made, not_loaded=f"that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free")
-    model = parity.load_back(task.partial, dtype=task.dtype, device=device, trust_remote_code=task.trust_remote_code)
+    model = parity.load_exported(task.partial, dtype=task.dtype, device=device, trust_remote_code=task.trust_remote_code)
     reference_logits, compared = parity.read_reference_logits(task.checkpoint), None
     if reference_logits is None:
         parity.require_finite(model)
@@ -234,11 +234,11 @@ def _checked(task: Task, made: Export, device: str) -> Export:
     return replace(made, loaded=True, not_loaded="", parity=compared)
 
 
-def _layout(task: Task) -> weights.Layout:
-    return weights.layout(read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes)
+def _layout(task: ExportTask) -> weights.FileLayout:
+    return weights.plan_files(read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes)
 
 
-def _write_config(task: Task, state: State) -> None:
+def _write_config(task: ExportTask, state: State) -> None:
     """config.json; checked against the checkpoint's parameters."""
     config = dict(task.model) if isinstance(task.model, Mapping) else json.loads((task.model / "config.json").read_bytes())
     # The base may have been quantized; these weights are not.
@@ -254,7 +254,7 @@ def _write_config(task: Task, state: State) -> None:
         atomic_files.write_json(target, config | {"architectures": config.get("architectures") or [built]})
 
 
-def _copy_side_files(task: Task) -> None:
+def _copy_side_files(task: ExportTask) -> None:
     found = [] if isinstance(task.model, Mapping) else [path for pattern in _MODEL_FILES for path in task.model.glob(pattern)]
     if task.tokenizer is not None:
         patterns = _TOKENIZER_FILES if task.chat_template is not None else (*_TOKENIZER_FILES, *_TEMPLATE_FILES)
@@ -267,7 +267,10 @@ def _copy_side_files(task: Task) -> None:
     if task.chat_template is not None:
         _write_chat_template(task.partial, task.chat_template)
     if task.added_stop_ids:
-        settings = {**generation.settings(task.model), "eos_token_id": [*generation.stop_ids(task.model), *task.added_stop_ids]}
+        settings = {
+            **generation.read_generation_config(task.model),
+            "eos_token_id": [*generation.read_stop_ids(task.model), *task.added_stop_ids],
+        }
         atomic_files.write_json(task.partial / generation.FILE, settings)
 
 

@@ -17,7 +17,7 @@ from launcher.checkpoint.manifest import Manifest
 from launcher.config.fields import HUB_ID_PATTERN
 from launcher.config.redaction import redact
 from launcher.config.schema import is_local_path
-from launcher.export.hf_folder import CARD, Export
+from launcher.export.hf_folder import CARD, ExportedFolder
 from launcher.plan.launch_plan import Batch, LaunchPlan
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ METRICS = ("train/loss", "eval/")
 _COMMIT_DIGITS = 12
 
 
-def model_card(
+def render_model_card(
     plan: LaunchPlan,
     manifest: Manifest,
     metrics: Sequence[Mapping[str, Any]],
-    made: Export,
+    made: ExportedFolder,
     plans: Sequence[LaunchPlan] = (),
 ) -> str:
     """Return the text of README.md for an exported checkpoint.
@@ -207,7 +207,7 @@ def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows
     return rows or [("none", "nothing was logged")]
 
 
-def _weight_rows(made: Export) -> Rows:
+def _weight_rows(made: ExportedFolder) -> Rows:
     compared = "not compared with the engine's"
     if made.num_compared:
         compared = f"{made.num_compared} of {made.num_tensors} tensors are by their digests those that the engine computed with"

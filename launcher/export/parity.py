@@ -27,7 +27,7 @@ _FORWARD_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Parity:
+class LogitParity:
     """How the exported model's logits differ from the trained engine's on the same tokens.
 
     `mean_kl` is KL(engine || export) in nats, averaged over `num_tokens`; `top1_agreement` is a fraction;
@@ -69,7 +69,9 @@ def read_reference_logits(checkpoint: Path) -> dict[str, torch.Tensor] | None:
     return load_file(path) if path.exists() else None
 
 
-def load_back(folder: Path, *, dtype: str, device: str = "cpu", trust_remote_code: bool = False) -> transformers.PreTrainedModel:
+def load_exported(
+    folder: Path, *, dtype: str, device: str = "cpu", trust_remote_code: bool = False
+) -> transformers.PreTrainedModel:
     """Load an exported folder with transformers in `dtype`; CheckpointError where any weight is missing or left over."""
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -99,7 +101,7 @@ def require_finite(model: transformers.PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def check_parity(model: transformers.PreTrainedModel, reference_logits: Mapping[str, torch.Tensor], *, dtype: str) -> Parity:
+def check_parity(model: transformers.PreTrainedModel, reference_logits: Mapping[str, torch.Tensor], *, dtype: str) -> LogitParity:
     """Compare a loaded model's logits with the engine's.
 
     `reference_logits` holds `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V] in the engine's compute dtype.
@@ -120,10 +122,10 @@ def check_parity(model: transformers.PreTrainedModel, reference_logits: Mapping[
     num_tokens = len(engine)
     both_fp32 = engine.dtype == torch.float32 and dtype == "fp32"
     bound = MAX_MEAN_KL_FP32 if both_fp32 else MAX_MEAN_KL_LOW_PRECISION
-    return Parity(max_abs_diff, kl / num_tokens, agree / num_tokens, num_tokens, bound)
+    return LogitParity(max_abs_diff, kl / num_tokens, agree / num_tokens, num_tokens, bound)
 
 
-def require_parity(parity: Parity) -> None:
+def require_parity(parity: LogitParity) -> None:
     """CheckpointError when the exported model is not the trained one (`MAX_MEAN_KL_*` say why these bounds)."""
     if not parity.mean_kl <= parity.max_mean_kl:  # a NaN fails as well
         raise CheckpointError(

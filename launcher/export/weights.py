@@ -32,7 +32,7 @@ _BF16_NAN = 0x7FC0
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """Which tensors stand in which files, in `dtype`."""
 
     dtype: str
@@ -55,7 +55,7 @@ class EngineWeights:
     digests: Sequence[Mapping[str, str]]
 
 
-def layout(parameters: Mapping[str, tuple[int, ...]], dtype: str, max_file_bytes: int = MAX_FILE_BYTES) -> Layout:
+def plan_files(parameters: Mapping[str, tuple[int, ...]], dtype: str, max_file_bytes: int = MAX_FILE_BYTES) -> FileLayout:
     """Distribute tensors over files of at most `max_file_bytes`, unless one tensor alone is larger."""
     specs = {name: TensorSpec(name, DTYPES[dtype][0], shape) for name, shape in parameters.items()}
     split = split_state_dict_into_shards_factory(
@@ -64,10 +64,10 @@ def layout(parameters: Mapping[str, tuple[int, ...]], dtype: str, max_file_bytes
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_file_bytes,
     )
-    return Layout(dtype, {file: [specs[name] for name in names] for file, names in split.filename_to_tensors.items()})
+    return FileLayout(dtype, {file: [specs[name] for name in names] for file, names in split.filename_to_tensors.items()})
 
 
-def engine_weights(shards: ShardSet) -> EngineWeights | None:
+def read_engine_weights(shards: ShardSet) -> EngineWeights | None:
     """What the shards' headers say of the engine's weights; None where one of them says nothing."""
     metadata = [shards.shard(rank).metadata for rank in range(shards.world_size)]
     if any(safetensors_io.WEIGHTS not in one for one in metadata):
@@ -82,7 +82,7 @@ def engine_weights(shards: ShardSet) -> EngineWeights | None:
     return EngineWeights(dtype, digests)
 
 
-def write_files(shards: ShardSet, engine: EngineWeights | None, planned: Layout, names: Sequence[str], folder: Path) -> None:
+def write_files(shards: ShardSet, engine: EngineWeights | None, planned: FileLayout, names: Sequence[str], folder: Path) -> None:
     """Write and fsync the files `names` of the layout into `folder`.
 
     Memory: three blocks of half a million elements, whatever the model's size.
@@ -94,7 +94,7 @@ def write_files(shards: ShardSet, engine: EngineWeights | None, planned: Layout,
         safetensors_io.write(folder / name, specs, _blocks(shards, engine, specs, planned.dtype), {"format": "pt"})
 
 
-def write_index(planned: Layout, folder: Path) -> None:
+def write_index(planned: FileLayout, folder: Path) -> None:
     """The index of the weight files, where there are several."""
     if len(planned.files) > 1:
         weight_map = {spec.name: file for file, specs in planned.files.items() for spec in specs}

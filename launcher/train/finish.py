@@ -15,7 +15,15 @@ from launcher.checkpoint import store
 from launcher.distributed import RankInfo, run_on_all_ranks
 from launcher.errors import CheckpointError, ExportError, Problem, PushError
 from launcher.export import hub, model_card
-from launcher.export.hf_folder import Export, Task, begin, chat_template_of, complete, stops_said, write_share
+from launcher.export.hf_folder import (
+    ExportedFolder,
+    ExportTask,
+    begin_export,
+    complete_export,
+    describe_added_stop_ids,
+    find_chat_template,
+    write_rank_files,
+)
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
@@ -40,8 +48,8 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         return
     task = _task(plan, checkpoint)
     try:
-        run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin(task) if rank_info.is_main else None)
-        run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_share(task, rank_info.rank, rank_info.world_size))
+        run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin_export(task) if rank_info.is_main else None)
+        run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_rank_files(task, rank_info.rank, rank_info.world_size))
     except CheckpointError as error:
         # All ranks have agreed on it: nobody writes any more, and nobody is waited for.
         leave()
@@ -64,7 +72,7 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
         manifest = store.open_checkpoint(checkpoint).manifest
         run = RunDir(Path(plan.run_dir))
         metrics, plans = read_metrics(run.metrics, model_card.METRICS), run_store.load_plans_until(run, manifest.attempt)
-        made = complete(task, lambda made: model_card.model_card(plan, manifest, metrics, made, plans), device)
+        made = complete_export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans), device)
         _tell(made, tracker)
         _push(plan, made, tracker)
         on_exported(plan, made.path, device, tracker)
@@ -82,15 +90,15 @@ def _export_error(plan: LaunchPlan, problems: Iterable[Problem]) -> ExportError:
     return ExportError(replace(problem, remedy=problem.remedy or again) for problem in problems)
 
 
-def _task(plan: LaunchPlan, checkpoint: Path) -> Task:
-    return Task(
+def _task(plan: LaunchPlan, checkpoint: Path) -> ExportTask:
+    return ExportTask(
         checkpoint=checkpoint,
         model=Path(plan.model.path) if plan.model.path else plan.model.config,
         tokenizer=Path(plan.model.tokenizer_path) if plan.model.tokenizer_path else None,
         out=RunDir(Path(plan.run_dir)).export,
         dtype=plan.config.model.dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
-        chat_template=chat_template_of(plan),
+        chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
 
@@ -109,7 +117,7 @@ def _device(plan: LaunchPlan) -> str:
     return "cuda" if 2 * weights_gib(plan) < free_gib else "cpu"
 
 
-def _tell(made: Export, tracker: Composite) -> None:
+def _tell(made: ExportedFolder, tracker: Composite) -> None:
     proofs = ["not compared with the engine's weights"]
     if made.num_compared:
         proofs = [f"{made.num_compared} tensors equal the engine's"]
@@ -127,10 +135,10 @@ def _tell(made: Export, tracker: Composite) -> None:
         mean_kl=made.parity.mean_kl if made.parity else None,
     )
     if made.added_stop_ids:
-        tracker.event("export", stops_said(made))
+        tracker.event("export", describe_added_stop_ids(made))
 
 
-def _push(plan: LaunchPlan, made: Export, tracker: Composite) -> None:
+def _push(plan: LaunchPlan, made: ExportedFolder, tracker: Composite) -> None:
     """Push the folder to the Hub; that it fails is told and changes nothing: the run is complete and the folder is there."""
     repo_id = plan.config.export.push_to_hub
     if repo_id is None:

@@ -346,7 +346,7 @@ class TrainingLoop:
     def release_memory(self) -> None:
         """Free the engine and the memory of background saves; the loop cannot be used any more."""
         self.parts.checkpoints.close()
-        zero3.release(self.parts.engine)
+        zero3.release_engine(self.parts.engine)
 
     def _load(self, agreed: Checkpoint) -> None:
         parts, tracker = self.parts, self.run.tracker

@@ -12,13 +12,20 @@ from launcher import run_store
 from launcher.checkpoint import store
 from launcher.errors import CheckpointError, LauncherError, Problem
 from launcher.export import hub, model_card, weights
-from launcher.export.hf_folder import Export, Task, chat_template_of, export, stops_said, verify
+from launcher.export.hf_folder import (
+    ExportedFolder,
+    ExportTask,
+    describe_added_stop_ids,
+    export,
+    find_chat_template,
+    verify_checkpoint,
+)
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
 
 
-def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, check: bool = True) -> Export:
+def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | None, check: bool = True) -> ExportedFolder:
     """Verify and export one checkpoint of a run: the latest unless `step` is given, to the run's `export` unless `out` is.
 
     CheckpointError when there is no such checkpoint, when it is damaged, and as `export` says.
@@ -30,7 +37,7 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
     # A resume may have changed settings; attempts that were started by themselves after it go on with those.
     plans = run_store.load_plans_until(run, checkpoint.manifest.attempt)
     plan = plans[-1] if plans else first
-    task = Task(
+    task = ExportTask(
         checkpoint=checkpoint.path,
         model=Path(plan.model.path) if plan.model.path else plan.model.config,
         tokenizer=Path(plan.model.tokenizer_path) if plan.model.tokenizer_path else None,
@@ -38,12 +45,12 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
         dtype=dtype,
         trust_remote_code=plan.config.model.trust_remote_code,
         check=check,
-        chat_template=chat_template_of(plan),
+        chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
-    verify(task)
+    verify_checkpoint(task)
     metrics = read_metrics(run.metrics, model_card.METRICS)
-    return export(task, lambda made: model_card.model_card(plan, checkpoint.manifest, metrics, made, plans))
+    return export(task, lambda made: model_card.render_model_card(plan, checkpoint.manifest, metrics, made, plans))
 
 
 def _load(plan_path: Path) -> LaunchPlan:
@@ -53,12 +60,12 @@ def _load(plan_path: Path) -> LaunchPlan:
         raise CheckpointError("this is not a launch plan that can be read", where=str(plan_path), value=str(error)) from error
 
 
-def _lines(made: Export) -> list[str]:
+def _lines(made: ExportedFolder) -> list[str]:
     """What a person wants to know of an export."""
     size = f"{made.num_bytes:,} bytes in {len(made.files)} file(s)"
     lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
     if made.added_stop_ids:
-        lines.append(f"  {stops_said(made)}")
+        lines.append(f"  {describe_added_stop_ids(made)}")
     if made.num_compared:
         lines.append(f"  digests: all {made.num_compared} tensors are those that the engine computed with")
     else:

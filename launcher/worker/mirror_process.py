@@ -23,8 +23,8 @@ from typing import Any
 from launcher import json_records
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint
-from launcher.checkpoint.mirror.remote_folder import Remote, words
-from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, address
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder, describe_error
+from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, mirror_url
 from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -86,7 +86,7 @@ class Sender:
 
     def __init__(self, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
         self._run, self._attempt = run, attempt
-        self._url = address(plan)
+        self._url = mirror_url(plan)
         self._plan = plan
         self._mirror: Mirror | None = None
         self._taken = False
@@ -150,7 +150,7 @@ class Sender:
         """Send what is behind, oldest first; a failure is said now and then, and ends the round."""
         try:
             if self._mirror is None:
-                mirror = Mirror(Remote(self._url), self._run, self._plan, self._attempt)
+                mirror = Mirror(RemoteFolder(self._url), self._run, self._plan, self._attempt)
                 mirror.begin()
                 self._mirror = mirror
                 # Before hours of sending: whoever fetches the run meanwhile takes the highest step.
@@ -164,7 +164,7 @@ class Sender:
             self._taken = True
             self._event("alert", f"the mirror is not written any more: {error.problems[0].what}")
         except Exception as error:
-            what = error.problems[0].what if isinstance(error, LauncherError) else words(error)
+            what = error.problems[0].what if isinstance(error, LauncherError) else describe_error(error)
             # One outage has many words; mirror.json has the last. One that lasts is told again.
             if self._alerts.admit("the mirror cannot be written"):
                 text = f"the mirror cannot be written; training continues and the next checkpoint retries: {what}"

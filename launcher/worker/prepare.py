@@ -32,7 +32,7 @@ from launcher.data.texts import DecodedTexts
 from launcher.data.tokenization.encoder import import_tokenizers_without_torch, load_tokenizer
 from launcher.errors import EXIT_FAILED, CheckpointError, ConfigError, LauncherError, Problem
 from launcher.export import model_card
-from launcher.export.hf_folder import Task, chat_template_of, export, verify
+from launcher.export.hf_folder import ExportTask, export, find_chat_template, verify_checkpoint
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.jsonl import read_metrics
 from launcher.worker.weight_check import require_weights
@@ -117,7 +117,7 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
     manifest, metrics = parent.checkpoint.manifest, read_metrics(parent.run.metrics, model_card.METRICS)
     plans = run_store.load_plans_until(parent.run, manifest.attempt)
     plan = plans[-1] if plans else parent.plan
-    task = Task(
+    task = ExportTask(
         checkpoint=parent.checkpoint.path,
         model=base if parent.plan.model.path and (base / "config.json").is_file() else parent.plan.model.config,
         tokenizer=_tokenizer_of(parent.plan),
@@ -126,12 +126,12 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
         trust_remote_code=model.trust_remote_code,
         # It would load the whole model here, where there may be no memory for it.
         check=False,
-        chat_template=chat_template_of(plan),
+        chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
-    verify(task)
+    verify_checkpoint(task)
     # The next run's card takes the licence and the base model from this one's.
-    export(task, lambda made: model_card.model_card(plan, manifest, metrics, made, plans))
+    export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans))
 
 
 def _tokenizer_of(plan: LaunchPlan) -> Path | None:

@@ -359,7 +359,7 @@ def resume(kind: str, folder: Path) -> None:
         save_file({"logits": logits}, folder / "logits.safetensors")
     dump(engine, folder / "resumed.safetensors")
     before = held_bytes(engine)
-    zero3.release(engine)
+    zero3.release_engine(engine)
     report(folder, "released", {"before": before, "after": held_bytes(engine)})
     engine.destroy()
 

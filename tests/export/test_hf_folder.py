@@ -12,20 +12,22 @@ from safetensors.torch import load_file, save_file
 from shard_tools import llama_config, with_metadata
 
 from launcher.checkpoint import store
-from launcher.checkpoint.generation import stop_ids
+from launcher.checkpoint.generation import read_stop_ids
 from launcher.checkpoint.manifest import MANIFEST, REFERENCE_LOGITS, read_manifest
 from launcher.errors import CheckpointError
 from launcher.export import hf_folder as exporting
 from launcher.export import parity as proving
-from launcher.export.hf_folder import Task, export
-from launcher.export.parity import check_parity, load_back, read_reference_logits, require_finite, require_parity
+from launcher.export.hf_folder import ExportTask, export
+from launcher.export.parity import check_parity, load_exported, read_reference_logits, require_finite, require_parity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def task(runs, kind, out, **options):
     checkpoint = store.get_latest(runs.checkpoints(kind)).path
-    return Task(**{"checkpoint": checkpoint, "model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options)
+    return ExportTask(
+        **{"checkpoint": checkpoint, "model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options
+    )
 
 
 def exported(runs, kind, out, **options):
@@ -137,8 +139,8 @@ def test_generations_stop_where_the_data_ends_turns(runs, tmp_path, of_config, o
         (base / "generation_config.json").write_text(json.dumps(of_generation))
     result = exported(runs, "bf16", tmp_path / "export", model=base, turn_end_ids=(3, 5))
     assert json.loads((result.path / "generation_config.json").read_text()) == expected
-    assert result.added_stop_ids == tuple(i for i in (3, 5) if i not in stop_ids(base))
-    assert stop_ids(result.path) == expected["eos_token_id"]
+    assert result.added_stop_ids == tuple(i for i in (3, 5) if i not in read_stop_ids(base))
+    assert read_stop_ids(result.path) == expected["eos_token_id"]
     loaded = transformers.AutoModelForCausalLM.from_pretrained(result.path).generation_config
     assert loaded.eos_token_id == expected["eos_token_id"]
 
@@ -162,7 +164,7 @@ def test_parity_passes_and_one_wrong_weight_fails(runs, tmp_path, kind):
     weights["model.layers.1.self_attn.o_proj.weight"].zero_()
     save_file(weights, file, metadata={"format": "pt"})
     reference_logits = read_reference_logits(store.get_latest(runs.checkpoints(kind)).path)
-    tampered = check_parity(load_back(result.path, dtype=kind), reference_logits, dtype=kind)
+    tampered = check_parity(load_exported(result.path, dtype=kind), reference_logits, dtype=kind)
     with pytest.raises(CheckpointError, match="mean KL"):
         require_parity(tampered)
 
@@ -214,16 +216,16 @@ def test_a_weight_that_is_missing_left_over_or_not_finite_is_found_by_loading(ru
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({k: v for k, v in weights.items() if k != name}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=f"missing_keys: {name}"):
-        load_back(file.parent, dtype="bf16")
+        load_exported(file.parent, dtype="bf16")
     save_file(weights | {"model.layers.9.odd": weights[name].clone()}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"unexpected_keys: model\.layers\.9\.odd"):
-        load_back(file.parent, dtype="bf16")
+        load_exported(file.parent, dtype="bf16")
     save_file(weights | {name: torch.full_like(weights[name], torch.nan)}, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="not finite"):
-        require_finite(load_back(file.parent, dtype="bf16"))
+        require_finite(load_exported(file.parent, dtype="bf16"))
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="transformers cannot load"):
-        load_back(file.parent, dtype="bf16")
+        load_exported(file.parent, dtype="bf16")
 
 
 def test_a_model_that_does_not_fit_in_memory_is_exported_and_not_loaded(runs, tmp_path, monkeypatch):
@@ -238,12 +240,12 @@ def test_a_model_that_does_not_fit_in_memory_is_exported_and_not_loaded(runs, tm
 def test_shares_of_several_ranks_make_the_same_folder(runs, tmp_path):
     alone = exported(runs, "fp32", tmp_path / "alone", max_file_bytes=60_000)
     shared = task(runs, "fp32", tmp_path / "shared", max_file_bytes=60_000)
-    exporting.begin(shared)
+    exporting.begin_export(shared)
     for rank in (2, 0, 1):
         before = {p.name for p in shared.partial.glob("*.safetensors")}
-        exporting.write_share(shared, rank, 3)
+        exporting.write_rank_files(shared, rank, 3)
         assert {p.name for p in shared.partial.glob("*.safetensors")} - before == set(alone.files[rank::3])
-    result = exporting.complete(shared, lambda made: f"{made.num_tensors} tensors")
+    result = exporting.complete_export(shared, lambda made: f"{made.num_tensors} tensors")
     assert result.loaded
     assert (result.path / "README.md").read_text() == f"{len(trained(runs, 'fp32', 'fp32'))} tensors"
     for path in alone.path.iterdir():

@@ -9,13 +9,13 @@ from huggingface_hub import ModelCard
 from plan_fixtures import composed, facts_for
 
 from launcher.checkpoint.manifest import Manifest
-from launcher.export.hf_folder import Export
-from launcher.export.model_card import base_front_matter, model_card
-from launcher.export.parity import Parity
+from launcher.export.hf_folder import ExportedFolder
+from launcher.export.model_card import base_front_matter, render_model_card
+from launcher.export.parity import LogitParity
 from launcher.plan.launch_plan import LaunchPlan, Lineage, Origin
 from launcher.plan.planner import plan as make_plan
 
-MADE = Export(
+MADE = ExportedFolder(
     path=Path("/home/me/runs/tried/export"),
     step=40,
     dtype="bf16",
@@ -25,7 +25,7 @@ MADE = Export(
     num_tensors=20,
     num_compared=20,
     loaded=True,
-    parity=Parity(0.01, 2e-4, 1.0, 64, 1e-2),
+    parity=LogitParity(0.01, 2e-4, 1.0, 64, 1e-2),
     added_stop_ids=(3, 5),
 )
 MANIFEST = Manifest(step=40, world_size=2, plan_digest="d1ge57", attempt=2, eval_loss=1.75, files={})
@@ -70,7 +70,7 @@ def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Pa
         base=base,
     )
     plan = plan.model_copy(update={"lineage": LINEAGE})
-    card = model_card(plan, MANIFEST, METRICS, MADE)
+    card = render_model_card(plan, MANIFEST, METRICS, MADE)
     data = ModelCard(card).data.to_dict()
     assert data["license"] == "apache-2.0"
     assert data["base_model"] == "owner/original"
@@ -106,7 +106,7 @@ def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Pa
 def test_a_base_without_a_licence_is_said_to_have_none_that_is_known(tmp_path: Path) -> None:
     tmp_path.joinpath("my-base").mkdir()
     plan = plan_of(f"model.path={tmp_path}/my-base", "model.init=pretrained", base=tmp_path / "my-base")
-    card = model_card(plan, MANIFEST, [], MADE)
+    card = render_model_card(plan, MANIFEST, [], MADE)
     assert "| licence | unknown: see the base model |" in card
     assert "| held out, step 40 | 1.7500 |" in card
     data = ModelCard(card).data.to_dict()
@@ -117,7 +117,7 @@ def test_a_base_without_a_licence_is_said_to_have_none_that_is_known(tmp_path: P
 def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
     base = base_folder(tmp_path, "license: other\nlicense_name: house-licence\nlicense_link: LICENSE\n")
     plan = plan_of("model.path=owner/original", "model.revision=v2", "model.init=pretrained", base=base)
-    card = model_card(plan, MANIFEST, METRICS, MADE)
+    card = render_model_card(plan, MANIFEST, METRICS, MADE)
     data = ModelCard(card).data.to_dict()
     assert (data["license"], data["license_name"], data["license_link"]) == ("other", "house-licence", "LICENSE")
     assert data["base_model"] == "owner/original"
@@ -128,20 +128,20 @@ def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
 def test_a_run_that_began_with_another_runs_weights_keeps_licence_and_base(tmp_path: Path) -> None:
     base = base_folder(tmp_path, "license: apache-2.0\nbase_model: owner/original\n")
     plan = plan_of("model.path=run:/home/me/runs/second@7", "model.init=pretrained", base=base)
-    card = model_card(plan, MANIFEST, METRICS, MADE)
+    card = render_model_card(plan, MANIFEST, METRICS, MADE)
     assert "| model | second@7 |" in card
     assert ModelCard(card).data.to_dict()["base_model"] == "owner/original"
     assert "/home" not in card
 
 
 def test_random_weights_have_no_base(tmp_path: Path) -> None:
-    card = model_card(plan_of(), MANIFEST, METRICS, MADE)
+    card = render_model_card(plan_of(), MANIFEST, METRICS, MADE)
     assert "from random weights" in card
     assert "base_model" not in ModelCard(card).data.to_dict()
 
 
 def test_names_cannot_break_out_of_the_table() -> None:
-    card = model_card(plan_of("data=jsonl", "data.path='./a|b<i>`.jsonl'"), MANIFEST, METRICS, MADE)
+    card = render_model_card(plan_of("data=jsonl", "data.path='./a|b<i>`.jsonl'"), MANIFEST, METRICS, MADE)
     assert r"| sources | train (a\|b\<i\>\`.jsonl) |" in card
 
 
@@ -155,7 +155,7 @@ def test_a_card_that_cannot_be_read_says_nothing(tmp_path: Path, text: str) -> N
 def test_weights_of_a_run_that_has_not_ended_tell_how_far_they_are() -> None:
     plan = plan_of("train.max_steps=200")
     batch = plan.batch.model_copy(update={"epochs": 5.0})
-    card = model_card(plan.model_copy(update={"batch": batch}), MANIFEST, METRICS, MADE)
+    card = render_model_card(plan.model_copy(update={"batch": batch}), MANIFEST, METRICS, MADE)
     assert "| length | 40 of 200 planned steps, 1 of 5 epochs |" in card
     assert "| model | none: training began from random weights |" in card
     assert "| licence |" not in card, "there is no base model to see"
@@ -164,7 +164,7 @@ def test_weights_of_a_run_that_has_not_ended_tell_how_far_they_are() -> None:
 
 def test_settings_that_a_resume_changed_are_told() -> None:
     plan, before = plan_of("optim.lr=1e-5"), plan_of("optim.lr=2e-5")
-    card = model_card(plan, MANIFEST, METRICS, MADE, [before, plan])
+    card = render_model_card(plan, MANIFEST, METRICS, MADE, [before, plan])
     assert "| learning rate | 1e-05 at its peak |" in card
     assert "| changed | settings of optim differed in earlier attempts; those above are the last ones |" in card
-    assert "| changed |" not in model_card(plan, MANIFEST, METRICS, MADE, [plan, plan])
+    assert "| changed |" not in render_model_card(plan, MANIFEST, METRICS, MADE, [plan, plan])

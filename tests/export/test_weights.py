@@ -17,7 +17,7 @@ from launcher.checkpoint.manifest import STATE
 from launcher.checkpoint.state import read_state
 from launcher.errors import CheckpointError
 from launcher.export import weights
-from launcher.export.hf_folder import Task, export, verify
+from launcher.export.hf_folder import ExportTask, export, verify_checkpoint
 
 
 def digested(runs, kind, folder):
@@ -28,7 +28,9 @@ def digested(runs, kind, folder):
 
 
 def task(checkpoint, kind, out, **options):
-    return Task(**{"checkpoint": checkpoint, "model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options)
+    return ExportTask(
+        **{"checkpoint": checkpoint, "model": llama_config(kind), "tokenizer": None, "out": out, "dtype": kind} | options
+    )
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "hpz"])
@@ -85,17 +87,17 @@ def test_digests_that_cannot_be_read_are_an_error(runs, tmp_path, said):
 def test_files_that_the_digests_do_not_cover_are_verified(runs, tmp_path):
     checkpoint = digested(runs, "bf16", tmp_path)
     name = "model.layers.1.mlp.down_proj.weight"
-    verify(task(checkpoint, "bf16", tmp_path / "out"))
+    verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out"))
     flip_bit(checkpoint, 1, f"{name}|exp_avg", bit=20)
-    verify(task(checkpoint, "bf16", tmp_path / "out"))  # a moment: no export holds it
+    verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out"))  # a moment: no export holds it
     # The lowest bit of a master weight is in no bf16 digest.
     flip_bit(checkpoint, 1, f"{name}|fp32", bit=0)
     with pytest.raises(CheckpointError, match="digest differs"):
-        verify(task(checkpoint, "bf16", tmp_path / "out", dtype="fp32"))
+        verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out", dtype="fp32"))
     state = checkpoint / STATE
     state.write_text(state.read_text().replace('"seen": 2', '"seen": 3'))
     with pytest.raises(CheckpointError, match=r"digest differs(.|\n)*state\.json"):
-        verify(task(checkpoint, "bf16", tmp_path / "out"))
+        verify_checkpoint(task(checkpoint, "bf16", tmp_path / "out"))
 
 
 @pytest.mark.parametrize("at", [3, 7, 9, 400])

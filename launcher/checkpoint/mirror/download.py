@@ -16,21 +16,21 @@ from launcher import atomic_files
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Manifest
-from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, complete_checkpoints
-from launcher.checkpoint.mirror.remote_folder import Remote
+from launcher.checkpoint.mirror.layout import CHECKPOINTS, MirroredRun, read_complete_checkpoints
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import CODE, PARALLEL
 from launcher.errors import CheckpointError, Problem, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 
 # In a run directory that is being filled, with the address that it comes from.
 MARKER = ".fetching.json"
 _UNFINISHED = ".fetching-"
 
 
-def claim(run: RunDir, url: str) -> None:
+def claim_run_dir(run: RunDir, url: str) -> None:
     """Make the run directory, or take up one that an interrupted fetch from the same address has left.
 
     Raises:
@@ -53,7 +53,7 @@ def claim(run: RunDir, url: str) -> None:
     atomic_files.write_json(marker, {"url": url})
 
 
-def fixed_files(remote: Remote, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
+def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
     """Fetch code, model and attempt files into the run directory; returns the plans by their names, which are not written.
 
     Raises:
@@ -81,14 +81,14 @@ def fixed_files(remote: Remote, mirrored: MirroredRun, run: RunDir) -> dict[str,
     return plans
 
 
-def progress(remote: Remote, run: RunDir) -> None:
+def download_progress(remote: RemoteFolder, run: RunDir) -> None:
     """Fetch metrics, events and status."""
     for path in (run.metrics, run.events, run.status):
         if remote.size(path.name) is not None:
             remote.receive(path.name, path)
 
 
-def checkpoint(remote: Remote, run: RunDir, step: int | None, say: Say) -> int:
+def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, say: Notify) -> int:
     """Fetch the newest complete checkpoint, or that of `step`, verified by its digests; returns its step.
 
     A damaged one is named and the one before it is fetched, unless `step` asks for it.
@@ -96,7 +96,7 @@ def checkpoint(remote: Remote, run: RunDir, step: int | None, say: Say) -> int:
     Raises:
         CheckpointError: where there is none, or none that is whole.
     """
-    complete = complete_checkpoints(remote)
+    complete = read_complete_checkpoints(remote)
     steps = ", ".join(map(str, complete)) or "none"
     wanted = [step] if step is not None else sorted(complete, reverse=True)
     if not wanted or any(w not in complete for w in wanted):
@@ -112,7 +112,7 @@ def checkpoint(remote: Remote, run: RunDir, step: int | None, say: Say) -> int:
     raise CheckpointError(damaged)
 
 
-def _fetch(remote: Remote, root: Path, manifest: Manifest, say: Say) -> list[Problem]:
+def _fetch(remote: RemoteFolder, root: Path, manifest: Manifest, say: Notify) -> list[Problem]:
     """Fetch one checkpoint; returns what is wrong with it."""
     target = root / store.step_name(manifest.step)
     if target.is_dir() and not store.verify(target):

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint.manifest import FORMAT_VERSION, MANIFEST, Manifest
-from launcher.checkpoint.mirror.remote_folder import Remote
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.config.fields import Name
 from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import Record
@@ -36,7 +36,7 @@ class MirroredRun(Record):
     files: dict[str, FileEntry] = Field(default_factory=dict)
 
 
-def read_run(remote: Remote) -> MirroredRun | None:
+def read_run(remote: RemoteFolder) -> MirroredRun | None:
     """What run.json says; None where there is none.
 
     Raises:
@@ -52,11 +52,11 @@ def read_run(remote: Remote) -> MirroredRun | None:
         raise CheckpointError(what, where=f"{remote.url}/{RUN}", value=str(error).splitlines()[0]) from None
 
 
-def complete_checkpoints(remote: Remote) -> dict[int, Manifest]:
+def read_complete_checkpoints(remote: RemoteFolder) -> dict[int, Manifest]:
     """The manifests of the checkpoints that are complete in the mirror of a run, by ascending step."""
     found = {}
     for name in remote.names(CHECKPOINTS):
-        step = step_of(name)
+        step = parse_step(name)
         content = remote.read(f"{CHECKPOINTS}/{name}/{MANIFEST}") if step is not None else None
         if step is None or content is None:
             continue
@@ -69,7 +69,7 @@ def complete_checkpoints(remote: Remote) -> dict[int, Manifest]:
     return dict(sorted(found.items()))
 
 
-def step_of(name: str) -> int | None:
+def parse_step(name: str) -> int | None:
     """The step of a checkpoint's folder; None for another name."""
     found = _STEP.fullmatch(name)
     return int(found[1]) if found else None

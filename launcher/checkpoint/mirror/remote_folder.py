@@ -36,7 +36,7 @@ _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci",
 _UNFINISHED = ".unfinished-"
 
 
-class Remote:
+class RemoteFolder:
     """The folder at `url`. Names are relative to it, with slashes. Methods raise what the storage raises, after some patience.
 
     Raises:
@@ -51,9 +51,9 @@ class Remote:
         protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else tuple(self._fs.protocol)
         self._is_object_store = bool(_OBJECT_STORES.intersection(protocols))
 
-    def under(self, name: str) -> Remote:
+    def under(self, name: str) -> RemoteFolder:
         """The folder `name` within this one."""
-        inner = object.__new__(Remote)
+        inner = object.__new__(RemoteFolder)
         inner.__dict__.update(self.__dict__, url=f"{self.url}/{name}", _root=self._path(name))
         return inner
 
@@ -182,26 +182,28 @@ def require_writable(url: str) -> None:
         SubmitError: where that is not possible, with the storage's own words.
     """
     # A person waits, and can ask again.
-    remote = Remote(url, waits_s=())
+    remote = RemoteFolder(url, waits_s=())
     name = f".probe-{secrets.token_hex(8)}"
     try:
         remote.write(name, b"launcher\n")
         remote.remove(name)
     except Exception as error:
-        raise unreachable(remote, "written", error) from error
+        raise unreachable_error(remote, "written", error) from error
 
 
-def unreachable(remote: Remote, what: str, error: Exception) -> SubmitError:
+def unreachable_error(remote: RemoteFolder, what: str, error: Exception) -> SubmitError:
     """`what` is read or written."""
     remedy = "check the address, and the storage's credentials in the environment"
     if remote.url.startswith("s3:"):
         remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; another endpoint: AWS_ENDPOINT_URL)"
     elif remote.url.startswith("file:"):
         remedy = "check that the folder can be made and written"
-    return SubmitError(f"the mirror cannot be {what}: {words(error)}", where="checkpoint.mirror", value=remote.url, remedy=remedy)
+    return SubmitError(
+        f"the mirror cannot be {what}: {describe_error(error)}", where="checkpoint.mirror", value=remote.url, remedy=remedy
+    )
 
 
-def words(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """The kind of an error and its first line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -31,8 +31,16 @@ from launcher import atomic_files, run_records, run_store
 from launcher.atomic_files import FileEntry
 from launcher.checkpoint import store
 from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_manifest
-from launcher.checkpoint.mirror.layout import CHECKPOINTS, RUN, MirroredRun, Owner, complete_checkpoints, read_run, step_of
-from launcher.checkpoint.mirror.remote_folder import Remote, require_writable, unreachable
+from launcher.checkpoint.mirror.layout import (
+    CHECKPOINTS,
+    RUN,
+    MirroredRun,
+    Owner,
+    parse_step,
+    read_complete_checkpoints,
+    read_run,
+)
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder, require_writable, unreachable_error
 from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, LauncherError, RunError, SubmitError, UnreadableCheckpoint
 from launcher.plan.launch_plan import LaunchPlan
@@ -59,7 +67,7 @@ class CheckpointGone(Exception):
 
 
 @dataclass(frozen=True)
-class Sent:
+class UploadedCheckpoint:
     """A checkpoint that is now in the mirror: bytes that were sent for it."""
 
     step: int
@@ -69,7 +77,7 @@ class Sent:
 class Mirror:
     """Sends one run to its mirror; only one process at a time may do so."""
 
-    def __init__(self, remote: Remote, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
+    def __init__(self, remote: RemoteFolder, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
         self._remote = remote
         self._run = run
         self._plan = plan
@@ -101,7 +109,7 @@ class Mirror:
             if there.get(name) != entry or self._remote.size(name) != entry.size:
                 entry = self._remote.send(name, source, source.stat().st_size)
             files[name] = entry
-        archive = code_archive(self._run.code)
+        archive = build_code_archive(self._run.code)
         files[CODE] = _entry(archive)
         if there.get(CODE) != files[CODE]:
             self._remote.write(CODE, archive)
@@ -110,7 +118,7 @@ class Mirror:
         self._remote.write(RUN, mine.model_dump_json(indent=2).encode())
         for name in sorted(there.keys() - files.keys()):
             self._remote.remove(name)
-        self._complete = complete_checkpoints(self._remote)
+        self._complete = read_complete_checkpoints(self._remote)
 
     def behind(self) -> list[Checkpoint]:
         """What is committed here and not in the mirror, oldest first."""
@@ -123,7 +131,7 @@ class Mirror:
         files = next((c.manifest.files for c in missing if c.step == step), {})
         return sum(entry.size for name, entry in files.items() if arrived.get(name) == entry), total
 
-    def send(self, checkpoint: Checkpoint) -> Sent:
+    def send(self, checkpoint: Checkpoint) -> UploadedCheckpoint:
         """Send a checkpoint, its manifest last.
 
         Raises:
@@ -148,7 +156,7 @@ class Mirror:
         self._remote.write(f"{folder}/{MANIFEST}", checkpoint.manifest.to_json().encode())
         self._complete[checkpoint.step] = checkpoint.manifest
         self._remote.remove(f"{folder}/{SENDING}")
-        return Sent(checkpoint.step, num_bytes)
+        return UploadedCheckpoint(checkpoint.step, num_bytes)
 
     def send_progress(self) -> None:
         """Send metrics and events, as far as they have grown, and the status."""
@@ -175,7 +183,7 @@ class Mirror:
         if not (sent := {c.step for c in store.list_checkpoints(root)} & self._complete.keys()):
             return []
         newest = max(sent)
-        here = {step for path in root.iterdir() if (step := step_of(path.name)) is not None}
+        here = {step for path in root.iterdir() if (step := parse_step(path.name)) is not None}
         abandoned = self._abandoned(newest) - here
         going_on = [
             Checkpoint(root / store.step_name(step), manifest)
@@ -186,7 +194,7 @@ class Mirror:
         needed = here | ({c.step for c in going_on} - dropped)
         removed = []
         for name in self._remote.names(CHECKPOINTS):
-            step = step_of(name)
+            step = parse_step(name)
             if step is None or step in needed or (step > newest and step not in abandoned):
                 continue
             self._require_still_ours()
@@ -202,7 +210,7 @@ class Mirror:
             for path in self._run.checkpoints.glob(f"{store.SET_ASIDE_PREFIX}step-*")
         )
         # What was set aside a second time has a number after its step.
-        aside = (step_of("-".join(name.split("-")[:2])) for name in names)
+        aside = (parse_step("-".join(name.split("-")[:2])) for name in names)
         found = {step for step in aside if step is not None and step > newest}
         # On a machine that fetched only the step that was asked for, nothing was there to be set aside.
         for number in run_store.attempt_numbers(self._run):
@@ -283,12 +291,12 @@ class Mirror:
             raise MirrorTaken(f"attempt {owner.attempt} on {owner.host} has taken it: {owner.run_dir}")
 
 
-def address(plan: LaunchPlan) -> str:
+def mirror_url(plan: LaunchPlan) -> str:
     """Where the mirror of the plan's run is."""
     return f"{(plan.config.checkpoint.mirror or '').rstrip('/')}/{plan.run_name}"
 
 
-def require_usable(plan: LaunchPlan) -> None:
+def require_usable_mirror(plan: LaunchPlan) -> None:
     """Try the plan's mirror before anything is started.
 
     Raises:
@@ -298,13 +306,13 @@ def require_usable(plan: LaunchPlan) -> None:
     if url is None:
         return
     require_writable(url)
-    remote = Remote(address(plan))
+    remote = RemoteFolder(mirror_url(plan))
     try:
         known = read_run(remote)
     except LauncherError:
         raise
     except Exception as error:
-        raise unreachable(remote, "read", error) from error
+        raise unreachable_error(remote, "read", error) from error
     if known is not None and known.owner.wandb_id != plan.wandb_id:
         raise SubmitError(
             f"the mirror holds another run named {plan.run_name}",
@@ -315,7 +323,7 @@ def require_usable(plan: LaunchPlan) -> None:
         )
 
 
-def code_archive(folder: Path) -> bytes:
+def build_code_archive(folder: Path) -> bytes:
     """A zip file of a folder; the same bytes for the same content, whenever it was copied."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:

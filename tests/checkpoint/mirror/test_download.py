@@ -12,8 +12,8 @@ from mirror_tools import S3, commit, hooked, make_bucket, make_run, running_s3, 
 
 from launcher.checkpoint import store
 from launcher.checkpoint.mirror import download, remote_folder
-from launcher.checkpoint.mirror.layout import MirroredRun, complete_checkpoints, read_run
-from launcher.checkpoint.mirror.remote_folder import Remote
+from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 from launcher.checkpoint.mirror.upload import Mirror
 from launcher.errors import CheckpointError, SubmitError
 from launcher.plan.launch_plan import LaunchPlan
@@ -38,12 +38,12 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     return s3_server
 
 
-def mirrored(url: str, folder: Path, steps: tuple[int, ...] = (5, 10)) -> tuple[LaunchPlan, RunDir, Remote]:
+def mirrored(url: str, folder: Path, steps: tuple[int, ...] = (5, 10)) -> tuple[LaunchPlan, RunDir, RemoteFolder]:
     plan, run = make_run(folder, url)
     run.metrics.write_text("".join(f'{{"trainer/step": {step}}}\n' for step in steps))
     for step in steps:
         commit(run, step)
-    there = Remote(f"{url}/a")
+    there = RemoteFolder(f"{url}/a")
     mirror = Mirror(there, run, plan, 1)
     mirror.begin()
     for checkpoint in mirror.behind():
@@ -51,13 +51,13 @@ def mirrored(url: str, folder: Path, steps: tuple[int, ...] = (5, 10)) -> tuple[
     return plan, run, there
 
 
-def fetched(there: Remote, target: RunDir, step: int | None = None, said: list[str] | None = None) -> int:
+def fetched(there: RemoteFolder, target: RunDir, step: int | None = None, said: list[str] | None = None) -> int:
     known = read_run(there)
     assert known is not None
-    download.claim(target, there.url)
-    plans = download.fixed_files(there, known, target)
-    download.progress(there, target)
-    newest = download.checkpoint(there, target, step, (said if said is not None else []).append)
+    download.claim_run_dir(target, there.url)
+    plans = download.download_fixed_files(there, known, target)
+    download.download_progress(there, target)
+    newest = download.download_checkpoint(there, target, step, (said if said is not None else []).append)
     download.write_plans(target, plans)
     return newest
 
@@ -89,7 +89,7 @@ def test_a_run_comes_back_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
     plan, run = make_run(tmp_path, f"s3://{s3.bucket}/runs")
     remote_folder.require_writable(f"s3://{s3.bucket}/runs")
     checkpoints = [commit(run, 5, os.urandom(12 * 2**20), num_ranks=1), commit(run, 10)]
-    there = Remote(f"s3://{s3.bucket}/runs/a")
+    there = RemoteFolder(f"s3://{s3.bucket}/runs/a")
     mirror = Mirror(there, run, plan, 1)
     mirror.begin()
     run.metrics.write_text('{"trainer/step": 10}\n')
@@ -103,13 +103,13 @@ def test_a_run_comes_back_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
         there._write_blocks(there._path("checkpoints/step-00000010/rank-00000.safetensors"), torn(), 1)
     assert there.names("checkpoints/step-00000010") == [], "an upload that was given up is no object"
     mirror.send(checkpoints[1])
-    assert list(complete_checkpoints(there)) == [5, 10]
+    assert list(read_complete_checkpoints(there)) == [5, 10]
     require_fetched = RunDir(tmp_path / "elsewhere" / "a")
     assert fetched(there, require_fetched, step=5) == 5
     require_same(run, require_fetched, 5)
     store.prune(run.checkpoints, store.Retention(1))
     assert mirror.prune() == [5]
-    assert list(complete_checkpoints(there)) == [10]
+    assert list(read_complete_checkpoints(there)) == [10]
 
 
 def test_a_bucket_that_is_not_there_is_refused(s3: S3) -> None:
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Pat
     # One without a manifest that can be read does not exist.
     assert ("step 10 is damaged" in " ".join(said)) == (damage != "manifest")
     with pytest.raises(CheckpointError, match="step 10 in the mirror" if damage == "manifest" else "rank-00001"):
-        download.checkpoint(there, RunDir(tmp_path / "third"), 10, said.append)
+        download.download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append)
 
 
 def test_where_no_checkpoint_is_whole_nothing_becomes_a_run(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_where_no_checkpoint_is_whole_nothing_becomes_a_run(tmp_path: Path) -> N
 
 def test_an_interrupted_fetch_goes_on(tmp_path: Path) -> None:
     _, run, _ = mirrored(f"file://{tmp_path}/mirror", tmp_path)
-    there = Remote(f"faulty://{tmp_path}/mirror/a")
+    there = RemoteFolder(f"faulty://{tmp_path}/mirror/a")
     target = RunDir(tmp_path / "elsewhere" / "a")
     read: list[str] = []
 
@@ -182,7 +182,7 @@ def test_a_directory_that_is_there_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(SubmitError, match="exists already"):
         fetched(there, run)
     assert tree(run.root) == before
-    download.claim(RunDir(tmp_path / "elsewhere"), "s3://another/a")
+    download.claim_run_dir(RunDir(tmp_path / "elsewhere"), "s3://another/a")
     with pytest.raises(SubmitError, match="exists already"):
         fetched(there, RunDir(tmp_path / "elsewhere"))
 

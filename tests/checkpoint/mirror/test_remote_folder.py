@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.mirror.remote_folder import Remote
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
 
 
 class Storage:
@@ -32,14 +32,14 @@ def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_transient_failures_are_retried_with_growing_waits(tmp_path: Path, slept: list[float]) -> None:
     storage = Storage(*(OSError("not now") for _ in range(4)))
-    assert Remote(f"file://{tmp_path}")._retry(storage) == "content"
+    assert RemoteFolder(f"file://{tmp_path}")._retry(storage) == "content"
     assert slept == [1, 2, 4, 8]
 
 
 def test_the_last_failure_is_raised(tmp_path: Path, slept: list[float]) -> None:
     storage = Storage(*(OSError(f"failure {number}") for number in range(1, 7)))
     with pytest.raises(OSError, match="failure 5"):
-        Remote(f"file://{tmp_path}")._retry(storage)
+        RemoteFolder(f"file://{tmp_path}")._retry(storage)
     assert storage.num_calls == 5
 
 
@@ -47,12 +47,12 @@ def test_the_last_failure_is_raised(tmp_path: Path, slept: list[float]) -> None:
 def test_permanent_failures_are_not_retried(tmp_path: Path, slept: list[float], error: BaseException) -> None:
     storage = Storage(error)
     with pytest.raises(type(error)):
-        Remote(f"file://{tmp_path}")._retry(storage)
+        RemoteFolder(f"file://{tmp_path}")._retry(storage)
     assert (storage.num_calls, slept) == (1, [])
 
 
 def test_without_waits_there_is_one_attempt(tmp_path: Path, slept: list[float]) -> None:
     storage = Storage(OSError("not now"))
     with pytest.raises(OSError, match="not now"):
-        Remote(f"file://{tmp_path}", waits_s=())._retry(storage)
+        RemoteFolder(f"file://{tmp_path}", waits_s=())._retry(storage)
     assert (storage.num_calls, slept) == (1, [])

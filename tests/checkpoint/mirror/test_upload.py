@@ -15,9 +15,9 @@ from mirror_tools import FaultyFileSystem, commit, finished_files, hooked, make_
 from launcher import atomic_files, run_store
 from launcher.checkpoint import store
 from launcher.checkpoint.mirror import remote_folder
-from launcher.checkpoint.mirror.layout import complete_checkpoints, read_run
-from launcher.checkpoint.mirror.remote_folder import Remote
-from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, require_usable
+from launcher.checkpoint.mirror.layout import read_complete_checkpoints, read_run
+from launcher.checkpoint.mirror.remote_folder import RemoteFolder
+from launcher.checkpoint.mirror.upload import CheckpointGone, Mirror, MirrorTaken, require_usable_mirror
 from launcher.errors import CheckpointError, SubmitError, Superseded
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -37,7 +37,7 @@ def place(tmp_path: Path) -> tuple[LaunchPlan, RunDir, Path]:
 
 
 def begun(plan: LaunchPlan, run: RunDir, attempt: int = 1) -> Mirror:
-    mirror = Mirror(Remote(f"{plan.config.checkpoint.mirror}/a"), run, plan, attempt)
+    mirror = Mirror(RemoteFolder(f"{plan.config.checkpoint.mirror}/a"), run, plan, attempt)
     mirror.begin()
     return mirror
 
@@ -51,7 +51,7 @@ def send_all(mirror: Mirror) -> int:
 
 
 def steps_in(folder: Path) -> list[int]:
-    return list(complete_checkpoints(Remote(f"file://{folder}")))
+    return list(read_complete_checkpoints(RemoteFolder(f"file://{folder}")))
 
 
 def test_the_oldest_comes_first_and_its_manifest_last(place) -> None:
@@ -335,8 +335,8 @@ def test_a_mirror_belongs_to_one_run_and_to_its_last_attempt(place, tmp_path: Pa
     with pytest.raises(MirrorTaken, match="another run named a"):
         begun(other_plan, other)
     with pytest.raises(SubmitError, match="another run named a"):
-        require_usable(other_plan)
-    require_usable(plan)
+        require_usable_mirror(other_plan)
+    require_usable_mirror(plan)
     # The run goes on elsewhere, while this machine lives on.
     shutil.copytree(run.root, tmp_path / "elsewhere")
     moved = RunDir(tmp_path / "elsewhere")
@@ -371,7 +371,7 @@ def test_large_files_go_block_by_block(place, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_file_is_the_old_one_until_the_other_is_whole(tmp_path: Path) -> None:
-    place = Remote(f"faulty://{tmp_path}")
+    place = RemoteFolder(f"faulty://{tmp_path}")
     place.write("file", b"old")
     seen = []
     with hooked(lambda what, path: seen.append(Path(path).read_bytes()) if what == "finish" else None):
@@ -398,7 +398,7 @@ def test_a_record_that_cannot_be_read_is_said(place) -> None:
     begun(plan, run)
     (folder / "run.json").write_text(json.dumps({"format_version": 1}))
     with pytest.raises(CheckpointError, match=r"run\.json is damaged"):
-        read_run(Remote(f"file://{folder}"))
+        read_run(RemoteFolder(f"file://{folder}"))
 
 
 def test_the_seam_works() -> None:
