@@ -1,4 +1,4 @@
-"""The run's checkpoints as the loop sees them: when one was saved, how long it took, and who is told."""
+"""The loop's view of checkpoints: starts saves, waits for them, and reports their outcomes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from launcher.errors import CheckpointError, LauncherError, Superseded
 from launcher.tracking.tracker import Composite
 from launcher.train.model import CausalLMLoss
 
-# Tokens whose logits stand in each checkpoint, for the export's parity check.
+# Tokens whose logits are stored in the last checkpoint, for the export's parity check.
 _REFERENCE_TOKENS = 64
 
 
-class Checkpoints:
-    """Saves by way of a `Saver`. `saved_step` and `save_s` are those of the last save that all ranks know of.
+class Checkpointer:
+    """Saves through a `Saver` and reports outcomes on rank 0.
 
-    `stall_s` is what training has waited for saves so far, as rank 0 has told it.
+    `saved_step` and `save_s` are the step and the seconds of the last save that all ranks know of. `stall_s` are the seconds that
+    training has waited for the saves reported so far, on rank 0.
     """
 
     def __init__(self, saver: Saver, tracker: Composite, is_main: bool, beat: Callable[[str, int], None]) -> None:
         self._saver, self._tracker, self._is_main, self._beat = saver, tracker, is_main, beat
-        self._untold, self._saving = False, 0
+        self._is_unreported, self._saving_step = False, 0
         self._eval_loss: float | None = None
         self.stall_s = 0.0
         self.saved_step: int | None = None
@@ -37,9 +38,9 @@ class Checkpoints:
         self.close: Callable[[], None] = saver.close
 
     def save(self, step: int, state: Mapping[str, Any], eval_loss: float | None) -> None:
-        """Save, in the background where that can be; how it ended is told as soon as it is known. Collective."""
+        """Begin a save, in the background where possible; its outcome is reported as soon as it is known. Collective."""
         self.wait(step)
-        self._untold, self._eval_loss, self._saving = True, eval_loss, step
+        self._is_unreported, self._eval_loss, self._saving_step = True, eval_loss, step
         self._saver.save(step, state, eval_loss=eval_loss)
         if not self._saver.is_saving:
             self.wait(step)
@@ -50,44 +51,44 @@ class Checkpoints:
         """Save, and return when the checkpoint is committed. Collective.
 
         Raises:
-            CheckpointError: where it could not be saved; what was committed before stays.
+            CheckpointError: where it could not be saved; committed checkpoints stay.
         """
         self.wait(step)
-        self._untold, self._eval_loss, self._saving = True, eval_loss, step
+        self._is_unreported, self._eval_loss, self._saving_step = True, eval_loss, step
         self._saver.save(step, state, eval_loss=eval_loss, reference_logits=reference_logits, wait=True)
         outcome = self.wait(step)
         if isinstance(outcome, CheckpointError):
             raise outcome
 
     def wait(self, step: int) -> Saved | CheckpointError | None:
-        """Wait for the save in the background. One that failed is told, and training goes on. Collective."""
-        # To wait for a save is no step that does not come: those who watch are told before.
+        """Wait for the in-flight save and return its outcome; a failed one is reported, and training goes on. Collective."""
+        # The watchdog must not take this wait for a stalled step.
         self._beat("saving", step)
         outcome = self._saver.wait()
         if isinstance(outcome, Saved):
             self.saved_step, self.save_s = outcome.step, outcome.seconds
-        self._tell(outcome, step)
+        self._report(outcome, step)
         return outcome
 
     def poll(self, step: int) -> None:
-        """Tell how the save in the background ended, as soon as that is known. Waits for nothing.
+        """Report the outcome of the in-flight save if it is known. Does not wait.
 
         Raises:
-            Superseded: where another attempt has taken over meanwhile.
+            Superseded: where another attempt has taken over the run.
         """
-        self._tell(self._saver.poll(), step)
+        self._report(self._saver.poll(), step)
 
-    def _tell(self, outcome: Saved | LauncherError | None, step: int) -> None:
-        if outcome is None or not self._is_main or not self._untold:
+    def _report(self, outcome: Saved | LauncherError | None, step: int) -> None:
+        if outcome is None or not self._is_main or not self._is_unreported:
             return
-        self._untold = False
+        self._is_unreported = False
         if isinstance(outcome, Superseded):
             raise outcome
         if isinstance(outcome, LauncherError):
             problems = outcome.problems
-            why = "; ".join(f"{p.what} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
-            # Each is told: what stands before the colon is another one.
-            self._tracker.event("alert", f"step {self._saving} was not saved: {why}", step)
+            reason = "; ".join(f"{p.what} ({': '.join(filter(None, (p.where, p.value)))})" for p in problems)
+            # Alerts are rate-limited by the text before the colon, which differs for each step.
+            self._tracker.event("alert", f"step {self._saving_step} was not saved: {reason}", step)
             return
         self.stall_s += outcome.stall_s
         free = _free_bytes(outcome.path.parent)
@@ -103,17 +104,17 @@ class Checkpoints:
             },
         )
         if free is not None and free < outcome.bytes:
-            room = f"{free / 2**30:.2f} GiB are free, and it takes {outcome.bytes / 2**30:.2f} GiB"
-            self._tracker.event("alert", f"the disk has no room for the next checkpoint: {room}", step)
+            sizes = f"{free / 2**30:.2f} GiB are free, and it takes {outcome.bytes / 2**30:.2f} GiB"
+            self._tracker.event("alert", f"the disk has no room for the next checkpoint: {sizes}", step)
         if outcome.not_pruned:
-            self._tracker.event("alert", f"older checkpoints could not be removed: {outcome.not_pruned}", step)
-        size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training stood still for {outcome.stall_s:.2f} s"
-        named = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss}
-        self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, **named)
+            self._tracker.event("alert", f"old checkpoints could not be deleted: {outcome.not_pruned}", step)
+        size = f"{outcome.bytes / 2**30:.2f} GiB in {outcome.seconds:.1f} s, training waited {outcome.stall_s:.2f} s"
+        fields = {"path": str(outcome.path), "saved_step": outcome.step, "eval_loss": self._eval_loss}
+        self._tracker.event("checkpoint", f"saved {outcome.path} ({size})", step, **fields)
 
 
 def _free_bytes(folder: Path) -> int | None:
-    """None where storage does not tell now: what it says to one who asks for a number is no reason to stop training."""
+    """Free bytes of the file system; None where that cannot be read, which is no reason to stop training."""
     try:
         return shutil.disk_usage(folder).free
     except OSError:
@@ -122,8 +123,11 @@ def _free_bytes(folder: Path) -> int | None:
 
 @torch.no_grad()
 def reference_logits(engine: Any, model: CausalLMLoss, split: Split, device: torch.device) -> dict[str, torch.Tensor]:
-    """Logits of a few tokens of the first row, by which an export proves that it is this model. Collective."""
-    # Not the whole row: these tokens are in the block that was verified when the split was opened, so no save fails for them.
+    """Compute logits of the first tokens of the first row, which an export is compared with. Collective.
+
+    Returns `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V], on the CPU.
+    """
+    # Not the whole row: these tokens are in the block that was verified when the split was opened, so reading them cannot fail.
     row = torch.from_numpy(split.tokens[: min(split.rows[1], _REFERENCE_TOKENS)].astype("int64"))[None]
     positions = torch.arange(row.shape[1])[None]
     model.eval()

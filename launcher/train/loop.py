@@ -100,7 +100,7 @@ def train(
     finally:
         if loop is not None:
             loop.parts.monitor.stop()
-            loop.parts.checkpoints.drain(_DRAIN_S)
+            loop.parts.checkpointer.drain(_DRAIN_S)
         tracker.finish(state)
 
 
@@ -169,7 +169,7 @@ class TrainingLoop:
         set_learning_rate(parts.engine.optimizer, lr)
         local_loss = self.forward_backward_step(batch)
         # An in-flight save reads the states, which change from here on.
-        parts.checkpoints.wait_for_staging()
+        parts.checkpointer.wait_for_staging()
         with timer.part("optim"):
             parts.engine.step()
         reduction = all_reduce_step(local_loss, self.local_stop_reason(), parts.monitor.pack_local(), self.run.device)
@@ -179,8 +179,8 @@ class TrainingLoop:
         parts.monitor.beat("training", self.step)
         self.require_finite_loss(reduction.loss)
         self.count_skipped_step()
-        parts.checkpoints.poll(self.step)
-        parts.monitor.save_s = parts.checkpoints.stall_s
+        parts.checkpointer.poll(self.step)
+        parts.monitor.save_s = parts.checkpointer.stall_s
         if self.run.rank_info.is_main:
             self.report_step(batch, reduction, lr, times)
         return reduction.stop_reason
@@ -266,20 +266,20 @@ class TrainingLoop:
     def save(self) -> None:
         """Begin a save of the current step in the background. Collective."""
         parts = self.parts
-        parts.checkpoints.wait(self.step)
-        parts.checkpoints.save(self.step, self._counts(), self._eval_loss())
+        parts.checkpointer.wait(self.step)
+        parts.checkpointer.save(self.step, self._counts(), self._eval_loss())
         self._after_save()
 
     def save_and_wait(self) -> Path:
         """Save the current step with its reference logits, unless that was done, and return the checkpoint. Collective."""
         parts = self.parts
-        parts.checkpoints.wait(self.step)
-        if parts.checkpoints.saved_step != self.step:
+        parts.checkpointer.wait(self.step)
+        if parts.checkpointer.saved_step != self.step:
             logits = reference_logits(parts.engine, parts.model, parts.batches.split, self.run.device)
             if not torch.isfinite(logits["logits"]).all():
                 raise self.diverged("the logits are not finite")
             parts.status.write_state("saving", self.step)
-            parts.checkpoints.save_and_wait(self.step, self._counts(), self._eval_loss(), logits)
+            parts.checkpointer.save_and_wait(self.step, self._counts(), self._eval_loss(), logits)
         parts.status.write_state("running", self.step)
         self._after_save()
         return self._checkpoint_path(self.step)
@@ -294,9 +294,9 @@ class TrainingLoop:
 
     def stop_early(self, reason: str) -> Outcome:
         """Save, where there is time for it, and say why training stopped. Collective."""
-        checkpoints = self.parts.checkpoints
-        checkpoints.wait(self.step)
-        has_time = save_fits(self.run.plan.config.cluster, reason, self.stop.at, checkpoints.save_s, self.run.device)
+        checkpointer = self.parts.checkpointer
+        checkpointer.wait(self.step)
+        has_time = save_fits(self.run.plan.config.cluster, reason, self.stop.at, checkpointer.save_s, self.run.device)
         if has_time:
             self.save_and_wait()
         outcome = self._early_outcome(reason, has_time)
@@ -334,8 +334,8 @@ class TrainingLoop:
 
     def diverged(self, problem: str) -> DivergedError:
         """Build the error, after an in-flight save: all ranks come here together, so that one still counts. Collective."""
-        self.parts.checkpoints.wait(self.step)
-        saved = self.parts.checkpoints.saved_step
+        self.parts.checkpointer.wait(self.step)
+        saved = self.parts.checkpointer.saved_step
         kept = f"the checkpoint of step {saved} is kept" if saved is not None else "no checkpoint was saved yet"
         return DivergedError(
             f"{problem} at step {self.step}; training stopped and {kept}",
@@ -345,7 +345,7 @@ class TrainingLoop:
 
     def release_memory(self) -> None:
         """Free the engine and the memory of background saves; the loop cannot be used any more."""
-        self.parts.checkpoints.close()
+        self.parts.checkpointer.close()
         zero3.release_engine(self.parts.engine)
 
     def _load(self, agreed: Checkpoint) -> None:
@@ -358,7 +358,7 @@ class TrainingLoop:
             lambda path: shards.load(parts.engine, parameters, path),
             lambda message: tracker.event("alert", message),
         )
-        self.step = parts.checkpoints.saved_step = checkpoint.step
+        self.step = parts.checkpointer.saved_step = checkpoint.step
         parts.meter.restore(int(state["tokens"]), int(state["skipped_steps"]))
         tracker.event("info", f"continuing from {checkpoint.path}", self.step)
 
@@ -370,19 +370,19 @@ class TrainingLoop:
         return None if last_eval is None else last_eval.loss
 
     def _after_save(self) -> None:
-        self.parts.monitor.save_s = self.parts.checkpoints.stall_s
+        self.parts.monitor.save_s = self.parts.checkpointer.stall_s
         self.parts.monitor.beat("training", self.step)
 
     def _checkpoint_path(self, step: int) -> Path:
         return self.run.run_dir.checkpoints / store.step_name(step)
 
     def _early_outcome(self, reason: str, is_saved: bool) -> Outcome:
-        checkpoints = self.parts.checkpoints
+        checkpointer = self.parts.checkpointer
         state = "cancelled" if reason == "cancelled" else "preempted"
         causes = {"cancelled": "stopped on request", "preempted": "the machine was asked to stop", "limit": self.reached_limit}
-        step = self.step if is_saved or checkpoints.saved_step is None else checkpoints.saved_step
+        step = self.step if is_saved or checkpointer.saved_step is None else checkpointer.saved_step
         result = f"saved at step {step} of {self.parts.max_steps}"
         if not is_saved:
-            needed = f"{checkpoints.save_s:.0f} s"
+            needed = f"{checkpointer.save_s:.0f} s"
             result = f"no time was left at step {self.step} to save, which takes {needed}; step {step} is kept"
         return Outcome(state, reason, step, f"{causes[reason]}; {result}", self._checkpoint_path(step))

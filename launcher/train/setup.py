@@ -19,7 +19,7 @@ from launcher.errors import RunError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.tracker import Composite
-from launcher.train.checkpointer import Checkpoints
+from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
 from launcher.train.evaluate import Evaluator
 from launcher.train.metrics import Meter, StepTimer
@@ -54,7 +54,7 @@ class Components:
     objective: Objective
     batches: PrefetchLoader
     evaluator: Evaluator
-    checkpoints: Checkpoints
+    checkpointer: Checkpointer
     meter: Meter
     timer: StepTimer
     monitor: Monitor
@@ -96,7 +96,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         objective=objective,
         batches=batches,
         evaluator=Evaluator(engine, model, objective, held_out, device, monitor.beat),
-        checkpoints=Checkpoints(saver, tracker, rank_info.is_main, monitor.beat),
+        checkpointer=Checkpointer(saver, tracker, rank_info.is_main, monitor.beat),
         meter=Meter(plan, max_steps, rank_info.attempt, start.restarts, peak),
         timer=StepTimer(device),
         monitor=monitor,

@@ -13,7 +13,7 @@ import pytest
 
 from launcher.checkpoint.saver import Saved
 from launcher.errors import CheckpointError
-from launcher.train.checkpointer import Checkpoints
+from launcher.train.checkpointer import Checkpointer
 
 GIB = 2**30
 
@@ -62,11 +62,11 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_an_alert(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gib * GIB))
     heard = Heard()
-    checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, True, no_beat)  # type: ignore[arg-type]
-    checkpoints.save(5, {}, None)
-    checkpoints.wait(5)
+    checkpointer = Checkpointer(Saver(saved(tmp_path)), heard, True, no_beat)  # type: ignore[arg-type]
+    checkpointer.save(5, {}, None)
+    checkpointer.wait(5)
     assert heard.logged["ckpt/disk_free_gib"] == free_gib
-    assert checkpoints.saved_step == 5
+    assert checkpointer.saved_step == 5
     said = [text for kind, text in heard.said if kind == "alert"]
     assert len(said) == alerts
     assert not said or said[0].endswith("3.00 GiB are free, and it takes 4.00 GiB")
@@ -78,9 +78,9 @@ def test_storage_that_does_not_tell_its_room_is_no_reason_to_stop(tmp_path: Path
 
     monkeypatch.setattr(shutil, "disk_usage", stale)
     heard = Heard()
-    checkpoints = Checkpoints(Saver(saved(tmp_path)), heard, True, no_beat)  # type: ignore[arg-type]
-    checkpoints.save(5, {}, None)
-    checkpoints.wait(5)
+    checkpointer = Checkpointer(Saver(saved(tmp_path)), heard, True, no_beat)  # type: ignore[arg-type]
+    checkpointer.save(5, {}, None)
+    checkpointer.wait(5)
     assert heard.logged["ckpt/last_step"] == 5
     assert "ckpt/disk_free_gib" not in heard.logged
     assert [kind for kind, _ in heard.said] == ["checkpoint"]
@@ -88,12 +88,12 @@ def test_storage_that_does_not_tell_its_room_is_no_reason_to_stop(tmp_path: Path
 
 def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:
     heard = Heard()
-    checkpoints = Checkpoints(Saver(CheckpointError("the disk is full", where="/runs")), heard, True, no_beat)  # type: ignore[arg-type]
-    checkpoints.save(5, {}, None)
-    checkpoints.wait(5)
-    checkpoints.wait(6)
+    checkpointer = Checkpointer(Saver(CheckpointError("the disk is full", where="/runs")), heard, True, no_beat)  # type: ignore[arg-type]
+    checkpointer.save(5, {}, None)
+    checkpointer.wait(5)
+    checkpointer.wait(6)
     assert heard.said == [("alert", "step 5 was not saved: the disk is full (/runs)")]
-    assert checkpoints.saved_step is None
+    assert checkpointer.saved_step is None
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -101,10 +101,10 @@ def test_a_save_that_has_ended_at_once_is_told_at_once(tmp_path: Path, fails: bo
     """There is no room for it, or no memory for a copy to save behind training: the next save may be hours away."""
     heard = Heard()
     saver = Saver(CheckpointError("the disk is full", where="/runs") if fails else saved(tmp_path), is_saving=False)
-    checkpoints = Checkpoints(saver, heard, True, no_beat)  # type: ignore[arg-type]
-    checkpoints.save(5, {}, None)
+    checkpointer = Checkpointer(saver, heard, True, no_beat)  # type: ignore[arg-type]
+    checkpointer.save(5, {}, None)
     assert [kind for kind, _ in heard.said if kind != "alert" or fails] == ["alert" if fails else "checkpoint"]
-    assert checkpoints.stall_s == (0 if fails else 0.1)
+    assert checkpointer.stall_s == (0 if fails else 0.1)
 
 
 def test_who_waits_for_a_save_says_so_before(tmp_path: Path) -> None:
@@ -112,5 +112,5 @@ def test_who_waits_for_a_save_says_so_before(tmp_path: Path) -> None:
     said: list[str] = []
     saver = Saver(saved(tmp_path))
     saver.wait = lambda: said.append("waits")  # type: ignore[method-assign, assignment, return-value]
-    Checkpoints(saver, Heard(), True, lambda phase, step: said.append(f"{phase} {step}")).wait(7)  # type: ignore[arg-type]
+    Checkpointer(saver, Heard(), True, lambda phase, step: said.append(f"{phase} {step}")).wait(7)  # type: ignore[arg-type]
     assert said == ["saving 7", "waits"]
