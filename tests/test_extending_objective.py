@@ -16,7 +16,7 @@ from launcher.plan.planner import plan
 __all__ = ["config_of"]
 
 
-def test_steps_minimise_an_objective_of_ones_own(
+def test_a_registered_objective_is_trained_and_evaluated(
     config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path
 ) -> None:
     settings = ("optim.lr=0.01", "model.dtype=fp32", "run.name=own", "train.global_batch_size=2", "train.micro_batch_size=1")

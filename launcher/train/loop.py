@@ -32,7 +32,7 @@ from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.monitoring import bandwidth
 from launcher.train.optim import learning_rate, set_learning_rate
 from launcher.train.previous_failure import failure_before
-from launcher.train.resume import load_whole
+from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components
 from launcher.train.stop import Outcome, Stop, save_fits
 
@@ -351,7 +351,7 @@ class TrainingLoop:
     def _load(self, agreed: Checkpoint) -> None:
         parts, tracker = self.parts, self.run.tracker
         parameters = parts.model.parameters_by_name()
-        checkpoint, state = load_whole(
+        checkpoint, state = load_newest_intact(
             self.run.run_dir,
             self.run.rank_info,
             agreed,

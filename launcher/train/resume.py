@@ -1,4 +1,4 @@
-"""From which checkpoint an attempt begins, the same one on every rank; what is damaged is told, set aside and left out."""
+"""Chooses and loads the checkpoint that an attempt begins from, the same on every rank; sets damaged ones aside."""
 
 from __future__ import annotations
 
@@ -24,54 +24,57 @@ _NOT_USABLE = "the checkpoint folder cannot be read or written"
 
 
 @dataclass(frozen=True)
-class Start:
-    """`checkpoint` None starts from the initial weights; `restarts` counts the agents' restarts within the attempt."""
+class StartPoint:
+    """Where an attempt begins: a checkpoint, or None for the initial weights; and how often node agents restarted it."""
 
     checkpoint: Checkpoint | None
-    restarts: int
+    num_restarts: int
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with the checkpoint at `path`."""
+    """A checkpoint that cannot be loaded, and why."""
 
     path: Path
     error: CheckpointError
 
     @property
-    def words(self) -> str:
+    def summary(self) -> str:
+        """The problems in one line."""
         return store.format_problems(self.error.problems)
 
 
-def agree_on_start(run: RunDir, rank_info: RankInfo, device: torch.device) -> Start:
-    """The newest checkpoint that this attempt has committed, else the one that it names. Collective.
+def agree_on_start_point(run: RunDir, rank_info: RankInfo, device: torch.device) -> StartPoint:
+    """Choose where this attempt begins, the same on every rank. Collective.
 
-    Where the attempts before have left a later one than an attempt names that no person started, it is that one. Where what
-    it names can no longer be opened it is the one before, unless a person has asked for just that one. Rank 0 looks, because
-    a shared file system shows a fresh folder to some nodes later than to others. Agents that restart only because another
-    one does keep their own count: the highest is meant.
+    That is the newest checkpoint that the attempt has committed itself, else its `resume_step`. An attempt that started
+    automatically takes the newest checkpoint of the attempts before it, should that be later. A `resume_step` that can no longer
+    be opened is replaced by the checkpoint before it, unless a person asked for exactly that step.
+
+    Rank 0 chooses, because a shared file system shows a fresh folder to some nodes later than to others. Node agents count
+    restarts separately; the highest count holds.
 
     Raises:
-        UnreadableCheckpoint: where one that would be better cannot be read now.
-        CheckpointError: where the checkpoint is not there: never a silent start from step 0.
+        UnreadableCheckpoint: where a later checkpoint exists and cannot be read right now.
+        CheckpointError: where the checkpoint is missing: an attempt never starts silently from step 0.
     """
-    chosen = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _step_to_begin_from(run, rank_info.attempt))
-    shared = torch.tensor(rank_info.restart, dtype=torch.int64, device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    checkpoint = None if chosen is None else store.get_at_step(run.checkpoints, chosen)
-    return Start(checkpoint, int(shared))
+    step = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _choose_step(run, rank_info.attempt))
+    num_restarts = torch.tensor(rank_info.restart, dtype=torch.int64, device=device)
+    dist.all_reduce(num_restarts, op=dist.ReduceOp.MAX)
+    checkpoint = None if step is None else store.get_at_step(run.checkpoints, step)
+    return StartPoint(checkpoint, int(num_restarts))
 
 
-def load_whole(
-    run: RunDir, rank_info: RankInfo, first: Checkpoint, load: Callable[[Path], T], tell: Callable[[str], None]
+def load_newest_intact(
+    run: RunDir, rank_info: RankInfo, first: Checkpoint, load: Callable[[Path], T], report: Callable[[str], None]
 ) -> tuple[Checkpoint, T]:
-    """Load `first`, or where that is damaged the newest before it that is whole, and return which one it was. Collective.
+    """Load `first`, or the newest intact checkpoint before it, and return it with the result of `load`. Collective.
 
-    `load` is collective, raises DamagedCheckpoint on every rank and has then changed nothing. What is damaged is set aside
-    when another has been loaded in its place, and `tell` is given words for a person on each.
+    `load` is collective; where it raises DamagedCheckpoint, it does so on every rank and has changed nothing. Damaged checkpoints
+    are set aside once another one is loaded, and `report` receives a message about each.
 
     Raises:
-        DamagedCheckpoint: where none is whole, with all of them, or where a person has asked for just this step.
+        DamagedCheckpoint: where no checkpoint is intact, listing all of them, or where a person asked for exactly this step.
     """
     damaged: dict[int, Damage] = {}
     checkpoint = first
@@ -81,28 +84,30 @@ def load_whole(
             break
         except DamagedCheckpoint as error:
             damaged[checkpoint.step] = Damage(checkpoint.path, error)
-            before = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _before(run, rank_info.attempt, damaged))
-            checkpoint = store.get_at_step(run.checkpoints, before)
-    for words in rank0_broadcast(rank_info, _NOT_USABLE, lambda: _set_aside(run, rank_info.attempt, checkpoint.step, damaged)):
-        tell(words)
+            step = rank0_broadcast(rank_info, _NOT_USABLE, lambda: _next_candidate(run, rank_info.attempt, damaged))
+            checkpoint = store.get_at_step(run.checkpoints, step)
+    for message in rank0_broadcast(
+        rank_info, _NOT_USABLE, lambda: _set_aside_damaged(run, rank_info.attempt, checkpoint.step, damaged)
+    ):
+        report(message)
     return checkpoint, loaded
 
 
-def _step_to_begin_from(run: RunDir, number: int) -> int | None:
-    checkpoint = _chosen(run, number)
+def _choose_step(run: RunDir, number: int) -> int | None:
+    checkpoint = _choose_checkpoint(run, number)
     step = None if checkpoint is None else checkpoint.step
     _require_later_readable(run, number, _NONE if step is None else step)
     return step
 
 
-def _chosen(run: RunDir, number: int) -> Checkpoint | None:
-    attempt = _naming_the_newest(run, number)
+def _choose_checkpoint(run: RunDir, number: int) -> Checkpoint | None:
+    attempt = _update_resume_step(run, number)
     candidates = _candidates(run, number)
     if candidates and (candidates[0].manifest.attempt == number or candidates[0].step == attempt.resume_step):
         return candidates[0]
     if attempt.resume_step is None:
-        if unusable := _unusable(run):
-            raise _none_whole(run, unusable)
+        if unusable := _unusable_checkpoints(run):
+            raise _no_intact_checkpoint(run, unusable)
         return None
     try:
         return store.get_at_step(run.checkpoints, attempt.resume_step)
@@ -110,17 +115,17 @@ def _chosen(run: RunDir, number: int) -> Checkpoint | None:
         if attempt.pinned:
             raise
         if not candidates:
-            raise _none_whole(run, _unusable(run)) from None
+            raise _no_intact_checkpoint(run, _unusable_checkpoints(run)) from None
         return candidates[0]
 
 
-def _naming_the_newest(run: RunDir, number: int) -> Attempt:
-    """The attempt, which names a later checkpoint from here on where whoever numbered it had not seen that one.
+def _update_resume_step(run: RunDir, number: int) -> Attempt:
+    """Return the attempt, with a later `resume_step` where its submitter did not see the newest checkpoint.
 
-    A listing may be out of date, or storage away for a moment.
+    A directory listing may be stale, or storage briefly unavailable.
 
     Raises:
-        CheckpointError: where an attempt that a person started names none, and there are some.
+        CheckpointError: where a person started the attempt at step 0, and the attempts before it have checkpoints.
     """
     attempt = run_store.read_attempt(run, number)
     committed = store.list_checkpoints(run.checkpoints)
@@ -130,99 +135,99 @@ def _naming_the_newest(run: RunDir, number: int) -> Attempt:
         return attempt
     if attempt.automatic:
         run_store.fence(run, number, refresh=True)
-        # Written down: it is what ranks that are started again look for, and what the attempt's progress is measured by.
+        # Restarted ranks read this, and the progress of the attempt is measured from it.
         attempt = replace(attempt, resume_step=newest)
         run_store.write_attempt(run, number, attempt)
     elif attempt.resume_step is None:
         raise CheckpointError(
-            f"attempt {number} was to begin at step 0, and there are checkpoints of the attempts before it",
+            f"attempt {number} would begin at step 0, but the attempts before it have checkpoints",
             where=str(run.checkpoints),
-            value=f"the newest is of step {newest}",
-            remedy="continue from it with: python -m launcher resume RUN, or start a run of another name",
+            value=f"the newest is at step {newest}",
+            remedy="continue from it with: python -m launcher resume RUN, or start a run with another name",
         )
     return attempt
 
 
 def _candidates(run: RunDir, number: int) -> list[Checkpoint]:
-    """What the attempt may begin from, the best first: its own checkpoints, then the one that it names and those before.
+    """Checkpoints that the attempt may begin from, best first: its own, then those up to its `resume_step`.
 
-    What an attempt before has left beyond the step that is named counts for nothing.
+    Later checkpoints of earlier attempts are ignored.
     """
     attempt = run_store.read_attempt(run, number)
     named = _NONE if attempt.resume_step is None else attempt.resume_step
 
-    def may_serve(checkpoint: Checkpoint) -> bool:
-        earlier = checkpoint.step == named if attempt.pinned else checkpoint.step <= named
-        return checkpoint.manifest.attempt == number or earlier
+    def is_candidate(checkpoint: Checkpoint) -> bool:
+        is_earlier = checkpoint.step == named if attempt.pinned else checkpoint.step <= named
+        return checkpoint.manifest.attempt == number or is_earlier
 
-    found = [checkpoint for checkpoint in store.list_checkpoints(run.checkpoints) if may_serve(checkpoint)]
-    return sorted(found, key=lambda c: (c.manifest.attempt == number, c.step), reverse=True)
+    candidates = [checkpoint for checkpoint in store.list_checkpoints(run.checkpoints) if is_candidate(checkpoint)]
+    return sorted(candidates, key=lambda c: (c.manifest.attempt == number, c.step), reverse=True)
 
 
-def _before(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
-    """The step of the candidate that comes next. What some rank calls damaged, rank 0 has to find so as well.
+def _next_candidate(run: RunDir, number: int, damaged: dict[int, Damage]) -> int:
+    """Step of the best candidate that is not damaged. Rank 0 verifies the latest damage that any rank has reported.
 
-    A node with bad memory, or one that does not see all files yet, costs nobody a checkpoint.
+    So a node with bad memory, or one that does not see all files yet, cannot discard a checkpoint.
     """
     step, damage = list(damaged.items())[-1]
     if not store.verify(damage.path, {Path(problem.where).name for problem in damage.error.problems}):
         raise CheckpointError(
-            "some ranks read a checkpoint otherwise than rank 0, which finds it whole; it is left as it is",
+            "some ranks find a checkpoint damaged that rank 0 finds intact; it was not changed",
             where=str(damage.path),
-            value=damage.words,
-            remedy="resume the run; where it is always the same node, take that out and check it",
+            value=damage.summary,
+            remedy="resume the run; if it is always the same node, exclude that node and check its memory and storage",
         )
-    if left := [candidate.step for candidate in _candidates(run, number) if candidate.step not in damaged]:
-        _require_later_readable(run, number, left[0])
-        return left[0]
+    if remaining := [candidate.step for candidate in _candidates(run, number) if candidate.step not in damaged]:
+        _require_later_readable(run, number, remaining[0])
+        return remaining[0]
     attempt = run_store.read_attempt(run, number)
     if attempt.pinned and step == attempt.resume_step:
         raise store.damaged_step_error(step, damage.error.problems, run.checkpoints)
-    raise _none_whole(run, {**_unusable(run), **damaged})
+    raise _no_intact_checkpoint(run, {**_unusable_checkpoints(run), **damaged})
 
 
 def _require_later_readable(run: RunDir, number: int, step: int) -> None:
-    """Refuse a step where a later one may be whole and cannot be read now; one that a person asked for is used all the same."""
+    """Raise where a checkpoint after `step` may be intact but cannot be read right now, unless a person asked for `step`."""
     if not run_store.read_attempt(run, number).pinned:
         store.require_readable_after(run.checkpoints, step)
 
 
-def _none_whole(run: RunDir, damaged: dict[int, Damage]) -> CheckpointError:
-    said = [f"step {step}: {damage.words}" for step, damage in sorted(damaged.items())]
-    # What can perhaps be read the next time is tried again.
-    unread = any(isinstance(damage.error, UnreadableCheckpoint) for damage in damaged.values())
-    return (UnreadableCheckpoint if unread else DamagedCheckpoint)(
-        "no checkpoint of this run is whole, and it does not start again from step 0 by itself",
+def _no_intact_checkpoint(run: RunDir, damaged: dict[int, Damage]) -> CheckpointError:
+    summaries = [f"step {step}: {damage.summary}" for step, damage in sorted(damaged.items())]
+    # Storage errors may be temporary, so the type of the error makes the launcher retry.
+    is_unread = any(isinstance(damage.error, UnreadableCheckpoint) for damage in damaged.values())
+    return (UnreadableCheckpoint if is_unread else DamagedCheckpoint)(
+        "no checkpoint of this run is intact, and a run does not restart from step 0 by itself",
         where=str(run.checkpoints),
-        value="; ".join(said),
-        remedy="put back a copy of one of them, or start a run of another name",
+        value="; ".join(summaries),
+        remedy="restore a copy of one of them, or start a run with another name",
     )
 
 
-def _set_aside(run: RunDir, number: int, begun: int, damaged: dict[int, Damage]) -> list[str]:
-    """Set aside what is damaged and later than what the attempt has begun from; returns what a person is told.
+def _set_aside_damaged(run: RunDir, number: int, start_step: int, damaged: dict[int, Damage]) -> list[str]:
+    """Set aside the damaged checkpoints after step `start_step`, and return a message about each.
 
-    Among it is what can no longer be opened, which therefore nobody has chosen.
+    These include checkpoints that cannot be opened, which were never candidates.
     """
-    later = {step: damage for step, damage in sorted({**_unusable(run), **damaged}.items()) if step > begun}
-    # What has another format may be whole to another launcher.
-    doomed = {step: damage for step, damage in later.items() if isinstance(damage.error, DamagedCheckpoint)}
-    if not doomed:
+    later = {step: damage for step, damage in sorted({**_unusable_checkpoints(run), **damaged}.items()) if step > start_step}
+    # A checkpoint in another format may be intact to another version of the launcher.
+    damaged_later = {step: damage for step, damage in later.items() if isinstance(damage.error, DamagedCheckpoint)}
+    if not damaged_later:
         return []
-    # An attempt that another has followed may see what that one is just writing.
+    # A superseded attempt may see a checkpoint that its successor is writing.
     run_store.fence(run, number, refresh=True)
     attempt = run_store.read_attempt(run, number)
-    if attempt.resume_step in doomed:
-        # Before it is gone under its name: ranks that are started again look for what the attempt names.
-        run_store.write_attempt(run, number, replace(attempt, resume_step=begun))
-    told = []
-    for step, damage in doomed.items():
-        lies = store.set_aside(damage.path, store.DAMAGED_PREFIX).name
-        what = f"the checkpoint of step {step} is damaged ({damage.words})"
-        told.append(f"{what}; it is set aside as {lies}, step {begun} is used")
-    return told
+    if attempt.resume_step in damaged_later:
+        # Before the checkpoint is renamed: restarted ranks look for the `resume_step`.
+        run_store.write_attempt(run, number, replace(attempt, resume_step=start_step))
+    messages = []
+    for step, damage in damaged_later.items():
+        name = store.set_aside(damage.path, store.DAMAGED_PREFIX).name
+        problem = f"the checkpoint of step {step} is damaged ({damage.summary})"
+        messages.append(f"{problem}; it is set aside as {name}, and training continues from step {start_step}")
+    return messages
 
 
-def _unusable(run: RunDir) -> dict[int, Damage]:
+def _unusable_checkpoints(run: RunDir) -> dict[int, Damage]:
     unusable = store.find_unusable(run.checkpoints)
     return {step: Damage(run.checkpoints / store.step_name(step), error) for step, error in unusable.items()}

@@ -28,7 +28,7 @@ from launcher.train.monitoring.monitor import Monitor
 from launcher.train.monitoring.status_file import StatusFile
 from launcher.train.objectives import OBJECTIVES, Objective
 from launcher.train.peak_flops import peak_tflops
-from launcher.train.resume import Start, agree_on_start
+from launcher.train.resume import StartPoint, agree_on_start_point
 
 # Padding is neither attended to nor trained; any id in the vocabulary serves.
 _PAD_ID = 0
@@ -60,7 +60,7 @@ class Components:
     monitor: Monitor
     status: StatusFile
     max_steps: int
-    start: Start
+    start: StartPoint
 
 
 def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Components:
@@ -85,7 +85,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     # An engine that cannot be saved is refused here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, held_out = _open_batches(run, data), _open_held_out(run, data)
-    start = agree_on_start(run.run_dir, rank_info, device)
+    start = agree_on_start_point(run.run_dir, rank_info, device)
     # Where the optimizer steps on the node's CPUs, its time tells slow ranks apart.
     steps_on_cpu = device.type == "cpu" or plan.config.deepspeed.offload_optimizer != "none"
     monitor = Monitor(plan, rank_info, device, model, engine.basic_optimizer if steps_on_cpu else None, tracker, beat)
@@ -97,7 +97,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
         batches=batches,
         evaluator=Evaluator(engine, model, objective, held_out, device, monitor.beat),
         checkpointer=Checkpointer(saver, tracker, rank_info.is_main, monitor.beat),
-        meter=Meter(plan, max_steps, rank_info.attempt, start.restarts, peak),
+        meter=Meter(plan, max_steps, rank_info.attempt, start.num_restarts, peak),
         timer=StepTimer(device),
         monitor=monitor,
         status=StatusFile(run.run_dir, rank_info.attempt, partial(tracker.event, "alert"), rank_info.is_main),

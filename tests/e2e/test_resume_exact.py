@@ -111,7 +111,7 @@ def assert_passed_over(run: Path, damaged: Path, problem: str, output: str, show
     (alert,) = [text for text in alerts(run) if text.startswith(f"the checkpoint of step {step} is damaged")]
     assert "(rank-00001.safetensors: " in alert
     assert problem in alert
-    assert f"set aside as damaged-{damaged.name}, step {before} is used" in alert
+    assert f"set aside as damaged-{damaged.name}, and training continues from step {before}" in alert
     assert alert in output
     assert alert in shown
     assert step - SAVE_EVERY <= before < step

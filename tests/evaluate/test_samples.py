@@ -19,7 +19,7 @@ from launcher.tracking.tracker import Composite
 KEY = "sk-proj-" + "aB3" * 12
 
 
-def test_keys_in_samples_and_answers_are_not_told(
+def test_secrets_in_questions_and_answers_are_redacted(
     plan_of: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sample = {"prompt": f"Is it {KEY}?", "prompt_ids": [1], "answer": f"Mail eve@corp.com,\nkey {KEY}."}

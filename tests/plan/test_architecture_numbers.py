@@ -26,7 +26,7 @@ def parameters(**changes: Any) -> int:
     return model_facts({**SMALL, **changes}, None, None, None).num_params
 
 
-def test_parameters_by_hand() -> None:
+def test_parameter_counts_match_hand_calculations() -> None:
     # Queries and output 2 x 4 x 6, keys and values 2 x 4 x 3. MLP: 3 x 4 x 8. Three norms of 4.
     layer = 48 + 24 + 96 + 8
     assert parameters() == 2 * layer + 4 + 2 * 10 * 4
@@ -39,7 +39,7 @@ def test_parameters_by_hand() -> None:
     assert parameters(num_experts=4, moe_intermediate_size=5) == parameters() + 2 * (4 * 3 * 4 * 5 + 4 * 4 - 96)
 
 
-def test_what_a_config_leaves_out() -> None:
+def test_defaults_for_missing_config_keys() -> None:
     facts = model_facts({k: v for k, v in SMALL.items() if k not in ("num_key_value_heads", "head_dim")}, None, None, None)
     assert (facts.num_kv_heads, facts.head_dim) == (2, 2)
     assert not facts.num_params_exact
@@ -47,7 +47,7 @@ def test_what_a_config_leaves_out() -> None:
     assert model_facts({"text_config": SMALL}, None, None, None).num_params == parameters()
 
 
-def test_a_config_that_is_no_language_model() -> None:
+def test_a_config_without_a_language_model_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         model_facts({"hidden_size": 4}, "/models/x", None, None)
     (problem,) = error.value.problems
@@ -70,12 +70,14 @@ def test_a_config_that_is_no_language_model() -> None:
         ({"model_type": "llama", "logit_scale": 1.0}, True, None),
     ],
 )
-def test_models_that_the_loop_would_train_wrongly(config: dict[str, Any], packing: bool, words: str | None) -> None:
+def test_architectures_that_cannot_be_trained_correctly_are_problems(
+    config: dict[str, Any], packing: bool, words: str | None
+) -> None:
     found = [problem.what for problem in problems_of(config, packing)]
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
 
 
-def test_such_a_model_is_refused_by_the_plan(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_the_plan_refuses_such_an_architecture(plan_of: Callable[..., LaunchPlan]) -> None:
     with pytest.raises(ConfigError, match=r"set data\.packing=false"):
         plan_of("model=tiny", "model.config.model_type=gpt_oss")

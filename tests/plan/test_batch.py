@@ -29,7 +29,7 @@ def test_divisors(n: int) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_parts_multiply_to_the_global_batch(device: str) -> None:
+def test_micro_batch_accumulation_and_ranks_multiply_to_the_global_batch(device: str) -> None:
     divided = 0
     for total in GLOBALS:
         for world in WORLDS:
@@ -53,7 +53,7 @@ def test_the_largest_micro_batch_that_fits_is_chosen() -> None:
     assert divide(64, 2, 1024, device="cuda").micro_batch_size == 8
 
 
-def test_a_batch_that_does_not_divide_names_what_does_and_that_works() -> None:
+def test_the_remedies_for_an_indivisible_batch_work() -> None:
     refusals = 0
     for total in GLOBALS:
         for world in WORLDS:
@@ -78,7 +78,7 @@ def test_a_batch_that_does_not_divide_names_what_does_and_that_works() -> None:
     assert refusals > 50
 
 
-def test_a_micro_batch_of_ones_own() -> None:
+def test_a_micro_batch_that_is_set() -> None:
     batch = divide(64, 4, micro=8)
     assert (batch.micro_batch_size, batch.accumulation) == (8, 2)
     with pytest.raises(ConfigError) as error:
@@ -114,7 +114,7 @@ def test_epochs_become_steps(plan_of: Callable[..., LaunchPlan], rows: int, epoc
     assert planned.tokens_per_step == batch * 200
 
 
-def test_without_data_the_steps_of_an_epoch_are_not_known(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_without_data_the_number_of_steps_is_unknown(plan_of: Callable[..., LaunchPlan]) -> None:
     planned = plan_of("train.epochs=2", data=None).batch
     assert (planned.max_steps, planned.epochs, planned.tokens_per_step) == (None, 2, None)
     assert plan_of("train.max_steps=5", data=None).batch.max_steps == 5

@@ -155,12 +155,12 @@ def deviation(config: dict[str, Any], rows: list[list[int]]) -> float:
 
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_it_is_what_torch_counts(config: dict[str, Any], rows: list[list[int]]) -> None:
+def test_flops_equal_those_that_torch_counts(config: dict[str, Any], rows: list[list[int]]) -> None:
     assert abs(deviation(config, rows)) < 1e-4
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-def test_the_counted_kernel_is_the_models_attention(config: dict[str, Any]) -> None:
+def test_the_counted_kernel_computes_the_models_attention(config: dict[str, Any]) -> None:
     model, _ = build(config)
     positions = torch.cat([torch.arange(length) for length in ROWS["packed"][0]])[None]
     ids = torch.randint(1, SMALL["vocab_size"], positions.shape)
@@ -176,7 +176,7 @@ def test_every_family_is_counted() -> None:
     assert {config["model_type"] for config in MODELS.values()} == set(FAMILIES)
 
 
-def test_what_torch_counts_of_attention_as_it_is() -> None:
+def test_torch_counts_unmasked_attention() -> None:
     """The square for the plain kernel, nothing for the fused one of a CPU; the formula has the pairs below the diagonal."""
     length, heads, width, layers = 64, 4, 16, 3
     found = {}
@@ -210,11 +210,11 @@ def of(**config: Any) -> TrainFlops | None:
         {"model_type": "qwen3", "head_dim": 24, "layer_types": ["full_attention"]},
     ],
 )
-def test_what_is_not_understood_has_no_number(config: dict[str, Any]) -> None:
+def test_unknown_architectures_have_no_flops(config: dict[str, Any]) -> None:
     assert of(**config) is None
 
 
-def test_by_hand() -> None:
+def test_flops_match_hand_calculations() -> None:
     config = {"hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 3}
     config |= {"intermediate_size": 8, "vocab_size": 10, "model_type": "mistral", "sliding_window": 3}
     flops = of(**config)

@@ -57,14 +57,14 @@ def test_optimizer_and_weights_in_main_memory() -> None:
     assert found.host_per_node_gib == pytest.approx(134.617, abs=1e-2)
 
 
-def test_states_on_disk() -> None:
+def test_states_on_nvme() -> None:
     found = memory(offload_optimizer="nvme", offload_params="nvme", nvme_path="/nvme")
     assert found.per_rank_gib == 0.0
     # Gradients pass through main memory, and so do 100 million elements of the states at a time.
     assert found.host_per_node_gib == pytest.approx(8 * (4 * BYTE + 16 * 1e8 / 2**30), abs=1e-2)
 
 
-def test_a_second_copy_of_the_weights_in_each_node() -> None:
+def test_hpz_keeps_a_second_copy_of_the_weights_in_each_node() -> None:
     found = memory(topology=FOUR_NODES, hpz_partition_size="node")
     # A 32nd of all states and an eighth of the bf16 weights.
     assert found.per_rank_gib == pytest.approx(18 * BYTE / 4 + 2 * BYTE, abs=1e-3)
@@ -86,17 +86,17 @@ def test_more_ranks_take_less_each() -> None:
     assert sizes == pytest.approx([sizes[0] / n for n in (1, 2, 4, 8)], abs=1e-3)
 
 
-def test_a_checkpoint_holds_master_weights_and_moments() -> None:
+def test_a_checkpoint_holds_master_weights_and_optimizer_states() -> None:
     assert checkpoint_bytes(LLAMA_8B, ADAMW) == 96_363_134_976
 
 
-def test_the_plan_carries_it(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_the_plan_holds_the_estimates(plan_of: Callable[..., LaunchPlan]) -> None:
     planned = plan_of("experiment=llama3_8b_one_node", "data.path=rows.jsonl", "train.micro_batch_size=1")
     assert planned.memory.per_rank_gib == pytest.approx(16.827, abs=1e-3)
     assert planned.checkpoint_bytes == 96_363_134_976
 
 
-def test_copies_for_saves_in_the_background_lie_in_the_main_memory_of_each_node() -> None:
+def test_background_saves_need_main_memory_on_each_node() -> None:
     states = memory(topology=FOUR_NODES)
     found = saving(LLAMA_8B, True, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0)
     # 12 bytes for each parameter, on four nodes.
@@ -105,7 +105,7 @@ def test_copies_for_saves_in_the_background_lie_in_the_main_memory_of_each_node(
     assert not saving(LLAMA_8B, False, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0).background
 
 
-def test_training_waits_where_the_copies_do_not_fit() -> None:
+def test_saves_block_training_where_copies_do_not_fit() -> None:
     offloaded = DeepSpeedSection(offload_optimizer="cpu")
     states = memory(topology=EIGHT_GPUS, offload_optimizer="cpu")
     # 16 bytes of gradients and states and 12 of copies for each parameter: 209 GiB.

@@ -57,7 +57,7 @@ def saved(tmp_path: Path, **more: Any) -> Saved:
 
 
 @pytest.mark.parametrize("free_gib, alerts", [(3, 1), (5, 0)])
-def test_a_disk_without_room_for_the_next_checkpoint_is_an_alert(
+def test_a_disk_without_room_for_the_next_checkpoint_raises_an_alert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gib: int, alerts: int
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free_gib * GIB))
@@ -72,7 +72,7 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_an_alert(
     assert not said or said[0].endswith("3.00 GiB are free, and it takes 4.00 GiB")
 
 
-def test_storage_that_does_not_tell_its_room_is_no_reason_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_where_free_space_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stale(path: Path) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
@@ -86,7 +86,7 @@ def test_storage_that_does_not_tell_its_room_is_no_reason_to_stop(tmp_path: Path
     assert [kind for kind, _ in heard.said] == ["checkpoint"]
 
 
-def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:
+def test_a_failed_save_raises_one_alert(tmp_path: Path) -> None:
     heard = Heard()
     checkpointer = Checkpointer(Saver(CheckpointError("the disk is full", where="/runs")), heard, True, no_beat)  # type: ignore[arg-type]
     checkpointer.save(5, {}, None)
@@ -97,7 +97,7 @@ def test_a_save_that_failed_is_an_alert_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_save_that_has_ended_at_once_is_told_at_once(tmp_path: Path, fails: bool) -> None:
+def test_the_outcome_of_a_blocking_save_is_reported_at_once(tmp_path: Path, fails: bool) -> None:
     """There is no room for it, or no memory for a copy to save behind training: the next save may be hours away."""
     heard = Heard()
     saver = Saver(CheckpointError("the disk is full", where="/runs") if fails else saved(tmp_path), is_saving=False)
@@ -107,7 +107,7 @@ def test_a_save_that_has_ended_at_once_is_told_at_once(tmp_path: Path, fails: bo
     assert checkpointer.stall_s == (0 if fails else 0.1)
 
 
-def test_who_waits_for_a_save_says_so_before(tmp_path: Path) -> None:
+def test_waiting_for_a_save_is_announced_before(tmp_path: Path) -> None:
     """Saving has a limit of its own; in the phase of training the watchdog would take the wait for a hang."""
     said: list[str] = []
     saver = Saver(saved(tmp_path))

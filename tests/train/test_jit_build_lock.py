@@ -27,7 +27,7 @@ def holding(lock: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_one_builds_and_the_others_wait(tmp_path: Path) -> None:
+def test_one_process_builds_and_the_others_wait(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     first, second = LockedBaton(str(lock)), LockedBaton(str(lock), wait_seconds=0.01)
     assert first.try_acquire()
@@ -42,7 +42,7 @@ def test_one_builds_and_the_others_wait(tmp_path: Path) -> None:
     assert not lock.exists()
 
 
-def test_who_is_killed_in_a_build_blocks_nobody(tmp_path: Path) -> None:
+def test_a_process_killed_during_a_build_blocks_no_other(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     process = holding(lock)
     try:
@@ -58,7 +58,7 @@ def test_who_is_killed_in_a_build_blocks_nobody(tmp_path: Path) -> None:
         process.wait(timeout=10)
 
 
-def test_a_file_that_another_program_has_left_behind_blocks_nobody(tmp_path: Path) -> None:
+def test_a_stale_lock_file_blocks_no_process(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch()
     baton = LockedBaton(str(lock))
@@ -67,7 +67,7 @@ def test_a_file_that_another_program_has_left_behind_blocks_nobody(tmp_path: Pat
     assert not lock.exists()
 
 
-def test_torch_builds_with_such_locks_in_a_rank() -> None:
+def test_torch_uses_these_locks_in_a_rank() -> None:
     script = (
         "from torch.utils import cpp_extension; from launcher.train.jit_build_lock import LockedBaton, lock_builds; "
         "lock_builds(); assert cpp_extension.FileBaton is LockedBaton; "

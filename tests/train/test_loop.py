@@ -55,7 +55,7 @@ def run(plan: LaunchPlan, max_steps: int, skipped: set[int]) -> FakeLoop:
     return loop
 
 
-def test_a_save_that_is_due_at_a_skipped_step_comes_with_the_next_one(plan_of: PlanOf) -> None:
+def test_a_save_due_at_a_skipped_step_happens_at_the_next_applied_step(plan_of: PlanOf) -> None:
     loop = run(plan_of("checkpoint.save_every=5", "model.dtype=bf16"), 20, skipped={10, 11})
     assert loop.saved == [5, 12, 15, 20]
 

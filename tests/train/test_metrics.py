@@ -47,7 +47,7 @@ def measured(plan: LaunchPlan, batch: StepBatch, peak_tflops: float | None = Non
     return meter.step(1, batch, 1.0, 1.0, 1.0, TIMES)
 
 
-def test_parts_of_a_step_add_up_and_start_afresh() -> None:
+def test_timed_parts_add_up_within_a_step_and_reset_with_the_next() -> None:
     timer = StepTimer(torch.device("cpu"))
     timer.begin()
     for _ in range(2):
@@ -68,7 +68,7 @@ def test_perplexity_overflows_to_infinity() -> None:
     assert math.isinf(perplexity(1e6))
 
 
-def test_each_source_has_its_share_of_the_tokens(tmp_path: Path) -> None:
+def test_source_fractions_are_shares_of_the_tokens(tmp_path: Path) -> None:
     settings = {
         "model": {"path": "./model"},
         "data": {"sources": [{"name": "chat", "path": "a.jsonl"}, {"name": "code", "path": "b.jsonl"}]},
@@ -81,11 +81,11 @@ def test_each_source_has_its_share_of_the_tokens(tmp_path: Path) -> None:
     assert metrics["data/label_frac"] == pytest.approx(0.5)
 
 
-def test_the_share_of_the_datas_tokens_that_were_cut_is_told(plan_of: PlanOf) -> None:
+def test_the_fraction_of_truncated_tokens_is_logged(plan_of: PlanOf) -> None:
     assert measured(plan_of(), batch_of())["data/truncated_frac"] == pytest.approx(500 / 900_500)
 
 
-def test_what_is_told_of_a_step_is_of_all_ranks(plan_of: PlanOf) -> None:
+def test_step_metrics_cover_all_ranks(plan_of: PlanOf) -> None:
     """Two ranks with unequal rows: MFU counts the documents of both and no padding, whichever rank counts."""
     plan, split = plan_of(), split_of(ROWS)
     shape = plan.batch.model_copy(update={"global_batch_size": 8, "micro_batch_size": 2, "accumulation": 2})
@@ -109,7 +109,7 @@ def test_what_is_told_of_a_step_is_of_all_ranks(plan_of: PlanOf) -> None:
     assert "perf/mfu" not in measured(plan, batches[0])
 
 
-def test_the_time_left_counts_what_comes_between_steps(plan_of: PlanOf) -> None:
+def test_the_eta_includes_the_time_between_steps(plan_of: PlanOf) -> None:
     """Steps of half a second, one second from end to end; an evaluation takes its share of all that is left."""
     now = [100.0]
     meter = Meter(plan_of(), 40, attempt=1, restart=0, peak_tflops=None, clock=lambda: now[0])
@@ -127,7 +127,7 @@ def test_the_time_left_counts_what_comes_between_steps(plan_of: PlanOf) -> None:
     assert meter.step(4, batch, 1.0, 1.0, 1.0, TIMES)["perf/tokens_per_sec"] == 48
 
 
-def test_what_is_not_known_is_not_measured(plan_of: PlanOf) -> None:
+def test_metrics_that_cannot_be_computed_are_omitted(plan_of: PlanOf) -> None:
     metrics = measured(plan_of("model.config.model_type=deepseek_v3"), batch_of(), peak_tflops=0.25)
     assert metrics.keys() & {"perf/tflops_per_gpu", "perf/mfu"} == set()
     assert metrics["perf/tokens_per_sec"] == 48

@@ -17,7 +17,7 @@ from launcher.plan.architecture import model_facts
 from launcher.train.model import build_model
 
 
-def test_a_model_is_not_built_from_a_part_of_its_weights(tmp_path: Path) -> None:
+def test_a_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", {"model_type": "llama"})
     config = json.loads((folder / "config.json").read_text())
     facts = model_facts(config, str(folder), None, None)

@@ -49,7 +49,7 @@ def test_a_perturbed_document_does_not_move_its_neighbours(real: CausalLMLoss, f
 
 
 @torch.no_grad()
-def test_a_packed_document_computes_what_it_computes_alone(real: CausalLMLoss) -> None:
+def test_a_packed_document_gets_the_logits_it_gets_alone(real: CausalLMLoss) -> None:
     ids, positions = packed([9, 14], seed=3)
     alone = real(ids[:, 9:], positions[:, 9:])
     torch.testing.assert_close(real(ids, positions)[:, 9:], alone, rtol=1e-4, atol=1e-3)
@@ -84,7 +84,7 @@ def attended_by_borders(module, query, key, value, mask, **given):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_flash_attention_is_told_where_documents_begin(real: CausalLMLoss, recompute: bool) -> None:
+def test_flash_attention_receives_cu_seqlens(real: CausalLMLoss, recompute: bool) -> None:
     """Otherwise transformers asks the GPU in every layer. The kernel is played, so that it knows nothing else."""
     transformers.AttentionInterface.register("played", attended_by_borders)
     ids = torch.cat([packed([9, 1, 14], seed=6)[0], packed([24], seed=7)[0]])
@@ -121,7 +121,7 @@ def test_flash_attention_is_told_where_documents_begin(real: CausalLMLoss, recom
         ("bf16", "gpt_neo", True, "sdpa"),
     ],
 )
-def test_flash_attention_is_taken_where_it_can_be(
+def test_flash_attention_is_chosen_where_it_is_available(
     monkeypatch: pytest.MonkeyPatch, dtype: Any, family: str, there: bool, kernel: str
 ) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: there)
@@ -153,7 +153,7 @@ def test_documents_do_not_see_each_other_in_flash_attention() -> None:
         ("qwen3_next", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}),
     ],
 )
-def test_documents_mix_where_layers_carry_a_state_and_nowhere_else(family: str, own: dict[str, Any]) -> None:
+def test_documents_leak_into_each_other_only_where_layers_carry_state(family: str, own: dict[str, Any]) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.AutoConfig.for_model(family, **sizes, num_key_value_heads=2, vocab_size=97, **own)
@@ -165,7 +165,7 @@ def test_documents_mix_where_layers_carry_a_state_and_nowhere_else(family: str, 
     assert bool((one - two).abs()[0, 8:].max() > 0) == carries_state(config.to_dict())
 
 
-def test_all_families_whose_layers_carry_a_state_are_known() -> None:
+def test_all_architectures_of_transformers_that_carry_state_are_listed() -> None:
     """By the words that the models of transformers have for such a state, or for the convolution before it."""
     from transformers.models.auto.configuration_auto import model_type_to_module_name
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -181,7 +181,7 @@ def test_all_families_whose_layers_carry_a_state_are_known() -> None:
 
 
 @torch.no_grad()
-def test_the_loss_is_the_models_own(real: CausalLMLoss) -> None:
+def test_the_loss_equals_that_of_transformers(real: CausalLMLoss) -> None:
     ids, positions = packed([20], seed=5)
     labels = ids.roll(-1, dims=1)
     labels[:, -1] = -100

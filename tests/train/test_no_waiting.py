@@ -48,7 +48,7 @@ class Model(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
-def test_a_step_waits_for_nothing(kind: str) -> None:
+def test_a_step_never_synchronises_with_the_gpu(kind: str) -> None:
     torch.manual_seed(0)
     device, on_gpu = torch.device(kind), kind == "cuda"
     model = CausalLMLoss(Model(), flatten=False).to(device)

@@ -25,7 +25,7 @@ def test_the_last_step_has_the_lowest_rate(schedule: str) -> None:
     assert found[5:] == sorted(found[5:], reverse=True)
 
 
-def test_shapes() -> None:
+def test_shapes_of_the_schedules() -> None:
     assert rates(10, schedule="constant", warmup_steps=0) == [1.0] * 10
     assert rates(11, schedule="linear", warmup_steps=0, min_lr_ratio=0.0)[5] == pytest.approx(0.5)
     assert rates(11, schedule="cosine", warmup_steps=0, min_lr_ratio=0.0)[5] == pytest.approx(0.5)

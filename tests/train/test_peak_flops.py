@@ -22,7 +22,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
         ("fp32", "high", GPUS["H100-80GB"].tf32),
     ],
 )
-def test_a_gpu_has_its_vendors_figure(
+def test_the_peak_of_a_gpu_is_its_vendors_figure(
     config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch, dtype: str, precision: str, expected: float
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
@@ -31,13 +31,13 @@ def test_a_gpu_has_its_vendors_figure(
     assert peak_tflops(config_of(f"model.dtype={dtype}", "cluster.gpu_type=A100-40GB"), CUDA) == expected
 
 
-def test_a_gpu_that_nobody_knows_has_no_figure(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_gpu_has_no_peak(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 3000")
     assert peak_tflops(config_of(), CUDA) is None
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_a_cpu_is_measured_quickly_and_the_run_draws_the_same_numbers(config_of: ConfigOf, dtype: str) -> None:
+def test_measuring_a_cpu_is_quick_and_leaves_the_random_state_alone(config_of: ConfigOf, dtype: str) -> None:
     state, config, seconds = torch.get_rng_state(), config_of(f"model.dtype={dtype}"), []
     for _ in range(3):
         began = time.perf_counter()
@@ -50,7 +50,7 @@ def test_a_cpu_is_measured_quickly_and_the_run_draws_the_same_numbers(config_of:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_best_of_all_products_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, *(t for pair in [(0.0, 0.05), (0.05, 0.06), (0.06, 0.1), (0.1, 0.2)] for t in pair)])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     assert measured_tflops(torch.float32) == pytest.approx(2 * 256**3 / 0.01 / 1e12)

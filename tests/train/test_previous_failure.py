@@ -40,7 +40,9 @@ def ended(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None
         ("resized", None, ""),
     ],
 )
-def test_an_end_that_no_rank_has_told_is_told(run: RunDir, cause: str, first_failure: dict[str, Any] | None, words: str) -> None:
+def test_an_unreported_end_of_the_previous_attempt_is_reported(
+    run: RunDir, cause: str, first_failure: dict[str, Any] | None, words: str
+) -> None:
     ended(run, cause, first_failure)
     told = failure_before(run, 2)
     assert (told is not None) == bool(words)
@@ -52,7 +54,7 @@ def test_an_end_that_no_rank_has_told_is_told(run: RunDir, cause: str, first_fai
     assert again is None or again.recorded
 
 
-def test_ranks_that_could_save_have_told_it(run: RunDir) -> None:
+def test_an_end_that_the_ranks_reported_is_not_reported_again(run: RunDir) -> None:
     ended(run, "preempted", None)
     told = failure_before(run, 2)
     assert told is not None
@@ -61,13 +63,13 @@ def test_ranks_that_could_save_have_told_it(run: RunDir) -> None:
     assert failure_before(run, 2) is None
 
 
-def test_who_resumes_a_run_knows_why_it_ended(run: RunDir) -> None:
+def test_an_attempt_that_a_person_started_gets_no_report(run: RunDir) -> None:
     ended(run, "infrastructure", KILLED)
     run_store.write_attempt(run, 2, Attempt(None))
     assert failure_before(run, 2) is None
 
 
-def test_ranks_that_are_started_again_tell_the_last_reason(run: RunDir) -> None:
+def test_restarted_ranks_report_the_last_reason(run: RunDir) -> None:
     ended(run, "infrastructure", KILLED)
     append_event(run, 1, "alert", "of another attempt", **{RESTART: 1})
     for count, reason in ((1, "the first"), (2, "the second")):
@@ -76,7 +78,7 @@ def test_ranks_that_are_started_again_tell_the_last_reason(run: RunDir) -> None:
     assert failure_before(run, 2) == Failure("the second", recorded=True)
 
 
-def test_gpu_faults_that_no_rank_could_tell_are_named(run: RunDir) -> None:
+def test_unreported_gpu_faults_are_named(run: RunDir) -> None:
     ended(run, "infrastructure", None)
     append_event(run, 2, "alert", "Xid 94 on GPU 1: of another attempt")
     for gpu in range(3):
@@ -110,6 +112,6 @@ def test_gpu_faults_before_a_restart_are_named_once(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
-def test_what_cannot_be_read_keeps_nobody_from_training(run: RunDir, text: str) -> None:
+def test_unreadable_events_do_not_stop_training(run: RunDir, text: str) -> None:
     (run.attempt(1) / "exit.json").write_text(text)
     assert failure_before(run, 2) is None

@@ -39,37 +39,37 @@ def run_with(
 def on_two_ranks(
     rank_server: RankServer, folder: Path, first: list[tuple[RunDir, int]], second: list[tuple[RunDir, int]], loads: bool = False
 ) -> list[list[Any]]:
-    """What each rank says of each case: where it starts, or where `loads`, which it has loaded and what a person is told."""
+    """Each rank's result for each case: its start point, or with `loads`, the loaded step and the messages for a person."""
     seen = [[[(str(run.root), restart, loads) for run, restart in cases]] for cases in (first, second)]
     return rank_server.values("train_ranks:begin", seen, folder / "ranks")
 
 
-def test_the_first_ranks_choice_holds_for_all(rank_server: RankServer, tmp_path: Path) -> None:
+def test_all_ranks_begin_where_rank_0_chooses(rank_server: RankServer, tmp_path: Path) -> None:
     named = run_with(tmp_path / "named", 10, before=[10, 20])
     own = run_with(tmp_path / "own", 10, own=[30, 40], before=[10, 20, 50])
     ahead = run_with(tmp_path / "ahead", 10, own=[30, 40, 60], before=[10])
     nothing = run_with(tmp_path / "nothing", None)
     first = [(named, 0), (own, 0), (own, 1), (nothing, 2), (own, 0)]
     second = [(named, 0), (own, 3), (ahead, 0), (ahead, 0), (named, 0)]
-    said, others = on_two_ranks(rank_server, tmp_path, first, second)
+    first_rank, second_rank = on_two_ranks(rank_server, tmp_path, first, second)
 
     def at(run: RunDir, step: int) -> list[Any]:
         return [step, str(run.checkpoints / store.step_name(step))]
 
     # The checkpoint that the attempt names; what came after it in an attempt before counts for nothing.
-    assert said[0] == others[0] == [*at(named, 10), 0]
+    assert first_rank[0] == second_rank[0] == [*at(named, 10), 0]
     # What the attempt itself has saved, before its agents restarted the ranks; the highest count of restarts.
-    assert said[1] == others[1] == [*at(own, 40), 3]
+    assert first_rank[1] == second_rank[1] == [*at(own, 40), 3]
     # Where another rank sees more.
-    assert (said[2], others[2]) == ([*at(own, 40), 1], [*at(ahead, 40), 1])
-    assert said[3] == others[3] == [None, None, 2]
+    assert (first_rank[2], second_rank[2]) == ([*at(own, 40), 1], [*at(ahead, 40), 1])
+    assert first_rank[3] == second_rank[3] == [None, None, 2]
     # Where another rank does not see it, that one refuses: never a silent start from elsewhere.
-    assert said[4] == [*at(own, 40), 0]
-    assert isinstance(others[4], str)
-    assert "40" in others[4]
+    assert first_rank[4] == [*at(own, 40), 0]
+    assert isinstance(second_rank[4], str)
+    assert "40" in second_rank[4]
 
 
-def test_what_was_not_seen_when_the_attempt_was_numbered_is_not_passed_over(rank_server: RankServer, tmp_path: Path) -> None:
+def test_a_checkpoint_that_the_submitter_did_not_see_is_used(rank_server: RankServer, tmp_path: Path) -> None:
     unnamed = run_with(tmp_path / "unnamed", None, before=[10, 20], automatic=True)
     lower = run_with(tmp_path / "lower", 10, before=[10, 20], automatic=True)
     damaged = run_with(tmp_path / "damaged", None, before=[10, 20], automatic=True)
@@ -82,25 +82,27 @@ def test_what_was_not_seen_when_the_attempt_was_numbered_is_not_passed_over(rank
     *begun, refused = loaded_on_two_ranks(rank_server, tmp_path, *runs)
     assert [step for step, _ in begun] == [20, 20, 10, 20, 10, 10]
     assert [run_store.read_attempt(run, 2).resume_step for run in runs] == [20, 20, 10, 10, 10, 10, None]
-    assert lying(damaged) == ["damaged-step-00000020", "step-00000010"]
-    assert refused.startswith("CheckpointError: attempt 2 was to begin at step 0, and there are checkpoints")
-    assert "the newest is of step 20" in refused
+    assert folder_names(damaged) == ["damaged-step-00000020", "step-00000010"]
+    assert refused.startswith("CheckpointError: attempt 2 would begin at step 0, but the attempts before it have checkpoints")
+    assert "the newest is at step 20" in refused
 
 
-def test_an_attempt_that_another_has_followed_names_no_other_step(rank_server: RankServer, tmp_path: Path) -> None:
+def test_a_superseded_attempt_does_not_change_its_resume_step(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", None, before=[10], automatic=True)
     run_store.create_attempt(run, Attempt(resume_step=10))
-    (words,) = loaded_on_two_ranks(rank_server, tmp_path, run)
-    assert words.startswith("Superseded: attempt 2 was given up")
+    (error,) = loaded_on_two_ranks(rank_server, tmp_path, run)
+    assert error.startswith("Superseded: attempt 2 was given up")
     assert run_store.read_attempt(run, 2).resume_step is None
 
 
 def loaded_on_two_ranks(rank_server: RankServer, folder: Path, *runs: RunDir) -> list[Any]:
-    """What both ranks say alike of each run."""
-    said, others = on_two_ranks(rank_server, folder, [(run, 0) for run in runs], [(run, 0) for run in runs], loads=True)
-    assert said == others
-    assert len(said) == len(runs)
-    return said
+    """The result for each run, equal on both ranks."""
+    first_rank, second_rank = on_two_ranks(
+        rank_server, folder, [(run, 0) for run in runs], [(run, 0) for run in runs], loads=True
+    )
+    assert first_rank == second_rank
+    assert len(first_rank) == len(runs)
+    return first_rank
 
 
 def flip(run: RunDir, step: int, name: str = store.shard_name(0)) -> None:
@@ -115,18 +117,18 @@ def truncate(run: RunDir, step: int) -> None:
     os.truncate(run.checkpoints / store.step_name(step) / store.shard_name(0), 3)
 
 
-def lying(run: RunDir) -> list[str]:
+def folder_names(run: RunDir) -> list[str]:
     return sorted(path.name for path in run.checkpoints.iterdir())
 
 
-def test_a_checkpoint_that_is_named_must_be_there(rank_server: RankServer, tmp_path: Path) -> None:
+def test_resume_refuses_a_missing_checkpoint(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", 30, before=[10, 20])
-    for said in on_two_ranks(rank_server, tmp_path, [(run, 0)], [(run, 0)]):
-        assert said[0].startswith("CheckpointError: there is no committed checkpoint of step 30")
-        assert "choose one of: 10, 20" in said[0]
+    for results in on_two_ranks(rank_server, tmp_path, [(run, 0)], [(run, 0)]):
+        assert results[0].startswith("CheckpointError: there is no committed checkpoint of step 30")
+        assert "choose one of: 10, 20" in results[0]
 
 
-def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(rank_server: RankServer, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(rank_server: RankServer, tmp_path: Path) -> None:
     flipped = run_with(tmp_path / "flipped", 30, before=[10, 20, 30])
     flip(flipped, 30)
     twice = run_with(tmp_path / "twice", 30, before=[10, 20, 30])
@@ -145,28 +147,27 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_the_one_before_is_used(rank_
     other = run_with(tmp_path / "other", 30, before=[10, 20, 30])
     manifest = (other.checkpoints / store.step_name(10) / MANIFEST).read_bytes()
     (other.checkpoints / store.step_name(30) / MANIFEST).write_bytes(manifest)
-    said = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, truncated, since, own, whole, empty, other)
-    assert [step for step, _ in said] == [20, 10, 20, 20, 20, 20, 20, 20]
+    results = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, truncated, since, own, whole, empty, other)
+    assert [step for step, _ in results] == [20, 10, 20, 20, 20, 20, 20, 20]
 
-    def words(step: int, what: str, used: int) -> str:
-        return (
-            f"the checkpoint of step {step} is damaged ({what}); it is set aside as damaged-step-{step:08d}, step {used} is used"
-        )
+    def message(step: int, what: str, used: int) -> str:
+        set_aside = f"it is set aside as damaged-step-{step:08d}, and training continues from step {used}"
+        return f"the checkpoint of step {step} is damaged ({what}); {set_aside}"
 
     digest = "a checkpoint file is damaged: its digest differs from the manifest's"
-    assert said[0][1] == [words(30, f"rank-00000.safetensors: {digest}", 20)]
-    assert said[1][1] == [words(20, f"state.json: {digest}", 10), words(30, f"rank-00000.safetensors: {digest}", 10)]
+    assert results[0][1] == [message(30, f"rank-00000.safetensors: {digest}", 20)]
+    assert results[1][1] == [message(20, f"state.json: {digest}", 10), message(30, f"rank-00000.safetensors: {digest}", 10)]
     wrong_size = "rank-00000.safetensors: a checkpoint file has the wrong size (3 bytes instead of 7)"
-    assert said[2][1] == [words(30, wrong_size, 20)]
-    assert "no readable manifest" in said[3][1][0]
-    assert len(said[4][1]) == 1
-    assert said[5][1] == []
-    assert "no readable manifest" in said[6][1][0]
-    assert said[7][1] == [words(30, "step-00000030: a manifest belongs to another step (step 10)", 20)]
-    assert lying(flipped) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
-    assert lying(twice) == ["damaged-step-00000020", "damaged-step-00000030", "step-00000010"]
-    assert lying(truncated) == lying(since) == lying(empty) == lying(other) == lying(flipped)
-    assert lying(own) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
+    assert results[2][1] == [message(30, wrong_size, 20)]
+    assert "no readable manifest" in results[3][1][0]
+    assert len(results[4][1]) == 1
+    assert results[5][1] == []
+    assert "no readable manifest" in results[6][1][0]
+    assert results[7][1] == [message(30, "step-00000030: a manifest belongs to another step (step 10)", 20)]
+    assert folder_names(flipped) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
+    assert folder_names(twice) == ["damaged-step-00000020", "damaged-step-00000030", "step-00000010"]
+    assert folder_names(truncated) == folder_names(since) == folder_names(empty) == folder_names(other) == folder_names(flipped)
+    assert folder_names(own) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
     # Ranks that are started again within the attempt find what it names.
     assert [run_store.read_attempt(run, 2).resume_step for run in (flipped, twice, truncated, since, own)] == [20, 10, 20, 20, 10]
     again = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, since)
@@ -180,7 +181,9 @@ def withhold(run: RunDir, step: int, name: str = MANIFEST) -> None:
     file.symlink_to(name)
 
 
-def test_what_cannot_be_read_now_is_neither_set_aside_nor_passed_over(rank_server: RankServer, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_read_right_now_is_neither_skipped_nor_set_aside(
+    rank_server: RankServer, tmp_path: Path
+) -> None:
     named = run_with(tmp_path / "named", 30, before=[10, 20, 30])
     withhold(named, 30)
     shard = run_with(tmp_path / "shard", 30, before=[10, 20, 30])
@@ -200,16 +203,16 @@ def test_what_cannot_be_read_now_is_neither_set_aside_nor_passed_over(rank_serve
     withhold(pinned, 30)
     before = run_with(tmp_path / "before", 30, before=[10, 20, 30])
     withhold(before, 20)
-    stood = [lying(run) for run in refused]
-    *said, asked, newest = loaded_on_two_ranks(rank_server, tmp_path, *refused, pinned, before)
-    for words in said:
-        assert words.startswith("UnreadableCheckpoint: ")
-        assert "cannot be read now" in words
-    assert [lying(run) for run in refused] == stood
+    stood = [folder_names(run) for run in refused]
+    *results, asked, newest = loaded_on_two_ranks(rank_server, tmp_path, *refused, pinned, before)
+    for error in results:
+        assert error.startswith("UnreadableCheckpoint: ")
+        assert "cannot be read now" in error
+    assert [folder_names(run) for run in refused] == stood
     assert (asked, newest) == ([20, []], [30, []])
 
 
-def test_where_none_is_whole_nothing_starts_and_nothing_is_set_aside(rank_server: RankServer, tmp_path: Path) -> None:
+def test_without_an_intact_checkpoint_nothing_starts_and_nothing_is_set_aside(rank_server: RankServer, tmp_path: Path) -> None:
     flipped = run_with(tmp_path / "flipped", 20, before=[10, 20])
     flip(flipped, 10)
     flip(flipped, 20)
@@ -221,11 +224,11 @@ def test_where_none_is_whole_nothing_starts_and_nothing_is_set_aside(rank_server
     truncate(unnamed, 10)
     truncate(unnamed, 20)
     runs = (flipped, unopened, unnamed)
-    for run, words in zip(runs, loaded_on_two_ranks(rank_server, tmp_path, *runs), strict=True):
-        assert words.startswith("DamagedCheckpoint: no checkpoint of this run is whole")
-        assert "step 10: rank-00000.safetensors" in words
-        assert "step 20: rank-00000.safetensors" in words
-        assert lying(run) == ["step-00000010", "step-00000020"]
+    for run, error in zip(runs, loaded_on_two_ranks(rank_server, tmp_path, *runs), strict=True):
+        assert error.startswith("DamagedCheckpoint: no checkpoint of this run is intact")
+        assert "step 10: rank-00000.safetensors" in error
+        assert "step 20: rank-00000.safetensors" in error
+        assert folder_names(run) == ["step-00000010", "step-00000020"]
 
 
 def test_a_step_that_a_person_asked_for_is_used_or_refused(rank_server: RankServer, tmp_path: Path) -> None:
@@ -236,31 +239,31 @@ def test_a_step_that_a_person_asked_for_is_used_or_refused(rank_server: RankServ
     whole = run_with(tmp_path / "whole", 20, before=[10, 20], own=[30], pinned=True)
     flip(whole, 30)
     *refused, used = loaded_on_two_ranks(rank_server, tmp_path, flipped, unopened, whole)
-    for words in refused:
-        assert words.startswith("DamagedCheckpoint: the checkpoint of step 20 is damaged")
-        assert "choose one of the other steps: 10" in words
-    assert lying(flipped) == lying(unopened) == ["step-00000010", "step-00000020"]
+    for error in refused:
+        assert error.startswith("DamagedCheckpoint: the checkpoint of step 20 is damaged")
+        assert "choose one of the other steps: 10" in error
+    assert folder_names(flipped) == folder_names(unopened) == ["step-00000010", "step-00000020"]
     # What the attempt has saved since is not what was asked for.
     assert used[0] == 20
-    assert lying(whole) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
+    assert folder_names(whole) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
 
 
-def test_an_attempt_that_another_has_followed_sets_nothing_aside(rank_server: RankServer, tmp_path: Path) -> None:
+def test_a_superseded_attempt_sets_nothing_aside(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", 20, before=[10, 20])
     flip(run, 20)
     run_store.create_attempt(run, Attempt(resume_step=20))
-    (words,) = loaded_on_two_ranks(rank_server, tmp_path, run)
-    assert words.startswith("Superseded: attempt 2 was given up")
-    assert lying(run) == ["step-00000010", "step-00000020"]
+    (error,) = loaded_on_two_ranks(rank_server, tmp_path, run)
+    assert error.startswith("Superseded: attempt 2 was given up")
+    assert folder_names(run) == ["step-00000010", "step-00000020"]
     assert run_store.read_attempt(run, 2).resume_step == 20
 
 
-def test_what_one_node_alone_calls_damaged_stays(rank_server: RankServer, tmp_path: Path) -> None:
+def test_a_checkpoint_that_only_one_node_finds_damaged_stays(rank_server: RankServer, tmp_path: Path) -> None:
     run = run_with(tmp_path / "run", 20, before=[10, 20])
     seen = run_with(tmp_path / "seen", 20, before=[10, 20])
     flip(seen, 20)
-    said, others = on_two_ranks(rank_server, tmp_path, [(run, 0)], [(seen, 0)], loads=True)
-    assert said == others
-    assert said[0].startswith("CheckpointError: some ranks read a checkpoint otherwise than rank 0")
-    assert str(run.checkpoints / "step-00000020") in said[0]
-    assert lying(run) == lying(seen) == ["step-00000010", "step-00000020"]
+    first_rank, second_rank = on_two_ranks(rank_server, tmp_path, [(run, 0)], [(seen, 0)], loads=True)
+    assert first_rank == second_rank
+    assert first_rank[0].startswith("CheckpointError: some ranks find a checkpoint damaged that rank 0 finds intact")
+    assert str(run.checkpoints / "step-00000020") in first_rank[0]
+    assert folder_names(run) == folder_names(seen) == ["step-00000010", "step-00000020"]

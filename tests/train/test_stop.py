@@ -7,7 +7,7 @@ from pathlib import Path
 from forked_ranks import RankServer
 
 
-def test_a_save_is_tried_where_every_rank_has_the_time(rank_server: RankServer, tmp_path: Path) -> None:
+def test_ranks_save_before_stopping_only_where_all_have_time(rank_server: RankServer, tmp_path: Path) -> None:
     first, second = rank_server.values("train_ranks:judge_saves", [[], []], tmp_path)
     assert first == second
     assert {name for name, fits in first.items() if not fits} == {

@@ -28,7 +28,7 @@ from launcher.train.jit_build_lock import lock_builds
 from launcher.train.model import build_model
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer, representative_layer
-from launcher.train.resume import agree_on_start, load_whole
+from launcher.train.resume import agree_on_start_point, load_newest_intact
 from launcher.train.stop import save_fits
 
 CPU = torch.device("cpu")
@@ -80,14 +80,14 @@ def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
     for root, restart, loads in cases:
         run, rank_info, told = RunDir(Path(root)), RankInfo(rank, rank, 2, 2, restart), []
         try:
-            start = agree_on_start(run, rank_info, CPU)
+            start = agree_on_start_point(run, rank_info, CPU)
             at = start.checkpoint
             if loads:
-                at, name = load_whole(run, rank_info, at, load, told.append)
+                at, name = load_newest_intact(run, rank_info, at, load, told.append)
                 assert name == at.path.name
                 outcomes.append([at.step, told])
             else:
-                outcomes.append([at and at.step, at and str(at.path), start.restarts])
+                outcomes.append([at and at.step, at and str(at.path), start.num_restarts])
         except LauncherError as error:
             outcomes.append(f"{type(error).__name__}: {error}")
     return outcomes
