@@ -1,4 +1,4 @@
-"""Numbers of a decoder-only transformer from its config.json: parameters, and the FLOPs of training it."""
+"""Parameters and training FLOPs of a decoder-only transformer, from its config.json."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_siz
 _QK_NORM = ("qwen3", "qwen3_moe")
 _QKV_BIAS = ("qwen2", "qwen2_moe")
 _UNKNOWN = -1
-# What some architectures do to their logits after the head, where the loss in chunks does not.
+# Config keys of architectures that transform their logits after the head, which the chunked loss does not.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# transformers gives their masks no positions, so that the documents of a row would see each other.
-_DOCUMENTS_MIX = ("gpt_oss",)
-# Their layers carry a state, or look back with a convolution, from one document of a row into the next.
+# transformers ignores positions in their attention masks, so packed documents would attend to each other.
+_ATTEND_ACROSS_DOCUMENTS = ("gpt_oss",)
+# Their layers carry state, or convolve, from one document of a row into the next.
 _CARRY_STATE = (
     *("bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "inkling", "inkling2", "inkling2_loop"),
     *("jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid"),
@@ -30,12 +30,12 @@ _STATE_LAYERS = {"linear_attention", "conv", "mamba", "mamba2", "recurrent", "hy
 
 @dataclass(frozen=True)
 class _Family:
-    """How transformers builds the layers of one `model_type`, where families differ in what they multiply.
+    """How transformers builds the layers of one `model_type`, as far as it affects FLOPs.
 
-    `needs` are keys whose default in transformers is not what ModelFacts takes for it: a config without them is not
-    understood. `window` is the default of `sliding_window`; `switched` where `use_sliding_window` must be on for it; `slides`
-    tells which layers attend within it, unless the config's `layer_types` says so (`listed`). `expert_width` is the key of the
-    width of one expert, where there are some.
+    A config without the keys `needs` is not understood: their defaults in transformers differ from those of ModelFacts. `window`
+    is the default of `sliding_window`; with `switched`, it applies only if `use_sliding_window` is on. `slides` returns whether a
+    layer attends within it; with `listed`, the config's `layer_types` takes precedence. `expert_width` is the key of the width of
+    one expert, for mixture-of-experts models.
     """
 
     needs: tuple[str, ...] = ("num_key_value_heads",)
@@ -98,7 +98,7 @@ FAMILIES = {
 
 
 def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | None, num_params: int | None) -> ModelFacts:
-    """Facts of a model from its config; `num_params` is the exact count where weights were found.
+    """Build the facts of a model from its config. `num_params` is the exact count from its weights; None estimates it.
 
     Raises:
         ConfigError: where the config lacks a number that planning needs.
@@ -109,7 +109,7 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
         raise ConfigError(
             f"the model's config.json lacks {', '.join(missing)}",
             where=path or "model.config",
-            remedy="only decoder-only language models are served",
+            remedy="choose a decoder-only language model",
         )
     heads = config["num_attention_heads"]
     facts = {
@@ -132,26 +132,26 @@ def model_facts(config: dict[str, Any], path: str | None, tokenizer_path: str | 
     )
 
 
-def problems_of(config: Mapping[str, Any], packing: bool) -> Iterator[Problem]:
-    """What keeps a model with this config.json from being trained as the loop does, whatever it runs on."""
+def architecture_problems(config: Mapping[str, Any], packing: bool) -> Iterator[Problem]:
+    """Yield why a model with this config.json cannot be trained correctly, on any device."""
     model_type = str(config.get("model_type"))
     for name in _LOGIT_TRANSFORMS:
         if (value := config.get(name)) not in (None, 1, 1.0):
-            what = f"this architecture changes its logits after the head ({name}={value}), which the loss in chunks does not do"
+            what = f"this architecture transforms its logits ({name}={value}), which the chunked loss does not support"
             yield Problem(what, "model.path", model_type, "choose another model")
-    if packing and (model_type in _DOCUMENTS_MIX or carries_state(config)):
-        what = "packed documents would see each other in this architecture"
+    if packing and (model_type in _ATTEND_ACROSS_DOCUMENTS or carries_state(config)):
+        what = "packed documents would affect each other in this architecture"
         yield Problem(what, "model.path", model_type, "set data.packing=false")
 
 
 def carries_state(config: Mapping[str, Any]) -> bool:
-    """Whether what a layer computes for a row depends on the rows or documents that stand before it in one sequence."""
+    """Return whether a layer's output depends on the documents before it in the same row."""
     layers = config.get("layer_types") or ()
     return str(config.get("model_type")).removesuffix("_text") in _CARRY_STATE or not _STATE_LAYERS.isdisjoint(layers)
 
 
 def count_params(config: dict[str, Any], facts: dict[str, Any]) -> int:
-    """Parameters of a Llama-like decoder (grouped-query attention, gated MLP, optionally mixture-of-experts)."""
+    """Count the parameters of a Llama-like decoder (grouped-query attention, gated MLP, optionally mixture-of-experts)."""
     hidden, head_dim = facts["hidden_size"], facts["head_dim"]
     query, key_value = facts["num_heads"] * head_dim, facts["num_kv_heads"] * head_dim
     attention = 2 * hidden * query + 2 * hidden * key_value
@@ -175,10 +175,10 @@ def _num_experts(config: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class TrainFlops:
-    """FLOPs of forward and backward of one model: for each token, each trained label, and each pair that attends.
+    """FLOPs of forward and backward of one model: per token, per trained label, and per pair of query and key.
 
-    `per_pair` has an entry for each window that some layers attend within, None for those that see the whole document: the
-    FLOPs of one pair of a query and a key it may see, in all these layers together.
+    `per_pair` has one entry per attention window, None for the whole document, with the FLOPs of one pair in all layers with that
+    window together.
     """
 
     per_token: float
@@ -186,8 +186,8 @@ class TrainFlops:
     per_pair: tuple[tuple[int | None, float], ...]
 
     def of(self, doc_lengths: Sequence[int], num_labels: int) -> float:
-        """FLOPs for documents of these lengths in tokens, `num_labels` of them trained; padding is not looked at."""
-        # A batch has many documents and few lengths.
+        """Return the FLOPs for documents of these lengths in tokens with `num_labels` trained labels, without padding."""
+        # A batch has many documents, but few distinct lengths.
         counts = Counter(doc_lengths)
         pairs = sum(
             per_pair * sum(count * _pairs(length, window) for length, count in counts.items())
@@ -197,7 +197,7 @@ class TrainFlops:
 
 
 def train_flops(model: ModelFacts) -> TrainFlops | None:
-    """What a training step of this model computes, without recomputation; None where its architecture is not in FAMILIES.
+    """Return the FLOPs of training this model, without recomputation; None for an architecture that is not in FAMILIES.
 
     A multiplication of [m, k] by [k, n] is 2mkn FLOPs, and twice as many again in the backward pass, for both gradients:
     6 for each weight that a token meets (of the experts only those it is sent to, and the router) and for each weight of the
@@ -227,13 +227,13 @@ def train_flops(model: ModelFacts) -> TrainFlops | None:
 
 
 def _pairs(length: int, window: int | None) -> int:
-    """Pairs of a query and a key it may see in a document: each token sees itself and those before, `window` in all."""
-    seen = length if window is None else min(length, window)
-    return seen * (seen + 1) // 2 + (length - seen) * seen
+    """Count pairs of query and key in a document: each token attends to itself and those before it, `window` in all."""
+    span = length if window is None else min(length, window)
+    return span * (span + 1) // 2 + (length - span) * span
 
 
 def _mlp_weights(family: _Family, model: ModelFacts, layer: int) -> int:
-    """Weights of a layer's gated MLP that multiply one token: of all experts the chosen ones, the shared one, the router."""
+    """Count the MLP weights of a layer that multiply one token: of experts the chosen ones, the shared one, and the router."""
     config, hidden = model.config, model.hidden_size
     is_sparse = layer not in (config.get("mlp_only_layers") or ()) and (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
     if family.expert_width is None or not is_sparse:
@@ -245,7 +245,7 @@ def _mlp_weights(family: _Family, model: ModelFacts, layer: int) -> int:
 
 
 def _window(family: _Family, config: Mapping[str, Any], layer: int) -> int | None:
-    """Tokens that a layer's queries see, their own among them; None for the whole document."""
+    """Number of tokens that a layer's queries attend to, including their own; None for the whole document."""
     window = config.get("sliding_window", family.window)
     if family.switched and not config.get("use_sliding_window", False):
         window = None

@@ -14,6 +14,7 @@ _TOKENS_PER_FORWARD = {"cuda": 8192, "cpu": 1024}
 
 
 def divisors(n: int) -> list[int]:
+    """Return the divisors of `n` in ascending order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
@@ -22,7 +23,7 @@ def split(train: TrainSection, data: DataSection, world_size: int, device: str, 
     """Derive micro-batch, accumulation and the number of steps.
 
     Raises:
-        ConfigError: where the global batch does not divide over the ranks, or the micro-batch does not fit.
+        ConfigError: where the global batch does not divide over the ranks, or the rows per rank over the micro-batch.
     """
     total, micro = train.global_batch_size, train.micro_batch_size
     if total % world_size:
@@ -48,7 +49,7 @@ def split(train: TrainSection, data: DataSection, world_size: int, device: str, 
         )
     steps = train.max_steps
     if steps is None and facts is not None and train.epochs is not None:
-        # The last batch of the last epoch is filled up from the next epoch's order, so that every row is seen.
+        # The last batch is filled with rows of the next epoch, so that every row is trained.
         steps = max(1, math.ceil(facts.num_rows * train.epochs / total))
     per_step = round(facts.num_tokens / facts.num_rows * total) if facts is not None and facts.num_rows else None
     return Batch(

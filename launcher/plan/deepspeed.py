@@ -17,12 +17,12 @@ from launcher.plan.optimizers import Optimizer
 
 # Elements below which a message costs more in latency than in transfer.
 _SMALLEST_BUCKET = 2**24
-# DeepSpeed's buffer_count of a key that is not set, for optimizer states on NVMe.
+# DeepSpeed's default of offload_optimizer.buffer_count, for optimizer states on NVMe.
 _DEFAULT_NVME_BUFFERS = 4
-# DeepSpeed fetches a weight ahead from NVMe twice where it is used twice in short order, as at the turn from forward to backward,
-# and dies of it (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions); and each weight that it keeps for later
-# takes one of a few buffers. So such weights are fetched when they are used and let go after that.
-_IN_TURN = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+# DeepSpeed prefetches a weight from NVMe twice if it is used twice in quick succession, as between forward and backward, and
+# fails (partitioned_param_coordinator.py, __prefetch_nvme_param_partitions). Weights that it keeps for later occupy its few
+# buffers. So weights on NVMe are fetched when they are used, and released right after.
+_NO_PREFETCH = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 
 
 def render(
@@ -35,9 +35,9 @@ def render(
     optimizer: Optimizer,
     nvme_folder: str | None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration as a JSON-able mapping; `deepspeed.extra` is merged last.
+    """Return DeepSpeed's configuration as a JSON-able mapping; `deepspeed.extra` is merged last.
 
-    `nvme_folder` is the run's own on each node's NVMe disk, where it uses one: DeepSpeed names files by rank alone.
+    `nvme_folder` is the folder of this run on each node's NVMe disk, where it uses one: DeepSpeed names files by rank alone.
     """
     hidden = facts.hidden_size
     zero: dict[str, Any] = {
@@ -62,7 +62,7 @@ def render(
         zero["offload_param"] = _offload(deepspeed.offload_params, nvme_folder)
     if deepspeed.offload_params == "nvme":
         zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": -(-largest_parameter(facts) // topology.world_size)}
-        zero |= _IN_TURN
+        zero |= _NO_PREFETCH
     hpz = hpz_ranks(deepspeed, topology.ranks_per_node)
     if hpz > 1:
         zero["zero_hpz_partition_size"] = hpz
@@ -76,7 +76,7 @@ def render(
         "gradient_accumulation_steps": batch.accumulation,
         "gradient_clipping": train.grad_clip,
         "steps_per_print": 2**31 - 1,
-        # Its own would wait for the GPU twice in each micro-batch, and for the copies of a save that goes on beside it.
+        # DeepSpeed's timers would wait for the GPU twice in each micro-batch, and so for the copies of an in-flight save.
         "timers": {"throughput": {"enabled": False}},
         "zero_optimization": zero,
     }

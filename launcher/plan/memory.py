@@ -13,17 +13,17 @@ GIB = 2**30
 # Elements of the optimizer's states that are in memory at once where they are on NVMe: one buffer each for weights, gradients and
 # every state.
 NVME_SUB_GROUP = 100_000_000
-# The rest is for the data loader, the libraries, and the system's cache, through which checkpoints are written.
+# The rest is for the data loader, the libraries, and the page cache, through which checkpoints are written.
 _USABLE_HOST_SHARE = 0.8
 
 
 def hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
-    """Ranks that hold a second copy of the weights; 1 means none."""
+    """Number of ranks that share a second copy of the weights; 1 means that there is none."""
     return ranks_per_node if deepspeed.hpz_partition_size == "node" else int(deepspeed.hpz_partition_size)
 
 
 def largest_parameter(facts: ModelFacts) -> int:
-    """Elements of the largest parameter: the embedding, or the experts' fused gate and up projections."""
+    """Number of elements of the largest parameter: the embedding, or the experts' fused gate and up projections."""
     experts = facts.config.get("num_local_experts") or facts.config.get("num_experts") or 0
     inside = 2 * experts * (facts.config.get("moe_intermediate_size") or facts.intermediate_size) or facts.intermediate_size
     return facts.hidden_size * max(facts.vocab_size, inside, facts.num_heads * facts.head_dim)
@@ -43,16 +43,16 @@ def estimate(
     topology: Topology,
     device_gib: float | None,
 ) -> Memory:
-    """Model states in GiB, per rank on its device and per node in main memory."""
+    """Estimate model states in GiB, per rank on its device and per node in main memory."""
     width = 4 if dtype == "fp32" else 2
     per_rank = num_params / topology.world_size / GIB
     hpz = hpz_ranks(deepspeed, topology.ranks_per_node)
     weights = per_rank * width + (num_params / hpz / GIB * width if hpz > 1 else 0.0)
-    # Gradients accumulate in fp32 so that a sum of many small parts does not round away.
+    # Gradients accumulate in fp32, in which small terms are not rounded away.
     gradients = per_rank * (4 if accumulation > 1 else width)
-    # fp32 weights are their own master copy, unless that copy lies elsewhere.
-    shared = dtype == "fp32" and deepspeed.offload_optimizer == "none"
-    states = per_rank * (optimizer.bytes_per_param - (FP32_BYTES if shared else 0))
+    # fp32 weights are their own master copy, unless that copy is offloaded.
+    shares_weights = dtype == "fp32" and deepspeed.offload_optimizer == "none"
+    states = per_rank * (optimizer.bytes_per_param - (FP32_BYTES if shares_weights else 0))
     on_device = {
         "weights": weights if deepspeed.offload_params == "none" else 0.0,
         "gradients": gradients if deepspeed.offload_optimizer == "none" else 0.0,
@@ -84,9 +84,9 @@ def saving(
     topology: Topology,
     host_gib: float | None,
 ) -> Saving:
-    """Whether checkpoints can be written in the background, which takes a copy of each rank's states in main memory.
+    """Decide whether checkpoints are written in the background, which takes a copy of each rank's states in main memory.
 
-    `host_gib` is the main memory of a node, where it is known.
+    `host_gib` is the main memory of a node; None where unknown.
     """
     if not asynchronous:
         return Saving(background=False, host_gib_per_node=0.0)
@@ -97,12 +97,12 @@ def saving(
     if host_gib is not None and memory.host_per_node_gib + copies > _USABLE_HOST_SHARE * host_gib:
         note = (
             f"training waits while a checkpoint is written: a copy of the states takes {copies:.1f} GiB of main memory a node, "
-            f"which has {host_gib:.0f} GiB, {memory.host_per_node_gib:.1f} GiB of them in use"
+            f"which has {host_gib:.0f} GiB, of which the run uses {memory.host_per_node_gib:.1f} GiB"
         )
         return Saving(background=False, host_gib_per_node=0.0, note=note)
     return Saving(background=True, host_gib_per_node=round(copies, 3))
 
 
 def checkpoint_bytes(num_params: int, optimizer: Optimizer) -> int:
-    """Bytes of one checkpoint over all ranks: fp32 weights and optimizer states."""
+    """Return the bytes of one checkpoint over all ranks: fp32 weights and optimizer states."""
     return num_params * optimizer.bytes_per_param

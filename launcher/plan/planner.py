@@ -11,7 +11,7 @@ from typing import Any
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 from launcher.plan import batch, deepspeed, memory
-from launcher.plan.architecture import problems_of
+from launcher.plan.architecture import architecture_problems
 from launcher.plan.gpus import GPUS, Price, lookup, typical_price
 from launcher.plan.launch_plan import Batch, Facts, LaunchPlan, Limits, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS, optimizer_problems
@@ -27,7 +27,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         ConfigError: with everything that cannot be satisfied on this topology.
     """
     topology = _topology(config, facts)
-    problems = [*_topology_problems(config, facts, topology), *problems_of(facts.model.config, config.data.packing)]
+    problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model.config, config.data.packing)]
     problems += optimizer_problems(config)
     try:
         split = batch.split(config.train, config.data, topology.world_size, topology.device, facts.data)

@@ -1,4 +1,4 @@
-"""From a plan to a running ZeRO-3 engine: process group, partitioned model, optimizer."""
+"""Builds the ZeRO-3 engine of a plan: process group, partitioned model, optimizer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from launcher.train.model import CausalLMLoss, build_model
 from launcher.train.optim import build_optimizer
 
 
-def join(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
-    """Join the process group and return this rank's device."""
+def join_process_group(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
+    """Join the process group and return this rank's device. Collective."""
     import deepspeed
 
     lock_builds()
@@ -40,30 +40,32 @@ def join(plan: LaunchPlan, rank_info: RankInfo) -> torch.device:
 
 
 def build_engine(plan: LaunchPlan, rank_info: RankInfo) -> tuple[Any, CausalLMLoss]:
-    """A DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
+    """Build a DeepSpeed engine around the model, with weights loaded and partitioned. Collective.
 
     Raises:
-        RunError: where states are to lie on an NVMe disk that this node does not have.
+        RunError: where the plan puts states on an NVMe disk that this node does not have.
+        ConfigError: where the architecture cannot be trained, or weights are missing.
     """
     import deepspeed
     from transformers import set_seed
     from transformers.integrations import HfDeepSpeedConfig
 
     set_seed(plan.config.run.seed)
-    # transformers looks at this object through a weak reference: while it lives, weights are partitioned as they load.
-    partitioned = HfDeepSpeedConfig(plan.deepspeed)
+    # transformers holds a weak reference to this object: while it is alive, weights are partitioned as they load.
+    partitioning = HfDeepSpeedConfig(plan.deepspeed)
     _clear_nvme(plan, rank_info)
     model = build_model(plan.config.model, plan.model, plan.topology.device, plan.config.train.loss_chunk_tokens)
     optimizer = build_optimizer(model.parameters_by_name().values(), plan.config.optim, plan.config.deepspeed)
     import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.deepspeed)
-    del partitioned
+    del partitioning
     return engine, model
 
 
 def import_muon() -> None:
-    """DeepSpeed compares our optimizer's type with its Muon, whose import wraps three functions in torch.compile: that alone
-    loads the whole compiler, a fifth of a rank's start. Nothing here calls them.
+    """Import DeepSpeed's Muon without torch.compile, which it applies to three functions that are never called here.
+
+    DeepSpeed compares each optimizer's type with Muon's; loading the compiler would take a fifth of a rank's start-up.
     """
     compiler, torch.compile = torch.compile, lambda *_, **__: lambda function: function
     try:
@@ -72,19 +74,19 @@ def import_muon() -> None:
         torch.compile = compiler
 
 
-def leave() -> None:
-    """Leave the process group after all ranks have come this far."""
+def leave_process_group() -> None:
+    """Leave the process group once all ranks have called this. Collective."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def _clear_nvme(plan: LaunchPlan, rank_info: RankInfo) -> None:
-    """Remove what a killed attempt has left, perhaps of more ranks than there are now."""
+    """Delete the files of earlier attempts, which may have had more ranks."""
     folder = plan.nvme_folder
     if folder is None:
         return
-    # DeepSpeed would make the folder wherever it is, and fill the system's disk where nothing is mounted there.
+    # DeepSpeed would create the folder, and fill the system disk where nothing is mounted.
     if not folder.parent.is_dir():
         raise RunError(
             "this node has no such folder for states on NVMe",

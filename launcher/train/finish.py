@@ -28,7 +28,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_metrics
 from launcher.tracking.tracker import Composite
-from launcher.train.engine import leave
+from launcher.train.engine import leave_process_group
 from launcher.train.model import weights_gib
 
 # Called on rank 0 with the plan, the Hugging Face folder, the device type on which its model fits, and the tracker.
@@ -37,11 +37,11 @@ _NOT_WRITTEN = "training is complete and saved, but the Hugging Face folder coul
 
 
 def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, device: torch.device) -> None:
-    """Write the folder's weight files, each by one of the ranks; `finish` on rank 0 has to follow. Collective.
+    """Write the weight files of the Hugging Face folder, each on one rank; `finish` on rank 0 has to follow. Collective.
 
     Raises:
-        ExportError: on all ranks, out of the process group, where any rank cannot write, or finds a weight that is not the
-            engine's.
+        ExportError: on every rank, after leaving the process group, where any rank cannot write, or where a weight differs from
+            the engine's.
     """
     _free_memory()
     if not plan.config.export.enabled:
@@ -51,8 +51,8 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin_export(task) if rank_info.is_main else None)
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_rank_files(task, rank_info.rank, rank_info.world_size))
     except CheckpointError as error:
-        # All ranks have agreed on it: nobody writes any more, and nobody is waited for.
-        leave()
+        # All ranks raise this, so none of them writes any more.
+        leave_process_group()
         if rank_info.is_main:
             shutil.rmtree(task.partial, ignore_errors=True)
         raise _export_error(plan, error.problems) from error
@@ -72,10 +72,12 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
         manifest = store.open_checkpoint(checkpoint).manifest
         run = RunDir(Path(plan.run_dir))
         metrics, plans = read_metrics(run.metrics, model_card.METRICS), run_store.load_plans_until(run, manifest.attempt)
-        made = complete_export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans), device)
-        _tell(made, tracker)
-        _push(plan, made, tracker)
-        on_exported(plan, made.path, device, tracker)
+        exported = complete_export(
+            task, lambda folder: model_card.render_model_card(plan, manifest, metrics, folder, plans), device
+        )
+        _report_export(exported, tracker)
+        _push(plan, exported, tracker)
+        on_exported(plan, exported.path, device, tracker)
     except CheckpointError as error:
         raise _export_error(plan, error.problems) from error
     except OSError as error:
@@ -110,41 +112,41 @@ def _free_memory() -> None:
 
 
 def _device(plan: LaunchPlan) -> str:
-    """Where the exported model fits."""
+    """Device type on which the exported model fits."""
     if not torch.cuda.is_available():
         return "cpu"
     free_gib = torch.cuda.mem_get_info()[0] / 2**30
     return "cuda" if 2 * weights_gib(plan) < free_gib else "cpu"
 
 
-def _tell(made: ExportedFolder, tracker: Composite) -> None:
+def _report_export(exported: ExportedFolder, tracker: Composite) -> None:
     proofs = ["not compared with the engine's weights"]
-    if made.num_compared:
-        proofs = [f"{made.num_compared} tensors equal the engine's"]
-    if not made.loaded:
-        proofs.append(f"not loaded back: {made.not_loaded}")
-    elif (parity := made.parity) is None:
+    if exported.num_compared:
+        proofs = [f"{exported.num_compared} tensors equal the engine's"]
+    if not exported.loaded:
+        proofs.append(f"not loaded back: {exported.not_loaded}")
+    elif (parity := exported.parity) is None:
         proofs.append("loaded back, logits finite")
     else:
         proofs.append(f"loaded back, mean KL to the trained model {parity.mean_kl:.1e} over {parity.num_tokens} tokens")
     tracker.event(
         "export",
-        f"Hugging Face folder: {made.path} ({made.dtype}; {'; '.join(proofs)})",
-        path=str(made.path),
-        tensors_compared=made.num_compared,
-        mean_kl=made.parity.mean_kl if made.parity else None,
+        f"Hugging Face folder: {exported.path} ({exported.dtype}; {'; '.join(proofs)})",
+        path=str(exported.path),
+        tensors_compared=exported.num_compared,
+        mean_kl=exported.parity.mean_kl if exported.parity else None,
     )
-    if made.added_stop_ids:
-        tracker.event("export", describe_added_stop_ids(made))
+    if exported.added_stop_ids:
+        tracker.event("export", describe_added_stop_ids(exported))
 
 
-def _push(plan: LaunchPlan, made: ExportedFolder, tracker: Composite) -> None:
-    """Push the folder to the Hub; that it fails is told and changes nothing: the run is complete and the folder is there."""
+def _push(plan: LaunchPlan, exported: ExportedFolder, tracker: Composite) -> None:
+    """Push the folder to the Hub. A failure is only an alert: the run is complete and the folder is there."""
     repo_id = plan.config.export.push_to_hub
     if repo_id is None:
         return
     try:
-        address = hub.push(made.path, repo_id, again=f"python -m launcher export {plan.run_dir} --push {repo_id}")
+        address = hub.push(exported.path, repo_id, again=f"python -m launcher export {plan.run_dir} --push {repo_id}")
     except PushError as error:
         (problem,) = error.problems
         tracker.event("alert", f"{problem.what}: {problem.value or problem.where}; {problem.remedy}")

@@ -1,8 +1,8 @@
-"""Builds of DeepSpeed's C++ extensions that a killed process does not block for ever.
+"""Locks for builds of DeepSpeed's C++ extensions that a killed process releases.
 
-torch marks a build that is going on with a file (torch/utils/file_baton.py). One that is killed meanwhile leaves the file
-behind, in the user's cache, and every later process waits for it without end. Here the file is locked as well: the system
-takes the lock back from whoever dies.
+torch marks a build in progress with a file in the user's cache (torch/utils/file_baton.py). A process that is killed while it
+builds leaves the file behind, and every later process waits for it forever. Here the file is locked as well, and the system
+releases the lock of a process that ends.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch.utils import cpp_extension
 
 
 class LockedBaton:
-    """torch's FileBaton, with a lock on the file in place of its existence."""
+    """A replacement of torch's FileBaton that locks the file instead of testing whether it exists."""
 
     def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: float | None = None) -> None:
         self._path, self._wait_s = lock_file_path, wait_seconds
         self._descriptor: int | None = None
 
     def try_acquire(self) -> bool:
-        """True where this process may build."""
+        """Return True if this process may build."""
         descriptor = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -30,19 +30,19 @@ class LockedBaton:
                 self._descriptor = descriptor
                 return True
         except (BlockingIOError, FileNotFoundError):
-            # Held by another, or removed by one that has just ended.
+            # Locked by another process, or deleted by one that has just finished.
             pass
         os.close(descriptor)
         return False
 
     def wait(self) -> None:
-        """Return when the process that builds has ended, whether it has succeeded or not."""
+        """Wait until the building process has ended, whether or not it succeeded."""
         while not self.try_acquire():
             time.sleep(self._wait_s)
         self.release()
 
     def release(self) -> None:
-        """Let the others go on. The file goes too, because other programs wait for that."""
+        """Release the lock and delete the file, for which other programs wait."""
         os.unlink(self._path)
         if self._descriptor is not None:
             os.close(self._descriptor)
@@ -50,5 +50,5 @@ class LockedBaton:
 
 
 def lock_builds() -> None:
-    """Make torch use such locks in this process; call it before DeepSpeed builds or loads anything."""
+    """Make torch use these locks in this process. Call it before DeepSpeed builds or loads an extension."""
     cpp_extension.FileBaton = LockedBaton

@@ -26,15 +26,15 @@ from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
 from launcher.train.checkpointer import reference_logits
-from launcher.train.engine import join, leave
+from launcher.train.engine import join_process_group, leave_process_group
 from launcher.train.evaluate import HeldOutLoss
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.monitoring import bandwidth
 from launcher.train.optim import learning_rate, set_learning_rate
-from launcher.train.previous_failure import failure_before
+from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components
-from launcher.train.stop import Outcome, Stop, save_fits
+from launcher.train.stop import Outcome, Stop, has_time_to_save
 
 # Steps in a row that may be skipped because gradients are not finite. fp16 finds its loss scale by skipping; other types do not.
 _MAX_SKIPPED_IN_A_ROW = {"fp16": 20, "bf16": 3, "fp32": 3}
@@ -67,7 +67,7 @@ def train(
         Superseded: where another attempt has taken over the run.
     """
     run_dir = RunDir(Path(plan.run_dir))
-    device = join(plan, rank_info)
+    device = join_process_group(plan, rank_info)
     beat("joined", 0)
     tracker = start_trackers(plan, run_dir.root, rank_info.attempt, stop.cancel) if rank_info.is_main else Composite([])
     run = RunContext(plan, rank_info, run_dir, device, tracker)
@@ -88,7 +88,7 @@ def train(
             loop.release_memory()
             loop = None
             write_weights(plan, rank_info, outcome.checkpoint, device)
-        leave()
+        leave_process_group()
         loop = None
         if rank_info.is_main and is_completed:
             finish(plan, outcome.checkpoint, tracker, on_exported)
@@ -109,8 +109,8 @@ def _report_ranks(run: RunContext) -> None:
     world_size, tracker = run.rank_info.world_size, run.tracker
     fields: dict[str, Any] = {PHASE: JOINED, "ranks": world_size}
     tracker.event("info", f"{world_size} ranks have joined", 0, **fields)
-    if run.rank_info.is_main and (failure := failure_before(run.run_dir, run.rank_info.attempt)):
-        tracker.event("alert", failure.words, recorded=failure.recorded)
+    if run.rank_info.is_main and (failure := find_previous_failure(run.run_dir, run.rank_info.attempt)):
+        tracker.event("alert", failure.message, recorded=failure.is_recorded)
     if world_size > 1:
         gb_per_s = bandwidth.measure_bus_bandwidth(run.device)
         warning = bandwidth.bandwidth_warning(run.plan.topology, gb_per_s)
@@ -296,7 +296,7 @@ class TrainingLoop:
         """Save, where there is time for it, and say why training stopped. Collective."""
         checkpointer = self.parts.checkpointer
         checkpointer.wait(self.step)
-        has_time = save_fits(self.run.plan.config.cluster, reason, self.stop.at, checkpointer.save_s, self.run.device)
+        has_time = has_time_to_save(self.run.plan.config.cluster, reason, self.stop.at, checkpointer.save_s, self.run.device)
         if has_time:
             self.save_and_wait()
         outcome = self._early_outcome(reason, has_time)

@@ -1,8 +1,8 @@
 """Summed negative log-likelihood, with logits only for trained tokens and only a chunk at a time.
 
 The gradient with respect to the head's input and weight is computed in the forward pass, chunk by chunk, as
-in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989): the logits are there once, so they
-are not computed a second time in the backward pass, and the full [tokens, vocab] matrix never exists.
+in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989): logits are computed once, not again in
+the backward pass, and the full [tokens, vocab] matrix never exists.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 class LossHead(nn.Linear):
     """A language-model head whose forward takes labels and returns the summed loss.
 
-    It stays a module of its own so that ZeRO-3's hooks gather and release its weight around the call.
+    It remains a module, so that ZeRO-3's hooks gather and release its weight around the call.
     """
 
     chunk_tokens: int = 1024
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, factor: float = 1.0) -> Tensor:
-        """Hidden [N, H] and labels [N] to a scalar fp32 sum times `factor`; without labels, plain logits [..., V]."""
+        """Return the summed loss of `hidden` [N, H] and `labels` [N], an fp32 scalar times `factor`; without labels, logits."""
         if labels is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        # Within the function itself nobody can tell whether gradients are wanted at all.
-        wanted = torch.is_grad_enabled()
-        return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens, wanted)
+        # Inside an autograd function gradients are always off.
+        wants_grad = torch.is_grad_enabled()
+        return _ChunkedNll.apply(hidden, self.weight, self.bias, labels, factor, self.chunk_tokens, wants_grad)
 
 
 class _ChunkedNll(torch.autograd.Function):
@@ -40,10 +40,10 @@ class _ChunkedNll(torch.autograd.Function):
         labels: Tensor,
         factor: float,
         chunk_tokens: int,
-        wanted: bool,
+        wants_grad: bool,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        needs_grad = wanted and any(ctx.needs_input_grad[:3])
+        needs_grad = wants_grad and any(ctx.needs_input_grad[:3])
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
         grad_bias = torch.zeros_like(bias) if needs_grad and bias is not None else None
@@ -58,7 +58,7 @@ class _ChunkedNll(torch.autograd.Function):
             # d nll / d logits = softmax - onehot, written over the logits.
             grad = logits.sub_(log_z).exp_()
             grad.scatter_add_(-1, index, grad.new_full(index.shape, -1.0))
-            # Scaled while still in fp32: later, the factor and small gradients would be rounded to the weights' type.
+            # Scaled in fp32: in the weights' type, the factor and small gradients would be rounded.
             grad = grad.mul_(factor).to(weight.dtype)
             torch.mm(grad, weight, out=grad_hidden[start : start + len(part)])
             grad_weight.addmm_(grad.t(), part)

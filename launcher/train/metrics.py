@@ -1,4 +1,4 @@
-"""Measurements of one step, under the names of the design."""
+"""Timing and metrics of one step."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from launcher.plan.launch_plan import LaunchPlan
 
 
 class StepTimer:
-    """Seconds spent in named parts of a step; CUDA events on a GPU, so that measuring never waits for it.
+    """Measures named parts of a step in seconds, on a GPU with CUDA events, so that measuring never waits for it.
 
-    A part `on_host` is what this process waits for, whatever the GPU does.
+    A part `on_host` is timed on the CPU's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class StepTimer:
         return event
 
     def read(self) -> dict[str, float]:
-        """`time/<part>_s` and `time/step_s`; call it where the device has finished the step: nothing is waited for here."""
+        """Return `time/<part>_s` and `time/step_s`. Call it when the device has finished the step; this does not wait."""
         totals: dict[str, float] = {}
         for name, start, end in self._spans:
             seconds = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
@@ -57,10 +57,10 @@ class StepTimer:
 
 
 class Meter:
-    """Turns what a step did into metrics; keeps the running counts and the pace for the time left.
+    """Computes the metrics of each step; keeps the token counts of the run and the pace for the ETA.
 
-    `peak_tflops` is this device's, None where it is not known; then, or where the model's FLOPs are not, there is no MFU.
-    `overall_tokens_per_sec` is the last step's, with what came between the end of the step before and its begin.
+    There is no MFU where `peak_tflops`, this device's peak, is None, or where the model's FLOPs are unknown.
+    `overall_tokens_per_sec` is that of the last step, including the time between it and the step before.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Meter:
         self.skipped_steps = 0
 
     def restore(self, tokens: int, skipped_steps: int) -> None:
-        """Continue the counts of earlier attempts."""
+        """Continue the counts of a checkpoint."""
         self.tokens = tokens
         self.skipped_steps = skipped_steps
 
     def step(
         self, step: int, batch: StepBatch, loss: float, grad_norm: float, lr: float, times: dict[str, float]
     ) -> dict[str, float]:
-        """Metrics after optimizer step `step` (counted from 1); loss is per trained token of the global batch."""
+        """Return the metrics of optimizer step `step`, counted from 1; `loss` is per trained token of the global batch."""
         topology, step_s = self._plan.topology, times["time/step_s"]
         self._recent.append(step_s)
         self.overall_tokens_per_sec = batch.num_tokens / (step_s + self._between(step_s))
@@ -126,21 +126,21 @@ class Meter:
         return metrics | self._utilisation(batch, step_s)
 
     def _between(self, step_s: float) -> float:
-        """Seconds between the end of the step before and the begin of the one that ends now: evaluation, saves, logging."""
+        """Seconds between the previous step and the one that has just ended: evaluation, saves, logging."""
         now = self._clock()
-        before, self._ended_at = self._ended_at, now
-        if before is None:
+        previous_end, self._ended_at = self._ended_at, now
+        if previous_end is None:
             return 0.0
-        between = max(0.0, now - before - step_s)
+        between = max(0.0, now - previous_end - step_s)
         self._between_s, self._num_between = self._between_s + between, self._num_between + 1
         return between
 
     def _pace_s(self) -> float:
-        """Seconds from step to step: as the last steps are, with a share of all that has come between steps, which is seldom."""
+        """Seconds from step to step: the median of recent steps plus the mean time between steps."""
         return statistics.median(self._recent) + self._between_s / max(1, self._num_between)
 
     def _utilisation(self, batch: StepBatch, step_s: float) -> dict[str, float]:
-        """What the ranks computed for the whole batch, per GPU, and the fraction that this is of what a GPU could have."""
+        """TFLOP/s per GPU for the whole batch, and MFU."""
         if self._flops is None:
             return {}
         flops = self._flops.of(batch.doc_lengths, batch.num_labels)
@@ -151,7 +151,7 @@ class Meter:
         return metrics
 
     def _shares(self, batch: StepBatch) -> dict[str, float]:
-        """Tokens of each source in this batch, as shares of all."""
+        """Fraction of this batch's tokens from each source."""
         names = [source.name for source in self._plan.config.data.sources]
         return {f"data/source/{n}/frac": k / batch.num_tokens for n, k in zip(names, batch.source_tokens, strict=True)}
 

@@ -1,7 +1,7 @@
 """The model under ZeRO-3: built partitioned, with a head that returns the loss.
 
-Sources: Hugging Face `from_pretrained` under an HfDeepSpeedConfig partitions each weight while it loads, so
-no rank ever holds the whole model.
+Under an HfDeepSpeedConfig, Hugging Face's `from_pretrained` partitions each weight while it loads; so no rank ever holds the
+whole model.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from launcher.train.loss import LossHead
 from launcher.weight_files import WeightReport
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# FlashAttention sees whole rows in these: transformers does not pass on where documents begin.
-_FLASH_MIXES = ("gpt_neo",)
-# How errors of transformers begin where weights have another shape than the model, or cannot be fused.
-_UNFIT = ("Error(s) in loading state_dict", "Failed to apply weight conversion")
+# Architectures whose FlashAttention attends across documents: transformers does not pass document boundaries to it.
+_FLASH_CROSSES_DOCUMENTS = ("gpt_neo",)
+# Prefixes of transformers' errors where weights have another shape than the model, or cannot be fused.
+_MISMATCH_ERRORS = ("Error(s) in loading state_dict", "Failed to apply weight conversion")
 
 
 class CausalLMLoss(nn.Module):
-    """Hidden states of a Hugging Face model, and the summed loss over the labels that are trained."""
+    """A Hugging Face model with a forward pass that returns the summed loss over trained labels."""
 
     def __init__(self, model: nn.Module, flatten: bool) -> None:
         super().__init__()
         self.hf = model
         # FlashAttention recognises packed documents by position ids in a batch of one row only.
         self.flatten = flatten
-        # Code that comes with a model may not take what those of transformers do.
-        taken = inspect.signature(model.get_decoder().forward).parameters.values()
-        self._takes_cu_seqlens = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
+        # Remote code may lack the keyword arguments of transformers' models.
+        parameters = inspect.signature(model.get_decoder().forward).parameters.values()
+        self._takes_cu_seqlens = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
     def forward(
         self,
@@ -53,53 +53,53 @@ class CausalLMLoss(nn.Module):
         factor: float = 1.0,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Summed negative log-likelihood over `labels` [B, T] (IGNORED is skipped) times `factor`, a scalar in fp32.
+        """Return the summed negative log-likelihood over `labels` [B, T], without IGNORED, times `factor`: an fp32 scalar.
 
-        Without labels: logits. Everything goes through this one method, because ZeRO-3 gathers weights around it. `cu_seqlens`,
-        those of a MicroBatch, spare FlashAttention to look for documents in `position_ids`.
+        Without labels, return logits [B, T, V] ([1, B * T, V] if `flatten`). All passes use this method, because ZeRO-3 gathers
+        weights around it. With `cu_seqlens`, those of a MicroBatch, FlashAttention need not find documents in `position_ids`.
         """
         hidden = self._hidden(input_ids, position_ids, cu_seqlens)
         if labels is None:
             return self.hf.get_output_embeddings()(hidden)
         flat = labels.reshape(-1)
-        # Where the labels lie on the CPU this asks the GPU nothing, so it need not finish what it is doing.
+        # With labels on the CPU, this does not wait for the GPU.
         trained = (flat != IGNORED).nonzero().squeeze(1)
         targets, trained = (_on(hidden.device, tensor) for tensor in (flat[trained], trained))
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         return self.hf.get_output_embeddings()(selected, targets, factor)
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Last hidden states [B, T, H] (or [1, B*T, H]) of token ids and restarting positions [B, T]."""
+        """Return the last hidden states [B, T, H] (or [1, B * T, H]) of token ids and positions [B, T]."""
         documents: dict[str, Any] = {}
         if self.flatten:
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
             if cu_seqlens is not None and self._takes_cu_seqlens:
-                # transformers would ask the GPU for these in every layer, and wait for its answer.
-                at, longest = _on(input_ids.device, cu_seqlens), int(cu_seqlens.diff().max())
-                documents = {"cu_seq_lens_q": at, "cu_seq_lens_k": at, "max_length_q": longest, "max_length_k": longest}
+                # transformers would compute these on the GPU in every layer, and wait for it.
+                offsets, longest = _on(input_ids.device, cu_seqlens), int(cu_seqlens.diff().max())
+                documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
         # A cache or a mask would switch off the isolation of packed documents.
         decoder = self.hf.get_decoder()
         return decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False, **documents).last_hidden_state
 
     def parameters_by_name(self) -> Mapping[str, nn.Parameter]:
-        """Trainable parameters under their Hugging Face names; tied weights stand once."""
+        """Return the trainable parameters by their Hugging Face names; tied weights appear once."""
         return {name: p for name, p in self.hf.named_parameters() if p.requires_grad}
 
 
 def weights_gib(plan: LaunchPlan) -> float:
-    """GiB of all weights in the type that the model computes in."""
+    """Return the GiB of all weights in the dtype that the model computes in."""
     return plan.model.num_params * DTYPES[plan.config.model.dtype].itemsize / 2**30
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    """Copied without waiting for what the GPU still has to do: from memory that is not page-locked, CUDA would."""
+    """Copy without waiting for the GPU, which CUDA would do for memory that is not page-locked."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def attention_kernel(model: ModelSection, device: str, config: Any) -> str:
-    """What computes attention of a model with this config of transformers; where it is not said, FlashAttention 2 if it can."""
+    """Return the attention kernel of a model with this transformers config: what is set, else FlashAttention 2 or sdpa."""
     from transformers.utils import is_flash_attn_2_available
 
     if model.attention != "auto":
@@ -108,26 +108,27 @@ def attention_kernel(model: ModelSection, device: str, config: Any) -> str:
     return "flash_attention_2" if can_flash else "sdpa"
 
 
-def attention_words(model: ModelSection, config: Any, packing: bool) -> str:
-    """What computes attention on a GPU, and what to install where that is slow for packed documents and need not be."""
+def describe_attention(model: ModelSection, config: Any, packing: bool) -> str:
+    """Return a message that names the attention kernel, and the package that would speed up packed documents on this GPU."""
     kernel = config._attn_implementation
     lacks_flash = packing and model.attention == "auto" and kernel == "sdpa" and _can_flash(model, config)
-    slow = ", slow for packed documents, as it computes all of their pairs: install flash-attn" if lacks_flash else ""
-    return f"attention is computed by {kernel}{slow}"
+    advice = ", which is slow for packed documents, as it computes all pairs of a row: install flash-attn" if lacks_flash else ""
+    return f"attention is computed by {kernel}{advice}"
 
 
 def _can_flash(model: ModelSection, config: Any) -> bool:
     from transformers import AutoModelForCausalLM
 
-    known = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return model.dtype != "fp32" and config.model_type not in _FLASH_MIXES and getattr(known, "_supports_flash_attn", False)
+    if model.dtype == "fp32" or config.model_type in _FLASH_CROSSES_DOCUMENTS:
+        return False
+    return getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_flash_attn", False)
 
 
 def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_tokens: int) -> CausalLMLoss:
-    """Build the model that the plan names; call it while an HfDeepSpeedConfig is alive.
+    """Build the model that the plan names. Call it while an HfDeepSpeedConfig is alive.
 
     Raises:
-        ConfigError: where the architecture is not a causal language model that this loop can train, or weights are missing.
+        ConfigError: where the architecture is not a causal language model that can be trained here, or weights are missing.
     """
     # A lazy import of dynamo inside zero.Init dies on patched tensor constructors.
     import torch._dynamo  # noqa: F401
@@ -136,8 +137,8 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     remote = {"trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(facts.path, **remote) if facts.path is not None else AutoConfig.for_model(**facts.config)
     kernel = attention_kernel(model, device, config)
-    if kernel.startswith("flash_attention") and config.model_type in _FLASH_MIXES:
-        what = "documents would see each other in FlashAttention of this architecture"
+    if kernel.startswith("flash_attention") and config.model_type in _FLASH_CROSSES_DOCUMENTS:
+        what = "packed documents would affect each other in the FlashAttention of this architecture"
         raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     if facts.path is not None and model.init == "pretrained" and facts.has_weights:
@@ -153,24 +154,24 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     if model.activation_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     hf.train()
-    # Rows that stand in one sequence would go on from each other.
+    # With layers that carry state, rows of one flattened sequence would continue each other.
     is_flat = kernel.startswith("flash_attention") and not carries_state(config.to_dict())
     return CausalLMLoss(hf, flatten=is_flat)
 
 
 def _load(path: str, model: ModelSection, **options: Any) -> Any:
-    """The model with all of its weights from a folder.
+    """Load the model with all of its weights from a folder.
 
     Raises:
-        ConfigError: where weights are missing or have another shape: random ones would be trained in their place.
+        ConfigError: where weights are missing or have another shape; transformers would initialise them randomly.
     """
     from transformers import AutoModelForCausalLM
 
     try:
         hf, loading = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
     except RuntimeError as error:
-        # A GPU that is out of memory raises a RuntimeError as well.
-        if not str(error).startswith(_UNFIT):
+        # A GPU that runs out of memory raises a RuntimeError as well.
+        if not str(error).startswith(_MISMATCH_ERRORS):
             raise
         lines = [line.strip() for line in str(error).splitlines()]
         what = f"the weight files do not fit the model: {next((line for line in lines if 'size mismatch' in line), lines[0])}"
@@ -190,13 +191,13 @@ def _with_loss_head(hf: Any, chunk_tokens: int) -> None:
             value=str(hf.config.model_type),
             remedy="choose a causal language model",
         )
-    # The class changes and nothing else: weights, tying and DeepSpeed's bookkeeping stay as they are.
+    # Only the class changes, so weights, tying and DeepSpeed's bookkeeping are kept.
     head.__class__ = LossHead
     head.chunk_tokens = chunk_tokens
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write a GGUF file as a Hugging Face folder with bf16 weights and tokenizer; `folder` appears when complete."""
+    """Convert a GGUF file to a Hugging Face folder with bf16 weights and tokenizer; `folder` appears when complete."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +209,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
             hf = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
-        # The weights are plain bf16 now: nothing about them is quantized any more, whatever the loader remembers.
+        # The weights are plain bf16, but the loader still marks them as quantized.
         hf.hf_quantizer = None
         if hasattr(hf.config, "quantization_config"):
             del hf.config.quantization_config

@@ -1,4 +1,4 @@
-"""What a rank imports until its first step, all at once."""
+"""Imports everything that a rank needs up to its first step."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from launcher.plan.launch_plan import LaunchPlan
 
 
 def import_stack(plan: LaunchPlan, tracks: bool) -> None:
-    """Import the training loop, DeepSpeed, the model's classes and, for the rank that `tracks`, W&B, as this plan needs them.
+    """Import the training loop, DeepSpeed, the model's classes and, on the rank that `tracks`, W&B, as this plan needs them.
 
-    Nothing is built and no device is touched. Model classes and W&B that cannot be imported are left to those who use them.
+    Builds nothing and touches no device. Failed imports of model classes or W&B are left to the code that uses them.
     """
-    # Thousands of modules make many objects and no garbage: looking for some would take a fifth of the time.
+    # Thousands of modules make many objects and no garbage: collecting would take a fifth of the time.
     gc.disable()
     try:
         _import(plan, tracks)
     finally:
-        # What lives for good is left out of every later collection, which in a forked process would copy its pages.
+        # Frozen objects are left out of later collections, which would copy their pages in a forked process.
         gc.freeze()
         gc.enable()
 
@@ -43,7 +43,7 @@ def _import_model_classes(plan: LaunchPlan) -> None:
 
     model = plan.model
     if plan.config.model.trust_remote_code:
-        # Code that comes with a model is run by the ranks alone.
+        # Remote code runs in the ranks only.
         return
     config = AutoConfig.from_pretrained(model.path) if model.path is not None else AutoConfig.for_model(**model.config)
     AutoModelForCausalLM._model_mapping.get(type(config), None)

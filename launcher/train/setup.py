@@ -23,7 +23,7 @@ from launcher.train.checkpointer import Checkpointer
 from launcher.train.engine import build_engine
 from launcher.train.evaluate import Evaluator
 from launcher.train.metrics import Meter, StepTimer
-from launcher.train.model import CausalLMLoss, attention_words
+from launcher.train.model import CausalLMLoss, describe_attention
 from launcher.train.monitoring.monitor import Monitor
 from launcher.train.monitoring.status_file import StatusFile
 from launcher.train.objectives import OBJECTIVES, Objective
@@ -81,7 +81,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
     engine, model = build_engine(plan, rank_info)
     if device.type == "cuda":
-        tracker.event("info", attention_words(plan.config.model, model.hf.config, plan.config.data.packing), 0)
+        tracker.event("info", describe_attention(plan.config.model, model.hf.config, plan.config.data.packing), 0)
     # An engine that cannot be saved is refused here, not at the first checkpoint.
     saver = _build_saver(run, engine, model, fence)
     batches, held_out = _open_batches(run, data), _open_held_out(run, data)

@@ -1,4 +1,4 @@
-"""Why a run stops before its last step, and whether it can still save then."""
+"""Why a run stops before its last step, and whether there is time to save."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.config.cluster import ClusterSection
 
 @dataclass(frozen=True)
 class Outcome:
-    """How training ended: completed, cancelled (a person) or preempted (the machines, or a limit of the run).
+    """How training ended. `state` is completed, cancelled (by a person) or preempted (by the machines, or a limit of the run).
 
     `reason` is completed or one of launcher.distributed.STOP_REASONS.
     """
@@ -28,20 +28,23 @@ class Outcome:
 
 
 class Stop(Protocol):
-    """Asked after each step; `at` is the time.monotonic() of the wish, None where there is none."""
+    """Returns this process's reason to stop, or None. `at` is the time.monotonic() of the request, None without one."""
 
     at: float | None
 
     def __call__(self) -> str | None: ...
 
     def cancel(self) -> None:
-        """A person asks to stop, as by a signal; from any thread."""
+        """Request a stop in the name of a person, as a signal would; callable from any thread."""
 
 
-def save_fits(cluster: ClusterSection, reason: str, asked_at: float | None, save_s: float | None, device: torch.device) -> bool:
-    """Whether a save as long as the last one ends before the machines go, in the judgement of every rank. Collective.
+def has_time_to_save(
+    cluster: ClusterSection, reason: str, asked_at: float | None, save_s: float | None, device: torch.device
+) -> bool:
+    """Return whether every rank expects a save as long as the last one to end before the machines are taken away. Collective.
 
-    A save that is cut off would cost its time and leave nothing; what was committed before stays.
+    `asked_at` is the time.monotonic() of the request to stop, and `save_s` the seconds of the last save; None where unknown. An
+    interrupted save would leave nothing; committed checkpoints stay.
     """
     lead_s = cluster.save_lead_s
     if reason != "preempted" or lead_s is None or save_s is None:

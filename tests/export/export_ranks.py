@@ -18,7 +18,7 @@ from launcher.errors import ExportError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.tracking.tracker import Composite
 from launcher.train import finish
-from launcher.train.engine import leave
+from launcher.train.engine import leave_process_group
 
 
 class Printer:
@@ -44,7 +44,7 @@ def main(plan_path: str, checkpoint: str, limited: int) -> None:
     try:
         rank_info = RankInfo(rank, rank, world_size, attempt=1)
         finish.write_weights(plan, rank_info, Path(checkpoint), torch.device("cpu"))
-        leave()
+        leave_process_group()
         if rank == 0:
             finish.finish(plan, Path(checkpoint), Composite([Printer()]), on_exported=lambda *_: None)
     except ExportError as error:

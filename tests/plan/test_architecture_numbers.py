@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import ConfigError
-from launcher.plan.architecture import model_facts, problems_of
+from launcher.plan.architecture import architecture_problems, model_facts
 from launcher.plan.launch_plan import LaunchPlan
 
 # Two layers, two query heads and one key and value head of width 3, MLP of 8, 10 words, hidden size 4.
@@ -52,7 +52,7 @@ def test_a_config_without_a_language_model_is_refused() -> None:
         model_facts({"hidden_size": 4}, "/models/x", None, None)
     (problem,) = error.value.problems
     assert problem.what == "the model's config.json lacks num_hidden_layers, num_attention_heads, vocab_size"
-    assert (problem.where, problem.remedy) == ("/models/x", "only decoder-only language models are served")
+    assert (problem.where, problem.remedy) == ("/models/x", "choose a decoder-only language model")
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,12 @@ def test_a_config_without_a_language_model_is_refused() -> None:
     [
         ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, False, "final_logit_softcapping=30.0"),
         ({"model_type": "granite", "logits_scaling": 8.0}, True, "logits_scaling=8.0"),
-        ({"model_type": "gpt_oss"}, True, "see each other"),
+        ({"model_type": "gpt_oss"}, True, "affect each other"),
         ({"model_type": "gpt_oss"}, False, None),
-        ({"model_type": "qwen3_next"}, True, "see each other"),
+        ({"model_type": "qwen3_next"}, True, "affect each other"),
         ({"model_type": "qwen3_next"}, False, None),
-        ({"model_type": "qwen3_5_text"}, True, "see each other"),
-        ({"model_type": "unheard_of", "layer_types": ["full_attention", "linear_attention"]}, True, "see each other"),
+        ({"model_type": "qwen3_5_text"}, True, "affect each other"),
+        ({"model_type": "unheard_of", "layer_types": ["full_attention", "linear_attention"]}, True, "affect each other"),
         ({"model_type": "gemma3_text", "layer_types": ["full_attention", "sliding_attention"]}, True, None),
         ({"model_type": "llama", "logit_scale": 1.0}, True, None),
     ],
@@ -73,7 +73,7 @@ def test_a_config_without_a_language_model_is_refused() -> None:
 def test_architectures_that_cannot_be_trained_correctly_are_problems(
     config: dict[str, Any], packing: bool, words: str | None
 ) -> None:
-    found = [problem.what for problem in problems_of(config, packing)]
+    found = [problem.what for problem in architecture_problems(config, packing)]
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
 

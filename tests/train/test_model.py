@@ -15,7 +15,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
 from launcher.plan.architecture import carries_state, model_facts
-from launcher.train.model import CausalLMLoss, attention_kernel, attention_words, build_model
+from launcher.train.model import CausalLMLoss, attention_kernel, build_model, describe_attention
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +131,10 @@ def test_flash_attention_is_chosen_where_it_is_available(
     asked = ModelSection(path="/model", dtype=dtype, attention="eager")
     assert attention_kernel(asked, "cuda", config) == "eager"
     config._attn_implementation = kernel
-    said = attention_words(section, config, packing=True)
+    said = describe_attention(section, config, packing=True)
     assert said.startswith(f"attention is computed by {kernel}")
     assert ("install flash-attn" in said) == ((dtype, family, there) == ("bf16", "llama", False))
-    assert "install" not in attention_words(asked, config, packing=True) + attention_words(section, config, packing=False)
+    assert "install" not in describe_attention(asked, config, packing=True) + describe_attention(section, config, packing=False)
 
 
 def test_documents_do_not_see_each_other_in_flash_attention() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from launcher.config.schema import RunConfig
 from launcher.plan.gpus import GPUS
-from launcher.train.peak_flops import measured_tflops, peak_tflops
+from launcher.train.peak_flops import measure_tflops, peak_tflops
 
 ConfigOf = Callable[..., RunConfig]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -53,4 +53,4 @@ def test_measuring_a_cpu_is_quick_and_leaves_the_random_state_alone(config_of: C
 def test_the_fastest_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, *(t for pair in [(0.0, 0.05), (0.05, 0.06), (0.06, 0.1), (0.1, 0.2)] for t in pair)])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    assert measured_tflops(torch.float32) == pytest.approx(2 * 256**3 / 0.01 / 1e12)
+    assert measure_tflops(torch.float32) == pytest.approx(2 * 256**3 / 0.01 / 1e12)

@@ -1,4 +1,4 @@
-"""What rank 0 tells of the ranks before it, whose own words nobody has heard outside of the run's files."""
+"""What rank 0 tells of the ranks before it, whose own message nobody has heard outside of the run's files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.plan.run_dir import RunDir
 from launcher.plan.xids import LOST
 from launcher.run_records import Attempt
 from launcher.tracking.jsonl import append_event
-from launcher.train.previous_failure import RESTART, Failure, failure_before
+from launcher.train.previous_failure import RESTART, PreviousFailure, find_previous_failure
 
 KILLED = {"rank": 3, "kind": "killed", "message": "killed by SIGKILL", "log": "/run/rank-00003.log"}
 
@@ -20,86 +20,86 @@ KILLED = {"rank": 3, "kind": "killed", "message": "killed by SIGKILL", "log": "/
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
     """A run whose second attempt follows the first by itself."""
-    found = RunDir(tmp_path)
-    found.attempts.mkdir()
-    run_store.create_attempt(found, Attempt(None))
-    run_store.create_attempt(found, Attempt(None, automatic=True))
-    return found
+    run_dir = RunDir(tmp_path)
+    run_dir.attempts.mkdir()
+    run_store.create_attempt(run_dir, Attempt(None))
+    run_store.create_attempt(run_dir, Attempt(None, automatic=True))
+    return run_dir
 
 
-def ended(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:
-    said = {"state": "pending", "cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
-    atomic_files.write_json(run.attempt(1) / "exit.json", said)
+def write_exit(run: RunDir, cause: str, first_failure: dict[str, Any] | None) -> None:
+    record = {"state": "pending", "cause": cause, "message": "rank 3: killed by SIGKILL", "first_failure": first_failure}
+    atomic_files.write_json(run.attempt(1) / "exit.json", record)
 
 
 @pytest.mark.parametrize(
-    ("cause", "first_failure", "words"),
+    ("cause", "first_failure", "message"),
     [
-        ("infrastructure", KILLED, "rank 3: killed by SIGKILL (log: /run/rank-00003.log); this one follows it"),
-        ("bad_node", None, "attempt 1 ended (bad_node): rank 3: killed by SIGKILL; this one follows it"),
+        ("infrastructure", KILLED, "rank 3: killed by SIGKILL (log: /run/rank-00003.log); this attempt continues the run"),
+        ("bad_node", None, "attempt 1 ended (bad_node): rank 3: killed by SIGKILL; this attempt continues the run"),
         ("resized", None, ""),
     ],
 )
 def test_an_unreported_end_of_the_previous_attempt_is_reported(
-    run: RunDir, cause: str, first_failure: dict[str, Any] | None, words: str
+    run: RunDir, cause: str, first_failure: dict[str, Any] | None, message: str
 ) -> None:
-    ended(run, cause, first_failure)
-    told = failure_before(run, 2)
-    assert (told is not None) == bool(words)
-    assert told is None or told.words.endswith(words)
-    assert told is None or not told.recorded
-    assert failure_before(run, 1) is None
+    write_exit(run, cause, first_failure)
+    failure = find_previous_failure(run, 2)
+    assert (failure is not None) == bool(message)
+    assert failure is None or failure.message.endswith(message)
+    assert failure is None or not failure.is_recorded
+    assert find_previous_failure(run, 1) is None
     append_event(run, 1, "alert", f"the attempt ended ({cause}): rank 3: killed by SIGKILL; runs again")
-    again = failure_before(run, 2)
-    assert again is None or again.recorded
+    again = find_previous_failure(run, 2)
+    assert again is None or again.is_recorded
 
 
 def test_an_end_that_the_ranks_reported_is_not_reported_again(run: RunDir) -> None:
-    ended(run, "preempted", None)
-    told = failure_before(run, 2)
-    assert told is not None
-    assert told.words.startswith("attempt 1 ended (preempted)")
+    write_exit(run, "preempted", None)
+    failure = find_previous_failure(run, 2)
+    assert failure is not None
+    assert failure.message.startswith("attempt 1 ended (preempted)")
     atomic_files.write_json(run.attempt(1) / "outcome.json", {"reason": "preempted"})
-    assert failure_before(run, 2) is None
+    assert find_previous_failure(run, 2) is None
 
 
 def test_an_attempt_that_a_person_started_gets_no_report(run: RunDir) -> None:
-    ended(run, "infrastructure", KILLED)
+    write_exit(run, "infrastructure", KILLED)
     run_store.write_attempt(run, 2, Attempt(None))
-    assert failure_before(run, 2) is None
+    assert find_previous_failure(run, 2) is None
 
 
 def test_restarted_ranks_report_the_last_reason(run: RunDir) -> None:
-    ended(run, "infrastructure", KILLED)
+    write_exit(run, "infrastructure", KILLED)
     append_event(run, 1, "alert", "of another attempt", **{RESTART: 1})
     for count, reason in ((1, "the first"), (2, "the second")):
         append_event(run, 2, "alert", reason, **{RESTART: count})
     append_event(run, 2, "alert", "another matter")
-    assert failure_before(run, 2) == Failure("the second", recorded=True)
+    assert find_previous_failure(run, 2) == PreviousFailure("the second", is_recorded=True)
 
 
 def test_unreported_gpu_faults_are_named(run: RunDir) -> None:
-    ended(run, "infrastructure", None)
+    write_exit(run, "infrastructure", None)
     append_event(run, 2, "alert", "Xid 94 on GPU 1: of another attempt")
     for gpu in range(3):
         append_event(run, 1, "alert", f"Xid 45 on GPU {gpu}: work was taken off the GPU (rank {gpu} on n1)")
     for _ in range(2):
         append_event(run, 1, "alert", "Xid 79 on GPU 3: fallen off the bus (rank 3 on n1)")
-    told = failure_before(run, 2)
-    assert told is not None
-    assert told.words.endswith(
-        "this one follows it; GPU faults: Xid 79 on GPU 3: fallen off the bus (rank 3 on n1); Xid 45 on GPU 0: work was taken "
-        "off the GPU (rank 0 on n1); Xid 45 on GPU 1: work was taken off the GPU (rank 1 on n1); 1 more"
+    failure = find_previous_failure(run, 2)
+    assert failure is not None
+    assert failure.message.endswith(
+        "this attempt continues the run; GPU faults: Xid 79 on GPU 3: fallen off the bus (rank 3 on n1); Xid 45 on GPU 0: work "
+        "was taken off the GPU (rank 0 on n1); Xid 45 on GPU 1: work was taken off the GPU (rank 1 on n1); 1 more"
     )
 
 
 def test_a_gpu_that_was_lost_without_an_xid_is_named(run: RunDir) -> None:
-    ended(run, "infrastructure", None)
+    write_exit(run, "infrastructure", None)
     append_event(run, 1, "alert", "Xid 45 on GPU 0: work was taken off the GPU (rank 0 on n1)")
     append_event(run, 1, "alert", f"{LOST} (GPU 3); restart the node, or reset the GPU (rank 3 on n1)")
-    told = failure_before(run, 2)
-    assert told is not None
-    assert "; GPU faults: a GPU is lost (GPU 3); restart the node" in told.words
+    failure = find_previous_failure(run, 2)
+    assert failure is not None
+    assert "; GPU faults: a GPU is lost (GPU 3); restart the node" in failure.message
 
 
 def test_gpu_faults_before_a_restart_are_named_once(run: RunDir) -> None:
@@ -107,11 +107,11 @@ def test_gpu_faults_before_a_restart_are_named_once(run: RunDir) -> None:
         append_event(run, 2, "alert", f"Xid 48 on GPU {count}: uncorrectable memory error (rank {count} on n1)")
         append_event(run, 2, "alert", f"restart {count}", **{RESTART: count})
     append_event(run, 2, "alert", "Xid 31 on GPU 7: of the ranks that run now")
-    words = "restart 2; GPU faults: Xid 48 on GPU 2: uncorrectable memory error (rank 2 on n1)"
-    assert failure_before(run, 2) == Failure(words, recorded=True)
+    message = "restart 2; GPU faults: Xid 48 on GPU 2: uncorrectable memory error (rank 2 on n1)"
+    assert find_previous_failure(run, 2) == PreviousFailure(message, is_recorded=True)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
 def test_unreadable_events_do_not_stop_training(run: RunDir, text: str) -> None:
     (run.attempt(1) / "exit.json").write_text(text)
-    assert failure_before(run, 2) is None
+    assert find_previous_failure(run, 2) is None

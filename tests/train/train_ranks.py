@@ -29,7 +29,7 @@ from launcher.train.model import build_model
 from launcher.train.monitoring import bandwidth
 from launcher.train.monitoring.rank_timing import LayerTimer, OptimizerTimer, representative_layer
 from launcher.train.resume import agree_on_start_point, load_newest_intact
-from launcher.train.stop import save_fits
+from launcher.train.stop import has_time_to_save
 
 CPU = torch.device("cpu")
 
@@ -125,7 +125,7 @@ def judge_saves() -> dict[str, bool]:
     fits = {}
     for name, (cluster, reason, ago, save_s) in cases.items():
         asked_at = None if ago is None else time.monotonic() - ago
-        fits[name] = save_fits(cluster, reason, asked_at, save_s, CPU)
+        fits[name] = has_time_to_save(cluster, reason, asked_at, save_s, CPU)
     return fits
 
 
