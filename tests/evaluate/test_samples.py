@@ -1,4 +1,4 @@
-"""The questions and answers that a run shows at its end."""
+"""The question and the answers that a run records at its end."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def test_secrets_in_questions_and_answers_are_redacted(
 ) -> None:
     sample = {"prompt": f"Is it {KEY}?", "prompt_ids": [1], "answer": f"Mail eve@corp.com,\nkey {KEY}."}
     cache.write_json(tmp_path / "samples.json", [sample])
-    # What the model makes of a prompt takes a whole model; that it repeats a key is what is feared.
+    # A fake answer that repeats a key, as a model may.
     monkeypatch.setattr(samples, "_answer", lambda *inputs: f"Yes, {KEY}.")
     plan = plan_of("model=tiny").model_copy(update={"data": DATA.model_copy(update={"cache_dir": str(tmp_path)})})
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
     samples.report_answers(plan, tmp_path, "cpu", Composite([JsonlTracker(run, 1)]))
-    told = "\n".join(json.loads(line)["text"] for line in run.events.read_text().splitlines())
-    assert KEY[:12] not in told
-    assert "eve@" not in told
-    for words in ("held-out question: Is it [API key: s…, 44 characters]?", "answer after:      Yes, [API key"):
-        assert words in told
+    texts = "\n".join(json.loads(line)["text"] for line in run.events.read_text().splitlines())
+    assert KEY[:12] not in texts
+    assert "eve@" not in texts
+    for text in ("held-out question: Is it [API key: s…, 44 characters]?", "answer after:      Yes, [API key"):
+        assert text in texts

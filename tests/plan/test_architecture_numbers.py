@@ -9,7 +9,7 @@ from launcher.errors import ConfigError
 from launcher.plan.architecture import architecture_problems, model_facts
 from launcher.plan.launch_plan import LaunchPlan
 
-# Two layers, two query heads and one key and value head of width 3, MLP of 8, 10 words, hidden size 4.
+# Two layers, two query heads and one key and value head of width 3, MLP of 8, vocabulary of 10, hidden size 4.
 SMALL = {
     "model_type": "llama",
     "hidden_size": 4,
@@ -56,7 +56,7 @@ def test_a_config_without_a_language_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "config, packing, words",
+    "config, packing, message",
     [
         ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, False, "final_logit_softcapping=30.0"),
         ({"model_type": "granite", "logits_scaling": 8.0}, True, "logits_scaling=8.0"),
@@ -71,11 +71,11 @@ def test_a_config_without_a_language_model_is_refused() -> None:
     ],
 )
 def test_architectures_that_cannot_be_trained_correctly_are_problems(
-    config: dict[str, Any], packing: bool, words: str | None
+    config: dict[str, Any], packing: bool, message: str | None
 ) -> None:
-    found = [problem.what for problem in architecture_problems(config, packing)]
-    assert len(found) == (words is not None)
-    assert words is None or words in found[0]
+    problems = [problem.what for problem in architecture_problems(config, packing)]
+    assert len(problems) == (message is not None)
+    assert message is None or message in problems[0]
 
 
 def test_the_plan_refuses_such_an_architecture(plan_of: Callable[..., LaunchPlan]) -> None:

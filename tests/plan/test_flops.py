@@ -84,7 +84,7 @@ ROWS = {"packed": [[19, 3, 10]], "unpacked": [[24], [24]]}
 def pairs_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """Attention of [B, heads, T, width] that multiplies each query with the keys its mask [B, 1, T, T] lets it see, no others."""
+    """Attention of [B, heads, T, width] that multiplies each query only with the keys that its mask [B, 1, T, T] allows."""
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     rows = []
@@ -142,7 +142,7 @@ def some_labels(rows: list[list[int]]) -> tuple[Tensor, int]:
 
 
 def deviation(config: dict[str, Any], rows: list[list[int]]) -> float:
-    """Of the formula from what is counted, as a fraction."""
+    """Relative error of the formula against the count."""
     model, facts = build(config)
     model.hf.set_attn_implementation("pairs")
     if hasattr(model.hf.config, "num_experts_per_tok"):
@@ -177,19 +177,19 @@ def test_every_family_is_counted() -> None:
 
 
 def test_torch_counts_unmasked_attention() -> None:
-    """The square for the plain kernel, nothing for the fused one of a CPU; the formula has the pairs below the diagonal."""
+    """All pairs for the plain kernel, none for the fused one of a CPU; the formula counts the pairs below the diagonal."""
     length, heads, width, layers = 64, 4, 16, 3
-    found = {}
+    counts = {}
     for kernel in ("eager", "sdpa"):
         model, facts = build({"model_type": "llama"})
         model.hf.set_attn_implementation(kernel)
-        found[kernel] = counted(model, [[length]], some_labels([[length]])[0])
+        counts[kernel] = counted(model, [[length]], some_labels([[length]])[0])
     flops = train_flops(facts)
     assert flops is not None
     square = 12 * layers * heads * width * length**2
     formula, pairs = flops.of([length], length // 2), 12 * layers * heads * width * length * (length + 1) // 2
-    assert found["eager"] - found["sdpa"] == square
-    assert formula - pairs == pytest.approx(found["sdpa"], rel=1e-4)
+    assert counts["eager"] - counts["sdpa"] == square
+    assert formula - pairs == pytest.approx(counts["sdpa"], rel=1e-4)
 
 
 def of(**config: Any) -> TrainFlops | None:
@@ -201,7 +201,7 @@ def of(**config: Any) -> TrainFlops | None:
     [
         {"model_type": "deepseek_v3"},
         {},
-        # Without these numbers transformers would take its own, which a config leaves out.
+        # Without these keys transformers would use defaults that the config does not show.
         {"model_type": "qwen3"},
         {"model_type": "mixtral", "num_local_experts": 4},
         {"model_type": "mixtral", "num_experts_per_tok": 2},
@@ -221,6 +221,6 @@ def test_flops_match_hand_calculations() -> None:
     # Weights: queries and output 2 x 4 x 6, keys and values 2 x 4 x 3, MLP 3 x 4 x 8, in 2 layers; head 10 x 4; a pair
     # multiplies 2 layers x 6 wide, for its score and its value.
     assert flops == TrainFlops(per_token=6 * 336, per_label=6 * 40, per_pair=((3, 12 * 12),))
-    # The first token sees 1, the second 2, all others 3.
+    # The first token attends to 1 token, the second to 2, all others to 3.
     assert flops.of([5, 2], 4) == 6 * 336 * 7 + 6 * 40 * 4 + 144 * ((1 + 2 + 3 + 3 + 3) + (1 + 2))
     assert flops.of([], 0) == 0

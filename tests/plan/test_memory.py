@@ -1,4 +1,4 @@
-"""Model states against numbers worked out by hand."""
+"""Memory of model states against hand calculations."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def memory(dtype: str = "bf16", accumulation: int = 8, topology: Topology = EIGH
 
 def test_eight_billion_on_eight_gpus() -> None:
     # bf16 weights 2, fp32 gradients 4, fp32 master weight and two moments 12: 18 bytes a parameter.
-    found = memory()
-    assert found.weights_gib == pytest.approx(2 * BYTE, abs=1e-3)
-    assert found.gradients_gib == pytest.approx(4 * BYTE, abs=1e-3)
-    assert found.optimizer_gib == pytest.approx(12 * BYTE, abs=1e-3)
-    assert found.per_rank_gib == pytest.approx(16.827, abs=1e-3)
-    assert (found.host_per_node_gib, found.device_gib) == (0.0, 79.1)
+    estimated = memory()
+    assert estimated.weights_gib == pytest.approx(2 * BYTE, abs=1e-3)
+    assert estimated.gradients_gib == pytest.approx(4 * BYTE, abs=1e-3)
+    assert estimated.optimizer_gib == pytest.approx(12 * BYTE, abs=1e-3)
+    assert estimated.per_rank_gib == pytest.approx(16.827, abs=1e-3)
+    assert (estimated.host_per_node_gib, estimated.device_gib) == (0.0, 79.1)
 
 
 def test_without_accumulation_gradients_are_bf16() -> None:
@@ -40,42 +40,42 @@ def test_without_accumulation_gradients_are_bf16() -> None:
 def test_fp32_weights_are_their_own_master_copy() -> None:
     # 4 weights, 4 gradients, 8 moments.
     assert memory("fp32").per_rank_gib == pytest.approx(16 * BYTE, abs=1e-3)
-    # In main memory the optimizer works on a copy of its own.
+    # In main memory the optimizer has its own copy of the weights.
     assert memory("fp32", offload_optimizer="cpu").host_per_node_gib == pytest.approx(8 * (4 + 12) * BYTE, abs=1e-2)
 
 
 def test_optimizer_in_main_memory() -> None:
-    found = memory(offload_optimizer="cpu")
-    assert found.per_rank_gib == pytest.approx(2 * BYTE, abs=1e-3)
-    # The whole of gradients and optimizer, for all eight ranks: 16 x 8.03e9 bytes.
-    assert found.host_per_node_gib == pytest.approx(119.660, abs=1e-2)
+    estimated = memory(offload_optimizer="cpu")
+    assert estimated.per_rank_gib == pytest.approx(2 * BYTE, abs=1e-3)
+    # All gradients and optimizer states, for all eight ranks: 16 x 8.03e9 bytes.
+    assert estimated.host_per_node_gib == pytest.approx(119.660, abs=1e-2)
 
 
 def test_optimizer_and_weights_in_main_memory() -> None:
-    found = memory(offload_optimizer="cpu", offload_params="cpu")
-    assert found.per_rank_gib == 0.0
-    assert found.host_per_node_gib == pytest.approx(134.617, abs=1e-2)
+    estimated = memory(offload_optimizer="cpu", offload_params="cpu")
+    assert estimated.per_rank_gib == 0.0
+    assert estimated.host_per_node_gib == pytest.approx(134.617, abs=1e-2)
 
 
 def test_states_on_nvme() -> None:
-    found = memory(offload_optimizer="nvme", offload_params="nvme", nvme_path="/nvme")
-    assert found.per_rank_gib == 0.0
+    estimated = memory(offload_optimizer="nvme", offload_params="nvme", nvme_path="/nvme")
+    assert estimated.per_rank_gib == 0.0
     # Gradients pass through main memory, and so do 100 million elements of the states at a time.
-    assert found.host_per_node_gib == pytest.approx(8 * (4 * BYTE + 16 * 1e8 / 2**30), abs=1e-2)
+    assert estimated.host_per_node_gib == pytest.approx(8 * (4 * BYTE + 16 * 1e8 / 2**30), abs=1e-2)
 
 
 def test_hpz_keeps_a_second_copy_of_the_weights_in_each_node() -> None:
-    found = memory(topology=FOUR_NODES, hpz_partition_size="node")
+    estimated = memory(topology=FOUR_NODES, hpz_partition_size="node")
     # A 32nd of all states and an eighth of the bf16 weights.
-    assert found.per_rank_gib == pytest.approx(18 * BYTE / 4 + 2 * BYTE, abs=1e-3)
-    assert found == memory(topology=FOUR_NODES, hpz_partition_size=8)
+    assert estimated.per_rank_gib == pytest.approx(18 * BYTE / 4 + 2 * BYTE, abs=1e-3)
+    assert estimated == memory(topology=FOUR_NODES, hpz_partition_size=8)
 
 
 def test_cpu_ranks_hold_everything_in_main_memory() -> None:
     two = Topology(nodes=1, ranks_per_node=2, world_size=2, device="cpu", backend="gloo")
-    found = memory(topology=two)
-    assert found.per_rank_gib == pytest.approx(18 * 4 * BYTE, abs=1e-2)
-    assert found.host_per_node_gib == pytest.approx(2 * found.per_rank_gib, abs=1e-2)
+    estimated = memory(topology=two)
+    assert estimated.per_rank_gib == pytest.approx(18 * 4 * BYTE, abs=1e-2)
+    assert estimated.host_per_node_gib == pytest.approx(2 * estimated.per_rank_gib, abs=1e-2)
 
 
 def test_more_ranks_take_less_each() -> None:
@@ -98,10 +98,10 @@ def test_the_plan_holds_the_estimates(plan_of: Callable[..., LaunchPlan]) -> Non
 
 def test_background_saves_need_main_memory_on_each_node() -> None:
     states = memory(topology=FOUR_NODES)
-    found = saving(LLAMA_8B, True, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0)
+    estimated = saving(LLAMA_8B, True, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0)
     # 12 bytes for each parameter, on four nodes.
-    assert found.background
-    assert found.host_gib_per_node == pytest.approx(12 * BYTE * 8 / 4, abs=1e-2)
+    assert estimated.background
+    assert estimated.host_gib_per_node == pytest.approx(12 * BYTE * 8 / 4, abs=1e-2)
     assert not saving(LLAMA_8B, False, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0).background
 
 
@@ -118,6 +118,6 @@ def test_saves_block_training_where_copies_do_not_fit() -> None:
     )
     for key in ("offload_optimizer", "offload_params"):
         on_disk = DeepSpeedSection.model_validate({key: "nvme", "nvme_path": "/nvme"})
-        found = saving(LLAMA_8B, True, ADAMW, on_disk, states, EIGHT_GPUS, 10_000.0)
-        assert not found.background
-        assert "NVMe" in found.note
+        estimated = saving(LLAMA_8B, True, ADAMW, on_disk, states, EIGHT_GPUS, 10_000.0)
+        assert not estimated.background
+        assert "NVMe" in estimated.note

@@ -1,4 +1,4 @@
-"""Builds of extensions outlive the death of the process that was building."""
+"""A process that is killed while it builds an extension does not block others."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ time.sleep(60)
 
 
 def holding(lock: Path) -> subprocess.Popen[str]:
-    """A process that builds."""
+    """Start a process that builds."""
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "True\n"

@@ -29,7 +29,7 @@ def test_value_and_gradients_equal_cross_entropy(bias: bool, chunk_tokens: int) 
     expected = nn.functional.cross_entropy(head(hidden), labels, reduction="sum")
     (expected * factor).backward()
     torch.testing.assert_close(head(hidden, labels).double(), expected, rtol=1e-6, atol=1e-6)
-    # Chunks compute in fp32, whatever the weights are.
+    # Chunks compute in fp32, whatever the dtype of the weights.
     for a, b in zip(ours, [hidden.grad, *(p.grad for p in head.parameters())], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -51,7 +51,7 @@ def test_the_sum_does_not_depend_on_the_chunk() -> None:
 
 def test_without_gradients_only_the_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     head = head_of(False, 4)
-    # What sums up the gradient of the weights, as large as these.
+    # The buffer that accumulates the gradient of the weights, as large as they are.
     monkeypatch.setattr(torch.Tensor, "addmm_", None)
     with pytest.raises(TypeError):
         head(torch.randn(5, 8, dtype=torch.float64), torch.randint(0, 31, (5,)))

@@ -1,4 +1,4 @@
-"""What a rank does where weights are missing or have another shape, which the submit side should have refused."""
+"""Ranks refuse weights that are missing or have another shape, should the submit side not have refused them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def test_a_model_with_missing_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.rest
 def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_server: RankServer, tmp_path: Path) -> None:
-    whole = save_model(tmp_path / "whole", {"model_type": "llama", "tie_word_embeddings": True})
-    assert "lm_head.weight" not in load_file(whole / "model.safetensors")
+    complete = save_model(tmp_path / "complete", {"model_type": "llama", "tie_word_embeddings": True})
+    assert "lm_head.weight" not in load_file(complete / "model.safetensors")
     fused = save_model(tmp_path / "fused", {"model_type": "mixtral"})
     lacking = save_model(tmp_path / "lacking", {"model_type": "llama"})
     change_weights(lacking, without("model.norm.weight"))
@@ -39,10 +39,10 @@ def test_ranks_under_zero3_refuse_weights_that_do_not_cover_the_model(rank_serve
     change_weights(expert, without("model.layers.1.block_sparse_moe.experts.1.w1.weight"))
     shape = save_model(tmp_path / "shape", {"model_type": "llama"})
     change_weights(shape, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}))
-    folders = [str(folder) for folder in (whole, fused, lacking, expert, shape)]
+    folders = [str(folder) for folder in (complete, fused, lacking, expert, shape)]
     first, second = rank_server.values("train_ranks:build_models", [[folders], [folders]], tmp_path / "ranks")
     for said in (first, second):
         assert said[:3] == [None, None, "model.path: the weight files lack 1 tensor of the model: model.norm.weight"]
         assert "Failed to apply weight conversion for 'model.layers.1.mlp.experts.gate_up_proj'" in str(said[3])
-    # Shapes are compared by rank 0 alone, whose end is the end of the run.
+    # Only rank 0 compares shapes; its failure ends the run.
     assert "the weight files do not fit the model: size mismatch for model.norm.weight" in str(first[4])

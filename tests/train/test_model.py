@@ -1,4 +1,4 @@
-"""The real model: documents packed into one row do not see each other, and its loss is its own."""
+"""The real model: packed documents do not affect each other, and the loss equals that of transformers."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def test_two_rows_flattened_into_one_compute_the_same(real: CausalLMLoss) -> Non
     torch.testing.assert_close(plain, flat, rtol=1e-5, atol=1e-3)
 
 
-def attended_by_borders(module, query, key, value, mask, **given):
-    """As FlashAttention with variable lengths does it: who sees whom is told by the borders alone. Tensors are [1, H, T, D]."""
+def attend_by_cu_seqlens(module, query, key, value, mask, **given):
+    """Attend as variable-length FlashAttention does, within the documents of cu_seqlens. Tensors are [1, H, T, D]."""
     assert mask is None
     assert given["cu_seq_lens_q"].dtype == torch.int32
     assert torch.equal(given["cu_seq_lens_q"], given["cu_seq_lens_k"])
-    borders = given["cu_seq_lens_q"].tolist()
-    assert given["max_length_q"] == given["max_length_k"] == max(b - a for a, b in pairwise(borders))
+    cu_seqlens = given["cu_seq_lens_q"].tolist()
+    assert given["max_length_q"] == given["max_length_k"] == max(b - a for a, b in pairwise(cu_seqlens))
     parts = []
-    for begin, end in pairwise(borders):
+    for begin, end in pairwise(cu_seqlens):
         q, k, v = (tensor[:, :, begin:end] for tensor in (query, key, value))
         scale, gqa = given["scaling"], query.shape[1] != key.shape[1]
         parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa))
@@ -85,8 +85,8 @@ def attended_by_borders(module, query, key, value, mask, **given):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_flash_attention_receives_cu_seqlens(real: CausalLMLoss, recompute: bool) -> None:
-    """Otherwise transformers asks the GPU in every layer. The kernel is played, so that it knows nothing else."""
-    transformers.AttentionInterface.register("played", attended_by_borders)
+    """Otherwise transformers computes them on the GPU in every layer. The fake kernel uses nothing else."""
+    transformers.AttentionInterface.register("fake", attend_by_cu_seqlens)
     ids = torch.cat([packed([9, 1, 14], seed=6)[0], packed([24], seed=7)[0]])
     positions = torch.stack([packed([9, 1, 14], seed=6)[1][0], packed([10, 14], seed=7)[1][0]])
     labels = ids.roll(-1, dims=1)
@@ -98,7 +98,7 @@ def test_flash_attention_receives_cu_seqlens(real: CausalLMLoss, recompute: bool
         real.train()
         if recompute:
             real.hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        real.hf.set_attn_implementation("played")
+        real.hf.set_attn_implementation("fake")
         real.flatten = True
         loss = real(ids, positions, labels, 1.0, batch.cu_seqlens)
         loss.backward()
@@ -128,13 +128,13 @@ def test_flash_attention_is_chosen_where_it_is_available(
     section, config = ModelSection(path="/model", dtype=dtype), transformers.AutoConfig.for_model(family)
     assert attention_kernel(section, "cuda", config) == kernel
     assert attention_kernel(section, "cpu", config) == "sdpa"
-    asked = ModelSection(path="/model", dtype=dtype, attention="eager")
-    assert attention_kernel(asked, "cuda", config) == "eager"
+    eager = ModelSection(path="/model", dtype=dtype, attention="eager")
+    assert attention_kernel(eager, "cuda", config) == "eager"
     config._attn_implementation = kernel
-    said = describe_attention(section, config, packing=True)
-    assert said.startswith(f"attention is computed by {kernel}")
-    assert ("install flash-attn" in said) == ((dtype, family, there) == ("bf16", "llama", False))
-    assert "install" not in describe_attention(asked, config, packing=True) + describe_attention(section, config, packing=False)
+    message = describe_attention(section, config, packing=True)
+    assert message.startswith(f"attention is computed by {kernel}")
+    assert ("install flash-attn" in message) == ((dtype, family, there) == ("bf16", "llama", False))
+    assert "install" not in describe_attention(eager, config, packing=True) + describe_attention(section, config, packing=False)
 
 
 def test_documents_do_not_see_each_other_in_flash_attention() -> None:
@@ -166,18 +166,18 @@ def test_documents_leak_into_each_other_only_where_layers_carry_state(family: st
 
 
 def test_all_architectures_of_transformers_that_carry_state_are_listed() -> None:
-    """By the words that the models of transformers have for such a state, or for the convolution before it."""
+    """By the names that the models of transformers use for such a state, or for the convolution before it."""
     from transformers.models.auto.configuration_auto import model_type_to_module_name
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     marks = ("conv_state", "selective_scan", "rwkv", "xlstm", "lightning_attention", "chunk_gated_delta")
-    found = set()
+    families = set()
     for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         folder = Path(transformers.__file__).parent / "models" / model_type_to_module_name(family)
         if any(mark in file.read_text().lower() for file in folder.glob("modeling_*.py") for mark in marks):
-            found.add(family)
-    assert len(found) > 20
-    assert {family for family in found if not carries_state({"model_type": family})} == set()
+            families.add(family)
+    assert len(families) > 20
+    assert {family for family in families if not carries_state({"model_type": family})} == set()
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the loop does of itself in a step hands work to the GPU and never waits for it; timings are read at the end.
+"""The loop's own part of a step queues work on the GPU and never waits for it; timings are read at the end.
 
 The decoder is a plain stack of layers here: what transformers and DeepSpeed wait for is theirs.
 """
@@ -34,7 +34,7 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """As far as CausalLMLoss looks at a Hugging Face model."""
+    """The part of a Hugging Face model that CausalLMLoss uses."""
 
     def __init__(self) -> None:
         super().__init__()

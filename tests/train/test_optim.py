@@ -20,9 +20,9 @@ def test_warm_up_is_linear_and_reaches_the_peak(schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_the_last_step_has_the_lowest_rate(schedule: str) -> None:
-    found = rates(50, schedule=schedule, warmup_steps=5, min_lr_ratio=0.1)
-    assert found[-1] == pytest.approx(0.1)
-    assert found[5:] == sorted(found[5:], reverse=True)
+    lrs = rates(50, schedule=schedule, warmup_steps=5, min_lr_ratio=0.1)
+    assert lrs[-1] == pytest.approx(0.1)
+    assert lrs[5:] == sorted(lrs[5:], reverse=True)
 
 
 def test_shapes_of_the_schedules() -> None:

@@ -27,7 +27,7 @@ def test_the_peak_of_a_gpu_is_its_vendors_figure(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
-    # What the machine has counts, not what was asked for.
+    # The GPU of the machine counts, not that of the plan.
     assert peak_tflops(config_of(f"model.dtype={dtype}", "cluster.gpu_type=A100-40GB"), CUDA) == expected
 
 
@@ -45,7 +45,7 @@ def test_measuring_a_cpu_is_quick_and_leaves_the_random_state_alone(config_of: C
         seconds.append(time.perf_counter() - began)
         assert measured is not None
         assert 1e-3 < measured < 100
-    # The machine may be busy with something else for a while.
+    # Other processes may slow the machine down.
     assert min(seconds) < 0.3
     assert torch.equal(torch.get_rng_state(), state)
 

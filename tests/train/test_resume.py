@@ -24,7 +24,7 @@ def run_with(
     pinned: bool = False,
     automatic: bool = False,
 ) -> RunDir:
-    """A run in its second attempt, which names a checkpoint; `own` are of that attempt, `before` of the first."""
+    """A run in its second attempt with a `resume_step`; `own` are checkpoints of that attempt, `before` of the first."""
     run = RunDir(root)
     run.attempt(2).mkdir(parents=True)
     run_store.write_attempt(run, 2, Attempt(resume_step=named, pinned=pinned, automatic=automatic))
@@ -56,14 +56,14 @@ def test_all_ranks_begin_where_rank_0_chooses(rank_server: RankServer, tmp_path:
     def at(run: RunDir, step: int) -> list[Any]:
         return [step, str(run.checkpoints / store.step_name(step))]
 
-    # The checkpoint that the attempt names; what came after it in an attempt before counts for nothing.
+    # The resume step; later checkpoints of the attempt before are ignored.
     assert first_rank[0] == second_rank[0] == [*at(named, 10), 0]
-    # What the attempt itself has saved, before its agents restarted the ranks; the highest count of restarts.
+    # The newest checkpoint of the attempt itself, after a restart; the highest count of restarts.
     assert first_rank[1] == second_rank[1] == [*at(own, 40), 3]
-    # Where another rank sees more.
+    # Another rank sees more checkpoints.
     assert (first_rank[2], second_rank[2]) == ([*at(own, 40), 1], [*at(ahead, 40), 1])
     assert first_rank[3] == second_rank[3] == [None, None, 2]
-    # Where another rank does not see it, that one refuses: never a silent start from elsewhere.
+    # Another rank does not see the checkpoint and refuses; it never starts silently from elsewhere.
     assert first_rank[4] == [*at(own, 40), 0]
     assert isinstance(second_rank[4], str)
     assert "40" in second_rank[4]
@@ -79,8 +79,8 @@ def test_a_checkpoint_that_the_submitter_did_not_see_is_used(rank_server: RankSe
     person = run_with(tmp_path / "person", 10, before=[10, 20])
     anew = run_with(tmp_path / "anew", None, before=[10, 20])
     runs = (unnamed, lower, damaged, own, pinned, person, anew)
-    *begun, refused = loaded_on_two_ranks(rank_server, tmp_path, *runs)
-    assert [step for step, _ in begun] == [20, 20, 10, 20, 10, 10]
+    *loaded, refused = loaded_on_two_ranks(rank_server, tmp_path, *runs)
+    assert [step for step, _ in loaded] == [20, 20, 10, 20, 10, 10]
     assert [run_store.read_attempt(run, 2).resume_step for run in runs] == [20, 20, 10, 10, 10, 10, None]
     assert folder_names(damaged) == ["damaged-step-00000020", "step-00000010"]
     assert refused.startswith("CheckpointError: attempt 2 would begin at step 0, but the attempts before it have checkpoints")
@@ -106,7 +106,7 @@ def loaded_on_two_ranks(rank_server: RankServer, folder: Path, *runs: RunDir) ->
 
 
 def flip(run: RunDir, step: int, name: str = store.shard_name(0)) -> None:
-    """One bit of a file differs; its size does not."""
+    """Flip one bit of a file."""
     file = run.checkpoints / store.step_name(step) / name
     content = bytearray(file.read_bytes())
     content[3] ^= 1
@@ -134,20 +134,20 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(rank_serve
     twice = run_with(tmp_path / "twice", 30, before=[10, 20, 30])
     flip(twice, 30)
     flip(twice, 20, STATE)
-    # The command that started the attempt took the one before, which can be opened; nobody has been told yet.
+    # The command that started the attempt took the checkpoint before, which can be opened, and reported nothing.
     truncated = run_with(tmp_path / "truncated", 20, before=[10, 20, 30])
     truncate(truncated, 30)
     since = run_with(tmp_path / "since", 30, before=[10, 20, 30])
     (since.checkpoints / store.step_name(30) / MANIFEST).unlink()
     own = run_with(tmp_path / "own", 10, before=[10], own=[20, 30])
     flip(own, 30)
-    whole = run_with(tmp_path / "whole", 20, before=[10, 20, 30])
+    intact = run_with(tmp_path / "intact", 20, before=[10, 20, 30])
     empty = run_with(tmp_path / "empty", 20, before=[10, 20])
     (empty.checkpoints / store.step_name(30)).mkdir()
     other = run_with(tmp_path / "other", 30, before=[10, 20, 30])
     manifest = (other.checkpoints / store.step_name(10) / MANIFEST).read_bytes()
     (other.checkpoints / store.step_name(30) / MANIFEST).write_bytes(manifest)
-    results = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, truncated, since, own, whole, empty, other)
+    results = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, truncated, since, own, intact, empty, other)
     assert [step for step, _ in results] == [20, 10, 20, 20, 20, 20, 20, 20]
 
     def message(step: int, what: str, used: int) -> str:
@@ -168,14 +168,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(rank_serve
     assert folder_names(twice) == ["damaged-step-00000020", "damaged-step-00000030", "step-00000010"]
     assert folder_names(truncated) == folder_names(since) == folder_names(empty) == folder_names(other) == folder_names(flipped)
     assert folder_names(own) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
-    # Ranks that are started again within the attempt find what it names.
+    # Restarted ranks find the resume step.
     assert [run_store.read_attempt(run, 2).resume_step for run in (flipped, twice, truncated, since, own)] == [20, 10, 20, 20, 10]
     again = loaded_on_two_ranks(rank_server, tmp_path, flipped, twice, since)
     assert again == [[20, []], [10, []], [20, []]]
 
 
 def withhold(run: RunDir, step: int, name: str = MANIFEST) -> None:
-    """Whoever looks at the file gets an error that does not say it is missing, as from a storage server that is down."""
+    """Reads of the file fail with an error other than 'missing', as from a storage server that is down."""
     file = run.checkpoints / store.step_name(step) / name
     file.rename(file.with_name(f"kept-{name}"))
     file.symlink_to(name)
@@ -188,7 +188,7 @@ def test_a_checkpoint_that_cannot_be_read_right_now_is_neither_skipped_nor_set_a
     withhold(named, 30)
     shard = run_with(tmp_path / "shard", 30, before=[10, 20, 30])
     withhold(shard, 30, store.shard_name(0))
-    # Storage was away as well when it was named.
+    # Storage was unavailable at the submission as well.
     later = run_with(tmp_path / "later", 20, before=[10, 20, 30])
     withhold(later, 30)
     own = run_with(tmp_path / "own", 10, before=[10], own=[20, 30])
@@ -204,12 +204,12 @@ def test_a_checkpoint_that_cannot_be_read_right_now_is_neither_skipped_nor_set_a
     before = run_with(tmp_path / "before", 30, before=[10, 20, 30])
     withhold(before, 20)
     stood = [folder_names(run) for run in refused]
-    *results, asked, newest = loaded_on_two_ranks(rank_server, tmp_path, *refused, pinned, before)
+    *results, asked_for, newest = loaded_on_two_ranks(rank_server, tmp_path, *refused, pinned, before)
     for error in results:
         assert error.startswith("UnreadableCheckpoint: ")
         assert "cannot be read now" in error
     assert [folder_names(run) for run in refused] == stood
-    assert (asked, newest) == ([20, []], [30, []])
+    assert (asked_for, newest) == ([20, []], [30, []])
 
 
 def test_without_an_intact_checkpoint_nothing_starts_and_nothing_is_set_aside(rank_server: RankServer, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_without_an_intact_checkpoint_nothing_starts_and_nothing_is_set_aside(ra
     unopened = run_with(tmp_path / "unopened", 20, before=[10, 20])
     truncate(unopened, 10)
     truncate(unopened, 20)
-    # What continues a run by itself has found no checkpoint, and names none.
+    # An automatic continuation found no checkpoint, and set no resume step.
     unnamed = run_with(tmp_path / "unnamed", None, before=[10, 20])
     truncate(unnamed, 10)
     truncate(unnamed, 20)
@@ -236,16 +236,16 @@ def test_a_step_that_a_person_asked_for_is_used_or_refused(rank_server: RankServ
     flip(flipped, 20)
     unopened = run_with(tmp_path / "unopened", 20, before=[10, 20], pinned=True)
     truncate(unopened, 20)
-    whole = run_with(tmp_path / "whole", 20, before=[10, 20], own=[30], pinned=True)
-    flip(whole, 30)
-    *refused, used = loaded_on_two_ranks(rank_server, tmp_path, flipped, unopened, whole)
+    intact = run_with(tmp_path / "intact", 20, before=[10, 20], own=[30], pinned=True)
+    flip(intact, 30)
+    *refused, used = loaded_on_two_ranks(rank_server, tmp_path, flipped, unopened, intact)
     for error in refused:
         assert error.startswith("DamagedCheckpoint: the checkpoint of step 20 is damaged")
         assert "choose one of the other steps: 10" in error
     assert folder_names(flipped) == folder_names(unopened) == ["step-00000010", "step-00000020"]
-    # What the attempt has saved since is not what was asked for.
+    # The checkpoints of the attempt itself are not the step that the person asked for.
     assert used[0] == 20
-    assert folder_names(whole) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
+    assert folder_names(intact) == ["damaged-step-00000030", "step-00000010", "step-00000020"]
 
 
 def test_a_superseded_attempt_sets_nothing_aside(rank_server: RankServer, tmp_path: Path) -> None:

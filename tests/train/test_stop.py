@@ -1,4 +1,4 @@
-"""Whether a save still fits before the machines go, as two real ranks judge it together."""
+"""Two real ranks agree on whether there is time for a save."""
 
 from __future__ import annotations
 

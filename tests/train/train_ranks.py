@@ -35,7 +35,7 @@ CPU = torch.device("cpu")
 
 
 def meet() -> int:
-    """Join the other ranks; returns the number of this one."""
+    """Join the other ranks and return the rank of this one."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meeting = f"file://{os.environ['RENDEZVOUS']}"
     dist.init_process_group("gloo", meeting, rank=rank, world_size=size, timeout=timedelta(seconds=60))
@@ -43,7 +43,7 @@ def meet() -> int:
 
 
 def build_models(folders: list[str]) -> list[str | None]:
-    """Build the model of each folder under ZeRO-3. Returns what each refusal says, or None where the model was built."""
+    """Build the model of each folder under ZeRO-3. Returns the problem of each refusal, or None where the model was built."""
     meet()
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
     settings = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
@@ -64,28 +64,28 @@ def build_models(folders: list[str]) -> list[str | None]:
 def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
     """Agree on where to begin, for each case (run directory that this rank sees, its agent's count of restarts, whether to load).
 
-    Loading is played: both ranks verify the checkpoint's digests, as `shards.load` does. Returns for each case the step, the
-    path and the count of restarts, or the step that was loaded and what a person is told, or the error.
+    Loading is faked: both ranks verify the checkpoint's digests, as `shards.load` does. Returns for each case the step, the
+    path and the count of restarts, or the loaded step and the messages for a person, or the error.
     """
     rank = meet()
 
     def load(path: Path) -> str:
-        found: list[Any] = [None, None]
-        dist.all_gather_object(found, store.verify(path))
-        if problems := list(dict.fromkeys([*found[0], *found[1]])):
+        problems_of_ranks: list[Any] = [None, None]
+        dist.all_gather_object(problems_of_ranks, store.verify(path))
+        if problems := list(dict.fromkeys([*problems_of_ranks[0], *problems_of_ranks[1]])):
             raise DamagedCheckpoint(problems)
         return path.name
 
     outcomes: list[Any] = []
     for root, restart, loads in cases:
-        run, rank_info, told = RunDir(Path(root)), RankInfo(rank, rank, 2, 2, restart), []
+        run, rank_info, messages = RunDir(Path(root)), RankInfo(rank, rank, 2, 2, restart), []
         try:
             start = agree_on_start_point(run, rank_info, CPU)
             at = start.checkpoint
             if loads:
-                at, name = load_newest_intact(run, rank_info, at, load, told.append)
+                at, name = load_newest_intact(run, rank_info, at, load, messages.append)
                 assert name == at.path.name
-                outcomes.append([at.step, told])
+                outcomes.append([at.step, messages])
             else:
                 outcomes.append([at and at.step, at and str(at.path), start.num_restarts])
         except LauncherError as error:
@@ -94,7 +94,7 @@ def begin(cases: list[tuple[str, int, bool]]) -> list[Any]:
 
 
 def measure_link() -> tuple[float, float, float]:
-    """The measured bandwidth, the seconds that this took, and the bandwidth of times that differ between the ranks."""
+    """Return the measured bandwidth, the seconds that this took, and the bandwidth where ranks measure different times."""
     rank = meet()
     started = time.perf_counter()
     measured = bandwidth.measure_bus_bandwidth(CPU)
@@ -105,7 +105,7 @@ def measure_link() -> tuple[float, float, float]:
 
 
 def judge_saves() -> dict[str, bool]:
-    """Whether a save fits, for cases in which the ranks know different things."""
+    """Return whether there is time to save, for cases in which the ranks have different information."""
     rank = meet()
     slurm, local = SlurmSection(signal_lead_seconds=60), LocalSection()
     cases = {
@@ -130,7 +130,7 @@ def judge_saves() -> dict[str, bool]:
 
 
 def probe_engine() -> dict[str, Any]:
-    """What the probes measure on each rank of a ZeRO-3 engine while rank 1 is slow, here or there."""
+    """Return what the probes measure on each rank of a ZeRO-3 engine while rank 1 is slow in different parts of a step."""
     rank = meet()
     lock_builds()
     deepspeed.init_distributed("gloo", verbose=False)
@@ -182,7 +182,7 @@ def probe_engine() -> dict[str, Any]:
         loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
         engine.backward(loss)
         engine.step()
-        # As training does: the step is over for all together.
+        # As in training, ranks end the step together.
         dist.barrier()
         return {
             "step_s": time.perf_counter() - began,
@@ -192,24 +192,24 @@ def probe_engine() -> dict[str, Any]:
         }
 
     step()
-    found = {"usual": step()}
+    measured_by_case = {"usual": step()}
     slow_s = 0.3 if rank else 0.0
-    found["slow"] = step()
-    found["recomputed"] = step(checkpointing=True)
+    measured_by_case["slow"] = step()
+    measured_by_case["recomputed"] = step(checkpointing=True)
     slow_s = 0.0
-    # What one rank does outside of the layer makes the other wait, though not in the layer.
+    # Time that one rank spends outside of the layer makes the other wait, but not in the layer.
     if rank:
         for module in model.model.layers[1].modules():
             if type(module).__name__ == "LlamaRMSNorm":
                 module.register_forward_pre_hook(lambda *_: time.sleep(0.1))
-    found["elsewhere"] = step()
+    measured_by_case["elsewhere"] = step()
     if rank:
         engine.basic_optimizer.register_step_pre_hook(lambda *_: time.sleep(0.3))
-    found["optimizer"] = step()
+    measured_by_case["optimizer"] = step()
     engine.eval()
     with torch.no_grad():
         engine(input_ids=torch.zeros(2, 16, dtype=torch.int64), use_cache=False)
-    found["evaluated"] = probe.read()
-    # Who leaves first would cut the other off in its last collective.
+    measured_by_case["evaluated"] = probe.read()
+    # A rank that leaves first would break the last collective of the other.
     dist.barrier()
-    return found
+    return measured_by_case
