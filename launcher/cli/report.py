@@ -21,9 +21,9 @@ from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, Status
 from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
-from launcher.tracking.jsonl import gone_on_from, lines_of, merged, read_events
+from launcher.tracking.jsonl import continued_lines, iter_lines, merge_steps, read_events
 from launcher.tracking.metrics import curves, format_duration
-from launcher.tracking.metrics_tail import newest_step
+from launcher.tracking.metrics_tail import newest_trained_step
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -76,12 +76,12 @@ def _names(runs: Sequence[RunDir]) -> list[str]:
 
 def _told(found: RunDir, name: str) -> _Told:
     plan = run_store.load_plan(found)
-    lines = list(lines_of(found.metrics, (*curves(), *_OTHER_METRICS)))
+    lines = list(iter_lines(found.metrics, (*curves(), *_OTHER_METRICS)))
     status = cluster_for(plan.config.cluster.kind).status(found)
     events = read_events(found.events)
-    attempts = goodput.settled(goodput.recorded(found), status.state, lines, events)
+    attempts = goodput.complete_attempts(goodput.read_attempt_times(found), status.state, lines, events)
     spent = goodput.breakdown(lines, events, attempts, time.time())
-    return _Told(name, found, plan, status, lines, merged(gone_on_from(lines)), events, spent)
+    return _Told(name, found, plan, status, lines, merge_steps(continued_lines(lines)), events, spent)
 
 
 def page(runs: Sequence[_Told]) -> str:
@@ -99,7 +99,7 @@ def page(runs: Sequence[_Told]) -> str:
 def _facts(one: _Told) -> dict[str, str]:
     """What is seen first, by what it is."""
     last = next((line for line in reversed(one.steps) if "train/loss" in line), None)
-    facts = {"state": one.status.state, "steps": f"{newest_step(one.run, one.status):,} of {one.status.max_steps or '?'}"}
+    facts = {"state": one.status.state, "steps": f"{newest_trained_step(one.run, one.status):,} of {one.status.max_steps or '?'}"}
     if last is not None:
         facts |= {"training loss": f"{last['train/loss']:.4f}", "tokens": f"{last.get('trainer/tokens', 0):,.0f}"}
     if evals := [line["eval/held_out/loss"] for line in one.steps if "eval/held_out/loss" in line]:

@@ -21,7 +21,7 @@ from launcher.tracking import goodput
 from launcher.tracking.goodput import Breakdown
 from launcher.tracking.jsonl import read_events
 from launcher.tracking.metrics import median_names
-from launcher.tracking.metrics_tail import Glance, glance, newest_step
+from launcher.tracking.metrics_tail import MetricsTail, newest_trained_step, read_tail
 
 # Without a word for longer than that, and for so many steps, nobody knows when the run will end. An evaluation takes minutes.
 _SILENT_S, _SILENT_STEPS = 600.0, 10
@@ -34,13 +34,13 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
     """
     number = max(status.attempt, run_store.newest_attempt(run))
     resumed = _resumed(run)
-    seen = glance(run.metrics, resumed=resumed)
+    seen = read_tail(run.metrics, resumed=resumed)
     # Files that were copied may be without a plan.
     placed = run_store.read_placement(run) if run.plan.is_file() else None
     checkpoints = [checkpoint.step for checkpoint in store.list_checkpoints(run.checkpoints)]
     events = read_events(run.events)
     spent = _spent(run, status)
-    step, usual = newest_step(run, status), _usual(seen.recent)
+    step, usual = newest_trained_step(run, status), _usual(seen.recent)
     age_s = _age_s(seen, status, step)
     rest = None
     if status.state in RUNNING_STATES:
@@ -66,7 +66,7 @@ def summary(run: RunDir, status: Status) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "device": placed.device if placed is not None else "cuda",
         "cost": _cost(seen, spent, placed, None if rest is None else rest.usd),
-        "goodput": _goodput(spent or goodput.of_metrics(seen.last)),
+        "goodput": _goodput(spent or goodput.breakdown_from_metrics(seen.last)),
         "alerts": [{"time": e["time"], "step": e["step"], "text": e["text"]} for e in events if e["kind"] == "alert"],
         "wandb": wandb_page(events),
         "mirror": next((e["text"] for e in reversed(events) if e["kind"] == "mirror"), None),
@@ -82,7 +82,7 @@ def _resumed(run: RunDir) -> dict[int, int]:
     return found
 
 
-def _age_s(seen: Glance, status: Status, step: int) -> float | None:
+def _age_s(seen: MetricsTail, status: Status, step: int) -> float | None:
     """Seconds since the newest step was told; None before the first."""
     if not seen.last:
         return None
@@ -91,7 +91,7 @@ def _age_s(seen: Glance, status: Status, step: int) -> float | None:
     return max(0.0, time.time() - float(at))
 
 
-def _begin(seen: Glance, status: Status, number: int, resumed_from: int, checkpoints: Sequence[int]) -> int | None:
+def _begin(seen: MetricsTail, status: Status, number: int, resumed_from: int, checkpoints: Sequence[int]) -> int | None:
     """The step from which the newest attempt will train; None where it does already."""
     has_trained = bool(seen.last) and seen.last["attempt"] == number
     if has_trained:
@@ -112,7 +112,7 @@ class _Paid:
     max_hours: float | None
 
     @classmethod
-    def of(cls, seen: Glance, spent: Breakdown | None, placed: Placement | None) -> _Paid:
+    def of(cls, seen: MetricsTail, spent: Breakdown | None, placed: Placement | None) -> _Paid:
         counted = seen.spent
         logged = None if counted is None else counted.usd
         usd = spent.usd if spent is not None and spent.gpu_s and placed is not None else logged
@@ -144,7 +144,9 @@ class _Rest:
     limit: str | None
 
 
-def _rest(seen: Glance, status: Status, usual: dict[str, float], begin: int | None, age_s: float | None, paid: _Paid) -> _Rest:
+def _rest(
+    seen: MetricsTail, status: Status, usual: dict[str, float], begin: int | None, age_s: float | None, paid: _Paid
+) -> _Rest:
     """Of a run that goes on: by its newest step, or by its usual ones before an attempt has trained, which is at step `begin`."""
     step_s = usual.get("time/step_s", math.nan)
     if begin is None:
@@ -193,7 +195,9 @@ def _goodput(told: Breakdown | None) -> dict[str, float] | None:
     return {"fraction": told.goodput, "wall_s": told.wall_s, "kept_s": told.kept_s, **lost, "lost_steps": told.lost_steps}
 
 
-def _cost(seen: Glance, spent: Breakdown | None, placed: Placement | None, expected_usd: float | None) -> dict[str, Any] | None:
+def _cost(
+    seen: MetricsTail, spent: Breakdown | None, placed: Placement | None, expected_usd: float | None
+) -> dict[str, Any] | None:
     """GPU hours and dollars so far, and the dollars at the end where that can be told; None where nothing is counted.
 
     Where the files of the attempts do not tell, the newest line of metrics that counts does. `at_typical_price` is None without a

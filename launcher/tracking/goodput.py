@@ -1,7 +1,4 @@
-"""Where the time of a run has gone: steps that were kept, and everything else that machines or people waited for.
-
-Goodput is the time spent on steps that were kept, divided by the time since submission.
-"""
+"""Goodput: the time of the steps that a run kept, divided by the time since submission, and where the rest went."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from launcher.errors import LauncherError
 from launcher.plan.gpus import Price
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import read_events
-from launcher.tracking.metrics_tail import lines_of_time
+from launcher.tracking.metrics_tail import read_time_lines
 
 if TYPE_CHECKING:
     from launcher.plan.launch_plan import LaunchPlan
 
-# Kinds of lost time, by what a person calls them.
+# Kinds of lost time and their labels.
 LOST = {
     "queue_s": "waiting for machines",
     "start_s": "starting the ranks",
@@ -32,17 +29,22 @@ LOST = {
     "replay_s": "steps that were lost",
     "other_s": "everything else",
 }
-# Fields of the messages by which rank 0 tells how far a start has come.
+# The field of rank 0's events that marks the phases of a start, and its values.
 PHASE, JOINED, LOADED = "phase", "joined", "loaded"
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """When an attempt was asked for, when its machines were there, and when it ended; seconds since the epoch.
+class AttemptTimes:
+    """Times and size of an attempt; times are seconds since the epoch.
 
-    `begun_at` None waits for machines, `ended_at` None goes on. `num_ranks` is what its plan says, `num_workers` those that Ray
-    holds for it, 0 elsewhere, and `price` what each of them costs, None where that is not known. `automatic` where no person
-    asked for it.
+    Attributes:
+        submitted_at: when it was submitted.
+        begun_at: when its machines were allocated; None while it waits for them.
+        ended_at: None while it goes on.
+        num_ranks: ranks of its plan.
+        automatic: the launcher, not a person, started it.
+        num_workers: workers that Ray holds for it; 0 elsewhere.
+        price: price of a rank or worker; None if unknown.
     """
 
     number: int
@@ -59,9 +61,13 @@ class Attempt:
 class Breakdown:
     """Seconds since submission, in parts that add up to `wall_s`: `kept_s`, and those of LOST.
 
-    `held_s` are seconds in which the run had machines, `gpu_s` the same times the number of its ranks, or of its workers on Ray,
-    where some may be idle: `num_workers` are those of the newest attempt. These have cost `usd` dollars, None where a price is
-    not known; `assumed_usd` of them by prices that are assumed. `lost_steps` were trained and thrown away.
+    Attributes:
+        held_s: seconds in which the run had machines.
+        gpu_s: the same times the number of ranks, or of Ray's workers, of which some may be idle.
+        usd: cost of `gpu_s` in US dollars; None if a price is unknown.
+        assumed_usd: the part of `usd` at typical prices.
+        lost_steps: steps that were trained and discarded.
+        num_workers: Ray's workers of the newest attempt.
     """
 
     wall_s: float = 0.0
@@ -84,13 +90,13 @@ class Breakdown:
 
     @property
     def goodput(self) -> float:
-        """0 to 1."""
+        """Time of kept steps as a fraction (0 to 1) of the time since submission."""
         return self.kept_s / self.wall_s if self.wall_s > 0 else 0.0
 
-    def later(self, seconds: float, eval_s: float, save_s: float, num_ranks: int, price: Price | None) -> Breakdown:
-        """After further `seconds` of training on `num_ranks` ranks, with so much of evaluation and waiting for saves in them."""
+    def extended(self, seconds: float, eval_s: float, save_s: float, num_ranks: int, price: Price | None) -> Breakdown:
+        """Return the breakdown after further `seconds` of training on `num_ranks` ranks, `eval_s` and `save_s` of them lost."""
         return replace(
-            self.paid(seconds * max(num_ranks, self.num_workers), price),
+            self.with_gpu_time(seconds * max(num_ranks, self.num_workers), price),
             wall_s=self.wall_s + seconds,
             kept_s=self.kept_s + max(0.0, seconds - eval_s - save_s),
             eval_s=self.eval_s + eval_s,
@@ -98,8 +104,8 @@ class Breakdown:
             held_s=self.held_s + seconds,
         )
 
-    def paid(self, gpu_s: float, price: Price | None) -> Breakdown:
-        """With so many more seconds of one GPU, at a price."""
+    def with_gpu_time(self, gpu_s: float, price: Price | None) -> Breakdown:
+        """Return the breakdown with the cost of `gpu_s` more GPU seconds."""
         if not gpu_s:
             return self
         spent = replace(self, gpu_s=self.gpu_s + gpu_s)
@@ -110,13 +116,13 @@ class Breakdown:
         return replace(spent, usd=None if self.usd is None else self.usd + usd, assumed_usd=self.assumed_usd + assumed)
 
     def metrics(self) -> dict[str, float]:
-        """Under the names of the design."""
+        """Return the breakdown as metrics."""
         lost = {f"lost/{name}": getattr(self, name) for name in LOST}
         return {"perf/goodput": self.goodput, "time/kept_s": self.kept_s, **lost, "run/lost_steps": float(self.lost_steps)}
 
 
-def of_metrics(line: dict[str, Any]) -> Breakdown | None:
-    """What a line of metrics.jsonl tells; None where it tells nothing of this."""
+def breakdown_from_metrics(line: dict[str, Any]) -> Breakdown | None:
+    """Return the breakdown in a line of metrics.jsonl; None if the line has none."""
     if "perf/goodput" not in line:
         return None
     lost = {name: line.get(f"lost/{name}", 0.0) for name in LOST}
@@ -125,8 +131,8 @@ def of_metrics(line: dict[str, Any]) -> Breakdown | None:
 
 
 @dataclass(frozen=True)
-class _Session:
-    """What one start of the ranks has done: `lines` are its metrics; `limit` is the step from which a later one went on."""
+class _RankStart:
+    """One start of the ranks: `lines` are its metrics; `limit` is the step from which a later start continued."""
 
     attempt: int
     joined_at: float
@@ -143,162 +149,161 @@ class _Session:
 
 
 def breakdown(
-    lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[Attempt], now: float
+    lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[AttemptTimes], now: float
 ) -> Breakdown:
-    """Tell from all lines of metrics.jsonl and events.jsonl, as they were written, where the time until `now` went. Pure."""
+    """Return where the time until `now` went, from all lines of metrics.jsonl and events.jsonl as written. Pure."""
     if not attempts:
         return Breakdown()
     parts = dict.fromkeys(("kept_s", *LOST), 0.0)
     spent, held, lost_steps = Breakdown(), 0.0, 0
     before = attempts[0].submitted_at
-    sessions = _sessions(lines, events, attempts, now)
+    starts = _starts(lines, events, attempts, now)
     for i, attempt in enumerate(attempts):
-        # The clocks of nodes differ: nothing ends before what came before it.
+        # The clocks of nodes differ: an attempt never ends before the one before it.
         end = max(_end(attempts, i, now), before)
         begun = end if attempt.begun_at is None else min(max(attempt.begun_at, before), end)
-        # What goes on without a person waits for machines from the end before; it may be numbered only when they are there.
+        # An automatic attempt queues from the end of the one before; it may get its number only when it has machines.
         asked = before if attempt.automatic else min(max(attempt.submitted_at, before), begun)
         parts["idle_s"] += asked - before
         parts["queue_s"] += begun - asked
-        own = [session for session in sessions if session.attempt == attempt.number]
-        # Machines that never came to train, at least not yet, cost the same.
+        own = [start for start in starts if start.attempt == attempt.number]
+        # Machines cost the same before the ranks have joined.
         num_ranks = own[0].num_ranks if own else attempt.num_ranks
         held = held + end - begun
-        spent = spent.paid((end - begun) * max(num_ranks, attempt.num_workers), attempt.price)
+        spent = spent.with_gpu_time((end - begun) * max(num_ranks, attempt.num_workers), attempt.price)
         parts["start_s"] += max(0.0, (own[0].joined_at if own else end) - begun)
-        for session in own:
-            lost_steps += _count(session, parts, is_last=session is sessions[-1] and attempt is attempts[-1])
+        for start in own:
+            lost_steps += _count(start, parts, is_last=start is starts[-1] and attempt is attempts[-1])
         before = max(before, end)
     wall = before - attempts[0].submitted_at
     parts["other_s"] = max(0.0, wall - sum(parts.values()))
     return replace(spent, wall_s=wall, **parts, held_s=held, lost_steps=lost_steps, num_workers=attempts[-1].num_workers)
 
 
-def _count(session: _Session, parts: dict[str, float], is_last: bool) -> int:
-    """Add the parts of one start of the ranks; returns how many of its steps were lost."""
-    if session.loaded_at is None:
-        parts["load_s"] += session.end - session.joined_at
+def _count(start: _RankStart, parts: dict[str, float], is_last: bool) -> int:
+    """Add the parts of one start of the ranks; return the number of its steps that were lost."""
+    if start.loaded_at is None:
+        parts["load_s"] += start.end - start.joined_at
         return 0
-    parts["load_s"] += session.loaded_at - session.joined_at
-    trained = session.trained
-    last = trained[-1] if trained else {"time": session.loaded_at, "trainer/step": session.from_step}
-    evals = sum(line.get("time/eval_s", 0.0) for line in session.lines)
-    stalls = sum(line.get("ckpt/stall_s", 0.0) for line in session.lines)
-    inside = sum(
-        line.get("time/eval_s", 0) + line.get("ckpt/stall_s", 0) for line in session.lines if line["time"] <= last["time"]
-    )
+    parts["load_s"] += start.loaded_at - start.joined_at
+    trained = start.trained
+    last = trained[-1] if trained else {"time": start.loaded_at, "trainer/step": start.from_step}
+    evals = sum(line.get("time/eval_s", 0.0) for line in start.lines)
+    stalls = sum(line.get("ckpt/stall_s", 0.0) for line in start.lines)
+    inside = sum(line.get("time/eval_s", 0) + line.get("ckpt/stall_s", 0) for line in start.lines if line["time"] <= last["time"])
     parts["eval_s"] += evals
     parts["save_s"] += stalls
-    steps = last["trainer/step"] - session.from_step
-    lost = min(steps, max(0, last["trainer/step"] - session.limit))
-    worked = max(0.0, last["time"] - session.loaded_at - inside)
+    steps = last["trainer/step"] - start.from_step
+    lost = min(steps, max(0, last["trainer/step"] - start.limit))
+    worked = max(0.0, last["time"] - start.loaded_at - inside)
     replayed = worked * lost / steps if steps else 0.0
     parts["kept_s"] += worked - replayed
     parts["replay_s"] += replayed
     if not is_last:
-        parts["restart_s"] += max(0.0, session.end - last["time"] - (evals + stalls - inside))
+        parts["restart_s"] += max(0.0, start.end - last["time"] - (evals + stalls - inside))
     return int(lost)
 
 
-def _sessions(
-    lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[Attempt], now: float
-) -> list[_Session]:
-    """All starts of the ranks, oldest first."""
-    found: list[_Session] = []
+def _starts(
+    lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]], attempts: Sequence[AttemptTimes], now: float
+) -> list[_RankStart]:
+    """Return all starts of the ranks, oldest first."""
+    starts: list[_RankStart] = []
     for i, attempt in enumerate(attempts):
         end = _end(attempts, i, now)
-        told = [e for e in events if e["attempt"] == attempt.number and PHASE in e["fields"] and e["time"] <= end]
-        joined = [e for e in told if e["fields"][PHASE] == JOINED]
-        written = [line for line in lines if line["attempt"] == attempt.number and line["time"] <= end]
+        phases = [e for e in events if e["attempt"] == attempt.number and PHASE in e["fields"] and e["time"] <= end]
+        joined = [e for e in phases if e["fields"][PHASE] == JOINED]
+        own_lines = [line for line in lines if line["attempt"] == attempt.number and line["time"] <= end]
         begins = [*(event["time"] for event in joined), end]
         for event, at, until in zip(joined, begins, begins[1:], strict=False):
-            loaded = next((e for e in told if e["fields"][PHASE] == LOADED and at <= e["time"] <= until), None)
-            own = [line for line in written if at <= line["time"] <= until]
+            loaded = next((e for e in phases if e["fields"][PHASE] == LOADED and at <= e["time"] <= until), None)
+            own = [line for line in own_lines if at <= line["time"] <= until]
             loaded_at, from_step = (None, 0) if loaded is None else (loaded["time"], loaded["step"])
             ranks = event["fields"]["ranks"]
-            found.append(_Session(attempt.number, at, ranks, loaded_at, from_step, until, math.inf, own))
+            starts.append(_RankStart(attempt.number, at, ranks, loaded_at, from_step, until, math.inf, own))
     limit = math.inf
-    for i in reversed(range(len(found))):
-        found[i] = replace(found[i], limit=limit)
-        if found[i].loaded_at is not None:
-            limit = min(limit, found[i].from_step)
-    return found
+    for i in reversed(range(len(starts))):
+        starts[i] = replace(starts[i], limit=limit)
+        if starts[i].loaded_at is not None:
+            limit = min(limit, starts[i].from_step)
+    return starts
 
 
-def _end(attempts: Sequence[Attempt], i: int, now: float) -> float:
-    """When attempt number i ended: it holds no machines any more where the next one has begun."""
+def _end(attempts: Sequence[AttemptTimes], i: int, now: float) -> float:
+    """Return when attempt number i released its machines: at its end, or when the next one began."""
     following = next((a.begun_at for a in attempts[i + 1 :] if a.begun_at is not None), now)
     ended = attempts[i].ended_at
     return min(now, following, now if ended is None else ended)
 
 
-def recorded(run: RunDir, coming: LaunchPlan | None = None) -> list[Attempt]:
-    """The attempts as they are written down, without an end where none has left word of it; `coming` is the plan of the next.
+def read_attempt_times(run: RunDir, next_plan: LaunchPlan | None = None) -> list[AttemptTimes]:
+    """Return the attempts as recorded, without an end if none was recorded; `next_plan` is the plan of the next attempt.
 
-    Each costs what its own plan says. Where that plan knows no price, or a typical one and a later plan for the same type of GPU
-    says what it is, the later one counts.
+    Each is priced by its own plan. A later plan for the same type of GPU replaces an unknown price, and its own price replaces
+    a typical one.
     """
-    found, plan = [], run.plan
+    attempts: list[AttemptTimes] = []
+    plan_file = run.plan
     prices: list[tuple[str | None, Price | None]] = []
     for number in run_store.attempt_numbers(run):
-        own_plan = run.attempt(number) / "plan.json"
-        plan = own_plan if own_plan.is_file() else plan
-        known = run_store.read_attempt(run, number)
-        if known.submitted_at is None:
+        own_plan_file = run.attempt(number) / "plan.json"
+        plan_file = own_plan_file if own_plan_file.is_file() else plan_file
+        record = run_store.read_attempt(run, number)
+        if record.submitted_at is None:
             continue
-        record = run_records.read_exit(run, number)
-        ended = None if record is None else record.ended_at
-        values = run_store.read_plan_values(plan)
-        num_ranks = values["topology"]["world_size"]
-        prices.append((values["config"]["cluster"].get("gpu_type"), Price.of_plan(values)))
-        workers = known.num_workers or 0
-        found.append(Attempt(number, known.submitted_at, known.begun_at, ended, num_ranks, known.automatic, workers))
-    later_type, later = (None, None) if coming is None else (coming.config.cluster.gpu_type, coming.price)
-    for i in reversed(range(len(found))):
+        exit_record = run_records.read_exit(run, number)
+        ended_at = None if exit_record is None else exit_record.ended_at
+        plan = run_store.read_plan_values(plan_file)
+        num_ranks = plan["topology"]["world_size"]
+        prices.append((plan["config"]["cluster"].get("gpu_type"), Price.of_plan(plan)))
+        times = (record.submitted_at, record.begun_at, ended_at)
+        attempts.append(AttemptTimes(number, *times, num_ranks, record.automatic, record.num_workers or 0))
+    later_type, later_price = (None, None) if next_plan is None else (next_plan.config.cluster.gpu_type, next_plan.price)
+    for i in reversed(range(len(attempts))):
         gpu_type, price = prices[i]
-        is_known_later = later is not None and later.assumption is None and later_type == gpu_type
+        is_known_later = later_price is not None and later_price.assumption is None and later_type == gpu_type
         if price is None or (price.assumption is not None and is_known_later):
-            price = later
-        found[i], later_type, later = replace(found[i], price=price), gpu_type, price
-    return found
+            price = later_price
+        attempts[i], later_type, later_price = replace(attempts[i], price=price), gpu_type, price
+    return attempts
 
 
-def settled(
-    attempts: Sequence[Attempt], state: str, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]
-) -> list[Attempt]:
-    """The recorded attempts of a run in this state, each with its end, and the one that the run waits to begin.
+def complete_attempts(
+    attempts: Sequence[AttemptTimes], state: str, lines: Sequence[dict[str, Any]], events: Sequence[dict[str, Any]]
+) -> list[AttemptTimes]:
+    """Return the recorded attempts of a run in `state`, each with its end, and the next one if the run is queued for it.
 
-    One that has left no word of its end ended at its last sign of life. Only the newest may go on: in a run that is pending it
-    waits for machines, or has lost its own.
+    An attempt without a recorded end ended with its last line in the files. Only the newest may go on; in a pending run it waits
+    for machines, or has lost its own.
     """
-    found, runs = list(attempts), state in run_records.RUNNING_STATES
-    for i, attempt in enumerate(found):
-        goes_on = runs and i == len(found) - 1 and (state != "pending" or attempt.begun_at is None)
+    completed, is_running = list(attempts), state in run_records.RUNNING_STATES
+    for i, attempt in enumerate(completed):
+        goes_on = is_running and i == len(completed) - 1 and (state != "pending" or attempt.begun_at is None)
         if attempt.ended_at is None and not goes_on:
-            seen = (line["time"] for line in (*lines, *events) if line["attempt"] == attempt.number)
-            found[i] = replace(attempt, ended_at=max(seen, default=attempt.begun_at or attempt.submitted_at))
-    if runs and found and (ended := found[-1].ended_at) is not None:
-        waits = replace(found[-1], submitted_at=ended, begun_at=None, ended_at=None, automatic=True)
-        found.append(replace(waits, number=waits.number + 1))
-    return found
+            times = (line["time"] for line in (*lines, *events) if line["attempt"] == attempt.number)
+            completed[i] = replace(attempt, ended_at=max(times, default=attempt.begun_at or attempt.submitted_at))
+    if is_running and completed and (ended_at := completed[-1].ended_at) is not None:
+        queued = replace(completed[-1], submitted_at=ended_at, begun_at=None, ended_at=None, automatic=True)
+        completed.append(replace(queued, number=queued.number + 1))
+    return completed
 
 
-def read(run: RunDir, now: float, state: str = "running", coming: LaunchPlan | None = None) -> Breakdown:
-    """Where the time of the run, which is in this state, went until `now`, in seconds since the epoch.
+def read(run: RunDir, now: float, state: str = "running", next_plan: LaunchPlan | None = None) -> Breakdown:
+    """Return where the time of a run in `state` went until `now` (seconds since the epoch), from its files.
 
-    `coming` is the plan of an attempt that is to follow. Of the metrics only those lines are read that are needed.
+    `next_plan` is the plan of an attempt that will follow. Only the lines of metrics.jsonl that matter are decoded.
     """
-    events, attempts = read_events(run.events), recorded(run, coming)
+    events, attempts = read_events(run.events), read_attempt_times(run, next_plan)
     joined = [event["time"] for event in events if event["fields"].get(PHASE) == JOINED]
-    borders = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
-    lines = lines_of_time(run.metrics, [*joined, *borders])
-    return breakdown(lines, events, settled(attempts, state, lines, events), now)
+    boundaries = [at for attempt in attempts for at in (attempt.begun_at, attempt.ended_at) if at is not None]
+    lines = read_time_lines(run.metrics, [*joined, *boundaries])
+    return breakdown(lines, events, complete_attempts(attempts, state, lines, events), now)
 
 
 def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
-    """GPU hours (on CPUs those of ranks) and dollars of the whole run, whose plan is now `plan`, in which `tokens` were trained.
+    """Return GPU hours (rank hours on CPUs) and US dollars of the whole run, in which `tokens` were trained, as metrics.
 
-    Nothing on CPUs without a price.
+    `plan` is the newest plan. Empty on CPUs without a price.
     """
     hours = spent.gpu_s / 3600
     if plan.price is None and plan.topology.device == "cpu":
@@ -309,7 +314,7 @@ def cost(plan: LaunchPlan, spent: Breakdown, tokens: int) -> dict[str, float]:
 
 
 def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
-    """Which limit of the run is reached, in words; empty where it may go on."""
+    """Return which limit of the run is reached; empty if none is."""
     limits, config = plan.limits, plan.config.run
     if config.max_usd is not None and spent.usd is not None and spent.usd >= config.max_usd:
         return f"run.max_usd={config.max_usd:g} is reached after {spent.gpu_s / 3600:,.2f} GPU hours"
@@ -319,11 +324,11 @@ def spent_limit(plan: LaunchPlan, spent: Breakdown) -> str:
 
 
 def reached_limit(run: RunDir, plan: LaunchPlan, now: float) -> str:
-    """Which limit a run that does not train now has reached, in words; empty where it may go on, or where that cannot be told."""
+    """Return which limit a run that does not train has reached; empty if none is, or if its files cannot be read."""
     if plan.limits.max_seconds is None and plan.limits.max_gpu_seconds is None:
         return ""
     try:
         return spent_limit(plan, read(run, now, "pending"))
     except (OSError, LauncherError, KeyError, TypeError, ValueError):
-        # The ranks look again, and tell that they cannot read it.
+        # The ranks check again, and send an alert if they cannot read it.
         return ""

@@ -1,7 +1,6 @@
-"""metrics.jsonl and events.jsonl: written a line at a time, read whole or followed while they grow.
+"""metrics.jsonl and events.jsonl: written line by line, read as a whole or followed while they grow.
 
-A metric that JSON has no number for (NaN, infinity) is written as null, its name and kind stand under
-"nonfinite", and the readers turn it back into the float.
+JSON has no NaN or infinity: such a metric is written as null, with its value as text under "nonfinite". Readers restore it.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ from typing import Any
 
 from launcher.plan.run_dir import RunDir
 
-# The end of an attempt that was given up while it still ran.
+# The end of an attempt that another one replaced while it was still running.
 SUPERSEDED = "superseded"
-# Fields of a line of metrics.jsonl that are no metrics.
-NO_METRICS = ("trainer/step", "time", "attempt")
-# Lines that are kept while storage takes none: hours of steps, and some ten MiB.
+# Fields of a line of metrics.jsonl that are not metrics.
+NON_METRIC_FIELDS = ("trainer/step", "time", "attempt")
+# Lines kept in memory while storage fails: hours of steps, about ten MiB.
 _MOST_PENDING = 10_000
 _CHUNK = 1 << 16
 
 
 class JsonlTracker:
-    """Appends one object per logged step to metrics.jsonl and one per message to events.jsonl.
+    """Appends one object per logged step to metrics.jsonl and one per event to events.jsonl.
 
-    A metrics line holds "trainer/step", "time" (seconds since the epoch), "attempt" and the metrics; an
-    events line holds time, attempt, step, kind, text and fields.
+    A metrics line has "trainer/step", "time" (seconds since the epoch), "attempt" and the metrics; an events line has time,
+    attempt, step, kind, text and fields.
 
-    Every method raises OSError where storage does not take a line; it is kept, and goes first with the next call.
+    Every method raises OSError if a line cannot be written. The line is kept, and the next call writes it first.
 
     Raises:
-        OSError: where the files cannot be opened.
+        OSError: if the files cannot be opened.
     """
 
     def __init__(self, run: RunDir, attempt: int) -> None:
@@ -73,10 +72,10 @@ class JsonlTracker:
 
 
 class _Appender:
-    """Writes whole lines to the end of a file, which is opened anew after a failure; from any thread.
+    """Appends whole lines to a file from any thread; reopens it after a failure.
 
     Raises:
-        OSError: where the file cannot be opened.
+        OSError: if the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,10 +85,10 @@ class _Appender:
         self._descriptor: int | None = _open_for_append(path)
 
     def write(self, *lines: str) -> None:
-        """Write what is pending and these lines.
+        """Write the pending lines and these.
 
         Raises:
-            OSError: where that fails; they are pending then.
+            OSError: if that fails; the lines stay pending.
         """
         with self._lock:
             self._pending += (line.encode() for line in lines)
@@ -113,14 +112,14 @@ class _Appender:
 
 
 class Tail:
-    """Follows a file of JSON lines from its beginning, across the time before it exists."""
+    """Follows a file of JSON lines from its beginning; the file need not exist yet."""
 
     def __init__(self, path: str | Path) -> None:
         self._path = Path(path)
         self._offset = 0
 
     def poll(self) -> list[dict[str, Any]]:
-        """The complete lines that came since the last call, without waiting; empty where there are none."""
+        """Return the complete lines written since the last call, without waiting."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._offset)
@@ -132,36 +131,35 @@ class Tail:
         return decode_lines(complete)
 
 
-def lines_of(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any]]:
-    """The lines as they were written, one at a time; a line that a crash left torn is left out, a missing file has none.
+def iter_lines(path: str | Path, names: tuple[str, ...] = ("",)) -> Iterator[dict[str, Any]]:
+    """Yield the lines as written, one at a time. Torn lines are left out; a missing file has none.
 
-    Each has those metrics whose names begin with one of `names`: all of a long run are gigabytes.
+    Each has only the metrics whose names begin with one of `names`: all metrics of a long run are gigabytes.
     """
     with suppress(FileNotFoundError), open(path, "rb") as file:
         for raw in file:
             for line in decode_lines(raw):
-                # One string for a name, not one in each line.
-                yield {sys.intern(name): line[name] for name in line if name in NO_METRICS or name.startswith(names)}
+                # One string per name, not one per line.
+                yield {sys.intern(name): line[name] for name in line if name in NON_METRIC_FIELDS or name.startswith(names)}
 
 
 def read_metrics(path: str | Path, names: tuple[str, ...] = ("",)) -> list[dict[str, Any]]:
-    """One dict per step that the newest attempt has trained or gone on from, in order of steps.
+    """Return one dict per step of the newest attempt and of those that it continues, in order of steps.
 
-    It has those metrics whose names begin with one of `names`. Without evaluations among them it is not seen where an attempt
-    begins with one.
+    Lines of one step (training, evaluation) are merged, with the time of the first. Torn lines are left out; a missing file is
+    an empty list.
 
-    Several lines of one attempt for one step (training, evaluation) are one dict, with the time of the first, and so is the
-    evaluation of a step that an earlier attempt has trained. A line that a crash left torn is left out; a missing file is an
-    empty list.
+    Args:
+        names: beginnings of the names of metrics to read. Attempts that begin with an evaluation count as such only with `eval/`.
     """
-    return merged(gone_on_from(lines_of(path, names)))
+    return merge_steps(continued_lines(iter_lines(path, names)))
 
 
-def gone_on_from(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of lines as they were written, those that the newest attempt has written or gone on from.
+def continued_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of the newest attempt and those that it continues.
 
-    What an attempt had trained beyond the step at which the next one began is no part of what the model has become. One that
-    begins with an evaluation has gone on from the step that it evaluates.
+    Steps that an attempt trained beyond the start of the next one are discarded. An attempt that begins with an evaluation
+    continues from the evaluated step.
     """
     kept: list[dict[str, Any]] = []
     newest = 0
@@ -177,8 +175,8 @@ def gone_on_from(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def merged(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines as they were written, made one per step; of several attempts that trained a step, the last one's."""
+def merge_steps(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Merge the lines of each step; if several attempts trained a step, the last one counts."""
     steps: dict[int, dict[str, Any]] = {}
     for line in lines:
         step = line["trainer/step"]
@@ -194,12 +192,12 @@ def _is_evaluation(line: Mapping[str, Any]) -> bool:
 
 
 def read_events(path: str | Path) -> list[dict[str, Any]]:
-    """The messages of all attempts in the order in which they were written; a missing file is an empty list."""
+    """Return the events of all attempts in the order of writing; a missing file is an empty list."""
     return Tail(path).poll()
 
 
 def append_event(run: RunDir, attempt: int, kind: str, text: str, step: int | None = None, **fields: Any) -> None:
-    """Write one message from a process beside the one that trains: a whole line at once, so that lines never mix."""
+    """Append an event from a process other than the one that trains: in one write, so that lines never mix."""
     descriptor = os.open(run.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(descriptor, _event_line(attempt, kind, text, step, fields).encode())
@@ -213,12 +211,13 @@ def _event_line(attempt: int, kind: str, text: str, step: int | None, fields: Ma
 
 
 def decode_lines(data: bytes) -> list[dict[str, Any]]:
+    """Decode JSON lines; torn lines and other values than objects are left out."""
     lines = []
     for raw in data.splitlines():
         try:
             line = json.loads(raw)
         except ValueError:
-            # What a machine that died in the middle of a write left behind.
+            # A machine died in the middle of a write.
             continue
         if not isinstance(line, dict):
             continue
@@ -229,7 +228,7 @@ def decode_lines(data: bytes) -> list[dict[str, Any]]:
 
 
 def _open_for_append(path: Path) -> int:
-    """Open, after cutting off the part of a line that a writer which was killed, or found no space, left at the end."""
+    """Open a file, and cut off an incomplete line at its end: its writer was killed, or the disk was full."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(descriptor).st_size
@@ -243,18 +242,18 @@ def _open_for_append(path: Path) -> int:
 
 
 def _end_of_lines(descriptor: int, size: int) -> int:
-    """Where the last complete line ends."""
+    """Return the offset at which the last complete line ends."""
     end = size
     while end:
         begin = max(0, end - _CHUNK)
-        if (found := os.pread(descriptor, end - begin, begin).rfind(b"\n")) >= 0:
-            return begin + found + 1
+        if (newline := os.pread(descriptor, end - begin, begin).rfind(b"\n")) >= 0:
+            return begin + newline + 1
         end = begin
     return 0
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's types: what JSON lacks (a path, NaN) becomes its text."""
+    """Return the value in JSON's types; other values (a path, NaN) become text."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ from launcher.clusters.faults import InjectedFault
 from launcher.errors import EXIT_FAILED, LauncherError, RunError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.tracking.metrics_tail import newest_step
+from launcher.tracking.metrics_tail import newest_trained_step
 from launcher.worker.rank_env import RankTitle
 
 _HANG_DEADLINE_S = 25.0
@@ -122,7 +122,7 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
         fault = _report(f"SIGSTOP to rank {rank}", process)
         # The others go on to where they wait for this one: what they have logged by then is the last step that it finished.
         time.sleep(_SETTLE_S)
-        if newest_step(run, run_store.read_status(run)) % every:
+        if newest_trained_step(run, run_store.read_status(run)) % every:
             return fault
         process.resume()
         time.sleep(_SETTLE_S)

@@ -14,7 +14,7 @@ from launcher.errors import WOULD_REPEAT, Problem, RunError
 from launcher.plan.retry import Cause, Decision, Ended, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, ExitRecord, FailureRecord, NodeRecord, OutcomeRecord
-from launcher.tracking.metrics_tail import newest_step
+from launcher.tracking.metrics_tail import newest_trained_step
 from launcher.worker.checks import node_check
 from launcher.worker.signals import CANCEL, PREEMPT
 
@@ -175,7 +175,7 @@ def _judge(
     exit_code: int | None,
     lost_nodes: Collection[str] | None,
 ) -> Ending:
-    step = newest_step(run, run_store.read_status(run))
+    step = newest_trained_step(run, run_store.read_status(run))
     outcome = run_records.read_outcome(run, number)
     by_node = {node: run_records.read_node(run, number, node) for node in range(len(attempt.nodes))}
     records = [record for record in by_node.values() if record is not None]
@@ -321,7 +321,7 @@ def judge_local(run: RunDir, attempt: int, failure: FailureRecord | None, stoppe
     outcome = run_records.read_outcome(run, attempt) if failure is None else None
     if outcome is not None:
         return ExitRecord(outcome.state, outcome.step, outcome.message, reason=outcome.reason, checkpoint=outcome.checkpoint)
-    step = newest_step(run, run_store.read_status(run))
+    step = newest_trained_step(run, run_store.read_status(run))
     checkpoints = store.list_checkpoints(run.checkpoints)
     newest = f"the newest checkpoint is of step {checkpoints[-1].step}" if checkpoints else "there is no checkpoint"
     if killed:

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 from e2e_tools import agent_of, by_rank
 
-from launcher.tracking.jsonl import Tail, lines_of, read_events
+from launcher.tracking.jsonl import Tail, iter_lines, read_events
 from launcher.train.previous_failure import RESTART
 
 # When a rank is killed, and how often: while the ranks load; when they have just been started; while a checkpoint is written;
@@ -169,7 +169,7 @@ def _trained(run: Path) -> tuple[dict[tuple[int, str], set[float]], dict[int, in
     """All values of each step and metric, and how often each step was trained."""
     values: dict[tuple[int, str], set[float]] = {}
     times: dict[int, int] = {}
-    for line in lines_of(run / "metrics.jsonl"):
+    for line in iter_lines(run / "metrics.jsonl"):
         if "train/loss" in line:
             step = line["trainer/step"]
             times[step] = times.get(step, 0) + 1
@@ -212,7 +212,7 @@ def restart_reasons(run: Path) -> list[str]:
 def restart_parts(run: Path, hits: Sequence[Hit]) -> dict[str, list[float]]:
     """Seconds of each restart that came to a step, from the kill to its first step, and the parts of them."""
     events = read_events(run / "events.jsonl")
-    steps = [line["time"] for line in lines_of(run / "metrics.jsonl") if "train/loss" in line]
+    steps = [line["time"] for line in iter_lines(run / "metrics.jsonl") if "train/loss" in line]
     again = [event["time"] for event in events if RESTART in event["fields"]]
     phases = {
         phase: [event["time"] for event in events if event["fields"].get("phase") == phase] for phase in ("joined", "loaded")

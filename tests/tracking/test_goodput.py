@@ -1,4 +1,4 @@
-"""Where the time of runs went, told from hand-made files, whose parts always add up."""
+"""The breakdown of the time of runs, from hand-made files. Its parts always add up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.plan.gpus import Price
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
-from launcher.tracking.goodput import JOINED, LOADED, LOST, Attempt, Breakdown, breakdown
+from launcher.tracking.goodput import JOINED, LOADED, LOST, AttemptTimes, Breakdown, breakdown
 
 RANKS = 4
 
@@ -34,11 +34,11 @@ def start(attempt: int, joined_at: float, loaded_at: float, from_step: int = 0, 
     return [phase(JOINED, attempt, joined_at, ranks=ranks), phase(LOADED, attempt, loaded_at, from_step, ranks)]
 
 
-def parts(found: Breakdown) -> dict[str, float]:
+def parts(result: Breakdown) -> dict[str, float]:
     """What took time, for which the sum of all is checked."""
-    values = asdict(found)
+    values = asdict(result)
     named = {name: values[name] for name in ("kept_s", *LOST)}
-    assert sum(named.values()) == pytest.approx(found.wall_s)
+    assert sum(named.values()) == pytest.approx(result.wall_s)
     return {name: pytest.approx(value) for name, value in named.items() if value}
 
 
@@ -48,10 +48,10 @@ def test_an_attempt_from_the_queue_to_its_end() -> None:
         *(step(n, 1, 143 + 2 * n) for n in range(1, 11)),
         {"trainer/step": 10, "attempt": 1, "time": 164.0, "ckpt/stall_s": 1.0},
     ]
-    found = breakdown(lines, start(1, 120, 140), [Attempt(1, 100, 110, 170, RANKS)], now=999)
-    assert parts(found) == {"queue_s": 10, "start_s": 10, "load_s": 20, "eval_s": 3, "kept_s": 20, "save_s": 1, "other_s": 6}
-    assert (found.wall_s, found.held_s, found.gpu_s, found.lost_steps) == (70, 60, 240, 0)
-    assert found.goodput == pytest.approx(20 / 70)
+    result = breakdown(lines, start(1, 120, 140), [AttemptTimes(1, 100, 110, 170, RANKS)], now=999)
+    assert parts(result) == {"queue_s": 10, "start_s": 10, "load_s": 20, "eval_s": 3, "kept_s": 20, "save_s": 1, "other_s": 6}
+    assert (result.wall_s, result.held_s, result.gpu_s, result.lost_steps) == (70, 60, 240, 0)
+    assert result.goodput == pytest.approx(20 / 70)
 
 
 def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() -> None:
@@ -59,90 +59,90 @@ def test_steps_after_the_checkpoint_that_the_next_attempt_began_from_are_lost() 
     first = [step(n, 1, 20 + 2 * n) for n in range(1, 6)]
     second = [step(n, 2, 90 + 2 * (n - 3)) for n in range(4, 6)]
     events = [*start(1, 10, 20), *start(2, 80, 90, from_step=3, ranks=2)]
-    attempts = [Attempt(1, 0, 5, 45, RANKS), Attempt(2, 50, 70, None, RANKS)]
-    found = breakdown([*first, *second], events, attempts, now=94)
-    assert parts(found) == {
+    attempts = [AttemptTimes(1, 0, 5, 45, RANKS), AttemptTimes(2, 50, 70, None, RANKS)]
+    result = breakdown([*first, *second], events, attempts, now=94)
+    assert parts(result) == {
         **{"queue_s": 5 + (70 - 45), "start_s": 5 + 10, "load_s": 10 + 10, "kept_s": 6 + 4, "replay_s": 4},
         "restart_s": 45 - 30,
     }
-    assert found.lost_steps == 2
-    assert (found.held_s, found.gpu_s) == (40 + 24, 40 * 4 + 24 * 2)
+    assert result.lost_steps == 2
+    assert (result.held_s, result.gpu_s) == (40 + 24, 40 * 4 + 24 * 2)
     assert breakdown(first, events, attempts, now=85).lost_steps == 0
     assert breakdown(first, events, attempts, now=90).lost_steps == 2
 
 
-def test_a_night_until_a_person_resumes_is_no_restart() -> None:
-    attempts = [Attempt(1, 0, 0, 40, RANKS, automatic=False), Attempt(2, 4000, 4010, None, RANKS, automatic=False)]
+def test_time_until_a_person_resumes_is_idle_and_no_restart() -> None:
+    attempts = [AttemptTimes(1, 0, 0, 40, RANKS, automatic=False), AttemptTimes(2, 4000, 4010, None, RANKS, automatic=False)]
     events = [*start(1, 0, 10), *start(2, 4020, 4030, from_step=3)]
-    found = breakdown([step(n, 1, 10 + 10 * n) for n in range(1, 4)], events, attempts, now=4030)
-    assert parts(found) == {"kept_s": 30, "idle_s": 3960, "queue_s": 10, "start_s": 10, "load_s": 20}
+    result = breakdown([step(n, 1, 10 + 10 * n) for n in range(1, 4)], events, attempts, now=4030)
+    assert parts(result) == {"kept_s": 30, "idle_s": 3960, "queue_s": 10, "start_s": 10, "load_s": 20}
 
 
-def test_a_requeue_waits_for_machines_though_its_attempt_is_numbered_when_they_are_there() -> None:
+def test_a_requeued_run_waits_in_the_queue_from_the_end_of_the_attempt_before() -> None:
     hour = 3600
-    attempts = [Attempt(1, 0, 0, hour, RANKS), Attempt(2, 7 * hour, 7 * hour + 3, None, RANKS)]
+    attempts = [AttemptTimes(1, 0, 0, hour, RANKS), AttemptTimes(2, 7 * hour, 7 * hour + 3, None, RANKS)]
     lines = [step(10, 1, hour)]
-    found = breakdown(lines, start(1, 0, 0), attempts, now=7 * hour + 3)
-    assert parts(found) == {"kept_s": hour, "queue_s": 6 * hour + 3}
+    result = breakdown(lines, start(1, 0, 0), attempts, now=7 * hour + 3)
+    assert parts(result) == {"kept_s": hour, "queue_s": 6 * hour + 3}
 
 
-def test_a_node_whose_clock_is_behind_takes_no_time_back() -> None:
+def test_a_node_with_a_slow_clock_gives_no_negative_time() -> None:
     """It tells of what came before it was asked for."""
     lines, events = [step(1, 1, 830), step(2, 1, 890)], start(1, 770, 780)
-    found = breakdown(lines, events, [Attempt(1, 1000, 760, None, RANKS, automatic=False)], now=1150)
-    assert all(asdict(found)[name] >= 0 for name in ("kept_s", *LOST))
-    assert (found.wall_s, found.held_s, found.kept_s) == (150, 150, 110)
+    result = breakdown(lines, events, [AttemptTimes(1, 1000, 760, None, RANKS, automatic=False)], now=1150)
+    assert all(asdict(result)[name] >= 0 for name in ("kept_s", *LOST))
+    assert (result.wall_s, result.held_s, result.kept_s) == (150, 150, 110)
 
 
-def test_ranks_that_are_started_again_within_an_attempt() -> None:
+def test_ranks_that_restart_within_an_attempt() -> None:
     lines = [*(step(n, 1, 20 + n) for n in range(1, 5)), *(step(n, 1, 50 + n - 2) for n in range(3, 9))]
     events = [*start(1, 10, 20), *start(1, 40, 50, from_step=2)]
-    found = breakdown(lines, events, [Attempt(1, 0, 0, 56, RANKS)], now=99)
-    assert parts(found) == {"start_s": 10, "load_s": 20, "kept_s": 2 + 6, "replay_s": 2, "restart_s": 40 - 24}
-    assert found.lost_steps == 2
+    result = breakdown(lines, events, [AttemptTimes(1, 0, 0, 56, RANKS)], now=99)
+    assert parts(result) == {"start_s": 10, "load_s": 20, "kept_s": 2 + 6, "replay_s": 2, "restart_s": 40 - 24}
+    assert result.lost_steps == 2
 
 
-def test_attempts_that_never_came_to_train() -> None:
-    attempts = [Attempt(1, 0, 10, 20, RANKS), Attempt(2, 20, 20, 50, RANKS), Attempt(3, 50, None, None, RANKS)]
-    found = breakdown([], [phase(JOINED, 2, 30)], attempts, now=60)
-    assert parts(found) == {"queue_s": 10 + 10, "start_s": 10 + 10, "load_s": 20}
-    assert (found.held_s, found.gpu_s) == (40, 40 * RANKS)
+def test_attempts_that_never_trained() -> None:
+    attempts = [AttemptTimes(1, 0, 10, 20, RANKS), AttemptTimes(2, 20, 20, 50, RANKS), AttemptTimes(3, 50, None, None, RANKS)]
+    result = breakdown([], [phase(JOINED, 2, 30)], attempts, now=60)
+    assert parts(result) == {"queue_s": 10 + 10, "start_s": 10 + 10, "load_s": 20}
+    assert (result.held_s, result.gpu_s) == (40, 40 * RANKS)
     assert breakdown([], [], [], now=60) == Breakdown()
 
 
-def test_a_line_stands_for_all_steps_before_it() -> None:
+def test_a_line_counts_for_all_steps_before_it() -> None:
     lines = [step(5, 1, 30), step(10, 1, 40)]
     events = [*start(1, 0, 20), *start(2, 60, 70, from_step=8)]
-    found = breakdown(lines, events, [Attempt(1, 0, 0, 50, RANKS), Attempt(2, 50, 50, None, RANKS)], now=70)
-    assert (found.kept_s, found.replay_s, found.lost_steps) == (pytest.approx(16), pytest.approx(4), 2)
+    result = breakdown(lines, events, [AttemptTimes(1, 0, 0, 50, RANKS), AttemptTimes(2, 50, 50, None, RANKS)], now=70)
+    assert (result.kept_s, result.replay_s, result.lost_steps) == (pytest.approx(16), pytest.approx(4), 2)
 
 
-def test_what_is_counted_on_is_what_is_found_afterwards() -> None:
+def test_the_live_breakdown_equals_the_one_from_the_files() -> None:
     """The numbers that rank 0 logs step by step equal those that a report makes of all lines."""
     lines = [step(n, 1, 20 + n) for n in range(1, 5)]
     events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
-    attempts = [Attempt(1, 0, 5, 30, RANKS), Attempt(2, 30, 35, None, RANKS)]
+    attempts = [AttemptTimes(1, 0, 5, 30, RANKS), AttemptTimes(2, 30, 35, None, RANKS)]
     before = breakdown(lines, events, attempts, now=50)
-    live = before.later(12.0, eval_s=2.0, save_s=1.0, num_ranks=4, price=None)
+    live = before.extended(12.0, eval_s=2.0, save_s=1.0, num_ranks=4, price=None)
     more = [step(3, 2, 55), {"trainer/step": 3, "attempt": 2, "time": 58.0, "time/eval_s": 2.0, "ckpt/stall_s": 1.0}]
     assert breakdown([*lines, *more, step(4, 2, 62)], events, attempts, now=62) == live
-    told = goodput.of_metrics({**live.metrics(), "train/loss": 1.0})
-    assert told is not None
-    assert (told.wall_s, told.kept_s, told.lost_steps) == (pytest.approx(62), live.kept_s, 2)
-    assert told.goodput == pytest.approx(live.metrics()["perf/goodput"])
-    assert goodput.of_metrics({"train/loss": 1.0}) is None
+    logged = goodput.breakdown_from_metrics({**live.metrics(), "train/loss": 1.0})
+    assert logged is not None
+    assert (logged.wall_s, logged.kept_s, logged.lost_steps) == (pytest.approx(62), live.kept_s, 2)
+    assert logged.goodput == pytest.approx(live.metrics()["perf/goodput"])
+    assert goodput.breakdown_from_metrics({"train/loss": 1.0}) is None
 
 
-def test_workers_that_are_idle_are_paid_for() -> None:
+def test_idle_workers_are_paid_for() -> None:
     events = [*start(1, 10, 20), *start(2, 40, 50, from_step=2)]
-    attempts = [Attempt(1, 0, 5, 30, RANKS, num_workers=RANKS), Attempt(2, 30, 35, None, RANKS, num_workers=2 * RANKS)]
-    found = breakdown([step(n, 1, 20 + n) for n in range(1, 3)], events, attempts, now=60)
-    assert (found.held_s, found.gpu_s) == (25 + 25, 25 * RANKS + 25 * 2 * RANKS)
-    assert found.later(10, 0, 0, RANKS, price=None).gpu_s == found.gpu_s + 10 * 2 * RANKS
-    assert breakdown([], [], attempts, now=60).gpu_s == found.gpu_s, "also those that never came to train"
+    attempts = [AttemptTimes(1, 0, 5, 30, RANKS, num_workers=RANKS), AttemptTimes(2, 30, 35, None, RANKS, num_workers=2 * RANKS)]
+    result = breakdown([step(n, 1, 20 + n) for n in range(1, 3)], events, attempts, now=60)
+    assert (result.held_s, result.gpu_s) == (25 + 25, 25 * RANKS + 25 * 2 * RANKS)
+    assert result.extended(10, 0, 0, RANKS, price=None).gpu_s == result.gpu_s + 10 * 2 * RANKS
+    assert breakdown([], [], attempts, now=60).gpu_s == result.gpu_s, "also before they train"
 
 
-def test_the_files_of_a_run_are_read_in_a_moment(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
+def test_the_files_of_a_long_run_are_read_quickly(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
     """10,000 steps; the bound is wide, since other programs may run. A machine that died left no word of its end."""
     shutil.rmtree(run_dir)
     run = run_store.create(make_plan())
@@ -155,15 +155,15 @@ def test_the_files_of_a_run_are_read_in_a_moment(make_plan: Callable[..., Launch
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.events.write_text("".join(json.dumps(event) + "\n" for event in start(1, now - 19_950, now - 19_900)))
     began = time.perf_counter()
-    found = goodput.read(run, now)
+    result = goodput.read(run, now)
     took = time.perf_counter() - began
-    assert found.kept_s == pytest.approx(10_000, abs=1)
-    assert found.held_s == pytest.approx(10_100 + 100, abs=1), "held until the last sign of life"
+    assert result.kept_s == pytest.approx(10_000, abs=1)
+    assert result.held_s == pytest.approx(10_100 + 100, abs=1), "held until its last line"
     assert goodput.read(run, now, "failed").held_s == pytest.approx(10_100, abs=1)
     assert took < 5
 
 
-def test_ranks_that_never_joined_are_those_of_the_attempts_own_plan(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
+def test_an_attempt_that_never_joined_has_the_ranks_of_its_own_plan(make_plan: Callable[..., LaunchPlan], run_dir: Path) -> None:
     shutil.rmtree(run_dir)
     plan = make_plan()
     run = run_store.create(plan)
@@ -171,15 +171,13 @@ def test_ranks_that_never_joined_are_those_of_the_attempts_own_plan(make_plan: C
         run_store.create_attempt(run, run_records.Attempt(resume_step=None))
     larger = plan.topology.model_copy(update={"world_size": 2 * plan.topology.world_size})
     run_store.write_plan(run, 2, plan.model_copy(update={"topology": larger}))
-    found = goodput.recorded(run)
-    assert [attempt.num_ranks / plan.topology.world_size for attempt in found] == [1, 2, 2]
-    assert [attempt.num_workers for attempt in found] == [0, 0, 0], "of the workers there is no word where Ray is not"
+    result = goodput.read_attempt_times(run)
+    assert [attempt.num_ranks / plan.topology.world_size for attempt in result] == [1, 2, 2]
+    assert [attempt.num_workers for attempt in result] == [0, 0, 0], "workers are Ray's alone"
 
 
 @pytest.mark.parametrize("word", [True, False])
-def test_while_a_run_waits_for_machines_again_the_clock_goes_on_and_money_does_not(
-    make_plan: Callable[..., LaunchPlan], run_dir: Path, word: bool
-) -> None:
+def test_a_queued_run_spends_time_but_no_money(make_plan: Callable[..., LaunchPlan], run_dir: Path, word: bool) -> None:
     """Also where they were lost without a word, and where the attempt was numbered before its job waits."""
     shutil.rmtree(run_dir)
     run = run_store.create(make_plan().model_copy(update={"price": Price(usd_per_gpu_hour=3)}))
@@ -190,15 +188,15 @@ def test_while_a_run_waits_for_machines_again_the_clock_goes_on_and_money_does_n
     if word:
         atomic_files.write_json(run.attempt(1) / "exit.json", {"state": "failed", "ended_at": 3700.0})
     for now in (3700.0, 3700 + 6 * 3600):
-        found = goodput.read(run, now, "pending")
-        assert parts(found) == ({"kept_s": 3600, "queue_s": now - 3700} if now > 3700 else {"kept_s": 3600})
-        assert (found.held_s, found.usd) == (3600, pytest.approx(6))
-    assert found.goodput == pytest.approx(1 / 7)
+        result = goodput.read(run, now, "pending")
+        assert parts(result) == ({"kept_s": 3600, "queue_s": now - 3700} if now > 3700 else {"kept_s": 3600})
+        assert (result.held_s, result.usd) == (3600, pytest.approx(6))
+    assert result.goodput == pytest.approx(1 / 7)
     assert goodput.read(run, now, "failed").wall_s == 3600
     run_store.create_attempt(run, run_records.Attempt(10, automatic=True))
     _submitted(run, 2, 3702.0)
-    assert parts(goodput.read(run, now, "pending")) == parts(found)
-    assert len(goodput.settled(goodput.recorded(run), "pending", [], [])) == 2
+    assert parts(goodput.read(run, now, "pending")) == parts(result)
+    assert len(goodput.complete_attempts(goodput.read_attempt_times(run), "pending", [], [])) == 2
 
 
 H100, A100 = {"kind": "local", "gpu_type": "H100-80GB"}, {"kind": "local", "gpu_type": "A100-80GB"}
@@ -217,7 +215,7 @@ STATED, TYPICAL = Price(usd_per_gpu_hour=2.0), Price(usd_per_gpu_hour=2.95, assu
         ([(H100, None)], None, 0),
     ],
 )
-def test_each_attempt_costs_what_its_plan_says_until_a_later_one_knows_better(
+def test_a_later_plan_prices_attempts_without_a_known_price(
     make_plan: Callable[..., LaunchPlan],
     run_dir: Path,
     plans: list[tuple[dict[str, Any], Price | None]],
@@ -239,18 +237,18 @@ def test_each_attempt_costs_what_its_plan_says_until_a_later_one_knows_better(
     ]
     run = run_store.create(made[0])
     for i, plan in enumerate(made):
-        coming = goodput.read(run, 1e9, "failed", coming=plan)
+        with_next = goodput.read(run, 1e9, "failed", next_plan=plan)
         at = 1000.0 + 360_000 * i
         number = run_store.create_attempt(run, run_records.Attempt(None, begun_at=at))
         run_store.write_plan(run, number, plan)
         _submitted(run, number, at)
         atomic_files.write_json(run.attempt(number) / "exit.json", {"state": "failed", "ended_at": at + 360_000})
-    found = goodput.read(run, 1e9, "failed")
-    assert found.gpu_s == 360_000 * len(plans)
-    assert found.usd == (None if usd is None else pytest.approx(usd))
-    assert found.assumed_usd == pytest.approx(assumed)
+    result = goodput.read(run, 1e9, "failed")
+    assert result.gpu_s == 360_000 * len(plans)
+    assert result.usd == (None if usd is None else pytest.approx(usd))
+    assert result.assumed_usd == pytest.approx(assumed)
     if usd is not None and plans[-1][1] is not None:
-        assert coming.usd == pytest.approx(usd - 100 * plans[-1][1].usd_per_gpu_hour)
+        assert with_next.usd == pytest.approx(usd - 100 * plans[-1][1].usd_per_gpu_hour)
 
 
 def _submitted(run: RunDir, number: int, at: float) -> None:

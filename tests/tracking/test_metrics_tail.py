@@ -9,16 +9,16 @@ import pytest
 
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import goodput
-from launcher.tracking.goodput import JOINED, LOADED, PHASE, Attempt
+from launcher.tracking.goodput import JOINED, LOADED, PHASE, AttemptTimes
 from launcher.tracking.jsonl import JsonlTracker, Tail
-from launcher.tracking.metrics_tail import Glance, Spent, glance, lines_of_time
+from launcher.tracking.metrics_tail import CostSoFar, MetricsTail, read_tail, read_time_lines
 
 
 def test_a_run_that_has_logged_nothing(tmp_path: Path) -> None:
-    nothing = Glance((), (), None, None, None)
-    assert glance(tmp_path / "metrics.jsonl") == nothing
+    nothing = MetricsTail((), (), None, None, None)
+    assert read_tail(tmp_path / "metrics.jsonl") == nothing
     (tmp_path / "metrics.jsonl").touch()
-    assert glance(tmp_path / "metrics.jsonl") == nothing
+    assert read_tail(tmp_path / "metrics.jsonl") == nothing
 
 
 def test_the_newest_step_and_evaluation_count(tmp_path: Path) -> None:
@@ -29,13 +29,13 @@ def test_the_newest_step_and_evaluation_count(tmp_path: Path) -> None:
     log.log(7, {"eval/held_out/loss": 1.5})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"trainer/step": 8, "time": 1, "attempt": 1, "train/loss": 0.')
-    seen = glance(tmp_path / "metrics.jsonl")
+    seen = read_tail(tmp_path / "metrics.jsonl")
     assert (seen.last["trainer/step"], seen.last["train/loss"], seen.eval_loss) == (7, 1.0, 1.5)
     assert seen.losses == (7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)
     assert seen.spent is None
     assert [line["trainer/step"] for line in seen.recent] == [7, 6, 5, 4, 3, 2, 1]
     JsonlTracker(RunDir(tmp_path), attempt=2).log(6, {"train/loss": 2.0})
-    assert [line["trainer/step"] for line in glance(tmp_path / "metrics.jsonl").recent] == [6], (
+    assert [line["trainer/step"] for line in read_tail(tmp_path / "metrics.jsonl").recent] == [6], (
         "another attempt's pace is another"
     )
 
@@ -45,7 +45,7 @@ def test_losses_go_through_the_whole_run(tmp_path: Path, num_points: int) -> Non
     log = JsonlTracker(RunDir(tmp_path), attempt=1)
     for step in range(1, 2001):
         log.log(step, {"train/loss": float(step), "train/lr": 1e-5})
-    losses = glance(tmp_path / "metrics.jsonl", num_points).losses
+    losses = read_tail(tmp_path / "metrics.jsonl", num_points).losses
     assert len(losses) == num_points
     assert losses[0] == 1.0
     assert list(losses) == sorted(losses)
@@ -56,7 +56,7 @@ def test_a_loss_that_is_not_finite_is_one(tmp_path: Path) -> None:
     log = JsonlTracker(RunDir(tmp_path), attempt=1)
     log.log(1, {"train/loss": 2.0})
     log.log(2, {"train/loss": math.nan})
-    seen = glance(tmp_path / "metrics.jsonl")
+    seen = read_tail(tmp_path / "metrics.jsonl")
     assert math.isnan(seen.last["train/loss"])
     assert math.isnan(seen.losses[1])
 
@@ -66,12 +66,14 @@ def test_what_the_run_has_cost_stands_in_its_last_count(tmp_path: Path) -> None:
     log.log(1, {"train/loss": 3.0, "cost/gpu_hours": 1.0, "cost/usd": 2.0})
     log.log(2, {"train/loss": 3.0, "cost/gpu_hours": 3.5, "cost/usd": 7.0})
     log.log(2, {"eval/held_out/loss": 3.0})
-    assert glance(tmp_path / "metrics.jsonl").spent == Spent(gpu_hours=3.5, usd=7.0, at=pytest.approx(time.time(), abs=60))
+    assert read_tail(tmp_path / "metrics.jsonl").spent == CostSoFar(gpu_hours=3.5, usd=7.0, at=pytest.approx(time.time(), abs=60))
 
 
 def test_without_a_price_hours_are_counted(tmp_path: Path) -> None:
     JsonlTracker(RunDir(tmp_path), attempt=1).log(1, {"train/loss": 3.0, "cost/gpu_hours": 0.25})
-    assert glance(tmp_path / "metrics.jsonl").spent == Spent(gpu_hours=0.25, usd=None, at=pytest.approx(time.time(), abs=60))
+    assert read_tail(tmp_path / "metrics.jsonl").spent == CostSoFar(
+        gpu_hours=0.25, usd=None, at=pytest.approx(time.time(), abs=60)
+    )
 
 
 def test_a_few_lines_tell_where_the_time_went_as_all_do(tmp_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_a_few_lines_tell_where_the_time_went_as_all_do(tmp_path: Path) -> None:
     lines, events, attempts = [], [], []
     for attempt, first, steps in ((1, 0, 30), (1, 25, 40), (2, 60, 50), (3, 110, 0)):
         if not attempts or attempts[-1].number < attempt:
-            attempts.append(Attempt(attempt, at, at + 3, None, 2))
+            attempts.append(AttemptTimes(attempt, at, at + 3, None, 2))
         told = {"attempt": attempt, "step": first}
         events.append({"time": at + 5, **told, "fields": {PHASE: JOINED, "ranks": 2}})
         events.append({"time": at + 9, **told, "fields": {PHASE: LOADED}})
@@ -94,13 +96,13 @@ def test_a_few_lines_tell_where_the_time_went_as_all_do(tmp_path: Path) -> None:
                 lines.append({"trainer/step": step, "time": at, "attempt": attempt, "ckpt/stall_s": 0.25})
         at += 20
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"train/loss": 0.')
-    few = lines_of_time(file, [event["time"] for event in events if event["fields"][PHASE] == JOINED])
+    few = read_time_lines(file, [event["time"] for event in events if event["fields"][PHASE] == JOINED])
     assert len(few) < len(lines) / 3
     found = goodput.breakdown(few, events, attempts, at)
     assert found == goodput.breakdown(Tail(file).poll(), events, attempts, at)
     assert found.lost_steps == 5 + 5
     assert min(found.replay_s, found.restart_s, found.save_s, found.eval_s) > 0
-    assert lines_of_time(tmp_path / "none.jsonl", [1.0]) == []
+    assert read_time_lines(tmp_path / "none.jsonl", [1.0]) == []
 
 
 def test_a_step_that_is_logged_after_an_attempt_has_ended_hides_none_before(tmp_path: Path) -> None:
@@ -112,8 +114,8 @@ def test_a_step_that_is_logged_after_an_attempt_has_ended_hides_none_before(tmp_
         {"time": 10.0, "attempt": 1, "step": 0, "fields": {PHASE: LOADED}},
         {"time": 120.0, "attempt": 2, "step": 90, "fields": {PHASE: JOINED, "ranks": 2}},
     ]
-    attempts = [Attempt(1, 0.0, 0.0, 101.0, 2), Attempt(2, 102.0, 102.0, None, 2)]
+    attempts = [AttemptTimes(1, 0.0, 0.0, 101.0, 2), AttemptTimes(2, 102.0, 102.0, None, 2)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = goodput.breakdown(lines_of_time(file, [5.0, 120.0, 0.0, 101.0, 102.0]), events, attempts, 130.0)
+    found = goodput.breakdown(read_time_lines(file, [5.0, 120.0, 0.0, 101.0, 102.0]), events, attempts, 130.0)
     assert found == goodput.breakdown(lines, events, attempts, 130.0)
     assert found.kept_s == 90

@@ -25,7 +25,7 @@ from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.tracking import metrics as metrics_table
-from launcher.tracking.jsonl import NO_METRICS, gone_on_from, lines_of, merged
+from launcher.tracking.jsonl import NON_METRIC_FIELDS, continued_lines, iter_lines, merge_steps
 from launcher.tracking.metrics import STEP
 from launcher.tracking.wandb.steps import offsets, returns
 
@@ -184,25 +184,25 @@ class Session:
         # Read twice, as all lines of a long run at once are a burden where W&B lacks none.
         last_steps: dict[int, int] = {}
         losses = []
-        for line in lines_of(self._run_dir.metrics, tuple(metrics_table.lowest_names())):
+        for line in iter_lines(self._run_dir.metrics, tuple(metrics_table.lowest_names())):
             last_steps[line["attempt"]] = max(line["trainer/step"], last_steps.get(line["attempt"], 0))
             losses.append(line)
-        for line in merged(gone_on_from(losses)):
+        for line in merge_steps(continued_lines(losses)):
             if line["trainer/step"] < before:
                 self._lowest.add(line["trainer/step"], line)
         offset_of = offsets(last_steps, returns(self._run_dir))
         self._offset = max(offset_of.values(), default=0)
         lacking: dict[int, list[dict[str, Any]]] = {}
-        for line in lines_of(self._run_dir.metrics):
+        for line in iter_lines(self._run_dir.metrics):
             step, offset = line["trainer/step"], offset_of.get(line["attempt"], self._offset)
             if step + offset > self._known and (step < before or offset < self._offset):
                 lacking.setdefault(offset, []).append(line)
         for offset, lines in sorted(lacking.items()):
-            rows = merged(lines)
+            rows = merge_steps(lines)
             if before == math.inf and offset == self._offset and self._lacks_evaluation(rows[-1]):
                 rows.pop()
             for line in rows:
-                metrics = {name: value for name, value in line.items() if name not in NO_METRICS}
+                metrics = {name: value for name, value in line.items() if name not in NON_METRIC_FIELDS}
                 self._log(line["trainer/step"], metrics, offset)
 
     def _lacks_evaluation(self, row: Mapping[str, Any]) -> bool:

@@ -117,7 +117,7 @@ class Monitor:
             return None
         seconds = time.monotonic() - self._training_began
         before = self._spent_before.result()
-        return before.later(seconds, self.eval_s, self.save_s, self._rank_info.world_size, self._plan.price)
+        return before.extended(seconds, self.eval_s, self.save_s, self._rank_info.world_size, self._plan.price)
 
     def stop(self) -> None:
         """End the threads."""

@@ -39,7 +39,7 @@ def test_cost_is_what_was_paid_for_all_hours_so_far(plan_of: PlanOf) -> None:
     assert cost(plan_of(), SPENT, 1) == {}
     on_cpus = cost(plan_of("cluster.price_per_gpu_hour=3"), SPENT, tokens=2_000_000)
     assert on_cpus == expected, "a price makes a cost"
-    later = SPENT.later(3600.0, 0.0, 0.0, 8, Price(usd_per_gpu_hour=1.5, assumption="typical"))
+    later = SPENT.extended(3600.0, 0.0, 0.0, 8, Price(usd_per_gpu_hour=1.5, assumption="typical"))
     assert (later.gpu_s, later.usd, later.assumed_usd) == (8 * 10_800, pytest.approx(48 + 12), pytest.approx(12))
 
 
@@ -77,13 +77,13 @@ def test_limits_count_all_the_time_with_machines(plan_of: PlanOf, tmp_path: Path
     run.metrics.write_text(json.dumps(line) + "\n")
 
     def reached(at_s: float, later_s: float) -> str:
-        return spent_limit(plan, spent_before(run, begun + at_s, pytest.fail).later(later_s, 0.0, 0.0, 2, plan.price))
+        return spent_limit(plan, spent_before(run, begun + at_s, pytest.fail).extended(later_s, 0.0, 0.0, 2, plan.price))
 
     assert reached(7140, 59) == ""
     assert reached(7140, 61).startswith("run.max_usd=12 is reached after 4.00 GPU hours")
     hours = plan_of("run.max_hours=2", "cluster.price_per_gpu_hour=3")
     spent = spent_before(run, begun + 7140, pytest.fail)
-    assert spent_limit(hours, spent.later(61, 0.0, 0.0, 2, plan.price)) == "run.max_hours=2 is reached"
+    assert spent_limit(hours, spent.extended(61, 0.0, 0.0, 2, plan.price)) == "run.max_hours=2 is reached"
     assert spent.kept_s == 0, "nothing was saved between the starts"
 
 

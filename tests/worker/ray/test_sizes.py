@@ -57,7 +57,7 @@ def test_on_another_number_of_workers_the_global_batch_is_the_same(
     assert plan.batch.global_batch_size == played.plan.batch.global_batch_size == 4
     assert plan.batch.micro_batch_size * plan.batch.accumulation * active == 4
     assert plan.deepspeed["gradient_accumulation_steps"] == plan.batch.accumulation
-    assert [attempt.num_workers for attempt in goodput.recorded(played.run)] == [num_workers], "idle ones too"
+    assert [attempt.num_workers for attempt in goodput.read_attempt_times(played.run)] == [num_workers], "idle ones too"
     assert run_store.find_plan(played.run, plan.digest()) == plan
 
 
