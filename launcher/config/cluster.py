@@ -1,4 +1,4 @@
-"""Where a run runs: what every backend knows, and what is shared by those that run it again by themselves."""
+"""Where a run is executed: the settings of every backend, and those of backends that continue a run by themselves."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ from pydantic import Field
 from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Section, matching
 from launcher.errors import Problem
 
-Interface = Annotated[str, matching(r"[A-Za-z0-9][\w.-]{0,14}", "is not a network interface; write it as in ib0")]
+Interface = Annotated[
+    str, matching(r"[A-Za-z0-9][\w.-]{0,14}", "is not the name of a network interface; write a name such as ib0")
+]
 
 
 class ClusterSection(Section):
-    """Where the run runs."""
+    """Where the run is executed."""
 
     kind: str = Field(description="The backend that starts the workers.")
-    nodes: PositiveInt = Field(1, description="Machines.")
+    nodes: PositiveInt = Field(1, description="Number of machines.")
     ranks_per_node: PositiveInt | None = Field(
         None, description="Ranks on each machine. Unset: one per GPU, 2 where there is none."
     )
     gpu_type: Name | None = Field(None, description="GPU model for the plan, such as H100-80GB. Unset: what this machine has.")
     price_per_gpu_hour: Positive | None = Field(
         None,
-        description="US dollars for one GPU, or one rank on CPUs, for one hour; turns time into money. Unset: a typical price "
-        "of the GPU, which the plan names.",
+        description="US dollars for one GPU, or one rank on CPUs, for one hour. Costs follow from it. Unset: a typical price "
+        "of the GPU type, which the plan shows.",
     )
     max_restarts: Count = Field(
-        0, description="Times that the node agents restart all ranks, without leaving the machines, after one of them failed."
+        0, description="Times that the node agents restart all ranks on the same machines after a rank failed."
     )
     fork_ranks: Flag = Field(
         True,
         description="Import torch, transformers and DeepSpeed once per node and fork the ranks from that process, at each start "
         "and restart. false starts every rank as a new Python process.",
     )
-    timeout_minutes: Positive = Field(30.0, description="Minutes after which a collective that does not complete fails the run.")
+    timeout_minutes: Positive = Field(30.0, description="Minutes after which a collective that has not completed fails the run.")
     stall_seconds: Count = Field(
         600,
         description=(
-            "Seconds without progress of a rank, once it trains, after which its node agent records its stacks and kills it; "
-            "never less than ten of the run's slowest steps. 0 turns it off."
+            "Seconds without progress of a training rank after which its node agent records its stacks and kills it; "
+            "at least ten times the run's slowest step. 0 turns it off."
         ),
     )
-    stop_grace_seconds: Positive = Field(600.0, description="Seconds a stopped run may take to save before it is killed.")
+    stop_grace_seconds: Positive = Field(600.0, description="Seconds that a stopped run may take to save before it is killed.")
 
-    # What the report shows as the node of an attempt that has recorded none.
+    # The node that the report shows for an attempt without a recorded node.
     unnamed_node: ClassVar[str] = "-"
-    # How this kind of cluster is asked for what a node lacks.
+    # Remedies for a node that has too few GPUs, other GPUs or too little memory.
     gpus_remedy: ClassVar[str] = "give the node all of its GPUs"
     gpu_kind_remedy: ClassVar[str] = "use nodes of the planned kind"
     memory_remedy: ClassVar[str] = "give the node, or its container, more"
@@ -107,7 +109,7 @@ class ClusterSection(Section):
 
     @property
     def fewest_workers(self) -> int | None:
-        """Ranks that the run goes on with where it cannot have all; None where it needs all."""
+        """The fewest ranks that the run continues with; None where it needs all."""
         return None
 
 
@@ -124,13 +126,15 @@ class LocalSection(ClusterSection):
 
 
 class ManagedSection(ClusterSection):
-    """Nodes that come and go: how they are checked, and how often a run continues by itself after what befalls them."""
+    """Nodes that can be lost: how they are checked, and how often a run continues by itself after a failure."""
 
     interface: Interface | None = Field(
         None, description="Network interface between nodes. Unset: the one that routes to the other nodes, never loopback."
     )
     node_checks: Flag = Field(True, description="Check every node of the allocation before the model is loaded.")
-    max_preemptions: Count | None = Field(None, description="Preemptions that a run survives by itself. Unset: any number.")
+    max_preemptions: Count | None = Field(
+        None, description="Preemptions after which the run continues by itself. Unset: any number."
+    )
     max_infrastructure_failures: Count = Field(
         10,
         description="Lost nodes, killed processes and failed node checks in a row, without a newer checkpoint between them, "
@@ -149,8 +153,8 @@ class ManagedSection(ClusterSection):
         ),
     )
 
-    # What lets a run go on that a bad node has ended.
-    bad_node_remedy: ClassVar[str] = "repair the node or take it out of the cluster"
+    # The remedy for a run that a bad node ended.
+    bad_node_remedy: ClassVar[str] = "repair the node or remove it from the cluster"
 
     @property
     def continues_by_itself(self) -> bool:
@@ -158,5 +162,5 @@ class ManagedSection(ClusterSection):
 
     @property
     def leaves_out_bad_nodes(self) -> bool:
-        """True where a node that failed its checks is not used again."""
+        """True where the next attempt does not use a node that failed its checks."""
         return False

@@ -1,7 +1,7 @@
-"""Hydra in, `RunConfig` out, every mistake in one pass.
+"""Compose settings with Hydra into a `RunConfig`, and report all mistakes in one pass.
 
-Hydra composes the files under conf/. Overrides on keys are passed on as `++key=value`, so that Hydra never
-stops at the first unknown key: the schema finds them all, with the key that was probably meant.
+Hydra composes the files under conf/. Overrides on keys become `++key=value`, so that Hydra does not stop at the first unknown
+key: the schema reports all of them, each with a suggestion.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _KEY_OVERRIDE = re.compile(r"(\+{0,2})([A-Za-z_][\w.\[\]-]*)=")
 
 @dataclass(frozen=True)
 class Composed:
-    """The checked settings and where they came from."""
+    """The checked settings with their origins."""
 
     config: RunConfig
     overrides: tuple[str, ...]
@@ -45,7 +45,7 @@ class Composed:
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Errors that are raised inside name the file and line of the settings that they are about."""
+        """Add file and line of the settings to the errors that are raised inside."""
         try:
             yield
         except LauncherError as error:
@@ -53,20 +53,20 @@ class Composed:
 
 
 def conf_dir() -> Path:
-    """The folder of the config groups: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the config groups: in the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) -> None:
-    """Compose `tokens` (a command line without the verb) and call back once, or once per job with `-m`.
+    """Compose `tokens` (a command line without the verb) and call `on_composed` once, or once per job with `-m`.
 
-    With --cfg, --info and the like Hydra prints what was asked for and nothing is called back.
+    With --cfg, --info and similar flags Hydra only prints, and nothing is called.
 
     Raises:
-        ConfigError: with every mistake that was found.
-        LauncherError: what the callback raises.
+        ConfigError: with every mistake.
+        LauncherError: whatever `on_composed` raises.
     """
     remaining, problems = _without_renamed_keys(tokens)
     remaining, unknown_options = _known_group_options(remaining)
@@ -74,7 +74,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
     failure: list[BaseException] = []
 
     def task(cfg: Any) -> None:
-        # Hydra prints its own lines about an exception that passes through it, so none does.
+        # Hydra prints its own lines about an exception that passes through it, so this function raises none.
         if failure:
             return
         try:
@@ -89,7 +89,7 @@ def run_hydra(tokens: Sequence[str], on_composed: Callable[[Composed], None]) ->
     try:
         _call_hydra(task, [_for_hydra(token) for token in _flags_first(remaining)])
     except ConfigError as error:
-        # Composition without an unknown group option may fail for that reason alone: the first mistake counts.
+        # Without the options that were split off, composition may fail for that reason alone.
         if not problems:
             problems.extend(error.problems)
     if problems:
@@ -111,14 +111,14 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
     try:
-        # A sweep leaves a multirun.yaml behind, always.
+        # A sweep always writes a multirun.yaml.
         with tempfile.TemporaryDirectory() as sweep:
             sys.argv += [f"hydra.sweep.dir='{sweep}'"] if {"-m", "--multirun"} & set(argv) else []
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
     except SystemExit as stop:
         if stop.code:
             raise ConfigError("Hydra could not read the command line", remedy="see python -m launcher --help") from stop
-    # The task lets nothing through: whatever arrives here is Hydra's, and not all of it is a HydraException.
+    # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
         raise ConfigError(hydra_problem(error, argv)) from error
     finally:
@@ -129,7 +129,7 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
 
 
 def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
-    """Compose as hydra.main does, which composes everything twice: the first time for hydra.mode alone."""
+    """Compose as hydra.main does, but once: hydra.main composes a first time for hydra.mode alone."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
@@ -141,13 +141,13 @@ def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:
             with open_dict(cfg):
                 del cfg["hydra"]
             task(cfg)
-    # The task lets nothing through: whatever arrives here is Hydra's, and not all of it is a HydraException.
+    # The task raises nothing: every exception here is Hydra's, and not all are a HydraException.
     except Exception as error:
         raise ConfigError(hydra_problem(error, overrides)) from error
 
 
 def _flags_first(tokens: Sequence[str]) -> list[str]:
-    """Hydra's flags before the overrides, between which its parser takes none; after them those whose value is left out."""
+    """Return the tokens with Hydra's flags before the overrides, as its parser needs, and flags without their value last."""
     flags: list[str] = []
     overrides: list[str] = []
     bare: list[str] = []
@@ -167,7 +167,7 @@ def _flags_first(tokens: Sequence[str]) -> list[str]:
 
 
 def strip_group_plus(token: str) -> str:
-    """`+cluster=slurm` means `cluster=slurm`: our groups stand in the defaults list already."""
+    """Return `cluster=slurm` for `+cluster=slurm`: the launcher's groups are in the defaults list already."""
     return token.lstrip("+") if _GROUP_WITH_PLUS.match(token) else token
 
 
@@ -186,7 +186,7 @@ def _without_renamed_keys(tokens: Sequence[str]) -> tuple[list[str], list[Proble
 
 
 def _known_group_options(tokens: list[str]) -> tuple[list[str], list[Problem]]:
-    """Split off overrides that name a group option which exists in no config folder."""
+    """Split off overrides with a group option that is in no config folder."""
     folders = [conf_dir(), *_extra_dirs(tokens)]
     if any(t.lstrip("+").startswith("hydra.searchpath") for t in tokens):
         return tokens, []
@@ -213,14 +213,18 @@ def _extra_dirs(tokens: Sequence[str]) -> Iterator[Path]:
 
 
 def _checked(cfg: Any) -> Composed:
-    """Validate one composed config; raise ConfigError with all of its problems."""
+    """Validate one composed config.
+
+    Raises:
+        ConfigError: with all of its problems.
+    """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     hydra_config = HydraConfig.get()
-    # Unresolved: an override such as a=${b} stands there as text, and not as a reference of Hydra's own.
-    given: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
-    overrides = tuple(str(override).removeprefix("++") for override in given)
+    # Unresolved: the text of an override such as a=${b} is no reference of Hydra's own.
+    tokens: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    overrides = tuple(str(token).removeprefix("++") for token in tokens)
     origins = Origins(
         overrides=overrides,
         choices=dict(hydra_config.runtime.choices),
@@ -229,10 +233,10 @@ def _checked(cfg: Any) -> Composed:
     OmegaConf.set_readonly(cfg, False)
     absent = [key for key, value in leaves(OmegaConf.to_container(cfg, resolve=False)) if value == "???"]
     for key in absent:
-        # Whatever refers to the missing value must still resolve for the other mistakes to be found.
+        # References to the missing value must resolve, so that the other mistakes are reported as well.
         OmegaConf.update(cfg, key, "./missing")
     values = {str(k): v for k, v in _resolved(cfg, origins).items()}
-    _let_the_command_line_choose_the_length(values, overrides)
+    _unset_length_of_files(values, overrides)
     scalars = list(leaves(values))
     secrets = [key for key, value in scalars if looks_secret(key, value)]
     targets = [key for key, _ in scalars if "_target_" in key.split(".")]
@@ -246,7 +250,7 @@ def _checked(cfg: Any) -> Composed:
         for key in secrets
     ]
     problems += [
-        Problem(f"{key}: settings never name code to run; nothing was called", where=origins.of(key), remedy=f"take {key} out")
+        Problem(f"{key}: a setting must not name code to run; nothing was called", where=origins.of(key), remedy=f"remove {key}")
         for key in targets
     ]
     reported = {*absent, *secrets, *targets}
@@ -270,28 +274,28 @@ def _resolved(cfg: Any, origins: Origins) -> dict[Any, Any]:
         key = str(error.full_key or "")
         old = renamed_reference(str(error).splitlines()[0])
         raise ConfigError(
-            f"{key}: the value refers to something that cannot be resolved: {str(error).splitlines()[0]}",
+            f"{key}: the reference in this value cannot be resolved: {str(error).splitlines()[0]}",
             where=origins.of(key),
-            remedy=f"write ${{{RENAMED[old]}}}" if old else "check what stands between ${ and }",
+            remedy=f"write ${{{RENAMED[old]}}}" if old else "write the key of a setting between ${ and }",
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a mapping", where="conf/config.yaml")
     return raw
 
 
-def _let_the_command_line_choose_the_length(values: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Setting one of train.max_steps and train.epochs on the command line unsets the files' choice of the other."""
-    given = {o.split("=", 1)[0].lstrip("+") for o in overrides}
-    steps, epochs = "train.max_steps" in given, "train.epochs" in given
+def _unset_length_of_files(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Unset train.epochs of the files where the command line sets train.max_steps, and the other way round."""
+    keys = {override.split("=", 1)[0].lstrip("+") for override in overrides}
+    has_steps, has_epochs = "train.max_steps" in keys, "train.epochs" in keys
     train = values.get("train")
-    if isinstance(train, dict) and steps != epochs:
-        chosen, other = ("max_steps", "epochs") if steps else ("epochs", "max_steps")
+    if isinstance(train, dict) and has_steps != has_epochs:
+        chosen, other = ("max_steps", "epochs") if has_steps else ("epochs", "max_steps")
         if train.get(chosen) is not None:
             train[other] = None
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """The scalars in nested mappings and lists, with their keys below `key`, such as data.sources[0].path."""
+    """Yield the scalars in nested mappings and lists, with their keys below `key`, such as data.sources[0].path."""
     if isinstance(value, dict):
         for k, v in value.items():
             yield from leaves(v, f"{key}.{k}" if key else str(k))

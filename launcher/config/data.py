@@ -1,4 +1,4 @@
-"""The settings of the data: where documents come from, how they become rows of tokens, and which faults are accepted."""
+"""The settings of the data: sources, tokenization into rows, and checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from launcher.config.fields import Flag, Fraction, Name, Positive, PositiveInt, Section, Text
 from launcher.config.redaction import IN_QUERY
 
-# What a column mapping may name: the keys that the formats read.
+# The keys that a column mapping may use: those that the formats read.
 COLUMNS = (
     *("messages", "conversations", "tools", "system"),
     *("instruction", "input", "output", "history"),
@@ -22,7 +22,7 @@ COLUMNS_EXAMPLE = (
 )
 
 _USER = re.compile(r"(\w+)://([^/?]*)@")
-# These write container@account.
+# Their URLs contain container@account.
 _AZURE = ("abfs", "abfss", "wasb", "wasbs", "az")
 
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -31,13 +31,13 @@ Accepted = Literal["keep", "fail"]
 
 
 def without_credentials(path: str) -> str:
-    """An address is written into plans and logs."""
+    """Return a path, after refusing a URL with credentials: plans and logs contain it."""
     if any(":" in user or protocol not in _AZURE for protocol, user in _USER.findall(path)):
-        raise ValueError("holds a user or a password; take them out, storages read them from the environment")
-    if "://" in path and (found := IN_QUERY.search(path)):
+        raise ValueError("contains a user or a password; remove them: storage libraries read them from the environment")
+    if "://" in path and (match := IN_QUERY.search(path)):
         raise ValueError(
-            f"holds a key or a signature ({found['name']}), which would be written into plans; write the storage's own address "
-            "(s3://, gs://, abfs://) with credentials in the environment, or fetch the file and name the copy"
+            f"contains a key or a signature ({match['name']}), which would be written into plans; write the storage's own URL "
+            "(s3://, gs://, abfs://) with credentials in the environment, or download the file and use the copy"
         )
     return path
 
@@ -64,19 +64,19 @@ class Source(Section):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description=(
-            f"The rows' own name for a column, by the name that the formats use ({', '.join(COLUMNS)}); "
+            f"Maps a column that the formats read to the rows' own name for it ({', '.join(COLUMNS)}); "
             f"written whole: {COLUMNS_EXAMPLE}."
         ),
     )
     ignored_keys: tuple[Text, ...] = Field(
         (),
         description=(
-            "Row keys to leave unread. Without it, rows made for another kind of training (images, label: false) are refused."
+            "Row keys to ignore. Without it, rows made for another kind of training (images, label: false) are refused."
         ),
     )
-    split: Text | None = Field(None, description="Split of a hub dataset. Unset: train, or the only one there is.")
+    split: Text | None = Field(None, description="Split of a hub dataset. Unset: train, or the only split.")
     subset: Text | None = Field(
-        None, description="Configuration of a hub dataset that has several, such as main. Unset: its default one."
+        None, description="Configuration of a hub dataset that has several, such as main. Unset: the dataset's default."
     )
     revision: Text | None = Field(
         None, description="Branch, tag or commit of a hub dataset; a 40-digit commit never changes. Unset: the default branch."
@@ -85,7 +85,7 @@ class Source(Section):
         None,
         description=(
             "Share of the mixture's tokens, relative to the other sources' weights; a source of weight 0 is not read, and "
-            "nothing of it is held out. Unset: all that there is."
+            "nothing of it is held out. Unset: all of its documents."
         ),
     )
     max_tokens: PositiveInt | None = Field(
@@ -94,14 +94,14 @@ class Source(Section):
     epochs: Positive = Field(
         1.0,
         description=(
-            "How often each document of the source is seen in one epoch of the run; 0.5 takes half of them, the same in "
-            "every epoch."
+            "Times that each document of the source is used in one epoch of the run; 0.5 uses half of the documents, the "
+            "same in every epoch."
         ),
     )
 
     @model_serializer(mode="wrap")
     def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A resumed run reads its plan with the code that it was submitted with, which may not know this key yet."""
+        """Leave out the default: the code of a resumed run may be older than this key."""
         values: dict[str, Any] = handler(self)
         if not self.ignored_keys:
             values.pop("ignored_keys", None)
@@ -109,7 +109,7 @@ class Source(Section):
 
     @property
     def is_read(self) -> bool:
-        """False for a source that the mixture takes nothing of, nor anything for evaluation."""
+        """False for a source of weight 0: neither training nor evaluation uses it."""
         return self.weight != 0
 
     @field_validator("path")
@@ -122,17 +122,17 @@ class Source(Section):
     def _known_columns(cls, value: dict[str, str]) -> dict[str, str]:
         if unknown := [name for name in value if name not in COLUMNS]:
             raise ValueError(
-                f"has no use for {', '.join(unknown)}; the names to map from are {', '.join(COLUMNS)}; such as {COLUMNS_EXAMPLE}"
+                f"has no column {', '.join(unknown)}; the columns are {', '.join(COLUMNS)}; such as {COLUMNS_EXAMPLE}"
             )
         return value
 
 
 class ChecksSection(Section):
-    """What happens to documents with a fault: keep them, drop them, or fail before anything is submitted."""
+    """What happens to documents that a check finds: keep them, drop them, or fail before anything is submitted."""
 
     empty_answer: Choice = Field("drop", description="An answer to train on is empty or white space.")
     exact_duplicate: Choice = Field(
-        "keep", description="A document stands in the training split twice, but for case and white space."
+        "keep", description="A document is in the training split twice, ignoring case and white space."
     )
     near_duplicate: Choice = Field("keep", description="A document is nearly the same as an earlier one of the training split.")
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
@@ -140,73 +140,73 @@ class ChecksSection(Section):
     )
     held_out_in_train: Choice = Field(
         "fail",
-        description="A held-out document also stands in training, but for case and white space; drop takes it out of training.",
+        description="A held-out document is also in training, ignoring case and white space; drop removes it from training.",
     )
     near_held_out_in_train: Choice = Field(
         "keep",
-        description="A held-out document is nearly the same as one in training, which drop takes out; templated rows often are.",
+        description="A held-out document is nearly the same as one in training, which drop removes; common for templated rows.",
     )
     not_compared: Accepted = Field(
         "keep",
-        description="So many documents are of one template that not all held-out ones were compared with all of training.",
+        description="Too many documents share a template for all held-out ones to be compared with all of training.",
     )
     max_held_out_in_train: Fraction = Field(
         0.01,
-        description="Share of the held-out documents that may stand in training before fail refuses, exactly or nearly.",
+        description="Share of the held-out documents that may be in training, exactly or nearly, before fail refuses the run.",
     )
     broken_encoding: Choice = Field(
         "keep", description="Text was decoded wrongly: replacement characters, UTF-8 read as Latin-1."
     )
     long_answer: Choice = Field("keep", description="An answer has more than long_answer_tokens tokens.")
-    long_answer_tokens: PositiveInt = Field(4096, description="Trained tokens from which an answer counts as very long.")
+    long_answer_tokens: PositiveInt = Field(4096, description="Trained tokens above which an answer counts as very long.")
     repetitive_answer: Choice = Field("keep", description="An answer repeats itself.")
     secrets: Choice = Field("keep", description="Text that looks like a key, token or password.")
     personal_data: Choice = Field("keep", description="Text that looks like an e-mail address or a telephone number.")
-    role_order: Choice = Field("keep", description="Two messages of one role follow each other, or the user has the last word.")
+    role_order: Choice = Field(
+        "keep", description="Two messages of one role follow each other, or the last message is the user's."
+    )
     special_token_in_text: Choice = Field(
-        "keep", description="The text holds a special token of this tokenizer, or what is one elsewhere and text here."
+        "keep", description="The text contains a special token of this tokenizer or of another model."
     )
     no_turn_end: Choice = Field(
         "fail",
         description=(
-            "A document trains no end of turn. drop: it is left out. fail: a run is refused where that holds for more than half "
-            "of a source's trained documents, so that the model might never stop."
+            "No end of turn of a document is trained. drop: it is left out. fail: the run is refused where that holds for more "
+            "than half of a source's trained documents, because the model might never stop."
         ),
     )
     no_trained_token: Choice = Field(
         "drop",
         description=(
-            "A document has no trained token within a row's length. drop: it is left out, and a run is refused where that is a "
-            "whole source. Data in which no document has one is refused whatever is set here."
+            "A document has no trained token within a row's length. drop: it is left out, and the run is refused where a whole "
+            "source has none. Data without any trained token is always refused."
         ),
     )
     unsure_border: Literal["drop", "fail"] = Field(
         "fail",
-        description=(
-            "What is trained begins or ends inside a token, and cut there the text becomes another one: the mask cannot be told."
-        ),
+        description=("The trained text begins or ends inside a token, so the exact loss mask is not known."),
     )
     few_examples: Accepted = Field(
-        "keep", description="There are fewer examples than few_examples_below, or less than a million tokens of text alone."
+        "keep", description="The data has fewer examples than few_examples_below, or less than a million tokens of plain text."
     )
-    few_examples_below: PositiveInt = Field(100, description="Examples from which on few_examples is no finding.")
+    few_examples_below: PositiveInt = Field(100, description="Examples from which few_examples is not reported.")
 
 
 class DataSection(Section):
-    """What is trained on and how it becomes rows of tokens."""
+    """The training data and how it becomes rows of tokens."""
 
     name: Name = Field("data", description="Short name; part of the run's default name.")
-    path: Text | None = Field(None, description="The path that data=jsonl reads; a shorthand for one entry in data.sources.")
+    path: Text | None = Field(None, description="The path that data=jsonl reads; short for one entry in data.sources.")
     sources: tuple[Source, ...] = Field(min_length=1, description="The sources of the mixture.")
     max_length: Annotated[int, Field(ge=16, strict=True)] = Field(1024, description="Tokens in a row.")
     packing: Flag = Field(
-        True, description="Fill each row with several documents that do not see each other. false: one document per row."
+        True, description="Fill each row with several documents, which do not attend to each other. false: one document per row."
     )
     group_by_length: Flag = Field(
-        True, description="With data.packing=false: rows of a batch have about the same length, so that little is padded."
+        True, description="With data.packing=false: rows of similar length share a batch, which reduces padding."
     )
     long_documents: Literal["truncate", "split", "drop"] = Field(
-        "truncate", description="Documents longer than a row: cut off its rest, go on in further rows, or leave the document out."
+        "truncate", description="Documents longer than a row: truncate them, split them over several rows, or drop them."
     )
     train_on: Literal["assistant", "last_turn", "all"] = Field(
         "assistant",
@@ -215,7 +215,7 @@ class DataSection(Section):
             "those of the last turn only, or all."
         ),
     )
-    system: str | None = Field(None, description="System text of every chat, in place of its own. Unset: as the rows have it.")
+    system: str | None = Field(None, description="System message of every chat, in place of its own. Unset: that of the rows.")
     chat_template: Text | None = Field(
         None,
         description=(
@@ -224,7 +224,7 @@ class DataSection(Section):
         ),
     )
     eval_fraction: Share = Field(
-        0.0, description="Share of the documents held out for evaluation; ignored where a source brings its own held-out split."
+        0.0, description="Share of the documents held out for evaluation; ignored where a source has its own held-out split."
     )
     eval_path: Text | None = Field(None, description="Held-out documents: a path as in sources[].path, in the sources' format.")
     eval_split: Text | None = Field(
@@ -234,7 +234,7 @@ class DataSection(Section):
     workers: PositiveInt | None = Field(
         None, description="Processes that build the data cache. Unset: one for each CPU that this process may use."
     )
-    checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents with a fault.")
+    checks: ChecksSection = Field(default_factory=ChecksSection, description="What happens to documents that a check finds.")
 
     @field_validator("path", "eval_path")
     @classmethod
@@ -247,14 +247,14 @@ class DataSection(Section):
             raise ValueError("data.eval_fraction and data.eval_path exclude each other; set one of them")
         names = [s.name for s in self.sources]
         if len(set(names)) < len(names):
-            raise ValueError(f"data.sources holds a name twice ({', '.join(names)}); give every source its own name")
+            raise ValueError(f"data.sources uses a name twice ({', '.join(names)}); give every source its own name")
         return self
 
     @model_validator(mode="after")
     def _path_is_read(self) -> DataSection:
         if self.path is not None and all(source.path != self.path for source in self.sources):
             raise ValueError(
-                "data.path is given, and data.sources name other paths; set data.path=null, or data=jsonl without data.sources"
+                "data.path is set, and data.sources has other paths; set data.path=null, or data=jsonl without data.sources"
             )
         return self
 

@@ -1,7 +1,7 @@
-"""Which raw DeepSpeed keys `deepspeed.extra` may hold, and why the others are refused.
+"""The raw DeepSpeed keys that `deepspeed.extra` may contain, and why others are refused. Pure.
 
-The tables cover every top-level key that DeepSpeed 0.19.8 reads; tests/config/test_deepspeed_keys.py compares them with the
-installed one. Names inside a section are checked by DeepSpeed itself (launcher/worker/deepspeed_check.py). Pure.
+The tables cover every top-level key of DeepSpeed 0.19.8; tests/config/test_deepspeed_keys.py compares them with the installed
+version. DeepSpeed itself checks the names inside a section (launcher/worker/deepspeed_check.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from launcher.errors import Problem, did_you_mean
 EXTRA = "deepspeed.extra"
 KEYS_PAGE = "https://www.deepspeed.ai/docs/config-json"
 
-# They tune communication or report something, and change neither what is trained nor what the plan counts.
+# They tune communication or reports, and change neither the training nor the numbers of the plan.
 VALUES = frozenset(
     {
         "communication_data_type",
@@ -48,7 +48,7 @@ SECTIONS = frozenset(
     }
 )
 
-# The launcher sets these from settings of its own: another value would make the run differ from its plan.
+# The launcher sets these from its own settings: another value would make the run differ from its plan.
 SET_BY: Mapping[str, str] = {
     "activation_checkpointing": "model.activation_checkpointing",
     "bf16.enabled": "model.dtype",
@@ -160,23 +160,23 @@ _OFFLOAD = {"zero_optimization.offload_optimizer": "offload_optimizer", "zero_op
 
 
 class _Refusal(NamedTuple):
-    """A dotted key of `deepspeed.extra` with its value, what is wrong with it, and the remedy."""
+    """A dotted key of `deepspeed.extra` with its value, the reason to refuse it, and the remedy."""
 
     key: str
     value: Any
     what: str
-    remedy: str = "take it out"
+    remedy: str = "remove it"
 
 
 def top_level_keys() -> set[str]:
-    """Every top-level key that the tables know."""
+    """Return every top-level key of the tables."""
     return {key for key in (*VALUES, *SECTIONS, *SET_BY, *REFUSED) if "." not in key}
 
 
 def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] = frozenset()) -> Iterator[Problem]:
-    """What is wrong with `deepspeed.extra` in composed, unchecked settings; `skip` holds keys that are reported already.
+    """Yield the problems of `deepspeed.extra` in composed, unchecked settings; `skip` has the keys that are reported already.
 
-    Values that the schema refuses (keys that are not text, sections that are not mappings) are left to it.
+    The schema reports keys that are not text and sections that are not mappings.
     """
     deepspeed, model = _mapping(values.get("deepspeed")), _mapping(values.get("model"))
     for name, value in _mapping(deepspeed.get("extra")).items():
@@ -188,7 +188,7 @@ def extra_problems(values: Mapping[str, Any], origins: Origins, skip: Set[str] =
 
 
 def _refusals(name: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[_Refusal]:
-    """The problems of a top-level key and of what is inside it."""
+    """Yield the refusals of a top-level key and of the keys inside it."""
     if name in top_level_keys():
         yield from _inside(name, value, deepspeed, model)
         return
@@ -201,14 +201,14 @@ def _inside(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[s
     if _agrees(key, value, model):
         return
     if key in SET_BY:
-        yield _Refusal(key, value, f"the launcher sets this from {SET_BY[key]}", f"take it out, and set {SET_BY[key]}")
+        yield _Refusal(key, value, f"the launcher sets this from {SET_BY[key]}", f"remove it, and set {SET_BY[key]}")
     elif key in REFUSED:
         yield _Refusal(key, value, REFUSED[key])
     elif key in _SET_FOR_NVME and deepspeed.get(_SET_FOR_NVME[key]) == "nvme":
         yield _Refusal(key, value, f"the plan sets this with deepspeed.{_SET_FOR_NVME[key]}=nvme")
     elif value == "auto":
         what = "only Hugging Face's Trainer fills in auto"
-        yield _Refusal(key, value, what, "write the value, or take it out")
+        yield _Refusal(key, value, what, "write the value, or remove it")
     elif key in SECTIONS and not isinstance(value, dict):
         yield _Refusal(key, value, "is not a mapping", "write its keys one by one")
     elif isinstance(value, dict):
@@ -217,20 +217,20 @@ def _inside(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[s
 
 
 def _agrees(key: str, value: Any, model: Mapping[str, Any]) -> bool:
-    """Whether a key only repeats what the launcher sets, as in a complete DeepSpeed file."""
+    """Return whether a key repeats the value that the launcher sets, as in a complete DeepSpeed file."""
     if key == "zero_optimization.stage":
         return value == 3
     return value is True and key == f"{model.get('dtype', 'bf16')}.enabled"
 
 
 def _without_effect(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[_Refusal]:
-    """A section for what another setting has turned off."""
+    """Yield a refusal for a section that another setting turns off."""
     dtype = model.get("dtype", "bf16")
     if key in ("bf16", "fp16") and dtype != key:
-        yield _Refusal(key, value, f"has no effect with model.dtype={dtype}", f"set model.dtype={key}, or take it out")
+        yield _Refusal(key, value, f"has no effect with model.dtype={dtype}", f"set model.dtype={key}, or remove it")
     if key in _OFFLOAD and deepspeed.get(_OFFLOAD[key], "none") == "none":
         setting = f"deepspeed.{_OFFLOAD[key]}"
-        yield _Refusal(key, value, f"has no effect with {setting}=none", f"set {setting} to cpu or nvme, or take it out")
+        yield _Refusal(key, value, f"has no effect with {setting}=none", f"set {setting} to cpu or nvme, or remove it")
 
 
 def _mapping(value: Any) -> Mapping[Any, Any]:

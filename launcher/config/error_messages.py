@@ -1,4 +1,4 @@
-"""What pydantic and Hydra found wrong, in the words of the person who wrote it."""
+"""Problems from the errors of pydantic and Hydra: the key, its origin, the value as it was typed, and the remedy."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _OUT_OF_BOUNDS = {
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be below {lt:g}",
     "less_than_equal": "must be at most {le:g}",
-    "too_short": "holds too few entries",
-    "too_long": "holds too many entries",
+    "too_short": "has too few entries",
+    "too_long": "has too many entries",
 }
 _ABSENT = object()
 _UNIFORM_KEY = re.compile(r"\[\d+\]")
 
 
 def schema_problems(error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]) -> Iterator[Problem]:
-    """One problem for each key; `values` is what was validated, `skip` the keys that are reported already."""
+    """Yield one problem per key; `values` are the settings that were validated, `skip` has the keys that are reported already."""
     seen: set[str] = set()
     items = [(_key_of(item["loc"]), item) for item in error.errors(include_url=False)]
     for key, item in items:
@@ -64,7 +64,7 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
 def missing(key: str, origins: Origins) -> Problem:
     owner, bracket, rest = key.rpartition("]")
     if rest and bracket:
-        remedy = f"complete {owner}]: it lacks {rest.lstrip('.')}"
+        remedy = f"complete {owner}]: {rest.lstrip('.')} is missing"
     else:
         remedy = _give(key) if bracket else f"add {key}=... to the command line"
     return Problem(f"{key}: a value is required and none was given", where=origins.of(key), remedy=remedy)
@@ -75,7 +75,7 @@ def _give(key: str) -> str:
     parts = [k for k in settings() if k.startswith(f"{uniform}.")]
     if parts:
         return f"write its settings one by one: {', '.join(parts)}"
-    # An entry of a list or a mapping is described with the whole.
+    # The description of a list or a mapping covers its entries.
     setting = max((s for s in settings().values() if uniform.startswith(s.key)), key=lambda s: len(s.key))
     return f"set {setting.key} to {setting.type}. {setting.meaning}"
 
@@ -88,13 +88,13 @@ def _unknown(key: str, value: Any, origins: Origins) -> Problem:
     if elsewhere is not None and elsewhere.kind is not None:
         option = f"{uniform.split('.')[0]}={elsewhere.kind}"
         return Problem(
-            f"{key}: is a setting of {option} only",
+            f"{key}: this setting only exists with {option}",
             where=origins.of(key),
             value=_plain(key, value),
-            remedy=f"add +{option} to the command line, or take {key} out",
+            remedy=f"add +{option} to the command line, or remove {key}",
         )
     siblings = [k for k in settings() if k.rpartition(".")[0] == uniform.rpartition(".")[0]]
-    remedy = did_you_mean(uniform, list(settings())) or (f"known here: {', '.join(siblings)}" if siblings else "")
+    remedy = did_you_mean(uniform, list(settings())) or (f"the settings here are: {', '.join(siblings)}" if siblings else "")
     return Problem(
         f"{key}: there is no such setting",
         where=origins.of(key),
@@ -110,7 +110,7 @@ def _unknown_kind(key: str, kind: str, origins: Origins) -> Problem:
 
 
 def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
-    """A rule of the schema was broken; the text is `what is wrong; the remedy` and may name several settings."""
+    """Return the problem of a validator's message, `what is wrong; the remedy`, which may name several settings."""
     what, _, remedy = text.partition("; ")
     if "." in key:
         value = _value_of(key, values)
@@ -118,11 +118,11 @@ def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -
         return Problem(f"{key}: {what}", where=origins.of(key), value=text, remedy=remedy or _give(key))
     named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
     origin = {k: origins.of(k) for k in named}
-    given = {k: _plain(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
+    shown_values = {k: _plain(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
     return Problem(
         what,
         where=", ".join(f"{k} ({where})" for k, where in origin.items() if where),
-        value=", ".join(f"{k}={value}" for k, value in given.items() if value),
+        value=", ".join(f"{k}={value}" for k, value in shown_values.items() if value),
         remedy=remedy,
     )
 
@@ -140,7 +140,7 @@ def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins
 
 
 def shown(key: str, value: Any) -> str:
-    """A value as an error may show it."""
+    """Return a value as an error may show it: without secrets, at most 200 characters."""
     text = repr(value) if isinstance(value, str) else as_yaml(value)
     return "<redacted>" if looks_secret(key, value) else redact(text)[:200]
 
@@ -162,11 +162,11 @@ def _value_of(key: str, values: Any) -> Any:
 
 def _key_of(location: tuple[int | str, ...]) -> str:
     if location[:1] == ("cluster",) and len(location) > 1:
-        # The kind of the cluster stands where the section was chosen.
+        # pydantic puts the kind of the cluster after `cluster`.
         location = ("cluster", *location[2:])
     parts = [f"[{part}]" if isinstance(part, int) else _printable(part) for part in location if part != "[key]"]
     key = ".".join(parts).replace(".[", "[")
-    # pydantic appends the branch of a union to the location; the user knows only the key.
+    # pydantic appends the branch of a union to the location.
     return re.sub(r"\.(constrained-\w+|literal\[.*\]|int|float|str|bool|function-\S+)$", "", key)
 
 
@@ -185,12 +185,12 @@ def no_such_option(group: str, option: str, options: Sequence[str], token: str) 
 
 
 def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
-    """What Hydra says of settings that it cannot compose, without its own spelling of overrides."""
+    """Return the problem of an error in Hydra's composition, without the `++` that the launcher added."""
     from hydra.errors import OverrideParseException
 
     if named := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
         return Problem(
-            "data.sources is a list, whose entries have no name in a setting's key; give the list whole",
+            "data.sources is a list, and a key cannot name one of its entries; write the whole list",
             where="command line",
             value=redact(named.removeprefix("++")),
             remedy=f"write {COLUMNS_EXAMPLE}",
@@ -199,7 +199,7 @@ def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     first = text.splitlines()[0].replace("++", "") if text else type(error).__name__
     culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] and t in str(error)), "")
     if redact(culprit) != culprit:
-        first = "this cannot be read"
+        first = "this override cannot be parsed"
     if renamed := renamed_override(culprit):
         return renamed
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")

@@ -1,4 +1,4 @@
-"""The kinds of values that settings are made of, each with its rule in words."""
+"""The types of setting values. The message of each rule is `what is wrong; the remedy`."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Section(BaseModel):
 
 def no_control_characters(value: str) -> str:
     if any(ord(c) < 32 or ord(c) == 127 for c in value):
-        raise ValueError("holds a control character; take out line breaks, tabs and the like")
+        raise ValueError("contains a control character; remove line breaks, tabs and other control characters")
     return value
 
 
 def _name(value: str) -> str:
     no_control_characters(value)
     if not NAME_PATTERN.fullmatch(value):
-        raise ValueError("is not a name; use letters, digits, '.', '_' and '-', a letter or digit first, at most 100 of them")
+        raise ValueError("is not a valid name; use at most 100 letters, digits, '.', '_' and '-', a letter or digit first")
     return value
 
 
 def matching(pattern: str, rule: str) -> AfterValidator:
-    """Text that the whole of `pattern` matches; `rule` is `what is wrong; the remedy`."""
+    """Return a validator for text that matches the whole of `pattern`; `rule` is its message."""
     compiled = re.compile(pattern, re.ASCII)
 
     def check(value: str) -> str:
@@ -46,18 +46,18 @@ def matching(pattern: str, rule: str) -> AfterValidator:
 
 
 def number_as_text(value: Any) -> Any:
-    """What YAML has read as a number, as it was written."""
+    """Return a number that YAML parsed as the text that was written; return other values unchanged."""
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 Text = Annotated[str, AfterValidator(no_control_characters)]
 Name = Annotated[str, AfterValidator(_name), Field(json_schema_extra={"format": "name"})]
-HubId = Annotated[str, matching(HUB_ID_PATTERN.pattern, "is not a repository of the hub; write owner/name")]
+HubId = Annotated[str, matching(HUB_ID_PATTERN.pattern, "is not the id of a Hub repository; write owner/name")]
 Url = Annotated[
     str,
     matching(
         r"[a-z][a-z0-9+.-]*://(?![^/]*:[^/]*@)[\w.@:/+=~-]+",
-        "is not an address of a folder; write protocol://path, such as s3://bucket/runs, without keys or passwords",
+        "is not the URL of a folder; write protocol://path, such as s3://bucket/runs, without keys or passwords",
     ),
 ]
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]

@@ -1,4 +1,4 @@
-"""Every setting with its type, default and meaning, read off the schema."""
+"""Every setting with its type, default and meaning, from the schema."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _UPPER = (("exclusiveMaximum", "<"), ("maximum", "<="))
 
 @dataclass(frozen=True)
 class Setting:
-    """`type` reads like `int > 0 or null`; `default` as one would write it, None where a value is required.
+    """One setting: `type` as in `int > 0 or null`; `default` in YAML, None where a value is required.
 
-    `kind` names the cluster that a setting belongs to, where it does not belong to all.
+    `kind` is the cluster kind of a setting that not all kinds have.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Setting:
 
 @functools.cache
 def settings() -> Mapping[str, Setting]:
-    """By key, in the schema's order; `data.sources[].path` is the key for a list's items."""
+    """Return all settings by key, in the schema's order; `data.sources[].path` is the key of a list's items."""
     return {setting.key: setting for setting in _walk(RunConfig, "")}
 
 
@@ -53,7 +53,7 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
 
 
 def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Setting]:
-    """Sections of which one is chosen by `kind`: what all have, then what each adds."""
+    """Yield the settings of sections that `kind` selects from: those of all sections, then those of each."""
     walked = {member.model_fields["kind"].default: {s.key: s for s in _walk(member, prefix)} for member in members}
     shared = [key for key in next(iter(walked.values())) if all(key in found for found in walked.values())]
     first = next(iter(walked.values()))
@@ -65,14 +65,14 @@ def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Set
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:
-    """The section classes that an annotation holds: one, directly or as a list's items, or several to choose from."""
+    """Return the section classes in an annotation: one, directly or as a list's items, or several to select from."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [found for part in get_args(annotation) for found in sections_of(part)]
+    return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
 def _type_text(schema: Mapping[str, Any]) -> str:
-    """A JSON Schema in words: `bf16 | fp16 | fp32`, `int > 0 or null`, `0 <= float <= 1`, `list of name`."""
+    """Return a JSON Schema as text: `bf16 | fp16 | fp32`, `int > 0 or null`, `0 <= float <= 1`, `list of name`."""
     if "anyOf" in schema:
         parts = [_type_text(part) for part in schema["anyOf"] if part.get("type") != "null"]
         optional = any(part.get("type") == "null" for part in schema["anyOf"])
@@ -88,17 +88,17 @@ def _type_text(schema: Mapping[str, Any]) -> str:
         return f"list of {_type_text(schema['items'])}"
     if kind is None:
         return "mapping"
-    word = schema.get("format") or _SCALARS[kind]
+    name = schema.get("format") or _SCALARS[kind]
     lower = next((f"{sign} {schema[bound]:g}" for bound, sign in _LOWER if bound in schema), "")
     upper = next((f"{sign} {schema[bound]:g}" for bound, sign in _UPPER if bound in schema), "")
     if lower and upper:
         sign, number = lower.split()
-        return f"{number} {sign.replace('>', '<')} {word} {upper}"
-    return " ".join(filter(None, (word, lower, upper)))
+        return f"{number} {sign.replace('>', '<')} {name} {upper}"
+    return " ".join(filter(None, (name, lower, upper)))
 
 
 def as_yaml(value: Any) -> str:
-    """A value as a person writes it in a file or on the command line."""
+    """Return a value as it is written in a file or on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, BaseModel):

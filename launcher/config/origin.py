@@ -1,4 +1,4 @@
-"""Where a value was written: the command line, or the file and line of the config group that set it last."""
+"""The origin of a value: the command line, or the file and line of the config group that set it last."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Origins:
     folders: tuple[Path, ...]
 
     def of(self, key: str) -> str:
-        """`command line`, `conf/optim/adamw.yaml:3`, or an empty string."""
+        """Return the origin of a setting: `command line`, `conf/optim/adamw.yaml:3`, or an empty string."""
         return self.resolve(key)[1]
 
     def resolve(self, key: str) -> tuple[str, str]:
-        """The key whose value counts (another one where `key` is filled by interpolation), and where that was written."""
+        """Return the key that holds the value (another one where `key` is an interpolation), and its origin."""
         for override in reversed(self.overrides):
             name = override.split("=", 1)[0].lstrip("+~")
             if name in self.choices:
@@ -45,7 +45,7 @@ class Origins:
         return key, ""
 
     def located(self, problem: Problem) -> Problem:
-        """`problem` with the origin added where it names a setting."""
+        """Return `problem` with the origin of the setting that it names."""
         if re.sub(r"\[\d+\]", "[]", problem.where) not in settings():
             return problem
         key, where = self.resolve(problem.where)
@@ -55,8 +55,8 @@ class Origins:
         return replace(problem, what=what, where=f"{key} ({where})", remedy=remedy)
 
     def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
-        """The files that can hold `path`, the last composed first, with the path inside each."""
-        # Hydra lists the choices in that order: the experiment first, then the groups from the last to the first.
+        """Yield the files that can set `path`, the last composed first, with the path inside each."""
+        # Hydra lists the choices in this order: the experiment, then the groups from the last to the first.
         for group, option in self.choices.items():
             file = None if group.startswith("hydra") or option in (None, "null") else self._file(f"{group}/{option}.yaml")
             if file is None:
@@ -81,7 +81,7 @@ def _short(file: Path) -> str:
 
 
 def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
-    """Line of `path` in a YAML text and its value where that is a scalar; None where it is not there."""
+    """Return the line of `path` in a YAML text, and its value where that is a scalar; None without such a path."""
     import yaml
 
     node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -96,6 +96,6 @@ def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
             node = node.value[part]
             line = node.start_mark.line + 1
         else:
-            # A value that is computed by interpolation has no line of its own; its parent's serves.
+            # A value that comes from an interpolation has no line of its own: use its parent's.
             break
     return (line, node.value if isinstance(node, yaml.ScalarNode) else None) if line else None

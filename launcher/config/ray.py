@@ -1,4 +1,4 @@
-"""Ray's settings; names are Ray Train's own where it has one."""
+"""The settings of Ray, under Ray Train's names where it has one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from launcher.config.data import without_credentials
 from launcher.config.fields import Count, Flag, Name, Positive, PositiveInt, Text, matching, number_as_text
 from launcher.errors import Problem
 
-# What Ray and the launcher set for each rank themselves.
+# Variables that Ray and the launcher set for each rank.
 _OWN_VARIABLE = (
     r"PATH|PYTHONPATH|PYTHONSAFEPATH|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|CUDA_VISIBLE_DEVICES"
     r"|RAY_\w+|TORCHELASTIC_\w+|LAUNCHER_\w+"
@@ -23,7 +23,7 @@ Address = Annotated[
     str,
     matching(
         r"auto|(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9][\w.-]*):\d{1,5}|https?://[\w.:\[\]-]+(/[\w./-]*)?",
-        "is not an address of Ray; write auto, host:port, or http://host:8265 for its Jobs API, without user names or passwords",
+        "is not the address of a Ray cluster; write auto, host:port, or http://host:8265 for its Jobs API, without credentials",
     ),
 ]
 Resource = Annotated[str, matching(r"[A-Za-z][\w.:/-]*", "is not a resource; write it as in CPU, memory or special_hardware")]
@@ -33,7 +33,7 @@ Python = Annotated[str, matching(r"[A-Za-z0-9/][\w.+/-]*", "is not a program; wr
 VariableName = Annotated[
     str,
     matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
-    matching(rf"(?!({_OWN_VARIABLE})$).*", "is a variable that Ray or the launcher set themselves; take it out"),
+    matching(rf"(?!({_OWN_VARIABLE})$).*", "is a variable that Ray or the launcher sets; remove it"),
 ]
 StoragePath = Annotated[
     str,
@@ -44,7 +44,7 @@ VariableValue = Annotated[str, BeforeValidator(number_as_text), Text]
 
 
 class RaySection(ManagedSection):
-    """Ray Train: a Ray of this machine's own, or a cluster that runs already."""
+    """Ray Train: a cluster that runs already, or one that is started on this machine for the run."""
 
     kind: Literal["ray"] = Field("ray", description="The backend that starts the workers.")
     address: Address | None = Field(
@@ -53,25 +53,23 @@ class RaySection(ManagedSection):
         "the driver on the cluster. Unset: a Ray for this run alone is started on this machine.",
     )
     python: Python = Field("python", description="Python of the driver on a cluster that is reached over HTTP.")
-    allow_public_address: Flag = Field(
-        False, description="Let cluster.address be one that the whole internet can reach, or all interfaces."
-    )
+    allow_public_address: Flag = Field(False, description="Accept a cluster.address that is public or stands for all interfaces.")
     workers: PositiveInt | None = Field(None, description="Ranks in all. Unset: nodes times ranks_per_node.")
     min_workers: PositiveInt | None = Field(
         None,
-        description="Fewest workers that the run goes on with when nodes are lost or unfit; of these as many train as the batch "
-        "divides over. It grows again when there are more. The cluster must be the run's own: Ray counts what nodes have and not "
-        "what others hold. Not with label_selector or a STRICT_ placement_strategy. Unset: all.",
+        description="Fewest workers that the run continues with when nodes are lost or unfit; the largest number that divides "
+        "the batch trains. The run grows again when workers return. No other job may use the cluster: Ray counts all resources "
+        "of a node, used or not. Not with label_selector or a STRICT_ placement_strategy. Unset: all.",
     )
     resize_seconds: Positive | None = Field(
-        None, description="Seconds between two looks for more workers in an elastic run. Unset: Ray's default, 60."
+        None, description="Seconds between two checks for more workers in an elastic run. Unset: Ray's default, 60."
     )
     gpus_per_worker: Annotated[Count, Field(le=1)] | None = Field(
-        None, description="GPUs of each rank, 0 or 1. Unset: 1 where the plan is for GPUs."
+        None, description="GPUs per rank, 0 or 1. Unset: 1 where the plan is for GPUs."
     )
     resources_per_worker: dict[Resource, Positive] = Field(
         default_factory=dict,
-        description="Further resources of each rank, such as {CPU: 8}. Unset: Ray's default, the GPU alone or one CPU.",
+        description="More resources per rank, such as {CPU: 8}. Unset: Ray's default, the GPU alone or one CPU.",
     )
     accelerator_type: Name | None = Field(None, description="Ray's name of the GPU model that nodes must have, such as H100.")
     label_selector: dict[Label, LabelValue] = Field(
@@ -90,9 +88,9 @@ class RaySection(ManagedSection):
         default_factory=dict, description="Environment variables of the ranks, such as NCCL_IB_HCA. Never secrets."
     )
     pass_env: tuple[VariableName, ...] = Field(
-        (), description="Names of variables that the ranks get as they are where the run is started, such as NCCL_DEBUG. No keys."
+        (), description="Names of variables that the ranks inherit from the submitting shell, such as NCCL_DEBUG. Never secrets."
     )
-    dashboard: Flag = Field(False, description="Start Ray's dashboard, on loopback, with a Ray of this machine's own.")
+    dashboard: Flag = Field(False, description="Start Ray's dashboard on loopback, where the run starts its own Ray.")
 
     gpu_kind_remedy: ClassVar[str] = "choose the nodes with cluster.accelerator_type"
 
@@ -122,12 +120,12 @@ class RaySection(ManagedSection):
 
     @property
     def leaves_out_bad_nodes(self) -> bool:
-        """An elastic run goes on with the workers of the other nodes; Ray holds those of the bad one, which stay idle."""
+        """True for an elastic run: it continues with the workers of the other nodes, and those of the bad node stay idle."""
         workers = self.workers or self.nodes * (self.ranks_per_node or 0)
         return self.min_workers is not None and (not workers or self.min_workers < workers)
 
     def resources(self, device: str) -> dict[str, float]:
-        """What each worker asks for, on a plan for `device` (cuda or cpu), as Ray Train's ScalingConfig fills it in."""
+        """Return the resources of each worker on `device` (cuda or cpu), as Ray Train's ScalingConfig completes them."""
         gpus = self.gpus_per_worker if self.gpus_per_worker is not None else int(device == "cuda")
         return {**({"GPU": 1.0} if gpus else {}), **self.resources_per_worker} or {"CPU": 1.0}
 
@@ -138,7 +136,7 @@ class RaySection(ManagedSection):
 
     @property
     def host(self) -> str | None:
-        """The host of the address; None where there is none to be named."""
+        """The host of the address; None for auto and without an address."""
         if self.address is None or self.address == "auto":
             return None
         return urlsplit(self.address if self.is_http else f"ray://{self.address}").hostname
@@ -153,37 +151,37 @@ class RaySection(ManagedSection):
         return self
 
     def topology_problem(self, world_size: int) -> Problem | None:
-        """Refuse an elastic run of which Ray would count workers that it cannot place.
+        """Refuse an elastic run for which Ray would count workers that it cannot place.
 
-        For how many workers a cluster has room Ray Train counts by resources alone, packed as tightly as they go: see
-        `_compute_reservations` in ray.data's autoscaling coordinator, to which Ray Train names no strategy (Ray 2.60). It would
-        end a group that trains for the sake of a larger one that never comes to be.
+        Ray Train counts the workers that fit by resources alone, packed tightly: see `_compute_reservations` in ray.data's
+        autoscaling coordinator, which gets no strategy from Ray Train (Ray 2.60). It would stop a worker group that trains, to
+        start a larger one that can never be placed.
         """
         if self.min_workers is None or self.min_workers >= world_size:
             return None
-        unplaceable = "Ray replaces the workers by more than it can place"
+        unplaceable = "Ray would start more workers than it can place"
         if self.label_selector:
             return Problem(
-                "cluster.min_workers does not go with cluster.label_selector: counting nodes without the labels as well, "
+                "cluster.min_workers cannot be combined with cluster.label_selector: Ray counts nodes without the labels too, so "
                 f"{unplaceable}",
                 where="cluster.label_selector",
                 value=str(self.label_selector),
-                remedy="choose the nodes with cluster.accelerator_type, or with a resource of their own in "
-                "cluster.resources_per_worker, or take out cluster.min_workers",
+                remedy="choose the nodes with cluster.accelerator_type, or with a custom resource in "
+                "cluster.resources_per_worker, or remove cluster.min_workers",
             )
         if self.placement_strategy in ("STRICT_PACK", "STRICT_SPREAD"):
             return Problem(
-                "cluster.min_workers does not go with a STRICT_ placement strategy: counting room that the strategy forbids, "
+                "cluster.min_workers cannot be combined with a STRICT_ placement strategy: Ray ignores it when it counts, so "
                 f"{unplaceable}",
                 where="cluster.placement_strategy",
                 value=self.placement_strategy,
-                remedy=f"set it to {self.placement_strategy.removeprefix('STRICT_')}, or take out cluster.min_workers",
+                remedy=f"set it to {self.placement_strategy.removeprefix('STRICT_')}, or remove cluster.min_workers",
             )
         return None
 
 
 def is_exposed(host: str) -> bool:
-    """True for an IP address that is public or stands for all interfaces; a name tells nothing by itself."""
+    """Return whether an IP address is public or stands for all interfaces; False for host names."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

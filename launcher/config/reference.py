@@ -1,7 +1,7 @@
-"""The page docs/settings.md, written from the schema and the files under conf/.
+"""Write docs/settings.md from the schema and the files under conf/.
 
-python -m launcher.config.reference docs/settings.md            write it
-python -m launcher.config.reference --check docs/settings.md    exit 1 where it is not what would be written
+python -m launcher.config.reference docs/settings.md            write the page
+python -m launcher.config.reference --check docs/settings.md    exit 1 if the page is outdated
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _HEAD = """\
 
 Written by `make settings` from the descriptions in `launcher/config` and the files under `conf/`.
 
-A setting is given as `key=value` (`train.max_steps=100`), an option of a group as `group=option` (`model=qwen3_8b`).
-The defaults below are the schema's; the options of the groups and `conf/config.yaml` set many of them to something
-else, and `python -m launcher --cfg job` prints what holds in the end. The command line wins over an experiment, an
-experiment over the groups, the groups over `conf/config.yaml`. `null` unsets a setting.
+Set a setting with `key=value` (`train.max_steps=100`), and choose an option of a group with `group=option`
+(`model=qwen3_8b`). The defaults below are the schema's; group options and `conf/config.yaml` override many of them, and
+`python -m launcher --cfg job` prints the result. The command line wins over an experiment, an experiment over the groups,
+the groups over `conf/config.yaml`. `null` unsets a setting.
 
-`python -m launcher plan` shows what the settings amount to without starting anything.
+`python -m launcher plan` shows the plan of these settings and starts nothing.
 """
 
 
 def render() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return "\n".join([_HEAD, *_sections(), *_groups()])
 
 
@@ -45,9 +45,9 @@ def _sections() -> Iterator[str]:
         yield _table(row for row in rows if row.kind is None)
         for section in sections if len(sections) > 1 else ():
             kind = section.model_fields["kind"].default
-            if own := [row for row in rows if row.kind == kind]:
+            if rows_of_kind := [row for row in rows if row.kind == kind]:
                 yield f"### {name}={kind}\n\n{section.__doc__}\n"
-                yield _table(own)
+                yield _table(rows_of_kind)
 
 
 def _table(rows: Iterable[Setting]) -> str:
@@ -70,7 +70,7 @@ def _groups() -> Iterator[str]:
 
 
 def _about(file: Path) -> str:
-    """The comment at the head of a file, without Hydra's own line."""
+    """Return the comment at the top of a file, without Hydra's own line."""
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
@@ -82,7 +82,7 @@ def _about(file: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launcher.config.reference", description="Write or check the settings' page.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is not current")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is outdated")
     parser.add_argument("page", type=Path, help="docs/settings.md")
     arguments = parser.parse_args(argv)
     page: Path = arguments.page
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if page.is_file() and page.read_text(encoding="utf-8") == render():
         return 0
-    print(f"{page} is not what the settings say; write it again with: make settings", file=sys.stderr)
+    print(f"{page} does not match the settings; write it with: make settings", file=sys.stderr)
     return 1
 
 

@@ -1,7 +1,7 @@
-"""The settings of a run: one frozen class per config group, every field with its meaning and unit.
+"""The settings of a run: one frozen class per section, every field with its meaning and unit.
 
-Pure: no disk, network, environment or device is read here. What only the machine can answer (does the
-path exist, does the batch divide over these ranks) is checked where facts are gathered and planned.
+Pure: nothing here reads disk, network, environment or devices. Checks that need them, such as whether a path exists, are in
+launcher.facts and launcher.plan.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RUN_PATTERN = re.compile(rf"{RUN_PREFIX}(?P<run>{NAME_PATTERN.pattern}|(?:/|\./|
 
 
 class RunSection(Section):
-    """Who the run is, where it lives, and when it must end."""
+    """Name, directory, seed and limits of the run."""
 
     name: Name | None = Field(
         None, description="Name of the run and of its directory. Unset: model, data and the time of submission."
@@ -46,35 +46,35 @@ class RunSection(Section):
     max_hours: Positive | None = Field(
         None,
         description=(
-            "Hours after which the run saves and stops: all attempts together, from when their machines were there; waiting in a "
-            "queue does not count. A resume continues when it is raised. Unset: no limit."
+            "Hours after which the run saves and stops, summed over all attempts; time in a queue does not count. Raise it to "
+            "resume such a run. Unset: no limit."
         ),
     )
     max_usd: Positive | None = Field(
         None,
         description=(
-            "US dollars after which the run saves and stops, counted as the GPU hours of all attempts, each at its own price; a "
-            "resume continues when it is raised. Needs cluster.price_per_gpu_hour: a typical price is not enough."
+            "US dollars after which the run saves and stops: the GPU hours of all attempts, each at its own price. Raise it to "
+            "resume such a run. Needs cluster.price_per_gpu_hour; a typical price is not used."
         ),
     )
 
 
 class ModelSection(Section):
-    """Which model, and how its layers compute."""
+    """The model: its weights, tokenizer, number types and kernels."""
 
     name: Name = Field("model", description="Short name; part of the run's default name.")
     path: Text | None = Field(
         None,
         description=(
             "Weights to start from: a local folder (absolute, or starting with ./ or ../), a hub id such as Qwen/Qwen3-8B, "
-            "package:MODULE/FILE.gguf for a file in an installed Python package, or run:NAME for the weights of another run's "
-            "newest checkpoint; run:NAME@STEP takes that of one step, run:/path/of/run a run that is not under run.root. "
+            "package:MODULE/FILE.gguf for a file in an installed Python package, or run:NAME for the newest checkpoint of "
+            "another run; run:NAME@STEP selects a step, run:/path/of/run a run outside run.root. "
             "Unset only with init=random."
         ),
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub id. Unset: the default branch.")
     tokenizer: Text | None = Field(
-        None, description="Tokenizer source, in the forms of model.path but for run:. Unset: model.path."
+        None, description="Tokenizer source, in the forms of model.path except run:. Unset: model.path."
     )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="Load the weights of model.path, or draw random ones for the architecture (tests, dry runs)."
@@ -92,8 +92,8 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
         "auto",
         description=(
-            "Attention kernel. auto: FlashAttention 2 on a GPU where flash_attn is installed, but for fp32; else SDPA, which is "
-            "slow on GPUs for long rows of packed documents."
+            "Attention kernel. auto: FlashAttention 2 on a GPU where flash_attn is installed, except for fp32; otherwise SDPA, "
+            "which is slow on GPUs for long rows of packed documents."
         ),
     )
     activation_checkpointing: Flag = Field(
@@ -119,9 +119,9 @@ class ModelSection(Section):
             return value
         if is_run(value):
             raise ValueError(
-                "is not a run; write run:NAME or run:NAME@STEP, and a run that is not under run.root as run:/path or run:./path"
+                "is not a reference to a run; write run:NAME or run:NAME@STEP; a run outside run.root is run:/path or run:./path"
                 if info.field_name == "path"
-                else "cannot be a run; leave it out: the tokenizer comes with the weights of model.path"
+                else "cannot be a run; remove it: the tokenizer comes with the weights of model.path"
             )
         raise ValueError(
             "is neither a folder, a hub id, a file of a package nor a run; write a folder as /path or ./path, "
@@ -131,17 +131,15 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _complete(self) -> ModelSection:
         if self.init == "pretrained" and self.path is None:
-            raise ValueError("model.path is needed with model.init=pretrained; set it to a folder or a hub id")
+            raise ValueError("model.path is required with model.init=pretrained; set it to a folder or a hub id")
         if self.init == "random" and self.path is None and self.config is None:
-            raise ValueError("model.init=random does not know the architecture; set model.path or model.config")
+            raise ValueError("model.init=random needs an architecture; set model.path or model.config")
         if self.init == "random" and is_run(self.path):
-            raise ValueError("model.init=random would leave out the weights of model.path=run:...; set model.init=pretrained")
+            raise ValueError("model.init=random would ignore the weights of model.path=run:...; set model.init=pretrained")
         if self.path is None and self.tokenizer is None:
-            raise ValueError("model.tokenizer is needed where model.path is unset; set it to a folder or a hub id")
+            raise ValueError("model.tokenizer is required where model.path is unset; set it to a folder or a hub id")
         if self.trust_remote_code and not COMMIT_PATTERN.fullmatch(self.revision or ""):
-            raise ValueError(
-                "model.trust_remote_code runs whatever the revision holds; pin model.revision to a full 40-digit commit"
-            )
+            raise ValueError("model.trust_remote_code needs a fixed revision; pin model.revision to a full 40-digit commit")
         return self
 
 
@@ -171,18 +169,23 @@ class OptimSection(Section):
 
 
 class DeepSpeedSection(Section):
-    """ZeRO stage 3 and where its states live."""
+    """DeepSpeed ZeRO stage 3: where its states are stored, and how it communicates."""
 
     name: Name = Field("zero3", description="Short name.")
-    stage: int = Field(3, description="ZeRO stage; only 3 is served.")
-    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where optimizer states and fp32 weights live.")
-    offload_params: Literal["none", "cpu", "nvme"] = Field("none", description="Where partitioned weights live between uses.")
+    stage: int = Field(3, description="ZeRO stage; only stage 3 is supported.")
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Where optimizer states and fp32 weights are stored."
+    )
+    offload_params: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Where partitioned weights are stored between uses."
+    )
     nvme_path: Text | None = Field(
         None,
-        description="Folder on a local NVMe disk there on every node; needed for nvme. Each run has its own folder in it.",
+        description="Folder on a local NVMe disk, with the same path on every node; required for nvme. Each run has its own "
+        "folder in it.",
     )
     hpz_partition_size: PositiveInt | Literal["node"] = Field(
-        1, description="ZeRO++ hpZ: ranks that hold a second copy of the weights; node: those of one node; 1 turns it off."
+        1, description="ZeRO++ hpZ: ranks that share a second copy of the weights; node: those of one node; 1 turns it off."
     )
     quantized_weights: Flag = Field(False, description="ZeRO++ qwZ: gather weights in int8 (lossy).")
     quantized_gradients: Flag = Field(False, description="ZeRO++ qgZ: reduce gradients in int4 (lossy).")
@@ -198,8 +201,8 @@ class DeepSpeedSection(Section):
     extra: dict[str, Any] = Field(
         default_factory=dict,
         description=(
-            "Raw DeepSpeed keys, merged last. Keys that DeepSpeed does not know, keys that a launcher setting decides, and "
-            "unsupported features are refused."
+            "Raw DeepSpeed keys, merged last. Unknown keys, keys that another setting controls, and unsupported features "
+            "are refused."
         ),
     )
 
@@ -208,33 +211,35 @@ class DeepSpeedSection(Section):
     def _only_stage_3(cls, value: int) -> int:
         if value != 3:
             raise ValueError(
-                "only ZeRO stage 3 is served: lower stages keep a full copy of the weights on every GPU, and checkpoints, "
-                "resume and export are written for partitioned weights; take deepspeed.stage out"
+                "only ZeRO stage 3 is supported: lower stages keep a full copy of the weights on every GPU, and "
+                "checkpoints, resume and export expect partitioned weights; remove deepspeed.stage"
             )
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> DeepSpeedSection:
         if "nvme" in (self.offload_optimizer, self.offload_params) and not self.nvme_path:
-            asking = [f"deepspeed.{k}" for k in ("offload_optimizer", "offload_params") if getattr(self, k) == "nvme"]
-            raise ValueError(f"{' and '.join(asking)}: nvme needs a place; set deepspeed.nvme_path to a folder on a local disk")
-        if self.nvme_path and not self.nvme_path.startswith("/"):
-            raise ValueError("deepspeed.nvme_path: is meant on every node; begin it with /")
-        if self.offload_params == "nvme" and self.prefetch_bucket_size:
+            nvme_settings = [f"deepspeed.{k}" for k in ("offload_optimizer", "offload_params") if getattr(self, k) == "nvme"]
             raise ValueError(
-                "deepspeed.prefetch_bucket_size: DeepSpeed fails where it fetches weights from NVMe ahead of use; take it out"
+                f"{' and '.join(nvme_settings)}: nvme needs a folder; set deepspeed.nvme_path to a folder on a local disk"
             )
+        if self.nvme_path and not self.nvme_path.startswith("/"):
+            raise ValueError("deepspeed.nvme_path: must be an absolute path, because every node uses it; begin it with /")
+        if self.offload_params == "nvme" and self.prefetch_bucket_size:
+            raise ValueError("deepspeed.prefetch_bucket_size: DeepSpeed cannot prefetch weights from NVMe; remove it")
         return self
 
 
-# W&B refuses longer ones.
-Tag = Annotated[Name, matching(r".{1,64}", "is longer than the 64 characters that W&B takes; shorten it")]
+# W&B refuses longer tags.
+Tag = Annotated[Name, matching(r".{1,64}", "is longer than W&B's limit of 64 characters; shorten it")]
 
 
 class TrackingSection(Section):
     """Where metrics go besides metrics.jsonl and the terminal."""
 
-    kind: Literal["wandb", "none"] = Field("wandb", description="Weights & Biases, or nothing more.")
+    kind: Literal["wandb", "none"] = Field(
+        "wandb", description="wandb: Weights & Biases; none: only metrics.jsonl and the terminal."
+    )
     project: Name = Field("launcher", description="W&B project.")
     entity: Name | None = Field(None, description="W&B user or team. Unset: the account's default.")
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
@@ -246,7 +251,7 @@ class TrackingSection(Section):
 
 
 class RunConfig(Section):
-    """Everything a user sets, resolved and checked."""
+    """All settings of a run, resolved and checked."""
 
     run: RunSection = Field(default_factory=RunSection)
     model: ModelSection
@@ -263,15 +268,15 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.run.max_usd is not None and self.cluster.price_per_gpu_hour is None:
-            raise ValueError("run.max_usd cannot be turned into GPU hours; set cluster.price_per_gpu_hour")
+            raise ValueError("run.max_usd needs the price of a GPU hour; set cluster.price_per_gpu_hour")
         return self
 
 
 def is_run(value: str | None) -> bool:
-    """True where the weights are to come from another run."""
+    """Return whether a model path names the weights of another run."""
     return value is not None and value.startswith(RUN_PREFIX)
 
 
 def is_local_path(value: str) -> bool:
-    """True for an absolute path and for one that starts with ./, ../ or ~."""
+    """Return whether a value is an absolute path, or starts with ./, ../ or ~."""
     return value.startswith(("/", "./", "../", "~")) or value in (".", "..")

@@ -1,7 +1,7 @@
-"""Slurm's settings, which carry Slurm's own names.
+"""The settings of Slurm, under Slurm's own names.
 
-Every text among them has a pattern, because it becomes part of a batch script: what could end a line, a word or a quotation
-is refused here.
+Every text has a pattern, because it becomes part of a batch script: characters that could end a line, a word or a quotation are
+refused here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ OWN_SBATCH_PARAMETERS = re.split(
 _WORD = r"[A-Za-z0-9][\w.@+-]*"
 _MODULE = r"[A-Za-z0-9][\w.+/-]*"
 _PATH = r"/[\w.+@/-]*"
-# A shell takes none of these for a command.
+# Words that a shell does not run as commands.
 _RESERVED_WORD = "case|coproc|do|done|elif|else|esac|fi|for|function|if|select|then|until|while"
-# Values are taken word for word, so that PATH would lose the folders of Slurm's commands. The others belong to bash, Slurm,
-# submitit and the launcher. LD_PRELOAD, BASH_ENV and the like are a user's own affair, whose commands run here anyway.
+# Values are not expanded, so PATH would lose the folders of Slurm's commands. The others belong to bash, Slurm, submitit and the
+# launcher. LD_PRELOAD, BASH_ENV and the like are allowed: the user's own commands run in the job anyway.
 _RESERVED_VARIABLE = (
     r"PATH|(SLURM|SLURMD|SBATCH|SUBMITIT)_\w*|LAUNCHER_ATTEMPT|PYTHONSAFEPATH|PYTHONUNBUFFERED|E?UID|PPID|BASHOPTS|SHELLOPTS"
     "|BASH_VERSINFO"
@@ -38,7 +38,7 @@ _RESERVED_VARIABLE = (
 def _no_number(value: Any) -> Any:
     if isinstance(value, int):
         raise ValueError(
-            "is a number, as which YAML reads 24:00:00 as well; write D-HH:MM:SS, or HH:MM:SS within quotes in a file"
+            "is a number, and YAML reads 24:00:00 as a number too; write D-HH:MM:SS, or HH:MM:SS within quotes in a file"
         )
     return value
 
@@ -98,7 +98,8 @@ ParameterValue = Annotated[
     str,
     BeforeValidator(number_as_text),
     matching(
-        r"[\w.,:/@%+=\[\]-]*", "holds characters that sbatch's options never need; use letters, digits and . , : / @ % + = [ ] -"
+        r"[\w.,:/@%+=\[\]-]*",
+        "contains characters that sbatch's options never need; use letters, digits and . , : / @ % + = [ ] -",
     ),
 ]
 VariableName = Annotated[
@@ -106,7 +107,7 @@ VariableName = Annotated[
     matching(r"[A-Za-z_]\w*", "is not the name of a variable; use letters, digits and _, a letter first"),
     matching(
         rf"(?!({_RESERVED_VARIABLE})$).*",
-        "is a variable that Slurm, bash or the launcher set themselves; take it out, or set it in a script and write: "
+        "is a variable that Slurm, bash or the launcher sets; remove it, or set it in a script and write: "
         "cluster.setup=[source /path/of/the/script]",
     ),
 ]
@@ -115,13 +116,13 @@ VariableValue = Annotated[
     BeforeValidator(number_as_text),
     matching(
         r"[\w .,:=+@%/^-]*",
-        "holds characters that are not let into a batch script; put it into a script: cluster.setup=[source /path/of/the/script]",
+        "contains characters that a batch script must not have; set it in a script: cluster.setup=[source /path/of/the/script]",
     ),
 ]
 
 
 class SlurmSection(ManagedSection):
-    """A Slurm cluster; names are sbatch's own, and what is unset is left to the site's defaults."""
+    """A Slurm cluster. The names are sbatch's; unset settings are left to the site's defaults."""
 
     kind: Literal["slurm"] = Field("slurm", description="The backend that starts the workers.")
     account: Id | None = Field(None, description="Account that is charged.")
@@ -135,11 +136,11 @@ class SlurmSection(ManagedSection):
     cpus_per_task: PositiveInt | None = Field(None, description="CPUs for the ranks of one node. Unset: see exclusive.")
     mem: MemorySize | None = Field(None, description="Main memory of each node; 0 is all.")
     constraint: Constraint | None = Field(None, description="Features that the nodes must have.")
-    exclude: Hosts | None = Field(None, description="Nodes that are not to be used.")
+    exclude: Hosts | None = Field(None, description="Nodes that must not be used.")
     nodelist: Hosts | None = Field(None, description="Nodes that must be used.")
-    exclusive: Flag = Field(True, description="Whole nodes, shared with no other job.")
+    exclusive: Flag = Field(True, description="Use whole nodes, shared with no other job.")
     reservation: Id | None = Field(None, description="Reservation to run in.")
-    comment: Comment | None = Field(None, description="Comment that is kept with the job.")
+    comment: Comment | None = Field(None, description="Comment that Slurm stores with the job.")
     dependency: Dependency | None = Field(None, description="Jobs to wait for.")
     requeue: Flag = Field(True, description="Let Slurm run the job again after a lost node or a preemption.")
     signal_lead_seconds: PositiveInt = Field(
@@ -153,15 +154,15 @@ class SlurmSection(ManagedSection):
         default_factory=dict, description="Environment variables of the job, such as NCCL_IB_HCA. Never secrets."
     )
     container_image: Image | None = Field(None, description="Container that the ranks run in. Unset: none.")
-    container_runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="What starts the container.")
+    container_runtime: Literal["pyxis", "apptainer"] = Field("pyxis", description="Program that starts the container.")
     container_mounts: tuple[Mount, ...] = Field(
-        (), description="Folders to mount; the run directory, the caches and a local model are mounted as they are."
+        (), description="Folders to mount; the run directory, the caches and a local model are always mounted."
     )
-    container_python: Image = Field("python3", description="Python inside the container; it must hold this launcher.")
+    container_python: Image = Field("python3", description="Python inside the container, where this launcher is installed.")
     srun_args: tuple[SrunArgument, ...] = Field((), description="More options for srun.")
     additional_parameters: dict[ParameterName, ParameterValue] = Field(
         default_factory=dict,
-        description="More options for sbatch, such as {switches: 1}; those that take no value have '' for one.",
+        description="More options for sbatch, such as {switches: 1}; use '' for options without a value.",
     )
     exclude_bad_nodes: Flag = Field(False, description="After a node failed its checks, run the job again without it.")
     dry_run: Flag = Field(False, description="Print the batch script and submit nothing.")
@@ -186,7 +187,7 @@ class SlurmSection(ManagedSection):
         return self.signal_lead_seconds
 
     def for_another_run(self) -> Self:
-        # The jobs that this one waited for are over.
+        # The jobs that this one waited for have ended.
         return self.model_copy(update={"dependency": None})
 
     @property
@@ -204,12 +205,13 @@ class SlurmSection(ManagedSection):
             raise ValueError("cluster.gpus_per_node and cluster.gres both ask for GPUs; set one of them")
         if self.time_minutes * 60 <= self.signal_lead_seconds:
             raise ValueError(
-                "cluster.signal_lead_seconds leaves no time to train within cluster.time; lower the one or raise the other"
+                "cluster.signal_lead_seconds leaves no time to train within cluster.time; lower cluster.signal_lead_seconds or "
+                "raise cluster.time"
             )
-        own = [key for key in self.additional_parameters if key in OWN_SBATCH_PARAMETERS]
-        if own:
+        controlled = [key for key in self.additional_parameters if key in OWN_SBATCH_PARAMETERS]
+        if controlled:
             raise ValueError(
-                f"cluster.additional_parameters must not set {', '.join(own)}; the launcher sets it itself, from a setting"
+                f"cluster.additional_parameters must not set {', '.join(controlled)}; the launcher sets it from another setting"
             )
         return self
 
@@ -219,7 +221,7 @@ def asks_for_gpus(gres: str | None) -> bool:
 
 
 def minutes(time: str) -> int:
-    """Slurm's `M`, `M:SS`, `H:MM:SS`, `D-H`, `D-H:MM` and `D-H:MM:SS` in minutes, seconds rounded up."""
+    """Return the minutes of Slurm's `M`, `M:SS`, `H:MM:SS`, `D-H`, `D-H:MM` or `D-H:MM:SS`, seconds rounded up."""
     days, dash, rest = time.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if dash:

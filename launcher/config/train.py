@@ -37,44 +37,44 @@ class EvalSection(Section):
     """Held-out evaluation while the model trains."""
 
     every: Count = Field(0, description="Steps between held-out evaluations; 0: only before and after training.")
-    at_start: Flag = Field(True, description="Evaluate before the first step, so that there is something to compare with.")
+    at_start: Flag = Field(True, description="Evaluate before the first step, as the baseline of later evaluations.")
     sample: Flag = Field(
         False, description="Answer one held-out question before and after training (models that fit on one device)."
     )
-    sample_max_tokens: PositiveInt = Field(48, description="Length of that answer in tokens.")
+    sample_max_tokens: PositiveInt = Field(48, description="Maximum length of that answer, in tokens.")
 
 
 class CheckpointSection(Section):
-    """When checkpoints are written, which of them are kept, and where they are copied to."""
+    """When checkpoints are written, which are kept, and where copies go."""
 
     save_every: Count = Field(0, description="Steps between checkpoints; 0: only at the end and when stopped.")
     keep_last: PositiveInt = Field(2, description="Newest committed checkpoints to keep; older ones are removed.")
-    keep_every: Count = Field(0, description="Checkpoints at multiples of so many steps are never removed; 0: none.")
+    keep_every: Count = Field(0, description="Checkpoints at multiples of this many steps are never removed; 0: none.")
     keep_best: Count = Field(
-        0, description="Checkpoints with the lowest held-out loss to keep besides; they must fall on steps that are evaluated."
+        0, description="Checkpoints with the lowest held-out loss to keep as well; only steps that are evaluated count."
     )
     async_save: Flag = Field(
         True,
-        description="Write checkpoints in the background, from a copy in main memory, while training goes on. "
-        "false: training waits, and no memory is needed.",
+        description="Write checkpoints in the background, from a copy in main memory, while training continues. "
+        "false: training waits until they are written, without a copy.",
     )
     mirror: Url | None = Field(
         None,
-        description="Folder to copy every committed checkpoint to in the background: s3://bucket/runs, or any other address "
-        "that fsspec knows. A run is resumed from there with: resume URL/NAME.",
+        description="Folder to which every committed checkpoint is copied in the background: s3://bucket/runs, or any other "
+        "URL that fsspec knows. `resume URL/NAME` continues a run from there.",
     )
 
 
 class ExportSection(Section):
-    """The Hugging Face folder that a complete run leaves, and where it is pushed to."""
+    """The Hugging Face folder that is written when training is complete, and its upload."""
 
     enabled: Flag = Field(True, description="Write the Hugging Face folder when training is complete.")
     push_to_hub: HubId | None = Field(
-        None, description="Hub repository that gets the exported folder at the end; it is made private. Needs HF_TOKEN."
+        None, description="Hub repository that receives the exported folder at the end; it is created private. Needs HF_TOKEN."
     )
 
     @model_validator(mode="after")
     def _something_to_push(self) -> ExportSection:
         if self.push_to_hub and not self.enabled:
-            raise ValueError("export.push_to_hub pushes the exported folder, and export.enabled is off; set export.enabled=true")
+            raise ValueError("export.push_to_hub needs the exported folder, and export.enabled is off; set export.enabled=true")
         return self

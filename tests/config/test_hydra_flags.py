@@ -125,7 +125,7 @@ def test_a_target_is_refused_and_never_called(
     (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'called')!r}, 'w').close()\ndef call(**kwargs): pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     (problem,) = refused(f"{key}={module}.call")
-    assert problem.what == f"{key}: settings never name code to run; nothing was called"
+    assert problem.what == f"{key}: a setting must not name code to run; nothing was called"
     assert not (tmp_path / "called").exists()
     # The canary does sing when it is imported.
     importlib.import_module(module)

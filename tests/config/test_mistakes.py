@@ -20,7 +20,7 @@ Shown = Callable[..., str]
         ("train.max_stepz=3", "train.max_stepz: there is no such setting", "3", "did you mean train.max_steps?"),
         ("train.lr=3e-4", "train.lr: there is no such setting", "0.0003", "did you mean optim.lr?"),
         ("lr=1", "lr: there is no such setting", "1", "did you mean optim.lr?"),
-        ("train.zzz=1", "train.zzz: there is no such setting", "1", "known here: train.max_steps, train.epochs"),
+        ("train.zzz=1", "train.zzz: there is no such setting", "1", "the settings here are: train.max_steps, train.epochs"),
         ("+clster=local", "clster: there is no such setting", "'local'", "did you mean cluster?"),
         ("run.seed=abc", "run.seed: is not a whole number", "'abc'", "set run.seed to int >= 0. Seeds weight"),
         ("train.max_steps=1.5", "train.max_steps: is not a whole number", "1.5", "set train.max_steps to int > 0 or null."),
@@ -35,12 +35,17 @@ Shown = Callable[..., str]
         ("optim.betas=[0.9,1.5]", "optim.betas[1]: must be at most 1", "1.5", "set optim.betas to [0 <= float <= 1, 0 <="),
         ("optim.betas=3", "optim.betas: is not a list", "3", "set optim.betas to ["),
         ("data.sources=[]", "data.sources: holds too few entries", "", "set data.sources to list of mapping"),
-        ("data.sources=[{name: a}]", "data.sources[0].path: a value is required", "", "complete data.sources[0]: it lacks path"),
-        ("data.sources=[{path: a, columns: {promt: q}}]", "data.sources[0].columns: has no use for promt", "", "are messages"),
+        (
+            "data.sources=[{name: a}]",
+            "data.sources[0].path: a value is required",
+            "",
+            "complete data.sources[0]: path is missing",
+        ),
+        ("data.sources=[{path: a, columns: {promt: q}}]", "data.sources[0].columns: has no column promt", "", "are messages"),
         ("data.sources=[{path: a, weight: -1}]", "data.sources[0].weight: must be at least 0", "-1", "set data.sources[].weight"),
         (
             "data.eval_path='s3://me:word@b/a'",
-            "data.eval_path: holds a user or a password",
+            "data.eval_path: contains a user or a password",
             "'s3://<redacted>@b/a'",
             "environment",
         ),
@@ -123,7 +128,7 @@ def test_no_length(refused: Refused) -> None:
 
 def test_a_push_of_a_folder_that_is_not_made(refused: Refused) -> None:
     (problem,) = refused("export.push_to_hub=owner/name", "export.enabled=false")
-    assert problem.what == "export.push_to_hub pushes the exported folder, and export.enabled is off"
+    assert problem.what == "export.push_to_hub needs the exported folder, and export.enabled is off"
     assert problem.remedy == "set export.enabled=true"
 
 
@@ -148,9 +153,9 @@ def test_a_length_on_the_command_line_unsets_the_files(
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("deepspeed.offload_params=nvme", "deepspeed.offload_params: nvme needs a place"),
-        ("run.max_usd=3", "run.max_usd cannot be turned into GPU hours"),
-        ("model.trust_remote_code=true", "model.trust_remote_code runs whatever the revision holds"),
+        ("deepspeed.offload_params=nvme", "deepspeed.offload_params: nvme needs a folder"),
+        ("run.max_usd=3", "run.max_usd needs the price of a GPU hour"),
+        ("model.trust_remote_code=true", "model.trust_remote_code needs a fixed revision"),
     ],
 )
 def test_settings_that_do_not_go_together(refused: Refused, override: str, what: str) -> None:

@@ -18,7 +18,7 @@ def test_the_page_is_current() -> None:
 def test_a_stale_page_is_one_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "docs" / "settings.md"
     assert main(["--check", str(page)]) == 1
-    assert capsys.readouterr().err == f"{page} is not what the settings say; write it again with: make settings\n"
+    assert capsys.readouterr().err == f"{page} does not match the settings; write it with: make settings\n"
     assert not page.exists()
     assert main([str(page)]) == 0
     assert main(["--check", str(page)]) == 0

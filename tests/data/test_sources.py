@@ -107,7 +107,7 @@ def test_columns_name_the_rows_own_keys(tmp_path: Path) -> None:
 
 
 def test_a_mapping_to_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match="has no use for promt"):
+    with pytest.raises(ValueError, match="has no column promt"):
         Source(path="a.jsonl", columns={"promt": "question"})
 
 
