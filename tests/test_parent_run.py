@@ -81,9 +81,9 @@ def test_valid_names_of_a_run_are_accepted(path: str) -> None:
 @pytest.mark.parametrize(
     "values, said",
     [
-        ({"path": "run:"}, "is not a run; write run:NAME or run:NAME@STEP"),
-        ({"path": "run:a@x"}, "is not a run; write"),
-        ({"path": "run:runs/a"}, "is not a run; write"),
+        ({"path": "run:"}, "is not a reference to a run; write run:NAME or run:NAME@STEP"),
+        ({"path": "run:a@x"}, "is not a reference to a run; write"),
+        ({"path": "run:runs/a"}, "is not a reference to a run; write"),
         ({"path": "run:a", "init": "random"}, "set model.init=pretrained"),
         ({"path": "./m", "tokenizer": "run:a"}, "the tokenizer comes with the weights of model.path"),
     ],

@@ -182,7 +182,7 @@ def describe_moved_rows(saved_plan: LaunchPlan, next_plan: LaunchPlan, step: int
 def _all_overrides(earlier: Sequence[str], overrides: Sequence[str], changes: Sequence[Difference]) -> tuple[str, ...]:
     """Return all overrides of the run so far, and the differences that --force accepted without an override."""
     keys = tuple(override.lstrip("+").partition("=")[0] for override in overrides)
-    return (*earlier, *overrides, *(f"{change.key}={change.asked}" for change in changes if not change.key.startswith(keys)))
+    return (*earlier, *overrides, *(f"{change.key}={change.requested}" for change in changes if not change.key.startswith(keys)))
 
 
 def _plan_of_checkpoint(run: RunDir, checkpoint: Checkpoint, force: bool) -> LaunchPlan | None:

@@ -1,4 +1,4 @@
-"""Which settings of a run may change when it is continued, which may with --force, and how a difference is shown."""
+"""The settings that may change when a run is resumed, those that may with --force, and the text of their differences."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.config.renamed_keys import renamed_override
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError, Problem, did_you_mean
 
-# What changes nothing that a step computes: how long, how often, where, and where it is told.
+# Settings without an effect on what a step computes.
 WITHOUT_EFFECT = (
     "train.max_steps",
     "train.epochs",
@@ -34,7 +34,7 @@ WITHOUT_EFFECT = (
     "tracking.",
 )
 
-# What may change without changing what the run is.
+# Settings that may change freely when a run is resumed.
 CHANGEABLE = (
     *WITHOUT_EFFECT,
     "train.micro_batch_size",
@@ -45,57 +45,57 @@ CHANGEABLE = (
     "deepspeed.",
 )
 
-# What cannot change: the checkpoint has the parameters of one architecture, and the run lies where it lies. What starts with
+# Settings that cannot change: the checkpoint has the parameters of one architecture, and the run has one directory. Keys below
 # `plan.` are numbers that the plan recorded.
 FIXED = ("run.name", "run.root", "model.path", "model.revision", "model.tokenizer", "model.init", "model.config", "plan.model")
 ABSENT = "-"
-_NOWHERE = object()
+_MISSING = object()
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A value that is not what the checkpoint was saved with; values are as an error may show them."""
+    """A setting that differs from the one that the checkpoint was saved with; the values are as an error may show them."""
 
     key: str
     saved: str
-    asked: str
+    requested: str
 
     @property
     def is_fixed(self) -> bool:
         return _is_one_of(self.key, FIXED)
 
 
-def differences(saved: RunConfig, asked: RunConfig) -> list[Difference]:
-    """The settings that may not change freely and differ, key by key in the schema's order."""
-    found = differing(saved.model_dump(mode="json"), asked.model_dump(mode="json"))
-    return [difference for difference in found if not _is_one_of(difference.key, CHANGEABLE)]
+def differences(saved: RunConfig, requested: RunConfig) -> list[Difference]:
+    """Return the settings that differ and may not change freely, in the schema's order."""
+    changed = differing(saved.model_dump(mode="json"), requested.model_dump(mode="json"))
+    return [difference for difference in changed if not _is_one_of(difference.key, CHANGEABLE)]
 
 
-def computes_alike(before: RunConfig, after: RunConfig) -> bool:
-    """Whether a step has the same result under both, but for the learning rate of a schedule over another number of steps."""
-    found = differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
-    return all(_is_one_of(difference.key, WITHOUT_EFFECT) for difference in found)
+def has_same_computation(before: RunConfig, after: RunConfig) -> bool:
+    """Return whether a step computes the same under both, except for a learning rate that depends on the number of steps."""
+    changed = differing(before.model_dump(mode="json"), after.model_dump(mode="json"))
+    return all(_is_one_of(difference.key, WITHOUT_EFFECT) for difference in changed)
 
 
-def differing(saved: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[Difference]:
-    """The leaves of two nested mappings that differ, under their keys below `prefix`."""
-    before, after = dict(leaves(dict(saved), prefix)), dict(leaves(dict(asked), prefix))
+def differing(saved: Mapping[str, Any], requested: Mapping[str, Any], prefix: str = "") -> list[Difference]:
+    """Return the leaves of two nested mappings that differ, with their keys below `prefix`."""
+    before, after = dict(leaves(dict(saved), prefix)), dict(leaves(dict(requested), prefix))
     return [
-        Difference(key, *(shown(key, side[key]) if key in side else ABSENT for side in (before, after)))
+        Difference(key, *(shown(key, values[key]) if key in values else ABSENT for values in (before, after)))
         for key in dict.fromkeys((*before, *after))
-        if before.get(key, _NOWHERE) != after.get(key, _NOWHERE)
+        if before.get(key, _MISSING) != after.get(key, _MISSING)
     ]
 
 
 def table(found: Sequence[Difference]) -> str:
-    """A line for each difference: key, the checkpoint's value, the asked one."""
-    rows = [("", "checkpoint", "asked for"), *((d.key, d.saved, d.asked) for d in found)]
+    """Return one line per difference: the key, the checkpoint's value, the requested value."""
+    rows = [("", "checkpoint", "requested"), *((d.key, d.saved, d.requested) for d in found)]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return "\n".join(f"  {key:<{widths[0]}}  {saved:<{widths[1]}}  {asked}".rstrip() for key, saved, asked in rows)
+    return "\n".join(f"  {key:<{widths[0]}}  {saved:<{widths[1]}}  {requested}".rstrip() for key, saved, requested in rows)
 
 
 def require_same(found: Sequence[Difference], force: bool, run: str, checkpoint: str) -> None:
-    """Refuse what makes it another run, all of it at once; `force` accepts what is not FIXED.
+    """Refuse differences that make it another run, all in one error; `force` accepts those that are not FIXED.
 
     Raises:
         ConfigError: with the differences key by key.
@@ -104,17 +104,17 @@ def require_same(found: Sequence[Difference], force: bool, run: str, checkpoint:
     if fixed := [difference for difference in found if difference.is_fixed]:
         problems.append(
             Problem(
-                f"this cannot change when a run is continued, not with --force either:\n{table(fixed)}",
+                f"these settings cannot change when a run is resumed, not even with --force:\n{table(fixed)}",
                 where=checkpoint,
-                remedy=f"take it out, or start another run with these weights: python -m launcher model.path=run:{run} ...",
+                remedy=f"remove them, or start another run with these weights: python -m launcher model.path=run:{run} ...",
             )
         )
     if not force and (free := [difference for difference in found if not difference.is_fixed]):
         problems.append(
             Problem(
-                f"this differs from what the checkpoint was saved with:\n{table(free)}",
+                f"these settings differ from those that the checkpoint was saved with:\n{table(free)}",
                 where=checkpoint,
-                remedy="take it out, start another run with it, or accept the difference: resume RUN --force ...",
+                remedy="remove them, start another run with them, or accept the differences: resume RUN --force ...",
             )
         )
     if problems:
@@ -126,10 +126,10 @@ def _is_one_of(key: str, known: Sequence[str]) -> bool:
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """`config` with `key=value` overrides applied, whether or not a run may be continued with them.
+    """Return `config` with `key=value` overrides, whether or not a run may be resumed with them.
 
     Raises:
-        ConfigError: for a key that does not exist or a value that cannot be.
+        ConfigError: where a key does not exist, or a value is not accepted.
     """
     import yaml
 
@@ -141,7 +141,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             problems.append(renamed)
         elif not equals or key not in settings():
             guess = did_you_mean(key, list(settings()))
-            problems.append(_problem(f"{key}: there is no such setting", guess or "settings are written key=value"))
+            problems.append(_problem(f"{key}: there is no such setting", guess or "write settings as key=value"))
         elif looks_secret(key, raw):
             problems.append(_secret(key))
         else:
@@ -149,9 +149,9 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             try:
                 value = yaml.safe_load(raw)
             except yaml.YAMLError:
-                problems.append(_problem(f"{key}: the value cannot be read", "write it as in YAML", value=raw))
+                problems.append(_problem(f"{key}: the value is no valid YAML", "write the value in YAML", value=raw))
                 continue
-            secrets = [_secret(leaf) for leaf, found in leaves(value, key) if looks_secret(leaf, found)]
+            secrets = [_secret(leaf) for leaf, content in leaves(value, key) if looks_secret(leaf, content)]
             problems += secrets
             if not secrets:
                 if key == "data.path":
@@ -172,7 +172,7 @@ def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def _follow_data_path(data: dict[str, Any], path: Any) -> None:
-    """The entry of data.sources that data.path is a shorthand for changes with it."""
+    """Change the entry of data.sources that data.path is short for."""
     for source in data["sources"]:
         if data["path"] is not None and source["path"] == data["path"]:
             source["path"] = path

@@ -1,4 +1,4 @@
-"""Whether a run's checkpoints fit where they are to lie. Pure: the free bytes are told."""
+"""Whether a run's checkpoints fit on the disk of its directory. Pure: the caller measures the free bytes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _REMEDY = "free space on this disk, or put run.root on a larger one"
 
 
 def checkpoints_at_once(plan: LaunchPlan) -> int:
-    """The most checkpoints that lie there at one time: those that are kept, and the one that is being written."""
+    """Return the largest number of checkpoints on disk at one time: those that are kept, and the one that is being written."""
     checkpoint, max_steps = plan.config.checkpoint, plan.batch.max_steps
-    kept = checkpoint.keep_last + checkpoint.keep_best
+    num_kept = checkpoint.keep_last + checkpoint.keep_best
     if max_steps is None:
-        return kept + 1
+        return num_kept + 1
     if checkpoint.keep_every:
-        kept += max_steps // checkpoint.keep_every
-    saves = -(-max_steps // checkpoint.save_every) if checkpoint.save_every else 1
-    return min(kept + 1, saves)
+        num_kept += max_steps // checkpoint.keep_every
+    num_saves = -(-max_steps // checkpoint.save_every) if checkpoint.save_every else 1
+    return min(num_kept + 1, num_saves)
 
 
 def refusal(plan: LaunchPlan, available: int) -> Problem | None:
-    """What is wrong where not even one checkpoint fits: training could not be saved."""
+    """Return the problem where not even one checkpoint fits; None where one does."""
     needed = plan.checkpoint_bytes
     if available >= needed:
         return None
@@ -38,13 +38,13 @@ def refusal(plan: LaunchPlan, available: int) -> Problem | None:
 
 
 def note(plan: LaunchPlan, available: int, present: int) -> str | None:
-    """What a person should know where fewer fit than will be kept; `present` of them lie there already."""
+    """Return a note where fewer checkpoints fit than will be kept; None where all fit. `present` of them exist already."""
     count = max(1, checkpoints_at_once(plan) - present)
     needed = count * plan.checkpoint_bytes
     if available >= needed:
         return None
     more = f"{count}{' more' if present else ''} checkpoint{'s' if count > 1 else ''}"
     return (
-        f"the disk of the run directory has {available:,} bytes free, and it takes {needed:,} for {more}, counting the one that "
-        "is written before an older one is removed: free space, keep fewer (checkpoint.keep_last), or move run.root"
+        f"the disk of the run directory has {available:,} bytes free and needs {needed:,} for {more}, including the one that "
+        "is written before an older one is removed: free space, lower checkpoint.keep_last, or move run.root"
     )

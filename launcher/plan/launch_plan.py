@@ -1,7 +1,6 @@
-"""The frozen plan: the one file that crosses from the submit side to the workers.
+"""The frozen plan: the only file that the submit side hands to the workers.
 
-`plan(config, facts)` is pure. Whatever it needs to know about the machine, the model and the data is
-gathered before and comes in as `Facts`.
+`plan(config, facts)` is pure: `Facts` has all that it needs to know about the machine, the model and the data.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ class Record(BaseModel):
 
 
 class DeviceFacts(Record):
-    """The accelerators of one node; `kind` is cuda or cpu, `memory_gib` is one device's."""
+    """The devices of one node; `kind` is cuda or cpu, `memory_gib` is the memory of one device."""
 
     kind: str
     name: str
@@ -33,7 +32,7 @@ class DeviceFacts(Record):
 
 
 class ModelFacts(Record):
-    """What the planner needs of a model; `path` and `tokenizer_path` are local folders or None before download.
+    """The model's numbers for the planner; `path` and `tokenizer_path` are local folders, None before the download.
 
     `has_weights` is False for the folder of a run that was fetched from a mirror: its weights are in the checkpoints.
     """
@@ -55,7 +54,7 @@ class ModelFacts(Record):
 
 
 class DataFacts(Record):
-    """Counts of a built data cache. Rows are packed rows; tokens count no padding.
+    """Counts of a built data cache. Rows are packed rows; tokens exclude padding.
 
     `digest` is that of the arrays (tokens, masks, documents and rows) of the training split, "-", and that of the held-out split.
     `chat_template` is the text of data.chat_template, None where the tokenizer's own template was used; `turn_end_ids` are the
@@ -77,17 +76,17 @@ class DataFacts(Record):
     turn_end_ids: tuple[int, ...] = ()
 
     def contents(self) -> dict[str, Any]:
-        """What tells this data from other data, wherever the cache lies."""
+        """Return the fields that identify the data, without the folder of the cache."""
         return self.model_dump(exclude={"cache_dir", "chat_template", "turn_end_ids"})
 
     @property
     def truncated_frac(self) -> float:
-        """Of all tokens of the training documents, those that were cut off: documents longer than a row lose their rest."""
+        """The share of the training documents' tokens that was cut off because a document was longer than a row."""
         return self.truncated_tokens / max(1, self.num_tokens + self.truncated_tokens)
 
 
 class Origin(Record):
-    """A checkpoint whose weights another run began with; `plan_digest` is that of the plan that saved it."""
+    """A checkpoint from which another run took its initial weights; `plan_digest` is that of the plan that saved it."""
 
     run_name: str
     run_dir: str
@@ -97,13 +96,13 @@ class Origin(Record):
 
 
 class Lineage(Origin):
-    """Where a run's initial weights came from, and where those had come from; the oldest is last."""
+    """The checkpoint of a run's initial weights, and the checkpoints that it descends from; the oldest is last."""
 
     ancestors: tuple[Origin, ...] = ()
 
 
 class Provenance(Record):
-    """Where this plan came from; `created_at` is UTC in ISO form."""
+    """The command, versions and commit that made the plan; `created_at` is UTC in ISO form."""
 
     created_at: str
     overrides: tuple[str, ...] = ()
@@ -115,7 +114,7 @@ class Provenance(Record):
 
 
 class Facts(Record):
-    """What the planner cannot decide; relative paths are meant from `working_dir`, and ~ is `home_dir`."""
+    """The inputs of the planner besides the settings; relative paths start at `working_dir`, and ~ is `home_dir`."""
 
     working_dir: str
     home_dir: str = "~"
@@ -147,9 +146,9 @@ class Batch(Record):
 
 
 class Memory(Record):
-    """Model states in GiB. `per_rank` lies on the device, `host_per_node` in main memory through offload.
+    """Model states in GiB: `per_rank_gib` on the device, `host_per_node_gib` in main memory through offload.
 
-    `device_gib` and `node_gib` are what a device and a node's main memory have, where that is known.
+    `device_gib` and `node_gib` are the memory of a device and the main memory of a node, None where unknown.
     """
 
     weights_gib: float
@@ -162,7 +161,7 @@ class Memory(Record):
 
 
 class Saving(Record):
-    """How checkpoints are written: while training waits, or in the background from a copy of the states in main memory."""
+    """How checkpoints are written: in the background from a copy of the states in main memory, or while training waits."""
 
     background: bool
     host_gib_per_node: float
@@ -170,10 +169,10 @@ class Saving(Record):
 
 
 class Limits(Record):
-    """When a run must end by itself, over all of its attempts; None where nothing limits it.
+    """The limits of a run over all of its attempts; None without a limit.
 
-    `max_seconds` with machines, whatever their number; `max_gpu_seconds` on all GPUs together, which is what run.max_usd buys
-    where no attempt before had another price than this plan's.
+    `max_seconds` counts the time with machines; `max_gpu_seconds` that of all GPUs together: what run.max_usd pays for at this
+    plan's price.
     """
 
     max_seconds: float | None
@@ -181,7 +180,7 @@ class Limits(Record):
 
 
 class LaunchPlan(Record):
-    """Everything decided. Workers read this and nothing else."""
+    """All decisions of a run. Workers read nothing else."""
 
     schema_version: int = SCHEMA_VERSION
     run_name: str
@@ -203,22 +202,22 @@ class LaunchPlan(Record):
 
     @property
     def nvme_folder(self) -> Path | None:
-        """The run's own folder for states on a node's NVMe disk, where it has any there."""
+        """The run's folder for states on a node's NVMe disk; None without such states."""
         zero = self.deepspeed.get("zero_optimization", {})
         parts = (zero.get(key, {}) for key in ("offload_optimizer", "offload_param"))
         return next((Path(part["nvme_path"]) for part in parts if "nvme_path" in part), None)
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the held-out loss is measured after a step, unless training stops there before the last one."""
+        """Return whether the held-out loss is due after `step`; a run that stops there skips it before the last step."""
         every = self.config.eval.every
-        due = step == self.batch.max_steps or (every > 0 and step % every == 0)
-        return due and self.data is not None and self.data.num_eval_rows > 0
+        is_due = step == self.batch.max_steps or (every > 0 and step % every == 0)
+        return is_due and self.data is not None and self.data.num_eval_rows > 0
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
 
     def digest(self) -> str:
-        """Hex digest of the plan's JSON; stands in every checkpoint."""
+        """Return the hex digest of the plan's JSON, which every checkpoint records."""
         return digest_of(self.to_json())
 
     @classmethod
@@ -244,5 +243,5 @@ class LaunchPlan(Record):
 
 
 def digest_of(text: str) -> str:
-    """The digest of a plan from the text of its file."""
+    """Return the hex digest of a plan from the text of its file."""
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

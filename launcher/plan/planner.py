@@ -1,4 +1,4 @@
-"""`plan(config, facts) -> LaunchPlan`: every decision of a run, made without touching anything."""
+"""Decide everything about a run: `plan(config, facts) -> LaunchPlan`. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     """Decide topology, batch, ZeRO-3 settings, memory and limits. Pure.
 
     Raises:
-        ConfigError: with everything that cannot be satisfied on this topology.
+        ConfigError: with all settings that this topology cannot satisfy.
     """
     topology = _topology(config, facts)
     problems = [*_topology_problems(config, facts, topology), *architecture_problems(facts.model.config, config.data.packing)]
@@ -37,7 +37,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         raise ConfigError(problems)
     run_name = config.run.name or default_name(config, facts.provenance.created_at)
     run_dir = Path(facts.working_dir) / _at_home(config.run.root, facts.home_dir) / run_name
-    # Another machine than the one that the plan is for says nothing.
+    # The main memory of this machine only counts where the plan is for machines of its kind.
     host_memory_gib = facts.device.host_memory_gib if facts.device.kind == topology.device else None
     nvme_folder = _nvme_folder(config, run_name, run_dir)
     planned = LaunchPlan(
@@ -45,7 +45,7 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
         run_dir=str(run_dir),
         wandb_id=hashlib.blake2b(f"{run_dir}|{facts.provenance.created_at}".encode(), digest_size=6).hexdigest(),
         config=config,
-        **_of_ranks(config, facts.model, topology, split, nvme_folder, _device_gib(config, facts), host_memory_gib),
+        **_parts_by_ranks(config, facts.model, topology, split, nvme_folder, _device_gib(config, facts), host_memory_gib),
         checkpoint_bytes=memory.checkpoint_bytes(facts.model.num_params, OPTIMIZERS[config.optim.name]),
         limits=_limits(config),
         price=_price(config, facts, topology),
@@ -59,11 +59,11 @@ def plan(config: RunConfig, facts: Facts) -> LaunchPlan:
     return planned
 
 
-def fitted(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> LaunchPlan:
-    """The plan for the most ranks, at most `num_workers` of them, that the global batch divides over. Pure.
+def fit_workers(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> LaunchPlan:
+    """Return the plan on the most ranks, up to `num_workers`, that the global batch divides over. Pure.
 
     Raises:
-        ConfigError: where it divides over none.
+        ConfigError: where there is no such number.
     """
     for ranks in range(num_workers, 0, -1):
         if ranks == planned.topology.world_size:
@@ -71,7 +71,7 @@ def fitted(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> Launch
         with suppress(ConfigError):
             return resized(planned, ranks, min(ranks, ranks_per_node))
     raise ConfigError(
-        f"the global batch divides over none of the numbers up to {num_workers} workers",
+        f"the global batch does not divide over any number of workers up to {num_workers}",
         where="train.global_batch_size",
         value=str(planned.batch.global_batch_size),
         remedy="leave train.micro_batch_size and deepspeed.hpz_partition_size unset, or change the batch",
@@ -79,22 +79,22 @@ def fitted(planned: LaunchPlan, num_workers: int, ranks_per_node: int) -> Launch
 
 
 def fewest(planned: LaunchPlan) -> LaunchPlan | None:
-    """The plan of an elastic run on as few workers as it goes on with; None of a run whose size does not change.
+    """Return the plan of an elastic run on the fewest workers that it continues with; None for a run of one size.
 
     Raises:
-        ConfigError: where the global batch divides over no number up to that.
+        ConfigError: where the global batch does not divide over any number of workers up to that.
     """
-    number = planned.config.cluster.fewest_workers
-    if number is None or number == planned.topology.world_size:
+    num_workers = planned.config.cluster.fewest_workers
+    if num_workers is None or num_workers == planned.topology.world_size:
         return None
-    return fitted(planned, number, planned.topology.ranks_per_node)
+    return fit_workers(planned, num_workers, planned.topology.ranks_per_node)
 
 
 def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> LaunchPlan:
-    """The plan of the same run on another number of ranks: the same rows in each step, split in another way. Pure.
+    """Return the plan of the same run on another number of ranks: each step has the same rows, split in another way. Pure.
 
     Raises:
-        ConfigError: where the global batch or a hierarchical partition does not divide over them.
+        ConfigError: where the global batch or an hpZ partition does not divide over them.
     """
     config, nodes = planned.config, -(-world_size // ranks_per_node)
     sizes = {"nodes": nodes, "ranks_per_node": ranks_per_node, "world_size": world_size}
@@ -103,14 +103,14 @@ def resized(planned: LaunchPlan, world_size: int, ranks_per_node: int) -> Launch
         raise ConfigError(problems)
     split = batch.split(config.train, config.data, world_size, topology.device, planned.data)
     nvme_folder = _nvme_folder(config, planned.run_name, Path(planned.run_dir))
-    there = planned.memory
-    parts = _of_ranks(config, planned.model, topology, split, nvme_folder, there.device_gib, there.node_gib)
+    device_gib, node_gib = planned.memory.device_gib, planned.memory.node_gib
+    parts = _parts_by_ranks(config, planned.model, topology, split, nvme_folder, device_gib, node_gib)
     if not planned.saving.background:
         parts["saving"] = planned.saving
     return planned.model_copy(update=parts)
 
 
-def _of_ranks(
+def _parts_by_ranks(
     config: RunConfig,
     model: ModelFacts,
     topology: Topology,
@@ -119,7 +119,7 @@ def _of_ranks(
     device_gib: float | None,
     host_memory_gib: float | None,
 ) -> dict[str, Any]:
-    """What of a plan depends on the number of ranks."""
+    """Return the parts of a plan that depend on the number of ranks."""
     optimizer = OPTIMIZERS[config.optim.name]
     states = memory.estimate(
         model.num_params, config.model.dtype, split.accumulation, optimizer, config.deepspeed, topology, device_gib
@@ -140,9 +140,9 @@ def _of_ranks(
 
 
 def _topology(config: RunConfig, facts: Facts) -> Topology:
-    cluster, here = config.cluster, facts.device
-    on_gpu = cluster.gpu_type is not None or here.kind == "cuda"
-    ranks = cluster.ranks_per_node or (here.count if here.kind == "cuda" else CPU_RANKS)
+    cluster, device = config.cluster, facts.device
+    on_gpu = cluster.gpu_type is not None or device.kind == "cuda"
+    ranks = cluster.ranks_per_node or (device.count if device.kind == "cuda" else CPU_RANKS)
     world_size = cluster.num_workers or cluster.nodes * ranks
     ranks = min(ranks, world_size)
     return Topology(
@@ -162,21 +162,21 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
             f"cluster.gpu_type={gpu_type} is not in the table of GPU types",
             where="cluster.gpu_type",
             value=gpu_type,
-            remedy=f"{guess} take it out to plan for this machine, or choose one of {choices}".strip(),
+            remedy=f"{guess} remove it to plan for this machine, or choose one of {choices}".strip(),
         )
     if gpu_type is not None and config.cluster.ranks_per_node is None and facts.device.kind != "cuda":
         yield Problem(
-            "this machine has no GPU, so the number of GPUs on each node is not known",
+            "this machine has no GPU, so the number of GPUs per node is unknown",
             where="cluster.gpu_type",
             value=gpu_type,
-            remedy="set cluster.ranks_per_node to it",
+            remedy="set cluster.ranks_per_node to the GPUs of one node",
         )
-    fewest = config.cluster.fewest_workers
-    if fewest is not None and fewest > topology.world_size:
+    fewest_workers = config.cluster.fewest_workers
+    if fewest_workers is not None and fewest_workers > topology.world_size:
         yield Problem(
-            f"cluster.min_workers={fewest} is more than all {topology.world_size} workers",
+            f"cluster.min_workers={fewest_workers} is more than the {topology.world_size} workers of the run",
             where="cluster.min_workers",
-            value=str(fewest),
+            value=str(fewest_workers),
             remedy="lower it, or raise cluster.workers",
         )
     if problem := config.cluster.topology_problem(topology.world_size):
@@ -185,7 +185,7 @@ def _topology_problems(config: RunConfig, facts: Facts, topology: Topology) -> I
 
 
 def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
-    """Model states that are more than all memory of a GPU: at full size, or where an elastic run goes on with few workers."""
+    """Yield problems with model states that exceed the memory of a GPU: on all workers, or on the fewest of an elastic run."""
     cluster, states = planned.config.cluster, planned.config.deepspeed
     if planned.topology.device != "cuda" or cluster.has_unknown_gpus:
         return
@@ -200,18 +200,22 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
         return
     smallest = fewest(planned)
     if smallest is not None and (too_large := _too_large(smallest)):
-        number = planned.config.cluster.fewest_workers
-        remedy = f"raise it, or use {offload}"
-        yield Problem(f"cluster.min_workers={number}: {too_large}", where="cluster.min_workers", value=str(number), remedy=remedy)
+        fewest_workers = planned.config.cluster.fewest_workers
+        yield Problem(
+            f"cluster.min_workers={fewest_workers}: {too_large}",
+            where="cluster.min_workers",
+            value=str(fewest_workers),
+            remedy=f"raise it, or use {offload}",
+        )
 
 
 def _too_large(planned: LaunchPlan) -> str:
-    """Said where the model states of a rank are more than a GPU holds; empty where they are not, or that is not known."""
+    """Return the message where the model states of a rank exceed a GPU's memory; empty where they fit or it is unknown."""
     states, ranks = planned.memory, planned.topology.world_size
     if states.device_gib is None or states.per_rank_gib <= states.device_gib:
         return ""
-    over = f"model states over {ranks} rank{'s' * (ranks > 1)}"
-    return f"{over} are {states.per_rank_gib:.0f} GiB a GPU, which has {states.device_gib:.0f}"
+    sharded = f"model states over {ranks} rank{'s' * (ranks > 1)}"
+    return f"{sharded} need {states.per_rank_gib:.0f} GiB per GPU, and a GPU has {states.device_gib:.0f}"
 
 
 def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:
@@ -226,7 +230,7 @@ def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:
 
 
 def _nvme_folder(config: RunConfig, run_name: str, run_dir: Path) -> str | None:
-    """A folder that no other run uses, the same in every attempt, so that what a killed one left behind is overwritten."""
+    """Return a folder for this run alone, the same in every attempt: the next attempt overwrites what a killed one left."""
     if config.deepspeed.nvme_path is None:
         return None
     tag = hashlib.blake2b(str(run_dir).encode(), digest_size=4).hexdigest()
@@ -243,7 +247,7 @@ def _device_gib(config: RunConfig, facts: Facts) -> float | None:
 
 
 def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
-    """What the settings say a GPU costs, or a rank on CPUs, else what its type typically does; CPUs have no typical price."""
+    """Return the price of a GPU, or of a rank on CPUs, from the settings; else the typical price of the GPU type."""
     if config.cluster.price_per_gpu_hour is not None:
         return Price(usd_per_gpu_hour=config.cluster.price_per_gpu_hour)
     if topology.device == "cpu":
@@ -252,7 +256,7 @@ def _price(config: RunConfig, facts: Facts, topology: Topology) -> Price | None:
 
 
 def _limits(config: RunConfig) -> Limits:
-    """Money is turned into GPU time at the price of now; a run that resumes has bought its past hours at their own."""
+    """Turn run.max_usd into GPU time at the current price; past attempts of a run that resumes keep their own prices."""
     hours, usd, price = config.run.max_hours, config.run.max_usd, config.cluster.price_per_gpu_hour
     return Limits(
         max_seconds=None if hours is None else hours * 3600,

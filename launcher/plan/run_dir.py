@@ -1,4 +1,4 @@
-"""Names inside a run directory, as pure path arithmetic."""
+"""The paths in a run directory. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RunDir:
 
     @property
     def plans(self) -> Path:
-        """Every plan of the run under its digest, which stands in the checkpoints."""
+        """Every plan of the run under its digest, which the checkpoints record."""
         return self.root / "plans"
 
     @property
@@ -35,7 +35,7 @@ class RunDir:
         return self.root / "code"
 
     def earlier_code(self, attempt: int) -> Path:
-        """The code of the attempts up to this one, where a resume has replaced it."""
+        """The code of the attempts up to this one, after a resume replaced it."""
         return self.root / f"code-until-attempt-{attempt:03d}"
 
     @property
@@ -56,7 +56,7 @@ class RunDir:
 
     @property
     def jobs(self) -> Path:
-        """What a scheduler's jobs leave: batch scripts and their output, a folder for each job."""
+        """Batch scripts and output of a scheduler's jobs, one folder per job."""
         return self.root / "jobs"
 
     @property
@@ -67,12 +67,12 @@ class RunDir:
         return self.attempts / f"{number:03d}"
 
     def cancel(self, attempt: int) -> Path:
-        """Written by whoever asks for the attempt's end; `save` in it tells whether a checkpoint is wanted first."""
+        """The request to end an attempt; its field `save` says whether to write a checkpoint first."""
         return self.attempt(attempt) / "cancel.json"
 
     @property
     def alive(self) -> Path:
-        """A sign of life of a driver, for those who ask from other machines."""
+        """The liveness file of a driver, for commands on other machines."""
         return self.root / "driver.json"
 
     def rank_log(self, attempt: int, rank: int) -> Path:
@@ -80,6 +80,6 @@ class RunDir:
 
 
 def default_name(config: RunConfig, created_at: str) -> str:
-    """`<model>-<data>-<date>-<time>` from an ISO time such as 2026-01-31T09:15:00Z."""
+    """Return `<model>-<data>-<date>-<time>` for an ISO time such as 2026-01-31T09:15:00Z."""
     stamp = re.sub(r"[^0-9]", "", created_at)[:14]
     return f"{config.model.name}-{config.data.name}-{stamp[:8]}-{stamp[8:]}"

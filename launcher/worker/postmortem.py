@@ -11,7 +11,7 @@ from launcher import json_records, run_records, run_store
 from launcher.checkpoint import store
 from launcher.config.cluster import ManagedSection
 from launcher.errors import WOULD_REPEAT, Problem, RunError
-from launcher.plan.retry import Cause, Decision, Ended, decide
+from launcher.plan.retry import AttemptEnd, Cause, Decision, decide
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import Attempt, ExitRecord, FailureRecord, NodeRecord, OutcomeRecord
 from launcher.tracking.metrics_tail import newest_trained_step
@@ -58,7 +58,7 @@ class Conclusion:
     """How an attempt ended, `ended` the same for the retry budgets, and what plan.retry decides."""
 
     ending: Ending
-    ended: Ended
+    ended: AttemptEnd
     decision: Decision
 
     @property
@@ -100,7 +100,7 @@ def conclude(
 ) -> Conclusion:
     """Judge attempt `number` and decide what follows; the arguments are those of `judge`."""
     ending = judge(run, number, attempt, state, section.save_lead_s or 0.0, exit_code, lost_nodes)
-    ended = Ended(ending.cause, attempt.resume_step, store.newest_step(run.checkpoints), ending.message, ending.bad_nodes)
+    ended = AttemptEnd(ending.cause, attempt.resume_step, store.newest_step(run.checkpoints), ending.message, ending.bad_nodes)
     return Conclusion(ending, ended, decide(ended, history(run, number), section))
 
 
@@ -111,7 +111,7 @@ def end_of_attempt(
     state: str = "",
     lost_nodes: Collection[str] | None = None,
     on_alert: Callable[[str], None] | None = None,
-) -> Ended:
+) -> AttemptEnd:
     """Return how attempt `number` ended: as its exit.json says, or else by judging and recording it now.
 
     `state` and `lost_nodes` are those of `judge`. `on_alert` gets the alert of an attempt that is judged now, where the run
@@ -127,9 +127,9 @@ def end_of_attempt(
     return conclusion.ended
 
 
-def history(run: RunDir, number: int) -> list[Ended]:
+def history(run: RunDir, number: int) -> list[AttemptEnd]:
     """Return the ends of the attempts before `number`, back to the one that a person started, oldest first."""
-    ends: list[Ended] = []
+    ends: list[AttemptEnd] = []
     while number > 1 and run_store.read_attempt(run, number).automatic:
         number -= 1
         record = run_records.read_exit(run, number)
@@ -138,11 +138,11 @@ def history(run: RunDir, number: int) -> list[Ended]:
     return ends
 
 
-def _from_record(run: RunDir, number: int, record: ExitRecord) -> Ended:
+def _from_record(run: RunDir, number: int, record: ExitRecord) -> AttemptEnd:
     if record.cause is None:
         path = str(run_records.exit_file(run, number))
         raise RunError("a record of the run is damaged: this field is missing", where=f"{path}: cause", remedy="remove the file")
-    return Ended(record.cause, record.began_step, record.saved_step, record.message, record.bad_nodes)
+    return AttemptEnd(record.cause, record.began_step, record.saved_step, record.message, record.bad_nodes)
 
 
 def judge(

@@ -58,7 +58,7 @@ def test_a_disk_too_small_for_all_kept_checkpoints_is_noted(launch_here: Run, di
     done = launch_here("plan", *SETTINGS, f"run.root={root}")
     assert done.returncode == 0, done.stderr
     (note,) = [line for line in done.stdout.splitlines() if line.startswith("note")]
-    assert "has 31,457,280 bytes free, and it takes 35,755,920 for 3 checkpoints" in note
+    assert "has 31,457,280 bytes free and needs 35,755,920 for 3 checkpoints" in note
     assert "note" not in launch_here("plan", *SETTINGS, "checkpoint.keep_last=1", f"run.root={root}").stdout
 
 

@@ -71,7 +71,7 @@ def test_a_dry_run_shows_the_script_and_submits_nothing(site: Run, nothing_made:
         (["run.root=with blank"], "a batch script cannot contain this path"),
         (["run.root=100%"], "a batch script cannot contain this path"),
         (['run.root="it\'s"'], "a batch script cannot contain this path"),
-        (['run.root="a\nb"', "run.name='a;b'"], "run.root: holds a control character"),
+        (['run.root="a\nb"', "run.name='a;b'"], "run.root: contains a control character"),
         (["cluster.env.MY_TOKEN=abcd"], "cluster.env.MY_TOKEN: looks like a secret"),
     ],
 )

@@ -80,7 +80,7 @@ def test_valid_addresses_are_accepted(address: str) -> None:
     ["local", "10.0.0.1", "http://user:password@host:8265", "ray://host:10001", "host:6379; rm -rf /", "host:63\n79", ""],
 )
 def test_invalid_addresses_are_refused(address: str) -> None:
-    with pytest.raises(ValidationError, match=r"is not an address of Ray|control character"):
+    with pytest.raises(ValidationError, match=r"is not the address of a Ray cluster|control character"):
         section(address=address)
 
 
@@ -102,9 +102,9 @@ def test_a_name_that_resolves_to_a_public_address_is_refused(
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"env": {"MASTER_ADDR": "x"}}, "Ray or the launcher set themselves"),
+        ({"env": {"MASTER_ADDR": "x"}}, "Ray or the launcher sets"),
         ({"env": {"A B": "x"}}, "is not the name of a variable"),
-        ({"pass_env": ["RAY_ADDRESS"]}, "Ray or the launcher set themselves"),
+        ({"pass_env": ["RAY_ADDRESS"]}, "Ray or the launcher sets"),
         ({"placement_strategy": "pack"}, "PACK"),
         ({"gpus_per_worker": 2}, "less than or equal to 1"),
     ],
@@ -118,8 +118,8 @@ def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> N
     "settings, remedy",
     [
         ({"label_selector": {"gpu": "h100"}}, "choose the nodes with cluster.accelerator_type"),
-        ({"placement_strategy": "STRICT_PACK"}, "set it to PACK, or take out"),
-        ({"placement_strategy": "STRICT_SPREAD"}, "set it to SPREAD, or take out"),
+        ({"placement_strategy": "STRICT_PACK"}, "set it to PACK, or remove"),
+        ({"placement_strategy": "STRICT_SPREAD"}, "set it to SPREAD, or remove"),
     ],
 )
 def test_min_workers_with_labels_or_strict_placement_is_refused(

@@ -34,7 +34,7 @@ Shown = Callable[..., str]
         ("optim.lr=", "optim.lr: is not a number", "''", "set optim.lr to float > 0"),
         ("optim.betas=[0.9,1.5]", "optim.betas[1]: must be at most 1", "1.5", "set optim.betas to [0 <= float <= 1, 0 <="),
         ("optim.betas=3", "optim.betas: is not a list", "3", "set optim.betas to ["),
-        ("data.sources=[]", "data.sources: holds too few entries", "", "set data.sources to list of mapping"),
+        ("data.sources=[]", "data.sources: has too few entries", "", "set data.sources to list of mapping"),
         (
             "data.sources=[{name: a}]",
             "data.sources[0].path: a value is required",
@@ -54,10 +54,10 @@ Shown = Callable[..., str]
         ("tracking.tags=[1]", "tracking.tags[0]: is not text", "1", "set tracking.tags to list of name."),
         ("deepspeed.extra={1: 2}", "deepspeed.extra[1]: is not text", "1", "set deepspeed.extra to mapping."),
         ("run=3", "run: is a section of settings, not one value", "3", "run.name, run.root"),
-        ("deepspeed.stage=2", "deepspeed.stage: only ZeRO stage 3 is served: lower stages", "2", "take deepspeed.stage out"),
+        ("deepspeed.stage=2", "deepspeed.stage: only ZeRO stage 3 is supported: lower stages", "2", "remove deepspeed.stage"),
         ("model.path=foo", "model.path: is neither a folder, a hub id, a file of a package nor a run", "'foo'", "owner/name"),
-        ("run.name='a b'", "run.name: is not a name", "'a b'", "use letters, digits"),
-        ("run.name=${nope}", "run.name: the value refers to something that cannot be resolved", "", "between ${ and }"),
+        ("run.name='a b'", "run.name: is not a valid name", "'a b'", "use at most 100 letters, digits"),
+        ("run.name=${nope}", "run.name: the reference in this value cannot be resolved", "", "between ${ and }"),
     ],
 )
 def test_a_mistake_on_the_command_line(refused: Refused, override: str, what: str, value: str, remedy: str) -> None:
@@ -72,7 +72,7 @@ def test_a_mistake_on_the_command_line(refused: Refused, override: str, what: st
 @pytest.mark.parametrize("key", ["run.name", "run.root", "tracking.project", "data.name"])
 def test_control_characters_are_refused(refused: Refused, key: str, character: str) -> None:
     (problem,) = refused(f'{key}="a{character}b"')
-    assert problem.what == f"{key}: holds a control character"
+    assert problem.what == f"{key}: contains a control character"
     # The character itself never reaches the terminal.
     assert character not in problem.value
 
@@ -168,7 +168,7 @@ def test_settings_that_states_on_nvme_do_not_go_with(refused: Refused) -> None:
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.prefetch_bucket_size=9")
     assert problem.what.startswith("deepspeed.prefetch_bucket_size: DeepSpeed fails")
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.nvme_path=disk")
-    assert problem.what.startswith("deepspeed.nvme_path: is meant on every node")
+    assert problem.what.startswith("deepspeed.nvme_path: must be an absolute path")
 
 
 def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Path) -> None:
@@ -277,5 +277,5 @@ def test_columns_are_written_in_the_whole_list(shown: Shown) -> None:
 
 def test_a_path_that_no_source_reads_is_refused(shown: Shown) -> None:
     text = shown("data=jsonl", "data.path=rows.jsonl", "data.sources=[{name: a, path: other.jsonl}]")
-    assert "data.path is given, and data.sources name other paths" in text
+    assert "data.path is given, and data.sources has other paths" in text
     assert "data.path=null" in text

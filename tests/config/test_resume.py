@@ -65,8 +65,8 @@ def refusal(saved: RunConfig, *overrides: str, force: bool = False) -> list[Prob
 def test_what_makes_it_another_run_is_shown_key_by_key(config: RunConfig) -> None:
     (problem,) = refusal(config, "data.max_length=64", "run.seed=7", "optim.lr=1e-3", "train.max_steps=99", "data.packing=true")
     assert problem.what.splitlines() == [
-        "this differs from what the checkpoint was saved with:",
-        "                   checkpoint  asked for",
+        "these settings differ from those that the checkpoint was saved with:",
+        "                   checkpoint  requested",
         "  run.seed         42          7",
         "  data.max_length  256         64",
     ]
@@ -90,7 +90,7 @@ def test_force_accepts_what_can_work_and_only_that(config: RunConfig) -> None:
     require_same(differences(config, changed), True, "first", "")
     for override in ("model.path=./other", "run.name=b", "run.root=elsewhere", "model.config={hidden_size: 8}"):
         (problem,) = refusal(config, override, "run.seed=7", force=True)
-        assert "not with --force either" in problem.what
+        assert "not even with --force" in problem.what
         assert override.split("=")[0] in problem.what
         assert "run.seed" not in problem.what
         assert "model.path=run:first" in problem.remedy

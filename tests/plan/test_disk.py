@@ -45,7 +45,7 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
     assert disk.refusal(plan, one) is None
     note = disk.note(plan, 3 * one - 1, present=0)
     assert note is not None
-    assert f"has {3 * one - 1:,} bytes free, and it takes {3 * one:,} for 3 checkpoints" in note
+    assert f"has {3 * one - 1:,} bytes free and needs {3 * one:,} for 3 checkpoints" in note
     assert disk.note(plan, 3 * one, present=0) is None
     # What lies there already takes its room no second time.
     assert disk.note(plan, one, present=2) is None

@@ -127,7 +127,7 @@ def test_topology(
 
 def test_gpus_that_are_elsewhere_must_be_counted(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster.gpu_type=H200")
-    assert problem.what == "this machine has no GPU, so the number of GPUs on each node is not known"
+    assert problem.what == "this machine has no GPU, so the number of GPUs per node is unknown"
     assert problem.remedy == "set cluster.ranks_per_node to it"
     assert plan_of("cluster.gpu_type=H200", "cluster.ranks_per_node=8").memory.device_gib == 139.8
 
@@ -167,7 +167,7 @@ def test_ranks_that_a_plan_cannot_be_split_over_are_refused(plan_of: Callable[..
 
 def test_fewer_workers_than_all_are_no_more_than_all(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster=ray", "cluster.min_workers=3")
-    assert problem.what == "cluster.min_workers=3 is more than all 2 workers"
+    assert problem.what == "cluster.min_workers=3 is more than the 2 workers of the run"
     assert (
         plan_of("cluster=ray", "cluster.workers=3", "cluster.min_workers=3", "train.global_batch_size=6").topology.world_size == 3
     )
@@ -201,7 +201,7 @@ def test_limits(
 
 def test_model_states_that_no_gpu_holds_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, *SEVENTY, device=CUDA)
-    assert problem.what == "model states over 8 ranks are 148 GiB a GPU, which has 79"
+    assert problem.what == "model states over 8 ranks need 148 GiB per GPU, and a GPU has 79"
     assert "deepspeed=zero3_offload" in problem.remedy
     assert plan_of(*SEVENTY, "deepspeed=zero3_offload", device=CUDA).topology.world_size == 8
 
@@ -226,7 +226,7 @@ def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: C
     elastic = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
     assert problem.where == "cluster.min_workers"
-    assert "cluster.min_workers=8: model states over 8 ranks are 148 GiB a GPU, which has 79" in problem.what
+    assert "cluster.min_workers=8: model states over 8 ranks need 148 GiB per GPU, and a GPU has 79" in problem.what
     # Of 40 workers 32 train, since the global batch of 128 divides over these.
     planned = plan_of(*elastic, "cluster.min_workers=40")
     smallest = fewest(planned)

@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 
 from launcher.config.slurm import SlurmSection
-from launcher.plan.retry import MOST_FRUITLESS_PREEMPTIONS, Cause, Ended, decide
+from launcher.plan.retry import MOST_FRUITLESS_PREEMPTIONS, AttemptEnd, Cause, decide
 
 BUDGETS = SlurmSection(max_preemptions=3, max_infrastructure_failures=2, max_failures=1, max_no_progress=2)
 
 
-def moving(*causes: Cause) -> list[Ended]:
+def moving(*causes: Cause) -> list[AttemptEnd]:
     """Attempts that each left a newer checkpoint."""
-    return [Ended(cause, 10 * i or None, 10 * (i + 1), message=str(cause)) for i, cause in enumerate(causes)]
+    return [AttemptEnd(cause, 10 * i or None, 10 * (i + 1), message=str(cause)) for i, cause in enumerate(causes)]
 
 
-def stuck(*causes: Cause) -> list[Ended]:
+def stuck(*causes: Cause) -> list[AttemptEnd]:
     """Attempts that each ended with the checkpoint they began with."""
-    return [Ended(cause, 10, 10, message=str(cause)) for cause in causes]
+    return [AttemptEnd(cause, 10, 10, message=str(cause)) for cause in causes]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def stuck(*causes: Cause) -> list[Ended]:
     [(Cause.COMPLETED, "completed"), (Cause.CANCELLED, "cancelled"), (Cause.LIMIT, "preempted"), (Cause.USER_ERROR, "failed")],
 )
 def test_some_ends_are_final_whatever_came_before(cause: Cause, state: str) -> None:
-    decision = decide(Ended(cause, None, 5, "why"), [], BUDGETS)
+    decision = decide(AttemptEnd(cause, None, 5, "why"), [], BUDGETS)
     assert (decision.again, decision.state, decision.reason) == (False, state, "why")
 
 
@@ -50,7 +50,7 @@ def test_a_run_that_moves_on_survives_any_number_of_failures(cause: Cause) -> No
 
 
 def test_the_failure_after_the_newest_checkpoint_counts() -> None:
-    moved, still = Ended(Cause.FAILURE, None, 10), Ended(Cause.FAILURE, 10, 10)
+    moved, still = AttemptEnd(Cause.FAILURE, None, 10), AttemptEnd(Cause.FAILURE, 10, 10)
     assert decide(moved, [], BUDGETS).again
     assert not decide(still, [moved], BUDGETS).again
     assert not decide(moved, [], BUDGETS.model_copy(update={"max_failures": 0})).again
@@ -62,7 +62,7 @@ def test_preemptions_that_leave_no_newer_checkpoint_end_the_run_at_last() -> Non
     assert (refused.again, refused.state) == (False, "failed")
     assert f"{MOST_FRUITLESS_PREEMPTIONS} preemptions without a newer checkpoint" in refused.reason
     assert decide(attempts[-1], attempts[:-2], SlurmSection()).again
-    moved = [*attempts[:10], Ended(Cause.PREEMPTED, 10, 20), *attempts[10:]]
+    moved = [*attempts[:10], AttemptEnd(Cause.PREEMPTED, 10, 20), *attempts[10:]]
     assert decide(moved[-1], moved[:-1], SlurmSection()).again
     resized = [*stuck(Cause.RESIZED), *attempts[1:-1], *stuck(Cause.RESIZED)]
     refused = decide(resized[-1], resized[:-1], SlurmSection())
@@ -86,39 +86,39 @@ def test_unset_preemptions_are_unlimited() -> None:
 
 
 def test_attempts_without_a_newer_checkpoint_end_the_run() -> None:
-    still = [Ended(Cause.TIME_LIMIT, None, None)] * 2
+    still = [AttemptEnd(Cause.TIME_LIMIT, None, None)] * 2
     assert decide(still[-1], still[:-1], BUDGETS).again
-    refused = decide(Ended(Cause.TIME_LIMIT, None, None), still, BUDGETS)
+    refused = decide(AttemptEnd(Cause.TIME_LIMIT, None, None), still, BUDGETS)
     assert not refused.again
     assert "without a newer checkpoint" in refused.reason
     # One that moved on, or that was taken away, breaks the row.
-    assert decide(Ended(Cause.TIME_LIMIT, None, 5), still, BUDGETS).again
-    assert decide(Ended(Cause.TIME_LIMIT, None, None), [*still, Ended(Cause.PREEMPTED, None, None)], BUDGETS).again
+    assert decide(AttemptEnd(Cause.TIME_LIMIT, None, 5), still, BUDGETS).again
+    assert decide(AttemptEnd(Cause.TIME_LIMIT, None, None), [*still, AttemptEnd(Cause.PREEMPTED, None, None)], BUDGETS).again
 
 
 def test_saving_the_step_that_it_began_with_is_no_progress() -> None:
-    history = [Ended(Cause.TIME_LIMIT, 30, 30), Ended(Cause.TIME_LIMIT, 30, 30)]
-    assert not decide(Ended(Cause.TIME_LIMIT, 30, 30), history, BUDGETS).again
-    assert decide(Ended(Cause.TIME_LIMIT, 30, 31), history, BUDGETS).again
+    history = [AttemptEnd(Cause.TIME_LIMIT, 30, 30), AttemptEnd(Cause.TIME_LIMIT, 30, 30)]
+    assert not decide(AttemptEnd(Cause.TIME_LIMIT, 30, 30), history, BUDGETS).again
+    assert decide(AttemptEnd(Cause.TIME_LIMIT, 30, 31), history, BUDGETS).again
 
 
 def test_bad_nodes_are_left_out_only_where_that_is_wanted() -> None:
-    bad = Ended(Cause.BAD_NODE, 10, 10, "n2 has no GPU", bad_nodes=("n2",))
+    bad = AttemptEnd(Cause.BAD_NODE, 10, 10, "n2 has no GPU", bad_nodes=("n2",))
     refused = decide(bad, [], BUDGETS)
     assert (refused.again, refused.state) == (False, "failed")
     assert "cluster.exclude_bad_nodes" in refused.reason
     willing = BUDGETS.model_copy(update={"exclude_bad_nodes": True})
     assert decide(bad, [], willing).exclude == ("n2",)
-    later = Ended(Cause.BAD_NODE, 10, 10, bad_nodes=("n5",))
+    later = AttemptEnd(Cause.BAD_NODE, 10, 10, bad_nodes=("n5",))
     assert decide(later, [bad], willing).exclude == ("n2", "n5")
-    moved = Ended(Cause.PREEMPTED, 10, 20)
+    moved = AttemptEnd(Cause.PREEMPTED, 10, 20)
     assert decide(moved, [bad, later], willing).exclude == (), "they may be well again"
     assert decide(replace(later, saved_step=20, began_step=20), [bad, moved], willing).exclude == ("n5",)
 
 
 def test_a_run_that_has_begun_is_tried_once_more_on_a_node_that_failed_its_checks() -> None:
-    bad = Ended(Cause.BAD_NODE, 10, 10, "n2 has no GPU", bad_nodes=("n2",))
-    trained = Ended(Cause.TIME_LIMIT, None, 10)
+    bad = AttemptEnd(Cause.BAD_NODE, 10, 10, "n2 has no GPU", bad_nodes=("n2",))
+    trained = AttemptEnd(Cause.TIME_LIMIT, None, 10)
     again = decide(bad, [trained], BUDGETS)
     assert (again.again, again.exclude) == (True, ())
     assert not decide(bad, [trained, bad], BUDGETS).again

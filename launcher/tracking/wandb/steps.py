@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher import run_store
-from launcher.config.resume import computes_alike
+from launcher.config.resume import has_same_computation
 from launcher.errors import LauncherError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
@@ -34,7 +34,7 @@ def repeats(before: LaunchPlan, after: LaunchPlan) -> bool:
     # Only the learning rate looks at how many steps there will be.
     alike = before.batch.max_steps == after.batch.max_steps or after.config.optim.schedule == "constant"
     rows = [None if plan.data is None else plan.data.digest for plan in (before, after)]
-    return alike and rows[0] == rows[1] and computes_alike(before.config, after.config)
+    return alike and rows[0] == rows[1] and has_same_computation(before.config, after.config)
 
 
 def returns(run: RunDir) -> dict[int, int]:

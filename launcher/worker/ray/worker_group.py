@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
-from launcher.plan.planner import fitted
+from launcher.plan.planner import fit_workers
 from launcher.worker.checks import network
 from launcher.worker.ray.messages import CommittedCheckpoint, Member, Verdict
 from launcher.worker.ray.node_checks import Checks
@@ -92,7 +92,7 @@ class Group:
 
     def _fitted(self, planned: LaunchPlan, ranks: Iterable[int]) -> LaunchPlan:
         per_node = Counter(self.members[rank].node_id for rank in ranks)
-        return fitted(planned, per_node.total(), max(per_node.values()))
+        return fit_workers(planned, per_node.total(), max(per_node.values()))
 
     def look_for_hangs(self) -> list[str]:
         """Find workers that send no heartbeats, and ranks that stopped training; return the alerts."""
