@@ -49,8 +49,8 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
     assert disk.note(plan, 3 * one, present=0) is None
     # What lies there already takes its room no second time.
     assert disk.note(plan, one, present=2) is None
-    assert f"takes {2 * one:,} for 2 more checkpoints" in (disk.note(plan, one, present=1) or "")
-    assert f"takes {one:,} for 1 more checkpoint," in (disk.note(plan, one - 1, present=9) or "")
+    assert f"needs {2 * one:,} for 2 more checkpoints" in (disk.note(plan, one, present=1) or "")
+    assert f"needs {one:,} for 1 more checkpoint," in (disk.note(plan, one - 1, present=9) or "")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def test_topology(
 def test_gpus_that_are_elsewhere_must_be_counted(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster.gpu_type=H200")
     assert problem.what == "this machine has no GPU, so the number of GPUs per node is unknown"
-    assert problem.remedy == "set cluster.ranks_per_node to it"
+    assert problem.remedy == "set cluster.ranks_per_node to the GPUs of one node"
     assert plan_of("cluster.gpu_type=H200", "cluster.ranks_per_node=8").memory.device_gib == 139.8
 
 
