@@ -166,7 +166,7 @@ def test_settings_that_do_not_go_together(refused: Refused, override: str, what:
 
 def test_settings_that_states_on_nvme_do_not_go_with(refused: Refused) -> None:
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.prefetch_bucket_size=9")
-    assert problem.what.startswith("deepspeed.prefetch_bucket_size: DeepSpeed fails")
+    assert problem.what.startswith("deepspeed.prefetch_bucket_size: DeepSpeed cannot prefetch")
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.nvme_path=disk")
     assert problem.what.startswith("deepspeed.nvme_path: must be an absolute path")
 
@@ -277,5 +277,5 @@ def test_columns_are_written_in_the_whole_list(shown: Shown) -> None:
 
 def test_a_path_that_no_source_reads_is_refused(shown: Shown) -> None:
     text = shown("data=jsonl", "data.path=rows.jsonl", "data.sources=[{name: a, path: other.jsonl}]")
-    assert "data.path is given, and data.sources has other paths" in text
+    assert "data.path is set, and data.sources has other paths" in text
     assert "data.path=null" in text
