@@ -105,13 +105,13 @@ def run_on_all_ranks(device: torch.device, problem: str, action: Callable[[], T]
         return result  # type: ignore[return-value]
     own_type = next((kind for kind in _KEPT_TYPES if isinstance(caught, kind)), CheckpointError)
     gathered: list[tuple[type[LauncherError], tuple[Problem, ...]]] = [(CheckpointError, ())] * dist.get_world_size()
-    dist.all_gather_object(gathered, (own_type, problems_of(problem, caught, dist.get_rank())))
+    dist.all_gather_object(gathered, (own_type, to_problems(problem, caught, dist.get_rank())))
     kinds = {kind for kind, _ in gathered}
     raised = next((kind for kind in _KEPT_TYPES if kind in kinds), CheckpointError)
     raise raised(dict.fromkeys(one for _, problems in gathered for one in problems)) from caught
 
 
-def problems_of(what: str, error: Exception | None, rank: int) -> tuple[Problem, ...]:
+def to_problems(what: str, error: Exception | None, rank: int) -> tuple[Problem, ...]:
     """Convert an exception raised on `rank` into user-facing problems; empty for None."""
     if error is None:
         return ()

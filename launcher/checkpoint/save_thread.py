@@ -24,7 +24,7 @@ from launcher.checkpoint.manifest import REFERENCE_LOGITS, STATE, Manifest
 from launcher.checkpoint.safetensors_io import TensorSpec, as_bytes
 from launcher.checkpoint.shards import Shard, weight_digests
 from launcher.checkpoint.staging import StagingBuffer, is_finite, set_current_device
-from launcher.distributed import problems_of
+from launcher.distributed import to_problems
 from launcher.errors import CheckpointError, Problem
 from launcher.plan.launch_plan import Record
 
@@ -101,7 +101,7 @@ class SaveJob:
             self.error = error
             # What is left of it may fill the disk that the receipt needs.
             (self.saving / store.shard_name(self.context.rank)).unlink(missing_ok=True)
-            problems = problems_of("the checkpoint could not be written", error, self.context.rank)
+            problems = to_problems("the checkpoint could not be written", error, self.context.rank)
             receipt = ShardReceipt(problems=tuple((p.what, p.where, p.value, p.remedy) for p in problems))
         self.copied.set()
         try:

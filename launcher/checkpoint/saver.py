@@ -26,7 +26,7 @@ from launcher.checkpoint import store, zero3
 from launcher.checkpoint.save_thread import SaveContext, SaveJob, reference_logits_bytes
 from launcher.checkpoint.shards import Shard, build_state
 from launcher.checkpoint.staging import StagingBuffer
-from launcher.distributed import problems_of, run_on_all_ranks
+from launcher.distributed import run_on_all_ranks, to_problems
 from launcher.errors import CheckpointError, LauncherError
 
 
@@ -75,7 +75,7 @@ class Saver:
         self._engine, self._is_main = engine, rank == 0
         self._copy: StagingBuffer | None = None
         if background and zero3.can_stage_in_background(engine):
-            num_tensors = 1 + len(zero3.optimizer_of(engine).states)
+            num_tensors = 1 + len(zero3.find_optimizer(engine).states)
             num_elements = sum(map(zero3.local_elements, named_parameters.values())) * num_tensors
             self._copy = StagingBuffer(num_elements, engine.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._job: SaveJob | None = None
@@ -215,7 +215,7 @@ def _saved(job: SaveJob) -> Saved:
 
 
 def _as_launcher_error(error: Exception) -> LauncherError:
-    return error if isinstance(error, LauncherError) else CheckpointError(problems_of("the checkpoint failed", error, 0))
+    return error if isinstance(error, LauncherError) else CheckpointError(to_problems("the checkpoint failed", error, 0))
 
 
 def _raise(error: Exception | None) -> None:

@@ -85,7 +85,7 @@ def build_state(engine: Any, named_parameters: Mapping[str, Parameter], extra_st
     return State(
         parameters={name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()},
         optimizer_step=zero3.optimizer_step(engine),
-        optimizer_states=zero3.optimizer_of(engine).states,
+        optimizer_states=zero3.find_optimizer(engine).states,
         loss_scaler=zero3.loss_scale_state(engine),
         engine=zero3.read_counters(engine),
         extra=dict(extra_state),
@@ -128,7 +128,7 @@ def load(
             raise DamagedCheckpoint(problems)
         state = read_state(checkpoint)
         _require_same_parameters(state, named_parameters, checkpoint)
-        _require_same_states(state, zero3.optimizer_of(engine).states, checkpoint)
+        _require_same_states(state, zero3.find_optimizer(engine).states, checkpoint)
         return manifest, state
 
     manifest, state = run_on_all_ranks(engine.device, "the checkpoint cannot be used", check)

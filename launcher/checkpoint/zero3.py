@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from launcher.checkpoint import nvme
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError
-from launcher.plan.optimizers import Optimizer, of_class
+from launcher.plan.optimizers import Optimizer, find_by_class
 
 FP32 = "fp32"
 
@@ -34,7 +34,7 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
     zero = engine.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         raise CheckpointError("checkpoints are written for DeepSpeed ZeRO stage 3 only", value=type(zero).__name__)
-    optimizer_of(engine)
+    find_optimizer(engine)
     if zero.offload_optimizer and zero.partial_offload != 1.0:
         raise CheckpointError(
             "an optimizer that is offloaded in part keeps some states where DeepSpeed gives no view of them",
@@ -50,15 +50,15 @@ def require_supported_engine(engine: Any, named_parameters: Mapping[str, Paramet
         raise CheckpointError("the named parameters are not exactly those of the engine's model")
 
 
-def optimizer_of(engine: Any) -> Optimizer:
-    """The row of the table of optimizers that describes this engine's optimizer.
+def find_optimizer(engine: Any) -> Optimizer:
+    """Find the row of OPTIMIZERS that describes this engine's optimizer.
 
     Raises:
         CheckpointError: where no row lists its class.
     """
     kind = type(engine.optimizer.optimizer)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    optimizer = of_class(name)
+    optimizer = find_by_class(name)
     if optimizer is None:
         raise CheckpointError(
             "checkpoints cannot hold the states of this optimizer, which are not known",
@@ -69,8 +69,8 @@ def optimizer_of(engine: Any) -> Optimizer:
 
 
 def stored_keys(engine: Any, step: int) -> tuple[str, ...]:
-    """Names of the tensors that are stored for each parameter after `step` optimizer steps: before the first, weights alone."""
-    return (FP32, *optimizer_of(engine).states) if step else (FP32,)
+    """Return the names of the tensors stored per parameter after `step` optimizer steps; before the first, only weights."""
+    return (FP32, *find_optimizer(engine).states) if step else (FP32,)
 
 
 def local_elements(parameter: Parameter) -> int:
@@ -244,7 +244,7 @@ def _require_named_states(engine: Any, keys: tuple[str, ...]) -> None:
 
 def _make_optimizer_state(engine: Any, sub_group: int, step: int) -> None:
     """Make states of zeros, and `step` in the form in which the optimizer's own first step would have made it."""
-    zero, optimizer = engine.optimizer, optimizer_of(engine)
+    zero, optimizer = engine.optimizer, find_optimizer(engine)
     base, flat = zero.optimizer, zero.fp32_partitioned_groups_flat[sub_group]
     base.state.pop(flat, None)
     if step == 0:

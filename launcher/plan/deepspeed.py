@@ -12,7 +12,7 @@ from typing import Any
 from launcher.config.schema import DeepSpeedSection, ModelSection
 from launcher.config.train import TrainSection
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
-from launcher.plan.memory import NVME_SUB_GROUP, hpz_ranks, largest_parameter, num_nvme_buffers
+from launcher.plan.memory import NVME_SUB_GROUP, max_parameter_elements, num_hpz_ranks, num_nvme_buffers
 from launcher.plan.optimizers import Optimizer
 
 # Elements below which a message costs more in latency than in transfer.
@@ -61,9 +61,9 @@ def render(
     if deepspeed.offload_params != "none":
         zero["offload_param"] = _offload(deepspeed.offload_params, nvme_folder)
     if deepspeed.offload_params == "nvme":
-        zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": -(-largest_parameter(facts) // topology.world_size)}
+        zero["offload_param"] |= {"max_in_cpu": 0, "buffer_size": -(-max_parameter_elements(facts) // topology.world_size)}
         zero |= _NO_PREFETCH
-    hpz = hpz_ranks(deepspeed, topology.ranks_per_node)
+    hpz = num_hpz_ranks(deepspeed, topology.ranks_per_node)
     if hpz > 1:
         zero["zero_hpz_partition_size"] = hpz
     if deepspeed.quantized_weights:

@@ -17,12 +17,12 @@ NVME_SUB_GROUP = 100_000_000
 _USABLE_HOST_SHARE = 0.8
 
 
-def hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
+def num_hpz_ranks(deepspeed: DeepSpeedSection, ranks_per_node: int) -> int:
     """Number of ranks that share a second copy of the weights; 1 means that there is none."""
     return ranks_per_node if deepspeed.hpz_partition_size == "node" else int(deepspeed.hpz_partition_size)
 
 
-def largest_parameter(facts: ModelFacts) -> int:
+def max_parameter_elements(facts: ModelFacts) -> int:
     """Number of elements of the largest parameter: the embedding, or the experts' fused gate and up projections."""
     experts = facts.config.get("num_local_experts") or facts.config.get("num_experts") or 0
     inside = 2 * experts * (facts.config.get("moe_intermediate_size") or facts.intermediate_size) or facts.intermediate_size
@@ -34,7 +34,7 @@ def num_nvme_buffers(optimizer: Optimizer) -> int:
     return 2 + len(optimizer.states)
 
 
-def estimate(
+def estimate_model_states(
     num_params: int,
     dtype: str,
     accumulation: int,
@@ -46,7 +46,7 @@ def estimate(
     """Estimate model states in GiB, per rank on its device and per node in main memory."""
     width = 4 if dtype == "fp32" else 2
     per_rank = num_params / topology.world_size / GIB
-    hpz = hpz_ranks(deepspeed, topology.ranks_per_node)
+    hpz = num_hpz_ranks(deepspeed, topology.ranks_per_node)
     weights = per_rank * width + (num_params / hpz / GIB * width if hpz > 1 else 0.0)
     # Gradients accumulate in fp32, in which small terms are not rounded away.
     gradients = per_rank * (4 if accumulation > 1 else width)
@@ -75,7 +75,7 @@ def estimate(
     )
 
 
-def saving(
+def plan_saving(
     num_params: int,
     asynchronous: bool,
     optimizer: Optimizer,

@@ -18,7 +18,7 @@ FP32_BYTES = 4
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What the launcher has to know of an optimizer.
+    """Properties of an optimizer that the plan and checkpoints depend on.
 
     `states` are the keys, in torch's `optimizer.state[parameter]`, of its fp32 tensors with one element per parameter element.
     Checkpoints store them under these names, so they cannot change later. `builder` is the function that makes the optimizer,
@@ -49,8 +49,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
-def of_class(name: str) -> Optimizer | None:
-    """The row of the optimizer class `name`, given as module.Class; None where no row lists it."""
+def find_by_class(name: str) -> Optimizer | None:
+    """Find the row that lists the optimizer class `name`, given as module.Class; None without one."""
     return next((optimizer for optimizer in OPTIMIZERS.values() if name in optimizer.classes), None)
 
 

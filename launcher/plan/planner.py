@@ -121,11 +121,11 @@ def _parts_by_ranks(
 ) -> dict[str, Any]:
     """Return the parts of a plan that depend on the number of ranks."""
     optimizer = OPTIMIZERS[config.optim.name]
-    states = memory.estimate(
+    states = memory.estimate_model_states(
         model.num_params, config.model.dtype, split.accumulation, optimizer, config.deepspeed, topology, device_gib
     )
     states = states.model_copy(update={"node_gib": host_memory_gib})
-    saving = memory.saving(
+    saving = memory.plan_saving(
         model.num_params, config.checkpoint.async_save, optimizer, config.deepspeed, states, topology, host_memory_gib
     )
     return {
@@ -190,7 +190,7 @@ def _memory_problems(planned: LaunchPlan) -> Iterator[Problem]:
     if planned.topology.device != "cuda" or cluster.has_unknown_gpus:
         return
     offload = "deepspeed.offload_params=cpu" if states.offload_optimizer != "none" else "deepspeed=zero3_offload"
-    if memory.hpz_ranks(states, planned.topology.ranks_per_node) > 1:
+    if memory.num_hpz_ranks(states, planned.topology.ranks_per_node) > 1:
         offload += ", deepspeed.hpz_partition_size=1"
     if too_large := _too_large(planned):
         topology = planned.topology
@@ -219,7 +219,7 @@ def _too_large(planned: LaunchPlan) -> str:
 
 
 def _hpz_problems(config: RunConfig, topology: Topology) -> Iterator[Problem]:
-    hpz = memory.hpz_ranks(config.deepspeed, topology.ranks_per_node)
+    hpz = memory.num_hpz_ranks(config.deepspeed, topology.ranks_per_node)
     if topology.world_size % hpz:
         yield Problem(
             f"deepspeed.hpz_partition_size={hpz} does not divide the {topology.world_size} ranks",

@@ -122,7 +122,7 @@ def _free_bytes(folder: Path) -> int | None:
 
 
 @torch.no_grad()
-def reference_logits(engine: Any, model: CausalLMLoss, split: Split, device: torch.device) -> dict[str, torch.Tensor]:
+def compute_reference_logits(engine: Any, model: CausalLMLoss, split: Split, device: torch.device) -> dict[str, torch.Tensor]:
     """Compute logits of the first tokens of the first row, which an export is compared with. Collective.
 
     Returns `input_ids` [1, T], `position_ids` [1, T] and `logits` [1, T, V], on the CPU.

@@ -46,7 +46,7 @@ def write_weights(plan: LaunchPlan, rank_info: RankInfo, checkpoint: Path, devic
     _free_memory()
     if not plan.config.export.enabled:
         return
-    task = _task(plan, checkpoint)
+    task = _export_task(plan, checkpoint)
     try:
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: begin_export(task) if rank_info.is_main else None)
         run_on_all_ranks(device, _NOT_WRITTEN, lambda: write_rank_files(task, rank_info.rank, rank_info.world_size))
@@ -66,9 +66,9 @@ def finish(plan: LaunchPlan, checkpoint: Path, tracker: Composite, on_exported: 
     """
     if not plan.config.export.enabled:
         return
-    task = _task(plan, checkpoint)
+    task = _export_task(plan, checkpoint)
     try:
-        device = _device(plan)
+        device = _export_device(plan)
         manifest = store.open_checkpoint(checkpoint).manifest
         run = RunDir(Path(plan.run_dir))
         metrics, plans = read_metrics(run.metrics, model_card.METRICS), run_store.load_plans_until(run, manifest.attempt)
@@ -92,7 +92,7 @@ def _export_error(plan: LaunchPlan, problems: Iterable[Problem]) -> ExportError:
     return ExportError(replace(problem, remedy=problem.remedy or again) for problem in problems)
 
 
-def _task(plan: LaunchPlan, checkpoint: Path) -> ExportTask:
+def _export_task(plan: LaunchPlan, checkpoint: Path) -> ExportTask:
     return ExportTask(
         checkpoint=checkpoint,
         model=Path(plan.model.path) if plan.model.path else plan.model.config,
@@ -111,7 +111,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _device(plan: LaunchPlan) -> str:
+def _export_device(plan: LaunchPlan) -> str:
     """Device type on which the exported model fits."""
     if not torch.cuda.is_available():
         return "cpu"

@@ -25,12 +25,12 @@ from launcher.plan.run_dir import RunDir
 from launcher.tracking.goodput import JOINED, PHASE
 from launcher.tracking.jsonl import SUPERSEDED
 from launcher.tracking.tracker import Composite, start_trackers
-from launcher.train.checkpointer import reference_logits
+from launcher.train.checkpointer import compute_reference_logits
 from launcher.train.engine import join_process_group, leave_process_group
 from launcher.train.evaluate import HeldOutLoss
 from launcher.train.finish import OnExported, finish, write_weights
 from launcher.train.monitoring import bandwidth
-from launcher.train.optim import learning_rate, set_learning_rate
+from launcher.train.optim import compute_learning_rate, set_learning_rate
 from launcher.train.previous_failure import find_previous_failure
 from launcher.train.resume import load_newest_intact
 from launcher.train.setup import Components, RunContext, build_components
@@ -140,7 +140,8 @@ class TrainingLoop:
             self._load(checkpoint)
         elif plan.config.model.init == "pretrained" and not plan.model.has_weights:
             where = str(self.run.run_dir.root)
-            raise CheckpointError("no checkpoint is left, and the run came here without initial weights", where=where)
+            remedy = "restore a checkpoint into this directory, or start a new run"
+            raise CheckpointError("the run has neither a checkpoint nor initial weights", where=where, remedy=remedy)
 
     def run_to_end(self) -> Outcome:
         """Train to the last step, or until any rank has a reason to stop, and save. Collective."""
@@ -165,7 +166,7 @@ class TrainingLoop:
         timer.begin()
         with timer.part("data", on_host=True):
             batch = parts.batches.step(self.step)
-        lr = learning_rate(self.run.plan.config.optim, self.step, parts.max_steps)
+        lr = compute_learning_rate(self.run.plan.config.optim, self.step, parts.max_steps)
         set_learning_rate(parts.engine.optimizer, lr)
         local_loss = self.forward_backward_step(batch)
         # An in-flight save reads the states, which change from here on.
@@ -275,7 +276,7 @@ class TrainingLoop:
         parts = self.parts
         parts.checkpointer.wait(self.step)
         if parts.checkpointer.saved_step != self.step:
-            logits = reference_logits(parts.engine, parts.model, parts.batches.split, self.run.device)
+            logits = compute_reference_logits(parts.engine, parts.model, parts.batches.split, self.run.device)
             if not torch.isfinite(logits["logits"]).all():
                 raise self.diverged("the logits are not finite")
             parts.status.write_state("saving", self.step)

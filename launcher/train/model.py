@@ -64,7 +64,7 @@ class CausalLMLoss(nn.Module):
         flat = labels.reshape(-1)
         # With labels on the CPU, this does not wait for the GPU.
         trained = (flat != IGNORED).nonzero().squeeze(1)
-        targets, trained = (_on(hidden.device, tensor) for tensor in (flat[trained], trained))
+        targets, trained = (_copy_to(hidden.device, tensor) for tensor in (flat[trained], trained))
         selected = hidden.reshape(-1, hidden.shape[-1]).index_select(0, trained)
         return self.hf.get_output_embeddings()(selected, targets, factor)
 
@@ -75,7 +75,7 @@ class CausalLMLoss(nn.Module):
             input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
             if cu_seqlens is not None and self._takes_cu_seqlens:
                 # transformers would compute these on the GPU in every layer, and wait for it.
-                offsets, longest = _on(input_ids.device, cu_seqlens), int(cu_seqlens.diff().max())
+                offsets, longest = _copy_to(input_ids.device, cu_seqlens), int(cu_seqlens.diff().max())
                 documents = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
         # A cache or a mask would switch off the isolation of packed documents.
         decoder = self.hf.get_decoder()
@@ -91,14 +91,14 @@ def weights_gib(plan: LaunchPlan) -> float:
     return plan.model.num_params * DTYPES[plan.config.model.dtype].itemsize / 2**30
 
 
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
+def _copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     """Copy without waiting for the GPU, which CUDA would do for memory that is not page-locked."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def attention_kernel(model: ModelSection, device: str, config: Any) -> str:
+def choose_attention_kernel(model: ModelSection, device: str, config: Any) -> str:
     """Return the attention kernel of a model with this transformers config: what is set, else FlashAttention 2 or sdpa."""
     from transformers.utils import is_flash_attn_2_available
 
@@ -136,17 +136,17 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
 
     remote = {"trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(facts.path, **remote) if facts.path is not None else AutoConfig.for_model(**facts.config)
-    kernel = attention_kernel(model, device, config)
+    kernel = choose_attention_kernel(model, device, config)
     if kernel.startswith("flash_attention") and config.model_type in _FLASH_CROSSES_DOCUMENTS:
         what = "packed documents would affect each other in the FlashAttention of this architecture"
         raise ConfigError(what, where="model.attention", value=config.model_type, remedy="set model.attention=sdpa")
     options: dict[str, Any] = {"dtype": DTYPES[model.dtype], "attn_implementation": kernel}
     if facts.path is not None and model.init == "pretrained" and facts.has_weights:
         pickled = {} if model.allow_pickled_weights else {"use_safetensors": True}
-        hf = _load(facts.path, model, **options, **remote, **pickled)
+        hf = _load_pretrained(facts.path, model, **options, **remote, **pickled)
     else:
         hf = AutoModelForCausalLM.from_config(config, **options, **remote)
-    _with_loss_head(hf, chunk_tokens)
+    _replace_head(hf, chunk_tokens)
     if model.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
@@ -159,7 +159,7 @@ def build_model(model: ModelSection, facts: ModelFacts, device: str, chunk_token
     return CausalLMLoss(hf, flatten=is_flat)
 
 
-def _load(path: str, model: ModelSection, **options: Any) -> Any:
+def _load_pretrained(path: str, model: ModelSection, **options: Any) -> Any:
     """Load the model with all of its weights from a folder.
 
     Raises:
@@ -182,7 +182,7 @@ def _load(path: str, model: ModelSection, **options: Any) -> Any:
     return hf
 
 
-def _with_loss_head(hf: Any, chunk_tokens: int) -> None:
+def _replace_head(hf: Any, chunk_tokens: int) -> None:
     head = hf.get_output_embeddings()
     if type(head) is not nn.Linear:
         raise ConfigError(

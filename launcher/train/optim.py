@@ -17,7 +17,7 @@ from launcher.plan.optimizers import OPTIMIZERS
 Builder = Callable[[list[dict[str, Any]], OptimSection, DeepSpeedSection], torch.optim.Optimizer]
 
 
-def learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
+def compute_learning_rate(optim: OptimSection, step: int, max_steps: int) -> float:
     """Rate for optimizer step `step`, counted from 0: linear warm-up, then the schedule down to min_lr_ratio.
 
     wsd holds the peak and decays linearly over the last `decay_fraction` of all steps

@@ -15,7 +15,7 @@ _BUDGET_S = 0.12
 _SMALLEST, _LARGEST = 256, 2048
 
 
-def peak_tflops(config: RunConfig, device: torch.device) -> float | None:
+def find_peak_tflops(config: RunConfig, device: torch.device) -> float | None:
     """Return the peak TFLOP/s of matrix products in the run's dtype; None for an unknown GPU.
 
     For a GPU it is the vendor's figure. A CPU is measured with this rank's threads, in less than 0.3 s.

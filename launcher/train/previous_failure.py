@@ -40,7 +40,9 @@ def find_previous_failure(run: RunDir, number: int) -> PreviousFailure | None:
         restarts = [i for i, event in enumerate(own) if RESTART in event["fields"]]
         if restarts:
             since = restarts[-2] if len(restarts) > 1 else 0
-            return PreviousFailure(f"{own[restarts[-1]]['text']}{gpu_faults(own[since : restarts[-1]])}", is_recorded=True)
+            return PreviousFailure(
+                f"{own[restarts[-1]]['text']}{describe_gpu_faults(own[since : restarts[-1]])}", is_recorded=True
+            )
         if number == 1 or not run_store.read_attempt(run, number).automatic:
             return None
         record = run_records.read_exit(run, number - 1)
@@ -51,12 +53,14 @@ def find_previous_failure(run: RunDir, number: int) -> PreviousFailure | None:
             how = f"ended ({record.cause}): "
             earlier = [event for event in alerts if event["attempt"] == number - 1]
             is_recorded = any(how in event["text"] for event in earlier)
-            message = f"attempt {number - 1} {how}{record.message}{log}; this attempt continues the run{gpu_faults(earlier)}"
+            message = (
+                f"attempt {number - 1} {how}{record.message}{log}; this attempt continues the run{describe_gpu_faults(earlier)}"
+            )
             return PreviousFailure(message, is_recorded)
     return None
 
 
-def gpu_faults(alerts: Iterable[Mapping[str, Any]]) -> str:
+def describe_gpu_faults(alerts: Iterable[Mapping[str, Any]]) -> str:
     """Return the GPU faults among `alerts` as the end of a sentence; empty without any.
 
     Faults that a GPU does not recover from come first: they cause the others, on many GPUs.

@@ -27,7 +27,7 @@ from launcher.train.model import CausalLMLoss, describe_attention
 from launcher.train.monitoring.monitor import Monitor
 from launcher.train.monitoring.status_file import StatusFile
 from launcher.train.objectives import OBJECTIVES, Objective
-from launcher.train.peak_flops import peak_tflops
+from launcher.train.peak_flops import find_peak_tflops
 from launcher.train.resume import StartPoint, agree_on_start_point
 
 # Padding is neither attended to nor trained; any id in the vocabulary serves.
@@ -76,7 +76,7 @@ def build_components(run: RunContext, beat: Callable[[str, int], None]) -> Compo
     if data is None or max_steps is None:
         raise RunError("the plan has no data", where=str(run.run_dir.plan), remedy="build it with: python -m launcher data")
     # Measured while the other ranks wait for the fence, so that they do not use the CPU.
-    peak = peak_tflops(plan.config, device) if rank_info.is_main else None
+    peak = find_peak_tflops(plan.config, device) if rank_info.is_main else None
     fence = partial(run_store.fence, run.run_dir, rank_info.attempt, refresh=True)
     run_on_all_ranks(device, "this attempt may not train", fence if rank_info.is_main else lambda: None)
     engine, model = build_engine(plan, rank_info)

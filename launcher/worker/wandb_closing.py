@@ -18,7 +18,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.retry import Cause
 from launcher.plan.run_dir import RunDir
 from launcher.tracking.jsonl import append_event, read_events
-from launcher.train.previous_failure import gpu_faults
+from launcher.train.previous_failure import describe_gpu_faults
 
 # The nodes may be held meanwhile.
 _DEADLINE_S = 45.0
@@ -80,7 +80,7 @@ def _log_of_first_failure(run: RunDir, attempt: int) -> str:
 
 def _gpu_faults(run: RunDir, attempt: int) -> str:
     with suppress(OSError, KeyError, TypeError):
-        return gpu_faults(e for e in read_events(run.events) if e["kind"] == "alert" and e["attempt"] == attempt)
+        return describe_gpu_faults(e for e in read_events(run.events) if e["kind"] == "alert" and e["attempt"] == attempt)
     return ""
 
 

@@ -136,7 +136,7 @@ def dump(engine, path: Path) -> None:
     tensors = {}
     for name, parameter in names(engine).items():
         tensors[f"{name}|fp32"] = safe_get_full_fp32_param(parameter).clone()
-        for key in zero3.optimizer_of(engine).states:
+        for key in zero3.find_optimizer(engine).states:
             tensors[f"{name}|{key}"] = safe_get_full_optimizer_state(parameter, key).clone()
         with deepspeed.zero.GatheredParameters([parameter]):
             tensors[f"{name}|compute"] = parameter.detach().clone()
@@ -222,7 +222,7 @@ def on_nvme(engine) -> dict[str, int]:
     """How many of the optimizer's sub-groups, and of the weights that the engine computes with, lie on NVMe now."""
     zero = engine.optimizer
     flats = [flat for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if zero._swappable_optimizer_subgroup(i)]
-    states = zero3.optimizer_of(engine).states
+    states = zero3.find_optimizer(engine).states
     assert all(flat.numel() == 0 and not any(len(zero.optimizer.state[flat][key]) for key in states) for flat in flats)
     absent = [p for p in names(engine).values() if p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE]
     return {"sub_groups": len(flats), "of": len(zero.fp32_partitioned_groups_flat), "weights": len(absent)}

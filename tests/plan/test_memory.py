@@ -8,7 +8,7 @@ import pytest
 
 from launcher.config.schema import DeepSpeedSection
 from launcher.plan.launch_plan import LaunchPlan, Memory, Topology
-from launcher.plan.memory import checkpoint_bytes, estimate, saving
+from launcher.plan.memory import checkpoint_bytes, estimate_model_states, plan_saving
 from launcher.plan.optimizers import OPTIMIZERS
 
 EIGHT_GPUS = Topology(nodes=1, ranks_per_node=8, world_size=8, device="cuda", backend="nccl")
@@ -20,7 +20,7 @@ BYTE = 0.934844
 
 
 def memory(dtype: str = "bf16", accumulation: int = 8, topology: Topology = EIGHT_GPUS, **settings: object) -> Memory:
-    return estimate(LLAMA_8B, dtype, accumulation, ADAMW, DeepSpeedSection(**settings), topology, 79.1)  # type: ignore[arg-type]
+    return estimate_model_states(LLAMA_8B, dtype, accumulation, ADAMW, DeepSpeedSection(**settings), topology, 79.1)  # type: ignore[arg-type]
 
 
 def test_eight_billion_on_eight_gpus() -> None:
@@ -98,26 +98,26 @@ def test_the_plan_holds_the_estimates(plan_of: Callable[..., LaunchPlan]) -> Non
 
 def test_background_saves_need_main_memory_on_each_node() -> None:
     states = memory(topology=FOUR_NODES)
-    estimated = saving(LLAMA_8B, True, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0)
+    estimated = plan_saving(LLAMA_8B, True, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0)
     # 12 bytes for each parameter, on four nodes.
     assert estimated.background
     assert estimated.host_gib_per_node == pytest.approx(12 * BYTE * 8 / 4, abs=1e-2)
-    assert not saving(LLAMA_8B, False, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0).background
+    assert not plan_saving(LLAMA_8B, False, ADAMW, DeepSpeedSection(), states, FOUR_NODES, 500.0).background
 
 
 def test_saves_block_training_where_copies_do_not_fit() -> None:
     offloaded = DeepSpeedSection(offload_optimizer="cpu")
     states = memory(topology=EIGHT_GPUS, offload_optimizer="cpu")
     # 16 bytes of gradients and states and 12 of copies for each parameter: 209 GiB.
-    assert saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, 300.0).background
-    tight = saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, 250.0)
+    assert plan_saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, 300.0).background
+    tight = plan_saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, 250.0)
     assert not tight.background
     assert "training waits" in tight.note
-    assert saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, None).background, (
+    assert plan_saving(LLAMA_8B, True, ADAMW, offloaded, states, EIGHT_GPUS, None).background, (
         "where nothing is known, the ranks find out"
     )
     for key in ("offload_optimizer", "offload_params"):
         on_disk = DeepSpeedSection.model_validate({key: "nvme", "nvme_path": "/nvme"})
-        estimated = saving(LLAMA_8B, True, ADAMW, on_disk, states, EIGHT_GPUS, 10_000.0)
+        estimated = plan_saving(LLAMA_8B, True, ADAMW, on_disk, states, EIGHT_GPUS, 10_000.0)
         assert not estimated.background
         assert "NVMe" in estimated.note

@@ -15,7 +15,7 @@ from launcher.config.schema import ModelSection
 from launcher.data.loader import MicroBatch
 from launcher.errors import ConfigError
 from launcher.plan.architecture import carries_state, model_facts
-from launcher.train.model import CausalLMLoss, attention_kernel, build_model, describe_attention
+from launcher.train.model import CausalLMLoss, build_model, choose_attention_kernel, describe_attention
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +126,10 @@ def test_flash_attention_is_chosen_where_it_is_available(
 ) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: there)
     section, config = ModelSection(path="/model", dtype=dtype), transformers.AutoConfig.for_model(family)
-    assert attention_kernel(section, "cuda", config) == kernel
-    assert attention_kernel(section, "cpu", config) == "sdpa"
+    assert choose_attention_kernel(section, "cuda", config) == kernel
+    assert choose_attention_kernel(section, "cpu", config) == "sdpa"
     eager = ModelSection(path="/model", dtype=dtype, attention="eager")
-    assert attention_kernel(eager, "cuda", config) == "eager"
+    assert choose_attention_kernel(eager, "cuda", config) == "eager"
     config._attn_implementation = kernel
     message = describe_attention(section, config, packing=True)
     assert message.startswith(f"attention is computed by {kernel}")

@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from launcher.config.schema import DeepSpeedSection, OptimSection
-from launcher.train.optim import build_optimizer, learning_rate, set_learning_rate
+from launcher.train.optim import build_optimizer, compute_learning_rate, set_learning_rate
 
 
 def rates(max_steps: int, **settings: object) -> list[float]:
     optim = OptimSection(lr=1.0, **settings)
-    return [learning_rate(optim, step, max_steps) for step in range(max_steps)]
+    return [compute_learning_rate(optim, step, max_steps) for step in range(max_steps)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])

@@ -8,7 +8,7 @@ import torch
 
 from launcher.config.schema import RunConfig
 from launcher.plan.gpus import GPUS
-from launcher.train.peak_flops import measure_tflops, peak_tflops
+from launcher.train.peak_flops import find_peak_tflops, measure_tflops
 
 ConfigOf = Callable[..., RunConfig]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -28,12 +28,12 @@ def test_the_peak_of_a_gpu_is_its_vendors_figure(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
     # The GPU of the machine counts, not that of the plan.
-    assert peak_tflops(config_of(f"model.dtype={dtype}", "cluster.gpu_type=A100-40GB"), CUDA) == expected
+    assert find_peak_tflops(config_of(f"model.dtype={dtype}", "cluster.gpu_type=A100-40GB"), CUDA) == expected
 
 
 def test_an_unknown_gpu_has_no_peak(config_of: ConfigOf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Abacus 3000")
-    assert peak_tflops(config_of(), CUDA) is None
+    assert find_peak_tflops(config_of(), CUDA) is None
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -41,7 +41,7 @@ def test_measuring_a_cpu_is_quick_and_leaves_the_random_state_alone(config_of: C
     state, config, seconds = torch.get_rng_state(), config_of(f"model.dtype={dtype}"), []
     for _ in range(3):
         began = time.perf_counter()
-        measured = peak_tflops(config, CPU)
+        measured = find_peak_tflops(config, CPU)
         seconds.append(time.perf_counter() - began)
         assert measured is not None
         assert 1e-3 < measured < 100
