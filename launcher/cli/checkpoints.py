@@ -35,7 +35,7 @@ _STATES = {DamagedCheckpoint: "damaged", UnreadableCheckpoint: "cannot be read",
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckpointRow:
     """A row of the table. `state` is one of _STATES, "whole" or "not verified"; unknown values are None."""
 
     step: int
@@ -149,11 +149,11 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
     intact = [checkpoint for checkpoint in listed if not verified.get(checkpoint.path)]
     if not intact:
         raise SubmitError("no checkpoint of this run is whole, so nothing is removed", where=str(run.checkpoints))
-    kept = retention_reasons(intact, retention)
+    keep_reasons = retention_reasons(intact, retention)
     to_remove = [
         Leftover(checkpoint.path, "damaged" if verified.get(checkpoint.path) else "no longer kept", disk_bytes(checkpoint.path))
         for checkpoint in listed
-        if verified.get(checkpoint.path) or not kept[checkpoint.step]
+        if verified.get(checkpoint.path) or not keep_reasons[checkpoint.step]
     ]
     for step, error in unusable.items():
         path = run.checkpoints / store.step_name(step)
@@ -166,25 +166,25 @@ def _prune(run: RunDir, retention: Retention, verified: Verified) -> list[Leftov
     return to_remove
 
 
-def _rows(run: RunDir, retention: Retention, verified: Verified) -> list[Row]:
+def _rows(run: RunDir, retention: Retention, verified: Verified) -> list[CheckpointRow]:
     listed = store.list_checkpoints(run.checkpoints)
-    kept = retention_reasons([checkpoint for checkpoint in listed if not verified.get(checkpoint.path)], retention)
-    rows = [row for checkpoint in listed if (row := _row(checkpoint, kept.get(checkpoint.step, ()), verified))]
+    keep_reasons = retention_reasons([checkpoint for checkpoint in listed if not verified.get(checkpoint.path)], retention)
+    rows = [row for checkpoint in listed if (row := _row(checkpoint, keep_reasons.get(checkpoint.step, ()), verified))]
     for step, error in store.find_unusable(run.checkpoints).items():
         path = run.checkpoints / store.step_name(step)
         num_bytes = None if isinstance(error, UnreadableCheckpoint) else disk_bytes(path)
-        rows.append(Row(step, str(path), num_bytes, None, None, None, None, (), _STATES[type(error)], _describe(error)))
+        rows.append(CheckpointRow(step, str(path), num_bytes, None, None, None, None, (), _STATES[type(error)], _describe(error)))
     return sorted(rows, key=lambda row: row.step)
 
 
-def _row(checkpoint: Checkpoint, kept: tuple[str, ...], verified: Verified) -> Row | None:
+def _row(checkpoint: Checkpoint, keep_reasons: tuple[str, ...], verified: Verified) -> CheckpointRow | None:
     """Build the row of a checkpoint; None if the run has removed it since it was listed."""
     manifest, error = checkpoint.manifest, verified.get(checkpoint.path)
     try:
         saved_at = (checkpoint.path / MANIFEST).stat().st_mtime
     except FileNotFoundError:
         return None
-    return Row(
+    return CheckpointRow(
         step=checkpoint.step,
         path=str(checkpoint.path),
         bytes=_num_bytes(checkpoint),
@@ -192,7 +192,7 @@ def _row(checkpoint: Checkpoint, kept: tuple[str, ...], verified: Verified) -> R
         world_size=manifest.world_size,
         attempt=manifest.attempt,
         eval_loss=manifest.eval_loss,
-        kept=kept,
+        kept=keep_reasons,
         state=_STATES[type(error)] if error else "whole" if checkpoint.path in verified else "not verified",
         problems=_describe(error) if error else (),
     )
@@ -234,7 +234,7 @@ def _show(run: RunDir, plan: LaunchPlan, verified: Verified, removed: Sequence[L
     return EXIT_FAILED if has_damage else 0
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[CheckpointRow]) -> list[str]:
     num_newest = sum("newest" in row.kept for row in rows)
     labels = {"newest": f"among the newest {num_newest}"} if num_newest > 1 else {}
     table = [(("step", "size", "age", "ranks", "attempt", "held out"), ("kept as", "state"))]

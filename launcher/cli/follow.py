@@ -28,7 +28,7 @@ _HIDDEN_EVENTS = ("summary", "end")
 _LIMITS = ("run.max_hours", "run.max_usd")
 
 
-class Watch:
+class StatusWatch:
     """The state of a watched run: its files are read on each call, its backend is asked every `status_interval_s` seconds."""
 
     def __init__(self, run: RunDir, cluster: Cluster) -> None:
@@ -48,7 +48,7 @@ def follow(run: RunDir, attempt: int, cluster: Cluster) -> int:
     """Show an attempt until it ends; returns the exit code. The first Ctrl-C saves and stops the run, the second kills it."""
     events, metrics = Tail(run.events), Tail(run.metrics)
     with _screen() as screen, _interrupts() as interrupts:
-        num_handled, watch = 0, Watch(run, cluster)
+        num_handled, watch = 0, StatusWatch(run, cluster)
         screen.live(f"starting; logs in {short(run.attempt(attempt))}")
         while True:
             # Read the state before the files: everything written before the final state is then shown.

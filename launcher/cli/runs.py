@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.cli.follow import Watch, follow
+from launcher.cli.follow import StatusWatch, follow
 from launcher.cli.launch import worker_environment
 from launcher.cli.plan_view import started_lines
 from launcher.cli.resume import resume_run
@@ -84,7 +84,7 @@ def _logs(run: RunDir, arguments: argparse.Namespace) -> int:
             where=str(run.rank_log(attempt, arguments.rank)),
             remedy=f"existing logs: {', '.join(logs)}" if logs else "wait until the attempt has started",
         )
-    watch = Watch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
+    watch = StatusWatch(run, cluster_for(run_store.load_plan(run).config.cluster.kind))
     offset = 0
     while True:
         is_running = watch.state().state in RUNNING_STATES

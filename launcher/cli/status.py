@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher import run_store
 from launcher.cli import formatting
-from launcher.cli.follow import Watch, wandb_words
+from launcher.cli.follow import StatusWatch, wandb_words
 from launcher.cli.run_summary import summary
 from launcher.clusters.base import cluster_for
 from launcher.errors import LauncherError, printable
@@ -110,7 +110,7 @@ def _state_of(run: RunDir) -> Callable[[], Status]:
     """What tells the run's state: where no plan names a backend to ask, as with files that were copied, status.json alone."""
     if not run.plan.is_file():
         return partial(run_store.read_status, run)
-    return Watch(run, cluster_for(run_store.read_placement(run).kind)).state
+    return StatusWatch(run, cluster_for(run_store.read_placement(run).kind)).state
 
 
 def _ls(root: Path, as_json: bool) -> int:

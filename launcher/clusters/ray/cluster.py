@@ -44,7 +44,7 @@ _LOST = "the driver ended without recording a result: it was killed, or its mach
 
 
 @dataclass(frozen=True)
-class Submission:
+class JobsApiSubmission:
     """submitted.json: the job of the cluster's Jobs API that runs the driver; `at` is in seconds since the epoch."""
 
     job: str
@@ -93,7 +93,7 @@ class RayCluster:
             except SubmitError:
                 run_store.update_status(run, state="failed", message="the job was not submitted")
                 raise
-            submission = Submission(job, section.address or "", time.time())
+            submission = JobsApiSubmission(job, section.address or "", time.time())
             json_records.write(_submission_file(run, attempt), submission)
             _await_driver(run, submission)
             return
@@ -105,7 +105,7 @@ class RayCluster:
         file = _submission_file(run, attempt)
         if not file.is_file():
             return [("driver", str(run.attempt(attempt) / "agent.log"))]
-        submission = json_records.read(Submission, file)
+        submission = json_records.read(JobsApiSubmission, file)
         return [
             ("job", submission.job),
             ("log", f"ray job logs --address {submission.address} -f {submission.job}"),
@@ -119,7 +119,7 @@ class RayCluster:
         number = run_store.newest_attempt(run)
         file = _submission_file(run, number)
         if file.is_file():
-            return _job_status(run, status, json_records.read(Submission, file))
+            return _job_status(run, status, json_records.read(JobsApiSubmission, file))
         if status.job is None:
             lost = status.state == "pending" and time.time() - status.updated_at > detached_process.START_DEADLINE_S
             return replace(status, state="failed", message=NEVER_SUBMITTED) if lost else status
@@ -143,7 +143,7 @@ class RayCluster:
             return
         # The driver did not act on the last request, which was to stop without saving.
         if file.is_file():
-            submission = json_records.read(Submission, file)
+            submission = json_records.read(JobsApiSubmission, file)
             jobs.stop(submission.address, submission.job)
         elif (driver := detached_process.find_process(status)) is not None:
             driver.kill()
@@ -161,7 +161,7 @@ class RayCluster:
         raise SubmitError("drill does not support Ray", where="cluster", value="ray", remedy=self.drill_remedy)
 
 
-def _job_status(run: RunDir, status: Status, submission: Submission) -> Status:
+def _job_status(run: RunDir, status: Status, submission: JobsApiSubmission) -> Status:
     """Correct the status of a run whose driver is a job of the cluster."""
     known = replace(status, job={**(status.job or {}), "id": submission.job})
     try:
@@ -254,7 +254,7 @@ def _await_joined(run: RunDir, log: Path) -> None:
         raise RunError(message, where=str(log), value=log.read_text(errors="replace")[-2000:])
 
 
-def _await_driver(run: RunDir, submission: Submission) -> None:
+def _await_driver(run: RunDir, submission: JobsApiSubmission) -> None:
     """Wait until the driver sets the run's status, so that a head node without access to the run directory is reported now.
 
     Raises:
@@ -277,7 +277,7 @@ def _await_driver(run: RunDir, submission: Submission) -> None:
         raise RunError(_NO_STATUS, where=str(run.root), value=reason, remedy=remedy)
 
 
-def _no_status_remedy(submission: Submission) -> str:
+def _no_status_remedy(submission: JobsApiSubmission) -> str:
     log = f"ray job logs --address {submission.address} {submission.job}"
     return f"set run.root to a folder that the cluster's nodes can write to under the same path; read the job's log with: {log}"
 

@@ -39,7 +39,7 @@ _WAITING_STATES = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIA
 
 
 @dataclass(frozen=True)
-class Submission:
+class SlurmSubmission:
     """submitted.json: the job that an attempt was submitted as; `submitted_at` is in seconds since the epoch."""
 
     job: str
@@ -81,10 +81,10 @@ class SlurmCluster:
         except SubmitError:
             run_store.update_status(run, state="failed", message="the job was not submitted")
             raise
-        json_records.write(submission_file(run, attempt), Submission(job, time.time()))
+        json_records.write(submission_file(run, attempt), SlurmSubmission(job, time.time()))
 
     def submission_details(self, run: RunDir, attempt: int) -> list[tuple[str, str]]:
-        job = json_records.read(Submission, submission_file(run, attempt)).job
+        job = json_records.read(SlurmSubmission, submission_file(run, attempt)).job
         return [("job", job), ("output", str(run.jobs / job / f"{job}_0_log.out"))]
 
     def status(self, run: RunDir) -> Status:
@@ -226,7 +226,7 @@ def _submit_again(plan: LaunchPlan, run: RunDir, job: str, exclude: str) -> None
         message = f"the run could not be submitted again: {error.problems[0].what}: {error.problems[0].value}"
         run_store.update_status(run, state="failed", message=message)
         raise
-    json_records.write(submission_file(run, number), Submission(next_job, time.time()))
+    json_records.write(submission_file(run, number), SlurmSubmission(next_job, time.time()))
 
 
 def submission_file(run: RunDir, attempt: int) -> Path:
@@ -238,7 +238,7 @@ def _job_of(run: RunDir, attempt: int) -> tuple[str | None, float]:
     """Return the job of an attempt, None if there is none yet, and when it was submitted."""
     if not attempt:
         return None, run_store.read_status(run).created_at
-    submission = json_records.read_if_present(Submission, submission_file(run, attempt))
+    submission = json_records.read_if_present(SlurmSubmission, submission_file(run, attempt))
     job = run_store.read_attempt(run, attempt).job
     if submission is None:
         return job, run_store.read_status(run).created_at

@@ -116,14 +116,14 @@ def parameters(plan: LaunchPlan, plan_path: Path) -> dict[str, Any]:
 def python_command(plan: LaunchPlan, plan_path: Path) -> str:
     """Return the shell words that start Python in a task, in its container if there is one."""
     section = SlurmSection.of(plan.config.cluster)
-    words = [_plain(sys.executable)]
+    command = [_plain(sys.executable)]
     if section.container_image and section.container_runtime == "apptainer":
         gpu = ["--nv"] if plan.topology.device == "cuda" else []
         binds = [word for mount in _mounts(plan, section) for word in ("--bind", mount)]
-        words = ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
+        command = ["apptainer", "exec", *gpu, *binds, section.container_image, section.container_python]
     elif section.container_image:
-        words = [section.container_python]
-    return _SIGNAL_SHIELD + shlex.join([_plain(str(plan_path)), *words])
+        command = [section.container_python]
+    return _SIGNAL_SHIELD + shlex.join([_plain(str(plan_path)), *command])
 
 
 def _setup(plan: LaunchPlan, section: SlurmSection, plan_path: Path) -> list[str]:
