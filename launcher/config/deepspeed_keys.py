@@ -16,7 +16,7 @@ from launcher.errors import Problem, did_you_mean
 EXTRA = "deepspeed.extra"
 KEYS_PAGE = "https://www.deepspeed.ai/docs/config-json"
 
-# They tune communication or reports, and change neither the training nor the numbers of the plan.
+# Keys that tune communication or reports, and change neither the training nor the numbers of the plan.
 VALUES = frozenset(
     {
         "communication_data_type",

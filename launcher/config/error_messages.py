@@ -15,7 +15,7 @@ from launcher.config.redaction import looks_secret, redact
 from launcher.config.renamed_keys import renamed_override, renamed_setting
 from launcher.errors import Problem, did_you_mean
 
-# The first part of pydantic's error types.
+# By the first part of pydantic's error type.
 _WRONG_TYPE = {
     "int": "is not a whole number",
     "float": "is not a number",
@@ -62,6 +62,7 @@ def schema_problems(error: ValidationError, origins: Origins, values: Mapping[st
 
 
 def missing(key: str, origins: Origins) -> Problem:
+    """Return the problem of a required setting without a value."""
     owner, bracket, rest = key.rpartition("]")
     if rest and bracket:
         remedy = f"complete {owner}]: {rest.lstrip('.')} is missing"
@@ -175,6 +176,7 @@ def _printable(text: str) -> str:
 
 
 def no_such_option(group: str, option: str, options: Sequence[str], token: str) -> Problem:
+    """Return the problem of an unknown option of a config group."""
     guess = did_you_mean(option, options)
     return Problem(
         f"{group}={option}: there is no such option",

@@ -7,17 +7,20 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-# A path's limit on Linux, and more than anything else needs.
+# The limit of a path on Linux; all other texts are shorter.
 MAX_CHARACTERS = 4096
 HUB_ID_PATTERN = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class Section(BaseModel):
+    """A section of settings: frozen, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)
 
 
 def no_control_characters(value: str) -> str:
+    """Return the text. Raises ValueError where it contains a control character."""
     if any(ord(c) < 32 or ord(c) == 127 for c in value):
         raise ValueError("contains a control character; remove line breaks, tabs and other control characters")
     return value

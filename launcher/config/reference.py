@@ -81,6 +81,7 @@ def _about(file: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check the page; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m launcher.config.reference", description="Write or check the settings' page.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is outdated")
     parser.add_argument("page", type=Path, help="docs/settings.md")

@@ -36,12 +36,12 @@ def renamed_override(token: str) -> Problem | None:
         return None
     old, assignment = match["key"], match["assignment"] or ""
     new = RENAMED[old]
-    # A deletion keeps its tilde; a plus means nothing for keys that exist.
+    # A deletion keeps its tilde; keys that exist need no plus.
     prefix = match["prefix"].lstrip("+")
     if _is_secret(old, assignment.removeprefix("=")):
-        return Problem(_text(old, new), where=COMMAND_LINE, remedy=f"write {prefix}{new}=..., with the same value")
+        return Problem(_renamed_text(old, new), where=COMMAND_LINE, remedy=f"write {prefix}{new}=..., with the same value")
     replacement = f"{prefix}{new}{assignment}" if assignment or prefix else f"{new}=..."
-    return Problem(_text(old, new), where=COMMAND_LINE, value=token, remedy=f"write {replacement}")
+    return Problem(_renamed_text(old, new), where=COMMAND_LINE, value=token, remedy=f"write {replacement}")
 
 
 def renamed_setting(key: str, value: Any, where: str) -> Problem | None:
@@ -49,7 +49,7 @@ def renamed_setting(key: str, value: Any, where: str) -> Problem | None:
 
     `where` is the origin of the value: a file and line, or the command line.
     """
-    # Readers of plans use the table above, and the schema takes longer to load than all that a look at runs does.
+    # The schema loads slowly, and commands that only look at runs use the table above.
     from launcher.config.introspect import as_yaml
 
     new = RENAMED.get(key)
@@ -58,9 +58,9 @@ def renamed_setting(key: str, value: Any, where: str) -> Problem | None:
     is_shown = not isinstance(value, dict | list) and not _is_secret(key, value)
     text = as_yaml(value) if is_shown else "..."
     section, _, name = new.partition(".")
-    # In a file a key with a dot in it is no path into a section.
+    # In a YAML file a dotted key does not name a setting of a section.
     remedy = f"write {new}={text}" if where in ("", COMMAND_LINE) else f"write `{name}: {text}` in the section `{section}`"
-    return Problem(_text(key, new), where=where, value=text if is_shown else "", remedy=remedy)
+    return Problem(_renamed_text(key, new), where=where, value=text if is_shown else "", remedy=remedy)
 
 
 def renamed_reference(text: str) -> str | None:
@@ -68,7 +68,7 @@ def renamed_reference(text: str) -> str | None:
     return next((word for word in re.findall(r"[A-Za-z_][\w.]*\w", text) if word in RENAMED), None)
 
 
-def _text(old: str, new: str) -> str:
+def _renamed_text(old: str, new: str) -> str:
     return f"{old}: the name of this setting is {new}"
 
 

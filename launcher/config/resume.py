@@ -62,6 +62,7 @@ class Difference:
 
     @property
     def is_fixed(self) -> bool:
+        """True for a setting that not even --force may change."""
         return _is_one_of(self.key, FIXED)
 
 

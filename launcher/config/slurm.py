@@ -217,6 +217,7 @@ class SlurmSection(ManagedSection):
 
 
 def asks_for_gpus(gres: str | None) -> bool:
+    """Return whether a gres requests GPUs."""
     return gres is not None and re.search(r"(^|,)gpu(:|,|$)", gres) is not None
 
 

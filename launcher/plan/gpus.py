@@ -107,7 +107,7 @@ GPUS = {
     "MI325X": GpuType(255.7, bf16=1307.4, tf32=653.7, fp32=163.4, fp8=2614.9, usd_per_hour=2.15, names=r"\bmi325x"),
 }
 
-# Parts of a GPU, and GPUs that have the name of a faster one.
+# Parts of a GPU, and slower GPUs with the name of a faster one.
 _UNKNOWN_VARIANTS = re.compile(r"\bmig\b|\blaptop\b|\bmax q\b|\b4090 ?d\b|\b5090 ?d\b|\ba100x\b|\b144g")
 
 

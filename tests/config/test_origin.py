@@ -48,7 +48,7 @@ def origins(folder: Path, *overrides: str, **choices: str | None) -> Origins:
         ("run.name", ""),
     ],
 )
-def test_the_file_that_was_composed_last(folder: Path, key: str, expected: str) -> None:
+def test_the_origin_is_the_file_that_was_composed_last(folder: Path, key: str, expected: str) -> None:
     assert origins(folder).of(key) == (f"{folder}/{expected}" if expected else "")
 
 
@@ -58,7 +58,7 @@ def test_an_experiment_comes_before_the_groups(folder: Path) -> None:
     assert found.of("optim.lr") == f"{folder}/data/demo.yaml:6"
 
 
-def test_an_interpolated_value_lies_where_its_source_lies(folder: Path) -> None:
+def test_the_origin_of_an_interpolation_is_that_of_its_source(folder: Path) -> None:
     assert origins(folder, data="mine").resolve("data.sources[0].path") == ("data.path", f"{folder}/data/mine.yaml:1")
     assert origins(folder, "data.path=y", data="mine").resolve("data.sources[0].path") == ("data.path", "command line")
     # A value that is more than a reference has a place of its own.
@@ -70,18 +70,18 @@ def test_the_command_line_comes_first(folder: Path, override: str) -> None:
     assert origins(folder, override).of("optim.lr") == "command line"
 
 
-def test_overrides_of_other_things_do_not_count(folder: Path) -> None:
+def test_overrides_of_other_keys_are_no_origin(folder: Path) -> None:
     found = origins(folder, "optim=adamw", "optim.lr_max=3", "model.config={a: 1}")
     assert found.of("optim.lr") == f"{folder}/data/demo.yaml:6"
     assert found.of("model.config.a") == "command line"
 
 
-def test_a_short_path_below_the_working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_below_the_working_directory_are_relative(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert origins(folder).of("run.seed") == "config.yaml:4"
 
 
-def test_a_problem_is_located(folder: Path) -> None:
+def test_located_adds_the_origin_to_a_problem(folder: Path) -> None:
     problem = Problem("data.sources[0].path is missing", "data.sources[0].path", "y", "set data.sources[0].path")
     located = origins(folder, "data.path=y", data="mine").located(problem)
     assert located == Problem("data.path is missing", "data.path (command line)", "y", "set data.path")

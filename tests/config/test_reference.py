@@ -15,7 +15,7 @@ def test_the_page_is_current() -> None:
     assert main(["--check", str(REPO / "docs" / "settings.md")]) == 0
 
 
-def test_a_stale_page_is_one_plain_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_outdated_page_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "docs" / "settings.md"
     assert main(["--check", str(page)]) == 1
     assert capsys.readouterr().err == f"{page} does not match the settings; write it with: make settings\n"
@@ -26,7 +26,7 @@ def test_a_stale_page_is_one_plain_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["--check", str(page)]) == 1
 
 
-def test_every_setting_and_every_option_stands_in_the_page() -> None:
+def test_the_page_has_every_setting_and_every_option() -> None:
     page = render()
     for key in settings():
         assert f"`{key}`" in page or f"\n## {key}\n" in page
@@ -53,5 +53,5 @@ def test_every_setting_and_every_option_stands_in_the_page() -> None:
         ("model.config", "mapping or null", "null"),
     ],
 )
-def test_types_and_defaults_read_well(key: str, type_: str, default: str | None) -> None:
+def test_types_and_defaults_are_readable(key: str, type_: str, default: str | None) -> None:
     assert (settings()[key].type, settings()[key].default) == (type_, default)

@@ -27,7 +27,7 @@ def test_nothing_changes_without_overrides(config: RunConfig) -> None:
     assert with_overrides(config, []) == config
 
 
-def test_a_changed_length(config: RunConfig) -> None:
+def test_a_changed_length_unsets_the_other_length(config: RunConfig) -> None:
     assert (config.train.max_steps, config.train.epochs) == (16, None)
     assert with_overrides(config, ["train.max_steps=20"]).train.max_steps == 20
     longer = with_overrides(config, ["train.epochs=2"]).train
@@ -62,7 +62,7 @@ def refusal(saved: RunConfig, *overrides: str, force: bool = False) -> list[Prob
     return list(error.value.problems)
 
 
-def test_what_makes_it_another_run_is_shown_key_by_key(config: RunConfig) -> None:
+def test_refused_differences_are_shown_key_by_key(config: RunConfig) -> None:
     (problem,) = refusal(config, "data.max_length=64", "run.seed=7", "optim.lr=1e-3", "train.max_steps=99", "data.packing=true")
     assert problem.what.splitlines() == [
         "these settings differ from those that the checkpoint was saved with:",
@@ -85,7 +85,7 @@ def test_lists_are_compared_entry_by_entry(config: RunConfig) -> None:
     assert all(key.startswith("data.sources[1].") for key, *_ in lines)
 
 
-def test_force_accepts_what_can_work_and_only_that(config: RunConfig) -> None:
+def test_force_accepts_all_differences_but_fixed_settings(config: RunConfig) -> None:
     changed = with_overrides(config, ["data.max_length=64", "run.seed=7"])
     require_same(differences(config, changed), True, "first", "")
     for override in ("model.path=./other", "run.name=b", "run.root=elsewhere", "model.config={hidden_size: 8}"):
@@ -102,14 +102,14 @@ def test_the_same_value_is_no_difference(config: RunConfig) -> None:
     assert differences(config, with_overrides(config, [*same, "train.max_steps=3", "cluster.ranks_per_node=4"])) == []
 
 
-def test_the_source_follows_the_path_that_it_is_named_by(compose: Callable[..., list[Composed]]) -> None:
+def test_data_path_changes_its_source(compose: Callable[..., list[Composed]]) -> None:
     config = compose("model=tiny", "data=jsonl", "data.path=a.jsonl")[0].config
     changed = with_overrides(config, ["data.path=b.jsonl"])
     assert [source.path for source in changed.data.sources] == ["b.jsonl"]
     assert [d.key for d in differences(config, changed)] == ["data.path", "data.sources[0].path"]
 
 
-def test_every_setting_is_either_free_or_shown(config: RunConfig) -> None:
+def test_settings_with_an_effect_are_not_free_to_change(config: RunConfig) -> None:
     """A setting that nobody has thought of is not free."""
     free = {key for key in settings() if key.startswith(CHANGEABLE)}
     for key in ("data.max_length", "run.seed", "model.dtype", "optim.weight_decay", "train.global_batch_size", "train.grad_clip"):
@@ -117,6 +117,6 @@ def test_every_setting_is_either_free_or_shown(config: RunConfig) -> None:
 
 
 @pytest.mark.parametrize("keys", [CHANGEABLE, tuple(key for key in FIXED if not key.startswith("plan."))])
-def test_what_is_named_exists(keys: tuple[str, ...]) -> None:
+def test_every_key_in_the_tables_is_a_setting(keys: tuple[str, ...]) -> None:
     for key in keys:
         assert any(known == key or (key.endswith(".") and known.startswith(key)) for known in settings()), key

@@ -51,7 +51,7 @@ def test_a_key_that_names_a_secret_hides_its_value(shown: Shown, key: str, value
         f"run.name=a({TOKENS['hugging_face']}",
     ],
 )
-def test_a_token_in_an_odd_place_is_not_shown(shown: Shown, token: str) -> None:
+def test_a_token_in_any_place_is_not_shown(shown: Shown, token: str) -> None:
     assert TOKENS["hugging_face"] not in shown(token)
 
 
@@ -66,7 +66,7 @@ def test_a_secret_from_the_environment_is_refused(shown: Shown, monkeypatch: pyt
     assert TOKENS["hugging_face"] not in text
 
 
-def test_a_resumed_run_takes_no_secret(compose: Callable[..., list]) -> None:
+def test_resume_refuses_secrets(compose: Callable[..., list]) -> None:
     config = compose("model=tiny")[0].config
     with pytest.raises(ConfigError) as error:
         with_overrides(config, [f"tracking.group={TOKENS['hugging_face']}"])
@@ -104,9 +104,9 @@ SIGNED = "hunter2hunter2"
         f"abfs://container:{SIGNED}@account/a.jsonl",
     ],
 )
-def test_an_address_that_opens_the_data_for_whoever_holds_it_is_refused(shown: Shown, key: str, address: str) -> None:
+def test_an_address_with_credentials_is_refused(shown: Shown, key: str, address: str) -> None:
     text = shown(f"'{key}=\"{address}\"'".strip("'"), "data=jsonl")
-    assert f"{key}: holds a " in text
+    assert f"{key}: contains a " in text
     assert SIGNED not in text
 
 
@@ -117,7 +117,7 @@ def test_an_address_that_opens_the_data_for_whoever_holds_it_is_refused(shown: S
         *("hf://datasets/o/n@v1/a.jsonl", "s3://bucket/a@b.jsonl", "data/part?key=1.jsonl", "gs://bucket/key=1/a.jsonl"),
     ],
 )
-def test_an_address_without_credentials_is_taken(address: str) -> None:
+def test_an_address_without_credentials_is_accepted(address: str) -> None:
     assert Source(path=address).path == address
 
 
@@ -138,7 +138,7 @@ def test_an_address_without_credentials_is_taken(address: str) -> None:
         ("tracking.api_key", ""),
     ],
 )
-def test_what_is_no_secret(key: str, value: object) -> None:
+def test_values_that_only_resemble_secrets_are_accepted(key: str, value: object) -> None:
     assert not looks_secret(key, value)
 
 

@@ -26,11 +26,11 @@ PlanOf = Callable[..., LaunchPlan]
         (["train.max_steps=100", "checkpoint.save_every=50", "checkpoint.keep_last=9"], 2),
     ],
 )
-def test_what_is_kept_and_the_one_being_written_need_room(plan_of: PlanOf, tokens: list[str], count: int) -> None:
+def test_kept_checkpoints_and_the_one_being_written_need_room(plan_of: PlanOf, tokens: list[str], count: int) -> None:
     assert disk.checkpoints_at_once(plan_of(*tokens)) == count
 
 
-def test_steps_that_are_not_known_yet_bound_nothing(plan_of: PlanOf) -> None:
+def test_unknown_steps_do_not_limit_the_number_of_checkpoints(plan_of: PlanOf) -> None:
     plan = plan_of("train.epochs=1", "train.max_steps=null", "checkpoint.keep_last=2", data=None)
     assert plan.batch.max_steps is None
     assert disk.checkpoints_at_once(plan) == 3
@@ -65,6 +65,6 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
         ),
     ],
 )
-def test_the_plan_says_what_is_kept(plan_of: PlanOf, tokens: list[str], said: str) -> None:
+def test_the_plan_shows_which_checkpoints_are_kept(plan_of: PlanOf, tokens: list[str], said: str) -> None:
     (line,) = [line for line in plan_lines(plan_of(*tokens)) if line.startswith("checkpoint")]
     assert said in line

@@ -60,7 +60,7 @@ def test_a_name_is_recognised(name: str, kind: str) -> None:
         *("NVIDIA GeForce RTX 4090 D", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb"),
     ],
 )
-def test_what_computes_less_is_not_taken_for_its_namesake(name: str) -> None:
+def test_slower_variants_are_not_recognised_as_their_namesake(name: str) -> None:
     assert recognize(name) is None
     assert lookup(name) is None
 
@@ -82,7 +82,7 @@ def test_every_entry_is_found_by_its_own_name_in_any_writing() -> None:
         assert recognize(kind) == recognize(kind.lower()) == recognize(kind.replace("-", "_")) == kind
 
 
-def test_a_peak_is_that_of_the_type_of_number() -> None:
+def test_each_number_type_has_its_peak() -> None:
     h100, a100 = GPUS["H100-80GB"], GPUS["A100-80GB"]
     peaks = [h100.peak_tflops(dtype) for dtype in ("fp8", "bf16", "fp16", "tf32", "fp32")]
     assert peaks == [1979, 989, 989, 494.5, 67]

@@ -44,7 +44,9 @@ def problems(plan_of: Callable[..., LaunchPlan], *tokens: str, **how: Any) -> li
     return list(error.value.problems)
 
 
-def test_it_touches_nothing(config_of: Callable[..., RunConfig], facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_reads_neither_disk_nor_clock_nor_environment(
+    config_of: Callable[..., RunConfig], facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     configs = [config_of(f'run.root="{root}"') for root in ("runs", "~/runs", "/shared/runs")]
     expected = [plan(config, facts) for config in configs]
 
@@ -89,11 +91,11 @@ def test_the_digest_survives_the_file(config_of: Callable[..., RunConfig], facts
     ("root", "expected"),
     [("runs", "/srv/project/runs/a"), ("/shared", "/shared/a"), ("~/runs", "/home/me/runs/a"), ("~", "/home/me/a")],
 )
-def test_where_the_run_lives(config_of: Callable[..., RunConfig], facts: Facts, root: str, expected: str) -> None:
+def test_the_run_directory_is_below_run_root(config_of: Callable[..., RunConfig], facts: Facts, root: str, expected: str) -> None:
     assert plan(config_of(f'run.root="{root}"', "run.name=a"), facts).run_dir == expected
 
 
-def test_the_generated_name_tells_model_data_and_time(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_the_generated_name_has_model_data_and_time(plan_of: Callable[..., LaunchPlan]) -> None:
     assert plan_of().run_name == "tiny-stdlib_docs-20260131-091500"
 
 
@@ -125,14 +127,14 @@ def test_topology(
     assert topology.world_size == topology.nodes * topology.ranks_per_node
 
 
-def test_gpus_that_are_elsewhere_must_be_counted(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_gpus_of_other_machines_need_ranks_per_node(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster.gpu_type=H200")
     assert problem.what == "this machine has no GPU, so the number of GPUs per node is unknown"
     assert problem.remedy == "set cluster.ranks_per_node to the GPUs of one node"
     assert plan_of("cluster.gpu_type=H200", "cluster.ranks_per_node=8").memory.device_gib == 139.8
 
 
-def test_a_gpu_that_nobody_knows(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_an_unknown_gpu_type_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster.gpu_type=Z900-NONE", "cluster.ranks_per_node=8")
     assert problem.what == "cluster.gpu_type=Z900-NONE is not in the table of GPU types"
     assert "choose one of A100-40GB" in problem.remedy
@@ -140,7 +142,7 @@ def test_a_gpu_that_nobody_knows(plan_of: Callable[..., LaunchPlan]) -> None:
     assert problem.remedy.startswith("did you mean MI300X?")
 
 
-def test_a_second_copy_that_does_not_divide_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_an_hpz_partition_that_does_not_divide_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5")
     assert problem.what == "deepspeed.hpz_partition_size=5 does not divide the 32 ranks"
     assert problem.remedy == "set it to the ranks of one node (8), to node, or to 1"
@@ -148,7 +150,7 @@ def test_a_second_copy_that_does_not_divide_is_refused(plan_of: Callable[..., La
         assert plan_of(*LLAMA_70B, f"deepspeed.hpz_partition_size={size}").topology.world_size == 32
 
 
-def test_a_plan_for_other_ranks_is_the_one_that_would_have_been_made_for_them(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_resizing_a_plan_equals_planning_for_the_other_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
     whole = plan_of(*LLAMA_70B, "cluster.nodes=8")
     assert resized(whole, 64, 8) == whole
     half, planned = resized(whole, 32, 8), plan_of(*LLAMA_70B, "cluster.nodes=4")
@@ -157,7 +159,7 @@ def test_a_plan_for_other_ranks_is_the_one_that_would_have_been_made_for_them(pl
     assert half.batch.global_batch_size == whole.batch.global_batch_size
 
 
-def test_ranks_that_a_plan_cannot_be_split_over_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     whole = plan_of(*LLAMA_70B, "deepspeed.hpz_partition_size=8")
     with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
         resized(whole, 4, 4)
@@ -165,7 +167,7 @@ def test_ranks_that_a_plan_cannot_be_split_over_are_refused(plan_of: Callable[..
         resized(plan_of(*LLAMA_70B), 7, 7)
 
 
-def test_fewer_workers_than_all_are_no_more_than_all(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_min_workers_above_the_world_size_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, "cluster=ray", "cluster.min_workers=3")
     assert problem.what == "cluster.min_workers=3 is more than the 2 workers of the run"
     assert (
@@ -173,7 +175,7 @@ def test_fewer_workers_than_all_are_no_more_than_all(plan_of: Callable[..., Laun
     )
 
 
-def test_everything_that_does_not_fit_in_one_pass(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_all_problems_of_a_plan_come_in_one_pass(plan_of: Callable[..., LaunchPlan]) -> None:
     found = problems(
         plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5", "cluster.gpu_type=ABACUS", "train.global_batch_size=100"
     )
@@ -191,7 +193,7 @@ def test_everything_that_does_not_fit_in_one_pass(plan_of: Callable[..., LaunchP
         (("cluster.price_per_gpu_hour=2",), None, None),
     ],
 )
-def test_limits(
+def test_limits_of_hours_and_dollars_become_seconds(
     plan_of: Callable[..., LaunchPlan], tokens: tuple[str, ...], seconds: float | None, gpu_seconds: float | None
 ) -> None:
     planned = plan_of(*LLAMA_70B, *tokens)
@@ -199,14 +201,14 @@ def test_limits(
     assert resized(planned, 16, 8).limits == planned.limits
 
 
-def test_model_states_that_no_gpu_holds_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_model_states_that_exceed_a_gpu_are_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     (problem,) = problems(plan_of, *SEVENTY, device=CUDA)
     assert problem.what == "model states over 8 ranks need 148 GiB per GPU, and a GPU has 79"
     assert "deepspeed=zero3_offload" in problem.remedy
     assert plan_of(*SEVENTY, "deepspeed=zero3_offload", device=CUDA).topology.world_size == 8
 
 
-def test_a_run_that_shrinks_copies_its_states_only_where_its_nodes_have_room(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_room(plan_of: Callable[..., LaunchPlan]) -> None:
     settings = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.min_workers=16", "cluster.ranks_per_node=8")
     planned = plan_of(*settings, device=CUDA.model_copy(update={"host_memory_gib": 300.0}))
     assert planned.saving.background
@@ -215,14 +217,14 @@ def test_a_run_that_shrinks_copies_its_states_only_where_its_nodes_have_room(pla
     assert not smallest.saving.background, "384 GiB of a node that has 300"
 
 
-def test_gpus_of_a_ray_cluster_elsewhere_are_not_refused(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: Callable[..., LaunchPlan]) -> None:
     there = (*SEVENTY, "cluster=ray", "cluster.address=http://127.0.0.1:8265", "cluster.nodes=1", "cluster.ranks_per_node=8")
     assert plan_of(*there, device=CUDA).topology.world_size == 8
     (problem,) = problems(plan_of, *there, "cluster.gpu_type=H100-80GB", device=CUDA)
     assert "model states over 8 ranks" in problem.what
 
 
-def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., LaunchPlan]) -> None:
     elastic = (*SEVENTY, "cluster=ray", "cluster.workers=64", "cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=8")
     (problem,) = problems(plan_of, *elastic, "cluster.min_workers=8")
     assert problem.where == "cluster.min_workers"
@@ -238,7 +240,7 @@ def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: C
     tight = "\n".join(plan_lines(plan_of(*elastic, "cluster.min_workers=16")))
     assert "on 16 ranks model states leave 5 GiB of a GPU for activations and buffers" in tight
     assert "are idle" not in tight
-    # One that was made before some rule is shown nevertheless.
+    # A plan from before a rule is shown nevertheless.
     older = planned.config.deepspeed.model_copy(update={"hpz_partition_size": 64})
     config = planned.config.model_copy(update={"deepspeed": older})
     assert "GiB a rank" in "\n".join(plan_lines(planned.model_copy(update={"config": config})))
@@ -249,7 +251,7 @@ def test_an_elastic_run_must_fit_on_as_few_workers_as_it_goes_on_with(plan_of: C
     ("gpu", "per_rank_gib", "is_told"),
     [(79.0, 68.65, True), (24.0, 17.16, True), (79.0, 53.39, False), (24.0, 4.0, False), (8.0, 3.0, False)],
 )
-def test_little_room_beside_the_model_states_is_told(
+def test_little_room_beside_the_model_states_is_noted(
     plan_of: Callable[..., LaunchPlan], gpu: float, per_rank_gib: float, is_told: bool
 ) -> None:
     planned = plan_of(device=CUDA)
@@ -258,7 +260,7 @@ def test_little_room_beside_the_model_states_is_told(
     assert ("which is little" in lines) is is_told
 
 
-def test_states_that_main_memory_does_not_hold_are_told_on_cpus(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_states_that_exceed_main_memory_are_noted_on_cpus(plan_of: Callable[..., LaunchPlan]) -> None:
     notes = [line for line in plan_lines(plan_of("model=llama3_1_8b")) if line.startswith("note")]
     told = [note for note in notes if "GiB of main memory a node, which has 24 GiB: they do not fit" in note]
     assert len(told) == 1

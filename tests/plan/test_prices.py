@@ -37,13 +37,13 @@ def test_the_price_of_a_plan(plan_of: PlanOf, tokens: tuple[str, ...], device: D
     assert resized(planned, 4, 4).price == price
 
 
-def test_a_cpu_costs_what_somebody_says_it_does(plan_of: PlanOf) -> None:
+def test_a_cpu_costs_the_price_of_the_settings(plan_of: PlanOf) -> None:
     assert plan_of().price is None
     assert cost(plan_of()) == []
     assert cost(plan_of("cluster.price_per_gpu_hour=2.5")) == ["$5.00 an hour = 2 CPU ranks x $2.50"]
 
 
-def test_a_price_is_shown_as_what_it_is(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_typical_price_is_shown_as_assumed(plan_of: PlanOf, monkeypatch: pytest.MonkeyPatch) -> None:
     def of(*tokens: str, **how: Any) -> list[str]:
         return cost(plan_of(*tokens, **how))
 
@@ -54,7 +54,7 @@ def test_a_price_is_shown_as_what_it_is(plan_of: PlanOf, monkeypatch: pytest.Mon
     assert of(device=UNHEARD_OF) == ["not known: set cluster.price_per_gpu_hour to what a GPU costs you"]
 
 
-def test_a_plan_says_that_it_cannot_tell_the_flops(plan_of: PlanOf) -> None:
+def test_the_plan_notes_unknown_flops(plan_of: PlanOf) -> None:
     def notes(*tokens: str) -> list[str]:
         return [line for line in plan_lines(plan_of(*tokens)) if "perf/mfu" in line]
 

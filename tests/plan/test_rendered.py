@@ -16,7 +16,7 @@ GPUS = DeviceFacts(kind="cuda", name="NVIDIA H100 80GB HBM3", count=8, memory_gi
 
 
 @pytest.mark.parametrize("deepspeed", ["zero3", "zero3_offload", "zero3_nvme", "zero3_pp"])
-def test_the_zero3_json(plan_of: Callable[..., LaunchPlan], golden: Golden, deepspeed: str) -> None:
+def test_the_zero3_json_matches_its_golden_file(plan_of: Callable[..., LaunchPlan], golden: Golden, deepspeed: str) -> None:
     planned = plan_of(
         "model=llama3_1_8b",
         "data=jsonl",
@@ -30,13 +30,13 @@ def test_the_zero3_json(plan_of: Callable[..., LaunchPlan], golden: Golden, deep
     golden(f"{deepspeed}.ds.json", json.dumps(planned.deepspeed, indent=2) + "\n")
 
 
-def test_the_plan_of_a_tiny_run(plan_of: Callable[..., LaunchPlan], golden: Golden) -> None:
+def test_the_plan_of_a_tiny_run_matches_its_golden_file(plan_of: Callable[..., LaunchPlan], golden: Golden) -> None:
     planned = plan_of("train.max_steps=20")
     golden("tiny.plan.json", planned.to_json())
     golden("tiny.plan.txt", "\n".join(plan_lines(planned)) + "\n")
 
 
-def test_the_plan_of_many_nodes_as_text(plan_of: Callable[..., LaunchPlan], golden: Golden) -> None:
+def test_the_plan_of_many_nodes_as_text_matches_its_golden_file(plan_of: Callable[..., LaunchPlan], golden: Golden) -> None:
     planned = plan_of(
         *("experiment=llama3_70b_four_nodes", "data.path=rows.jsonl", "run.max_hours=12", "tracking.entity=us"), data=None
     )
@@ -74,14 +74,14 @@ def test_raw_keys_come_last_and_are_merged(plan_of: Callable[..., LaunchPlan]) -
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_precision(plan_of: Callable[..., LaunchPlan], dtype: str) -> None:
+def test_precision_of_compute_and_states(plan_of: Callable[..., LaunchPlan], dtype: str) -> None:
     rendered = plan_of(f"model.dtype={dtype}", "train.micro_batch_size=1").deepspeed
     assert {key for key in ("bf16", "fp16") if key in rendered} == {dtype} - {"fp32"}
     # Half-precision gradients are summed in fp32.
     assert rendered.get("data_types") == ({"grad_accum_dtype": "fp32"} if dtype != "fp32" else None)
 
 
-def test_a_plan_tells_what_is_cut_off(plan_of: Callable[..., LaunchPlan]) -> None:
+def test_the_plan_notes_truncated_documents(plan_of: Callable[..., LaunchPlan]) -> None:
     def notes(**counts: int) -> list[str]:
         facts = DATA.model_copy(update=counts)
         return [line.removeprefix("note").strip() for line in plan_lines(plan_of(data=facts)) if "are cut" in line]

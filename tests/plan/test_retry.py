@@ -26,7 +26,7 @@ def stuck(*causes: Cause) -> list[AttemptEnd]:
     ("cause", "state"),
     [(Cause.COMPLETED, "completed"), (Cause.CANCELLED, "cancelled"), (Cause.LIMIT, "preempted"), (Cause.USER_ERROR, "failed")],
 )
-def test_some_ends_are_final_whatever_came_before(cause: Cause, state: str) -> None:
+def test_some_causes_are_always_final(cause: Cause, state: str) -> None:
     decision = decide(AttemptEnd(cause, None, 5, "why"), [], BUDGETS)
     assert (decision.again, decision.state, decision.reason) == (False, state, "why")
 
@@ -34,7 +34,7 @@ def test_some_ends_are_final_whatever_came_before(cause: Cause, state: str) -> N
 @pytest.mark.parametrize(
     ("cause", "allowed"), [(Cause.PREEMPTED, 3), (Cause.INFRASTRUCTURE, 2), (Cause.FAILURE, 1), (Cause.TIME_LIMIT, 50)]
 )
-def test_each_kind_of_end_has_a_budget_of_its_own(cause: Cause, allowed: int) -> None:
+def test_each_cause_has_its_own_budget(cause: Cause, allowed: int) -> None:
     budgets = BUDGETS.model_copy(update={"max_no_progress": 100})
     attempts = stuck(*[cause] * allowed)
     assert decide(attempts[-1], attempts[:-1], budgets).again
@@ -43,7 +43,7 @@ def test_each_kind_of_end_has_a_budget_of_its_own(cause: Cause, allowed: int) ->
 
 
 @pytest.mark.parametrize("cause", [Cause.INFRASTRUCTURE, Cause.BAD_NODE, Cause.FAILURE])
-def test_a_run_that_moves_on_survives_any_number_of_failures(cause: Cause) -> None:
+def test_a_run_with_newer_checkpoints_survives_any_number_of_failures(cause: Cause) -> None:
     budgets = BUDGETS.model_copy(update={"exclude_bad_nodes": True})
     attempts = moving(*[cause] * 40)
     assert decide(attempts[-1], attempts[:-1], budgets).again
@@ -56,7 +56,7 @@ def test_the_failure_after_the_newest_checkpoint_counts() -> None:
     assert not decide(moved, [], BUDGETS.model_copy(update={"max_failures": 0})).again
 
 
-def test_preemptions_that_leave_no_newer_checkpoint_end_the_run_at_last() -> None:
+def test_many_preemptions_without_a_newer_checkpoint_end_the_run() -> None:
     attempts = stuck(*[Cause.PREEMPTED] * MOST_FRUITLESS_PREEMPTIONS)
     refused = decide(attempts[-1], attempts[:-1], SlurmSection())
     assert (refused.again, refused.state) == (False, "failed")
@@ -71,7 +71,7 @@ def test_preemptions_that_leave_no_newer_checkpoint_end_the_run_at_last() -> Non
     assert decide(resized[-1], resized[1:-1], SlurmSection()).again
 
 
-def test_a_spent_budget_is_named_and_another_kind_does_not_draw_on_it() -> None:
+def test_an_exceeded_budget_is_named_and_other_causes_do_not_count() -> None:
     attempts = stuck(Cause.FAILURE, Cause.FAILURE)
     refused = decide(attempts[-1], attempts[:-1], BUDGETS)
     assert refused.state == "failed"
@@ -96,13 +96,13 @@ def test_attempts_without_a_newer_checkpoint_end_the_run() -> None:
     assert decide(AttemptEnd(Cause.TIME_LIMIT, None, None), [*still, AttemptEnd(Cause.PREEMPTED, None, None)], BUDGETS).again
 
 
-def test_saving_the_step_that_it_began_with_is_no_progress() -> None:
+def test_saving_the_first_step_again_is_no_progress() -> None:
     history = [AttemptEnd(Cause.TIME_LIMIT, 30, 30), AttemptEnd(Cause.TIME_LIMIT, 30, 30)]
     assert not decide(AttemptEnd(Cause.TIME_LIMIT, 30, 30), history, BUDGETS).again
     assert decide(AttemptEnd(Cause.TIME_LIMIT, 30, 31), history, BUDGETS).again
 
 
-def test_bad_nodes_are_left_out_only_where_that_is_wanted() -> None:
+def test_bad_nodes_are_excluded_only_with_the_setting() -> None:
     bad = AttemptEnd(Cause.BAD_NODE, 10, 10, "n2 has no GPU", bad_nodes=("n2",))
     refused = decide(bad, [], BUDGETS)
     assert (refused.again, refused.state) == (False, "failed")
@@ -116,7 +116,7 @@ def test_bad_nodes_are_left_out_only_where_that_is_wanted() -> None:
     assert decide(replace(later, saved_step=20, began_step=20), [bad, moved], willing).exclude == ("n5",)
 
 
-def test_a_run_that_has_begun_is_tried_once_more_on_a_node_that_failed_its_checks() -> None:
+def test_a_run_that_has_begun_gets_one_more_attempt_after_a_failed_check() -> None:
     bad = AttemptEnd(Cause.BAD_NODE, 10, 10, "n2 has no GPU", bad_nodes=("n2",))
     trained = AttemptEnd(Cause.TIME_LIMIT, None, 10)
     again = decide(bad, [trained], BUDGETS)

@@ -31,7 +31,7 @@ def compose(*tokens: str) -> RunConfig:
     return found[0]
 
 
-def test_it_composes_plans_and_comes_back(
+def test_shipped_settings_compose_and_survive_the_file(
     shipped_tokens: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -49,7 +49,7 @@ def test_it_composes_plans_and_comes_back(
     assert planned.deepspeed["zero_optimization"]["stage"] == 3
 
 
-def test_every_file_is_covered(request: pytest.FixtureRequest) -> None:
+def test_every_file_under_conf_is_covered(request: pytest.FixtureRequest) -> None:
     models = {file.stem for file in (conf_dir() / "model").glob("*.yaml")}
     assert models == {*PARAMETERS, "demo", "tiny"}
     assert {folder.name for folder in conf_dir().iterdir() if folder.is_dir()} == {
@@ -65,7 +65,7 @@ def test_parameters_are_counted_exactly(model: str, parameters: int) -> None:
 
 
 @pytest.mark.parametrize("experiment", ["llama3_8b_one_node", "llama3_70b_four_nodes"])
-def test_an_experiment_plans_for_gpus_that_are_elsewhere(plan_of: Callable[..., LaunchPlan], experiment: str) -> None:
+def test_experiments_plan_for_gpus_of_other_machines(plan_of: Callable[..., LaunchPlan], experiment: str) -> None:
     planned = plan_of(f"experiment={experiment}", "data.path=rows.jsonl")
     assert (planned.topology.device, planned.topology.backend) == ("cuda", "nccl")
     assert planned.memory.device_gib == 79.1
