@@ -1,7 +1,7 @@
-"""The record that a rank leaves of the exception that ends it.
+"""The error record of a rank: the exception that ended it.
 
-It has the format and the place of the one that torch's `record` writes. That decorator writes in place, and torch's elastic agent
-parses the file without a guard, so neither of the two handles it here (see launcher.worker.elastic).
+Format and path are those of torch's `record` decorator. That writes in place, and torch's elastic agent parses the file without a
+guard, so neither is used here (see launcher.worker.elastic).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from launcher import atomic_files, json_records
 from launcher.errors import LauncherError
 
-# Names the file that a rank leaves its record in.
+# The environment variable with the path of a rank's record.
 VARIABLE = "TORCHELASTIC_ERROR_FILE"
 
 
@@ -37,15 +37,15 @@ class ErrorRecord:
         return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), time.time())
 
     def write(self, path: Path) -> None:
-        """Put the record at `path` in one move."""
+        """Write the record to `path` atomically."""
         details = {"py_callstack": self.traceback, "timestamp": str(self.at)}
         atomic_files.write_json(path, {"message": {"message": self.message, "extraInfo": details}})
 
     @classmethod
     def read(cls, path: Path) -> ErrorRecord | None:
-        """Return the record at `path`; None where there is none, or none that can be read.
+        """Return the record at `path`; None where there is none or it cannot be read.
 
-        A damaged record is no record: the exit code still tells how the rank ended.
+        A damaged record counts as none: the exit code still says how the rank ended.
         """
         try:
             content = json_records.read_json(path)
@@ -60,8 +60,8 @@ class ErrorRecord:
         return cls(message["message"], callstack if isinstance(callstack, str) else "", _seconds(details.get("timestamp")))
 
 
-def leave(error: BaseException, environ: Mapping[str, str]) -> None:
-    """Write the record of `error` to where the environment says.
+def write_error_record(error: BaseException, environ: Mapping[str, str]) -> None:
+    """Write the record of `error` to the path in `environ`, if there is one.
 
     Raises nothing: on a full disk the rank ends by `error` all the same, and its log has the traceback.
     """
@@ -71,10 +71,10 @@ def leave(error: BaseException, environ: Mapping[str, str]) -> None:
     try:
         ErrorRecord.of(error).write(Path(path))
     except Exception as problem:
-        # The log may stand on the same full disk.
+        # The log may be on the same full disk.
         with suppress(OSError):
             print(f"cannot write the error record to {path}: {problem}", file=sys.stderr)
-            # A rank that is dismissed now ends before Python prints it.
+            # A rank that the agent ends now would end before Python prints it.
             traceback.print_exception(error)
 
 

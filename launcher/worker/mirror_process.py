@@ -1,8 +1,8 @@
 """The process that copies checkpoints to the mirror: `python -m launcher.worker.mirror_process PLAN ATTEMPT`.
 
-The head node's agent starts it beside the ranks. It looks for committed checkpoints until its standard input says that the
-attempt has ended, by a line or by its end, and then takes the time that it needs. A line with a time in seconds since the epoch
-says by when it must be done. By hand, with `< /dev/null`, it sends what is not in the mirror yet and ends.
+The head node's agent starts it beside the ranks. It uploads committed checkpoints until a line or the end of its standard
+input says that the attempt has ended, and then completes the uploads. A line with a time in seconds since the epoch sets a
+deadline. By hand, with `< /dev/null`, it uploads what the mirror lacks and ends.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ from launcher.tracking.jsonl import append_event
 from launcher.tracking.tracker import RateLimit
 from launcher.worker.rank_env import die_with_parent
 
-# The ranks need the processor more.
+# The ranks have priority on the processor.
 _NICE = 10
 _LOOK_S = 2.0
-# After a failure, without a checkpoint that would be a reason to look.
-_TRY_AGAIN_S = 60.0
-# What the process itself needs to say that it was not done in time.
-_LAST_WORDS_S = 5.0
+# From a failure to the next try, where no new checkpoint comes before.
+_RETRY_S = 60.0
+# The time that the process needs to report that it missed its deadline.
+_REPORT_S = 5.0
 _POLL_S = 0.1
-# After the attempt's end a person is told what the run waits for: not where that is done at once, then now and then.
-_SAY_FIRST_S = 5.0
-_SAY_AGAIN_S = 60.0
+# From the attempt's end to the first report on what the run waits for, and between such reports.
+_FIRST_PROGRESS_S = 5.0
+_PROGRESS_EVERY_S = 60.0
 
 
 def main(plan_path: str, attempt: int) -> int:
-    """Send until the attempt has ended and all is sent, or the time is over; 0 where the mirror holds everything."""
+    """Upload until the attempt has ended and the mirror is complete, or the deadline is over; returns 0 where it is complete."""
     die_with_parent()
     os.nice(_NICE)
-    # The wish to save and stop is the ranks'; the agent tells this process the end in another way.
+    # Signals to save and stop are for the ranks; the agent tells this process the end through standard input.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP})
     plan = LaunchPlan.load(plan_path)
     sender = Sender(RunDir(Path(plan.run_dir)), plan, attempt)
     end = _End()
-    # Without a buffer, whose lock would still be held when the interpreter ends.
+    # Unbuffered: the lock of a buffer would still be held when the interpreter ends.
     source = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
     threading.Thread(target=end.listen, args=(source, sender), name="end", daemon=True).start()
-    threading.Thread(target=sender.say_what_is_waited_for, args=(end.come,), name="waiting", daemon=True).start()
+    threading.Thread(target=sender.report_progress, args=(end.come,), name="waiting", daemon=True).start()
     sender.work(end.come)
     return sender.conclude()
 
 
 @dataclass
 class _End:
-    """The end of the attempt, as the agent tells it."""
+    """The end of the attempt, as the agent announces it."""
 
     come: threading.Event = field(default_factory=threading.Event)
 
@@ -74,15 +74,15 @@ class _End:
         while more:
             line = source.readline()
             self.come.set()
-            if said := line.strip():
-                time.sleep(max(0.0, float(said) - time.time()))
-                # The thread that sends may be in the middle of a file, for minutes.
+            if deadline := line.strip():
+                time.sleep(max(0.0, float(deadline) - time.time()))
+                # The uploading thread may be in the middle of a file for minutes.
                 os._exit(sender.conclude())
             more = bool(line)
 
 
 class Sender:
-    """Sends what is committed, and says what became of it in events.jsonl and in the attempt's mirror.json."""
+    """Uploads committed checkpoints, and reports on them in events.jsonl and in the attempt's mirror.json."""
 
     def __init__(self, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
         self._run, self._attempt = run, attempt
@@ -90,8 +90,8 @@ class Sender:
         self._plan = plan
         self._mirror: Mirror | None = None
         self._taken = False
-        self._said = ""
-        self._given_up: set[tuple[int, int]] = set()
+        self._last_error = ""
+        self._unsendable: set[tuple[int, int]] = set()
         self._alerts = RateLimit()
         self._bytes = 0
         self._seconds = 0.0
@@ -99,37 +99,37 @@ class Sender:
         self._concluding = threading.Lock()
 
     def work(self, ended: threading.Event) -> None:
-        """Send until the attempt has ended, and then what is left."""
-        # Unlike all that can be seen: the first round is due at once.
+        """Upload until the attempt has ended, and then the rest."""
+        # Differs from any state of the folder, so that the first round is due at once.
         seen: object = self
         tried = time.monotonic()
         while not self._taken:
-            # Read before the look: what is committed in between is for the next round.
+            # Read first: a checkpoint committed in between is for the next round.
             last = ended.is_set()
-            there = _committed(self._run.checkpoints)
-            failed = bool(self._said) and time.monotonic() - tried > _TRY_AGAIN_S
-            if last or there != seen or failed:
-                seen, tried = there, time.monotonic()
+            committed = _committed(self._run.checkpoints)
+            failed = bool(self._last_error) and time.monotonic() - tried > _RETRY_S
+            if last or committed != seen or failed:
+                seen, tried = committed, time.monotonic()
                 self._round()
             if last:
                 return
             ended.wait(_LOOK_S)
 
-    def say_what_is_waited_for(self, ended: threading.Event) -> None:
-        """From the attempt's end on, say from time to time how far the mirror is; a run that does not end needs a reason."""
+    def report_progress(self, ended: threading.Event) -> None:
+        """After the attempt's end, report at intervals how far the uploads are, so that a person knows what the run waits for."""
         ended.wait()
-        time.sleep(_SAY_FIRST_S)
+        time.sleep(_FIRST_PROGRESS_S)
         while (missing := self._behind()) and not self._concluding.locked():
             done, total = self._mirror.progress(missing) if self._mirror is not None else (0, 0)
             names = ", ".join(str(c.step) for c in missing)
-            text = f"training has ended, and the run waits for the mirror: step {names} is not there yet"
-            text += f", {done / 2**30:.2f} of {total / 2**30:.2f} GiB are" if total else ""
-            self._event("mirror", f"{text}; cancel the run to end it without", missing[0].step, done=done, total=total)
-            time.sleep(_SAY_AGAIN_S)
+            text = f"training has ended, and the run waits for the mirror: step {names} is not complete there"
+            text += f", {done / 2**30:.2f} of {total / 2**30:.2f} GiB are there" if total else ""
+            self._event("mirror", f"{text}; cancel the run to end it without the upload", missing[0].step, done=done, total=total)
+            time.sleep(_PROGRESS_EVERY_S)
 
     def conclude(self) -> int:
-        """Say what is in the mirror, once; 0 where it is everything."""
-        # Never released: whoever comes second has nothing to add, and this process ends.
+        """Report once what the mirror holds; returns 0 where it holds everything."""
+        # Never released: a second caller has nothing to add, and this process ends.
         self._concluding.acquire()
         steps = self._mirror.steps if self._mirror is not None else []
         missing = self._behind()
@@ -147,29 +147,29 @@ class Sender:
         return 0
 
     def _round(self) -> None:
-        """Send what is behind, oldest first; a failure is said now and then, and ends the round."""
+        """Upload what the mirror lacks, oldest first; a failure ends the round, and its alerts are rate-limited."""
         try:
             if self._mirror is None:
                 mirror = Mirror(RemoteFolder(self._url), self._run, self._plan, self._attempt)
                 mirror.begin()
                 self._mirror = mirror
-                # Before hours of sending: whoever fetches the run meanwhile takes the highest step.
+                # Before hours of uploads: a download of the run takes the highest step meanwhile.
                 mirror.prune()
             while waiting := self._behind():
                 self._send(self._mirror, waiting[0])
             self._mirror.prune()
             self._mirror.send_progress()
-            self._said = ""
+            self._last_error = ""
         except (MirrorTaken, Superseded) as error:
             self._taken = True
-            self._event("alert", f"the mirror is not written any more: {error.problems[0].what}")
+            self._event("alert", f"uploads to the mirror have stopped: {error.problems[0].what}")
         except Exception as error:
-            what = error.problems[0].what if isinstance(error, LauncherError) else describe_error(error)
-            # One outage has many words; mirror.json has the last. One that lasts is told again.
+            message = error.problems[0].what if isinstance(error, LauncherError) else describe_error(error)
+            # One outage causes many different errors; mirror.json has the last.
             if self._alerts.admit("the mirror cannot be written"):
-                text = f"the mirror cannot be written; training continues and the next checkpoint retries: {what}"
+                text = f"the mirror cannot be written; training continues and the next checkpoint retries: {message}"
                 self._event("alert", text, mirror=self._url)
-            self._said = what
+            self._last_error = message
         self._record(self._behind())
 
     def _send(self, mirror: Mirror, checkpoint: Checkpoint) -> None:
@@ -185,8 +185,8 @@ class Sender:
             self._event("mirror", text, checkpoint.step)
             return
         except CheckpointError as error:
-            # Damaged here: it is left alone, so that it does not keep back those after it.
-            self._given_up.add(_identity(checkpoint))
+            # A checkpoint that is damaged here is skipped, so that it does not block later ones.
+            self._unsendable.add(_identity(checkpoint))
             kind = "alert" if self._alerts.admit("a checkpoint is not sent") else "mirror"
             self._event(kind, f"step {checkpoint.step} is not sent to the mirror: {error.problems[0].what}", checkpoint.step)
             return
@@ -199,7 +199,7 @@ class Sender:
     def _behind(self) -> list[Checkpoint]:
         if self._mirror is None:
             return store.list_checkpoints(self._run.checkpoints)
-        return [c for c in self._mirror.behind() if _identity(c) not in self._given_up]
+        return [c for c in self._mirror.behind() if _identity(c) not in self._unsendable]
 
     def _record(self, missing: list[Checkpoint]) -> None:
         steps = self._mirror.steps if self._mirror is not None else []
@@ -211,7 +211,7 @@ class Sender:
             bytes=self._bytes,
             seconds=self._seconds,
             lag_s=self._lag_s,
-            failure=self._said or None,
+            failure=self._last_error or None,
             at=time.time(),
         )
         try:
@@ -227,12 +227,12 @@ class Sender:
             print(f"events.jsonl cannot be written: {error}", file=sys.stderr, flush=True)
 
 
-# A run whose ranks have failed is about to be started again, and its next attempt sends on.
+# After a failure the run restarts soon, and its next attempt continues the uploads.
 AFTER_FAILURE_S = 30.0
 
 
 class MirrorProcess:
-    """The agent's hold on it."""
+    """The agent's handle of the process."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -241,7 +241,7 @@ class MirrorProcess:
     def start(
         cls, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int, environment: Mapping[str, str] | None = None
     ) -> MirrorProcess | None:
-        """Start it where the plan has a mirror, in this environment or another; it ends with the thread that starts it."""
+        """Start the process with `environment`; None where the plan has no mirror. It ends with the thread that starts it."""
         if plan.config.checkpoint.mirror is None:
             return None
         command = [sys.executable, "-m", "launcher.worker.mirror_process", plan_path, str(attempt)]
@@ -253,16 +253,16 @@ class MirrorProcess:
         return self._process.pid
 
     def finish(self, until: float, unwanted: Callable[[], bool]) -> None:
-        """Let it send what is committed until a time in seconds since the epoch, or until waiting is `unwanted`; then end it.
+        """Let the process complete its uploads, and end it at `until` at the latest, or as soon as `unwanted` returns True.
 
-        `until` may be infinite.
+        `until` is in seconds since the epoch, and may be infinite.
         """
-        self._tell("")
-        while self._process.poll() is None and time.time() < until - _LAST_WORDS_S and not unwanted():
+        self._write("")
+        while self._process.poll() is None and time.time() < until - _REPORT_S and not unwanted():
             time.sleep(_POLL_S)
-        self._tell(f"{time.time()}")
+        self._write(f"{time.time()}")
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(min(_LAST_WORDS_S, max(0.0, until - time.time())))
+            self._process.wait(min(_REPORT_S, max(0.0, until - time.time())))
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -270,10 +270,10 @@ class MirrorProcess:
         with suppress(OSError):
             self._process.stdin.close()
 
-    def _tell(self, line: str) -> None:
+    def _write(self, line: str) -> None:
         stdin = self._process.stdin
         assert stdin is not None
-        # It may have ended already.
+        # The process may have ended.
         with suppress(OSError):
             stdin.write(f"{line}\n".encode())
             stdin.flush()
@@ -284,16 +284,16 @@ def _identity(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def _committed(folder: Path) -> object:
-    """What changes when a checkpoint comes or goes; cheap enough to be asked often on a network file system."""
+    """Return a value that changes when a checkpoint comes or goes; cheap enough for frequent calls on a network file system."""
     if not folder.is_dir():
         return None
-    found = []
+    checkpoints = []
     for path in folder.glob("step-*"):
         try:
-            found.append((path.name, (path / MANIFEST).stat().st_mtime_ns))
+            checkpoints.append((path.name, (path / MANIFEST).stat().st_mtime_ns))
         except OSError:
             continue
-    return sorted(found)
+    return sorted(checkpoints)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def main(plan_path: str, attempt: int) -> None:
     except Exception as error:
         # After a failure of another rank the agent may end this one while it writes.
         with stop.delay_dismissal():
-            error_record.leave(error, os.environ)
+            error_record.write_error_record(error, os.environ)
         raise
     sys.stdout.flush()
     sys.stderr.flush()

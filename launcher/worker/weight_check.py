@@ -1,8 +1,8 @@
-"""Compare a model's weight files with what the model needs, before anything is started.
+"""Compares a model's weight files with the model's tensors before anything is started.
 
-transformers itself compares: it loads the model onto the meta device from tensors that have names, types and shapes and no
-data. So its own rules hold (renamed and fused tensors, tied weights, prefixes, what a model ignores), and no weight is read.
-Imports neither torch nor transformers before it compares.
+transformers itself compares: it loads the model onto the meta device from tensors with names, types and shapes but no data. So
+its own rules hold (renamed and fused tensors, tied weights, prefixes, ignored tensors), and no weight is read. Imports neither
+torch nor transformers before it compares.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
-    """Refuse weights that do not cover the model; the result of a comparison is kept. `say` shows a line to the user.
+    """Refuse weights that do not cover the model. The result of a comparison is cached; `say` shows a line to the user.
 
     Raises:
         ConfigError: where tensors are missing or have another shape, or a file is damaged.
@@ -31,11 +31,11 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
         return
     folder = model_source.pretrained_folder(model)
     if folder is None:
-        what = "model.path: the weights are incomplete after the download"
+        problem = "model.path: the weights are incomplete after the download"
         remedy = "look at the files of the repository, choose another model.revision, or use a local folder"
-        raise ConfigError(Problem(what, where="model.path", value=model.path, remedy=remedy))
+        raise ConfigError(Problem(problem, where="model.path", value=model.path, remedy=remedy))
     if not (folder / "config.json").is_file():
-        # A run that was fetched from a mirror has its weights in its checkpoints, and its base model need not be here.
+        # A run from a mirror has its weights in its checkpoints, and may lack its base model here.
         return
     report = weight_files.load_report(folder, model)
     if report is None:
@@ -46,7 +46,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
         except LauncherError:
             raise
         except Exception as error:
-            # What fails here need not fail where the ranks run, and they compare again while they load.
+            # A failure here need not occur on the nodes, where the ranks compare again while they load.
             say(f"note: the weight files could not be compared with the model: {_first_line(error)}")
             return
         weight_files.save_report(folder, model, report)
@@ -56,7 +56,7 @@ def require_weights(model: ModelSection, say: Callable[[str], None]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the table and the progress bar with which transformers reports what it loads."""
+    """Suppress the table and the progress bar of transformers."""
     from transformers.utils import logging
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -86,7 +86,7 @@ def compare(folder: Path, model: ModelSection) -> WeightReport:
     try:
         loaded, info = _load(blank, tensors)
     except RuntimeError:
-        # transformers names neither what cannot be fused nor what else is wrong then: the rest is loaded without it.
+        # transformers names neither the tensors that cannot be fused nor other problems then: the rest is loaded without them.
         unfused = _unfused_parts(blank, tensors)
         if not unfused:
             raise
@@ -99,7 +99,7 @@ def compare(folder: Path, model: ModelSection) -> WeightReport:
         missing |= absent
         mismatched |= misshapen
         if not absent and not misshapen:
-            # The difference is in the model's own tensor, and in none of those that it is made of.
+            # The model's own tensor differs, but none of the tensors that it is made of.
             if name in shapes:
                 mismatched.add(ShapeMismatch(name, *shapes[name]))
             else:
@@ -109,7 +109,7 @@ def compare(folder: Path, model: ModelSection) -> WeightReport:
 
 
 def _tensors(folder: Path, model: ModelSection) -> dict[str, Tensor]:
-    """Tensors on the meta device under the names that they have in the weight files."""
+    """Return tensors on the meta device under their names in the weight files."""
     import torch
     from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 
@@ -124,7 +124,7 @@ def _tensors(folder: Path, model: ModelSection) -> dict[str, Tensor]:
 
 
 def _blank_model(folder: Path, model: ModelSection) -> Any:
-    """The model that the ranks build, on the meta device."""
+    """Build the ranks' model on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -133,12 +133,12 @@ def _blank_model(folder: Path, model: ModelSection) -> Any:
     remote = {"trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(str(folder), **remote)
     with torch.device("meta"):
-        # The attention kernel decides nothing about weights, and this machine may lack the one that the ranks have.
+        # Weights do not depend on the attention kernel, and this machine may lack that of the ranks.
         return AutoModelForCausalLM.from_config(config, dtype=DTYPES[model.dtype], attn_implementation="eager", **remote)
 
 
 def _load(blank: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any]]:
-    """The model loaded from tensors on the meta device, and what transformers says of their names and shapes."""
+    """Return the model loaded from tensors on the meta device, and the loading info of transformers."""
     loaded: tuple[Any, dict[str, Any]] = type(blank).from_pretrained(
         None,
         config=blank.config,
@@ -152,7 +152,7 @@ def _load(blank: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str, Any
 
 
 def _unfused_parts(blank: Any, tensors: Mapping[str, Tensor]) -> set[str]:
-    """Tensors in the files that are to be fused with others that are missing or have another shape."""
+    """Return the tensors in the files that would be fused with missing or differently shaped ones."""
     parts: set[str] = set()
     for name in blank.state_dict():
         sources = _sources(blank, name)
@@ -162,7 +162,7 @@ def _unfused_parts(blank: Any, tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 def _differences(hf: Any, tensors: Mapping[str, Tensor], name: str) -> tuple[set[str], set[ShapeMismatch]]:
-    """What of the model's tensor `name` is missing in the files or has another shape there, under the files' own names."""
+    """Return the parts of the model's tensor `name` that are missing in the files or have another shape, by the files' names."""
     missing: set[str] = set()
     mismatched: set[ShapeMismatch] = set()
     for source, shape in _sources(hf, name).items():
@@ -175,18 +175,18 @@ def _differences(hf: Any, tensors: Mapping[str, Tensor], name: str) -> tuple[set
 
 
 def _name_in_files(hf: Any, tensors: Mapping[str, Tensor], name: str) -> str | None:
-    """The name with or without the prefix of the model's body, whichever the files have."""
+    """Return the name with or without the prefix of the base model, whichever the files have; None where they have neither."""
     return next((known for known in (name, name.removeprefix(f"{hf.base_model_prefix}.")) if known in tensors), None)
 
 
 def _sources(hf: Any, name: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, in the weight files, of what becomes the model's tensor `name`."""
+    """Return the names and shapes, in the weight files, of the tensors that make the model's tensor `name`."""
     from transformers.core_model_loading import revert_weight_conversion
 
     tensor = hf.get_parameter_or_buffer(name)
     try:
         sources = revert_weight_conversion(hf, {name: tensor})
     except Exception:
-        # A tensor that is made together with others: its own name says where to look.
+        # A tensor that is made together with others is looked up by its own name.
         sources = {name: tensor}
     return {source: tuple(part.shape) for source, part in sources.items()}

@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_no_record_and_raises_nothing(
     path = tmp_path / "error.json"
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
-        error_record.leave(ValueError("its own"), {VARIABLE: str(path)})
+        error_record.write_error_record(ValueError("its own"), {VARIABLE: str(path)})
     assert not path.exists()
     assert "No space left on device" in capsys.readouterr().err
 

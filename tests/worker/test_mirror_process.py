@@ -96,7 +96,7 @@ def test_a_failure_is_said_once_and_the_next_checkpoint_tries_again(tmp_path: Pa
         commit(run, 5)
         wait_for("another try", lambda: record(run).get("missing_steps") == [5])
         assert len(said(run, "alert")) == 1
-        assert "training goes on" in said(run, "alert")[0]
+        assert "training continues" in said(run, "alert")[0]
         (tmp_path / "mirror").unlink()
         commit(run, 10)
         wait_for("both", lambda: record(run)["steps"] == [5, 10])
@@ -163,7 +163,7 @@ def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
 def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_wish: str
 ) -> None:
-    monkeypatch.setattr(mirror_process, "_LAST_WORDS_S", 2.0)
+    monkeypatch.setattr(mirror_process, "_REPORT_S", 2.0)
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     folder = tmp_path / "mirror/a/checkpoints/step-00000005"
     folder.mkdir(parents=True)
@@ -176,7 +176,7 @@ def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
         wait_for("the others", lambda: len(list(folder.glob("rank-*"))) == 3)
         if late_wish == "the time is over":
             # Time for the first word of what is waited for, and for the last words.
-            stopper.kill_at = time.time() + 4 + mirror_process._LAST_WORDS_S
+            stopper.kill_at = time.time() + 4 + mirror_process._REPORT_S
         waiting = threading.Thread(target=stopper.finish, args=(MirrorProcess(process),))
         waiting.start()
         wait_for("the reason", lambda: said(run, "mirror"))
@@ -191,7 +191,7 @@ def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
         assert not waiting.is_alive()
         assert process.poll() is not None
     (event,) = [e for e in read_events(run.events) if e["kind"] == "mirror"]
-    assert "the run waits for the mirror: step 5 is not there yet" in event["text"]
+    assert "the run waits for the mirror: step 5 is not complete there" in event["text"]
     sizes = {name: entry.size for name, entry in own.manifest.files.items()}
     assert event["fields"] == {"done": sum(sizes.values()) - sizes["state.json"], "total": sum(sizes.values())}
     (alert,) = said(run, "alert")
@@ -235,7 +235,7 @@ def test_it_stops_where_another_attempt_has_taken_over(tmp_path: Path) -> None:
         commit(run, 10)
         wait_for("its end", lambda: process.poll() is not None)
     assert process.returncode == 1
-    assert any("not written any more" in text for text in said(run, "alert"))
+    assert any("uploads to the mirror have stopped" in text for text in said(run, "alert"))
     assert not (tmp_path / "mirror/a/checkpoints/step-00000010/manifest.json").exists()
 
 

@@ -1,4 +1,4 @@
-"""Under which address the other nodes reach this one: the interface that routes to them, never loopback."""
+"""The network of the nodes: the address at which others reach this node, free ports, and whether a node can be reached."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONNECT_S = 2.0
 _PAUSE_S = 0.05
 # A datagram socket connects without a packet: the kernel only chooses the route.
 _ANY_PORT = 9
-_REMEDY = "set cluster.interface to the network between the nodes, or ask the administrators to mend the routes and host names"
+_REMEDY = "set cluster.interface to the network between the nodes, or ask the administrators to repair routes and host names"
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Endpoint:
 
 
 def node_name() -> str:
-    """This node as Slurm calls it, which is what its --exclude understands; elsewhere its host name."""
+    """Return this node's name in Slurm, as its --exclude expects it; elsewhere the host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
-    """Where this node listens: on `interface`, else where the kernel routes from towards the first other node.
+    """Return where this node listens: on `interface`, or else on the interface that routes to the first other node.
 
-    `peers` are addresses or names of the nodes, this one may be among them; with no other, loopback will do.
+    `peers` are addresses or names of the nodes, and may include this one; without another node loopback is used.
 
     Raises:
         RunError: where the interface does not exist or has no address, or only loopback or link-local ones are found.
@@ -54,11 +54,11 @@ def own_endpoint(peers: Sequence[str], interface: str | None) -> Endpoint:
 
 
 def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
-    """The addresses of an allocation's nodes, by name and in the list's order; `node_list` is Slurm's, such as n[1-3].
+    """Return the addresses of an allocation's nodes, by name and in the list's order; `node_list` is Slurm's, such as n[1-3].
 
-    An address is that of NodeAddr, by which Slurm itself reaches the node, else of the node's name. A name that resolves
-    to loopback tells nothing, unless it is this node's: its address is then the one that routes to the others. Where Slurm
-    does not tell NodeAddr, because it hides its nodes or does not answer for `retry_s`, the names alone have to do.
+    An address comes from NodeAddr, by which Slurm itself reaches the node, or else from the node's name. A name that resolves to
+    loopback is useless, unless it is this node's: its address is then the one that routes to the others. Where Slurm does not
+    give NodeAddr, because it hides its nodes or does not answer for `retry_s`, only the names are used.
 
     Raises:
         RunError: where a node has no address that the others could reach; SlurmError for a list that is none.
@@ -69,34 +69,34 @@ def node_addresses(node_list: str, retry_s: float = 0.0) -> dict[str, str]:
     except SlurmError:
         nodes = ""
     known = dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", nodes, re.MULTILINE))
-    found = {host: _reachable_address((known.get(host, host), host)) for host in hosts}
-    for host, address in found.items():
+    addresses = {host: _reachable_address((known.get(host, host), host)) for host in hosts}
+    for host, address in addresses.items():
         if address is None and host == node_name():
-            found[host] = own_endpoint([other for other in found.values() if other], None).address
+            addresses[host] = own_endpoint([other for other in addresses.values() if other], None).address
         elif address is None:
             raise RunError(
                 f"the node {host} has no address that other nodes can reach",
                 where=node_name(),
-                value=f"NodeAddr={known.get(host, '')} and the name {host} lead to loopback or nowhere",
+                value=f"NodeAddr={known.get(host, '')} and the name {host} resolve to loopback or to nothing",
                 remedy=f"ask the administrators to give {host} a NodeAddr, or a name that does not resolve to loopback",
             )
-    return {host: str(address) for host, address in found.items()}
+    return {host: str(address) for host, address in addresses.items()}
 
 
 def is_public(address: str) -> bool:
-    """True for an address that the whole internet routes; a master address must not be one."""
+    """Return whether the whole internet routes to an address; a master address must not be public."""
     return ipaddress.ip_address(address).is_global
 
 
 def free_port(address: str) -> int:
-    """A TCP port that is free on `address` of this node now; it is not held."""
+    """Return a TCP port that is free on `address` of this node now; it is not reserved."""
     with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
         probe.bind((address, 0))
         return probe.getsockname()[1]
 
 
 def await_reachable(address: str, port: int, deadline_s: float) -> float | None:
-    """Seconds until a TCP connection to `address` succeeded; None where none did within the deadline."""
+    """Return the seconds until a TCP connection to `address` succeeded; None where none did within the deadline."""
     started = time.monotonic()
     while (left := started + deadline_s - time.monotonic()) > 0:
         try:
@@ -122,7 +122,7 @@ def _address_of(interface: str) -> str:
 
 
 def _first_other(peers: Sequence[str]) -> str | None:
-    """The address of the first peer that is not this node."""
+    """Return the address of the first peer that is not this node; None without one."""
     own = {address for addresses in _interfaces().values() for address in addresses}
     names = {node_name(), os.uname().nodename, "localhost"}
     for peer in peers:
@@ -131,7 +131,7 @@ def _first_other(peers: Sequence[str]) -> str | None:
         address = _resolve(peer)
         if address is None or ipaddress.ip_address(address).is_loopback:
             raise RunError(
-                f"the node {peer} {'has an unknown name' if address is None else 'seems to be at a loopback address'}",
+                f"the node {peer} {'has an unknown name' if address is None else 'resolves to a loopback address'}",
                 where=node_name(),
                 value=f"{peer} resolves to {address or 'nothing'}",
                 remedy=_REMEDY,
@@ -161,7 +161,7 @@ def _routed_from(peer: str) -> str:
 
 
 def _reachable_address(names: Sequence[str]) -> str | None:
-    """The first of `names` that is an address, whichever, or resolves to one that is not loopback."""
+    """Return the first of `names` that is an address or resolves to one other than loopback."""
     for name in names:
         address = _resolve(name)
         if address is not None and (_is_address(name) or not ipaddress.ip_address(address).is_loopback):
@@ -170,17 +170,17 @@ def _reachable_address(names: Sequence[str]) -> str | None:
 
 
 def _resolve(name: str) -> str | None:
-    """The address of a name, IPv4 before IPv6."""
+    """Return the address of a name, IPv4 before IPv6; None where it does not resolve."""
     try:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        entries = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
         return None
     # AF_INET is the smallest of the families.
-    return str(min(found, key=lambda entry: entry[0])[4][0])
+    return str(min(entries, key=lambda entry: entry[0])[4][0])
 
 
 def _interfaces() -> dict[str, list[str]]:
-    """The IP addresses of every interface, without the zones of link-local ones."""
+    """Return the IP addresses of every interface, without the zones of link-local ones."""
     families = (socket.AF_INET, socket.AF_INET6)
     return {
         name: [entry.address.partition("%")[0] for entry in entries if entry.family in families]
@@ -206,7 +206,7 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 class Listener:
-    """Listens on a port at which ranks may be to meet, so that other nodes can try the way before anything is loaded."""
+    """Listens on a possible master port, so that other nodes can test the connection before anything is loaded."""
 
     def __init__(self, address: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -1,7 +1,7 @@
-"""What can be known to be wrong with the nodes of an allocation before the model loads, all of it in one pass.
+"""Checks of the nodes of an allocation before the model loads; all problems are reported in one pass.
 
-Every node checks itself and publishes a report; every node reads all reports, so that all of them come to the same
-end and a node that does not answer is known by name.
+Every node checks itself and publishes a report. Every node reads all reports, so that all come to the same verdict and a node
+that does not answer is named.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from launcher.worker.checks.network import node_name
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 SHARED_MEMORY_BYTES = 64 << 20
-# A container gets just that if nothing is said, in which NCCL runs out of room where it connects the GPUs of a node.
+# A container gets 64 MiB by default, which is too little for NCCL to connect the GPUs of a node.
 SHARED_MEMORY_OF_GPUS_BYTES = 1 << 30
 OWN_CGROUPS = Path("/proc/self/cgroup")
 # The hierarchy of version 2 names no controllers; https://man7.org/linux/man-pages/man7/cgroups.7.html
@@ -45,16 +45,16 @@ _PACKAGES = (
     *("huggingface-hub", "ray"),
 )
 _CHECKPOINT_MARGIN = 1.2
-# A problem that begins so is of the disk that all nodes share, whichever of them reports it.
+# A problem that begins so concerns the disk that all nodes share, whichever node reports it.
 NO_ROOM = "the disk of the run directory has no room"
 _GIB = 2**30
-# A report that is there is read in a round trip; a wait of zero would have no end.
+# A published report is read in one round trip; a wait of zero would never end.
 _SHORTEST_WAIT_S = 0.1
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node; `code` is a digest of the run's code, `gpus` are the driver's names, `memory_gib` is main memory to be had."""
+    """A node's report; `code` is a digest of the run's code, `gpus` are the driver's names, `memory_gib` is available memory."""
 
     host: str
     code: str
@@ -74,7 +74,7 @@ class NodeReport:
 
 
 class Store(Protocol):
-    """What is used of torch.distributed.Store."""
+    """The part of torch.distributed.Store that is used here."""
 
     def set(self, key: str, value: str, /) -> None: ...
     def get(self, key: str, /) -> bytes: ...
@@ -82,7 +82,7 @@ class Store(Protocol):
 
 
 def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | None = None) -> NodeReport:
-    """Check this node for `num_ranks` ranks, the plan's for each node by default.
+    """Check this node for `num_ranks` ranks; None means the plan's number for each node.
 
     Each problem's `where` is the node's name and nothing else.
     """
@@ -108,7 +108,7 @@ def check_node(plan: LaunchPlan, run: RunDir, attempt: int, num_ranks: int | Non
 
 
 def differences(own: NodeReport, head: NodeReport) -> list[Problem]:
-    """What makes `own` unfit to train together with the head node: other code, packages, Python or GPUs."""
+    """Return what makes `own` unfit to train with the head node: other code, packages, Python or GPUs."""
     problems = []
 
     def compare(what: str, here: str, there: str, remedy: str) -> None:
@@ -129,23 +129,23 @@ def differences(own: NodeReport, head: NodeReport) -> list[Problem]:
 def exchange(
     store: Store, report: NodeReport, hosts: Sequence[str], node: int, deadline_s: float, prefix: str = "node-check"
 ) -> list[Problem]:
-    """Publish this node's report and read all others': the problems of all nodes, in the order of `hosts`.
+    """Publish this node's report, read all others, and return the problems of all nodes in the order of `hosts`.
 
-    `node` is this node's place in `hosts`; `prefix` sets the keys of one round apart from those of another. Node 0, which
-    is the one that others are compared with, returns last, so that it may hold the store.
+    `node` is the index of this node in `hosts`; `prefix` separates the keys of rounds. Node 0, with which the others are
+    compared, returns last, so that it may hold the store.
 
     Raises:
-        RunError: where the store itself is lost.
+        RunError: where the connection to the store is lost.
     """
     deadline = time.monotonic() + deadline_s
     try:
         store.set(f"{prefix}/{node}", json.dumps(report.to_json()))
-        here = [place for place in range(len(hosts)) if _await_key(store, f"{prefix}/{place}", deadline)]
-        reports = {place: NodeReport.from_json(json.loads(store.get(f"{prefix}/{place}"))) for place in here}
+        reported = [index for index in range(len(hosts)) if _await_key(store, f"{prefix}/{index}", deadline)]
+        reports = {index: NodeReport.from_json(json.loads(store.get(f"{prefix}/{index}"))) for index in reported}
         store.set(f"{prefix}/{node}/done", "")
         if node == 0:
-            for place in here:
-                _await_key(store, f"{prefix}/{place}/done", deadline)
+            for index in reported:
+                _await_key(store, f"{prefix}/{index}/done", deadline)
     except RuntimeError as error:
         raise RunError(
             "the connection to the head node broke while the nodes were checked",
@@ -154,14 +154,14 @@ def exchange(
             remedy=f"look at what happened to {hosts[0]}; the network between the nodes may be unstable",
         ) from None
     problems: list[Problem] = []
-    for place, host in enumerate(hosts):
-        if place not in reports:
-            remedy = f"leave the node out with cluster.exclude={host}, or look at its log"
+    for index, host in enumerate(hosts):
+        if index not in reports:
+            remedy = f"exclude the node with cluster.exclude={host}, or look at its log"
             problems.append(Problem(f"the node did not report within {deadline_s:g} s", where=host, remedy=remedy))
             continue
-        problems += reports[place].problems
+        problems += reports[index].problems
         if 0 in reports:
-            problems += differences(reports[place], reports[0])
+            problems += differences(reports[index], reports[0])
     return problems
 
 
@@ -176,7 +176,7 @@ def _await_key(store: Store, key: str, deadline: float) -> bool:
 
 
 def _code_digest(run: RunDir) -> tuple[str, list[Problem]]:
-    """Digest of the names and contents of all Python files under run.code."""
+    """Return a digest of the names and contents of all Python files under run.code."""
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in sorted(run.code.rglob("*.py")):
@@ -200,7 +200,7 @@ def _packages() -> dict[str, str]:
 
 
 def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
-    """This node sees what the head node wrote, and can itself write beside it."""
+    """Check that this node sees the attempt's folder and can write into it."""
     remedy = "set run.root to a folder on storage that all nodes share"
     folder = run.attempt(attempt)
     if not os.access(run.root, os.R_OK | os.X_OK):
@@ -222,7 +222,9 @@ def _check_run_directory(run: RunDir, attempt: int) -> list[Problem]:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-    return [] if intact else [Problem("the run directory does not give back what was written", value=str(folder), remedy=remedy)]
+    return (
+        [] if intact else [Problem("the run directory returned other content than was written", value=str(folder), remedy=remedy)]
+    )
 
 
 def _check_inputs(plan: LaunchPlan) -> list[Problem]:
@@ -239,24 +241,24 @@ def _check_inputs(plan: LaunchPlan) -> list[Problem]:
 
 
 def _check_space(plan: LaunchPlan, run: RunDir, memory_gib: float, num_ranks: int) -> list[Problem]:
-    """Room for a checkpoint on disk, for offloaded states in main memory, for the ranks' messages in /dev/shm."""
+    """Check the space for a checkpoint on disk, for offloaded states in main memory, and for NCCL and gloo in /dev/shm."""
     problems = []
     needed, free = int(_CHECKPOINT_MARGIN * plan.checkpoint_bytes), _free_bytes(run.root)
     if free is not None and free < needed:
         what = f"{NO_ROOM} for a checkpoint"
         value = f"{run.root}: {free / _GIB:.1f} GiB free, {needed / _GIB:.1f} GiB needed"
-        problems.append(Problem(what, value=value, remedy="remove what is not needed, or set run.root to another disk"))
+        problems.append(Problem(what, value=value, remedy="free space on it, or set run.root to another disk"))
     if memory_gib < plan.memory.host_per_node_gib:
         value = f"{memory_gib:.1f} GiB available, {plan.memory.host_per_node_gib:.1f} GiB needed"
         remedy = f"{plan.config.cluster.memory_remedy}, offload less, or use more nodes"
-        problems.append(Problem("there is too little main memory for the states that are offloaded to it", "", value, remedy))
+        problems.append(Problem("there is too little main memory for the offloaded states", "", value, remedy))
     connects_gpus = plan.topology.device == "cuda" and num_ranks > 1
     shared, least = _free_bytes(SHARED_MEMORY), SHARED_MEMORY_OF_GPUS_BYTES if connects_gpus else SHARED_MEMORY_BYTES
     if shared is None or shared < least:
-        what = "the ranks of a node have too little shared memory to talk through"
-        found = "missing" if shared is None else f"{shared >> 20} MiB free, {least >> 20} MiB needed"
-        remedy = "remove stale files there; give a container a larger one (--shm-size, or an emptyDir of memory)"
-        problems.append(Problem(what, value=f"{SHARED_MEMORY}: {found}", remedy=remedy))
+        what = "the ranks of a node have too little shared memory to communicate"
+        free_space = "missing" if shared is None else f"{shared >> 20} MiB free, {least >> 20} MiB needed"
+        remedy = "remove stale files there, or give the container more (--shm-size, or an emptyDir of medium Memory)"
+        problems.append(Problem(what, value=f"{SHARED_MEMORY}: {free_space}", remedy=remedy))
     return problems
 
 
@@ -268,7 +270,7 @@ def _free_bytes(folder: Path) -> int | None:
 
 
 def _memory_bytes() -> int:
-    """Main memory to be had here: what is available, and no more than the control groups of this process allow."""
+    """Return the available main memory in bytes, limited by the control groups of this process."""
     limits = [psutil.virtual_memory().available]
     for line in OWN_CGROUPS.read_text().splitlines():
         _, controllers, group = line.split(":", 2)
@@ -276,7 +278,7 @@ def _memory_bytes() -> int:
             continue
         folder, file = CGROUP_MEMORY[controllers]
         for level in (Path(group), *Path(group).parents):
-            # `max` is no number; the root has no limit, and a container may not see what is above it.
+            # `max` is no number, the root has no limit, and a container may not see the levels above it.
             with contextlib.suppress(OSError, ValueError):
                 limits.append(int((folder / level.relative_to("/") / file).read_text()))
     return min(limits)

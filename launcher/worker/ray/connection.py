@@ -1,4 +1,4 @@
-"""Ray itself: started for a run alone, or joined, and what it tells of its nodes."""
+"""The connection to Ray: start one for a run alone or join a cluster, and ask which nodes it loses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from launcher.config.ray import RaySection
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 
-_LONGEST_FOLDER = 30
+_MAX_FOLDER_CHARS = 30
 _MEET_S = 300
 _PLACE_S = 20
 # Nothing goes through Ray's object store, which would take a third of the machine's memory.
@@ -26,11 +26,11 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 
 @contextmanager
 def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
-    """With a Ray of the run's own, which nobody else can use, or the cluster that the settings name; raises what Ray raises."""
+    """Start a Ray of the run's own, or join the cluster that the settings name, for this block; raises what Ray raises."""
     section = RaySection.of(plan.config.cluster)
     with _own_folder(run) if section.address is None else nullcontext(Path()) as folder:
         _set_variables(plan)
-        # What workers print is in the logs of the ranks and in Ray's own; events.jsonl tells what becomes of them.
+        # Workers print to the logs of the ranks and to Ray's own; events.jsonl reports what happens to them.
         common = {"log_to_driver": False, "logging_level": "WARNING", "namespace": plan.wandb_id}
         path = detached_process.build_pythonpath(run.code, os.environ)
         if section.address is not None:
@@ -46,14 +46,14 @@ def connected(plan: LaunchPlan, run: RunDir) -> Iterator[None]:
 
 
 def draining_nodes() -> set[str]:
-    """The ids of the nodes that Ray is about to lose; Ray Train asks in the same way."""
+    """Return the ids of the nodes that Ray is about to lose, as Ray Train reads them."""
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
 
 
 def lost_nodes() -> set[str]:
-    """The ids of the nodes that Ray has had and has no longer."""
+    """Return the ids of the nodes that Ray has lost."""
     import ray
 
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
@@ -61,10 +61,10 @@ def lost_nodes() -> set[str]:
 
 @contextmanager
 def _own_folder(run: RunDir) -> Iterator[Path]:
-    """Where a Ray of the run's own keeps its sockets and logs; it stays where the run has failed."""
-    # The path of a socket may have 107 characters, of which Ray's own names take most.
+    """Make the folder for the sockets and logs of the run's own Ray; it is kept where the run has failed."""
+    # A socket path may have 107 characters, and Ray's own names take most of them.
     parent = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= _LONGEST_FOLDER else "/tmp"))  # noqa: S108
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= _MAX_FOLDER_CHARS else "/tmp"))  # noqa: S108
     try:
         yield folder
     finally:
@@ -75,15 +75,15 @@ def _own_folder(run: RunDir) -> Iterator[Path]:
 
 
 def _set_variables(plan: LaunchPlan) -> None:
-    """Ray reads them when it is imported."""
+    """Set the variables that Ray reads when it is imported."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # Workers that have been placed meet within seconds. One that hangs before would keep the others, and the nodes, for ever.
+    # Placed workers meet within seconds. One that hangs before that would hold the others, and the nodes, forever.
     os.environ.setdefault("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", str(_MEET_S))
     if RaySection.of(plan.config.cluster).min_workers is not None:
-        # For some seconds after a node is lost Ray Train counts it still, asks for as many workers as before, and waits in vain.
+        # For some seconds after a node is lost Ray Train still counts it, requests as many workers as before, and waits in vain.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_PLACE_S))
 
 
@@ -92,7 +92,7 @@ def _join(plan: LaunchPlan, path: str, common: dict[str, Any]) -> None:
 
     section = RaySection.of(plan.config.cluster)
     if section.is_http:
-        # The job's own environment holds for all that it starts.
+        # The job's own environment applies to all processes that it starts.
         ray.init(address="auto", **common)
     else:
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
@@ -105,9 +105,9 @@ def _start(plan: LaunchPlan, run: RunDir, path: str, folder: Path, common: dict[
     token.write_text(secrets.token_hex(32))
     os.environ.pop("RAY_ADDRESS", None)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": path}
-    # In spite of its name, on Linux too: without it Ray replaces loopback by the address of a network.
+    # Despite its name this applies to Linux: without it Ray replaces loopback by a network address.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # Where memory runs short it would kill the workers, and nobody would be told why.
+    # Ray's memory monitor would kill workers without a message that reaches the user.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray

@@ -162,7 +162,7 @@ class Coordinator:
             return Wait()
         assignment = self._assign(group, rank)
         if unchecked:
-            # Every worker listens until it trains or leaves.
+            # Every worker listens at its port until it trains or leaves.
             others = tuple((member.node, member.address, member.port) for member in group.heads if member.rank != rank)
             return Check(assignment, others) if rank in unchecked else None
         return Train(assignment, self._environment)

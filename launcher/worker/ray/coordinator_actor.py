@@ -1,4 +1,4 @@
-"""The coordinator as an actor of Ray, which the driver starts, asks, and replaces where its process is lost."""
+"""The coordinator as a Ray actor: the driver starts it, polls its state, and replaces it where its process is lost."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from launcher.worker.ray.coordinator import Coordinator
 from launcher.worker.ray.messages import CoordinatorState
 
 _CALL_S = 30.0
-# How long storage that does not answer now is waited for before another is started.
+# How long a replacement waits for storage that does not answer.
 _STORAGE_S = 600.0
-# Lost one after the other without workers between them: then it is no accident. Where workers come, the run's budgets count.
-_MOST_LOST = 20
-# Characters of Ray's own words that a run's state holds; all of them are in the log.
-_MOST_SAID = 400
+# Consecutive losses without workers between them; with more, the cause is no accident. Once workers come, the run's budgets
+# count.
+_MAX_LOST = 20
+# Characters of a Ray error in a run's status; the log has all of them.
+_MAX_MESSAGE_CHARS = 400
 
 
 class CoordinatorActor:
-    """On the driver's node, for workers by its `handle`. One that dies, as where memory runs short, is followed by another, which
-    judges the attempt before by what is on disk; `is_lost` until that has answered.
+    """Runs on the driver's node; workers call it by its `handle`.
+
+    An actor that dies, as for lack of memory, is replaced by another, which judges the previous attempt by the records on disk;
+    `is_lost` until that one has answered.
 
     `attempt` is the one that the driver begins with, `environment` are the variables for the ranks.
     """
@@ -49,11 +52,11 @@ class CoordinatorActor:
         self._environment, self._draining_nodes, self._lost_nodes = environment, draining_nodes, lost_nodes
         self._num_lost = 0
         self._lost_at = math.inf
-        # The driver and the thread that waits for Ray Train both ask.
+        # The driver and the thread that waits for Ray Train both call `state`.
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Raises what Ray raises."""
+        """Start the actor; raises what Ray raises."""
         import ray
 
         here, job = ray.get_runtime_context().get_node_id(), f"{os.uname().nodename}:{os.getpid()}"
@@ -84,11 +87,11 @@ class CoordinatorActor:
         return self._lost_at < math.inf
 
     def _replace(self, error: Exception) -> None:
-        """Start another; what is out of reach for now is tried again at the next look."""
+        """Start another actor; the next call retries where storage cannot be read now."""
         from ray.exceptions import RayError
 
         self._lost_at = min(self._lost_at, time.monotonic())
-        if self._num_lost >= _MOST_LOST:
+        if self._num_lost >= _MAX_LOST:
             raise error
         try:
             self._number = self._newest_own()
@@ -98,19 +101,19 @@ class CoordinatorActor:
             return
         self._num_lost += 1
         print(error, file=sys.stderr, flush=True)
-        said = "the run's coordinator was killed or has ended: another replaces it, and the run begins again"
+        text = "the run's coordinator was killed or has ended: another replaces it, and the run begins again"
         with suppress(OSError):
-            append_event(self._run, self._number, "alert", said)
+            append_event(self._run, self._number, "alert", text)
         with suppress(OSError, LauncherError):
             if run_store.read_status(self._run).state in RUNNING_STATES:
                 message = "its coordinator was lost; it waits for workers"
                 run_store.update_status(self._run, state="pending", message=message)
-        # This one may die too.
+        # The replacement may die too.
         with suppress(RayError):
             self.start()
 
     def _newest_own(self) -> int:
-        """The newest attempt of this driver's: one that another command has started since is not taken over."""
+        """Return the newest attempt of this driver; one that another command has started since is not taken over."""
         number = self._number
         while self._run.attempt(number + 1).exists() and run_store.read_attempt(self._run, number + 1).automatic:
             number += 1
@@ -118,11 +121,12 @@ class CoordinatorActor:
 
 
 def deaths() -> tuple[type[Exception], ...]:
-    """What Ray raises of an actor whose process has ended: the second where Ray's memory monitor has killed it."""
+    """Return what Ray raises for an actor whose process has ended; the second where Ray's memory monitor killed it."""
     from ray.exceptions import ActorDiedError, OutOfMemoryError
 
     return ActorDiedError, OutOfMemoryError
 
 
-def in_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:_MOST_SAID] or type(error).__name__
+def shorten(error: Exception) -> str:
+    """Return the message of a Ray error on one line of limited length."""
+    return " ".join(str(error).split())[:_MAX_MESSAGE_CHARS] or type(error).__name__

@@ -1,8 +1,8 @@
 """The driver of a run on Ray: `python -m launcher.worker.ray.driver PLAN ATTEMPT`.
 
-It starts or joins Ray, lets Ray Train place the workers, and stays until the run has ended, however many groups of workers
-that takes. Nothing here imports torch. Ray Train itself would start workers again for ever; whether they are is decided by
-the coordinator, by the budgets that count on every backend.
+It starts or joins Ray, lets Ray Train place the workers, and stays until the run has ended, however many groups of workers that
+takes. Nothing here imports torch. Ray Train itself would restart workers forever; the coordinator decides whether they are
+restarted, by the retry budgets that hold on every backend.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.run_dir import RunDir
 from launcher.run_records import RUNNING_STATES, CancelRequest
 from launcher.worker.ray.connection import connected, draining_nodes, lost_nodes
-from launcher.worker.ray.coordinator_actor import CoordinatorActor, in_words
+from launcher.worker.ray.coordinator_actor import CoordinatorActor, shorten
 from launcher.worker.ray.messages import CoordinatorState
 from launcher.worker.ray.trainer import build_trainer, import_ray_train
 from launcher.worker.wandb_closing import close_wandb_run
@@ -39,15 +39,15 @@ T = TypeVar("T")
 _ALIVE_EVERY_S = 5.0
 _LOOK_S = 0.2
 _STATE_EVERY_S = 1.0
-# How long storage that does not answer now is waited for when there is nothing else to do.
+# How long a read is retried while storage does not answer.
 _STORAGE_S = 600.0
-# What workers get to return in when they know that the run is over.
+# How long workers have to return when the run is over.
 _OVER_DEADLINE_S = 120.0
 _EXIT_CANCELLED = 130
-_MOST_CONTROLLERS = 20
-# Until Ray Train begins anew: what made it give up, such as a full disk, may last.
-_ANEW_S, _MOST_ANEW_S = 0.5, 10.0
-# What programs read keys from; they go to the ranks in memory alone.
+_MAX_CONTROLLERS = 20
+# The first and the longest wait before Ray Train is started again: its error, such as a full disk, may last.
+_RESTART_S, _MAX_RESTART_S = 0.5, 10.0
+# Variables that hold keys or name where keys are; they go to the ranks in memory only.
 _SECRETS = (
     *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE", "HF_TOKEN", "HF_ENDPOINT"),
     *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_REGION"),
@@ -61,7 +61,7 @@ _SECRETS = (
 
 
 def main(plan_path: str, attempt: int) -> int:
-    """Run one attempt and those that follow it by themselves; returns the exit code."""
+    """Run one attempt and its automatic successors; returns the exit code."""
     try:
         plan = LaunchPlan.load(plan_path)
         run = RunDir(Path(plan.run_dir))
@@ -69,16 +69,16 @@ def main(plan_path: str, attempt: int) -> int:
             run, state="pending", attempt=attempt, job=detached_process.describe_this_process(), message=JOINING
         )
     except OSError as error:
-        # Where it could be told in the run's state there would be nothing to tell.
+        # The run's status cannot hold this message.
         print(f"{os.uname().nodename} does not see the run directory, or may not write there: {error}", file=sys.stderr)
         return EXIT_FAILED
     driver = _Driver(plan, plan_path, run, attempt)
     try:
         return driver.run()
     except Exception as error:
-        # While it starts: a cluster that is not there, a token that is not its own, another version. Later it was there once.
-        what = "the driver lost Ray" if driver.has_begun else "Ray cannot be used"
-        driver.end("failed", f"{what}: {in_words(error)}")
+        # At the start: no cluster, a wrong token, another version. Later: the connection was lost.
+        problem = "the driver lost Ray" if driver.has_begun else "Ray cannot be used"
+        driver.end("failed", f"{problem}: {shorten(error)}")
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
     finally:
@@ -87,58 +87,58 @@ def main(plan_path: str, attempt: int) -> int:
             close_wandb_run(plan, plan_path, run, number)
 
 
-def _patiently(ask: Callable[[], T]) -> T:
-    """Ask storage, and again for a while where it does not answer now.
+def _retry(read: Callable[[], T]) -> T:
+    """Call `read`, again for a while where storage does not answer.
 
     Raises:
-        OSError: what it has said last.
+        OSError: the last error.
     """
     return Retrying(
         retry=retry_if_exception_type(OSError),
         stop=stop_after_delay(_STORAGE_S),
         wait=wait_fixed(_STATE_EVERY_S),
         reraise=True,
-    )(ask)
+    )(read)
 
 
-class _Wishes:
-    """Signals and `cancel` are one: a file that the coordinator and the driver look for."""
+class _CancelSignals:
+    """Turns signals into the cancel.json that the `cancel` verb writes; the coordinator and the driver look for it."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._num_heard = self._num_written = 0
+        self._num_received = self._num_written = 0
 
     def install(self) -> None:
-        """Ray sets handlers of its own when it is started."""
+        """Set the handlers; again after Ray has started, which sets its own."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._hear)
+            signal.signal(number, self._receive)
 
     def write(self) -> None:
-        """The first asks for a save, further ones for an end at once."""
-        if self._num_written < self._num_heard:
+        """Write the request: the first signal asks for a save, further ones for an immediate end."""
+        if self._num_written < self._num_received:
             file = self._run.cancel(run_store.newest_attempt(self._run))
-            json_records.write(file, CancelRequest(time.time(), save=self._num_heard == 1 and not file.is_file()))
-            self._num_written = self._num_heard
+            json_records.write(file, CancelRequest(time.time(), save=self._num_received == 1 and not file.is_file()))
+            self._num_written = self._num_received
 
-    def _hear(self, *_: object) -> None:
-        self._num_heard += 1
+    def _receive(self, *_: object) -> None:
+        self._num_received += 1
 
 
 class _Driver:
     def __init__(self, plan: LaunchPlan, plan_path: str, run: RunDir, attempt: int) -> None:
         self._plan, self._plan_path, self._run, self._attempt = plan, plan_path, run, attempt
         self._section = RaySection.of(plan.config.cluster)
-        self._wishes = _Wishes(run)
-        # The newest attempt that is this driver's.
+        self._cancel_signals = _CancelSignals(run)
+        # The newest attempt of this driver.
         self._number = attempt
         self._failure: Exception | None = None
-        # Workers have come since this driver started.
+        # Whether workers have come since this driver started.
         self.has_begun = False
 
     def run(self) -> int:
-        self._wishes.install()
+        self._cancel_signals.install()
         with connected(self._plan, self._run):
-            self._wishes.install()
+            self._cancel_signals.install()
             self._train()
         return self._exit_code()
 
@@ -147,20 +147,22 @@ class _Driver:
         environment = {name: os.environ[name] for name in passed if name in os.environ}
         coordinator = CoordinatorActor(self._plan_path, self._run, self._attempt, environment, draining_nodes, lost_nodes)
         run_store.update_status(self._run, state="pending", message="waiting for workers")
-        # Takes as long as the coordinator does to start.
+        # Takes as long as the coordinator's start.
         threading.Thread(target=import_ray_train, name="import", daemon=True).start()
         coordinator.start()
-        # In a thread of its own Ray Train leaves SIGINT alone.
+        # In a thread of its own Ray Train does not handle SIGINT.
         fit = threading.Thread(target=self._fit, args=(coordinator,), name="fit", daemon=True)
         fit.start()
         self._watch(fit, coordinator)
 
     def _fit(self, coordinator: CoordinatorActor) -> None:
-        """Until the run has ended. Ray Train's controller gives up for much that says nothing of the run, such as a disk that
-        is full when it writes its own state: another takes its place, and the workers that it has lost are an attempt that
-        counts by the run's own budgets. Workers whose coordinator has died end it too, and begin anew with the one that follows.
+        """Run Ray Train until the run has ended.
+
+        Ray Train's controller ends for reasons that do not concern the run, such as a full disk when it writes its own state.
+        Another one then replaces it, and the workers that it lost count as an attempt by the run's own budgets. Workers whose
+        coordinator has died end the controller too, and start again with the next coordinator.
         """
-        for number in range(_MOST_CONTROLLERS):
+        for number in range(_MAX_CONTROLLERS):
             name = f"attempt-{self._attempt:03d}" + (f"-{number}" if number else "")
             handle = coordinator.handle
             try:
@@ -175,24 +177,24 @@ class _Driver:
                     return
                 if state is not None and state.over is not None:
                     return
-                time.sleep(min(_ANEW_S * 2**number, _MOST_ANEW_S))
+                time.sleep(min(_RESTART_S * 2**number, _MAX_RESTART_S))
                 while coordinator.is_lost:
                     coordinator.state()
                     time.sleep(_STATE_EVERY_S)
             except Exception:
-                # Ray itself is gone, and the coordinator with it.
+                # Ray itself has ended, and the coordinator with it.
                 return
 
     def _watch(self, fit: threading.Thread, coordinator: CoordinatorActor) -> None:
-        """Until the run has ended, or its workers are not to be had, or nobody wants them any more."""
+        """Watch until the run has ended, is cancelled while it waits, or gets no workers in time."""
         alive_at = asked_at = 0.0
         over_at: float | None = None
         state = CoordinatorState(self._number, idle_s=0.0)
         while fit.is_alive():
             now = time.monotonic()
-            # A disk that is full or slow is no reason to end what trains.
+            # A full or slow disk is no reason to end training.
             with suppress(OSError, LauncherError):
-                self._wishes.write()
+                self._cancel_signals.write()
                 if now - alive_at > _ALIVE_EVERY_S:
                     alive_at = now
                     detached_process.write_liveness(self._run)
@@ -205,7 +207,7 @@ class _Driver:
             if state.over is not None:
                 over_at = over_at or now
                 if now - over_at > _OVER_DEADLINE_S:
-                    # Every worker has been told; whatever holds one up does not change how the run has ended.
+                    # Every worker has its orders; a worker that hangs does not change how the run has ended.
                     return
             elif state.idle_s:
                 if self._is_cancelled():
@@ -213,21 +215,21 @@ class _Driver:
                 if state.idle_s > self._section.placement_minutes * 60:
                     return self.end("failed", self._not_placed(state.idle_s, state.early_failure))
             fit.join(_LOOK_S)
-        if _patiently(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
-            why = "its workers ended and left no record" if self._failure is None else in_words(self._failure)
-            self.end("failed", f"Ray Train ended the run: {why}")
+        if _retry(lambda: run_store.read_status(self._run)).state in RUNNING_STATES:
+            reason = "its workers ended and left no record" if self._failure is None else shorten(self._failure)
+            self.end("failed", f"Ray Train ended the run: {reason}")
         return None
 
     def _is_cancelled(self) -> bool:
-        # Storage that does not answer now is asked again.
+        # The next look retries where storage does not answer.
         with suppress(OSError):
             return self._run.cancel(self._number).is_file()
         return False
 
     def end(self, state: str, message: str) -> None:
-        """Write how the run has ended, unless that is known or another command has started it again meanwhile.
+        """Write how the run has ended, unless that is written already or another command has started the run again.
 
-        Of a run that has failed after it had begun, the way to go on is told too.
+        The message of a run that has failed after it had begun says how to continue it.
         """
         if state == "failed" and self.has_begun:
             message += f"; {detached_process.resume_hint(self._run)}"
@@ -239,7 +241,7 @@ class _Driver:
                 run_store.update_status(self._run, state=state, message=message)
 
         with suppress(OSError, LauncherError):
-            _patiently(write)
+            _retry(write)
 
     def _not_placed(self, waited_s: float, early_failure: str) -> str:
         """`early_failure` is the message of the last worker that could not start."""
@@ -247,28 +249,28 @@ class _Driver:
 
         if early_failure:
             limit = f"within {waited_s / 60:.1f} minutes (cluster.placement_minutes)"
-            return f"the workers that Ray started {limit} could not take part: {early_failure}"
-        section, wanted = self._section, self._section.resources(self._plan.topology.device)
-        asked = f"{self._plan.topology.world_size} workers"
+            return f"the workers that Ray started {limit} could not start their ranks: {early_failure}"
+        section, requested = self._section, self._section.resources(self._plan.topology.device)
+        request = f"{self._plan.topology.world_size} workers"
         if section.min_workers is not None:
-            asked = f"{section.min_workers} to {asked}"
-        asked += f" with {', '.join(f'{name}: {amount:g}' for name, amount in wanted.items())} each"
+            request = f"{section.min_workers} to {request}"
+        request += f" with {', '.join(f'{name}: {amount:g}' for name, amount in requested.items())} each"
         if section.accelerator_type:
-            asked += f" on {section.accelerator_type}"
+            request += f" on {section.accelerator_type}"
         if section.label_selector:
-            asked += f" on nodes with {section.label_selector}"
-        found, free = ray.cluster_resources(), ray.available_resources()
-        there = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(found.items()) if name in wanted)
-        left = ", ".join(f"{name}: {free.get(name, 0):g}" for name in sorted(found) if name in wanted)
+            request += f" on nodes with {section.label_selector}"
+        total, free = ray.cluster_resources(), ray.available_resources()
+        existing = ", ".join(f"{name}: {amount:g}" for name, amount in sorted(total.items()) if name in requested)
+        available = ", ".join(f"{name}: {free.get(name, 0):g}" for name in sorted(total) if name in requested)
         alive = sum(node["Alive"] for node in ray.nodes())
         return (
             f"the cluster did not provide the workers within {waited_s / 60:.1f} minutes (cluster.placement_minutes): asked for "
-            f"{asked}; it has {there or 'none of these'} on {alive} node{'s' if alive != 1 else ''}"
-            + (f", of these free: {left}" if left else "")
+            f"{request}; it has {existing or 'none of these'} on {alive} node{'s' if alive != 1 else ''}"
+            + (f", of these free: {available}" if available else "")
         )
 
     def _exit_code(self) -> int:
-        state = _patiently(lambda: run_store.read_status(self._run)).state
+        state = _retry(lambda: run_store.read_status(self._run)).state
         return 0 if state == "completed" else _EXIT_CANCELLED if state in ("cancelled", "preempted") else EXIT_FAILED
 
 

@@ -1,4 +1,4 @@
-"""Which worker of a group hangs: each tells how far its rank is, and all are compared, on whatever nodes they are."""
+"""Finds the worker or rank of a group that hangs: workers report how far their ranks are, and all nodes are compared."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from launcher.worker.heartbeat import Beat, HeartbeatTable
 from launcher.worker.ray.messages import RankSign
 from launcher.worker.watchdog import Limits, stalled
 
-# Workers ask several times a second. Whoever says nothing for so long is cut off, or its machine hangs; where a rank counts as
-# stalled sooner, its worker does so too.
+# Workers send several heartbeats a second. One that is silent for so long is cut off, or its machine hangs. Where the limit for
+# a stalled rank is shorter, it holds for workers too.
 SILENT_S = 60.0
-# What a worker told of its rank is evidence for so long, and for this share of the limit where that is less.
+# A worker's heartbeat counts as evidence for so long, or for this share of the stall limit where that is less.
 _FRESH_S, _FRESH_SHARE = 10.0, 0.2
-# From the wish for a rank's stacks to its end.
+# From the request for a rank's stacks to its kill.
 _DUMP_S = 2.0
 
 
 class Observer:
-    """A worker's side: the last sign of life of its rank, whose silence counts only while it was looked at all the time."""
+    """The worker's side: reads the last heartbeat of its rank. Silence counts only while the worker itself was running."""
 
     def __init__(self, table: HeartbeatTable, local_rank: int, stall_s: float) -> None:
         self._table, self._local_rank, self._gap_s = table, local_rank, stall_s / 2
@@ -46,7 +46,7 @@ class Observer:
 
 
 class Liveness:
-    """The coordinator's side: when each worker was heard last, by its rank in the group, and what it told of its own rank."""
+    """The coordinator's side: the last heartbeat of each worker, by its rank in the group, and the last of its own rank."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -56,13 +56,13 @@ class Liveness:
         self._beats: dict[int, Beat] = {}
         self._states: dict[int, str] = {}
         self._stuck: dict[int, float] = {}
-        self._asked: set[int] = set()
+        self._dumped: set[int] = set()
         self._called = self._since = time.monotonic()
 
     def hear(self, rank: int, sign: RankSign | None = None) -> None:
         now = time.monotonic()
         if now - self._called > self._gap_s:
-            # It was the coordinator that did not listen, as while storage held it up.
+            # The coordinator itself was blocked, as by slow storage.
             self._since = now
         self._called = self._heard[rank] = now
         if sign is not None:
@@ -70,15 +70,15 @@ class Liveness:
             self._states[rank] = sign.process_state
 
     def silent(self, ranks: Collection[int]) -> dict[int, float]:
-        """Those of `ranks` that have said nothing for too long, with the seconds; one that never said anything counts as well."""
+        """Return those of `ranks` whose workers have been silent for too long, with the seconds; also those never heard of."""
         now = time.monotonic()
         seconds = {rank: now - max(self._heard.get(rank, self._since), self._since) for rank in ranks}
         return {rank: silence for rank, silence in seconds.items() if silence > self._silent_s}
 
-    def are_still(self, ranks: Collection[int]) -> bool:
-        """True where all of `ranks` have trained and none has gone on within its limit: they wait for another one, or hang.
+    def have_stopped(self, ranks: Collection[int]) -> bool:
+        """Return whether all of `ranks` have trained and none has progressed within its limit: they wait for another, or hang.
 
-        Loading has deadlines of its own, and finishing takes the time that it takes.
+        Loading has deadlines of its own, and the time of finishing is not limited.
         """
         if self._limits.stall_s <= 0:
             return False
@@ -86,13 +86,13 @@ class Liveness:
         return all(b is not None and b.trained and now - max(b.at, self._since) > self._limits.of(b) for b in beats)
 
     def phases(self, ranks: Collection[int]) -> set[str]:
-        """What `ranks` were doing when they were heard last."""
+        """Return the phases of `ranks` at their last heartbeats."""
         return {self._beats[rank].phase for rank in ranks if rank in self._beats}
 
     def hung(self, ranks: Collection[int]) -> dict[int, tuple[Beat, float, str]]:
-        """Those of `ranks` that are to be killed: the last beat, seconds without one, and why.
+        """Return those of `ranks` to be killed, with the last heartbeat, the seconds since, and the reason.
 
-        Nobody is judged while one of the workers says nothing: its own rank may be the culprit, or have gone on.
+        No rank is judged while any worker is silent: its rank may be the culprit, or may have progressed.
         """
         now, fresh_s = time.monotonic(), min(_FRESH_S, _FRESH_SHARE * self._limits.stall_s)
         if self._limits.stall_s <= 0 or any(now - self._heard.get(rank, self._since) > fresh_s for rank in ranks):
@@ -100,14 +100,14 @@ class Liveness:
         beats = {rank: self._beats[rank] for rank in ranks if rank in self._beats}
         verdict = stalled(beats, self._states, now, self._limits, self._since, "of the run")
         self._stuck = {rank: self._stuck.get(rank, now) for rank in verdict.stalled}
-        self._asked &= self._stuck.keys()
+        self._dumped &= self._stuck.keys()
         if any(now - self._stuck[rank] < _DUMP_S for rank in verdict.kill):
             return {}
-        return {rank: (beats[rank], verdict.stalled[rank], why) for rank, why in verdict.kill.items()}
+        return {rank: (beats[rank], verdict.stalled[rank], reason) for rank, reason in verdict.kill.items()}
 
     def wants_stacks(self, rank: int) -> bool:
-        """True once for a rank that has fallen silent: where it waits belongs into its log before anybody is killed."""
-        if rank not in self._stuck or rank in self._asked:
+        """Return True once for a stalled rank: its log must show where it waits before any rank is killed."""
+        if rank not in self._stuck or rank in self._dumped:
             return False
-        self._asked.add(rank)
+        self._dumped.add(rank)
         return True

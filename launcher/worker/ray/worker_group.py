@@ -100,32 +100,32 @@ class Group:
         silence_s = self.liveness.silent(running)
         names = {rank: f"the worker of rank {self.training_ranks.index(rank)} on {self.members[rank].node}" for rank in silence_s}
         alerts = [
-            f"no heartbeat for {silence_s[rank]:.0f} s from {names[rank]}: it hangs or is cut off"
+            f"no heartbeat for {silence_s[rank]:.0f} s from {names[rank]}: it hangs or is cut off from the network"
             for rank in silence_s.keys() - self.silent
         ]
         self.silent = set(silence_s)
         others = running - self.silent
         # While the other ranks progress, so does the rank of the silent worker.
-        if self.silent and others and self.liveness.are_still(others):
+        if self.silent and others and self.liveness.have_stopped(others):
             self.failed_at = now
-            alerts.append(f"the other ranks wait for {' and '.join(names.values())}: the run goes on without")
+            alerts.append(f"the other ranks wait for {' and '.join(names.values())}: the run continues without them")
         if self.hung:
             # The others wait for the killed rank, and are not judged.
             if (remaining := sorted(self.hung.keys() & running)) and now - self.hung_at > _KILLED_S:
                 self.failed_at = now
                 ranks = " and ".join(f"rank {self.training_ranks.index(rank)} on {self.members[rank].node}" for rank in remaining)
-                alerts.append(f"{ranks} was killed and does not end, as what hangs in the kernel: the run goes on without")
+                alerts.append(f"{ranks} was killed and does not end (it hangs in the kernel): the run continues without it")
             return alerts
-        for rank, (beat, seconds, why) in self.liveness.hung(running).items():
+        for rank, (beat, seconds, reason) in self.liveness.hung(running).items():
             self.hung_at = now
-            self.hung[rank] = describe(beat, seconds, why, self.members[rank].node)
+            self.hung[rank] = describe(beat, seconds, reason, self.members[rank].node)
             alerts.append(self.hung[rank])
         return alerts
 
     @property
     def is_over(self) -> bool:
         """True where every training rank has ended, or where the workers of the others have been silent for too long."""
-        return not self._running or (self._running <= self.silent and self.liveness.are_still(self._running))
+        return not self._running or (self._running <= self.silent and self.liveness.have_stopped(self._running))
 
     @property
     def phases(self) -> set[str]:
@@ -139,13 +139,13 @@ class Group:
         text += f", {idle} worker{'s' * (idle > 1)} idle" if idle else ""
         text += f" on {', '.join(dict.fromkeys(member.node for member in self.training))}"
         readmitted = self.unfit & {member.node for member in self.training}
-        for nodes, how in ((self.unfit - readmitted, "without"), (readmitted, "for want of others with")):
+        for nodes, how in ((self.unfit - readmitted, "without"), (readmitted, "for lack of other nodes with")):
             text += (
-                f", {how} {', '.join(sorted(nodes))}, unfit before: repair it, or take it away with `ray drain-node`"
+                f", {how} {', '.join(sorted(nodes))}, unfit before: repair it, or remove it with `ray drain-node`"
                 if nodes
                 else ""
             )
-        text += ", for which the run saves first" if self.unfit else ""
+        text += "; the run saves first" if self.unfit else ""
         text += "; it is tried again later" if self.missed else ""
         return "alert" if self.unfit else "info", text
 
@@ -161,5 +161,5 @@ def require_private(head: Member, allowed: bool) -> None:
         ConfigError: with the node and its address.
     """
     if network.is_public(head.address) and not allowed:
-        where = f"{head.node} at {head.address}"
-        raise ConfigError(f"the ranks would meet at a public address: {where}; set cluster.interface")
+        endpoint = f"{head.node} at {head.address}"
+        raise ConfigError(f"the ranks would meet at a public address: {endpoint}; set cluster.interface")

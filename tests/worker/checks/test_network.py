@@ -121,7 +121,7 @@ def test_this_node_is_known_by_its_address_under_any_name(wired: tuple[str, str]
 
 def test_another_node_whose_name_leads_to_loopback_or_nowhere_is_told(resolves: Callable[..., None]) -> None:
     resolves({"n2": "127.0.1.1"})
-    with pytest.raises(RunError, match="n2 seems to be at a loopback address"):
+    with pytest.raises(RunError, match="n2 resolves to a loopback address"):
         network.own_endpoint(["n2"], None)
     with pytest.raises(RunError, match="n3 has an unknown name"):
         network.own_endpoint(["n3"], None)

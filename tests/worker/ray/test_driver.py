@@ -162,7 +162,7 @@ def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driv
 def test_coordinators_that_die_one_after_the_other_end_the_run(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.exceptions import ActorDiedError, OutOfMemoryError
 
-    monkeypatch.setattr(coordinator_actor, "_MOST_LOST", 3)
+    monkeypatch.setattr(coordinator_actor, "_MAX_LOST", 3)
     coordinator = Played(run, state)
     for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
         coordinator.says = raising(death)
@@ -195,7 +195,7 @@ def test_ray_train_begins_anew_with_the_coordinator_that_follows(run: RunDir, mo
     """Workers that have lost theirs return as if all were done."""
     from ray.exceptions import ActorDiedError
 
-    monkeypatch.setattr(driver, "_ANEW_S", 0.0)
+    monkeypatch.setattr(driver, "_RESTART_S", 0.0)
     monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
     coordinator = Played(run, state)
     deaths = iter([ActorDiedError(), None])
@@ -301,4 +301,4 @@ def test_a_cluster_that_others_use_is_told_by_what_is_free(run: RunDir, monkeypa
 @pytest.mark.usefixtures("rays_answer")
 def test_workers_that_came_and_could_not_start_are_not_told_as_missing(run: RunDir) -> None:
     driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1900.0, early_failure="n2: no interface ib0")))
-    assert run_store.read_status(run).message.endswith("could not take part: n2: no interface ib0")
+    assert run_store.read_status(run).message.endswith("could not start their ranks: n2: no interface ib0")

@@ -206,7 +206,7 @@ def test_an_elastic_run_that_has_too_few_workers_without_a_bad_node_tries_it_aga
     assert played.coordinator.beat("a", 0, None).verdict.again
     played.enter("b", nodes)
     assert kind(played.coordinator.orders("b", 0)) == "check"
-    assert "on n1, bad, for want of others with bad, unfit before" in played.run.events.read_text()
+    assert "on n1, bad, for lack of other nodes with bad, unfit before" in played.run.events.read_text()
     played.check("b", nodes, {"bad": "GPU 1 computes wrong numbers"})
     over = played.coordinator.state().over
     assert "bad: GPU 1 computes wrong numbers" in over

@@ -109,9 +109,9 @@ def test_a_worker_that_says_nothing_any_more_is_named_and_the_others_go_on_witho
     beats(played, sign(0, 0), sign(1, 0))
     assert alone(played, clock, 195) is None
     said = played.run.events.read_text()
-    assert "no heartbeat for 65 s from the worker of rank 1 on n2: it hangs or is cut off" in said
+    assert "no heartbeat for 65 s from the worker of rank 1 on n2: it hangs or is cut off from the network" in said
     assert alone(played, clock, 205) == "TERM"
-    assert "the other ranks wait for the worker of rank 1 on n2: the run goes on without" in played.run.events.read_text()
+    assert "the other ranks wait for the worker of rank 1 on n2: the run continues without them" in played.run.events.read_text()
     played.end(0)
     verdict = played.coordinator.beat("a", 0, "done").verdict
     assert verdict.again, "the lost one is not waited for"
