@@ -1,7 +1,7 @@
-"""What DeepSpeed itself says of `deepspeed.extra`, before anything is started: `python -m launcher.worker.deepspeed_check`.
+"""DeepSpeed's own check of `deepspeed.extra`, before anything is started: `python -m launcher.worker.deepspeed_check`.
 
 Reads a RunConfig as JSON from standard input; prints the problems as one JSON object. Importing DeepSpeed takes seconds, so a
-verdict without problems is kept in the launcher's cache (facts.accepted_extra).
+result without problems is cached (facts.accepted_extra).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from launcher.plan.deepspeed import render
 from launcher.plan.launch_plan import Batch, ModelFacts, Topology
 from launcher.plan.optimizers import OPTIMIZERS
 
-# What the extra keys are merged into: the plan of any small run, since this says nothing of sizes.
+# The extra keys are merged into the plan of a small run, since sizes do not matter here.
 _BATCH = Batch(
     global_batch_size=2,
     micro_batch_size=1,
@@ -91,14 +91,14 @@ class _Keys:
 
 
 def problems_of(config: RunConfig) -> list[Problem]:
-    """One problem for each key of `deepspeed.extra` that DeepSpeed refuses or would ignore."""
+    """Return a problem for each key of `deepspeed.extra` that DeepSpeed refuses or would ignore."""
     extra = config.deepspeed.extra
     problems = [problem for key in extra for problem in _of_key(key, config)]
     return problems or _of_package(extra) or list(_of_all(config))
 
 
 def _of_key(key: str, config: RunConfig) -> Iterator[Problem]:
-    """Problems of one top-level key, beside what the plan renders."""
+    """Yield the problems of one top-level key, merged into what the plan renders."""
     value = config.deepspeed.extra[key]
     recorder = Recorder(_rendered(config, {key: value}))
     failure = []
@@ -107,10 +107,10 @@ def _of_key(key: str, config: RunConfig) -> Iterator[Problem]:
     except ValidationError as error:
         yield from (_of_model(key, error.title, item) for item in error.errors(include_url=False))
         return
-    # DeepSpeed raises whatever its parsing comes upon.
+    # DeepSpeed's parsing raises many kinds of exceptions.
     except Exception as error:
-        what = f"DeepSpeed refuses it: {str(error).strip() or type(error).__name__}"
-        failure = [_problem([key], what, value, f"see {KEYS_PAGE}")]
+        message = f"DeepSpeed refuses it: {str(error).strip() or type(error).__name__}"
+        failure = [_problem([key], message, value, f"see {KEYS_PAGE}")]
     if key in _READ_KEY_BY_KEY:
         yield from list(_of_names(key, value, recorder[key].looked_up)) or failure
     else:
@@ -118,7 +118,7 @@ def _of_key(key: str, config: RunConfig) -> Iterator[Problem]:
 
 
 def _of_names(key: str, section: dict[str, Any], known: dict[str, Any]) -> Iterator[Problem]:
-    """Problems of a section whose keys DeepSpeed looks up one by one, and does not check."""
+    """Yield the problems of a section whose keys DeepSpeed looks up one by one without checks."""
     for name, value in section.items():
         if name not in known:
             yield _unknown([key, name], value, list(known))
@@ -135,12 +135,12 @@ def _of_type(path: list[str], value: Any, default: Any) -> Iterator[Problem]:
 
 
 def _of_model(key: str, title: str, item: Any) -> Problem:
-    """An error of the model `title`, which may stand above the section `key`."""
+    """Return the problem for a validation error of the model `title`, which may be an ancestor of the section `key`."""
     location = [str(part) for part in item["loc"]]
     path = location if location[:1] == [key] else [key, *location]
     if item["type"] != "extra_forbidden":
         reason = item["msg"].removeprefix("Value error, ")
-        return _problem(path, f"DeepSpeed refuses it: {reason}", item["input"], "write a value that fits, or take it out")
+        return _problem(path, f"DeepSpeed refuses it: {reason}", item["input"], "set a valid value, or remove the key")
     model = _model_named(title)
     for part in location[:-1]:
         model = _model_in(model, part) or model
@@ -149,18 +149,18 @@ def _of_model(key: str, title: str, item: Any) -> Problem:
 
 def _of_package(extra: dict[str, Any]) -> list[Problem]:
     return [
-        _problem([key], f"the Python package {package} is not installed", extra[key], f"pip install {package}, or take it out")
+        _problem([key], f"the Python package {package} is not installed", extra[key], f"pip install {package}, or remove the key")
         for key, package in _PACKAGES.items()
         if extra.get(key, {}).get("enabled") and find_spec(package) is None
     ]
 
 
 def _of_all(config: RunConfig) -> Iterator[Problem]:
-    """What DeepSpeed refuses of all keys together."""
+    """Yield a problem where DeepSpeed refuses all keys together."""
     try:
         _parse(_rendered(config, config.deepspeed.extra))
     except Exception as error:
-        yield Problem(f"{EXTRA}: DeepSpeed refuses these keys together: {error}", EXTRA, remedy="take some of them out")
+        yield Problem(f"{EXTRA}: DeepSpeed refuses these keys together: {error}", EXTRA, remedy="remove some of them")
 
 
 def _unknown(path: list[str], value: Any, known: list[str]) -> Problem:
@@ -183,7 +183,7 @@ def _model_named(title: str) -> type[BaseModel]:
 
 
 def _model_in(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """The model of a field, where it is one."""
+    """Return the model of a field; None where the field is no model."""
     field = next((f for key, f in model.model_fields.items() if name in (key, f.alias)), None)
     options = (field.annotation, *get_args(field.annotation)) if field is not None else ()
     return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
@@ -200,12 +200,12 @@ def _parse(values: dict[str, Any]) -> None:
 
     DeepSpeedConfig(values)
     if level := values.get("log_level"):
-        # The engine looks at it only when it is made.
+        # Only the engine's constructor reads it.
         get_log_level_from_string(level)
 
 
 def check(config: RunConfig) -> list[Problem]:
-    """The problems of `config`; where there are none, that is kept for the next time."""
+    """Return the problems of `config`; a result without problems is cached."""
     problems = problems_of(config)
     if not problems:
         accepted = facts.accepted_extra(config)

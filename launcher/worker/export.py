@@ -1,4 +1,4 @@
-"""The export of a run that has a checkpoint, on CPU: `python -m launcher.worker.export PLAN_JSON [--step N] [--dtype bf16]`."""
+"""Exports a checkpoint of a run on CPU: `python -m launcher.worker.export PLAN_JSON [--step N] [--dtype bf16]`."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def export_run(plan_path: Path, *, step: int | None, dtype: str, out: Path | Non
 
     CheckpointError when there is no such checkpoint, when it is damaged, and as `export` says.
     """
-    # Where the plan lies now, not where it was made: a run may have been moved.
+    # The folder of plan.json, since a run may have been moved.
     run = RunDir(plan_path.absolute().parent)
     first = _load(plan_path)
     checkpoint = store.get_latest(run.checkpoints) if step is None else store.get_at_step(run.checkpoints, step)
-    # A resume may have changed settings; attempts that were started by themselves after it go on with those.
+    # A resume may have changed settings, which later automatic attempts keep.
     plans = run_store.load_plans_until(run, checkpoint.manifest.attempt)
     plan = plans[-1] if plans else first
     task = ExportTask(
@@ -57,11 +57,11 @@ def _load(plan_path: Path) -> LaunchPlan:
     try:
         return LaunchPlan.load(plan_path)
     except ValueError as error:
-        raise CheckpointError("this is not a launch plan that can be read", where=str(plan_path), value=str(error)) from error
+        raise CheckpointError("this launch plan cannot be read", where=str(plan_path), value=str(error)) from error
 
 
 def _lines(made: ExportedFolder) -> list[str]:
-    """What a person wants to know of an export."""
+    """Return the lines that describe an export to a person."""
     size = f"{made.num_bytes:,} bytes in {len(made.files)} file(s)"
     lines = [f"exported step {made.step} to {made.path}", f"  {made.num_parameters:,} parameters in {made.dtype}, {size}"]
     if made.added_stop_ids:
@@ -117,10 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _again(arguments: argparse.Namespace) -> str:
-    """The command that a person types to repeat an export and its push."""
+    """Return the command that repeats an export and its push."""
     flags = [(name, getattr(arguments, name)) for name in ("step", "dtype", "out", "push")]
-    words = [f"--{name} {value}" for name, value in flags if value is not None]
-    return f"python -m launcher export {arguments.plan.absolute().parent} {' '.join(words)}"
+    options = [f"--{name} {value}" for name, value in flags if value is not None]
+    return f"python -m launcher export {arguments.plan.absolute().parent} {' '.join(options)}"
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def _from_problems(problems: Sequence[Problem], attempt: Attempt, step: int) -> 
 
 
 def _from_refusals(refused: Mapping[str, str], attempt: Attempt, step: int) -> Ending:
-    shared = "is the run directory on storage that it shares?"
+    shared = "check that the run directory is on storage that all nodes share"
     messages = [f"{node}: no agent could start there ({error}); {shared}" for node, error in refused.items()]
     return _from_unfit_nodes(set(refused), messages, attempt, step)
 

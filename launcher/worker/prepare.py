@@ -1,11 +1,11 @@
-"""What is done once, on CPU, before any GPU is asked for: `python -m launcher.worker.prepare`.
+"""Prepares model, tokenizer and data cache on CPU, before any GPU is requested: `python -m launcher.worker.prepare`.
 
 Reads a RunConfig as JSON from standard input; fetches or converts model and tokenizer, compares
 the weight files with the model, builds the data cache.
 Progress goes to standard error, one JSON object with the report (where asked for) to standard output.
 
-Each worker of the data build imports this module again, as multiprocessing does with a main module: at module level it
-imports no torch.
+Each worker of the data build imports this module again, as multiprocessing does with a main module, so it imports no torch at
+module level.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "README.md", "LICENSE*", "NOTICE*"]
-# Longer than the largest checkpoint takes to be read and written.
+# Longer than it takes to read and write the largest checkpoint.
 _LOCK_TIMEOUT_S = 2 * 3600.0
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 def prepare(config: RunConfig, show: int | None = None) -> dict[str, object]:
-    """Make everything that the ranks read exist on this machine; returns the data report with `show` rows, or nothing."""
-    wanted = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
-    if any(model_source.locate(name, config.model).folder is None for name in wanted):
-        # A row that cannot be read is told at once, not after a model was fetched.
+    """Prepare everything that the ranks read; returns the data report with `show` rows, or an empty dictionary without `show`."""
+    names = [name for name in dict.fromkeys((config.model.path, config.model.tokenizer)) if name]
+    if any(model_source.locate(name, config.model).folder is None for name in names):
+        # Report a row that cannot be read before a model is downloaded.
         for source in config.data.sources:
             if source.is_read:
                 deque(sources.read_documents(source), maxlen=0)
-    for name in wanted:
+    for name in names:
         _fetch(name, config.model)
     require_weights(config.model, _say)
     tokenizer = model_source.locate(config.model.tokenizer or config.model.path or "", config.model).folder
     if tokenizer is None:
-        raise ConfigError("the tokenizer is not there after it was fetched", where="model.tokenizer")
-    # What needed torch is done.
+        raise ConfigError("the tokenizer is missing after its download", where="model.tokenizer")
+    # Nothing after this needs torch.
     import_tokenizers_without_torch()
     with _progress() as on_progress:
         built = build.build(config.data, str(tokenizer), on_progress)
@@ -102,14 +102,14 @@ def _copy_parent_weights(parent: parent_run.ParentCheckpoint, model: ModelSectio
             else:
                 _export(parent, model, folder)
     except Timeout as error:
-        raise _unusable(parent, "another process has prepared them for too long", "wait for it, or end it") from error
+        raise _unusable(parent, "another process prepares them and has not finished in time", "wait for it, or end it") from error
     except OSError as error:
-        said = f"{error.strerror or error} ({error.filename or folder})"
-        raise _unusable(parent, said, "is there space, and does the run still keep this checkpoint? then try again") from error
+        reason = f"{error.strerror or error} ({error.filename or folder})"
+        raise _unusable(parent, reason, "is there space, and does the run still keep this checkpoint? then try again") from error
     except CheckpointError as error:
         problem = error.problems[0]
-        said = f"{problem.what} ({problem.where})" if problem.where else problem.what
-        raise _unusable(parent, said, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
+        reason = f"{problem.what} ({problem.where})" if problem.where else problem.what
+        raise _unusable(parent, reason, "take another checkpoint (model.path=run:NAME@STEP), and check the disk") from error
 
 
 def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Path) -> None:
@@ -124,18 +124,18 @@ def _export(parent: parent_run.ParentCheckpoint, model: ModelSection, folder: Pa
         out=folder,
         dtype=model.dtype,
         trust_remote_code=model.trust_remote_code,
-        # It would load the whole model here, where there may be no memory for it.
+        # A check would load the whole model, for which this machine may lack memory.
         check=False,
         chat_template=find_chat_template(plan),
         turn_end_ids=plan.data.turn_end_ids if plan.data else (),
     )
     verify_checkpoint(task)
-    # The next run's card takes the licence and the base model from this one's.
+    # The next run's model card takes licence and base model from this one's.
     export(task, lambda made: model_card.render_model_card(plan, manifest, metrics, made, plans))
 
 
 def _tokenizer_of(plan: LaunchPlan) -> Path | None:
-    """The folder of a run's tokenizer; it is made again where the cache that held it is gone."""
+    """Return the folder of a run's tokenizer, which is fetched again where the cache that held it was removed."""
     if plan.model.tokenizer_path and Path(plan.model.tokenizer_path).is_dir():
         return Path(plan.model.tokenizer_path)
     name = plan.config.model.tokenizer or plan.config.model.path or ""
@@ -144,7 +144,7 @@ def _tokenizer_of(plan: LaunchPlan) -> Path | None:
 
 
 def _link(exported: Path, folder: Path) -> None:
-    """The files of an export under a name of their own: the run may go on and replace its export while this one is in use."""
+    """Link the files of an export into a folder of their own: the run may replace its export while these are in use."""
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         shutil.copytree(exported, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
@@ -157,12 +157,12 @@ def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
-        # Another file system, or one without links.
+        # Another file system, or one without hard links.
         shutil.copyfile(source, target)
 
 
-def _unusable(parent: parent_run.ParentCheckpoint, why: str, remedy: str) -> ConfigError:
-    what = f"model.path: the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} cannot be used: {why}"
+def _unusable(parent: parent_run.ParentCheckpoint, reason: str, remedy: str) -> ConfigError:
+    what = f"model.path: the weights of run {parent.plan.run_name} at step {parent.checkpoint.step} cannot be used: {reason}"
     return ConfigError(Problem(what, where="model.path", value=parent.path, remedy=remedy))
 
 
@@ -175,7 +175,7 @@ def _download(repo_id: str, model: ModelSection) -> None:
     revision = model.revision if repo_id == model.path else None
     _say(f"fetching {repo_id} from the hub")
     try:
-        # Some repositories hold the same weights a second time, in their makers' own form.
+        # Some repositories hold the weights a second time in the original format.
         snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"])
     except Exception as error:
         raise ConfigError(
@@ -190,7 +190,7 @@ def _download(repo_id: str, model: ModelSection) -> None:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[build.Progress]:
-    """A bar for a person who looks on, a line now and then for a log."""
+    """Show a progress bar on a terminal, and lines at intervals in a log."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -211,13 +211,13 @@ def _progress() -> Iterator[build.Progress]:
 
 
 def _lines() -> build.Progress:
-    """A line at the end of each stage, and every so many seconds before."""
-    said_at = time.monotonic()
+    """Print a line at the end of each stage, and at intervals before."""
+    printed_at = time.monotonic()
 
     def show(stage: str, done: int, total: int) -> None:
-        nonlocal said_at
-        if total > 1 and (done == total or time.monotonic() - said_at > _SECONDS_BETWEEN_LINES):
-            said_at = time.monotonic()
+        nonlocal printed_at
+        if total > 1 and (done == total or time.monotonic() - printed_at > _SECONDS_BETWEEN_LINES):
+            printed_at = time.monotonic()
             _say(f"{stage}: {done:,} of {total:,} documents")
 
     return show
@@ -228,23 +228,23 @@ def _say(text: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    # Ranks and data need no GPU here, and the tokenizer's threads are wanted.
+    # The tokenizer may use all threads here.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Progress bars and warnings of libraries would break up the plain lines.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     config = RunConfig.model_validate_json(sys.stdin.read())
-    asked = [argument.removeprefix("--report=") for argument in argv if argument.startswith("--report=")]
+    report_rows = [argument.removeprefix("--report=") for argument in argv if argument.startswith("--report=")]
     try:
-        print(json.dumps(prepare(config, int(asked[0]) if asked else None)))
+        print(json.dumps(prepare(config, int(report_rows[0]) if report_rows else None)))
     except LauncherError as error:
         problems = [[p.what, p.where, p.value, p.remedy] for p in error.problems]
         print(json.dumps({"problems": problems, "exit_code": error.exit_code}))
         return error.exit_code
     except Exception as error:
         traceback.print_exc()
-        what = f"preparing the data failed: {type(error).__name__}: {error}"
-        print(json.dumps({"problems": [[what]], "exit_code": EXIT_FAILED}))
+        problem = f"preparing the data failed: {type(error).__name__}: {error}"
+        print(json.dumps({"problems": [[problem]], "exit_code": EXIT_FAILED}))
         return EXIT_FAILED
     return 0
 

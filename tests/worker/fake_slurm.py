@@ -1,4 +1,4 @@
-"""A Slurm that says what a real one (24.11.5) said, and writes down what it was told."""
+"""A fake Slurm that answers like a real one (24.11.5) and records its commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was submitted as job 41, whose job can be made to begin and to conclude."""
+"""A run that was submitted as job 41, and the begin and conclude steps of its job."""
 
 from __future__ import annotations
 

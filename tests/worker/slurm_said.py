@@ -1,4 +1,4 @@
-"""What Slurm 24.11.5 printed, with SLURM_TIME_FORMAT=%s: recorded on the testbed, shortened where nothing reads it."""
+"""Output of Slurm 24.11.5 with SLURM_TIME_FORMAT=%s, recorded on the testbed and shortened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's own verdict on `deepspeed.extra`, before anything is started."""
+"""DeepSpeed's verdict on `deepspeed.extra` before anything is started."""
 
 from __future__ import annotations
 

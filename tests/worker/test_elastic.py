@@ -1,4 +1,4 @@
-"""A node's agent, as it is started, over ranks that train nothing: which ends it survives, and whom it names."""
+"""A node's agent over ranks that train nothing: the ends that it survives, and the rank that it names."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def run(config_of: Callable[..., RunConfig], tmp_path: Path, request: pytest.Fix
     return run
 
 
-def test_a_killed_rank_and_damaged_records_cost_a_restart_each(run: RunDir, tmp_path: Path) -> None:
+def test_killed_ranks_and_damaged_error_records_each_cost_one_restart(run: RunDir, tmp_path: Path) -> None:
     """The agent dismisses rank 1 while it writes its record; then a rank leaves an empty one."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook/sitecustomize.py").write_text(HOOK)

@@ -1,4 +1,4 @@
-"""The record of a rank's exception: whole or not there, and never a reason for another end."""
+"""The error record of a rank: complete or absent, and never a reason for another end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def dismissed_while_writing(path: Path, delay_s: float) -> tuple[int, float]:
             rank.kill()
 
 
-def test_a_rank_that_is_dismissed_while_it_writes_leaves_the_whole_record(tmp_path: Path) -> None:
+def test_a_rank_that_is_terminated_while_it_writes_completes_its_error_record(tmp_path: Path) -> None:
     path, before = tmp_path / "error.json", time.time()
     assert dismissed_while_writing(path, 0.3)[0] == DISMISSED
     error = ErrorRecord.read(path)
@@ -77,7 +77,7 @@ def test_a_rank_that_is_dismissed_while_it_writes_leaves_the_whole_record(tmp_pa
     assert before < error.at < time.time()
 
 
-def test_a_record_that_storage_holds_up_does_not_hold_up_the_rank(tmp_path: Path) -> None:
+def test_slow_storage_delays_a_terminated_rank_by_a_second_at_most(tmp_path: Path) -> None:
     code, seconds = dismissed_while_writing(tmp_path / "error.json", 60)
     assert code == DISMISSED
     assert 0.5 < seconds < 5
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_no_record_and_raises_nothing(
     assert "No space left on device" in capsys.readouterr().err
 
 
-def test_a_rank_that_cannot_leave_a_record_ends_as_it_would_with_one(tmp_path: Path) -> None:
+def test_a_rank_that_cannot_write_its_record_still_ends_by_its_exception(tmp_path: Path) -> None:
     (tmp_path / "no-folder").touch()
     environment = os.environ | {VARIABLE: str(tmp_path / "no-folder/error.json")}
     done = subprocess.run([sys.executable, "-c", RANK, "0"], env=environment, capture_output=True, text=True, timeout=60)
@@ -134,7 +134,7 @@ def bad(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_bad_record_counts_as_none_and_the_exit_code_tells(bad: Path) -> None:
+def test_a_damaged_record_counts_as_none_and_the_exit_code_describes_the_end(bad: Path) -> None:
     assert ErrorRecord.read(bad) is None
     run = RunDir(bad.parent)
     failed = failure_record.from_exit_code(run, 1, 3, 1, bad)
@@ -144,9 +144,7 @@ def test_a_bad_record_counts_as_none_and_the_exit_code_tells(bad: Path) -> None:
     assert failure_record.from_exit_code(run, 1, 3, -50, bad).message == "killed by signal 50", "a signal without a name"
 
 
-def test_what_cannot_be_read_counts_as_no_record(
-    tmp_path: Path, storage_fails: Callable[..., AbstractContextManager[None]]
-) -> None:
+def test_an_unreadable_record_counts_as_none(tmp_path: Path, storage_fails: Callable[..., AbstractContextManager[None]]) -> None:
     path = tmp_path / "error.json"
     assert ErrorRecord.read(path) is None
     path.mkdir()
@@ -167,7 +165,7 @@ def test_a_record_without_a_time_keeps_its_message(tmp_path: Path, timestamp: ob
     assert ErrorRecord.read(path) == ErrorRecord("ValueError: x")
 
 
-def test_a_bad_note_of_a_failure_that_would_repeat_itself_counts_as_none(bad: Path) -> None:
+def test_a_damaged_final_failure_counts_as_none(bad: Path) -> None:
     run = RunDir(bad.parent)
     run.attempt(1).mkdir(parents=True)
     bad.rename(run.attempt(1) / "final.json")
@@ -178,7 +176,7 @@ def test_a_bad_note_of_a_failure_that_would_repeat_itself_counts_as_none(bad: Pa
     assert failure_record.read_final(run, 1) == FinalFailure(**final)
 
 
-def test_a_file_of_a_run_that_holds_no_text_is_an_error_of_the_launcher(tmp_path: Path) -> None:
+def test_a_run_file_that_is_not_utf8_raises_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_bytes(b"\xff")
     with pytest.raises(RunError, match="damaged"):
         json_records.read_json(tmp_path / "status.json")
@@ -199,7 +197,7 @@ def exits(*ends: tuple[int, int, float, str | None]) -> list[RankExit]:
         ([(0, DISMISSED, 9.0, None), (1, 7, 9.0, None)], 1, "ended with exit code 7 and left no record of an error"),
     ],
 )
-def test_the_cause_comes_before_its_consequences(
+def test_the_first_failure_is_the_cause_and_not_its_consequences(
     tmp_path: Path, ends: list[tuple[int, int, float, str | None]], rank: int, message: str
 ) -> None:
     first = failure_record.from_rank_exits(exits(*ends), RunDir(tmp_path), 1)

@@ -1,4 +1,4 @@
-"""Faults done to real processes that look like an agent and its ranks."""
+"""Faults injected into real processes that look like an agent and its ranks."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_only_processes_of_this_attempt_are_found(node: Node) -> None:
         (fault_injection.kill_rank, 2, signal.SIGKILL),
     ],
 )
-def test_a_signal_reaches_one_process_alone(node: Node, action, victim: int, number: signal.Signals) -> None:  # type: ignore[no-untyped-def]
+def test_a_fault_signals_only_one_process(node: Node, action, victim: int, number: signal.Signals) -> None:  # type: ignore[no-untyped-def]
     processes = [node.agent, *node.ranks]
     before = time.time()
     fault = action(fault_injection.find(node.run, 2), node.plan)
@@ -102,7 +102,7 @@ def test_a_signal_reaches_one_process_alone(node: Node, action, victim: int, num
     assert [p.poll() for p in processes if p is not processes[victim]] == [None, None]
 
 
-def test_a_full_disk_is_a_limit_that_half_a_shard_fits_under(node: Node) -> None:
+def test_the_full_disk_fault_limits_files_to_half_a_shard(node: Node) -> None:
     fault = fault_injection.fill_disk(fault_injection.find(node.run, 2), node.plan)
     assert fault.description == "no file of ranks 2, 3 can grow beyond 1,000 bytes"
     for rank in node.ranks:
@@ -113,7 +113,7 @@ def test_a_full_disk_is_a_limit_that_half_a_shard_fits_under(node: Node) -> None
         assert psutil.Process(rank.pid).rlimit(psutil.RLIMIT_FSIZE) == resource.getrlimit(resource.RLIMIT_FSIZE)
 
 
-def test_a_rank_is_not_stopped_where_it_may_be_saving(node: Node) -> None:
+def test_the_hang_fault_stops_no_rank_that_may_be_saving(node: Node) -> None:
     run_store.write_status(node.run, Status(state="running", attempt=2, step=9))
     log = JsonlTracker(node.run, 2)
     log.log(10, {"train/loss": 1.0})
@@ -130,7 +130,9 @@ def test_a_rank_is_not_stopped_where_it_may_be_saving(node: Node) -> None:
     assert time.time() - done[0].at < 5
 
 
-def test_what_cannot_be_done_is_said_in_plain_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_that_cannot_be_injected_is_reported_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     golden = json.loads((Path(__file__).parents[1] / "golden/tiny.plan.json").read_text())
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps({**golden, "run_dir": str(tmp_path)}))

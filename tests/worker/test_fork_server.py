@@ -1,4 +1,4 @@
-"""Processes forked from a server, as an agent has them: real ones, whose server imports nothing heavy."""
+"""Ranks forked from a real fork server that imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -79,7 +79,9 @@ def fork(server: ForkServer, plan_path: str, environment: Mapping[str, str]) -> 
     return lambda script, **variables: server.fork((plan_path, "3"), {**environment, "LAUNCHER_SCRIPT": script, **variables})
 
 
-def test_a_rank_is_a_child_that_has_what_it_was_given(fork: Callable[..., ForkedProcess], plan_path: str, tmp_path: Path) -> None:
+def test_a_forked_rank_is_a_child_with_its_arguments_and_environment(
+    fork: Callable[..., ForkedProcess], plan_path: str, tmp_path: Path
+) -> None:
     ranks = [fork(TELL, RANK=str(rank), MASTER_PORT=f"400{rank}", TORCHELASTIC_RESTART_COUNT="2") for rank in (0, 1)]
     assert [rank.wait(DEADLINE_S) for rank in ranks] == [0, 0]
     for number in (0, 1):
@@ -102,7 +104,7 @@ def test_a_rank_is_a_child_that_has_what_it_was_given(fork: Callable[..., Forked
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
     ],
 )
-def test_a_rank_ends_as_a_process_of_its_own_does(
+def test_a_forked_rank_reports_exit_codes_like_a_separate_process(
     fork: Callable[..., ForkedProcess], tmp_path: Path, script: str, code: int
 ) -> None:
     output = (
@@ -118,7 +120,7 @@ def test_a_rank_ends_as_a_process_of_its_own_does(
     assert ("ValueError: unforeseen" in text) == (code == 1)
 
 
-def test_a_signal_reaches_the_rank_and_a_wait_has_its_time(fork: Callable[..., ForkedProcess]) -> None:
+def test_a_forked_rank_gets_signals_and_a_wait_times_out(fork: Callable[..., ForkedProcess]) -> None:
     rank = fork("import time; time.sleep(60)")
     with pytest.raises(subprocess.TimeoutExpired):
         rank.wait(0.05)
@@ -127,7 +129,7 @@ def test_a_signal_reaches_the_rank_and_a_wait_has_its_time(fork: Callable[..., F
     assert rank.wait(DEADLINE_S) == -signal.SIGTERM
 
 
-def test_signals_that_are_blocked_here_wait_in_the_rank_from_its_first_instruction(
+def test_signals_blocked_in_the_agent_stay_pending_in_a_forked_rank(
     plan_path: str, environment: Mapping[str, str], tmp_path: Path
 ) -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2, signal.SIGTERM})
@@ -143,7 +145,7 @@ def test_signals_that_are_blocked_here_wait_in_the_rank_from_its_first_instructi
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def test_orphans_of_ranks_do_not_become_children_of_the_agent(fork: Callable[..., ForkedProcess], tmp_path: Path) -> None:
+def test_orphans_of_ranks_are_not_adopted_by_the_agent(fork: Callable[..., ForkedProcess], tmp_path: Path) -> None:
     assert fork(LEAVE_AN_ORPHAN).wait(DEADLINE_S) == 0
     orphan = psutil.Process(int((tmp_path / "orphan").read_text()))
     assert orphan.ppid() != os.getpid()
@@ -154,7 +156,7 @@ def test_orphans_of_ranks_do_not_become_children_of_the_agent(fork: Callable[...
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "HF_HOME", "LD_PRELOAD"])
-def test_a_variable_that_imports_may_have_read_is_not_changed_afterwards(fork: Callable[..., ForkedProcess], name: str) -> None:
+def test_a_variable_that_imports_may_read_prevents_a_fork_if_it_differs(fork: Callable[..., ForkedProcess], name: str) -> None:
     with pytest.raises(ForkFailed, match=f"^{name} must be set before"):
         fork("pass", **{name: "17"})
     assert fork("pass", NCCL_SOCKET_IFNAME="=lo", GLOO_SOCKET_IFNAME="lo").wait(DEADLINE_S) == 0
@@ -168,7 +170,7 @@ def test_a_variable_that_imports_may_have_read_is_not_changed_afterwards(fork: C
         ("import os; os._exit(3)", "the fork server has ended with exit code 3"),
     ],
 )
-def test_where_nothing_can_be_forked_a_rank_is_a_new_process(
+def test_a_rank_starts_as_a_separate_process_where_forking_fails(
     plan_path: str, environment: Mapping[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str], stack: str, reason: str
 ) -> None:
     ranks = RankProcesses(tmp_path)
@@ -186,7 +188,9 @@ def test_where_nothing_can_be_forked_a_rank_is_a_new_process(
         ranks.close()
 
 
-def test_a_server_that_was_killed_costs_no_start(plan_path: str, environment: Mapping[str, str], tmp_path: Path) -> None:
+def test_a_killed_fork_server_does_not_prevent_the_start_of_ranks(
+    plan_path: str, environment: Mapping[str, str], tmp_path: Path
+) -> None:
     ranks = RankProcesses(tmp_path)
     ranks.warm_up(plan_path, environment)
     variables = {**environment, "LAUNCHER_SCRIPT": "import time; time.sleep(60)"}
@@ -237,7 +241,7 @@ def test_a_cuda_context_forbids_forks(monkeypatch: pytest.MonkeyPatch, result: i
     assert (refusal is not None and "CUDA" in refusal) is is_unsafe
 
 
-def test_the_names_of_processes_have_no_space(server: ForkServer, plan_path: str, environment: Mapping[str, str]) -> None:
+def test_process_names_contain_no_space(server: ForkServer, plan_path: str, environment: Mapping[str, str]) -> None:
     """Slurm's proctrack/linuxproc reads /proc/PID/stat word by word."""
     script = "from launcher.worker.rank_env import set_title; set_title(12, plan_path, attempt); import time; time.sleep(60)"
     rank = server.fork((plan_path, "3"), {**environment, "LAUNCHER_SCRIPT": script})

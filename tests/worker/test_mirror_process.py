@@ -1,4 +1,4 @@
-"""The process beside the ranks: what it says, what it ignores, and how it ends."""
+"""The mirror process: what it uploads and reports, which signals it ignores, and how it ends."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def end(process: ForkedProcess, in_s: float = 60) -> int:
     return process.returncode
 
 
-def test_it_sends_what_is_committed_and_says_so(tmp_path: Path) -> None:
+def test_committed_checkpoints_are_uploaded_and_reported(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     commit(run, 5)
     with sending(run, module="launcher.worker.mirror_process") as process:
@@ -88,7 +88,7 @@ def test_it_sends_what_is_committed_and_says_so(tmp_path: Path) -> None:
     assert "step 15 is in the mirror" in (tmp_path / "mirror/a/events.jsonl").read_text()
 
 
-def test_a_failure_is_said_once_and_the_next_checkpoint_tries_again(tmp_path: Path) -> None:
+def test_a_failed_upload_alerts_once_and_the_next_checkpoint_retries(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     (tmp_path / "mirror").write_text("in the way")
     with sending(run) as process:
@@ -114,7 +114,7 @@ def test_a_failure_is_said_once_and_the_next_checkpoint_tries_again(tmp_path: Pa
     assert len(said(run, "alert")) == 1
 
 
-def test_an_outage_that_lasts_is_told_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lasting_outage_alerts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where storage has failed and come back shortly before."""
     now = [0.0]
     monkeypatch.setattr(mirror_process, "RateLimit", lambda: RateLimit(lambda: now[0]))
@@ -137,7 +137,7 @@ def no_room(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
+def test_the_process_ends_at_its_deadline_and_names_the_missing_steps(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     # A reader that never comes: the write into it does not end.
     (tmp_path / "mirror/a/checkpoints/step-00000005").mkdir(parents=True)
@@ -160,7 +160,7 @@ def test_it_gives_up_when_its_time_is_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("late_wish", ["a person's", "the scheduler's", "the time is over"])
-def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
+def test_without_a_stop_request_the_upload_has_no_deadline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late_wish: str
 ) -> None:
     monkeypatch.setattr(mirror_process, "_REPORT_S", 2.0)
@@ -198,7 +198,7 @@ def test_where_nobody_asked_for_the_end_it_takes_the_time_it_needs(
     assert "not in the mirror: step 5" in alert
 
 
-def test_a_run_that_was_stopped_waits_as_long_as_its_grace(tmp_path: Path) -> None:
+def test_a_stopped_run_waits_for_the_mirror_within_its_grace_period(tmp_path: Path) -> None:
     stopper = Stopper(1.0, {}, lambda number: None)
     stopper.disarm()
     stopper.request(CANCEL)
@@ -212,7 +212,7 @@ def test_a_run_that_was_stopped_waits_as_long_as_its_grace(tmp_path: Path) -> No
     assert 0 < told[0] <= 1
 
 
-def test_one_that_is_damaged_here_does_not_keep_back_the_next(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_does_not_block_the_upload_of_the_next(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     for step in (5, 7):
         file = commit(run, step).path / "rank-00001.safetensors"
@@ -226,7 +226,7 @@ def test_one_that_is_damaged_here_does_not_keep_back_the_next(tmp_path: Path) ->
     assert any(text.startswith("step 7 is not sent to the mirror") for text in said(run, "mirror"))
 
 
-def test_it_stops_where_another_attempt_has_taken_over(tmp_path: Path) -> None:
+def test_uploads_stop_where_another_attempt_owns_the_mirror(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     commit(run, 5)
     with sending(run) as process:
@@ -239,7 +239,7 @@ def test_it_stops_where_another_attempt_has_taken_over(tmp_path: Path) -> None:
     assert not (tmp_path / "mirror/a/checkpoints/step-00000010/manifest.json").exists()
 
 
-def test_a_branch_that_was_given_up_goes_before_anything_is_sent(tmp_path: Path) -> None:
+def test_checkpoints_of_an_abandoned_branch_are_removed_before_any_upload(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     commit(run, 5)
     later = commit(run, 10)
@@ -252,7 +252,7 @@ def test_a_branch_that_was_given_up_goes_before_anything_is_sent(tmp_path: Path)
         assert sorted(p.name for p in (tmp_path / "mirror/a/checkpoints").iterdir()) == ["step-00000005"]
 
 
-def test_a_run_that_was_never_saved_has_nothing_to_send(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_uploads_nothing(tmp_path: Path) -> None:
     _, run = make_run(tmp_path, f"file://{tmp_path}/mirror")
     with sending(run) as process:
         assert end(process) == 0

@@ -78,7 +78,7 @@ def output(run: RunDir, *lines: str) -> None:
     ("reason", "cause"), [("completed", Cause.COMPLETED), ("cancelled", Cause.CANCELLED), ("limit", Cause.LIMIT)]
 )
 @pytest.mark.parametrize("left_s", [3600, 10])
-def test_the_ranks_know_why_they_ended(run: RunDir, judge: Judge, reason: str, cause: Cause, left_s: float) -> None:
+def test_the_outcome_of_the_ranks_decides_the_cause(run: RunDir, judge: Judge, reason: str, cause: Cause, left_s: float) -> None:
     outcome(run, reason)
     assert judge(left_s=left_s) == Ending(cause, 77, "as they say")
 
@@ -105,7 +105,7 @@ def test_an_interruption_near_the_end_of_the_jobs_time_is_its_time_limit(
     assert judge(left_s=left_s) == Ending(cause, STEP, "stopped before training had begun")
 
 
-def test_the_time_that_counts_is_that_of_the_interruption(run: RunDir, judge: Judge) -> None:
+def test_the_time_of_the_interruption_decides_whether_it_was_the_time_limit(run: RunDir, judge: Judge) -> None:
     """The next start judges where the job itself could not: long after the time had run out."""
     outcome(run, "preempted", ago_s=7200)
     assert judge(left_s=-3600, code=None).cause is Cause.PREEMPTED
@@ -114,7 +114,7 @@ def test_the_time_that_counts_is_that_of_the_interruption(run: RunDir, judge: Ju
 
 
 @pytest.mark.parametrize("how", ["marker", "scancel"])
-def test_a_person_cancelled_it(run: RunDir, judge: Judge, how: str) -> None:
+def test_a_cancelled_attempt_counts_as_cancelled(run: RunDir, judge: Judge, how: str) -> None:
     if how == "marker":
         atomic_files.write_json(run.attempt(1) / "cancel.json", {"asked_at": 1.0, "save": True})
     state = "CANCELLED" if how == "scancel" else "RUNNING"
@@ -127,7 +127,7 @@ def test_a_person_cancelled_it(run: RunDir, judge: Judge, how: str) -> None:
     assert judge(state=state).cause is Cause.COMPLETED
 
 
-def test_a_nodes_problems_name_it(run: RunDir, judge: Judge) -> None:
+def test_problems_of_a_node_make_it_a_bad_node(run: RunDir, judge: Judge) -> None:
     # All nodes come to the same list.
     for number in range(3):
         node(
@@ -154,7 +154,7 @@ def test_a_nodes_problems_name_it(run: RunDir, judge: Judge) -> None:
         (8, 5, Cause.USER_ERROR),
     ],
 )
-def test_where_most_nodes_are_unfit_it_is_not_the_nodes(run: RunDir, judge: Judge, nodes: int, bad: int, cause: Cause) -> None:
+def test_problems_of_most_nodes_count_as_a_user_error(run: RunDir, judge: Judge, nodes: int, bad: int, cause: Cause) -> None:
     names = tuple(f"n{i + 1}" for i in range(nodes))
     node(run, 0, problems=tuple(problem(name) for name in names[:bad]))
     said = judge(nodes=names)
@@ -176,14 +176,16 @@ def test_where_most_nodes_are_unfit_it_is_not_the_nodes(run: RunDir, judge: Judg
         ("RendezvousTimeoutError", None, Cause.INFRASTRUCTURE, "a node's agent"),
     ],
 )
-def test_what_a_failure_is_put_down_to(run: RunDir, judge: Judge, kind: str, rank: int | None, cause: Cause, who: str) -> None:
+def test_each_kind_of_failure_has_its_cause(
+    run: RunDir, judge: Judge, kind: str, rank: int | None, cause: Cause, who: str
+) -> None:
     node(run, 0)
     node(run, 1, failure(kind, rank))
     node(run, 2)
     assert judge(code=1) == Ending(cause, STEP, f"{who}: what it said", first_failure=failure(kind, rank))
 
 
-def test_the_first_failure_is_that_of_a_rank_and_before_all_that_of_a_killed_one(run: RunDir, judge: Judge) -> None:
+def test_a_killed_rank_precedes_other_ranks_and_ranks_precede_agents(run: RunDir, judge: Judge) -> None:
     agents = failure("RunError", rank=None, at=1.0, message="the agent of n2 is gone")
     early, late = failure("ValueError", 1, at=10.0, message="early"), failure("ValueError", 5, at=11.0, message="late")
     killed = failure("killed", 4, at=12.0, message="killed by SIGKILL")
@@ -197,7 +199,7 @@ def test_the_first_failure_is_that_of_a_rank_and_before_all_that_of_a_killed_one
     assert judge(code=1) == Ending(Cause.INFRASTRUCTURE, STEP, "rank 4: killed by SIGKILL", first_failure=killed)
 
 
-def test_a_failure_counts_before_a_stop_and_problems_before_both(run: RunDir, judge: Judge) -> None:
+def test_problems_precede_failures_and_failures_precede_a_stop(run: RunDir, judge: Judge) -> None:
     node(run, 0, failure("ValueError"), stopped=True)
     node(run, 1)
     node(run, 2)
@@ -206,7 +208,7 @@ def test_a_failure_counts_before_a_stop_and_problems_before_both(run: RunDir, ju
     assert judge(code=1).cause is Cause.BAD_NODE
 
 
-def test_nodes_that_left_no_word_are_named(run: RunDir, judge: Judge) -> None:
+def test_nodes_without_a_record_are_named(run: RunDir, judge: Judge) -> None:
     node(run, 1)
     assert judge(code=9) == Ending(Cause.INFRASTRUCTURE, STEP, "no record from n1, n3 (srun ended with 9)")
     assert judge(code=None) == Ending(Cause.INFRASTRUCTURE, STEP, "no record from n1, n3")
@@ -220,7 +222,7 @@ BEFORE = postmortem.marker(0, NODES)
 NOW = postmortem.marker(1, NODES)
 
 
-def test_a_task_that_ended_by_itself_before_its_agent_began_is_its_nodes_fault(run: RunDir, judge: Judge) -> None:
+def test_a_task_that_exits_before_its_agent_starts_makes_its_node_bad(run: RunDir, judge: Judge) -> None:
     output(run, NOW, "n2 does not see /srv/project/runs/tried/plan.json", REFUSED, "srun: error: n1: task 0: Terminated")
     said = judge(code=78)
     assert (said.cause, said.bad_nodes, said.step) == (Cause.BAD_NODE, ("n2",), STEP)
@@ -243,12 +245,12 @@ def test_a_task_that_ended_by_itself_before_its_agent_began_is_its_nodes_fault(r
         [],
     ],
 )
-def test_other_words_of_srun_say_nothing_of_a_node(run: RunDir, judge: Judge, lines: list[str]) -> None:
+def test_other_output_of_srun_blames_no_node(run: RunDir, judge: Judge, lines: list[str]) -> None:
     output(run, *lines)
     assert judge(code=9).message == "no record from n1, n2, n3 (srun ended with 9)"
 
 
-def test_a_run_directory_that_most_nodes_do_not_see_is_no_ones_node(run: RunDir, judge: Judge) -> None:
+def test_a_run_directory_invisible_to_most_nodes_is_a_user_error(run: RunDir, judge: Judge) -> None:
     output(run, NOW, REFUSED, "srun: error: n3: task 2: Exited with exit code 78")
     said = judge(code=78)
     assert (said.cause, said.bad_nodes) == (Cause.USER_ERROR, ())
@@ -256,7 +258,7 @@ def test_a_run_directory_that_most_nodes_do_not_see_is_no_ones_node(run: RunDir,
     assert "n3: no agent" in said.message
 
 
-def test_tasks_of_one_node_in_a_row_are_read(run: RunDir, judge: Judge) -> None:
+def test_srun_errors_of_task_ranges_are_parsed(run: RunDir, judge: Judge) -> None:
     output(run, NOW, "srun: error: n2: tasks 1-3,5: Exited with exit code 2")
     assert judge(code=2).bad_nodes == ("n2",)
 
@@ -284,21 +286,21 @@ def all_nodes(run: RunDir, *failures: FailureRecord | None) -> None:
         ("DataError", "train.jsonl cannot be read: Stale file handle", Cause.USER_ERROR),
     ],
 )
-def test_machines_that_failed_are_known_by_what_was_said(
+def test_messages_of_broken_machines_count_as_infrastructure(
     run: RunDir, judge: Judge, kind: str, message: str, cause: Cause
 ) -> None:
     all_nodes(run, None, failure(kind, message=message))
     assert judge(code=1).cause is cause
 
 
-def test_a_rank_that_lost_its_peer_comes_after_the_one_that_failed_whatever_the_clocks(run: RunDir, judge: Judge) -> None:
+def test_a_lost_connection_comes_after_the_failure_whatever_the_clocks(run: RunDir, judge: Judge) -> None:
     own = failure("ValueError", 4, at=12.0, message="ValueError: own")
     all_nodes(run, failure("RuntimeError", 0, at=10.0, message="Connection closed by peer"), own)
     assert judge(code=1) == Ending(Cause.FAILURE, STEP, "rank 4: ValueError: own", first_failure=own)
 
 
 @pytest.mark.parametrize("kind", ["ValueError", "RunError", "DistBackendError"])
-def test_failures_beside_a_node_that_left_no_word_are_put_down_to_that_node(run: RunDir, judge: Judge, kind: str) -> None:
+def test_failures_beside_a_node_without_a_record_count_as_infrastructure(run: RunDir, judge: Judge, kind: str) -> None:
     node(run, 0, failure(kind))
     node(run, 1)
     assert judge(code=1) == Ending(
@@ -309,9 +311,7 @@ def test_failures_beside_a_node_that_left_no_word_are_put_down_to_that_node(run:
 
 
 @pytest.mark.parametrize(("left_s", "cause"), [(3600, Cause.PREEMPTED), (10, Cause.TIME_LIMIT)])
-def test_ranks_killed_because_they_did_not_stop_in_time_were_interrupted(
-    run: RunDir, judge: Judge, left_s: float, cause: Cause
-) -> None:
+def test_ranks_killed_after_the_grace_period_count_as_interrupted(run: RunDir, judge: Judge, left_s: float, cause: Cause) -> None:
     killed = failure("killed", message="killed by SIGKILL")
     node(run, 0, killed, stopped=True, killed=True)
     node(run, 1, stopped=True, killed=False)
@@ -323,7 +323,7 @@ def test_ranks_killed_because_they_did_not_stop_in_time_were_interrupted(
 
 
 @pytest.mark.parametrize(("state", "cause"), [("TIMEOUT", Cause.TIME_LIMIT), ("PREEMPTED", Cause.PREEMPTED)])
-def test_slurms_word_counts_where_the_ranks_left_none(run: RunDir, judge: Judge, state: str, cause: Cause) -> None:
+def test_slurms_job_state_decides_where_the_ranks_left_no_outcome(run: RunDir, judge: Judge, state: str, cause: Cause) -> None:
     assert judge(state=state, code=None) == Ending(cause, STEP, f"the job ended as {state} at step 40 without saving")
     all_nodes(run, failure("killed"))
     assert judge(state=state).cause is cause
@@ -345,7 +345,7 @@ def test_an_agent_that_cannot_start_its_ranks_names_its_node(run: RunDir, judge:
 
 
 @pytest.mark.parametrize("nodes", [("n1",), NODES])
-def test_a_full_shared_disk_is_no_nodes_fault(run: RunDir, judge: Judge, nodes: tuple[str, ...]) -> None:
+def test_a_full_shared_disk_blames_no_node(run: RunDir, judge: Judge, nodes: tuple[str, ...]) -> None:
     full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in nodes]
     node(run, 0, problems=tuple(full))
     said = judge(nodes=nodes)
@@ -353,7 +353,7 @@ def test_a_full_shared_disk_is_no_nodes_fault(run: RunDir, judge: Judge, nodes: 
     assert f"n1: {node_check.NO_ROOM}" in said.message
 
 
-def test_beside_a_full_disk_a_node_is_still_blamed_for_its_own(run: RunDir, judge: Judge) -> None:
+def test_a_node_is_blamed_for_its_own_problem_beside_a_full_disk(run: RunDir, judge: Judge) -> None:
     full = [problem(name, f"{node_check.NO_ROOM} for a checkpoint", "1 GiB free") for name in NODES]
     node(
         run,

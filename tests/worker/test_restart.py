@@ -1,4 +1,4 @@
-"""A restart of the ranks by their agents: one node tells it, with the reason."""
+"""A restart of the ranks by their agents: one node reports it, with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.worker.rank_env import NodeInfo
 from launcher.worker.rendezvous import NodeRendezvous
 
 
-def test_the_node_whose_ranks_failed_tells_it() -> None:
+def test_the_node_whose_ranks_failed_reports_the_restart() -> None:
     store, hosts, told = HashStore(), ("n0", "n1"), list[str]()
 
     def node(number: int) -> NodeRendezvous:
@@ -37,7 +37,7 @@ def test_the_node_whose_ranks_failed_tells_it() -> None:
     assert told == ["n1 1", "n0 2"]
 
 
-def test_the_reason_is_the_watchdogs_else_the_first_failure_in_one_line(tmp_path: Path) -> None:
+def test_a_restart_is_explained_by_the_watchdog_or_by_the_first_failure(tmp_path: Path) -> None:
     exits = [
         RankExit(0, 1, 9.0, ErrorRecord("RuntimeError: Connection closed by peer")),
         RankExit(1, 1, 8.0, ErrorRecord("RuntimeError: CUDA error: an illegal memory access\nmore of it")),

@@ -1,4 +1,4 @@
-"""Signals to a process whose main thread sits in C and never comes back, as in a collective that does not end."""
+"""Signals to a process whose main thread is stuck in C, as in a collective that does not end."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def send(name: str, pid: int) -> None:
 
 
 @pytest.mark.parametrize("name, reason", [("USR1", "cancelled"), ("USR2", "preempted"), ("TERM", "preempted")])
-def test_a_signal_is_heard_inside_a_collective(name: str, reason: str) -> None:
+def test_a_signal_sets_the_flag_inside_a_collective(name: str, reason: str) -> None:
     with stuck() as (process, _):
         send(name, process.pid)
         assert said(process) == f"{reason} True"
@@ -86,7 +86,7 @@ def test_the_first_reason_stays() -> None:
         assert said(process) == "", "no second reason"
 
 
-def test_the_agents_own_term_ends_the_rank_at_once() -> None:
+def test_term_from_the_agent_ends_the_rank_at_once() -> None:
     with stuck() as (process, _):
         process.send_signal(signal.SIGUSR2)
         assert said(process) == "preempted True", "the agent's USR2 is a wish as anyone's"
@@ -94,7 +94,7 @@ def test_the_agents_own_term_ends_the_rank_at_once() -> None:
         assert process.wait(timeout=5) == DISMISSED
 
 
-def test_helper_processes_survive_what_slurm_sends_to_all_of_a_step() -> None:
+def test_helper_processes_survive_the_signals_that_slurm_sends_to_a_step() -> None:
     with stuck() as (process, helper):
         for name in ("USR2", "TERM"):
             send(name, helper)
@@ -104,7 +104,7 @@ def test_helper_processes_survive_what_slurm_sends_to_all_of_a_step() -> None:
             assert stat.read().rsplit(")", 1)[1].split()[0] == "S"
 
 
-def test_a_rank_that_is_born_deaf_hears_what_came_before_it_listened() -> None:
+def test_a_rank_receives_signals_sent_before_it_listened() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
         process = subprocess.Popen([sys.executable, "-c", STUCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

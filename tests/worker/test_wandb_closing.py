@@ -1,4 +1,4 @@
-"""W&B hears of a failure from the process that started the ranks, when no rank is left to tell it."""
+"""W&B gets the end of a run from the process that started the ranks, where no rank could report it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def use(monkeypatch: pytest.MonkeyPatch, address: str, forked: bool = True) -> N
         monkeypatch.setattr(wandb_closing, "subprocess", ForkingSubprocess(preloaded(*IMPORTED)))
 
 
-def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_and_the_missing_steps_are_sent_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb() as server:
         with rank(plan, base_url=server.address) as it:
@@ -73,7 +73,7 @@ def test_the_end_and_what_was_lost_are_told(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("numbered", [True, False], ids=["an attempt was numbered", "none was"])
-def test_a_limit_that_is_found_to_be_reached_between_attempts_is_told(
+def test_a_limit_reached_between_attempts_is_sent_to_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbered: bool
 ) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
@@ -93,7 +93,7 @@ def test_a_limit_that_is_found_to_be_reached_between_attempts_is_told(
         assert [alert["text"] for alert in server.alerts] == ["the run ends: run.max_usd=100 is reached"]
 
 
-def test_a_run_that_failed_before_any_rank_began_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_before_the_first_rank_is_sent_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     run.attempt(1).mkdir(parents=True)
     run.plan.write_text(plan.to_json())
@@ -105,7 +105,7 @@ def test_a_run_that_failed_before_any_rank_began_is_told(tmp_path: Path, monkeyp
         assert "the run has failed: rank 1: killed by SIGKILL" in server.alerts[0]["text"]
 
 
-def test_a_slurm_job_that_ends_for_good_has_the_last_word(
+def test_a_slurm_job_that_ends_for_good_closes_the_wandb_run(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = submitted()
@@ -124,7 +124,7 @@ def test_a_slurm_job_that_ends_for_good_has_the_last_word(
         assert [alert["text"] for alert in server.alerts] == ["the run has failed: rank 3: what it said (log: /log)"]
 
 
-def test_a_server_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_wandb_server_delays_the_end_by_the_deadline_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run = plan_in(tmp_path / "run"), RunDir(tmp_path / "run")
     with fake_wandb(fault="hang") as server:
         (run.root / "wandb").mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_a_server_that_hangs_holds_nobody(tmp_path: Path, monkeypatch: pytest.Mo
         ("preempted", {}, {}),
     ],
 )
-def test_nothing_is_said_where_there_is_nothing_to_say(
+def test_nothing_is_sent_to_wandb_where_the_ranks_reported_or_wandb_is_off(
     tmp_path: Path, state: str, ended: dict[str, str], tracking: dict[str, str]
 ) -> None:
     plan, run = plan_in(tmp_path / "run", **tracking), RunDir(tmp_path / "run")

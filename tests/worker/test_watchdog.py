@@ -1,4 +1,4 @@
-"""Who is stalled, who is to blame, and what is done: decided on values first, then with processes that really hang."""
+"""Which ranks are stalled and which are killed: decided on values, then with processes that really hang."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def judge(beats: dict[int, Beat], states: dict[int, str] = ALIVE, limits: Limits
     return stalled(beats, states, NOW, limits, since)
 
 
-def test_who_beats_is_not_stalled() -> None:
+def test_a_rank_with_heartbeats_is_not_stalled() -> None:
     assert judge({0: beat(1), 1: beat(59.9)}) == Verdict()
     assert judge({}) == Verdict()
 
@@ -47,12 +47,12 @@ def test_a_rank_that_cannot_run_is_killed_at_once_and_alone(state: str) -> None:
     assert list(verdict.kill) == [1]
 
 
-def test_a_rank_that_cannot_run_goes_before_one_that_is_behind() -> None:
+def test_a_rank_that_cannot_run_is_killed_before_one_that_is_behind() -> None:
     verdict = judge({0: beat(80, count=499), 1: beat(80)}, {0: "running", 1: psutil.STATUS_STOPPED})
     assert list(verdict.kill) == [1]
 
 
-def test_disk_sleep_between_beats_is_nothing() -> None:
+def test_disk_sleep_between_heartbeats_is_no_stall() -> None:
     assert judge({0: beat(1), 1: beat(2)}, {0: "running", 1: psutil.STATUS_DISK_SLEEP}) == Verdict()
 
 
@@ -65,24 +65,24 @@ def test_a_rank_behind_the_others_is_killed_alone_and_after_a_quarter_more() -> 
     assert list(judge({**beats, 1: beat(76, count=499)}, states).kill) == [1]
 
 
-def test_a_rank_behind_is_found_although_the_others_have_beaten_since() -> None:
+def test_a_rank_behind_is_found_although_others_sent_heartbeats_since() -> None:
     assert list(judge({0: beat(40), 1: beat(76, count=499)}).kill) == [1]
 
 
-def test_the_rank_in_front_is_not_blamed_for_being_silent_first() -> None:
+def test_the_rank_in_front_is_not_killed_for_being_silent_first() -> None:
     verdict = judge({0: beat(89, count=501), 1: beat(59, count=500)})
     assert set(verdict.stalled) == {0}
     assert not verdict.kill
 
 
-def test_ranks_that_wait_for_another_node_are_given_half_as_long_again_and_then_killed_together() -> None:
+def test_ranks_that_wait_for_another_node_are_killed_together_after_one_and_a_half_limits() -> None:
     waiting = judge({0: beat(89), 1: beat(88)})
     assert set(waiting.stalled) == {0, 1}
     assert not waiting.kill
     assert set(judge({0: beat(91), 1: beat(88)}).kill) == {0, 1}
 
 
-def test_ten_slowest_steps_are_waited_for() -> None:
+def test_the_limit_is_ten_times_the_slowest_step() -> None:
     assert judge({0: beat(199, slowest=20), 1: beat(199, slowest=20)}) == Verdict()
     slow = {0: beat(201, slowest=20), 1: beat(201, slowest=20)}
     assert set(judge(slow).stalled) == {0, 1}
@@ -91,24 +91,24 @@ def test_ten_slowest_steps_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize("phase, limit", [("training", 60), ("evaluating", 60), ("saving", 1800)])
-def test_saving_may_take_longer(phase: str, limit: float) -> None:
+def test_the_limit_is_longer_while_saving(phase: str, limit: float) -> None:
     stopped = {0: psutil.STATUS_STOPPED}
     assert judge({0: beat(limit - 1, phase=phase)}, stopped) == Verdict()
     assert list(judge({0: beat(limit + 1, phase=phase)}, stopped).kill) == [0]
 
 
-def test_an_export_takes_as_long_as_it_takes() -> None:
+def test_an_export_has_no_limit() -> None:
     assert judge({0: beat(10**6, phase="finishing")}, {0: psutil.STATUS_STOPPED}) == Verdict()
 
 
-def test_ranks_that_have_not_trained_or_are_gone_are_not_judged() -> None:
+def test_ranks_that_have_not_trained_or_have_ended_are_not_judged() -> None:
     assert judge({0: beat(900, phase="loaded", trained=False), 1: beat(900, phase="evaluating", trained=False)}) == Verdict()
     assert judge({0: beat(900), 1: beat(1)}, {1: "running"}) == Verdict()
     # Nor does what the dead one has counted make the living one late.
     assert not judge({0: beat(900, count=900), 1: beat(80)}, {1: "running"}).kill
 
 
-def test_silence_from_before_the_watch_went_on_does_not_count() -> None:
+def test_silence_from_before_the_watchdog_resumed_does_not_count() -> None:
     assert judge({0: beat(900), 1: beat(900)}, since=NOW - 30) == Verdict()
     assert set(judge({0: beat(900), 1: beat(900)}, since=NOW - 95).kill) == {0, 1}
 
@@ -120,7 +120,7 @@ def table() -> Iterator[HeartbeatTable]:
     table.close()
 
 
-def test_a_beat_is_read_as_it_was_written(table: HeartbeatTable) -> None:
+def test_a_heartbeat_is_read_as_it_was_written(table: HeartbeatTable) -> None:
     assert table.read() == {}
     env = RankEnv(rank=5, local_rank=1, world_size=8, restart=0)
     heart = Heartbeat.from_environ({VARIABLE: str(table.path)}, env)
@@ -135,9 +135,7 @@ def test_a_beat_is_read_as_it_was_written(table: HeartbeatTable) -> None:
     assert dataclasses.replace(read[1], at=0, slowest_step_s=0) == Beat(8, os.getpid(), 5, "finishing", 7, 0, 0, True)
 
 
-def test_the_slowest_step_is_measured_without_what_lies_between_steps(
-    table: HeartbeatTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_slowest_step_excludes_evaluations_and_saves(table: HeartbeatTable, monkeypatch: pytest.MonkeyPatch) -> None:
     heart = Heartbeat(table.path, 0, 0)
     clock = iter([10, 12, 15, 17, 117, 120, 121, 122])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
@@ -157,7 +155,7 @@ def test_the_slowest_step_is_measured_without_what_lies_between_steps(
         assert table.read()[0].trained
 
 
-def test_without_a_board_nobody_is_told_and_one_out_of_reach_is_refused() -> None:
+def test_heartbeats_need_no_table_and_a_missing_table_is_refused() -> None:
     env = RankEnv(rank=0, local_rank=0, world_size=1, restart=0)
     Heartbeat.from_environ({}, env).beat("training", 1)
     with pytest.raises(RunError, match="cannot send heartbeats to its node's agent"):
@@ -230,9 +228,7 @@ def wait_for_report(reports: list[str], deadline_s: float = 20) -> str:
     return reports[0]
 
 
-def test_a_stopped_rank_is_named_and_killed_and_the_others_only_say_where_they_wait(
-    start: Start, reports: list[str], tmp_path: Path
-) -> None:
+def test_a_stopped_rank_is_killed_and_the_others_only_dump_their_stacks(start: Start, reports: list[str], tmp_path: Path) -> None:
     waiting, stopped = start("waits", "stopped")
     report = wait_for_report(reports)
     assert report.startswith(f"rank 11 (pid {stopped.pid}) is stopped: no progress for ")
@@ -253,7 +249,7 @@ def test_a_rank_behind_is_killed_with_its_stacks_in_its_log(start: Start, report
     assert "most recent call first" in (tmp_path / "0.log").read_text()
 
 
-def test_ranks_that_wait_for_nobody_here_are_killed_together_last(start: Start, reports: list[str]) -> None:
+def test_ranks_without_a_culprit_on_their_node_are_killed_together_last(start: Start, reports: list[str]) -> None:
     began = time.monotonic()
     ranks = start("waits", "waits")
     report = wait_for_report(reports)
@@ -271,7 +267,7 @@ def test_the_successor_of_a_killed_rank_is_watched_as_well(start: Start, reports
     assert f"(pid {second.pid}) is stopped" in wait_for_report(reports)
 
 
-def test_who_beats_is_left_alone_and_so_are_processes_of_others(
+def test_ranks_with_heartbeats_and_foreign_processes_are_left_alone(
     start: Start, table: HeartbeatTable, reports: list[str], tmp_path: Path
 ) -> None:
     lively = start("lively")[0]
@@ -296,7 +292,7 @@ def test_who_beats_is_left_alone_and_so_are_processes_of_others(
         other.join(10)
 
 
-def test_zero_watches_nothing(table: HeartbeatTable, start: Start) -> None:
+def test_stall_seconds_zero_turns_the_watchdog_off(table: HeartbeatTable, start: Start) -> None:
     reports: list[str] = []
     watchdog = Watchdog(table, 0, 1800, reports.append).start()
     stopped = start("stopped")[0]

@@ -1,4 +1,4 @@
-"""Weight files are compared with the model by transformers' own rules, and nothing of them but their headers is read."""
+"""Weight files are compared with the model by transformers' own rules, from their headers only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refused(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_weights_of_every_preset_cover_it_and_a_tensor_less_is_refused(preset: str, tmp_path: Path) -> None:
+def test_weights_of_every_preset_pass_and_a_missing_tensor_is_refused(preset: str, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", PRESETS[preset])
     assert compared(folder) == WeightReport()
     change_weights(folder, without("model.layers.1.mlp.up_proj.weight"))
@@ -108,7 +108,7 @@ def test_every_shard_of_the_index_counts(tmp_path: Path) -> None:
     assert compared(folder) == WeightReport(missing=("model.norm.weight",))
 
 
-def test_both_shapes_are_told(tmp_path: Path) -> None:
+def test_a_shape_mismatch_reports_both_shapes(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", LLAMA)
     change_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(40, 16)}))
     said = refused(folder)
@@ -168,7 +168,7 @@ def test_a_comparison_is_made_once_for_the_same_headers(tmp_path: Path) -> None:
         assert "model.norm.weight" in refused(folder)
 
 
-def test_what_cannot_be_compared_is_told_and_not_kept(tmp_path: Path) -> None:
+def test_a_failed_comparison_is_reported_and_not_cached(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", LLAMA)
     (folder / "config.json").write_text('{"model_type": "from_the_future"}')
     model, lines = ModelSection(path=str(folder)), []

@@ -43,7 +43,7 @@ def test_a_process_dies_with_its_parent() -> None:
         time.sleep(0.02)
 
 
-def test_a_local_run_holds_its_machines_until_the_mirror_has_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_run_ends_only_when_the_mirror_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the run waits for after its last step costs as training does, also where the wait is cut off."""
     plan = hand_made.plan(tmp_path / "runs/demo", hand_made.SETTINGS, price=Price(usd_per_gpu_hour=2.0))
     run = run_store.create(plan)

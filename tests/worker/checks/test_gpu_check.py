@@ -121,7 +121,7 @@ def only(checked: tuple[tuple[str, ...], list[Problem]]) -> Problem:
         ({"processes": NvmlError("the NVIDIA driver cannot be asked: Unknown Error")}, "cannot be listed: the NVIDIA driver", ""),
     ],
 )
-def test_a_gpu_that_will_not_do_is_told(
+def test_an_unusable_gpu_is_reported(
     node: Callable[..., None],
     setting: dict[str, object],
     what: str,

@@ -82,9 +82,7 @@ def test_a_chosen_interface_gives_its_address(wired: tuple[str, str]) -> None:
 
 
 @pytest.mark.parametrize("interface, said", [("nowhere0", "does not exist"), ("lo", "has no address that other nodes can reach")])
-def test_an_interface_that_will_not_do_is_refused_with_those_that_would(
-    wired: tuple[str, str], interface: str, said: str
-) -> None:
+def test_an_unusable_interface_is_refused_with_the_usable_ones(wired: tuple[str, str], interface: str, said: str) -> None:
     with pytest.raises(RunError) as caught:
         network.own_endpoint([], interface)
     (problem,) = caught.value.problems
@@ -119,7 +117,7 @@ def test_this_node_is_known_by_its_address_under_any_name(wired: tuple[str, str]
     assert network.own_endpoint(["n1-ib"], None) == Endpoint("127.0.0.1", "lo")
 
 
-def test_another_node_whose_name_leads_to_loopback_or_nowhere_is_told(resolves: Callable[..., None]) -> None:
+def test_a_node_whose_name_resolves_to_loopback_or_nothing_is_refused(resolves: Callable[..., None]) -> None:
     resolves({"n2": "127.0.1.1"})
     with pytest.raises(RunError, match="n2 resolves to a loopback address"):
         network.own_endpoint(["n2"], None)
@@ -133,22 +131,20 @@ def test_a_route_from_a_link_local_address_is_refused(monkeypatch: pytest.Monkey
         network.own_endpoint([neighbour], None)
 
 
-def test_a_node_without_a_route_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_without_a_route_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernel itself refuses a datagram socket the broadcast address.
     with pytest.raises(RunError, match="no route to the other nodes"):
         network.own_endpoint(["255.255.255.255"], None)
 
 
-def test_nodes_are_at_the_addresses_by_which_slurm_reaches_them(
-    scontrol: Callable[..., None], resolves: Callable[..., None]
-) -> None:
+def test_node_addresses_come_from_slurms_nodeaddr(scontrol: Callable[..., None], resolves: Callable[..., None]) -> None:
     resolves({"n1": "192.168.0.1"})
     scontrol(n2=NODES["n2"], n1=NODES["n1"])
     found = network.node_addresses("n[1-2]")
     assert list(found.items()) == [("n2", "10.0.0.2"), ("n1", "10.0.0.1")]
 
 
-def test_an_address_that_is_a_name_is_resolved_and_one_at_loopback_is_passed_over(
+def test_a_nodeaddr_that_is_a_name_is_resolved_and_loopback_is_skipped(
     scontrol: Callable[..., None], resolves: Callable[..., None]
 ) -> None:
     resolves({"n1-ib": "10.9.0.1", "n2-alias": "127.0.1.1", "n2": "10.9.0.2"})
@@ -156,7 +152,7 @@ def test_an_address_that_is_a_name_is_resolved_and_one_at_loopback_is_passed_ove
     assert network.node_addresses("n[1-2]") == {"n1": "10.9.0.1", "n2": "10.9.0.2"}
 
 
-def test_where_slurm_hides_its_nodes_their_names_have_to_do(
+def test_node_names_are_resolved_where_slurm_hides_its_nodes(
     scontrol: Callable[..., None], resolves: Callable[..., None], tmp_path: Path
 ) -> None:
     resolves({"n1": "10.9.0.1", "n2": "10.9.0.2"})
@@ -167,7 +163,7 @@ def test_where_slurm_hides_its_nodes_their_names_have_to_do(
     assert network.node_addresses("n[1-2]", retry_s=60) == {"n1": "10.9.0.1", "n2": "10.9.0.2"}
 
 
-def test_this_node_with_a_loopback_name_is_where_it_routes_to_the_others_from(
+def test_this_node_with_a_loopback_name_uses_its_route_to_the_others(
     scontrol: Callable[..., None],
     resolves: Callable[..., None],
     wired: tuple[str, str],
@@ -219,7 +215,7 @@ def test_a_listener_that_comes_late_is_awaited() -> None:
     assert 0.2 < seconds < 10
 
 
-def test_one_that_never_comes_is_given_up_at_the_deadline(neighbour: str) -> None:
+def test_an_unreachable_address_is_reported_at_the_deadline(neighbour: str) -> None:
     for address in ("127.0.0.1", neighbour, "no-such-host.invalid"):
         started = time.monotonic()
         assert network.await_reachable(address, network.free_port("127.0.0.1"), 0.3) is None

@@ -86,7 +86,7 @@ def test_a_sound_node_has_no_problems_and_leaves_nothing_behind(planned: Callabl
     assert NodeReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
-def test_all_problems_of_a_node_are_told_at_once(planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path) -> None:
+def test_all_problems_of_a_node_are_reported_at_once(planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path) -> None:
     made, run = planned()
     (tmp_path / "cache/meta.json").unlink()
     (tmp_path / "tokenizer").rmdir()
@@ -115,14 +115,16 @@ def test_all_problems_of_a_node_are_told_at_once(planned: Callable[..., tuple[La
     assert NodeReport.from_json(json.loads(json.dumps(report.to_json()))) == report
 
 
-def test_a_run_directory_that_is_not_mounted_is_told(planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path) -> None:
+def test_a_run_directory_that_is_not_mounted_is_reported(
+    planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path
+) -> None:
     made, run = planned()
     run.root.rename(tmp_path / "elsewhere")
     said = [problem.what for problem in check_node(made, run, 1).problems]
     assert said[0] == "the run directory is not visible"
 
 
-def test_a_run_directory_that_refuses_to_be_written_is_told(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
+def test_a_run_directory_that_cannot_be_written_is_reported(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
     made, run = planned()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
@@ -146,7 +148,7 @@ def test_a_run_directory_that_refuses_to_be_written_is_told(planned: Callable[..
         ),
     ],
 )
-def test_memory_is_no_more_than_the_control_groups_allow(
+def test_available_memory_is_limited_by_the_control_groups(
     planned: Callable[..., tuple[LaunchPlan, RunDir]],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -175,7 +177,7 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount")
-def test_shared_memory_that_is_too_small_is_told(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
+def test_too_little_shared_memory_is_reported(planned: Callable[..., tuple[LaunchPlan, RunDir]]) -> None:
     _, run = planned()
     code = (
         "import json, sys; from pathlib import Path; from launcher.plan.launch_plan import LaunchPlan;"
@@ -224,7 +226,7 @@ def test_the_code_digest_is_of_python_files_by_name_and_content(planned: Callabl
     assert check_node(made, run, 1).code != first
 
 
-def test_what_is_wrong_with_a_gpu_is_wrong_with_its_node(
+def test_a_gpu_problem_is_a_problem_of_its_node(
     planned: Callable[..., tuple[LaunchPlan, RunDir]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, run = planned("cluster.gpu_type=H100-80GB", "cluster.ranks_per_node=4")
@@ -245,14 +247,14 @@ def test_what_is_wrong_with_a_gpu_is_wrong_with_its_node(
         ({"gpus": (H100, "NVIDIA A100-SXM4-80GB")}, "the GPU model", f"n2: NVIDIA A100-SXM4-80GB, {H100}; n1: {H100}"),
     ],
 )
-def test_what_differs_from_the_head_node_is_told_with_both_values(change: dict[str, object], what: str, value: str) -> None:
+def test_a_difference_from_the_head_node_is_reported_with_both_values(change: dict[str, object], what: str, value: str) -> None:
     (problem,) = differences(replace(REPORT, host="n2", **change), REPORT)
     assert problem.what == f"{what} differs from the head node's"
     assert (problem.where, problem.value) == ("n2", value)
     assert problem.remedy
 
 
-def test_nodes_that_are_alike_do_not_differ() -> None:
+def test_equal_nodes_do_not_differ() -> None:
     assert differences(replace(REPORT, host="n2", memory_gib=1.0, gpus=(H100,), problems=(Problem("x"),)), REPORT) == []
 
 
@@ -280,7 +282,7 @@ def gather(store: TCPStore, reports: dict[int, NodeReport], hosts: list[str], de
     return told
 
 
-def test_every_node_is_told_the_problems_of_all(store: TCPStore) -> None:
+def test_every_node_gets_the_problems_of_all_nodes(store: TCPStore) -> None:
     broken = Problem("a disk is full", where="n2", value="/", remedy="clear it")
     reports = {
         0: REPORT,
@@ -303,7 +305,7 @@ def test_nodes_that_do_not_report_are_named_at_the_deadline(store: TCPStore) -> 
     assert told[2] == told[0]
 
 
-def test_without_the_head_node_the_others_are_told_so(store: TCPStore) -> None:
+def test_the_other_nodes_report_a_missing_head_node(store: TCPStore) -> None:
     told = gather(store, {1: replace(REPORT, host="n2", python="3.12.1")}, ["n1", "n2"], 0.5)
     assert [(problem.where, problem.what) for problem in told[1]] == [("n1", "the node did not report within 0.5 s")]
 
@@ -335,7 +337,7 @@ def test_the_head_node_stays_until_the_slowest_has_read(store: TCPStore) -> None
     assert 0 < slow.read_at < ended
 
 
-def test_a_store_that_is_lost_is_told_in_plain_words() -> None:
+def test_a_lost_connection_to_the_store_is_reported_as_a_run_error() -> None:
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     connection = client(server)
     # The server ends with the last reference to it.

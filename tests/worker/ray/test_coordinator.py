@@ -1,4 +1,4 @@
-"""What the workers of one group after another are told, with workers that are played and a run directory that is real."""
+"""The orders of successive groups of workers, with fake workers and a real run directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from played_workers import FIT, KILLED, Played, kind
+from fake_workers import FIT, KILLED, FakeWorkers, kind
 
 from launcher import atomic_files, json_records, run_store
 from launcher.checkpoint import store
@@ -25,9 +25,9 @@ from launcher.worker.ray import node_checks
 from launcher.worker.ray.messages import BeatReply, Leave, Member, Verdict, Wait
 
 
-def test_nothing_begins_before_all_have_come_and_all_nodes_are_checked(play: Callable[..., Played]) -> None:
-    played = play()
-    coordinator = played.coordinator
+def test_training_starts_when_all_workers_have_entered_and_all_nodes_are_checked(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    coordinator = fake.coordinator
     coordinator.enter("a", 2, Member(0, 0, "n1", "1", "10.0.0.1", 4000))
     assert coordinator.orders("a", 0) is None
     coordinator.enter("a", 2, Member(1, 0, "n2", "2", "10.0.0.2", 4001))
@@ -41,88 +41,88 @@ def test_nothing_begins_before_all_have_come_and_all_nodes_are_checked(play: Cal
         ("10.0.0.1", "10.0.0.2"),
     )
     assert [first.others, second.others] == [(("n2", "10.0.0.2", 4001),), (("n1", "10.0.0.1", 4000),)]
-    assert (played.run.attempt(1) / "marker").read_text() == first.assignment.marker
+    assert (fake.run.attempt(1) / "marker").read_text() == first.assignment.marker
     coordinator.report_check("a", 0, FIT)
     assert coordinator.orders("a", 0) is None, "the other node has not reported"
     coordinator.report_check("a", 1, FIT)
     orders = coordinator.orders("a", 1)
     assert orders is not None
-    assert (kind(orders), orders.assignment.attempt, orders.assignment.plan_path) == ("train", 1, str(played.run.plan))
-    assert run_store.read_attempt(played.run, 1).nodes == ("n1", "n2")
+    assert (kind(orders), orders.assignment.attempt, orders.assignment.plan_path) == ("train", 1, str(fake.run.plan))
+    assert run_store.read_attempt(fake.run, 1).nodes == ("n1", "n2")
 
 
-def test_one_worker_of_each_node_checks_it(play: Callable[..., Played]) -> None:
-    played = play(ranks_per_node=4)
-    played.enter("a", ["n1", "n1", "n2", "n2"])
-    orders = [played.coordinator.orders("a", rank) for rank in range(4)]
+def test_one_worker_of_each_node_checks_it(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(ranks_per_node=4)
+    fake.enter("a", ["n1", "n1", "n2", "n2"])
+    orders = [fake.coordinator.orders("a", rank) for rank in range(4)]
     assert [kind(o) for o in orders] == ["check", None, "check", None]
 
 
-def test_an_unfit_node_is_named_and_nothing_is_loaded(play: Callable[..., Played]) -> None:
-    played = play()
-    played.enter("a", ["n1", "n2"])
-    played.check("a", ["n1", "n2"], {"n2": "the run directory is not visible"})
-    verdict = played.coordinator.beat("a", 0, None).verdict
+def test_an_unfit_node_is_named_and_nothing_is_loaded(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.enter("a", ["n1", "n2"])
+    fake.check("a", ["n1", "n2"], {"n2": "the run directory is not visible"})
+    verdict = fake.coordinator.beat("a", 0, None).verdict
     assert verdict.again is False
     assert "n2: the run directory is not visible" in verdict.reason
     assert "repair the node" in verdict.reason
-    assert run_store.read_status(played.run).state == "failed"
-    assert played.causes == ["bad_node"]
+    assert run_store.read_status(fake.run).state == "failed"
+    assert fake.causes == ["bad_node"]
 
 
-def test_another_version_on_a_node_is_named(play: Callable[..., Played]) -> None:
-    played = play()
-    played.enter("a", ["n1", "n2"])
-    assert played.coordinator.orders("a", 0) is not None
-    played.coordinator.report_check("a", 0, replace(FIT, host="n1"))
-    played.coordinator.report_check("a", 1, replace(FIT, host="n2", packages={"torch": "1"}))
-    assert "n2: the version of torch differs from the head node's n2: 1; n1: 2" in played.coordinator.state().over
+def test_a_package_version_that_differs_on_a_node_is_named(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.enter("a", ["n1", "n2"])
+    assert fake.coordinator.orders("a", 0) is not None
+    fake.coordinator.report_check("a", 0, replace(FIT, host="n1"))
+    fake.coordinator.report_check("a", 1, replace(FIT, host="n2", packages={"torch": "1"}))
+    assert "n2: the version of torch differs from the head node's n2: 1; n1: 2" in fake.coordinator.state().over
 
 
-def test_a_run_that_is_done_is_done(play: Callable[..., Played]) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
-    assert played.coordinator.beat("a", 0, None) == BeatReply()
-    played.save(5)
-    played.outcome("completed", 5)
+def test_a_completed_run_ends_with_a_final_verdict(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    assert fake.coordinator.beat("a", 0, None) == BeatReply()
+    fake.save(5)
+    fake.outcome("completed", 5)
     for rank in range(2):
-        played.end(rank)
-    assert played.coordinator.beat("a", 0, "done").verdict is None
-    answer = played.coordinator.beat("a", 1, "done")
+        fake.end(rank)
+    assert fake.coordinator.beat("a", 0, "done").verdict is None
+    answer = fake.coordinator.beat("a", 1, "done")
     assert answer.verdict == Verdict(False, "completed")
     assert [saved.step for saved in answer.saved] == [5], "all workers are told of it, and tell Ray"
-    assert run_store.read_status(played.run).state == "completed"
+    assert run_store.read_status(fake.run).state == "completed"
 
 
-def test_after_a_killed_rank_the_others_are_sent_away_and_the_next_group_goes_on(play: Callable[..., Played]) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
-    played.save(5)
-    played.end(1, KILLED)
-    assert played.coordinator.beat("a", 1, "failed").verdict is None
-    assert played.coordinator.beat("a", 0, None).signal == "TERM"
-    played.end(0)
-    verdict = played.coordinator.beat("a", 0, "done").verdict
+def test_after_a_killed_rank_the_others_get_term_and_the_next_group_resumes(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    fake.save(5)
+    fake.end(1, KILLED)
+    assert fake.coordinator.beat("a", 1, "failed").verdict is None
+    assert fake.coordinator.beat("a", 0, None).signal == "TERM"
+    fake.end(0)
+    verdict = fake.coordinator.beat("a", 0, "done").verdict
     assert verdict.again
     assert "rank 1: killed by SIGKILL" in verdict.reason
-    assert played.coordinator.state().idle_s > 0, "workers are waited for"
-    orders = played.begin("b", "n1", "n1")
+    assert fake.coordinator.state().idle_s > 0, "workers are waited for"
+    orders = fake.begin("b", "n1", "n1")
     assert orders[0] is not None
     assert orders[0].assignment.attempt == 2
-    assert run_store.read_attempt(played.run, 2).resume_step == 5
-    assert played.coordinator.state().idle_s == 0
-    assert played.causes == ["infrastructure"]
+    assert run_store.read_attempt(fake.run, 2).resume_step == 5
+    assert fake.coordinator.state().idle_s == 0
+    assert fake.causes == ["infrastructure"]
 
 
-def test_workers_that_leave_no_word_are_counted_until_the_budget_is_spent(play: Callable[..., Played]) -> None:
-    played = play(max_infrastructure_failures=2)
+def test_workers_without_records_count_until_the_budget_is_spent(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(max_infrastructure_failures=2)
     for number, group in enumerate("abc", start=1):
-        played.begin(group, "n1", "n2")
-        assert played.number == number
-    assert played.begin("d", "n1", "n2") == [Leave(played.coordinator.state().over)] * 2
-    assert "cluster.max_infrastructure_failures=2 is used up" in played.coordinator.state().over
-    assert played.causes == ["infrastructure"] * 3
-    assert run_store.read_status(played.run).state == "failed"
+        fake.begin(group, "n1", "n2")
+        assert fake.number == number
+    assert fake.begin("d", "n1", "n2") == [Leave(fake.coordinator.state().over)] * 2
+    assert "cluster.max_infrastructure_failures=2 is used up" in fake.coordinator.state().over
+    assert fake.causes == ["infrastructure"] * 3
+    assert run_store.read_status(fake.run).state == "failed"
 
 
 @pytest.mark.parametrize(
@@ -134,190 +134,190 @@ def test_workers_that_leave_no_word_are_counted_until_the_budget_is_spent(play: 
         (None, "no record from n1, n2, n3, n4"),
     ],
 )
-def test_of_workers_that_all_left_no_word_the_nodes_that_are_lost_are_named(
-    play: Callable[..., Played], lost: list[str] | None, words: str
+def test_lost_nodes_are_named_where_no_worker_left_a_record(
+    make_fake: Callable[..., FakeWorkers], lost: list[str] | None, words: str
 ) -> None:
     """Where one is lost, Ray ends the workers on all others too."""
-    played = play(workers=4)
+    fake = make_fake(workers=4)
     nodes = ["n1", "n2", "n3", "n4"]
-    played.begin("a", *nodes)
+    fake.begin("a", *nodes)
     # None is what a Ray that does not answer comes to.
-    played.lost = None if lost is None else {"id-of-another-run", *(f"id-{node}" for node in lost)}  # type: ignore[assignment]
-    orders = played.begin("b", *nodes)
+    fake.lost = None if lost is None else {"id-of-another-run", *(f"id-{node}" for node in lost)}  # type: ignore[assignment]
+    orders = fake.begin("b", *nodes)
     assert [kind(o) for o in orders] == ["train"] * 4
-    alerts = [event["text"] for event in read_events(played.run.events) if event["kind"] == "alert"]
+    alerts = [event["text"] for event in read_events(fake.run.events) if event["kind"] == "alert"]
     assert alerts == [f"the attempt ended (infrastructure): {words}; runs again"]
-    assert read_events(played.run.events)[-2]["attempt"] == 1
+    assert read_events(fake.run.events)[-2]["attempt"] == 1
 
 
-def test_how_an_attempt_ended_is_told_once(play: Callable[..., Played]) -> None:
-    played = play(max_infrastructure_failures=1)
-    played.begin("a", "n1", "n2")
+def test_the_end_of_an_attempt_alerts_once(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(max_infrastructure_failures=1)
+    fake.begin("a", "n1", "n2")
     for rank in range(2):
-        played.end(rank, KILLED if rank else None)
-        played.coordinator.beat("a", rank, "failed" if rank else "done")
-    played.begin("b", "n1", "n2")
-    played.begin("c", "n1", "n2")
-    alerts = [event["text"] for event in read_events(played.run.events) if event["kind"] == "alert"]
+        fake.end(rank, KILLED if rank else None)
+        fake.coordinator.beat("a", rank, "failed" if rank else "done")
+    fake.begin("b", "n1", "n2")
+    fake.begin("c", "n1", "n2")
+    alerts = [event["text"] for event in read_events(fake.run.events) if event["kind"] == "alert"]
     assert alerts == [
         "the attempt ended (infrastructure): rank 1: killed by SIGKILL; runs again",
         "the run ends: no record from n1, n2, which Ray still has; cluster.max_infrastructure_failures=1 is used up",
     ]
 
 
-def test_a_group_that_came_after_hours_has_waited_for_machines(play: Callable[..., Played]) -> None:
-    played, now, hour = play(), time.time(), 3600
-    played.begin("a", "n1", "n1")
+def test_the_wait_for_the_next_group_counts_as_queue_time(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake, now, hour = make_fake(), time.time(), 3600
+    fake.begin("a", "n1", "n1")
     times = {"submitted_at": now - 7 * hour, "begun_at": now - 7 * hour}
-    run_store.write_attempt(played.run, 1, replace(run_store.read_attempt(played.run, 1), **times))
+    run_store.write_attempt(fake.run, 1, replace(run_store.read_attempt(fake.run, 1), **times))
     for rank in range(2):
-        played.end(rank, KILLED)
-        played.coordinator.beat("a", rank, "failed")
-    exit_file = played.run.attempt(1) / "exit.json"
+        fake.end(rank, KILLED)
+        fake.coordinator.beat("a", rank, "failed")
+    exit_file = fake.run.attempt(1) / "exit.json"
     atomic_files.write_json(exit_file, json_records.read_json(exit_file) | {"ended_at": now - 6 * hour})
-    played.begin("b", "n1", "n1")
-    assert played.number == 2
-    found = goodput.read(played.run, time.time())
+    fake.begin("b", "n1", "n1")
+    assert fake.number == 2
+    found = goodput.read(fake.run, time.time())
     assert (found.queue_s, found.restart_s) == (pytest.approx(6 * hour, abs=60), 0)
     assert found.held_s == pytest.approx(hour, abs=60)
 
 
-def test_a_limit_that_is_reached_ends_the_run_before_its_workers_load(
-    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+def test_a_reached_limit_ends_the_run_before_its_workers_load(
+    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
-    played.end(1, KILLED)
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    fake.end(1, KILLED)
     monkeypatch.setattr(goodput, "reached_limit", lambda run, plan, now: "run.max_hours=2 is reached")
-    assert played.begin("b", "n1", "n1")[0] == Leave("run.max_hours=2 is reached")
-    assert played.number == 1
-    assert run_store.read_status(played.run).state == "preempted"
-    assert read_events(played.run.events)[-1]["text"] == "the run ends: run.max_hours=2 is reached"
-    assert played.causes == ["infrastructure"], "the attempt before was not ended by the limit: W&B has to be told"
+    assert fake.begin("b", "n1", "n1")[0] == Leave("run.max_hours=2 is reached")
+    assert fake.number == 1
+    assert run_store.read_status(fake.run).state == "preempted"
+    assert read_events(fake.run.events)[-1]["text"] == "the run ends: run.max_hours=2 is reached"
+    assert fake.causes == ["infrastructure"], "the attempt before was not ended by the limit: W&B has to be told"
 
 
-def test_a_failure_of_the_training_that_repeats_ends_the_run(play: Callable[..., Played]) -> None:
-    played = play(max_failures=1)
+def test_a_failure_of_the_training_that_repeats_ends_the_run(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(max_failures=1)
     for group in "ab":
-        played.begin(group, "n1", "n1")
-        played.end(0, {**KILLED, "rank": 0, "kind": "KeyError", "exit_code": 1, "message": "KeyError: 'x'"})
-        played.end(1)
-        played.coordinator.beat(group, 0, "failed")
-        verdict = played.coordinator.beat(group, 1, "done").verdict
+        fake.begin(group, "n1", "n1")
+        fake.end(0, {**KILLED, "rank": 0, "kind": "KeyError", "exit_code": 1, "message": "KeyError: 'x'"})
+        fake.end(1)
+        fake.coordinator.beat(group, 0, "failed")
+        verdict = fake.coordinator.beat(group, 1, "done").verdict
     assert verdict.again is False
     assert "cluster.max_failures=1 is used up" in verdict.reason
 
 
-def test_cancel_asks_for_a_save_and_a_second_one_kills(play: Callable[..., Played]) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
-    file = played.run.cancel(1)
+def test_cancel_asks_for_a_save_and_a_second_one_kills(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    file = fake.run.cancel(1)
     atomic_files.write_json(file, {"save": True})
-    assert played.coordinator.beat("a", 0, None).signal == "USR1"
+    assert fake.coordinator.beat("a", 0, None).signal == "USR1"
     atomic_files.write_json(file, {"save": False})
-    assert played.coordinator.beat("a", 0, None).signal == "KILL"
+    assert fake.coordinator.beat("a", 0, None).signal == "KILL"
     for rank in range(2):
-        played.end(rank, stopped=True, killed=True)
-        answer = played.coordinator.beat("a", rank, "done")
+        fake.end(rank, stopped=True, killed=True)
+        answer = fake.coordinator.beat("a", rank, "done")
     assert answer.verdict.again is False
-    assert run_store.read_status(played.run).state == "cancelled"
+    assert run_store.read_status(fake.run).state == "cancelled"
 
 
-def test_a_save_that_takes_too_long_is_ended(play: Callable[..., Played]) -> None:
-    played = play(stop_grace_seconds=0.01)
-    played.begin("a", "n1", "n1")
-    atomic_files.write_json(played.run.cancel(1), {"save": True})
-    played.coordinator.beat("a", 0, None)
+def test_a_save_beyond_the_grace_period_is_killed(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(stop_grace_seconds=0.01)
+    fake.begin("a", "n1", "n1")
+    atomic_files.write_json(fake.run.cancel(1), {"save": True})
+    fake.coordinator.beat("a", 0, None)
     time.sleep(0.02)
-    assert played.coordinator.beat("a", 0, None).signal == "KILL"
+    assert fake.coordinator.beat("a", 0, None).signal == "KILL"
 
 
-def test_workers_of_a_run_that_another_command_has_started_again_leave_it_alone(play: Callable[..., Played]) -> None:
-    played = play()
-    run_store.create_attempt(played.run, Attempt(resume_step=None))
-    before = run_store.read_status(played.run)
-    (orders, _) = played.begin("a", "n1", "n1")
+def test_workers_leave_a_run_that_another_command_has_restarted(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    run_store.create_attempt(fake.run, Attempt(resume_step=None))
+    before = run_store.read_status(fake.run)
+    (orders, _) = fake.begin("a", "n1", "n1")
     assert orders is not None
     assert kind(orders) == "leave"
-    assert run_store.read_status(played.run) == before
+    assert run_store.read_status(fake.run) == before
 
 
-def test_workers_of_a_group_that_another_has_followed_are_sent_away(play: Callable[..., Played]) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
-    played.begin("b", "n1", "n1")
-    answer = played.coordinator.beat("a", 0, None)
+def test_workers_of_a_replaced_group_are_told_to_leave(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    fake.begin("b", "n1", "n1")
+    answer = fake.coordinator.beat("a", 0, None)
     assert (answer.signal, answer.verdict.again) == ("KILL", False)
-    assert played.coordinator.orders("a", 0) == Leave("other workers have taken over")
+    assert fake.coordinator.orders("a", 0) == Leave("other workers have taken over")
 
 
-def test_what_cannot_be_written_ends_the_run_instead_of_going_round(
-    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+def test_an_attempt_that_cannot_be_written_ends_the_run_after_a_deadline(
+    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played = play()
+    fake = make_fake()
 
     def full(run: RunDir, number: int, attempt: Attempt) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_store, "write_attempt", full)
-    assert played.begin("a", "n1", "n1") == [None, None], "there may be room in a moment"
+    assert fake.begin("a", "n1", "n1") == [None, None], "there may be room in a moment"
     monkeypatch.setattr(module, "_OPEN_DEADLINE_S", -1.0)
-    orders = played.coordinator.orders("a", 0)
+    orders = fake.coordinator.orders("a", 0)
     assert orders is not None
     assert kind(orders) == "leave"
     assert "No space left on device" in orders.reason
-    assert run_store.read_status(played.run).state == "failed"
+    assert run_store.read_status(fake.run).state == "failed"
 
 
-def test_a_node_whose_check_never_ends_is_named(play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_whose_check_never_ends_is_named(make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_checks, "DEADLINE_S", 0.05)
-    played = play()
-    played.enter("a", ["n1", "n2"])
-    assert played.coordinator.orders("a", 0) is not None
-    played.coordinator.report_check("a", 0, FIT)
-    assert played.coordinator.orders("a", 0) is None
+    fake = make_fake()
+    fake.enter("a", ["n1", "n2"])
+    assert fake.coordinator.orders("a", 0) is not None
+    fake.coordinator.report_check("a", 0, FIT)
+    assert fake.coordinator.orders("a", 0) is None
     time.sleep(0.06)
-    assert played.coordinator.orders("a", 0) == Wait()
-    reason = played.coordinator.beat("a", 0, None).verdict.reason
+    assert fake.coordinator.orders("a", 0) == Wait()
+    reason = fake.coordinator.beat("a", 0, None).verdict.reason
     assert "n2: the node did not report within" in reason
     assert "n1:" not in reason
 
 
-def test_cancel_is_heard_while_nodes_are_checked(play: Callable[..., Played]) -> None:
-    played = play()
-    played.enter("a", ["n1", "n2"])
-    assert played.coordinator.orders("a", 0) is not None
-    atomic_files.write_json(played.run.cancel(1), {"save": True})
-    assert played.coordinator.orders("a", 0) == Wait()
-    assert played.coordinator.beat("a", 0, None).verdict.again is False
-    assert run_store.read_status(played.run).state == "cancelled"
+def test_a_cancel_request_ends_the_node_checks(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.enter("a", ["n1", "n2"])
+    assert fake.coordinator.orders("a", 0) is not None
+    atomic_files.write_json(fake.run.cancel(1), {"save": True})
+    assert fake.coordinator.orders("a", 0) == Wait()
+    assert fake.coordinator.beat("a", 0, None).verdict.again is False
+    assert run_store.read_status(fake.run).state == "cancelled"
 
 
-def test_workers_that_were_silent_for_a_while_are_not_given_up(
-    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+def test_silent_workers_make_the_run_pending_until_they_return(
+    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "SILENT_S", 0.05)
-    played = play()
-    played.begin("a", "n1", "n1")
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
     time.sleep(0.06)
-    assert played.coordinator.state().idle_s > 0
-    assert run_store.read_status(played.run).state == "pending"
-    assert "are gone; the run waits for others" in played.run.events.read_text()
-    played.coordinator.beat("a", 0, None)
-    assert played.coordinator.state().idle_s == 0
+    assert fake.coordinator.state().idle_s > 0
+    assert run_store.read_status(fake.run).state == "pending"
+    assert "are gone; the run waits for others" in fake.run.events.read_text()
+    fake.coordinator.beat("a", 0, None)
+    assert fake.coordinator.state().idle_s == 0
     time.sleep(0.06)
-    played.lost = {"id-n1"}
-    assert played.coordinator.state().idle_s > 0
-    assert run_store.read_status(played.run).message == "its workers are gone; Ray has lost n1; it waits for others"
-    assert "are gone; Ray has lost n1; the run waits for others" in played.run.events.read_text()
+    fake.lost = {"id-n1"}
+    assert fake.coordinator.state().idle_s > 0
+    assert run_store.read_status(fake.run).message == "its workers are gone; Ray has lost n1; it waits for others"
+    assert "are gone; Ray has lost n1; the run waits for others" in fake.run.events.read_text()
 
 
-def test_workers_that_cannot_even_start_end_the_run_with_their_words(
-    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+def test_workers_that_repeatedly_cannot_start_end_the_run_with_their_error(
+    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
-    coordinator = play().coordinator
+    coordinator = make_fake().coordinator
 
     def fail_again(seconds: int, every_s: int) -> None:
         for _ in range(0, seconds, every_s):
@@ -335,102 +335,102 @@ def test_workers_that_cannot_even_start_end_the_run_with_their_words(
     assert (status.state, status.message) == ("failed", "workers cannot start: n2: no interface ib0")
 
 
-def test_what_workers_said_that_could_not_start_is_forgotten_when_others_begin(play: Callable[..., Played]) -> None:
-    played = play()
-    played.coordinator.report_early_failure("n2: no interface ib0")
-    played.begin("a", "n1", "n1")
-    assert played.coordinator.state().early_failure == ""
+def test_the_error_of_workers_that_could_not_start_is_cleared_when_others_begin(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.coordinator.report_early_failure("n2: no interface ib0")
+    fake.begin("a", "n1", "n1")
+    assert fake.coordinator.state().early_failure == ""
 
 
-def test_an_attempt_that_another_has_followed_writes_no_end(play: Callable[..., Played]) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
-    run_store.create_attempt(played.run, Attempt(resume_step=None))
-    before = run_store.read_status(played.run)
+def test_a_superseded_attempt_on_ray_writes_no_exit_record(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    run_store.create_attempt(fake.run, Attempt(resume_step=None))
+    before = run_store.read_status(fake.run)
     for rank in range(2):
-        answer = played.coordinator.beat("a", rank, "done")
+        answer = fake.coordinator.beat("a", rank, "done")
     assert answer.verdict.again is False
-    assert run_store.read_status(played.run) == before
-    assert played.causes == []
+    assert run_store.read_status(fake.run) == before
+    assert fake.causes == []
 
 
-def test_storage_that_does_not_answer_for_a_moment_only_delays_an_attempt(
-    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+def test_unreadable_storage_only_delays_an_attempt(
+    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
     with monkeypatch.context() as patch:
 
         def down(root: Path) -> int | None:
             raise UnreadableCheckpoint("a checkpoint file cannot be read now")
 
         patch.setattr(store, "newest_step", down)
-        played.enter("b", ["n1", "n1"])
-        assert played.coordinator.orders("b", 0) is None
-        assert played.coordinator.state().over is None
-    orders = played.coordinator.orders("b", 0)
+        fake.enter("b", ["n1", "n1"])
+        assert fake.coordinator.orders("b", 0) is None
+        assert fake.coordinator.state().over is None
+    orders = fake.coordinator.orders("b", 0)
     assert orders is not None
     assert (kind(orders), orders.assignment.attempt) == ("check", 2)
 
 
-def test_ranks_do_not_meet_at_a_public_address(play: Callable[..., Played]) -> None:
-    played = play(workers=1)
-    played.coordinator.enter("a", 1, Member(0, 0, "n1", "1", "8.8.8.8", 4000))
-    orders = played.coordinator.orders("a", 0)
+def test_ranks_do_not_meet_at_a_public_address(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=1)
+    fake.coordinator.enter("a", 1, Member(0, 0, "n1", "1", "8.8.8.8", 4000))
+    orders = fake.coordinator.orders("a", 0)
     assert orders is not None
     assert kind(orders) == "leave"
     assert "a public address: n1 at 8.8.8.8" in orders.reason
 
 
-def test_what_was_logged_at_a_checkpoint_goes_with_it_to_ray(play: Callable[..., Played]) -> None:
+def test_metrics_of_a_checkpoints_step_are_reported_to_ray_with_it(make_fake: Callable[..., FakeWorkers]) -> None:
     """Training is some steps ahead when a checkpoint is committed, and evaluations are lines of their own."""
-    played = play()
-    played.begin("a", "n1", "n1")
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
     lines = [{"trainer/step": step, "attempt": 1, "train/loss": float(step), "time": 0.0} for step in range(1, 12)]
     lines.insert(5, {"trainer/step": 5, "attempt": 1, "eval/held_out/loss": 9.0, "time": 0.0})
-    played.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fake.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step in (5, 10):
-        played.save(step)
-        saved = played.coordinator.beat("a", 0, None).saved[-1]
+        fake.save(step)
+        saved = fake.coordinator.beat("a", 0, None).saved[-1]
         assert (saved.step, saved.metrics["train/loss"]) == (step, step)
-    first = played.coordinator.beat("a", 1, None).saved[0]
+    first = fake.coordinator.beat("a", 1, None).saved[0]
     assert first.metrics["eval/held_out/loss"] == 9.0
-    assert first.path == str(played.run.checkpoints / "step-00000005")
-    assert [saved.step for saved in played.coordinator.beat("a", 1, None, num_saved=1).saved] == [10], "one is known"
+    assert first.path == str(fake.run.checkpoints / "step-00000005")
+    assert [saved.step for saved in fake.coordinator.beat("a", 1, None, num_saved=1).saved] == [10], "one is known"
 
 
-def test_a_damaged_checkpoint_keeps_no_later_one_from_ray(play: Callable[..., Played]) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
-    played.save(5)
-    (played.run.checkpoints / "step-00000005" / MANIFEST).write_text("{")
-    played.save(10)
-    assert [saved.step for saved in played.coordinator.beat("a", 0, None).saved] == [10]
+def test_a_damaged_checkpoint_does_not_hide_later_ones_from_ray(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    fake.save(5)
+    (fake.run.checkpoints / "step-00000005" / MANIFEST).write_text("{")
+    fake.save(10)
+    assert [saved.step for saved in fake.coordinator.beat("a", 0, None).saved] == [10]
 
 
-def test_a_wish_to_stop_that_comes_between_two_groups_is_heard(play: Callable[..., Played]) -> None:
-    played = play()
-    played.begin("a", "n1", "n1")
-    played.end(1, KILLED)
-    played.end(0)
-    played.coordinator.beat("a", 1, "failed")
-    assert played.coordinator.beat("a", 0, "done").verdict.again
-    atomic_files.write_json(played.run.cancel(1), {"save": True})
-    (orders, _) = played.begin("b", "n1", "n1")
+def test_a_cancel_request_between_two_groups_ends_the_run(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake()
+    fake.begin("a", "n1", "n1")
+    fake.end(1, KILLED)
+    fake.end(0)
+    fake.coordinator.beat("a", 1, "failed")
+    assert fake.coordinator.beat("a", 0, "done").verdict.again
+    atomic_files.write_json(fake.run.cancel(1), {"save": True})
+    (orders, _) = fake.begin("b", "n1", "n1")
     assert orders is not None
     assert kind(orders) == "leave"
-    assert run_store.read_status(played.run).state == "cancelled"
-    assert played.number == 1
+    assert run_store.read_status(fake.run).state == "cancelled"
+    assert fake.number == 1
 
 
-def test_a_report_that_comes_after_the_verdict_changes_nothing(
-    play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch
+def test_a_check_report_after_the_verdict_changes_nothing(
+    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(node_checks, "DEADLINE_S", -1.0)
-    played = play()
-    played.enter("a", ["n1", "n2"])
-    assert played.coordinator.orders("a", 0) == Wait()
-    before = played.coordinator.beat("a", 0, None).verdict
+    fake = make_fake()
+    fake.enter("a", ["n1", "n2"])
+    assert fake.coordinator.orders("a", 0) == Wait()
+    before = fake.coordinator.beat("a", 0, None).verdict
     for rank in range(2):
-        played.coordinator.report_check("a", rank, FIT)
-    assert played.coordinator.beat("a", 0, None).verdict == before
+        fake.coordinator.report_check("a", rank, FIT)
+    assert fake.coordinator.beat("a", 0, None).verdict == before

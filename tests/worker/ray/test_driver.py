@@ -1,4 +1,4 @@
-"""What the driver of a run on Ray hands to Ray and to Ray Train, and what it does while these go wrong."""
+"""What the driver of a run on Ray passes to Ray and Ray Train, and how it handles their failures."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def own_signals() -> Iterator[None]:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("own_signals")
-def test_a_signal_to_the_driver_asks_for_a_save_and_a_second_one_for_an_end(
+def test_the_first_signal_to_the_driver_asks_for_a_save_and_the_second_for_an_end(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, number: signal.Signals
 ) -> None:
     run = run_store.create(ray_plan(working_dir=str(tmp_path)))
     asked = run.cancel(run_store.create_attempt(run, Attempt(resume_step=None)))
-    wishes = driver._Wishes(run)
+    wishes = driver._CancelSignals(run)
     wishes.install()
     wishes.write()
     assert not asked.exists()
@@ -102,7 +102,7 @@ def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
     return made
 
 
-class Played(coordinator_actor.CoordinatorActor):
+class FakeCoordinator(coordinator_actor.CoordinatorActor):
     """A coordinator in this process, which says what `says` returns; `began_with` are the attempts that each was started for."""
 
     def __init__(self, run: RunDir, says: Callable[[], CoordinatorState]) -> None:
@@ -136,7 +136,7 @@ def raising(error: Exception) -> Callable[[], Any]:
 def test_a_coordinator_that_dies_is_replaced_for_the_newest_attempt_of_this_driver(run: RunDir) -> None:
     from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError
 
-    coordinator = Played(run, state)
+    coordinator = FakeCoordinator(run, state)
     assert coordinator.state() == state()
     for busy in (GetTimeoutError(), ActorUnavailableError("it is out of reach", None)):
         coordinator.says = raising(busy)
@@ -163,7 +163,7 @@ def test_coordinators_that_die_one_after_the_other_end_the_run(run: RunDir, monk
     from ray.exceptions import ActorDiedError, OutOfMemoryError
 
     monkeypatch.setattr(coordinator_actor, "_MAX_LOST", 3)
-    coordinator = Played(run, state)
+    coordinator = FakeCoordinator(run, state)
     for death in (ActorDiedError(), OutOfMemoryError("killed by Ray's memory monitor")):
         coordinator.says = raising(death)
         assert [coordinator.state() for _ in range(3)] == [None] * 3
@@ -180,7 +180,7 @@ def test_a_coordinator_is_replaced_when_storage_answers_again(run: RunDir, monke
     from ray.exceptions import ActorDiedError
 
     run_store.create_attempt(run, Attempt(resume_step=5, automatic=True))
-    coordinator = Played(run, raising(ActorDiedError()))
+    coordinator = FakeCoordinator(run, raising(ActorDiedError()))
     with monkeypatch.context() as patched:
         stale = raising(OSError(errno.ESTALE, "Stale file handle"))
         patched.setattr(run_store, "read_attempt", lambda *_: stale())
@@ -191,13 +191,13 @@ def test_a_coordinator_is_replaced_when_storage_answers_again(run: RunDir, monke
 
 
 @pytest.mark.usefixtures("rays_answer")
-def test_ray_train_begins_anew_with_the_coordinator_that_follows(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_train_restarts_with_the_replacement_coordinator(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that have lost theirs return as if all were done."""
     from ray.exceptions import ActorDiedError
 
     monkeypatch.setattr(driver, "_RESTART_S", 0.0)
     monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
-    coordinator = Played(run, state)
+    coordinator = FakeCoordinator(run, state)
     deaths = iter([ActorDiedError(), None])
     asked: list[Any] = []
 
@@ -232,9 +232,7 @@ def driver_of(run: RunDir) -> Any:
 
 
 @pytest.mark.usefixtures("rays_answer")
-def test_storage_that_does_not_answer_while_workers_are_waited_for_ends_nothing(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_storage_does_not_end_the_wait_for_workers(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "_STATE_EVERY_S", 0.0)
     atomic_files.write_json(run.cancel(1), {"asked_at": time.time(), "save": True})
     stale = iter(range(6))
@@ -246,7 +244,7 @@ def test_storage_that_does_not_answer_while_workers_are_waited_for_ends_nothing(
         return is_file(path)
 
     monkeypatch.setattr(Path, "is_file", asked)
-    driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1.0)))
+    driver_of(run)._watch(Fitting(), FakeCoordinator(run, lambda: state(idle_s=1.0)))
     assert next(stale, None) is None
     assert read_status(run).message == "cancelled while it waited for workers"
     stale = iter(range(3))
@@ -258,12 +256,12 @@ def test_storage_that_does_not_answer_while_workers_are_waited_for_ends_nothing(
 
     run_store.update_status(run, state="running", message="")
     monkeypatch.setattr(run_store, "read_status", read)
-    driver_of(run)._watch(Fitting(0), Played(run, state))
+    driver_of(run)._watch(Fitting(0), FakeCoordinator(run, state))
     assert read_status(run).state == "failed", "that Ray Train has ended is told as soon as it can be"
 
 
 @pytest.mark.usefixtures("rays_answer")
-def test_a_late_end_tells_what_was_lost_and_the_way_to_go_on(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_of_ray_is_reported_with_the_way_to_continue(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "close_wandb_run", lambda *_: None)
     begun = True
 
@@ -282,23 +280,23 @@ def test_a_late_end_tells_what_was_lost_and_the_way_to_go_on(run: RunDir, monkey
         return status.message
 
     assert said(lambda: driver.main(str(run.plan), 1)) == f"the driver lost Ray: The connection to the head is lost; {way_on}"
-    ended = said(lambda: driver_of(run)._watch(Fitting(1), Played(run, state)))
+    ended = said(lambda: driver_of(run)._watch(Fitting(1), FakeCoordinator(run, state)))
     assert ended == f"Ray Train ended the run: its workers ended and left no record; {way_on}"
     begun = False
     assert said(lambda: driver.main(str(run.plan), 1)) == "Ray cannot be used: The connection to the head is lost"
 
 
 @pytest.mark.usefixtures("rays_answer")
-def test_a_cluster_that_others_use_is_told_by_what_is_free(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_workers_are_reported_with_total_and_free_resources(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 16.0, "memory": 1e9})
     monkeypatch.setattr("ray.available_resources", lambda: {"memory": 1e9})
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
-    driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1900.0)))
+    driver_of(run)._watch(Fitting(), FakeCoordinator(run, lambda: state(idle_s=1900.0)))
     asked = "asked for 2 workers with CPU: 1 each; it has CPU: 16 on 2 nodes, of these free: CPU: 0"
     assert run_store.read_status(run).message.endswith(asked)
 
 
 @pytest.mark.usefixtures("rays_answer")
-def test_workers_that_came_and_could_not_start_are_not_told_as_missing(run: RunDir) -> None:
-    driver_of(run)._watch(Fitting(), Played(run, lambda: state(idle_s=1900.0, early_failure="n2: no interface ib0")))
+def test_workers_that_could_not_start_are_not_reported_as_missing(run: RunDir) -> None:
+    driver_of(run)._watch(Fitting(), FakeCoordinator(run, lambda: state(idle_s=1900.0, early_failure="n2: no interface ib0")))
     assert run_store.read_status(run).message.endswith("could not start their ranks: n2: no interface ib0")

@@ -1,4 +1,4 @@
-"""What a worker of Ray tells the coordinator about its rank, which is a real process here that fails at once."""
+"""What a Ray worker reports to the coordinator about its rank, a real process that fails at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from played_workers import Played
+from fake_workers import FakeWorkers
 
 from launcher import json_records, run_records, run_store
 from launcher.plan.launch_plan import LaunchPlan
@@ -53,30 +53,30 @@ class Endless:
         assert not unwanted()
 
 
-def test_that_a_rank_has_failed_is_told_before_the_mirror_is_waited_for(
+def test_a_failed_rank_is_reported_before_the_wait_for_the_mirror(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played = Played(ray_plan(working_dir=str(tmp_path), workers=1))
+    fake = FakeWorkers(ray_plan(working_dir=str(tmp_path), workers=1))
     worker = Told(BeatReply())
     monkeypatch.setattr(rank_supervisor.MirrorProcess, "start", lambda *_: Endless(worker))
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    orders = Train(assignment(played.run), {})
+    orders = Train(assignment(fake.run), {})
     assert worker._train(orders) == "failed"
     assert worker.told[worker.told.index("failed") :] == ["failed", "mirrors", None]
 
 
-def test_a_damaged_record_of_a_rank_is_no_failure_of_the_worker(
+def test_a_damaged_error_record_does_not_fail_the_worker(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    played = Played(ray_plan(working_dir=str(tmp_path), workers=1))
+    fake = FakeWorkers(ray_plan(working_dir=str(tmp_path), workers=1))
     rank = tmp_path / "rank"
     rank.write_text('#!/bin/sh\nprintf "{" > $TORCHELASTIC_ERROR_FILE\nprintf "{" > $0.final\nkill -KILL $$\n')
     rank.chmod(0o700)
-    (played.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
+    (fake.run.attempt(1) / "final.json").symlink_to(f"{rank}.final")
     monkeypatch.setattr(sys, "executable", str(rank))
-    orders = Train(assignment(played.run), {})
+    orders = Train(assignment(fake.run), {})
     assert Told(BeatReply())._train(orders) == "failed"
-    failure = json_records.read_json(run_records.node_file(played.run, 1, 0))["first_failure"]
+    failure = json_records.read_json(run_records.node_file(fake.run, 1, 0))["first_failure"]
     assert (failure["kind"], failure["message"]) == ("killed", "killed by SIGKILL")
 
 
@@ -91,19 +91,21 @@ def test_a_damaged_record_of_a_rank_is_no_failure_of_the_worker(
         (BeatReply("KILL"), True, True),
     ],
 )
-def test_the_mirror_is_left_where_another_attempt_or_a_person_waits(answer: BeatReply, failed: bool, others_wait: bool) -> None:
+def test_the_wait_for_the_mirror_ends_where_another_attempt_or_a_person_waits(
+    answer: BeatReply, failed: bool, others_wait: bool
+) -> None:
     assert Told(answer)._is_wanted_elsewhere(failed) is others_wait
 
 
-def test_a_node_whose_run_directory_is_another_than_the_head_nodes_is_told_so(
+def test_a_node_with_another_run_directory_than_the_head_node_is_refused(
     ray_plan: Callable[..., LaunchPlan], tmp_path: Path
 ) -> None:
     """The folder is there, with the same attempt in it: only what this start has written tells them apart."""
     made = ray_plan(working_dir=str(tmp_path), workers=1)
     assert made.data is not None
     (tmp_path / "meta.json").touch()
-    played = Played(made.model_copy(update={"data": made.data.model_copy(update={"cache_dir": str(tmp_path)})}))
-    marker, orders = played.run.attempt(1) / "marker", Check(assignment(played.run, "of this start"), ())
+    fake = FakeWorkers(made.model_copy(update={"data": made.data.model_copy(update={"cache_dir": str(tmp_path)})}))
+    marker, orders = fake.run.attempt(1) / "marker", Check(assignment(fake.run, "of this start"), ())
 
     def said() -> list[str]:
         problems = node_checks.check_node("n1", orders).problems
@@ -115,13 +117,13 @@ def test_a_node_whose_run_directory_is_another_than_the_head_nodes_is_told_so(
     assert said() == [wrong]
     marker.write_text("of this start")
     assert said() == []
-    shutil.rmtree(played.run.root)
+    shutil.rmtree(fake.run.root)
     (unseen,) = node_checks.check_node("n1", orders).problems
     assert (unseen.where, unseen.what) == ("n1", "the run directory is not visible")
 
 
 @pytest.mark.parametrize("local_rank, is_newest, is_kept", [(0, True, False), (1, True, True), (0, False, True)])
-def test_states_on_a_nodes_disk_go_with_the_attempt_unless_another_uses_them(
+def test_offloaded_states_are_removed_with_the_newest_attempt_only(
     ray_plan: Callable[..., LaunchPlan],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -132,14 +134,14 @@ def test_states_on_a_nodes_disk_go_with_the_attempt_unless_another_uses_them(
     made, states = ray_plan(working_dir=str(tmp_path), workers=1), tmp_path / "nvme/tried"
     states.mkdir(parents=True)
     zero = {**made.deepspeed["zero_optimization"], "offload_optimizer": {"device": "nvme", "nvme_path": str(states)}}
-    played = Played(made.model_copy(update={"deepspeed": {**made.deepspeed, "zero_optimization": zero}}))
-    assert run_store.load_plan(played.run).nvme_folder == states
+    fake = FakeWorkers(made.model_copy(update={"deepspeed": {**made.deepspeed, "zero_optimization": zero}}))
+    assert run_store.load_plan(fake.run).nvme_folder == states
     if not is_newest:
-        run_store.create_attempt(played.run, Attempt(resume_step=None, automatic=True))
+        run_store.create_attempt(fake.run, Attempt(resume_step=None, automatic=True))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     worker = Told(BeatReply())
     worker.local_rank = local_rank
-    worker._train(Train(assignment(played.run), {}))
+    worker._train(Train(assignment(fake.run), {}))
     assert states.exists() is is_kept
 
 

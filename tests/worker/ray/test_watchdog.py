@@ -1,4 +1,4 @@
-"""Which worker of a group is found to hang, over all nodes; and that a report to Ray Train holds nobody up."""
+"""Which worker of a group hangs, over all nodes; and reports to Ray Train that block no worker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from played_workers import Played, kind, sign
+from fake_workers import FakeWorkers, kind, sign
 
 from launcher import run_store
 from launcher.worker.heartbeat import Heartbeat, HeartbeatTable
@@ -31,92 +31,92 @@ def stacks_need_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "_DUMP_S", 0.0)
 
 
-def beats(played: Played, *signs: RankSign | None) -> list[BeatReply]:
+def beats(fake: FakeWorkers, *signs: RankSign | None) -> list[BeatReply]:
     """All workers tell, twice: what is found at a look is answered at the next."""
     for _ in range(2):
         # Silence from before the group trained does not count, as with ranks that were stopped.
-        played.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
-        answers = [played.coordinator.beat("a", rank, None, sign) for rank, sign in enumerate(signs)]
+        fake.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
+        answers = [fake.coordinator.beat("a", rank, None, sign) for rank, sign in enumerate(signs)]
     return answers
 
 
-def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_node(play: Callable[..., Played]) -> None:
-    played = play(workers=2, stall_seconds=60)
-    played.begin("a", "n1", "n2")
-    late = beats(played, sign(0, 61), sign(1, 61, count=499))
+def test_a_rank_behind_those_of_all_nodes_is_killed_alone_and_named_with_its_node(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
+    late = beats(fake, sign(0, 61), sign(1, 61, count=499))
     assert [answer.hang for answer in late] == [None, None]
-    late = beats(played, sign(0, 74), sign(1, 76, count=499))
+    late = beats(fake, sign(0, 74), sign(1, 76, count=499))
     assert late[0].hang is None
     words = "rank 1 on n2 (pid 4001) is behind the other ranks of the run: no progress for 76 s in step 17; killed it"
     assert late[1].hang == words
-    assert words in played.run.events.read_text()
+    assert words in fake.run.events.read_text()
 
 
-def test_ranks_are_asked_for_their_stacks_once_before_anybody_is_killed(play: Callable[..., Played]) -> None:
-    played = play(workers=2, stall_seconds=60)
-    played.begin("a", "n1", "n2")
+def test_stalled_ranks_dump_their_stacks_once_before_any_is_killed(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
     asked = {0: 0, 1: 0}
-    played.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
+    fake.coordinator._group.liveness._since = 0.0  # type: ignore[union-attr]
     for _ in range(4):
         for rank in asked:
-            answer = played.coordinator.beat("a", rank, None, sign(rank, 61))
+            answer = fake.coordinator.beat("a", rank, None, sign(rank, 61))
             asked[rank] += answer.dump_stacks
             assert answer.hang is None
     assert asked == {0: 1, 1: 1}
 
 
-def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(play: Callable[..., Played]) -> None:
-    played = play(workers=2, stall_seconds=60)
-    played.begin("a", "n1", "n2")
-    answers = beats(played, sign(0, 61, count=499), sign(1, 61, state=psutil.STATUS_STOPPED))
+def test_a_rank_that_cannot_run_is_killed_whatever_the_others_have_counted(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
+    answers = beats(fake, sign(0, 61, count=499), sign(1, 61, state=psutil.STATUS_STOPPED))
     assert answers[0].hang is None
     assert "rank 1 on n2 (pid 4001) is stopped" in answers[1].hang
 
 
-def test_ranks_that_cannot_be_told_apart_are_killed_together_last(play: Callable[..., Played]) -> None:
-    played = play(workers=2, stall_seconds=60)
-    played.begin("a", "n1", "n2")
-    assert [answer.hang for answer in beats(played, sign(0, 89), sign(1, 89))] == [None, None]
-    answers = beats(played, sign(0, 91), sign(1, 91))
+def test_ranks_without_a_culprit_are_killed_together_last(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
+    assert [answer.hang for answer in beats(fake, sign(0, 89), sign(1, 89))] == [None, None]
+    answers = beats(fake, sign(0, 91), sign(1, 91))
     assert all("neither does any other rank of the run" in answer.hang for answer in answers)
 
 
 @pytest.mark.parametrize("settings, trained", [({"stall_seconds": 0}, True), ({"stall_seconds": 60}, False)])
-def test_who_is_not_watched_or_has_not_trained_is_left_alone(
-    play: Callable[..., Played], settings: dict[str, Any], trained: bool
+def test_unwatched_ranks_and_ranks_that_have_not_trained_are_left_alone(
+    make_fake: Callable[..., FakeWorkers], settings: dict[str, Any], trained: bool
 ) -> None:
-    played = play(workers=2, **settings)
-    played.begin("a", "n1", "n2")
-    answers = beats(played, sign(0, 9000, trained=trained), sign(1, 9000, count=3, trained=trained))
+    fake = make_fake(workers=2, **settings)
+    fake.begin("a", "n1", "n2")
+    answers = beats(fake, sign(0, 9000, trained=trained), sign(1, 9000, count=3, trained=trained))
     assert [(answer.hang, answer.dump_stacks) for answer in answers] == [(None, False)] * 2
 
 
-def alone(played: Played, clock: list[float], seconds: int, goes_on: bool = False, **told: Any) -> str | None:
+def alone(fake: FakeWorkers, clock: list[float], seconds: int, goes_on: bool = False, **told: Any) -> str | None:
     """For so long only rank 0's worker tells its sign, with what is `told` in it; the signal that it gets at last."""
     began = clock[0]
     while clock[0] < began + seconds:
         clock[0] += 5
-        answer = played.coordinator.beat("a", 0, None, sign(0, 0.0 if goes_on else clock[0] - began, **told))
+        answer = fake.coordinator.beat("a", 0, None, sign(0, 0.0 if goes_on else clock[0] - began, **told))
     found: str | None = answer.signal
     return found
 
 
-def test_a_worker_that_says_nothing_any_more_is_named_and_the_others_go_on_without_it(
-    play: Callable[..., Played], clock: list[float]
+def test_a_silent_worker_is_named_and_the_run_continues_without_it(
+    make_fake: Callable[..., FakeWorkers], clock: list[float]
 ) -> None:
-    played = play(workers=2, min_workers=1, stall_seconds=200)
-    played.begin("a", "n1", "n2")
-    beats(played, sign(0, 0), sign(1, 0))
-    assert alone(played, clock, 195) is None
-    said = played.run.events.read_text()
+    fake = make_fake(workers=2, min_workers=1, stall_seconds=200)
+    fake.begin("a", "n1", "n2")
+    beats(fake, sign(0, 0), sign(1, 0))
+    assert alone(fake, clock, 195) is None
+    said = fake.run.events.read_text()
     assert "no heartbeat for 65 s from the worker of rank 1 on n2: it hangs or is cut off from the network" in said
-    assert alone(played, clock, 205) == "TERM"
-    assert "the other ranks wait for the worker of rank 1 on n2: the run continues without them" in played.run.events.read_text()
-    played.end(0)
-    verdict = played.coordinator.beat("a", 0, "done").verdict
+    assert alone(fake, clock, 205) == "TERM"
+    assert "the other ranks wait for the worker of rank 1 on n2: the run continues without them" in fake.run.events.read_text()
+    fake.end(0)
+    verdict = fake.coordinator.beat("a", 0, "done").verdict
     assert verdict.again, "the lost one is not waited for"
     assert "no record from n2, which Ray still has" in verdict.reason
-    assert played.causes == ["infrastructure"]
+    assert fake.causes == ["infrastructure"]
 
 
 @pytest.mark.parametrize(
@@ -129,49 +129,51 @@ def test_a_worker_that_says_nothing_any_more_is_named_and_the_others_go_on_witho
         ({}, {"goes_on": True}),
     ],
 )
-def test_a_silent_worker_ends_nothing_while_others_load_or_save_or_go_on(
-    play: Callable[..., Played], clock: list[float], settings: dict[str, Any], told: dict[str, Any]
+def test_a_silent_worker_does_not_end_an_attempt_that_loads_saves_or_progresses(
+    make_fake: Callable[..., FakeWorkers], clock: list[float], settings: dict[str, Any], told: dict[str, Any]
 ) -> None:
-    played = play(**{"workers": 2, "stall_seconds": 200, **settings})
-    played.begin("a", "n1", "n2")
-    beats(played, sign(0, 0), sign(1, 0))
-    assert alone(played, clock, 1000, **told) is None
-    assert "from the worker of rank 1 on n2" in played.run.events.read_text()
+    fake = make_fake(**{"workers": 2, "stall_seconds": 200, **settings})
+    fake.begin("a", "n1", "n2")
+    beats(fake, sign(0, 0), sign(1, 0))
+    assert alone(fake, clock, 1000, **told) is None
+    assert "from the worker of rank 1 on n2" in fake.run.events.read_text()
 
 
 @pytest.mark.parametrize("phase, over", [("training", True), ("finishing", False)])
-def test_at_the_end_a_silent_worker_is_not_waited_for_unless_its_rank_exports(
-    play: Callable[..., Played], clock: list[float], phase: str, over: bool
+def test_a_silent_worker_is_awaited_at_the_end_only_while_its_rank_exports(
+    make_fake: Callable[..., FakeWorkers], clock: list[float], phase: str, over: bool
 ) -> None:
-    played = play(workers=2, stall_seconds=200)
-    played.begin("a", "n1", "n2")
-    played.outcome("completed", 5)
-    played.end(0)
-    beats(played, sign(0, 0), sign(1, 0, phase=phase))
-    assert alone(played, clock, 150, goes_on=True) is None
-    assert played.coordinator.beat("a", 0, "done").verdict is None
+    fake = make_fake(workers=2, stall_seconds=200)
+    fake.begin("a", "n1", "n2")
+    fake.outcome("completed", 5)
+    fake.end(0)
+    beats(fake, sign(0, 0), sign(1, 0, phase=phase))
+    assert alone(fake, clock, 150, goes_on=True) is None
+    assert fake.coordinator.beat("a", 0, "done").verdict is None
     for _ in range(100):
         clock[0] += 5
-        verdict = played.coordinator.beat("a", 0, "done").verdict
+        verdict = fake.coordinator.beat("a", 0, "done").verdict
     assert verdict == (Verdict(False, "completed") if over else None)
 
 
-def test_a_rank_that_cannot_be_killed_is_left_behind(play: Callable[..., Played], clock: list[float]) -> None:
+def test_the_run_continues_without_a_rank_that_cannot_be_killed(
+    make_fake: Callable[..., FakeWorkers], clock: list[float]
+) -> None:
     """It hangs in the kernel, as on storage that is gone, and its worker goes on to tell so."""
-    played = play(workers=2, stall_seconds=60)
-    played.begin("a", "n1", "n2")
-    late = beats(played, sign(0, 61), sign(1, 61, state=psutil.STATUS_DISK_SLEEP))
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
+    late = beats(fake, sign(0, 61), sign(1, 61, state=psutil.STATUS_DISK_SLEEP))
     assert "hangs in the kernel" in late[1].hang
     for _ in range(2):
         clock[0] += 8
         assert late[0].signal is None
-        late = beats(played, sign(0, 70), sign(1, 70, state=psutil.STATUS_DISK_SLEEP))
+        late = beats(fake, sign(0, 70), sign(1, 70, state=psutil.STATUS_DISK_SLEEP))
     assert late[0].signal == "TERM"
-    assert "rank 1 on n2 was killed and does not end" in played.run.events.read_text()
-    played.end(0)
-    assert played.coordinator.beat("a", 0, "done").verdict is None, "its record may come yet"
+    assert "rank 1 on n2 was killed and does not end" in fake.run.events.read_text()
+    fake.end(0)
+    assert fake.coordinator.beat("a", 0, "done").verdict is None, "its record may come yet"
     clock[0] += 31
-    verdict = played.coordinator.beat("a", 0, "done").verdict
+    verdict = fake.coordinator.beat("a", 0, "done").verdict
     assert verdict.again
     assert "no record from n2" in verdict.reason
 
@@ -179,20 +181,20 @@ def test_a_rank_that_cannot_be_killed_is_left_behind(play: Callable[..., Played]
 @pytest.mark.parametrize(
     "phase, progress, signal", [("finishing", "writing", None), ("saving", "writing", "USR2"), ("training", "requested", "USR2")]
 )
-def test_what_a_run_writes_is_not_cut_off_for_more_workers(
-    play: Callable[..., Played], clock: list[float], phase: str, progress: str, signal: str | None
+def test_a_resize_does_not_interrupt_writes(
+    make_fake: Callable[..., FakeWorkers], clock: list[float], phase: str, progress: str, signal: str | None
 ) -> None:
-    played = play(workers=2, min_workers=1)
-    played.begin("a", "n1")
-    run_store.update_status(played.run, message="")
-    played.coordinator.beat("a", 0, None, sign(0, 0, phase=phase))
-    assert played.coordinator.prepare_resize() == progress
-    assert played.coordinator.beat("a", 0, None).signal == signal
+    fake = make_fake(workers=2, min_workers=1)
+    fake.begin("a", "n1")
+    run_store.update_status(fake.run, message="")
+    fake.coordinator.beat("a", 0, None, sign(0, 0, phase=phase))
+    assert fake.coordinator.prepare_resize() == progress
+    assert fake.coordinator.beat("a", 0, None).signal == signal
     clock[0] += 61
-    assert played.coordinator.prepare_resize() is ResizeProgress.REQUESTED, "of a worker that is silent nothing is known"
+    assert fake.coordinator.prepare_resize() is ResizeProgress.REQUESTED, "of a worker that is silent nothing is known"
 
 
-def test_ray_trains_controller_is_held_while_the_run_writes_and_a_while_longer(
+def test_ray_trains_controller_waits_while_the_run_writes_and_for_the_grace_period(
     clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ray.train.v2._internal.execution.controller.state import ResizingState
@@ -208,16 +210,18 @@ def test_ray_trains_controller_is_held_while_the_run_writes_and_a_while_longer(
     assert clock[0] - began == 99 + 10, "from the last word that it writes"
 
 
-def test_nobody_is_blamed_while_a_worker_is_silent(play: Callable[..., Played], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_rank_is_judged_while_a_worker_is_silent(
+    make_fake: Callable[..., FakeWorkers], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it told of its rank last is no evidence any more, and its rank may be the one that all others wait for."""
     monkeypatch.setattr(watchdog, "_FRESH_S", -1.0)
-    played = play(workers=2, stall_seconds=60)
-    played.begin("a", "n1", "n2")
-    answers = beats(played, sign(0, 74), sign(1, 76, count=499))
+    fake = make_fake(workers=2, stall_seconds=60)
+    fake.begin("a", "n1", "n2")
+    answers = beats(fake, sign(0, 74), sign(1, 76, count=499))
     assert [answer.hang for answer in answers] == [None, None]
 
 
-def test_a_coordinator_that_was_held_up_itself_blames_nobody(clock: list[float]) -> None:
+def test_a_blocked_coordinator_counts_no_silence_of_workers(clock: list[float]) -> None:
     found = Liveness(Limits(600, 1800))
     found.hear(0)
     found.hear(1)
@@ -230,7 +234,7 @@ def test_a_coordinator_that_was_held_up_itself_blames_nobody(clock: list[float])
     assert found.silent({0, 1}) == {1: 70}
 
 
-def test_a_worker_is_missed_as_soon_as_a_rank_would_count_as_stalled(clock: list[float]) -> None:
+def test_a_worker_counts_as_silent_after_the_stall_limit_where_that_is_shorter(clock: list[float]) -> None:
     found = Liveness(Limits(20, 1800))
     found.hear(0)
     found.hear(1)
@@ -249,7 +253,7 @@ def table() -> Iterator[HeartbeatTable]:
     found.close()
 
 
-def test_what_a_rank_tells_its_worker_is_told_with_its_age(table: HeartbeatTable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_reports_the_heartbeat_of_its_rank_with_its_age(table: HeartbeatTable, monkeypatch: pytest.MonkeyPatch) -> None:
     observer = Observer(table, 1, stall_s=600)
     assert observer.sign(os.getpid()) is None
     Heartbeat(table.path, 1, 7).beat("training", 3)
@@ -274,7 +278,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
-def test_a_process_that_is_stopped_is_told_as_such(table: HeartbeatTable) -> None:
+def test_a_worker_reports_a_stopped_rank(table: HeartbeatTable) -> None:
     observer, deadline = Observer(table, 0, 600), time.monotonic() + 20
     with subprocess.Popen([sys.executable, "-c", STOPS_ITSELF, str(table.path)]) as process:
         try:
@@ -285,7 +289,7 @@ def test_a_process_that_is_stopped_is_told_as_such(table: HeartbeatTable) -> Non
             process.kill()
 
 
-def test_a_report_that_others_do_not_come_to_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_report_to_ray_train_does_not_block_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     met, reported = threading.Event(), []
 
     def report(self: Reporter, checkpoint: CommittedCheckpoint) -> None:
@@ -306,7 +310,7 @@ def test_a_report_that_others_do_not_come_to_holds_nobody_up(monkeypatch: pytest
     assert reported == [5, 10]
 
 
-def test_a_report_that_fails_ends_the_reports_and_not_the_worker(
+def test_a_failed_report_to_ray_train_ends_the_reports_and_not_the_worker(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def report(self: Reporter, checkpoint: CommittedCheckpoint) -> None:
@@ -319,26 +323,26 @@ def test_a_report_that_fails_ends_the_reports_and_not_the_worker(
     assert "TimeoutError: the others did not come" in capfd.readouterr().err
 
 
-def test_a_worker_of_an_old_group_that_comes_late_is_refused(play: Callable[..., Played]) -> None:
-    played = play(workers=2)
+def test_a_late_worker_of_a_replaced_group_is_refused(make_fake: Callable[..., FakeWorkers]) -> None:
+    fake = make_fake(workers=2)
     late = Member(1, 0, "n9", "id-n9", "10.0.0.9", 1)
-    played.coordinator.enter("old", 2, replace(late, rank=0))
-    played.begin("a", "n1", "n2")
-    played.coordinator.enter("old", 2, late)
-    assert played.coordinator.orders("old", 1) == Leave("other workers have taken over")
+    fake.coordinator.enter("old", 2, replace(late, rank=0))
+    fake.begin("a", "n1", "n2")
+    fake.coordinator.enter("old", 2, late)
+    assert fake.coordinator.orders("old", 1) == Leave("other workers have taken over")
     # One that never came before waits for others that do not come either, and disturbs nobody.
-    played.coordinator.enter("older", 2, late)
-    assert played.coordinator.orders("older", 1) is None
-    orders = played.coordinator.orders("a", 1)
+    fake.coordinator.enter("older", 2, late)
+    assert fake.coordinator.orders("older", 1) is None
+    orders = fake.coordinator.orders("a", 1)
     assert orders is not None
     assert kind(orders) == "train"
-    played.begin("b", "n1", "n2")
-    played.coordinator.enter("a", 2, late)
-    assert played.coordinator.orders("a", 1) == Leave("other workers have taken over")
-    assert played.coordinator.orders("older", 1) == Leave("other workers have taken over")
+    fake.begin("b", "n1", "n2")
+    fake.coordinator.enter("a", 2, late)
+    assert fake.coordinator.orders("a", 1) == Leave("other workers have taken over")
+    assert fake.coordinator.orders("older", 1) == Leave("other workers have taken over")
 
 
-def test_a_node_that_others_do_not_reach_is_named_and_one_that_reaches_nobody_is_so_itself(
+def test_an_unreachable_node_is_named_and_so_is_a_node_that_reaches_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(node_checks, "_MIN_REACH_S", 0.1)

@@ -1,4 +1,4 @@
-"""How a Slurm job begins: which attempt it opens, and when there is none to open."""
+"""The begin of a Slurm job: which attempt it opens, and when it opens none."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def test_a_requeue_opens_the_next_attempt_from_the_newest_checkpoint(
     assert of.status.attempt == 2
 
 
-def test_a_requeue_that_waited_for_hours_has_waited_for_machines(
-    submitted: Callable[..., Job], in_slurm: Callable[..., None]
-) -> None:
+def test_the_wait_of_a_requeued_job_counts_as_queue_time(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
     of, now, hour = submitted(), time.time(), 3600
     of.ended(1, "preempted", None, 20, submitted_at=now - 7 * hour, begun_at=now - 7 * hour)
     atomic_files.write_json(of.run.attempt(1) / "exit.json", of.exit() | {"ended_at": now - 6 * hour})
@@ -75,7 +73,7 @@ def test_a_requeue_that_waited_for_hours_has_waited_for_machines(
     assert found.held_s == pytest.approx(hour, abs=60)
 
 
-def test_a_start_after_machines_were_lost_writes_down_what_was_left(
+def test_a_start_after_lost_machines_records_the_end_of_the_previous_attempt(
     submitted: Callable[..., Job], in_slurm: Callable[..., None]
 ) -> None:
     of = submitted()
@@ -90,7 +88,9 @@ def test_a_start_after_machines_were_lost_writes_down_what_was_left(
 
 
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "SUSPENDED"])
-def test_a_run_that_another_job_runs_is_left_alone(submitted: Callable[..., Job], fake_slurm: FakeSlurm, state: str) -> None:
+def test_a_job_does_not_start_a_run_that_another_job_runs(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, state: str
+) -> None:
     of = submitted()
     of.begun(job="40")
     before = of.attempt(), of.status
@@ -102,7 +102,7 @@ def test_a_run_that_another_job_runs_is_left_alone(submitted: Callable[..., Job]
     assert run_store.newest_attempt(of.run) == 1
 
 
-def test_where_it_cannot_be_known_whether_another_job_runs_it_the_job_fails(
+def test_a_job_fails_where_slurm_does_not_say_whether_another_job_runs_the_run(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job, "_BEGIN_PATIENCE_S", 3.0)
@@ -117,7 +117,7 @@ def test_where_it_cannot_be_known_whether_another_job_runs_it_the_job_fails(
     assert (of.attempt(), of.status) == before
 
 
-def test_a_controller_that_is_restarting_is_waited_for(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_the_job_waits_for_a_restarting_controller(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun(job="40")
     fake_slurm.answer("squeue", out=slurm_said.squeue("40", "RUNNING"))
@@ -145,7 +145,9 @@ def test_only_the_number_is_printed(submitted: Callable[..., Job], monkeypatch: 
 
 
 @pytest.mark.parametrize("known", ["PENDING", "COMPLETED", "another's", "accounted", "unknown"])
-def test_a_job_that_no_longer_runs_is_followed(submitted: Callable[..., Job], fake_slurm: FakeSlurm, known: str) -> None:
+def test_a_job_starts_a_run_whose_previous_job_has_ended(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm, known: str
+) -> None:
     of = submitted()
     of.ended(1, "preempted", job="40")
     fake_slurm.answer("sacct", out=slurm_said.sacct("40", "FAILED") if known == "accounted" else "")
@@ -159,7 +161,7 @@ def test_a_job_that_no_longer_runs_is_followed(submitted: Callable[..., Job], fa
 
 
 @pytest.mark.parametrize("cause", ["completed", "cancelled", "limit"])
-def test_a_run_that_is_done_is_not_begun_again(submitted: Callable[..., Job], cause: str, in_slurm: Callable[..., None]) -> None:
+def test_a_finished_run_is_not_started_again(submitted: Callable[..., Job], cause: str, in_slurm: Callable[..., None]) -> None:
     of = submitted()
     of.begun()
     # Killed before it was concluded, or concluded: the same.
@@ -190,7 +192,7 @@ def test_a_spent_budget_refuses_the_next_start(
 
 
 @pytest.mark.parametrize("numbered", [False, True])
-def test_a_limit_that_is_reached_loads_no_model(
+def test_a_reached_limit_ends_the_run_before_the_model_loads(
     submitted: Callable[..., Job], in_slurm: Callable[..., None], told: list[int], numbered: bool
 ) -> None:
     """Also where the attempt was numbered before its job waited."""
@@ -216,7 +218,7 @@ def test_a_limit_that_is_reached_loads_no_model(
     assert of.begin()[:2] == (0, "2\n")
 
 
-def test_a_person_who_resumes_gives_the_budgets_back(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
+def test_a_resume_by_a_person_resets_the_budgets(submitted: Callable[..., Job], in_slurm: Callable[..., None]) -> None:
     of = submitted(max_failures=1)
     of.ended(1, "failure", None, 20)
     of.ended(2, "failure", 20, 40, automatic=False)
@@ -224,7 +226,7 @@ def test_a_person_who_resumes_gives_the_budgets_back(submitted: Callable[..., Jo
     assert of.begin()[:2] == (0, "3\n")
 
 
-def test_a_public_address_is_no_place_to_meet(
+def test_a_public_master_address_is_refused(
     submitted: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, told: list[int]
 ) -> None:
     of = submitted(interface="eth7")

@@ -1,4 +1,4 @@
-"""How a Slurm job concludes: what it writes down, and what it tells Slurm to do next."""
+"""The conclusion of a Slurm job: what it records, and what it requests from Slurm."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_where_a_requeue_is_refused_the_run_is_submitted_again(
     assert of.status.state == "pending"
 
 
-def test_what_sbatch_says_against_it_is_in_the_status(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_the_error_of_sbatch_is_in_the_status(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted(requeue=False)
     of.begun()
     of.outcome("preempted")
@@ -89,7 +89,7 @@ def test_what_sbatch_says_against_it_is_in_the_status(submitted: Callable[..., J
 
 
 @pytest.mark.parametrize("exclude", [None, "n9"])
-def test_a_bad_node_is_left_out_of_the_next_start(
+def test_a_bad_node_is_excluded_from_the_next_start(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
 ) -> None:
     of = submitted(exclude_bad_nodes=True, exclude=exclude)
@@ -105,7 +105,7 @@ def test_a_bad_node_is_left_out_of_the_next_start(
 
 
 @pytest.mark.parametrize("exclude", [None, "n9"])
-def test_a_bad_node_is_no_longer_left_out_after_a_newer_checkpoint(
+def test_a_bad_node_is_not_excluded_after_a_newer_checkpoint(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, exclude: str | None
 ) -> None:
     of = submitted(exclude_bad_nodes=True, exclude=exclude)
@@ -121,7 +121,7 @@ def test_a_bad_node_is_no_longer_left_out_after_a_newer_checkpoint(
     ]
 
 
-def test_a_bad_node_ends_the_run_where_nobody_wants_it_left_out(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_bad_node_ends_the_run_where_exclusion_is_off(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.bad_node()
@@ -141,7 +141,9 @@ def test_a_job_is_not_left_held(submitted: Callable[..., Job], fake_slurm: FakeS
     assert fake_slurm.told()[3][0] == "sbatch"
 
 
-def test_what_slurm_preempts_it_requeues_itself(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_job_that_slurm_preempts_and_requeues_is_not_requeued_twice(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm
+) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -152,7 +154,7 @@ def test_what_slurm_preempts_it_requeues_itself(submitted: Callable[..., Job], f
 
 
 @pytest.mark.parametrize("how", [{"requeue": 0}, {"partition": "high"}])
-def test_what_slurm_preempts_and_would_not_run_again_is_run_again_here(
+def test_a_preempted_job_that_slurm_does_not_requeue_is_requeued(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, how: dict[str, Any]
 ) -> None:
     of = submitted()
@@ -164,7 +166,7 @@ def test_what_slurm_preempts_and_would_not_run_again_is_run_again_here(
 
 
 @pytest.mark.parametrize("kind", ["preempt/qos", None])
-def test_where_it_is_not_certain_that_slurm_runs_it_again_the_job_does(
+def test_a_preempted_job_is_requeued_where_slurms_requeue_is_uncertain(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, kind: str | None
 ) -> None:
     of = submitted()
@@ -179,7 +181,7 @@ def test_where_it_is_not_certain_that_slurm_runs_it_again_the_job_does(
     assert fake_slurm.told() == [["scontrol", "requeue", "41"]]
 
 
-def test_what_an_operator_requeues_is_not_requeued_twice(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_job_that_an_operator_requeues_is_not_requeued_twice(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -189,7 +191,7 @@ def test_what_an_operator_requeues_is_not_requeued_twice(submitted: Callable[...
     assert of.status.state == "pending"
 
 
-def test_what_a_person_cancels_stays_so(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_cancelled_run_is_not_requeued(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -199,7 +201,7 @@ def test_what_a_person_cancels_stays_so(submitted: Callable[..., Job], fake_slur
     assert (of.status.state, of.exit()["cause"]) == ("cancelled", "cancelled")
 
 
-def test_a_users_mistake_is_not_repeated(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_user_error_is_not_requeued(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.failed("DataError")
@@ -209,7 +211,7 @@ def test_a_users_mistake_is_not_repeated(submitted: Callable[..., Job], fake_slu
     assert of.exit()["first_failure"]["kind"] == "DataError"
 
 
-def test_budgets_count_from_the_start_that_a_person_made(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_budgets_count_from_the_last_start_by_a_person(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted(max_failures=2, max_no_progress=100)
     of.ended(1, "failure")
     of.ended(2, "failure", automatic=True)
@@ -225,7 +227,7 @@ def test_budgets_count_from_the_start_that_a_person_made(submitted: Callable[...
     assert of.conclude(5) == 0
 
 
-def test_an_attempt_that_another_has_followed_writes_nothing(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_superseded_slurm_attempt_writes_nothing(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -237,7 +239,7 @@ def test_an_attempt_that_another_has_followed_writes_nothing(submitted: Callable
     assert fake_slurm.told() == []
 
 
-def test_it_concludes_where_slurm_does_not_answer(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_the_job_concludes_where_slurm_does_not_answer(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("completed")
@@ -251,12 +253,12 @@ def test_it_concludes_where_slurm_does_not_answer(submitted: Callable[..., Job],
 @pytest.mark.parametrize(
     ("ends_in_s", "least", "most"), [(None, 900, 900), (3600, 900, 900), (100, 80, 90), (5, 0, 0), (-60, 0, 0)]
 )
-def test_an_answer_is_not_waited_for_beyond_the_jobs_time(ends_in_s: float | None, least: float, most: float) -> None:
+def test_calls_to_slurm_end_before_the_jobs_time_does(ends_in_s: float | None, least: float, most: float) -> None:
     ends_at = None if ends_in_s is None else time.time() + ends_in_s
     assert least <= job._patience_s(run_records.Attempt(None, ends_at=ends_at)) <= most
 
 
-def test_a_requeue_that_was_not_heard_is_asked_for_again(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_requeue_without_an_answer_is_retried(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -266,7 +268,7 @@ def test_a_requeue_that_was_not_heard_is_asked_for_again(submitted: Callable[...
     assert run_store.newest_attempt(of.run) == 1
 
 
-def test_a_requeue_whose_answer_was_lost_is_not_asked_for_twice(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_a_requeue_whose_answer_was_lost_is_not_repeated(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
     of = submitted()
     of.begun()
     of.outcome("preempted")
@@ -289,7 +291,7 @@ def test_a_job_that_cannot_be_released_is_cancelled_before_another_is_submitted(
     assert fake_slurm.told()[4][0] == "sbatch"
 
 
-def test_no_two_commands_number_an_attempt_at_once(
+def test_a_resubmission_fails_where_another_command_holds_the_run(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = submitted(requeue=False)
@@ -302,7 +304,7 @@ def test_no_two_commands_number_an_attempt_at_once(
     assert fake_slurm.told() == []
 
 
-def test_a_full_disk_does_not_keep_the_run_from_going_on(
+def test_a_full_disk_does_not_prevent_the_requeue(
     submitted: Callable[..., Job], fake_slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of = submitted()
@@ -332,7 +334,7 @@ def test_a_full_disk_does_not_keep_the_run_from_going_on(
         ({"state": "RUNNING", "ends": "9999999999"}, 0, 3600, ""),
     ],
 )
-def test_without_json_the_end_is_told_from_the_rest(
+def test_the_job_state_is_known_without_json_output(
     fake_slurm: FakeSlurm, said: dict[str, Any], restart: int, ends_in_s: float | None, state: str
 ) -> None:
     fake_slurm.refuse("scontrol", "show", "job", "41", "--json", said=slurm_said.NO_JSON)
@@ -341,7 +343,7 @@ def test_without_json_the_end_is_told_from_the_rest(
     assert queue.state_beneath("41", restart, ends_at) == state
 
 
-def test_a_refusal_is_final_and_silence_is_told_from_it(fake_slurm: FakeSlurm) -> None:
+def test_a_refusal_of_slurm_is_final_and_silence_is_retried(fake_slurm: FakeSlurm) -> None:
     fake_slurm.refuse("scancel", "1", said="scancel: error: Kill job error on job id 1: Invalid job id specified")
     with pytest.raises(SlurmError) as refused:
         slurm("scancel", "1", retry_s=60)
@@ -359,7 +361,9 @@ def test_a_refusal_is_final_and_silence_is_told_from_it(fake_slurm: FakeSlurm) -
         slurm("sinfo", deadline_s=0.2)
 
 
-def test_the_term_of_its_own_requeue_does_not_stop_it(submitted: Callable[..., Job], fake_slurm: FakeSlurm) -> None:
+def test_term_from_the_jobs_own_requeue_does_not_stop_the_conclusion(
+    submitted: Callable[..., Job], fake_slurm: FakeSlurm
+) -> None:
     """Slurm ends the job, and with it this process, as soon as the requeue is accepted."""
     of = submitted(exclude_bad_nodes=True)
     of.begun()

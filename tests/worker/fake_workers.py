@@ -1,4 +1,4 @@
-"""Workers of a run on Ray that are played, in a run directory that is real."""
+"""Fake workers of a run on Ray, in a real run directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FIT = NodeReport("n", "code", {"torch": "2"}, "3.11", (), 8.0, ())
 KILLED = {"rank": 1, "kind": "killed", "at": 1.0, "exit_code": -9, "message": "killed by SIGKILL", "traceback": "", "log": ""}
 
 
-class Played:
+class FakeWorkers:
     """A run on Ray whose workers say what the test lets them say."""
 
     def __init__(self, plan: LaunchPlan) -> None:
@@ -86,11 +86,11 @@ class Played:
 
 
 @pytest.fixture
-def play(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Played]:
-    """`play(**settings of the cluster)`; the disk is looked at each time."""
+def make_fake(ray_plan: Callable[..., LaunchPlan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeWorkers]:
+    """`make_fake(**settings of the cluster)`; the disk is looked at each time."""
     monkeypatch.setattr(module, "_LOOK_S", -1.0)
     monkeypatch.setattr(module, "_DRAIN_LOOK_S", -1.0)
-    return lambda **settings: Played(ray_plan(working_dir=str(tmp_path), **settings))
+    return lambda **settings: FakeWorkers(ray_plan(working_dir=str(tmp_path), **settings))
 
 
 @pytest.fixture
