@@ -183,7 +183,7 @@ def test_without_a_stop_request_the_upload_has_no_deadline(
         assert waiting.is_alive(), "more than the grace has passed"
         # As the thread does that hears signals.
         if late_wish == "a person's":
-            stopper._times_cancelled += 1
+            stopper._num_cancels += 1
         elif late_wish == "the scheduler's":
             stopper.disarm()
             stopper.request(PREEMPT)
