@@ -39,12 +39,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "has no such key",
             "did you mean stage3_max_reuse_distance?",
         ),
-        ("zero_optimization: {reduce_scatter: 3.5}", "zero_optimization.reduce_scatter", "valid boolean", "a value that fits"),
+        ("zero_optimization: {reduce_scatter: 3.5}", "zero_optimization.reduce_scatter", "valid boolean", "a valid value"),
         (
             "zero_optimization: {compute_grad_norm: false}",
             "zero_optimization",
             "only with ZeRO Stage 1 or 2",
-            "a value that fits",
+            "a valid value",
         ),
         (
             "zero_optimization: {leaf_module: {clases: [a.B]}}",
