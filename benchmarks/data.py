@@ -60,7 +60,7 @@ def main() -> None:
             f"--data: there is no folder {args.data}; build and packing read gsm8k_train.jsonl and alpaca_en_demo.json there"
         )
     with tempfile.TemporaryDirectory(prefix="launcher-bench-") as name:
-        bench = Bench(Path(name))
+        bench = Bench(Path(name), warm_up=bool({"build", "short", "packing"} & {*args.only}))
         record = partial(sides.record, args.results)
         typed = partial(sides.typed, "data.py", "--rounds", args.rounds, "--only")
         if "build" in args.only:
@@ -98,10 +98,10 @@ def main() -> None:
 class Bench:
     """Runs both sides on a file of rows, each time with empty caches.
 
-    A first run, which is not measured, converts the tokenizer and leaves Python's bytecode.
+    A first command, which is not measured, converts the tokenizer; `warm_up` also runs each side once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, warm_up: bool) -> None:
         self.folder = folder
         self.model = ""
         pairs = [(f"What is {number} and {number}?", f"It is {2 * number}.") for number in range(1000)]
@@ -111,7 +111,7 @@ class Bench:
         sides.run([*launcher, "data", *settings], folder / "first.log", self._environment())
         plan = json.loads(sides.run([*launcher, "plan", "--json", *settings], folder / "first.log", self._environment()))
         self.model = plan["model"]["path"]
-        for run in self.sides().values():
+        for run in self.sides().values() if warm_up else ():
             run(file, MAX_LENGTH)
 
     def sides(self) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def _check_weights(folder: Path, model: ModelSection) -> list[Problem]:
         return list(error.problems)
     if missing := [file.name for file in files if not file.is_file()]:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        what = f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: {names}"
-        return [Problem(what, where="model.path", value=str(folder), remedy="download the missing files again")]
+        message = f"model.path: {len(missing)} of the {len(files)} files that the index names are not in the folder: {names}"
+        return [Problem(message, where="model.path", value=str(folder), remedy="download the missing files again")]
     if files:
         return []
     if any(folder.glob("pytorch_model*.bin")) and not model.allow_pickled_weights:

@@ -69,12 +69,14 @@ class WeightReport:
         problems = []
         repair = _describe_repair(folder, model)
         if self.missing:
-            what = f"the weight files lack {_number(self.missing)} of the model: {_first(self.missing)}"
+            message = f"the weight files lack {_number(self.missing)} of the model: {_first(self.missing)}"
             remedy = f"{repair}; model.init=random trains the whole model from random weights"
-            problems.append(_problem(what, folder, remedy))
+            problems.append(_problem(message, folder, remedy))
         if self.mismatched:
-            what = f"the weight files have {_number(self.mismatched)} in another shape than the model: {_first(self.mismatched)}"
-            problems.append(_problem(what, folder, f"use the config.json that belongs to these weights, or {repair}"))
+            message = (
+                f"the weight files have {_number(self.mismatched)} in another shape than the model: {_first(self.mismatched)}"
+            )
+            problems.append(_problem(message, folder, f"use the config.json that belongs to these weights, or {repair}"))
         return problems
 
     @property
@@ -107,8 +109,8 @@ def _describe_repair(folder: Path, model: ModelSection) -> str:
     return "download the model folder again"
 
 
-def _problem(what: str, folder: Path, remedy: str) -> Problem:
-    return Problem(f"model.path: {what}", where="model.path", value=str(folder), remedy=remedy)
+def _problem(message: str, folder: Path, remedy: str) -> Problem:
+    return Problem(f"model.path: {message}", where="model.path", value=str(folder), remedy=remedy)
 
 
 def weight_files(folder: Path, with_pickled: bool) -> list[Path]:
@@ -169,8 +171,8 @@ def _parse_header(file: Path, num_bytes: int, _mtime_ns: int) -> tuple[Mapping[s
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(_problem(f"{file.name} is not a safetensors file", file, remedy)) from error
     if described != num_bytes:
-        what = f"{file.name} is incomplete: it has {num_bytes:,} bytes, and its header describes {described:,}"
-        raise ConfigError(_problem(what, file, remedy))
+        message = f"{file.name} is incomplete: it has {num_bytes:,} bytes, and its header describes {described:,}"
+        raise ConfigError(_problem(message, file, remedy))
     return tensors, xxhash.xxh3_64_hexdigest(raw)
 
 
@@ -194,7 +196,7 @@ def save_report(folder: Path, model: ModelSection, report: WeightReport) -> None
         DataError: if the launcher's cache cannot be written.
     """
     file = _report_file(folder, model)
-    with cache_dir.usable(file.parent):
+    with cache_dir.convert_os_errors(file.parent):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_files.write_json(file, asdict(report))
 

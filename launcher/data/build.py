@@ -35,8 +35,10 @@ def build(data: DataSection, tokenizer_path: str, on_progress: Progress | None =
             _build_into(folder, data, tokenizer_path, on_progress or (lambda stage, done, total: None))
             if cache.cache_key(data, tokenizer_path) != key:
                 # The key names the bytes from before the change.
-                what, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
-                raise DataError(Problem(what, where, remedy="try again when nothing writes to it any more, or pin its revision"))
+                message, where = "a data source changed while it was read", ", ".join(source.path for source in data.sources)
+                raise DataError(
+                    Problem(message, where, remedy="try again when nothing writes to it any more, or pin its revision")
+                )
     facts = cache.find(key)
     if facts is None:
         raise DataError(Problem("the data cache vanished while it was built", str(cache.cache_dir(key)), remedy="try again"))

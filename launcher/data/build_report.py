@@ -88,7 +88,7 @@ def make_report(
     )
     by_source["epochs"] = [*epochs, *[0.0] * (len(names) - len(epochs))]
     inputs = list_inputs(data)
-    origins = [sources.provenance(source) for source in inputs]
+    origins = [sources.describe_origin(source) for source in inputs]
     per_source = [
         {
             "name": source.name,

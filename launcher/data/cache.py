@@ -36,11 +36,11 @@ import numpy as np
 import xxhash
 
 from launcher import atomic_files
-from launcher.config.data import ChecksSection, DataSection
+from launcher.config.data import ChecksSection, DataSection, Source
 from launcher.data import digests
-from launcher.data.cache_dir import cache_root, usable
+from launcher.data.cache_dir import cache_root, convert_os_errors
 from launcher.data.digests import CheckedArray, DigestingWriter
-from launcher.data.sources import eval_source, source_digest
+from launcher.data.sources import compute_source_digest, make_eval_source
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
 from launcher.plan.launch_plan import DataFacts
@@ -76,11 +76,11 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
     Raises:
         DataError: if the tokenizer's folder has no tokenizer, or a file cannot be read.
     """
-    held_out = eval_source(data)
+    held_out = make_eval_source(data)
     parts = {
         "format": FORMAT_VERSION,
-        "sources": [(s.model_dump(exclude={"path", "revision"}), source_digest(s)) for s in data.sources],
-        "eval": None if held_out is None else (held_out.model_dump(exclude={"path", "revision"}), source_digest(held_out)),
+        "sources": [_source_key(source) for source in data.sources],
+        "eval": None if held_out is None else _source_key(held_out),
         "settings": data.model_dump(exclude=_NOT_IN_KEY),
         "checks": _selecting_checks(data.checks),
         "template": None if data.chat_template is None else _file_digest(Path(data.chat_template).expanduser()),
@@ -88,6 +88,10 @@ def cache_key(data: DataSection, tokenizer_path: str) -> str:
         "libraries": [version(name) for name in _LIBRARIES],
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True).encode())
+
+
+def _source_key(source: Source) -> tuple[dict[str, Any], str]:
+    return source.model_dump(exclude={"path", "revision"}), compute_source_digest(source)
 
 
 def _selecting_checks(checks: ChecksSection) -> dict[str, Any]:
@@ -111,8 +115,8 @@ def _file_digest(path: Path) -> str:
             for block in iter(lambda: file.read(_READ_SIZE), b""):
                 digest.update(block)
     except OSError as error:
-        what, remedy = f"the file cannot be read: {error.strerror or error}", "check who may read it, and the disk"
-        raise DataError(Problem(what, str(path), remedy=remedy)) from error
+        message, remedy = f"the file cannot be read: {error.strerror or error}", "check its permissions and the disk"
+        raise DataError(Problem(message, str(path), remedy=remedy)) from error
     return digest.hexdigest()
 
 
@@ -129,7 +133,7 @@ def read(folder: Path) -> DataFacts | None:
     Raises:
         DataError: if the cache cannot be read.
     """
-    with usable(folder):
+    with convert_os_errors(folder):
         try:
             meta = _verified_meta((folder / "meta.json").read_bytes())
             if meta is None or meta["format"] != FORMAT_VERSION:
@@ -311,17 +315,17 @@ def building(key: str) -> Iterator[Path | None]:
     """
     final = cache_dir(key)
     partial = final.with_suffix(".partial")
-    with usable(final.parent):
+    with convert_os_errors(final.parent):
         final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        with usable(final.parent):
+        with convert_os_errors(final.parent):
             stack.enter_context(wait_and_hold(final.with_suffix(".lock"), "builds this data cache"))
         if find(key) is not None:
             yield None
             return
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            with usable(partial):
+            with convert_os_errors(partial):
                 partial.mkdir(mode=0o700)
                 yield partial
                 shutil.rmtree(final, ignore_errors=True)

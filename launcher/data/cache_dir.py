@@ -31,12 +31,12 @@ def source_folder(*parts: object) -> Path:
 
 
 @contextmanager
-def usable(folder: Path) -> Iterator[None]:
+def convert_os_errors(folder: Path) -> Iterator[None]:
     """Convert an OSError into a DataError with a remedy, while `folder` in the launcher's cache is read or written."""
     try:
         yield
     except OSError as error:
-        raise unusable(error, folder) from error
+        raise make_cache_error(error, folder) from error
 
 
 def is_full(error: OSError) -> bool:
@@ -44,17 +44,17 @@ def is_full(error: OSError) -> bool:
     return error.errno in _FULL
 
 
-def unusable(error: OSError, folder: Path) -> DataError:
+def make_cache_error(error: OSError, folder: Path) -> DataError:
     """Return the error for the user: the size written to `folder`, the free space, and the remedy."""
     elsewhere = f"set LAUNCHER_CACHE to a folder on another disk (now {cache_root()})"
-    what = f"the launcher's cache cannot be used: {error.strerror or error}"
+    message = f"the launcher's cache cannot be used: {error.strerror or error}"
     if not is_full(error):
         remedy = f"check that this user may write there and that the disk works, or {elsewhere}"
-        return DataError(Problem(what, str(error.filename or folder), remedy=remedy))
+        return DataError(Problem(message, str(error.filename or folder), remedy=remedy))
     written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     value = f"{_size(written)} were written to this folder, and {_size(shutil.disk_usage(existing).free)} are free on its disk"
-    return DataError(Problem(what, str(folder), value, f"free more space (or raise the quota), or {elsewhere}"))
+    return DataError(Problem(message, str(folder), value, f"free more space (or raise the quota), or {elsewhere}"))
 
 
 def _size(num_bytes: int) -> str:

@@ -50,7 +50,7 @@ class EncodedCorpus:
 
 def list_inputs(data: DataSection) -> list[Source]:
     """Return the sources, and last the file of data.eval_path as a source, if it is set."""
-    held_out = sources.eval_source(data)
+    held_out = sources.make_eval_source(data)
     return [*data.sources, *([held_out] if held_out is not None else [])]
 
 
@@ -91,7 +91,7 @@ def read_corpus(data: DataSection, tokenizer_path: str, spool: row_layout.TokenS
 
 def _list_tasks(data: DataSection) -> Iterator[EncodeTask]:
     """Yield every document once; if data.eval_path is set, documents that a source itself holds out are in neither split."""
-    held_out = sources.eval_source(data)
+    held_out = sources.make_eval_source(data)
     for number, source in enumerate(data.sources):
         if not source.is_read:
             continue

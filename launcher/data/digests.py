@@ -82,7 +82,9 @@ class CheckedFile:
         self._verified = bytearray(len(digests))
         self._file = path.open("rb", buffering=0)
         if (size := os.fstat(self._file.fileno()).st_size) != num_bytes:
-            raise damaged(cache, "a file does not have the size that was written", path, f"{size:,} bytes, not {num_bytes:,}")
+            raise make_damage_error(
+                cache, "a file does not have the size that was written", path, f"{size:,} bytes, not {num_bytes:,}"
+            )
 
     def verify(self, start: int = 0, stop: int | None = None) -> None:
         """Verify the blocks with the bytes start..stop - 1, by default all; thread-safe.
@@ -102,7 +104,7 @@ class CheckedFile:
         stop = min(start + BLOCK_BYTES, self.num_bytes)
         digest, expected = xxhash.xxh3_64_intdigest(self._read(start, stop)), int(self._digests[block])
         if digest != expected:
-            raise damaged(
+            raise make_damage_error(
                 self._cache,
                 "a block does not match the digest that was written with it",
                 f"{self.path}, bytes {start} to {stop - 1} (block {block} of 0 to {len(self._digests) - 1})",
@@ -173,8 +175,8 @@ def open_files(folder: Path, cache: Path, names: Iterable[str], digest: str) -> 
     """
     content = (folder / FILE).read_bytes()
     if (actual := xxhash.xxh3_128_hexdigest(content)) != digest:
-        what = "its block digests are not those that were recorded, so it may hold other data"
-        raise damaged(cache, what, folder / FILE, f"digest {actual}, not {digest or 'recorded'}")
+        message = "its block digests are not those that were recorded, so it may hold other data"
+        raise make_damage_error(cache, message, folder / FILE, f"digest {actual}, not {digest or 'recorded'}")
     table = np.frombuffer(content, _DTYPE)
     files = []
     for name in names:
@@ -184,10 +186,10 @@ def open_files(folder: Path, cache: Path, names: Iterable[str], digest: str) -> 
     return files
 
 
-def damaged(cache: Path, what: str, where: str | Path, value: str) -> DataError:
+def make_damage_error(cache: Path, message: str, where: str | Path, value: str) -> DataError:
     """Return the error for a data cache whose files have changed since they were written, with the commands to rebuild it."""
     remedy = (
         f"delete it and build it again: `rm -r {shlex.quote(str(cache))}`, then `python -m launcher data ...` with the same "
         "settings (starting or resuming a run builds it as well); if it is damaged again, check the disk and this node's memory"
     )
-    return DataError(Problem(f"the data cache is damaged: {what}", str(where), value, remedy))
+    return DataError(Problem(f"the data cache is damaged: {message}", str(where), value, remedy))

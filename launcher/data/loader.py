@@ -87,8 +87,8 @@ class TrainBatches:
             raise DataError(Problem("the training split has no rows", "data.sources", remedy="add rows to train on"))
         if batch.micro_batch_size * batch.accumulation * world_size != batch.global_batch_size:
             product = f"{batch.micro_batch_size} rows x {batch.accumulation} micro-batches x {world_size} ranks"
-            what, remedy = f"{product} is not the global batch", "plan the run for this world size"
-            raise DataError(Problem(what, "train.global_batch_size", str(batch.global_batch_size), remedy))
+            message, remedy = f"{product} is not the global batch", "plan the run for this world size"
+            raise DataError(Problem(message, "train.global_batch_size", str(batch.global_batch_size), remedy))
         self.split = split
         self.batch = batch
         self.rank = rank

@@ -11,7 +11,7 @@ from launcher.config.data import Source
 from launcher.errors import DataError, Problem
 
 
-def budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[int]:
+def compute_budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[int]:
     """Return the tokens that one epoch takes of each source, which has `num_tokens`.
 
     A source gives `epochs` passes over its documents, and at most `max_tokens`. Sources with a weight give less if needed, so
@@ -30,19 +30,19 @@ def budgets(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[int]:
         raise DataError(Problem("the weights of the mixture sum to zero", "data.sources", remedy=remedy))
     for i, (weight, limit) in enumerate(zip(weights, limits, strict=True)):
         if weight and not limit:
-            what = "a source with a weight has no document to train on, so the mixture would be empty"
-            raise DataError(Problem(what, f"data.sources[{i}]", sources[i].name, "add documents, or take the source out"))
+            message = "a source with a weight has no document to train on, so the mixture would be empty"
+            raise DataError(Problem(message, f"data.sources[{i}]", sources[i].name, "add documents, or take the source out"))
     scale = min((limit / weight for weight, limit in zip(weights, limits, strict=True) if weight), default=0.0)
     return [round(limit if weight is None else weight * scale) for weight, limit in zip(weights, limits, strict=True)]
 
 
-def shares(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[float]:
-    """Return the share of each source's tokens that one epoch takes, at most 1: see `budgets`."""
-    taken = budgets(sources, num_tokens)
+def compute_shares(sources: Sequence[Source], num_tokens: Sequence[int]) -> list[float]:
+    """Return the share of each source's tokens that one epoch takes, at most 1: see `compute_budgets`."""
+    taken = compute_budgets(sources, num_tokens)
     return [min(1.0, budget / max(1, tokens)) for budget, tokens in zip(taken, num_tokens, strict=True)]
 
 
-def passes(lengths: np.ndarray, budget: int, seed: int) -> list[np.ndarray]:
+def draw_passes(lengths: np.ndarray, budget: int, seed: int) -> list[np.ndarray]:
     """Return the document indices of each pass over a source: whole passes first, then documents for the rest of the budget.
 
     The documents of the last pass are drawn by `seed` alone, so that they represent the whole source. Indices ascend in each

@@ -48,38 +48,38 @@ def _map(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def layout_training(
-    lengths: np.ndarray, sources: np.ndarray, kept: np.ndarray, data: DataSection
+    lengths: np.ndarray, sources: np.ndarray, selected: np.ndarray, data: DataSection
 ) -> tuple[RowLayout, list[float]]:
     """Return the rows of the training documents, and the number of passes over each source.
 
-    `lengths` and `sources` are those of all documents, `kept` the indices of those to train on. Each pass over the sources is
+    `lengths` and `sources` are those of all documents, `selected` the indices of those to train on. Each pass over the sources is
     packed by itself, so that no row has a document twice.
 
     Raises:
         DataError: if no document of a source fits into the tokens that the mixture takes of it.
     """
-    by_source = [kept[sources[kept] == i] for i in range(len(data.sources))]
+    by_source = [selected[sources[selected] == i] for i in range(len(data.sources))]
     num_tokens = [int(lengths[indices].sum()) for indices in by_source]
-    budgets = mixture.budgets(data.sources, num_tokens)
+    budgets = mixture.compute_budgets(data.sources, num_tokens)
     taken = [
-        [indices[drawn] for drawn in mixture.passes(lengths[indices], budget, seed)]
+        [indices[drawn] for drawn in mixture.draw_passes(lengths[indices], budget, seed)]
         for seed, (indices, budget) in enumerate(zip(by_source, budgets, strict=True))
     ]
     for i, (passes, budget) in enumerate(zip(taken, budgets, strict=True)):
         if budget and num_tokens[i] and not passes:
-            what = f"no document of the source fits into the {budget:,} tokens that the mixture takes of it"
+            message = f"no document of the source fits into the {budget:,} tokens that the mixture takes of it"
             remedy = "raise its max_tokens, weight or epochs, or set data.long_documents=split and a lower data.max_length"
-            raise DataError(Problem(what, f"data.sources[{i}]", data.sources[i].name, remedy))
+            raise DataError(Problem(message, f"data.sources[{i}]", data.sources[i].name, remedy))
     epochs = [
         sum(int(lengths[one].sum()) for one in passes) / max(1, total) for passes, total in zip(taken, num_tokens, strict=True)
     ]
-    rounds = [np.sort(np.concatenate([*passes])) for passes in itertools.zip_longest(*taken, fillvalue=kept[:0])]
+    rounds = [np.sort(np.concatenate([*passes])) for passes in itertools.zip_longest(*taken, fillvalue=selected[:0])]
     return _concatenate([_pack(lengths, indices, data) for indices in rounds]), epochs
 
 
-def layout_held_out(lengths: np.ndarray, kept: np.ndarray, data: DataSection, max_rows: int | None) -> RowLayout:
-    """Return rows with each of the documents `kept` once; of more than `max_rows` rows, a representative choice."""
-    layout = _pack(lengths, kept, data)
+def layout_held_out(lengths: np.ndarray, selected: np.ndarray, data: DataSection, max_rows: int | None) -> RowLayout:
+    """Return rows with each of the documents `selected` once; of more than `max_rows` rows, a representative choice."""
+    layout = _pack(lengths, selected, data)
     if max_rows is None or layout.num_rows <= max_rows:
         return layout
     # Rows are sorted by the length of their longest document: take evenly spaced ones.

@@ -36,10 +36,10 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
     held_out, training = np.flatnonzero(docs.held_out), np.flatnonzero(~docs.held_out)
 
     def require_pieces(is_dropped: np.ndarray) -> np.ndarray:
-        kept = corpus.select_pieces(is_dropped, held_out=False)
-        if not pieces.labels[kept].any():
-            raise _nothing_left(docs, data, _collect_findings(hits, corpus, kept[:0], data))
-        return kept
+        selected = corpus.select_pieces(is_dropped, held_out=False)
+        if not pieces.labels[selected].any():
+            raise _nothing_left(docs, data, _collect_findings(hits, corpus, selected[:0], data))
+        return selected
 
     def find_leaks(training: np.ndarray, are_dropped: bool) -> list[tuple[int, inspection.CheckHit]]:
         leaks = []
@@ -49,10 +49,10 @@ def select_documents(corpus: EncodedCorpus, data: DataSection) -> Selection:
             leaks += overlap.find_near_leaks(docs.contents, docs.signatures, training, held_out, checks)
         return leaks
 
-    kept = require_pieces(summary.select_dropped(hits, corpus.num_docs, checks))
-    num_tokens = np.bincount(docs.source[pieces.doc[kept]], pieces.lengths[kept], len(data.sources)).astype(int)
+    selected = require_pieces(summary.select_dropped(hits, corpus.num_docs, checks))
+    num_tokens = np.bincount(docs.source[pieces.doc[selected]], pieces.lengths[selected], len(data.sources)).astype(int)
     # The first of several copies is kept: the one in the source of which the mixture takes the largest share.
-    shares = np.asarray(mixture.shares(data.sources, num_tokens.tolist()))
+    shares = np.asarray(mixture.compute_shares(data.sources, num_tokens.tolist()))
     training = training[np.argsort(-shares[docs.source[training]], kind="stable")]
     hits += overlap.find_duplicates(docs.contents, docs.tasks, docs.signatures, training, checks)
     # The mixture replaces dropped documents by others of the source, so all of them are compared, not only those in rows.
@@ -80,7 +80,7 @@ def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings
     dropped = [one.finding for one in findings.judge(all_findings, data.checks) if one.action == "drop"]
     # Documents that a check or their length dropped may have trained tokens, which a setting can bring back.
     never = all(finding.name == "no_trained_token" for finding in dropped) and bool((docs.num_pieces > 0).all())
-    what = "no document with a trained token is left to train on" + (", which no setting accepts" if never else "")
+    message = "no document with a trained token is left to train on" + (", which no setting accepts" if never else "")
     where = ", ".join(source.path for source in data.sources)
     remedy = (
         "give rows with an assistant message or a completion, raise data.max_length, lower data.eval_fraction, "
@@ -89,4 +89,4 @@ def _nothing_left(docs: DocumentTable, data: DataSection, all_findings: findings
     num_held_out = np.count_nonzero(docs.held_out)
     num_read = f"{len(docs.held_out) - num_held_out:,} documents to train on and {num_held_out:,} held-out ones were read"
     reasons = [f"{finding.count:,} {finding.title} ({finding.examples[0].where})" for finding in dropped]
-    return DataError(Problem(what, where, "; ".join([num_read, *reasons]), remedy))
+    return DataError(Problem(message, where, "; ".join([num_read, *reasons]), remedy))

@@ -209,7 +209,7 @@ def check(config: RunConfig) -> list[Problem]:
     problems = problems_of(config)
     if not problems:
         accepted = facts.accepted_extra(config)
-        with cache_dir.usable(accepted.parent):
+        with cache_dir.convert_os_errors(accepted.parent):
             accepted.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             accepted.touch()
     return problems

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.data.sources import BLOCK_ROWS, files, json_array
-from launcher.data.sources.files import Block, blocks, rows_of
+from launcher.data.sources.files import Block, parse_block, read_blocks
 from launcher.errors import DataError
 
 BIG = "x" * (1 << 19)
@@ -41,18 +41,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "txt", "parquet"])
 def test_blocks_are_bounded_and_hold_every_row_once_in_order(tmp_path: Path, kind: str) -> None:
     short = [{"text": f"row {i}"} for i in range(2 * BLOCK_ROWS + 1)]
-    made = list(blocks(write(tmp_path / f"short.{kind}", short), f"short.{kind}"))
-    assert [len(list(rows_of(block))) for block in made] == [BLOCK_ROWS, BLOCK_ROWS, 1]
+    made = list(read_blocks(write(tmp_path / f"short.{kind}", short), f"short.{kind}"))
+    assert [len(list(parse_block(block))) for block in made] == [BLOCK_ROWS, BLOCK_ROWS, 1]
     elsewhere: list[Block] = [pickle.loads(pickle.dumps(block)) for block in made]
-    found = [found for block in elsewhere for found in rows_of(block)]
+    found = [found for block in elsewhere for found in parse_block(block)]
     assert [row for row, _ in found] == short
     first = {"csv": 2}.get(kind, 1)
     said = f"short.{kind}:row " if kind in ("json", "parquet") else f"short.{kind}:"
     assert [place for _, place in found] == [f"{said}{first + i}" for i in range(len(short))]
     long = [{"text": f"{i}{BIG}"} for i in range(5)]
-    made = list(blocks(write(tmp_path / f"long.{kind}", long), f"long.{kind}"))
+    made = list(read_blocks(write(tmp_path / f"long.{kind}", long), f"long.{kind}"))
     assert len(made) >= 3
-    assert [row for block in made for row, _ in rows_of(block)] == long
+    assert [row for block in made for row, _ in parse_block(block)] == long
 
 
 ROWS = st.lists(
@@ -63,7 +63,7 @@ ROWS = st.lists(
 
 
 def parsed(content: bytes) -> list[Any]:
-    return [row for row, _, _ in json_array.array_rows(io.BufferedReader(io.BytesIO(content)), "a.json")]
+    return [row for row, _, _ in json_array.read_array(io.BufferedReader(io.BytesIO(content)), "a.json")]
 
 
 @given(rows=ROWS, block=st.integers(1, 40), indent=st.sampled_from([None, 2]), is_ascii=st.booleans())
@@ -108,7 +108,7 @@ def test_a_json_array_is_never_completely_in_memory(tmp_path: Path) -> None:
     assert path.read_bytes().count(b"\n") == 0
     tracemalloc.start()
     try:
-        assert sum(len(list(rows_of(block))) for block in files.blocks(path, "a.json")) == 80
+        assert sum(len(list(parse_block(block))) for block in files.read_blocks(path, "a.json")) == 80
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -123,8 +123,8 @@ def test_a_table_of_large_rows_is_not_decoded_at_once(tmp_path: Path) -> None:
             texts = [{"text": hashlib.blake2b(bytes([group, i])).hexdigest() * 8192} for i in range(8)]
             writer.write_table(pyarrow.Table.from_pylist(texts, schema))
     before, most, found = pyarrow.total_allocated_bytes(), 0, 0
-    for block in blocks(path, "large.parquet"):
+    for block in read_blocks(path, "large.parquet"):
         most = max(most, pyarrow.total_allocated_bytes() - before)
-        found += len(list(rows_of(block)))
+        found += len(list(parse_block(block)))
     assert found == 64
     assert most < 48 << 20, f"{most >> 20} MiB for 64 MiB of text"

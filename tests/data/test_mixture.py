@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.config.data import DataSection, Source
-from launcher.data.mixture import budgets, passes
+from launcher.data.mixture import compute_budgets, draw_passes
 from launcher.data.row_layout import layout_held_out, layout_training
 from launcher.errors import DataError
 
@@ -32,26 +32,26 @@ def source(name: str = "a", **settings: object) -> Source:
     ],
 )
 def test_each_source_gives_its_budget_of_tokens(settings: list[dict], available: list[int], expected: list[int]) -> None:
-    assert budgets([source(**one) for one in settings], available) == expected
+    assert compute_budgets([source(**one) for one in settings], available) == expected
 
 
 def test_weights_that_sum_to_zero_are_refused() -> None:
     with pytest.raises(DataError, match="weights of the mixture sum to zero") as caught:
-        budgets([source(weight=0.0), source("b", weight=0.0)], [10, 10])
+        compute_budgets([source(weight=0.0), source("b", weight=0.0)], [10, 10])
     assert caught.value.problems[0].remedy
 
 
 def test_a_weighted_source_without_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="no document to train on") as caught:
-        budgets([source(weight=1.0), source("empty", weight=1.0)], [10, 0])
+        compute_budgets([source(weight=1.0), source("empty", weight=1.0)], [10, 0])
     assert (caught.value.problems[0].where, caught.value.problems[0].value) == ("data.sources[1]", "empty")
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(0, 2000), st.integers(0, 5))
 def test_passes_come_as_near_to_the_budget_as_whole_documents_do(lengths: list[int], budget: int, seed: int) -> None:
     of_doc = np.asarray(lengths, dtype=np.int64)
-    drawn = passes(of_doc, budget, seed)
-    assert [one.tolist() for one in drawn] == [one.tolist() for one in passes(of_doc, budget, seed)]
+    drawn = draw_passes(of_doc, budget, seed)
+    assert [one.tolist() for one in drawn] == [one.tolist() for one in draw_passes(of_doc, budget, seed)]
     times = np.bincount(np.concatenate([*drawn, np.empty(0, np.int64)]), minlength=len(lengths))
     assert times.max(initial=0) - times.min(initial=times.max(initial=0)) <= 1, "no document is seen twice more than another"
     assert all((np.diff(one) > 0).all() for one in drawn)
@@ -63,11 +63,11 @@ def test_passes_come_as_near_to_the_budget_as_whole_documents_do(lengths: list[i
 
 
 def test_a_part_of_a_source_represents_the_whole() -> None:
-    drawn = passes(np.full(10_000, 10), 25_000, seed=0)
+    drawn = draw_passes(np.full(10_000, 10), 25_000, seed=0)
     assert len(drawn) == 1
     assert len(drawn[0]) == 2500
     assert abs(drawn[0].mean() - 5000) < 200
-    assert drawn[0].tolist() != passes(np.full(10_000, 10), 25_000, seed=1)[0].tolist()
+    assert drawn[0].tolist() != draw_passes(np.full(10_000, 10), 25_000, seed=1)[0].tolist()
 
 
 @given(st.data())

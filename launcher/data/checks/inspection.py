@@ -76,24 +76,24 @@ def inspect(
     contents, tasks, signed, hits = [], [], [], []
     for document, rendering, tokens in zip(documents, rendered, encoded, strict=True):
         parts = list(_parts(document, rendering, data.train_on))
-        whole = _joined(parts)
+        full_text = _joined(parts)
         # Other tools make another task of the same text, see _setup; and a shared system text does not make chats similar.
-        content = _joined(parts, whole, but=("tools",)).encode()
-        signed.append(_joined(parts, whole, but=("tools", "system")).encode())
-        contents.append(minhash.content_hash(content))
-        tasks.append(minhash.content_hash(content + _setup(document)))
+        content = _joined(parts, full_text, but=("tools",)).encode()
+        signed.append(_joined(parts, full_text, but=("tools", "system")).encode())
+        contents.append(minhash.hash_content(content))
+        tasks.append(minhash.hash_content(content + _setup(document)))
         trained_parts = _as_trained(document, parts, data.system)
-        text = whole if trained_parts is parts else _joined(trained_parts)
+        text = full_text if trained_parts is parts else _joined(trained_parts)
         text_hits = _check_texts(trained_parts, text, text.encode(), special_texts)
         hits.append((*_check_structure(document, parts, tokens, data.checks), *text_hits, *_check_across_start(document)))
     is_text = [isinstance(document, PlainText) for document in documents]
-    return list(map(Inspection, contents, tasks, minhash.signatures(signed), hits, is_text))
+    return list(map(Inspection, contents, tasks, minhash.compute_signatures(signed), hits, is_text))
 
 
-def _joined(parts: Sequence[_TextPart], whole: str | None = None, but: Sequence[str] = ()) -> str:
-    """Return the normalized text of the parts, except those named in `but`; `whole` is that of all parts, if it is known."""
+def _joined(parts: Sequence[_TextPart], full_text: str | None = None, but: Sequence[str] = ()) -> str:
+    """Return the normalized text of the parts, except those named in `but`; `full_text` is that of all parts, if it is known."""
     texts = [part.text for part in parts if part.where not in but]
-    return whole if whole is not None and len(texts) == len(parts) else minhash.normalize("\n".join(texts))
+    return full_text if full_text is not None and len(texts) == len(parts) else minhash.normalize("\n".join(texts))
 
 
 def _setup(document: Document) -> bytes:
@@ -194,12 +194,12 @@ def role_fault(messages: Sequence[Message]) -> str | None:
     return None if previous == "assistant" else f"the last message is of role {messages[-1].role}"
 
 
-def _check_texts(parts: Sequence[_TextPart], whole: str, data: bytes, special_texts: Sequence[str]) -> Iterator[CheckHit]:
+def _check_texts(parts: Sequence[_TextPart], full_text: str, data: bytes, special_texts: Sequence[str]) -> Iterator[CheckHit]:
     """Check the text itself; a hit names the first match of a check and the number of others."""
     details: dict[str, list[str]] = defaultdict(list)
     candidates = patterns.find_candidates(data)
-    special = patterns.may_hold_special_tokens(whole, special_texts)
-    if not candidates and not special and whole.isascii():
+    special = patterns.may_hold_special_tokens(full_text, special_texts)
+    if not candidates and not special and full_text.isascii():
         return
     for part in parts:
         if not part.text.isascii() and (broken := _broken(part.text)):

@@ -36,12 +36,12 @@ def normalize(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def content_hash(data: bytes) -> int:
+def hash_content(data: bytes) -> int:
     """Return a 64-bit hash."""
     return xxhash.xxh3_64_intdigest(data)
 
 
-def signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
+def compute_signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
     """Return the signature uint16 [NUM_SLOTS] of each normalized text in UTF-8; None for one with too few windows."""
     rows: list[np.ndarray | None] = [None] * len(texts)
     long_enough = [i for i, text in enumerate(texts) if len(text) - WINDOW_BYTES + 1 >= MIN_WINDOWS]
@@ -72,7 +72,7 @@ def signatures(texts: Sequence[bytes]) -> list[np.ndarray | None]:
 def find_near_pairs(signatures: np.ndarray, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield pairs (a, b, similarity) with a < b and an estimated similarity of at least `threshold`; pairs may repeat.
 
-    `signatures` is uint16 [documents, NUM_SLOTS].
+    `compute_signatures` is uint16 [documents, NUM_SLOTS].
     """
     for band in _bands(threshold):
         keys = _keys(signatures, band)

@@ -133,17 +133,17 @@ def redact(parts: Sequence[str]) -> list[str]:
 
     The whole text is searched, and a match that spans several parts is shown in the part where it begins.
     """
-    whole = "".join(parts)
-    candidates = find_candidates(whole.lower().encode())
-    matches = sorted((*match.span(), mask(pattern, match)) for pattern, match in find_matches(whole, candidates))
+    full_text = "".join(parts)
+    candidates = find_candidates(full_text.lower().encode())
+    matches = sorted((*match.span(), mask(pattern, match)) for pattern, match in find_matches(full_text, candidates))
     texts, start = [], 0
     for part in parts:
         text, at, end = "", start, start + len(part)
         for first, last, masked in matches:
             if first < end and last > at:
-                text += whole[at:first] + (masked if first >= at else "[…]" if at == start else "")
+                text += full_text[at:first] + (masked if first >= at else "[…]" if at == start else "")
                 at = min(last, end)
-        texts.append(text + whole[at:end])
+        texts.append(text + full_text[at:end])
         start = end
     return texts
 

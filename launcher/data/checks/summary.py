@@ -50,12 +50,12 @@ def select_dropped(hits: Iterable[tuple[int, CheckHit]], num_docs: int, checks: 
 
 def _select_near_duplicates(hits: dict[int, CheckHit], is_dropped: np.ndarray) -> list[int]:
     """Return the near duplicates to drop; if a document is dropped for another reason, the first one like it is kept."""
-    kept: set[int] = set()
+    kept_documents: set[int] = set()
     duplicates = []
     for document, hit in hits.items():
         first = hit.others[0]
-        if is_dropped[first] and not is_dropped[document] and first not in kept:
-            kept.add(first)
+        if is_dropped[first] and not is_dropped[document] and first not in kept_documents:
+            kept_documents.add(first)
         else:
             duplicates.append(document)
     return duplicates

@@ -18,7 +18,7 @@ import xxhash
 from launcher.config.data import DataSection, Source
 from launcher.data.sources import locate, stdlib_docs
 from launcher.data.sources.documents import Chat, Completion, Document, Message, PlainText
-from launcher.data.sources.files import BLOCK_ROWS, Block, blocks, rows_of
+from launcher.data.sources.files import BLOCK_ROWS, Block, parse_block, read_blocks
 from launcher.data.sources.files import count_rows as _count_rows
 from launcher.data.sources.formats import FORMATS, detect_format, rename_columns
 from launcher.data.sources.keys import RowKeys
@@ -36,19 +36,19 @@ __all__ = [
     "Message",
     "PlainText",
     "check_sources",
+    "compute_source_digest",
     "count_rows",
-    "eval_source",
-    "provenance",
+    "describe_origin",
+    "make_eval_source",
     "read_batches",
     "read_documents",
-    "source_digest",
 ]
 
 STDLIB_DOCS = "builtin:stdlib_docs"
 HELD_OUT_NAME = "held_out"
 
 
-def eval_source(data: DataSection) -> Source | None:
+def make_eval_source(data: DataSection) -> Source | None:
     """Return data.eval_path as a source; None if it is unset.
 
     Subset, revision, format, columns and ignored keys are those of a source with the same path; the last three are also those of
@@ -75,7 +75,7 @@ def eval_source(data: DataSection) -> Source | None:
 def check_sources(data: DataSection) -> list[Problem]:
     """Return the problems that show without reading files or the network: paths that are missing, empty, or not data."""
     sources = {f"data.sources[{i}].path": source for i, source in enumerate(data.sources)}
-    if (held_out := eval_source(data)) is not None:
+    if (held_out := make_eval_source(data)) is not None:
         sources["data.eval_path"] = held_out
     problems = [problem for key, source in sources.items() if (problem := _path_problem(key, source))]
     if data.chat_template is not None and not Path(data.chat_template).expanduser().is_file():
@@ -96,23 +96,23 @@ def _path_problem(key: str, source: Source) -> Problem | None:
     return None if locate.is_hub(value) else locate.local_problem(key, source)
 
 
-def source_digest(source: Source) -> str:
+def compute_source_digest(source: Source) -> str:
     """Return a text that changes with the source's bytes, not with its name or path. Raises: DataError."""
     return f"{STDLIB_DOCS} of Python {sys.version}" if source.path == STDLIB_DOCS else locate.digest(source)
 
 
-def provenance(source: Source) -> dict[str, Any]:
+def describe_origin(source: Source) -> dict[str, Any]:
     """Return where the source's rows come from, for the report. Raises: DataError."""
     if source.path == STDLIB_DOCS:
-        origin = {"digest": xxhash.xxh3_128_hexdigest(source_digest(source).encode()), "commit": None}
+        origin = {"digest": xxhash.xxh3_128_hexdigest(compute_source_digest(source).encode()), "commit": None}
         return {**origin, "files": [], "num_files": 0, "left_out": [], "num_left_out": 0}
-    return locate.provenance(source)
+    return locate.describe_origin(source)
 
 
 def count_rows(source: Source) -> int:
     """Return an upper bound of the number of documents in `source`, for progress; blank lines count."""
     if source.path == STDLIB_DOCS:
-        return len(stdlib_docs.pairs())
+        return len(stdlib_docs.list_pairs())
     return sum(_count_rows(file.path, file.name) for file in locate.fetch_files(source))
 
 
@@ -143,7 +143,7 @@ class DocumentBatch:
             return
         parse = FORMATS[self.format].parse
         keys = RowKeys.of(self.format, self.columns, self.ignored_keys)
-        for row, where in rows_of(self.rows):
+        for row, where in parse_block(self.rows):
             checked = keys.check(row, where, unread_keys)
             yield parse(rename_columns(checked, self.columns, where), where), False
 
@@ -155,15 +155,15 @@ def read_batches(source: Source) -> Iterator[DocumentBatch]:
         DataError: for a file that cannot be read, with the place.
     """
     if source.path == STDLIB_DOCS:
-        pairs = iter(stdlib_docs.pairs())
+        pairs = iter(stdlib_docs.list_pairs())
         while documents := tuple(_stdlib_document(pair) for pair in itertools.islice(pairs, BLOCK_ROWS)):
             yield DocumentBatch(documents)
         return
     format = ""
     for file in locate.fetch_files(source):
-        for block in blocks(file.path, file.name):
+        for block in read_blocks(file.path, file.name):
             if not format:
-                if (first := next(rows_of(block), None)) is None:
+                if (first := next(parse_block(block), None)) is None:
                     continue
                 format = _detect_format(*first, source) if source.format == "auto" else source.format
             yield DocumentBatch(block, format, source.columns, source.ignored_keys)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import xxhash
 
-from launcher.data.sources.json_array import array_rows, describe_limit
+from launcher.data.sources.json_array import describe_limit, read_array
 from launcher.data.sources.row_values import Row, json_type, refuse, safe_excerpt
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
@@ -39,7 +39,7 @@ class DataFile:
     name: str
 
 
-def kind_by_name(name: str) -> str | None:
+def detect_kind(name: str) -> str | None:
     """Return one of the values of KINDS by the file's name, without its compression suffix; None for another suffix."""
     return KINDS.get(_decompressed_name(name.lower()).suffix)
 
@@ -68,14 +68,14 @@ class Block:
     data: bytes | tuple[tuple[Row, str], ...]
 
 
-def blocks(path: Path, name: str) -> Iterator[Block]:
+def read_blocks(path: Path, name: str) -> Iterator[Block]:
     """Yield the rows of a file, in order, in blocks of at most about a megabyte; `name` is the file as the user knows it.
 
     Raises:
         DataError: with the place, for a file that is unreadable, truncated or corrupt, or a table or array that cannot be parsed.
     """
     with _opened(path, name) as file:
-        kind = kind_by_name(name) or _kind_by_content(file, name)
+        kind = detect_kind(name) or _kind_by_content(file, name)
         if kind == "json" and file.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
             # A .json file with one object per line.
             kind = "jsonl"
@@ -84,10 +84,10 @@ def blocks(path: Path, name: str) -> Iterator[Block]:
         elif kind == "parquet":
             yield from _blocks_of_table(file, name)
         else:
-            yield from _blocks_of_rows(_csv(file, name) if kind == "csv" else array_rows(file, name), name, kind)
+            yield from _blocks_of_rows(_csv(file, name) if kind == "csv" else read_array(file, name), name, kind)
 
 
-def rows_of(block: Block) -> Iterator[tuple[Row, str]]:
+def parse_block(block: Block) -> Iterator[tuple[Row, str]]:
     """Yield each row of a block with its place, file:line or file:row N. Raises: DataError with the place."""
     if not isinstance(block.data, bytes):
         yield from block.data
@@ -127,9 +127,9 @@ def _blocks_of_rows(rows: Iterator[tuple[Row, str, int]], name: str, kind: str) 
 
 
 def count_rows(path: Path, name: str) -> int:
-    """Return an upper bound of the number of rows, without parsing them. Raises: DataError as `blocks`."""
+    """Return an upper bound of the number of rows, without parsing them. Raises: DataError as `read_blocks`."""
     with _opened(path, name) as file:
-        kind = kind_by_name(name) or _kind_by_content(file, name)
+        kind = detect_kind(name) or _kind_by_content(file, name)
         if kind == "parquet":
             return int(_parquet(file, name).metadata.num_rows)
         # Every object of a JSON array has an opening brace.
@@ -139,8 +139,8 @@ def count_rows(path: Path, name: str) -> int:
 
 def unreadable(error: OSError, name: str) -> NoReturn:
     """Refuse a file that the system cannot read."""
-    what = f"the data file cannot be read: {error.strerror or error}"
-    refuse(what, name, "check the permissions of the file, and the disk or network that it is on")
+    message = f"the data file cannot be read: {error.strerror or error}"
+    refuse(message, name, "check the permissions of the file, and the disk or network that it is on")
 
 
 def file_digest(file: DataFile) -> str:
@@ -179,10 +179,10 @@ def _decompressed(raw: io.FileIO, name: str) -> Iterator[io.BufferedReader]:
     except OSError as error:
         at, size = raw.tell(), os.fstat(raw.fileno()).st_size
         if "Truncated" in str(error):
-            what, place = f"the {codec} stream breaks off: the file is truncated", f"{name}, byte {size}"
+            message, place = f"the {codec} stream breaks off: the file is truncated", f"{name}, byte {size}"
         else:
-            what, place = f"the {codec} stream is corrupt: {error}", f"{name}, before byte {at}"
-        refuse(what, place, "copy or download the file again", value=f"{size} bytes")
+            message, place = f"the {codec} stream is corrupt: {error}", f"{name}, before byte {at}"
+        refuse(message, place, "copy or download the file again", value=f"{size} bytes")
 
 
 def _kind_by_content(file: io.BufferedReader, name: str) -> str:
@@ -242,8 +242,8 @@ def _csv(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
                 if len(set(header)) < len(header):
                     refuse(f"the first line names a column twice ({names})", place, "give every column its own name")
             elif len(cells) != len(header):
-                what = f"the row has {len(cells)} cells, and the first line names {len(header)} columns ({names})"
-                refuse(what, place, 'put text that holds commas, quotes or line breaks between quotes, and write " as ""')
+                message = f"the row has {len(cells)} cells, and the first line names {len(header)} columns ({names})"
+                refuse(message, place, 'put text that holds commas, quotes or line breaks between quotes, and write " as ""')
             else:
                 yield dict(zip(header, cells, strict=True)), place, sum(map(len, cells))
     except csv.Error as error:
@@ -310,8 +310,8 @@ def _table_rows(data: bytes, block: Block) -> Iterator[tuple[Row, str]]:
 
 
 def _corrupt_table(error: Exception, name: str, after: int) -> NoReturn:
-    what = f"the parquet file is corrupt: {str(error).splitlines()[0][:200]}"
-    refuse(what, f"{name}, after row {after}", "copy or download the file again")
+    message = f"the parquet file is corrupt: {str(error).splitlines()[0][:200]}"
+    refuse(message, f"{name}, after row {after}", "copy or download the file again")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -330,5 +330,5 @@ def _decoded(line: bytes, name: str, number: int) -> str:
         return text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode("utf-8")) + 1
-        what = f"the line is not UTF-8 text (byte 0x{line[error.start]:02x})"
-        refuse(what, f"{name}:{number}:{column}", _SAVE_AS_UTF8)
+        message = f"the line is not UTF-8 text (byte 0x{line[error.start]:02x})"
+        refuse(message, f"{name}:{number}:{column}", _SAVE_AS_UTF8)

@@ -169,8 +169,8 @@ def detect_format(row: Row, where: str) -> str:
     if len(fitting) == 1:
         return _detect_by_message(row, fitting[0])
     if fitting:
-        what = f"the row fits the formats {' and '.join(fitting)} ({list_keys(row)})"
-        refuse(what, where, "set the source's format to one of them")
+        problem = f"the row fits the formats {' and '.join(fitting)} ({list_keys(row)})"
+        refuse(problem, where, "set the source's format to one of them")
     remedy = (
         "give rows the key messages, conversations or text, instruction and output, or prompt and completion; "
         f"or name the rows' own keys in the source's columns: {COLUMNS_EXAMPLE}"

@@ -36,8 +36,8 @@ class _Text:
             text = self._decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             self.text += error.object[: error.start].decode("utf-8")
-            what = f"the line is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
-            refuse(what, self.place(len(self.text)), "save the file in UTF-8")
+            message = f"the line is not UTF-8 text (byte 0x{error.object[error.start]:02x})"
+            refuse(message, self.place(len(self.text)), "save the file in UTF-8")
         # Some programs write a byte order mark before the first character.
         self.text += text.removeprefix("\ufeff") if self._is_first else text
         self._is_first = False
@@ -83,7 +83,7 @@ class _Text:
 _DECODER = json.JSONDecoder()
 
 
-def array_rows(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
+def read_array(file: io.BufferedReader, name: str) -> Iterator[tuple[Row, str, int]]:
     """Yield (object, place, number of characters) of each entry of the array in `file`. Raises: DataError with the place."""
     text = _Text(file, name)
     text.next_character()

@@ -111,8 +111,8 @@ class RowKeys:
 
 
 def _refuse_pair(keys: str, remedy: str, where: str) -> NoReturn:
-    what = f"the row holds a better and a worse answer ({keys}), as for DPO; the launcher trains on one answer per row"
-    refuse(what, where, remedy)
+    problem = f"the row holds a better and a worse answer ({keys}), as for DPO; the launcher trains on one answer per row"
+    refuse(problem, where, remedy)
 
 
 def _remedy_of_pair(row: Row, better: str, worse: str) -> str:
@@ -134,34 +134,34 @@ def _remedy_of_pair(row: Row, better: str, worse: str) -> str:
 
 
 def _refuse_bad_answer(key: str, where: str) -> NoReturn:
-    what = f"{key} marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
+    problem = f"{key} marks the answer as bad, as for KTO; the launcher would train on it as a good answer"
     remedy = (
         f"leave out the rows whose {key} is false; where {key} means something else, or they are to be trained: {_ignoring(key)}"
     )
-    refuse(what, where, remedy, value=f"{key}: false")
+    refuse(problem, where, remedy, value=f"{key}: false")
 
 
 def _refuse_media(holder: Row, keys: Set[str], at: str, where: str) -> None:
     if media := [key for key in _MEDIA_KEYS if key in keys and _is_media(holder[key])]:
-        what = f"{at} has {' and '.join(media)}; the launcher trains on text only"
-        refuse(what, where, f"leave such rows out, or train on their text alone: {_ignoring(*media)}")
+        problem = f"{at} has {' and '.join(media)}; the launcher trains on text only"
+        refuse(problem, where, f"leave such rows out, or train on their text alone: {_ignoring(*media)}")
 
 
 def _refuse_token_ids(row: Row, keys: Set[str], where: str) -> None:
     masks = [key for key in _TOKEN_MASK_KEYS if key in keys and _is_filled_list(row[key])]
     if "input_ids" in keys and masks and _is_filled_list(row["input_ids"]):
         listed = ("input_ids", *masks)
-        what = f"the row holds token ids with a training mask ({', '.join(listed)}); the launcher reads text only"
-        refuse(what, where, f"write rows of text; where the text in the row is to be trained: {_ignoring(*listed)}")
+        problem = f"the row holds token ids with a training mask ({', '.join(listed)}); the launcher reads text only"
+        refuse(problem, where, f"write rows of text; where the text in the row is to be trained: {_ignoring(*listed)}")
 
 
 def _refuse_row_weight(key: str, value: Any, where: str) -> NoReturn:
-    what = "the row has a loss weight other than 1; the launcher weights all rows equally"
+    problem = "the row has a loss weight other than 1; the launcher weights all rows equally"
     remedy = (
         "leave out rows of weight 0, and put rows that are to count more into a source with more epochs (data.sources[].epochs); "
         f"where {key} means something else: {_ignoring(key)}"
     )
-    refuse(what, where, remedy, value=f"{key}: {safe_excerpt(value)}")
+    refuse(problem, where, remedy, value=f"{key}: {safe_excerpt(value)}")
 
 
 def _source(setting: str) -> str:

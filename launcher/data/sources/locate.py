@@ -18,11 +18,11 @@ import xxhash
 from launcher import atomic_files
 from launcher.config.data import Source
 from launcher.config.fields import HUB_ID_PATTERN
-from launcher.data.cache_dir import source_folder, usable
-from launcher.data.sources.files import DataFile, file_digest, kind_by_name
+from launcher.data.cache_dir import convert_os_errors, source_folder
+from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.remote import RemoteFiles
 from launcher.data.sources.row_values import refuse
-from launcher.data.sources.splits import choose, left_out
+from launcher.data.sources.splits import choose_files, list_unused
 from launcher.errors import DataError, Problem
 
 _COMMIT_DIGITS = 40
@@ -39,7 +39,7 @@ def is_url(path: str) -> bool:
 
 def is_hub(path: str) -> bool:
     """Return True for owner/name, unless that is a local file or folder, or has the name of a data file."""
-    return HUB_ID_PATTERN.fullmatch(path) is not None and kind_by_name(path) is None and not Path(path).exists()
+    return HUB_ID_PATTERN.fullmatch(path) is not None and detect_kind(path) is None and not Path(path).exists()
 
 
 def has_splits(path: str) -> bool:
@@ -68,10 +68,10 @@ def digest(source: Source) -> str:
     if is_hub(source.path):
         commit, names, _ = _hub_listing(source)
         return f"{source.path}@{commit}: {', '.join(names)}"
-    return ", ".join(f"{kind_by_name(file.name)} {file_digest(file)}" for file in _local_files(source))
+    return ", ".join(f"{detect_kind(file.name)} {file_digest(file)}" for file in _local_files(source))
 
 
-def provenance(source: Source) -> dict[str, Any]:
+def describe_origin(source: Source) -> dict[str, Any]:
     """Return where the source's rows come from: a digest, the commit of a Hub dataset, and the files that are read and left out.
 
     Up to ten names of each are listed. Raises: DataError.
@@ -143,8 +143,8 @@ def _local_files(source: Source) -> tuple[DataFile, ...]:
 def _choose_in_folder(folder: Path, source: Source) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the files of the source's subset and split, and those left out."""
     names = _list_names(folder)
-    chosen = choose(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
-    return chosen, left_out(names, chosen)
+    chosen = choose_files(names, lambda name: (folder / name).read_bytes(), source.subset, source.split, source.path)
+    return chosen, list_unused(names, chosen)
 
 
 def _list_names(folder: Path) -> list[str]:
@@ -206,7 +206,7 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]
         def read(name: str) -> bytes:
             return Path(hf_hub_download(source.path, name, repo_type="dataset", revision=commit)).read_bytes()
 
-        chosen = choose(names, read, source.subset, source.split, source.path)
+        chosen = choose_files(names, read, source.subset, source.split, source.path)
     except DataError:
         raise
     except Exception as error:
@@ -216,8 +216,8 @@ def _hub_listing(source: Source) -> tuple[str, tuple[str, ...], tuple[str, ...]]
             _warn_once(f"{reason}; {source.path} is read at the last known commit {stored[0]}")
             return stored
         raise _unreachable(source, reason) from error
-    unused = left_out(names, chosen)
-    with usable(record.parent):
+    unused = list_unused(names, chosen)
+    with convert_os_errors(record.parent):
         record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic_files.write_json(record, {"commit": commit, "files": chosen, "left_out": unused})
     return commit, chosen, unused
@@ -246,10 +246,10 @@ def _read_listing(record: Path) -> tuple[str, tuple[str, ...], tuple[str, ...]] 
 
 
 def _unreachable(source: Source, reason: str) -> DataError:
-    what = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {reason}"
+    message = f"there is no file or folder {source.path} here, and the hub dataset of that name cannot be used: {reason}"
     remedy = (
         f"a local folder: write ./ before it, and create it (relative paths start at {Path.cwd()}); "
         "a hub dataset: check the name, the revision and the network, and HF_TOKEN in the environment for a private or gated one"
     )
     revision = f"revision={source.revision}" if source.revision else ""
-    return DataError(Problem(what, source.path, revision, remedy))
+    return DataError(Problem(message, source.path, revision, remedy))

@@ -45,34 +45,37 @@ def read_messages(row: Row, key: str, where: str) -> list[Row]:
     return list(items)
 
 
-def parse_message(item: Row, at: str, where: str) -> Message:
-    """Parse a message of the format messages; `at` is its key path, as in messages[0], and `where` the row's place.
+def parse_message(item: Row, key_path: str, where: str) -> Message:
+    """Parse a message of the format messages; `key_path` is as in messages[0], and `where` the place of the row.
 
     Raises:
         DataError: for an unknown role, content that is not text, a malformed tool call or loss weight.
     """
-    given = read_value(item, "role", str, where, f"{at}.")
-    role = _OTHER_ROLES.get(given, given)
+    raw_role = read_value(item, "role", str, where, f"{key_path}.")
+    role = _OTHER_ROLES.get(raw_role, raw_role)
     if role not in ROLES:
-        refuse(f"{at}.role is unknown: {safe_excerpt(given)!r}", where, f"write one of {', '.join((*ROLES, *_OTHER_ROLES))}")
+        refuse(
+            f"{key_path}.role is unknown: {safe_excerpt(raw_role)!r}", where, f"write one of {', '.join((*ROLES, *_OTHER_ROLES))}"
+        )
     calls = [item["function_call"]] if item.get("function_call") else item.get("tool_calls") or []
     if calls and role != "assistant":
-        refuse(f"{at} calls a tool, and is not the assistant's", where, "write tool_calls into assistant messages only")
+        refuse(f"{key_path} calls a tool, and is not the assistant's", where, "write tool_calls into assistant messages only")
     reasoning = next((k for k in _REASONING_KEYS if item.get(k) is not None), None)
     return Message(
         role,
-        _parse_content(item, at, where, may_be_null=bool(calls)),
+        _parse_content(item, key_path, where, may_be_null=bool(calls)),
         tool_calls=tuple(
-            parse_tool_call(call, f"{at}.tool_calls[{i}]", where) for i, call in enumerate(require_list(calls, at, where))
+            parse_tool_call(call, f"{key_path}.tool_calls[{i}]", where)
+            for i, call in enumerate(require_list(calls, key_path, where))
         ),
-        name=read_optional(item, "name", where, f"{at}."),
-        tool_call_id=read_optional(item, "tool_call_id", where, f"{at}."),
-        weight=parse_weight(item, given, role == "assistant", at, where),
-        reasoning_content=None if reasoning is None else read_value(item, reasoning, str, where, f"{at}."),
+        name=read_optional(item, "name", where, f"{key_path}."),
+        tool_call_id=read_optional(item, "tool_call_id", where, f"{key_path}."),
+        weight=parse_weight(item, raw_role, role == "assistant", key_path, where),
+        reasoning_content=None if reasoning is None else read_value(item, reasoning, str, where, f"{key_path}."),
     )
 
 
-def parse_weight(item: Row, sender: str, is_assistant: bool, at: str, where: str) -> int | None:
+def parse_weight(item: Row, sender: str, is_assistant: bool, key_path: str, where: str) -> int | None:
     """Return 1 if an assistant's message is trained and 0 if not, by any of WEIGHT_KEYS; None if it has none of them.
 
     Raises:
@@ -82,27 +85,29 @@ def parse_weight(item: Row, sender: str, is_assistant: bool, at: str, where: str
         return None
     if unread := next((key for key in _UNREAD_WEIGHT_KEYS if item.get(key) not in (None, [])), None):
         remedy = f"write weight in place of {unread}: 1 to train the whole message, 0 to leave it out"
-        refuse(f"{at} says by {unread} whether it is trained, which is not read here", where, remedy)
-    weights = {key: _parse_zero_or_one(item[key], f"{at}.{key}", where) for key in _TRAINED_KEYS if item.get(key) is not None}
+        refuse(f"{key_path} says by {unread} whether it is trained, which is not read here", where, remedy)
+    weights = {
+        key: _parse_zero_or_one(item[key], f"{key_path}.{key}", where) for key in _TRAINED_KEYS if item.get(key) is not None
+    }
     if item.get(_MASKED_KEY) is not None:
-        weights[_MASKED_KEY] = 1 - _parse_zero_or_one(item[_MASKED_KEY], f"{at}.{_MASKED_KEY}", where)
+        weights[_MASKED_KEY] = 1 - _parse_zero_or_one(item[_MASKED_KEY], f"{key_path}.{_MASKED_KEY}", where)
     if not weights:
         return None
     if len(set(weights.values())) > 1:
         keys = " and ".join(f"{key}: {_as_json(item[key])}" for key in weights)
-        refuse(f"{at} says that it is trained and that it is not ({keys})", where, "leave one of the keys")
+        refuse(f"{key_path} says that it is trained and that it is not ({keys})", where, "leave one of the keys")
     key, weight = next(iter(weights.items()))
     if weight and not is_assistant:
-        what = f"{at}.{key} is {_as_json(item[key])} in a message of the role {safe_excerpt(sender)}"
-        refuse(what, where, "only assistant messages are trained; take it out")
+        problem = f"{key_path}.{key} is {_as_json(item[key])} in a message of the role {safe_excerpt(sender)}"
+        refuse(problem, where, "only assistant messages are trained; take it out")
     return weight if is_assistant else None
 
 
-def _parse_zero_or_one(value: Any, at: str, where: str) -> int:
+def _parse_zero_or_one(value: Any, key_path: str, where: str) -> int:
     if not isinstance(value, int | float) or value not in (0, 1):
-        given = _as_json(value) if isinstance(value, int | float) else f"a {json_type(value)}"
+        description = _as_json(value) if isinstance(value, int | float) else f"a {json_type(value)}"
         remedy = "write 1 to train the message, 0 to leave it out"
-        refuse(f"{at} is {given}, not 0 or 1", where, remedy)
+        refuse(f"{key_path} is {description}, not 0 or 1", where, remedy)
     return int(value)
 
 
@@ -111,34 +116,36 @@ def _as_json(value: float | bool) -> str:
     return safe_excerpt(json.dumps(value))
 
 
-def _parse_content(item: Row, at: str, where: str, may_be_null: bool) -> str:
+def _parse_content(item: Row, key_path: str, where: str, may_be_null: bool) -> str:
     """Return the text of a message, joined from its parts; null is allowed if the assistant calls a tool."""
     content = item.get("content")
     if content is None and may_be_null:
         return ""
     if not isinstance(content, list):
-        return str(read_value(item, "content", str, where, f"{at}."))
+        return str(read_value(item, "content", str, where, f"{key_path}."))
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type", "text") if isinstance(part, dict) else json_type(part)
         if not isinstance(part, dict) or kind != "text":
-            what = f"{at}.content[{i}] is of the type {safe_excerpt(kind)}, not text"
-            refuse(what, where, "leave the row out: only text is trained here")
-        texts.append(read_value(part, "text", str, where, f"{at}.content[{i}]."))
+            problem = f"{key_path}.content[{i}] is of the type {safe_excerpt(kind)}, not text"
+            refuse(problem, where, "leave the row out: only text is trained here")
+        texts.append(read_value(part, "text", str, where, f"{key_path}.content[{i}]."))
     return "".join(texts)
 
 
-def parse_tool_call(call: Any, at: str, where: str) -> Row:
+def parse_tool_call(call: Any, key_path: str, where: str) -> Row:
     """Return a tool call as `Message` has it; accepts OpenAI's object, or the function alone. Raises: DataError."""
     if not isinstance(call, dict):
-        refuse(f"{at} is a {json_type(call)}, not an object", where, "write {name, arguments}")
+        refuse(f"{key_path} is a {json_type(call)}, not an object", where, "write {name, arguments}")
     inner = call.get("function")
     function: Row = inner if isinstance(inner, dict) else call
-    name = read_value(function, "name", str, where, f"{at}.")
+    name = read_value(function, "name", str, where, f"{key_path}.")
     arguments = from_json(function.get("arguments") if "arguments" in function else function.get("parameters", {}))
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
-        refuse(f"{at}: the arguments of {safe_excerpt(name)} are no JSON object", where, "write an object, or its JSON text")
+        refuse(
+            f"{key_path}: the arguments of {safe_excerpt(name)} are no JSON object", where, "write an object, or its JSON text"
+        )
     tool_call: Row = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return {"id": call["id"], **tool_call} if isinstance(call.get("id"), str) else tool_call
 

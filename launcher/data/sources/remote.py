@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.data import Source
-from launcher.data.cache_dir import is_full, source_folder, unusable, usable
-from launcher.data.sources.files import DataFile, file_digest, kind_by_name
+from launcher.data.cache_dir import convert_os_errors, is_full, make_cache_error, source_folder
+from launcher.data.sources.files import DataFile, detect_kind, file_digest
 from launcher.data.sources.row_values import refuse
-from launcher.data.sources.splits import choose, left_out
+from launcher.data.sources.splits import choose_files, list_unused
 from launcher.errors import DataError, Problem
 from launcher.locks import wait_and_hold
 
@@ -36,7 +36,7 @@ class _State:
 
 
 class RemoteFiles:
-    """A file, pattern or folder at an fsspec address; `left_out` are files of a folder that are not read.
+    """A file, pattern or folder at an fsspec address; `list_unused` are files of a folder that are not read.
 
     Methods raise DataError.
     """
@@ -54,7 +54,7 @@ class RemoteFiles:
 
     def _list(self, path: str) -> list[str]:
         before_query = path.partition("?")[0]
-        if path.startswith(("http://", "https://")) and kind_by_name(before_query) and not glob.has_magic(before_query):
+        if path.startswith(("http://", "https://")) and detect_kind(before_query) and not glob.has_magic(before_query):
             # fsspec would read the file for links to see whether it is a folder.
             return [path]
         if glob.has_magic(path):
@@ -63,10 +63,10 @@ class RemoteFiles:
             return [path]
         root = path.rstrip("/")
         names = [str(name).removeprefix(f"{root}/") for name in self._fs.find(root)]
-        chosen = choose(
+        chosen = choose_files(
             names, lambda name: self._fs.cat_file(f"{root}/{name}"), self._source.subset, self._source.split, self._source.path
         )
-        self.left_out = left_out(names, chosen)
+        self.left_out = list_unused(names, chosen)
         return [f"{root}/{name}" for name in chosen]
 
     def _state(self, path: str) -> _State:
@@ -95,7 +95,7 @@ class RemoteFiles:
 
     def _fetch(self, path: str, state: _State) -> DataFile:
         target = self._target(path, state)
-        with usable(target.parent):
+        with convert_os_errors(target.parent):
             if target.exists():
                 return DataFile(target, self._name(path))
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ class RemoteFiles:
         name = self._name(path)
         if name not in _downloaded:
             folder = source_folder("address", name)
-            with usable(folder):
+            with convert_os_errors(folder):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 partial = self._download(path, size, folder)
                 digest = file_digest(DataFile(partial, name))
@@ -132,15 +132,15 @@ class RemoteFiles:
                 self._fs.get_file(path, str(partial))
             except OSError as error:
                 if is_full(error):
-                    raise unusable(error, folder) from error
+                    raise make_cache_error(error, folder) from error
                 raise
 
         try:
             self._try("fetched", get)
             num_bytes = partial.stat().st_size
             if size is not None and num_bytes != size:
-                what = f"the download is incomplete: {num_bytes:,} of {size:,} bytes"
-                refuse(what, self._name(path), "try again when no program writes the file")
+                message = f"the download is incomplete: {num_bytes:,} of {size:,} bytes"
+                refuse(message, self._name(path), "try again when no program writes the file")
             if num_bytes == 0:
                 refuse("the data file is empty", self._name(path), "write rows into it")
         except BaseException:
@@ -158,11 +158,11 @@ class RemoteFiles:
             raise DataError(Problem("there is no such data file", path, remedy=remedy)) from error
         except ImportError as error:
             protocol = path.split("://")[0]
-            what = f"the package that reads {protocol}:// is not installed: {error}"
-            raise DataError(Problem(what, path, remedy=f"pip install {_missing_package(error)}")) from error
+            message = f"the package that reads {protocol}:// is not installed: {error}"
+            raise DataError(Problem(message, path, remedy=f"pip install {_missing_package(error)}")) from error
         except Exception as error:
-            what = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
-            raise DataError(Problem(what, path, remedy=remedy)) from error
+            message = f"the data cannot be {done}: {type(error).__name__}: {str(error)[:200]}"
+            raise DataError(Problem(message, path, remedy=remedy)) from error
 
 
 def _missing_package(error: ImportError) -> str:

@@ -77,6 +77,6 @@ def json_type(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def refuse(what: str, where: str, remedy: str, value: str = "") -> NoReturn:
-    """Raise DataError: `what` is wrong at the place `where` (file:line), and how to fix it."""
-    raise DataError(Problem(what, where=where, value=value, remedy=remedy))
+def refuse(problem: str, where: str, remedy: str, value: str = "") -> NoReturn:
+    """Raise DataError: `problem` is wrong at the place `where` (file:line), and how to fix it."""
+    raise DataError(Problem(problem, where=where, value=value, remedy=remedy))

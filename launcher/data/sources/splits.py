@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from launcher.data.sources.files import COMPRESSED, KINDS, kind_by_name, strip_suffixes
+from launcher.data.sources.files import COMPRESSED, KINDS, detect_kind, strip_suffixes
 from launcher.data.sources.row_values import refuse
 
 # The split of held-out documents, if none is set.
@@ -25,7 +25,7 @@ _UNSUPPORTED = (".xz", ".lzma", ".bz2", ".lz4", ".br", ".snappy", ".zip", ".7z",
 _NOT_DATA = re.compile(r"(dataset_infos?|dataset_dict|state)\.json|(readme|license|notice|requirements)\b.*", re.IGNORECASE)
 
 
-def choose(
+def choose_files(
     names: Sequence[str], read: Callable[[str], bytes], subset: str | None, split: str | None, where: str
 ) -> tuple[str, ...]:
     """Return the data files among `names` (paths with slashes, relative to the folder) of the subset and split, sorted.
@@ -52,12 +52,12 @@ def choose(
     by_stem: dict[str, str] = {}
     for name in chosen:
         if (other := by_stem.setdefault(strip_suffixes(name), name)) != name:
-            what = f"{other} and {name} have one name and two formats: the same rows may stand in both"
-            refuse(what, where, "take one of them away, or name the files in the source's path, as in DIR/*.jsonl")
+            message = f"{other} and {name} have one name and two formats: the same rows may stand in both"
+            refuse(message, where, "take one of them away, or name the files in the source's path, as in DIR/*.jsonl")
     return tuple(chosen)
 
 
-def left_out(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
+def list_unused(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
     """Return the files among `names` that are not `chosen`, without those that never have data; sorted."""
     return tuple(sorted(n for n in names if n not in chosen and not _is_hidden(n) and not _is_beside(n)))
 
@@ -65,14 +65,14 @@ def left_out(names: Sequence[str], chosen: Collection[str]) -> tuple[str, ...]:
 def _select_split(by_split: dict[str, list[str]], split: str | None, where: str) -> str:
     if "" in by_split:
         names = {key: ", ".join(files[:3]) for key, files in by_split.items() if key}
-        what = f"{', '.join(by_split[''][:3])} belongs to no split, while other files do ({'; '.join(names.values())})"
-        refuse(what, where, "name the files in the source's path with a pattern, such as DIR/train*.jsonl")
+        message = f"{', '.join(by_split[''][:3])} belongs to no split, while other files do ({'; '.join(names.values())})"
+        refuse(message, where, "name the files in the source's path with a pattern, such as DIR/train*.jsonl")
     candidates = split.split(" or ") if split is not None else ["train"] if len(by_split) > 1 else list(by_split)
     for name in candidates:
         if name in by_split:
             return name
-    what = f"there is no split {' or '.join(candidates)} (there are: {', '.join(by_split)})"
-    refuse(what, where, "set the source's split (for held-out documents data.eval_split) to one of them")
+    message = f"there is no split {' or '.join(candidates)} (there are: {', '.join(by_split)})"
+    refuse(message, where, "set the source's split (for held-out documents data.eval_split) to one of them")
 
 
 def _is_hidden(name: str) -> bool:
@@ -90,9 +90,9 @@ def _data_files(names: Sequence[str], where: str) -> list[str]:
         refuse(
             f"the folder holds files that are packed in a way that is not read: {', '.join(unsupported[:3])}{more}", where, remedy
         )
-    data = sorted(n for n in names if kind_by_name(n) and not _is_hidden(n) and not _is_beside(n))
+    data = sorted(n for n in names if detect_kind(n) and not _is_hidden(n) and not _is_beside(n))
     # Text files next to tables or JSON are notes.
-    data = [n for n in data if kind_by_name(n) != "txt"] or data
+    data = [n for n in data if detect_kind(n) != "txt"] or data
     if not data:
         endings = sorted({PurePosixPath(name).suffix for name in names} - {""})
         code = " Code that builds a dataset is never run." if ".py" in endings else ""

@@ -79,7 +79,7 @@ class _Documented:
 
 
 @cache
-def pairs() -> tuple[Pair, ...]:
+def list_pairs() -> tuple[Pair, ...]:
     """Return about NUM_PAIRS pairs in the order of their symbols, always the same for a Python version.
 
     Each symbol and each answer text occurs once, so the held-out pairs share neither with the others.

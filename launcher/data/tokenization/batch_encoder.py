@@ -43,9 +43,12 @@ class EncodeTask:
         """Parse the documents; add the counts of unread keys of their rows to `unread_keys`. Raises: DataError with the place."""
         documents = self.batch.documents(unread_keys)
         if self.held_out is not None:
-            return [SourceDocument(document, self.source, self.held_out) for document, apart in documents if not apart]
+            return [
+                SourceDocument(document, self.source, self.held_out) for document, is_held_out in documents if not is_held_out
+            ]
         return [
-            SourceDocument(document, self.source, apart if self.batch.brings_split else None) for document, apart in documents
+            SourceDocument(document, self.source, is_held_out if self.batch.brings_split else None)
+            for document, is_held_out in documents
         ]
 
 
@@ -67,7 +70,7 @@ class DocumentTable:
     """One entry per document that was read; `num_tokens` is the count before truncation, `lost_tokens` are in no piece.
 
     `turn_end` is the token that ends the last trained turn, -1 if there is none. `contents` and `tasks` are hashes, and
-    `signatures` MinHash signatures: see checks.inspection.Inspection.
+    `compute_signatures` MinHash signatures: see checks.inspection.Inspection.
     """
 
     source: np.ndarray
@@ -151,7 +154,7 @@ class BatchEncoder:
             signatures=[one.signature for one in inspections],
         )
         # Documents that are dropped before rendering have no tokens.
-        whole = np.flatnonzero(docs.held_out & (docs.num_tokens > 0) & (docs.lost_tokens == 0)).tolist()
+        candidates = np.flatnonzero(docs.held_out & (docs.num_tokens > 0) & (docs.lost_tokens == 0)).tolist()
         pieces = [piece for pieces in cut for piece in pieces]
         return EncodedBatch(
             task.source,
@@ -161,7 +164,7 @@ class BatchEncoder:
             tokens=np.concatenate([np.empty(0, np.uint32), *(piece.ids for piece in pieces)]),
             trained=np.concatenate([np.empty(0, np.uint8), *(piece.trained for piece in pieces)]),
             hits=hits,
-            prompts=self._make_prompts(items, whole, docs.contents),
+            prompts=self._make_prompts(items, candidates, docs.contents),
         )
 
     def _render(self, document: Document) -> RenderedDocument:
@@ -171,15 +174,15 @@ class BatchEncoder:
             return RenderedDocument(document.where, "", (), raw=False)
         return self.encoder.render(document)
 
-    def _check_pieces(self, whole: EncodedDocument, pieces: Sequence[EncodedDocument]) -> inspection.CheckHit | None:
+    def _check_pieces(self, encoded: EncodedDocument, pieces: Sequence[EncodedDocument]) -> inspection.CheckHit | None:
         """Return the failed check of a document whose pieces lack a trained token, or a trained end of turn."""
-        if whole.is_unsure:
+        if encoded.is_unsure:
             return None
         within = f"within the first {self.data.max_length:,} tokens"
         if not pieces[0].trained.any():
             return inspection.CheckHit("no_trained_token", f"none {within}")
         if not any(piece.turn_ends for piece in pieces):
-            return inspection.CheckHit("no_turn_end", f"none {within}" if whole.turn_ends else "no end of turn is trained")
+            return inspection.CheckHit("no_turn_end", f"none {within}" if encoded.turn_ends else "no end of turn is trained")
         return None
 
     def _make_prompts(self, items: Sequence[SourceDocument], candidates: list[int], contents: np.ndarray) -> list[EvalPrompt]:

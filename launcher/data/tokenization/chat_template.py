@@ -93,8 +93,8 @@ class ChatTemplate:
 
     def refuse(self, does: str, where: str, remedy: str = _NOT_SURE) -> NoReturn:
         """Refuse the template for what it `does`, because the trained tokens are ambiguous."""
-        what = f"the chat template {does}, so the trained tokens are ambiguous"
-        raise DataError(Problem(what, where, self.name, remedy))
+        problem = f"the chat template {does}, so the trained tokens are ambiguous"
+        raise DataError(Problem(problem, where, self.name, remedy))
 
     def refuse_part(self, does: str, where: str) -> NoReturn:
         """Refuse the template for a part of the conversation that it leaves out."""
@@ -109,14 +109,14 @@ class ChatTemplate:
                 "choose a model with a chat template (often named -Instruct), set data.chat_template to a file with one, "
                 "or use the formats prompt_completion or text"
             )
-            what = "the tokenizer has no chat template, which conversations need"
-            raise DataError(Problem(what, chat.where, self.name, remedy))
+            problem = "the tokenizer has no chat template, which conversations need"
+            raise DataError(Problem(problem, chat.where, self.name, remedy))
         try:
             return str(self._tokenizer.get_chat_template(tools=list(chat.tools) or None))
         except ValueError as error:
-            what = f"the tokenizer has several chat templates ({', '.join(self._tokenizer.chat_template)}), and no default one"
+            problem = f"the tokenizer has several chat templates ({', '.join(self._tokenizer.chat_template)}), and no default one"
             remedy = "set data.chat_template to a file with the template to use"
-            raise DataError(Problem(what, chat.where, self.name, remedy)) from error
+            raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
 
     def _render(
         self, chat: Chat, messages: Sequence[Message], generation_prompt: bool, marks: bool, with_tools: bool = True
@@ -132,12 +132,12 @@ class ChatTemplate:
                 conversations=[rows], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **values
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            what = f"the chat template refuses this conversation: {error}"
+            problem = f"the chat template refuses this conversation: {error}"
             remedy = (
                 "change the row, set data.chat_template to a file with a template that accepts it, or drop conversations whose "
             )
             remedy += "roles are out of order with data.checks.role_order=drop"
-            raise DataError(Problem(what, chat.where, self.name, remedy)) from error
+            raise DataError(Problem(problem, chat.where, self.name, remedy)) from error
         return texts[0], [tuple(span) for span in spans[0]]
 
 

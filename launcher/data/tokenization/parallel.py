@@ -89,13 +89,13 @@ def _failure(exit_codes: Sequence[int | None], workers: int) -> LauncherError:
     failures = [code for code in exit_codes if code]
     causes = [code for code in failures if code != -signal.SIGTERM] or failures
     if -signal.SIGKILL in causes:
-        what = "a process that builds the data cache was killed, probably because the memory ran out"
+        message = "a process that builds the data cache was killed, probably because the memory ran out"
         remedy = f"set data.workers below {workers}, or give the machine more memory, and try again"
-        return DataError(Problem(what, "data.workers", str(workers), remedy))
+        return DataError(Problem(message, "data.workers", str(workers), remedy))
     code = causes[0] if causes else 0
     how = f"was ended by {signal.strsignal(-code) or f'signal {-code}'}" if code < 0 else f"ended with exit code {code}"
-    what = f"a process that builds the data cache {how}; its messages are above"
-    return RunError(Problem(what, remedy="data.workers=1 builds without such processes"))
+    message = f"a process that builds the data cache {how}; its messages are above"
+    return RunError(Problem(message, remedy="data.workers=1 builds without such processes"))
 
 
 def _start_worker() -> None:

@@ -195,7 +195,7 @@ def test_documents_that_were_not_compared_are_reported_if_no_leak_is_found(monke
 def test_the_estimate_of_similarity_is_near_the_truth() -> None:
     for number in (1, 3):
         texts = [minhash.normalize(text).encode() for text in (prose(3, 400), changed(prose(3, 400), number * 12))]
-        first, second = minhash.signatures(texts)
+        first, second = minhash.compute_signatures(texts)
         assert first is not None
         assert second is not None
         sets = [{data[i : i + 16] for i in range(len(data) - 15)} for data in texts]
@@ -205,13 +205,13 @@ def test_the_estimate_of_similarity_is_near_the_truth() -> None:
 
 def test_a_signature_does_not_depend_on_the_other_texts() -> None:
     texts = [b"short", prose(0).encode(), prose(1).encode(), b"x" * 79, b"", prose(2, 500).encode()]
-    together = minhash.signatures(texts)
+    together = minhash.compute_signatures(texts)
     assert [one is None for one in together] == [True, False, False, False, True, False]
     for text, one in zip(texts, together, strict=True):
-        (alone,) = minhash.signatures([text])
+        (alone,) = minhash.compute_signatures([text])
         assert (alone is None) == (one is None)
         assert alone is None or (alone == one).all()
-    assert minhash.signatures([]) == []
+    assert minhash.compute_signatures([]) == []
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95, 1.0])

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from launcher.config.data import Source
-from launcher.data.sources import Chat, Completion, Message, count_rows, read_documents, source_digest
+from launcher.data.sources import Chat, Completion, Message, compute_source_digest, count_rows, read_documents
 from launcher.errors import DataError, Problem
 
 ROWS = [{"prompt": f'Q{i}: é, "{i}"\nnext', "completion": f"A{i}"} for i in range(5)]
@@ -216,7 +216,7 @@ def test_an_unreadable_file_is_reported(tmp_path: Path) -> None:
     # Opens, and fails when it is read.
     path.symlink_to("/proc/self/mem")
     source = Source(path=str(path))
-    for action in (source_digest, count_rows, lambda source: list(read_documents(source))):
+    for action in (compute_source_digest, count_rows, lambda source: list(read_documents(source))):
         with pytest.raises(DataError, match="the data file cannot be read: Input/output error") as caught:
             action(source)
         assert caught.value.problems[0].where == str(path)

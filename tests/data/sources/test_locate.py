@@ -19,7 +19,7 @@ from mirror_tools import S3, make_bucket, running_s3
 
 from launcher import locks
 from launcher.config.data import DataSection, Source
-from launcher.data.sources import check_sources, eval_source, provenance, read_documents, source_digest
+from launcher.data.sources import check_sources, compute_source_digest, describe_origin, make_eval_source, read_documents
 from launcher.errors import DataError, Problem
 
 Files = dict[str, str]
@@ -146,13 +146,13 @@ def test_problems_of_a_folder_show_before_it_is_read(tmp_path: Path, files: File
 def test_the_report_lists_files_read_and_left_out(tmp_path: Path) -> None:
     beside = {f"notes-{i:02}.txt": "x" for i in range(12)}
     source = Source(path=str(write(tmp_path, {**SPLITS, ".hidden.jsonl": row("h"), **beside})))
-    told = provenance(source)
+    told = describe_origin(source)
     assert (told["files"], told["num_files"]) == ([f"{tmp_path}/train-0.jsonl", f"{tmp_path}/train-1.jsonl"], 2)
     assert (told["left_out"], told["num_left_out"]) == ([f"notes-{i:02}.txt" for i in range(10)], 13)
     assert told["commit"] is None
     write(tmp_path, {"train-0.jsonl": row("c")})
-    assert provenance(source)["digest"] != told["digest"]
-    assert provenance(Source(path=f"{tmp_path}/*.jsonl"))["num_left_out"] == 0
+    assert describe_origin(source)["digest"] != told["digest"]
+    assert describe_origin(Source(path=f"{tmp_path}/*.jsonl"))["num_left_out"] == 0
 
 
 def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
@@ -178,26 +178,26 @@ def test_patterns(tmp_path: Path) -> None:
 
 def test_the_source_digest_depends_on_bytes_not_on_the_path(tmp_path: Path) -> None:
     one, two = write(tmp_path / "one", SPLITS), write(tmp_path / "two", SPLITS)
-    assert source_digest(Source(path=str(one))) == source_digest(Source(path=str(two)))
-    assert source_digest(Source(path=str(one))) != source_digest(Source(path=str(one), split="test"))
+    assert compute_source_digest(Source(path=str(one))) == compute_source_digest(Source(path=str(two)))
+    assert compute_source_digest(Source(path=str(one))) != compute_source_digest(Source(path=str(one), split="test"))
     write(two, {"train-1.jsonl": row("c")})
-    assert source_digest(Source(path=str(one))) != source_digest(Source(path=str(two)))
+    assert compute_source_digest(Source(path=str(one))) != compute_source_digest(Source(path=str(two)))
     # The same bytes mean other rows under another ending.
     write(tmp_path, {"a.json": row("a"), "a.txt": row("a")})
-    assert source_digest(Source(path=f"{tmp_path}/a.json")) != source_digest(Source(path=f"{tmp_path}/a.txt"))
+    assert compute_source_digest(Source(path=f"{tmp_path}/a.json")) != compute_source_digest(Source(path=f"{tmp_path}/a.txt"))
 
 
 def test_the_held_out_source_is_read_like_the_others(tmp_path: Path) -> None:
     write(tmp_path, {**SPLITS, "dev.jsonl": row("d")})
     columns = {"prompt": "question"}
     alike = (Source(path="a.jsonl", columns=columns), Source(name="b", path="b.jsonl", columns=columns))
-    held_out = eval_source(DataSection(sources=alike, eval_path=str(tmp_path)))
+    held_out = make_eval_source(DataSection(sources=alike, eval_path=str(tmp_path)))
     assert held_out is not None
     assert held_out.columns == columns
-    assert eval_source(DataSection(sources=alike)) is None
+    assert make_eval_source(DataSection(sources=alike)) is None
     plain = (Source(path="a.jsonl", format="text"), Source(name="b", path="b.jsonl"))
     for split, expected in ((None, "d"), ("test", "t"), ("train", "a")):
-        held_out = eval_source(DataSection(sources=plain, eval_path=str(tmp_path), eval_split=split))
+        held_out = make_eval_source(DataSection(sources=plain, eval_path=str(tmp_path), eval_split=split))
         assert held_out is not None
         assert (held_out.format, held_out.columns, texts(held_out)[0]) == ("auto", {}, expected)
 
@@ -207,7 +207,7 @@ def test_held_out_documents_may_be_files_or_a_pattern(tmp_path: Path) -> None:
     for path, expected in (("eval/*.jsonl", ["x", "y"]), ("eval/y.jsonl", ["y"])):
         data = DataSection(sources=(Source(path=f"{tmp_path}/a.jsonl"),), eval_path=f"{tmp_path}/{path}")
         assert check_sources(data) == []
-        held_out = eval_source(data)
+        held_out = make_eval_source(data)
         assert held_out is not None
         assert texts(held_out) == expected
 
@@ -215,10 +215,10 @@ def test_held_out_documents_may_be_files_or_a_pattern(tmp_path: Path) -> None:
 def test_held_out_documents_of_a_sources_own_dataset_are_of_its_subset_and_revision() -> None:
     main = Source(path="owner/name", subset="main", revision="v1", columns={"prompt": "question"})
     other = Source(name="other", path="a.jsonl")
-    held_out = eval_source(DataSection(sources=(other, main), eval_path="owner/name"))
+    held_out = make_eval_source(DataSection(sources=(other, main), eval_path="owner/name"))
     assert held_out is not None
     assert (held_out.subset, held_out.revision, held_out.columns) == ("main", "v1", main.columns)
-    elsewhere = eval_source(DataSection(sources=(other, main), eval_path="owner/else"))
+    elsewhere = make_eval_source(DataSection(sources=(other, main), eval_path="owner/else"))
     assert elsewhere is not None
     assert (elsewhere.subset, elsewhere.revision, elsewhere.columns) == (None, None, {})
 
@@ -236,14 +236,14 @@ def memory() -> Iterator[Any]:
 def test_an_address_is_downloaded_once_and_again_after_a_change(memory: Any, cache_home: Path) -> None:
     memory.pipe("/data/train.jsonl", row("a").encode())
     source = Source(path="memory://data/train.jsonl")
-    first = source_digest(source)
+    first = compute_source_digest(source)
     assert not list(cache_home.rglob("rows"))
     for _ in range(2):
         (document,) = (document for document, _ in read_documents(source))
         assert (document.where, document.text) == ("memory:///data/train.jsonl:1", "a")  # type: ignore[union-attr]
         assert len(list(cache_home.rglob("rows"))) == 1
     memory.pipe("/data/train.jsonl", row("b").encode())
-    assert source_digest(source) != first
+    assert compute_source_digest(source) != first
     assert texts(source) == ["b"]
 
 
@@ -276,7 +276,7 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
     assert texts(Source(path="memory://data/deep/train*.jsonl")) == ["a", "b"]
     assert texts(Source(path="memory://data/deep")) == ["a", "b"]
     assert texts(Source(path="memory://data/deep", split="test")) == ["t"]
-    told = provenance(Source(path="memory://data/deep"))
+    told = describe_origin(Source(path="memory://data/deep"))
     assert (told["files"], told["left_out"]) == ([f"memory:///data/deep/train-{i}.jsonl" for i in (0, 1)], ["test.jsonl"])
     assert "no split held" in problem_of(Source(path="memory://data/deep", split="held")).what
     assert "no file matches" in problem_of(Source(path="memory://data/*.csv")).what
@@ -300,12 +300,12 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 CODE = """
 import json, sys
 from launcher.config.data import Source
-from launcher.data.sources import provenance, read_documents, source_digest
+from launcher.data.sources import describe_origin, read_documents, compute_source_digest
 from launcher.errors import DataError
 try:
     source = Source.model_validate_json(sys.argv[1])
     rows = [[d.where, d.text] for d, _ in read_documents(source)]
-    print(json.dumps([source_digest(source), rows, provenance(source)]))
+    print(json.dumps([compute_source_digest(source), rows, describe_origin(source)]))
 except DataError as error:
     print(error)
     sys.exit(2)

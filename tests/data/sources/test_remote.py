@@ -14,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from http_server import serving
 
 from launcher.config.data import DataSection, Source
-from launcher.data.sources import check_sources, read_documents, remote, source_digest
+from launcher.data.sources import check_sources, compute_source_digest, read_documents, remote
 from launcher.errors import DataError
 
 # fsspec hides the module behind a mapping of the same name.
@@ -67,12 +67,12 @@ def texts(source: Source) -> list[str]:
 def test_a_remote_file_is_downloaded_again_when_its_metadata_changes(web: Web, header: str) -> None:
     source = Source(path=f"{web.address}/a.jsonl")
     web.headers = {header: "one"}
-    first = source_digest(source)
+    first = compute_source_digest(source)
     assert web.read == []
     assert texts(source) == texts(source) == ["a"]
     assert len(web.read) == 1
     web.headers, web.content = {header: "two"}, OTHER
-    assert source_digest(source) != first
+    assert compute_source_digest(source) != first
     assert texts(source) == ["b"]
 
 
@@ -82,16 +82,16 @@ def test_a_remote_file_without_metadata_is_identified_by_its_bytes(
 ) -> None:
     web.says_length = says_length
     source = Source(path=f"{web.address}/a.jsonl")
-    first = source_digest(source)
+    first = compute_source_digest(source)
     assert texts(source) == ["a"]
     if says_length:
         # Without, its headers are asked for by GET too.
         assert len(web.read) == 1
     web.content = OTHER
     # What this process has read stays what it reads; another one sees the other bytes.
-    assert source_digest(source) == first
+    assert compute_source_digest(source) == first
     monkeypatch.setattr(remote, "_fetched", {})
-    assert source_digest(source) != first
+    assert compute_source_digest(source) != first
     assert texts(source) == ["b"]
 
 
@@ -174,13 +174,13 @@ def test_rows_from_google_storage(monkeypatch: pytest.MonkeyPatch, cache_home: P
         Bucket().pipe(f"gs://bucket/data/{name}.jsonl", content)
     address = "gs://bucket/data"
     assert check_sources(DataSection(sources=(Source(path=address),))) == []
-    first = source_digest(Source(path=address))
+    first = compute_source_digest(Source(path=address))
     assert texts(Source(path=address)) == texts(Source(path=f"{address}/train-*.jsonl")) == ["a", "b"]
     assert texts(Source(path=address, split="test")) == ["a"]
     with pytest.raises(DataError, match="no such data file"):
         texts(Source(path=f"{address}/gone.jsonl"))
     Bucket().pipe(f"{address}/train-0.jsonl", ROW)
-    assert source_digest(Source(path=address)) == first
+    assert compute_source_digest(Source(path=address)) == first
     Bucket().pipe(f"{address}/train-0.jsonl", OTHER)
-    assert source_digest(Source(path=address)) != first
+    assert compute_source_digest(Source(path=address)) != first
     assert texts(Source(path=address)) == ["b", "b"]

@@ -3,20 +3,20 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from launcher.data.sources.stdlib_docs import MAX_WORDS, NUM_PAIRS, pairs
+from launcher.data.sources.stdlib_docs import MAX_WORDS, NUM_PAIRS, list_pairs
 
 
 def test_there_are_about_3000_pairs_of_sensible_length() -> None:
-    assert 0.9 * NUM_PAIRS <= len(pairs()) <= NUM_PAIRS
-    assert all(pair.symbol in pair.question for pair in pairs())
-    assert all(3 <= len(pair.answer.split()) <= MAX_WORDS + 60 for pair in pairs())
-    assert len({pair.question.replace(pair.symbol, "X") for pair in pairs()}) >= 12
+    assert 0.9 * NUM_PAIRS <= len(list_pairs()) <= NUM_PAIRS
+    assert all(pair.symbol in pair.question for pair in list_pairs())
+    assert all(3 <= len(pair.answer.split()) <= MAX_WORDS + 60 for pair in list_pairs())
+    assert len({pair.question.replace(pair.symbol, "X") for pair in list_pairs()}) >= 12
 
 
 def test_the_held_out_pairs_share_nothing_with_the_others() -> None:
-    held_out = [pair for pair in pairs() if pair.held_out]
-    rest = [pair for pair in pairs() if not pair.held_out]
-    assert 0.03 <= len(held_out) / len(pairs()) <= 0.07
+    held_out = [pair for pair in list_pairs() if pair.held_out]
+    rest = [pair for pair in list_pairs() if not pair.held_out]
+    assert 0.03 <= len(held_out) / len(list_pairs()) <= 0.07
     assert not {pair.symbol for pair in held_out} & {pair.symbol for pair in rest}
 
     def docstrings(split: list) -> set[str]:
@@ -28,7 +28,7 @@ def test_the_held_out_pairs_share_nothing_with_the_others() -> None:
 def test_the_text_is_the_docstring() -> None:
     import textwrap
 
-    answers = {pair.symbol: pair.answer for pair in pairs()}
+    answers = {pair.symbol: pair.answer for pair in list_pairs()}
     own = {f"textwrap.{name}": getattr(textwrap, name).__doc__ for name in ("wrap", "fill", "shorten", "dedent", "indent")}
     found = [symbol for symbol in own if symbol in answers]
     assert found
@@ -39,7 +39,7 @@ def test_the_text_is_the_docstring() -> None:
 
 def test_stdlib_docs_import_nothing_and_are_the_same_in_every_process() -> None:
     code = (
-        "import sys, hashlib; from launcher.data.sources.stdlib_docs import pairs; got = repr(pairs()).encode();"
+        "import sys, hashlib; from launcher.data.sources.stdlib_docs import list_pairs; got = repr(list_pairs()).encode();"
         "odd = {'antigravity', 'this', 'tkinter', 'turtle', 'idlelib', 'smtplib', 'sqlite3'} & set(sys.modules);"
         "print(hashlib.sha256(got).hexdigest(), sorted(odd))"
     )
