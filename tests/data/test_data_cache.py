@@ -189,7 +189,7 @@ def test_the_cache_key_depends_on_how_a_source_is_read(
     chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, Any]
 ) -> None:
     # A file has no splits, and what a hub dataset holds is not what this is about.
-    monkeypatch.setattr("launcher.data.cache.source_digest", lambda source: "the same bytes")
+    monkeypatch.setattr("launcher.data.cache.compute_source_digest", lambda source: "the same bytes")
     keys = [
         cache_key(DataSection(sources=(Source(path=str(chats), **settings),)), str(tokenizer_dir)) for settings in ({}, setting)
     ]
@@ -200,7 +200,7 @@ def test_the_cache_key_does_not_depend_on_the_name_of_a_revision(
     chats: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The digest has the commit, and a branch and a tag may be the same one.
-    monkeypatch.setattr("launcher.data.cache.source_digest", lambda source: "the same commit")
+    monkeypatch.setattr("launcher.data.cache.compute_source_digest", lambda source: "the same commit")
     sources = [Source(path=str(chats), revision=revision) for revision in ("v1", "main")]
     assert len({cache_key(DataSection(sources=(s,), eval_path=s.path), str(tokenizer_dir)) for s in sources}) == 1
 

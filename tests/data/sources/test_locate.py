@@ -287,7 +287,7 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
 
 def test_an_unknown_protocol_is_refused(tmp_path: Path) -> None:
     (problem,) = check_sources(DataSection(sources=(Source(path="gopher://rows"),)))
-    assert "knows gopher://" in problem.what
+    assert "gopher:// is unknown" in problem.what
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
         def log_message(self, format: str, *args: Any) -> None:
             pass
 
-    monkeypatch.setattr(remote, "_fetched", {})
+    monkeypatch.setattr(remote, "_downloaded", {})
     with serving(Handler) as web.address:
         yield web
 
@@ -90,7 +90,7 @@ def test_a_remote_file_without_metadata_is_identified_by_its_bytes(
     web.content = OTHER
     # What this process has read stays what it reads; another one sees the other bytes.
     assert compute_source_digest(source) == first
-    monkeypatch.setattr(remote, "_fetched", {})
+    monkeypatch.setattr(remote, "_downloaded", {})
     assert compute_source_digest(source) != first
     assert texts(source) == ["b"]
 
