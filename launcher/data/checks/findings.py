@@ -29,8 +29,8 @@ class CheckText:
 
 
 _REPEATED = "The model sees them more often than other documents"
-_KEEPS_FIRST = "drop keeps the first copy, in the source of which the mixture takes the largest share"
-_RECITED = "A model can repeat what it was trained on"
+_KEEP_FIRST = "set the check to drop: it keeps one copy, in the source of which the mixture takes the largest share"
+_MEMORISED = "A model can repeat what it was trained on"
 
 # Each check by its name in data.checks.
 CHECKS = {
@@ -53,12 +53,12 @@ CHECKS = {
     "held_out_in_train": CheckText(
         "held-out documents that are also in the training split, apart from case and white space",
         "The evaluation loss comes out too low",
-        "remove them from one of the two files; drop removes them from training",
+        "remove them from one of the two files, or set the check to drop, which removes them from training",
     ),
     "near_held_out_in_train": CheckText(
         "held-out documents that are nearly identical to a training document",
         "The evaluation loss may come out too low",
-        "look at the examples; drop removes the similar documents from training",
+        "look at the examples; to remove the similar documents from training, set the check to drop",
     ),
     "not_compared": CheckText(
         "documents that were not compared with every document that may be nearly identical",
@@ -73,12 +73,12 @@ CHECKS = {
     "exact_duplicate": CheckText(
         "training documents that repeat an earlier one, apart from case and white space",
         _REPEATED,
-        _KEEPS_FIRST,
+        _KEEP_FIRST,
     ),
     "near_duplicate": CheckText(
         "training documents that are nearly identical to an earlier one",
         _REPEATED,
-        f"look at the examples; {_KEEPS_FIRST}",
+        f"look at the examples; {_KEEP_FIRST}",
     ),
     "broken_encoding": CheckText(
         "documents with wrongly decoded text",
@@ -107,12 +107,12 @@ CHECKS = {
     ),
     "secrets": CheckText(
         "documents with text that looks like a key or a password",
-        _RECITED,
+        _MEMORISED,
         "replace keys and passwords with placeholders",
     ),
     "personal_data": CheckText(
         "documents with text that looks like an e-mail address or a telephone number",
-        _RECITED,
+        _MEMORISED,
         "replace them with placeholders if they belong to real people",
     ),
     "few_examples": CheckText(
