@@ -60,7 +60,7 @@ def user(text: str) -> Message:
     return Message("user", text)
 
 
-def said(text: str, **more: Any) -> Message:
+def assistant(text: str, **more: Any) -> Message:
     return Message("assistant", text, **more)
 
 
@@ -68,12 +68,12 @@ def answered(text: str) -> Message:
     return Message("tool", text, name="add", tool_call_id="call00001")
 
 
-SINGLE = (user("Hi"), said("Hello."))
-MULTI = (user("1+1?"), said("2"), user("And 2+2?"), said("4"))
+SINGLE = (user("Hi"), assistant("Hello."))
+MULTI = (user("1+1?"), assistant("2"), user("And 2+2?"), assistant("4"))
 SYSTEM = (system("Be brief."), *SINGLE)
-TOOLS = (user("1+1?"), said("", tool_calls=(CALL,)), answered("2"), said("It is 2."))
+TOOLS = (user("1+1?"), assistant("", tool_calls=(CALL,)), answered("2"), assistant("It is 2."))
 
-REASONED_CALL = said("", tool_calls=(CALL,), reasoning_content="Add.")
+REASONED_CALL = assistant("", tool_calls=(CALL,), reasoning_content="Add.")
 CHATS = {"single": SINGLE, "multi": MULTI, "system": SYSTEM, "tools": TOOLS}
 
 

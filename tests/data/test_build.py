@@ -218,8 +218,8 @@ def test_rows_with_an_ambiguous_mask_are_refused_or_dropped(jsonl: Jsonl, tokeni
     data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=64, checks=dropping)
     facts = build(data, str(tmp_path / "tokenizer"))
     assert facts.num_docs == 2
-    (found,) = (one for one in findings.read(facts.cache_dir) if one.name == "unsure_border")
-    assert [example.where for example in found.examples] == [f"{data.sources[0].path}:2"]
+    (finding,) = (one for one in findings.read(facts.cache_dir) if one.name == "unsure_border")
+    assert [example.where for example in finding.examples] == [f"{data.sources[0].path}:2"]
     failing = data.model_copy(update={"checks": ChecksSection()})
     with pytest.raises(DataError, match="begins or ends inside a token") as caught:
         findings.refuse(findings.read(build(failing, str(tmp_path / "tokenizer")).cache_dir), failing.checks)

@@ -350,7 +350,8 @@ def test_waiting_for_another_builder_is_logged_repeatedly(
         second.__enter__()
     holder = f"process {os.getpid()} on {os.uname().nodename}"
     assert len(caplog.messages) > 2
-    assert all(said.startswith(f"waiting for another process that builds this data cache ({holder}") for said in caplog.messages)
+    prefix = f"waiting for another process that builds this data cache ({holder}"
+    assert all(message.startswith(prefix) for message in caplog.messages)
     (problem,) = caught.value.problems
     assert (problem.where, problem.value.startswith(holder)) == (str(cache_home / "data" / "key.lock"), True)
     # Where nobody has said who holds it, the lock is named.
@@ -366,11 +367,11 @@ def test_a_full_disk_is_reported_and_leaves_no_partial_cache(section: Section, t
     command = [sys.executable, "-c", code, section(max_length=512).model_dump_json(), str(tokenizer_dir), ""]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    said = done.stderr.partition("launcher.errors.DataError: ")[2]
-    assert said.startswith("the launcher's cache cannot be used: File too large"), done.stderr
-    assert str(cache_home / "data") in said
-    assert re.search(r"0\.00 GiB were written to this folder, and [\d,.]+ GiB are free on its disk", said)
-    assert "free more space (or raise the quota), or set LAUNCHER_CACHE to" in said
+    message = done.stderr.partition("launcher.errors.DataError: ")[2]
+    assert message.startswith("the launcher's cache cannot be used: File too large"), done.stderr
+    assert str(cache_home / "data") in message
+    assert re.search(r"0\.00 GiB were written to this folder, and [\d,.]+ GiB are free on its disk", message)
+    assert "free more space (or raise the quota), or set LAUNCHER_CACHE to" in message
     assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
 
 

@@ -81,9 +81,9 @@ def padding(counts: dict[str, Any]) -> float:
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_sources_share_the_padding(mixture: DataSection, tokenizer_dir: Path, packing: bool) -> None:
     data = mixture.model_copy(update={"packing": packing})
-    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, micro_batch_size=4, global_batch_size=16)
-    assert padding(told) > 0
-    assert sum(map(padding, told["sources"])) == pytest.approx(padding(told))
+    data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, micro_batch_size=4, global_batch_size=16)
+    assert padding(data_report) > 0
+    assert sum(map(padding, data_report["sources"])) == pytest.approx(padding(data_report))
 
 
 @pytest.mark.parametrize("group_by_length", [True, False])
@@ -99,13 +99,13 @@ def test_padding_of_single_documents_is_that_of_the_first_epochs_batches(
     slots = sum(micro.input_ids.numel() for micro in micros)
     row_tokens = np.diff(Split.open(facts).rows)
     num_tokens = sum(int(row_tokens[list(micro.row_ids)].sum()) for micro in micros)
-    told = report(facts, data, tokenizer_dir, **size)
+    data_report = report(facts, data, tokenizer_dir, **size)
     # The last batch of the epoch is not whole.
-    assert told["padding_frac"] == pytest.approx(1 - num_tokens / slots, abs=0.03)
-    assert (told["padded_rows"], told["padding_is_most"]) == (4, False)
+    assert data_report["padding_frac"] == pytest.approx(1 - num_tokens / slots, abs=0.03)
+    assert (data_report["padded_rows"], data_report["padding_is_most"]) == (4, False)
     most = report(facts, data, tokenizer_dir, global_batch_size=16)
     assert (most["padded_rows"], most["padding_is_most"]) == (16, True)
-    assert most["padding_frac"] > told["padding_frac"]
+    assert most["padding_frac"] > data_report["padding_frac"]
     assert report(facts, data, tokenizer_dir, global_batch_size=16, micro_batch_size=1)["padding_frac"] == 0
     alike = " of about the same length" if group_by_length else ""
     ((_, rows), *_) = summary_rows(most)
@@ -116,12 +116,12 @@ def test_a_partly_used_source_is_reported(mixture: DataSection, tokenizer_dir: P
     short, long = mixture.sources
     sources = (short.model_copy(update={"epochs": 2.0}), long.model_copy(update={"max_tokens": 500}))
     data = mixture.model_copy(update={"sources": sources})
-    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
-    passes = told["sources"][1]["epochs"]
+    data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    passes = data_report["sources"][1]["epochs"]
     assert 0 < passes < 1
-    (line,) = parts_taken(told)
+    (line,) = parts_taken(data_report)
     assert line.startswith(f"long: {passes:.2f} passes over it in each epoch of the run; the documents of the part")
-    header, *lines = number_rows(told)
+    header, *lines = number_rows(data_report)
     assert [line[header.index("epochs")] for line in lines] == ["2.00", f"{passes:.2f}", "", ""]
 
 
@@ -130,26 +130,26 @@ def test_documents_outside_the_mixture_are_not_counted_as_truncated(jsonl: Jsonl
     short = jsonl([{"text": f"A short text, number {i}"} for i in range(10)], "short.jsonl")
     sources = (Source(name="long", path=str(long), weight=3), Source(name="short", path=str(short), weight=1, max_tokens=50))
     data = DataSection(sources=sources, max_length=64, eval_fraction=0, workers=1)
-    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
-    counts = told["sources"][0]
+    data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    counts = data_report["sources"][0]
     assert 0 < counts["documents"] < 20
     assert counts["truncated_documents"] == counts["documents"]
     assert counts["unused_documents"] == 20 - counts["documents"]
-    first, second = unused(told)
+    first, second = unused(data_report)
     assert first == f"long: {20 - counts['documents']} of 20 documents are not in the mixture, for its weight"
     assert second.endswith("of 10 documents are not in the mixture, for its weight and max_tokens")
     off = data.model_copy(update={"sources": (sources[0], sources[1].model_copy(update={"weight": 0.0}))})
-    told = report(build(off, str(tokenizer_dir)), off, tokenizer_dir)
-    assert unused(told) == ["short: not read, for its weight is 0"]
-    assert [line[0] for line in number_rows(told)[1:]] == ["long"]
+    data_report = report(build(off, str(tokenizer_dir)), off, tokenizer_dir)
+    assert unused(data_report) == ["short: not read, for its weight is 0"]
+    assert [line[0] for line in number_rows(data_report)[1:]] == ["long"]
 
 
 def test_the_report_has_the_length_of_the_longest_row(jsonl: Jsonl, tokenizer_dir: Path) -> None:
     path = jsonl([{"text": f"A short text, number {i}"} for i in range(4)], "few.jsonl")
     data = DataSection(sources=(Source(path=str(path)),), max_length=1024, eval_fraction=0, workers=1)
-    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
-    ((_, rows), *_) = summary_rows(told)
-    assert rows.startswith(f"1 of up to {told['tokens']} tokens (data.max_length is 1,024), packed, filled to 100.00%")
+    data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    ((_, rows), *_) = summary_rows(data_report)
+    assert rows.startswith(f"1 of up to {data_report['tokens']} tokens (data.max_length is 1,024), packed, filled to 100.00%")
 
 
 def test_a_moved_source_is_reported_with_its_former_path(
@@ -159,9 +159,9 @@ def test_a_moved_source_is_reported_with_its_former_path(
     first, second = mixture.sources
     path = shutil.move(second.path, tmp_path / "moved.jsonl")
     data = mixture.model_copy(update={"sources": (first, second.model_copy(update={"path": str(path)}))})
-    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
-    assert told["cache_dir"] == numbers["cache_dir"]
-    assert moved(told) == [f"long: files and examples are named as when the cache was built, from {second.path}"]
+    data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir)
+    assert data_report["cache_dir"] == numbers["cache_dir"]
+    assert moved(data_report) == [f"long: files and examples are named as when the cache was built, from {second.path}"]
 
 
 def test_the_report_has_the_origin_of_the_rows(numbers: dict[str, Any], tmp_path: Path) -> None:
@@ -174,9 +174,9 @@ def test_the_report_has_the_origin_of_the_rows(numbers: dict[str, Any], tmp_path
 
 
 def test_findings_are_judged_by_the_current_settings(numbers: dict[str, Any], mixture: DataSection, tokenizer_dir: Path) -> None:
-    found = {one["name"]: one for one in numbers["findings"]}
-    assert found["empty_answer"]["action"] == "drop"
-    (example,) = found["secrets"]["examples"]
+    by_name = {one["name"]: one for one in numbers["findings"]}
+    assert by_name["empty_answer"]["action"] == "drop"
+    (example,) = by_name["secrets"]["examples"]
     assert example["where"].endswith("b.jsonl:62")
     assert SECRET not in example["detail"]
     assert not numbers["refused"]
@@ -212,8 +212,8 @@ def test_rows_are_shown_whole_and_without_secrets(mixture: DataSection, tokenize
 @pytest.mark.parametrize("row", [{"text": f"{SECRET} is the key"}, {"prompt": f"key: {SECRET[:20]}", "completion": SECRET[20:]}])
 def test_secrets_across_trained_and_untrained_tokens_are_redacted(row: dict[str, str], jsonl: Jsonl, tokenizer_dir: Path) -> None:
     data = DataSection(sources=(Source(path=str(jsonl([row]))),), max_length=64, workers=1)
-    told = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, num_shown=1)
-    parts = told["shown"][0]["documents"][0]["parts"]
+    data_report = report(build(data, str(tokenizer_dir)), data, tokenizer_dir, num_shown=1)
+    parts = data_report["shown"][0]["documents"][0]["parts"]
     assert [part["trained"] for part in parts] == [False, True]
     text = "".join(part["text"] for part in parts)
     assert "[API key: s…, 44 characters]" in text
@@ -228,11 +228,11 @@ def test_a_template_that_trains_no_end_of_turn_is_fatal(chats: Path, tmp_path: P
     data = DataSection(sources=(Source(path=str(chats)),), max_length=128, chat_template=str(template), workers=1)
     facts = build(data, str(tokenizer_dir))
     assert facts.chat_template == template.read_text()
-    found = findings.read(facts.cache_dir)
-    (finding,) = [one for one in found if one.name == "no_turn_end"]
+    all_findings = findings.read(facts.cache_dir)
+    (finding,) = [one for one in all_findings if one.name == "no_turn_end"]
     assert (finding.count, finding.total) == (200, 200)
     with pytest.raises(DataError, match="train no end-of-turn token") as caught:
-        findings.refuse(found, data.checks)
+        findings.refuse(all_findings, data.checks)
     assert "data.checks.no_turn_end=keep" in caught.value.problems[0].remedy
     assert report(facts, data, tokenizer_dir)["documents_with_turn_end"] == 0
 
@@ -249,18 +249,18 @@ def test_the_report_lists_the_tokens_that_end_turns(jsonl: Jsonl, tokenizer_dir:
     end, in_between = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     template = tmp_path / "ends.jinja"
     template.write_text(ENDS)
-    said = [[f"{i}?", f"{i}.", "And?", f"{i + 1}."] for i in range(200)]
+    turns = [[f"{i}?", f"{i}.", "And?", f"{i + 1}."] for i in range(200)]
     # That a row's own text ends with a special token teaches no end.
-    said.append(["What begins a turn?", "It is a bare <|im_start|>"])
+    turns.append(["What begins a turn?", "It is a bare <|im_start|>"])
     roles = ("user", "assistant") * 2
-    rows = [{"messages": [{"role": r, "content": text} for r, text in zip(roles, texts, strict=False)]} for texts in said]
+    rows = [{"messages": [{"role": r, "content": text} for r, text in zip(roles, texts, strict=False)]} for texts in turns]
     data = DataSection(sources=(Source(path=str(jsonl(rows))),), max_length=64, chat_template=str(template), workers=1)
     facts = build(data, str(tokenizer_dir))
     assert facts.turn_end_ids == (end,)
     for stops, words in (([in_between], "does not stop there, the exported folder's settings do"), ([7, end], "stops there")):
-        told = report(facts, data, tokenizer_dir, stop_ids=stops)
-        assert told["turn_ends"] == [{"id": end, "token": "<|endoftext|>", "stops": end in stops}]
-        said_of_end = dict(summary_rows(told))["end of turn"]
+        data_report = report(facts, data, tokenizer_dir, stop_ids=stops)
+        assert data_report["turn_ends"] == [{"id": end, "token": "<|endoftext|>", "stops": end in stops}]
+        said_of_end = dict(summary_rows(data_report))["end of turn"]
         assert f"<|endoftext|> (token {end})" in said_of_end
         assert said_of_end.endswith(words)
 
@@ -269,12 +269,12 @@ def test_dropped_documents_are_not_in_the_rows(mixture: DataSection, numbers: di
     settings = {"exact_duplicate": "drop", "near_duplicate": "drop", "secrets": "drop", "near_held_out_in_train": "drop"}
     dropping = mixture.model_copy(update={"checks": mixture.checks.model_copy(update=settings)})
     facts = build(dropping, str(tokenizer_dir))
-    told = report(facts, dropping, tokenizer_dir, num_shown=1000)
+    data_report = report(facts, dropping, tokenizer_dir, num_shown=1000)
     assert facts.cache_dir != numbers["cache_dir"]
-    assert told["documents"] < numbers["documents"]
-    assert told["documents"] == told["read_documents"] - told["dropped_documents"]
-    assert "API key" not in json.dumps(told["shown"])
-    assert not told["refused"]
+    assert data_report["documents"] < numbers["documents"]
+    assert data_report["documents"] == data_report["read_documents"] - data_report["dropped_documents"]
+    assert "API key" not in json.dumps(data_report["shown"])
+    assert not data_report["refused"]
 
 
 def test_large_caches_are_counted_in_parts(

@@ -139,32 +139,32 @@ def digests(folder: Path, places: str) -> dict[str, str]:
         "findings": re.sub(r"\d+%|1/\d+", "", (folder / "findings.json").read_text()),
         "samples": (folder / "samples.json").read_text(),
     }
-    found = {name: text.replace(places, "").encode() for name, text in texts.items()}
-    found["arrays"] = b"".join(file.name.encode() + file.read_bytes() for file in sorted(folder.rglob("*.npy")))
-    return {name: xxhash.xxh3_128_hexdigest(content) for name, content in found.items()}
+    digests_now = {name: text.replace(places, "").encode() for name, text in texts.items()}
+    digests_now["arrays"] = b"".join(file.name.encode() + file.read_bytes() for file in sorted(folder.rglob("*.npy")))
+    return {name: xxhash.xxh3_128_hexdigest(content) for name, content in digests_now.items()}
 
 
-def compare(file: Path, found: dict[str, Any]) -> None:
+def compare(file: Path, digests_now: dict[str, Any]) -> None:
     """Compare with the golden file, or write it: not with other digests under the same version."""
     golden = json.loads(file.read_text()) if file.is_file() else {"format": 0}
-    if found == golden:
+    if digests_now == golden:
         return
-    version = found["format"]
+    version = digests_now["format"]
     assert version > golden["format"], (
         f"the same sources give other tokens, rows or findings than before: raise FORMAT_VERSION in launcher/data/cache.py (now "
         f"{version}), or caches that were built before are trained on; and write the golden again with {REGENERATE}=1"
     )
     assert os.environ.get(REGENERATE) == "1", f"FORMAT_VERSION is {version} now: write the golden again with {REGENERATE}=1"
-    file.write_text(json.dumps(found, indent=1) + "\n")
+    file.write_text(json.dumps(digests_now, indent=1) + "\n")
 
 
 def test_the_cache_of_the_same_sources_changes_only_with_the_format_version(
     jsonl: Jsonl, bytes_as_tokens: Path, tmp_path: Path
 ) -> None:
-    found = {
+    digests_now = {
         name: digests(Path(build(data, str(bytes_as_tokens)).cache_dir), str(tmp_path)) for name, data in sections(jsonl).items()
     }
-    compare(FILE, {"format": cache.FORMAT_VERSION, "digests": found})
+    compare(FILE, {"format": cache.FORMAT_VERSION, "digests": digests_now})
 
 
 def test_other_digests_need_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ from launcher.errors import DataError
 
 
 def composed(tokenizer_dir: Path, chats: Path, vocab_size: int) -> RunConfig:
-    found: list[RunConfig] = []
+    configs: list[RunConfig] = []
     model = [f"model.tokenizer={tokenizer_dir}", f"model.config.vocab_size={vocab_size}"]
-    run_hydra(["model=tiny", *model, "data=jsonl", f"data.path={chats}"], lambda done: found.append(done.config))
-    return found[0]
+    run_hydra(["model=tiny", *model, "data=jsonl", f"data.path={chats}"], lambda done: configs.append(done.config))
+    return configs[0]
 
 
 def test_ids_beyond_the_embedding_are_refused(section: Callable[..., DataSection], tokenizer_dir: Path, chats: Path) -> None:

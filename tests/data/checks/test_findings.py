@@ -59,14 +59,14 @@ def test_a_refusal_names_the_places_and_the_setting_that_accepts_it() -> None:
 
 def test_a_finding_as_json_has_its_setting_and_action() -> None:
     (one,) = judge((LEAK,), ChecksSection(held_out_in_train="drop"))
-    told = one.to_json()
-    assert (told["setting"], told["action"], told["fatal"], told["share"]) == (
+    values = one.to_json()
+    assert (values["setting"], values["action"], values["fatal"], values["share"]) == (
         "data.checks.held_out_in_train",
         "drop",
         False,
         0.03,
     )
-    assert told["examples"] == [{"where": "a.jsonl:7", "detail": "the same as a.jsonl:2"}]
+    assert values["examples"] == [{"where": "a.jsonl:7", "detail": "the same as a.jsonl:2"}]
 
 
 def test_a_small_share_is_never_shown_as_zero() -> None:

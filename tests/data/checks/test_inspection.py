@@ -93,7 +93,7 @@ def trained(text: str) -> RenderedDocument:
     return RenderedDocument("x:1", text, (TrainedSpan(0, len(text)),), raw=False)
 
 
-def found(
+def hits_of(
     document: Document,
     tokens: EncodedDocument | None = None,
     checks: ChecksSection = CHECKS,
@@ -124,7 +124,7 @@ GOOD = [
 
 @pytest.mark.parametrize("document", GOOD)
 def test_good_documents_have_no_findings(document: Document) -> None:
-    assert found(document) == {}
+    assert hits_of(document) == {}
 
 
 @pytest.mark.parametrize(
@@ -139,19 +139,19 @@ def test_good_documents_have_no_findings(document: Document) -> None:
     ],
 )
 def test_roles_out_of_order_are_reported(turns: list[tuple[str, str]], fault: str) -> None:
-    assert found(chat(*turns)) == {"role_order": fault}
+    assert hits_of(chat(*turns)) == {"role_order": fault}
 
 
 def test_tool_definitions_are_checked() -> None:
     tool = {"type": "function", "function": {"name": "f", "description": f"uses {'hf_' + 'aB3' * 11} and <|im_end|>"}}
     asked = replace(chat(("user", "a"), ("assistant", "b")), tools=(tool,))
-    assert found(asked).keys() == {"secrets", "special_token_in_text"}
+    assert hits_of(asked).keys() == {"secrets", "special_token_in_text"}
 
 
 def test_the_system_setting_and_speaker_names_are_checked() -> None:
     rows = (system("Ask eve@corp.com."), Message("user", "a", name="bob@corp.com"), Message("assistant", "b"))
     document = Chat("x:1", rows)
-    assert found(document)["personal_data"].startswith("system, character 4: ")
+    assert hits_of(document)["personal_data"].startswith("system, character 4: ")
     for data in (settings(), settings(system="Be kind."), settings(system=f"Key: {SECRETS['API key']}")):
         (seen,) = inspect([document], [trained("")], [encoded()], SPECIAL, data)
         (alone,) = inspect([Chat("x:1", rows[1:])], [trained("")], [encoded()], SPECIAL, data)
@@ -168,38 +168,38 @@ def test_the_system_setting_and_speaker_names_are_checked() -> None:
 
 
 def test_empty_answers_count_where_they_would_be_trained() -> None:
-    assert found(chat(("user", "a"), ("assistant", " \n\t"))) == {"empty_answer": "messages[1] is empty"}
-    assert found(Completion("x:1", "a", " ")) == {"empty_answer": "completion is empty"}
-    assert found(chat(("user", "a"), ("assistant", ""), weight=0)) == {}
-    assert found(chat(("user", "a"), ("assistant", ""), tool_calls=({"function": {"name": "f"}},))) == {}
+    assert hits_of(chat(("user", "a"), ("assistant", " \n\t"))) == {"empty_answer": "messages[1] is empty"}
+    assert hits_of(Completion("x:1", "a", " ")) == {"empty_answer": "completion is empty"}
+    assert hits_of(chat(("user", "a"), ("assistant", ""), weight=0)) == {}
+    assert hits_of(chat(("user", "a"), ("assistant", ""), tool_calls=({"function": {"name": "f"}},))) == {}
     silent = chat(("user", "a"), ("assistant", ""), reasoning_content="because\n")
-    assert found(silent, text="<think>because</think><|im_end|>") == {}
-    assert found(silent, text="<|im_end|>") == {"empty_answer": "messages[1] is empty"}
+    assert hits_of(silent, text="<think>because</think><|im_end|>") == {}
+    assert hits_of(silent, text="<|im_end|>") == {"empty_answer": "messages[1] is empty"}
     earlier = chat(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c"))
-    assert found(earlier) == found(earlier, train_on="all") == {"empty_answer": "messages[1] is empty"}
-    assert found(earlier, train_on="last_turn") == {}
+    assert hits_of(earlier) == hits_of(earlier, train_on="all") == {"empty_answer": "messages[1] is empty"}
+    assert hits_of(earlier, train_on="last_turn") == {}
 
 
 def test_documents_without_trained_tokens_are_found() -> None:
     document = GOOD[0]
-    assert found(document, encoded(trained=0)) == {"no_trained_token": "no token is trained"}
+    assert hits_of(document, encoded(trained=0)) == {"no_trained_token": "no token is trained"}
 
 
 def test_long_answers_are_measured_by_their_longest_span() -> None:
     checks = ChecksSection(long_answer_tokens=10)
     two = EncodedDocument(np.arange(17, dtype=np.uint32), np.asarray([0] + [1] * 7 + [0] + [1] * 8, dtype=np.uint8), (16,))
-    assert found(GOOD[0], two, checks) == {}
-    assert found(GOOD[0], encoded(trained=11), checks) == {"long_answer": "11 trained tokens in one answer"}
-    assert found(PlainText("x:1", "a"), encoded(trained=11), checks) == {}
+    assert hits_of(GOOD[0], two, checks) == {}
+    assert hits_of(GOOD[0], encoded(trained=11), checks) == {"long_answer": "11 trained tokens in one answer"}
+    assert hits_of(PlainText("x:1", "a"), encoded(trained=11), checks) == {}
 
 
 def test_an_answer_that_repeats_itself_is_found() -> None:
     looping = "I am sure that this is the answer. " * 20
-    assert list(found(chat(("user", "a"), ("assistant", looping)))) == ["repetitive_answer"]
-    assert found(chat(("user", looping), ("assistant", "no"))) == {}
+    assert list(hits_of(chat(("user", "a"), ("assistant", looping)))) == ["repetitive_answer"]
+    assert hits_of(chat(("user", looping), ("assistant", "no"))) == {}
     drawn = random.Random(0)
     varied = " ".join(drawn.choice("abcdefghij") * drawn.randint(1, 4) for _ in range(300))
-    assert found(chat(("user", "a"), ("assistant", varied))) == {}
+    assert hits_of(chat(("user", "a"), ("assistant", varied))) == {}
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_an_answer_that_repeats_itself_is_found() -> None:
     [("a \ufffd b \ufffd", "2 replacement characters"), ("donâ€™t", "wrong encoding"), ("Ã©tÃ© franÃ§ais", "wrong encoding")],
 )
 def test_wrongly_decoded_text_is_found(text: str, detail: str) -> None:
-    hits = found(chat(("user", text), ("assistant", "ok")))
+    hits = hits_of(chat(("user", text), ("assistant", "ok")))
     assert list(hits) == ["broken_encoding"]
     assert hits["broken_encoding"].startswith("messages[0]: ")
     assert detail in hits["broken_encoding"]
@@ -223,7 +223,7 @@ def test_wrongly_decoded_text_is_found(text: str, detail: str) -> None:
     ],
 )
 def test_special_tokens_in_the_text_are_found(text: str, means: str) -> None:
-    hits = found(PlainText("x:1", text))
+    hits = hits_of(PlainText("x:1", text))
     assert list(hits) == ["special_token_in_text"]
     assert hits["special_token_in_text"].endswith(means)
 
@@ -233,7 +233,7 @@ def test_secrets_are_located_and_never_shown(kind: str) -> None:
     secret = SECRETS[kind]
     text = f"Take postgres{secret}db.host:5432 then." if kind == "password in an address" else f'This is it: {secret}" and on.'
     finding = "personal_data" if kind in ("e-mail address", "telephone number") else "secrets"
-    hits = found(chat(("user", "Which?"), ("assistant", text)))
+    hits = hits_of(chat(("user", "Which?"), ("assistant", text)))
     assert set(hits) == {finding}
     assert f"[{kind}: " in hits[finding]
     assert hits[finding].startswith("messages[1], character ")
@@ -246,17 +246,17 @@ def test_secrets_are_located_and_never_shown(kind: str) -> None:
 
 @pytest.mark.parametrize("text", HIDDEN)
 def test_secrets_in_prose_are_redacted(text: str) -> None:
-    before, told, _ = text.replace("‹", "›").split("›")
-    (shown,) = patterns.redact([before + told])
-    assert told not in shown
-    assert told[-6:] not in shown
-    assert len(found(PlainText("x:1", before + told))) == 1
+    before, secret, _ = text.replace("‹", "›").split("›")
+    (shown,) = patterns.redact([before + secret])
+    assert secret not in shown
+    assert secret[-6:] not in shown
+    assert len(hits_of(PlainText("x:1", before + secret))) == 1
 
 
 @pytest.mark.parametrize("text", NOT_SECRET)
 def test_code_and_numbers_are_no_secrets(text: str) -> None:
     assert patterns.redact([text]) == [text]
-    assert found(PlainText("x:1", text)) == {}
+    assert hits_of(PlainText("x:1", text)) == {}
 
 
 @pytest.mark.parametrize("document", GOOD)
@@ -272,7 +272,7 @@ def test_secrets_across_prompt_and_completion_are_found_and_never_shown(kind: st
         parts = [text[:border], text[border : border + 3], text[border + 3 :]]
         assert "".join(patterns.redact(parts)).replace("[…]", "") == patterns.redact([text])[0]
     middle = text.index(SECRETS[kind]) + len(SECRETS[kind]) // 2
-    hits = found(Completion("x:1", "a " * 300 + text[:middle], text[middle:]))
+    hits = hits_of(Completion("x:1", "a " * 300 + text[:middle], text[middle:]))
     (detail,) = hits.values()
     assert detail.startswith(("prompt, character 6", "prompt, character 5"))
     assert f"[{kind}: " in detail
@@ -306,8 +306,8 @@ def test_every_check_of_the_settings_has_its_texts() -> None:
 def test_secrets_are_found_after_each_of_their_names(name: str) -> None:
     """A text is searched only where one of a few words stands in it."""
     text = f"{name}=abc123def456"
-    (found,) = patterns.find_matches(text, patterns.find_candidates(text.lower().encode()))
-    assert found[0].kind == "assigned secret"
+    (match,) = patterns.find_matches(text, patterns.find_candidates(text.lower().encode()))
+    assert match[0].kind == "assigned secret"
 
 
 def test_hours_from_and_to_are_no_telephone_number() -> None:

@@ -179,10 +179,10 @@ def test_documents_that_were_not_compared_are_reported(monkeypatch: pytest.Monke
     signatures, contents = list(alike_in_one_band(num, 2)), np.arange(num + 2, dtype=np.uint64)
     checks = ChecksSection(near_held_out_in_train="drop")
     hits = across(contents, contents, signatures, contents >= num, checks)
-    found = by_name(conclude(hits, corpus(num + 2, held_out=(num, num + 1)), checks)[1])
-    assert found["near_held_out_in_train"].count == 2
+    all_findings = by_name(conclude(hits, corpus(num + 2, held_out=(num, num + 1)), checks)[1])
+    assert all_findings["near_held_out_in_train"].count == 2
     left = num - len({other for _, hit in hits if hit.finding == "near_held_out_in_train" for other in hit.others})
-    assert 0 < left == found["not_compared"].count
+    assert 0 < left == all_findings["not_compared"].count
 
 
 def test_documents_that_were_not_compared_are_reported_if_no_leak_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,14 +244,14 @@ def corpus(
     return CheckedDocuments(wheres, source, ("a", "b"), marks[0], np.full(num, 100), marks[1], *np.ones((2, num), dtype=bool))
 
 
-def by_name(found: findings.Findings) -> dict[str, findings.Finding]:
-    return {finding.name: finding for finding in found}
+def by_name(all_findings: findings.Findings) -> dict[str, findings.Finding]:
+    return {finding.name: finding for finding in all_findings}
 
 
 def test_findings_have_counts_sources_and_three_examples() -> None:
     hits = [(i, CheckHit("secrets", f"detail {i}")) for i in range(0, 200, 2)]
-    drop, found = conclude(hits, corpus(200, [0] * 100 + [1] * 100), CHECKS)
-    (finding,) = found
+    drop, all_findings = conclude(hits, corpus(200, [0] * 100 + [1] * 100), CHECKS)
+    (finding,) = all_findings
     assert (finding.name, finding.count, finding.total, finding.share) == ("secrets", 100, 200, 0.5)
     assert finding.sources == {"a": 50, "b": 50}
     assert [example.where for example in finding.examples] == ["a.jsonl:1", "b.jsonl:101", "b.jsonl:199"]
@@ -275,19 +275,19 @@ def test_drop_removes_the_document_or_its_copies_in_training() -> None:
         ({"near_held_out_in_train": "drop"}, [7, 8]),
         ({"secrets": "drop", "empty_answer": "fail"}, [6]),
     ):
-        drop, found = conclude(hits, everything, ChecksSection.model_validate(settings))
+        drop, all_findings = conclude(hits, everything, ChecksSection.model_validate(settings))
         assert np.flatnonzero(drop).tolist() == gone
-        assert by_name(found)["held_out_in_train"].total == 1
-        assert by_name(found)["near_held_out_in_train"].total == 1
-        assert by_name(found)["held_out_in_train"].examples[0].detail == "the same as a.jsonl:3 and 1 more"
+        assert by_name(all_findings)["held_out_in_train"].total == 1
+        assert by_name(all_findings)["near_held_out_in_train"].total == 1
+        assert by_name(all_findings)["held_out_in_train"].examples[0].detail == "the same as a.jsonl:3 and 1 more"
 
 
 def test_a_near_duplicate_of_a_dropped_document_is_kept() -> None:
     hits = [(i, CheckHit("near_duplicate", "90% the same as", (first,))) for i, first in ((3, 1), (4, 1), (5, 3), (6, 2))]
     checks = ChecksSection(near_duplicate="drop", secrets="drop")
-    drop, found = conclude([*hits, (1, CheckHit("secrets", "x"))], corpus(200), checks)
+    drop, all_findings = conclude([*hits, (1, CheckHit("secrets", "x"))], corpus(200), checks)
     assert np.flatnonzero(drop).tolist() == [1, 4, 5, 6]
-    assert by_name(found)["near_duplicate"].count == 4
+    assert by_name(all_findings)["near_duplicate"].count == 4
 
 
 def test_documents_without_end_of_turn_refuse_a_run_above_half_of_a_source() -> None:

@@ -235,9 +235,9 @@ def test_an_excerpt_of_a_value_is_short_and_redacted(jsonl: Jsonl, tmp_path: Pat
 
 
 def test_an_error_never_shows_half_a_secret() -> None:
-    told = safe_excerpt("It is on line 12: hf_" + "aB3" * 11)
-    assert told.startswith("It is on line 12: [Hugging Face token: h")
-    assert "aB3" not in told
+    excerpt = safe_excerpt("It is on line 12: hf_" + "aB3" * 11)
+    assert excerpt.startswith("It is on line 12: [Hugging Face token: h")
+    assert "aB3" not in excerpt
 
 
 def test_a_later_row_of_another_format_is_refused(jsonl: Jsonl) -> None:

@@ -204,6 +204,6 @@ def test_counts_take_bounded_memory() -> None:
     for batch in range(100):
         counts.add({"id": 100, **{f"{batch} {i}": 1 for i in range(100)}})
         assert len(counts._counts) <= 2100
-    told = counts.to_json()
-    assert told["unread_keys"]["id"] == 10_000
-    assert told["num_other_unread_keys"] == 10_001 - NUM_KEYS_SHOWN
+    values = counts.to_json()
+    assert values["unread_keys"]["id"] == 10_000
+    assert values["num_other_unread_keys"] == 10_001 - NUM_KEYS_SHOWN

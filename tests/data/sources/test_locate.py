@@ -146,12 +146,12 @@ def test_problems_of_a_folder_show_before_it_is_read(tmp_path: Path, files: File
 def test_the_report_lists_files_read_and_left_out(tmp_path: Path) -> None:
     beside = {f"notes-{i:02}.txt": "x" for i in range(12)}
     source = Source(path=str(write(tmp_path, {**SPLITS, ".hidden.jsonl": row("h"), **beside})))
-    told = describe_origin(source)
-    assert (told["files"], told["num_files"]) == ([f"{tmp_path}/train-0.jsonl", f"{tmp_path}/train-1.jsonl"], 2)
-    assert (told["left_out"], told["num_left_out"]) == ([f"notes-{i:02}.txt" for i in range(10)], 13)
-    assert told["commit"] is None
+    origin = describe_origin(source)
+    assert (origin["files"], origin["num_files"]) == ([f"{tmp_path}/train-0.jsonl", f"{tmp_path}/train-1.jsonl"], 2)
+    assert (origin["left_out"], origin["num_left_out"]) == ([f"notes-{i:02}.txt" for i in range(10)], 13)
+    assert origin["commit"] is None
     write(tmp_path, {"train-0.jsonl": row("c")})
-    assert describe_origin(source)["digest"] != told["digest"]
+    assert describe_origin(source)["digest"] != origin["digest"]
     assert describe_origin(Source(path=f"{tmp_path}/*.jsonl"))["num_left_out"] == 0
 
 
@@ -276,8 +276,8 @@ def test_patterns_and_folders_at_an_address(memory: Any) -> None:
     assert texts(Source(path="memory://data/deep/train*.jsonl")) == ["a", "b"]
     assert texts(Source(path="memory://data/deep")) == ["a", "b"]
     assert texts(Source(path="memory://data/deep", split="test")) == ["t"]
-    told = describe_origin(Source(path="memory://data/deep"))
-    assert (told["files"], told["left_out"]) == ([f"memory:///data/deep/train-{i}.jsonl" for i in (0, 1)], ["test.jsonl"])
+    origin = describe_origin(Source(path="memory://data/deep"))
+    assert (origin["files"], origin["left_out"]) == ([f"memory:///data/deep/train-{i}.jsonl" for i in (0, 1)], ["test.jsonl"])
     assert "no split held" in problem_of(Source(path="memory://data/deep", split="held")).what
     assert "no file matches" in problem_of(Source(path="memory://data/*.csv")).what
     assert "no such data file" in problem_of(Source(path="memory://data/gone.jsonl")).what
@@ -367,8 +367,8 @@ def test_a_hub_dataset_with_split_subset_and_revision(hub: DatasetHub, tmp_path:
     source = Source(path="owner/name")
     assert check_sources(DataSection(sources=(source,))) == []
     digest, rows = read_elsewhere(source, environ)
-    told = json.loads(run_elsewhere(source, environ).stdout)[2]
-    assert (told["commit"], told["num_files"], told["left_out"]) == (old, 2, ["load.py", "test.jsonl"])
+    origin = json.loads(run_elsewhere(source, environ).stdout)[2]
+    assert (origin["commit"], origin["num_files"], origin["left_out"]) == (old, 2, ["load.py", "test.jsonl"])
     assert rows == [["owner/name/train-0.jsonl:1", "a"], ["owner/name/train-1.jsonl:1", "b"]]
     assert old in digest
     assert not any(path.endswith(("load.py", "test.jsonl")) for path in hub.requests)
@@ -381,9 +381,9 @@ def test_a_hub_dataset_with_split_subset_and_revision(hub: DatasetHub, tmp_path:
         assert read_elsewhere(source.model_copy(update={"revision": revision, "split": "test"}), environ)[1] == [
             ["owner/name/test.jsonl:1", "t"]
         ]
-    said = read_elsewhere(source, environ)[1]
-    assert "several subsets: main, socratic" in said
-    assert "where:  owner/name" in said
+    error = read_elsewhere(source, environ)[1]
+    assert "several subsets: main, socratic" in error
+    assert "where:  owner/name" in error
 
 
 def test_offline_only_downloaded_hub_files_are_used(hub: DatasetHub, tmp_path: Path) -> None:
@@ -392,14 +392,14 @@ def test_offline_only_downloaded_hub_files_are_used(hub: DatasetHub, tmp_path: P
     online = read_elsewhere(Source(path="owner/name"), environ)
     offline = {**environ, "HF_HUB_OFFLINE": "1"}
     assert read_elsewhere(Source(path="owner/name"), offline) == online
-    said = warnings_of(Source(path="owner/name"), offline)
-    assert said.count("the hub cannot be reached (OfflineModeIsEnabled)") == 1
-    assert f"owner/name is read at the last known commit {hub.revisions['main']}" in said
+    error = warnings_of(Source(path="owner/name"), offline)
+    assert error.count("the hub cannot be reached (OfflineModeIsEnabled)") == 1
+    assert f"owner/name is read at the last known commit {hub.revisions['main']}" in error
     assert warnings_of(Source(path="owner/name"), environ) == ""
-    refused, said = read_elsewhere(Source(path="owner/name", split="test"), offline)
+    refused, error = read_elsewhere(Source(path="owner/name", split="test"), offline)
     assert refused == "refused"
-    assert "the hub cannot be reached" in said
-    assert "HF_TOKEN" in said
+    assert "the hub cannot be reached" in error
+    assert "HF_TOKEN" in error
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -411,26 +411,26 @@ def test_a_busy_hub_falls_back_to_downloaded_files(hub: DatasetHub, tmp_path: Pa
     done = run_elsewhere(Source(path="owner/name"), environ)
     assert json.loads(done.stdout)[:2] == list(online)
     assert f"({status}); owner/name is read at the last known commit {hub.revisions['main']}" in done.stderr
-    refused, said = read_elsewhere(Source(path="owner/name", split="test"), environ)
+    refused, error = read_elsewhere(Source(path="owner/name", split="test"), environ)
     assert refused == "refused"
-    assert f"the hub answers with HfHubHTTPError ({status})" in said
+    assert f"the hub answers with HfHubHTTPError ({status})" in error
     # That the dataset is no longer given out is no answer that passes.
     hub.fails_with = 403
-    refused, said = read_elsewhere(Source(path="owner/name"), environ)
-    assert (refused, "does not give it to this account" in said) == ("refused", True)
+    refused, error = read_elsewhere(Source(path="owner/name"), environ)
+    assert (refused, "does not give it to this account" in error) == ("refused", True)
 
 
 def test_a_missing_hub_dataset_is_reported(hub: DatasetHub, tmp_path: Path) -> None:
     hub.commit({"load.py": b"raise SystemExit('code was run')"}, "main")
     environ = hub_environment(hub, tmp_path)
-    said = read_elsewhere(Source(path="owner/other"), environ)[1]
-    assert "no such dataset, or it is private" in said
-    assert "there is no file or folder owner/other here" in said
-    assert "a local folder: write ./ before it" in said
+    error = read_elsewhere(Source(path="owner/other"), environ)[1]
+    assert "no such dataset, or it is private" in error
+    assert "there is no file or folder owner/other here" in error
+    assert "a local folder: write ./ before it" in error
     assert "RevisionNotFound" in read_elsewhere(Source(path="owner/name", revision="v9"), environ)[1]
-    said = read_elsewhere(Source(path="owner/name"), environ)[1]
-    assert "holds no data file" in said
-    assert "Code that builds a dataset is never run" in said
+    error = read_elsewhere(Source(path="owner/name"), environ)[1]
+    assert "holds no data file" in error
+    assert "Code that builds a dataset is never run" in error
 
 
 def test_rows_by_an_hf_address(hub: DatasetHub, tmp_path: Path) -> None:

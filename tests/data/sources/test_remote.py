@@ -162,10 +162,10 @@ class Bucket(MemoryFileSystem):
         return str(super()._strip_protocol(path.removeprefix("gs:/")))
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        told = super().info(path, **options)
-        if told.pop("created", None) is None:
-            return told
-        return {**told, "md5Hash": hashlib.md5(self.cat_file(path)).hexdigest()}
+        info = super().info(path, **options)
+        if info.pop("created", None) is None:
+            return info
+        return {**info, "md5Hash": hashlib.md5(self.cat_file(path)).hexdigest()}
 
 
 def test_rows_from_google_storage(monkeypatch: pytest.MonkeyPatch, cache_home: Path) -> None:

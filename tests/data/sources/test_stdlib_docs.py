@@ -30,9 +30,9 @@ def test_the_text_is_the_docstring() -> None:
 
     answers = {pair.symbol: pair.answer for pair in list_pairs()}
     own = {f"textwrap.{name}": getattr(textwrap, name).__doc__ for name in ("wrap", "fill", "shorten", "dedent", "indent")}
-    found = [symbol for symbol in own if symbol in answers]
-    assert found
-    for symbol in found:
+    documented = [symbol for symbol in own if symbol in answers]
+    assert documented
+    for symbol in documented:
         first_line = own[symbol].strip().splitlines()[0]
         assert first_line in answers[symbol]
 

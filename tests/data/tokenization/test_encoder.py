@@ -85,9 +85,9 @@ def test_the_prompt_is_tokenised_as_it_is_for_generation(tokenizer: PreTrainedTo
     for answer in ("Hello.", "\nHello.", "  Hello.", "é", "assistant"):
         document = chat(("user", "Hi"), ("assistant", answer))
         encoded = encode(tokenizer, document)
-        found = Encoder(tokenizer, ANY).prompt(document)
-        assert found is not None
-        text, prompt_ids, reference = found
+        prompt = Encoder(tokenizer, ANY).prompt(document)
+        assert prompt is not None
+        text, prompt_ids, reference = prompt
         assert (text, reference) == ("Hi", answer)
         assert encoded.ids[: len(prompt_ids)].tolist() == prompt_ids
         assert not encoded.trained[: len(prompt_ids)].any()

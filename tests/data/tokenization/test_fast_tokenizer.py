@@ -64,17 +64,17 @@ def test_cached_tokens_and_offsets_equal_those_of_the_tokenizer(kind: str, text:
     asked = tokenizer(kind)
     known = make_cached(asked)
     assert known is not None
-    found = known.encode(text)
+    encoded = known.encode(text)
     expected = asked.encode(text, add_special_tokens=False)
-    assert found is not None
-    assert found[0].tolist() == expected.ids
-    assert found[0].dtype == np.uint32
+    assert encoded is not None
+    assert encoded[0].tolist() == expected.ids
+    assert encoded[0].dtype == np.uint32
     if text.isascii():
-        assert found[1].tolist() == [end for _, end in expected.offsets]
+        assert encoded[1].tolist() == [end for _, end in expected.offsets]
     for border in range(len(text) + 1):
         before = expected.char_to_token(border) if border < len(text) else len(expected.ids)
         starts = border == len(text) or expected.token_to_chars(before)[0] == border
-        found_before = count_tokens_before(text, [border], found[1])
+        found_before = count_tokens_before(text, [border], encoded[1])
         assert found_before == ([before] if starts else None), border
 
 
@@ -94,7 +94,7 @@ def test_unsupported_text_is_left_to_the_tokenizer() -> None:
     assert known is not None
     for character in ("\u00a0", "\u00b2", "\u00b5", "e\u0301", "\u4e2d", "\u212b", "\u2003"):
         assert known.encode(f"caf{character}") is None
-    assert [len(found) for found in known.encode("")] == [0, 0]
+    assert [len(encoded) for encoded in known.encode("")] == [0, 0]
 
 
 def altered(**changes: object) -> Tokenizer:

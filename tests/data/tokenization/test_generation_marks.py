@@ -10,10 +10,10 @@ from chat_families import (
     SINGLE,
     TOOLS,
     Family,
+    assistant,
     chat,
     encode,
     marked,
-    said,
     user,
 )
 
@@ -43,7 +43,7 @@ CALLS_UNMARKED = (
 FIRST = MARKED.replace("m.content", "messages[0].content")
 OTHER = "marks other text as generated"
 OUTSIDE = "marks text as generated that the assistant does not say"
-ECHO = (user("Say yes."), said("yes"), user("Say no."), said("no"))
+ECHO = (user("Say yes."), assistant("yes"), user("Say no."), assistant("no"))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ ECHO = (user("Say yes."), said("yes"), user("Say no."), said("no"))
     [
         (EACH.replace("BODY", MARKED), SINGLE, OUTSIDE, "rows.jsonl:1"),
         (EACH.replace("BODY", MARKED), MULTI, OUTSIDE, "rows.jsonl:1"),
-        (EACH.replace("BODY", MARKED), (*SINGLE, said("And?")), OUTSIDE, "rows.jsonl:1"),
+        (EACH.replace("BODY", MARKED), (*SINGLE, assistant("And?")), OUTSIDE, "rows.jsonl:1"),
         (
             EACH.replace("BODY", "{{ m.content }}{% if m.role == 'assistant' %}" + FIRST + "{% endif %}"),
             SINGLE,
@@ -106,7 +106,7 @@ def test_an_untrained_turn_needs_no_generation_marks(family: Family, tmp_path: P
     settings = {"chat_template": str(file)}
     expected = "nulluser:1+1?assistant:2user:And 2+2?assistant:⟦4<|im_end|>⟧"
     assert marked(tokenizer, encode(tokenizer, chat(*MULTI), train_on="last_turn", **settings)) == expected
-    first_left_out = (MULTI[0], said("2", weight=0), *MULTI[2:])
+    first_left_out = (MULTI[0], assistant("2", weight=0), *MULTI[2:])
     assert marked(tokenizer, encode(tokenizer, chat(*first_left_out), **settings)) == expected
     with pytest.raises(DataError, match="marks other parts of a message once a later one follows"):
         encode(tokenizer, chat(*MULTI), **settings)

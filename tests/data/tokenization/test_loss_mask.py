@@ -18,10 +18,10 @@ from chat_families import (
     TOOL_TEXT,
     TOOLS,
     Family,
+    assistant,
     chat,
     encode,
     marked,
-    said,
     system,
     user,
 )
@@ -129,7 +129,7 @@ def test_the_text_is_what_the_tokenizer_itself_makes_of_the_chat(
     family: Family, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = family(name)
-    messages = (user("1+1?"), said("", tool_calls=(CALL,), reasoning_content="Add."), *TOOLS[2:])
+    messages = (user("1+1?"), assistant("", tool_calls=(CALL,), reasoning_content="Add."), *TOOLS[2:])
     messages = MULTI if name == "gemma" else (system("Be brief."), *MULTI) if name == "mistral_v7" else messages
     document = chat(*messages)
     rows = [
@@ -185,7 +185,7 @@ def test_all_tokens(family: Family) -> None:
 @pytest.mark.parametrize("name", ["gemma", "chatml_marked"])
 def test_a_messages_weight_overrides_the_setting(family: Family, name: str) -> None:
     tokenizer = family(name)
-    weighted = (user("1+1?"), said("2", weight=0), user("And 2+2?"), said("4", weight=1))
+    weighted = (user("1+1?"), assistant("2", weight=0), user("And 2+2?"), assistant("4", weight=1))
     first, last = (part for part in EXPECTED[name, "multi"].split("⟦")[1:])
     skipped = EXPECTED[name, "multi"].replace(f"⟦{first}", first.replace("⟧", ""))
     assert marked(tokenizer, encode(tokenizer, chat(*weighted))) == skipped
@@ -195,7 +195,7 @@ def test_a_messages_weight_overrides_the_setting(family: Family, name: str) -> N
     assert every.replace("⟦", "").replace("⟧", "") == plain
     assert f"⟧{first.split('⟧')[0]}⟦" in every
     assert f"{last.split('⟧')[0]}" in every.rpartition("⟦")[2]
-    early = (user("1+1?"), said("2", weight=1), *MULTI[2:])
+    early = (user("1+1?"), assistant("2", weight=1), *MULTI[2:])
     assert marked(tokenizer, encode(tokenizer, chat(*early), train_on="last_turn")) == EXPECTED[name, "multi"]
 
 
@@ -223,9 +223,9 @@ def test_reasoning_is_trained_where_the_template_writes_it(family: Family) -> No
     tokenizer = family("qwen3")
     thinking = (
         user("1+1?"),
-        said("2", reasoning_content="One and one."),
+        assistant("2", reasoning_content="One and one."),
         user("And 2+2?"),
-        said("4", reasoning_content="Two twos."),
+        assistant("4", reasoning_content="Two twos."),
     )
     assert marked(tokenizer, encode(tokenizer, chat(*thinking))) == EXPECTED["qwen3", "multi"].replace(
         NO_THOUGHT, "<think>\nTwo twos.\n</think>\n\n"
@@ -233,18 +233,18 @@ def test_reasoning_is_trained_where_the_template_writes_it(family: Family) -> No
 
 
 def test_reasoning_that_the_template_leaves_out_is_refused_in_the_last_turn(family: Family) -> None:
-    earlier = (user("1+1?"), said("2", reasoning_content="One and one."), *MULTI[2:])
+    earlier = (user("1+1?"), assistant("2", reasoning_content="One and one."), *MULTI[2:])
     smol, marks = family("smollm2"), family("chatml_marked")
     assert marked(smol, encode(smol, chat(*earlier))) == EXPECTED["smollm2", "multi"]
     for tokenizer in (smol, marks):
         for train_on in ("assistant", "last_turn", "all"):
             with pytest.raises(DataError, match="leaves out or changes the assistant's reasoning") as caught:
                 # That the question says it too does not count.
-                encode(tokenizer, chat(user("Add? Add."), said("4", reasoning_content=" Add.\n")), train_on=train_on)
+                encode(tokenizer, chat(user("Add? Add."), assistant("4", reasoning_content=" Add.\n")), train_on=train_on)
             problem = caught.value.problems[0]
             assert (problem.where, problem.value) == ("rows.jsonl:1, messages[1]", tokenizer.name_or_path)
             assert "data.chat_template" in problem.remedy
-    assert encode(smol, chat(user("Hi"), said("Hello.", reasoning_content="Hi.", weight=0))).trained.sum() == 0
+    assert encode(smol, chat(user("Hi"), assistant("Hello.", reasoning_content="Hi.", weight=0))).trained.sum() == 0
 
 
 def test_ambiguous_prefixes_are_refused_except_for_the_last_turn(family: Family) -> None:
@@ -278,10 +278,10 @@ def test_a_template_that_leaves_out_a_message_is_refused(family: Family) -> None
     ("name", "messages", "words"),
     [
         ("gemma", TOOLS, "Conversation roles must alternate"),
-        ("mistral", (TOOLS[0], said("", tool_calls=({**CALL, "id": "1"},))), "nine letters and digits"),
-        ("llama3", (TOOLS[0], said("", tool_calls=(CALL, CALL))), "one tool call at a time"),
-        ("smollm2", (TOOLS[0], said("", tool_calls=(CALL,))), "does not write the call of the tool add"),
-        ("llama3", (TOOLS[0], said("I add.", tool_calls=(CALL,))), "changes the message"),
+        ("mistral", (TOOLS[0], assistant("", tool_calls=({**CALL, "id": "1"},))), "nine letters and digits"),
+        ("llama3", (TOOLS[0], assistant("", tool_calls=(CALL, CALL))), "one tool call at a time"),
+        ("smollm2", (TOOLS[0], assistant("", tool_calls=(CALL,))), "does not write the call of the tool add"),
+        ("llama3", (TOOLS[0], assistant("I add.", tool_calls=(CALL,))), "changes the message"),
     ],
 )
 def test_a_conversation_that_the_template_rejects_is_refused(

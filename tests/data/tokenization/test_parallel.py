@@ -116,7 +116,7 @@ def workers_of(children: list[psutil.Process]) -> list[psutil.Process]:
 
 def test_several_processes_build_what_one_builds(many: DataSection, tokenizer_dir: Path, cache_home: Path) -> None:
     progress: list[tuple[str, int, int]] = []
-    folder = Path(build(many, str(tokenizer_dir), lambda *told: progress.append(told)).cache_dir)
+    folder = Path(build(many, str(tokenizer_dir), lambda *counts: progress.append(counts)).cache_dir)
     alone = cache_home / "alone"
     shutil.move(folder, alone)
     assert build(many.model_copy(update={"workers": 1}), str(tokenizer_dir)).cache_dir == str(folder)
@@ -137,10 +137,10 @@ def test_a_killed_worker_is_reported_and_leaves_no_cache(
     workers = workers_of(children)
     assert len(workers) == 2
     workers[0].kill()
-    said, errors = started.communicate("go on\n", timeout=DEADLINE_S)
+    output, errors = started.communicate("go on\n", timeout=DEADLINE_S)
     assert started.returncode == DataError.exit_code, errors
-    assert "a process that builds the data cache was killed" in said
-    assert "data.workers" in said
+    assert "a process that builds the data cache was killed" in output
+    assert "data.workers" in output
     assert [entry.suffix for entry in (cache_home / "data").iterdir()] == [".lock"]
     assert not psutil.wait_procs(children, timeout=DEADLINE_S)[1]
 
@@ -269,11 +269,11 @@ def test_the_number_of_processes(many: DataSection) -> None:
 def test_every_token_of_every_document_is_in_the_cache_once(many: DataSection, tokenizer_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_dir))
     facts = build(many, str(tokenizer_dir))
-    found = []
+    documents = []
     for split in (cache.Split.open(facts), cache.Split.open(facts, held_out=True)):
         assert np.diff(split.rows).max() <= many.max_length
-        found += [tuple(split.tokens[a:b].tolist()) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)]
+        documents += [tuple(split.tokens[a:b].tolist()) for a, b in zip(split.docs[:-1], split.docs[1:], strict=True)]
     rows = [json.loads(line) for line in Path(many.sources[0].path).read_text().splitlines()]
     texts = [row["prompt"] + row["completion"] for row in rows]
     whole = tokenizer(texts, add_special_tokens=False).input_ids
-    assert sorted(found) == sorted((*ids, tokenizer.eos_token_id) for ids in whole)
+    assert sorted(documents) == sorted((*ids, tokenizer.eos_token_id) for ids in whole)
