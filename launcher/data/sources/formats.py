@@ -80,16 +80,19 @@ def parse_sharegpt(row: Row, where: str) -> Chat:
     key = find_chat_key(row, "sharegpt")
     messages = []
     for i, item in enumerate(read_messages(row, key, where)):
-        at = f"{key}[{i}]"
-        sender, value = read_value(item, "from", str, where, f"{at}."), read_value(item, "value", str, where, f"{at}.")
+        key_path = f"{key}[{i}]"
+        sender, value = (
+            read_value(item, "from", str, where, f"{key_path}."),
+            read_value(item, "value", str, where, f"{key_path}."),
+        )
         role = _SHAREGPT_ROLES.get(sender.lower())
         if role is None:
-            refuse(f"{at}.from is unknown: {safe_excerpt(sender)!r}", where, f"write one of {', '.join(_SHAREGPT_ROLES)}")
-        weight = parse_weight(item, sender, role in ("assistant", "function_call"), at, where)
+            refuse(f"{key_path}.from is unknown: {safe_excerpt(sender)!r}", where, f"write one of {', '.join(_SHAREGPT_ROLES)}")
+        weight = parse_weight(item, sender, role in ("assistant", "function_call"), key_path, where)
         if role == "function_call":
             calls = from_json(value)
             calls = calls if isinstance(calls, list) else [calls]
-            tool_calls = tuple(parse_tool_call(call, f"{at}.value", where) for call in calls)
+            tool_calls = tuple(parse_tool_call(call, f"{key_path}.value", where) for call in calls)
             messages.append(Message("assistant", "", tool_calls=tool_calls, weight=weight))
         else:
             messages.append(Message(role, value, weight=weight))

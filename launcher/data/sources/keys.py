@@ -141,9 +141,9 @@ def _refuse_bad_answer(key: str, where: str) -> NoReturn:
     refuse(problem, where, remedy, value=f"{key}: false")
 
 
-def _refuse_media(holder: Row, keys: Set[str], at: str, where: str) -> None:
+def _refuse_media(holder: Row, keys: Set[str], key_path: str, where: str) -> None:
     if media := [key for key in _MEDIA_KEYS if key in keys and _is_media(holder[key])]:
-        problem = f"{at} has {' and '.join(media)}; the launcher trains on text only"
+        problem = f"{key_path} has {' and '.join(media)}; the launcher trains on text only"
         refuse(problem, where, f"leave such rows out, or train on their text alone: {_ignoring(*media)}")
 
 
