@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from launcher.checkpoint.saver import Saved, Saver
 from launcher.config.schema import DeepSpeedSection, OptimSection
 from launcher.data.loader import IGNORED, MicroBatch, StepBatch
 from launcher.distributed import RankInfo
+from launcher.errors import CheckpointError
 from launcher.plan.launch_plan import LaunchPlan
 from launcher.plan.optimizers import OPTIMIZERS, Optimizer
 from launcher.train.engine import build_engine
@@ -60,7 +62,8 @@ def join() -> RankInfo:
 def train_with_momentum_sgd(plan_path: str, resume_step: int, save_step: int, last_step: int) -> dict[str, Any]:
     """Train to `last_step` with the plan of this world size, from a checkpoint unless `resume_step` is 0.
 
-    Saves at `save_step`, unless that is 0. Returns the loss of each step over all ranks, and the names of the states stored.
+    Saves at `save_step`, unless that is 0. Returns the loss of each step over all ranks, the names of the stored tensors, and
+    the problem of loading them as those of another optimizer.
     """
     OPTIMIZERS["sgd"] = MOMENTUM_SGD
     rank_info, plan = join(), LaunchPlan.load(plan_path)
@@ -74,7 +77,7 @@ def train_with_momentum_sgd(plan_path: str, resume_step: int, save_step: int, la
         if step == save_step:
             _save(engine, parameters, root, step)
     dist.barrier()
-    return {"losses": losses, "tensors": _tensor_names(root)}
+    return {"losses": losses, "tensors": _tensor_names(root), "refusal": _load_as_another_optimizer(engine, parameters, root)}
 
 
 def _train_step(engine: Any, rank_info: RankInfo, micro_batch_size: int, step: int) -> float:
@@ -97,6 +100,16 @@ def _save(engine: Any, parameters: Any, root: Path, step: int) -> None:
     saver.save(step, {}, wait=True)
     outcome = saver.wait()
     assert isinstance(outcome, Saved), outcome
+
+
+def _load_as_another_optimizer(engine: Any, parameters: Any, root: Path) -> str:
+    """The problem of loading the newest checkpoint into an optimizer whose states have other names."""
+    OPTIMIZERS["sgd"] = replace(MOMENTUM_SGD, states=("velocity",))
+    try:
+        shards.load(engine, parameters, store.get_latest(root).path)
+    except CheckpointError as error:
+        return f"{error.problems[0].what}: {error.problems[0].value}"
+    return ""
 
 
 def _tensor_names(root: Path) -> list[str]:

@@ -11,6 +11,7 @@ from extension_ranks import MOMENTUM_SGD
 from forked_ranks import RankServer
 from plan_fixtures import config_of, facts_for, plan_of
 
+from launcher.checkpoint.state import State
 from launcher.config.schema import RunConfig
 from launcher.errors import ConfigError
 from launcher.plan.launch_plan import LaunchPlan
@@ -52,6 +53,11 @@ def test_a_plan_refuses_an_unknown_optimizer_and_one_that_cannot_be_offloaded(
         plan_of("optim.name=sgd", "deepspeed=zero3_offload")
 
 
+def test_a_state_file_that_names_no_optimizer_states_has_those_of_adamw() -> None:
+    file = {"parameters": {}, "optimizer_step": 1, "loss_scaler": {}, "engine": {}, "extra": {}}
+    assert State.model_validate(file).optimizer_states == ("exp_avg", "exp_avg_sq")
+
+
 def test_two_ranks_train_with_it_and_one_resumes_with_the_same_losses(
     config_of: Callable[..., RunConfig], rank_server: RankServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,5 +77,7 @@ def test_two_ranks_train_with_it_and_one_resumes_with_the_same_losses(
     straight, _ = train(2, 0, 2, 4)
     (resumed,) = train(1, 2, 0, 4)
     assert straight["tensors"] == ["fp32", "momentum_buffer"]
+    states = "momentum_buffer in the checkpoint, velocity in this run's optimizer"
+    assert straight["refusal"] == resumed["refusal"] == f"the checkpoint holds the states of another optimizer: {states}"
     assert straight["losses"][0] > straight["losses"][2]
     assert resumed["losses"] == pytest.approx(straight["losses"][2:], rel=1e-6)

@@ -174,6 +174,6 @@ def _require_same_states(state: State, states: tuple[str, ...], checkpoint: Path
         raise CheckpointError(
             "the checkpoint holds the states of another optimizer",
             where=str(checkpoint),
-            value=f"{', '.join(state.optimizer_states)} in the checkpoint, {', '.join(states)} in optim.name",
+            value=f"{', '.join(state.optimizer_states)} in the checkpoint, {', '.join(states)} in this run's optimizer",
             remedy="resume with the optimizer that saved it, or start a run from its exported weights",
         )
