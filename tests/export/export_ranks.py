@@ -36,8 +36,8 @@ def main(plan_path: str, checkpoint: str, limited: int) -> None:
         "gloo", init_method=f"file://{os.environ['RENDEZVOUS']}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     plan = LaunchPlan.load(plan_path)
-    task_of = finish._task
-    finish._task = lambda *parts: replace(task_of(*parts), max_file_bytes=20_000)
+    task_of = finish._export_task
+    finish._export_task = lambda *parts: replace(task_of(*parts), max_file_bytes=20_000)
     if rank == limited:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, resource.RLIM_INFINITY))
