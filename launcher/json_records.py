@@ -80,26 +80,37 @@ def read_json(path: Path, remedy: str = "") -> dict[str, Any]:
         RunError: where the file is missing, cannot be read, or holds anything else.
     """
     try:
-        value = json.loads(_read_text(path))
+        content = _read_bytes(path)
     except FileNotFoundError:
         raise RunError("a file of the run is missing", where=str(path)) from None
     except OSError as error:
         raise RunError(f"a file of the run cannot be read: {error.strerror}", where=str(path)) from None
+    return _parse(content, str(path), remedy)
+
+
+def loads(record_type: type[T], content: bytes, where: str, remedy: str = "") -> T:
+    """Decode one record from JSON that is no file here. Raises what `read` raises; `where` names the source."""
+    return decode(record_type, _parse(content, where, remedy), where, remedy)
+
+
+def _parse(content: bytes, where: str, remedy: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:
-        raise RunError(f"a file of the run is damaged: {error}", where=str(path), remedy=remedy) from None
+        raise RunError(f"a file of the run is damaged: {error}", where=where, remedy=remedy) from None
     if not isinstance(value, dict):
-        raise RunError("a file of the run is damaged: it holds no JSON object", where=str(path), remedy=remedy)
+        raise RunError("a file of the run is damaged: it holds no JSON object", where=where, remedy=remedy)
     return value
 
 
-def _read_text(path: Path) -> str:
+def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except OSError as error:
         if error.errno != errno.ESTALE:
             raise
         # On NFS, another machine has replaced the file since it was opened.
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
 
 
 @functools.cache

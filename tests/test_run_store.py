@@ -258,14 +258,14 @@ def test_a_file_that_was_replaced_while_it_was_read_is_read_again(
 ) -> None:
     """As NFS tells it; any other failure is told in words."""
     run = run_store.create(planned(config, tmp_path, "a"))
-    read, failures = Path.read_text, [errno.ESTALE]
+    read, failures = Path.read_bytes, [errno.ESTALE]
 
-    def read_text(path: Path, **how: str) -> str:
+    def read_bytes(path: Path) -> bytes:
         if failures:
             raise OSError(failures[0], os.strerror(failures.pop(0)))
-        return read(path, **how)
+        return read(path)
 
-    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
     assert run_store.read_status(run).state == "pending"
     failures.append(errno.EIO)
     with pytest.raises(RunError, match=f"cannot be read: {os.strerror(errno.EIO)}"):

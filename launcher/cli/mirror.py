@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from launcher import run_store
+from launcher import json_records, run_store
 from launcher.checkpoint.mirror import download
 from launcher.checkpoint.mirror.layout import MirroredRun, read_complete_checkpoints, read_run
 from launcher.checkpoint.mirror.remote_folder import RemoteFolder, unreachable_error
@@ -24,7 +24,7 @@ from launcher.data import cache, sources
 from launcher.errors import ConfigError, DataError, LauncherError, Problem, SubmitError
 from launcher.plan.launch_plan import DataFacts, LaunchPlan
 from launcher.plan.run_dir import RunDir
-from launcher.run_records import RUNNING_STATES
+from launcher.run_records import RUNNING_STATES, Status
 from launcher.tracking.metrics import format_duration
 
 
@@ -98,8 +98,8 @@ def _summary(remote: RemoteFolder, name: str) -> dict[str, Any] | None:
     content = remote.read("status.json") if read_run(remote) is not None else None
     if content is None:
         return None
-    status = json.loads(content)
-    state = {key: status.get(key) for key in ("state", "step", "max_steps", "updated_at")}
+    status = json_records.loads(Status, content, f"{remote.url}/status.json")
+    state = {key: getattr(status, key) for key in ("state", "step", "max_steps", "updated_at")}
     return {"name": name, "url": remote.url, **state, "checkpoints": list(read_complete_checkpoints(remote))}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 
+from launcher import json_records
 from launcher.plan.run_dir import RunDir
 
 # For the command on the node: to reach it, to find the processes of the run, and to act.
@@ -32,5 +32,4 @@ def command(run: RunDir, attempt: int, fault: str) -> list[str]:
 
 def read_report(output: str) -> InjectedFault:
     """Read what the command printed; its last line is the report, as JSON."""
-    values = json.loads(output.strip().splitlines()[-1])
-    return InjectedFault(values["description"], values["at"], values["host"], tuple(values["pids"]))
+    return json_records.loads(InjectedFault, output.strip().splitlines()[-1].encode(), "the output of fault_injection")

@@ -34,7 +34,7 @@ _UNABLE = {
 
 
 @dataclass(frozen=True)
-class Limits:
+class StallLimits:
     """Seconds without a heartbeat: `stall_s` while training, `rare_s` while saving, where heartbeats are rare.
 
     There is no limit while finishing: the time of an export grows with the model, and a kill would only restart it.
@@ -52,7 +52,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StallVerdict:
     """The stalled ranks with their seconds without a heartbeat, and those of them to kill now, with the reasons."""
 
     stalled: Mapping[int, float] = field(default_factory=dict)
@@ -63,10 +63,10 @@ def stalled(
     beats: Mapping[int, Beat],
     states: Mapping[int, str],
     now: float,
-    limits: Limits,
+    limits: StallLimits,
     since: float = 0.0,
     among: str = "of its node",
-) -> Verdict:
+) -> StallVerdict:
     """Judge the ranks in `states` (psutil's names of process states) by their last heartbeats.
 
     `among` says in messages of what they are all ranks. `now` and `since` are of time.monotonic(); silence before `since` does
@@ -76,30 +76,30 @@ def stalled(
     lateness = {r: seconds / limits.of(beats[r]) for r, seconds in silent.items()}
     late = {r: silent[r] for r in silent if lateness[r] > 1}
     if not late:
-        return Verdict()
+        return StallVerdict()
     unable = {r: _UNABLE[states[r]] for r in late if states[r] in _UNABLE}
     if unable:
-        return Verdict(late, unable)
+        return StallVerdict(late, unable)
     counts = {r: beats[r].count for r in silent}
     first, last = max(counts.values()), min(counts.values())
     behind = {r: f"is behind the other ranks {among}" for r in late if counts[r] == last < first}
     # The counts of ranks that wait for another node may differ by one as well, so this is not conclusive at once.
     if any(lateness[r] > _BEHIND for r in behind):
-        return Verdict(late, behind)
+        return StallVerdict(late, behind)
     if max(lateness[r] for r in late) > _UNCLEAR:
-        return Verdict(late, dict.fromkeys(late, f"makes no progress, and neither does any other rank {among}"))
-    return Verdict(late)
+        return StallVerdict(late, dict.fromkeys(late, f"makes no progress, and neither does any other rank {among}"))
+    return StallVerdict(late)
 
 
 class Watchdog:
     """Watches the ranks in `table` that are children of this process; calls `on_stall` with a message on those that it killed.
 
-    `stall_s` 0 watches nothing. For `rare_s` see Limits.
+    `stall_s` 0 watches nothing. For `rare_s` see StallLimits.
     """
 
     def __init__(self, table: HeartbeatTable, stall_s: float, rare_s: float, on_stall: Callable[[str], None]) -> None:
         self._table = table
-        self._limits = Limits(stall_s, rare_s)
+        self._limits = StallLimits(stall_s, rare_s)
         self._on_stall = on_stall
         self._interval_s = min(_LONGEST_INTERVAL_S, stall_s / 10)
         self._looked = self._since = time.monotonic()

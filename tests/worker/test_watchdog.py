@@ -18,10 +18,10 @@ import pytest
 from launcher.errors import RunError
 from launcher.worker.heartbeat import PHASES, VARIABLE, Beat, Heartbeat, HeartbeatTable
 from launcher.worker.rank_env import RankEnv
-from launcher.worker.watchdog import Limits, Verdict, Watchdog, stalled
+from launcher.worker.watchdog import StallLimits, StallVerdict, Watchdog, stalled
 
 NOW = 100_000.0
-LIMITS = Limits(stall_s=60, rare_s=1800)
+LIMITS = StallLimits(stall_s=60, rare_s=1800)
 ALIVE = {0: "running", 1: "sleeping"}
 
 
@@ -29,13 +29,15 @@ def beat(ago: float, count: int = 500, phase: str = "training", slowest: float =
     return Beat(count, 4242, 0, phase, 16, NOW - ago, slowest, trained)
 
 
-def judge(beats: dict[int, Beat], states: dict[int, str] = ALIVE, limits: Limits = LIMITS, since: float = 0.0) -> Verdict:
+def judge(
+    beats: dict[int, Beat], states: dict[int, str] = ALIVE, limits: StallLimits = LIMITS, since: float = 0.0
+) -> StallVerdict:
     return stalled(beats, states, NOW, limits, since)
 
 
 def test_a_rank_with_heartbeats_is_not_stalled() -> None:
-    assert judge({0: beat(1), 1: beat(59.9)}) == Verdict()
-    assert judge({}) == Verdict()
+    assert judge({0: beat(1), 1: beat(59.9)}) == StallVerdict()
+    assert judge({}) == StallVerdict()
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ def test_a_rank_that_cannot_run_is_killed_before_one_that_is_behind() -> None:
 
 
 def test_disk_sleep_between_heartbeats_is_no_stall() -> None:
-    assert judge({0: beat(1), 1: beat(2)}, {0: "running", 1: psutil.STATUS_DISK_SLEEP}) == Verdict()
+    assert judge({0: beat(1), 1: beat(2)}, {0: "running", 1: psutil.STATUS_DISK_SLEEP}) == StallVerdict()
 
 
 def test_a_rank_behind_the_others_is_killed_alone_and_after_a_quarter_more() -> None:
@@ -83,7 +85,7 @@ def test_ranks_that_wait_for_another_node_are_killed_together_after_one_and_a_ha
 
 
 def test_the_limit_is_ten_times_the_slowest_step() -> None:
-    assert judge({0: beat(199, slowest=20), 1: beat(199, slowest=20)}) == Verdict()
+    assert judge({0: beat(199, slowest=20), 1: beat(199, slowest=20)}) == StallVerdict()
     slow = {0: beat(201, slowest=20), 1: beat(201, slowest=20)}
     assert set(judge(slow).stalled) == {0, 1}
     assert not judge(slow).kill
@@ -93,23 +95,23 @@ def test_the_limit_is_ten_times_the_slowest_step() -> None:
 @pytest.mark.parametrize("phase, limit", [("training", 60), ("evaluating", 60), ("saving", 1800)])
 def test_the_limit_is_longer_while_saving(phase: str, limit: float) -> None:
     stopped = {0: psutil.STATUS_STOPPED}
-    assert judge({0: beat(limit - 1, phase=phase)}, stopped) == Verdict()
+    assert judge({0: beat(limit - 1, phase=phase)}, stopped) == StallVerdict()
     assert list(judge({0: beat(limit + 1, phase=phase)}, stopped).kill) == [0]
 
 
 def test_an_export_has_no_limit() -> None:
-    assert judge({0: beat(10**6, phase="finishing")}, {0: psutil.STATUS_STOPPED}) == Verdict()
+    assert judge({0: beat(10**6, phase="finishing")}, {0: psutil.STATUS_STOPPED}) == StallVerdict()
 
 
 def test_ranks_that_have_not_trained_or_have_ended_are_not_judged() -> None:
-    assert judge({0: beat(900, phase="loaded", trained=False), 1: beat(900, phase="evaluating", trained=False)}) == Verdict()
-    assert judge({0: beat(900), 1: beat(1)}, {1: "running"}) == Verdict()
+    assert judge({0: beat(900, phase="loaded", trained=False), 1: beat(900, phase="evaluating", trained=False)}) == StallVerdict()
+    assert judge({0: beat(900), 1: beat(1)}, {1: "running"}) == StallVerdict()
     # Nor does what the dead one has counted make the living one late.
     assert not judge({0: beat(900, count=900), 1: beat(80)}, {1: "running"}).kill
 
 
 def test_silence_from_before_the_watchdog_resumed_does_not_count() -> None:
-    assert judge({0: beat(900), 1: beat(900)}, since=NOW - 30) == Verdict()
+    assert judge({0: beat(900), 1: beat(900)}, since=NOW - 30) == StallVerdict()
     assert set(judge({0: beat(900), 1: beat(900)}, since=NOW - 95).kill) == {0, 1}
 
 

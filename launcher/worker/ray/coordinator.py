@@ -37,9 +37,9 @@ from launcher.worker.ray.messages import (
     Verdict,
     Wait,
 )
-from launcher.worker.ray.watchdog import SILENT_S, Liveness
+from launcher.worker.ray.watchdog import SILENT_S, GroupLiveness
 from launcher.worker.ray.worker_group import Group
-from launcher.worker.watchdog import Limits
+from launcher.worker.watchdog import StallLimits
 
 # How often the coordinator looks at the disk and at Ray, however many workers call it.
 _LOOK_S = 0.5
@@ -75,7 +75,7 @@ class Coordinator:
         self._draining_nodes = draining_nodes
         self._environment: dict[str, str] = {}
         cluster = self._plan.config.cluster
-        self._limits = Limits(cluster.stall_seconds, cluster.timeout_minutes * 60)
+        self._limits = StallLimits(cluster.stall_seconds, cluster.timeout_minutes * 60)
         self._checkpoints = CommittedCheckpoints(self._run)
         self._group: Group | None = None
         # Groups whose workers have not all entered yet, and the ids of groups that another has replaced.
@@ -119,7 +119,7 @@ class Coordinator:
         setup = Setup(self._plan_path, self._environment)
         if group_id in self._replaced or (current is not None and current.id == group_id):
             return setup
-        group = self._incomplete.setdefault(group_id, Group(group_id, size, Liveness(self._limits)))
+        group = self._incomplete.setdefault(group_id, Group(group_id, size, GroupLiveness(self._limits)))
         group.members[member.rank] = member
         if group.is_complete:
             self._replaced |= self._incomplete.keys() - {group_id} | ({current.id} if current is not None else set())

@@ -10,7 +10,7 @@ import psutil
 
 from launcher.worker.heartbeat import Beat, HeartbeatTable
 from launcher.worker.ray.messages import RankSign
-from launcher.worker.watchdog import Limits, stalled
+from launcher.worker.watchdog import StallLimits, stalled
 
 # Workers send several heartbeats a second. One that is silent for so long is cut off, or its machine hangs. Where the limit for
 # a stalled rank is shorter, it holds for workers too.
@@ -45,10 +45,10 @@ class Observer:
         return RankSign(beat, max(0.0, now - max(beat.at, self._since)), state)
 
 
-class Liveness:
+class GroupLiveness:
     """The coordinator's side: the last heartbeat of each worker, by its rank in the group, and the last of its own rank."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: StallLimits) -> None:
         self._limits = limits
         self._silent_s = min(limits.stall_s or SILENT_S, SILENT_S)
         self._gap_s = self._silent_s / 2

@@ -14,7 +14,7 @@ from launcher.plan.planner import fit_workers
 from launcher.worker.checks import network
 from launcher.worker.ray.messages import CommittedCheckpoint, Member, Verdict
 from launcher.worker.ray.node_checks import Checks
-from launcher.worker.ray.watchdog import Liveness
+from launcher.worker.ray.watchdog import GroupLiveness
 from launcher.worker.watchdog import describe
 
 # How long a killed rank is waited for: one that hangs in the kernel does not end.
@@ -30,7 +30,7 @@ class Group:
 
     id: str
     size: int
-    liveness: Liveness
+    liveness: GroupLiveness
     members: dict[int, Member] = field(default_factory=dict)
     training_ranks: tuple[int, ...] = ()
     # Its nodes that failed a check in an earlier attempt, and those of them whose exclusion costs ranks.

@@ -22,8 +22,8 @@ from launcher.worker.heartbeat import Heartbeat, HeartbeatTable
 from launcher.worker.ray import node_checks, trainer, watchdog
 from launcher.worker.ray.checkpoint_reports import Reporter
 from launcher.worker.ray.messages import BeatReply, CommittedCheckpoint, Leave, Member, RankSign, ResizeProgress, Verdict
-from launcher.worker.ray.watchdog import Liveness, Observer
-from launcher.worker.watchdog import Limits
+from launcher.worker.ray.watchdog import GroupLiveness, Observer
+from launcher.worker.watchdog import StallLimits
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +222,7 @@ def test_no_rank_is_judged_while_a_worker_is_silent(
 
 
 def test_a_blocked_coordinator_counts_no_silence_of_workers(clock: list[float]) -> None:
-    found = Liveness(Limits(600, 1800))
+    found = GroupLiveness(StallLimits(600, 1800))
     found.hear(0)
     found.hear(1)
     clock[0] += 100
@@ -235,7 +235,7 @@ def test_a_blocked_coordinator_counts_no_silence_of_workers(clock: list[float]) 
 
 
 def test_a_worker_counts_as_silent_after_the_stall_limit_where_that_is_shorter(clock: list[float]) -> None:
-    found = Liveness(Limits(20, 1800))
+    found = GroupLiveness(StallLimits(20, 1800))
     found.hear(0)
     found.hear(1)
     seen = []
