@@ -35,7 +35,7 @@ def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None =
         "config": {"pad_token_id": 0},
         **(model or {}),
     }
-    made = LaunchPlan(
+    base = LaunchPlan(
         run_name="demo-run",
         run_dir=str(run_dir),
         wandb_id="abcd1234",
@@ -61,7 +61,7 @@ def plan(run_dir: Path, settings: dict[str, Any], model: dict[str, Any] | None =
         data=None,
         provenance=Provenance(created_at="2026-01-31T09:15:00Z", launcher_version="0", python="3.11", packages={}),
     )
-    return made.model_copy(update=parts)
+    return base.model_copy(update=parts)
 
 
 def changed(plan: LaunchPlan, *overrides: str) -> LaunchPlan:

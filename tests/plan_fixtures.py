@@ -49,9 +49,9 @@ WORKING_DIR = "/srv/project"
 
 @functools.cache
 def composed(tokens: tuple[str, ...]) -> RunConfig:
-    found: list[RunConfig] = []
-    run_hydra(tokens, lambda done: found.append(done.config))
-    return found[0]
+    configs: list[RunConfig] = []
+    run_hydra(tokens, lambda done: configs.append(done.config))
+    return configs[0]
 
 
 def facts_for(

@@ -108,7 +108,7 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
         return
     import hydra
 
-    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    saved_state = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["launcher", *argv], "1"
     try:
         # A sweep always writes a multirun.yaml.
@@ -122,10 +122,10 @@ def _call_hydra(task: Callable[[Any], None], argv: list[str]) -> None:
     except Exception as error:
         raise ConfigError(hydra_problem(error, argv)) from error
     finally:
-        sys.argv = before[0]
+        sys.argv = saved_state[0]
         os.environ.pop("HYDRA_FULL_ERROR", None)
-        if before[1] is not None:
-            os.environ["HYDRA_FULL_ERROR"] = before[1]
+        if saved_state[1] is not None:
+            os.environ["HYDRA_FULL_ERROR"] = saved_state[1]
 
 
 def _compose_once(task: Callable[[Any], None], overrides: list[str]) -> None:

@@ -207,8 +207,8 @@ def _inside(key: str, value: Any, deepspeed: Mapping[str, Any], model: Mapping[s
     elif key in _SET_FOR_NVME and deepspeed.get(_SET_FOR_NVME[key]) == "nvme":
         yield _Refusal(key, value, f"the plan sets this with deepspeed.{_SET_FOR_NVME[key]}=nvme")
     elif value == "auto":
-        what = "only Hugging Face's Trainer fills in auto"
-        yield _Refusal(key, value, what, "write the value, or remove it")
+        reason = "only Hugging Face's Trainer fills in auto"
+        yield _Refusal(key, value, reason, "write the value, or remove it")
     elif key in SECTIONS and not isinstance(value, dict):
         yield _Refusal(key, value, "is not a mapping", "write its keys one by one")
     elif isinstance(value, dict):

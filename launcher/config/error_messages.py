@@ -41,13 +41,13 @@ _UNIFORM_KEY = re.compile(r"\[\d+\]")
 
 def schema_problems(error: ValidationError, origins: Origins, values: Mapping[str, Any], skip: set[str]) -> Iterator[Problem]:
     """Yield one problem per key; `values` are the settings that were validated, `skip` has the keys that are reported already."""
-    seen: set[str] = set()
+    reported: set[str] = set()
     items = [(_key_of(item["loc"]), item) for item in error.errors(include_url=False)]
     for key, item in items:
         # A list with a bad item is also "too short", and a union reports each of its branches.
-        if key in skip or key in seen or (item["type"] == "too_short" and any(k.startswith(f"{key}[") for k, _ in items)):
+        if key in skip or key in reported or (item["type"] == "too_short" and any(k.startswith(f"{key}[") for k, _ in items)):
             continue
-        seen.add(key)
+        reported.add(key)
         setting = settings().get(_UNIFORM_KEY.sub("[]", key))
         if item["type"] == "extra_forbidden":
             yield _unknown(key, item["input"], origins)
@@ -112,16 +112,16 @@ def _unknown_kind(key: str, kind: str, origins: Origins) -> Problem:
 
 def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -> Problem:
     """Return the problem of a validator's message, `what is wrong; the remedy`, which may name several settings."""
-    what, _, remedy = text.partition("; ")
+    message, _, remedy = text.partition("; ")
     if "." in key:
         value = _value_of(key, values)
         text = "" if value is _ABSENT else _plain(key, value)
-        return Problem(f"{key}: {what}", where=origins.of(key), value=text, remedy=remedy or _give(key))
+        return Problem(f"{key}: {message}", where=origins.of(key), value=text, remedy=remedy or _give(key))
     named = [k for k in settings() if "." in k and re.search(rf"(?<![\w.]){re.escape(k)}(?!\w)", text)]
     origin = {k: origins.of(k) for k in named}
     shown_values = {k: _plain(k, value) for k in named if (value := _value_of(k, values)) is not _ABSENT}
     return Problem(
-        what,
+        message,
         where=", ".join(f"{k} ({where})" for k, where in origin.items() if where),
         value=", ".join(f"{k}={value}" for k, value in shown_values.items() if value),
         remedy=remedy,
@@ -130,14 +130,16 @@ def _by_rule(key: str, text: str, origins: Origins, values: Mapping[str, Any]) -
 
 def _by_type(key: str, setting: Setting | None, item: Mapping[str, Any], origins: Origins) -> Problem:
     kind, value = item["type"], item["input"]
-    what = _OUT_OF_BOUNDS.get(kind) or _WRONG_TYPE.get(kind.split("_")[0]) or item["msg"]
+    message = _OUT_OF_BOUNDS.get(kind) or _WRONG_TYPE.get(kind.split("_")[0]) or item["msg"]
     remedy = _give(key)
     if setting is not None and kind == "literal_error":
         guess = did_you_mean(str(value), setting.type.removesuffix(" or null").split(" | "))
         remedy = f"{guess} {remedy}".strip()
     if kind == "string_type" and isinstance(value, int | float) and "[" not in key:
         remedy = f"quote it twice: '{key}=\"{value}\"'"
-    return Problem(f"{key}: {what.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy)
+    return Problem(
+        f"{key}: {message.format(**item.get('ctx', {}))}", where=origins.of(key), value=_plain(key, value), remedy=remedy
+    )
 
 
 def shown(key: str, value: Any) -> str:
@@ -190,30 +192,30 @@ def hydra_problem(error: Exception, tokens: Sequence[str]) -> Problem:
     """Return the problem of an error in Hydra's composition, without the `++` that the launcher added."""
     from hydra.errors import OverrideParseException
 
-    if named := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
+    if list_token := next((token for token in tokens if re.match(r"\+*data\.sources\.[A-Za-z_]", token)), None):
         return Problem(
             "data.sources is a list, and a key cannot name one of its entries; write the whole list",
             where="command line",
-            value=redact(named.removeprefix("++")),
+            value=redact(list_token.removeprefix("++")),
             remedy=f"write {COLUMNS_EXAMPLE}",
         )
     text = redact(str(error)).strip()
-    first = text.splitlines()[0].replace("++", "") if text else type(error).__name__
+    message = text.splitlines()[0].replace("++", "") if text else type(error).__name__
     culprit = getattr(error, "override", None) or next((t for t in tokens if t.split("=")[0] and t in str(error)), "")
     if redact(culprit) != culprit:
-        first = "this override cannot be parsed"
+        message = "this override cannot be parsed"
     if renamed := renamed_override(culprit):
         return renamed
     group, _, option = (getattr(error, "missing_cfg_file", None) or "").partition("/")
     if option and (options := getattr(error, "options", None)):
         return no_such_option(group, option, options, f"{group}={option}")
-    unread = isinstance(error, OverrideParseException)
+    is_unparsed = isinstance(error, OverrideParseException)
     return Problem(
-        f"Hydra cannot compose these settings: {first}",
+        f"Hydra cannot compose these settings: {message}",
         where="command line" if culprit else "",
         value=culprit.removeprefix("++"),
         remedy="write key=value or group=option; values that hold spaces, commas, brackets, ~ or = are quoted twice, "
         "as in 'run.name=\"a b\"'"
-        if unread
+        if is_unparsed
         else "see python -m launcher --help",
     )

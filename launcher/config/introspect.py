@@ -54,14 +54,14 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
 
 def _walk_kinds(members: Sequence[type[BaseModel]], prefix: str) -> Iterator[Setting]:
     """Yield the settings of sections that `kind` selects from: those of all sections, then those of each."""
-    walked = {member.model_fields["kind"].default: {s.key: s for s in _walk(member, prefix)} for member in members}
-    shared = [key for key in next(iter(walked.values())) if all(key in found for found in walked.values())]
-    first = next(iter(walked.values()))
+    by_kind = {member.model_fields["kind"].default: {s.key: s for s in _walk(member, prefix)} for member in members}
+    shared = [key for key in next(iter(by_kind.values())) if all(key in of_kind for of_kind in by_kind.values())]
+    any_kind = next(iter(by_kind.values()))
     for key in shared:
-        kind_itself = key == f"{prefix}kind"
-        yield replace(first[key], type=" | ".join(walked)) if kind_itself else first[key]
-    for kind, found in walked.items():
-        yield from (replace(setting, kind=kind) for key, setting in found.items() if key not in shared)
+        is_kind = key == f"{prefix}kind"
+        yield replace(any_kind[key], type=" | ".join(by_kind)) if is_kind else any_kind[key]
+    for kind, of_kind in by_kind.items():
+        yield from (replace(setting, kind=kind) for key, setting in of_kind.items() if key not in shared)
 
 
 def sections_of(annotation: Any) -> list[type[BaseModel]]:

@@ -34,10 +34,10 @@ class Origins:
                 return key, "command line"
         path = [int(p) if p.isdigit() else p for p in re.split(r"[.\[]", key.replace("]", "")) if p]
         for file, inside in self._candidates(path):
-            found = _find(file.read_text(), inside)
-            if found is None:
+            location = _find(file.read_text(), inside)
+            if location is None:
                 continue
-            line, value = found
+            line, value = location
             reference = re.fullmatch(r"\$\{([\w.\[\]]+)\}", value or "")
             if reference and reference[1] != key:
                 return self.resolve(reference[1])
@@ -51,8 +51,8 @@ class Origins:
         key, where = self.resolve(problem.where)
         if not where:
             return problem
-        what, remedy = (text.replace(problem.where, key) for text in (problem.what, problem.remedy))
-        return replace(problem, what=what, where=f"{key} ({where})", remedy=remedy)
+        message, remedy = (text.replace(problem.where, key) for text in (problem.what, problem.remedy))
+        return replace(problem, what=message, where=f"{key} ({where})", remedy=remedy)
 
     def _candidates(self, path: list[str | int]) -> Iterator[tuple[Path, list[str | int]]]:
         """Yield the files that can set `path`, the last composed first, with the path inside each."""
@@ -88,10 +88,10 @@ def _find(text: str, path: list[str | int]) -> tuple[int, str | None] | None:
     line = 0
     for part in path:
         if isinstance(node, yaml.MappingNode):
-            found = next(((k, v) for k, v in node.value if k.value == part), None)
-            if found is None:
+            entry = next(((k, v) for k, v in node.value if k.value == part), None)
+            if entry is None:
                 return None
-            line, node = found[0].start_mark.line + 1, found[1]
+            line, node = entry[0].start_mark.line + 1, entry[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
             node = node.value[part]
             line = node.start_mark.line + 1

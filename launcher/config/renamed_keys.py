@@ -65,7 +65,7 @@ def renamed_setting(key: str, value: Any, where: str) -> Problem | None:
 
 def renamed_reference(text: str) -> str | None:
     """Return the first key in `text` that was renamed, such as in the name of an interpolation; None without one."""
-    return next((word for word in re.findall(r"[A-Za-z_][\w.]*\w", text) if word in RENAMED), None)
+    return next((name for name in re.findall(r"[A-Za-z_][\w.]*\w", text) if name in RENAMED), None)
 
 
 def _renamed_text(old: str, new: str) -> str:

@@ -88,32 +88,32 @@ def differing(saved: Mapping[str, Any], requested: Mapping[str, Any], prefix: st
     ]
 
 
-def table(found: Sequence[Difference]) -> str:
+def table(changes: Sequence[Difference]) -> str:
     """Return one line per difference: the key, the checkpoint's value, the requested value."""
-    rows = [("", "checkpoint", "requested"), *((d.key, d.saved, d.requested) for d in found)]
+    rows = [("", "checkpoint", "requested"), *((d.key, d.saved, d.requested) for d in changes)]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join(f"  {key:<{widths[0]}}  {saved:<{widths[1]}}  {requested}".rstrip() for key, saved, requested in rows)
 
 
-def require_same(found: Sequence[Difference], force: bool, run: str, checkpoint: str) -> None:
+def require_same(changes: Sequence[Difference], force: bool, run: str, checkpoint: str) -> None:
     """Refuse differences that make it another run, all in one error; `force` accepts those that are not FIXED.
 
     Raises:
         ConfigError: with the differences key by key.
     """
     problems = []
-    if fixed := [difference for difference in found if difference.is_fixed]:
+    if fixed_changes := [difference for difference in changes if difference.is_fixed]:
         problems.append(
             Problem(
-                f"these settings cannot change when a run is resumed, not even with --force:\n{table(fixed)}",
+                f"these settings cannot change when a run is resumed, not even with --force:\n{table(fixed_changes)}",
                 where=checkpoint,
                 remedy=f"remove them, or start another run with these weights: python -m launcher model.path=run:{run} ...",
             )
         )
-    if not force and (free := [difference for difference in found if not difference.is_fixed]):
+    if not force and (other_changes := [difference for difference in changes if not difference.is_fixed]):
         problems.append(
             Problem(
-                f"these settings differ from those that the checkpoint was saved with:\n{table(free)}",
+                f"these settings differ from those that the checkpoint was saved with:\n{table(other_changes)}",
                 where=checkpoint,
                 remedy="remove them, start another run with them, or accept the differences: resume RUN --force ...",
             )
@@ -122,8 +122,8 @@ def require_same(found: Sequence[Difference], force: bool, run: str, checkpoint:
         raise ConfigError(problems)
 
 
-def _is_one_of(key: str, known: Sequence[str]) -> bool:
-    return any(key.startswith(k) if k.endswith(".") else key == k or key.startswith((f"{k}.", f"{k}[")) for k in known)
+def _is_one_of(key: str, keys: Sequence[str]) -> bool:
+    return any(key.startswith(k) if k.endswith(".") else key == k or key.startswith((f"{k}.", f"{k}[")) for k in keys)
 
 
 def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -184,5 +184,5 @@ def _secret(key: str) -> Problem:
     return _problem(f"{key}: looks like a secret (a token, key or password); its value is not shown", remedy)
 
 
-def _problem(what: str, remedy: str, value: str = "") -> Problem:
-    return Problem(redact(what), where="command line", value=redact(value), remedy=remedy)
+def _problem(message: str, remedy: str, value: str = "") -> Problem:
+    return Problem(redact(message), where="command line", value=redact(value), remedy=remedy)

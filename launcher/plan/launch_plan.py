@@ -243,8 +243,8 @@ class LaunchPlan(Record):
         try:
             return cls.model_validate_json(json.dumps(migrate(values)))
         except ValidationError as error:
-            first, *_ = error.errors(include_url=False, include_input=False)
-            raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+            problem, *_ = error.errors(include_url=False, include_input=False)
+            raise ValueError(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
 
 
 def digest_of(text: str) -> str:

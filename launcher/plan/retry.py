@@ -62,26 +62,26 @@ _TAKEN_AWAY = (Cause.PREEMPTED, Cause.RESIZED)
 _OF_THE_MACHINES = (*_TAKEN_AWAY, *_FAILED_MACHINES)
 
 
-def decide(ended: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSection) -> Decision:
+def decide(last: AttemptEnd, history: Sequence[AttemptEnd], budgets: ManagedSection) -> Decision:
     """Decide what follows an attempt; `history` has the ends of the attempts before it, oldest first.
 
     A run continues after preemptions, time limits and failures of machines while each cause stays within its budget and newer
     checkpoints are written. A user error ends the run at once: the next attempt would fail in the same way.
     """
-    if ended.cause in _FINAL:
-        return Decision(False, _FINAL[ended.cause], ended.message)
-    if ended.cause is Cause.USER_ERROR:
-        return Decision(False, "failed", ended.message)
-    attempts = [*history, ended]
-    stopped = _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
-    if stopped:
-        return Decision(False, "failed", "; ".join(filter(None, (ended.message, stopped))))
+    if last.cause in _FINAL:
+        return Decision(False, _FINAL[last.cause], last.message)
+    if last.cause is Cause.USER_ERROR:
+        return Decision(False, "failed", last.message)
+    attempts = [*history, last]
+    reason = _spent(attempts, budgets) or _stuck(attempts, budgets.max_no_progress)
+    if reason:
+        return Decision(False, "failed", "; ".join(filter(None, (last.message, reason))))
     # A check may fail temporarily: a run that has begun gets one more attempt with the same nodes.
     is_first_failed_check = bool(history) and history[-1].cause is not Cause.BAD_NODE
-    if ended.cause is Cause.BAD_NODE and not budgets.leaves_out_bad_nodes and not is_first_failed_check:
-        return Decision(False, "failed", f"{ended.message}; {budgets.bad_node_remedy}")
-    bad = dict.fromkeys(node for attempt in attempts[_newest_progress(attempts) :] for node in attempt.bad_nodes)
-    return Decision(True, "pending", ended.message, tuple(bad) if budgets.leaves_out_bad_nodes else ())
+    if last.cause is Cause.BAD_NODE and not budgets.leaves_out_bad_nodes and not is_first_failed_check:
+        return Decision(False, "failed", f"{last.message}; {budgets.bad_node_remedy}")
+    bad_nodes = dict.fromkeys(node for attempt in attempts[_newest_progress(attempts) :] for node in attempt.bad_nodes)
+    return Decision(True, "pending", last.message, tuple(bad_nodes) if budgets.leaves_out_bad_nodes else ())
 
 
 def _spent(attempts: Sequence[AttemptEnd], budgets: ManagedSection) -> str:

@@ -27,9 +27,9 @@ def compose() -> Callable[..., list[Composed]]:
     """Compose a command line; one result for each job."""
 
     def composed(*tokens: str) -> list[Composed]:
-        found: list[Composed] = []
-        run_hydra(tokens, found.append)
-        return found
+        compositions: list[Composed] = []
+        run_hydra(tokens, compositions.append)
+        return compositions
 
     return composed
 

@@ -43,16 +43,16 @@ def test_values_keep_their_types(config: RunConfig) -> None:
 
 
 def test_all_mistakes_in_one_pass(config: RunConfig) -> None:
-    found = problems(config, "train.max_stepz=3", "optim.lr=-1", "cluster.nodes=[", "word", "checkpoint.keep_last=0")
-    assert [p.what.split(":")[0] for p in found] == [
+    mistakes = problems(config, "train.max_stepz=3", "optim.lr=-1", "cluster.nodes=[", "word", "checkpoint.keep_last=0")
+    assert [p.what.split(":")[0] for p in mistakes] == [
         "train.max_stepz",
         "cluster.nodes",
         "word",
         "optim.lr",
         "checkpoint.keep_last",
     ]
-    assert found[0].remedy == "did you mean train.max_steps?"
-    assert (found[3].what, found[3].value) == ("optim.lr: must be above 0", "-1")
+    assert mistakes[0].remedy == "did you mean train.max_steps?"
+    assert (mistakes[3].what, mistakes[3].value) == ("optim.lr: must be above 0", "-1")
 
 
 def refusal(saved: RunConfig, *overrides: str, force: bool = False) -> list[Problem]:
@@ -98,8 +98,13 @@ def test_force_accepts_all_differences_but_fixed_settings(config: RunConfig) -> 
 
 
 def test_the_same_value_is_no_difference(config: RunConfig) -> None:
-    same = [f"run.seed={config.run.seed}", "model.dtype=bf16", "data.packing=true", f"train.grad_clip={config.train.grad_clip}"]
-    assert differences(config, with_overrides(config, [*same, "train.max_steps=3", "cluster.ranks_per_node=4"])) == []
+    overrides = [
+        f"run.seed={config.run.seed}",
+        "model.dtype=bf16",
+        "data.packing=true",
+        f"train.grad_clip={config.train.grad_clip}",
+    ]
+    assert differences(config, with_overrides(config, [*overrides, "train.max_steps=3", "cluster.ranks_per_node=4"])) == []
 
 
 def test_data_path_changes_its_source(compose: Callable[..., list[Composed]]) -> None:
@@ -111,9 +116,9 @@ def test_data_path_changes_its_source(compose: Callable[..., list[Composed]]) ->
 
 def test_settings_with_an_effect_are_not_free_to_change(config: RunConfig) -> None:
     """A setting that nobody has thought of is not free."""
-    free = {key for key in settings() if key.startswith(CHANGEABLE)}
+    free_keys = {key for key in settings() if key.startswith(CHANGEABLE)}
     for key in ("data.max_length", "run.seed", "model.dtype", "optim.weight_decay", "train.global_batch_size", "train.grad_clip"):
-        assert key not in free
+        assert key not in free_keys
 
 
 @pytest.mark.parametrize("keys", [CHANGEABLE, tuple(key for key in FIXED if not key.startswith("plan."))])

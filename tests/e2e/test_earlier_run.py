@@ -58,10 +58,10 @@ def test_an_earlier_run_is_read_and_resumed_with_the_same_losses(launch: Launch,
     assert status(run)["state"] == "completed"
     expected = json.loads((project / "expected.json").read_text())
     same_machine = (torch.__version__, torch.backends.cpu.get_cpu_capability()) == (expected["torch"], expected["cpu_capability"])
-    wanted = {int(step): loss for step, loss in expected["losses"].items()}
+    expected_losses = {int(step): loss for step, loss in expected["losses"].items()}
     trained = {step: loss for step, loss in losses(run).items() if step > CHECKPOINT_STEP}
     # Other kernels add in another order.
-    assert trained == (wanted if same_machine else pytest.approx(wanted, rel=1e-5))
+    assert trained == (expected_losses if same_machine else pytest.approx(expected_losses, rel=1e-5))
 
     # What the first attempt left stays as it was, beside the plan and the code of the second.
     assert (run / "plan.json").read_bytes() == first_plan

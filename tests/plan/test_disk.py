@@ -54,7 +54,7 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
 
 
 @pytest.mark.parametrize(
-    ("tokens", "said"),
+    ("tokens", "text"),
     [
         (["checkpoint.keep_last=1"], "each, the newest is kept;"),
         (["checkpoint.keep_last=3"], "each, the newest 3 are kept;"),
@@ -65,6 +65,6 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
         ),
     ],
 )
-def test_the_plan_shows_which_checkpoints_are_kept(plan_of: PlanOf, tokens: list[str], said: str) -> None:
+def test_the_plan_shows_which_checkpoints_are_kept(plan_of: PlanOf, tokens: list[str], text: str) -> None:
     (line,) = [line for line in plan_lines(plan_of(*tokens)) if line.startswith("checkpoint")]
-    assert said in line
+    assert text in line

@@ -68,8 +68,8 @@ def test_planning_reads_neither_disk_nor_clock_nor_environment(
             *((Path, name) for name in ("exists", "is_file", "is_dir", "read_text", "cwd", "home", "expanduser", "resolve")),
         ):
             patched.setattr(module, name, touched)
-        found = [plan(config, facts) for config in configs]
-    assert found == expected
+        plans = [plan(config, facts) for config in configs]
+    assert plans == expected
 
 
 def test_the_same_settings_give_the_same_plan(config_of: Callable[..., RunConfig], facts: Facts) -> None:
@@ -151,18 +151,18 @@ def test_an_hpz_partition_that_does_not_divide_is_refused(plan_of: Callable[...,
 
 
 def test_resizing_a_plan_equals_planning_for_the_other_ranks(plan_of: Callable[..., LaunchPlan]) -> None:
-    whole = plan_of(*LLAMA_70B, "cluster.nodes=8")
-    assert resized(whole, 64, 8) == whole
-    half, planned = resized(whole, 32, 8), plan_of(*LLAMA_70B, "cluster.nodes=4")
-    same = {"config": half.config, "wandb_id": half.wandb_id, "run_dir": half.run_dir, "run_name": half.run_name}
-    assert half == planned.model_copy(update=same | {"provenance": half.provenance})
-    assert half.batch.global_batch_size == whole.batch.global_batch_size
+    full = plan_of(*LLAMA_70B, "cluster.nodes=8")
+    assert resized(full, 64, 8) == full
+    half, planned = resized(full, 32, 8), plan_of(*LLAMA_70B, "cluster.nodes=4")
+    identity = {"config": half.config, "wandb_id": half.wandb_id, "run_dir": half.run_dir, "run_name": half.run_name}
+    assert half == planned.model_copy(update=identity | {"provenance": half.provenance})
+    assert half.batch.global_batch_size == full.batch.global_batch_size
 
 
 def test_resizing_to_ranks_that_do_not_divide_is_refused(plan_of: Callable[..., LaunchPlan]) -> None:
-    whole = plan_of(*LLAMA_70B, "deepspeed.hpz_partition_size=8")
+    full = plan_of(*LLAMA_70B, "deepspeed.hpz_partition_size=8")
     with pytest.raises(ConfigError, match="does not divide the 4 ranks"):
-        resized(whole, 4, 4)
+        resized(full, 4, 4)
     with pytest.raises(ConfigError):
         resized(plan_of(*LLAMA_70B), 7, 7)
 
@@ -176,10 +176,10 @@ def test_min_workers_above_the_world_size_are_refused(plan_of: Callable[..., Lau
 
 
 def test_all_problems_of_a_plan_come_in_one_pass(plan_of: Callable[..., LaunchPlan]) -> None:
-    found = problems(
+    mistakes = problems(
         plan_of, *LLAMA_70B, "deepspeed.hpz_partition_size=5", "cluster.gpu_type=ABACUS", "train.global_batch_size=100"
     )
-    assert [p.where for p in found] == ["cluster.gpu_type", "deepspeed.hpz_partition_size", "train.global_batch_size"]
+    assert [p.where for p in mistakes] == ["cluster.gpu_type", "deepspeed.hpz_partition_size", "train.global_batch_size"]
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def test_a_smaller_elastic_run_saves_in_the_background_only_where_nodes_have_roo
 
 
 def test_unknown_gpus_of_a_ray_cluster_are_not_refused(plan_of: Callable[..., LaunchPlan]) -> None:
-    there = (*SEVENTY, "cluster=ray", "cluster.address=http://127.0.0.1:8265", "cluster.nodes=1", "cluster.ranks_per_node=8")
-    assert plan_of(*there, device=CUDA).topology.world_size == 8
-    (problem,) = problems(plan_of, *there, "cluster.gpu_type=H100-80GB", device=CUDA)
+    settings = (*SEVENTY, "cluster=ray", "cluster.address=http://127.0.0.1:8265", "cluster.nodes=1", "cluster.ranks_per_node=8")
+    assert plan_of(*settings, device=CUDA).topology.world_size == 8
+    (problem,) = problems(plan_of, *settings, "cluster.gpu_type=H100-80GB", device=CUDA)
     assert "model states over 8 ranks" in problem.what
 
 
@@ -262,8 +262,8 @@ def test_little_room_beside_the_model_states_is_noted(
 
 def test_states_that_exceed_main_memory_are_noted_on_cpus(plan_of: Callable[..., LaunchPlan]) -> None:
     notes = [line for line in plan_lines(plan_of("model=llama3_1_8b")) if line.startswith("note")]
-    told = [note for note in notes if "GiB of main memory a node, which has 24 GiB: they do not fit" in note]
-    assert len(told) == 1
+    memory_notes = [note for note in notes if "GiB of main memory a node, which has 24 GiB: they do not fit" in note]
+    assert len(memory_notes) == 1
     assert not any("a copy of the states" in note for note in notes)
 
 

@@ -26,9 +26,9 @@ PARAMETERS = {
 
 
 def compose(*tokens: str) -> RunConfig:
-    found: list[RunConfig] = []
-    run_hydra(tokens, lambda done: found.append(done.config))
-    return found[0]
+    compositions: list[RunConfig] = []
+    run_hydra(tokens, lambda done: compositions.append(done.config))
+    return compositions[0]
 
 
 def test_shipped_settings_compose_and_survive_the_file(
