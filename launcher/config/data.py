@@ -18,7 +18,7 @@ COLUMNS = (
 )
 COLUMNS_EXAMPLE = (
     "'data.sources=[{name: train, path: PATH, columns: {prompt: question, completion: answer}}]' data.path=null, "
-    "with the rows' own names behind the colons"
+    "with the rows' own keys after the colons"
 )
 
 _USER = re.compile(r"(\w+)://([^/?]*)@")
@@ -64,8 +64,8 @@ class Source(Section):
     columns: dict[str, str] = Field(
         default_factory=dict,
         description=(
-            f"Maps a column that the formats read to the rows' own name for it ({', '.join(COLUMNS)}); "
-            f"written whole: {COLUMNS_EXAMPLE}."
+            f"The rows' own key for each column that the format reads ({', '.join(COLUMNS)}). Write the whole list: "
+            f"{COLUMNS_EXAMPLE}."
         ),
     )
     ignored_keys: tuple[Text, ...] = Field(

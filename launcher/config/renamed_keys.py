@@ -1,4 +1,4 @@
-"""Settings that were renamed: one table from the old key to the new one, and the refusal of an old key that somebody typed."""
+"""Settings that were renamed: one table from old key to new key, and the refusal of a typed old key."""
 
 from __future__ import annotations
 

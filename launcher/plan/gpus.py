@@ -20,7 +20,7 @@ cliffcenter.com/research/amd-inference-economics (May 2026) and the prices of La
 B300, GB200 and GH200 by the lists of RunPod, Hyperstack, Akash, Lambda and CoreWeave of August and September 2026, in which a
 B200 costs about what it does here, and Spheron's of March 2026. H200 NVL by price tables inside two open-source tools (one of
 March 2026) that give it the price of the H200 of SXM. Clouds ask between half and twice as much, and less for long contracts and
-spot. Types that nobody lists, or that are hardly rented one by one, have no price.
+spot. Types without a public price per GPU have no price.
 """
 
 from __future__ import annotations

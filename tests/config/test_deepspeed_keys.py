@@ -1,4 +1,4 @@
-"""What `deepspeed.extra` may hold: the tables against the installed DeepSpeed, and what a person is told."""
+"""The keys that `deepspeed.extra` accepts: the tables against the installed DeepSpeed, and the messages."""
 
 from __future__ import annotations
 
@@ -174,6 +174,6 @@ def test_a_resume_checks_the_keys_that_it_is_given_and_no_others(compose: Compos
     config = compose("model=tiny")[0].config
     with pytest.raises(ConfigError, match=r"extra\.bf16\.enabled: the launcher sets this from model\.dtype"):
         with_overrides(config, ["deepspeed.extra={bf16: {enabled: false}}"])
-    # A run that was started before a key was refused goes on as it was.
+    # A run that was started before a key was refused can be resumed.
     older = config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"extra": {"amp": {}}})})
     assert with_overrides(older, ["train.max_steps=9"]).deepspeed.extra == {"amp": {}}

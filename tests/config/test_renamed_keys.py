@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from launcher.config.resume import with_overrides
 from launcher.errors import ConfigError, Problem
 
 Refused = Callable[..., list[Problem]]
+REPO = Path(__file__).parents[2]
 PASSWORD = "s3://me:kanarienvogel@bucket/runs"
 TOKEN = "hf_abcdefghijklmnopqrstuvwx"
 
@@ -22,6 +24,13 @@ TOKEN = "hf_abcdefghijklmnopqrstuvwx"
 def test_every_new_key_is_a_setting_and_no_old_key_is() -> None:
     assert set(RENAMED.values()) <= settings().keys()
     assert not RENAMED.keys() & settings().keys()
+
+
+def test_no_source_or_guide_uses_an_old_key() -> None:
+    files = [*REPO.glob("launcher/**/*.py"), *REPO.glob("docs/*.md"), *REPO.glob("*/README.md"), REPO / "README.md"]
+    old_key = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, RENAMED))})\b")
+    using = {str(file.relative_to(REPO)) for file in files if old_key.search(file.read_text(encoding="utf-8"))}
+    assert using == {"launcher/config/renamed_keys.py"}
 
 
 @pytest.mark.parametrize("old", RENAMED)

@@ -1,4 +1,4 @@
-"""How many checkpoints a run needs room for, and what is said where there is none."""
+"""How many checkpoints a run needs room for, and the messages where there is too little."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_too_little_room_is_refused_or_noted_with_numbers(plan_of: PlanOf) -> No
     assert note is not None
     assert f"has {3 * one - 1:,} bytes free and needs {3 * one:,} for 3 checkpoints" in note
     assert disk.note(plan, 3 * one, present=0) is None
-    # What lies there already takes its room no second time.
+    # Checkpoints that exist already need no more space.
     assert disk.note(plan, one, present=2) is None
     assert f"needs {2 * one:,} for 2 more checkpoints" in (disk.note(plan, one, present=1) or "")
     assert f"needs {one:,} for 1 more checkpoint," in (disk.note(plan, one - 1, present=9) or "")

@@ -248,16 +248,16 @@ def test_an_elastic_run_must_fit_on_its_fewest_workers(plan_of: Callable[..., La
 
 
 @pytest.mark.parametrize(
-    ("gpu", "per_rank_gib", "is_told"),
+    ("gpu", "per_rank_gib", "is_noted"),
     [(79.0, 68.65, True), (24.0, 17.16, True), (79.0, 53.39, False), (24.0, 4.0, False), (8.0, 3.0, False)],
 )
 def test_little_room_beside_the_model_states_is_noted(
-    plan_of: Callable[..., LaunchPlan], gpu: float, per_rank_gib: float, is_told: bool
+    plan_of: Callable[..., LaunchPlan], gpu: float, per_rank_gib: float, is_noted: bool
 ) -> None:
     planned = plan_of(device=CUDA)
     memory = planned.memory.model_copy(update={"device_gib": gpu, "per_rank_gib": per_rank_gib})
     lines = "\n".join(plan_lines(planned.model_copy(update={"memory": memory})))
-    assert ("which is little" in lines) is is_told
+    assert ("which is little" in lines) is is_noted
 
 
 def test_states_that_exceed_main_memory_are_noted_on_cpus(plan_of: Callable[..., LaunchPlan]) -> None:

@@ -71,7 +71,7 @@ def build_trainer(plan: LaunchPlan, run: RunDir, name: str, coordinator: Any) ->
                 max_preemption_failures=-1,
                 preemption_grace_s=grace_s,
             ),
-            # Ray Train removes none; train.keep_last decides.
+            # Ray Train removes none; checkpoint.keep_last decides.
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
