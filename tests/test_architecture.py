@@ -1,4 +1,4 @@
-"""The arrows between packages, and the wall that keeps torch out of the submit side."""
+"""Import directions, the submit side without torch, and backends that only their own files know."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SUBMIT_SIDE = [
 
 
 def loaded_after(statement: str) -> set[str]:
-    """Top-level modules of a fresh interpreter after `statement`."""
+    """Top-level modules that a new interpreter has loaded after `statement`."""
     code = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -65,14 +65,14 @@ def test_using_a_backend_loads_nothing_heavy() -> None:
 
 
 def test_the_data_build_loads_no_torch() -> None:
-    """Each of its workers imports the main module again."""
+    """Each worker process of the data build imports the main module again."""
     loaded = loaded_after("import launcher.worker.prepare")
     assert "transformers" in loaded
     assert loaded.isdisjoint(set(HEAVY) - {"transformers"})
 
 
 def test_status_and_ls_do_not_load_pydantic() -> None:
-    """Half of the time that `status` and `ls` take would go into loading pydantic."""
+    """Loading pydantic would double the time of `status` and `ls`."""
     backends = "".join(f"\ncluster_for({kind!r})" for kind in ("local", "slurm", "ray"))
     loaded = loaded_after(f"import launcher.cli.status\nfrom launcher.clusters.base import cluster_for{backends}")
     assert "launcher" in loaded
@@ -94,7 +94,7 @@ def test_files_stay_small(folder: str) -> None:
 
 
 def test_only_a_backends_own_files_compare_the_kind_of_cluster() -> None:
-    """A difference between backends is a method of `Cluster` or a property of `ClusterSection`, never a question for the kind."""
+    """What differs between backends is a method of `Cluster` or a property of `ClusterSection`."""
     questions = [
         f"{file.relative_to(REPO)}:{node.lineno}"
         for file in sorted((REPO / "launcher").rglob("*.py"))

@@ -1,4 +1,4 @@
-"""What `model.path=run:...` finds, and what it says where it finds nothing; real run directories with real checkpoints."""
+"""`model.path=run:...` on real run directories with real checkpoints: what is found, and what is refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_run(config_of: Callable[..., RunConfig], tmp_path: Path) -> MakeRun:
-    """A run directory with committed checkpoints of `steps`, whose files hold `content`."""
+    """Create a run directory with committed checkpoints of `steps`, whose files contain `content`."""
 
     def make(name: str, *steps: int, lineage: Lineage | None = None, content: bytes = b"weights") -> RunDir:
         config = config_of("train.max_steps=20", f"run.name={name}")
@@ -101,7 +101,7 @@ def test_a_missing_step_is_resolved_to_the_newest_one(make_run: MakeRun, config_
     assert facts.resolve(config) == config, "a later checkpoint changes nothing"
     for path in ("run:a@5", "run:./runs/a@5", f"run:{run.root}@5"):
         assert facts.resolve(settings(config_of, path)).model.path == f"run:{run.root}@5"
-    # The folder of runs is the one that run.root names.
+    # A name is searched for under run.root.
     assert facts.resolve(settings(config_of, "run:a@5", f"run.root={run.root.parent}")).model.path == f"run:{run.root}@5"
 
 
@@ -151,7 +151,7 @@ def test_model_facts_come_from_the_parent_before_its_weights_are_prepared(
     make_run: MakeRun, config_of: Callable[..., RunConfig]
 ) -> None:
     run = make_run("a", 5)
-    # A preset that describes another model does not count.
+    # The parent's architecture takes precedence over the preset's.
     config = facts.resolve(config_of("model=qwen3_8b", "model.path=run:a"))
     assert config.model.config is not None
     gathered = facts.gather(config, [])
@@ -188,7 +188,7 @@ def test_each_checkpoint_and_dtype_has_its_own_weights_folder(make_run: MakeRun)
     folders = {parent_run.weights_folder(source, dtype) for source in sources for dtype in ("bf16", "fp32")}
     assert len(folders) == 6
     assert parent_run.weights_folder(sources[0], "bf16") == parent_run.weights_folder(parent_run.find_parent("run:a@5"), "bf16")
-    # The same step, saved again with other weights.
+    # The same step is saved again with other weights.
     atomic_files.remove_directory(sources[0].checkpoint.path)
     add_checkpoint(sources[0].run, 5, b"other")
     assert parent_run.weights_folder(parent_run.find_parent("run:a@5"), "bf16") not in folders

@@ -70,20 +70,20 @@ def _plan(composed: Composed, as_json: bool) -> int:
 
 
 def _data(tokens: list[str]) -> int:
-    chosen, rest = data.options(tokens)
+    options, rest = data.options(tokens)
     jobs: list[Composed] = []
     run_hydra(rest, jobs.append)
-    if chosen.html is not None and len(jobs) > 1:
+    if options.html is not None and len(jobs) > 1:
         raise ConfigError("--html writes one report, and -m makes several", where="--html", remedy="leave out --html, or -m")
     for composed in jobs:
         with composed.located():
             config = facts.resolve(composed.config)
             facts.check(config)
             check_extra(config)
-        report = _cached_report(config, chosen.num_shown) or prepare(config, show=chosen.num_shown)["report"]
+        report = _cached_report(config, options.num_shown) or prepare(config, show=options.num_shown)["report"]
         if note := model_source.weights_note(config.model):
             print(f"note: {note}", file=sys.stderr, flush=True)
-        data.present(report, config, chosen)
+        data.present(report, config, options)
     return 0
 
 
@@ -93,12 +93,14 @@ def _cached_report(config: RunConfig, num_shown: int) -> dict[str, Any] | None:
     Raises:
         DataError: if a block of the cache is damaged.
     """
-    built = facts.prepared_data(config)
-    if built is None:
+    data_facts = facts.prepared_data(config)
+    if data_facts is None:
         return None
-    stops = model_source.stop_ids(config.model)
+    stop_ids = model_source.stop_ids(config.model)
     try:
-        return data_report.report(built, config.data, DecodedTexts(built), config.train, config.run.seed, stops, num_shown)
+        return data_report.report(
+            data_facts, config.data, DecodedTexts(data_facts), config.train, config.run.seed, stop_ids, num_shown
+        )
     except TextsMissing:
         return None
 
@@ -107,7 +109,7 @@ def _train(jobs: list[Composed], follows: bool | None) -> int:
     """Start all jobs, after all of them have passed their checks; returns the largest exit code."""
     plans: list[LaunchPlan] = []
     _check_wandb_accounts(jobs)
-    for composed in _grouped(jobs):
+    for composed in _group_jobs(jobs):
         with composed.located():
             plans.append(prepare_plan(composed, taken_names={plan.run_name for plan in plans}))
     codes = []
@@ -176,17 +178,17 @@ def require_idle(run: RunDir, cluster: Cluster) -> None:
     )
 
 
-def _grouped(jobs: list[Composed]) -> list[Composed]:
+def _group_jobs(jobs: list[Composed]) -> list[Composed]:
     """Give the runs of a sweep a common W&B group, unless the user has set one."""
     if len(jobs) < 2:
         return jobs
     group = f"sweep-{datetime.now():%Y%m%d-%H%M%S}"
-    grouped = []
+    with_groups = []
     for job in jobs:
         tracking = job.config.tracking
         with_group = tracking if tracking.group else tracking.model_copy(update={"group": group})
-        grouped.append(replace(job, config=job.config.model_copy(update={"tracking": with_group})))
-    return grouped
+        with_groups.append(replace(job, config=job.config.model_copy(update={"tracking": with_group})))
+    return with_groups
 
 
 def prepare_plan(composed: Composed, taken_names: set[str]) -> LaunchPlan:

@@ -1,4 +1,4 @@
-"""The verb checkpoints: on real directories, as a login node sees them."""
+"""The verb `checkpoints` on real run directories, without torch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def flip(run: RunDir, step: int) -> None:
 
 
 def leave_behind(run: RunDir) -> None:
-    """One of each kind of leftover, a thousand bytes each, and a folder of somebody else."""
+    """Create one leftover of each kind, a thousand bytes each, and a foreign folder."""
     names = (".saving-step-00000340-002", ".removing-0123", ".replaced-step-00000100", "aside-step-00000400", "notes")
     for name in (*names, "damaged-step-00000310"):
         (run.checkpoints / name).mkdir()
@@ -76,7 +76,7 @@ StorageFails = Callable[..., AbstractContextManager[None]]
 
 @pytest.fixture
 def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """`checkpoints RUN FLAGS` as its exit code and what it printed."""
+    """Run `checkpoints RUN FLAGS`; returns exit code, standard output and standard error."""
 
     def asked(*flags: str) -> tuple[int, str, str]:
         code = main(["checkpoints", str(run.root), *flags])
@@ -86,7 +86,7 @@ def ask(run: RunDir, capsys: pytest.CaptureFixture[str]) -> Ask:
 
 
 def cells(text: str) -> dict[str, list[str]]:
-    """The rows of the table by step, each as its words."""
+    """The rows of the table by step, each split at spaces."""
     return {words[0]: words for line in text.splitlines() if (words := line.split()) and words[0].isdigit()}
 
 
@@ -118,7 +118,7 @@ def test_verify_names_each_damaged_file(run: RunDir, ask: Ask) -> None:
     assert "damaged: rank-00000.safetensors: a checkpoint file has the wrong size (7 bytes instead of 1,000)" in said["200"]
     assert "damaged: manifest.json: a checkpoint has no readable manifest" in said["250"]
     assert "damaged: manifest.json" in said["335"]
-    # Of those that are whole, another one has the lowest loss.
+    # Of the intact ones, another one has the lowest loss.
     assert said["320"].split()[7] == "best"
     assert all(said[step].endswith("whole") for step in ("100", "300", "320", "330"))
     assert len(list(run.checkpoints.iterdir())) == 8, "nothing was touched"
@@ -144,7 +144,7 @@ def test_prune_removes_outdated_checkpoints_and_leftovers(run: RunDir, ask: Ask)
 
 
 def test_prune_keeps_the_newest_intact_checkpoint(run: RunDir, ask: Ask) -> None:
-    """By the rules alone step 320 would go, and what they keep as the newest cannot be used."""
+    """By the retention rules alone, step 320 would be removed and only the damaged newest one kept."""
     flip(run, 330)
     code, out, _ = ask("--prune")
     assert code == 1, "it has found damage"
@@ -317,12 +317,12 @@ def test_verify_is_quick_and_loads_no_torch(run: RunDir, launcher_env: dict[str,
         took.append(time.monotonic() - began)
         assert done.returncode == 0
         assert done.stderr == "False\n"
-    # It takes half a second; the margin is for a busy machine.
+    # It takes half a second; the limit allows for a busy machine.
     assert min(took) < 4
 
 
 def test_progress_is_shown_on_a_terminal(run: RunDir, launcher_env: dict[str, str]) -> None:
-    """With a terminal as standard error, as `script` gives one, a bar counts the bytes."""
+    """On a terminal, which `script` provides, a bar counts the bytes."""
     command = f"{sys.executable} -m launcher checkpoints {run.root} --verify"
     log = run.root / "typescript"
     subprocess.run(["script", "-qec", command, str(log)], capture_output=True, env=launcher_env, timeout=60, check=True)

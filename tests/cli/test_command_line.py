@@ -1,4 +1,4 @@
-"""The command line as a person meets it, in a process of its own, new or forked from one that has the same wall."""
+"""The command line in a process of its own, in which the import of heavy packages fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.plan.launch_plan import LaunchPlan
 Run = Callable[..., subprocess.CompletedProcess[str]]
 REPO = Path(__file__).resolve().parents[2]
 
-# Run before anything else in a process: an import of one of these ends it.
+# Executed first in a process: an import of a forbidden package ends it.
 WALL = """\
 import sys
 
@@ -31,7 +31,7 @@ class Wall:
 sys.meta_path.insert(0, Wall())
 """
 TORCH = ("torch", "deepspeed", "transformers", "datasets", "ray", "wandb")
-# What commands import, none of which may import what is behind the wall.
+# Modules that commands import; none may import a forbidden package.
 IMPORTED = (
     *(f"launcher.cli.{name}" for name in ("main", "launch", "status", "report", "checkpoints", "dashboard", "runs", "drill")),
     *("hydra", "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "launcher.plan.planner"),
@@ -40,7 +40,7 @@ IMPORTED = (
 
 @pytest.fixture
 def walled(launch: Run, tmp_path: Path) -> Run:
-    """Run the launcher in a new process that dies of importing one of `forbidden`."""
+    """Run the launcher in a new process that fails if it imports one of `forbidden`."""
 
     def run(*arguments: str, forbidden: tuple[str, ...] = TORCH, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         folder = tmp_path / "wall"
@@ -54,7 +54,7 @@ def walled(launch: Run, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def forked(launcher_env: dict[str, str]) -> Run:
-    """Run the launcher in a process that dies of importing something of TORCH, forked from one that has the same wall."""
+    """Run the launcher in a forked process that fails if it imports a package of TORCH."""
 
     def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
         server = preloaded(*IMPORTED, forbidden=TORCH)
@@ -70,7 +70,7 @@ def empty(tmp_path: Path) -> Path:
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
-    """Exit 2, plain words and a remedy, no traceback."""
+    """Exit code 2, a plain message with a remedy, no traceback."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "remedy: " in done.stderr
@@ -89,7 +89,7 @@ def test_help_imports_only_the_standard_library(walled: Run, arguments: list[str
     after = os.times()
     assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in (*COMPOSING, *SHOWING, *ON_RUNS))
-    # It takes a tenth of that. Processor time, as other tests run beside this one.
+    # It takes a tenth of that. CPU time is measured, because other tests run at the same time.
     assert after.children_user + after.children_system - before.children_user - before.children_system < 2
 
 

@@ -1,4 +1,4 @@
-"""A run whose checkpoints do not fit its disk is refused, or told so, before anything is made."""
+"""A disk that is too small for the checkpoints is refused or noted before the run directory exists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = (
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """An empty disk of its own: `disk("8m")`."""
+    """Mount an empty disk of a given size, such as `disk("8m")`."""
     if os.geteuid():
         (pytest.fail if os.environ.get("CI") else pytest.skip)("only root can mount a small disk")
     folder = tmp_path / "disk"
@@ -63,7 +63,7 @@ def test_a_disk_too_small_for_all_kept_checkpoints_is_noted(launch_here: Run, di
 
 
 def test_resume_refuses_a_disk_without_room_for_a_save(launch_here: Run, disk: Callable[[str], Path], tmp_path: Path) -> None:
-    """Its checkpoints lie on a disk of their own, which is nearly full."""
+    """The checkpoints folder is on another disk, which is nearly full."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
     settings = (*SETTINGS, "data=jsonl", f"data.path={tmp_path}/rows.jsonl", "data.eval_fraction=0")
     assert launch_here("data", *settings).returncode == 0  # what `train` prepares before it plans

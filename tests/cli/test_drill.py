@@ -1,4 +1,4 @@
-"""What a drill reports, from records of runs that came through a fault and of runs that did not."""
+"""The report of a drill, from records of runs that recovered from a fault and of runs that did not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIT_AT = 1000.0
 
 
 def steps(attempt: int, restart: int, first: int, last: int, since: float, shift: float = 0.0) -> tuple[Step, ...]:
-    """One step a second; the loss of a step is the same in every life, but for `shift`."""
+    """One step per second; the loss of a step is the same in every life, apart from `shift`."""
     return tuple(Step((attempt, restart), n, 10 / n + shift, since + n - first) for n in range(first, last + 1))
 
 
@@ -74,14 +74,14 @@ SAVED_AGAIN = replace(
 WHOLE = frozenset({5})
 
 
-def problems(records: Records, kept: frozenset[int] = WHOLE) -> str:
-    report = judge(records, kept)
+def problems(records: Records, committed: frozenset[int] = WHOLE) -> str:
+    report = judge(records, committed)
     assert report.came_through is not bool(report.problems)
     assert ("did NOT come through" in "\n".join(lines(report))) is bool(report.problems)
     return "; ".join(report.problems)
 
 
-def shown(report: Report) -> dict[str, str]:
+def report_lines(report: Report) -> dict[str, str]:
     return {text[:11].strip(): text[11:] for text in lines(report)}
 
 
@@ -96,7 +96,7 @@ def test_a_restart_of_the_ranks_is_a_recovery() -> None:
     assert (report.trains_again_s, report.caught_up_s) == (20, 24)
     assert (report.replayed_steps, report.differing_steps) == (4, 0)
     assert report.continued == "in the same allocation (job 7), restart 1 of its ranks"
-    assert shown(report) == {
+    assert report_lines(report) == {
         "fault": "kill-rank: SIGKILL to rank 1 on n2",
         "happened": "the node agents ended all ranks and started them again",
         "continued": "in the same allocation (job 7), restart 1 of its ranks",
@@ -109,13 +109,13 @@ def test_a_restart_of_the_ranks_is_a_recovery() -> None:
 
 
 @pytest.mark.parametrize(
-    "job, words", [("7", "as attempt 2, requeued as the same job 7"), ("8", "as attempt 2, submitted again as another job 8")]
+    "job, expected", [("7", "as attempt 2, requeued as the same job 7"), ("8", "as attempt 2, submitted again as another job 8")]
 )
-def test_a_requeued_job_is_a_recovery(job: str, words: str) -> None:
+def test_a_requeued_job_is_a_recovery(job: str, expected: str) -> None:
     attempts = {**REQUEUED.attempts, 2: Attempt(5, job=job, automatic=True)}
     report = judge(replace(REQUEUED, attempts=attempts), WHOLE)
     assert report.came_through
-    assert report.continued == words
+    assert report.continued == expected
     assert report.happened == "infrastructure: no record from n2"
 
 
@@ -141,7 +141,7 @@ def test_a_preemption_with_notice_loses_nothing() -> None:
     report = judge(PREEMPTED, frozenset({5, 9}))
     assert report.came_through
     assert (report.lost_steps, report.replayed_steps) == (0, 0)
-    assert shown(report)["losses"] == "no step was repeated"
+    assert report_lines(report)["losses"] == "no step was repeated"
 
 
 def test_a_preemption_that_loses_steps_did_not_save() -> None:
@@ -151,7 +151,7 @@ def test_a_preemption_that_loses_steps_did_not_save() -> None:
 def test_a_run_that_does_not_train_again_has_not_recovered() -> None:
     dead = replace(RESTARTED, steps=RESTARTED.steps[:9], last_word="failed: cluster.max_failures=2 is used up")
     assert problems(dead) == "it did not train again: failed: cluster.max_failures=2 is used up"
-    assert shown(judge(dead, WHOLE))["continued"] == "it did not"
+    assert report_lines(judge(dead, WHOLE))["continued"] == "it did not"
 
 
 def test_a_run_that_fails_again_has_not_recovered() -> None:
@@ -178,7 +178,7 @@ def test_different_losses_in_repeated_steps_are_a_problem_on_cpus() -> None:
     on_gpus = judge(replace(other, device="cuda"), WHOLE)
     assert on_gpus.came_through
     assert on_gpus.differing_steps == 4
-    assert shown(on_gpus)["losses"] == "4 steps repeated, 4 with another loss (by 1e-06 at most)"
+    assert report_lines(on_gpus)["losses"] == "4 steps repeated, 4 with another loss (by 1e-06 at most)"
 
 
 def test_a_full_disk_must_be_named_in_an_alert() -> None:
@@ -209,7 +209,7 @@ def test_drill_help_lists_the_faults(launch: Callable[..., subprocess.CompletedP
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
         (["--fault", "earthquake", "model=tiny"], "invalid choice"),
         (["model=tiny"], "--fault"),
@@ -222,9 +222,9 @@ def test_drill_help_lists_the_faults(launch: Callable[..., subprocess.CompletedP
     ],
 )
 def test_invalid_drills_are_refused(
-    launch: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], said: str, tmp_path: object
+    launch: Callable[..., subprocess.CompletedProcess[str]], arguments: list[str], message: str, tmp_path: object
 ) -> None:
     done = launch("drill", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr

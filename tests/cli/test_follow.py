@@ -1,4 +1,4 @@
-"""What a terminal that follows a run says at its end, of runs that go on by themselves as well."""
+"""The closing lines of a followed run, including runs that continue by themselves."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from launcher.run_records import ExitRecord, FailureRecord
 
 
 def fail(run: RunDir, attempt: int, message: str, rank: int | None = 1) -> None:
-    """An attempt leaves the record of its end; without a rank nobody failed first."""
+    """Write the exit record of a failed attempt; without a rank no process failed first."""
     log = str(run.rank_log(attempt, rank or 0))
     first = None if rank is None else FailureRecord(rank, "killed", message, log=log)
     json_records.write(run_records.exit_file(run, attempt), ExitRecord("failed", first_failure=first))
 
 
 def closing(run: RunDir, message: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said of the run, which has failed with `message`, by a command that has submitted its first attempt."""
+    """Follow the first attempt of a run that has failed with `message`; returns standard error."""
     run_store.update_status(run, state="failed", message=message)
     assert follow(run, 1, LocalCluster()) == EXIT_FAILED
     return capsys.readouterr().err
@@ -29,18 +29,18 @@ def closing(run: RunDir, message: str, capsys: pytest.CaptureFixture[str]) -> st
 def test_follow_reports_the_failure_of_the_newest_attempt(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     fail(run, 1, "killed by SIGKILL")
     fail(run, 2, "the loss is not finite", rank=0)
-    said = closing(run, "rank 0: the loss is not finite; cluster.max_failures=0 is used up", capsys)
-    assert "rank 0 failed first: the loss is not finite\n  log:    " in said
-    assert "attempts/002/rank-00000.log" in said
-    assert "failed: rank 0: the loss is not finite; cluster.max_failures=0 is used up" in said
-    assert "SIGKILL" not in said
+    output = closing(run, "rank 0: the loss is not finite; cluster.max_failures=0 is used up", capsys)
+    assert "rank 0 failed first: the loss is not finite\n  log:    " in output
+    assert "attempts/002/rank-00000.log" in output
+    assert "failed: rank 0: the loss is not finite; cluster.max_failures=0 is used up" in output
+    assert "SIGKILL" not in output
 
 
 def test_follow_reports_why_the_run_does_not_continue(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     fail(run, 2, "killed by SIGKILL")
-    said = closing(run, "the cluster did not provide the workers within 10 minutes", capsys)
-    assert "rank 1 failed first: killed by SIGKILL" in said
-    assert "failed: the cluster did not provide the workers within 10 minutes" in said
+    output = closing(run, "the cluster did not provide the workers within 10 minutes", capsys)
+    assert "rank 1 failed first: killed by SIGKILL" in output
+    assert "failed: the cluster did not provide the workers within 10 minutes" in output
 
 
 def test_follow_reports_the_same_reason_once(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +53,7 @@ def test_follow_names_the_agent_log_if_no_rank_failed_first(run: RunDir, capsys:
     fail(run, 1, "killed by SIGKILL")
     if ended:
         fail(run, 2, "", rank=None)
-    said = closing(run, "no record from n2; cluster.max_infrastructure_failures=1 is used up", capsys)
-    assert said.startswith("failed: no record from n2; cluster.max_infrastructure_failures=1 is used up\n  log:    ")
-    assert "attempts/001/agent.log" in said
-    assert "SIGKILL" not in said
+    output = closing(run, "no record from n2; cluster.max_infrastructure_failures=1 is used up", capsys)
+    assert output.startswith("failed: no record from n2; cluster.max_infrastructure_failures=1 is used up\n  log:    ")
+    assert "attempts/001/agent.log" in output
+    assert "SIGKILL" not in output

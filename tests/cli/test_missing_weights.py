@@ -1,4 +1,4 @@
-"""A model folder that lacks weights, as a user meets it: a real command, which starts nothing."""
+"""A model folder without all weights: the command refuses it and starts nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
 ) -> None:
     folder = save_model(tmp_path / "model", {"model_type": "llama"})
     change_weights(folder, without("model.layers.1.mlp.up_proj.weight", "lm_head.weight"))
-    # It comes after the weights, so it need be no more than there.
+    # Read after the weights, so its content does not matter.
     (folder / "tokenizer.json").write_text("{}")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i}:", "completion": f" {i + 1}"}) + "\n" for i in range(8)))
@@ -31,7 +31,7 @@ def test_a_model_folder_without_all_weights_is_refused_before_the_run_exists(
     first = launch_here("train", *settings, LAUNCHER_CACHE=str(cache))
     assert (first.returncode, first.stdout) == (2, "")
     assert first.stderr == f"comparing the weight files with the model (once)\n{refusal}"
-    # The result is kept: nothing is compared again, and `plan` knows it.
+    # The result is cached: nothing is compared again, and `plan` uses it.
     for verb in ("train", "plan"):
         again = launch_here(verb, *settings, LAUNCHER_CACHE=str(cache))
         assert (again.returncode, again.stderr) == (2, refusal)

@@ -1,4 +1,4 @@
-"""What a run has spent, asked before it is resumed."""
+"""Limits and batch sizes are checked before a run is resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_resume_refuses_a_used_up_limit(run: RunDir) -> None:
 
 
 def test_cost_counts_each_attempt_at_its_own_price(run: RunDir) -> None:
-    """Two GPUs for 51 minutes at two dollars; from now on they cost one."""
+    """Two GPUs ran for 51 minutes at two dollars; the next attempt costs one."""
     plan = run_store.load_plan(run)
 
     def allowed(usd: float) -> LaunchPlan:
@@ -49,20 +49,20 @@ def test_unreadable_files_are_noted_only_if_there_is_a_limit(run: RunDir, capsys
     )
 
 
-@pytest.mark.parametrize(("size", "told"), [(16, "80 rows are skipped"), (4, "40 rows are repeated"), (8, None)])
-def test_a_changed_batch_size_is_noted_with_the_skipped_or_repeated_rows(run: RunDir, size: int, told: str | None) -> None:
+@pytest.mark.parametrize(("size", "change"), [(16, "80 rows are skipped"), (4, "40 rows are repeated"), (8, None)])
+def test_a_changed_batch_size_is_noted_with_the_skipped_or_repeated_rows(run: RunDir, size: int, change: str | None) -> None:
     plan = run_store.load_plan(run)
     saved, again = (
         plan.model_copy(update={"batch": plan.batch.model_copy(update={"global_batch_size": batch_size}), "data": DATA})
         for batch_size in (8, size)
     )
-    said = describe_moved_rows(saved, again, 10)
-    assert (said is None) is (told is None)
+    note = describe_moved_rows(saved, again, 10)
+    assert (note is None) is (change is None)
     assert describe_moved_rows(saved, again, 0) is None
-    if said is not None and told is not None:
-        assert said == f"step 10 starts at row {10 * size} of the order after 80 trained rows: {told}"
+    if note is not None and change is not None:
+        assert note == f"step 10 starts at row {10 * size} of the order after 80 trained rows: {change}"
     data = again.config.data.model_copy(update={"packing": False})
     grouped = again.model_copy(update={"config": again.config.model_copy(update={"data": data})})
-    assert ("changes the order" in (describe_moved_rows(saved, grouped, 10) or "")) is (told is not None)
+    assert ("changes the order" in (describe_moved_rows(saved, grouped, 10) or "")) is (change is not None)
     other = again.model_copy(update={"data": DATA.model_copy(update={"num_rows": 5})})
     assert describe_moved_rows(saved, other, 10) is None, "of other data, other rows"

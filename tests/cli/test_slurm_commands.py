@@ -1,4 +1,4 @@
-"""What a person sees who plans for Slurm: the script, and refusals before anything is made."""
+"""plan and train for Slurm: the script is shown, and invalid settings are refused before the run directory exists."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def site(launch_here: Run, slurm_cluster: Testbed, tmp_path: Path) -> Run:
-    """Run the launcher for a small model and three rows, in a folder of its own, on a login node of three nodes."""
+    """Run the launcher for a small model and three rows, in an empty folder, on the login node of a cluster of three nodes."""
     (tmp_path / "rows.jsonl").write_text('{"text": "one row"}\n' * 3)
     (tmp_path / "empty").mkdir()
     tokens = ("model=tiny", "data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.eval_fraction=0", "tracking=none")
@@ -36,7 +36,7 @@ def nothing_made(tmp_path: Path, slurm_cluster: Testbed) -> Callable[[], bool]:
 
 
 def script_of(text: str) -> str:
-    """The script at the end of what was printed, which bash can read."""
+    """The script at the end of the output; bash must be able to parse it."""
     script = text[text.index("#!/bin/bash") :]
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
     return script

@@ -1,4 +1,4 @@
-"""Plans for Slurm, and a shell's way to submit small jobs to a testbed."""
+"""Plans for Slurm, and testbeds of Slurm for this process."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ WAIT_S = 20.0
 
 @pytest.fixture
 def plan_at(slurm_plan: Callable[..., LaunchPlan], tmp_path: Path) -> Callable[..., LaunchPlan]:
-    """The plan of a small run on Slurm with these settings of the cluster; `device` is what one node has."""
+    """Plan a small run on Slurm with these cluster settings; `device` is the device of one node."""
 
     def planned(device: DeviceFacts = CPU, cache_dir: str = str(tmp_path / "cache"), **settings: Any) -> LaunchPlan:
-        made = slurm_plan(str(tmp_path), device, **settings)
-        assert made.data is not None
-        return made.model_copy(update={"data": made.data.model_copy(update={"cache_dir": cache_dir})})
+        plan = slurm_plan(str(tmp_path), device, **settings)
+        assert plan.data is not None
+        return plan.model_copy(update={"data": plan.data.model_copy(update={"cache_dir": cache_dir})})
 
     return planned
 
 
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Testbed], Testbed]:
-    """Let Slurm's commands of this process talk to a testbed."""
+    """Make Slurm's commands of this process use a testbed."""
 
     def choose(bed: Testbed) -> Testbed:
         for name, value in bed.variables.items():
@@ -46,20 +46,20 @@ def use(monkeypatch: pytest.MonkeyPatch) -> Callable[[Testbed], Testbed]:
 
 @pytest.fixture
 def here(slurm: Testbed, use: Callable[[Testbed], Testbed]) -> Testbed:
-    """The session's Slurm cluster, for this process; mended after the test."""
+    """The session's Slurm cluster for this process; repaired after the test."""
     return use(slurm)
 
 
 @pytest.fixture
 def eventually() -> Callable[[Callable[[], Any]], Any]:
-    """What a function returns as soon as that is true."""
+    """Call a function until its result is true, and return that."""
 
-    def wait(look: Callable[[], Any]) -> Any:
+    def wait(check: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + WAIT_S
-        while not (found := look()):
-            assert time.monotonic() < deadline, "it did not happen in time"
+        while not (result := check()):
+            assert time.monotonic() < deadline, f"no result within {WAIT_S:g} s"
             time.sleep(0.1)
-        return found
+        return result
 
     return wait
 

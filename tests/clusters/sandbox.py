@@ -1,4 +1,4 @@
-"""A folder in which a batch script runs with programs that only write down how they were called."""
+"""A sandbox that runs a batch script with fake programs, which record their calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launcher.plan.launch_plan import LaunchPlan
 
 @dataclass
 class Sandbox:
-    """A folder in which a script runs with programs that only write down how they were called."""
+    """A folder for running a script with fake programs, which record their calls."""
 
     folder: Path
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Sandbox:
         return done
 
 
-# What comes after srun's own options is run, as srun would.
+# The fake srun runs the command after its own options.
 RECORDER = """\
 #!{python} -IS
 import json, os, resource, sys
@@ -70,13 +70,13 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sandbox:
 
 
 def sbatch_options(text: str) -> dict[str, str]:
-    words = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("#SBATCH")]
-    assert all(len(line) == 1 for line in words), "an option a line"
-    return dict(line[0].removeprefix("--").partition("=")[::2] for line in words)
+    options = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert all(len(line) == 1 for line in options), "one option per line"
+    return dict(line[0].removeprefix("--").partition("=")[::2] for line in options)
 
 
 def rendered(plan: LaunchPlan, folder: Path) -> str:
-    """The script of a run whose plan lies in `folder`, where the tasks see it."""
+    """Render the script of a run whose plan is in `folder`."""
     file = folder / "plan.json"
     file.touch()
     return sbatch.render(plan, file)

@@ -1,4 +1,4 @@
-"""What Ray is asked for, and which settings and states of a run on Ray are refused or told in words."""
+"""The Ray backend without Ray: preview, refused settings, states and cancel requests."""
 
 from __future__ import annotations
 
@@ -45,9 +45,11 @@ def test_the_preview_shows_rays_defaults(ray_plan: Callable[..., LaunchPlan], go
         "max_preemptions": 5,
     }
     labelled = {"workers": 2, "label_selector": {"ray.io/market-type": "spot"}, "placement_strategy": "STRICT_SPREAD"}
-    shown = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labelled)]
-    shown.append(RayCluster().preview(ray_plan(device=H100, workers=4, storage_path="s3://bucket/ray", stop_grace_seconds=120.0)))
-    golden("ray_requests.txt", "\n".join(text or "" for text in shown))
+    previews = [RayCluster().preview(ray_plan(**chosen)) for chosen in ({}, settings, labelled)]
+    previews.append(
+        RayCluster().preview(ray_plan(device=H100, workers=4, storage_path="s3://bucket/ray", stop_grace_seconds=120.0))
+    )
+    golden("ray_requests.txt", "\n".join(text or "" for text in previews))
 
 
 @pytest.mark.parametrize("path", ["/shared/ray", "s3://bucket/ray?endpoint_override=10.0.0.9%3A9000", "abfs://box@account/ray"])
@@ -56,7 +58,7 @@ def test_storage_is_an_absolute_path_or_a_url(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path, words",
+    "path, message",
     [
         ("ray", "neither an absolute path nor a URL"),
         ("~/ray", "neither an absolute path nor a URL"),
@@ -65,8 +67,8 @@ def test_storage_is_an_absolute_path_or_a_url(path: str) -> None:
         ("s3://bucket/ray?secret_key=abc", "a key or a signature"),
     ],
 )
-def test_an_invalid_storage_path_or_one_with_credentials_is_refused(path: str, words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
+def test_an_invalid_storage_path_or_one_with_credentials_is_refused(path: str, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         section(storage_path=path)
 
 
@@ -100,7 +102,7 @@ def test_a_name_that_resolves_to_a_public_address_is_refused(
 
 
 @pytest.mark.parametrize(
-    "settings, words",
+    "settings, message",
     [
         ({"env": {"MASTER_ADDR": "x"}}, "Ray or the launcher sets"),
         ({"env": {"A B": "x"}}, "is not the name of a variable"),
@@ -109,8 +111,8 @@ def test_a_name_that_resolves_to_a_public_address_is_refused(
         ({"gpus_per_worker": 2}, "less than or equal to 1"),
     ],
 )
-def test_invalid_settings_are_refused(settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValidationError, match=words):
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         section(**settings)
 
 
@@ -147,9 +149,9 @@ def test_ray_without_an_address_refuses_several_nodes(ray_plan: Callable[..., La
 
 @pytest.fixture
 def run(ray_plan: Callable[..., LaunchPlan], tmp_path: Path) -> RunDir:
-    made = run_store.create(ray_plan(working_dir=str(tmp_path)))
-    run_store.create_attempt(made, Attempt(resume_step=None))
-    return made
+    run_dir = run_store.create(ray_plan(working_dir=str(tmp_path)))
+    run_store.create_attempt(run_dir, Attempt(resume_step=None))
+    return run_dir
 
 
 def identity_of(driver: subprocess.Popen[bytes]) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def test_submission_details_name_the_job_and_its_log(run: RunDir) -> None:
         ("dashboard", "http://127.0.0.1:8265/#/jobs/raysubmit_1"),
     ]
     assert RayCluster().submission_details(run, 1) == through_the_jobs_api
-    # A further attempt by itself is the same job's; one that a person starts is another's.
+    # An automatic attempt belongs to the same job, one that a user starts to another.
     assert run_store.create_attempt(run, Attempt(resume_step=5, automatic=True)) == 2
     assert RayCluster().submission_details(run, 2) == through_the_jobs_api
     assert run_store.create_attempt(run, Attempt(resume_step=5)) == 3
@@ -180,9 +182,9 @@ def test_status_is_failed_once_the_driver_is_gone(run: RunDir) -> None:
         run_store.update_status(run, state="running", attempt=1, job=job)
         assert RayCluster().status(run).state == "running"
         driver.kill()
-    seen = RayCluster().status(run)
-    assert seen.state == "failed"
-    assert f"python -m launcher resume {run.root}" in seen.message
+    status = RayCluster().status(run)
+    assert status.state == "failed"
+    assert f"python -m launcher resume {run.root}" in status.message
 
 
 def test_a_driver_on_another_machine_counts_as_alive_while_it_writes_files(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,13 +195,13 @@ def test_a_driver_on_another_machine_counts_as_alive_while_it_writes_files(run: 
     assert RayCluster().status(run).state == "failed"
     (run.root / "driver.json").write_text("{}")
     assert RayCluster().status(run).state == "running"
-    # The clocks of two machines differ, and the files have that of their storage.
+    # The clocks of two machines differ; file times come from the storage.
     monkeypatch.setattr(time, "time", lambda: old + 1200)
     assert RayCluster().status(run).state == "running"
 
 
 def test_a_run_in_another_container_is_running_and_cannot_be_cancelled_here(run: RunDir) -> None:
-    # A container of this machine, which shares its name and not its processes.
+    # A container of this machine has the same host name and another PID namespace.
     boot = detached_process.describe_this_process()["space"].split(" ")[0]
     elsewhere = {**detached_process.describe_this_process(), "space": f"{boot} pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
@@ -303,23 +305,23 @@ def test_a_head_node_without_the_run_directory_is_reported_by_submit_and_status(
 ) -> None:
     address = "http://127.0.0.1:8265"
     plan = ray_plan(working_dir=str(run.root.parent.parent), address=address)
-    said = (
+    message = (
         "Job entrypoint command failed with exit code 1, last available logs:\nModuleNotFoundError: No module named 'launcher'\n"
     )
     monkeypatch.setattr(jobs, "submit", lambda *_: "raysubmit_1")
-    monkeypatch.setattr(jobs, "state", lambda *_: ("FAILED", said))
+    monkeypatch.setattr(jobs, "state", lambda *_: ("FAILED", message))
     path = run_store.write_plan(run, 1, plan)
     with pytest.raises(RunError, match="ended before it could write to the run directory") as error:
         RayCluster().submit(run, 1, path)
     assert "No module named 'launcher'" in str(error.value)
     assert "set run.root to a folder that the cluster's nodes can write to" in str(error.value)
-    told = RayCluster().status(run)
-    assert told.state == "failed"
-    assert "No module named 'launcher'" in told.message
-    # The command that submitted it may have gone before that.
+    status = RayCluster().status(run)
+    assert status.state == "failed"
+    assert "No module named 'launcher'" in status.message
+    # The submitting command may have ended before the job failed.
     run_store.update_status(run, state="pending", message="")
-    again = RayCluster().status(run)
-    assert (again.state, again.message) == ("failed", told.message)
+    later_status = RayCluster().status(run)
+    assert (later_status.state, later_status.message) == ("failed", status.message)
 
 
 def test_a_job_in_rays_queue_is_pending(
@@ -337,7 +339,7 @@ def test_a_job_in_rays_queue_is_pending(
 def test_a_job_that_the_cluster_does_not_have_is_running_while_its_liveness_file_is_fresh(
     run: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where an ssh tunnel leads to another cluster now."""
+    """For example, an ssh tunnel leads to another cluster."""
 
     def unknown(*_: str) -> tuple[str, str]:
         raise jobs.JobUnknown("the cluster has no such job", where="cluster.address", value="http://127.0.0.1:8265")
@@ -349,13 +351,13 @@ def test_a_job_that_the_cluster_does_not_have_is_running_while_its_liveness_file
     )
     elsewhere = {**detached_process.describe_this_process(), "host": "another", "space": "another-boot pid:[1]"}
     run_store.update_status(run, state="running", attempt=1, job=elsewhere)
-    seen = RayCluster().status(run)
-    assert seen.state == "running"
-    said = "the cluster at http://127.0.0.1:8265 does not know the job raysubmit_1; this is the last known state"
-    assert seen.message == said
+    status = RayCluster().status(run)
+    assert status.state == "running"
+    message = "the cluster at http://127.0.0.1:8265 does not know the job raysubmit_1; this is the last known state"
+    assert status.message == message
     with pytest.raises(SubmitError, match="the run is running already"):
         require_idle(run, RayCluster())
-    # The driver looks for it in the run directory, whatever lies between here and the cluster.
+    # The driver reads the cancel request from the run directory, without the connection to the cluster.
     RayCluster().cancel(run)
     assert json_records.read_json(run.cancel(1))["save"] is True
     RayCluster().cancel(run)

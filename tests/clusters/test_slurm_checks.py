@@ -1,4 +1,4 @@
-"""What is refused before anything is submitted, on a real Slurm."""
+"""Checks before a submission, on a real Slurm."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def there(slurm_cluster: Testbed, use: Use) -> Testbed:
         {},
         {"nodes": 3, "partition": "main", "account": "research", "qos": "urgent", "mem": "4000M", "cpus_per_task": 4},
         {"nodes": 2, "partition": "short", "time": "00:02:00", "signal_lead_seconds": 30, "nodelist": "n[1-2]", "exclude": "n3"},
-        # One of the partitions is enough.
+        # One suitable partition is enough.
         {"partition": "short,main", "time": "1-00:00:00"},
     ],
 )
@@ -168,7 +168,7 @@ def test_the_check_is_quick(there: Testbed, plan_at: PlanAt) -> None:
         began = time.monotonic()
         assert problems(plan) == ()
         took.append(time.monotonic() - began)
-    # The fastest: other programs may take the processors.
+    # The fastest attempt, because other programs may use the CPUs.
     assert min(took) < 0.3
 
 
@@ -189,13 +189,13 @@ def test_folders_on_tmpfs_are_refused(there: Testbed, plan_at: PlanAt) -> None:
     plan = plan.model_copy(
         update={"run_dir": "/dev/shm/runs/a", "model": plan.model.model_copy(update={"path": "/dev/shm/model"})}
     )
-    found = problems(plan)
-    assert [(problem.where, problem.value) for problem in found] == [
+    result = problems(plan)
+    assert [(problem.where, problem.value) for problem in result] == [
         ("run.root", "/dev/shm/runs/a"),
         ("LAUNCHER_CACHE", "/dev/shm/cache"),
         ("model.path", "/dev/shm/model"),
     ]
-    assert found[0].what == "the run directory is in this machine's memory (tmpfs), where no other node can see it"
+    assert result[0].what == "the run directory is in this machine's memory (tmpfs), where no other node can see it"
 
 
 def test_the_file_system_is_that_of_the_innermost_mount(tmp_path: Path) -> None:
@@ -230,10 +230,10 @@ def test_drained_nodes_are_named(here: Testbed, plan_at: PlanAt) -> None:
 def test_a_closed_partition_is_refused(here: Testbed, plan_at: PlanAt) -> None:
     slurm("scontrol", "update", "PartitionName=high", "State=DOWN", "MaxNodes=2", "AllowAccounts=staff", "DenyQos=urgent")
     try:
-        found = problems(plan_at(partition="high", nodes=3, account="research", qos="urgent"))
+        result = problems(plan_at(partition="high", nodes=3, account="research", qos="urgent"))
     finally:
         slurm("scontrol", "update", "PartitionName=high", "State=UP", "MaxNodes=UNLIMITED", "AllowAccounts=ALL", "AllowQos=ALL")
-    assert {problem.where: problem.what for problem in found} == {
+    assert {problem.where: problem.what for problem in result} == {
         "cluster.partition": "the partition high does not start jobs: it is DOWN",
         "cluster.account": "the partition high does not accept this account",
         "cluster.qos": "the partition high does not accept this QOS",
@@ -253,11 +253,11 @@ def test_a_controller_that_does_not_answer_is_reported_with_the_other_problems(
     use(bare_slurm)
     bare_slurm.stop_controller()
     try:
-        found = problems(plan_at(signal_lead_seconds=1, time="10").model_copy(update={"checkpoint_bytes": 2**40}))
+        result = problems(plan_at(signal_lead_seconds=1, time="10").model_copy(update={"checkpoint_bytes": 2**40}))
     finally:
         bare_slurm.start_controller()
-    assert "Unable to contact slurm controller" in found[0].value
-    assert found[1].where == "cluster.signal_lead_seconds"
+    assert "Unable to contact slurm controller" in result[0].value
+    assert result[1].where == "cluster.signal_lead_seconds"
 
 
 def test_a_machine_without_sbatch_is_refused(plan_at: PlanAt, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -315,10 +315,10 @@ def test_gpu_types_are_distinguished(
 
 
 def test_a_site_is_read_with_its_partitions_and_nodes(there: Testbed) -> None:
-    found = site.read()
-    assert found.cluster == "testbed"
-    assert {"associations", "limits", "qos"} <= found.enforced
-    main, high, short = found.partitions
+    result = site.read()
+    assert result.cluster == "testbed"
+    assert {"associations", "limits", "qos"} <= result.enforced
+    main, high, short = result.partitions
     assert (main.name, main.default, main.preempt_mode, main.grace_seconds, main.max_minutes) == (
         "main",
         True,

@@ -1,4 +1,4 @@
-"""What is known of a job, on a real Slurm: while it waits, runs and has ended, and where Slurm cannot tell."""
+"""States of jobs on a real Slurm: waiting, running, ended and unknown."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_every_reason_to_wait_is_explained(here: Testbed, eventually: Wait) -> N
     for reason, (job_id, words) in waiting.items():
         job = eventually(lambda job_id=job_id, reason=reason: (found := look(job_id)).reason == reason and found)
         assert (job.state, job.queued, job.end_time) == ("PENDING", True, None)
-        # Estimates are made in the background.
+        # Slurm estimates start times in the background.
         assert eventually(lambda job_id=job_id, words=words: re.fullmatch(words, queue.explain(look(job_id))))
     found = queue.jobs({job_id: NAME for job_id, _ in waiting.values()})
     assert sorted(job.reason for job in found.values()) == sorted(waiting)
@@ -211,7 +211,7 @@ def test_a_controller_that_does_not_answer_raises_an_error(bare_slurm: Testbed, 
     use(bare_slurm)
     bare_slurm.stop_controller()
     try:
-        # Two jobs, because squeue tries twice as long for a single one.
+        # Two jobs, because squeue retries longer for a single one.
         with pytest.raises(SlurmError, match="Unable to contact slurm controller"):
             queue.jobs({"4": NAME, "5": NAME})
     finally:
@@ -221,7 +221,7 @@ def test_a_controller_that_does_not_answer_raises_an_error(bare_slurm: Testbed, 
 def test_a_job_that_slurmctld_has_forgotten_is_found_in_the_accounting(
     other_slurm: Callable[..., AbstractContextManager[Testbed]], use: Callable[[Testbed], Testbed], eventually: Wait
 ) -> None:
-    """Numbers begin anew with the controller's memory: a job gets the number of an older one."""
+    """After the controller has lost its state, job numbers start again, so a new job gets the number of an old one."""
     began = time.time()
     with other_slurm(nodes=1) as bed:
         use(bed)

@@ -1,4 +1,4 @@
-"""The batch script as text: golden files, what submitit hands to sbatch, and what Slurm reads in it."""
+"""The text of the batch script: golden files, submitit's own rendering, and how sbatch parses it."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python that is at one place on every machine."""
+    """Replace sys.executable by a path that is the same on every machine."""
     monkeypatch.setattr(sys, "executable", PYTHON)
 
 
@@ -88,19 +88,19 @@ def test_scripts_equal_the_golden_files(slurm_plan: SlurmPlan, golden: Callable[
 
 
 def test_every_setting_occurs_in_a_golden_file() -> None:
-    """Each setting of Slurm is in a golden file with a value of its own, or has no part in the script."""
+    """Each Slurm setting has a value of its own in a golden file, or does not affect the script."""
     no_part = {"kind", "interface", "node_checks", "exclude_bad_nodes", "dry_run"} | {
         name for name in SlurmSection.model_fields if name.startswith("max_")
     }
     of_all = {"ranks_per_node", "gpu_type", "price_per_gpu_hour", "timeout_minutes", "stall_seconds", "stop_grace_seconds"}
     of_all |= {"fork_ranks"}
     set_somewhere = {name for case in CASES.values() for name in case}
-    # Either this or gres; its own test is below.
+    # Excluded by gres; tested below.
     assert SlurmSection.model_fields.keys() - no_part - of_all - set_somewhere == {"gpus_per_node"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "asked"),
+    ("settings", "options"),
     [
         ({"device": H100}, ["--gpus-per-node=8"]),
         ({"device": H100, "gpus_per_node": 4, "ranks_per_node": 4}, ["--gpus-per-node=4"]),
@@ -110,9 +110,9 @@ def test_every_setting_occurs_in_a_golden_file() -> None:
         ({}, []),
     ],
 )
-def test_gpus_are_requested_once(slurm_plan: SlurmPlan, settings: dict[str, Any], asked: list[str]) -> None:
+def test_gpus_are_requested_once(slurm_plan: SlurmPlan, settings: dict[str, Any], options: list[str]) -> None:
     text = rendered(slurm_plan(**settings))
-    assert re.findall(r"^#SBATCH (--g(?:pu|re)s.*)$", text, re.MULTILINE) == asked
+    assert re.findall(r"^#SBATCH (--g(?:pu|re)s.*)$", text, re.MULTILINE) == options
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def racks(here: Testbed) -> Iterator[None]:
 
 @pytest.mark.slurm
 def test_slurm_parses_the_options_of_the_script(slurm_plan: SlurmPlan, racks: None, tmp_path: Path) -> None:
-    """sbatch has rules of its own for quotations and comments: ask it what it understood."""
+    """sbatch parses quotes and comments by its own rules, so compare what it understood."""
     here = {
         "time": "10",
         "nodelist": "n[1-2]",

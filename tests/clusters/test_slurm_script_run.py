@@ -1,4 +1,4 @@
-"""What the batch script does when it runs: set up, begin, one task per node, conclude."""
+"""Running the batch script: setup commands, begin, one task per node, conclude."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_setup_commands_run_in_bash(slurm_plan: SlurmPlan, sandbox: Sandbox) -> 
     plan = slurm_plan(setup=[*commands, "export B"], env={"C": "3"})
     done = sandbox.run(rendered(plan, sandbox.folder))
     assert (done.returncode, done.stderr) == (0, "")
-    # begin, the task and conclude see the same.
+    # begin, the task and conclude get the same environment.
     assert [call["name"] for call in sandbox.calls] == ["python", "srun", "python", "python"]
     for call in sandbox.calls:
-        shown = {name: call["env"].get(name) for name in ("A", "B", "C", "SOURCED", "CONDA_DEFAULT_ENV", "PWD")}
+        variables = {name: call["env"].get(name) for name in ("A", "B", "C", "SOURCED", "CONDA_DEFAULT_ENV", "PWD")}
         assert call["nofile"] == 64
-        assert shown == {
+        assert variables == {
             "A": "1",
             "B": "2",
             "C": "3",

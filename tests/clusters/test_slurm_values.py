@@ -1,4 +1,4 @@
-"""Texts that try to become commands: refused by the schema, or passed on word for word by the script that is run."""
+"""Shell injection through settings: the schema refuses a value, or the script passes it on unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.plan.launch_plan import LaunchPlan
 
 SlurmPlan = Callable[..., LaunchPlan]
 
-# A value that each text of the section may have; `[]` are a list's items, `{}` a mapping's keys, `{}=` its values.
+# A valid value of each text setting; `[]` marks a list's items, `{}` a mapping's keys, `{}=` its values.
 GOOD = {
     "gpu_type": "H100-80GB",
     "account": "research",
@@ -43,7 +43,7 @@ GOOD = {
     "additional_parameters{}": "switches",
     "additional_parameters{}=": "1",
 }
-# What is not written into the script.
+# Settings that are not part of the script.
 UNWRITTEN = ("gpu_type", "interface")
 BREAKING = [
     *("\n", "\r", "\t", "\0", "\x1b", "\x7f", "\v", "\f", "'", '"', "\\", "`touch X`", "$(touch X)", "${HOME}", "$X"),
@@ -51,7 +51,7 @@ BREAKING = [
     *("\n#SBATCH --wrap=X", "\n touch X\n", "\\\ntouch X"),
 ]
 FOREIGN = ["é", "\u2028", "\u2029", "\x85", "\xa0", "\u202e", "\uff07", "\ufeff", "\U0001f600", "\u0661"]
-# What means something to a shell, to sbatch or to a program, and is a part of some of the texts.
+# Characters that are special to a shell, to sbatch or to a program, and valid in some settings.
 ELSEWHERE = [
     *("#SBATCH", " #", "*", "?", "~", "!", "(", ")", "{a,b}", "[a]", "&", "|", ",", ":", "@", "%", "=", "^", " ", "  "),
     *(".", "/", "..", "+", "-", "--", "-x", " -x", "--wrap=X", " --wrap=X"),
@@ -59,7 +59,7 @@ ELSEWHERE = [
 
 
 def texts() -> Iterator[str]:
-    """Every text of the schema, whatever it is called, in the notation of GOOD."""
+    """Every text setting of the schema, in the notation of GOOD."""
     for name, schema in SlurmSection.model_json_schema()["properties"].items():
         for part in schema.get("anyOf", [schema]):
             if part["type"] == "object":
@@ -71,7 +71,7 @@ def texts() -> Iterator[str]:
 
 
 def settings(key: str, value: str) -> dict[str, Any]:
-    """The section with this value at `key`, and what makes it count."""
+    """Settings with this value at `key`, and those that it depends on."""
     name = key.rstrip("[]{}=")
     given: Any = value
     if key.endswith("[]"):
@@ -90,7 +90,7 @@ def tried(key: str, extra: str) -> Iterator[str]:
 
 
 def accepted(key: str, value: str) -> bool:
-    """Whether the schema takes the value; where it does not, it says so of this key and of no other."""
+    """Whether the schema accepts the value; a refusal must name this key and no other."""
     try:
         SlurmSection.model_validate(settings(key, value))
     except ValidationError as error:
@@ -167,7 +167,7 @@ def test_the_refused_setting_is_named(override: str, what: str) -> None:
 
 
 def test_numbers_are_accepted_as_values() -> None:
-    """YAML and Hydra read them as numbers; to Slurm and the shell they are texts."""
+    """YAML and Hydra parse them as numbers; Slurm and the shell need text."""
     numbers = {"mem": 0, "env": {"OMP_NUM_THREADS": 8, "FRACTION": 0.5}, "additional_parameters": {"switches": 1}}
     section = SlurmSection.model_validate({"kind": "slurm", **numbers})
     assert section.mem == "0"
@@ -176,7 +176,7 @@ def test_numbers_are_accepted_as_values() -> None:
 
 
 def arrived(key: str, value: str, sandbox: Sandbox) -> bool:
-    """Whether the value is where it was meant to go, whole."""
+    """Whether the value arrived unchanged at its destination."""
     name = key.rstrip("[]{}=")
     (srun,) = sandbox.called("srun")
     if key == "modules[]":
@@ -196,13 +196,13 @@ def arrived(key: str, value: str, sandbox: Sandbox) -> bool:
     if key == "container_mounts[]":
         return srun[srun.index("sh") - 1].endswith(f",{value}")
     if key == "container_python":
-        # After sh, -c, its script and the plan.
+        # The arguments after sh, -c, its script and the plan.
         return srun[srun.index("sh") + 4] == value
     return sandbox.options[key.replace("_", "-")] == value
 
 
 def laden(key: str) -> Iterator[str]:
-    """Values of this key that hold as much as it takes of what means something elsewhere: at the end, at the start, alone."""
+    """Valid values of this key with special characters at the end, at the start, and alone."""
     after = before = GOOD[key]
     for extra in ELSEWHERE:
         after = f"{after}{extra}" if accepted(key, f"{after}{extra}") else after
@@ -214,7 +214,7 @@ def laden(key: str) -> Iterator[str]:
 @pytest.mark.parametrize("key", [key for key in GOOD if key not in UNWRITTEN])
 def test_accepted_values_arrive_unchanged(slurm_plan: SlurmPlan, sandbox: Sandbox, key: str) -> None:
     for value in dict.fromkeys(laden(key)):
-        # What is no program of the sandbox cannot be seen.
+        # Only programs of the sandbox record their calls.
         value = f"tool {value}" if key == "setup[]" else value
         done = sandbox.run(rendered(slurm_plan(**settings(key, value)), sandbox.folder))
         assert arrived(key, value, sandbox), (value, done.stderr, sandbox.calls)

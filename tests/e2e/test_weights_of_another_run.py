@@ -37,7 +37,7 @@ def manifest(run: Path, step: int) -> dict[str, Any]:
 
 
 def wandb_lineage(run: Path) -> dict[str, Any]:
-    """What W&B was told of the run's origin."""
+    """The lineage in the W&B run's config."""
     (file,) = run.glob("wandb/offline-run-*/*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -47,7 +47,7 @@ def wandb_lineage(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def parent(launch: Launch, module_runs: Path) -> Path:
-    """Three steps at a rate that shows, with checkpoints of the steps 2 and 3 and an export."""
+    """Three steps at a high learning rate, with checkpoints of steps 2 and 3 and an export."""
     settings = ("train.max_steps=3", "checkpoint.save_every=2", "checkpoint.keep_last=2", "optim.lr=1e-2", "tracking=none")
     done = launch(*SETTINGS, *settings, f"run.root={module_runs}", "run.name=parent")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,7 +57,7 @@ def parent(launch: Launch, module_runs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def child(launch: Launch, parent: Path) -> tuple[Path, str]:
-    """Begun with the newest checkpoint of `parent`, on other rows, with W&B's files; its output."""
+    """A run from the newest checkpoint of `parent`, on other rows, with offline W&B files; and its output."""
     settings = ("train.max_steps=2", "tracking.mode=offline", "export.enabled=false", "run.seed=7")
     done = launch(*SETTINGS, *FROM_RUN, *settings, "model.path=run:parent", f"run.root={parent.parent}", "run.name=child")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,7 +83,7 @@ def test_plan_output_and_wandb_name_the_parent(parent: Path, child: tuple[Path, 
         "ancestors": [],
     }
     assert plan(parent)["lineage"] is None
-    # The step was open on the command line and is not in the plan.
+    # The command line named no step; the plan does.
     assert plan(run)["config"]["model"]["path"] == f"run:{parent}@3"
     assert "lineage    begins with run parent at step 3\n" in output
     told = wandb_lineage(run)
@@ -91,7 +91,7 @@ def test_plan_output_and_wandb_name_the_parent(parent: Path, child: tuple[Path, 
 
 
 def test_a_child_keeps_its_own_copy_of_the_weights(parent: Path, child: tuple[Path, str]) -> None:
-    """The parent may go on, replace its export and remove its checkpoint: what a queued job will read stays."""
+    """The parent may continue, replace its export and remove its checkpoint without affecting a queued job."""
     folder = Path(plan(child[0])["model"]["path"])
     assert parent not in folder.parents
     assert (folder / "model.safetensors").read_bytes() == (parent / "export/model.safetensors").read_bytes()
@@ -132,10 +132,10 @@ def test_a_damaged_checkpoint_is_named_before_anything_starts(launch_here: Launc
     shutil.copytree(parent, damaged)
     shard = damaged / "checkpoints/step-00000002/rank-00001.safetensors"
     content = bytearray(shard.read_bytes())
-    # The highest bits of the first weight; what no weight needs, such as the moments, may be damaged.
+    # The highest bits of the first weight; damage to the optimizer states would not matter.
     content[8 + int.from_bytes(content[:8], "little") + 3] ^= 1
     shard.write_bytes(content)
-    # Another id, or the weights of the whole checkpoint would be found in the cache.
+    # With the same W&B id, the weights of the intact checkpoint would be found in the cache.
     (damaged / "plan.json").write_text((parent / "plan.json").read_text().replace(plan(parent)["wandb_id"], "abcdef012345"))
     asked = (*SETTINGS, *FROM_RUN, "tracking=none", f"run.root={damaged.parent}", "run.name=never")
     done = launch_here(*asked, "model.path=run:damaged@2")
