@@ -18,40 +18,39 @@ from typing import Any
 import xxhash
 
 _READ_BYTES = 8 * 2**20
-_BEGIN_BYTES = 32 * 2**20
-# A directory that is being replaced keeps its content under this prefix until the new one is in place.
+_FLUSH_BYTES = 32 * 2**20
+# A directory that is being replaced keeps its content under this prefix until its successor is in place.
 REPLACED_PREFIX = ".replaced-"
 REMOVING_PREFIX = ".removing-"
 
 
 def fault_point(point: str) -> None:
-    """Called at named points of a save, in this order: begun, copied, half-written, noted, gathered, manifest, committed.
+    """Mark a point of a save; tests replace this function by a fault.
 
-    Tests put a fault in its place.
+    The points, in order: begun, copied, half-written, noted, gathered, manifest, committed.
     """
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file: bytes, and the hex XXH3-128 digest of its content."""
+    """Size in bytes and hex XXH3-128 digest of one file."""
 
     size: int
     xxh3_128: str
 
     def __post_init__(self) -> None:
-        """ValueError for what is no such entry."""
         if type(self.size) is not int or self.size < 0 or not isinstance(self.xxh3_128, str):
-            raise ValueError("is not a number of bytes and the text of a digest")
+            raise ValueError("needs a number of bytes and a digest as text")
 
     @classmethod
     def of(cls, values: Any) -> FileEntry:
-        """An entry as JSON has it.
+        """Build an entry from its JSON object.
 
         Raises:
-            ValueError: where it is none.
+            ValueError: if it is not a size and a digest.
         """
         if not isinstance(values, dict) or values.keys() != {"size", "xxh3_128"}:
-            raise ValueError("is not a size and a digest")
+            raise ValueError("needs a size and a digest")
         return cls(**values)
 
 
@@ -93,19 +92,24 @@ def write_bytes(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write a file that does not exist yet, digest it on the way, and fsync it."""
+    """Write and fsync a file that does not exist yet; return its size and digest, computed on the way.
+
+    Raises:
+        FileExistsError: if the file exists.
+        OSError: if the file cannot be written; names the file.
+    """
     digest, size = xxhash.xxh3_128(), 0
     try:
         with open(path, "xb") as file:
-            begun = 0
+            num_flushed = 0
             for chunk in chunks:
                 digest.update(chunk)
                 size += file.write(chunk)
-                if size - begun > _BEGIN_BYTES:
-                    # The disk begins with what is there, instead of with all of it at the end.
+                if size - num_flushed > _FLUSH_BYTES:
+                    # The disk starts to write now, instead of writing everything at the end.
                     file.flush()
-                    os.posix_fadvise(file.fileno(), begun, size - begun, os.POSIX_FADV_DONTNEED)
-                    begun = size
+                    os.posix_fadvise(file.fileno(), num_flushed, size - num_flushed, os.POSIX_FADV_DONTNEED)
+                    num_flushed = size
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -115,7 +119,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
 
 
 def digest_file(path: Path, on_read: Callable[[int], None] | None = None) -> FileEntry:
-    """Size and digest of a file on disk; `on_read` is told the bytes of each block."""
+    """Return size and digest of a file on disk; `on_read` is called with the number of bytes of each block."""
     digest, size = xxhash.xxh3_128(), 0
     block = memoryview(bytearray(_READ_BYTES))
     with open(path, "rb", buffering=0) as file:
@@ -128,7 +132,7 @@ def digest_file(path: Path, on_read: Callable[[int], None] | None = None) -> Fil
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make creations, renames and removals in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -147,7 +151,7 @@ def rename(source: Path, target: Path) -> None:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Move a complete directory to `target`; what was there is removed only after that. Both lie in one folder."""
+    """Rename a complete directory to `target` and remove the previous `target` after that. Both lie in one directory."""
     aside = replaced_path(target)
     if target.exists():
         if aside.exists():
@@ -155,20 +159,21 @@ def replace_directory(source: Path, target: Path) -> None:
         os.rename(target, aside)
     rename(source, target)
     if aside.exists():
-        # The next sweep takes what cannot be removed now.
+        # The next sweep removes what cannot be removed now.
         with suppress(OSError):
             remove_directory(aside)
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory so that it is gone at once under its name.
+    """Remove a directory; its name disappears by one rename.
 
-    Files that a reader holds open on a network file system cannot be removed; the next sweep takes them.
+    Files that a reader holds open on a network file system cannot be removed; the next sweep removes them.
     """
-    doomed = path.with_name(f"{REMOVING_PREFIX}{secrets.token_hex(8)}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    removing = path.with_name(f"{REMOVING_PREFIX}{secrets.token_hex(8)}")
+    os.rename(path, removing)
+    shutil.rmtree(removing, ignore_errors=True)
 
 
 def replaced_path(target: Path) -> Path:
+    """Return where `replace_directory` keeps the previous directory until its successor is in place."""
     return target.with_name(REPLACED_PREFIX + target.name)

@@ -1,4 +1,4 @@
-"""What lies beside the checkpoints of a run and is none: saves that did not end, and what was set aside."""
+"""Directories beside the checkpoints of a run: unfinished saves and removals, and checkpoints that were set aside."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from launcher import atomic_files
 from launcher.checkpoint import store
 from launcher.errors import CheckpointError, DamagedCheckpoint
 
-# What a save in progress fills is none yet.
+# Shown for the directory of a save in progress.
 BEING_WRITTEN = "being written"
-_WHAT = {
-    ".saving-step-": "a save that did not end",
-    f"{atomic_files.REPLACED_PREFIX}step-": "a checkpoint that another has replaced",
-    atomic_files.REMOVING_PREFIX: "a removal that did not end",
+_DESCRIPTIONS = {
+    ".saving-step-": "unfinished save",
+    f"{atomic_files.REPLACED_PREFIX}step-": "replaced checkpoint",
+    atomic_files.REMOVING_PREFIX: "unfinished removal",
     f"{store.SET_ASIDE_PREFIX}step-": "set aside when the run went back to an earlier step",
     f"{store.DAMAGED_PREFIX}step-": "set aside as damaged",
 }
@@ -25,7 +25,7 @@ _WHAT = {
 
 @dataclass(frozen=True)
 class Leftover:
-    """A directory beside the checkpoints, in words, and the bytes of its files."""
+    """A directory beside the checkpoints: its path, a description for the user, and the bytes of its files."""
 
     path: Path
     what: str
@@ -36,21 +36,21 @@ class Leftover:
 
 
 def find_leftovers(root: Path, writing: int | None = None) -> list[Leftover]:
-    """What is left under `root` besides checkpoints; directories of other names are not this launcher's.
+    """List the directories under `root` that are no checkpoints; the launcher leaves directories of other names alone.
 
-    `writing` is the attempt that runs, where one does: what that is just saving is BEING_WRITTEN.
+    `writing` is the number of the running attempt, None if no attempt runs: its save in progress is BEING_WRITTEN.
     """
-    found = sorted(root.iterdir()) if root.is_dir() else []
+    paths = sorted(root.iterdir()) if root.is_dir() else []
     return [
         Leftover(path, BEING_WRITTEN if _is_save_of(path, writing) else what, disk_bytes(path))
-        for path in found
-        for prefix, what in _WHAT.items()
+        for path in paths
+        for prefix, what in _DESCRIPTIONS.items()
         if path.name.startswith(prefix) and not _is_in_use(path) and path.is_dir()
     ]
 
 
 def has_unfinished_saves(root: Path) -> bool:
-    """True where a save has not ended, or not yet."""
+    """Return whether a save is in progress or was interrupted."""
     return any(root.glob(".saving-step-*"))
 
 
@@ -59,7 +59,7 @@ def _is_save_of(path: Path, attempt: int | None) -> bool:
 
 
 def _is_in_use(path: Path) -> bool:
-    """True of a replaced checkpoint while the one that takes its place is not there: it counts as committed until then."""
+    """Return whether a replaced checkpoint still counts as committed, because its successor is not in place."""
     if not path.name.startswith(atomic_files.REPLACED_PREFIX):
         return False
     try:
@@ -70,13 +70,13 @@ def _is_in_use(path: Path) -> bool:
     try:
         store.open_checkpoint(path)
     except CheckpointError as error:
-        # What cannot be read now may be whole.
+        # A checkpoint that cannot be read right now may be intact.
         return not isinstance(error, DamagedCheckpoint)
     return True
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint or a leftover, in a run that nobody writes to."""
+    """Remove a checkpoint or a leftover of a run that no process writes to."""
     if path.name.startswith(atomic_files.REMOVING_PREFIX):
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -84,21 +84,21 @@ def remove(path: Path) -> None:
 
 
 def disk_bytes(path: Path) -> int:
-    """Bytes of all files under `path`, without those that vanish while they are counted: a run may be at work there.
+    """Return the bytes of all files under `path`, ignoring files that disappear meanwhile: a run may be writing there.
 
     Raises:
-        OSError: where storage gives another answer.
+        OSError: if storage fails in another way.
     """
 
-    def unless_gone(error: OSError) -> None:
+    def ignore_missing(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
             raise error
 
     num_bytes = 0
-    for folder, _, names in os.walk(path, onerror=unless_gone):
+    for folder, _, names in os.walk(path, onerror=ignore_missing):
         for name in names:
             try:
                 num_bytes += Path(folder, name).lstat().st_size
             except OSError as error:
-                unless_gone(error)
+                ignore_missing(error)
     return num_bytes

@@ -1,4 +1,4 @@
-"""A model's settings for generation. No torch, no transformers: the submit side imports this module."""
+"""A model's generation config, read without torch and transformers: the submit side imports this module."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ FILE = "generation_config.json"
 
 
 def read_stop_ids(model: Path | Mapping[str, Any]) -> list[int]:
-    """The tokens at which generations of a model stop by its own settings; `model` is its folder, or its config.json."""
-    found = read_generation_config(model).get("eos_token_id")
-    return found if isinstance(found, list) else [] if found is None else [found]
+    """Return the token ids at which the model's own settings stop generation; `model` is its folder, or its config.json."""
+    eos = read_generation_config(model).get("eos_token_id")
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def read_generation_config(model: Path | Mapping[str, Any]) -> dict[str, Any]:
-    """The model's generation config; without one transformers takes these settings from config.json."""
+    """Return the model's generation config; without that file, the settings that transformers takes from config.json."""
     if isinstance(model, Path) and (model / FILE).is_file():
         return dict(json.loads((model / FILE).read_bytes()))
     config = model if isinstance(model, Mapping) else json.loads((model / "config.json").read_bytes())

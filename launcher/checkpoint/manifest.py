@@ -1,4 +1,4 @@
-"""manifest.json, which says what a checkpoint is and commits it. Read at every look at a run, so it loads fast."""
+"""manifest.json, whose presence commits a checkpoint. Every command that shows runs reads it, so the module loads fast."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 REFERENCE_LOGITS = "probe.safetensors"
 
-# Never a path to elsewhere, whoever wrote the file.
+# Rejects paths out of the directory, whoever wrote the file.
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What commits a checkpoint. `files` names every file of the directory but the manifest itself.
+    """Content of manifest.json. `files` names every file of the directory except the manifest itself.
 
-    `eval_loss` is the held-out loss at that very step, where it was evaluated.
+    `eval_loss` is the held-out loss in nats at that very step, None if it was not evaluated.
     """
 
     format_version: int = FORMAT_VERSION
@@ -37,9 +37,8 @@ class Manifest:
     files: dict[str, atomic_files.FileEntry]
 
     def __post_init__(self) -> None:
-        """ValueError for what no save has written."""
-        least = {"step": 0, "world_size": 1, "attempt": 0, "format_version": 0}
-        for name, lowest in least.items():
+        minima = {"step": 0, "world_size": 1, "attempt": 0, "format_version": 0}
+        for name, lowest in minima.items():
             if type(value := getattr(self, name)) is not int or value < lowest:
                 raise ValueError(f"{name}: is not a whole number of at least {lowest}")
         if not isinstance(self.plan_digest, str):
@@ -53,16 +52,16 @@ class Manifest:
     def to_json(self) -> str:
         values = asdict(self)
         if self.eval_loss is not None and not math.isfinite(self.eval_loss):
-            # JSON has no word for it.
+            # JSON cannot represent it.
             values["eval_loss"] = None
         return json.dumps(values, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, content: bytes) -> Manifest:
-        """What `to_json` has written.
+        """Parse what `to_json` wrote.
 
         Raises:
-            ValueError: where it is something else, with what is wrong.
+            ValueError: if the content is anything else; says which field is wrong.
         """
         try:
             values: Any = json.loads(content)
@@ -70,7 +69,7 @@ class Manifest:
             raise ValueError("it is nested too deeply") from None
         known = {field.name for field in fields(cls)}
         if not isinstance(values, dict) or not isinstance(values.get("files"), dict):
-            raise ValueError("it is no object with files")
+            raise ValueError("not an object with files")
         if missing := known - {"eval_loss", "format_version"} - values.keys():
             raise ValueError(f"{min(missing)}: is missing")
         if unknown := values.keys() - known:
@@ -86,7 +85,7 @@ class Manifest:
 
 
 def _as_float(loss: Any) -> Any:
-    """JSON may have a loss without a point, and of any length."""
+    """Convert an integer, which JSON allows at any length, to a float."""
     try:
         return float(loss) if type(loss) is int else loss
     except OverflowError:
@@ -106,12 +105,12 @@ class Checkpoint:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint directory.
+    """Read the manifest of a checkpoint directory.
 
     Raises:
-        DamagedCheckpoint: when it is missing or damaged.
-        UnreadableCheckpoint: when storage does not give it out now.
-        CheckpointError: when it is of another format.
+        DamagedCheckpoint: if it is missing or damaged.
+        UnreadableCheckpoint: if storage cannot read it right now.
+        CheckpointError: if it has another format version.
     """
     file = path / MANIFEST
     try:
@@ -133,7 +132,10 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def unreadable_error(file: Path, error: OSError) -> UnreadableCheckpoint:
-    """Of a file that may be whole: a storage server that is down gives EIO or ESTALE, wrong rights give EACCES."""
-    remedy = "try again; where it stays so, look at the storage and at who owns the file, or resume RUN --step an earlier one"
-    what = "a checkpoint file cannot be read now"
-    return UnreadableCheckpoint(what, where=str(file), value=error.strerror or str(error), remedy=remedy)
+    """Build the error for a file that may be intact: a storage server that is down gives EIO or ESTALE, permissions EACCES."""
+    return UnreadableCheckpoint(
+        "a checkpoint file cannot be read now",
+        where=str(file),
+        value=error.strerror or str(error),
+        remedy="try again; if it persists, check the storage and the file's owner, or resume RUN --step with an earlier step",
+    )

@@ -1,9 +1,9 @@
-"""States that DeepSpeed keeps on NVMe, brought into main memory piece by piece (deepspeed/runtime/swap_tensor/).
+"""Bring states that DeepSpeed offloads to NVMe into host memory, piece by piece (deepspeed/runtime/swap_tensor/).
 
-A sub-group of the optimizer lies on NVMe where it has at least 1 MiB of fp32 weights on this rank, and a partition of the weights
-that the engine computes with where it alone has that much. Whatever is smaller stays in memory, as without NVMe.
+A sub-group of the optimizer lies on NVMe if it has at least 1 MiB of fp32 weights on this rank, and so does a partition of the
+compute weights of that size. Anything smaller stays in memory.
 
-One thread at a time: DeepSpeed's swappers know of one user, which is training, or a save for which training waits.
+Use one thread at a time: DeepSpeed's swappers support one user, which is training, or a save that training waits for.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.nn import Parameter
 
 
 def may_hold_states(zero: Any) -> bool:
-    """True where states may lie on NVMe; then they cannot be read while training computes."""
+    """Return whether states may lie on NVMe; they cannot be read while training computes then."""
     return zero.swap_optimizer or zero.params_in_nvme_and_cpu
 
 
-def forget_states(zero: Any) -> None:
-    """Leave only the fp32 weights of each sub-group on NVMe; states that are made after this are written there behind them."""
+def purge_states(zero: Any) -> None:
+    """Keep only the fp32 weights of each sub-group on NVMe; states created after this are appended there."""
     if zero.swap_optimizer:
         zero.optimizer_swapper.purge_state()
 
 
 @contextmanager
 def load_sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator[None]:
-    """Have the fp32 weights and optimizer states of a sub-group in memory; with `changed` they are written back at the end.
+    """Hold the fp32 weights and optimizer states of a sub-group in memory; with `changed`, write them back at the end.
 
-    Sub-groups that are changed go in ascending order: DeepSpeed writes the last of them, and what is left of those before,
-    to the end. Gradients of the last step come along and are dropped; at an optimizer boundary nothing needs them.
+    Change sub-groups in ascending order: DeepSpeed flushes its pending writes with the last one. Gradients of the last step are
+    loaded along and dropped; at an optimizer boundary nothing needs them.
     """
     if not zero._swappable_optimizer_subgroup(group):
         yield
@@ -51,10 +51,10 @@ def load_sub_group(zero: Any, group: int, *, changed: bool = False) -> Iterator[
 
 @contextmanager
 def load_partition(parameter: Parameter) -> Iterator[None]:
-    """Have this rank's partition of a weight in memory."""
+    """Hold this rank's partition of a compute weight in memory."""
     swapper, part = parameter.nvme_swapper, parameter.ds_tensor
     if part.status == PartitionedParamStatus.INFLIGHT:
-        # Fetched ahead for the next forward pass, which finds it.
+        # Prefetched for the next forward pass, which uses it.
         swapper.synchronize_reads()
     if part.status == PartitionedParamStatus.AVAILABLE:
         yield

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps. Pure: looks at steps and held-out losses, touches no disk."""
+"""Which checkpoints a run keeps. Pure: depends on steps and held-out losses only, without disk access."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Retention:
 
     @classmethod
     def of(cls, checkpoint: CheckpointSection) -> Retention:
-        """What a run's settings say."""
+        """Build the rules from a run's settings."""
         return cls(checkpoint.keep_last, checkpoint.keep_every, checkpoint.keep_best)
 
 
 def retention_reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -> dict[int, tuple[str, ...]]:
-    """Why each step is kept: any of `newest`, `every N`, `best`; nothing where it would be pruned."""
+    """Return why each step is kept: any of `newest`, `every N` and `best`; an empty tuple if it would be pruned."""
     steps = sorted(checkpoint.step for checkpoint in checkpoints)
     newest = set(steps[-max(1, retention.keep_last) :])
     best = _best(checkpoints, retention.keep_best)
@@ -46,13 +46,13 @@ def retention_reasons(checkpoints: Sequence[Checkpoint], retention: Retention) -
 
 
 def select_outdated(checkpoints: Sequence[Checkpoint], retention: Retention) -> list[Checkpoint]:
-    """The checkpoints that no rule keeps, in the order given."""
+    """Return the checkpoints that no rule keeps, in the given order."""
     kept = retention_reasons(checkpoints, retention)
     return [checkpoint for checkpoint in checkpoints if not kept[checkpoint.step]]
 
 
 def _best(checkpoints: Sequence[Checkpoint], count: int) -> set[int]:
-    """The steps of the lowest losses, of equal ones the later; what was not evaluated takes no part."""
+    """Return the `count` steps with the lowest losses, the later of equal ones; steps without evaluation do not count."""
     losses = [(checkpoint.manifest.eval_loss, -checkpoint.step) for checkpoint in checkpoints]
     evaluated = [(loss, step) for loss, step in losses if loss is not None and math.isfinite(loss)]
     return {-step for _, step in sorted(evaluated)[:count]}

@@ -1,8 +1,8 @@
-"""Safetensors files written and read as a stream of bytes.
+"""Write and read safetensors files as a stream of bytes.
 
-The library's own `save_file` wants every tensor in memory at once and leaves the digest to a second pass over the file;
-`safe_open` maps the file, so every page it has read counts as resident memory. Here a file is digested while it is
-written, block by block, and read by byte range into memory that the caller owns. The format (8 bytes of header length, a
+The library's own `save_file` needs every tensor in memory at once, and a digest would take a second pass over the file;
+`safe_open` maps the file, so every page that was read counts as resident memory. Here a file is digested while it is
+written, block by block, and read by byte range into memory of the caller. The format (8 bytes of header length, a
 JSON header, raw little-endian data) is documented at https://huggingface.co/docs/safetensors.
 """
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     import torch
 
 ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "U8": 1}
-# What a shard's header says of the weights that its rank's engine computes with: their dtype (bf16, fp16 or fp32), and a
-# JSON object of parameter names and the `weight_digest` of this rank's part of each.
+# Keys of a shard's header: the dtype of the compute weights (bf16, fp16 or fp32), and a JSON object that maps each parameter
+# name to the `weight_digest` of this rank's part.
 DTYPE = "dtype"
 WEIGHTS = "weights"
-# The digest of a weight that comes in pieces; `hexdigest()` of all of them is `weight_digest` of the whole.
+# Incremental digest of a weight in pieces; its `hexdigest()` equals the `weight_digest` of the complete weight.
 WeightDigest = xxhash.xxh3_64
 
 
@@ -49,15 +49,15 @@ class TensorSpec:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    # An export reads and writes files without torch, whose import would take longer than the work.
+    """Return the memory of a contiguous CPU tensor."""
+    # An export needs no torch, whose import would take longer than its work.
     import torch
 
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
 
 
 def weight_digest(tensor_bytes: memoryview) -> str:
-    """16 hex digits of the XXH3-64 digest of a tensor's little-endian bytes."""
+    """Return the XXH3-64 digest of a tensor's little-endian bytes, as 16 hex digits."""
     return WeightDigest(tensor_bytes).hexdigest()
 
 
@@ -67,14 +67,14 @@ def tensor_key(parameter: str, state: str) -> str:
 
 
 def file_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> int:
-    """Exact size in bytes of the file that `write` makes."""
+    """Return the exact size in bytes of the file that `write` creates."""
     return len(_header(specs, metadata)) + sum(s.num_bytes for s in specs)
 
 
 def write(path: Path, specs: Sequence[TensorSpec], blocks: Iterable[memoryview], metadata: Mapping[str, str]) -> FileEntry:
-    """Write and fsync a safetensors file; `blocks` are the bytes of all tensors in the order of `specs`, cut anywhere.
+    """Write and fsync a safetensors file; `blocks` yields the bytes of all tensors in the order of `specs`, split anywhere.
 
-    Larger items come first in `specs`, so that every tensor starts at a multiple of its item size.
+    Put tensors with larger items first in `specs`, so that every tensor starts at a multiple of its item size.
     """
     entry = write_file(path, _header_then(blocks, _header(specs, metadata)))
     if entry.size != file_bytes(specs, metadata):
@@ -83,7 +83,7 @@ def write(path: Path, specs: Sequence[TensorSpec], blocks: Iterable[memoryview],
 
 
 class TensorFile:
-    """An open safetensors file; `specs` maps each name to its tensor, `metadata` is the text that its header holds."""
+    """An open safetensors file; `specs` maps each name to its tensor, `metadata` is the header's text metadata."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,7 +127,7 @@ class TensorFile:
 
 
 class ShardSet:
-    """The shards of one checkpoint, read as if each parameter were one flat tensor."""
+    """The shards of one checkpoint; reads each parameter as one flat tensor."""
 
     def __init__(self, path: Path, world_size: int) -> None:
         self.world_size = world_size

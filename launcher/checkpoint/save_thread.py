@@ -29,7 +29,7 @@ from launcher.errors import CheckpointError, Problem
 from launcher.plan.launch_plan import Record
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
-_LONGEST_PAUSE_S = 1.0
+_MAX_PAUSE_S = 1.0
 _LOWEST_PRIORITY = 19
 
 
@@ -58,10 +58,10 @@ class SaveContext:
 
 @dataclass
 class SaveJob:
-    """One save on one rank. States are taken from `copy` where there is one, else from where they lie.
+    """One save on one rank. States are written from the buffer `copy` if there is one, else from the engine's memory.
 
-    `copied`, `written` and `ended` tell how far it is: the states may change; this rank has written its shard or failed to; and
-    on rank 0, the checkpoint is committed or given up. `error` says why it failed.
+    Events: `copied`, the optimizer may change the states; `written`, this rank has written its shard or failed to; `ended`, on
+    rank 0, the checkpoint is committed or has failed. `error` holds the failure.
     """
 
     context: SaveContext
@@ -85,12 +85,12 @@ class SaveJob:
     ended: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Begin in a thread of its own, which does not keep the process alive."""
+        """Start the save in a daemon thread."""
         threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
 
     @property
     def path(self) -> Path:
-        """Where the checkpoint will lie."""
+        """Path of the checkpoint once it is committed."""
         return self.context.root / store.step_name(self.step)
 
     def _run(self) -> None:
@@ -99,7 +99,7 @@ class SaveJob:
             receipt = ShardReceipt(entry=self._write())
         except Exception as error:
             self.error = error
-            # What is left of it may fill the disk that the receipt needs.
+            # A partial shard may take the disk space that the receipt needs.
             (self.saving / store.shard_name(self.context.rank)).unlink(missing_ok=True)
             problems = to_problems("the checkpoint could not be written", error, self.context.rank)
             receipt = ShardReceipt(problems=tuple((p.what, p.where, p.value, p.remedy) for p in problems))
@@ -129,14 +129,14 @@ class SaveJob:
             self.copy.fill(states)
         self.copied.set()
         atomic_files.fault_point("copied")
-        # From here on nobody waits, and training comes first. Linux gives each thread a priority of its own.
+        # Training does not wait from here on and comes first. On Linux each thread has its own priority.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         if not self.copy.is_finite():
             raise _not_finite_error()
         return self.shard.write(path, _with_fault_point(self.copy.blocks(), self.shard.num_bytes), digests)
 
     def _commit(self) -> None:
-        """Wait for the receipts of all ranks, and move the checkpoint into place."""
+        """Wait for the receipts of all ranks and rename the checkpoint into place."""
         receipts = self._receipts()
         problems = [Problem(*parts) for receipt in receipts for parts in receipt.problems]
         if problems:
@@ -168,31 +168,33 @@ class SaveJob:
         try:
             self.context.prune(committed)
         except (OSError, CheckpointError) as error:
-            # What is committed stays committed.
+            # The checkpoint is committed all the same.
             self.not_pruned = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error.problems[0].what)
 
     def _receipts(self) -> list[ShardReceipt]:
         receipts: dict[int, ShardReceipt] = {}
-        until, pause_s = time.monotonic() + self.context.deadline_s, 0.01
+        deadline, pause_s = time.monotonic() + self.context.deadline_s, 0.01
         while True:
             missing = [rank for rank in range(self.context.world_size) if rank not in receipts]
-            found = [rank for rank in missing if _receipt_path(self.saving, rank).exists()]
-            receipts |= {rank: ShardReceipt.model_validate_json(_receipt_path(self.saving, rank).read_bytes()) for rank in found}
+            arrived = [rank for rank in missing if _receipt_path(self.saving, rank).exists()]
+            receipts |= {
+                rank: ShardReceipt.model_validate_json(_receipt_path(self.saving, rank).read_bytes()) for rank in arrived
+            }
             if len(receipts) == self.context.world_size:
                 return [receipts[rank] for rank in range(self.context.world_size)]
-            if self.abandoned.wait(pause_s) or time.monotonic() > until:
+            if self.abandoned.wait(pause_s) or time.monotonic() > deadline:
                 raise CheckpointError(
                     "not all ranks have written their shards",
                     where=str(self.saving),
                     value=f"missing: rank {', '.join(map(str, missing))}",
                 )
             run_store.refresh_directory(self.saving)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
 
 @contextmanager
 def _side_stream(device: torch.device, after: Any) -> Iterator[None]:
-    """On a GPU, work in a stream of its own from the moment on at which `after` has happened in the others."""
+    """On a GPU, run the body in a separate stream, after the event `after`; with `after` None run it as it is."""
     if after is None:
         yield
         return
@@ -204,7 +206,11 @@ def _side_stream(device: torch.device, after: Any) -> Iterator[None]:
 
 
 def _finite_bytes(states: Iterator[torch.Tensor]) -> Iterator[memoryview]:
-    """The bytes of states that are written from where they lie."""
+    """Yield the bytes of states, directly from the engine's memory.
+
+    Raises:
+        CheckpointError: if a state is not finite.
+    """
     for state in states:
         if not is_finite(state):
             raise _not_finite_error()
@@ -221,7 +227,7 @@ def _with_fault_point(blocks: Iterator[memoryview], num_bytes: int) -> Iterator[
 
 
 def _not_finite_error() -> CheckpointError:
-    return CheckpointError("weights or optimizer states are infinite or NaN; such a checkpoint is of no use and was not written")
+    return CheckpointError("weights or optimizer states are infinite or NaN; the checkpoint was not written")
 
 
 def _reference_logits_specs(reference_logits: Mapping[str, torch.Tensor]) -> list[TensorSpec]:

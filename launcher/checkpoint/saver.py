@@ -32,8 +32,10 @@ from launcher.errors import CheckpointError, LauncherError
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint: the bytes of all ranks' files, seconds from the call to the commit, and those that this rank's
-    training stood still for. `not_pruned` says, on rank 0, why older ones could not be removed.
+    """A committed checkpoint.
+
+    `bytes` counts the files of all ranks, `seconds` lasts from the call to the commit, `stall_s` is how long training on this
+    rank waited. `not_pruned` says, on rank 0, why older checkpoints could not be removed.
     """
 
     path: Path
@@ -90,7 +92,7 @@ class Saver:
         reference_logits: Mapping[str, torch.Tensor] | None = None,
         wait: bool = False,
     ) -> None:
-        """Begin to save the engine as it is now, at an optimizer boundary; `wait` tells how it ended. Collective.
+        """Start to save the engine's present state, at an optimizer boundary; `wait` returns the outcome. Collective.
 
         `extra_state` is JSON-serializable. `reference_logits` holds `input_ids` [1, T], `position_ids` [1, T] and `logits`
         [1, T, V] in the model's compute dtype; only rank 0's is written. With `wait` the save has ended when this returns.
@@ -101,7 +103,7 @@ class Saver:
         self.wait()
         began = time.monotonic()
         run_on_all_ranks(
-            self._engine.device, "the checkpoint may not be written", self._context.fence if self._is_main else _nothing
+            self._engine.device, "the checkpoint may not be written", self._context.fence if self._is_main else _noop
         )
         try:
             self._job = self._begin(step, extra_state, eval_loss, reference_logits or {}, wait, began)
@@ -119,25 +121,25 @@ class Saver:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save goes on in the background, the same on every rank; its end is known to `wait`."""
+        """Whether a save has been started and not waited for, the same on every rank."""
         return self._job is not None
 
     def wait_for_staging(self) -> None:
-        """Wait until the states may change: call it before each step of the optimizer."""
+        """Wait until the optimizer may change the states; call it before each optimizer step."""
         if self._job is not None and not self._job.copied.is_set():
             began = time.monotonic()
             self._job.copied.wait()
             self._job.stall_s += time.monotonic() - began
 
     def poll(self) -> Saved | LauncherError | None:
-        """How the save in the background ended, on rank 0 alone and as soon as it is known there."""
+        """Return the outcome of the background save on rank 0 as soon as it has ended; None before that and on other ranks."""
         job = self._job
         if job is None or not self._is_main or not job.ended.is_set():
             return None
         return _saved(job) if job.error is None else _as_launcher_error(job.error)
 
     def wait(self) -> Saved | CheckpointError | None:
-        """How the last save ended, the same on every rank; None where there was none. Collective."""
+        """Wait for the last save and return its outcome, the same on every rank; None if there was none. Collective."""
         job = self._job
         if job is None:
             return self._outcome
@@ -148,10 +150,10 @@ class Saver:
             if self._is_main:
                 job.ended.wait()
             run_on_all_ranks(self._engine.device, "the checkpoint could not be committed", lambda: _raise(job.error))
-            # Rank 0's thread alone knows when the commit was: this one may have come to ask much later.
-            took = torch.tensor(job.seconds, dtype=torch.float32, device=self._engine.device)
-            dist.broadcast(took, 0)
-            job.seconds = float(took)
+            # Only rank 0's thread knows when the commit was; this rank may have called wait() much later.
+            seconds = torch.tensor(job.seconds, dtype=torch.float32, device=self._engine.device)
+            dist.broadcast(seconds, 0)
+            job.seconds = float(seconds)
             job.stall_s += time.monotonic() - began
             self._outcome = _saved(job)
         except CheckpointError as error:
@@ -163,13 +165,13 @@ class Saver:
         return self._outcome
 
     def close(self) -> None:
-        """Give back the memory of the copies; nothing can be saved any more. No save may be in the making."""
+        """Free the staging buffer; no save may be in progress, and none can be started after this."""
         if self._copy is not None:
             self._copy.close()
             self._copy = None
 
     def drain(self, seconds: float) -> None:
-        """Give a save in the background some time to end, in a process that is about to."""
+        """Wait up to `seconds` for the background save, in a process that is about to exit."""
         if self._job is not None:
             (self._job.ended if self._is_main else self._job.written).wait(seconds)
 
@@ -182,24 +184,24 @@ class Saver:
         wait: bool,
         began: float,
     ) -> SaveJob:
-        """Agree on the size, and make the folder of the save."""
+        """Agree on the size and create the directory of the save."""
         root, parameters = self._context.root, self._context.parameters
 
         def prepare() -> SaveJob:
             shard = Shard.of(self._engine, parameters)
             state = build_state(self._engine, parameters, extra_state).to_json().encode() if self._is_main else b""
-            kept = {name: tensor.clone() for name, tensor in reference_logits.items()} if self._is_main else {}
-            num_bytes = shard.num_bytes + len(state) + (reference_logits_bytes(kept) if kept else 0)
+            logits = {name: tensor.clone() for name, tensor in reference_logits.items()} if self._is_main else {}
+            num_bytes = shard.num_bytes + len(state) + (reference_logits_bytes(logits) if logits else 0)
             saving = store.saving_path(root, step, self._context.attempt)
             copy = self._copy if not wait and self._copy is not None and self._copy.is_there() else None
-            return SaveJob(self._context, step, saving, shard, state, kept, eval_loss, num_bytes, copy, began)
+            return SaveJob(self._context, step, saving, shard, state, logits, eval_loss, num_bytes, copy, began)
 
         job = run_on_all_ranks(self._engine.device, "the checkpoint could not be prepared", prepare)
         shared = torch.tensor([job.num_bytes, job.copy is not None], dtype=torch.int64, device=self._engine.device)
         dist.all_reduce(shared)
         job.num_bytes, num_copies = shared.tolist()
         if num_copies < self._context.world_size:
-            # Where one rank has no memory for a copy, all wait.
+            # If one rank has no memory for staging, training waits on all ranks.
             job.copy = None
 
         def begin() -> None:
@@ -223,5 +225,5 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def _nothing() -> None:
-    """The other ranks have no part in it."""
+def _noop() -> None:
+    """Do nothing, on ranks other than 0."""

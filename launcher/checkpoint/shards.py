@@ -1,10 +1,9 @@
 """One rank's shard of a checkpoint: a safetensors file without pickle, written by any number of ranks and read by any other.
 
-A shard holds, under `<parameter>|fp32` and, for each state of the optimizer, `<parameter>|<state>` (AdamW: `exp_avg`,
-`exp_avg_sq`), the elements of the flattened
-parameter that `store.partition` gives to its rank, without padding, and the rank's random-generator states. Its header says
-in which type the engine computes, and holds a digest of the rank's part of every weight in that type, by which an export proves
-that it has written the same weights.
+A shard holds the elements of each flattened parameter that `store.partition` assigns to its rank, without padding: under
+`<parameter>|fp32` the weights, and under `<parameter>|<state>` each optimizer state (AdamW: `exp_avg`, `exp_avg_sq`). It also
+holds the rank's random-generator states. Its header names the dtype that the engine computes in, and holds a digest of the
+rank's part of every weight in that dtype, by which an export verifies that it writes the same weights.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch.nn import Parameter
 
 from launcher import atomic_files
 from launcher.checkpoint import safetensors_io, store, zero3
+from launcher.checkpoint.manifest import Manifest
 from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, as_bytes, tensor_key, weight_digest
 from launcher.checkpoint.state import State, read_state
 from launcher.distributed import run_on_all_ranks
@@ -34,9 +34,9 @@ _NO_DIGEST = "0" * 16
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank's shard will hold: fp32 states in the order of `zero3.local_states`, then random-generator states.
+    """Content of a rank's shard: fp32 states in the order of `zero3.local_states`, then random-generator states.
 
-    The bytes of random states come last, which keeps fp32 aligned.
+    Random-generator states come last, so that fp32 stays aligned.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -46,24 +46,24 @@ class Shard:
 
     @classmethod
     def of(cls, engine: Any, named_parameters: Mapping[str, Parameter]) -> Shard:
-        """The shard of this rank as its engine is now; the random states are those of this moment."""
+        """Build this rank's shard for the engine's present state; random-generator states are captured at once."""
         states = {_RNG_CPU: torch.get_rng_state()}
         if torch.cuda.is_available():
             states[_RNG_CUDA] = torch.cuda.get_rng_state()
         layout = zero3.state_layout(engine, named_parameters)
         specs = [TensorSpec(tensor_key(name, key), "F32", (count,)) for name, key, count in layout]
         specs += [TensorSpec(name, "U8", tuple(state.shape)) for name, state in states.items()]
-        # Asked of the parameter: DeepSpeed gives a partition that lies on NVMe another type.
+        # The dtype of the parameter: a partition that DeepSpeed holds on NVMe has another one.
         dtype = next(iter(named_parameters.values())).dtype
         return cls(tuple(specs), states, _DTYPES[dtype], tuple(named_parameters))
 
     @property
     def num_bytes(self) -> int:
-        """Exact size of the file."""
+        """Exact size of the file in bytes."""
         return safetensors_io.file_bytes(self.specs, self._metadata(dict.fromkeys(self.names, _NO_DIGEST)))
 
     def write(self, path: Path, states: Iterator[memoryview], digests: Mapping[str, str]) -> atomic_files.FileEntry:
-        """Write and fsync the file; `states` are the bytes of all fp32 states, cut anywhere, `digests` those of the weights."""
+        """Write and fsync the file; `states` yields the bytes of all fp32 states, split anywhere, `digests` by weight name."""
         return safetensors_io.write(path, self.specs, self._blocks(states), self._metadata(digests))
 
     def _blocks(self, states: Iterator[memoryview]) -> Iterator[memoryview]:
@@ -76,12 +76,12 @@ class Shard:
 
 
 def weight_digests(named_parameters: Mapping[str, Parameter]) -> dict[str, str]:
-    """A digest of this rank's part of every weight, as the engine computes with it."""
+    """Return a digest of this rank's part of every weight, in the dtype that the engine computes in."""
     return {name: weight_digest(as_bytes(part.cpu())) for name, part in zero3.local_weights(named_parameters)}
 
 
 def build_state(engine: Any, named_parameters: Mapping[str, Parameter], extra_state: Mapping[str, Any]) -> State:
-    """state.json, on rank 0 or any other: all hold the same."""
+    """Build the content of state.json; the same on every rank."""
     return State(
         parameters={name: tuple(parameter.ds_shape) for name, parameter in named_parameters.items()},
         optimizer_step=zero3.optimizer_step(engine),
@@ -95,22 +95,22 @@ def build_state(engine: Any, named_parameters: Mapping[str, Parameter], extra_st
 def load(
     engine: Any, named_parameters: Mapping[str, Parameter], checkpoint: Path, *, plan_digest: str | None = None
 ) -> dict[str, Any]:
-    """Put a committed checkpoint into the engine and return its `extra_state`.
+    """Load a committed checkpoint into the engine and return its `extra_state`. Collective.
 
-    The world size may differ from the one that saved; weights, optimizer states and steps are the same bit for bit. Each rank
-    reads just the byte ranges that it needs. Random-generator states are restored on the same world size only: on another
-    one there is no rank that they belong to, and they stay as they are.
+    The world size may differ from that of the save; weights, optimizer states and step counts are restored bit for bit. Each
+    rank reads only the byte ranges that it needs. Random-generator states are restored only with the same world size; with
+    another one they stay as they are.
 
-    All files are checked first, each by one of the ranks; with the engine untouched, these are raised on every rank.
+    All files are verified first, each by one rank. Errors are raised on every rank, before the engine is changed.
 
     Raises:
-        DamagedCheckpoint: when a file is not what was committed, with all that are.
-        CheckpointError: when a file is foreign, when `plan_digest` is given and differs, or when the model has other
-            parameters or the optimizer other states.
+        DamagedCheckpoint: if files differ from their digests; lists all of them.
+        CheckpointError: if a file belongs to another user, `plan_digest` is given and differs, the model has other parameters,
+            or the optimizer has other states.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
 
-    def check() -> tuple[store.Manifest, State]:
+    def check() -> tuple[Manifest, State]:
         zero3.require_supported_engine(engine, named_parameters)
         manifest = store.open_checkpoint(checkpoint).manifest
         if plan_digest is not None and manifest.plan_digest != plan_digest:
@@ -118,20 +118,20 @@ def load(
                 "this checkpoint was saved by another plan",
                 where=str(checkpoint),
                 value=f"{manifest.plan_digest}, this run's plan is {plan_digest}",
-                remedy="resume the run that saved it, or start a new run from its exported weights",
+                remedy="resume the run that saved it, or start another run from its exported weights",
             )
         # Sorted names put a rank's own shard first on the same world size, so that it is in the page cache when it is read.
-        own_share = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[rank::world_size]
+        own_files = sorted(manifest.files, key=lambda name: (not name.startswith("rank-"), name))[rank::world_size]
         if problems := store.find_foreign_files(checkpoint, manifest):
             raise CheckpointError(problems)
-        if problems := store.verify_files(checkpoint, manifest, own_share):
+        if problems := store.verify_files(checkpoint, manifest, own_files):
             raise DamagedCheckpoint(problems)
         state = read_state(checkpoint)
         _require_same_parameters(state, named_parameters, checkpoint)
         _require_same_states(state, zero3.find_optimizer(engine).states, checkpoint)
         return manifest, state
 
-    manifest, state = run_on_all_ranks(engine.device, "the checkpoint cannot be used", check)
+    manifest, state = run_on_all_ranks(engine.device, "the checkpoint cannot be loaded", check)
     with ShardSet(checkpoint, manifest.world_size) as shards:
 
         def read(parameter: str, key: str, num_elements: int, start: int, out: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Main memory that holds one rank's states while training goes on."""
+"""Staging: host memory that holds a copy of one rank's states while training goes on and the copy is written."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 from launcher.checkpoint.safetensors_io import as_bytes
 
 OWN_CGROUP, CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-# What is written or looked at in one piece, which is done without Python's lock. For each piece the thread needs the lock
-# for a moment, and while it has it and is not running, because all cores are at work, training stands still.
+# Elements written or checked in one piece, without the GIL. Between pieces the thread needs the GIL; if it holds the GIL and is
+# descheduled because all cores are busy, training stalls.
 _BLOCK_ELEMENTS = 64 * 2**20
 
 
 class StagingBuffer:
-    """Room for `num_elements` in fp32, page-locked where the states lie on a GPU.
+    """A buffer of `num_elements` in fp32, page-locked if the states lie on a GPU.
 
-    It is made by a thread, because locking the pages of tens of GiB takes seconds that the first steps need not wait for.
+    A thread allocates it: locking the pages of tens of GiB takes seconds, and the first steps need not wait for that.
     """
 
     def __init__(self, num_elements: int, device: torch.device, sharers: int) -> None:
-        """`sharers` processes of this machine ask for as much, all at the same time."""
+        """Start to allocate; `sharers` processes of this machine allocate as much at the same time."""
         self._device = device
         self._is_locked = False
         self._memory: torch.Tensor | None = None
@@ -35,12 +35,12 @@ class StagingBuffer:
         threading.Thread(target=self._make, args=(num_elements, sharers), name="host-copy", daemon=True).start()
 
     def is_there(self) -> bool:
-        """Wait for the memory; False where the machine does not have it."""
+        """Wait for the allocation; return False if the machine lacks the memory."""
         self._ready.wait()
         return self._memory is not None
 
     def fill(self, states: Iterator[torch.Tensor]) -> None:
-        """Copy all of `states`; on a GPU in the current stream, and not awaited."""
+        """Copy all of `states`; on a GPU asynchronously, in the current stream."""
         assert self._memory is not None
         self._used = 0
         for state in states:
@@ -48,21 +48,21 @@ class StagingBuffer:
             self._used += state.numel()
 
     def blocks(self) -> Iterator[memoryview]:
-        """What was copied, in pieces."""
+        """Yield the bytes of the copy in pieces."""
         assert self._memory is not None
         for block in self._memory[: self._used].split(_BLOCK_ELEMENTS):
             yield as_bytes(block)
 
     def is_finite(self) -> bool:
-        """True where no weight or optimizer state that was copied is infinite or NaN."""
+        """Return whether no element of the copy is infinite or NaN."""
         assert self._memory is not None
         return all(map(is_finite, self._memory[: self._used].split(_BLOCK_ELEMENTS)))
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._ready.wait()
         if self._memory is not None and self._is_locked:
-            # CUDA would take what is put at these addresses later for the memory that it has locked.
+            # CUDA would take later allocations at these addresses for memory that it has locked.
             torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
         self._memory = None
 
@@ -70,14 +70,14 @@ class StagingBuffer:
         try:
             set_current_device(self._device)
             if sharers * 4 * num_elements > available_bytes():
-                # The system would promise the memory all the same, and kill a process when it is used.
+                # The kernel would overcommit, and kill a process when the pages are touched.
                 return
             memory = torch.empty(num_elements, dtype=torch.float32)
-            # The system gives a page when it is first written: now, not during the first save.
+            # The kernel maps a page when it is first written: now, not during the first save.
             memory.zero_()
             if self._device.type == "cuda":
-                # torch's own page-locked memory comes in powers of two, up to twice of what the plan counts with.
-                # Where the system does not lock so much, copies are slower.
+                # torch's own pinned allocations are powers of two, up to twice what the plan budgets. If the system refuses to
+                # lock that much, copies are slower.
                 code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
                 self._is_locked = int(code) == 0
             self._memory = memory
@@ -88,13 +88,13 @@ class StagingBuffer:
 
 
 def set_current_device(device: torch.device) -> None:
-    """Make a GPU the current one of this thread: each begins with GPU 0, and would take memory there."""
+    """Select the thread's GPU: a thread starts on GPU 0 and would allocate memory there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
 
 def available_bytes() -> int:
-    """Main memory that this machine, or the container or job that the process is in, has left."""
+    """Return the bytes of host memory left to this machine, or to the container or job that the process is in."""
     available = [psutil.virtual_memory().available]
     try:
         # Version 2 of control groups: https://docs.kernel.org/admin-guide/cgroup-v2.html
@@ -112,14 +112,14 @@ def available_bytes() -> int:
 
 
 def _cached_bytes(group: Path) -> int:
-    """Of what counts as used: pages of files that were read or written and can be forgotten."""
+    """Return the bytes of the page cache that count as used but can be reclaimed."""
     with suppress(OSError):
-        if found := re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE):
-            return int(found[1])
+        if match := re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE):
+            return int(match[1])
     return 0
 
 
 def is_finite(state: torch.Tensor) -> bool:
-    """True where no element is infinite or NaN."""
-    # One pass over the memory, without a tensor in between; large numbers may overflow it.
+    """Return whether no element is infinite or NaN."""
+    # The sum is one pass without a temporary tensor; it may overflow for large finite values, hence the second check.
     return bool(torch.isfinite(state.sum())) or bool(torch.isfinite(state).all())

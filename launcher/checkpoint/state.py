@@ -1,4 +1,4 @@
-"""state.json: what a checkpoint holds besides tensors."""
+"""state.json: the part of a checkpoint that is not tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ class State(Record):
 
 
 def read_state(path: Path) -> State:
-    """The state.json of a checkpoint directory; CheckpointError when it is missing or damaged."""
+    """Read the state.json of a checkpoint directory.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
     file = path / STATE
     try:
         return State.model_validate(json.loads(file.read_bytes()))

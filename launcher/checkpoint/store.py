@@ -1,4 +1,4 @@
-"""The layout of checkpoints on disk: begin, commit, list, verify, prune. Needs no torch, so that login nodes can use it.
+"""Checkpoints on disk: begin, commit, list, verify, prune. Needs no torch, so that login nodes can use it.
 
     checkpoints/step-00000100/
       manifest.json          step, world size, plan digest, and the size and digest of every other file
@@ -7,7 +7,7 @@
       probe.safetensors      a few tokens and the trained model's logits for them, for the parity check of an export (optional)
 
 A save fills `.saving-step-00000100-001` (the last number is the attempt), writes the manifest last and renames the
-directory into place. What has no valid manifest, or files that differ from it in size, does not exist.
+directory into place. A directory without a valid manifest, or with files of other sizes than it says, is no checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from launcher.checkpoint.manifest import MANIFEST, Checkpoint, Manifest, read_ma
 from launcher.checkpoint.retention import Retention, select_outdated
 from launcher.errors import CheckpointError, DamagedCheckpoint, Problem, UnreadableCheckpoint
 
-# Set aside: later than a step that a person went back to, and damaged. Neither is found again.
+# Checkpoints that were set aside, after the user resumed from an earlier step or because of damage, are never listed again.
 SET_ASIDE_PREFIX = "aside-"
 DAMAGED_PREFIX = "damaged-"
 
@@ -41,12 +41,12 @@ def step_name(step: int) -> str:
 
 
 def saving_path(root: Path, step: int, attempt: int) -> Path:
-    """Where a save is written before it is committed; the same on every rank."""
+    """Return the directory of a save before it is committed; the same on every rank."""
     return root / f".saving-{step_name(step)}-{attempt:03d}"
 
 
 def partition(num_elements: int, world_size: int, rank: int) -> tuple[int, int]:
-    """The elements [start, stop) of a flattened parameter that lie on `rank`, without padding.
+    """Return the elements [start, stop) of a flattened parameter that lie on `rank`, without padding.
 
     ZeRO-3 gives each rank ceil(n / world size) elements (deepspeed partition_parameters.py, `_aligned_size`).
     """
@@ -55,9 +55,12 @@ def partition(num_elements: int, world_size: int, rank: int) -> tuple[int, int]:
 
 
 def require_free_bytes(root: Path, needed: int) -> None:
-    """CheckpointError when the file system of `root` has less than `needed` bytes for this user.
+    """Check that the file system of `root` has `needed` bytes for this user.
 
-    What the retention removes is no help: it stays until the checkpoint that is about to be written is committed.
+    Checkpoints that retention will remove do not count: they stay until the next checkpoint is committed.
+
+    Raises:
+        CheckpointError: if there is less space.
     """
     available = shutil.disk_usage(root).free
     if available < needed:
@@ -71,7 +74,7 @@ def require_free_bytes(root: Path, needed: int) -> None:
 
 
 def begin_save(root: Path, *, step: int, attempt: int, needed_bytes: int) -> Path:
-    """Sweep what unfinished saves left behind, check the free space, and make the directory of a save (mode 0700)."""
+    """Remove what unfinished saves left behind, check the free space, and create the directory of a save (mode 0700)."""
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _sweep(root, attempt)
     require_free_bytes(root, needed_bytes)
@@ -81,28 +84,28 @@ def begin_save(root: Path, *, step: int, attempt: int, needed_bytes: int) -> Pat
 
 
 def commit(saving: Path, manifest: Manifest) -> Path:
-    """Write the manifest, move `saving` into place and return the checkpoint's path.
+    """Write the manifest, rename `saving` into place and return the checkpoint's path.
 
-    Every file that the manifest names must be written and fsynced. A committed checkpoint of the same step is found by
-    `list_checkpoints` until the new one has taken its name.
+    Every file that the manifest names must be written and fsynced. `list_checkpoints` returns a committed checkpoint of the same
+    step until this one has taken its name.
     """
     atomic_files.write_text(saving / MANIFEST, manifest.to_json())
     atomic_files.fault_point("manifest")
     target = saving.parent / step_name(manifest.step)
     if target.exists() and atomic_files.replaced_path(target).exists():
-        # The sweep has left a replaced checkpoint here only where the one in its place is damaged.
+        # The sweep leaves a replaced checkpoint only if its successor is damaged.
         atomic_files.remove_directory(target)
     atomic_files.replace_directory(saving, target)
     return target
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The committed checkpoint at `path`, no shard of which is read.
+    """Open the committed checkpoint at `path`: its manifest is read, and the sizes of its files are checked.
 
     Raises:
-        DamagedCheckpoint: with what is wrong, as far as names and sizes tell.
-        UnreadableCheckpoint: when storage does not tell it now.
-        CheckpointError: when it has a format that this launcher does not read.
+        DamagedCheckpoint: if the manifest, a name or a size is wrong.
+        UnreadableCheckpoint: if storage cannot be read right now.
+        CheckpointError: if this launcher does not read its format.
     """
     manifest = read_manifest(path)
     if problem := _step_problem(path, manifest):
@@ -113,40 +116,40 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def list_checkpoints(root: Path) -> list[Checkpoint]:
-    """The committed checkpoints under `root`, by ascending step.
+    """List the committed checkpoints under `root`, by ascending step.
 
     Raises:
-        UnreadableCheckpoint: when storage does not tell now what lies there.
+        UnreadableCheckpoint: if storage cannot list the directory right now.
     """
-    found: dict[int, Checkpoint] = {}
+    checkpoints: dict[int, Checkpoint] = {}
     for path in sorted(_step_directories(root)):  # a replaced directory sorts before the one that took its name
         try:
             checkpoint = open_checkpoint(path)
         except CheckpointError:
             continue
-        found[checkpoint.step] = checkpoint
-    return [found[step] for step in sorted(found)]
+        checkpoints[checkpoint.step] = checkpoint
+    return [checkpoints[step] for step in sorted(checkpoints)]
 
 
 def find_unusable(root: Path) -> dict[int, CheckpointError]:
-    """What bears the name of a committed step and cannot be opened, by step: damaged, of another format, not readable now."""
-    found: dict[int, CheckpointError] = {}
+    """Return why checkpoints cannot be opened, by step: damaged, of another format, or not readable right now."""
+    errors: dict[int, CheckpointError] = {}
     for path in sorted(_step_directories(root)):
         if name := _STEP.fullmatch(path.name):
             try:
                 open_checkpoint(path)
             except CheckpointError as error:
-                # A run that goes on removes what it does not keep.
+                # A running attempt may have pruned it meanwhile.
                 if isinstance(error, UnreadableCheckpoint) or path.exists():
-                    found[int(name[1])] = error
-    return found
+                    errors[int(name[1])] = error
+    return errors
 
 
 def require_readable_after(root: Path, step: int) -> None:
-    """Refuse to take the checkpoint of `step` for the newest where a later one may be whole and cannot be read now.
+    """Check that no later checkpoint may be intact but unreadable: `step` would be taken for the newest by mistake.
 
     Raises:
-        UnreadableCheckpoint: with what storage says of that one.
+        UnreadableCheckpoint: with the storage's error for the later one.
     """
     for later, error in find_unusable(root).items():
         if later > step and isinstance(error, UnreadableCheckpoint):
@@ -154,16 +157,16 @@ def require_readable_after(root: Path, step: int) -> None:
 
 
 def newest_step(root: Path) -> int | None:
-    """The step of the newest committed checkpoint, or None."""
+    """Return the step of the newest committed checkpoint, None if there is none."""
     return max((checkpoint.step for checkpoint in list_checkpoints(root)), default=None)
 
 
 def get_latest(root: Path) -> Checkpoint:
-    """The committed checkpoint with the highest step.
+    """Return the committed checkpoint with the highest step.
 
     Raises:
-        UnreadableCheckpoint: when a later one cannot be read now.
-        CheckpointError: when there is none, with what is there.
+        UnreadableCheckpoint: if a later one cannot be read right now.
+        CheckpointError: if there is none; says what the directory holds instead.
     """
     committed = list_checkpoints(root)
     require_readable_after(root, committed[-1].step if committed else -1)
@@ -173,11 +176,12 @@ def get_latest(root: Path) -> Checkpoint:
 
 
 def get_at_step(root: Path, step: int) -> Checkpoint:
-    """The committed checkpoint of one step.
+    """Return the committed checkpoint of one step.
 
     Raises:
-        DamagedCheckpoint: when it is there and cannot be opened.
-        CheckpointError: when it is not there; both name the steps that there are.
+        DamagedCheckpoint: if it exists but is damaged.
+        UnreadableCheckpoint: if it cannot be read right now.
+        CheckpointError: if it does not exist; names the steps that do.
     """
     committed = list_checkpoints(root)
     for checkpoint in committed:
@@ -193,35 +197,39 @@ def get_at_step(root: Path, step: int) -> Checkpoint:
 
 
 def damaged_step_error(step: int, problems: Sequence[Problem], root: Path) -> DamagedCheckpoint:
-    """The error of whoever asked for just this step: what is wrong with it, and which other steps there are."""
+    """Build the error for a damaged checkpoint that the user asked for; names the other steps."""
     others = [checkpoint for checkpoint in list_checkpoints(root) if checkpoint.step != step]
-    remedy = f"choose one of the other steps: {_steps(others)}" if others else "there is no other; look for a copy of this one"
+    remedy = (
+        f"choose one of the other steps: {_steps(others)}"
+        if others
+        else "the run has no other checkpoint; restore this one from a copy"
+    )
     return DamagedCheckpoint(
         f"the checkpoint of step {step} is damaged", where=problems[0].where, value=format_problems(problems), remedy=remedy
     )
 
 
 def format_problems(problems: Sequence[Problem]) -> str:
-    """What is wrong with which files, for a message."""
+    """Join problems with checkpoint files into one line for a message."""
     return "; ".join(" ".join(filter(None, (f"{Path(p.where).name}:", p.what, f"({p.value})" * bool(p.value)))) for p in problems)
 
 
 def set_aside_after(root: Path, step: int) -> list[Path]:
-    """Rename the checkpoints after `step`, so that going back to it cannot end in one of them; returns where they lie.
+    """Rename the checkpoints after `step`, so that no later resume starts from one of them; return their paths.
 
-    One that cannot be read now is among them: it would be the newest again as soon as it can be.
+    That includes those that cannot be read right now: they would be the newest again as soon as they can be.
     """
     later = {checkpoint.step: checkpoint.path for checkpoint in list_checkpoints(root)}
     for unread, error in find_unusable(root).items():
         if isinstance(error, UnreadableCheckpoint):
             later.setdefault(unread, root / step_name(unread))
-    return [set_aside(path, SET_ASIDE_PREFIX) for found, path in sorted(later.items()) if found > step]
+    return [set_aside(path, SET_ASIDE_PREFIX) for later_step, path in sorted(later.items()) if later_step > step]
 
 
 def set_aside(path: Path, prefix: str) -> Path:
-    """Rename a checkpoint so that it is never found again, and return where it lies; `prefix` is ASIDE or DAMAGED.
+    """Rename a checkpoint so that it is never listed again; return its path.
 
-    What was set aside before keeps its place: further ones of the same step end in -2, -3 and so on.
+    `prefix` is SET_ASIDE_PREFIX or DAMAGED_PREFIX. Further checkpoints of the same step end in -2, -3 and so on.
     """
     first = path.with_name(prefix + path.name.removeprefix(atomic_files.REPLACED_PREFIX))
     target, number = first, 1
@@ -235,12 +243,12 @@ def set_aside(path: Path, prefix: str) -> Path:
 def verify(
     path: Path, only: Collection[str] | None = None, *, threads: int = 1, on_read: Callable[[int], None] | None = None
 ) -> list[Problem]:
-    """Every difference between a checkpoint directory and its manifest, digests included; empty when it is whole.
+    """Return every difference between a checkpoint directory and its manifest, digests included; empty if it is intact.
 
-    `only` names the files to look at, all where it is None. `on_read` is told the bytes of each block, by any of `threads`.
+    `only` names the files to verify, None for all. Each of `threads` calls `on_read` with the number of bytes of each block.
 
     Raises:
-        UnreadableCheckpoint: when storage does not give out a file now.
+        UnreadableCheckpoint: if storage cannot read a file right now.
     """
     try:
         manifest = read_manifest(path)
@@ -262,18 +270,18 @@ def verify_files(
     threads: int = 1,
     on_read: Callable[[int], None] | None = None,
 ) -> list[Problem]:
-    """Like `verify`, for a manifest that was read before."""
+    """Verify the files `names` against a manifest that was read before; otherwise like `verify`."""
 
     def problem_of(name: str) -> Problem | None:
         return _file_problem(path / name, manifest.files[name], on_read)
 
-    # The digest leaves the interpreter to other threads while it runs over a block.
+    # xxhash releases the GIL while it digests a block.
     with ThreadPoolExecutor(threads) as pool:
         return [problem for problem in pool.map(problem_of, names) if problem]
 
 
 def find_foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
-    """The files of a checkpoint that belong neither to this user nor to root."""
+    """Return a problem for each file of a checkpoint that belongs neither to this user nor to root."""
     trusted = {os.geteuid(), 0}
     return [
         Problem(
@@ -288,7 +296,7 @@ def find_foreign_files(path: Path, manifest: Manifest) -> list[Problem]:
 
 
 def prune(root: Path, retention: Retention, *, keep: Collection[Path] = ()) -> list[Path]:
-    """Remove the committed checkpoints that `retention` does not keep, but for those in `keep`; returns what is gone."""
+    """Remove the committed checkpoints that neither `retention` nor `keep` keeps; return their paths."""
     removed = [
         checkpoint.path for checkpoint in select_outdated(list_checkpoints(root), retention) if checkpoint.path not in keep
     ]
@@ -298,7 +306,7 @@ def prune(root: Path, retention: Retention, *, keep: Collection[Path] = ()) -> l
 
 
 def _sweep(root: Path, attempt: int) -> None:
-    """Remove leftovers of saves, replacements and removals that did not end; a later attempt's save is left alone."""
+    """Remove leftovers of unfinished saves, replacements and removals, except saves of later attempts."""
     for path in list(root.iterdir()):
         saving = _SAVING.fullmatch(path.name)
         replaced = path.name.startswith(atomic_files.REPLACED_PREFIX) and _is_committed(
@@ -327,12 +335,12 @@ def _step_directories(root: Path) -> list[Path]:
         raise unreadable_error(root, error) from error
 
 
-def _none_usable(what: str, root: Path) -> CheckpointError:
+def _none_usable(message: str, root: Path) -> CheckpointError:
     if not root.is_dir():
-        return CheckpointError(what, where=str(root), value="the folder does not exist")
+        return CheckpointError(message, where=str(root), value="the folder does not exist")
     reasons = [f"{step_name(step)}: {error.problems[0].what}" for step, error in find_unusable(root).items()]
-    reasons += [f"{p.name}: a save that did not end" for p in sorted(root.iterdir()) if _SAVING.fullmatch(p.name)]
-    return CheckpointError(what, where=str(root), value="; ".join(reasons) or "the folder is empty")
+    reasons += [f"{p.name}: unfinished save" for p in sorted(root.iterdir()) if _SAVING.fullmatch(p.name)]
+    return CheckpointError(message, where=str(root), value="; ".join(reasons) or "the folder is empty")
 
 
 def _steps(checkpoints: Iterable[Checkpoint]) -> str:
@@ -349,12 +357,12 @@ def _file_problem(file: Path, expected: atomic_files.FileEntry, on_read: Callabl
     if problem := _size_problem(file, expected):
         return problem
     try:
-        found = atomic_files.digest_file(file, on_read)
+        actual = atomic_files.digest_file(file, on_read)
     except FileNotFoundError as error:
         return _missing(file, error)
     except OSError as error:
         raise unreadable_error(file, error) from error
-    if found != expected:
+    if actual != expected:
         return Problem(
             "a checkpoint file is damaged: its digest differs from the manifest's",
             where=str(file),

@@ -1,6 +1,6 @@
-"""What a checkpoint needs of a DeepSpeed ZeRO-3 engine: its partitions, optimizer states, step and loss scale, out and in.
+"""Read and write the state of a DeepSpeed ZeRO-3 engine: partitions, optimizer states, step counts and loss scale.
 
-All knowledge of DeepSpeed's inside is here and in `nvme` (deepspeed/runtime/zero/stage3.py, ops/adam/).
+Only this module and `nvme` depend on DeepSpeed's internals (deepspeed/runtime/zero/stage3.py, ops/adam/).
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ ReadState = Callable[[str, str, int, int, torch.Tensor], None]
 
 
 def require_supported_engine(engine: Any, named_parameters: Mapping[str, Parameter]) -> None:
-    """CheckpointError where this engine's states cannot be read parameter by parameter, or the names do not cover it."""
+    """Check that this engine's states can be read parameter by parameter.
+
+    Raises:
+        CheckpointError: if they cannot, or if `named_parameters` are not exactly the parameters of the model.
+    """
     zero = engine.optimizer
     if not isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
         raise CheckpointError("checkpoints are written for DeepSpeed ZeRO stage 3 only", value=type(zero).__name__)
@@ -54,7 +58,7 @@ def find_optimizer(engine: Any) -> Optimizer:
     """Find the row of OPTIMIZERS that describes this engine's optimizer.
 
     Raises:
-        CheckpointError: where no row lists its class.
+        CheckpointError: if no row lists its class.
     """
     kind = type(engine.optimizer.optimizer)
     name = f"{kind.__module__}.{kind.__qualname__}"
@@ -74,18 +78,18 @@ def stored_keys(engine: Any, step: int) -> tuple[str, ...]:
 
 
 def local_elements(parameter: Parameter) -> int:
-    """Elements of a parameter on this rank, without padding."""
+    """Return the number of elements of a parameter on this rank, without padding."""
     start, stop = partition(parameter.ds_numel, dist.get_world_size(), dist.get_rank())
     return stop - start
 
 
 def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list[tuple[str, str, int]]:
-    """(parameter name, fp32 or an optimizer state, elements on this rank) in the order in which `local_states` gives them.
+    """Return (parameter name, state name, number of elements on this rank) in the order of `local_states`.
 
-    There are optimizer states only after the first optimizer step.
+    Optimizer states exist only after the first optimizer step.
 
     Raises:
-        CheckpointError: where the optimizer keeps other states than the table of optimizers names.
+        CheckpointError: if the optimizer has other states than the table of optimizers names.
     """
     keys = stored_keys(engine, optimizer_step(engine))
     _require_named_states(engine, keys)
@@ -94,15 +98,15 @@ def state_layout(engine: Any, named_parameters: Mapping[str, Parameter]) -> list
 
 
 def can_stage_in_background(engine: Any) -> bool:
-    """True where a thread can read the states while the engine computes; they must not be on NVMe for that."""
+    """Return whether a thread can read the states while the engine computes: not if they lie on NVMe."""
     return not nvme.may_hold_states(engine.optimizer)
 
 
 def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Generator[torch.Tensor]:
-    """This rank's part of every state: flat, fp32, without padding, wherever DeepSpeed keeps it. No communication.
+    """Yield this rank's part of every state: flat, fp32, without padding, on any device. No communication.
 
-    Each is a view, valid until the next one is asked for and the optimizer steps. Who does not take all of them closes the
-    iterator: what lies on NVMe is in memory while its views are given out.
+    Each tensor is a view, valid until the next one is requested or the optimizer steps. A caller that stops early must close the
+    generator: states from NVMe occupy memory while their views are in use.
     """
     zero = engine.optimizer
     keys = stored_keys(engine, optimizer_step(engine))
@@ -118,22 +122,21 @@ def local_states(engine: Any, named_parameters: Mapping[str, Parameter]) -> Gene
 
 
 def local_weights(named_parameters: Mapping[str, Parameter]) -> Generator[tuple[str, torch.Tensor]]:
-    """This rank's part of the weights that the engine computes with: flat views, without padding, valid as `local_states`."""
+    """Yield the name and this rank's part of every compute weight: flat views without padding, valid like `local_states`."""
     for name, parameter in named_parameters.items():
         with nvme.load_partition(parameter):
             yield name, parameter.ds_tensor.detach().narrow(0, 0, local_elements(parameter))
 
 
 def _flat(zero: Any, group: int, key: str) -> torch.Tensor:
-    """All of a sub-group's fp32 weights, or of one of its optimizer states, with padding."""
+    """Return a sub-group's flat fp32 weights or one of its optimizer states, with padding."""
     flat = zero.fp32_partitioned_groups_flat[group]
     state: torch.Tensor = flat if key == FP32 else zero.optimizer.state[flat][key]
     return state.detach()
 
 
 def _members(engine: Any, named_parameters: Mapping[str, Parameter]) -> dict[int, list[tuple[str, Parameter, int]]]:
-    """The parameters of each of the optimizer's sub-groups, in ascending order: name, parameter, and where it begins in the
-    flat state."""
+    """Return (name, parameter, offset in the flat state) by the optimizer's sub-groups, in ascending order."""
     members: dict[int, list[tuple[str, Parameter, int]]] = {}
     for name, parameter in named_parameters.items():
         group, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
@@ -142,9 +145,13 @@ def _members(engine: Any, named_parameters: Mapping[str, Parameter]) -> dict[int
 
 
 def optimizer_step(engine: Any) -> int:
-    """Optimizer steps that changed the weights (skipped ones do not count); the same for every parameter."""
+    """Return the number of optimizer steps applied to the weights, without skipped ones.
+
+    Raises:
+        CheckpointError: if it differs between parameters.
+    """
     zero = engine.optimizer
-    # What an optimizer has stepped where it keeps no count of its own.
+    # For optimizers that keep no count of their own.
     applied = engine.global_steps - engine.skipped_steps
     states = (zero.optimizer.state.get(flat) for flat in zero.fp32_partitioned_groups_flat)
     steps = {int(state.get("step", applied)) if state else 0 for state in states}
@@ -154,13 +161,13 @@ def optimizer_step(engine: Any) -> int:
 
 
 def load_states(engine: Any, named_parameters: Mapping[str, Parameter], step: int, read: ReadState) -> None:
-    """Put this rank's part of every state into the engine. No communication; `publish_weights` on all ranks has to follow.
+    """Write this rank's part of every state into the engine. No communication; call `publish_weights` on all ranks after it.
 
-    The weights that the engine computes with are set too, because what lies on NVMe is in memory just now.
+    The compute weights are set, too, while states from NVMe are in memory.
     """
     zero = engine.optimizer
     zero.checkpoint_event_prologue()
-    nvme.forget_states(zero)
+    nvme.purge_states(zero)
     for group, members in _members(engine, named_parameters).items():
         with nvme.load_sub_group(zero, group, changed=True):
             _make_optimizer_state(engine, group, step)
@@ -176,13 +183,13 @@ def load_states(engine: Any, named_parameters: Mapping[str, Parameter], step: in
 
 
 def publish_weights(engine: Any) -> None:
-    """Let all ranks have the weights that each has set by `load_states`. Collective."""
-    # Gathers the persistent parameters anew and drops the second copies that hpZ keeps.
+    """Make the weights set by `load_states` visible to all ranks. Collective."""
+    # Gathers the persistent parameters again and drops hpZ's secondary copies.
     engine.optimizer.checkpoint_event_epilogue()
 
 
 def loss_scale_state(engine: Any) -> dict[str, float]:
-    """The state of fp16's dynamic loss scale; empty where the scale is fixed."""
+    """Return the state of fp16's dynamic loss scale; empty if the scale is fixed."""
     scaler = engine.optimizer.loss_scaler
     return {key: getattr(scaler, key) for key in _LOSS_SCALE} if isinstance(scaler, DynamicLossScaler) else {}
 
@@ -194,7 +201,7 @@ def set_loss_scale_state(engine: Any, state: Mapping[str, float]) -> None:
 
 
 def read_counters(engine: Any) -> dict[str, int]:
-    """DeepSpeed's own counts of steps and samples."""
+    """Return DeepSpeed's own counts of steps and samples."""
     return {key: int(getattr(engine, key)) for key in _COUNTERS}
 
 
@@ -204,20 +211,25 @@ def set_counters(engine: Any, state: Mapping[str, int]) -> None:
 
 
 def release_engine(engine: Any) -> None:
-    """Give back the memory of an engine that is not used any more; nothing of it can be used after.
+    """Free the memory of an engine; it cannot be used after this.
 
-    DeepSpeed's hooks hold on to an engine for as long as the process lives, so its storages are emptied one by one.
+    DeepSpeed's hooks reference an engine for as long as the process lives, so its storages are emptied one by one.
     """
     zero = engine.optimizer
-    held = [vars(zero), zero.optimizer.state, [p.ds_tensor for p in engine.module.parameters()], list(engine.module.parameters())]
-    for tensor in _tensors(held):
+    containers = [
+        vars(zero),
+        zero.optimizer.state,
+        [p.ds_tensor for p in engine.module.parameters()],
+        list(engine.module.parameters()),
+    ]
+    for tensor in _tensors(containers):
         storage = tensor.untyped_storage()
         if storage.resizable():
             storage.resize_(0)
 
 
 def _tensors(content: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested containers, and the gradients that they carry."""
+    """Yield the tensors in nested containers, and their gradients."""
     if isinstance(content, torch.Tensor):
         yield content
         if content.is_leaf and content.grad is not None:
@@ -233,17 +245,17 @@ def _require_named_states(engine: Any, keys: tuple[str, ...]) -> None:
     zero = engine.optimizer
     for flat in zero.fp32_partitioned_groups_flat:
         state = zero.optimizer.state.get(flat, {})
-        kept = {key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
-        if kept != set(keys) - {FP32}:
+        actual = {key for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim()}
+        if actual != set(keys) - {FP32}:
             raise CheckpointError(
                 "the optimizer keeps other states than OPTIMIZERS (launcher/plan/optimizers.py) names for it",
-                value=f"it keeps {', '.join(sorted(kept))}",
+                value=f"it keeps {', '.join(sorted(actual))}",
                 remedy=f"name them in its row, which names {', '.join(keys[1:]) or 'none'}",
             )
 
 
 def _make_optimizer_state(engine: Any, sub_group: int, step: int) -> None:
-    """Make states of zeros, and `step` in the form in which the optimizer's own first step would have made it."""
+    """Create zero-filled states, and `step` in the form that the optimizer's own first step creates."""
     zero, optimizer = engine.optimizer, find_optimizer(engine)
     base, flat = zero.optimizer, zero.fp32_partitioned_groups_flat[sub_group]
     base.state.pop(flat, None)
@@ -257,7 +269,7 @@ def _make_optimizer_state(engine: Any, sub_group: int, step: int) -> None:
 
 
 def _step_count(base: torch.optim.Optimizer, group: Mapping[str, Any], flat: torch.Tensor, step: int) -> int | torch.Tensor:
-    """`step` as the optimizer keeps it: an int in DeepSpeed, else an fp32 tensor on the device where torch's kernel reads it."""
+    """Convert `step` to the optimizer's form: an int for DeepSpeed, else an fp32 tensor on the device where torch reads it."""
     if isinstance(base, DeepSpeedCPUAdam):
         return step
     on_device = group.get("fused") or group.get("capturable")
@@ -265,10 +277,10 @@ def _step_count(base: torch.optim.Optimizer, group: Mapping[str, Any], flat: tor
 
 
 def _replay_bias_correction(adam: DeepSpeedCPUAdam, step: int) -> None:
-    """Give the C++ optimizer the powers of beta that it would have after `step` steps.
+    """Bring the C++ optimizer's powers of beta to their values after `step` steps.
 
-    It multiplies them up step by step, and falls back on pow() when steps are not consecutive, which differs in the last
-    bits (csrc/includes/cpu_adam.h, IncrementStep). One-element updates repeat the products.
+    It multiplies them up step by step; for non-consecutive steps it falls back to pow(), which differs in the last bits
+    (csrc/includes/cpu_adam.h, IncrementStep). Updates of one element repeat the products.
     """
     group = adam.param_groups[0]
     settings = (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])

@@ -81,7 +81,7 @@ def test_latest_says_what_is_there(tmp_path):
     with pytest.raises(CheckpointError, match="the folder is empty"):
         store.get_latest(tmp_path)
     store.begin_save(tmp_path, step=4, attempt=1, needed_bytes=1)
-    with pytest.raises(CheckpointError, match="saving-step-00000004-001: a save that did not end"):
+    with pytest.raises(CheckpointError, match="saving-step-00000004-001: unfinished save"):
         store.get_latest(tmp_path)
 
 

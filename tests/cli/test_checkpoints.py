@@ -224,8 +224,8 @@ def test_a_save_in_progress_is_not_a_leftover(run: RunDir, ask: Ask, state: str,
         assert "--prune" not in out
         assert shown[0]["what"] == "being written"
     else:
-        assert f"leftovers, which --prune removes:\n  {saving.name}: a save that did not end, 0 bytes" in out
-        assert shown[0]["what"] == "a save that did not end"
+        assert f"leftovers, which --prune removes:\n  {saving.name}: unfinished save, 0 bytes" in out
+        assert shown[0]["what"] == "unfinished save"
 
 
 def test_a_checkpoint_that_is_removed_meanwhile_is_left_out(
