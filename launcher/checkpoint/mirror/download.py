@@ -1,4 +1,4 @@
-"""A run comes back from its mirror, into a run directory on a machine that has never seen it."""
+"""Download a run from its mirror into a run directory on another machine."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from launcher.plan.run_dir import RunDir
 
 Notify = Callable[[str], None]
 
-# In a run directory that is being filled, with the address that it comes from.
+# Marks a run directory whose download is not complete; holds the address of the mirror.
 MARKER = ".fetching.json"
 _UNFINISHED = ".fetching-"
 
 
 def claim_run_dir(run: RunDir, url: str) -> None:
-    """Make the run directory, or take up one that an interrupted fetch from the same address has left.
+    """Create the run directory, or continue one that an interrupted download from the same address left.
 
     Raises:
-        SubmitError: where it is another one; nothing in it is touched.
+        SubmitError: if it belongs to another run, which stays as it is, or cannot be created.
     """
     marker = run.root / MARKER
     try:
@@ -46,7 +46,7 @@ def claim_run_dir(run: RunDir, url: str) -> None:
         raise SubmitError(
             f"the run directory {run.root.name} exists already; nothing in it was touched",
             where=str(run.root),
-            remedy=f"continue what is there with: python -m launcher resume {run.root}, or choose another --root",
+            remedy=f"continue that run with: python -m launcher resume {run.root}, or choose another --root",
         ) from None
     except OSError as error:
         raise SubmitError(f"the run directory cannot be made: {error.strerror}", where=str(run.root)) from None
@@ -54,10 +54,10 @@ def claim_run_dir(run: RunDir, url: str) -> None:
 
 
 def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDir) -> dict[str, LaunchPlan]:
-    """Fetch code, model and attempt files into the run directory; returns the plans by their names, which are not written.
+    """Download code, model and attempt files into the run directory; return the plans by name, without writing them.
 
     Raises:
-        CheckpointError: where a file is damaged or names a place outside of the run directory.
+        CheckpointError: if a file is missing, damaged, or named outside of the run directory.
     """
     plans: dict[str, LaunchPlan] = {}
     for name, entry in mirrored.files.items():
@@ -68,8 +68,8 @@ def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDi
             continue
         content = remote.read(name)
         if content is None or FileEntry(size=len(content), xxh3_128=xxhash.xxh3_128_hexdigest(content)) != entry:
-            what = "a file of the mirror is missing" if content is None else "a file of the mirror is damaged"
-            raise CheckpointError(what, where=f"{remote.url}/{name}")
+            message = "a file of the mirror is missing" if content is None else "a file of the mirror is damaged"
+            raise CheckpointError(message, where=f"{remote.url}/{name}")
         if target.name == run.plan.name:
             plans[name] = _plan(content, f"{remote.url}/{name}")
         elif name == CODE:
@@ -82,14 +82,14 @@ def download_fixed_files(remote: RemoteFolder, mirrored: MirroredRun, run: RunDi
 
 
 def download_progress(remote: RemoteFolder, run: RunDir) -> None:
-    """Fetch metrics, events and status."""
+    """Download metrics, events and status."""
     for path in (run.metrics, run.events, run.status):
         if remote.size(path.name) is not None:
             remote.receive(path.name, path)
 
 
-def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, say: Notify) -> int:
-    """Fetch the newest complete checkpoint, or that of `step`, verified by its digests; returns its step.
+def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, notify: Notify) -> int:
+    """Download the newest complete checkpoint, or that of `step`, verify its digests, and return its step.
 
     A damaged one is named and the one before it is fetched, unless `step` asks for it.
 
@@ -100,20 +100,20 @@ def download_checkpoint(remote: RemoteFolder, run: RunDir, step: int | None, say
     steps = ", ".join(map(str, complete)) or "none"
     wanted = [step] if step is not None else sorted(complete, reverse=True)
     if not wanted or any(w not in complete for w in wanted):
-        what = "there is no complete checkpoint" + (f" of step {step}" if step is not None else "")
-        raise CheckpointError(f"{what} in the mirror", where=remote.url, value=f"complete: {steps}")
+        message = "there is no complete checkpoint" + (f" of step {step}" if step is not None else "")
+        raise CheckpointError(f"{message} in the mirror", where=remote.url, value=f"complete: {steps}")
     damaged: list[Problem] = []
     for candidate in wanted:
-        problems = _fetch(remote, run.checkpoints, complete[candidate], say)
+        problems = _download(remote, run.checkpoints, complete[candidate], notify)
         if not problems:
             return candidate
         damaged += problems
-        say(f"step {candidate} is damaged in the mirror: {problems[0].what} ({problems[0].where})")
+        notify(f"step {candidate} is damaged in the mirror: {problems[0].what} ({problems[0].where})")
     raise CheckpointError(damaged)
 
 
-def _fetch(remote: RemoteFolder, root: Path, manifest: Manifest, say: Notify) -> list[Problem]:
-    """Fetch one checkpoint; returns what is wrong with it."""
+def _download(remote: RemoteFolder, root: Path, manifest: Manifest, notify: Notify) -> list[Problem]:
+    """Download one checkpoint; return the problems with it, none if it is intact."""
     target = root / store.step_name(manifest.step)
     if target.is_dir() and not store.verify(target):
         return []
@@ -121,7 +121,7 @@ def _fetch(remote: RemoteFolder, root: Path, manifest: Manifest, say: Notify) ->
     unfinished = root / f"{_UNFINISHED}{target.name}"
     unfinished.mkdir(mode=0o700, parents=True, exist_ok=True)
     store.require_free_bytes(root, num_bytes - sum(path.stat().st_size for path in unfinished.iterdir()))
-    say(f"fetching step {manifest.step}: {num_bytes / 2**30:.2f} GiB in {len(manifest.files)} files")
+    notify(f"fetching step {manifest.step}: {num_bytes / 2**30:.2f} GiB in {len(manifest.files)} files")
     source = remote.under(f"{CHECKPOINTS}/{target.name}")
 
     def receive(name: str) -> Problem | None:
@@ -146,7 +146,7 @@ def _fetch(remote: RemoteFolder, root: Path, manifest: Manifest, say: Notify) ->
 
 
 def write_plans(run: RunDir, plans: Mapping[str, LaunchPlan]) -> None:
-    """Write the plans, that of the run last: from then on the directory is a run."""
+    """Write the plans, the run's own last: it makes the directory a run."""
     for name in sorted(plans, key=lambda name: name == run.plan.name):
         path = run.root / name
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -158,15 +158,15 @@ def _plan(content: bytes, where: str) -> LaunchPlan:
     try:
         return LaunchPlan.from_json(content)
     except ValueError as error:
-        what = "the plan in the mirror cannot be read by this launcher"
-        raise CheckpointError(what, where=where, value=str(error)) from None
+        message = "the plan in the mirror cannot be read by this launcher"
+        raise CheckpointError(message, where=where, value=str(error)) from None
 
 
 def _unpack(content: bytes, folder: Path) -> None:
-    """The code as files; `folder` appears when all is there."""
+    """Extract the code archive; `folder` appears when it is complete."""
     unfinished = folder.with_name(f"{_UNFINISHED}{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        # Python takes `..` and leading slashes out of the names.
+        # extractall() strips `..` and leading slashes from names.
         archive.extractall(unfinished)
     atomic_files.replace_directory(unfinished, folder)

@@ -1,4 +1,4 @@
-"""What a mirror holds of a run, as whoever reads it finds it (launcher.checkpoint.mirror.upload says how it lies there)."""
+"""Read the content of a mirror; launcher.checkpoint.mirror.upload describes its layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 class Owner(Record):
-    """Which attempt of which run sends to the mirror, from where."""
+    """The attempt that writes to the mirror: W&B id of its run, run directory and host."""
 
     wandb_id: str
     attempt: int
@@ -28,7 +28,7 @@ class Owner(Record):
 
 
 class MirroredRun(Record):
-    """run.json. `files` are those that do not change while an attempt runs, by their names in the mirror."""
+    """Content of run.json. `files` maps names in the mirror to the files that do not change while an attempt runs."""
 
     format_version: int = 1
     run_name: Name
@@ -37,10 +37,10 @@ class MirroredRun(Record):
 
 
 def read_run(remote: RemoteFolder) -> MirroredRun | None:
-    """What run.json says; None where there is none.
+    """Read run.json; None if there is none.
 
     Raises:
-        CheckpointError: where it cannot be understood.
+        CheckpointError: if it cannot be parsed.
     """
     content = remote.read(RUN)
     if content is None:
@@ -48,13 +48,13 @@ def read_run(remote: RemoteFolder) -> MirroredRun | None:
     try:
         return MirroredRun.model_validate_json(content)
     except ValidationError as error:
-        what = "the mirror's run.json is damaged, or of a launcher that this one does not read"
-        raise CheckpointError(what, where=f"{remote.url}/{RUN}", value=str(error).splitlines()[0]) from None
+        message = "the mirror's run.json is damaged, or was written by an incompatible launcher"
+        raise CheckpointError(message, where=f"{remote.url}/{RUN}", value=str(error).splitlines()[0]) from None
 
 
 def read_complete_checkpoints(remote: RemoteFolder) -> dict[int, Manifest]:
-    """The manifests of the checkpoints that are complete in the mirror of a run, by ascending step."""
-    found = {}
+    """Read the manifests of the complete checkpoints in a run's mirror, by ascending step."""
+    manifests = {}
     for name in remote.names(CHECKPOINTS):
         step = parse_step(name)
         content = remote.read(f"{CHECKPOINTS}/{name}/{MANIFEST}") if step is not None else None
@@ -65,11 +65,11 @@ def read_complete_checkpoints(remote: RemoteFolder) -> dict[int, Manifest]:
         except ValueError:
             continue
         if manifest.step == step and manifest.format_version == FORMAT_VERSION:
-            found[step] = manifest
-    return dict(sorted(found.items()))
+            manifests[step] = manifest
+    return dict(sorted(manifests.items()))
 
 
 def parse_step(name: str) -> int | None:
-    """The step of a checkpoint's folder; None for another name."""
-    found = _STEP.fullmatch(name)
-    return int(found[1]) if found else None
+    """Return the step in the name of a checkpoint's folder, None for other names."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else None

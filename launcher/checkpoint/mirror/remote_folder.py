@@ -1,4 +1,4 @@
-"""A folder at an fsspec URL, with what storage does not give by itself: files that are whole or not there, and patience.
+"""A folder at an fsspec URL, with atomic writes and retries.
 
 Credentials and endpoints come from the environment, as the storage's own tools read them; fsspec's variables (FSSPEC_S3_...)
 set the rest.
@@ -25,22 +25,22 @@ from launcher.errors import SubmitError
 T = TypeVar("T")
 
 _BLOCK_BYTES = 16 * 2**20
-# S3 takes an upload of at most 10,000 parts.
-_MOST_BLOCKS = 9000
-# Waits between tries of what may have failed for a moment; what fails longer is tried again at the next checkpoint.
+# S3 accepts at most 10,000 parts per upload.
+_MAX_BLOCKS = 9000
+# Waits between attempts after a failure that may be transient; after the last one, the next checkpoint tries again.
 _WAITS_S = (1.0, 2.0, 4.0, 8.0)
-# Another try would end in the same way.
+# Errors that a retry would repeat.
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError, ImportError)
-# An object appears when it is whole, and a rename would be a copy. Everywhere else a file grows under its name.
+# Object stores: an object appears when its upload is complete, and a rename is a copy. Elsewhere a file grows under its name.
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "obs", "tos", "cos"}
 _UNFINISHED = ".unfinished-"
 
 
 class RemoteFolder:
-    """The folder at `url`. Names are relative to it, with slashes. Methods raise what the storage raises, after some patience.
+    """The folder at `url`. Names are relative to it, with slashes. Methods retry, then raise the storage's own error.
 
     Raises:
-        SubmitError: where the package for this kind of address is missing, or the address is none.
+        SubmitError: if the package for this kind of address is not installed, or the address is invalid.
     """
 
     def __init__(self, url: str, waits_s: tuple[float, ...] = _WAITS_S) -> None:
@@ -52,13 +52,13 @@ class RemoteFolder:
         self._is_object_store = bool(_OBJECT_STORES.intersection(protocols))
 
     def under(self, name: str) -> RemoteFolder:
-        """The folder `name` within this one."""
+        """Return the subfolder `name`."""
         inner = object.__new__(RemoteFolder)
         inner.__dict__.update(self.__dict__, url=f"{self.url}/{name}", _root=self._path(name))
         return inner
 
     def read(self, name: str) -> bytes | None:
-        """The content of a small file; None where there is none."""
+        """Return the content of a small file, None if it does not exist."""
         try:
             content: bytes = self._retry(lambda: self._fs.cat_file(self._path(name)))
         except FileNotFoundError:
@@ -66,26 +66,26 @@ class RemoteFolder:
         return content
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file as the storage tells them now; None where there is none."""
+        """Return the present size of a file in bytes, None if it does not exist."""
 
-        def ask() -> int:
+        def query() -> int:
             self._fs.invalidate_cache()
             return int(self._fs.info(self._path(name))["size"])
 
         try:
-            return self._retry(ask)
+            return self._retry(query)
         except FileNotFoundError:
             return None
 
     def names(self, folder: str = "") -> list[str]:
-        """What lies in a folder, sorted; empty where there is no such folder."""
+        """Return the sorted names in a folder; empty if it does not exist."""
 
-        def ask() -> list[str]:
+        def query() -> list[str]:
             self._fs.invalidate_cache()
             return [str(found) for found in self._fs.ls(self._path(folder), detail=False)]
 
         try:
-            found = self._retry(ask)
+            found = self._retry(query)
         except FileNotFoundError:
             return []
         return sorted(name for path in found if (name := path.rstrip("/").rpartition("/")[2]))
@@ -95,7 +95,7 @@ class RemoteFolder:
         self._retry(lambda: self._put(name, lambda: [content], len(content)))
 
     def send(self, name: str, source: Path, size: int) -> FileEntry:
-        """Copy the first `size` bytes of a local file, block by block; returns what was sent of it."""
+        """Upload the first `size` bytes of a local file, block by block; return size and digest of what was sent."""
 
         def put() -> FileEntry:
             with open(source, "rb", buffering=0) as file:
@@ -104,7 +104,7 @@ class RemoteFolder:
         return self._retry(put)
 
     def receive(self, name: str, target: Path) -> FileEntry:
-        """Copy a file to a local path that does not exist, block by block; returns what arrived."""
+        """Download a file, block by block, and fsync it, replacing `target`; return size and digest of what arrived."""
 
         def get() -> FileEntry:
             digest, size = xxhash.xxh3_128(), 0
@@ -120,12 +120,12 @@ class RemoteFolder:
         return self._retry(get)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         with suppress(FileNotFoundError):
             self._retry(lambda: self._fs.rm_file(self._path(name)))
 
     def remove_folder(self, name: str, first: str) -> None:
-        """Remove a folder and all in it, the file `first` before all others."""
+        """Remove a folder with its content, the file `first` before all others."""
         self.remove(f"{name}/{first}")
         with suppress(FileNotFoundError):
             self._retry(lambda: self._fs.rm(self._path(name), recursive=True))
@@ -149,7 +149,7 @@ class RemoteFolder:
             return self._write_blocks(target, blocks(), size)
         folder, _, base = target.rpartition("/")
         self._fs.makedirs(folder, exist_ok=True)
-        # A process that was killed in between leaves this name, which nobody takes for the file.
+        # A killed process leaves this name, which no reader takes for the file.
         unfinished = f"{folder}/{_UNFINISHED}{base}"
         entry = self._write_blocks(unfinished, blocks(), size)
         self._fs.mv(unfinished, target)
@@ -157,7 +157,7 @@ class RemoteFolder:
 
     def _write_blocks(self, path: str, blocks: Iterable[bytes], size: int) -> FileEntry:
         digest, sent = xxhash.xxh3_128(), 0
-        file = self._fs.open(path, "wb", block_size=max(_BLOCK_BYTES, -(-size // _MOST_BLOCKS)))
+        file = self._fs.open(path, "wb", block_size=max(_BLOCK_BYTES, -(-size // _MAX_BLOCKS)))
         try:
             for block in blocks:
                 digest.update(block)
@@ -165,7 +165,7 @@ class RemoteFolder:
                 sent += len(block)
             if not self._is_object_store:
                 file.flush()
-                # A network file system tells of a full disk only now.
+                # A network file system reports a full disk only now.
                 with suppress(AttributeError, io.UnsupportedOperation):
                     os.fsync(file.f.fileno())
             file.close()
@@ -176,12 +176,12 @@ class RemoteFolder:
 
 
 def require_writable(url: str) -> None:
-    """Write and remove a small file in the folder.
+    """Check that the folder can be written, by writing and removing a small file.
 
     Raises:
-        SubmitError: where that is not possible, with the storage's own words.
+        SubmitError: if it cannot; holds the storage's message.
     """
-    # A person waits, and can ask again.
+    # No retries: a user is waiting, and can repeat the command.
     remote = RemoteFolder(url, waits_s=())
     name = f".probe-{secrets.token_hex(8)}"
     try:
@@ -191,20 +191,20 @@ def require_writable(url: str) -> None:
         raise unreachable_error(remote, "written", error) from error
 
 
-def unreachable_error(remote: RemoteFolder, what: str, error: Exception) -> SubmitError:
-    """`what` is read or written."""
+def unreachable_error(remote: RemoteFolder, operation: str, error: Exception) -> SubmitError:
+    """Build the error for a mirror that cannot be `operation`: read or written."""
     remedy = "check the address, and the storage's credentials in the environment"
     if remote.url.startswith("s3:"):
         remedy += " (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; another endpoint: AWS_ENDPOINT_URL)"
     elif remote.url.startswith("file:"):
-        remedy = "check that the folder can be made and written"
+        remedy = "check that the folder can be created and written"
     return SubmitError(
-        f"the mirror cannot be {what}: {describe_error(error)}", where="checkpoint.mirror", value=remote.url, remedy=remedy
+        f"the mirror cannot be {operation}: {describe_error(error)}", where="checkpoint.mirror", value=remote.url, remedy=remedy
     )
 
 
 def describe_error(error: Exception) -> str:
-    """The kind of an error and its first line."""
+    """Return an error's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -222,16 +222,16 @@ def _connect(url: str) -> tuple[Any, str]:
     except ValueError as error:
         known = ", ".join(name for name in ("s3", "gs", "az", "hf", "sftp", "file"))
         raise SubmitError(
-            f"this is no address of a mirror: {error}",
+            f"the address of the mirror is invalid: {error}",
             where="checkpoint.mirror",
             value=url,
-            remedy=f"it starts with one of: {known}",
+            remedy=f"start it with one of: {known}",
         ) from None
     return fs, str(path)
 
 
 def _package(url: str, error: ImportError) -> str:
-    """The distribution that brings a protocol: fsspec knows the class, and the distribution has its module's name."""
+    """Return the distribution that implements a protocol: it has the name of the module of fsspec's class."""
     protocol = url.partition("://")[0]
     module = known_implementations.get(protocol, {}).get("class", "").partition(".")[0]
     if module not in ("", "fsspec"):
@@ -248,7 +248,7 @@ def _blocks(file: io.RawIOBase, size: int) -> Iterator[bytes]:
 
 
 def _abandon(file: Any, is_object_store: bool) -> None:
-    """Leave a write so that nothing of it appears: an object that is closed, be it by the garbage collector, is complete."""
+    """Abort a write so that no object appears: closing a file of an object store, even by garbage collection, completes it."""
     with suppress(Exception):
         if is_object_store:
             file.discard()

@@ -1,16 +1,16 @@
-"""The copy of a run that lies elsewhere: what is committed here is sent there, oldest first.
+"""Upload a run to its mirror, a copy at another address: committed checkpoints are sent oldest first.
 
     <checkpoint.mirror>/<run name>/
-      run.json                 written when all of the next lines is there: whose mirror this is, and sizes and digests
-      plan.json                and attempts/NNN/plan.json, where a resume has changed it, attempts/NNN/attempt.json
-      plans/                   every plan under the digest that stands in checkpoints
+      run.json                 the owner of the mirror; sizes and digests of the files below, written after them
+      plan.json                also attempts/NNN/plan.json, if a resume changed it, and attempts/NNN/attempt.json
+      plans/                   every plan under the digest that checkpoints name
       code.zip                 the code as submitted
       model/ tokenizer/        config.json and the tokenizer's files; the weights are in the checkpoints
       status.json metrics.jsonl events.jsonl       as of the newest checkpoint
       checkpoints/step-00000100/    as in the run directory; the manifest comes last
 
-As here, a checkpoint without its manifest does not exist. While one is sent, `sending.json` beside its files tells which of
-them have arrived, so that another process goes on where this one was interrupted.
+A checkpoint without its manifest does not exist. During an upload, `sending.json` beside the files lists those that have
+arrived, so that another process can continue an interrupted upload.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from launcher.plan.run_dir import RunDir
 
 CODE = "code.zip"
 SENDING = "sending.json"
-# Files at one time: object storage is fast only in parallel. Each holds two blocks in memory.
+# Parallel uploads: object storage is fast only in parallel. Each holds two blocks in memory.
 PARALLEL = 4
-# What transformers reads besides weights.
+# Files that transformers reads, besides weights.
 _MODEL_FILES = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*", "vocab.*", "chat_template*"),
     "additional_chat_templates/*",
@@ -59,23 +59,23 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", "
 
 
 class MirrorTaken(RunError):
-    """Another run has its mirror at this place, or a later attempt of this one."""
+    """The mirror belongs to another run, or to a later attempt of this one."""
 
 
 class CheckpointGone(Exception):
-    """The checkpoint was removed here while it was sent."""
+    """The checkpoint was removed from the run directory during its upload."""
 
 
 @dataclass(frozen=True)
 class UploadedCheckpoint:
-    """A checkpoint that is now in the mirror: bytes that were sent for it."""
+    """A checkpoint that is complete in the mirror, and the bytes that were sent for it."""
 
     step: int
     bytes: int
 
 
 class Mirror:
-    """Sends one run to its mirror; only one process at a time may do so."""
+    """Uploads one run to its mirror; use one process at a time."""
 
     def __init__(self, remote: RemoteFolder, run: RunDir, plan: LaunchPlan, attempt: int) -> None:
         self._remote = remote
@@ -85,72 +85,72 @@ class Mirror:
         # The manifest of every checkpoint that is complete in the mirror.
         self._complete: dict[int, Manifest] = {}
         self._sent_sizes: dict[str, int] = {}
-        # The checkpoint that is sent now, and what of it has arrived.
+        # Step of the checkpoint in upload, and its files that have arrived.
         self._sending: tuple[int, dict[str, FileEntry]] = (-1, {})
 
     @property
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that are complete in the mirror."""
+        """Steps of the complete checkpoints in the mirror, ascending."""
         return sorted(self._complete)
 
     def begin(self) -> None:
-        """Take the mirror for this attempt, send what does not change, and look what is there.
+        """Claim the mirror for this attempt, upload the files that do not change, and list the complete checkpoints.
 
         Raises:
-            MirrorTaken: where it holds another run, or a later attempt of this one.
+            MirrorTaken: if it belongs to another run, or to a later attempt of this one.
         """
         known = read_run(self._remote)
         if known is not None:
             self._require_ours(known.owner)
-        there = known.files if known is not None else {}
+        remote_files = known.files if known is not None else {}
         files: dict[str, FileEntry] = {}
         for name, source in self._fixed_files():
             entry = atomic_files.digest_file(source)
-            if there.get(name) != entry or self._remote.size(name) != entry.size:
+            if remote_files.get(name) != entry or self._remote.size(name) != entry.size:
                 entry = self._remote.send(name, source, source.stat().st_size)
             files[name] = entry
         archive = build_code_archive(self._run.code)
         files[CODE] = _entry(archive)
-        if there.get(CODE) != files[CODE]:
+        if remote_files.get(CODE) != files[CODE]:
             self._remote.write(CODE, archive)
         self.send_progress()
         mine = MirroredRun(run_name=self._plan.run_name, owner=self._owner, files=files)
         self._remote.write(RUN, mine.model_dump_json(indent=2).encode())
-        for name in sorted(there.keys() - files.keys()):
+        for name in sorted(remote_files.keys() - files.keys()):
             self._remote.remove(name)
         self._complete = read_complete_checkpoints(self._remote)
 
     def behind(self) -> list[Checkpoint]:
-        """What is committed here and not in the mirror, oldest first."""
+        """Return the committed checkpoints that are missing in the mirror, oldest first."""
         return [c for c in store.list_checkpoints(self._run.checkpoints) if self._complete.get(c.step) != c.manifest]
 
     def progress(self, missing: list[Checkpoint]) -> tuple[int, int]:
-        """Bytes of `missing` checkpoints: of the files that have arrived, and of all. Another thread may be sending them."""
+        """Return the bytes of `missing` checkpoints that have arrived, and all their bytes; may run beside an upload."""
         step, arrived = self._sending
         total = sum(entry.size for c in missing for entry in c.manifest.files.values())
         files = next((c.manifest.files for c in missing if c.step == step), {})
         return sum(entry.size for name, entry in files.items() if arrived.get(name) == entry), total
 
     def send(self, checkpoint: Checkpoint) -> UploadedCheckpoint:
-        """Send a checkpoint, its manifest last.
+        """Upload a checkpoint, its manifest last.
 
         Raises:
-            CheckpointGone: where it was removed here meanwhile; nothing of it is left in the mirror.
-            CheckpointError: where a file here is not what its manifest says.
-            MirrorTaken, Superseded: where another attempt has taken over.
+            CheckpointGone: if it was removed from the run directory meanwhile; it is removed from the mirror, too.
+            CheckpointError: if a file differs from its manifest.
+            MirrorTaken, Superseded: if another attempt has taken over.
         """
         folder = _folder(checkpoint.step)
         num_bytes = 0
         try:
             num_bytes = self._send_files(checkpoint, folder)
         except Exception:
-            # Of a file that is removed while it is read, a network file system tells in its own words.
+            # Network file systems raise different errors for a file that is removed while it is read.
             if _is_there(checkpoint):
                 raise
         if not _is_there(checkpoint):
             self._remote.remove_folder(folder, MANIFEST)
             raise CheckpointGone(checkpoint.path.name)
-        # A checkpoint that is seen in the mirror has its steps in the metrics there.
+        # Metrics first: a complete checkpoint in the mirror has the metrics of its steps.
         self.send_progress()
         self._require_still_ours()
         self._remote.write(f"{folder}/{MANIFEST}", checkpoint.manifest.to_json().encode())
@@ -159,7 +159,7 @@ class Mirror:
         return UploadedCheckpoint(checkpoint.step, num_bytes)
 
     def send_progress(self) -> None:
-        """Send metrics and events, as far as they have grown, and the status."""
+        """Upload metrics and events if they have grown, and the status."""
         for source in (self._run.metrics, self._run.events):
             size = source.stat().st_size if source.is_file() else 0
             if size and self._sent_sizes.get(source.name) != size:
@@ -168,16 +168,16 @@ class Mirror:
         status = run_store.read_status(self._run)
         outcome = run_records.read_outcome(self._run, self._owner.attempt) if status.attempt == self._owner.attempt else None
         if outcome is not None:
-            # The agent writes the last state when the mirror is done.
+            # The agent writes the final state only after the mirror process has ended.
             status = replace(status, state=outcome.state, step=outcome.step, message=outcome.message)
         self._remote.write(self._run.status.name, json.dumps(asdict(status), indent=2).encode())
 
     def prune(self) -> list[int]:
-        """Remove from the mirror what the run's settings do not keep, once a checkpoint that is still here is complete in it.
+        """Remove the checkpoints that the run's settings do not keep, if a checkpoint of the run directory is complete here.
 
-        The run directory may hold less: a resume from the mirror fetches one checkpoint, and the others are nowhere else. What
-        bears a step's name here stays, be it damaged. A checkpoint after the newest one here may be the copy of one that is
-        damaged here, too: it goes only where the run has gone back.
+        The run directory may hold fewer: a resume from the mirror downloads one checkpoint, and the others exist in the mirror
+        only. Steps with a directory of their name in the run directory stay, damaged ones, too. A checkpoint after the newest
+        of the run directory may be the copy of one that is damaged there: it goes only if a resume abandoned it.
         """
         root = self._run.checkpoints
         if not (sent := {c.step for c in store.list_checkpoints(root)} & self._complete.keys()):
@@ -204,24 +204,24 @@ class Mirror:
         return removed
 
     def _abandoned(self, newest: int) -> set[int]:
-        """The steps that the run has gone back from: set aside here after `newest`, or in the mirror from before."""
+        """Return the steps that a resume from an earlier step abandoned: set aside here, or left in the mirror."""
         names = (
             path.name.removeprefix(store.SET_ASIDE_PREFIX)
             for path in self._run.checkpoints.glob(f"{store.SET_ASIDE_PREFIX}step-*")
         )
-        # What was set aside a second time has a number after its step.
+        # A step that was set aside again has a number after it.
         aside = (parse_step("-".join(name.split("-")[:2])) for name in names)
-        found = {step for step in aside if step is not None and step > newest}
-        # On a machine that fetched only the step that was asked for, nothing was there to be set aside.
+        abandoned = {step for step in aside if step is not None and step > newest}
+        # A machine that downloaded only the requested step had nothing to set aside.
         for number in run_store.attempt_numbers(self._run):
             attempt = run_store.read_attempt(self._run, number)
             if attempt.pinned and attempt.resume_step is not None:
                 later = {step: manifest for step, manifest in self._complete.items() if step > attempt.resume_step}
-                found |= {step for step, manifest in later.items() if manifest.attempt < number}
-        return found
+                abandoned |= {step for step, manifest in later.items() if manifest.attempt < number}
+        return abandoned
 
     def _send_files(self, checkpoint: Checkpoint, folder: str) -> int:
-        """Send what has not arrived yet; returns its bytes."""
+        """Upload the files that have not arrived; return their bytes."""
         arrived = self._arrived(checkpoint, folder)
         self._sending = (checkpoint.step, arrived)
         files = checkpoint.manifest.files
@@ -232,13 +232,13 @@ class Mirror:
         def send(name: str) -> int:
             entry = self._remote.send(f"{folder}/{name}", checkpoint.path / name, files[name].size)
             if entry != files[name]:
-                raise CheckpointError("a checkpoint file is not what its manifest says", where=str(checkpoint.path / name))
+                raise CheckpointError("a checkpoint file differs from its manifest", where=str(checkpoint.path / name))
             with recording:
                 arrived[name] = entry
                 self._remote.write(f"{folder}/{SENDING}", _to_json(arrived))
             return entry.size
 
-        # Large ones first, so that the last to end is a small one.
+        # Large files first, so that a small one finishes last.
         missing.sort(key=lambda name: -files[name].size)
         pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="send")
         try:
@@ -247,7 +247,7 @@ class Mirror:
             pool.shutdown(cancel_futures=True)
 
     def _arrived(self, checkpoint: Checkpoint, folder: str) -> dict[str, FileEntry]:
-        """What an interrupted process has left there, or the checkpoint of this step that is replaced."""
+        """Return the files that an interrupted upload left in the mirror, or those of the checkpoint being replaced."""
         replaced = self._complete.get(checkpoint.step)
         if replaced is None:
             return _from_json(self._remote.read(f"{folder}/{SENDING}"))
@@ -258,7 +258,7 @@ class Mirror:
         return arrived
 
     def _fixed_files(self) -> Iterator[tuple[str, Path]]:
-        """Names in the mirror and where they lie here."""
+        """Yield the names in the mirror and the local paths of the files that do not change."""
         yield "plan.json", self._run.plan
         changed = run_store.changed_plan_paths(self._run)
         newest = self._run.attempt(self._owner.attempt) / "attempt.json"
@@ -275,9 +275,7 @@ class Mirror:
         known = read_run(self._remote)
         if known is not None and known.owner != self._owner:
             self._require_ours(known.owner)
-            raise MirrorTaken(
-                f"attempt {known.owner.attempt} on {known.owner.host} sends to the mirror now: {known.owner.run_dir}"
-            )
+            raise MirrorTaken(f"attempt {known.owner.attempt} on {known.owner.host} writes to the mirror: {known.owner.run_dir}")
 
     def _require_ours(self, owner: Owner) -> None:
         if owner.wandb_id != self._owner.wandb_id:
@@ -288,19 +286,19 @@ class Mirror:
                 remedy="choose another run.name or another mirror",
             )
         if owner.attempt > self._owner.attempt:
-            raise MirrorTaken(f"attempt {owner.attempt} on {owner.host} has taken it: {owner.run_dir}")
+            raise MirrorTaken(f"attempt {owner.attempt} on {owner.host} writes to the mirror: {owner.run_dir}")
 
 
 def mirror_url(plan: LaunchPlan) -> str:
-    """Where the mirror of the plan's run is."""
+    """Return the address of the run's mirror."""
     return f"{(plan.config.checkpoint.mirror or '').rstrip('/')}/{plan.run_name}"
 
 
 def require_usable_mirror(plan: LaunchPlan) -> None:
-    """Try the plan's mirror before anything is started.
+    """Check the plan's mirror before anything is started.
 
     Raises:
-        SubmitError: where it cannot be written, its package is missing, or another run of this name has its mirror there.
+        SubmitError: if it cannot be written, its package is missing, or it belongs to another run of this name.
     """
     url = plan.config.checkpoint.mirror
     if url is None:
@@ -324,7 +322,7 @@ def require_usable_mirror(plan: LaunchPlan) -> None:
 
 
 def build_code_archive(folder: Path) -> bytes:
-    """A zip file of a folder; the same bytes for the same content, whenever it was copied."""
+    """Return a zip file of a folder; equal content gives equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.rglob("*")):
@@ -335,8 +333,8 @@ def build_code_archive(folder: Path) -> bytes:
 
 def _small_files(folder: Path, with_code: bool) -> list[Path]:
     patterns = (*_MODEL_FILES, *(["*.py"] if with_code else []))
-    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if not path.name.endswith(_WEIGHTS))
+    paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in paths if not path.name.endswith(_WEIGHTS))
 
 
 def _folder(step: int) -> str:
@@ -344,11 +342,11 @@ def _folder(step: int) -> str:
 
 
 def _is_there(checkpoint: Checkpoint) -> bool:
-    """True while the checkpoint that is sent still has its place here; a later one of the same step does not count."""
+    """Return whether the checkpoint is still in the run directory; another one of the same step does not count."""
     try:
         return read_manifest(checkpoint.path) == checkpoint.manifest
     except UnreadableCheckpoint:
-        # Nobody can tell now; the next file of it will.
+        # Unknown right now; reading its next file decides.
         return True
     except CheckpointError:
         return False
