@@ -1,4 +1,4 @@
-"""A run directory on disk: created once, its state replaced atomically, its attempts numbered."""
+"""Run directories on disk: each is created once, its state is replaced atomically, its attempts are numbered."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _DAMAGED_REMEDY = "restore the file from a backup, or start another run from thi
 
 
 def create(plan: LaunchPlan) -> RunDir:
-    """Make the run directory of a plan, with the plan and the code as it is now.
+    """Create the run directory of a plan, with the plan and a snapshot of the code.
 
     Raises:
-        SubmitError: where the directory exists already.
+        SubmitError: if the directory exists already or cannot be created.
     """
     run = RunDir(Path(plan.run_dir))
     try:
@@ -59,9 +59,9 @@ def create(plan: LaunchPlan) -> RunDir:
 
 
 def snapshot_code(run: RunDir) -> None:
-    """Copy the package, so that a queued or resumed job runs what was submitted.
+    """Copy the package, so that a queued or resumed job runs the code that was submitted.
 
-    Bytecode goes with it, which Python uses where it belongs to the source beside it: no node compiles the package again.
+    The copy includes the bytecode, so that nodes need not compile the package again.
     """
     _copy_package(run.code)
 
@@ -94,19 +94,19 @@ def _copy_package(folder: Path) -> None:
 
 
 def attempt_numbers(run: RunDir) -> list[int]:
-    """Of the attempts that were made, oldest first; one that is being made right now does not count yet."""
+    """Return the numbers of the attempts, oldest first, without one that is being created right now."""
     return sorted(int(path.name) for path in run.attempts.glob("*") if path.name.isdigit())
 
 
 def newest_attempt(run: RunDir) -> int:
-    """0 where none was made."""
+    """Return the number of the newest attempt, 0 if there is none."""
     return max(attempt_numbers(run), default=0)
 
 
 def create_attempt(run: RunDir, attempt: Attempt) -> int:
-    """Number and make the next attempt's folder; from then on the attempt before owns nothing any more."""
+    """Create the directory of the next attempt and return its number; it supersedes the previous attempt."""
     number = 1 + newest_attempt(run)
-    # Moved into place whole: a folder without its attempt.json would keep the run from ever beginning again.
+    # Renamed into place when complete: a directory without attempt.json would block every later start of the run.
     unfinished = run.attempts / f".{number:03d}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(mode=0o700)
@@ -167,14 +167,14 @@ def write_status(run: RunDir, status: Status) -> None:
 
 
 def update_status(run: RunDir, **changes: Any) -> Status:
-    """Change some fields; only one process at a time may do so (the agent around, rank 0 during training)."""
+    """Change some fields; only one process at a time may call this (the agent outside of training, rank 0 during it)."""
     status = replace(read_status(run), **changes)
     write_status(run, status)
     return status
 
 
 def write_plan(run: RunDir, attempt: int, plan: LaunchPlan) -> Path:
-    """Give an attempt a plan of its own; returns where it lies."""
+    """Write a plan for one attempt and return its path."""
     path = run.attempt(attempt) / "plan.json"
     atomic_files.write_text(path, plan.to_json())
     _archive_plan(run, plan)
@@ -182,19 +182,19 @@ def write_plan(run: RunDir, attempt: int, plan: LaunchPlan) -> Path:
 
 
 def _archive_plan(run: RunDir, plan: LaunchPlan) -> None:
-    """A copy under the digest that stands in checkpoints: whatever becomes of plan.json, what they were trained by is known."""
+    """Keep a copy under the plan's digest, which checkpoints hold: it outlives changes of plan.json."""
     run.plans.mkdir(exist_ok=True)
     atomic_files.write_text(run.plans / f"{plan.digest()}.json", plan.to_json())
 
 
 def find_plan(run: RunDir, digest: str) -> LaunchPlan | None:
-    """The plan that checkpoints with this digest were saved by; None where no file of the run holds it unchanged."""
+    """Return the plan with this digest, None if no file of the run holds it unchanged."""
     from launcher.plan.launch_plan import LaunchPlan, digest_of
 
     for path in (run.plan, *changed_plan_paths(run), *sorted(run.plans.glob("*.json"))):
         try:
             text = path.read_text(encoding="utf-8")
-            # Of a file that another version of the launcher wrote, the text is what was digested.
+            # Another version of the launcher may have written the file: only its text has the digest.
             if digest_of(text) == digest:
                 return LaunchPlan.from_json(text)
         except (OSError, ValueError):
@@ -203,29 +203,29 @@ def find_plan(run: RunDir, digest: str) -> LaunchPlan | None:
 
 
 def changed_plan_paths(run: RunDir) -> list[Path]:
-    """The plans of the attempts that a resume changed settings for, oldest first."""
+    """Return the paths of the plans of attempts whose settings a resume changed, oldest first."""
     paths = (run.attempt(number) / "plan.json" for number in attempt_numbers(run))
     return [path for path in paths if path.is_file()]
 
 
 def load_plans_until(run: RunDir, attempt: int) -> list[LaunchPlan]:
-    """The plans of the attempts up to one, oldest first, so that the last is its own; those that cannot be read are left out."""
+    """Load the plans of the attempts up to `attempt`, oldest first, without those that cannot be read."""
     from launcher.plan.launch_plan import LaunchPlan
 
-    found = []
+    plans = []
     for path in (run.plan, *(p for p in changed_plan_paths(run) if int(p.parent.name) <= attempt)):
         with suppress(OSError, ValueError):
-            found.append(LaunchPlan.load(path))
-    return found
+            plans.append(LaunchPlan.load(path))
+    return plans
 
 
 def load_plan(run: RunDir) -> LaunchPlan:
-    """The plan of the newest attempt: its own, where a resume changed settings, else the run's.
+    """Load the plan of the newest attempt: its own if a resume changed settings, else the run's.
 
     Raises:
-        RunError: where it is damaged or of another schema.
+        RunError: if it is damaged or has an unknown schema version.
     """
-    # The models of plans take longer to load than all that a look at runs does.
+    # Importing the plan's models takes longer than everything else that commands on runs do.
     from launcher.plan.launch_plan import LaunchPlan
 
     path = [run.plan, *changed_plan_paths(run)][-1]
@@ -239,7 +239,7 @@ def read_plan_values(path: Path) -> dict[str, Any]:
     """Read a plan's JSON object in the current schema, without the models of plans.
 
     Raises:
-        RunError: where the file is missing or damaged, or its schema version is unknown.
+        RunError: if the file is missing or damaged, or its schema version is unknown.
     """
     values = json_records.read_json(path, _DAMAGED_REMEDY)
     try:
@@ -249,9 +249,9 @@ def read_plan_values(path: Path) -> dict[str, Any]:
 
 
 class Placement(NamedTuple):
-    """Where a run computes: the kind of its backend, the number of its ranks, what they compute on (cuda or cpu) and cost.
+    """A run's name, backend kind, number of ranks, device (cuda or cpu), price and limits.
 
-    `name` is the run's, `max_usd` and `max_hours` are its limits, None without one.
+    `price`, `max_usd` and `max_hours` are None if they are unknown or not set.
     """
 
     name: str
@@ -264,10 +264,10 @@ class Placement(NamedTuple):
 
 
 def read_placement(run: RunDir) -> Placement:
-    """What the newest attempt's plan says of it; looking at many runs, the whole plans would take long.
+    """Read the placement from the newest attempt's plan, without parsing the complete plan.
 
     Raises:
-        RunError: where the plan is damaged.
+        RunError: if the plan is damaged.
     """
     path = [run.plan, *changed_plan_paths(run)][-1]
     values = read_plan_values(path)
@@ -283,10 +283,10 @@ def read_placement(run: RunDir) -> Placement:
 
 @contextmanager
 def start_lock(run: RunDir, wait_s: float = 0) -> Iterator[None]:
-    """Hold the run while an attempt is started, so that two commands cannot start one each.
+    """Hold the run's lock while an attempt is started or files of the run are removed.
 
     Raises:
-        SubmitError: where another command holds it, with who that is.
+        SubmitError: if another command holds it after `wait_s` seconds; names the process.
     """
     with ExitStack() as stack:
         try:
@@ -313,21 +313,21 @@ def _lock_path(run: RunDir) -> Path:
     return run.root / ".lock"
 
 
-def find_run(name: str, root: Path, holding: str = "plan.json") -> RunDir:
-    """A run by its name under `root`, or by the path of its directory, which is known by the file `holding`.
+def find_run(name: str, root: Path, marker: str = "plan.json") -> RunDir:
+    """Find a run by its name under `root` or by the path of its directory, which must contain the file `marker`.
 
     Raises:
-        SubmitError: where there is no such run, with those that exist.
+        SubmitError: if there is no such run or it cannot be read; names the runs that exist.
     """
     for candidate in (root / name, Path(name).expanduser()):
         try:
-            if (candidate / holding).is_file():
+            if (candidate / marker).is_file():
                 return RunDir(candidate.resolve())
         except PermissionError as error:
             raise SubmitError(
                 f"the run {name} cannot be read: {error.strerror}",
                 where=str(candidate),
-                remedy="its folder is open to who started it alone: ask them",
+                remedy="only the run's owner can read this folder: ask them for access",
             ) from None
     names = [run.root.name for run in list_runs(root)][:10]
     raise SubmitError(
@@ -338,15 +338,15 @@ def find_run(name: str, root: Path, holding: str = "plan.json") -> RunDir:
 
 
 def list_runs(root: Path) -> Iterator[RunDir]:
-    """The runs under `root`, the most recent first."""
+    """Yield the runs under `root`, the most recent first."""
     if root.is_dir():
-        found = [path for path in root.iterdir() if _is_run(path)]
-        for path in sorted(found, key=lambda p: (p / "plan.json").stat().st_mtime, reverse=True):
+        paths = [path for path in root.iterdir() if _is_run(path)]
+        for path in sorted(paths, key=lambda p: (p / "plan.json").stat().st_mtime, reverse=True):
             yield RunDir(path)
 
 
 def _is_run(path: Path) -> bool:
-    """Whether this is a run's folder that this user may look into: others' runs, and the disk's own folders, may be closed."""
+    """Return whether this is a run that this user can read; runs of other users and folders of the system may be closed."""
     with suppress(OSError):
         return (path / "plan.json").is_file() and (path / "status.json").is_file()
     return False

@@ -41,7 +41,7 @@ def run(verb: str, tokens: list[str]) -> int:
     """Carry out `status` or `ls`."""
     arguments = _parser(verb).parse_args(tokens)
     if verb == "status":
-        found = run_store.find_run(arguments.run, Path(arguments.root), holding="status.json")
+        found = run_store.find_run(arguments.run, Path(arguments.root), marker="status.json")
         return _status(found, arguments.json, arguments.watch)
     if arguments.mirror:
         from launcher.cli import mirror

@@ -1,7 +1,7 @@
-"""A checkpoint becomes a Hugging Face folder, without an engine, without GPUs and without the model in memory.
+"""Export a checkpoint as a Hugging Face folder, without an engine, without GPUs and without the model in memory.
 
-One process makes it (`export`), or all ranks do at the end of a run: rank 0 begins, every rank writes its share of the
-weight files, rank 0 completes.
+One process does it (`export`), or all ranks at the end of a run: rank 0 calls `begin_export`, every rank `write_rank_files`, and
+rank 0 `complete_export`.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from launcher.plan.launch_plan import LaunchPlan
 if TYPE_CHECKING:
     from launcher.export.parity import LogitParity
 
-# Stands in every export: only a folder that has it is ever replaced.
+# Part of every export: only a folder with this file is ever replaced.
 MARKER = "export.json"
 CARD = "README.md"
 
-# What loading takes above the weights themselves.
+# Memory that loading needs, relative to the bytes of the weights.
 _LOADING_FACTOR = 1.2
 _MODEL_FILES = (generation.FILE, "*.py", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
@@ -47,12 +47,11 @@ _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 
 @dataclass(frozen=True)
 class ExportTask:
-    """What is exported from where to where.
+    """Source, target and settings of an export.
 
-    `model` is the base model's folder, or its config.json as a mapping; `tokenizer` is a folder, and `chat_template` the text
-    of a template that takes the place of its own ones. At `turn_end_ids` generations of the folder stop, too. `dtype` is bf16,
-    fp16 or fp32. `check` says whether transformers builds the model from its config before, and loads the folder after, the
-    writing.
+    `model` is the base model's folder, or its config.json as a mapping. `tokenizer` is a folder; `chat_template` is the text of
+    a template that replaces the tokenizer's own. Generation also stops at `turn_end_ids`. `dtype` is bf16, fp16 or fp32. With
+    `check`, transformers builds the model from its config before the export, and loads the folder after it.
     """
 
     checkpoint: Path
@@ -68,22 +67,22 @@ class ExportTask:
 
     @property
     def added_stop_ids(self) -> tuple[int, ...]:
-        """Those of `turn_end_ids` at which the base model's generations do not stop."""
+        """Those of `turn_end_ids` at which the base model does not stop generation."""
         return tuple(i for i in self.turn_end_ids if i not in generation.read_stop_ids(self.model))
 
     @property
     def partial(self) -> Path:
-        """Where the folder is made before it takes its place; the same on every rank."""
+        """Path of the unfinished folder; the same on every rank."""
         return self.out.with_name(f".{self.out.name}.partial")
 
 
 @dataclass(frozen=True)
 class ExportedFolder:
-    """A Hugging Face folder: where it is, its weight files, the parameters and bytes in them (tied ones count once).
+    """An exported Hugging Face folder, its weight files, and their parameters and bytes (tied ones count once).
 
-    `num_compared` tensors were found to be those that the engine computed with, by their digests; 0 where the checkpoint
-    has none. `loaded`: transformers loaded the folder; `not_loaded` says why not. `parity` is None where no logits were
-    compared. `added_stop_ids` are tokens at which its generations stop and the base model's did not.
+    `num_compared` tensors match the engine's weights by digest; 0 if the checkpoint has no digests. `loaded` is true if
+    transformers loaded the folder, else `not_loaded` says why. `parity` is None if no logits were compared. Generation stops at
+    `added_stop_ids`, at which the base model's did not.
     """
 
     path: Path
@@ -104,13 +103,14 @@ RenderCard = Callable[[ExportedFolder], str]
 
 
 def export(task: ExportTask, card: RenderCard | None = None) -> ExportedFolder:
-    """Write a checkpoint's weights as a folder that transformers and servers load; it takes the place of an earlier export.
+    """Write a checkpoint as a folder that transformers and servers load, in place of an earlier export.
 
-    Memory for the weights: a few MiB, whatever the model's size; `task.check` loads the whole model when all is written.
-    Shards are read as they are: call `verify_checkpoint` first.
+    The weights take a few MiB of memory for any model size; `task.check` loads the complete model at the end. Shards are not
+    verified: call `verify_checkpoint` first.
 
-    CheckpointError when the config describes another model than the checkpoint holds, when a weight is not the engine's,
-    when the check fails, and when `out` holds something else than an export; `out` is then as it was.
+    Raises:
+        CheckpointError: if the config describes another model, a weight differs from the engine's, the check fails, or `out`
+            holds files that are not an export; `out` stays as it was.
     """
     try:
         begin_export(task)
@@ -121,16 +121,17 @@ def export(task: ExportTask, card: RenderCard | None = None) -> ExportedFolder:
 
 
 def find_chat_template(plan: LaunchPlan) -> str | None:
-    """The text of the template that the run's data was rendered with; None where it was the tokenizer's own.
+    """Return the text of the chat template that rendered the run's data, None if it was the tokenizer's own.
 
-    CheckpointError where the plan does not hold it and its file is gone.
+    Raises:
+        CheckpointError: if the plan holds no copy and the file cannot be read.
     """
     if plan.data is not None and plan.data.chat_template is not None:
         return plan.data.chat_template
     file = plan.config.data.chat_template
     if file is None:
         return None
-    # Earlier versions of the launcher wrote its name alone into a plan.
+    # Plans of earlier launchers hold only the name of the file.
     try:
         return Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -138,23 +139,26 @@ def find_chat_template(plan: LaunchPlan) -> str | None:
             "the chat template that the run was trained with cannot be read, and its plan holds no copy",
             where="data.chat_template",
             value=file,
-            remedy="put the file there again: without it the exported folder would make other prompts of a conversation",
+            remedy="restore the file: without it the exported folder would render conversations differently",
         ) from error
 
 
-def describe_added_stop_ids(made: ExportedFolder) -> str:
-    """What is told of stop tokens that were added."""
-    ids = ", ".join(map(str, made.added_stop_ids))
+def describe_added_stop_ids(exported: ExportedFolder) -> str:
+    """Describe the added stop tokens for the user."""
+    ids = ", ".join(map(str, exported.added_stop_ids))
     return (
-        f"generations stop at token {ids} too, with which the data ends turns (generation_config.json); the base model's did not"
+        f"generation also stops at token {ids}, which ends turns in the data (generation_config.json); the base model's did not"
     )
 
 
 def verify_checkpoint(task: ExportTask) -> None:
-    """CheckpointError where a file is damaged that `write_rank_files` would not find out about.
+    """Verify the files of the checkpoint whose damage `write_rank_files` would not detect.
 
-    The digests of the weights cover every byte that is exported in the engine's own dtype; the moments, which are twice as
-    large as the weights, need not be read then.
+    An export in the engine's dtype compares every byte with the digests of the weights. The shards, and with them the optimizer
+    states, need not be read then.
+
+    Raises:
+        CheckpointError: if a file is damaged.
     """
     manifest = store.open_checkpoint(task.checkpoint).manifest
     names = set(manifest.files)
@@ -167,11 +171,15 @@ def verify_checkpoint(task: ExportTask) -> None:
 
 
 def begin_export(task: ExportTask) -> None:
-    """Make the folder with everything but weights in it, beside its later place."""
+    """Create the unfinished folder with everything except weights, index and card.
+
+    Raises:
+        CheckpointError: if `out` holds files that are not an export, or the config describes another model.
+    """
     state = read_state(task.checkpoint)
     if task.out.exists() and not (task.out / MARKER).exists() and any(task.out.iterdir()):
         raise CheckpointError(
-            "the folder to export to holds something else than an export",
+            "the export folder holds files that are not an export",
             where=str(task.out),
             remedy="choose a folder that does not exist",
         )
@@ -182,21 +190,21 @@ def begin_export(task: ExportTask) -> None:
 
 
 def write_rank_files(task: ExportTask, rank: int, world_size: int) -> None:
-    """Write this rank's share of the weight files; every rank calls it after `begin_export`, with the same task."""
-    manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _layout(task)
-    mine = list(planned.files)[rank::world_size]
+    """Write this rank's part of the weight files; call it on every rank after `begin_export`, with the same task."""
+    manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _file_layout(task)
+    own_files = list(planned.files)[rank::world_size]
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
-        weights.write_files(shards, weights.read_engine_weights(shards), planned, mine, task.partial)
+        weights.write_files(shards, weights.read_engine_weights(shards), planned, own_files, task.partial)
 
 
 def complete_export(task: ExportTask, card: RenderCard | None = None, device: str = "cpu") -> ExportedFolder:
-    """Check the folder, on `device`, once all shares are written; add index and card, and move it into place."""
-    manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _layout(task)
+    """Add index and card, check the folder on `device`, and rename it into place; call it when all ranks have written."""
+    manifest, planned = store.open_checkpoint(task.checkpoint).manifest, _file_layout(task)
     weights.write_index(planned, task.partial)
     with ShardSet(task.checkpoint, manifest.world_size) as shards:
-        compared = weights.read_engine_weights(shards) is not None
+        has_digests = weights.read_engine_weights(shards) is not None
     num_tensors = sum(map(len, planned.files.values()))
-    made = ExportedFolder(
+    exported = ExportedFolder(
         path=task.out,
         step=manifest.step,
         dtype=task.dtype,
@@ -204,42 +212,49 @@ def complete_export(task: ExportTask, card: RenderCard | None = None, device: st
         num_parameters=planned.num_parameters,
         num_bytes=planned.num_bytes,
         num_tensors=num_tensors,
-        num_compared=num_tensors if compared else 0,
+        num_compared=num_tensors if has_digests else 0,
         added_stop_ids=task.added_stop_ids,
     )
-    made = _checked(task, made, device) if task.check else made
-    marker = {"step": made.step, "plan_digest": manifest.plan_digest, "dtype": made.dtype, "tensors_compared": made.num_compared}
+    exported = _checked(task, exported, device) if task.check else exported
+    marker = {
+        "step": exported.step,
+        "plan_digest": manifest.plan_digest,
+        "dtype": exported.dtype,
+        "tensors_compared": exported.num_compared,
+    }
     atomic_files.write_json(task.partial / MARKER, marker)
     if card is not None:
-        atomic_files.write_text(task.partial / CARD, card(made))
+        atomic_files.write_text(task.partial / CARD, card(exported))
     atomic_files.fsync_directory(task.partial)
     atomic_files.replace_directory(task.partial, task.out)
-    return made
+    return exported
 
 
-def _checked(task: ExportTask, made: ExportedFolder, device: str) -> ExportedFolder:
+def _checked(task: ExportTask, exported: ExportedFolder, device: str) -> ExportedFolder:
     from launcher.checkpoint.staging import available_bytes
     from launcher.export import parity
 
-    needed, free = made.num_bytes * _LOADING_FACTOR, available_bytes()
+    needed, free = exported.num_bytes * _LOADING_FACTOR, available_bytes()
     if needed > free:
-        return replace(made, not_loaded=f"that takes {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free")
+        return replace(
+            exported, not_loaded=f"loading needs {needed / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} GiB are free"
+        )
     model = parity.load_exported(task.partial, dtype=task.dtype, device=device, trust_remote_code=task.trust_remote_code)
-    reference_logits, compared = parity.read_reference_logits(task.checkpoint), None
+    reference_logits, logit_parity = parity.read_reference_logits(task.checkpoint), None
     if reference_logits is None:
         parity.require_finite(model)
     else:
-        compared = parity.check_parity(model, reference_logits, dtype=task.dtype)
-        parity.require_parity(compared)
-    return replace(made, loaded=True, not_loaded="", parity=compared)
+        logit_parity = parity.check_parity(model, reference_logits, dtype=task.dtype)
+        parity.require_parity(logit_parity)
+    return replace(exported, loaded=True, not_loaded="", parity=logit_parity)
 
 
-def _layout(task: ExportTask) -> weights.FileLayout:
+def _file_layout(task: ExportTask) -> weights.FileLayout:
     return weights.plan_files(read_state(task.checkpoint).parameters, task.dtype, task.max_file_bytes)
 
 
 def _write_config(task: ExportTask, state: State) -> None:
-    """config.json; checked against the checkpoint's parameters."""
+    """Write config.json and check it against the checkpoint's parameters."""
     config = dict(task.model) if isinstance(task.model, Mapping) else json.loads((task.model / "config.json").read_bytes())
     # The base may have been quantized; these weights are not.
     for key in ("quantization_config", "torch_dtype"):
@@ -255,11 +270,11 @@ def _write_config(task: ExportTask, state: State) -> None:
 
 
 def _copy_side_files(task: ExportTask) -> None:
-    found = [] if isinstance(task.model, Mapping) else [path for pattern in _MODEL_FILES for path in task.model.glob(pattern)]
+    paths = [] if isinstance(task.model, Mapping) else [path for pattern in _MODEL_FILES for path in task.model.glob(pattern)]
     if task.tokenizer is not None:
         patterns = _TOKENIZER_FILES if task.chat_template is not None else (*_TOKENIZER_FILES, *_TEMPLATE_FILES)
-        found += [path for pattern in patterns for path in task.tokenizer.glob(pattern)]
-    for path in found:
+        paths += [path for pattern in patterns for path in task.tokenizer.glob(pattern)]
+    for path in paths:
         if path.is_dir():
             shutil.copytree(path, task.partial / path.name)
         else:

@@ -1,4 +1,4 @@
-"""An exported folder goes to a repository of the Hugging Face Hub. The token comes from the environment and goes nowhere else."""
+"""Push an exported folder to a repository of the Hugging Face Hub. The token comes from the environment and is never stored."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from launcher.errors import Problem, PushError
 
 TOKEN_VARIABLE = "HF_TOKEN"  # noqa: S105
 
-# What an earlier export may have left in the repository under names that this one has not.
+# Files of an earlier export that the push removes from the repository unless it replaces them.
 _REPLACED = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def token_problem(where: str, repo_id: str, environ: Mapping[str, str] = os.environ) -> Problem | None:
-    """What is missing for a push to `repo_id`, which the setting or flag `where` asks for."""
+    """Return the problem with the token for a push to `repo_id`, requested by the setting or flag `where`; None if it is set."""
     if environ.get(TOKEN_VARIABLE):
         return None
     return Problem(
         f"a push to the Hub needs {TOKEN_VARIABLE} in the environment, and it is not set",
         where=where,
         value=repo_id,
-        remedy=f"export {TOKEN_VARIABLE} with a token that may write to {repo_id}, or leave the push out",
+        remedy=f"export {TOKEN_VARIABLE} with a token that may write to {repo_id}, or do not push",
     )
 
 
 def push(folder: Path, repo_id: str, *, again: str) -> str:
-    """Upload an exported folder in one commit and return its address; a repository that is made for it is private.
+    """Upload an exported folder in one commit and return its address; a repository created for it is private.
 
     `again` is the command that repeats the push.
 
-    PushError where the Hub does not take it; the folder stays as it is.
+    Raises:
+        PushError: if the token is missing or the upload fails; the folder stays as it is.
     """
     if problem := token_problem("the environment", repo_id):
         raise PushError(replace(problem, remedy=f"set it, then: {again}"))
@@ -47,7 +48,7 @@ def push(folder: Path, repo_id: str, *, again: str) -> str:
         api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Upload an exported checkpoint", delete_patterns=_REPLACED
         )
-    except Exception as error:  # the Hub, the network, the disk: none of them takes the folder with it
+    except Exception as error:  # the Hub, the network or the disk: the folder is complete all the same
         raise PushError(
             "the exported folder could not be pushed to the Hub; it is complete on this machine",
             where=str(folder),

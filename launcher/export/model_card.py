@@ -30,7 +30,7 @@ Rows = Sequence[tuple[str, str]]
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)", re.DOTALL)
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _EVAL_LOSS = re.compile(r"eval/(.+)/loss")
-# What the names of those metrics begin with that a card is made of.
+# Name prefixes of the metrics that a card shows.
 METRICS = ("train/loss", "eval/")
 _COMMIT_DIGITS = 12
 
@@ -39,7 +39,7 @@ def render_model_card(
     plan: LaunchPlan,
     manifest: Manifest,
     metrics: Sequence[Mapping[str, Any]],
-    made: ExportedFolder,
+    exported: ExportedFolder,
     plans: Sequence[LaunchPlan] = (),
 ) -> str:
     """Return the text of README.md for an exported checkpoint.
@@ -62,7 +62,7 @@ def render_model_card(
             "Data": _data_rows(plan),
             "Settings": [*_settings_rows(plan, manifest.step), *_changed_rows(plan, plans)],
             "Losses": _loss_rows(manifest, metrics),
-            "Weights": _weight_rows(made),
+            "Weights": _weight_rows(exported),
             "Lineage": _lineage_rows(plan, manifest),
             "Software": _software_rows(plan),
         },
@@ -71,17 +71,17 @@ def render_model_card(
 
 
 def base_front_matter(folder: Path) -> dict[str, Any]:
-    """The front matter of a model folder's card; empty where there is none that can be read."""
+    """Read the front matter of a model folder's card; empty if there is none that can be parsed."""
     try:
-        found = _FRONT_MATTER.match((folder / CARD).read_text(encoding="utf-8"))
-        content = yaml.safe_load(found.group(1)) if found else None
+        match = _FRONT_MATTER.match((folder / CARD).read_text(encoding="utf-8"))
+        content = yaml.safe_load(match.group(1)) if match else None
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _lineage_rows(plan: LaunchPlan, manifest: Manifest) -> Rows:
-    """Run, step and plan of the checkpoint, and of the checkpoints that its initial weights came from."""
+    """Return run, step and plan of the checkpoint, and of the checkpoints that its initial weights came from."""
     rows = [("run", plan.run_name), ("step", f"{manifest.step:,}"), ("attempt", str(manifest.attempt))]
     rows.append(("plan digest", manifest.plan_digest))
     if plan.lineage is not None:
@@ -104,7 +104,7 @@ def _card_data(plan: LaunchPlan, base: Mapping[str, Any]) -> ModelCardData:
 
 
 def _hub_origin(plan: LaunchPlan, base: Mapping[str, Any]) -> str | None:
-    """The hub id of the base model, also where it was fine-tuned from that one into a local folder."""
+    """Return the Hub id of the base model, also for a local folder that was fine-tuned from it."""
     path = plan.config.model.path or ""
     if plan.config.model.init == "random":
         return None
@@ -118,7 +118,7 @@ def _base_rows(plan: LaunchPlan, base: Mapping[str, Any]) -> Rows:
     model = plan.config.model
     architecture = f"{plan.model.config.get('model_type', 'unknown')}, {plan.model.num_params:,} parameters"
     if not model.path:
-        return [("model", "none: training began from random weights"), ("architecture", architecture)]
+        return [("model", "none: trained from random weights"), ("architecture", architecture)]
     rows = [("model", _public(model.path))]
     if model.revision:
         rows.append(("revision", model.revision))
@@ -144,20 +144,23 @@ def _data_rows(plan: LaunchPlan) -> Rows:
 
 
 def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
-    """Of the plan that the checkpoint of `step` was saved by."""
+    """Return the settings of the plan that the checkpoint of `step` was saved under."""
     config, batch, topology = plan.config, plan.batch, plan.topology
     optim, zero = config.optim, config.deepspeed
     decay = f"weight decay {optim.weight_decay:g}, betas {optim.betas[0]:g} and {optim.betas[1]:g}, eps {optim.eps:g}"
     clip = f"gradient norm at most {config.train.grad_clip:g}" if config.train.grad_clip else "gradients not clipped"
-    split = f"{batch.micro_batch_size} rows a rank, {batch.accumulation} accumulated"
+    split = f"{batch.micro_batch_size} rows per rank, {batch.accumulation} accumulated"
     nodes = f"{topology.world_size} ranks on {topology.nodes} node{'s' if topology.nodes > 1 else ''} ({topology.device})"
     return [
         ("optimizer", f"{optim.name}, {decay}; {clip}"),
         ("learning rate", f"{optim.lr:g} at its peak"),
         ("schedule", f"{optim.schedule}, {optim.warmup_steps:,} steps of warm-up, down to {optim.min_lr_ratio:g} of the peak"),
-        ("batch", f"{batch.global_batch_size} rows a step ({split})"),
+        ("batch", f"{batch.global_batch_size} rows per step ({split})"),
         ("length", _length(batch, step)),
-        ("packing", "several documents a row, which do not see each other" if config.data.packing else "one document a row"),
+        (
+            "packing",
+            "several documents per row, without attention between them" if config.data.packing else "one document per row",
+        ),
         ("seed", str(config.run.seed)),
         ("dtype", f"{config.model.dtype}; master weights and optimizer states in fp32"),
         ("ZeRO", f"stage {zero.stage}, optimizer offload {zero.offload_optimizer}, parameter offload {zero.offload_params}"),
@@ -166,7 +169,7 @@ def _settings_rows(plan: LaunchPlan, step: int) -> Rows:
 
 
 def _changed_rows(plan: LaunchPlan, plans: Sequence[LaunchPlan]) -> Rows:
-    """What resumes have changed, by the sections of the settings."""
+    """Return the sections of the settings that resumes changed."""
     sections = ("model", "data", "optim", "train", "deepspeed")
     changed = [name for name in sections if any(getattr(p.config, name) != getattr(plan.config, name) for p in plans)]
     if not changed:
@@ -175,7 +178,7 @@ def _changed_rows(plan: LaunchPlan, plans: Sequence[LaunchPlan]) -> Rows:
 
 
 def _length(batch: Batch, step: int) -> str:
-    """How long the weights of a step were trained, and how long they were to be."""
+    """Return the length of the training up to `step`, and the planned length if it is longer."""
     if not batch.max_steps:
         return f"{step:,} steps"
     if step >= batch.max_steps:
@@ -187,18 +190,18 @@ def _length(batch: Batch, step: int) -> str:
 
 
 def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows:
-    """The last training loss and, for each held-out set, the first and the last loss, up to the checkpoint's step."""
+    """Return the last training loss and each held-out set's first and last loss, up to the checkpoint's step."""
     rows = []
-    # An attempt that went back appends the steps that it took anew: the last line of a step is the one that counts.
-    seen = [line for line in metrics if line["trainer/step"] <= manifest.step]
-    trained = [line for line in seen if "train/loss" in line]
+    # An attempt that resumed from an earlier step logs steps again: the last line of a step counts.
+    lines = [line for line in metrics if line["trainer/step"] <= manifest.step]
+    trained = [line for line in lines if "train/loss" in line]
     if trained:
         rows.append((f"training, step {trained[-1]['trainer/step']:,}", f"{trained[-1]['train/loss']:.4f}"))
     held_out: dict[str, list[tuple[int, float]]] = {}
-    for line in seen:
+    for line in lines:
         for key, value in line.items():
-            if found := _EVAL_LOSS.fullmatch(key):
-                held_out.setdefault(found.group(1), []).append((line["trainer/step"], value))
+            if match := _EVAL_LOSS.fullmatch(key):
+                held_out.setdefault(match.group(1), []).append((line["trainer/step"], value))
     for name, losses in held_out.items():
         for step, loss in dict.fromkeys((losses[0], losses[-1])):
             rows.append((f"{name}, step {step:,}", f"{loss:.4f}"))
@@ -207,20 +210,22 @@ def _loss_rows(manifest: Manifest, metrics: Sequence[Mapping[str, Any]]) -> Rows
     return rows or [("none", "nothing was logged")]
 
 
-def _weight_rows(made: ExportedFolder) -> Rows:
+def _weight_rows(exported: ExportedFolder) -> Rows:
     compared = "not compared with the engine's"
-    if made.num_compared:
-        compared = f"{made.num_compared} of {made.num_tensors} tensors are by their digests those that the engine computed with"
+    if exported.num_compared:
+        compared = f"{exported.num_compared} of {exported.num_tensors} tensors match the engine's weights by digest"
     rows = [
-        ("dtype", made.dtype),
-        ("size", f"{made.num_parameters:,} parameters, {made.num_bytes:,} bytes in {len(made.files)} file(s)"),
+        ("dtype", exported.dtype),
+        ("size", f"{exported.num_parameters:,} parameters, {exported.num_bytes:,} bytes in {len(exported.files)} file(s)"),
         ("weights", compared),
     ]
-    if made.added_stop_ids:
-        ids = ", ".join(map(str, made.added_stop_ids))
-        rows.append(("stop tokens", f"{ids} added to those of the base model, as the data ends turns with them"))
-    if made.parity is not None:
-        rows.append(("logits", f"mean KL to the engine's {made.parity.mean_kl:.1e} nats over {made.parity.num_tokens} tokens"))
+    if exported.added_stop_ids:
+        ids = ", ".join(map(str, exported.added_stop_ids))
+        rows.append(("stop tokens", f"{ids} added to those of the base model: they end turns in the data"))
+    if exported.parity is not None:
+        rows.append(
+            ("logits", f"mean KL to the engine's {exported.parity.mean_kl:.1e} nats over {exported.parity.num_tokens} tokens")
+        )
     return rows
 
 
@@ -237,7 +242,7 @@ def _software_rows(plan: LaunchPlan) -> Rows:
 
 
 def _public(source: str) -> str:
-    """A path, address or hub id without what tells of this machine or opens anything."""
+    """Return a path, address or Hub id without directories of this machine and without credentials."""
     if is_local_path(source):
         return redact(PurePath(source).name) or "a local folder"
     if HUB_ID_PATTERN.fullmatch(source) or source.startswith(("package:", "builtin:")):
@@ -246,5 +251,5 @@ def _public(source: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that stays inside a cell of a table and is not read as Markdown or HTML."""
+    """Escape text for a table cell, so that it is read neither as Markdown nor as HTML."""
     return re.sub(r"([\\`*|<>\[\]])", r"\\\1", " ".join(text.split()))

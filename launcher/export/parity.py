@@ -1,4 +1,4 @@
-"""Proof that an exported folder is the trained model: transformers loads it whole, and its logits are the engine's."""
+"""Parity check of an export: transformers loads the folder completely, and its logits match the engine's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.checkpoint.manifest import REFERENCE_LOGITS
 from launcher.checkpoint.state import State
 from launcher.errors import CheckpointError
 
-# The exported weights are the very numbers that the engine computes with, so that only kernels and the order of sums differ.
+# The exported weights equal the engine's, so that only kernels and the order of sums differ.
 # bf16 and fp16 round each result to 2^-9 and 2^-12 of its size; over tens of layers that moves logits by some 0.05, and
 # KL ~ Var(difference) / 2 ~ 1e-3. A weight that is wrong, missing or in the wrong place costs tenths of a nat. In fp32
 # the same reasoning gives 1e-9; the bound leaves room for TF32 matrix products.
@@ -28,7 +28,7 @@ _FORWARD_TOKENS = 16
 
 @dataclass(frozen=True)
 class LogitParity:
-    """How the exported model's logits differ from the trained engine's on the same tokens.
+    """Difference between the exported model's logits and the engine's on the same tokens.
 
     `mean_kl` is KL(engine || export) in nats, averaged over `num_tokens`; `top1_agreement` is a fraction;
     `max_mean_kl` is the bound for the dtypes that were compared.
@@ -42,29 +42,30 @@ class LogitParity:
 
 
 def check_config(folder: Path, state: State, trust_remote_code: bool = False) -> str:
-    """Build the model of `folder`'s config without memory and return its class's name.
+    """Build the model of `folder`'s config on the meta device and return the name of its class.
 
-    CheckpointError where it has other parameters than the checkpoint.
+    Raises:
+        CheckpointError: if its parameters differ from the checkpoint's.
     """
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # transformers imports its classes when they are named, which must not happen on the meta device.
+    # transformers imports a class on first access, which must not happen on the meta device.
     model_class = transformers.AutoModelForCausalLM
     with torch.device("meta"):
         built: transformers.PreTrainedModel = model_class.from_config(config, trust_remote_code=trust_remote_code)
     tied = built.all_tied_weights_keys
     expected = {name: tuple(tensor.shape) for name, tensor in built.state_dict().items() if name not in tied}
-    held = state.parameters
-    if differing := sorted(name for name in expected.keys() | held.keys() if expected.get(name) != held.get(name)):
+    saved = state.parameters
+    if differing := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
         first = differing[0]
         raise CheckpointError(
             f"the model's config and the checkpoint differ in {len(differing)} tensors",
-            value=f"{first}: {held.get(first, 'absent')} in the checkpoint, {expected.get(first, 'absent')} by the config",
+            value=f"{first}: {saved.get(first, 'absent')} in the checkpoint, {expected.get(first, 'absent')} by the config",
         )
     return type(built).__name__
 
 
 def read_reference_logits(checkpoint: Path) -> dict[str, torch.Tensor] | None:
-    """The tokens and logits that were stored with a checkpoint, if any."""
+    """Read the tokens and reference logits of a checkpoint, None if it has none."""
     path = checkpoint / REFERENCE_LOGITS
     return load_file(path) if path.exists() else None
 
@@ -74,25 +75,29 @@ def load_exported(
 ) -> transformers.PreTrainedModel:
     """Load an exported folder with transformers in `dtype`; CheckpointError where any weight is missing or left over."""
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=_DTYPES[dtype],
             attn_implementation="sdpa",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except Exception as error:  # whatever it is, who downloads the folder would meet it
-        said = f"{type(error).__name__}: {error}"
-        raise CheckpointError("transformers cannot load the exported folder", where=str(folder), value=said) from error
-    if wrong := {kind: sorted(map(str, keys)) for kind, keys in found.items() if keys}:
-        said = "; ".join(f"{kind}: {', '.join(keys[:3])}" for kind, keys in wrong.items())
-        raise CheckpointError("transformers does not find the model's weights in the exported folder", value=said)
+    except Exception as error:  # every user of the folder would get the same error
+        message = f"{type(error).__name__}: {error}"
+        raise CheckpointError("transformers cannot load the exported folder", where=str(folder), value=message) from error
+    if wrong := {kind: sorted(map(str, keys)) for kind, keys in loading_info.items() if keys}:
+        names = "; ".join(f"{kind}: {', '.join(keys[:3])}" for kind, keys in wrong.items())
+        raise CheckpointError("transformers does not find the model's weights in the exported folder", value=names)
     return model.to(device).eval()
 
 
 @torch.no_grad()
 def require_finite(model: transformers.PreTrainedModel) -> None:
-    """One short forward pass; CheckpointError where its logits are not finite."""
+    """Run one short forward pass.
+
+    Raises:
+        CheckpointError: if its logits are not finite.
+    """
     ids = torch.arange(_FORWARD_TOKENS, device=model.device).unsqueeze(0) % model.get_input_embeddings().num_embeddings
     if not torch.isfinite(model(input_ids=ids, use_cache=False).logits).all():
         raise CheckpointError(
@@ -126,13 +131,17 @@ def check_parity(model: transformers.PreTrainedModel, reference_logits: Mapping[
 
 
 def require_parity(parity: LogitParity) -> None:
-    """CheckpointError when the exported model is not the trained one (`MAX_MEAN_KL_*` say why these bounds)."""
+    """Check the parity against its bound (the comment on `MAX_MEAN_KL_*` explains the bounds).
+
+    Raises:
+        CheckpointError: if the exported model's logits differ by more than rounding.
+    """
     if not parity.mean_kl <= parity.max_mean_kl:  # a NaN fails as well
         raise CheckpointError(
-            "the exported model does not compute what the trained one computed",
+            "the exported model's logits differ from the trained model's",
             value=(
                 f"mean KL {parity.mean_kl:.3g} nats over {parity.num_tokens} tokens, rounding explains {parity.max_mean_kl:g}; "
                 f"largest logit difference {parity.max_abs_diff:.3g}, same most likely token for {parity.top1_agreement:.1%}"
             ),
-            remedy="verify the checkpoint, and export it in the dtype that it was trained in",
+            remedy="verify the checkpoint, and export it in the dtype of the training",
         )

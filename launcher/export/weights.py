@@ -1,6 +1,6 @@
-"""A checkpoint's weights, streamed from the shards into Hugging Face's files and compared with the engine's on the way.
+"""Stream a checkpoint's weights from its shards into Hugging Face files, and compare them with the engine's on the way.
 
-Needs numpy alone: to import torch would take longer than the work does, and more memory.
+Needs numpy only: importing torch would take longer than the work itself, and more memory.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from launcher.checkpoint.safetensors_io import ShardSet, TensorSpec, WeightDiges
 from launcher.checkpoint.store import partition
 from launcher.errors import CheckpointError
 
-# The launcher's name of a dtype: safetensors' and config.json's.
+# The launcher's name of a dtype -> its name in safetensors files and in config.json.
 DTYPES = {"bf16": ("BF16", "bfloat16"), "fp16": ("F16", "float16"), "fp32": ("F32", "float32")}
 # 5 GB per file is what transformers and the hub use.
 MAX_FILE_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 
-# Small enough that a block stays in the processor's cache between its cast, its digest and its write.
+# Small enough that a block stays in the CPU cache from its cast to its digest and write.
 _BLOCK_ELEMENTS = 2**19
 _BF16_NAN = 0x7FC0
 
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Which tensors stand in which files, in `dtype`."""
+    """The tensors of each weight file, in `dtype`."""
 
     dtype: str
     files: Mapping[str, Sequence[TensorSpec]]
@@ -49,7 +49,7 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class EngineWeights:
-    """What the engine that saved said of the weights it computes with: their dtype, and for each rank a digest by name."""
+    """The compute weights of the engine that saved: their dtype, and for each rank a digest by weight name."""
 
     dtype: str
     digests: Sequence[Mapping[str, str]]
@@ -68,7 +68,11 @@ def plan_files(parameters: Mapping[str, tuple[int, ...]], dtype: str, max_file_b
 
 
 def read_engine_weights(shards: ShardSet) -> EngineWeights | None:
-    """What the shards' headers say of the engine's weights; None where one of them says nothing."""
+    """Read the engine's dtype and digests from the shards' headers, None if a shard has none.
+
+    Raises:
+        CheckpointError: if a header cannot be parsed, or the shards differ in dtype.
+    """
     metadata = [shards.shard(rank).metadata for rank in range(shards.world_size)]
     if any(safetensors_io.WEIGHTS not in one for one in metadata):
         return None
@@ -85,9 +89,10 @@ def read_engine_weights(shards: ShardSet) -> EngineWeights | None:
 def write_files(shards: ShardSet, engine: EngineWeights | None, planned: FileLayout, names: Sequence[str], folder: Path) -> None:
     """Write and fsync the files `names` of the layout into `folder`.
 
-    Memory: three blocks of half a million elements, whatever the model's size.
+    It takes the memory of three blocks of half a million elements, for any model size. `engine` None skips the comparison.
 
-    CheckpointError where a weight is not the one that the engine computed with; `engine` None compares nothing.
+    Raises:
+        CheckpointError: if a weight differs from the engine's.
     """
     for name in names:
         specs = planned.files[name]
@@ -95,16 +100,16 @@ def write_files(shards: ShardSet, engine: EngineWeights | None, planned: FileLay
 
 
 def write_index(planned: FileLayout, folder: Path) -> None:
-    """The index of the weight files, where there are several."""
+    """Write the index of the weight files if there are several."""
     if len(planned.files) > 1:
         weight_map = {spec.name: file for file, specs in planned.files.items() for spec in specs}
         atomic_files.write_json(folder / INDEX, {"metadata": {"total_size": planned.num_bytes}, "weight_map": weight_map})
 
 
 def _blocks(shards: ShardSet, engine: EngineWeights | None, specs: Sequence[TensorSpec], dtype: str) -> Iterator[memoryview]:
-    """The bytes of all tensors; each rank's part of each is read once, and compared with what its rank said of it."""
+    """Yield the bytes of all tensors; each rank's part is read once and compared with that rank's digest."""
     fp32 = np.empty(_BLOCK_ELEMENTS, np.float32)
-    cast = {name: _Cast(name) for name in {dtype, engine.dtype if engine else dtype}}
+    casts = {name: _Cast(name) for name in {dtype, engine.dtype if engine else dtype}}
     for spec in specs:
         num_elements = math.prod(spec.shape)
         for rank in range(shards.world_size):
@@ -113,13 +118,13 @@ def _blocks(shards: ShardSet, engine: EngineWeights | None, specs: Sequence[Tens
             for start in range(first, last, _BLOCK_ELEMENTS):
                 block = fp32[: last - start]
                 shards.shard(rank).read_into(tensor_key(spec.name, "fp32"), start - first, _bytes(block))
-                of_dtype = {name: to(block) for name, to in cast.items()}
+                blocks = {name: cast(block) for name, cast in casts.items()}
                 if engine:
-                    digest.update(of_dtype[engine.dtype])
-                yield of_dtype[dtype]
+                    digest.update(blocks[engine.dtype])
+                yield blocks[dtype]
             if engine and first < last and digest.hexdigest() != engine.digests[rank].get(spec.name):
                 raise CheckpointError(
-                    "a weight of the checkpoint is not the one that the engine computed with",
+                    "a weight of the checkpoint differs from the engine's",
                     where=f"{spec.name}, part of rank {rank}, in {shards.shard(rank).path}",
                     value=f"digest {digest.hexdigest()}, the engine's is {engine.digests[rank].get(spec.name, 'absent')}",
                     remedy="export another checkpoint, and check the disk",
@@ -127,7 +132,7 @@ def _blocks(shards: ShardSet, engine: EngineWeights | None, specs: Sequence[Tens
 
 
 class _Cast:
-    """fp32 blocks in another dtype, as bytes that are valid until the next call."""
+    """Casts fp32 blocks to another dtype; the returned bytes are valid until the next call."""
 
     def __init__(self, dtype: str) -> None:
         self._dtype = dtype
@@ -141,12 +146,12 @@ class _Cast:
         if self._dtype == "bf16":
             self._to_bf16(block, out)
         else:
-            with np.errstate(over="ignore"):  # what is too large becomes infinite, as on a device
+            with np.errstate(over="ignore"):  # values too large become infinite, as on a device
                 np.copyto(out, block, casting="same_kind")
         return _bytes(out)
 
     def _to_bf16(self, block: np.ndarray, out: np.ndarray) -> None:
-        """The upper half of each float's bits, rounded to the nearest and, where two are as near, to the even one."""
+        """Keep the upper half of each float's bits, rounded to nearest, ties to even."""
         bits, rounded = block.view(np.uint32), self._rounded[: len(block)]
         np.right_shift(bits, 16, out=rounded)
         rounded &= 1

@@ -89,8 +89,8 @@ def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Pa
         "| training, step 40 | 2.1250 |",
         "| held_out, step 0 | 3.5000 |",
         "| held_out, step 40 | 1.5000 |",
-        "| stop tokens | 3, 5 added to those of the base model, as the data ends turns with them |",
-        "20 of 20 tensors are by their digests those that the engine computed with",
+        "| stop tokens | 3, 5 added to those of the base model: they end turns in the data |",
+        "20 of 20 tensors match the engine's weights by digest",
         "| run | tried |",
         "| plan digest | d1ge57 |",
         "| from | run second at step 7, plan digest d2 |",
@@ -157,7 +157,7 @@ def test_weights_of_a_run_that_has_not_ended_tell_how_far_they_are() -> None:
     batch = plan.batch.model_copy(update={"epochs": 5.0})
     card = render_model_card(plan.model_copy(update={"batch": batch}), MANIFEST, METRICS, MADE)
     assert "| length | 40 of 200 planned steps, 1 of 5 epochs |" in card
-    assert "| model | none: training began from random weights |" in card
+    assert "| model | none: trained from random weights |" in card
     assert "| licence |" not in card, "there is no base model to see"
     assert "| changed |" not in card
 
