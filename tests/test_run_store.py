@@ -49,7 +49,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_run_is_created_whole(config: RunConfig, tmp_path: Path) -> None:
+def test_a_run_is_created_with_plan_status_and_code(config: RunConfig, tmp_path: Path) -> None:
     wanted = planned(config, tmp_path, "a")
     run = run_store.create(wanted)
     assert run.root == tmp_path / "runs" / "a"
@@ -80,7 +80,7 @@ def test_a_run_that_exists_is_refused_and_untouched(config: RunConfig, tmp_path:
     assert tree(run.root) == before
 
 
-def test_a_file_in_the_way_is_refused(config: RunConfig, tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_run_root_is_refused(config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("no folder")
     with pytest.raises(SubmitError) as error:
         run_store.create(planned(config, tmp_path, "a"))
@@ -88,7 +88,7 @@ def test_a_file_in_the_way_is_refused(config: RunConfig, tmp_path: Path) -> None
     assert "run.root" in str(error.value)
 
 
-def test_two_at_once_make_one_run(config: RunConfig, tmp_path: Path) -> None:
+def test_concurrent_creations_make_one_run(config: RunConfig, tmp_path: Path) -> None:
     outcomes: list[str] = []
 
     def create() -> None:
@@ -116,7 +116,7 @@ def test_attempts_are_numbered(config: RunConfig, tmp_path: Path) -> None:
     assert run.attempt(8).name == "008"
 
 
-def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Path) -> None:
+def test_an_attempt_survives_a_round_trip(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     whole = Attempt(40, "41", 2, ("n1", "n2"), "10.0.0.1", "ib0", 29500, 1795554098.5, 1.5, 2.5, True, True, 64)
     assert set(whole.__dict__.values()).isdisjoint(Attempt(None).__dict__.values()), "no field has its default"
@@ -130,7 +130,7 @@ def test_an_attempt_comes_back_as_it_was_written(config: RunConfig, tmp_path: Pa
     assert run_store.read_attempt(run, 1) == whole
 
 
-def test_the_newest_attempt(config: RunConfig, tmp_path: Path) -> None:
+def test_the_newest_attempt_has_the_highest_number(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     assert run_store.newest_attempt(run) == 0
     for number in range(1, 12):
@@ -139,7 +139,7 @@ def test_the_newest_attempt(config: RunConfig, tmp_path: Path) -> None:
     assert run_store.newest_attempt(run) == 11
 
 
-def test_an_attempt_is_there_whole_or_not_at_all(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_attempt_is_created_atomically(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a process that ends in between, the next one finds nothing that it could not read."""
     run = run_store.create(planned(config, tmp_path, "a"))
 
@@ -159,7 +159,7 @@ def test_an_attempt_is_there_whole_or_not_at_all(config: RunConfig, tmp_path: Pa
     assert stat.S_IMODE(run.attempt(1).stat().st_mode) == 0o700
 
 
-def test_an_attempt_that_another_has_followed_is_told_so(config: RunConfig, tmp_path: Path) -> None:
+def test_a_superseded_attempt_is_fenced(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     run_store.create_attempt(run, Attempt(None))
     run_store.fence(run, 1)
@@ -172,9 +172,7 @@ def test_an_attempt_that_another_has_followed_is_told_so(config: RunConfig, tmp_
     assert problem.where == str(run.attempt(2))
 
 
-def test_storage_that_cannot_tell_of_a_later_attempt_stops_none_but_where_it_must_be_certain(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_storage_error_fences_only_with_refresh(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     run_store.create_attempt(run, Attempt(None))
     monkeypatch.setattr(Path, "exists", failing(errno.EIO))
@@ -183,7 +181,7 @@ def test_storage_that_cannot_tell_of_a_later_attempt_stops_none_but_where_it_mus
         run_store.fence(run, 1, refresh=True)
 
 
-def test_a_reader_never_sees_a_part(config: RunConfig, tmp_path: Path) -> None:
+def test_a_reader_never_sees_a_partial_status(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     message = "x" * 100_000
     stop = threading.Event()
@@ -206,7 +204,7 @@ def test_a_reader_never_sees_a_part(config: RunConfig, tmp_path: Path) -> None:
     assert [s.step for s in steps] == sorted(s.step for s in steps)
 
 
-def test_a_changed_status_keeps_the_rest(config: RunConfig, tmp_path: Path) -> None:
+def test_updating_a_status_keeps_the_other_fields(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     before = run_store.read_status(run)
     run_store.update_status(run, state="running", attempt=1, job={"pid": 5})
@@ -240,9 +238,7 @@ def test_runs_are_listed_newest_first(config: RunConfig, tmp_path: Path) -> None
     assert list(run_store.list_runs(tmp_path / "nowhere")) == []
 
 
-def test_folders_that_are_closed_to_this_user_are_no_runs(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_closed_to_this_user_are_not_listed(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mine", "theirs"):
         run_store.create(planned(config, tmp_path, name))
     monkeypatch.setattr(Path, "is_file", failing(errno.EACCES, "theirs"))
@@ -253,9 +249,7 @@ def test_folders_that_are_closed_to_this_user_are_no_runs(
         run_store.find_run("theirs", tmp_path / "runs")
 
 
-def test_a_file_that_was_replaced_while_it_was_read_is_read_again(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_replaced_during_a_read_is_read_again(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS tells it; any other failure is told in words."""
     run = run_store.create(planned(config, tmp_path, "a"))
     read, failures = Path.read_bytes, [errno.ESTALE]
@@ -311,7 +305,7 @@ def test_code_of_an_earlier_launcher_is_replaced_and_kept(config: RunConfig, tmp
     assert (run.code / "launcher/run_store.py").is_file()
 
 
-def test_replacing_code_goes_on_where_it_was_interrupted(config: RunConfig, tmp_path: Path) -> None:
+def test_replacing_code_continues_after_an_interruption(config: RunConfig, tmp_path: Path) -> None:
     run = run_store.create(planned(config, tmp_path, "a"))
     run_store.create_attempt(run, Attempt(resume_step=None))
     run.code.rename(run.earlier_code(1))

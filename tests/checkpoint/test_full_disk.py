@@ -47,7 +47,7 @@ def fill(root: Path) -> Path:
     return path
 
 
-def test_a_shard_that_does_not_fit_names_its_file_and_harms_nothing(root: Path) -> None:
+def test_a_full_disk_names_the_shard_and_keeps_earlier_checkpoints(root: Path) -> None:
     first = save(root, 1)
     with pytest.raises(OSError, match="No space left") as error:
         save(root, 2, b"x" * DISK)
@@ -60,7 +60,7 @@ def test_a_shard_that_does_not_fit_names_its_file_and_harms_nothing(root: Path) 
     assert [checkpoint.step for checkpoint in store.list_checkpoints(root)] == [1, 3]
 
 
-def test_a_manifest_that_does_not_fit_commits_nothing(root: Path) -> None:
+def test_a_full_disk_during_the_manifest_commits_nothing(root: Path) -> None:
     first = save(root, 1)
     saving = store.begin_save(root, step=2, attempt=1, needed_bytes=1)
     files = {store.shard_name(0): atomic_files.write_file(saving / store.shard_name(0), [SHARD])}
@@ -72,7 +72,7 @@ def test_a_manifest_that_does_not_fit_commits_nothing(root: Path) -> None:
     assert store.verify(save(root, 2)) == []
 
 
-def test_what_pruning_will_free_is_not_free_yet(root: Path) -> None:
+def test_checkpoints_to_be_pruned_do_not_count_as_free_space(root: Path) -> None:
     """Three fit; with two there, a third of twice the size does not, though one of the two is about to go."""
     save(root, 1)
     save(root, 2)

@@ -15,7 +15,7 @@ WHOLE = Manifest(
 REMOVED = object()
 
 
-def test_it_comes_back_as_it_was_written():
+def test_a_manifest_survives_a_round_trip():
     assert Manifest.from_json(WHOLE.to_json().encode()) == WHOLE
     assert list(json.loads(WHOLE.to_json())) == [
         "format_version",
@@ -29,7 +29,7 @@ def test_it_comes_back_as_it_was_written():
 
 
 @pytest.mark.parametrize("loss", [None, math.nan, math.inf])
-def test_a_loss_that_json_has_no_word_for_is_none(loss):
+def test_a_non_finite_loss_is_stored_as_null(loss):
     text = Manifest(step=7, world_size=2, plan_digest="d", attempt=1, eval_loss=loss, files={}).to_json()
     assert Manifest.from_json(text.encode()).eval_loss is None
 
@@ -62,7 +62,7 @@ def test_a_loss_that_json_has_no_word_for_is_none(loss):
         ),
     ],
 )
-def test_what_no_save_has_written_is_refused(key, value, said):
+def test_an_invalid_field_is_refused_by_name(key, value, said):
     values = json.loads(WHOLE.to_json())
     values = {name: of for name, of in values.items() if name != key} | ({} if value is REMOVED else {key: value})
     with pytest.raises(ValueError, match=re.escape(said)):
@@ -70,13 +70,13 @@ def test_what_no_save_has_written_is_refused(key, value, said):
 
 
 @pytest.mark.parametrize(("written", "loss"), [("2", 2.0), ("1" * 400, math.inf)])
-def test_a_loss_may_be_written_without_a_point(written, loss):
+def test_an_integer_loss_is_accepted(written, loss):
     found = Manifest.from_json(WHOLE.to_json().replace("1.5", written).encode()).eval_loss
     assert isinstance(found, float)
     assert found == loss
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff\xfe\x00", b"[" * 100_000])
-def test_what_is_no_object_is_refused(content):
+def test_content_that_is_not_an_object_is_refused(content):
     with pytest.raises(ValueError, match=r"."):
         Manifest.from_json(content)

@@ -44,17 +44,17 @@ UNEVALUATED = dict.fromkeys((10, 20, 30, 40, 50))
         ({}, {"keep_last": 2, "keep_best": 1}, []),
     ],
 )
-def test_what_no_rule_keeps_is_outdated(losses, rules, expected):
+def test_checkpoints_that_no_rule_keeps_are_outdated(losses, rules, expected):
     assert gone(losses, **rules) == expected
 
 
-def test_each_rule_says_what_it_keeps():
+def test_each_rule_names_the_steps_that_it_keeps():
     found = checkpoints({100: 1.0, 150: 2.0, 200: None, 250: 3.0})
     kept = retention_reasons(found, Retention(keep_last=1, keep_every=100, keep_best=1))
     assert kept == {100: ("every 100", "best"), 150: (), 200: ("every 100",), 250: ("newest",)}
 
 
-def test_the_rules_hold_for_whatever_lies_there():
+def test_the_rules_hold_for_any_set_of_checkpoints():
     """Ten thousand folders at random, against each rule said anew in its own words."""
     chance = random.Random(5)
     for _ in range(10_000):

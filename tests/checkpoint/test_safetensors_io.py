@@ -26,7 +26,7 @@ SPECS = [
 ]
 
 
-def test_the_library_reads_what_is_written(tmp_path):
+def test_the_safetensors_library_reads_our_files(tmp_path):
     path = tmp_path / "x.safetensors"
     entry = safetensors_io.write(path, SPECS, map(as_bytes, TENSORS.values()), {"format": "pt"})
     assert entry == atomic_files.digest_file(path)
@@ -40,7 +40,7 @@ def test_the_library_reads_what_is_written(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_what_the_library_writes_is_read(tmp_path):
+def test_files_of_the_safetensors_library_are_read(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file(TENSORS, path)
     file = TensorFile(path)
@@ -54,13 +54,13 @@ def test_what_the_library_writes_is_read(tmp_path):
     file.close()
 
 
-def test_missing_bytes_are_an_error(tmp_path):
+def test_a_truncated_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="were written"):
         safetensors_io.write(tmp_path / "x", SPECS, [as_bytes(TENSORS["a|fp32"])], {})
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_every_range_is_read_over_the_shards(tmp_path, world_size):
+def test_every_range_is_read_across_shards(tmp_path, world_size):
     whole = {n: torch.randn(n) for n in (1, 2, 3, 7, 10)}
     for rank in range(world_size):
         parts = {n: tensor[slice(*store.partition(n, world_size, rank))] for n, tensor in whole.items()}

@@ -25,7 +25,7 @@ COMMITTED = ["step-00000002", "step-00000003"]
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_a_save_in_the_background_holds_the_state_of_its_step_while_training_goes_on(runs, kind):
+def test_a_background_save_holds_the_state_of_its_step(runs, kind):
     waited, behind = (store.get_at_step(runs.folder / kind / name, 2) for name in ("checkpoints", "behind"))
     for rank in range(2):
         assert runs.report(kind, "behind", rank)["losses"] == runs.report(kind, "losses", rank)[:3]
@@ -46,14 +46,14 @@ def test_training_does_not_wait_for_the_write(runs, kind):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_all_ranks_know_how_long_a_save_took_whenever_they_ask(runs, kind):
+def test_all_ranks_report_the_same_duration_of_a_save(runs, kind):
     """By this number they judge together whether another one fits before the machines go."""
     took = {runs.report(kind, "behind", rank)["seconds"] for rank in range(2)}
     assert len(took) == 1
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_a_write_that_fails_in_the_background_is_told_on_all_ranks_and_leaves_nothing(runs, kind):
+def test_a_failed_background_write_raises_on_all_ranks_and_leaves_nothing(runs, kind):
     for rank in range(2):
         (failure,) = runs.report(kind, "behind", rank)["failures"]
         assert "could not be written" in failure
@@ -62,20 +62,20 @@ def test_a_write_that_fails_in_the_background_is_told_on_all_ranks_and_leaves_no
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_what_cannot_be_removed_leaves_the_commit_as_it_is(runs, kind):
+def test_a_failed_prune_does_not_undo_the_commit(runs, kind):
     assert runs.report(kind, "unremovable", 0) == f"Permission denied: {runs.folder / kind / 'older'}"
     assert runs.report(kind, "unremovable", 1) == ""
     assert store.verify(store.get_at_step(runs.folder / kind / "unremovable", 4).path) == []
 
 
-def test_weights_that_are_no_numbers_are_never_committed(runs):
+def test_non_finite_weights_are_never_committed(runs):
     for rank in range(2):
         (failure,) = runs.report("bf16", "behind-poisoned", rank)
         assert "NaN" in failure
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_a_shard_tells_digests_of_the_weights_that_the_engine_computes_with(runs, kind):
+def test_a_shard_holds_digests_of_the_compute_weights(runs, kind):
     checkpoint = store.get_at_step(runs.checkpoints(kind), 2)
     weights = load_file(runs.dump(kind, "saved"))
     for rank in range(2):
@@ -104,7 +104,7 @@ def killed(run_ranks, tmp_path_factory) -> Path:
 
 @pytest.mark.rest
 @pytest.mark.parametrize("point, victim", KILLS)
-def test_a_kill_at_any_point_of_a_save_leaves_a_whole_checkpoint_from_which_training_goes_on(runs, killed, point, victim):
+def test_a_kill_at_any_point_of_a_save_leaves_an_intact_checkpoint_to_resume_from(runs, killed, point, victim):
     name = f"{point}-{victim}"
     left = json.loads((killed / "left.json").read_text())[name]
     if (point, victim) == ("noted", "1"):

@@ -22,7 +22,7 @@ def assert_same_bits(one, other, *, at_least: int = 41) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_new_processes_continue_bit_for_bit(runs, kind):
+def test_a_resume_continues_bit_for_bit(runs, kind):
     assert_same_bits(runs.dump(kind, "saved"), runs.dump(kind, "loaded"))
     assert_same_bits(runs.dump(kind, "straight"), runs.dump(kind, "resumed"))
     for rank in range(2):
@@ -35,14 +35,14 @@ def test_new_processes_continue_bit_for_bit(runs, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_engine_that_has_trained_on_can_go_back(runs, kind):
+def test_an_engine_can_load_an_earlier_checkpoint(runs, kind):
     for rank in range(2):
         assert runs.report(kind, "losses-back", rank) == runs.report(kind, "losses", rank)[2:]
         assert runs.report(kind, "losses-again", rank) == runs.report(kind, "losses", rank)[:2]
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
-def test_another_world_size_gets_the_same_states(runs, kind):
+def test_another_world_size_loads_the_same_states(runs, kind):
     for name, world_size in (("one", 1), ("two", 2), ("four", 4), ("half", 2)):
         assert_same_bits(runs.dump(kind, "saved"), runs.dump(kind, name))
         assert store.get_at_step(runs.folder / kind / name, 2).manifest.world_size == world_size
@@ -65,7 +65,7 @@ def test_a_small_weight_is_persistent_and_the_others_are_padded(runs):
     assert shapes["lm_head.weight"] == (511, 27)
 
 
-def test_another_plan_and_a_flipped_bit_are_refused_on_all_ranks_before_anything_is_loaded(runs):
+def test_another_plan_and_a_flipped_bit_are_refused_on_all_ranks_before_loading(runs):
     for rank in range(2):
         another_plan, damage = runs.report("fp32", "resumed", rank)["refused"]
         assert "saved by another plan" in another_plan
@@ -73,7 +73,7 @@ def test_another_plan_and_a_flipped_bit_are_refused_on_all_ranks_before_anything
         assert "rank-00001.safetensors" in damage
 
 
-def test_a_failing_rank_fails_the_save_on_all_ranks_and_nothing_else(runs):
+def test_a_failing_rank_fails_the_save_on_all_ranks(runs):
     for rank in range(2):
         failures = runs.report("fp32", "failures", rank)
         (disk,) = failures["disk"]
@@ -90,7 +90,7 @@ def test_a_failing_rank_fails_the_save_on_all_ranks_and_nothing_else(runs):
     assert sorted(p.name for p in runs.checkpoints("fp32").iterdir()) == ["step-00000000", "step-00000002"]
 
 
-def test_a_killed_save_leaves_the_earlier_checkpoint(runs, tmp_path):
+def test_a_killed_save_keeps_the_earlier_checkpoint(runs, tmp_path):
     root = tmp_path / "checkpoints"
     shutil.copytree(runs.checkpoints("bf16"), root)
     leftover = root / ".saving-step-00000003-001"
@@ -108,7 +108,7 @@ def test_a_released_engine_holds_no_memory(runs, kind):
         assert released["after"] == 0
 
 
-def test_the_directory_holds_what_the_manifest_names(runs):
+def test_the_directory_holds_exactly_the_files_of_the_manifest(runs):
     checkpoint = store.get_latest(runs.checkpoints("fp32"))
     names = {"rank-00000.safetensors", "rank-00001.safetensors", "state.json", "probe.safetensors"}
     assert checkpoint.manifest.files.keys() == names
@@ -119,7 +119,7 @@ def test_the_directory_holds_what_the_manifest_names(runs):
     assert saved["bytes"] == sum(p.stat().st_size for p in checkpoint.path.iterdir() if p.name != "manifest.json")
 
 
-def test_the_dynamic_loss_scale_of_fp16_is_carried_over(monkeypatch):
+def test_the_dynamic_loss_scale_of_fp16_is_restored(monkeypatch):
     from deepspeed.runtime.fp16 import loss_scaler
 
     from launcher.checkpoint import zero3
@@ -156,7 +156,7 @@ NVME_KINDS = ["nvme", "nvme_params"]
 @pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
-def test_these_states_really_lie_on_nvme(nvme_runs, kind):
+def test_states_are_offloaded_to_nvme(nvme_runs, kind):
     """Guards the setting of the tests below. The norms' sub-group is too small for DeepSpeed to swap."""
     for rank in range(2):
         found = nvme_runs.report(kind, "on-nvme", rank)
@@ -167,7 +167,7 @@ def test_these_states_really_lie_on_nvme(nvme_runs, kind):
 @pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
-def test_states_on_nvme_continue_bit_for_bit_in_new_processes_and_in_one_that_goes_back(nvme_runs, kind):
+def test_states_on_nvme_continue_bit_for_bit_after_a_resume_and_after_loading_an_earlier_checkpoint(nvme_runs, kind):
     assert_same_bits(nvme_runs.dump(kind, "saved"), nvme_runs.dump(kind, "loaded"), at_least=30)
     assert_same_bits(nvme_runs.dump(kind, "straight"), nvme_runs.dump(kind, "resumed"), at_least=30)
     for rank in range(2):
@@ -181,7 +181,7 @@ def test_states_on_nvme_continue_bit_for_bit_in_new_processes_and_in_one_that_go
 @pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
-def test_states_on_nvme_go_to_another_world_size_and_back(nvme_runs, kind):
+def test_states_on_nvme_move_to_another_world_size_and_back(nvme_runs, kind):
     assert_same_bits(nvme_runs.dump(kind, "saved"), nvme_runs.dump(kind, "one"), at_least=30)
     assert_same_bits(nvme_runs.dump(kind, "saved"), nvme_runs.dump(kind, "two"), at_least=30)
 
@@ -189,7 +189,7 @@ def test_states_on_nvme_go_to_another_world_size_and_back(nvme_runs, kind):
 @pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
-def test_a_save_from_nvme_that_fails_half_way_leaves_training_as_it_was(nvme_runs, kind):
+def test_a_failed_save_from_nvme_does_not_affect_training(nvme_runs, kind):
     for rank in range(2):
         (disk,) = nvme_runs.report(kind, "failures", rank)["disk"]
         assert "rank-00001.safetensors" in disk
@@ -199,5 +199,5 @@ def test_a_save_from_nvme_that_fails_half_way_leaves_training_as_it_was(nvme_run
 @pytest.mark.rest
 @pytest.mark.timeout(1500)  # with the compilation of extensions
 @pytest.mark.parametrize("kind", NVME_KINDS)
-def test_training_waits_for_a_save_from_nvme_even_where_one_in_the_background_was_asked_for(nvme_runs, kind):
+def test_training_waits_for_a_save_from_nvme(nvme_runs, kind):
     assert [nvme_runs.report(kind, "waited", rank) for rank in range(2)] == [{"is_there": True}] * 2

@@ -26,7 +26,7 @@ GIB = 2**30
         ({"memory.max": 20 * GIB, "memory.current": 15 * GIB, "memory.stat": "", "job/memory.max": "max"}, 5),
     ],
 )
-def test_what_is_left_of_a_jobs_memory(tmp_path, monkeypatch, files, left_gib):
+def test_available_memory_respects_limits_of_all_cgroups(tmp_path, monkeypatch, files, left_gib):
     free = psutil.virtual_memory()._replace(available=100 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     (tmp_path / "own").write_text("0::/job/step_0\n")

@@ -26,7 +26,7 @@ def steps(root):
     return [c.step for c in store.list_checkpoints(root)]
 
 
-def test_commit_list_and_latest(tmp_path):
+def test_committed_checkpoints_are_listed_by_step(tmp_path):
     for step in (200, 100, 123456789):
         committed(tmp_path, step)
     assert steps(tmp_path) == [100, 200, 123456789]
@@ -64,7 +64,7 @@ def test_directories_are_private(tmp_path):
         ),
     ],
 )
-def test_what_is_not_whole_does_not_exist(tmp_path, damage, said):
+def test_incomplete_checkpoints_are_not_listed(tmp_path, damage, said):
     path = committed(tmp_path, 7)
     damage(path)
     assert steps(tmp_path) == []
@@ -75,7 +75,7 @@ def test_what_is_not_whole_does_not_exist(tmp_path, damage, said):
         store.get_latest(tmp_path)
 
 
-def test_latest_says_what_is_there(tmp_path):
+def test_the_error_without_a_checkpoint_lists_the_directory(tmp_path):
     with pytest.raises(CheckpointError, match="the folder does not exist"):
         store.get_latest(tmp_path / "none")
     with pytest.raises(CheckpointError, match="the folder is empty"):
@@ -85,7 +85,7 @@ def test_latest_says_what_is_there(tmp_path):
         store.get_latest(tmp_path)
 
 
-def test_verify_finds_one_flipped_bit(tmp_path):
+def test_verify_detects_one_flipped_bit(tmp_path):
     path = committed(tmp_path, 7)
     assert store.verify(path) == []
     file = path / "rank-00000.safetensors"
@@ -98,7 +98,7 @@ def test_verify_finds_one_flipped_bit(tmp_path):
     assert problem.where == str(file)
 
 
-def test_what_storage_does_not_give_out_now_is_not_damaged(tmp_path, storage_fails):
+def test_a_storage_error_does_not_count_as_damage(tmp_path, storage_fails):
     for step in (7, 8):
         committed(tmp_path, step)
     for name, code in itertools.product(("manifest.json", "state.json"), (errno.EIO, errno.ESTALE, errno.EACCES)):
@@ -118,7 +118,7 @@ def test_what_storage_does_not_give_out_now_is_not_damaged(tmp_path, storage_fai
     assert store.verify(store.get_latest(tmp_path).path) == []
 
 
-def test_going_back_leaves_nothing_that_can_be_read_later(tmp_path, storage_fails):
+def test_going_back_sets_unreadable_later_checkpoints_aside(tmp_path, storage_fails):
     for step in (6, 7, 8):
         committed(tmp_path, step)
     with storage_fails(tmp_path / "step-00000008" / "manifest.json", errno.EIO):
@@ -127,7 +127,7 @@ def test_going_back_leaves_nothing_that_can_be_read_later(tmp_path, storage_fail
     assert store.get_latest(tmp_path).step == 6
 
 
-def test_files_of_another_user_are_named(tmp_path, monkeypatch):
+def test_files_of_another_user_are_reported(tmp_path, monkeypatch):
     checkpoint = store.open_checkpoint(committed(tmp_path, 7))
     assert store.find_foreign_files(checkpoint.path, checkpoint.manifest) == []
     if os.geteuid() == 0:
@@ -188,7 +188,7 @@ def test_a_damaged_step_does_not_block_the_one_it_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", [store.SET_ASIDE_PREFIX, store.DAMAGED_PREFIX])
-def test_what_is_set_aside_again_takes_a_free_name(tmp_path, monkeypatch, prefix):
+def test_a_step_set_aside_again_gets_a_free_name(tmp_path, monkeypatch, prefix):
     names = [f"{prefix}step-00000007{end}" for end in ("", "-2", "-3")]
     rename, renamed = os.rename, []
 
@@ -207,7 +207,7 @@ def test_what_is_set_aside_again_takes_a_free_name(tmp_path, monkeypatch, prefix
     assert [left.path.name for left in find_leftovers(tmp_path)] == names
 
 
-def test_begin_sweeps_leftovers_but_not_a_later_attempt(tmp_path):
+def test_begin_save_removes_leftovers_except_of_later_attempts(tmp_path):
     for step, attempt in ((1, 1), (2, 2), (3, 3)):
         (tmp_path / f".saving-step-{step:08d}-{attempt:03d}").mkdir()
     (tmp_path / ".removing-0123").mkdir()
@@ -216,7 +216,7 @@ def test_begin_sweeps_leftovers_but_not_a_later_attempt(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".saving-step-00000002-002", ".saving-step-00000003-003", "notes"]
 
 
-def test_prune_keeps_the_newest_and_what_it_is_told_to(tmp_path):
+def test_prune_keeps_the_newest_and_the_paths_in_keep(tmp_path):
     for step in (1, 2, 3, 4, 5):
         committed(tmp_path, step)
     (tmp_path / "step-00000004" / "manifest.json").unlink()
@@ -226,7 +226,7 @@ def test_prune_keeps_the_newest_and_what_it_is_told_to(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001", "step-00000003", "step-00000004", "step-00000005"]
 
 
-def test_a_full_disk_is_refused_with_both_numbers(tmp_path):
+def test_a_full_disk_is_refused_with_needed_and_available_bytes(tmp_path):
     with pytest.raises(CheckpointError, match=r"needed 1,000,000,000,000,000,000 bytes, available [\d,]+ bytes"):
         store.begin_save(tmp_path, step=1, attempt=1, needed_bytes=10**18)
     assert list(tmp_path.iterdir()) == []

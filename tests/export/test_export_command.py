@@ -46,7 +46,7 @@ def test_the_command(runs, run, tmp_path, capsys):
     assert "none.json" in capsys.readouterr().err
 
 
-def test_what_was_not_proven_is_said(run, tmp_path, capsys):
+def test_skipped_checks_are_reported(run, tmp_path, capsys):
     checkpoint = run / "checkpoints" / "step-00000002"
     plain = with_metadata(checkpoint, tmp_path)
     shutil.rmtree(checkpoint)
@@ -57,7 +57,7 @@ def test_what_was_not_proven_is_said(run, tmp_path, capsys):
     assert "not loaded by transformers: not asked for" in said
 
 
-def test_damage_is_refused_before_anything_is_written(run, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_refused_before_writing(run, tmp_path, capsys):
     flip_bit(run / "checkpoints" / "step-00000002", 1, "model.norm.weight|exp_avg", bit=3)
     arguments = [str(run / "plan.json"), "--no-check", "--out", str(tmp_path / "elsewhere")]
     assert command.main([*arguments, "--dtype", "fp32"]) == 1
@@ -65,7 +65,7 @@ def test_damage_is_refused_before_anything_is_written(run, tmp_path, capsys):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_the_template_is_that_which_the_data_was_rendered_with(run, tmp_path, capsys):
+def test_the_exported_template_is_the_one_that_rendered_the_data(run, tmp_path, capsys):
     file = tmp_path / "chat.jinja"
     file.write_text("of the file")
     plan = plan_of(run)
@@ -81,7 +81,7 @@ def test_the_template_is_that_which_the_data_was_rendered_with(run, tmp_path, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_the_card_is_that_of_the_attempt_which_saved(run):
+def test_the_card_describes_the_attempt_that_saved(run):
     attempt = run / "attempts" / "001"
     attempt.mkdir(parents=True)
     plan = plan_of(run)

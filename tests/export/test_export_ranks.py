@@ -47,7 +47,7 @@ def test_two_ranks_write_one_folder(rank_server, runs, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("limited", [0, 1])
-def test_a_rank_that_cannot_write_ends_the_export_on_all_ranks(rank_server, checkpoint, tmp_path, limited):
+def test_a_failing_rank_fails_the_export_on_all_ranks(rank_server, checkpoint, tmp_path, limited):
     for code, output in exported(rank_server, tmp_path, checkpoint, limited=limited):
         assert code == 3, output
         assert "training is complete and saved, but the Hugging Face folder could not be written" in output
@@ -58,7 +58,7 @@ def test_a_rank_that_cannot_write_ends_the_export_on_all_ranks(rank_server, chec
     assert store.verify(checkpoint) == []
 
 
-def test_a_wrong_weight_is_told_on_all_ranks(rank_server, checkpoint, tmp_path):
+def test_a_wrong_weight_raises_on_all_ranks(rank_server, checkpoint, tmp_path):
     flip_bit(checkpoint, 1, "model.layers.0.mlp.up_proj.weight|fp32", bit=30)
     for code, output in exported(rank_server, tmp_path, checkpoint):
         assert code == 3, output
@@ -67,7 +67,7 @@ def test_a_wrong_weight_is_told_on_all_ranks(rank_server, checkpoint, tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_a_push_that_fails_is_an_alert_and_the_folder_stays(rank_server, checkpoint, tmp_path):
+def test_a_failed_push_is_an_alert_and_keeps_the_folder(rank_server, checkpoint, tmp_path):
     (code, output), _ = exported(rank_server, tmp_path, checkpoint, push_to_hub="owner/name")
     assert code == 0, output
     assert "alert: a push to the Hub needs HF_TOKEN" in output

@@ -65,7 +65,7 @@ def test_the_folder_holds_the_engines_weights_bit_for_bit(runs, tmp_path, kind, 
     assert tied == (kind == "bf16")
 
 
-def test_a_master_copy_can_be_written_of_a_bf16_run(runs, tmp_path):
+def test_a_bf16_run_can_be_exported_in_fp32(runs, tmp_path):
     result = exported(runs, "bf16", tmp_path / "export", dtype="fp32")
     assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "fp32"))
 
@@ -84,7 +84,7 @@ def test_large_models_are_split_into_several_files(runs, tmp_path):
     assert_same({name: p.data for name, p in model.named_parameters()}, trained(runs, "fp32", "fp32"))
 
 
-def test_the_config_and_the_files_beside_it(runs, tmp_path):
+def test_config_and_tokenizer_files_are_exported(runs, tmp_path):
     base, tokenizer = tmp_path / "base", tmp_path / "tokenizer"
     for folder in (base, tokenizer / "additional_chat_templates"):
         folder.mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_the_config_and_the_files_beside_it(runs, tmp_path):
     assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))
 
 
-def test_a_template_takes_the_place_of_the_tokenizers_own_ones(runs, tmp_path):
+def test_a_chat_template_replaces_the_tokenizers_own(runs, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     (tokenizer / "additional_chat_templates").mkdir(parents=True)
     (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>", "chat_template": "old"}')
@@ -131,7 +131,7 @@ def test_a_template_takes_the_place_of_the_tokenizers_own_ones(runs, tmp_path):
         (0, {"eos_token_id": [7, 3, 5]}, {"eos_token_id": [7, 3, 5]}),
     ],
 )
-def test_generations_stop_where_the_data_ends_turns(runs, tmp_path, of_config, of_generation, expected):
+def test_generation_stops_at_the_datas_end_of_turn(runs, tmp_path, of_config, of_generation, expected):
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps(llama_config("bf16") | {"bos_token_id": 1, "eos_token_id": of_config}))
@@ -145,7 +145,7 @@ def test_generations_stop_where_the_data_ends_turns(runs, tmp_path, of_config, o
     assert loaded.eos_token_id == expected["eos_token_id"]
 
 
-def test_architectures_are_added_where_the_config_has_none(runs, tmp_path):
+def test_missing_architectures_are_added_to_the_config(runs, tmp_path):
     result = exported(runs, "fp32", tmp_path / "export")
     assert json.loads((result.path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 
@@ -169,7 +169,7 @@ def test_parity_passes_and_one_wrong_weight_fails(runs, tmp_path, kind):
         require_parity(tampered)
 
 
-def test_a_failed_export_leaves_the_earlier_one(runs, tmp_path, monkeypatch):
+def test_a_failed_export_keeps_the_earlier_one(runs, tmp_path, monkeypatch):
     out = tmp_path / "export"
     exported(runs, "fp32", out)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
@@ -186,7 +186,7 @@ def test_a_failed_export_leaves_the_earlier_one(runs, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
 
 
-def test_a_folder_that_is_no_export_is_never_replaced(runs, tmp_path):
+def test_a_folder_that_is_not_an_export_is_never_replaced(runs, tmp_path):
     (tmp_path / "config.json").write_text("the only copy of something")
     with pytest.raises(CheckpointError, match="something else than an export"):
         exported(runs, "fp32", tmp_path)
@@ -203,14 +203,14 @@ def without_reference_logits(runs, kind, folder):
     return checkpoint
 
 
-def test_without_the_engines_logits_the_folder_is_loaded_all_the_same(runs, tmp_path):
+def test_without_reference_logits_the_folder_is_still_loaded(runs, tmp_path):
     result = exported(runs, "bf16", tmp_path / "export", checkpoint=without_reference_logits(runs, "bf16", tmp_path))
     assert result.loaded
     assert result.parity is None
     assert_same(load_file(result.path / "model.safetensors"), trained(runs, "bf16", "compute"))
 
 
-def test_a_weight_that_is_missing_left_over_or_not_finite_is_found_by_loading(runs, tmp_path):
+def test_loading_detects_missing_unused_and_non_finite_weights(runs, tmp_path):
     file = exported(runs, "bf16", tmp_path / "export").path / "model.safetensors"
     weights = load_file(file)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -237,7 +237,7 @@ def test_a_model_that_does_not_fit_in_memory_is_exported_and_not_loaded(runs, tm
     assert (result.path / "model.safetensors").is_file()
 
 
-def test_shares_of_several_ranks_make_the_same_folder(runs, tmp_path):
+def test_several_ranks_write_the_same_folder_as_one(runs, tmp_path):
     alone = exported(runs, "fp32", tmp_path / "alone", max_file_bytes=60_000)
     shared = task(runs, "fp32", tmp_path / "shared", max_file_bytes=60_000)
     exporting.begin_export(shared)

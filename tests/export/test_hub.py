@@ -56,7 +56,7 @@ def push(hub: FakeHub, folder: Path, token: str = TOKEN, address: str | None = N
     )
 
 
-def test_the_repository_holds_the_folder_and_nothing_of_an_earlier_export(hub: FakeHub, folder: Path) -> None:
+def test_a_push_replaces_the_files_of_an_earlier_export(hub: FakeHub, folder: Path) -> None:
     hub.files = {
         ".gitattributes": b"*",
         "notes.md": b"mine",
@@ -74,7 +74,7 @@ def test_the_repository_holds_the_folder_and_nothing_of_an_earlier_export(hub: F
 
 
 @pytest.mark.parametrize(("end", "status"), [("preupload/main", 403), ("commit/main", 500), ("objects/batch", 403)])
-def test_a_hub_that_refuses_is_told_with_the_command_that_repeats_it(hub: FakeHub, folder: Path, end: str, status: int) -> None:
+def test_a_refused_push_names_the_command_that_repeats_it(hub: FakeHub, folder: Path, end: str, status: int) -> None:
     hub.refuse = {end: status}
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = push(hub, folder)
@@ -87,7 +87,7 @@ def test_a_hub_that_refuses_is_told_with_the_command_that_repeats_it(hub: FakeHu
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_wrong_token_and_a_hub_that_is_not_there_are_told_in_words(hub: FakeHub, folder: Path) -> None:
+def test_a_wrong_token_and_an_unreachable_hub_are_reported(hub: FakeHub, folder: Path) -> None:
     wrong = push(hub, folder, token="somebody-elses")
     assert wrong.returncode == 1
     assert "401" in wrong.stdout
@@ -96,7 +96,7 @@ def test_a_wrong_token_and_a_hub_that_is_not_there_are_told_in_words(hub: FakeHu
     assert "check the network" in gone.stdout
 
 
-def test_without_a_token_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_token_the_hub_is_not_contacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(PushError, match="HF_TOKEN"):
         pushing.push(tmp_path, "owner/name", again="")

@@ -62,7 +62,7 @@ def base_folder(folder: Path, front_matter: str) -> Path:
     return base
 
 
-def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Path) -> None:
+def test_a_card_describes_base_data_settings_losses_and_lineage(tmp_path: Path) -> None:
     base = base_folder(tmp_path, "license: apache-2.0\nbase_model: owner/original\ntags: [x]\n")
     plan = plan_of(
         *(f"model.path={base}", "model.init=pretrained", "optim.lr=3e-5", "train.max_steps=40", "train.epochs=null"),
@@ -103,7 +103,7 @@ def test_a_card_tells_where_the_model_came_from_and_how_it_was_made(tmp_path: Pa
         assert private not in card, private
 
 
-def test_a_base_without_a_licence_is_said_to_have_none_that_is_known(tmp_path: Path) -> None:
+def test_a_base_without_a_licence_is_shown_as_unknown(tmp_path: Path) -> None:
     tmp_path.joinpath("my-base").mkdir()
     plan = plan_of(f"model.path={tmp_path}/my-base", "model.init=pretrained", base=tmp_path / "my-base")
     card = render_model_card(plan, MANIFEST, [], MADE)
@@ -114,7 +114,7 @@ def test_a_base_without_a_licence_is_said_to_have_none_that_is_known(tmp_path: P
     assert "base_model" not in data, "a folder's name is no id of the Hub"
 
 
-def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
+def test_a_custom_licence_keeps_its_name_and_link(tmp_path: Path) -> None:
     base = base_folder(tmp_path, "license: other\nlicense_name: house-licence\nlicense_link: LICENSE\n")
     plan = plan_of("model.path=owner/original", "model.revision=v2", "model.init=pretrained", base=base)
     card = render_model_card(plan, MANIFEST, METRICS, MADE)
@@ -125,7 +125,7 @@ def test_a_licence_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
     assert "| revision | v2 |" in card
 
 
-def test_a_run_that_began_with_another_runs_weights_keeps_licence_and_base(tmp_path: Path) -> None:
+def test_a_run_from_another_runs_weights_keeps_licence_and_base_model(tmp_path: Path) -> None:
     base = base_folder(tmp_path, "license: apache-2.0\nbase_model: owner/original\n")
     plan = plan_of("model.path=run:/home/me/runs/second@7", "model.init=pretrained", base=base)
     card = render_model_card(plan, MANIFEST, METRICS, MADE)
@@ -134,25 +134,25 @@ def test_a_run_that_began_with_another_runs_weights_keeps_licence_and_base(tmp_p
     assert "/home" not in card
 
 
-def test_random_weights_have_no_base(tmp_path: Path) -> None:
+def test_random_weights_have_no_base_model(tmp_path: Path) -> None:
     card = render_model_card(plan_of(), MANIFEST, METRICS, MADE)
     assert "from random weights" in card
     assert "base_model" not in ModelCard(card).data.to_dict()
 
 
-def test_names_cannot_break_out_of_the_table() -> None:
+def test_names_are_escaped_in_tables() -> None:
     card = render_model_card(plan_of("data=jsonl", "data.path='./a|b<i>`.jsonl'"), MANIFEST, METRICS, MADE)
     assert r"| sources | train (a\|b\<i\>\`.jsonl) |" in card
 
 
 @pytest.mark.parametrize("text", ["", "no front matter", "---\n: : [\n---\n", "---\n- a\n---\n", "---\nlicense: mit\n"])
-def test_a_card_that_cannot_be_read_says_nothing(tmp_path: Path, text: str) -> None:
+def test_an_unreadable_base_card_has_no_front_matter(tmp_path: Path, text: str) -> None:
     (tmp_path / "README.md").write_text(text)
     assert base_front_matter(tmp_path) == {}
     assert base_front_matter(tmp_path / "none") == {}
 
 
-def test_weights_of_a_run_that_has_not_ended_tell_how_far_they_are() -> None:
+def test_the_card_of_an_unfinished_run_shows_its_progress() -> None:
     plan = plan_of("train.max_steps=200")
     batch = plan.batch.model_copy(update={"epochs": 5.0})
     card = render_model_card(plan.model_copy(update={"batch": batch}), MANIFEST, METRICS, MADE)
@@ -162,7 +162,7 @@ def test_weights_of_a_run_that_has_not_ended_tell_how_far_they_are() -> None:
     assert "| changed |" not in card
 
 
-def test_settings_that_a_resume_changed_are_told() -> None:
+def test_settings_changed_by_a_resume_are_shown() -> None:
     plan, before = plan_of("optim.lr=1e-5"), plan_of("optim.lr=2e-5")
     card = render_model_card(plan, MANIFEST, METRICS, MADE, [before, plan])
     assert "| learning rate | 1e-05 at its peak |" in card

@@ -35,7 +35,7 @@ def task(checkpoint, kind, out, **options):
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "hpz"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_every_tensor_is_compared_with_the_engines_in_the_dtype_that_it_computes_in(runs, tmp_path, kind, dtype, monkeypatch):
+def test_every_tensor_is_compared_in_the_engines_dtype(runs, tmp_path, kind, dtype, monkeypatch):
     monkeypatch.setattr(weights, "_BLOCK_ELEMENTS", 1000)  # no part of a tensor fits into one block
     checkpoint = store.get_latest(runs.checkpoints(kind))
     said = engine_metadata(runs.dump(kind, "saved"), "fp32" if kind == "fp32" else "bf16", 2)
@@ -55,7 +55,7 @@ def test_a_checkpoint_without_digests_is_not_compared(runs, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_one_wrong_weight_is_named_with_its_rank_and_nothing_is_left(runs, tmp_path, rank):
+def test_a_wrong_weight_is_reported_with_its_rank_and_leaves_no_folder(runs, tmp_path, rank):
     checkpoint = digested(runs, "bf16", tmp_path)
     name = "model.layers.1.mlp.down_proj.weight"
     flip_bit(checkpoint, rank, f"{name}|fp32", bit=20)
@@ -67,7 +67,7 @@ def test_one_wrong_weight_is_named_with_its_rank_and_nothing_is_left(runs, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.name]
 
 
-def test_a_weight_that_the_engine_said_nothing_of_is_refused(runs, tmp_path):
+def test_a_weight_without_digest_is_refused(runs, tmp_path):
     checkpoint = store.get_latest(runs.checkpoints("bf16")).path
     said = engine_metadata(runs.dump("bf16", "saved"), "bf16", 2)
     known = json.loads(said[1]["weights"])
@@ -78,7 +78,7 @@ def test_a_weight_that_the_engine_said_nothing_of_is_refused(runs, tmp_path):
 
 
 @pytest.mark.parametrize("said", [{"weights": "{"}, {"weights": "[]", "dtype": "bf16"}, {"weights": "{}", "dtype": "int4"}])
-def test_digests_that_cannot_be_read_are_an_error(runs, tmp_path, said):
+def test_unreadable_digests_are_an_error(runs, tmp_path, said):
     checkpoint = with_metadata(store.get_latest(runs.checkpoints("bf16")).path, tmp_path, [said, said])
     with pytest.raises(CheckpointError, match="digests of a checkpoint's weights cannot be read"):
         export(task(checkpoint, "bf16", tmp_path / "out"))
@@ -101,7 +101,7 @@ def test_files_that_the_digests_do_not_cover_are_verified(runs, tmp_path):
 
 
 @pytest.mark.parametrize("at", [3, 7, 9, 400])
-def test_a_damaged_header_is_told_in_words(runs, tmp_path, at):
+def test_a_damaged_header_is_reported(runs, tmp_path, at):
     checkpoint = digested(runs, "bf16", tmp_path)
     shard = checkpoint / store.shard_name(1)
     content = bytearray(shard.read_bytes())
@@ -112,7 +112,7 @@ def test_a_damaged_header_is_told_in_words(runs, tmp_path, at):
 
 
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)])
-def test_casts_are_torchs_for_every_kind_of_number(dtype, torch_dtype):
+def test_casts_equal_torchs_for_all_values(dtype, torch_dtype):
     bits = np.random.default_rng(0).integers(0, 2**32, weights._BLOCK_ELEMENTS, dtype=np.uint32)
     # Ties, the largest finite number, infinities, zeros and a NaN whose upper half is that of an infinity.
     bits[:10] = [0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0xFF800000, 0, 0x80000000, 0x7F800001, 0xFFFFFFFF, 1]
@@ -124,7 +124,7 @@ def test_casts_are_torchs_for_every_kind_of_number(dtype, torch_dtype):
     assert torch.equal(ours[~ours.isnan()].view(signed), theirs[~ours.isnan()].view(signed))
 
 
-def test_a_digest_of_pieces_is_that_of_the_whole():
+def test_an_incremental_digest_equals_the_digest_of_the_tensor():
     content = memoryview(b"0123456789" * 1000)
     pieces = safetensors_io.WeightDigest()
     for start in range(0, len(content), 777):

@@ -75,7 +75,7 @@ def require_same(run: RunDir, target: RunDir, step: int) -> None:
     assert (target.checkpoints / name).stat().st_mode & 0o777 == 0o700
 
 
-def test_a_run_comes_back_from_a_folder(tmp_path: Path) -> None:
+def test_a_run_is_downloaded_from_a_folder(tmp_path: Path) -> None:
     _, run, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
     target = RunDir(tmp_path / "elsewhere" / "a")
     assert fetched(there, target) == 10
@@ -83,7 +83,7 @@ def test_a_run_comes_back_from_a_folder(tmp_path: Path) -> None:
     assert not (target.root / download.MARKER).exists()
 
 
-def test_a_run_comes_back_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_downloaded_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small enough for S3 to take files in several parts.
     monkeypatch.setattr(remote_folder, "_BLOCK_BYTES", 5 * 2**20)
     plan, run = make_run(tmp_path, f"s3://{s3.bucket}/runs")
@@ -112,12 +112,12 @@ def test_a_run_comes_back_from_s3(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
     assert list(read_complete_checkpoints(there)) == [10]
 
 
-def test_a_bucket_that_is_not_there_is_refused(s3: S3) -> None:
+def test_a_missing_bucket_is_refused(s3: S3) -> None:
     with pytest.raises(SubmitError, match="bucket does not exist"):
         remote_folder.require_writable("s3://nowhere/runs")
 
 
-def test_no_credentials_are_refused_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_credentials_are_refused_at_once(s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
@@ -127,7 +127,7 @@ def test_no_credentials_are_refused_at_once(s3: S3, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_downloaded(tmp_path: Path, damage: str) -> None:
     _, run, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
     folder = tmp_path / "mirror/a/checkpoints/step-00000010"
     file = folder / ("manifest.json" if damage == "manifest" else "rank-00001.safetensors")
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path: Pat
         download.download_checkpoint(there, RunDir(tmp_path / "third"), 10, said.append)
 
 
-def test_where_no_checkpoint_is_whole_nothing_becomes_a_run(tmp_path: Path) -> None:
+def test_a_mirror_without_an_intact_checkpoint_creates_no_run(tmp_path: Path) -> None:
     _, _, there = mirrored(f"file://{tmp_path}/mirror", tmp_path, steps=(5,))
     (tmp_path / "mirror/a/checkpoints/step-00000005/state.json").write_text("{}")
     target = RunDir(tmp_path / "elsewhere" / "a")
@@ -156,7 +156,7 @@ def test_where_no_checkpoint_is_whole_nothing_becomes_a_run(tmp_path: Path) -> N
     assert not list(target.checkpoints.iterdir())
 
 
-def test_an_interrupted_fetch_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_download_continues(tmp_path: Path) -> None:
     _, run, _ = mirrored(f"file://{tmp_path}/mirror", tmp_path)
     there = RemoteFolder(f"faulty://{tmp_path}/mirror/a")
     target = RunDir(tmp_path / "elsewhere" / "a")
@@ -176,7 +176,7 @@ def test_an_interrupted_fetch_goes_on(tmp_path: Path) -> None:
     assert shards == ["rank-00002.safetensors"], "what had arrived was not fetched again"
 
 
-def test_a_directory_that_is_there_is_not_touched(tmp_path: Path) -> None:
+def test_an_existing_run_directory_is_not_touched(tmp_path: Path) -> None:
     _, run, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
     before = tree(run.root)
     with pytest.raises(SubmitError, match="exists already"):
@@ -187,7 +187,7 @@ def test_a_directory_that_is_there_is_not_touched(tmp_path: Path) -> None:
         fetched(there, RunDir(tmp_path / "elsewhere"))
 
 
-def test_names_that_lead_out_of_the_run_directory_are_refused(tmp_path: Path) -> None:
+def test_names_outside_of_the_run_directory_are_refused(tmp_path: Path) -> None:
     _, _, there = mirrored(f"file://{tmp_path}/mirror", tmp_path)
     known = read_run(there)
     assert known is not None

@@ -54,7 +54,7 @@ def steps_in(folder: Path) -> list[int]:
     return list(read_complete_checkpoints(RemoteFolder(f"file://{folder}")))
 
 
-def test_the_oldest_comes_first_and_its_manifest_last(place) -> None:
+def test_the_oldest_checkpoint_is_sent_first_and_its_manifest_last(place) -> None:
     plan, run, folder = place
     for step in (10, 5, 15):
         commit(run, step)
@@ -77,7 +77,7 @@ def test_the_oldest_comes_first_and_its_manifest_last(place) -> None:
     assert {Path(path).name for path in finished} == {"status.json", "run.json"}, "nothing that is there is sent again"
 
 
-def test_metrics_are_there_when_the_checkpoint_is(place) -> None:
+def test_a_complete_checkpoint_has_its_metrics_in_the_mirror(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     run.metrics.write_text('{"trainer/step": 5}\n')
@@ -89,7 +89,7 @@ def test_metrics_are_there_when_the_checkpoint_is(place) -> None:
     assert (folder / "metrics.jsonl").read_text() == '{"trainer/step": 5}\n'
 
 
-def test_wherever_it_is_killed_another_process_goes_on_from_there(place, tmp_path: Path) -> None:
+def test_another_process_continues_an_upload_that_was_killed_at_any_point(place, tmp_path: Path) -> None:
     """Every write, rename and removal of a whole round is a point to be killed at."""
     plan, run, folder = place
     commit(run, 5)
@@ -128,7 +128,7 @@ def test_wherever_it_is_killed_another_process_goes_on_from_there(place, tmp_pat
     assert saved > 5, "what had arrived was not sent again"
 
 
-def test_a_checkpoint_that_is_removed_while_it_is_sent_leaves_nothing(place) -> None:
+def test_a_checkpoint_removed_during_its_upload_leaves_nothing(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     old = commit(run, 5)
@@ -145,7 +145,7 @@ def test_a_checkpoint_that_is_removed_while_it_is_sent_leaves_nothing(place) -> 
     assert steps_in(folder) == [10]
 
 
-def test_the_mirror_keeps_what_is_kept_here_and_never_nothing(place) -> None:
+def test_the_mirror_keeps_the_checkpoints_that_retention_keeps(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     commit(run, 5)
@@ -168,7 +168,7 @@ def test_the_mirror_keeps_what_is_kept_here_and_never_nothing(place) -> None:
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-00000010"]
 
 
-def test_one_that_is_damaged_here_stays_in_the_mirror(place) -> None:
+def test_a_checkpoint_damaged_here_stays_in_the_mirror(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     commit(run, 5)
@@ -179,7 +179,7 @@ def test_one_that_is_damaged_here_stays_in_the_mirror(place) -> None:
     assert steps_in(folder) == [5, 10]
 
 
-def test_one_that_is_damaged_here_stays_when_later_ones_have_followed(place) -> None:
+def test_a_checkpoint_damaged_here_stays_after_later_checkpoints(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     broken = commit(run, 5)
@@ -199,7 +199,7 @@ def elsewhere(tmp_path: Path, run: RunDir, step: int, pinned: bool = False) -> R
     return moved
 
 
-def test_what_only_the_mirror_has_is_kept_as_the_settings_say(tmp_path: Path) -> None:
+def test_retention_applies_to_checkpoints_that_only_the_mirror_has(tmp_path: Path) -> None:
     settings = ("checkpoint.keep_last=2", "checkpoint.keep_every=10", "checkpoint.keep_best=1")
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=settings)
     folder = tmp_path / "mirror" / "a"
@@ -215,7 +215,7 @@ def test_what_only_the_mirror_has_is_kept_as_the_settings_say(tmp_path: Path) ->
     assert steps_in(folder) == [5, 10, 25, 30], "22 is none of the last two any more"
 
 
-def test_going_back_on_another_machine_takes_the_later_ones_out_of_the_mirror(tmp_path: Path) -> None:
+def test_going_back_on_another_machine_removes_later_checkpoints_from_the_mirror(tmp_path: Path) -> None:
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror", settings=["checkpoint.keep_last=9"])
     folder = tmp_path / "mirror" / "a"
     for step in (5, 10, 15):
@@ -235,7 +235,7 @@ def test_going_back_on_another_machine_takes_the_later_ones_out_of_the_mirror(tm
     assert begun(plan, moved, attempt=2).prune() == []
 
 
-def test_a_resume_from_the_newest_takes_no_later_one_out(tmp_path: Path) -> None:
+def test_a_resume_from_the_newest_removes_nothing_from_the_mirror(tmp_path: Path) -> None:
     """It has found the later one damaged, and that may be a matter of its own disk."""
     plan, run = make_run(tmp_path, f"faulty://{tmp_path}/mirror")
     for step in (5, 10):
@@ -245,7 +245,7 @@ def test_a_resume_from_the_newest_takes_no_later_one_out(tmp_path: Path) -> None
     assert steps_in(tmp_path / "mirror" / "a") == [5, 10]
 
 
-def test_going_back_takes_the_later_ones_out_of_the_mirror(place) -> None:
+def test_going_back_removes_later_checkpoints_from_the_mirror(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     for step in (5, 10):
@@ -266,7 +266,7 @@ def test_going_back_takes_the_later_ones_out_of_the_mirror(place) -> None:
     assert steps_in(folder) == [5]
 
 
-def test_another_checkpoint_of_the_same_step_takes_its_place(place) -> None:
+def test_another_checkpoint_of_the_same_step_replaces_the_first(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     commit(run, 5)
@@ -287,7 +287,7 @@ def test_another_checkpoint_of_the_same_step_takes_its_place(place) -> None:
     assert tree(folder / "checkpoints" / "step-00000005") == tree(other.path)
 
 
-def test_what_fails_for_a_moment_is_tried_again(place) -> None:
+def test_a_transient_failure_is_retried(place) -> None:
     plan, run, folder = place
     commit(run, 5)
     failed: dict[tuple[str, str], int] = {}
@@ -303,7 +303,7 @@ def test_what_fails_for_a_moment_is_tried_again(place) -> None:
     assert tree(folder / "checkpoints") == tree(run.checkpoints)
 
 
-def test_what_will_not_change_is_not_tried_again(place) -> None:
+def test_a_permanent_failure_is_not_retried(place) -> None:
     plan, run, _ = place
     times = []
 
@@ -317,7 +317,7 @@ def test_what_will_not_change_is_not_tried_again(place) -> None:
     assert len(times) == 1
 
 
-def test_a_file_that_is_damaged_here_does_not_become_a_checkpoint_there(place) -> None:
+def test_a_damaged_file_is_not_committed_in_the_mirror(place) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     broken = commit(run, 5)
@@ -328,7 +328,7 @@ def test_a_file_that_is_damaged_here_does_not_become_a_checkpoint_there(place) -
     assert steps_in(folder) == []
 
 
-def test_a_mirror_belongs_to_one_run_and_to_its_last_attempt(place, tmp_path: Path) -> None:
+def test_a_mirror_belongs_to_one_run_and_its_newest_attempt(place, tmp_path: Path) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     other_plan, other = make_run(tmp_path / "other", plan.config.checkpoint.mirror or "", created_at="2026-02-01T00:00:00Z")
@@ -354,7 +354,7 @@ def test_a_mirror_belongs_to_one_run_and_to_its_last_attempt(place, tmp_path: Pa
         later.send(commit(moved, 10))
 
 
-def test_large_files_go_block_by_block(place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_sent_block_by_block(place, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, run, folder = place
     mirror = begun(plan, run)
     monkeypatch.setattr(remote_folder, "_BLOCK_BYTES", 2**20)
@@ -370,7 +370,7 @@ def test_large_files_go_block_by_block(place, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_a_file_is_the_old_one_until_the_other_is_whole(tmp_path: Path) -> None:
+def test_a_file_in_the_mirror_is_replaced_atomically(tmp_path: Path) -> None:
     place = RemoteFolder(f"faulty://{tmp_path}")
     place.write("file", b"old")
     seen = []
@@ -380,7 +380,7 @@ def test_a_file_is_the_old_one_until_the_other_is_whole(tmp_path: Path) -> None:
     assert place.names() == ["file"]
 
 
-def test_an_address_is_tried_before_anything_is_started(tmp_path: Path) -> None:
+def test_the_address_is_checked_before_anything_is_started(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SubmitError, match="cannot be written: NotADirectoryError") as refused:
         remote_folder.require_writable(f"file://{tmp_path}/file/runs")
@@ -393,7 +393,7 @@ def test_an_address_is_tried_before_anything_is_started(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_record_that_cannot_be_read_is_said(place) -> None:
+def test_a_damaged_run_record_is_refused(place) -> None:
     plan, run, folder = place
     begun(plan, run)
     (folder / "run.json").write_text(json.dumps({"format_version": 1}))
