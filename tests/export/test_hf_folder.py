@@ -188,7 +188,7 @@ def test_a_failed_export_keeps_the_earlier_one(runs, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_not_an_export_is_never_replaced(runs, tmp_path):
     (tmp_path / "config.json").write_text("the only copy of something")
-    with pytest.raises(CheckpointError, match="something else than an export"):
+    with pytest.raises(CheckpointError, match="holds files that are not an export"):
         exported(runs, "fp32", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
