@@ -42,9 +42,9 @@ def decode(record_type: type[T], values: Any, where: str, remedy: str = "") -> T
     try:
         record: T = _decode_object(record_type, values, "")
     except _FieldError as error:
-        place = f"{where}: {error.field}" if error.field else where
+        location = f"{where}: {error.field}" if error.field else where
         raise RunError(
-            f"a record of the run is damaged: {error.expected}", where=place, value=error.value, remedy=remedy
+            f"a record of the run is damaged: {error.expected}", where=location, value=error.value, remedy=remedy
         ) from None
     return record
 

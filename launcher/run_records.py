@@ -1,4 +1,4 @@
-"""The JSON records by which the processes of a run tell each other how it goes, one dataclass each.
+"""The JSON records that the processes of a run exchange, one dataclass each.
 
 Times are seconds since the epoch. Keys are never renamed: runs that older launchers began are read, too.
 """

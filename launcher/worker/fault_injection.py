@@ -1,6 +1,6 @@
-"""Do to this node's part of a run what machines do: `python -m launcher.worker.fault_injection FAULT PLAN ATTEMPT`.
+"""Injects a fault into the processes of a run on this node: `python -m launcher.worker.fault_injection FAULT PLAN ATTEMPT`.
 
-The drill (launcher.cli.drill) runs it on the node. It prints what it did as one JSON object.
+The drill (launcher.cli.drill) runs it on the node. It prints the injected fault as one JSON object.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class NodeProcesses:
 
 
 def find(run: RunDir, attempt: int) -> NodeProcesses:
-    """The agent and the ranks of `attempt` on this node.
+    """Find the agent and the ranks of `attempt` on this node.
 
     Raises:
         RunError: where there are none.
@@ -58,19 +58,19 @@ def find(run: RunDir, attempt: int) -> NodeProcesses:
             if is_agent and number == str(attempt) and Path(path).is_relative_to(run.root):
                 agents.append(process)
         except (psutil.Error, ValueError):
-            # Somebody else's, or just ended.
+            # A process of another user, or one that has just ended.
             continue
     if not agents or not ranks:
         raise RunError(
             f"attempt {attempt} has no agent with ranks on {os.uname().nodename}",
             where=str(run.root),
-            remedy="it has just ended, or has not begun there; start the drill again",
+            remedy="the attempt has just ended, or has not started there yet; start the drill again",
         )
     return NodeProcesses(agents[0], ranks)
 
 
 def preempt(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
-    """What a scheduler does that wants the machine back."""
+    """Send the signal of a scheduler that takes the machine back."""
     here.agent.send_signal(signal.SIGUSR2)
     return _report("SIGUSR2 to the node's agent", here.agent)
 
@@ -82,13 +82,13 @@ def kill_rank(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
 
 
 def kill_node(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
-    """The ranks die with their agent."""
+    """Kill the agent; its ranks die with it."""
     here.agent.kill()
     return _report("SIGKILL to the node's agent, and so to its ranks", here.agent)
 
 
 def fill_disk(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
-    """The disk is full in the middle of the next shard; what is smaller, as logs are, is still written.
+    """Make writes fail in the middle of the next shard, as on a full disk; smaller files, such as logs, are still written.
 
     The limit belongs to the ranks' processes and ends with them. Python ignores SIGXFSZ, so that the write fails (EFBIG).
     """
@@ -101,7 +101,7 @@ def fill_disk(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
 
 
 def free_disk(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
-    """There is room again: the limit of `fill_disk` is taken away."""
+    """Remove the limit of `fill_disk`."""
     for process in here.ranks.values():
         _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
         process.rlimit(psutil.RLIMIT_FSIZE, (hard, hard))
@@ -109,10 +109,10 @@ def free_disk(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
 
 
 def hang(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
-    """One rank stops in the middle of a step.
+    """Stop one rank in the middle of a step.
 
     Raises:
-        RunError: where every try met a save, which may take longer than a step before anybody calls it a hang.
+        RunError: where every try met a save, which may take longer than a step before it counts as a hang.
     """
     rank, process = here.last_rank
     run, every = RunDir(Path(plan.run_dir)), plan.config.checkpoint.save_every
@@ -120,13 +120,18 @@ def hang(here: NodeProcesses, plan: LaunchPlan) -> InjectedFault:
     while time.monotonic() < deadline:
         process.suspend()
         fault = _report(f"SIGSTOP to rank {rank}", process)
-        # The others go on to where they wait for this one: what they have logged by then is the last step that it finished.
+        # The others continue until they wait for this rank: the last step that they log is the last that it finished.
         time.sleep(_SETTLE_S)
         if newest_trained_step(run, run_store.read_status(run)) % every:
             return fault
         process.resume()
         time.sleep(_SETTLE_S)
-    raise RunError("every try to stop a rank met a save", where="checkpoint.save_every", value=str(every), remedy="raise it")
+    raise RunError(
+        "every attempt to stop a rank during training met a save",
+        where="checkpoint.save_every",
+        value=str(every),
+        remedy="raise it",
+    )
 
 
 def _report(description: str, *processes: psutil.Process) -> InjectedFault:

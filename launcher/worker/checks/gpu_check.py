@@ -1,6 +1,6 @@
-"""What can be known to be wrong with a node's GPUs without using them: their number, kind, memory, processes and faults.
+"""Checks of a node's GPUs without using them: their number, kind, memory errors, processes and faults.
 
-NVML and the kernel log are asked with deadlines, because a driver that hangs is one of the faults.
+Calls to NVML and reads of the kernel log have deadlines, because a hanging driver is one of the faults.
 """
 
 from __future__ import annotations
@@ -20,53 +20,53 @@ from launcher.plan.gpus import lookup
 from launcher.plan.xids import BROKEN
 
 COMMAND_DEADLINE_S = 20.0
-# Processes of an attempt that has just ended need a while to give their memory back.
+# Processes of an attempt that has just ended need a while to free their memory.
 GRACE_S = 10.0
 _PAUSE_S = 0.5
 
-# Services of the machine, which serve whoever has the GPU.
+# Services of the machine, which may hold memory on any GPU.
 _SERVICES = re.compile(r"nvidia-cuda-mps|dcgm|nv-hostengine")
 _XID_LINE = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:]+)[^)]*\): (\d+)\b.*")
 
 
 def check_gpus(needed: int, section: ClusterSection) -> tuple[tuple[str, ...], list[Problem]]:
-    """The driver's names of the GPUs that this job may use, and all that is wrong with them; `needed` is one per rank."""
+    """Return the driver's names of the GPUs that this job may use, and their problems; `needed` is one per rank."""
     gpu_type = section.gpu_type
     try:
         gpus = nvml.list_gpus(COMMAND_DEADLINE_S)
     except NvmlError as error:
-        problem = Problem(f"the GPUs cannot be used: {error}", remedy="leave this node out and tell the administrators")
+        problem = Problem(f"the GPUs cannot be used: {error}", remedy="exclude this node and tell the administrators")
         return (), [problem, *_check_kernel_log(None)]
     problems = []
     if len(gpus) < needed:
         value = f"{len(gpus)} found, {needed} needed; CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}"
-        remedy = f"{section.gpus_remedy}, or set cluster.ranks_per_node to what there is"
+        remedy = f"{section.gpus_remedy}, or set cluster.ranks_per_node to the number of GPUs"
         problems.append(Problem("there are fewer GPUs than ranks", value=value, remedy=remedy))
     others = sorted({gpu.name for gpu in gpus if gpu_type and lookup(gpu.name) != lookup(gpu_type)})
     if others:
         value = f"{', '.join(others)} found, {gpu_type} planned"
-        remedy = f"set cluster.gpu_type to what is there, or {section.gpu_kind_remedy}"
+        remedy = f"set cluster.gpu_type to the kind that is there, or {section.gpu_kind_remedy}"
         problems.append(Problem("the GPUs are not of the planned kind", value=value, remedy=remedy))
     for gpu in gpus:
         if gpu.ecc_errors:
-            what = f"a GPU had {gpu.ecc_errors} memory errors that could not be corrected"
-            remedy = "leave this node out and ask the administrators to reset the GPU"
-            problems.append(Problem(what, value=f"{gpu.name} {gpu.uuid}", remedy=remedy))
+            message = f"a GPU had {gpu.ecc_errors} memory errors that could not be corrected"
+            remedy = "exclude this node and ask the administrators to reset the GPU"
+            problems.append(Problem(message, value=f"{gpu.name} {gpu.uuid}", remedy=remedy))
     problems += _check_processes()
-    # A GPU that is lost has no entry any more: with some missing, every fault in the log may be the reason.
+    # A lost GPU has no entry: where some are missing, any fault in the log may be the reason.
     problems += _check_kernel_log({gpu.bus_id for gpu in gpus} if len(gpus) >= needed else None)
     return tuple(gpu.name for gpu in gpus), problems
 
 
 def _check_processes() -> list[Problem]:
-    """Processes that hold GPU memory and are not of this attempt, such as those an earlier job left behind."""
+    """Return a problem for each foreign process that holds GPU memory, such as those that an earlier job left behind."""
     this, deadline = psutil.Process(), time.monotonic() + GRACE_S
     own_pids = {process.pid for process in (this, *this.children(recursive=True))}
     while True:
         try:
             processes = nvml.list_processes(COMMAND_DEADLINE_S)
         except NvmlError as error:
-            return [Problem(f"the processes on the GPUs cannot be listed: {error}", remedy="leave this node out")]
+            return [Problem(f"the processes on the GPUs cannot be listed: {error}", remedy="exclude this node")]
         others = [each for each in processes if each.pid not in own_pids and not _SERVICES.search(each.name)]
         if not others or time.monotonic() >= deadline:
             break
@@ -74,9 +74,9 @@ def _check_processes() -> list[Problem]:
     return [
         Problem(
             "a process that is not of this run holds GPU memory",
-            value=f"process {each.pid} ({each.name or 'of a name that is not known'}) of {_owner(each.pid)}: "
+            value=f"process {each.pid} ({each.name or 'unknown name'}) of {_owner(each.pid)}: "
             f"{'an unknown number of' if each.used_mib is None else each.used_mib} MiB of {each.gpu_uuid}",
-            remedy=f"end it on the node with: kill {each.pid}; or leave this node out",
+            remedy=f"end it on the node with: kill {each.pid}; or exclude this node",
         )
         for each in others
     ]
@@ -86,11 +86,11 @@ def _owner(pid: int) -> str:
     try:
         return psutil.Process(pid).username()
     except psutil.Error:
-        return "a user that is not known here"
+        return "an unknown user"
 
 
 def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
-    """Faults of the GPUs at `buses`, or of any, since the node was booted; a log that may not be read tells nothing."""
+    """Return the faults since boot of the GPUs at `buses`, None for all GPUs; none where the log cannot be read."""
     try:
         lines = _output("dmesg").splitlines()
     except _CommandError:
@@ -104,8 +104,8 @@ def _check_kernel_log(buses: set[str] | None) -> list[Problem]:
         Problem(
             f"a GPU has a fault, Xid {number}: {BROKEN[number]}",
             value=line,
-            remedy="leave this node out and ask the administrators to reset the GPU, or to replace it, and then to clear the "
-            "kernel's log (dmesg --clear)",
+            remedy="exclude this node, and ask the administrators to reset or replace the GPU and then to clear the kernel's log "
+            "(dmesg --clear)",
         )
         for (_, number), line in faults.items()
     ]

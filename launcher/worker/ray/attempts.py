@@ -83,7 +83,7 @@ class Attempts:
             if not plan == self._plan == run_store.load_plan(run):
                 # The plan of an attempt without one of its own is that of the attempt before.
                 group.plan_path = str(run_store.write_plan(run, self.number, plan))
-            begun = replace(
+            opened = replace(
                 attempt,
                 job=self._job,
                 nodes=tuple(member.node for member in group.training),
@@ -95,7 +95,7 @@ class Attempts:
             group.marker = secrets.token_hex(16)
             atomic_files.write_text(run.attempt(self.number) / "marker", group.marker)
             # The last step that may fail: an attempt opened again after it would count as one that was lost.
-            run_store.write_attempt(run, self.number, begun)
+            run_store.write_attempt(run, self.number, opened)
         with suppress(OSError, LauncherError):
             run_store.update_status(run, state="running", attempt=self.number, message=_STARTING)
         self.report(*group.composition(self.number))

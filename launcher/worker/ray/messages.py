@@ -1,4 +1,4 @@
-"""What the coordinator, the workers and the driver of a run on Ray tell each other; Ray pickles these objects between them."""
+"""The messages between coordinator, workers and driver of a run on Ray; Ray pickles these objects between processes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class RankSign:
 
 @dataclass(frozen=True)
 class CommittedCheckpoint:
-    """A checkpoint that Ray Train is told of, with the numbers that were logged at its step."""
+    """A checkpoint to report to Ray Train, with the numbers that were logged at its step."""
 
     step: int
     path: str

@@ -115,7 +115,7 @@ def only(checked: tuple[tuple[str, ...], list[Problem]]) -> Problem:
         (
             {"processes": (GpuProcess("GPU-aaaa", 1, None, ""),)},
             "not of this run",
-            f"process 1 (of a name that is not known) of {psutil.Process(1).username()}: an unknown number of MiB of GPU-aaaa",
+            f"process 1 (unknown name) of {psutil.Process(1).username()}: an unknown number of MiB of GPU-aaaa",
         ),
         ({"gpus": NvmlError("the NVIDIA driver did not answer within 2 s")}, "cannot be used: the NVIDIA driver did not", ""),
         ({"processes": NvmlError("the NVIDIA driver cannot be asked: Unknown Error")}, "cannot be listed: the NVIDIA driver", ""),
