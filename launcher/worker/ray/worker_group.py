@@ -108,13 +108,13 @@ class Group:
         # While the other ranks progress, so does the rank of the silent worker.
         if self.silent and others and self.liveness.have_stopped(others):
             self.failed_at = now
-            alerts.append(f"the other ranks wait for {' and '.join(names.values())}: the run continues without them")
+            alerts.append(f"the other ranks wait for {' and '.join(names.values())}: the attempt ends")
         if self.hung:
             # The others wait for the killed rank, and are not judged.
             if (remaining := sorted(self.hung.keys() & running)) and now - self.hung_at > _KILLED_S:
                 self.failed_at = now
                 ranks = " and ".join(f"rank {self.training_ranks.index(rank)} on {self.members[rank].node}" for rank in remaining)
-                alerts.append(f"{ranks} was killed and does not end (it hangs in the kernel): the run continues without it")
+                alerts.append(f"{ranks} was killed and does not end (it hangs in the kernel): the attempt ends")
             return alerts
         for rank, (beat, seconds, reason) in self.liveness.hung(running).items():
             self.hung_at = now

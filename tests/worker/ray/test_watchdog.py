@@ -111,7 +111,7 @@ def test_a_silent_worker_is_named_and_the_run_continues_without_it(
     said = fake.run.events.read_text()
     assert "no heartbeat for 65 s from the worker of rank 1 on n2: it hangs or is cut off from the network" in said
     assert alone(fake, clock, 205) == "TERM"
-    assert "the other ranks wait for the worker of rank 1 on n2: the run continues without them" in fake.run.events.read_text()
+    assert "the other ranks wait for the worker of rank 1 on n2: the attempt ends" in fake.run.events.read_text()
     fake.end(0)
     verdict = fake.coordinator.beat("a", 0, "done").verdict
     assert verdict.again, "the lost one is not waited for"
