@@ -31,6 +31,6 @@ def test_a_stop_in_wandb_starts_no_other_ray_workers(ray_plan: Callable[..., Lau
     for worker in range(2):
         fake.end(worker)
         answer = fake.coordinator.beat("a", worker, "done")
-    assert answer["verdict"]["again"] is False
+    assert answer.verdict.again is False
     status = run_store.read_status(fake.run)
     assert (status.state, status.step, fake.causes) == ("cancelled", 40, ["cancelled"])
