@@ -194,28 +194,6 @@ def test_a_slurm_run_whose_submission_was_interrupted_can_be_asked_for(launch_he
     assert "demo" in launch_here("ls", "--root", str(run.root.parent)).stdout
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ('{"state": "runn', "a file of the run is damaged: Unterminated string"),
-        ('{"state": "running", "attempt": "two"}', "a record of the run is damaged: expected an integer"),
-        ('{"state": "running"}', "a record of the run is damaged: this field is missing"),
-    ],
-    ids=["truncated", "wrong type", "missing key"],
-)
-def test_a_damaged_status_is_reported_in_one_message(launch_here: Launch, run: RunDir, text: str, problem: str) -> None:
-    run.status.write_text(text)
-    listed = launch_here("ls", "--root", str(run.root.parent))
-    assert listed.returncode == 0
-    assert f"{run.root.name}: {problem}" in listed.stderr
-    shown = launch_here("status", str(run.root))
-    assert (shown.returncode, shown.stdout) == (1, "")
-    assert shown.stderr.startswith(problem)
-    assert f"where:  {run.status}" in shown.stderr
-    assert "remedy: restore the file from a backup" in shown.stderr
-    assert "Traceback" not in shown.stderr
-
-
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(launch_here: Launch, run: RunDir) -> None:
     shutil.copytree(run.root, run.root.with_name("broken"))
     metrics = run.root.with_name("broken") / "metrics.jsonl"
